@@ -1,0 +1,171 @@
+//! A fine-tuning job as the engine sees it: tokens and numbers. Files' text, names and queues are the router's.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::{AdapterRef, JobId};
+
+/// File names inside a job's folder. The router writes the datasets, the engine the rest.
+pub mod files {
+    /// Training examples, [`crate::dataset`] bytes.
+    pub const TRAIN: &str = "train.tokens";
+    /// Validation examples; absent when there is no validation file.
+    pub const VALID: &str = "valid.tokens";
+    /// Step, cursor, moments and adapter of the last checkpoint; replaced atomically.
+    pub const STATE: &str = "state.safetensors";
+    /// Prefix of checkpoint PEFT folders: `checkpoint-<step>`.
+    pub const CHECKPOINT: &str = "checkpoint-";
+    /// The finished PEFT folder.
+    pub const ADAPTER: &str = "adapter";
+}
+
+/// Train one adapter. If `folder` holds a state of this job, it goes on from there.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobSpec {
+    pub id: JobId,
+    pub folder: PathBuf,
+    /// For adapter_config.json's `base_model_name_or_path`.
+    pub base_model: String,
+    pub hyper: Hyper,
+}
+
+/// Every number of a run, chosen. Names are TRL's and PEFT's.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Hyper {
+    pub n_epochs: u32,
+    /// Ends the run earlier than `n_epochs` would.
+    pub max_steps: Option<u64>,
+    /// Examples of one micro-batch.
+    pub batch_size: u32,
+    /// Micro-batches of one optimizer step.
+    pub gradient_accumulation_steps: u32,
+    pub learning_rate: f64,
+    pub lr_scheduler: Schedule,
+    /// Optimizer steps of linear warm-up.
+    pub warmup_steps: u64,
+    pub weight_decay: f64,
+    pub adam_beta1: f64,
+    pub adam_beta2: f64,
+    pub adam_epsilon: f64,
+    /// 0: no clipping.
+    pub max_grad_norm: f64,
+    pub seed: u64,
+    /// Tokens of one example at most; longer ones are cut.
+    pub max_seq_length: u32,
+    /// Several short examples share one row of `max_seq_length`; attention stays within each. (Rows are never padded
+    /// here, so packing only changes how many examples a micro-batch holds.)
+    pub packing: bool,
+    /// Optimizer steps between checkpoints; 0: only at the end.
+    pub save_steps: u64,
+    /// Optimizer steps between validations; 0: at each epoch's end.
+    pub eval_steps: u64,
+    pub method: Method,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Method {
+    Lora(Lora),
+    /// Every parameter, in float32. Only `tandem train`: a served base is never changed.
+    Full,
+}
+
+/// PEFT's LoraConfig, the part that is supported.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Lora {
+    pub r: u32,
+    pub alpha: f64,
+    pub dropout: f64,
+    /// Module names, a subset of the replica's `lora_targets`.
+    pub target_modules: Vec<String>,
+    /// Scale alpha / sqrt(r) (arXiv 2312.03732) instead of alpha / r.
+    pub use_rslora: bool,
+}
+
+impl Lora {
+    pub fn scale(&self) -> f64 {
+        match self.use_rslora {
+            true => self.alpha / f64::from(self.r).sqrt(),
+            false => self.alpha / f64::from(self.r),
+        }
+    }
+}
+
+/// Learning rate after warm-up, transformers' names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Schedule {
+    Constant,
+    Linear,
+    Cosine,
+}
+
+impl Schedule {
+    /// Factor on the learning rate of optimizer step `step` (0-based) out of `total`, as transformers'
+    /// get_{constant,linear,cosine}_schedule_with_warmup.
+    pub fn factor(self, step: u64, warmup_steps: u64, total: u64) -> f64 {
+        if step < warmup_steps {
+            return step as f64 / warmup_steps.max(1) as f64;
+        }
+        let progress = (step - warmup_steps) as f64 / total.saturating_sub(warmup_steps).max(1) as f64;
+        match self {
+            Schedule::Constant => 1.0,
+            Schedule::Linear => (1.0 - progress).max(0.0),
+            Schedule::Cosine => (0.5 * (1.0 + (std::f64::consts::PI * progress).cos())).max(0.0),
+        }
+    }
+}
+
+/// What a job tells its supervisor. Ends with `Finished`, `Failed` or `Cancelled`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum JobEvent {
+    Started {
+        total_steps: u64,
+        /// The step of the state it goes on from.
+        resumed_from: Option<u64>,
+        examples: u64,
+        /// Tokens of one epoch, and those of them with loss.
+        epoch_tokens: u64,
+        epoch_label_tokens: u64,
+        trainable_parameters: u64,
+    },
+    Step(StepReport),
+    Validated {
+        step: u64,
+        loss: f64,
+        token_accuracy: f64,
+    },
+    /// The adapter after `step` is on disk and resident.
+    Checkpoint {
+        step: u64,
+        adapter: AdapterRef,
+    },
+    Finished {
+        adapter: AdapterRef,
+        trained_tokens: u64,
+    },
+    Failed {
+        message: String,
+    },
+    Cancelled {
+        step: u64,
+    },
+}
+
+/// One optimizer step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StepReport {
+    /// 1-based.
+    pub step: u64,
+    pub epoch: f64,
+    /// Mean over the step's label tokens, in nats.
+    pub loss: f64,
+    pub token_accuracy: f64,
+    /// Before clipping.
+    pub grad_norm: f64,
+    pub learning_rate: f64,
+    /// Tokens since the job began, over all its lives.
+    pub trained_tokens: u64,
+    pub tokens_per_second: f64,
+}
+

@@ -1,0 +1,16 @@
+//! The words every other crate shares: ids, requests, events, jobs, the scheduler and the block pool.
+//! Pure data and pure decisions. Not here: tensors, clocks, sockets, files, text.
+
+pub mod blocks;
+pub mod dataset;
+pub mod id;
+pub mod job;
+pub mod message;
+pub mod replica;
+pub mod rng;
+pub mod sampling;
+pub mod sched;
+pub mod stats;
+
+/// Position of a token in the model's vocabulary.
+pub type TokenId = u32;

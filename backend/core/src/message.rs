@@ -1,0 +1,70 @@
+//! What is said to a replica and what it says back. The same messages cross a channel in one process and gRPC
+//! between machines; senders of replies are added by the transport (see [`crate::replica`]).
+
+use serde::{Deserialize, Serialize};
+
+use crate::TokenId;
+use crate::id::{AdapterRef, RequestId};
+use crate::sampling::Sampling;
+
+/// Continue one token sequence. Everything in it is checked: the prompt is not empty, its ids are below the
+/// vocabulary size, `prompt.len() + max_tokens <= max_model_len`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Generate {
+    pub id: RequestId,
+    pub prompt: Vec<TokenId>,
+    /// `None`: the base model.
+    pub adapter: Option<AdapterRef>,
+    pub sampling: Sampling,
+    /// Tokens to generate at most; 0 only scores the prompt.
+    pub max_tokens: u32,
+    /// Generation ends after any of these (EOS among them, unless the client ignores it).
+    pub stop_tokens: Vec<TokenId>,
+}
+
+/// A token with its log-probability under the model (before temperature and penalties, as vLLM reports it) and the
+/// most likely alternatives, best first. Empty and NaN-free when log-probabilities were not asked: `logprob` is 0.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Scored {
+    pub token: TokenId,
+    pub logprob: f32,
+    pub top: Vec<(TokenId, f32)>,
+}
+
+/// What a sequence tells its client, in this order: `Prompt` at most once, `Token`s, then one of the two ends.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Event {
+    /// One entry per prompt token; the first has none. Sent once, when prompt log-probabilities were asked.
+    Prompt(Vec<Option<Scored>>),
+    /// A generated token, a final stop token included.
+    Token(Scored),
+    Finished { reason: FinishReason, cached_tokens: u32 },
+    Failed(Fault),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FinishReason {
+    /// One of the stop tokens was generated.
+    Stop(TokenId),
+    /// `max_tokens` were generated.
+    Length,
+}
+
+/// Why a replica could not do what was asked. The reader acts differently on each.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+pub enum Fault {
+    /// Try again later, or elsewhere.
+    #[error("the replica's waiting queue is full: {waiting} requests wait")]
+    Overloaded { waiting: u32 },
+    /// The request can never fit this replica.
+    #[error("{0}")]
+    TooLarge(String),
+    /// The adapter's folder is missing, damaged, or asks for what is not supported. Says which and why.
+    #[error("{0}")]
+    Adapter(String),
+    /// A step failed in the tensor library; the request's state is lost, the replica lives.
+    #[error("the engine failed a step: {0}")]
+    Step(String),
+    #[error("the replica is shutting down")]
+    ShuttingDown,
+}

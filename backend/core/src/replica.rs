@@ -1,0 +1,77 @@
+//! The channel to a replica in this process: commands in, events out. The seam where tests drive the engine and
+//! where gRPC will stand between machines.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::TokenId;
+use crate::id::{AdapterDigest, AdapterRef, Digest, JobId, RequestId};
+use crate::job::{JobEvent, JobSpec};
+use crate::message::{Event, Fault, Generate};
+use crate::stats::Stats;
+
+/// Commands that may wait for the engine's next turn.
+pub const COMMAND_QUEUE: usize = 1024;
+/// Events that may wait for one request's client before its sequence is parked.
+pub const EVENT_QUEUE: usize = 64;
+/// Events that may wait for one job's supervisor before the job pauses.
+pub const JOB_EVENT_QUEUE: usize = 256;
+
+pub enum Command {
+    /// A closed event channel aborts the request; a full one parks it.
+    Generate(Generate, mpsc::Sender<Event>),
+    Abort(RequestId),
+    /// Check the adapter and make it resident. Requests may name it without this: they load it on the way.
+    LoadAdapter(AdapterRef, oneshot::Sender<Result<AdapterInfo, Fault>>),
+    /// Forget it as soon as no running request uses it.
+    UnloadAdapter(AdapterDigest),
+    /// One job trains at a time; a second is refused with `JobEvent::Failed`.
+    StartJob(Box<JobSpec>, mpsc::Sender<JobEvent>),
+    /// Between two quanta. Answered by `JobEvent::Cancelled`.
+    CancelJob(JobId),
+    /// Write the running job's checkpoint, fail what runs with `ShuttingDown`, end the thread.
+    Stop,
+}
+
+/// The sending side, cheap to clone.
+#[derive(Clone)]
+pub struct ReplicaHandle {
+    pub info: ReplicaInfo,
+    pub commands: mpsc::Sender<Command>,
+    pub stats: watch::Receiver<Stats>,
+}
+
+/// What a replica is. Two replicas behind one router must agree on all but `device`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ReplicaInfo {
+    pub model_folder: PathBuf,
+    /// Of config.json and the weight files.
+    pub base_digest: Digest,
+    pub vocab_size: u32,
+    pub max_model_len: u32,
+    pub max_num_seqs: u32,
+    pub max_num_batched_tokens: u32,
+    pub dtype: String,
+    pub device: String,
+    pub parameters: u64,
+    pub weight_bytes: u64,
+    pub kv_blocks: u32,
+    pub block_size: u32,
+    pub kv_bytes: u64,
+    pub max_loras: u32,
+    pub max_lora_rank: u32,
+    /// `q_proj`, `k_proj`, ...: what an adapter may target, and what `all-linear` means.
+    pub lora_targets: Vec<String>,
+    /// End-of-sequence tokens from generation_config.json or config.json.
+    pub eos_tokens: Vec<TokenId>,
+}
+
+/// A checked, resident adapter.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AdapterInfo {
+    pub digest: AdapterDigest,
+    pub rank: u32,
+    pub bytes: u64,
+}

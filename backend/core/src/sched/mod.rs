@@ -1,0 +1,403 @@
+//! Decides which tokens run next. Never sees a tensor, a clock or a socket.
+//!
+//! There is no prefill phase and no decode phase: a sequence has tokens, some of them computed, and catches up within
+//! the step's token budget. A chunk of a prompt, a prefix hit, one more generated token and a recomputation after
+//! preemption are the same move. First come, first served: an older sequence never waits for a younger one's blocks.
+
+mod plan;
+mod sequence;
+#[cfg(test)]
+mod simulation;
+
+use std::collections::VecDeque;
+
+pub use plan::{Row, StepPlan};
+pub use sequence::View;
+use sequence::{Flow, Running, Sequence, Waiting};
+
+use crate::blocks::{BlockPool, Prefix};
+use crate::id::RequestId;
+use crate::message::{Fault, FinishReason, Generate, Scored};
+
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Sequences that hold blocks at a time.
+    pub max_num_seqs: usize,
+    /// Tokens of one step.
+    pub max_num_batched_tokens: usize,
+    /// Prompt tokens of a step that also continues running sequences: bounds how long a newcomer's prompt keeps the
+    /// others from their next token.
+    pub max_prefill_beside_decode: usize,
+    /// Requests that may wait for a place.
+    pub max_waiting: usize,
+    pub max_model_len: usize,
+}
+
+pub struct Scheduler {
+    limits: Limits,
+    pool: BlockPool,
+    /// Both in order of arrival.
+    waiting: VecDeque<Waiting>,
+    running: Vec<Running>,
+    arrivals: u64,
+    totals: Totals,
+}
+
+/// Counters that only grow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    pub prompt_tokens: u64,
+    pub generated_tokens: u64,
+    pub prefix_queried_tokens: u64,
+    pub prefix_hit_tokens: u64,
+    pub preemptions: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub running: usize,
+    pub waiting: usize,
+    /// Of both: parked until [`Scheduler::release`].
+    pub held: usize,
+    pub kv_blocks_total: usize,
+    pub kv_blocks_used: usize,
+    pub totals: Totals,
+}
+
+/// What a step did for one sequence.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Progress {
+    pub id: RequestId,
+    pub token: Option<Scored>,
+    /// The sequence is gone from the scheduler.
+    pub end: Option<End>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct End {
+    pub reason: FinishReason,
+    /// Prompt tokens that were not computed, thanks to a known prefix.
+    pub cached_tokens: u32,
+}
+
+impl Scheduler {
+    pub fn new(limits: Limits, pool: BlockPool) -> Scheduler {
+        let places = limits.max_num_seqs.min(limits.max_num_batched_tokens);
+        assert!(
+            places > 0 && limits.max_prefill_beside_decode > 0,
+            "limits must be positive: {limits:?}"
+        );
+        // Each running sequence can then have its next token in every step.
+        let limits = Limits {
+            max_num_seqs: places,
+            ..limits
+        };
+        let totals = Totals::default();
+        Scheduler {
+            limits,
+            pool,
+            waiting: VecDeque::new(),
+            running: vec![],
+            arrivals: 0,
+            totals,
+        }
+    }
+
+    pub fn add(&mut self, request: Generate) -> Result<(), Fault> {
+        let (prompt, asked) = (request.prompt.len(), request.max_tokens as usize);
+        if prompt == 0 {
+            return Err(Fault::TooLarge(
+                "a prompt of 0 tokens cannot be continued".to_owned(),
+            ));
+        }
+        let Limits {
+            max_model_len,
+            max_waiting,
+            ..
+        } = self.limits;
+        if prompt + asked > max_model_len {
+            let message = format!("a prompt of {prompt} tokens and {asked} more exceed {max_model_len}");
+            return Err(Fault::TooLarge(message));
+        }
+        // The last token is never computed, except of a prompt that is only scored.
+        let needed = self.pool.blocks_for(prompt + asked.max(1) - 1);
+        if needed > self.pool.total() {
+            let total = self.pool.total();
+            let message =
+                format!("a prompt of {prompt} tokens and {asked} more need {needed} KV blocks of {total}");
+            return Err(Fault::TooLarge(message));
+        }
+        if self.waiting.len() >= max_waiting {
+            return Err(Fault::Overloaded {
+                waiting: self.waiting.len() as u32,
+            });
+        }
+        let seq = Sequence::new(self.arrivals, request);
+        self.arrivals += 1;
+        self.waiting.push_back(Waiting { seq });
+        Ok(())
+    }
+
+    /// Forgets a request. Says whether it was there.
+    pub fn abort(&mut self, id: RequestId) -> bool {
+        if let Some(place) = self.waiting.iter().position(|waiting| waiting.seq.id == id) {
+            self.waiting.remove(place);
+            return true;
+        }
+        let Some(seat) = self.running.iter().position(|running| running.seq.id == id) else {
+            return false;
+        };
+        let Running { table, .. } = self.running.remove(seat);
+        self.pool.release(&table);
+        true
+    }
+
+    /// Parks a request: its client does not read, or its adapter is not there yet. Others may take its blocks.
+    pub fn hold(&mut self, id: RequestId) {
+        self.set_flow(id, Flow::Held);
+    }
+
+    pub fn release(&mut self, id: RequestId) {
+        self.set_flow(id, Flow::Free);
+    }
+
+    /// What is known of a planned row's request; `None` when it was aborted since.
+    pub fn view(&self, row: &Row) -> Option<View<'_>> {
+        self.seat_of(row).map(|seat| self.running[seat].seq.view())
+    }
+
+    /// Does [`Scheduler::plan`] have something to do?
+    pub fn has_work(&self) -> bool {
+        self.sequences().any(|seq| seq.flow == Flow::Free)
+    }
+
+    /// The next step, or `None` when nothing can run. A plan that is dropped instead of committed changes nothing.
+    pub fn plan(&mut self) -> Option<StepPlan> {
+        self.running.iter_mut().for_each(|running| running.planned = 0);
+        self.grow();
+        let mut budget = self.limits.max_num_batched_tokens;
+        let free = |running: &&mut Running| running.seq.flow == Flow::Free;
+        for running in self
+            .running
+            .iter_mut()
+            .filter(free)
+            .filter(|running| running.pending() == 1)
+            .take(budget)
+        {
+            running.planned = 1;
+            budget -= 1;
+        }
+        if budget < self.limits.max_num_batched_tokens {
+            budget = budget.min(self.limits.max_prefill_beside_decode);
+        }
+        for running in self
+            .running
+            .iter_mut()
+            .filter(free)
+            .filter(|running| running.pending() > 1)
+        {
+            running.planned = running.pending().min(budget);
+            budget -= running.planned;
+        }
+        self.admit(budget);
+        StepPlan::new(&self.running, self.pool.block_size())
+    }
+
+    /// Takes a step's outcome: one token for each row that samples, in the plan's order.
+    pub fn commit(&mut self, plan: StepPlan, sampled: Vec<Scored>) -> Vec<Progress> {
+        let mut sampled = sampled.into_iter();
+        let mut progress = Vec::with_capacity(sampled.len());
+        for row in plan.rows {
+            let token = row
+                .samples
+                .then(|| sampled.next().expect("one token for each row that samples"));
+            let Some(seat) = self.seat_of(&row) else { continue };
+            let running = &mut self.running[seat];
+            running.advance(row.tokens.len(), &mut self.pool);
+            let Some(end) = running.append(token.as_ref().map(|scored| scored.token)) else {
+                continue;
+            };
+            self.totals.generated_tokens += u64::from(token.is_some());
+            let end = end.map(|reason| End {
+                reason,
+                cached_tokens: running.seq.cached.unwrap_or(0) as u32,
+            });
+            progress.push(Progress {
+                id: row.id,
+                token,
+                end,
+            });
+            if end.is_some() {
+                let Running { table, .. } = self.running.remove(seat);
+                self.pool.release(&table);
+            }
+        }
+        debug_assert_eq!(sampled.next(), None, "no token is left over");
+        progress
+    }
+
+    /// The step failed: what its rows wrote is unknown, so they go. Returns their requests.
+    pub fn abandon(&mut self, plan: StepPlan) -> Vec<RequestId> {
+        plan.rows
+            .iter()
+            .map(|row| row.id)
+            .filter(|&id| self.abort(id))
+            .collect()
+    }
+
+    pub fn counts(&self) -> Counts {
+        Counts {
+            running: self.running.len(),
+            waiting: self.waiting.len(),
+            held: self.sequences().filter(|seq| seq.flow == Flow::Held).count(),
+            kv_blocks_total: self.pool.total(),
+            kv_blocks_used: self.pool.used(),
+            totals: self.totals,
+        }
+    }
+
+    /// Checks what must hold between two calls; for tests.
+    pub fn audit(&self) -> Result<(), String> {
+        self.pool
+            .audit(self.running.iter().map(|running| &running.table[..]))?;
+        if self.running.len() > self.limits.max_num_seqs {
+            return Err(format!(
+                "{} sequences run, {} may",
+                self.running.len(),
+                self.limits.max_num_seqs
+            ));
+        }
+        let ordered = |arrivals: Vec<u64>| arrivals.is_sorted_by(|a, b| a < b);
+        if !ordered(self.running.iter().map(|running| running.seq.arrival).collect())
+            || !ordered(self.waiting.iter().map(|waiting| waiting.seq.arrival).collect())
+        {
+            return Err("sequences are not in order of arrival".to_owned());
+        }
+        self.running
+            .iter()
+            .try_for_each(|running| running.audit(&self.pool))
+    }
+
+    fn sequences(&self) -> impl Iterator<Item = &Sequence> {
+        let running = self.running.iter().map(|running| &running.seq);
+        running.chain(self.waiting.iter().map(|waiting| &waiting.seq))
+    }
+
+    fn set_flow(&mut self, id: RequestId, flow: Flow) {
+        let running = self.running.iter_mut().map(|running| &mut running.seq);
+        let mut all = running.chain(self.waiting.iter_mut().map(|waiting| &mut waiting.seq));
+        if let Some(seq) = all.find(|seq| seq.id == id) {
+            seq.flow = flow;
+        }
+    }
+
+    /// A row's sequence stands where the plan saw it, unless something was aborted since.
+    fn seat_of(&self, row: &Row) -> Option<usize> {
+        let here = |seat: &usize| {
+            self.running
+                .get(*seat)
+                .is_some_and(|running| running.seq.id == row.id)
+        };
+        Some(row.seat)
+            .filter(here)
+            .or_else(|| (0..self.running.len()).find(here))
+    }
+
+    /// Gives every sequence that goes on the block for its next token, oldest first. When none is left, a parked
+    /// sequence loses its blocks, else the youngest.
+    fn grow(&mut self) {
+        let mut seat = 0;
+        while let Some(running) = self.running.get_mut(seat) {
+            let grows = running.seq.flow == Flow::Free
+                && running.table.len() < self.pool.blocks_for(running.seq.len());
+            if !grows {
+                seat += 1;
+            } else if let Some(id) = self.pool.allocate_one() {
+                running.table.push(id);
+            } else {
+                let victim = self.parked().unwrap_or(self.running.len() - 1);
+                self.preempt(victim);
+                // Those after the victim moved down by one.
+                seat -= usize::from(victim < seat);
+            }
+        }
+    }
+
+    /// Lets waiting requests in, oldest first, while there are places, blocks and budget. Nobody overtakes the
+    /// oldest, so it cannot starve.
+    fn admit(&mut self, mut budget: usize) {
+        let mut place = 0;
+        while budget > 0 && place < self.waiting.len() {
+            if self.waiting[place].seq.flow == Flow::Held {
+                place += 1;
+                continue;
+            }
+            let Some((table, computed)) = self.make_place(place) else {
+                // A parked sequence must not keep out one that could run.
+                let Some(parked) = self.parked() else { return };
+                place += usize::from(self.preempt(parked) <= place);
+                continue;
+            };
+            let Waiting { mut seq } = self.waiting.remove(place).expect("place is below the length");
+            self.totals.prefix_queried_tokens += seq.len() as u64;
+            self.totals.prefix_hit_tokens += computed as u64;
+            if seq.cached.is_none() {
+                self.totals.prompt_tokens += seq.prompt_len as u64;
+                seq.cached = Some(computed);
+            }
+            let planned = (seq.len() - computed).min(budget);
+            budget -= planned;
+            let seat = self
+                .running
+                .partition_point(|running| running.seq.arrival < seq.arrival);
+            let named = computed / self.pool.block_size();
+            self.running.insert(
+                seat,
+                Running {
+                    seq,
+                    table,
+                    computed,
+                    named,
+                    planned,
+                },
+            );
+        }
+    }
+
+    /// Blocks for all tokens a waiting sequence has, and how many of those tokens a known prefix covers.
+    fn make_place(&mut self, place: usize) -> Option<(Vec<u32>, usize)> {
+        if self.running.len() >= self.limits.max_num_seqs {
+            return None;
+        }
+        let block_size = self.pool.block_size();
+        let seq = &mut self.waiting[place].seq;
+        let prefix: Prefix = self.pool.lookup(seq.reusable(block_size));
+        let computed = prefix.n_blocks() * block_size;
+        let n = self.pool.blocks_for(seq.len());
+        // One block in reserve for each running sequence: a newcomer that forces them out at once is no gain.
+        let taken = prefix.n_free() + n - prefix.n_blocks();
+        if taken + self.running.len() > self.pool.free() {
+            return None;
+        }
+        self.pool.allocate(prefix, n).map(|table| (table, computed))
+    }
+
+    /// The youngest parked sequence that holds blocks.
+    fn parked(&self) -> Option<usize> {
+        self.running
+            .iter()
+            .rposition(|running| running.seq.flow == Flow::Held)
+    }
+
+    /// Takes a sequence's blocks; it waits, and is computed again. Returns its place among the waiting.
+    fn preempt(&mut self, seat: usize) -> usize {
+        let Running { seq, table, .. } = self.running.remove(seat);
+        self.pool.release(&table);
+        self.totals.preemptions += 1;
+        let place = self
+            .waiting
+            .partition_point(|waiting| waiting.seq.arrival < seq.arrival);
+        self.waiting.insert(place, Waiting { seq });
+        place
+    }
+}

@@ -1,0 +1,98 @@
+//! One step, laid out as the forward wants it: flat arrays and a row for each sequence. Not here: tensors.
+
+use std::ops::Range;
+
+use super::sequence::Running;
+use crate::TokenId;
+use crate::blocks::BlockId;
+use crate::id::{AdapterDigest, RequestId};
+
+/// Tokens to compute in one forward. Goes back to the scheduler by value, in `commit` or `abandon`.
+#[derive(Debug)]
+pub struct StepPlan {
+    /// Sorted by adapter, base model first, so that each adapter's tokens are contiguous.
+    pub rows: Vec<Row>,
+    /// `[T]`
+    pub tokens: Vec<TokenId>,
+    /// `[T]`
+    pub positions: Vec<i64>,
+    /// `[T]` block * block_size + offset: where each token's key and value go.
+    pub slots: Vec<i64>,
+    /// Block tables, one after the other.
+    pub tables: Vec<BlockId>,
+}
+
+/// A slice of one sequence.
+#[derive(Clone, Debug)]
+pub struct Row {
+    pub id: RequestId,
+    pub adapter: Option<AdapterDigest>,
+    /// Of the plan's flat arrays.
+    pub tokens: Range<usize>,
+    /// Of the plan's `tables`: the blocks of positions `0..kv_len`.
+    pub table: Range<usize>,
+    /// Tokens in the cache after this step.
+    pub kv_len: usize,
+    /// Positions in the sequence whose logits must score the prompt token after them; all lie in this slice.
+    pub scores: Range<usize>,
+    /// The slice reaches the sequence's end: its last logits choose the next token.
+    pub samples: bool,
+    pub(super) seat: usize,
+}
+
+impl Row {
+    /// Position in the sequence of its first token here.
+    pub fn start(&self) -> usize {
+        self.kv_len - self.tokens.len()
+    }
+}
+
+impl StepPlan {
+    pub(super) fn new(running: &[Running], block_size: usize) -> Option<StepPlan> {
+        let mut seats: Vec<usize> = (0..running.len())
+            .filter(|&seat| running[seat].planned > 0)
+            .collect();
+        let adapter = |seat: usize| running[seat].seq.adapter().map(|adapter| adapter.digest);
+        seats.sort_by_key(|&seat| adapter(seat));
+        let n_tokens = seats.iter().map(|&seat| running[seat].planned).sum();
+        let mut plan = StepPlan {
+            rows: Vec::with_capacity(seats.len()),
+            tokens: Vec::with_capacity(n_tokens),
+            positions: Vec::with_capacity(n_tokens),
+            slots: Vec::with_capacity(n_tokens),
+            tables: vec![],
+        };
+        for seat in seats {
+            let Running {
+                seq,
+                table,
+                computed,
+                planned,
+                ..
+            } = &running[seat];
+            let (start, kv_len) = (*computed, computed + planned);
+            let (first_token, first_block) = (plan.tokens.len(), plan.tables.len());
+            plan.tokens.extend(&seq.tokens()[start..kv_len]);
+            plan.positions
+                .extend((start..kv_len).map(|position| position as i64));
+            let slot =
+                |position: usize| table[position / block_size] as usize * block_size + position % block_size;
+            plan.slots
+                .extend((start..kv_len).map(|position| slot(position) as i64));
+            plan.tables.extend(&table[..kv_len.div_ceil(block_size)]);
+            let owed = seq.unscored();
+            let (owed_from, owed_to) = (owed.start.max(start), owed.end.min(kv_len));
+            plan.rows.push(Row {
+                id: seq.id,
+                adapter: adapter(seat),
+                tokens: first_token..plan.tokens.len(),
+                table: first_block..plan.tables.len(),
+                kv_len,
+                scores: owed_from.min(owed_to)..owed_to,
+                samples: kv_len == seq.len() && seq.samples(),
+                seat,
+            });
+        }
+        (!plan.rows.is_empty()).then_some(plan)
+    }
+}

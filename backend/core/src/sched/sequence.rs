@@ -1,0 +1,207 @@
+//! One sequence and its two states. Not here: which of them runs.
+
+use crate::TokenId;
+use crate::blocks::{BlockHash, BlockId, BlockPool};
+use crate::id::{AdapterRef, RequestId};
+use crate::message::{FinishReason, Generate};
+use crate::sampling::Sampling;
+
+/// What a sequence is in both states.
+pub(super) struct Sequence {
+    pub id: RequestId,
+    pub arrival: u64,
+    /// Prompt and output.
+    tokens: Vec<TokenId>,
+    pub prompt_len: usize,
+    /// Prompt positions whose logits were delivered, from 0 on; only counted when they are asked for.
+    scored: usize,
+    /// Prompt tokens found in the cache when it was first admitted.
+    pub cached: Option<usize>,
+    pub flow: Flow,
+    adapter: Option<AdapterRef>,
+    sampling: Sampling,
+    max_tokens: usize,
+    stop_tokens: Vec<TokenId>,
+    /// Identity of each full block of `tokens`, as far as somebody needed it.
+    chain: Vec<BlockHash>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Flow {
+    Free,
+    Held,
+}
+
+/// Holds no block.
+pub(super) struct Waiting {
+    pub seq: Sequence,
+}
+
+/// Holds blocks for all its tokens but perhaps the newest.
+pub(super) struct Running {
+    pub seq: Sequence,
+    pub table: Vec<BlockId>,
+    /// Tokens whose keys and values are in the cache.
+    pub computed: usize,
+    /// Blocks of the table that others can find.
+    pub named: usize,
+    /// Tokens of it in the step being planned.
+    pub planned: usize,
+}
+
+/// A request as the sampler and the engine look at it.
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a> {
+    pub prompt: &'a [TokenId],
+    pub output: &'a [TokenId],
+    pub adapter: Option<&'a AdapterRef>,
+    pub sampling: &'a Sampling,
+    pub stop_tokens: &'a [TokenId],
+}
+
+impl Sequence {
+    pub fn new(arrival: u64, request: Generate) -> Sequence {
+        let Generate {
+            id,
+            prompt,
+            adapter,
+            sampling,
+            max_tokens,
+            stop_tokens,
+        } = request;
+        Sequence {
+            id,
+            arrival,
+            prompt_len: prompt.len(),
+            tokens: prompt,
+            scored: 0,
+            cached: None,
+            flow: Flow::Free,
+            adapter,
+            sampling,
+            max_tokens: max_tokens as usize,
+            stop_tokens,
+            chain: vec![],
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.tokens.len()
+    }
+
+    pub fn tokens(&self) -> &[TokenId] {
+        &self.tokens
+    }
+
+    pub fn adapter(&self) -> Option<&AdapterRef> {
+        self.adapter.as_ref()
+    }
+
+    pub fn view(&self) -> View<'_> {
+        let (prompt, output) = self.tokens.split_at(self.prompt_len);
+        let Sequence {
+            adapter,
+            sampling,
+            stop_tokens,
+            ..
+        } = self;
+        View {
+            prompt,
+            output,
+            adapter: adapter.as_ref(),
+            sampling,
+            stop_tokens,
+        }
+    }
+
+    /// Full blocks that may come from the cache: not the last token, whose logits are needed, and nothing whose
+    /// prompt log-probabilities are still owed.
+    pub fn reusable(&mut self, block_size: usize) -> &[BlockHash] {
+        let last = self.tokens.len() - 1;
+        let tokens = if self.owes_scores() {
+            last.min(self.scored)
+        } else {
+            last
+        };
+        self.chain_to(tokens / block_size, block_size)
+    }
+
+    /// Prompt positions whose logits are still owed: each predicts the token after it.
+    pub fn unscored(&self) -> std::ops::Range<usize> {
+        match self.owes_scores() {
+            true => self.scored..self.prompt_len - 1,
+            false => 0..0,
+        }
+    }
+
+    fn owes_scores(&self) -> bool {
+        self.sampling.prompt_logprobs().is_some() && self.scored + 1 < self.prompt_len
+    }
+
+    /// Does the last token's step end with a new token?
+    pub fn samples(&self) -> bool {
+        self.max_tokens > 0
+    }
+
+    fn chain_to(&mut self, n_blocks: usize, block_size: usize) -> &[BlockHash] {
+        for i in self.chain.len()..n_blocks {
+            let before = self.chain.last().copied();
+            let before = before
+                .unwrap_or_else(|| BlockHash::seed(self.adapter.as_ref().map(|adapter| adapter.digest)));
+            self.chain
+                .push(before.then(&self.tokens[i * block_size..(i + 1) * block_size]));
+        }
+        &self.chain[..n_blocks]
+    }
+}
+
+impl Running {
+    /// Tokens still to compute.
+    pub fn pending(&self) -> usize {
+        self.seq.len() - self.computed
+    }
+
+    /// `n` more tokens are in the cache; blocks they filled become findable.
+    pub fn advance(&mut self, n: usize, pool: &mut BlockPool) {
+        self.computed += n;
+        self.seq.scored = self.seq.scored.max(self.computed.min(self.seq.prompt_len - 1));
+        let full = self.computed / pool.block_size();
+        let chain = self.seq.chain_to(full, pool.block_size());
+        for (&id, &hash) in self.table.iter().zip(chain).skip(self.named) {
+            pool.name(id, hash);
+        }
+        self.named = full;
+    }
+
+    /// Takes a sampled token. `None`: this step said nothing; `Some(None)`: a token, and more to come.
+    pub fn append(&mut self, token: Option<TokenId>) -> Option<Option<FinishReason>> {
+        let Some(token) = token else {
+            let ends = self.pending() == 0 && !self.seq.samples();
+            return ends.then_some(Some(FinishReason::Length));
+        };
+        self.seq.tokens.push(token);
+        let generated = self.seq.len() - self.seq.prompt_len;
+        if self.seq.stop_tokens.contains(&token) {
+            return Some(Some(FinishReason::Stop(token)));
+        }
+        Some((generated >= self.seq.max_tokens).then_some(FinishReason::Length))
+    }
+
+    pub fn audit(&self, pool: &BlockPool) -> Result<(), String> {
+        let Running {
+            seq,
+            table,
+            computed,
+            named,
+            planned: _,
+        } = self;
+        let (id, len, n) = (seq.id, seq.len(), table.len());
+        let blocks = pool.blocks_for(len - 1).max(pool.blocks_for(*computed))..=pool.blocks_for(len);
+        if *computed >= len || !blocks.contains(&n) || *named != computed / pool.block_size() {
+            return Err(format!(
+                "{id:?}: {len} tokens, {computed} computed, {n} blocks, {named} of them named"
+            ));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,515 @@
+//! Random worlds around the scheduler: requests come, park, leave and fail while a model of the KV cache checks that
+//! every row attends to exactly what it should. Same seed, same trace.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+use super::*;
+use crate::TokenId;
+use crate::id::{AdapterDigest, AdapterRef, Digest};
+use crate::rng;
+use crate::sampling::{RawSampling, Sampling};
+
+const VOCAB: u32 = 50;
+const STOP: TokenId = 7;
+
+/// What a world is made of.
+#[derive(Clone, Copy)]
+struct World {
+    n_blocks: u32,
+    block_size: usize,
+    max_num_seqs: usize,
+    max_num_batched_tokens: usize,
+    max_prefill_beside_decode: usize,
+    /// One turn in so many: abort something, park something, fail the step. 0: never.
+    abort: usize,
+    hold: usize,
+    fail: usize,
+}
+
+const MAX_MODEL_LEN: usize = 60;
+const CALM: World = World {
+    n_blocks: 64,
+    block_size: 4,
+    max_num_seqs: 8,
+    max_num_batched_tokens: 32,
+    max_prefill_beside_decode: 16,
+    abort: 0,
+    hold: 0,
+    fail: 0,
+};
+
+struct Random {
+    seed: u64,
+    drawn: u64,
+}
+
+impl Random {
+    fn below(&mut self, n: usize) -> usize {
+        self.drawn += 1;
+        (rng::uniform(self.seed, 1, self.drawn) * n as f64) as usize
+    }
+    fn one_in(&mut self, n: usize) -> bool {
+        n > 0 && self.below(n) == 0
+    }
+}
+
+/// The world's language model: the next token is a function of the adapter and all tokens before it.
+fn model(adapter: Option<AdapterDigest>, context: &[TokenId]) -> TokenId {
+    let stream = adapter.map_or(0, |digest| u64::from(digest.0[0]));
+    let key = context
+        .iter()
+        .fold(stream, |key, &token| rng::bits(key, stream, u64::from(token)));
+    (key % u64::from(VOCAB)) as TokenId
+}
+
+fn answer(request: &Generate) -> (Vec<TokenId>, FinishReason) {
+    let mut tokens = request.prompt.clone();
+    for _ in 0..request.max_tokens {
+        tokens.push(model(
+            request.adapter.as_ref().map(|adapter| adapter.digest),
+            &tokens,
+        ));
+        if tokens.last() == Some(&STOP) {
+            return (tokens.split_off(request.prompt.len()), FinishReason::Stop(STOP));
+        }
+    }
+    (tokens.split_off(request.prompt.len()), FinishReason::Length)
+}
+
+fn request(random: &mut Random, id: u64) -> Generate {
+    let longest = if random.one_in(4) { 40 } else { 12 };
+    let prompt_len = 1 + random.below(longest);
+    // Few distinct beginnings, so that prefixes meet.
+    let family = random.below(3) as TokenId;
+    let shared = random.below(prompt_len + 1);
+    let token = |i: usize| {
+        if i < shared {
+            family
+        } else {
+            10 + random.below(20) as TokenId
+        }
+    };
+    let prompt: Vec<TokenId> = (0..prompt_len).map(token).collect();
+    let adapter = (random.below(3) as u8).checked_sub(1).map(|n| AdapterRef {
+        digest: Digest([n + 1; 32]),
+        folder: PathBuf::new(),
+    });
+    let prompt_logprobs = random.one_in(5).then_some(0);
+    let raw = RawSampling {
+        temperature: Some(0.0),
+        prompt_logprobs,
+        ..RawSampling::default()
+    };
+    let sampling = Sampling::new(raw, VOCAB).unwrap();
+    let max_tokens = random.below(20.min(MAX_MODEL_LEN - prompt_len)) as u32;
+    Generate {
+        id: RequestId(id),
+        prompt,
+        adapter,
+        sampling,
+        max_tokens,
+        stop_tokens: vec![STOP],
+    }
+}
+
+/// What a client has seen of its request.
+struct Client {
+    request: Generate,
+    output: Vec<TokenId>,
+    scored: usize,
+}
+
+struct Simulation {
+    scheduler: Scheduler,
+    random: Random,
+    world: World,
+    clients: BTreeMap<RequestId, Client>,
+    held: BTreeSet<RequestId>,
+    /// Of each slot: the adapter and all tokens up to its own, when it was written.
+    cache: Vec<Option<(Option<AdapterDigest>, Vec<TokenId>)>>,
+    trace: Vec<String>,
+    finished: usize,
+    dropped: usize,
+}
+
+impl Simulation {
+    fn new(world: World, seed: u64) -> Simulation {
+        let limits = Limits {
+            max_num_seqs: world.max_num_seqs,
+            max_num_batched_tokens: world.max_num_batched_tokens,
+            max_prefill_beside_decode: world.max_prefill_beside_decode,
+            max_waiting: 1000,
+            max_model_len: MAX_MODEL_LEN,
+        };
+        Simulation {
+            scheduler: Scheduler::new(limits, BlockPool::new(world.n_blocks, world.block_size)),
+            random: Random { seed, drawn: 0 },
+            world,
+            clients: BTreeMap::new(),
+            held: BTreeSet::new(),
+            cache: vec![None; world.n_blocks as usize * world.block_size],
+            trace: vec![],
+            finished: 0,
+            dropped: 0,
+        }
+    }
+
+    fn some_client(&mut self) -> Option<RequestId> {
+        let n = self.clients.len();
+        (n > 0).then(|| *self.clients.keys().nth(self.random.below(n)).unwrap())
+    }
+
+    fn turn(&mut self) {
+        if self.random.one_in(self.world.abort)
+            && let Some(id) = self.some_client()
+        {
+            assert!(self.scheduler.abort(id), "{id:?} is known");
+            assert!(!self.scheduler.abort(id), "{id:?} is gone");
+            self.clients.remove(&id);
+            self.held.remove(&id);
+            self.dropped += 1;
+        }
+        if self.random.one_in(self.world.hold)
+            && let Some(id) = self.some_client()
+        {
+            self.scheduler.hold(id);
+            self.held.insert(id);
+        }
+        if self.random.one_in(3)
+            && let Some(id) = self.held.pop_first()
+        {
+            self.scheduler.release(id);
+        }
+        let free = self.clients.keys().any(|id| !self.held.contains(id));
+        assert_eq!(self.scheduler.has_work(), free);
+        let plan = self.scheduler.plan();
+        self.scheduler.audit().unwrap();
+        assert_eq!(
+            plan.is_some(),
+            free,
+            "there is work exactly if something is planned"
+        );
+        let Some(plan) = plan else { return };
+        self.trace.push(format!("{plan:?}"));
+        if self.random.one_in(self.world.fail) {
+            // A failed step may have written anything.
+            plan.slots
+                .iter()
+                .for_each(|&slot| self.cache[slot as usize] = None);
+            let ids: Vec<RequestId> = plan.rows.iter().map(|row| row.id).collect();
+            assert_eq!(self.scheduler.abandon(plan), ids);
+            ids.iter()
+                .for_each(|id| assert!(self.clients.remove(id).is_some()));
+            self.dropped += ids.len();
+        } else {
+            let sampled = self.run(&plan);
+            let progress = self.scheduler.commit(plan, sampled);
+            progress.into_iter().for_each(|progress| self.tell(progress));
+        }
+        self.scheduler.audit().unwrap();
+    }
+
+    /// The forward pass: writes the cache, and reads back what each row would attend to.
+    fn run(&mut self, plan: &StepPlan) -> Vec<Scored> {
+        let World {
+            block_size,
+            max_num_batched_tokens,
+            ..
+        } = self.world;
+        assert!(plan.tokens.len() <= max_num_batched_tokens);
+        assert!(plan.rows.is_sorted_by_key(|row| row.adapter));
+        for row in &plan.rows {
+            assert!(!self.held.contains(&row.id), "{:?} is parked", row.id);
+            let client = &self.clients[&row.id];
+            let context = [&client.request.prompt[..], &client.output[..]].concat();
+            assert_eq!(
+                row.adapter,
+                client.request.adapter.as_ref().map(|adapter| adapter.digest)
+            );
+            assert_eq!(context[row.start()..row.kv_len], plan.tokens[row.tokens.clone()]);
+            assert_eq!(
+                row.samples,
+                row.kv_len == context.len() && client.request.max_tokens > 0
+            );
+            for (position, flat) in (row.start()..row.kv_len).zip(row.tokens.clone()) {
+                assert_eq!(plan.positions[flat], position as i64);
+                let (block, offset) = (
+                    plan.tables[row.table.clone()][position / block_size],
+                    position % block_size,
+                );
+                assert_eq!(plan.slots[flat] as usize, block as usize * block_size + offset);
+                self.cache[plan.slots[flat] as usize] = Some((row.adapter, context[..=position].to_vec()));
+            }
+        }
+        let mut sampled = vec![];
+        for row in &plan.rows {
+            let client = self.clients.get_mut(&row.id).unwrap();
+            let context = [&client.request.prompt[..], &client.output[..]].concat();
+            for position in 0..row.kv_len {
+                let slot = plan.tables[row.table.clone()][position / block_size] as usize * block_size
+                    + position % block_size;
+                let expected = (row.adapter, context[..=position].to_vec());
+                assert_eq!(
+                    self.cache[slot].as_ref(),
+                    Some(&expected),
+                    "{:?} attends to a stranger",
+                    row.id
+                );
+            }
+            if client.request.sampling.prompt_logprobs().is_some() {
+                let inside = row.start() <= row.scores.start && row.scores.end <= row.kv_len;
+                assert!(row.scores.is_empty() || (inside && row.scores.start == client.scored));
+                client.scored += row.scores.len();
+            } else {
+                assert!(row.scores.is_empty());
+            }
+            if row.samples {
+                sampled.push(Scored {
+                    token: model(row.adapter, &context),
+                    logprob: 0.0,
+                    top: vec![],
+                });
+            }
+        }
+        sampled
+    }
+
+    fn tell(&mut self, Progress { id, token, end }: Progress) {
+        let client = self.clients.get_mut(&id).unwrap();
+        client.output.extend(token.map(|scored| scored.token));
+        let Some(End {
+            reason,
+            cached_tokens,
+        }) = end
+        else {
+            return;
+        };
+        let Client {
+            request,
+            output,
+            scored,
+        } = self.clients.remove(&id).unwrap();
+        assert_eq!((output, reason), answer(&request), "disturbed");
+        assert!((cached_tokens as usize) < request.prompt.len());
+        if request.sampling.prompt_logprobs().is_some() {
+            assert_eq!((scored, cached_tokens), (request.prompt.len() - 1, 0));
+        }
+        self.finished += 1;
+    }
+}
+
+#[test]
+fn every_request_ends_once_with_its_own_answer() {
+    let worlds = [
+        CALM,
+        World { n_blocks: 16, ..CALM },
+        World {
+            n_blocks: 15,
+            block_size: 4,
+            max_num_seqs: 4,
+            max_num_batched_tokens: 5,
+            ..CALM
+        },
+        World {
+            n_blocks: 20,
+            abort: 7,
+            hold: 3,
+            fail: 50,
+            ..CALM
+        },
+        World {
+            n_blocks: 60,
+            block_size: 1,
+            max_num_batched_tokens: 3,
+            abort: 20,
+            hold: 2,
+            ..CALM
+        },
+        World {
+            n_blocks: 200,
+            max_num_seqs: 30,
+            max_prefill_beside_decode: 1,
+            hold: 5,
+            fail: 100,
+            ..CALM
+        },
+    ];
+    let n_requests = 150;
+    let mut totals = vec![];
+    for (number, world) in worlds.into_iter().enumerate() {
+        for seed in 0..8 {
+            let mut simulation = Simulation::new(world, seed);
+            let mut turns = 0;
+            let mut id = 0;
+            while id < n_requests || !simulation.clients.is_empty() {
+                for _ in 0..simulation.random.below(3) {
+                    if id < n_requests {
+                        let request = request(&mut simulation.random, id);
+                        simulation.scheduler.add(request.clone()).unwrap();
+                        simulation.clients.insert(
+                            request.id,
+                            Client {
+                                request,
+                                output: vec![],
+                                scored: 0,
+                            },
+                        );
+                        id += 1;
+                    }
+                }
+                simulation.turn();
+                turns += 1;
+                assert!(
+                    turns < 20_000,
+                    "world {number} seed {seed}: {} never end",
+                    simulation.clients.len()
+                );
+            }
+            assert_eq!(simulation.finished + simulation.dropped, n_requests as usize);
+            let counts = simulation.scheduler.counts();
+            assert_eq!((counts.running, counts.waiting, counts.kv_blocks_used), (0, 0, 0));
+            totals.push(counts.totals);
+        }
+    }
+    // The worlds are worth something only if they meet all of it.
+    let sum = |counter: fn(&Totals) -> u64| totals.iter().map(counter).sum::<u64>();
+    let (preemptions, hits) = (
+        sum(|totals| totals.preemptions),
+        sum(|totals| totals.prefix_hit_tokens),
+    );
+    assert!(
+        preemptions > 300 && hits > 5000,
+        "{preemptions} preemptions, {hits} tokens of prefix hits"
+    );
+}
+
+#[test]
+fn the_same_seed_is_the_same_trace() {
+    let world = World {
+        n_blocks: 20,
+        abort: 7,
+        hold: 3,
+        fail: 50,
+        ..CALM
+    };
+    let trace = |seed| {
+        let mut simulation = Simulation::new(world, seed);
+        for id in 0..200 {
+            let request = request(&mut simulation.random, id);
+            simulation.scheduler.add(request.clone()).unwrap();
+            simulation.clients.insert(
+                request.id,
+                Client {
+                    request,
+                    output: vec![],
+                    scored: 0,
+                },
+            );
+            simulation.turn();
+        }
+        simulation.trace
+    };
+    assert_eq!(trace(3), trace(3));
+    assert_ne!(trace(3), trace(4));
+}
+
+fn plain(id: u64, prompt: Vec<TokenId>, max_tokens: u32) -> Generate {
+    let sampling = Sampling::greedy();
+    Generate {
+        id: RequestId(id),
+        prompt,
+        adapter: None,
+        sampling,
+        max_tokens,
+        stop_tokens: vec![],
+    }
+}
+
+fn scheduler(n_blocks: u32, max_waiting: usize) -> Scheduler {
+    let limits = Limits {
+        max_num_seqs: 4,
+        max_num_batched_tokens: 16,
+        max_prefill_beside_decode: 8,
+        max_waiting,
+        max_model_len: 50,
+    };
+    Scheduler::new(limits, BlockPool::new(n_blocks, 4))
+}
+
+fn step(scheduler: &mut Scheduler) -> Vec<(u64, usize)> {
+    let plan = scheduler.plan().unwrap();
+    let shape = plan.rows.iter().map(|row| (row.id.0, row.tokens.len())).collect();
+    let sample = |_| Scored {
+        token: 1,
+        logprob: 0.0,
+        top: vec![],
+    };
+    let sampled = plan.rows.iter().filter(|row| row.samples).map(sample).collect();
+    scheduler.commit(plan, sampled);
+    shape
+}
+
+#[test]
+fn a_long_prompt_does_not_stall_streams() {
+    let mut scheduler = scheduler(40, 10);
+    scheduler.add(plain(0, vec![5; 3], 9)).unwrap();
+    assert_eq!(step(&mut scheduler), [(0, 3)]);
+    scheduler.add(plain(1, (0..40).collect(), 2)).unwrap();
+    for _ in 0..5 {
+        assert_eq!(step(&mut scheduler), [(0, 1), (1, 8)]);
+    }
+    assert_eq!(step(&mut scheduler), [(0, 1), (1, 1)]);
+    scheduler.abort(RequestId(0));
+    scheduler.abort(RequestId(1));
+    scheduler.add(plain(2, (0..40).rev().collect(), 2)).unwrap();
+    assert_eq!(
+        step(&mut scheduler),
+        [(2, 16)],
+        "alone, a prompt takes the whole step"
+    );
+}
+
+#[test]
+fn what_cannot_fit_is_refused_with_its_numbers() {
+    let mut scheduler = scheduler(5, 1);
+    let cases = [
+        (plain(0, vec![], 1), "0 tokens"),
+        (plain(0, vec![1; 49], 2), "49 tokens and 2 more exceed 50"),
+        (plain(0, vec![1; 18], 4), "need 6 KV blocks of 5"),
+    ];
+    for (request, message) in cases {
+        let fault = scheduler.add(request).unwrap_err();
+        assert!(fault.to_string().contains(message), "{fault}");
+    }
+    scheduler.add(plain(0, vec![1; 18], 3)).unwrap();
+    assert_eq!(
+        scheduler.add(plain(1, vec![1], 1)),
+        Err(Fault::Overloaded { waiting: 1 })
+    );
+}
+
+#[test]
+fn parked_sequences_give_way() {
+    let mut scheduler = scheduler(8, 10);
+    for id in 0..4 {
+        scheduler.add(plain(id, vec![id as TokenId; 3], 5)).unwrap();
+    }
+    step(&mut scheduler);
+    (0..4).for_each(|id| scheduler.hold(RequestId(id)));
+    assert!(scheduler.plan().is_none());
+    scheduler.add(plain(9, vec![9; 20], 5)).unwrap();
+    assert_eq!(
+        step(&mut scheduler),
+        [(9, 16)],
+        "all places were taken by clients that do not read"
+    );
+    (0..4).for_each(|id| scheduler.release(RequestId(id)));
+    let mut turns = 0;
+    while scheduler.has_work() {
+        step(&mut scheduler);
+        scheduler.audit().unwrap();
+        turns += 1;
+        assert!(turns < 50);
+    }
+}

@@ -1,0 +1,273 @@
+//! Adapters resident beside the base: at most `max_loras`, the least recently used leaves first, never one that a
+//! running request holds. Folders are read, checked and packed by a thread of their own; the engine never waits for a
+//! disk. Not here: what a name means (router), which requests wait (engine).
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use tandem_core::id::{AdapterDigest, AdapterRef};
+use tandem_core::message::Fault;
+use tandem_core::replica::AdapterInfo;
+use tandem_kernels::weight::Precision;
+use tch::Device;
+use tokio::sync::mpsc;
+
+use crate::family::DecoderSpec;
+use crate::guard;
+use crate::lora::adapter::Adapter;
+use crate::lora::peft;
+
+/// What an adapter must fit.
+#[derive(Clone)]
+pub struct Fitting {
+    pub spec: DecoderSpec,
+    pub precision: Precision,
+    pub device: Device,
+    pub max_lora_rank: u32,
+}
+
+pub struct AdapterBank {
+    max_loras: usize,
+    slots: HashMap<AdapterDigest, Slot>,
+    /// Asked for, no slot yet.
+    queue: VecDeque<AdapterRef>,
+    /// Grows with each use: the order of last uses.
+    uses: u64,
+    loads: u64,
+    to_load: mpsc::UnboundedSender<AdapterRef>,
+    loaded: mpsc::UnboundedReceiver<Loaded>,
+}
+
+enum Slot {
+    Loading,
+    Resident(Resident),
+}
+
+struct Resident {
+    adapter: Arc<Adapter>,
+    /// Running requests that use it.
+    pins: usize,
+    last_use: u64,
+    fate: Fate,
+}
+
+#[derive(PartialEq, Eq)]
+enum Fate {
+    Stay,
+    /// Unloaded by its owner; goes with its last pin.
+    Leave,
+}
+
+/// A finished load. `Ok`: resident until something else needs the slot, so pin it at once.
+pub type Loaded = (AdapterDigest, Result<Arc<Adapter>, Fault>);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pin {
+    /// Held for the caller until [`AdapterBank::unpin`].
+    Held,
+    /// On its way: comes out of [`AdapterBank::poll_loaded`].
+    Awaited,
+}
+
+impl AdapterBank {
+    pub fn new(max_loras: usize, fitting: Fitting) -> AdapterBank {
+        let (to_load, orders) = mpsc::unbounded_channel();
+        let (results, loaded) = mpsc::unbounded_channel();
+        let loader = std::thread::Builder::new().name("tandem-adapters".to_owned());
+        loader
+            .spawn(move || load_all(orders, results, fitting))
+            .expect("the system starts a thread");
+        AdapterBank {
+            max_loras,
+            slots: HashMap::new(),
+            queue: VecDeque::new(),
+            uses: 0,
+            loads: 0,
+            to_load,
+            loaded,
+        }
+    }
+
+    /// Holds a resident adapter; begins to load one that is not.
+    pub fn pin(&mut self, adapter: &AdapterRef) -> Pin {
+        self.uses += 1;
+        match self.slots.get_mut(&adapter.digest) {
+            Some(Slot::Resident(resident)) => {
+                resident.pins += 1;
+                resident.last_use = self.uses;
+                return Pin::Held;
+            }
+            Some(Slot::Loading) => {}
+            None if self.queue.iter().any(|queued| queued.digest == adapter.digest) => {}
+            None => self.queue.push_back(adapter.clone()),
+        }
+        self.begin_loads();
+        Pin::Awaited
+    }
+
+    pub fn unpin(&mut self, digest: AdapterDigest) {
+        let Some(Slot::Resident(resident)) = self.slots.get_mut(&digest) else {
+            return;
+        };
+        resident.pins = resident.pins.checked_sub(1).expect("each pin is given back once");
+        if resident.pins == 0 && resident.fate == Fate::Leave {
+            self.slots.remove(&digest);
+        }
+        self.begin_loads();
+    }
+
+    /// A pinned adapter.
+    pub fn get(&self, digest: AdapterDigest) -> &Adapter {
+        match self.slots.get(&digest) {
+            Some(Slot::Resident(resident)) => &resident.adapter,
+            _ => panic!("adapter {} is planned but not resident", digest.short()),
+        }
+    }
+
+    /// Facts of an adapter, if it is resident.
+    pub fn info(&self, digest: AdapterDigest) -> Option<AdapterInfo> {
+        match self.slots.get(&digest)? {
+            Slot::Resident(resident) => {
+                let Resident { adapter, .. } = resident;
+                Some(AdapterInfo {
+                    digest,
+                    rank: adapter.rank() as u32,
+                    bytes: adapter.bytes(),
+                })
+            }
+            Slot::Loading => None,
+        }
+    }
+
+    /// Takes in an adapter that was made here. Without a free slot it stays on disk, as any other.
+    pub fn publish(&mut self, digest: AdapterDigest, adapter: Arc<Adapter>) {
+        if !self.slots.contains_key(&digest) && self.free_a_slot() {
+            self.queue.retain(|queued| queued.digest != digest);
+            self.seat(digest, adapter);
+        }
+    }
+
+    /// Forgets an adapter as soon as nobody uses it.
+    pub fn forget(&mut self, digest: AdapterDigest) {
+        if let Some(Slot::Resident(resident)) = self.slots.get_mut(&digest) {
+            resident.fate = Fate::Leave;
+            if resident.pins == 0 {
+                self.slots.remove(&digest);
+                self.begin_loads();
+            }
+        }
+    }
+
+    /// The next finished load. Wakes the context's task when there is none yet.
+    pub fn poll_loaded(&mut self, context: &mut Context) -> Poll<Loaded> {
+        let Poll::Ready(Some((digest, result))) = self.loaded.poll_recv(context) else {
+            return Poll::Pending;
+        };
+        match &result {
+            Ok(adapter) => {
+                self.loads += 1;
+                self.seat(digest, Arc::clone(adapter));
+            }
+            Err(_) => {
+                self.slots.remove(&digest);
+                self.begin_loads();
+            }
+        }
+        Poll::Ready((digest, result))
+    }
+
+    /// In the order of their digests.
+    pub fn residents(&self) -> Vec<AdapterDigest> {
+        let resident =
+            |(digest, slot): (&AdapterDigest, &Slot)| matches!(slot, Slot::Resident(_)).then_some(*digest);
+        let mut digests: Vec<AdapterDigest> = self.slots.iter().filter_map(resident).collect();
+        digests.sort_unstable();
+        digests
+    }
+
+    pub fn bytes(&self) -> u64 {
+        let bytes = |slot: &Slot| match slot {
+            Slot::Resident(resident) => resident.adapter.bytes(),
+            Slot::Loading => 0,
+        };
+        self.slots.values().map(bytes).sum()
+    }
+
+    pub fn loads(&self) -> u64 {
+        self.loads
+    }
+
+    fn seat(&mut self, digest: AdapterDigest, adapter: Arc<Adapter>) {
+        let resident = Resident {
+            adapter,
+            pins: 0,
+            last_use: self.uses,
+            fate: Fate::Stay,
+        };
+        self.slots.insert(digest, Slot::Resident(resident));
+    }
+
+    /// Gives queued adapters slots, first come, first served.
+    fn begin_loads(&mut self) {
+        while !self.queue.is_empty() && self.free_a_slot() {
+            let adapter = self.queue.pop_front().expect("the queue is not empty");
+            self.slots.insert(adapter.digest, Slot::Loading);
+            self.to_load
+                .send(adapter)
+                .expect("the loader lives as long as its orders can come");
+        }
+    }
+
+    fn free_a_slot(&mut self) -> bool {
+        if self.slots.len() < self.max_loras {
+            return true;
+        }
+        let idle = self.slots.iter().filter_map(|(digest, slot)| match slot {
+            Slot::Resident(resident) if resident.pins == 0 => Some((resident.last_use, *digest)),
+            _ => None,
+        });
+        let Some((_, digest)) = idle.min() else {
+            return false;
+        };
+        self.slots.remove(&digest);
+        true
+    }
+}
+
+fn load_all(
+    mut orders: mpsc::UnboundedReceiver<AdapterRef>,
+    results: mpsc::UnboundedSender<Loaded>,
+    fitting: Fitting,
+) {
+    while let Some(adapter) = orders.blocking_recv() {
+        let loaded = guard::torch(|| load(&adapter, &fitting)).unwrap_or_else(|fault| Err(fault.to_string()));
+        let place = adapter.folder.display();
+        let loaded =
+            loaded.map_err(|why| Fault::Adapter(format!("cannot load the adapter in {place}: {why}")));
+        if results.send((adapter.digest, loaded)).is_err() {
+            return;
+        }
+    }
+}
+
+fn load(adapter: &AdapterRef, fitting: &Fitting) -> Result<Arc<Adapter>, String> {
+    let Fitting {
+        spec,
+        precision,
+        device,
+        max_lora_rank,
+    } = fitting;
+    // Before anything is made of it: KV is found by this digest, and answers are said to come from it.
+    let digest = peft::digest(&adapter.folder).map_err(|error| error.to_string())?;
+    if digest != adapter.digest {
+        return Err(format!(
+            "its content is {}, {} was asked",
+            digest.short(),
+            adapter.digest.short()
+        ));
+    }
+    let params = peft::read(&adapter.folder, spec, *max_lora_rank).map_err(|error| error.to_string())?;
+    let packed = Adapter::new(&params, *precision, *device).map_err(|error| error.to_string())?;
+    Ok(Arc::new(packed))
+}

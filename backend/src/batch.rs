@@ -1,0 +1,118 @@
+//! A [`StepPlan`] as the decoder takes it: sequences of the cache, groups of rows by adapter, rows whose logits are
+//! wanted. Not here: what to run (core), how (model).
+
+use std::ops::Range;
+
+use tandem_core::TokenId;
+use tandem_core::id::{AdapterDigest, RequestId};
+use tandem_core::sched::{Row, StepPlan};
+use tandem_kernels::attention::{KvCache, PagedSeq};
+use tch::Tensor;
+
+use crate::lora::adapter::{Adapter, AdapterRows};
+use crate::model::{Batch, Context};
+
+/// What a [`Batch`] borrows beside the plan.
+pub struct StepInputs<'a> {
+    plan: &'a StepPlan,
+    seqs: Vec<PagedSeq<'a>>,
+    lora: Vec<AdapterRows<'a>>,
+}
+
+impl<'a> StepInputs<'a> {
+    /// `adapter` finds a resident adapter: the plan names only such.
+    pub fn new(plan: &'a StepPlan, adapter: impl Fn(AdapterDigest) -> &'a Adapter) -> StepInputs<'a> {
+        let mut lora: Vec<(AdapterDigest, Range<usize>)> = vec![];
+        let mut seqs = Vec::with_capacity(plan.rows.len());
+        for row in &plan.rows {
+            let table = &plan.tables[row.table.clone()];
+            seqs.push(PagedSeq {
+                rows: row.tokens.clone(),
+                table,
+                kv_len: row.kv_len,
+            });
+            let Some(digest) = row.adapter else { continue };
+            match lora.last_mut() {
+                // The plan is sorted by adapter, so equal neighbours are one group.
+                Some((last, rows)) if *last == digest => rows.end = row.tokens.end,
+                _ => lora.push((digest, row.tokens.clone())),
+            }
+        }
+        let lora = lora
+            .into_iter()
+            .map(|(digest, rows)| AdapterRows {
+                rows,
+                adapter: adapter(digest),
+            })
+            .collect();
+        StepInputs { plan, seqs, lora }
+    }
+
+    pub fn batch(&'a self, cache: &'a KvCache) -> Batch<'a> {
+        let StepPlan {
+            tokens,
+            positions,
+            slots,
+            ..
+        } = self.plan;
+        let context = Context::Paged {
+            cache,
+            slots,
+            seqs: &self.seqs,
+        };
+        Batch {
+            tokens,
+            positions,
+            context,
+            lora: &self.lora,
+        }
+    }
+}
+
+/// Flat indices of the rows that choose a next token, in the plan's order.
+pub fn sampled_rows(plan: &StepPlan) -> Vec<i64> {
+    plan.rows
+        .iter()
+        .filter(|row| row.samples)
+        .map(|row| row.tokens.end as i64 - 1)
+        .collect()
+}
+
+/// A prompt position whose logits score the prompt token after it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ScoredRow {
+    pub id: RequestId,
+    /// Flat index of the hidden row.
+    pub row: i64,
+    /// The token that came.
+    pub target: TokenId,
+    pub n_top: u32,
+}
+
+/// `next(row, position)`: the prompt token after `position`, and how many alternatives its client wants.
+pub fn scored_rows(plan: &StepPlan, next: impl Fn(&Row, usize) -> (TokenId, u32)) -> Vec<ScoredRow> {
+    let mut scored = vec![];
+    for row in &plan.rows {
+        for position in row.scores.clone() {
+            let (target, n_top) = next(row, position);
+            let flat = row.tokens.start + position - row.start();
+            scored.push(ScoredRow {
+                id: row.id,
+                row: flat as i64,
+                target,
+                n_top,
+            });
+        }
+    }
+    scored
+}
+
+/// `hidden [T, H]` -> `[rows.len(), H]`, without a copy when that is all of it.
+pub fn select(hidden: &Tensor, rows: &[i64]) -> Tensor {
+    let all = rows.len() as i64 == hidden.size()[0];
+    match all {
+        // Indices are ascending and distinct, so as many as there are is each of them.
+        true => hidden.shallow_clone(),
+        false => hidden.index_select(0, &Tensor::from_slice(rows).to_device(hidden.device())),
+    }
+}

@@ -1,0 +1,450 @@
+//! The turn loop of a replica: one thread that owns model, cache, adapters and trainer, plans, runs, commits and
+//! tells. Read [`Engine::turn`] first. Not here: which tokens run (core), the forward (model), how a job trains (train).
+
+mod clients;
+mod inbox;
+mod job;
+#[cfg(test)]
+mod tests;
+
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use tandem_core::message::{Event, Fault, Generate, Scored};
+use tandem_core::replica::Command;
+use tandem_core::sched::{Scheduler, StepPlan};
+use tandem_core::stats::Stats;
+use tandem_core::{TokenId, id::RequestId};
+use tandem_kernels::attention::KvCache;
+use tokio::sync::{mpsc, watch};
+use tracing::warn;
+
+use crate::bank::{AdapterBank, Pin};
+use crate::batch::{self, ScoredRow, StepInputs};
+use crate::guard::{self, TorchFault};
+use crate::model::Decoder;
+use crate::pace::{Load, Pace};
+use crate::sample::{self, Ask, NotFinite};
+use clients::{Client, Clients, Delivery};
+use inbox::{Inbox, Word};
+use job::{Job, Supervisor};
+
+/// Bytes of logits at a time when prompts are scored: `[T, V]` never exists whole.
+const SCORE_BYTES: usize = 32 << 20;
+/// Between two looks at clients that did not read, when there is nothing else to do.
+const PARKED_POLL: Duration = Duration::from_millis(2);
+/// Turns between two looks for clients that left before anything was said to them.
+const SWEEP_TURNS: u64 = 32;
+
+pub struct Engine {
+    decoder: Decoder,
+    cache: KvCache,
+    scheduler: Scheduler,
+    bank: AdapterBank,
+    clients: Clients,
+    inbox: Inbox,
+    job: Option<Job>,
+    /// Supervisors of jobs that are over, with events they have not read.
+    farewells: Vec<Supervisor>,
+    pace: Pace,
+    counters: Counters,
+    stats: watch::Sender<Stats>,
+    seed: u64,
+}
+
+/// What [`Stats`] counts beyond the scheduler's and the bank's numbers.
+#[derive(Default)]
+struct Counters {
+    turns: u64,
+    steps: u64,
+    failed_steps: u64,
+    step_seconds: f64,
+    trained_tokens: u64,
+    train_steps: u64,
+    train_seconds: f64,
+}
+
+/// What an engine is made of.
+pub struct Parts {
+    pub decoder: Decoder,
+    pub cache: KvCache,
+    pub scheduler: Scheduler,
+    pub bank: AdapterBank,
+    pub commands: mpsc::Receiver<Command>,
+    pub stats: watch::Sender<Stats>,
+    /// Of requests that bring none.
+    pub seed: u64,
+}
+
+/// What a step computed.
+struct Output {
+    /// For each row that samples, in the plan's order.
+    sampled: Vec<Result<Scored, NotFinite>>,
+    /// In the plan's order, positions ascending.
+    scored: Vec<(RequestId, Result<Scored, NotFinite>)>,
+}
+
+impl Engine {
+    pub fn new(parts: Parts) -> Engine {
+        let Parts {
+            decoder,
+            cache,
+            scheduler,
+            bank,
+            commands,
+            stats,
+            seed,
+        } = parts;
+        Engine {
+            decoder,
+            cache,
+            scheduler,
+            bank,
+            clients: Clients::default(),
+            inbox: Inbox::new(commands),
+            job: None,
+            farewells: vec![],
+            pace: Pace::default(),
+            counters: Counters::default(),
+            stats,
+            seed,
+        }
+    }
+
+    /// Until [`Command::Stop`], until nobody can send commands any more, or until the device is lost. The statistics'
+    /// channel closes after it.
+    pub fn run(mut self) {
+        let _no_grad = tch::no_grad_guard();
+        while self.turn().is_continue() {}
+        self.stop();
+    }
+
+    /// One turn: hear, plan, run, commit, tell; then, if the pace allows, train a little.
+    fn turn(&mut self) -> ControlFlow<()> {
+        self.hear()?;
+        if let Some(plan) = self.scheduler.plan() {
+            let began = Instant::now();
+            let result = guard::torch(|| self.step(&plan));
+            let took = began.elapsed();
+            self.pace.stepped(took);
+            self.counters.steps += 1;
+            self.counters.step_seconds += took.as_secs_f64();
+            match result {
+                Ok(output) => self.tell(plan, output),
+                Err(fault) => self.recover(plan, fault)?,
+            }
+        }
+        self.train_within()?;
+        self.publish();
+        ControlFlow::Continue(())
+    }
+
+    /// Takes in all that was said; waits for more only when there is nothing to do.
+    fn hear(&mut self) -> ControlFlow<()> {
+        self.counters.turns += 1;
+        if self.counters.turns.is_multiple_of(SWEEP_TURNS) {
+            self.clients.left().into_iter().for_each(|id| self.forget(id));
+        }
+        self.deliver_parked();
+        while !self.has_work() {
+            // Whoever watches sees the last word before the silence.
+            self.publish();
+            let paused = self.job.is_some() || !self.farewells.is_empty();
+            let patience = (paused || self.clients.is_any_parked()).then_some(PARKED_POLL);
+            match self.inbox.wait(&mut self.bank, patience) {
+                Some(word) => self.obey(word)?,
+                None => {
+                    self.clients.left().into_iter().for_each(|id| self.forget(id));
+                    self.deliver_parked();
+                }
+            }
+        }
+        while let Some(word) = self.inbox.try_next(&mut self.bank) {
+            self.obey(word)?;
+        }
+        ControlFlow::Continue(())
+    }
+
+    fn has_work(&self) -> bool {
+        self.scheduler.has_work() || self.job.as_ref().is_some_and(Job::can_go_on)
+    }
+
+    fn obey(&mut self, word: Word) -> ControlFlow<()> {
+        match word {
+            Word::Command(Command::Generate(request, events)) => self.admit(request, events),
+            Word::Command(Command::Abort(id)) => self.forget(id),
+            Word::Command(Command::LoadAdapter(adapter, reply)) => match self.bank.info(adapter.digest) {
+                // Whoever asked may be gone; that is no reason to unload.
+                Some(info) => drop(reply.send(Ok(info))),
+                None => {
+                    self.bank.pin(&adapter);
+                    self.clients.await_adapter(adapter.digest, reply);
+                }
+            },
+            Word::Command(Command::UnloadAdapter(digest)) => self.bank.forget(digest),
+            Word::Command(Command::StartJob(spec, events)) => self.start_job(*spec, events),
+            Word::Command(Command::CancelJob(id)) => self.cancel_job(&id),
+            Word::Command(Command::Stop) | Word::NobodyLeft => return ControlFlow::Break(()),
+            Word::Loaded((digest, result)) => {
+                for id in self.clients.awaiting(digest) {
+                    match &result {
+                        Ok(_) => self.resume_with_adapter(id),
+                        Err(fault) => self.fail(id, fault.clone()),
+                    }
+                }
+                let info = result.map(|_| self.bank.info(digest).expect("it was loaded just now"));
+                self.clients.answer_adapter(digest, info);
+            }
+        }
+        ControlFlow::Continue(())
+    }
+
+    fn admit(&mut self, request: Generate, events: mpsc::Sender<Event>) {
+        let (id, vocab) = (request.id, self.decoder.spec.vocab);
+        // Whoever sends it has checked it; but one wrong id would cost a whole step's requests.
+        let foreign = request.prompt.iter().find(|&&token| i64::from(token) >= vocab);
+        let refused = match foreign {
+            Some(token) => Err(Fault::TooLarge(format!(
+                "token {token} is not in the vocabulary of {vocab}"
+            ))),
+            None if self.clients.has(id) => Err(Fault::TooLarge(format!("request {} is already here", id.0))),
+            None => Ok(()),
+        };
+        let client = Client::new(&request, events, self.seed);
+        let adapter = request.adapter.clone();
+        if let Err(fault) = refused.and_then(|()| self.scheduler.add(request)) {
+            client.refuse(fault);
+            return;
+        }
+        self.clients.insert(id, client);
+        if let Some(adapter) = adapter {
+            match self.bank.pin(&adapter) {
+                Pin::Held => self.clients.pinned(id),
+                Pin::Awaited => self.scheduler.hold(id),
+            }
+        }
+    }
+
+    fn resume_with_adapter(&mut self, id: RequestId) {
+        let adapter = self.clients.adapter(id).expect("it waits for an adapter").clone();
+        if self.bank.pin(&adapter) == Pin::Held {
+            self.clients.pinned(id);
+            self.scheduler.release(id);
+        }
+    }
+
+    /// The forward of a plan, and everything read off its logits.
+    fn step(&self, plan: &StepPlan) -> Output {
+        let inputs = StepInputs::new(plan, |digest| self.bank.get(digest));
+        let hidden = self.decoder.forward(&inputs.batch(&self.cache)); // [T, H]
+        let rows = batch::sampled_rows(plan);
+        let sampled = match rows.is_empty() {
+            true => vec![],
+            false => {
+                let logits = self.decoder.head(&batch::select(&hidden, &rows)); // [S, V]
+                let asks = plan.rows.iter().filter(|row| row.samples).map(|row| Ask {
+                    view: self
+                        .scheduler
+                        .view(row)
+                        .expect("nothing was aborted since the plan"),
+                    seed: self.clients.seed(row.id),
+                });
+                sample::sample(&logits, &asks.collect::<Vec<_>>())
+            }
+        };
+        let wanted = batch::scored_rows(plan, |row, position| {
+            let view = self
+                .scheduler
+                .view(row)
+                .expect("nothing was aborted since the plan");
+            let n_top = view
+                .sampling
+                .prompt_logprobs()
+                .expect("only such prompts are scored");
+            (view.prompt[position + 1], n_top)
+        });
+        let at_once = (SCORE_BYTES / (4 * self.decoder.spec.vocab as usize)).max(1);
+        let mut scored = Vec::with_capacity(wanted.len());
+        for chunk in wanted.chunks(at_once) {
+            let rows: Vec<i64> = chunk.iter().map(|wanted| wanted.row).collect();
+            let targets: Vec<(TokenId, u32)> =
+                chunk.iter().map(|wanted| (wanted.target, wanted.n_top)).collect();
+            let logits = self.decoder.head(&batch::select(&hidden, &rows)); // [chunk, V]
+            let ids = chunk.iter().map(|&ScoredRow { id, .. }| id);
+            scored.extend(ids.zip(sample::score(&logits, &targets)));
+        }
+        Output { sampled, scored }
+    }
+
+    /// Commits a step and tells its clients. A row with broken logits fails alone.
+    fn tell(&mut self, plan: StepPlan, output: Output) {
+        let Output { sampled, scored } = output;
+        let sampling = plan.rows.iter().filter(|row| row.samples).map(|row| row.id);
+        let failed: Vec<RequestId> = {
+            let sampled = sampling
+                .zip(&sampled)
+                .filter(|(_, token)| token.is_err())
+                .map(|(id, _)| id);
+            let scored = scored
+                .iter()
+                .filter(|(_, score)| score.is_err())
+                .map(|(id, _)| *id);
+            sampled.chain(scored).collect()
+        };
+        for id in failed {
+            self.fail(id, Fault::Step(NotFinite.to_string()));
+        }
+        for (id, score) in scored
+            .into_iter()
+            .filter_map(|(id, score)| Some((id, score.ok()?)))
+        {
+            self.clients.scored(id, score);
+        }
+        let ids: Vec<RequestId> = plan.rows.iter().map(|row| row.id).collect();
+        // The scheduler skips the rows of those that failed; it only needs their places taken.
+        let nothing = || Scored {
+            token: 0,
+            logprob: 0.0,
+            top: vec![],
+        };
+        let sampled = sampled
+            .into_iter()
+            .map(|token| token.unwrap_or_else(|NotFinite| nothing()))
+            .collect();
+        let progress = self.scheduler.commit(plan, sampled);
+        for id in ids {
+            if let Some(prompt) = self.clients.whole_prompt(id) {
+                self.send(id, Event::Prompt(prompt));
+            }
+        }
+        for progress in progress {
+            let id = progress.id;
+            if let Some(token) = progress.token {
+                self.send(id, Event::Token(token));
+            }
+            if let Some(end) = progress.end {
+                self.send(
+                    id,
+                    Event::Finished {
+                        reason: end.reason,
+                        cached_tokens: end.cached_tokens,
+                    },
+                );
+                self.end(id);
+            }
+        }
+    }
+
+    /// A failed step costs its requests; a lost device the replica.
+    fn recover(&mut self, plan: StepPlan, fault: TorchFault) -> ControlFlow<()> {
+        self.counters.failed_steps += 1;
+        let ids = self.scheduler.abandon(plan);
+        warn!(requests = ids.len(), %fault, "a step failed");
+        for id in ids {
+            self.fail(id, Fault::Step(fault.message.clone()));
+        }
+        match fault.kills_device() {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
+    }
+
+    fn send(&mut self, id: RequestId, event: Event) {
+        match self.clients.send(id, event) {
+            Delivery::Done => {}
+            Delivery::Parked => self.scheduler.hold(id),
+            Delivery::Left => self.forget(id),
+        }
+    }
+
+    fn deliver_parked(&mut self) {
+        for (id, delivery) in self.clients.deliver_parked() {
+            match delivery {
+                Delivery::Done => self.scheduler.release(id),
+                Delivery::Parked => {}
+                Delivery::Left => self.forget(id),
+            }
+        }
+        self.farewells
+            .retain_mut(|supervisor| supervisor.deliver() == Delivery::Parked);
+    }
+
+    fn fail(&mut self, id: RequestId, fault: Fault) {
+        self.clients.send(id, Event::Failed(fault));
+        self.scheduler.abort(id);
+        self.end(id);
+    }
+
+    /// The client left.
+    fn forget(&mut self, id: RequestId) {
+        self.scheduler.abort(id);
+        self.end(id);
+    }
+
+    /// A request is over; its last events may still wait to be read.
+    fn end(&mut self, id: RequestId) {
+        if let Some(digest) = self.clients.end(id) {
+            self.bank.unpin(digest);
+        }
+    }
+
+    fn load(&self) -> Load {
+        if self.scheduler.has_work() {
+            Load::Serving
+        } else {
+            Load::Idle
+        }
+    }
+
+    fn stop(mut self) {
+        self.inbox.close();
+        self.keep_job();
+        // What came too late hears it too.
+        while let Some(word) = self.inbox.try_next(&mut self.bank) {
+            match word {
+                Word::Command(Command::Generate(request, events)) => {
+                    Client::new(&request, events, self.seed).refuse(Fault::ShuttingDown);
+                }
+                Word::Command(Command::LoadAdapter(_, reply)) => drop(reply.send(Err(Fault::ShuttingDown))),
+                Word::NobodyLeft => break,
+                _ => {}
+            }
+        }
+        self.clients.shut_down();
+        self.publish();
+    }
+
+    fn publish(&self) {
+        let counts = self.scheduler.counts();
+        let Counters {
+            turns: _,
+            steps,
+            failed_steps,
+            step_seconds,
+            trained_tokens,
+            train_steps,
+            train_seconds,
+        } = self.counters;
+        self.stats.send_replace(Stats {
+            running: counts.running as u32,
+            waiting: counts.waiting as u32,
+            kv_blocks_total: counts.kv_blocks_total as u32,
+            kv_blocks_used: counts.kv_blocks_used as u32,
+            steps,
+            prompt_tokens: counts.totals.prompt_tokens,
+            generated_tokens: counts.totals.generated_tokens,
+            prefix_queried_tokens: counts.totals.prefix_queried_tokens,
+            prefix_hit_tokens: counts.totals.prefix_hit_tokens,
+            preemptions: counts.totals.preemptions,
+            failed_steps,
+            step_seconds,
+            resident_adapters: self.bank.residents(),
+            adapter_bytes: self.bank.bytes(),
+            adapter_loads: self.bank.loads(),
+            trained_tokens,
+            train_steps,
+            train_seconds,
+            job_running: self.job.is_some(),
+        });
+    }
+}

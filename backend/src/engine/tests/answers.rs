@@ -1,0 +1,191 @@
+//! What is said: right, and the same bits whatever runs beside it.
+
+use super::*;
+
+/// The cases' prompts, alone and continued (longer than a KV block), scored or not, greedy or drawn.
+fn varied(cases: &[Case]) -> Vec<Generate> {
+    let drawn = |seed| RawSampling {
+        seed: Some(seed),
+        top_p: Some(0.9),
+        logprobs: Some(2),
+        ..RawSampling::default()
+    };
+    let scored = || RawSampling {
+        logprobs: Some(3),
+        prompt_logprobs: Some(2),
+        ..greedy()
+    };
+    let mut requests = vec![];
+    for (
+        i,
+        Case {
+            prompt,
+            greedy: continuation,
+            ..
+        },
+    ) in cases.iter().enumerate()
+    {
+        let long = [&prompt[..], continuation].concat();
+        requests.push(request(
+            prompt,
+            40,
+            RawSampling {
+                logprobs: Some(5),
+                ..greedy()
+            },
+        ));
+        requests.push(request(&long, 20, drawn(i as u64)));
+        requests.push(request(&long, 8, scored()));
+        let shorter = &long[..long.len().min(33)];
+        requests.push(request(
+            shorter,
+            1 + i as u32,
+            RawSampling {
+                frequency_penalty: Some(0.5),
+                ..drawn(7)
+            },
+        ));
+        requests.push(request(&long, 0, scored()));
+    }
+    requests
+}
+
+#[test]
+fn it_says_what_transformers_says() {
+    let Some(folder) = story() else { return };
+    let mut rig = Rig::new(options(&folder));
+    for Case {
+        prompt,
+        prompt_logprobs,
+        greedy: expected,
+    } in cases(&folder)
+    {
+        let raw = RawSampling {
+            logprobs: Some(1),
+            prompt_logprobs: Some(0),
+            ..greedy()
+        };
+        let answer = rig.ask(Generate {
+            stop_tokens: vec![],
+            ..request(&prompt, expected.len() as u32, raw)
+        });
+        assert_eq!(answer.ids(), expected);
+        assert_eq!(answer.end, Some(Ok((FinishReason::Length, 0))));
+        let scores = answer.prompt.unwrap();
+        assert_eq!((scores.len(), &scores[0]), (prompt.len(), &None));
+        for ((score, &token), expected) in scores[1..]
+            .iter()
+            .flatten()
+            .zip(&prompt[1..])
+            .zip(prompt_logprobs)
+        {
+            assert_eq!(score.token, token);
+            assert!(
+                (f64::from(score.logprob) - expected).abs() < 1e-3,
+                "{} is not {expected}",
+                score.logprob
+            );
+        }
+        // A generated token is the best one, by the same float.
+        answer
+            .tokens
+            .iter()
+            .for_each(|token| assert_eq!(token.top, [(token.token, token.logprob)]));
+        let eos = rig.ask(Generate {
+            stop_tokens: vec![expected[3]],
+            ..request(&prompt, 48, greedy())
+        });
+        let until = expected.iter().position(|&id| id == expected[3]).unwrap();
+        assert_eq!(
+            (eos.ids(), eos.content().2),
+            (expected[..=until].to_vec(), FinishReason::Stop(expected[3]))
+        );
+    }
+}
+
+#[test]
+fn answers_are_the_same_bits_whatever_runs_beside_them() {
+    let Some(folder) = story() else { return };
+    let requests = varied(&cases(&folder));
+    // Each request in an engine that has nothing else to do and nothing in its cache.
+    let mut alone = Rig::new(options(&folder));
+    let expected: Vec<_> = requests
+        .iter()
+        .map(|request| {
+            let answer = alone.ask(request.clone()).content();
+            // Fill the cache with other prefixes' blocks: the next request finds nothing of its own.
+            alone = Rig::new(options(&folder));
+            answer
+        })
+        .collect();
+    let block_bytes = alone.handle.info.kv_bytes / u64::from(alone.handle.info.kv_blocks);
+    let worlds = [
+        ("batched", options(&folder)),
+        (
+            "chunked",
+            Options {
+                max_num_batched_tokens: 7,
+                ..options(&folder)
+            },
+        ),
+        (
+            "one by one token",
+            Options {
+                max_num_batched_tokens: 1,
+                ..options(&folder)
+            },
+        ),
+        (
+            "preempted",
+            Options {
+                kv_cache_bytes: Some(4 * block_bytes),
+                max_model_len: Some(128),
+                ..options(&folder)
+            },
+        ),
+        (
+            "one thread",
+            Options {
+                threads: Some(1),
+                ..options(&folder)
+            },
+        ),
+    ];
+    for (world, options) in worlds {
+        let mut rig = Rig::new(options);
+        for round in ["cold", "cached"] {
+            let answers = rig.ask_all(&requests);
+            for (i, (answer, expected)) in answers.iter().zip(&expected).enumerate() {
+                assert_eq!(&answer.content(), expected, "request {i}, {world}, {round}");
+            }
+        }
+        let stats = rig.stats();
+        assert!(world != "preempted" || stats.preemptions > 0, "{stats:?}");
+        assert!(stats.prefix_hit_tokens > 0, "{world}: {stats:?}");
+        rig.wait_until("free again", |stats| {
+            stats.kv_blocks_used == 0 && stats.running == 0
+        });
+    }
+}
+
+#[test]
+fn seeds_decide_draws() {
+    let Some(folder) = story() else { return };
+    let prompt = &cases(&folder)[0].prompt;
+    let draw = |rig: &mut Rig, seed| {
+        let raw = RawSampling {
+            seed,
+            temperature: Some(1.2),
+            ..RawSampling::default()
+        };
+        rig.ask(request(prompt, 24, raw)).ids()
+    };
+    let (mut one, mut two) = (Rig::new(options(&folder)), Rig::new(options(&folder)));
+    assert_eq!(draw(&mut one, Some(5)), draw(&mut two, Some(5)));
+    assert_ne!(draw(&mut one, Some(5)), draw(&mut one, Some(6)));
+    assert_ne!(
+        draw(&mut one, None),
+        draw(&mut one, None),
+        "without a seed each request draws its own"
+    );
+}

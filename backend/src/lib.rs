@@ -1,0 +1,19 @@
+//! One replica: model, cache, adapters and trainer on one engine thread that plans, runs, commits and tells.
+//! Not here: text, HTTP, names, files of clients, SQL.
+
+pub mod bank;
+pub mod batch;
+pub mod engine;
+pub mod family;
+pub mod guard;
+pub mod lora;
+pub mod model;
+pub mod pace;
+pub mod sample;
+pub mod start;
+pub mod train;
+pub mod weights;
+pub mod words;
+
+pub use start::{Dtype, Options, start};
+pub use weights::LoadError;

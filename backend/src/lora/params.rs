@@ -1,0 +1,157 @@
+//! An adapter's numbers: one flat float32 buffer and its shape. What training steps over and PEFT files hold.
+
+use std::ops::Range;
+
+use tandem_core::job::Lora;
+use tandem_core::rng;
+use tch::{Device, Kind, Tensor};
+
+use crate::family::DecoderSpec;
+use crate::family::site::Site;
+
+/// Which modules of which layers are adapted, with what rank and scale. Layers and ranks may be ragged.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdapterShape {
+    /// `[layer][site]`
+    sites: Vec<[Option<SiteShape>; 4]>,
+    len: i64,
+}
+
+/// The adapted parts of one fused linear. In the flat buffer: the A of all parts (each `[r, inputs]`, so they are also
+/// one `[R, inputs]` matrix), then the B of all parts (each `[width, r]`).
+#[derive(Clone, Debug, PartialEq)]
+pub struct SiteShape {
+    pub inputs: i64,
+    pub parts: Vec<PartShape>,
+    offset: i64,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct PartShape {
+    /// `model.layers.0.self_attn.q_proj`
+    pub path: String,
+    /// Of the fused linear's output.
+    pub columns: Range<i64>,
+    /// Rows of this part in the stacked A.
+    pub ranks: Range<i64>,
+    /// alpha / r, or alpha / sqrt(r).
+    pub scale: f64,
+    b_offset: i64,
+}
+
+impl PartShape {
+    pub fn rank(&self) -> i64 {
+        self.ranks.end - self.ranks.start
+    }
+    pub fn width(&self) -> i64 {
+        self.columns.end - self.columns.start
+    }
+}
+
+impl SiteShape {
+    /// Rows of the stacked A.
+    pub fn rank(&self) -> i64 {
+        self.parts.iter().map(PartShape::rank).sum()
+    }
+}
+
+impl AdapterShape {
+    /// `choose(path, name)` gives the rank and scale of a module, or `None` when it is not adapted.
+    pub fn build(spec: &DecoderSpec, mut choose: impl FnMut(&str, &str) -> Option<(i64, f64)>) -> AdapterShape {
+        let mut len = 0;
+        let mut site_shape = |layer, site| {
+            let spec = spec.site(layer, site);
+            let offset = len;
+            let mut ranks = 0;
+            let mut parts: Vec<PartShape> = vec![];
+            for part in spec.parts {
+                let Some((r, scale)) = choose(&part.path, part.name) else { continue };
+                let first = ranks;
+                ranks += r;
+                let ranks = first..ranks;
+                parts.push(PartShape { path: part.path, columns: part.columns, ranks, scale, b_offset: 0 });
+            }
+            len += ranks * spec.inputs;
+            for part in &mut parts {
+                part.b_offset = len;
+                len += part.width() * part.rank();
+            }
+            (!parts.is_empty()).then_some(SiteShape { inputs: spec.inputs, parts, offset })
+        };
+        let sites = (0..spec.layers.len()).map(|layer| Site::ALL.map(|site| site_shape(layer, site))).collect();
+        AdapterShape { sites, len }
+    }
+
+    /// One rank and scale for the named modules of every layer.
+    pub fn new(spec: &DecoderSpec, lora: &Lora) -> AdapterShape {
+        let targets = |name: &str| lora.target_modules.iter().any(|target| target == name);
+        AdapterShape::build(spec, |_, name| targets(name).then(|| (i64::from(lora.r), lora.scale())))
+    }
+
+    /// Numbers in the flat buffer.
+    pub fn len(&self) -> i64 {
+        self.len
+    }
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+    pub fn layers(&self) -> usize {
+        self.sites.len()
+    }
+    pub fn site(&self, layer: usize, site: Site) -> Option<&SiteShape> {
+        self.sites[layer][site.index()].as_ref()
+    }
+    /// Every adapted linear, in buffer order.
+    pub fn iter(&self) -> impl Iterator<Item = (usize, Site, &SiteShape)> {
+        (0..self.sites.len())
+            .flat_map(move |layer| Site::ALL.into_iter().filter_map(move |site| Some((layer, site, self.site(layer, site)?))))
+    }
+    /// Largest rank of a part.
+    pub fn max_rank(&self) -> i64 {
+        self.iter().flat_map(|(_, _, site)| &site.parts).map(PartShape::rank).max().unwrap_or(0)
+    }
+}
+
+/// Numbers of an adapter, or anything shaped like them (gradients).
+pub struct AdapterParams {
+    /// `[P]` float32 on the CPU.
+    pub flat: Tensor,
+    pub shape: AdapterShape,
+}
+
+impl AdapterParams {
+    pub fn zeros(shape: AdapterShape) -> AdapterParams {
+        AdapterParams { flat: Tensor::zeros([shape.len()], (Kind::Float, Device::Cpu)), shape }
+    }
+
+    /// A uniform in +-1/sqrt(inputs), B zero: PEFT's default (kaiming_uniform with a = sqrt 5).
+    pub fn init(shape: AdapterShape, seed: u64) -> AdapterParams {
+        let mut numbers = vec![0f32; shape.len() as usize];
+        for (_, _, site) in shape.iter() {
+            let bound = 1.0 / (site.inputs as f64).sqrt();
+            let a = site.offset as usize..(site.offset + site.rank() * site.inputs) as usize;
+            for i in a {
+                numbers[i] = ((2.0 * rng::uniform(seed, INIT_STREAM, i as u64) - 1.0) * bound) as f32;
+            }
+        }
+        AdapterParams { flat: Tensor::from_slice(&numbers), shape }
+    }
+
+    /// The stacked A `[R, inputs]`, a view.
+    pub fn a(&self, site: &SiteShape) -> Tensor {
+        self.flat.narrow(0, site.offset, site.rank() * site.inputs).view([site.rank(), site.inputs])
+    }
+
+    /// One part's A `[r, inputs]`, a view.
+    pub fn part_a(&self, site: &SiteShape, part: &PartShape) -> Tensor {
+        self.a(site).narrow(0, part.ranks.start, part.rank())
+    }
+
+    /// One part's B `[width, r]`, a view.
+    pub fn b(&self, part: &PartShape) -> Tensor {
+        self.flat.narrow(0, part.b_offset, part.width() * part.rank()).view([part.width(), part.rank()])
+    }
+}
+
+/// Keeps the draws of initialisation apart from those of shuffling and dropout.
+const INIT_STREAM: u64 = 0x1417;

@@ -1,0 +1,129 @@
+//! The backward of one layer, written out: the mirror of `Decoder::wire`, read it beside that. Base weights are
+//! frozen (`dx = dy W` only) unless everything is trained. Checked against peft's gradients (tests/numerics).
+
+use tandem_kernels::activation::{gated, gated_backward};
+use tandem_kernels::attention::packed_backward;
+use tandem_kernels::linear::linear_backward;
+use tandem_kernels::matmul;
+use tandem_kernels::norm::{rms_norm, rms_norm_backward};
+use tch::Tensor;
+
+use super::full::{FullParams, Slot};
+use super::{Decoder, Saved, TrainPass, Trainable, heads, options, split_qkv};
+use crate::family::site::Site;
+use crate::lora::params::AdapterParams;
+
+/// Where gradients are added: shaped like what is trained.
+pub enum Grads {
+    Lora(AdapterParams),
+    Full(FullParams),
+}
+
+impl Grads {
+    /// All of them, `[P]` float32.
+    pub fn flat(&self) -> &Tensor {
+        match self {
+            Grads::Lora(grads) => &grads.flat,
+            Grads::Full(grads) => &grads.flat,
+        }
+    }
+
+    fn add(&self, slot: Slot, gradient: impl FnOnce() -> Tensor) {
+        if let Grads::Full(grads) = self {
+            let _ = grads.view(slot).g_add_(&gradient());
+        }
+    }
+}
+
+impl Decoder {
+    /// `doutput [T, H]` of layer `i` to `dinput [T, H]`; parameters' gradients are added to `grads`.
+    pub fn layer_backward(&self, i: usize, saved: Saved, doutput: Tensor, pass: &TrainPass, grads: &mut Grads) -> Tensor {
+        let Saved { input, qkv, attended, middle, gate_up, shrunk } = saved;
+        let (layer, spec, eps) = (&self.layers[i], &self.spec.layers[i], self.spec.norm_eps);
+        let site = |site: Site, x: &Tensor, dy: &Tensor| {
+            self.linear_site_backward(i, site, x, shrunk[site.index()].as_ref(), dy, pass, grads)
+        };
+
+        let activated = gated(&gate_up, spec.mlp.activation);
+        let dactivated = site(Site::Down, &activated, &doutput);
+        drop(activated);
+        let dgate_up = gated_backward(&gate_up, &dactivated, spec.mlp.activation);
+        drop((gate_up, dactivated));
+        let x = rms_norm(&middle, &layer.mlp_norm, eps);
+        let dx = site(Site::GateUp, &x, &dgate_up);
+        drop((x, dgate_up));
+        let (dmlp, dweight) = rms_norm_backward(&middle, &layer.mlp_norm, eps, &dx);
+        grads.add(Slot::MlpNorm(i), || dweight);
+        let dmiddle = doutput + dmlp;
+        drop(middle);
+
+        let dattended = site(Site::Output, &attended.out, &dmiddle);
+        let (q, k, v) = split_qkv(&qkv, &spec.attn);
+        let (heads, options) = (heads(&spec.attn), options(&spec.attn));
+        let (dq, dk, dv) =
+            packed_backward(&q, &k, &v, &attended, &dattended, pass.cu_seqlens, heads, options, self.precision);
+        self.rope.apply_inverse(&dq, pass.positions);
+        self.rope.apply_inverse(&dk, pass.positions);
+        let dqkv = Tensor::cat(&[dq, dk, dv], 1);
+        let x = rms_norm(&input, &layer.attn_norm, eps);
+        let dx = site(Site::Qkv, &x, &dqkv);
+        let (dattn, dweight) = rms_norm_backward(&input, &layer.attn_norm, eps, &dx);
+        grads.add(Slot::AttnNorm(i), || dweight);
+        dmiddle + dattn
+    }
+
+    /// `y = x Wt + bias + scale (drop(x) At) Bt`: returns dx, adds the gradients of what is trained.
+    #[expect(clippy::too_many_arguments, reason = "a linear's whole context, used four times above")]
+    fn linear_site_backward(
+        &self,
+        layer: usize,
+        site: Site,
+        x: &Tensor,
+        shrunk: Option<&Tensor>,
+        dy: &Tensor,
+        pass: &TrainPass,
+        grads: &Grads,
+    ) -> Tensor {
+        let linear = self.linear_of(layer, site);
+        let mut dx = linear_backward(dy, &linear.weight);
+        grads.add(Slot::Linear(layer, site), || matmul::tn(dy, x));
+        if linear.bias.is_some() {
+            grads.add(Slot::Bias(layer, site), || dy.sum_dim_intlist([0i64].as_slice(), false, None));
+        }
+        let (Trainable::Lora { adapter, dropout }, Grads::Lora(grads)) = (pass.trainable, grads) else { return dx };
+        let (Some(module), Some(shrunk)) = (adapter.module(layer, site), shrunk) else { return dx };
+        let shape = grads.shape.site(layer, site).expect("gradients are shaped like the adapter");
+        // dshrunk [T, R]: each part's columns of dy through its B.
+        let dshrunk: Vec<Tensor> = module
+            .parts
+            .iter()
+            .zip(&shape.parts)
+            .map(|(part, shape)| {
+                let dy = dy.narrow(1, shape.columns.start, shape.width());
+                let shrunk = shrunk.narrow(1, shape.ranks.start, shape.rank());
+                let _ = grads.b(shape).g_add_(&(matmul::tn(&dy, &shrunk) * part.scale));
+                linear_backward(&dy, &part.b) * part.scale
+            })
+            .collect();
+        let dshrunk = Tensor::cat(&dshrunk, 1);
+        let dropped = |x: &Tensor| dropout.map_or_else(|| x.shallow_clone(), |dropout| dropout.apply(x, layer, site));
+        let _ = grads.a(shape).g_add_(&matmul::tn(&dshrunk, &dropped(x)));
+        dx += dropped(&linear_backward(&dshrunk, &module.a));
+        dx
+    }
+
+    /// Through the final norm: `d(norm(hidden)) [R, H]` to `dhidden [R, H]`.
+    pub fn final_norm_backward(&self, hidden: &Tensor, dnormed: &Tensor, grads: &mut Grads) -> Tensor {
+        let (dhidden, dweight) = rms_norm_backward(hidden, &self.norm, self.spec.norm_eps, dnormed);
+        grads.add(Slot::FinalNorm, || dweight);
+        dhidden
+    }
+
+    /// The embedding's gradient (nothing when it is frozen).
+    pub fn embed_backward(&self, tokens: &[u32], dhidden: &Tensor, grads: &mut Grads) {
+        if let Grads::Full(grads) = grads {
+            let rows: Vec<i64> = tokens.iter().map(|&token| i64::from(token)).collect();
+            let _ = grads.view(Slot::Embed).index_add_(0, &Tensor::from_slice(&rows), dhidden);
+        }
+    }
+}

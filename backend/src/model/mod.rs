@@ -1,0 +1,332 @@
+//! The decoder: one forward that serves and trains, described by a [`DecoderSpec`]. Immutable while it serves;
+//! adapters stand outside and travel in the batch. Not here: what to run (core), caches' sizes (engine), loss (train).
+
+mod backward;
+pub mod full;
+mod load;
+
+use tandem_core::TokenId;
+use tandem_kernels::activation;
+use tandem_kernels::attention::{self, Heads, KvCache, Options, PackedOut, PagedSeq};
+use tandem_kernels::dropout;
+use tandem_kernels::linear::{LoraRows, linear, linear_add, linear_training};
+use tandem_kernels::norm::rms_norm;
+use tandem_kernels::rope::Rope;
+use tandem_kernels::weight::{Precision, Weight};
+use tch::{Device, Tensor};
+
+pub use backward::Grads;
+
+use crate::family::site::Site;
+use crate::family::{AttnSpec, DecoderSpec};
+use crate::lora::adapter::{Adapter, AdapterRows};
+
+pub struct Decoder {
+    pub spec: DecoderSpec,
+    precision: Precision,
+    device: Device,
+    embed: Weight,
+    layers: Vec<Layer>,
+    norm: Tensor,
+    /// `None`: tied to `embed`.
+    head: Option<Weight>,
+    rope: Rope,
+}
+
+struct Layer {
+    attn_norm: Tensor,
+    mlp_norm: Tensor,
+    /// By [`Site::index`].
+    linears: [Linear; 4],
+}
+
+struct Linear {
+    weight: Weight,
+    /// `[N]` float32
+    bias: Option<Tensor>,
+}
+
+/// Rows to compute in one forward.
+pub struct Batch<'a> {
+    /// `[T]`
+    pub tokens: &'a [TokenId],
+    /// `[T]`
+    pub positions: &'a [i64],
+    pub context: Context<'a>,
+    /// Disjoint and in row order; rows in no group are the base model's and pay nothing.
+    pub lora: &'a [AdapterRows<'a>],
+}
+
+/// What a row may attend to.
+pub enum Context<'a> {
+    /// Whole sequences side by side, no cache: scoring and training. `[0, len0, len0 + len1, ...]`
+    Packed { cu_seqlens: &'a [usize] },
+    /// Serving: rows append to cached sequences. `slots`: where each row's key and value go.
+    Paged { cache: &'a KvCache, slots: &'a [i64], seqs: &'a [PagedSeq<'a>] },
+}
+
+/// Whole sequences of one training slice.
+pub struct TrainPass<'a> {
+    /// `[T]`
+    pub tokens: &'a [TokenId],
+    /// `[T]`
+    pub positions: &'a [i64],
+    pub cu_seqlens: &'a [usize],
+    pub trainable: Trainable<'a>,
+}
+
+/// What a training pass differentiates.
+#[derive(Clone, Copy)]
+pub enum Trainable<'a> {
+    Lora { adapter: &'a Adapter, dropout: Option<Dropout> },
+    Full,
+}
+
+/// Dropout on the input of every LoRA branch.
+#[derive(Clone, Copy)]
+pub struct Dropout {
+    pub p: f64,
+    pub seed: u64,
+    /// Optimizer step; with `row0` it makes a mask of its own for every token of the run.
+    pub step: u64,
+    /// Number of the pass's first token within the step.
+    pub row0: u64,
+}
+
+impl Dropout {
+    /// Each linear drops its own elements.
+    fn apply(self, x: &Tensor, layer: usize, site: Site) -> Tensor {
+        let stream = (layer * Site::ALL.len() + site.index()) as u64;
+        dropout::apply(x, self.p, dropout::Key { seed: self.seed, step: self.step, stream }, self.row0)
+    }
+}
+
+/// What the backward of one layer reads; everything else is recomputed from these.
+pub struct Saved {
+    /// Layer input `[T, H]`.
+    input: Tensor,
+    /// After rope `[T, (heads + 2 kv_heads) D]`.
+    qkv: Tensor,
+    attended: PackedOut,
+    /// After the attention half `[T, H]`.
+    middle: Tensor,
+    gate_up: Tensor,
+    /// LoRA's `x At` of each site `[T, R]`.
+    shrunk: [Option<Tensor>; 4],
+}
+
+impl Decoder {
+    /// Rows' final hidden states `[T, H]`, before the final norm.
+    pub fn forward(&self, batch: &Batch) -> Tensor {
+        let mut hidden = self.embed(batch.tokens);
+        for i in 0..self.layers.len() {
+            hidden = self.layer(i, hidden, batch);
+        }
+        hidden
+    }
+
+    /// `[T, H]`
+    pub fn embed(&self, tokens: &[TokenId]) -> Tensor {
+        self.embed.gather(tokens)
+    }
+
+    /// Logits `[S, V]` of selected hidden rows `[S, H]`.
+    pub fn head(&self, hidden: &Tensor) -> Tensor {
+        linear(&self.final_norm(hidden), self.head_weight(), None, &[])
+    }
+
+    /// What the head multiplies `[S, H]`.
+    pub fn final_norm(&self, hidden: &Tensor) -> Tensor {
+        rms_norm(hidden, &self.norm, self.spec.norm_eps)
+    }
+
+    /// `[V, H]`
+    pub fn head_weight(&self) -> &Weight {
+        self.head.as_ref().unwrap_or(&self.embed)
+    }
+
+    pub fn n_layers(&self) -> usize {
+        self.layers.len()
+    }
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    pub fn layer(&self, i: usize, hidden: Tensor, batch: &Batch) -> Tensor {
+        let Batch { tokens: _, positions, context, lora } = batch;
+        let attend = |q: &Tensor, k: &Tensor, v: &Tensor, attn: &AttnSpec| match context {
+            Context::Packed { cu_seqlens } => {
+                attention::packed(q, k, v, cu_seqlens, heads(attn), options(attn), self.precision).out
+            }
+            Context::Paged { cache, slots, seqs } => {
+                attention::write(cache, i, k, v, slots);
+                attention::paged(q, cache, i, seqs, heads(attn), options(attn))
+            }
+        };
+        let mut pass = Serving { decoder: self, layer: i, lora, attend };
+        self.wire(i, hidden, positions, &mut pass)
+    }
+
+    /// The same layer, keeping what [`Decoder::layer_backward`] reads.
+    pub fn layer_saving(&self, i: usize, hidden: &Tensor, pass: &TrainPass) -> (Tensor, Saved) {
+        let mut pass = Saving {
+            decoder: self,
+            layer: i,
+            pass,
+            qkv: None,
+            attended: None,
+            middle: None,
+            gate_up: None,
+            shrunk: [const { None }; 4],
+        };
+        let positions = pass.pass.positions;
+        let output = self.wire(i, hidden.shallow_clone(), positions, &mut pass);
+        let Saving { qkv, attended, middle, gate_up, shrunk, .. } = pass;
+        let kept = "wire ran every part of the layer";
+        let saved = Saved {
+            input: hidden.shallow_clone(),
+            qkv: qkv.expect(kept),
+            attended: attended.expect(kept),
+            middle: middle.expect(kept),
+            gate_up: gate_up.expect(kept),
+            shrunk,
+        };
+        (output, saved)
+    }
+
+    /// How a pre-norm layer is wired, for every kind of pass.
+    fn wire(&self, i: usize, hidden: Tensor, positions: &[i64], pass: &mut impl Pass) -> Tensor {
+        let (layer, attn) = (&self.layers[i], &self.spec.layers[i].attn);
+        let x = rms_norm(&hidden, &layer.attn_norm, self.spec.norm_eps);
+        let qkv = pass.project(Site::Qkv, &x); // [T, (heads + 2 kv_heads) D]
+        let (q, k, v) = split_qkv(&qkv, attn);
+        self.rope.apply(&q, positions);
+        self.rope.apply(&k, positions);
+        let attended = pass.attend(&q, &k, &v, attn); // [T, heads D]
+        pass.keep_qkv(qkv);
+        let hidden = pass.project_add(Site::Output, &attended, hidden);
+        pass.keep_middle(&hidden);
+        let x = rms_norm(&hidden, &layer.mlp_norm, self.spec.norm_eps);
+        let gate_up = pass.project(Site::GateUp, &x); // [T, 2 I]
+        let activated = activation::gated(&gate_up, self.spec.layers[i].mlp.activation); // [T, I]
+        pass.keep_gate_up(gate_up);
+        pass.project_add(Site::Down, &activated, hidden)
+    }
+
+    fn linear_of(&self, layer: usize, site: Site) -> &Linear {
+        &self.layers[layer].linears[site.index()]
+    }
+}
+
+/// What differs between serving a layer and saving it for a backward: LoRA, attention, what is kept.
+trait Pass {
+    fn project(&mut self, site: Site, x: &Tensor) -> Tensor;
+    /// `residual + project(x)`
+    fn project_add(&mut self, site: Site, x: &Tensor, residual: Tensor) -> Tensor;
+    fn attend(&mut self, q: &Tensor, k: &Tensor, v: &Tensor, attn: &AttnSpec) -> Tensor;
+    fn keep_qkv(&mut self, _qkv: Tensor) {}
+    fn keep_middle(&mut self, _hidden: &Tensor) {}
+    fn keep_gate_up(&mut self, _gate_up: Tensor) {}
+}
+
+struct Serving<'a, F> {
+    decoder: &'a Decoder,
+    layer: usize,
+    lora: &'a [AdapterRows<'a>],
+    attend: F,
+}
+
+impl<F> Serving<'_, F> {
+    fn lora_rows(&self, site: Site) -> Vec<LoraRows<'_>> {
+        let rows = self.lora.iter().filter_map(|AdapterRows { rows, adapter }| {
+            let module = adapter.module(self.layer, site)?;
+            Some(LoraRows { rows: rows.start as i64..rows.end as i64, module })
+        });
+        rows.collect()
+    }
+}
+
+impl<F: FnMut(&Tensor, &Tensor, &Tensor, &AttnSpec) -> Tensor> Pass for Serving<'_, F> {
+    fn project(&mut self, site: Site, x: &Tensor) -> Tensor {
+        let Linear { weight, bias } = self.decoder.linear_of(self.layer, site);
+        linear(x, weight, bias.as_ref(), &self.lora_rows(site))
+    }
+
+    fn project_add(&mut self, site: Site, x: &Tensor, mut residual: Tensor) -> Tensor {
+        let Linear { weight, bias } = self.decoder.linear_of(self.layer, site);
+        linear_add(x, weight, bias.as_ref(), &self.lora_rows(site), &mut residual);
+        residual
+    }
+
+    fn attend(&mut self, q: &Tensor, k: &Tensor, v: &Tensor, attn: &AttnSpec) -> Tensor {
+        (self.attend)(q, k, v, attn)
+    }
+}
+
+struct Saving<'a> {
+    decoder: &'a Decoder,
+    layer: usize,
+    pass: &'a TrainPass<'a>,
+    qkv: Option<Tensor>,
+    attended: Option<PackedOut>,
+    middle: Option<Tensor>,
+    gate_up: Option<Tensor>,
+    shrunk: [Option<Tensor>; 4],
+}
+
+impl Pass for Saving<'_> {
+    fn project(&mut self, site: Site, x: &Tensor) -> Tensor {
+        let Linear { weight, bias } = self.decoder.linear_of(self.layer, site);
+        let module = match self.pass.trainable {
+            Trainable::Lora { adapter, dropout } => adapter.module(self.layer, site).map(|module| (module, dropout)),
+            Trainable::Full => None,
+        };
+        let Some((module, dropout)) = module else { return linear(x, weight, bias.as_ref(), &[]) };
+        let (y, shrunk) = match dropout {
+            Some(dropout) => {
+                linear_training(x, weight, bias.as_ref(), module, &dropout.apply(x, self.layer, site))
+            }
+            None => linear_training(x, weight, bias.as_ref(), module, x),
+        };
+        self.shrunk[site.index()] = Some(shrunk);
+        y
+    }
+
+    fn project_add(&mut self, site: Site, x: &Tensor, residual: Tensor) -> Tensor {
+        residual + self.project(site, x)
+    }
+
+    fn attend(&mut self, q: &Tensor, k: &Tensor, v: &Tensor, attn: &AttnSpec) -> Tensor {
+        let cu_seqlens = self.pass.cu_seqlens;
+        let attended = attention::packed(q, k, v, cu_seqlens, heads(attn), options(attn), self.decoder.precision);
+        self.attended.insert(attended).out.shallow_clone()
+    }
+
+    fn keep_qkv(&mut self, qkv: Tensor) {
+        self.qkv = Some(qkv);
+    }
+    fn keep_middle(&mut self, hidden: &Tensor) {
+        self.middle = Some(hidden.shallow_clone());
+    }
+    fn keep_gate_up(&mut self, gate_up: Tensor) {
+        self.gate_up = Some(gate_up);
+    }
+}
+
+/// Views of the fused projection: q `[T, heads D]`, k and v `[T, kv_heads D]`.
+fn split_qkv(qkv: &Tensor, attn: &AttnSpec) -> (Tensor, Tensor, Tensor) {
+    let (q, kv) = (attn.heads * attn.head_dim, attn.kv_heads * attn.head_dim);
+    (qkv.narrow(1, 0, q), qkv.narrow(1, q, kv), qkv.narrow(1, q + kv, kv))
+}
+
+fn heads(attn: &AttnSpec) -> Heads {
+    let size = |n: i64| n as usize;
+    Heads { heads: size(attn.heads), kv_heads: size(attn.kv_heads), head_dim: size(attn.head_dim) }
+}
+
+fn options(attn: &AttnSpec) -> Options {
+    Options { scale: attn.scale, window: None, cap: None }
+}

@@ -1,0 +1,294 @@
+//! From a model folder and options to a running replica: loads, plans memory once, starts the engine thread. Not here:
+//! command lines (server), what the thread does (engine).
+
+mod memory;
+
+use std::path::PathBuf;
+use std::sync::mpsc as std_mpsc;
+use std::time::Instant;
+
+use tandem_core::blocks::BlockPool;
+use tandem_core::replica::{COMMAND_QUEUE, ReplicaHandle, ReplicaInfo};
+use tandem_core::rng;
+use tandem_core::sched::{Limits, Scheduler};
+use tandem_core::stats::Stats;
+use tandem_kernels::attention::{BLOCK_SIZE, CacheShape, KvCache};
+use tandem_kernels::weight::Precision;
+use tandem_kernels::{machine, pool};
+use tch::{Device, Kind};
+use tokio::sync::{mpsc, watch};
+use tracing::info;
+
+use crate::bank::{AdapterBank, Fitting};
+use crate::engine::{Engine, Parts};
+use crate::family::{DecoderSpec, read_spec};
+use crate::model::Decoder;
+use crate::weights::{Checkpoint, LoadError};
+use memory::{KvDemand, gib};
+
+/// Prompt tokens in a step that also continues streams. On a CPU a step's time grows with its tokens, and a quarter
+/// of the whole step already multiplies at 85 % of the machine's rate: small keeps streams fluent, at little cost.
+const CPU_PREFILL_BESIDE_DECODE: usize = 128;
+/// Requests that may wait in the scheduler. The router's own admission is narrower.
+const MAX_WAITING: usize = 4096;
+
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub model_folder: PathBuf,
+    pub device: Device,
+    pub dtype: Dtype,
+    /// Default: what the checkpoint was made for.
+    pub max_model_len: Option<u32>,
+    pub max_num_seqs: u32,
+    pub max_num_batched_tokens: u32,
+    /// Default: room for `max_num_seqs` whole sequences, within a share of the memory that is free.
+    pub kv_cache_bytes: Option<u64>,
+    pub max_loras: u32,
+    pub max_lora_rank: u32,
+    /// Default: all cores.
+    pub threads: Option<usize>,
+    /// For requests that bring none. Default: another one at each start.
+    pub seed: Option<u64>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dtype {
+    /// As the checkpoint is stored: bf16 and f16 -> bf16, f32 -> f32.
+    Auto,
+    Bf16,
+    F32,
+}
+
+impl Options {
+    /// The defaults for a CPU.
+    pub fn new(model_folder: PathBuf) -> Options {
+        Options {
+            model_folder,
+            device: Device::Cpu,
+            dtype: Dtype::Auto,
+            max_model_len: None,
+            max_num_seqs: 64,
+            max_num_batched_tokens: 512,
+            kv_cache_bytes: None,
+            max_loras: 16,
+            max_lora_rank: 64,
+            threads: None,
+            seed: None,
+        }
+    }
+}
+
+/// Loads the model and starts its engine thread; returns when it answers. The thread ends with `Command::Stop` or
+/// with the last handle; the handle's `stats` channel closes then.
+pub fn start(options: Options) -> Result<ReplicaHandle, LoadError> {
+    let (ready, loaded) = std_mpsc::channel();
+    // The engine's thread loads, too: memory is touched first, and thread pools are made, where they are used.
+    let thread = std::thread::Builder::new().name("tandem-engine".to_owned());
+    let engine = move || match load(options) {
+        Ok((engine, handle)) => {
+            if ready.send(Ok(handle)).is_ok() {
+                engine.run();
+            }
+        }
+        Err(error) => drop(ready.send(Err(error))),
+    };
+    thread
+        .spawn(engine)
+        .map_err(|error| LoadError::Option(format!("cannot start the engine's thread: {error}")))?;
+    let died = |_| {
+        Err(LoadError::Option(
+            "the engine's thread died while it loaded the model".to_owned(),
+        ))
+    };
+    loaded.recv().unwrap_or_else(died)
+}
+
+fn load(options: Options) -> Result<(Engine, ReplicaHandle), LoadError> {
+    let began = Instant::now();
+    check(&options)?;
+    set_threads(&options);
+    let Options {
+        model_folder,
+        device,
+        dtype,
+        max_model_len,
+        max_num_seqs,
+        max_num_batched_tokens,
+        ..
+    } = options;
+    let Options {
+        kv_cache_bytes,
+        max_loras,
+        max_lora_rank,
+        seed,
+        ..
+    } = options;
+
+    let checkpoint = Checkpoint::open(&model_folder)?;
+    let precision = match (dtype, checkpoint.main_kind()) {
+        (Dtype::Bf16, _) | (Dtype::Auto, Kind::BFloat16 | Kind::Half) => Precision::Bf16,
+        (Dtype::F32, _) | (Dtype::Auto, _) => Precision::F32,
+    };
+    let spec = read_spec(&model_folder)?;
+    let max_model_len = context_length(max_model_len, &spec)?;
+    let (decoder, base_digest) = std::thread::scope(|scope| {
+        // Reads every byte once more, on another core than the one that packs them.
+        let digest = scope.spawn(|| checkpoint.digest());
+        let decoder = Decoder::from_checkpoint(spec, &checkpoint, precision, device)?;
+        Ok::<_, LoadError>((decoder, digest.join().expect("hashing does not panic")?))
+    })?;
+    let demand = KvDemand {
+        max_num_seqs,
+        max_model_len,
+        block_bytes: cache_shape(&decoder.spec, 1).block_bytes(precision),
+    };
+    let blocks = demand.blocks(kv_cache_bytes, memory::available_bytes(device))?;
+    let cache = KvCache::new(cache_shape(&decoder.spec, blocks as usize), precision, device)?;
+
+    let limits = Limits {
+        max_num_seqs: max_num_seqs as usize,
+        max_num_batched_tokens: max_num_batched_tokens as usize,
+        max_prefill_beside_decode: match device {
+            Device::Cpu => CPU_PREFILL_BESIDE_DECODE.min(max_num_batched_tokens as usize),
+            _ => max_num_batched_tokens as usize,
+        },
+        max_waiting: MAX_WAITING,
+        max_model_len: max_model_len as usize,
+    };
+    let scheduler = Scheduler::new(limits, BlockPool::new(blocks, BLOCK_SIZE));
+    let fitting = Fitting {
+        spec: decoder.spec.clone(),
+        precision,
+        device,
+        max_lora_rank,
+    };
+    let bank = AdapterBank::new(max_loras as usize, fitting);
+    let (commands, inbox) = mpsc::channel(COMMAND_QUEUE);
+    let (stats, published) = watch::channel(Stats::default());
+    let info = ReplicaInfo {
+        model_folder,
+        base_digest,
+        vocab_size: decoder.spec.vocab as u32,
+        max_model_len,
+        max_num_seqs,
+        max_num_batched_tokens,
+        dtype: match precision {
+            Precision::F32 => "float32".to_owned(),
+            Precision::Bf16 => "bfloat16".to_owned(),
+        },
+        device: device_name(device),
+        parameters: decoder.parameters(),
+        weight_bytes: decoder.weight_bytes(),
+        kv_blocks: blocks,
+        block_size: BLOCK_SIZE as u32,
+        kv_bytes: cache.bytes() as u64,
+        max_loras,
+        max_lora_rank,
+        lora_targets: decoder.spec.lora_targets(),
+        eos_tokens: decoder.spec.eos_tokens.clone(),
+    };
+    info!(
+        model = %info.model_folder.display(),
+        parameters = info.parameters,
+        dtype = info.dtype,
+        device = info.device,
+        threads = pool::threads(),
+        weights_gib = %gib(info.weight_bytes),
+        kv_gib = %gib(info.kv_bytes),
+        kv_tokens = blocks as usize * BLOCK_SIZE,
+        load_ms = began.elapsed().as_millis() as u64,
+        "replica ready"
+    );
+    let seed = seed.unwrap_or_else(random_seed);
+    let engine = Engine::new(Parts {
+        decoder,
+        cache,
+        scheduler,
+        bank,
+        commands: inbox,
+        stats,
+        seed,
+    });
+    Ok((
+        engine,
+        ReplicaHandle {
+            info,
+            commands,
+            stats: published,
+        },
+    ))
+}
+
+fn check(options: &Options) -> Result<(), LoadError> {
+    let Options {
+        max_num_seqs,
+        max_num_batched_tokens,
+        max_loras,
+        max_lora_rank,
+        threads,
+        ..
+    } = options;
+    let at_least_one = [
+        ("max_num_seqs", u64::from(*max_num_seqs)),
+        ("max_num_batched_tokens", u64::from(*max_num_batched_tokens)),
+        ("max_loras", u64::from(*max_loras)),
+        ("max_lora_rank", u64::from(*max_lora_rank)),
+        ("threads", threads.unwrap_or(1) as u64),
+    ];
+    match at_least_one.into_iter().find(|(_, value)| *value == 0) {
+        Some((name, _)) => Err(LoadError::Option(format!("{name} must be at least 1, got 0"))),
+        None => Ok(()),
+    }
+}
+
+fn context_length(asked: Option<u32>, spec: &DecoderSpec) -> Result<u32, LoadError> {
+    let made_for = u32::try_from(spec.max_positions).expect("config.json's sizes are below 2^31");
+    match asked {
+        Some(0) => Err(LoadError::Option(
+            "max_model_len must be at least 1, got 0".to_owned(),
+        )),
+        Some(asked) if asked > made_for => {
+            let message =
+                format!("max_model_len {asked} exceeds the {made_for} positions the model was made for");
+            Err(LoadError::Option(message))
+        }
+        Some(asked) => Ok(asked),
+        None => Ok(made_for),
+    }
+}
+
+/// One compute pool. OpenMP, libtorch's own, only where our kernels cannot run: its regions and ours on the same few
+/// cores cost a scheduling quantum whenever one waits for a core.
+fn set_threads(options: &Options) {
+    if let Some(threads) = options.threads {
+        pool::set_threads(threads);
+    }
+    let ours = options.device == Device::Cpu && machine::features().avx512f;
+    tch::set_num_threads(if ours { 1 } else { pool::threads() as i32 });
+}
+
+fn cache_shape(spec: &DecoderSpec, blocks: usize) -> CacheShape {
+    // Every layer of the supported families attends alike.
+    let attn = &spec.layers[0].attn;
+    let (kv_heads, head_dim) = (attn.kv_heads as usize, attn.head_dim as usize);
+    CacheShape {
+        layers: spec.layers.len(),
+        blocks,
+        kv_heads,
+        head_dim,
+    }
+}
+
+fn device_name(device: Device) -> String {
+    match device {
+        Device::Cpu => "cpu".to_owned(),
+        Device::Cuda(index) => format!("cuda:{index}"),
+        other => format!("{other:?}").to_lowercase(),
+    }
+}
+
+/// From the system's entropy, by way of the keys std draws for its hash maps.
+fn random_seed() -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    rng::bits(RandomState::new().hash_one("tandem"), 0, 0)
+}

@@ -1,0 +1,215 @@
+//! Which examples make which optimizer step. A function of the dataset, the seed and the step alone: a resumed job
+//! needs no cursor, and the pace of training cannot change what is learned.
+
+use tandem_core::TokenId;
+use tandem_core::dataset::Example;
+use tandem_core::job::Hyper;
+use tandem_core::rng;
+
+/// Tokens of one slice at most, unless a single example is longer. Slices bound the memory of activations and the
+/// length of a quantum; gradients add up over slices, so only float rounding depends on it. Fixed, never tuned to
+/// timing: the same job must give the same bytes on every run.
+pub const SLICE_TOKENS: usize = 512;
+
+/// The schedule of a run.
+pub struct DataPlan {
+    lengths: Vec<usize>,
+    seed: u64,
+    batch_size: usize,
+    /// Tokens that a micro-batch is filled to when short examples are packed.
+    pack_tokens: Option<usize>,
+    accumulation: usize,
+    /// Optimizer steps before each epoch; the last entry is the run's total.
+    steps_before: Vec<u64>,
+    /// The epoch whose micro-batches were listed last: walking forward lists each epoch once.
+    listed: Option<(u64, Vec<Vec<usize>>)>,
+}
+
+/// Examples that go through the layers together, packed side by side.
+pub struct Slice {
+    pub tokens: Vec<TokenId>,
+    /// Within each example.
+    pub positions: Vec<i64>,
+    pub cu_seqlens: Vec<usize>,
+    /// Rows that predict a token with weight: `(row, predicted token, weight)`.
+    pub labels: Vec<(i64, TokenId, f32)>,
+}
+
+impl DataPlan {
+    pub fn new(examples: &[Example], hyper: &Hyper) -> DataPlan {
+        let mut plan = DataPlan {
+            lengths: examples.iter().map(|example| example.tokens.len()).collect(),
+            seed: hyper.seed,
+            batch_size: hyper.batch_size.max(1) as usize,
+            pack_tokens: hyper.packing.then(|| hyper.batch_size.max(1) as usize * hyper.max_seq_length as usize),
+            accumulation: hyper.gradient_accumulation_steps.max(1) as usize,
+            steps_before: vec![0],
+            listed: None,
+        };
+        for epoch in 0..u64::from(hyper.n_epochs) {
+            let steps = plan.micro_batches(epoch).len().div_ceil(plan.accumulation) as u64;
+            plan.steps_before.push(plan.total() + steps);
+            if hyper.max_steps.is_some_and(|max| plan.total() >= max) {
+                *plan.steps_before.last_mut().expect("it was just pushed") = hyper.max_steps.unwrap_or_default();
+                break;
+            }
+        }
+        plan
+    }
+
+    /// Optimizer steps of the run.
+    pub fn total(&self) -> u64 {
+        *self.steps_before.last().expect("it starts with one entry")
+    }
+
+    /// Epochs completed after `step` optimizer steps, with a fraction.
+    pub fn epoch(&self, step: u64) -> f64 {
+        let epoch = self.epoch_of(step);
+        let (start, end) = (self.steps_before[epoch], self.steps_before[epoch + 1]);
+        epoch as f64 + (step - start) as f64 / (end - start).max(1) as f64
+    }
+
+    /// Does an epoch end with optimizer step number `step` (1-based)?
+    pub fn ends_epoch(&self, step: u64) -> bool {
+        self.steps_before[1..].contains(&step)
+    }
+
+    /// Example numbers of optimizer step `step` (0-based), by micro-batch.
+    pub fn step(&mut self, step: u64) -> Vec<Vec<usize>> {
+        let epoch = self.epoch_of(step);
+        if self.listed.as_ref().is_none_or(|(listed, _)| *listed != epoch as u64) {
+            self.listed = Some((epoch as u64, self.micro_batches(epoch as u64)));
+        }
+        let (_, batches) = self.listed.as_ref().expect("it was just listed");
+        let first = (step - self.steps_before[epoch]) as usize * self.accumulation;
+        batches[first..batches.len().min(first + self.accumulation)].to_vec()
+    }
+
+    fn epoch_of(&self, step: u64) -> usize {
+        let epochs = self.steps_before.len() - 1;
+        (0..epochs).rev().find(|&epoch| self.steps_before[epoch] <= step).unwrap_or(0)
+    }
+
+    fn micro_batches(&self, epoch: u64) -> Vec<Vec<usize>> {
+        let order = rng::permutation(self.lengths.len(), self.seed, SHUFFLE_STREAM.wrapping_add(epoch));
+        let Some(pack_tokens) = self.pack_tokens else {
+            return order.chunks(self.batch_size).map(<[usize]>::to_vec).collect();
+        };
+        let mut batches: Vec<Vec<usize>> = vec![];
+        let mut room = 0;
+        for example in order {
+            let length = self.lengths[example];
+            match batches.last_mut() {
+                Some(batch) if length <= room => batch.push(example),
+                _ => {
+                    batches.push(vec![example]);
+                    room = pack_tokens.max(length);
+                }
+            }
+            room -= length;
+        }
+        batches
+    }
+}
+
+/// Cuts examples into slices of at most [`SLICE_TOKENS`], in order. The last token of an example is never an input:
+/// nothing is predicted after it.
+pub fn slices<'a>(examples: impl Iterator<Item = &'a Example>) -> Vec<Slice> {
+    let mut slices: Vec<Slice> = vec![];
+    for Example { tokens, weights } in examples {
+        let inputs = tokens.len().saturating_sub(1);
+        if inputs == 0 {
+            continue;
+        }
+        let fits = slices.last().is_some_and(|slice| slice.tokens.len() + inputs <= SLICE_TOKENS);
+        if !fits {
+            slices.push(Slice { tokens: vec![], positions: vec![], cu_seqlens: vec![0], labels: vec![] });
+        }
+        let slice = slices.last_mut().expect("there is one now");
+        let start = slice.tokens.len();
+        slice.tokens.extend(&tokens[..inputs]);
+        slice.positions.extend(0..inputs as i64);
+        slice.cu_seqlens.push(start + inputs);
+        let predicted = tokens.iter().zip(weights).enumerate().skip(1).filter(|(_, (_, weight))| **weight != 0.0);
+        slice.labels.extend(predicted.map(|(i, (&token, &weight))| ((start + i - 1) as i64, token, weight)));
+    }
+    slices
+}
+
+/// Keeps the draws of shuffling apart from those of initialisation and dropout.
+const SHUFFLE_STREAM: u64 = 0x5_f1e0_0000;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tandem_core::job::{Lora, Method, Schedule};
+
+    fn hyper() -> Hyper {
+        Hyper {
+            n_epochs: 3,
+            max_steps: None,
+            batch_size: 4,
+            gradient_accumulation_steps: 2,
+            learning_rate: 1e-3,
+            lr_scheduler: Schedule::Linear,
+            warmup_steps: 0,
+            weight_decay: 0.0,
+            adam_beta1: 0.9,
+            adam_beta2: 0.999,
+            adam_epsilon: 1e-8,
+            max_grad_norm: 1.0,
+            seed: 7,
+            max_seq_length: 64,
+            packing: false,
+            save_steps: 0,
+            eval_steps: 0,
+            method: Method::Lora(Lora { r: 4, alpha: 8.0, dropout: 0.0, target_modules: vec![], use_rslora: false }),
+        }
+    }
+
+    fn examples(n: usize) -> Vec<Example> {
+        (0..n).map(|i| Example { tokens: vec![1; 5 + i % 30], weights: vec![1.0; 5 + i % 30] }).collect()
+    }
+
+    #[test]
+    fn every_epoch_visits_every_example_once_in_a_new_order() {
+        for (packing, n) in [(false, 21), (true, 21), (true, 1), (false, 8)] {
+            let examples = examples(n);
+            let mut plan = DataPlan::new(&examples, &Hyper { packing, ..hyper() });
+            let mut seen: Vec<Vec<usize>> = vec![vec![]; 3];
+            for step in 0..plan.total() {
+                let epoch = plan.epoch(step) as usize;
+                seen[epoch].extend(plan.step(step).into_iter().flatten());
+            }
+            for epoch in &seen {
+                let mut sorted = epoch.clone();
+                sorted.sort();
+                assert_eq!(sorted, (0..n).collect::<Vec<_>>(), "packing {packing}, {n} examples");
+            }
+            assert!(n < 5 || seen[0] != seen[1]);
+            assert!(plan.ends_epoch(plan.total()));
+        }
+    }
+
+    #[test]
+    fn max_steps_ends_the_run_inside_an_epoch() {
+        let plan = DataPlan::new(&examples(21), &Hyper { max_steps: Some(4), ..hyper() });
+        assert_eq!((plan.total(), plan.epoch(3)), (4, 1.0));
+    }
+
+    #[test]
+    fn slices_hold_whole_examples_and_label_the_row_before() {
+        let examples = [
+            Example { tokens: vec![5, 6, 7], weights: vec![1.0, 0.0, 0.5] },
+            Example { tokens: vec![9; 600], weights: vec![1.0; 600] },
+            Example { tokens: vec![8], weights: vec![1.0] },
+            Example { tokens: vec![3, 4], weights: vec![0.0, 1.0] },
+        ];
+        let slices = slices(examples.iter());
+        let lengths: Vec<_> = slices.iter().map(|slice| slice.tokens.len()).collect();
+        assert_eq!(lengths, [2, 599, 1]);
+        assert_eq!(slices[0].labels, [(1, 7, 0.5)]);
+        assert_eq!(slices[1].labels.len(), 599);
+        assert_eq!(slices[2].labels, [(0, 4, 1.0)]);
+    }
+}

@@ -1,0 +1,452 @@
+//! A fine-tuning job as a tenant of the engine: it advances in quanta of a few milliseconds (one layer of one slice,
+//! forward or backward), so that requests are served between them. The same steps train a LoRA adapter beside the
+//! served base and, for `tandem train`, every parameter of a model of its own.
+//!
+//! Not here: when to train (pace), jobs' queue and names (router).
+
+pub mod data;
+pub mod run;
+pub mod state;
+pub mod step;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tandem_core::dataset::{self, Example};
+use tandem_core::id::AdapterRef;
+use tandem_core::job::{Hyper, JobEvent, JobSpec, Lora, Method, StepReport, files};
+use tandem_kernels::adamw::{self, AdamW};
+use tch::{Kind, Tensor};
+
+use crate::family::DecoderSpec;
+use crate::lora::adapter::Adapter;
+use crate::lora::params::{AdapterParams, AdapterShape};
+use crate::lora::peft::{self, PeftConfig};
+use crate::model::full::{self, FullParams};
+use crate::model::{Decoder, Grads};
+use crate::weights::LoadError;
+use data::{DataPlan, Slice};
+use step::{Pass, Scores};
+
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    #[error("cannot use {file} of the job: {error}")]
+    File { file: String, error: std::io::Error },
+    #[error("{0}")]
+    Data(String),
+    /// A damaged state, or one of another run.
+    #[error("cannot resume: {0}")]
+    State(String),
+    #[error("step {step}: the {what} is {value}; a lower learning rate may help")]
+    Diverged { step: u64, what: &'static str, value: f64 },
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Kernel(#[from] tandem_kernels::KernelError),
+    #[error(transparent)]
+    Peft(#[from] peft::PeftError),
+}
+
+/// What one quantum did.
+#[derive(Default)]
+pub struct Quantum {
+    pub events: Vec<JobEvent>,
+    /// A new adapter version: on disk, and ready to answer.
+    pub published: Option<(AdapterRef, Arc<Adapter>)>,
+    /// The last quantum of the run.
+    pub finished: bool,
+}
+
+pub struct Trainer {
+    spec: JobSpec,
+    subject: Subject,
+    grads: Grads,
+    moment1: Tensor,
+    moment2: Tensor,
+    train: Vec<Example>,
+    /// Cut once: validation never changes.
+    valid: Vec<Slice>,
+    plan: DataPlan,
+    /// Optimizer steps done.
+    step: u64,
+    trained_tokens: u64,
+    stage: Stage,
+    step_began: Instant,
+}
+
+/// What is trained.
+enum Subject {
+    /// The base is the served decoder, handed in with each quantum.
+    Lora { lora: Lora, params: AdapterParams, adapter: Adapter },
+    /// A decoder of its own.
+    Full { params: FullParams, decoder: Box<Decoder> },
+}
+
+/// Where in a step the next quantum goes on.
+enum Stage {
+    Announce { resumed_from: Option<u64> },
+    Begin,
+    /// Slices still to go through the layers; `pass` is the one that is under way.
+    Accumulate { slices: Vec<Slice>, pass: Pass, scores: Scores, weight: f64, tokens: u64 },
+    Optimize { scores: Scores, tokens: u64 },
+    /// `next`: slice of the validation set.
+    Validate { next: usize, scores: Scores },
+    Save,
+    Finish,
+}
+
+impl Trainer {
+    /// Reads the job's folder; goes on from its state when there is one.
+    pub fn start(spec: JobSpec, base: &Decoder) -> Result<Trainer, TrainError> {
+        let Method::Lora(lora) = spec.hyper.method.clone() else {
+            return Err(TrainError::Data("full training changes the base; only `tandem train` does it".to_owned()));
+        };
+        let shape = AdapterShape::new(&base.spec, &lora);
+        if shape.is_empty() {
+            let message = format!("no module to train: {:?} are asked, {:?} exist", lora.target_modules, base.spec.lora_targets());
+            return Err(TrainError::Data(message));
+        }
+        let params = AdapterParams::init(shape, spec.hyper.seed);
+        let adapter = Adapter::new(&params, base.precision(), base.device())?;
+        let grads = Grads::Lora(AdapterParams::zeros(params.shape.clone()));
+        Trainer::new(spec, &base.spec, Subject::Lora { lora, params, adapter }, grads)
+    }
+
+    /// Trains every parameter of the model in `model_folder` (drawn at random when it has no weights), in float32.
+    pub fn start_full(spec: JobSpec, model_folder: &Path) -> Result<Trainer, TrainError> {
+        let decoder_spec = crate::family::read_spec(model_folder)?;
+        let params = full::read_or_init(model_folder, &decoder_spec, spec.hyper.seed)?;
+        let precision = tandem_kernels::weight::Precision::F32;
+        let decoder = Box::new(Decoder::from_params(decoder_spec.clone(), &params, precision)?);
+        let grads = Grads::Full(FullParams::zeros(params.shape.clone()));
+        Trainer::new(spec, &decoder_spec, Subject::Full { params, decoder }, grads)
+    }
+
+    fn new(spec: JobSpec, decoder: &DecoderSpec, subject: Subject, grads: Grads) -> Result<Trainer, TrainError> {
+        let train = read_examples(&spec.folder, files::TRAIN, decoder)?;
+        let valid = match spec.folder.join(files::VALID).exists() {
+            true => read_examples(&spec.folder, files::VALID, decoder)?,
+            false => vec![],
+        };
+        if train.iter().all(|example| example.label_tokens() == 0) {
+            return Err(TrainError::Data(format!("none of {} examples has a token to learn", train.len())));
+        }
+        let plan = DataPlan::new(&train, &spec.hyper);
+        let mut trainer = Trainer {
+            moment1: grads.flat().zeros_like(),
+            moment2: grads.flat().zeros_like(),
+            subject,
+            grads,
+            valid: data::slices(valid.iter()),
+            plan,
+            step: 0,
+            trained_tokens: 0,
+            stage: Stage::Announce { resumed_from: None },
+            step_began: Instant::now(),
+            train,
+            spec,
+        };
+        if let Some((progress, tensors)) = state::read(&trainer.spec.folder)? {
+            trainer.resume(progress, tensors)?;
+        }
+        Ok(trainer)
+    }
+
+    fn resume(&mut self, progress: state::Progress, tensors: state::Tensors) -> Result<(), TrainError> {
+        let state::Progress { step, trained_tokens, hyper, examples } = progress;
+        let state::Tensors { params, moment1, moment2 } = tensors;
+        if hyper != self.spec.hyper || examples != self.train.len() as u64 {
+            let message = "its state was written with other hyperparameters or other data".to_owned();
+            return Err(TrainError::State(message));
+        }
+        if params.size() != self.grads.flat().size() {
+            let (there, here) = (params.size()[0], self.grads.flat().size()[0]);
+            return Err(TrainError::State(format!("its state has {there} numbers, this model makes it {here}")));
+        }
+        self.flat().copy_(&params);
+        self.refresh();
+        self.moment1.copy_(&moment1);
+        self.moment2.copy_(&moment2);
+        self.step = step;
+        self.trained_tokens = trained_tokens;
+        self.stage = Stage::Announce { resumed_from: Some(step) };
+        Ok(())
+    }
+
+    pub fn spec(&self) -> &JobSpec {
+        &self.spec
+    }
+
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// Advances by one quantum. `base` is the decoder that serves (full training has its own and ignores it).
+    pub fn quantum(&mut self, base: Option<&Decoder>) -> Result<Quantum, TrainError> {
+        let _no_grad = tch::no_grad_guard();
+        let mut quantum = Quantum::default();
+        self.stage = match std::mem::replace(&mut self.stage, Stage::Begin) {
+            Stage::Announce { resumed_from } => {
+                quantum.events.push(self.started(resumed_from));
+                Stage::Begin
+            }
+            Stage::Begin => self.begin(),
+            Stage::Accumulate { slices, pass, scores, weight, tokens } => {
+                self.accumulate(base, slices, pass, scores, weight, tokens)?
+            }
+            Stage::Optimize { scores, tokens } => {
+                quantum.events.push(JobEvent::Step(self.optimize(&scores, tokens)?));
+                match self.validates() {
+                    true => Stage::Validate { next: 0, scores: Scores::default() },
+                    false => self.after_validation(),
+                }
+            }
+            Stage::Validate { next, scores } if next == self.valid.len() => {
+                quantum.events.push(JobEvent::Validated {
+                    step: self.step,
+                    loss: scores.loss / scores.weight.max(f64::MIN_POSITIVE),
+                    token_accuracy: scores.accuracy(),
+                });
+                self.after_validation()
+            }
+            Stage::Validate { next, scores } => {
+                let scored = self.score(base, &self.valid[next])?;
+                Stage::Validate { next: next + 1, scores: scores + scored }
+            }
+            Stage::Save => {
+                self.save(&mut quantum, base)?;
+                Stage::Begin
+            }
+            Stage::Finish => {
+                self.finish(&mut quantum, base)?;
+                Stage::Finish
+            }
+        };
+        Ok(quantum)
+    }
+
+    /// Runs one forward of `slice` without learning: validation.
+    fn score(&self, base: Option<&Decoder>, slice: &Slice) -> Result<Scores, TrainError> {
+        let (decoder, adapter) = self.subject.parts(base);
+        Ok(step::score(decoder, adapter, slice))
+    }
+
+    fn started(&self, resumed_from: Option<u64>) -> JobEvent {
+        let labels = self.train.iter().map(Example::label_tokens).sum::<usize>();
+        JobEvent::Started {
+            total_steps: self.plan.total(),
+            resumed_from,
+            examples: self.train.len() as u64,
+            epoch_tokens: self.train.iter().map(|example| example.tokens.len() as u64).sum(),
+            epoch_label_tokens: labels as u64,
+            trainable_parameters: self.grads.flat().size()[0] as u64,
+        }
+    }
+
+    /// Takes the examples of the next optimizer step.
+    fn begin(&mut self) -> Stage {
+        if self.step >= self.plan.total() {
+            return Stage::Finish;
+        }
+        self.step_began = Instant::now();
+        let _ = self.grads.flat().shallow_clone().zero_();
+        let mut slices = vec![];
+        for micro_batch in self.plan.step(self.step) {
+            slices.extend(data::slices(micro_batch.iter().map(|&example| &self.train[example])));
+        }
+        let weight = slices.iter().flat_map(|slice| &slice.labels).map(|&(_, _, weight)| f64::from(weight)).sum();
+        let tokens = slices.iter().map(|slice| slice.tokens.len() as u64).sum();
+        slices.reverse(); // taken from the end
+        Stage::Accumulate { slices, pass: Pass::Idle { rows_before: 0 }, scores: Scores::default(), weight, tokens }
+    }
+
+    fn accumulate(
+        &mut self,
+        base: Option<&Decoder>,
+        mut slices: Vec<Slice>,
+        pass: Pass,
+        scores: Scores,
+        weight: f64,
+        tokens: u64,
+    ) -> Result<Stage, TrainError> {
+        let (decoder, adapter) = self.subject.parts(base);
+        let context = step::Context { decoder, adapter, hyper: &self.spec.hyper, step: self.step, weight };
+        let (pass, scores) = match pass {
+            Pass::Idle { rows_before } => match slices.pop() {
+                None => return Ok(Stage::Optimize { scores, tokens }),
+                Some(slice) => (Pass::enter(slice, rows_before, &context), scores),
+            },
+            pass => pass.advance(&context, scores, &mut self.grads),
+        };
+        Ok(Stage::Accumulate { slices, pass, scores, weight, tokens })
+    }
+
+    fn optimize(&mut self, scores: &Scores, tokens: u64) -> Result<StepReport, TrainError> {
+        let Hyper { learning_rate, lr_scheduler, warmup_steps, max_grad_norm, .. } = self.spec.hyper;
+        let step = self.step + 1;
+        let loss = scores.loss / scores.weight.max(f64::MIN_POSITIVE);
+        let grad_norm = adamw::global_norm(self.grads.flat());
+        for (what, value) in [("loss", loss), ("gradient norm", grad_norm)] {
+            if !value.is_finite() {
+                return Err(TrainError::Diverged { step, what, value });
+            }
+        }
+        if max_grad_norm > 0.0 && grad_norm > max_grad_norm {
+            // torch.nn.utils.clip_grad_norm_
+            adamw::scale(self.grads.flat(), max_grad_norm / (grad_norm + 1e-6));
+        }
+        let learning_rate = learning_rate * lr_scheduler.factor(self.step, warmup_steps, self.plan.total());
+        self.update(learning_rate, step);
+        self.step = step;
+        self.trained_tokens += tokens;
+        Ok(StepReport {
+            step,
+            epoch: self.plan.epoch(step.min(self.plan.total())),
+            loss,
+            token_accuracy: scores.accuracy(),
+            grad_norm,
+            learning_rate,
+            trained_tokens: self.trained_tokens,
+            tokens_per_second: tokens as f64 / self.step_began.elapsed().as_secs_f64().max(1e-9),
+        })
+    }
+
+    /// One AdamW step over the flat buffer; norms and biases do not decay.
+    fn update(&mut self, learning_rate: f64, step: u64) {
+        let Hyper { adam_beta1, adam_beta2, adam_epsilon, weight_decay, .. } = self.spec.hyper;
+        let adamw = |weight_decay| AdamW { beta1: adam_beta1, beta2: adam_beta2, epsilon: adam_epsilon, weight_decay };
+        let ranges = match &self.subject {
+            Subject::Lora { params, .. } => vec![(0..params.shape.len(), weight_decay)],
+            Subject::Full { params, .. } => {
+                let decay = |slot: full::Slot| if slot.decays() { weight_decay } else { 0.0 };
+                params.shape.slots().map(|(slot, range)| (range, decay(slot))).collect()
+            }
+        };
+        for (range, weight_decay) in ranges {
+            let part = |tensor: &Tensor| tensor.narrow(0, range.start, range.end - range.start);
+            adamw(weight_decay).step(
+                &part(&self.flat()),
+                &part(self.grads.flat()),
+                &part(&self.moment1),
+                &part(&self.moment2),
+                learning_rate,
+                step,
+            );
+        }
+        self.refresh();
+    }
+
+    /// The trained numbers, `[P]` float32, shared storage.
+    fn flat(&self) -> Tensor {
+        match &self.subject {
+            Subject::Lora { params, .. } => params.flat.shallow_clone(),
+            Subject::Full { params, .. } => params.flat.shallow_clone(),
+        }
+    }
+
+    /// The forward reads packed copies: bring them up to date.
+    fn refresh(&mut self) {
+        match &mut self.subject {
+            Subject::Lora { params, adapter, .. } => adapter.update(params),
+            Subject::Full { params, decoder } => decoder.update_full(params),
+        }
+    }
+
+    fn validates(&self) -> bool {
+        let due = match self.spec.hyper.eval_steps {
+            0 => self.plan.ends_epoch(self.step),
+            every => self.step.is_multiple_of(every) || self.step == self.plan.total(),
+        };
+        due && !self.valid.is_empty()
+    }
+
+    fn after_validation(&self) -> Stage {
+        let every = self.spec.hyper.save_steps;
+        // The last step's adapter is the job's result: no checkpoint of it beside.
+        match every > 0 && self.step.is_multiple_of(every) && self.step < self.plan.total() {
+            true => Stage::Save,
+            false => Stage::Begin,
+        }
+    }
+
+    /// Writes a checkpoint: the adapter as a PEFT folder, then the state that names its step.
+    fn save(&mut self, quantum: &mut Quantum, base: Option<&Decoder>) -> Result<(), TrainError> {
+        if let Subject::Lora { .. } = self.subject {
+            let name = format!("{}{}", files::CHECKPOINT, self.step);
+            let (adapter, packed) = self.publish(&name, base)?;
+            quantum.published = Some((adapter.clone(), packed));
+            quantum.events.push(JobEvent::Checkpoint { step: self.step, adapter });
+        }
+        self.remember()
+    }
+
+    /// Writes the state only: what a clean stop does, so that no step is done twice.
+    pub fn remember(&self) -> Result<(), TrainError> {
+        let progress = state::Progress {
+            step: self.step,
+            trained_tokens: self.trained_tokens,
+            hyper: self.spec.hyper.clone(),
+            examples: self.train.len() as u64,
+        };
+        let (moment1, moment2) = (self.moment1.shallow_clone(), self.moment2.shallow_clone());
+        state::write(&self.spec.folder, &progress, &state::Tensors { params: self.flat(), moment1, moment2 })
+    }
+
+    fn finish(&mut self, quantum: &mut Quantum, base: Option<&Decoder>) -> Result<(), TrainError> {
+        quantum.finished = true;
+        if let Subject::Lora { .. } = self.subject {
+            let (adapter, packed) = self.publish(files::ADAPTER, base)?;
+            quantum.published = Some((adapter.clone(), packed));
+            quantum.events.push(JobEvent::Finished { adapter, trained_tokens: self.trained_tokens });
+        }
+        Ok(())
+    }
+
+    /// Writes the adapter as the PEFT folder `name` and packs a copy to serve.
+    fn publish(&self, name: &str, base: Option<&Decoder>) -> Result<(AdapterRef, Arc<Adapter>), TrainError> {
+        let Subject::Lora { lora, params, .. } = &self.subject else {
+            unreachable!("full training publishes nothing")
+        };
+        let base = base.expect("LoRA trains beside a base");
+        let config = PeftConfig { base_model: &self.spec.base_model, lora };
+        state::replace_folder(&self.spec.folder, name, |folder| Ok(peft::write(folder, params, &config)?))?;
+        let folder = self.spec.folder.join(name);
+        let digest = peft::digest(&folder)?;
+        let adapter = Adapter::new(params, base.precision(), base.device())?;
+        Ok((AdapterRef { digest, folder }, Arc::new(adapter)))
+    }
+
+    /// The bytes of the trained model's model.safetensors, after full training.
+    pub fn full_weights(&self, kind: Kind) -> Option<Vec<u8>> {
+        match &self.subject {
+            Subject::Full { params, .. } => Some(params.serialise(kind)),
+            Subject::Lora { .. } => None,
+        }
+    }
+}
+
+impl Subject {
+    fn parts<'a>(&'a self, base: Option<&'a Decoder>) -> (&'a Decoder, Option<&'a Adapter>) {
+        match self {
+            Subject::Lora { adapter, .. } => (base.expect("LoRA trains beside a base"), Some(adapter)),
+            Subject::Full { decoder, .. } => (decoder, None),
+        }
+    }
+}
+
+fn read_examples(folder: &Path, file: &str, spec: &DecoderSpec) -> Result<Vec<Example>, TrainError> {
+    let bytes = std::fs::read(folder.join(file)).map_err(|error| TrainError::File { file: file.to_owned(), error })?;
+    let examples = dataset::decode(&bytes).map_err(|error| TrainError::Data(format!("{file}: {error}")))?;
+    for (number, example) in examples.iter().enumerate() {
+        if let Some(token) = example.tokens.iter().find(|&&token| i64::from(token) >= spec.vocab) {
+            let vocab = spec.vocab;
+            return Err(TrainError::Data(format!("{file}: example {number} has token {token}, the model has {vocab}")));
+        }
+        if example.tokens.len() as i64 > spec.max_positions {
+            let (n, most) = (example.tokens.len(), spec.max_positions);
+            return Err(TrainError::Data(format!("{file}: example {number} has {n} tokens, the model takes {most}")));
+        }
+    }
+    Ok(examples)
+}

@@ -1,0 +1,81 @@
+//! Options as the words of a command line, so that who parses one needs no tensor type; and what this machine offers,
+//! in words. Not here: defaults.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use tandem_core::job::JobSpec;
+use tandem_kernels::weight::Precision;
+use tandem_kernels::{machine, pool};
+use tch::{Cuda, Device, Kind};
+
+use crate::start::Dtype;
+use crate::train::run::RunOptions;
+use crate::weights::{Checkpoint, LoadError};
+
+/// `auto` (the first GPU, else the CPU), `cpu`, `cuda`, `cuda:N`.
+pub fn device(word: &str) -> Result<Device, LoadError> {
+    let count = || Cuda::device_count().max(0) as usize;
+    let index = match word {
+        "auto" if !Cuda::is_available() => return Ok(Device::Cpu),
+        "cpu" => return Ok(Device::Cpu),
+        "auto" | "cuda" => 0,
+        other => {
+            let index = other.strip_prefix("cuda:").and_then(|index| index.parse().ok());
+            index.ok_or_else(|| LoadError::Option(format!("device {other:?} is not auto, cpu or cuda:N")))?
+        }
+    };
+    match index < count() {
+        true => Ok(Device::Cuda(index)),
+        false => Err(LoadError::Option(format!("device {word}: libtorch sees {} GPUs", count()))),
+    }
+}
+
+impl FromStr for Dtype {
+    type Err = LoadError;
+
+    fn from_str(word: &str) -> Result<Dtype, LoadError> {
+        match word {
+            "auto" => Ok(Dtype::Auto),
+            "bfloat16" | "bf16" => Ok(Dtype::Bf16),
+            "float32" | "fp32" | "float" => Ok(Dtype::F32),
+            other => Err(LoadError::Option(format!("dtype {other:?} is not auto, bfloat16 or float32"))),
+        }
+    }
+}
+
+impl RunOptions {
+    /// Full training stores what the checkpoint was stored in.
+    pub fn new(spec: JobSpec, model_folder: PathBuf, dtype: &str, device: &str) -> Result<RunOptions, LoadError> {
+        let save_kind = Checkpoint::open(&model_folder)?.main_kind();
+        let precision = match (dtype.parse()?, save_kind) {
+            (Dtype::Bf16, _) | (Dtype::Auto, Kind::BFloat16 | Kind::Half) => Precision::Bf16,
+            (Dtype::F32, _) | (Dtype::Auto, _) => Precision::F32,
+        };
+        Ok(RunOptions { spec, model_folder, precision, device: self::device(device)?, save_kind })
+    }
+}
+
+/// For `tandem doctor`: one fact a line.
+pub fn report() -> String {
+    let machine::Features { avx2, avx512f, avx512bf16, avx512vnni } = *machine::features();
+    let mut text = String::new();
+    let mut say = |name: &str, value: String| writeln!(text, "{name:<22} {value}").expect("a String takes any text");
+    let yes = |has: bool| if has { "yes" } else { "no" }.to_owned();
+    say("cores", std::thread::available_parallelism().map_or_else(|_| "unknown".to_owned(), |n| n.to_string()));
+    say("compute threads", pool::threads().to_string());
+    say("avx2", yes(avx2));
+    say("avx512", yes(avx512f));
+    say("avx512-bf16", yes(avx512bf16));
+    say("avx512-vnni", yes(avx512vnni));
+    say("GPUs seen by libtorch", Cuda::device_count().to_string());
+    let path = match (avx512bf16, avx512f, avx2) {
+        (true, ..) => "AVX-512 with bfloat16 dot products",
+        (_, true, _) => "AVX-512",
+        (_, _, true) => "AVX2",
+        _ => "reference (libtorch): works, slower",
+    };
+    say("CPU kernels", path.to_owned());
+    text
+}

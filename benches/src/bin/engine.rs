@@ -1,0 +1,302 @@
+//! The engine without HTTP: prefill, decode, mixed adapters and LoRA training on one model folder, through the same
+//! channel the router uses. The last line is JSON with the keys that benches/peers prints.
+//!
+//!   target/release/engine --model DIR [prefill] [decode] [adapters] [train]
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use clap::{Parser, ValueEnum};
+use serde_json::{Map, Value, json};
+use tandem_backend::family::read_spec;
+use tandem_backend::lora::params::{AdapterParams, AdapterShape};
+use tandem_backend::lora::peft::{self, PeftConfig};
+use tandem_backend::model::Decoder;
+use tandem_backend::Dtype;
+use tandem_backend::train::Trainer;
+use tandem_benches::machine;
+use tandem_benches::percentile::median;
+use tandem_core::dataset::{self, Example};
+use tandem_core::id::{AdapterRef, JobId, RequestId};
+use tandem_core::job::{Hyper, JobEvent, JobSpec, Lora, Method, Schedule, files};
+use tandem_core::message::{Event, Generate};
+use tandem_core::replica::{Command, EVENT_QUEUE, ReplicaHandle};
+use tandem_core::sampling::Sampling;
+use tandem_core::{TokenId, rng};
+use tandem_kernels::weight::Precision;
+use tch::Device;
+use tokio::sync::mpsc;
+
+/// Measures the engine without HTTP
+#[derive(Parser)]
+struct Options {
+    /// A checkpoint, e.g. of benches/peers/make_shape.py
+    #[arg(long)]
+    model: PathBuf,
+    #[arg(long, value_enum, default_value = "bfloat16")]
+    dtype: DtypeName,
+    /// Tokens each stream generates
+    #[arg(long, default_value_t = 64)]
+    new_tokens: u32,
+    #[arg(long, value_delimiter = ',', default_value = "1,8,16")]
+    streams: Vec<usize>,
+    /// Optimizer steps of 4 x 512 tokens that are measured, after one that is not
+    #[arg(long, default_value_t = 2)]
+    train_steps: u64,
+    #[arg(value_enum, required = true)]
+    parts: Vec<Part>,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Part {
+    /// 512 tokens
+    Prefill,
+    /// Streams with 256-token prompts
+    Decode,
+    /// 8 streams over 4 adapters of rank 16 on all linear layers
+    Adapters,
+    /// LoRA r 16 on all linear layers, 4 x 512 tokens a step
+    Train,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum DtypeName {
+    Bfloat16,
+    Float32,
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> anyhow::Result<()> {
+    let options = Options::parse();
+    let mut report = Map::new();
+    // Training first and without an engine: its peak memory is then its own.
+    if options.parts.contains(&Part::Train) {
+        train(&options, &mut report)?;
+    }
+    if options.parts.iter().any(|&part| part != Part::Train) {
+        let mut engine = Engine::start(&options)?;
+        for part in &options.parts {
+            match part {
+                Part::Prefill => engine.prefill(&mut report).await?,
+                Part::Decode => engine.decode(&options, &mut report).await?,
+                Part::Adapters => engine.adapters(&options, &mut report).await?,
+                Part::Train => {}
+            }
+        }
+        engine.replica.commands.send(Command::Stop).await.context("the engine ended early")?;
+    }
+    println!("{}", Value::Object(report));
+    Ok(())
+}
+
+struct Engine {
+    replica: ReplicaHandle,
+    requests: u64,
+}
+
+impl Engine {
+    fn start(options: &Options) -> anyhow::Result<Engine> {
+        let dtype = match options.dtype {
+            DtypeName::Bfloat16 => Dtype::Bf16,
+            DtypeName::Float32 => Dtype::F32,
+        };
+        let began = Instant::now();
+        let replica = tandem_backend::start(tandem_backend::Options {
+            dtype,
+            max_model_len: Some(1024),
+            max_num_seqs: 16,
+            ..tandem_backend::Options::new(options.model.clone())
+        })?;
+        println!("ready after {:.2} s, {} MB of weights", began.elapsed().as_secs_f64(), replica.info.weight_bytes >> 20);
+        Ok(Engine { replica, requests: 0 })
+    }
+
+    async fn prefill(&mut self, report: &mut Map<String, Value>) -> anyhow::Result<()> {
+        let mut rates = vec![];
+        for _ in 0..4 {
+            let began = Instant::now();
+            let stream = self.stream(512, 1, None).await?;
+            rates.push(512.0 / (stream[0] - began).as_secs_f64());
+        }
+        // The first warms caches and pages up.
+        say(report, "prefill_512", "tokens/s", rates[1..].iter().copied().fold(0.0, f64::max));
+        Ok(())
+    }
+
+    async fn decode(&mut self, options: &Options, report: &mut Map<String, Value>) -> anyhow::Result<()> {
+        for &streams in &options.streams {
+            let rate = self.rate(&vec![None; streams], options.new_tokens).await?;
+            say(report, &format!("decode_{streams}"), "tokens/s", rate);
+        }
+        Ok(())
+    }
+
+    async fn adapters(&mut self, options: &Options, report: &mut Map<String, Value>) -> anyhow::Result<()> {
+        const STREAMS: usize = 8;
+        const ADAPTERS: u64 = 4;
+        let folder = tempfile::tempdir()?;
+        let adapters: Vec<AdapterRef> = (0..ADAPTERS)
+            .map(|seed| write_adapter(&options.model, &folder.path().join(seed.to_string()), seed))
+            .collect::<anyhow::Result<_>>()?;
+        let turns: Vec<_> = (0..STREAMS).map(|i| Some(adapters[i % adapters.len()].clone())).collect();
+        // Loads them.
+        self.rate(&turns, 2).await?;
+        let base = self.rate(&vec![None; STREAMS], options.new_tokens).await?;
+        let mixed = self.rate(&turns, options.new_tokens).await?;
+        say(report, "decode_8_base", "tokens/s", base);
+        say(report, "decode_8_of_4_adapters", "tokens/s", mixed);
+        say(report, "adapters_over_base", "", mixed / base);
+        Ok(())
+    }
+
+    /// Tokens per second over all streams while every one of them decodes.
+    async fn rate(&mut self, streams: &[Option<AdapterRef>], new_tokens: u32) -> anyhow::Result<f64> {
+        let running: Vec<_> = streams.iter().map(|adapter| self.send(256, new_tokens, adapter.clone())).collect();
+        let mut times = vec![];
+        for stream in running {
+            times.push(tokio::spawn(stream));
+        }
+        let mut streams = vec![];
+        for stream in times {
+            streams.push(stream.await??);
+        }
+        let begin = streams.iter().filter_map(|times| times.first()).max().context("no stream")?;
+        let end = streams.iter().filter_map(|times| times.last()).min().context("no stream")?;
+        let tokens = streams.iter().flatten().filter(|time| (begin..=end).contains(time)).count();
+        Ok((tokens - streams.len().min(tokens)) as f64 / (*end - *begin).as_secs_f64().max(1e-9))
+    }
+
+    async fn stream(
+        &mut self,
+        prompt_tokens: usize,
+        max_tokens: u32,
+        adapter: Option<AdapterRef>,
+    ) -> anyhow::Result<Vec<Instant>> {
+        self.send(prompt_tokens, max_tokens, adapter).await
+    }
+
+    /// A request with a prompt of its own; its tokens' times.
+    fn send(
+        &mut self,
+        prompt_tokens: usize,
+        max_tokens: u32,
+        adapter: Option<AdapterRef>,
+    ) -> impl Future<Output = anyhow::Result<Vec<Instant>>> + use<> {
+        self.requests += 1;
+        let id = RequestId(self.requests);
+        let vocab = u64::from(self.replica.info.vocab_size);
+        let token = |i: usize| (rng::bits(7, id.0, i as u64) % vocab) as TokenId;
+        let generate = Generate {
+            id,
+            prompt: (0..prompt_tokens).map(token).collect(),
+            adapter,
+            sampling: Sampling::greedy(),
+            max_tokens,
+            stop_tokens: vec![],
+        };
+        let commands = self.replica.commands.clone();
+        async move {
+            let (events, mut inbox) = mpsc::channel(EVENT_QUEUE);
+            commands.send(Command::Generate(generate, events)).await.context("the engine ended")?;
+            let mut times = vec![];
+            loop {
+                match inbox.recv().await.context("the engine dropped a request")? {
+                    Event::Token(_) => times.push(Instant::now()),
+                    Event::Finished { .. } => return Ok(times),
+                    Event::Failed(fault) => bail!("a request failed: {fault}"),
+                    Event::Prompt(_) => {}
+                }
+            }
+        }
+    }
+}
+
+fn train(options: &Options, report: &mut Map<String, Value>) -> anyhow::Result<()> {
+    const EXAMPLES: usize = 4;
+    /// 512 inputs, 512 labels.
+    const EXAMPLE_TOKENS: usize = 513;
+    let folder = tempfile::tempdir()?;
+    let precision = match options.dtype {
+        DtypeName::Bfloat16 => Precision::Bf16,
+        DtypeName::Float32 => Precision::F32,
+    };
+    let base = Decoder::load(&options.model, precision, Device::Cpu)?;
+    let vocab = base.spec.vocab as u64;
+    let example = |number: u64| Example {
+        tokens: (0..EXAMPLE_TOKENS).map(|i| (rng::bits(9, number, i as u64) % vocab) as TokenId).collect(),
+        weights: vec![1.0; EXAMPLE_TOKENS],
+    };
+    let steps = options.train_steps + 1;
+    let examples: Vec<Example> = (0..steps * EXAMPLES as u64).map(example).collect();
+    std::fs::write(folder.path().join(files::TRAIN), dataset::encode(&examples))?;
+    let hyper = hyper(EXAMPLES as u32, lora(base.spec.lora_targets()));
+    let spec = JobSpec { id: JobId("ftjob-bench".to_owned()), folder: folder.path().to_owned(), base_model: "bench".to_owned(), hyper };
+    let mut trainer = Trainer::start(spec, &base)?;
+    let (mut rates, mut quanta_s): (Vec<f64>, Vec<f64>) = (vec![], vec![]);
+    loop {
+        let began = Instant::now();
+        let quantum = trainer.quantum(Some(&base))?;
+        quanta_s.push(began.elapsed().as_secs_f64());
+        for event in &quantum.events {
+            if let JobEvent::Step(step) = event {
+                rates.push(step.tokens_per_second);
+            }
+        }
+        if quantum.finished {
+            break;
+        }
+    }
+    let peak_mb = machine::peak_rss_bytes().unwrap_or(0) as f64 / f64::from(1 << 20);
+    say(report, "train_tok_s", "tokens/s", rates[1..].iter().copied().fold(0.0, f64::max));
+    say(report, "train_peak_rss_mb", "MB", peak_mb);
+    let longest = quanta_s.iter().copied().fold(0.0, f64::max);
+    println!(
+        "quanta: median {:.1?}, longest {:.1?}",
+        Duration::from_secs_f64(median(&quanta_s).unwrap_or(0.0)),
+        Duration::from_secs_f64(longest)
+    );
+    Ok(())
+}
+
+fn lora(target_modules: Vec<String>) -> Lora {
+    Lora { r: 16, alpha: 32.0, dropout: 0.0, target_modules, use_rslora: false }
+}
+
+fn hyper(batch_size: u32, lora: Lora) -> Hyper {
+    Hyper {
+        n_epochs: 1,
+        max_steps: None,
+        batch_size,
+        gradient_accumulation_steps: 1,
+        learning_rate: 1e-4,
+        lr_scheduler: Schedule::Linear,
+        warmup_steps: 0,
+        weight_decay: 0.01,
+        adam_beta1: 0.9,
+        adam_beta2: 0.999,
+        adam_epsilon: 1e-8,
+        max_grad_norm: 1.0,
+        seed: 1,
+        max_seq_length: 1024,
+        packing: false,
+        save_steps: 0,
+        eval_steps: 0,
+        method: Method::Lora(lora),
+    }
+}
+
+/// An untrained adapter: speed does not depend on its numbers, and each seed is another adapter.
+fn write_adapter(model: &Path, folder: &Path, seed: u64) -> anyhow::Result<AdapterRef> {
+    let spec = read_spec(model)?;
+    let lora = lora(spec.lora_targets());
+    let params = AdapterParams::init(AdapterShape::new(&spec, &lora), seed);
+    std::fs::create_dir(folder)?;
+    peft::write(folder, &params, &PeftConfig { base_model: "bench", lora: &lora })?;
+    Ok(AdapterRef { digest: peft::digest(folder)?, folder: folder.to_owned() })
+}
+
+fn say(report: &mut Map<String, Value>, key: &str, unit: &str, value: f64) {
+    println!("{key:24} {value:10.2} {unit}");
+    report.insert(key.to_owned(), json!(value));
+}

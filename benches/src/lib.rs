@@ -1,0 +1,5 @@
+//! What the benchmark programs share: percentiles, a machine line, a small HTTP client. Not here: what is measured.
+
+pub mod http;
+pub mod machine;
+pub mod percentile;

@@ -1,0 +1,395 @@
+//! The fast paths against the references, and the promises about bits.
+
+use tch::{Device, Kind, Tensor};
+
+use super::*;
+use crate::weight::Precision;
+
+const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
+const BOTH: [Precision; 2] = [Precision::F32, Precision::Bf16];
+
+fn options(head_dim: usize) -> Options {
+    Options {
+        scale: 1.0 / (head_dim as f64).sqrt(),
+        window: None,
+        cap: None,
+    }
+}
+
+/// q, k and v as views of one fused tensor, already representable in bfloat16, so that only the rounding of
+/// probabilities tells a reference in float64 from the fast path.
+fn qkv(tokens: usize, heads: Heads) -> [Tensor; 3] {
+    let Heads {
+        heads,
+        kv_heads,
+        head_dim,
+    } = heads;
+    let widths = [heads, kv_heads, kv_heads].map(|n| (n * head_dim) as i64);
+    let fused = Tensor::randn([tokens as i64, widths.iter().sum::<i64>() + 3], FLOAT) * 1.5;
+    let fused = fused.to_kind(Kind::BFloat16).to_kind(Kind::Float);
+    let mut start = 1;
+    widths.map(|width| {
+        start += width;
+        fused.narrow(1, start - width, width)
+    })
+}
+
+fn cache(heads: Heads, precision: Precision, blocks: usize) -> KvCache {
+    let Heads {
+        kv_heads, head_dim, ..
+    } = heads;
+    let shape = CacheShape {
+        layers: 2,
+        blocks,
+        kv_heads,
+        head_dim,
+    };
+    KvCache::new(shape, precision, Device::Cpu).expect("a small cache")
+}
+
+/// Blocks in a scattered order with a run in it, different for each sequence.
+fn tables(lens: &[usize]) -> Vec<Vec<u32>> {
+    let total: usize = lens.iter().map(|len| len.div_ceil(BLOCK_SIZE)).sum();
+    let mut free: Vec<u32> = (0..total as u32).collect();
+    free.rotate_left(total / 3);
+    free[..total / 2].reverse();
+    lens.iter()
+        .map(|len| free.drain(..len.div_ceil(BLOCK_SIZE)).collect())
+        .collect()
+}
+
+fn slots(table: &[u32], positions: Range<usize>) -> Vec<i64> {
+    let slot = |position: usize| table[position / BLOCK_SIZE] as usize * BLOCK_SIZE + position % BLOCK_SIZE;
+    positions.map(|position| slot(position) as i64).collect()
+}
+
+fn close(got: &Tensor, want: &Tensor, tolerance: f64, what: &str) {
+    let scale = want.abs().max().double_value(&[]).max(1.0);
+    let worst = (got.to_kind(Kind::Double) - want).abs().max().double_value(&[]);
+    assert!(worst <= tolerance * scale, "{what}: off by {worst} of {scale}");
+}
+
+/// The same bits; the references promise nearness only.
+fn same(got: &Tensor, want: &Tensor, what: &str) {
+    match crate::vector::available() {
+        true => assert_eq!(got, want, "{what}"),
+        false => close(got, &want.to_kind(Kind::Double), 4e-3, what),
+    }
+}
+
+/// Heads, lengths, window and cap of the cases: groups 1, 3, 7, 8; D 16 to 128; lengths around blocks and segments.
+fn cases() -> Vec<(Heads, Vec<usize>, Options)> {
+    let heads = |heads, kv_heads, head_dim| Heads {
+        heads,
+        kv_heads,
+        head_dim,
+    };
+    let mut cases = Vec::new();
+    for (heads, lens) in [
+        (heads(1, 1, 16), vec![1, 2, 31, 32, 33]),
+        (heads(9, 3, 64), vec![1, 70, 300, 5]),
+        (heads(7, 1, 32), vec![64, 257, 3]),
+        (heads(16, 2, 128), vec![40, 130]),
+        (heads(4, 4, 80), vec![35, 96]),
+        (heads(2, 1, 256), vec![50]),
+    ] {
+        let plain = options(heads.head_dim);
+        for options in [
+            plain,
+            Options {
+                window: Some(1),
+                ..plain
+            },
+            Options {
+                window: Some(45),
+                ..plain
+            },
+            Options {
+                cap: Some(3.0),
+                ..plain
+            },
+            Options {
+                window: Some(100),
+                cap: Some(20.0),
+                ..plain
+            },
+        ] {
+            cases.push((heads, lens.clone(), options));
+        }
+    }
+    cases
+}
+
+fn cu_seqlens(lens: &[usize]) -> Vec<usize> {
+    let mut ends = vec![0];
+    lens.iter().for_each(|len| ends.push(ends[ends.len() - 1] + len));
+    ends
+}
+
+/// Float32 within 2e-6 of the largest value of the float64 reference, bfloat16 (probabilities rounded to 8 bits) within
+/// 4e-3; lse within 1e-5.
+#[test]
+fn packed_agrees_with_the_reference() {
+    for (heads, lens, options) in cases() {
+        let [q, k, v] = qkv(lens.iter().sum(), heads);
+        let ends = cu_seqlens(&lens);
+        let double = [&q, &k, &v].map(|x| x.to_kind(Kind::Double));
+        let [dq, dk, dv] = &double;
+        let want = packed_reference(dq, dk, dv, &ends, heads, options, Precision::F32);
+        for precision in BOTH {
+            let got = packed(&q, &k, &v, &ends, heads, options, precision);
+            let what = format!("{heads:?} {options:?} {precision:?}");
+            let tolerance = if precision == Precision::F32 { 2e-6 } else { 4e-3 };
+            close(&got.out, &want.out, tolerance, &what);
+            close(&got.lse, &want.lse, 1e-5, &what);
+        }
+    }
+}
+
+/// The explicit formulas against autograd through the forward, in float64.
+#[test]
+fn reference_backward_is_autograd() {
+    let heads = Heads {
+        heads: 6,
+        kv_heads: 2,
+        head_dim: 8,
+    };
+    let ends = [0, 5, 5, 17];
+    for (window, cap) in [(None, None), (Some(4), None), (None, Some(2.0))] {
+        let options = Options {
+            window,
+            cap,
+            ..options(8)
+        };
+        let inputs = qkv(17, heads).map(|x| x.to_kind(Kind::Double).contiguous().set_requires_grad(true));
+        let [q, k, v] = &inputs;
+        let forward = packed_reference(q, k, v, &ends, heads, options, Precision::F32);
+        let dout = forward.out.randn_like();
+        let loss = (&forward.out * &dout).sum(Kind::Double);
+        let want = Tensor::run_backward(&[loss], &[q, k, v], false, false);
+        let [q, k, v] = inputs.each_ref().map(Tensor::detach);
+        let attended = PackedOut {
+            out: forward.out.detach(),
+            lse: forward.lse.detach(),
+        };
+        let f32 = Precision::F32;
+        let got = packed_backward_reference(&q, &k, &v, &attended, &dout, &ends, heads, options, f32);
+        for (got, want) in [got.0, got.1, got.2].iter().zip(&want) {
+            close(got, want, 1e-12, "reference");
+        }
+    }
+}
+
+/// Float32 within 1e-5 of the largest gradient of the float64 reference, bfloat16 within 2e-2.
+#[test]
+fn packed_backward_agrees_with_the_reference() {
+    for (heads, lens, options) in cases() {
+        let tokens: usize = lens.iter().sum();
+        let [q, k, v] = qkv(tokens, heads);
+        let ends = cu_seqlens(&lens);
+        let dout = Tensor::randn([tokens as i64, (heads.heads * heads.head_dim) as i64], FLOAT);
+        let dout = dout.to_kind(Kind::BFloat16).to_kind(Kind::Float);
+        let [q64, k64, v64, dout64] = [&q, &k, &v, &dout].map(|x| x.to_kind(Kind::Double));
+        let f32 = Precision::F32;
+        let attended = packed_reference(&q64, &k64, &v64, &ends, heads, options, f32);
+        let want =
+            packed_backward_reference(&q64, &k64, &v64, &attended, &dout64, &ends, heads, options, f32);
+        for precision in BOTH {
+            let attended = packed(&q, &k, &v, &ends, heads, options, precision);
+            let got = packed_backward(&q, &k, &v, &attended, &dout, &ends, heads, options, precision);
+            let tolerance = if precision == f32 { 1e-5 } else { 2e-2 };
+            for (name, got, want) in [
+                ("dq", got.0, &want.0),
+                ("dk", got.1, &want.1),
+                ("dv", got.2, &want.2),
+            ] {
+                close(
+                    &got,
+                    want,
+                    tolerance,
+                    &format!("{name} {heads:?} {options:?} {precision:?}"),
+                );
+            }
+        }
+    }
+}
+
+/// Whole prompts through the cache, in a mixed batch and a scattered order, give the bits of the packed path.
+#[test]
+fn paged_is_packed_bit_for_bit() {
+    for (heads, lens, options) in cases() {
+        let [q, k, v] = qkv(lens.iter().sum(), heads);
+        let (ends, tables) = (cu_seqlens(&lens), tables(&lens));
+        for precision in BOTH {
+            let cache = cache(heads, precision, tables.iter().map(Vec::len).sum());
+            let all: Vec<i64> = tables
+                .iter()
+                .zip(&lens)
+                .flat_map(|(table, len)| slots(table, 0..*len))
+                .collect();
+            write(&cache, 1, &k, &v, &all);
+            let seqs: Vec<PagedSeq> = (0..lens.len())
+                .map(|i| PagedSeq {
+                    rows: ends[i]..ends[i + 1],
+                    table: &tables[i],
+                    kv_len: lens[i],
+                })
+                .collect();
+            let got = paged(&q, &cache, 1, &seqs, heads, options);
+            let want = packed(&q, &k, &v, &ends, heads, options, precision).out;
+            same(&got, &want, &format!("{heads:?} {options:?} {precision:?}"));
+        }
+    }
+}
+
+/// However a prompt is cut into chunks, down to single tokens, alone or beside others, on one thread or many: the same
+/// bits. The blocks hold the remains (NaN) of an earlier owner.
+#[test]
+fn chunks_neighbours_and_threads_change_no_bit() {
+    for (heads, options) in [
+        (
+            Heads {
+                heads: 9,
+                kv_heads: 3,
+                head_dim: 64,
+            },
+            options(64),
+        ),
+        (
+            Heads {
+                heads: 9,
+                kv_heads: 3,
+                head_dim: 64,
+            },
+            Options {
+                window: Some(77),
+                ..options(64)
+            },
+        ),
+        (
+            Heads {
+                heads: 2,
+                kv_heads: 2,
+                head_dim: 16,
+            },
+            options(16),
+        ),
+    ] {
+        let len = 700;
+        let [q, k, v] = qkv(len, heads);
+        let table: Vec<u32> = (0..len.div_ceil(BLOCK_SIZE) as u32)
+            .map(|block| (block * 7) % 22)
+            .collect();
+        for precision in BOTH {
+            let want = packed(&q, &k, &v, &[0, len], heads, options, precision).out;
+            for chunk in [1, 37, 256, 700] {
+                let cache = cache(heads, precision, 22);
+                let every: Vec<i64> = (0..22 * BLOCK_SIZE as i64).collect();
+                let nan = Tensor::full([every.len() as i64, k.size()[1]], f64::NAN, FLOAT);
+                write(&cache, 0, &nan, &nan, &every);
+                for start in (0..len).step_by(chunk) {
+                    let rows = start..(start + chunk).min(len);
+                    let part = |x: &Tensor| x.narrow(0, rows.start as i64, rows.len() as i64);
+                    write(&cache, 0, &part(&k), &part(&v), &slots(&table, rows.clone()));
+                    let seq = PagedSeq {
+                        rows: 0..rows.len(),
+                        table: &table,
+                        kv_len: rows.end,
+                    };
+                    let got = paged(&part(&q), &cache, 0, &[seq], heads, options);
+                    assert_eq!(
+                        got,
+                        part(&want),
+                        "chunk {chunk} rows {rows:?} {options:?} {precision:?}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// The gradients of a sequence do not depend on the others of the batch.
+#[test]
+fn a_sequence_alone_has_the_gradients_it_has_in_a_batch() {
+    let heads = Heads {
+        heads: 6,
+        kv_heads: 2,
+        head_dim: 32,
+    };
+    let lens = [90, 33, 200];
+    let ends = cu_seqlens(&lens);
+    let [q, k, v] = qkv(ends[3], heads);
+    let dout = Tensor::randn([ends[3] as i64, 6 * 32], FLOAT);
+    for precision in BOTH {
+        let run = |range: Range<usize>, ends: &[usize]| {
+            let part = |x: &Tensor| x.narrow(0, range.start as i64, range.len() as i64);
+            let (q, k, v) = (part(&q), part(&k), part(&v));
+            let attended = packed(&q, &k, &v, ends, heads, options(32), precision);
+            packed_backward(
+                &q,
+                &k,
+                &v,
+                &attended,
+                &part(&dout),
+                ends,
+                heads,
+                options(32),
+                precision,
+            )
+        };
+        let all = run(0..ends[3], &ends);
+        for seq in ends.windows(2) {
+            let alone = run(seq[0]..seq[1], &[0, seq[1] - seq[0]]);
+            let part = |x: &Tensor| x.narrow(0, seq[0] as i64, (seq[1] - seq[0]) as i64);
+            assert!(
+                alone.0 == part(&all.0) && alone.1 == part(&all.1) && alone.2 == part(&all.2),
+                "{seq:?}"
+            );
+        }
+    }
+}
+
+/// Head dimensions without a fast path go through the plain cache and the references: the same numbers.
+#[test]
+fn other_head_dimensions_take_the_reference() {
+    let heads = Heads {
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 12,
+    };
+    let [q, k, v] = qkv(50, heads);
+    for precision in BOTH {
+        let cache = cache(heads, precision, 4);
+        let table = [3, 1];
+        write(&cache, 0, &k, &v, &slots(&table, 0..50));
+        let seq = PagedSeq {
+            rows: 10..20,
+            table: &table,
+            kv_len: 50,
+        };
+        let got = paged(&q, &cache, 0, &[seq], heads, options(12));
+        let q = Tensor::cat(&[q.narrow(0, 0, 40), q.narrow(0, 10, 10)], 0);
+        let want = packed(&q, &k, &v, &[0, 50], heads, options(12), precision).out;
+        assert!(
+            (got.narrow(0, 10, 10) - want.narrow(0, 40, 10))
+                .abs()
+                .max()
+                .double_value(&[])
+                < 1e-5
+        );
+        assert_eq!(got.narrow(0, 0, 10).abs().max().double_value(&[]), 0.0);
+    }
+}
+
+#[test]
+fn bytes_are_what_is_stored() {
+    let shape = CacheShape {
+        layers: 2,
+        blocks: 10,
+        kv_heads: 3,
+        head_dim: 64,
+    };
+    let cache = KvCache::new(shape, Precision::Bf16, Device::Cpu).expect("a small cache");
+    assert_eq!(cache.bytes(), 2 * 10 * 3 * 64 * 2 * BLOCK_SIZE * 2);
+    assert_eq!(shape.block_bytes(Precision::F32) * 10, 2 * cache.bytes());
+}

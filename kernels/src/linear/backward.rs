@@ -1,0 +1,122 @@
+//! dx = dy W out of the panels packed for y = x Wt: the reduction now runs over N, so blocks of the panels are turned
+//! into panels over N in scratch, a few hundred rows of W at a time. No second copy of W stays resident.
+
+use std::ops::Range;
+
+use tch::{Device, Kind, Tensor};
+
+use crate::matmul::gemm::{Left, spread, views};
+use crate::pool;
+use crate::simd::pack::{pack_step, unpack_rows};
+use crate::simd::{self, Element, PANEL, Product, Sum};
+use crate::slice::{Plain, RowsMut};
+use crate::weight::{Store, Weight};
+
+/// Columns of dx a task computes side by side.
+const BLOCK_COLUMNS: usize = 4 * PANEL;
+/// Rows of W turned at a time: with all columns of a block 128 KiB in bfloat16, beside the rows of dy in the cache.
+const TURN_ROWS: usize = 16 * PANEL;
+/// Rows of dx for which a turned block is used: the turning is then a few percent of the product.
+const BLOCK_ROWS: usize = 256;
+
+/// dx `[T, K]` = dy W, dy `[T, N]` float32 (rounded to W's precision), sums in float32.
+pub fn linear_backward(dy: &Tensor, w: &Weight) -> Tensor {
+    let Some([rows]) = views([dy]) else {
+        return w.reference_backward(dy);
+    };
+    assert_eq!(
+        rows.width as i64,
+        w.n(),
+        "dy {:?} and a weight of [{}, {}]",
+        dy.size(),
+        w.n(),
+        w.k()
+    );
+    let mut dx = Tensor::empty([rows.rows as i64, w.k()], (Kind::Float, Device::Cpu));
+    let to = RowsMut::of(&mut dx).expect("a new float CPU tensor");
+    match w.store() {
+        Store::F32(panels) => fast(&Left::<f32>::round(rows), panels, rows.width, to),
+        Store::Bf16(panels) => fast(&Left::<u16>::round(rows), panels, rows.width, to),
+        Store::Plain(_) => return w.reference_backward(dy),
+    }
+    dx
+}
+
+fn fast<T: Element + Plain>(dy: &Left<T>, panels: &[T], n: usize, to: RowsMut) {
+    let (m, k) = (to.rows, to.width);
+    let column_blocks = k.div_ceil(BLOCK_COLUMNS);
+    // Enough blocks for all threads, though each turns W anew.
+    let wanted = (2 * pool::threads())
+        .div_ceil(column_blocks.max(1))
+        .min(m.div_ceil(24));
+    let row_blocks = m.div_ceil(BLOCK_ROWS).max(wanted);
+    pool::for_each(row_blocks * column_blocks, |task| {
+        let (block, group) = (task % row_blocks, task / row_blocks);
+        let rows = spread(m, row_blocks, block);
+        let columns = group * BLOCK_COLUMNS..k.min((group + 1) * BLOCK_COLUMNS);
+        let n_panels = columns.len().div_ceil(PANEL);
+        let panel_stride = T::panel_len(TURN_ROWS);
+        let mut turned = pool::scratch::<T>(n_panels * panel_stride);
+        let mut sums = pool::scratch::<f32>(rows.len() * BLOCK_COLUMNS);
+        for first in (0..n).step_by(TURN_ROWS) {
+            let reduced = first..n.min(first + TURN_ROWS);
+            turn(panels, k, &reduced, &columns, &mut turned);
+            let product = Product {
+                m: rows.len(),
+                steps: T::steps(reduced.len()),
+                a: dy.row(rows.start).wrapping_add(first),
+                lda: dy.stride,
+                panels: turned.as_ptr(),
+                panel_stride,
+                n: columns.len(),
+                c: sums.as_mut_ptr(),
+                ldc: BLOCK_COLUMNS,
+                sum: if first == 0 { Sum::Set } else { Sum::Continue },
+            };
+            // SAFETY: packed panels mean that fast paths are available; `turned` holds the steps of all its panels,
+            // dy's rows are whole steps, and the sums are this task's scratch.
+            unsafe { simd::product(&product) };
+        }
+        for (i, row) in rows.enumerate() {
+            // SAFETY: a block's columns of a row belong to its task.
+            let to = unsafe { to.columns(row, columns.clone()) };
+            to.copy_from_slice(&sums[i * BLOCK_COLUMNS..][..columns.len()]);
+        }
+    });
+}
+
+/// Rows `reduced` and columns `columns` of W, out of its panels over K, into panels over N: `turned[c][n][j] =
+/// W[reduced.start + n][columns.start + 32 c + j]`. A task's share, so not parallel itself.
+fn turn<T: Element + Plain>(
+    panels: &[T],
+    k: usize,
+    reduced: &Range<usize>,
+    columns: &Range<usize>,
+    turned: &mut [T],
+) {
+    let (panel_len, turned_len) = (T::panel_len(k), T::panel_len(TURN_ROWS));
+    let mut block = [[[T::default(); PANEL]; BLOCK_COLUMNS / PANEL]; PANEL];
+    let steps = T::steps(columns.len());
+    for first in reduced.clone().step_by(PANEL) {
+        let from =
+            &panels[first / PANEL * panel_len + columns.start * PANEL..][..T::panel_len(columns.len())];
+        // SAFETY: packed panels mean that fast paths are available; `steps` steps of a panel of W into 32 rows of at
+        // least as many; columns of W beyond N are there, and zero.
+        unsafe {
+            unpack_rows(
+                from.as_ptr(),
+                steps,
+                PANEL,
+                block.as_mut_ptr().cast(),
+                BLOCK_COLUMNS,
+            )
+        };
+        for (c, turned) in turned.chunks_exact_mut(turned_len).enumerate() {
+            let turned = &mut turned[(first - reduced.start) * PANEL..][..PANEL * PANEL];
+            for (step, turned) in turned.chunks_exact_mut(PANEL * T::PER_STEP).enumerate() {
+                let row = step * T::PER_STEP;
+                pack_step([&block[row][c], &block[(row + 1) % PANEL][c]], turned);
+            }
+        }
+    }
+}

@@ -1,0 +1,273 @@
+use tch::{Device, Kind, Tensor};
+
+use super::*;
+use crate::pool;
+use crate::weight::Precision::{self, Bf16, F32};
+
+const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
+
+fn random(rows: i64, columns: i64) -> Tensor {
+    Tensor::randn([rows, columns], CPU)
+}
+
+fn packed(dense: &Tensor, precision: Precision) -> Weight {
+    Weight::new(dense, precision, Device::Cpu).unwrap()
+}
+
+fn max_abs(x: &Tensor) -> f64 {
+    if x.numel() == 0 {
+        0.0
+    } else {
+        x.abs().max().double_value(&[])
+    }
+}
+
+/// Sums of k products of order one in two orders: partial sums of sqrt(k), each rounded, k times.
+fn close(fast: &Tensor, slow: &Tensor, k: i64, what: &str) {
+    let (error, tolerance) = (max_abs(&(fast - slow)), 4e-7 * k as f64 + 5e-6);
+    assert!(
+        error < tolerance,
+        "{what}: {error:.2e} off, {tolerance:.2e} allowed"
+    );
+}
+
+fn same_bits(a: &Tensor, b: &Tensor, what: &str) {
+    assert!(
+        a.equal(b),
+        "{what}: bits differ by up to {:.2e}",
+        max_abs(&(a - b))
+    );
+}
+
+const SHAPES: [(i64, i64); 10] = [
+    (1, 1),
+    (5, 3),
+    (32, 64),
+    (33, 65),
+    (64, 31),
+    (100, 200),
+    (130, 257),
+    (576, 576),
+    (192, 1100),
+    (1056, 96),
+];
+const ROWS: [i64; 14] = [1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 16, 17, 61, 150];
+
+#[test]
+fn linear_is_the_reference() {
+    for (n, k) in SHAPES {
+        for precision in [F32, Bf16] {
+            let (w, bias) = (packed(&random(n, k), precision), random(1, n).view([-1]));
+            for m in ROWS {
+                let x = random(m, k);
+                let what = format!("{precision:?} [{m}, {k}] x [{n}, {k}]");
+                close(
+                    &linear(&x, &w, None, &[]),
+                    &reference(&x, &w, None, &[]),
+                    k,
+                    &what,
+                );
+                close(
+                    &linear(&x, &w, Some(&bias), &[]),
+                    &reference(&x, &w, Some(&bias), &[]),
+                    k,
+                    &what,
+                );
+                let residual = random(m, n);
+                let mut sum = residual.copy();
+                linear_add(&x, &w, Some(&bias), &[], &mut sum);
+                close(&sum, &(residual + reference(&x, &w, Some(&bias), &[])), k, &what);
+            }
+        }
+    }
+}
+
+#[test]
+fn views_with_a_stride_are_read_and_written_in_place() {
+    let (whole, w) = (random(20, 300), packed(&random(70, 100), Bf16));
+    let x = whole.narrow(1, 50, 100);
+    same_bits(
+        &linear(&x, &w, None, &[]),
+        &linear(&x.contiguous(), &w, None, &[]),
+        "a view",
+    );
+    let fused = Tensor::zeros([20, 200], CPU);
+    linear_add(&x, &w, None, &[], &mut fused.narrow(1, 60, 70));
+    same_bits(
+        &fused.narrow(1, 60, 70),
+        &linear(&x, &w, None, &[]),
+        "into a view",
+    );
+    assert_eq!(
+        max_abs(&fused.narrow(1, 0, 60)) + max_abs(&fused.narrow(1, 130, 70)),
+        0.0
+    );
+    let turned = random(100, 20).tr();
+    close(
+        &linear(&turned, &w, None, &[]),
+        &reference(&turned, &w, None, &[]),
+        100,
+        "by the reference",
+    );
+}
+
+/// A fused q, k, v of odd sizes: parts that begin inside a panel, ragged ranks, one column range without a part.
+fn module(k: i64, ranks: [i64; 3], precision: Precision) -> LoraModule {
+    let columns = [0..100, 100..147, 180..250];
+    let mut parts = Vec::new();
+    let mut first = 0;
+    for (columns, r) in columns.into_iter().zip(ranks) {
+        let b = packed(&(random(columns.end - columns.start, r) * 0.1), precision);
+        parts.push(LoraPart {
+            columns,
+            ranks: first..first + r,
+            b,
+            scale: 0.5 + r as f64 / 8.0,
+        });
+        first += r;
+    }
+    LoraModule {
+        a: packed(&(random(first, k) * (k as f64).powf(-0.5)), precision),
+        parts,
+    }
+}
+
+#[test]
+fn lora_rows_are_the_reference_and_others_untouched() {
+    let (n, k) = (250, 131);
+    for (precision, lora_precision) in [(F32, F32), (Bf16, Bf16), (Bf16, F32), (F32, Bf16)] {
+        let w = packed(&random(n, k), precision);
+        let modules = [
+            module(k, [8, 3, 16], lora_precision),
+            module(k, [1, 64, 5], lora_precision),
+        ];
+        for (m, groups) in [(4, [0..1, 2..4]), (17, [3..9, 9..16]), (200, [10..77, 120..200])] {
+            let (x, bias) = (random(m, k), random(1, n).view([-1]));
+            let lora: Vec<LoraRows> = groups
+                .iter()
+                .zip(&modules)
+                .map(|(rows, module)| LoraRows {
+                    rows: rows.clone(),
+                    module,
+                })
+                .collect();
+            let (fast, base) = (
+                linear(&x, &w, Some(&bias), &lora),
+                linear(&x, &w, Some(&bias), &[]),
+            );
+            let slow = reference(&x, &w, Some(&bias), &lora);
+            // A shrunk row may round to the neighbouring bfloat16: 2^-8 of it, times B.
+            let rounding = if lora_precision == Bf16 { 0.02 } else { 0.0 };
+            let error = max_abs(&(&fast - &slow));
+            assert!(
+                error < 1e-4 + rounding,
+                "{precision:?} {lora_precision:?} {m} rows: {error:.2e}"
+            );
+            let changed = max_abs(&(&fast - &base));
+            assert!(changed > 0.1, "the adapters do something: {changed:.2e}");
+            for row in 0..m {
+                let alone = x.narrow(0, row, 1);
+                let own: Vec<LoraRows> = (lora.iter())
+                    .filter(|group| group.rows.contains(&row))
+                    .map(|group| LoraRows {
+                        rows: 0..1,
+                        module: group.module,
+                    })
+                    .collect();
+                let alone = linear(&alone, &w, Some(&bias), &own);
+                same_bits(
+                    &fast.narrow(0, row, 1),
+                    &alone,
+                    &format!("row {row} of {m} alone"),
+                );
+                if own.is_empty() {
+                    same_bits(
+                        &fast.narrow(0, row, 1),
+                        &base.narrow(0, row, 1),
+                        "a row of no group",
+                    );
+                }
+            }
+            let mut sum = x.narrow(1, 0, 1).expand([m, n], false).contiguous();
+            let before = sum.copy();
+            linear_add(&x, &w, Some(&bias), &lora, &mut sum);
+            same_bits(&sum, &(before + fast), "into a residual");
+        }
+    }
+}
+
+#[test]
+fn training_reads_its_own_input_and_returns_the_shrunk_rows() {
+    let (n, k, m) = (250, 96, 100);
+    for (precision, lora_precision) in [(F32, F32), (Bf16, F32), (Bf16, Bf16)] {
+        let (w, module) = (
+            packed(&random(n, k), precision),
+            module(k, [8, 5, 33], lora_precision),
+        );
+        let (x, dropped) = (random(m, k), random(m, k));
+        let (y, shrunk) = linear_training(&x, &w, None, &module, &dropped);
+        close(&shrunk, &module.a.reference_forward(&dropped), k, "shrunk");
+        let mut slow = w.reference_forward(&x);
+        reference_expand(&mut slow, &shrunk, &module);
+        close(&y, &slow, k, "y");
+        let lora = [LoraRows {
+            rows: 0..m,
+            module: &module,
+        }];
+        let (same_input, _) = linear_training(&x, &w, None, &module, &x);
+        same_bits(
+            &same_input,
+            &linear(&x, &w, None, &lora),
+            "without dropout it is the served linear",
+        );
+    }
+}
+
+#[test]
+fn backward_is_the_reference() {
+    for (n, k) in SHAPES {
+        for precision in [F32, Bf16] {
+            let w = packed(&random(n, k), precision);
+            for m in [1, 2, 5, 12, 29, 150, 300] {
+                let dy = random(m, n);
+                let what = format!("{precision:?} [{m}, {n}] x [{n}, {k}]");
+                close(&linear_backward(&dy, &w), &w.reference_backward(&dy), n, &what);
+            }
+        }
+    }
+}
+
+/// A row's bits depend neither on its neighbours nor on the number of threads.
+#[test]
+fn batch_invariance() {
+    let threads = pool::threads();
+    for (n, k) in [(100, 70), (576, 576), (96, 1100)] {
+        for precision in [F32, Bf16] {
+            let (w, x, dy) = (packed(&random(n, k), precision), random(300, k), random(300, n));
+            let (y, dx) = (linear(&x, &w, None, &[]), linear_backward(&dy, &w));
+            for (first, m) in (0..12)
+                .map(|i| (i, 1))
+                .chain([2, 3, 5, 7, 8, 13, 16, 17, 40, 200].map(|m| (50, m)))
+            {
+                let part = linear(&x.narrow(0, first, m), &w, None, &[]);
+                same_bits(&y.narrow(0, first, m), &part, &format!("{precision:?} {m} rows"));
+                let part = linear_backward(&dy.narrow(0, first, m), &w);
+                same_bits(
+                    &dx.narrow(0, first, m),
+                    &part,
+                    &format!("{precision:?} {m} rows backward"),
+                );
+            }
+            for other in [1, 2, 3] {
+                pool::set_threads(other);
+                same_bits(&y, &linear(&x, &w, None, &[]), &format!("{other} threads"));
+                same_bits(
+                    &dx,
+                    &linear_backward(&dy, &w),
+                    &format!("{other} threads backward"),
+                );
+            }
+            pool::set_threads(threads);
+        }
+    }
+}

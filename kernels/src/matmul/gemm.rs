@@ -1,0 +1,215 @@
+//! The blocked product behind `linear` and `matmul`: rounds the left side once, cuts the result into tasks for the pool,
+//! sums a block in scratch and hands it to whoever knows what to do with it. Knows no tensor, bias or adapter.
+
+use std::ops::Range;
+
+use crate::pool::{self, Scratch};
+use crate::simd::{self, Element, PANEL, Product, Sum};
+use crate::slice::{Plain, Rows, Shared};
+
+/// The left side of a product in the right side's type: `m` rows of whole steps.
+pub(crate) struct Left<'a, T: Element + Plain> {
+    rows: LeftRows<'a, T>,
+    pub m: usize,
+    pub stride: usize,
+}
+
+enum LeftRows<'a, T: Element + Plain> {
+    Rounded(Scratch<T>),
+    /// float32 rows used where they are.
+    Borrowed(Rows<'a>),
+}
+
+/// Up to this many rows one thread rounds them all, and a task of the product takes them all: the product is then bound
+/// by reading the panels, and another barrier costs more than it gains.
+const FEW_ROWS: usize = 16;
+/// Rows a task rounds.
+const ROUND_ROWS: usize = 32;
+/// Rows of the left side that a task keeps in the second-level cache (1 MiB on Zen 4, half of it on older cores).
+const LEFT_BYTES: usize = 320 << 10;
+/// Columns summed in scratch at once.
+const BLOCK_COLUMNS: usize = 4 * PANEL;
+/// Tasks a thread, so that one that starts late or loses its core is made good by the others.
+const TASKS_PER_THREAD: usize = 8;
+/// Panels of one task, so that those of all threads, each with rows of its own, are found in the third-level cache.
+const PANEL_BYTES: usize = 2 << 20;
+
+/// Elements between the rows of a left side in scratch: whole steps, and an odd number of cache lines, so that the rows
+/// of a tile do not compete for one set of the first-level cache.
+pub(crate) fn left_stride<T: Element>(k: usize) -> usize {
+    let per_line = 64 / size_of::<T>();
+    let lines = (T::steps(k) * T::PER_STEP).div_ceil(per_line);
+    (lines | 1) * per_line
+}
+
+impl<'a, T: Element + Plain> Left<'a, T> {
+    /// Rounds x `[m, K]`, in parallel where that pays.
+    pub fn round(x: Rows<'a>) -> Left<'a, T> {
+        let (m, stride) = (x.rows, left_stride::<T>(x.width));
+        // A few rows fit the ways of a cache set whatever their distance.
+        if T::PER_STEP == 1 && (m <= 8 || x.stride / PANEL % 2 == 1) {
+            return Left {
+                rows: LeftRows::Borrowed(x),
+                m,
+                stride: x.stride,
+            };
+        }
+        let mut rows = pool::scratch::<T>(m * stride);
+        let padded = T::steps(x.width) * T::PER_STEP;
+        let rounded = Shared(rows.as_mut_ptr());
+        let task_rows = if m <= FEW_ROWS { FEW_ROWS } else { ROUND_ROWS };
+        pool::for_each(m.div_ceil(task_rows), |task| {
+            for row in task * task_rows..m.min((task + 1) * task_rows) {
+                // SAFETY: row < m of the scratch above, written by this task alone.
+                let to = unsafe { std::slice::from_raw_parts_mut(rounded.get().add(row * stride), padded) };
+                T::round(x.row(row), to);
+            }
+        });
+        Left {
+            rows: LeftRows::Rounded(rows),
+            m,
+            stride,
+        }
+    }
+
+    /// Rows of whole steps that the caller has written, `stride` apart.
+    pub fn scratch(rows: Scratch<T>, m: usize, stride: usize) -> Left<'a, T> {
+        assert!(rows.len() >= m * stride, "{m} rows of {stride} in {}", rows.len());
+        Left {
+            rows: LeftRows::Rounded(rows),
+            m,
+            stride,
+        }
+    }
+
+    pub fn row(&self, row: usize) -> *const T {
+        match &self.rows {
+            LeftRows::Rounded(rows) => rows.as_ptr().wrapping_add(row * self.stride),
+            // Borrowed only where T is f32.
+            LeftRows::Borrowed(rows) => rows.ptr.wrapping_add(row * self.stride).cast(),
+        }
+    }
+}
+
+/// `left [m, K]` times packed columns.
+pub(crate) struct Gemm<'a, T: Element + Plain> {
+    pub left: &'a Left<'a, T>,
+    /// `ceil(n / 32)` panels over K.
+    pub panels: &'a [T],
+    pub k: usize,
+    pub n: usize,
+}
+
+/// A block of the result: `sums[i][j]` belongs to row `rows.start + i`, column `columns.start + j`.
+pub(crate) struct Block<'a> {
+    pub rows: Range<usize>,
+    pub columns: Range<usize>,
+    pub sums: &'a mut [f32],
+    pub stride: usize,
+}
+
+impl Block<'_> {
+    /// The sums of the block's row i.
+    pub fn row(&self, i: usize) -> &[f32] {
+        &self.sums[i * self.stride..][..self.columns.len()]
+    }
+}
+
+impl<T: Element + Plain> Gemm<'_, T> {
+    /// Computes all blocks, each on some thread, and calls `finish` with each.
+    pub fn run(&self, finish: impl Fn(Block) + Sync) {
+        let Gemm { left, panels, k, n } = *self;
+        let panel_len = T::panel_len(k);
+        assert!(
+            panels.len() >= n.div_ceil(PANEL) * panel_len,
+            "{n} columns in {} elements",
+            panels.len()
+        );
+        let Plan {
+            block_rows,
+            task_panels,
+        } = Plan::new(
+            left.m,
+            left.stride * size_of::<T>(),
+            n,
+            panel_len * size_of::<T>(),
+        );
+        let row_blocks = left.m.div_ceil(block_rows);
+        // Rows inside, columns outside: the panels are read from memory once, by all threads at about the same time.
+        pool::for_each(row_blocks * n.div_ceil(task_panels * PANEL), |task| {
+            let (block, group) = (task % row_blocks, task / row_blocks);
+            let rows = spread(left.m, row_blocks, block);
+            let columns = group * task_panels * PANEL..n.min((group + 1) * task_panels * PANEL);
+            let mut sums = pool::scratch::<f32>(rows.len() * BLOCK_COLUMNS);
+            for column in columns.clone().step_by(BLOCK_COLUMNS) {
+                let columns = column..columns.end.min(column + BLOCK_COLUMNS);
+                let product = Product {
+                    m: rows.len(),
+                    steps: T::steps(k),
+                    a: left.row(rows.start),
+                    lda: left.stride,
+                    panels: panels[column / PANEL * panel_len..].as_ptr(),
+                    panel_stride: panel_len,
+                    n: columns.len(),
+                    c: sums.as_mut_ptr(),
+                    ldc: BLOCK_COLUMNS,
+                    sum: Sum::Set,
+                };
+                // SAFETY: panels and left sides are made only where fast paths are available; rows and columns lie in
+                // them, and the block in its scratch.
+                unsafe { simd::product(&product) };
+                finish(Block {
+                    rows: rows.clone(),
+                    columns,
+                    sums: &mut sums,
+                    stride: BLOCK_COLUMNS,
+                });
+            }
+        });
+    }
+}
+
+/// Part `index` of 0..m cut into `parts` nearly equal ones.
+pub(crate) fn spread(m: usize, parts: usize, index: usize) -> Range<usize> {
+    index * m / parts..(index + 1) * m / parts
+}
+
+struct Plan {
+    block_rows: usize,
+    task_panels: usize,
+}
+
+impl Plan {
+    fn new(m: usize, row_bytes: usize, n: usize, panel_bytes: usize) -> Plan {
+        let (n_panels, wanted) = (n.div_ceil(PANEL), pool::threads() * TASKS_PER_THREAD);
+        let mut block_rows = m;
+        if m > FEW_ROWS {
+            let cached = (LEFT_BYTES / row_bytes.max(1)).clamp(24, 192) / 12 * 12;
+            // Few columns (an adapter's ranks): rows are then all there is to share out.
+            let shared = (m * n_panels).div_ceil(wanted).next_multiple_of(12);
+            block_rows = cached.min(shared.max(24));
+        }
+        let tasks = n_panels * m.div_ceil(block_rows.max(1)).max(1);
+        let cached = (PANEL_BYTES / panel_bytes.max(1)).max(1);
+        let mut task_panels = (tasks / wanted).clamp(1, cached);
+        if task_panels > 4 {
+            task_panels = task_panels / 4 * 4;
+        }
+        Plan {
+            block_rows: block_rows.max(1),
+            task_panels,
+        }
+    }
+}
+
+/// Whether fast paths exist, and the operands are tensors they read.
+pub(crate) fn views<'a, const N: usize>(tensors: [&'a tch::Tensor; N]) -> Option<[Rows<'a>; N]> {
+    if !simd::available() {
+        return None;
+    }
+    let views = tensors.map(Rows::of);
+    views
+        .iter()
+        .all(Option::is_some)
+        .then(|| views.map(|view| view.expect("all are some")))
+}

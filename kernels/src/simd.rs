@@ -1,0 +1,358 @@
+//! The micro-kernels every matrix product of this crate ends in: rows times a packed panel of 32 columns, and the
+//! rounding of float32 rows to bfloat16. Knows neither tensors nor threads; `linear`, `matmul` and `attention` do.
+//!
+//! # Panels
+//! A panel holds 32 columns, the reduction (K) outermost, so a step reads 128 adjacent bytes:
+//! - bfloat16 `[K/2][32][2]`: the operand layout of VDPBF16PS, which multiplies pairs; an odd K is padded with a zero;
+//! - float32 `[K][32]`.
+//!
+//! # One order of summation
+//! Every output element is one accumulator that runs over K from first to last, whatever the number of rows or
+//! columns of the call, so a row's bits do not depend on its neighbours. A reduction cut into pieces
+//! ([`Sum::Continue`]) gives the same bits as one in a single call, and this file cuts long ones itself, to keep the
+//! piece of the panel in the nearest cache for all rows. The latency of the chain is hidden by more columns when rows
+//! are few, never by splitting K. (AVX2 and AVX-512 round differently from one another: the dot of a pair is one
+//! instruction there and two here. A machine uses one of them.)
+
+mod avx2;
+mod avx512;
+pub(crate) mod pack;
+
+use half::f16;
+
+use crate::machine::features;
+
+/// Columns of a panel.
+pub(crate) const PANEL: usize = 32;
+/// Steps of one pass over all rows: 128 bytes of each panel a step, so half of a 32 KiB first-level cache a panel.
+const PASS_STEPS: usize = 128;
+/// How far ahead of its use a panel line is asked for. Reaching past a panel's end is right: the next panel follows it
+/// in memory. A prefetch of an unmapped address is ignored.
+const PREFETCH_BYTES: usize = 8192;
+
+/// Whether the functions of this file may be called.
+pub(crate) fn available() -> bool {
+    features().avx2
+}
+
+/// What happens to what stands in `c`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sum {
+    /// c = sum
+    Set,
+    /// The accumulators start from c: the next piece of a reduction cut along K.
+    Continue,
+    /// c = c + sum, the sum being formed alone first (a large c then costs the small terms no bits).
+    Add,
+}
+
+/// One product `c[m][n] (+)= a[m][K] * panels`, with `T` the bits of bfloat16 (`u16`) or `f32`.
+#[derive(Clone, Copy)]
+pub(crate) struct Product<T> {
+    pub m: usize,
+    /// Steps of the reduction, [`Element::steps`].
+    pub steps: usize,
+    pub a: *const T,
+    /// Elements between rows of `a`. Rows a multiple of 4 KiB apart compete for one set of the first-level cache:
+    /// where the caller chooses, an odd number of cache lines is best.
+    pub lda: usize,
+    /// The first panel; the panel of columns 32 j.. starts `j * panel_stride` elements behind it.
+    pub panels: *const T,
+    pub panel_stride: usize,
+    /// Columns; the last panel may be used in part, and only n columns of c are touched.
+    pub n: usize,
+    pub c: *mut f32,
+    /// Elements between rows of `c`.
+    pub ldc: usize,
+    pub sum: Sum,
+}
+
+/// An operand type of the micro-kernels.
+pub(crate) trait Element: Copy + Default + Send + Sync + 'static {
+    /// Values of K in a step: 2 (a pair) for bfloat16, 1 for float32. A step of a panel is 32 times as many elements.
+    const PER_STEP: usize;
+
+    fn steps(k: usize) -> usize {
+        k.div_ceil(Self::PER_STEP)
+    }
+
+    /// Elements of a panel over k values.
+    fn panel_len(k: usize) -> usize {
+        Self::steps(k) * Self::PER_STEP * PANEL
+    }
+
+    /// Rounds float32 to this type; `to` may be longer by a padding, which is zeroed.
+    fn round(from: &[f32], to: &mut [Self]);
+
+    /// Takes the bits of bfloat16, exactly; `to` may be longer by a padding, which is zeroed.
+    fn from_bf16(from: &[u16], to: &mut [Self]);
+
+    /// Rounds the bits of IEEE half precision; `to` may be longer by a padding, which is zeroed.
+    fn from_f16(from: &[f16], to: &mut [Self]) {
+        for (from, to) in from.chunks(PANEL).zip(to.chunks_mut(PANEL)) {
+            let mut wide = [0.0; PANEL];
+            from.iter()
+                .zip(&mut wide)
+                .for_each(|(from, wide)| *wide = from.to_f32());
+            Self::round(&wide[..from.len()], to);
+        }
+        to[from.len()..].fill(Self::default());
+    }
+
+    /// The most columns [`Element::pass`] takes for m rows.
+    fn pass_columns(m: usize) -> usize;
+
+    /// All rows times a few panels in one pass over K, each panel's piece staying in the nearest caches.
+    ///
+    /// # Safety
+    /// As [`product`], with steps <= PASS_STEPS and n <= [`Element::pass_columns`].
+    unsafe fn pass(product: &Product<Self>);
+}
+
+impl Element for u16 {
+    const PER_STEP: usize = 2;
+
+    fn round(from: &[f32], to: &mut [Self]) {
+        round_bf16(from, to);
+    }
+
+    fn from_bf16(from: &[u16], to: &mut [Self]) {
+        let (to, padding) = to.split_at_mut(from.len());
+        to.copy_from_slice(from);
+        padding.fill(0);
+    }
+
+    fn pass_columns(m: usize) -> usize {
+        match features().avx512bf16 {
+            true => avx512::pass_columns(m),
+            // Rows are widened once for all columns of a pass; a few rows rather leave the panels one stream.
+            false if m <= 3 => PANEL,
+            false => 4 * PANEL,
+        }
+    }
+
+    unsafe fn pass(product: &Product<Self>) {
+        // SAFETY: the instruction sets were asked for; the rest is the caller's contract.
+        unsafe {
+            match features().avx512bf16 {
+                true => avx512::pass_bf16(product),
+                false => avx2::pass_bf16(product),
+            }
+        }
+    }
+}
+
+impl Element for f32 {
+    const PER_STEP: usize = 1;
+
+    fn round(from: &[f32], to: &mut [Self]) {
+        let (to, padding) = to.split_at_mut(from.len());
+        to.copy_from_slice(from);
+        padding.fill(0.0);
+    }
+
+    fn from_bf16(from: &[u16], to: &mut [Self]) {
+        let (to, padding) = to.split_at_mut(from.len());
+        from.iter()
+            .zip(to)
+            .for_each(|(&from, to)| *to = f32::from_bits((from as u32) << 16));
+        padding.fill(0.0);
+    }
+
+    fn pass_columns(m: usize) -> usize {
+        match features().avx512f {
+            true => avx512::pass_columns(m),
+            false => {
+                if m == 1 {
+                    2 * PANEL
+                } else {
+                    PANEL
+                }
+            }
+        }
+    }
+
+    unsafe fn pass(product: &Product<Self>) {
+        // SAFETY: the instruction sets were asked for; the rest is the caller's contract.
+        unsafe {
+            match features().avx512f {
+                true => avx512::pass_f32(product),
+                false => avx2::pass_f32(product),
+            }
+        }
+    }
+}
+
+/// `c (+)= a * panels`, sums in float32.
+///
+/// # Safety
+/// [`available`]. `a` is readable for m rows of steps * PER_STEP elements (an odd K padded with a zero, in bfloat16),
+/// every touched panel for 32 times as many; `c` is readable and writable for m rows of n and overlaps neither.
+pub(crate) unsafe fn product<T: Element>(product: &Product<T>) {
+    let Product {
+        m,
+        steps,
+        a,
+        panels,
+        panel_stride,
+        n,
+        c,
+        sum,
+        ..
+    } = *product;
+    if m == 0 {
+        return;
+    }
+    if sum == Sum::Add && steps > PASS_STEPS {
+        // SAFETY: the caller's contract.
+        return unsafe { add_long(product) };
+    }
+    let group = T::pass_columns(m);
+    for column in (0..n).step_by(group) {
+        let mut step = 0;
+        loop {
+            let pass = Product {
+                steps: PASS_STEPS.min(steps - step),
+                a: a.wrapping_add(step * T::PER_STEP),
+                panels: panels.wrapping_add(column / PANEL * panel_stride + step * T::PER_STEP * PANEL),
+                n: group.min(n - column),
+                c: c.wrapping_add(column),
+                sum: if step == 0 { sum } else { Sum::Continue },
+                ..*product
+            };
+            // SAFETY: a part of the rows, panels and columns for which the caller vouches.
+            unsafe { T::pass(&pass) };
+            step += pass.steps;
+            if step >= steps {
+                break;
+            }
+        }
+    }
+}
+
+/// [`Sum::Add`] of a sum of several passes, which must be whole before c is touched.
+///
+/// # Safety
+/// As [`product`].
+unsafe fn add_long<T: Element>(whole: &Product<T>) {
+    const ROWS: usize = 12;
+    let Product {
+        m,
+        a,
+        lda,
+        panels,
+        panel_stride,
+        n,
+        c,
+        ldc,
+        ..
+    } = *whole;
+    let mut sum = [[0.0; PANEL]; ROWS];
+    for row in (0..m).step_by(ROWS) {
+        for column in (0..n).step_by(PANEL) {
+            let (rows, columns) = (ROWS.min(m - row), PANEL.min(n - column));
+            let part = Product {
+                m: rows,
+                a: a.wrapping_add(row * lda),
+                panels: panels.wrapping_add(column / PANEL * panel_stride),
+                n: columns,
+                c: sum.as_mut_ptr().cast(),
+                ldc: PANEL,
+                sum: Sum::Set,
+                ..*whole
+            };
+            // SAFETY: a part of what the caller vouches for, into a local tile; then the same part of c.
+            unsafe {
+                product(&part);
+                for (r, sum) in sum.iter().take(rows).enumerate() {
+                    let c = std::slice::from_raw_parts_mut(c.add((row + r) * ldc + column), columns);
+                    c.iter_mut().zip(sum).for_each(|(c, sum)| *c += sum);
+                }
+            }
+        }
+    }
+}
+
+/// C[m][32] (+)= A[m][2 k_pairs] * panel, bfloat16 in, float32 out. `accumulate` continues the sum that stands in C.
+///
+/// # Safety
+/// [`available`]. `a` is readable for m rows of 2 k_pairs elements (an odd K padded with a zero), lda apart; `panel`
+/// for 64 k_pairs elements; `c` readable and writable for m rows of 32, ldc apart, overlapping neither.
+#[allow(clippy::too_many_arguments)]
+pub(crate) unsafe fn gemm_panel_bf16(
+    m: usize,
+    k_pairs: usize,
+    a: *const u16,
+    lda: usize,
+    panel: *const u16,
+    c: *mut f32,
+    ldc: usize,
+    accumulate: bool,
+) {
+    let sum = if accumulate { Sum::Continue } else { Sum::Set };
+    let one = Product {
+        m,
+        steps: k_pairs,
+        a,
+        lda,
+        panels: panel,
+        panel_stride: 0,
+        n: PANEL,
+        c,
+        ldc,
+        sum,
+    };
+    // SAFETY: the caller's contract is the one of `product` for one panel.
+    unsafe { product(&one) }
+}
+
+/// C[m][32] (+)= A[m][k] * panel in float32. `accumulate` continues the sum that stands in C.
+///
+/// # Safety
+/// [`available`]. `a` is readable for m rows of k elements, lda apart; `panel` for 32 k elements; `c` readable and
+/// writable for m rows of 32, ldc apart, overlapping neither.
+#[allow(clippy::too_many_arguments)]
+pub(crate) unsafe fn gemm_panel_f32(
+    m: usize,
+    k: usize,
+    a: *const f32,
+    lda: usize,
+    panel: *const f32,
+    c: *mut f32,
+    ldc: usize,
+    accumulate: bool,
+) {
+    let sum = if accumulate { Sum::Continue } else { Sum::Set };
+    let one = Product {
+        m,
+        steps: k,
+        a,
+        lda,
+        panels: panel,
+        panel_stride: 0,
+        n: PANEL,
+        c,
+        ldc,
+        sum,
+    };
+    // SAFETY: the caller's contract is the one of `product` for one panel.
+    unsafe { product(&one) }
+}
+
+/// Rounds to bfloat16, nearest, ties to even (subnormals may become zero, as they do in the dot product). `to` may be
+/// longer than `from` by a padding, which is zeroed: an odd K, or the unused columns of a panel.
+///
+/// # Panics
+/// When [`available`] is false, or `to` is shorter than `from`.
+pub(crate) fn round_bf16(from: &[f32], to: &mut [u16]) {
+    assert!(available(), "the caller chose a fast path this CPU lacks");
+    let (to, padding) = to.split_at_mut(from.len());
+    // SAFETY: the instruction sets were asked for.
+    unsafe {
+        match features().avx512bf16 {
+            true => avx512::round_bf16(from, to),
+            false => avx2::round_bf16(from, to),
+        }
+    }
+    padding.fill(0);
+}

@@ -1,0 +1,19 @@
+//! Loading and unloading adapters at run time, as vLLM spells it. Success is plain text there, and here.
+
+use serde::Deserialize;
+use utoipa::ToSchema;
+
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+pub struct LoadLoraAdapter {
+    /// The name to ask for as `model`.
+    pub lora_name: String,
+    /// A PEFT folder on the server's machine: adapter_config.json and adapter_model.safetensors.
+    pub lora_path: String,
+    /// Replace what the name stood for. Without it a name that is taken is a conflict.
+    pub load_inplace: Option<bool>,
+}
+
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+pub struct UnloadLoraAdapter {
+    pub lora_name: String,
+}

@@ -1,0 +1,188 @@
+//! POST /v1/chat/completions.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::common::{Strings, Unknown};
+use crate::completions::{PromptLogprob, PromptLogprobs};
+use crate::usage::{StreamOptions, Usage};
+
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+pub struct ChatRequest {
+    pub model: String,
+    pub messages: Vec<ChatMessage>,
+    /// Tokens to generate at most; without it, all that fits the context.
+    #[schema(minimum = 1)]
+    pub max_completion_tokens: Option<i64>,
+    /// The older name of `max_completion_tokens`.
+    #[schema(minimum = 1)]
+    pub max_tokens: Option<i64>,
+    #[schema(minimum = 0, maximum = 2)]
+    pub temperature: Option<f64>,
+    pub top_p: Option<f64>,
+    #[schema(minimum = 1, maximum = 128)]
+    pub n: Option<i64>,
+    pub stream: Option<bool>,
+    pub stream_options: Option<StreamOptions>,
+    pub stop: Option<Strings>,
+    #[schema(minimum = -2, maximum = 2)]
+    pub presence_penalty: Option<f64>,
+    #[schema(minimum = -2, maximum = 2)]
+    pub frequency_penalty: Option<f64>,
+    /// Token id (as a string) to bias, -100 to 100.
+    pub logit_bias: Option<BTreeMap<String, f64>>,
+    pub logprobs: Option<bool>,
+    #[schema(minimum = 0, maximum = 20)]
+    pub top_logprobs: Option<i64>,
+    pub seed: Option<i64>,
+    pub top_k: Option<i64>,
+    pub min_p: Option<f64>,
+    pub repetition_penalty: Option<f64>,
+    pub min_tokens: Option<i64>,
+    pub stop_token_ids: Option<Vec<i64>>,
+    pub include_stop_str_in_output: Option<bool>,
+    pub ignore_eos: Option<bool>,
+    pub skip_special_tokens: Option<bool>,
+    pub add_generation_prompt: Option<bool>,
+    pub continue_final_message: Option<bool>,
+    #[schema(value_type = Option<BTreeMap<String, serde_json::Value>>)]
+    pub chat_template_kwargs: Option<serde_json::Map<String, serde_json::Value>>,
+    #[schema(minimum = 0, maximum = 20)]
+    pub prompt_logprobs: Option<i64>,
+    pub return_token_ids: Option<bool>,
+    #[serde(flatten)]
+    #[schema(ignore)]
+    pub unknown: Unknown,
+}
+
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+pub struct ChatMessage {
+    /// `system`, `developer`, `user`, `assistant` or `tool`
+    pub role: String,
+    pub content: Option<ChatContent>,
+    pub name: Option<String>,
+    #[schema(value_type = Option<Vec<serde_json::Value>>)]
+    pub tool_calls: Option<serde_json::Value>,
+    #[schema(value_type = Option<BTreeMap<String, serde_json::Value>>)]
+    pub function_call: Option<serde_json::Value>,
+}
+
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(untagged, expecting = "expected a string or an array of content parts")]
+pub enum ChatContent {
+    Text(String),
+    Parts(Vec<ChatPart>),
+}
+
+/// Only `text` parts are understood.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+pub struct ChatPart {
+    #[serde(rename = "type")]
+    pub kind: String,
+    pub text: Option<String>,
+}
+
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct ChatCompletion {
+    /// `chatcmpl-...`
+    pub id: String,
+    /// `chat.completion`
+    pub object: &'static str,
+    pub created: i64,
+    pub model: String,
+    /// Base and adapter that answered, by digest.
+    pub system_fingerprint: String,
+    pub choices: Vec<ChatChoice>,
+    pub usage: Usage,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<Option<BTreeMap<String, PromptLogprob>>>>)]
+    pub prompt_logprobs: Option<PromptLogprobs>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_token_ids: Option<Vec<u32>>,
+}
+
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct ChatChoice {
+    pub index: u32,
+    pub message: AssistantMessage,
+    #[schema(required)]
+    pub logprobs: Option<ChatLogprobs>,
+    /// `stop` or `length`
+    pub finish_reason: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<Vec<u32>>,
+}
+
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct AssistantMessage {
+    /// `assistant`
+    pub role: &'static str,
+    pub content: String,
+    /// Always null: nothing here refuses.
+    #[schema(required)]
+    pub refusal: Option<String>,
+    /// Always empty.
+    pub annotations: Vec<serde_json::Value>,
+}
+
+#[derive(Clone, Debug, Default, Serialize, ToSchema)]
+pub struct ChatLogprobs {
+    pub content: Vec<TokenLogprob>,
+    /// Always null.
+    #[schema(required)]
+    pub refusal: Option<Vec<TokenLogprob>>,
+}
+
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct TokenLogprob {
+    pub token: String,
+    pub logprob: f32,
+    pub bytes: Vec<u8>,
+    /// Best first; empty unless `top_logprobs` asked for them.
+    pub top_logprobs: Vec<TopLogprob>,
+}
+
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct TopLogprob {
+    pub token: String,
+    pub logprob: f32,
+    pub bytes: Vec<u8>,
+}
+
+/// One server-sent event of a stream.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct ChatChunk {
+    pub id: String,
+    /// `chat.completion.chunk`
+    pub object: &'static str,
+    pub created: i64,
+    pub model: String,
+    pub system_fingerprint: String,
+    pub choices: Vec<ChatChunkChoice>,
+    /// Only when `stream_options` asked for it; null until the last chunk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub usage: Option<Usage>,
+}
+
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct ChatChunkChoice {
+    pub index: u32,
+    pub delta: ChatDelta,
+    #[schema(required)]
+    pub logprobs: Option<ChatLogprobs>,
+    /// Null until the choice's last chunk.
+    #[schema(required)]
+    pub finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<Vec<u32>>,
+}
+
+#[derive(Clone, Debug, Default, Serialize, ToSchema)]
+pub struct ChatDelta {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub content: Option<String>,
+}

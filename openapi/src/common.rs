@@ -1,0 +1,113 @@
+//! Shapes that several resources share.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// Fields this version does not know. Kept, because some of them must be refused by name.
+pub type Unknown = serde_json::Map<String, serde_json::Value>;
+
+/// One string or several.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(untagged, expecting = "expected a string or an array of strings")]
+pub enum Strings {
+    One(String),
+    Many(Vec<String>),
+}
+
+impl Strings {
+    pub fn into_vec(self) -> Vec<String> {
+        match self {
+            Strings::One(one) => vec![one],
+            Strings::Many(many) => many,
+        }
+    }
+}
+
+/// An integer, or `"auto"`: the server chooses.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(untagged, expecting = "expected \"auto\" or an integer")]
+pub enum AutoInteger {
+    Auto(Auto),
+    Value(i64),
+}
+
+/// A number, or `"auto"`: the server chooses.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(untagged, expecting = "expected \"auto\" or a number")]
+pub enum AutoNumber {
+    Auto(Auto),
+    Value(f64),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Auto {
+    Auto,
+}
+
+impl AutoInteger {
+    pub const AUTO: AutoInteger = AutoInteger::Auto(Auto::Auto);
+
+    pub fn value(self) -> Option<i64> {
+        match self {
+            AutoInteger::Auto(Auto::Auto) => None,
+            AutoInteger::Value(value) => Some(value),
+        }
+    }
+}
+
+impl AutoNumber {
+    pub const AUTO: AutoNumber = AutoNumber::Auto(Auto::Auto);
+
+    pub fn value(self) -> Option<f64> {
+        match self {
+            AutoNumber::Auto(Auto::Auto) => None,
+            AutoNumber::Value(value) => Some(value),
+        }
+    }
+}
+
+/// What a list of models or of legacy fine-tunes is wrapped in: everything, no pages.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct List<T> {
+    /// `list`
+    pub object: &'static str,
+    pub data: Vec<T>,
+}
+
+impl<T> List<T> {
+    pub fn new(data: Vec<T>) -> List<T> {
+        List { object: "list", data }
+    }
+}
+
+/// One page; the next one is asked with `after=<id of the last item>`.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct PageList<T> {
+    /// `list`
+    pub object: &'static str,
+    pub data: Vec<T>,
+    pub has_more: bool,
+}
+
+/// One page that also names its ends.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct CursorList<T> {
+    /// `list`
+    pub object: &'static str,
+    pub data: Vec<T>,
+    #[schema(required)]
+    pub first_id: Option<String>,
+    #[schema(required)]
+    pub last_id: Option<String>,
+    pub has_more: bool,
+}
+
+/// The answer to a DELETE.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct Deleted {
+    pub id: String,
+    /// `model` or `file`
+    pub object: &'static str,
+    pub deleted: bool,
+}

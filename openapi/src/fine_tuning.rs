@@ -1,0 +1,232 @@
+//! The fine-tuning API of today: /v1/fine_tuning/jobs. Knobs of LoRA and training that OpenAI's API lacks are top-level
+//! fields of the request (clients reach them by `extra_body`) and come back in the job's `hyperparameters`.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::common::{AutoInteger, AutoNumber, Strings, Unknown};
+
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+pub struct CreateJob {
+    pub model: String,
+    /// A file id, purpose `fine-tune`.
+    pub training_file: String,
+    pub validation_file: Option<String>,
+    /// 1 to 64 characters of the made model's name.
+    pub suffix: Option<String>,
+    #[schema(minimum = 0, maximum = 2147483647)]
+    pub seed: Option<i64>,
+    /// At most 16 keys of 64 characters, values of 512.
+    pub metadata: Option<BTreeMap<String, String>>,
+    pub method: Option<Method>,
+    /// The older place of `method.supervised.hyperparameters`.
+    pub hyperparameters: Option<Hyperparameters>,
+    #[schema(value_type = Option<Vec<serde_json::Value>>)]
+    pub integrations: Option<serde_json::Value>,
+    // Knobs are read from here in a second step: serde loses the path of an error inside a flattened struct.
+    #[serde(flatten)]
+    #[schema(value_type = Knobs)]
+    pub knobs: Unknown,
+}
+
+/// Only `supervised` is built.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+pub struct Method {
+    #[serde(rename = "type")]
+    pub kind: String,
+    pub supervised: Option<Supervised>,
+    #[serde(flatten)]
+    #[schema(ignore)]
+    pub unknown: Unknown,
+}
+
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+pub struct Supervised {
+    pub hyperparameters: Option<Hyperparameters>,
+    #[serde(flatten)]
+    #[schema(ignore)]
+    pub unknown: Unknown,
+}
+
+/// Any other key is refused: a misspelt knob must not train silently.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct Hyperparameters {
+    /// 1 to 50
+    pub n_epochs: Option<AutoInteger>,
+    /// 1 to 256
+    pub batch_size: Option<AutoInteger>,
+    pub learning_rate_multiplier: Option<AutoNumber>,
+    #[serde(flatten)]
+    #[schema(ignore)]
+    pub unknown: Unknown,
+}
+
+/// Names of TRL, transformers and PEFT. Absent or null: the server chooses, and says what.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct Knobs {
+    #[schema(minimum = 1)]
+    pub lora_r: Option<i64>,
+    pub lora_alpha: Option<f64>,
+    #[schema(minimum = 0)]
+    pub lora_dropout: Option<f64>,
+    /// Module names, or `all-linear`.
+    #[serde(alias = "lora_trainable_modules")]
+    pub lora_target_modules: Option<Strings>,
+    pub use_rslora: Option<bool>,
+    /// Absolute, instead of `learning_rate_multiplier`.
+    pub learning_rate: Option<f64>,
+    /// `constant`, `linear` or `cosine`
+    pub lr_scheduler_type: Option<String>,
+    pub warmup_steps: Option<i64>,
+    pub warmup_ratio: Option<f64>,
+    pub weight_decay: Option<f64>,
+    pub max_grad_norm: Option<f64>,
+    pub max_seq_length: Option<i64>,
+    pub packing: Option<bool>,
+    pub max_steps: Option<i64>,
+    pub gradient_accumulation_steps: Option<i64>,
+    pub save_steps: Option<i64>,
+    pub eval_steps: Option<i64>,
+    #[serde(flatten)]
+    #[schema(ignore)]
+    pub unknown: Unknown,
+}
+
+/// Every key is present; null where there is no value (yet).
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct Job {
+    /// `ftjob-...`
+    pub id: String,
+    /// `fine_tuning.job`
+    pub object: &'static str,
+    pub created_at: i64,
+    #[schema(required)]
+    pub finished_at: Option<i64>,
+    #[schema(required)]
+    pub estimated_finish: Option<i64>,
+    pub model: String,
+    #[schema(required)]
+    pub fine_tuned_model: Option<String>,
+    pub organization_id: String,
+    pub result_files: Vec<String>,
+    /// `validating_files`, `queued`, `running`, `succeeded`, `failed` or `cancelled`
+    pub status: &'static str,
+    pub training_file: String,
+    #[schema(required)]
+    pub validation_file: Option<String>,
+    #[schema(required)]
+    pub trained_tokens: Option<u64>,
+    #[schema(required)]
+    pub error: Option<JobError>,
+    pub seed: u64,
+    pub hyperparameters: ChosenHyperparameters,
+    pub method: ChosenMethod,
+    pub integrations: Vec<serde_json::Value>,
+    #[schema(required)]
+    pub metadata: Option<BTreeMap<String, String>>,
+    #[schema(required)]
+    pub user_provided_suffix: Option<String>,
+}
+
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct JobError {
+    pub code: String,
+    pub message: String,
+    #[schema(required)]
+    pub param: Option<String>,
+}
+
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct ChosenMethod {
+    /// `supervised`
+    #[serde(rename = "type")]
+    pub kind: &'static str,
+    pub supervised: ChosenSupervised,
+}
+
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct ChosenSupervised {
+    pub hyperparameters: CommonHyperparameters,
+}
+
+/// OpenAI's three. `auto` until the training file has been read.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct CommonHyperparameters {
+    pub n_epochs: AutoInteger,
+    pub batch_size: AutoInteger,
+    pub learning_rate_multiplier: AutoNumber,
+}
+
+/// OpenAI's three and, once they are chosen, all numbers of the run.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct ChosenHyperparameters {
+    #[serde(flatten)]
+    pub common: CommonHyperparameters,
+    #[serde(flatten)]
+    pub run: Option<RunHyperparameters>,
+}
+
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct RunHyperparameters {
+    pub learning_rate: f64,
+    pub lr_scheduler_type: String,
+    pub warmup_steps: u64,
+    pub weight_decay: f64,
+    pub adam_beta1: f64,
+    pub adam_beta2: f64,
+    pub adam_epsilon: f64,
+    pub max_grad_norm: f64,
+    pub max_seq_length: u32,
+    pub packing: bool,
+    #[schema(required)]
+    pub max_steps: Option<u64>,
+    pub gradient_accumulation_steps: u32,
+    pub save_steps: u64,
+    pub eval_steps: u64,
+    #[serde(flatten)]
+    pub lora: Option<RunLora>,
+}
+
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct RunLora {
+    pub lora_r: u32,
+    pub lora_alpha: f64,
+    pub lora_dropout: f64,
+    pub lora_target_modules: Vec<String>,
+    pub use_rslora: bool,
+}
+
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct JobEvent {
+    /// `ftevent-...`
+    pub id: String,
+    /// `fine_tuning.job.event`
+    pub object: &'static str,
+    pub created_at: i64,
+    /// `info`, `warn` or `error`
+    pub level: &'static str,
+    pub message: String,
+    /// `message` or `metrics`
+    #[serde(rename = "type")]
+    pub kind: &'static str,
+    /// Of a metrics event: step, train_loss, learning_rate, ...
+    #[schema(value_type = BTreeMap<String, serde_json::Value>)]
+    pub data: serde_json::Value,
+}
+
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct Checkpoint {
+    /// `ftckpt_...`
+    pub id: String,
+    /// `fine_tuning.job.checkpoint`
+    pub object: &'static str,
+    pub created_at: i64,
+    /// Usable as `model`.
+    pub fine_tuned_model_checkpoint: String,
+    pub fine_tuning_job_id: String,
+    pub step_number: u64,
+    #[schema(value_type = BTreeMap<String, serde_json::Value>)]
+    pub metrics: serde_json::Value,
+}

@@ -1,0 +1,19 @@
+//! The wire: what clients send and get, one file per resource, as OpenAI's API (and vLLM's extensions) spell it.
+//! In requests an optional field that is null is absent, and unknown fields are ignored where nothing could go wrong
+//! silently. Not here: checks of values, status codes, what anything means.
+
+pub mod adapters;
+pub mod chat;
+pub mod common;
+pub mod completions;
+pub mod error;
+pub mod files;
+pub mod fine_tunes;
+pub mod fine_tuning;
+pub mod models;
+pub mod server;
+pub mod tokenize;
+pub mod usage;
+
+/// The generated document, committed so that a change of the contract shows in review.
+pub const COMMITTED: &str = include_str!("../openapi.json");

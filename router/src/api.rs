@@ -1,0 +1,314 @@
+//! What the edge (server) may ask of the router, and the plain types it gets back. No HTTP, no JSON shapes: `server`
+//! converts. Not here: how anything is done.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use tandem_core::TokenId;
+use tandem_core::id::{AdapterDigest, Digest, JobId};
+use tandem_core::message::Fault;
+use tandem_core::sampling::{BadSampling, RawSampling};
+use tandem_text::chat::Message;
+
+pub use tandem_store::{MetadataFilter, Order};
+
+/// A model name as clients see it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelCard {
+    pub name: String,
+    pub created_at: i64,
+    pub kind: ModelKind,
+    pub max_model_len: u32,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum ModelKind {
+    Base,
+    /// `source`: where it came from. `parent` is the base's name.
+    Adapter {
+        digest: AdapterDigest,
+        parent: String,
+        source: AdapterSource,
+        rank: u32,
+    },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AdapterSource {
+    /// `--lora-modules` or `/v1/load_lora_adapter`.
+    Loaded,
+    /// Made by a job; `step` when it is a checkpoint.
+    Job { job: JobId, step: Option<u64> },
+}
+
+/// What a load does with a name that is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoadMode {
+    /// Refuse.
+    New,
+    /// Switch it over once the new adapter is resident.
+    Replace,
+}
+
+/// One generation request: one prompt, `n` choices.
+#[derive(Clone, Debug)]
+pub struct Call {
+    pub model: String,
+    pub prompt: Prompt,
+    pub n: u32,
+    /// `None`: all that fits the context.
+    pub max_tokens: Option<u32>,
+    pub sampling: RawSampling,
+    pub stop: Vec<String>,
+    pub stop_token_ids: Vec<TokenId>,
+    pub include_stop_str_in_output: bool,
+    pub ignore_eos: bool,
+    pub skip_special_tokens: bool,
+}
+
+#[derive(Clone, Debug)]
+pub enum Prompt {
+    /// Special tokens (BOS) are added as the tokenizer does by default.
+    Text(String),
+    Tokens(Vec<TokenId>),
+    Chat {
+        messages: Vec<Message>,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        kwargs: BTreeMap<String, serde_json::Value>,
+    },
+}
+
+/// A call that was admitted. Dropping `pieces` aborts all its sequences in the engine.
+pub struct Generation {
+    pub prompt_tokens: Vec<TokenId>,
+    /// What answers: `None` is the base.
+    pub adapter: Option<AdapterDigest>,
+    pub base: Digest,
+    pub pieces: tokio::sync::mpsc::Receiver<Piece>,
+}
+
+/// Something that happened to one choice. The last of a choice is `Finished` or `Failed`.
+#[derive(Clone, Debug)]
+pub struct Piece {
+    pub choice: u32,
+    pub what: What,
+}
+
+#[derive(Clone, Debug)]
+pub enum What {
+    /// Prompt log-probabilities, one entry per prompt token; the first is `None`.
+    Prompt(Vec<Option<TokenText>>),
+    /// New text that is safe to show (no half UTF-8, no possible beginning of a stop string), and the tokens it came
+    /// from. Text may be empty while tokens are not. A stop token is listed with empty text.
+    Text {
+        text: String,
+        tokens: Vec<TokenText>,
+    },
+    Finished {
+        reason: Finish,
+        completion_tokens: u32,
+        cached_tokens: u32,
+    },
+    Failed(Fault),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    Stop,
+    Length,
+}
+
+/// A token as people and OpenAI's logprobs shapes want it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenText {
+    pub id: TokenId,
+    /// Lossy text of the token alone.
+    pub text: String,
+    pub bytes: Vec<u8>,
+    pub logprob: f32,
+    /// Most likely alternatives, best first.
+    pub top: Vec<(TokenId, String, Vec<u8>, f32)>,
+}
+
+/// A stored file.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FileInfo {
+    pub id: String,
+    pub bytes: u64,
+    pub created_at: i64,
+    pub expires_at: Option<i64>,
+    pub filename: String,
+    pub purpose: String,
+}
+
+/// A file that already lies in the store's staging folder (see `Router::staging`).
+pub struct Upload {
+    pub staged: PathBuf,
+    pub bytes: u64,
+    pub filename: String,
+    pub purpose: String,
+    pub expires_after_seconds: Option<u64>,
+}
+
+/// What a client asks of a fine-tune. `None` = choose well. Names are TRL's, PEFT's and OpenAI's.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct JobRequest {
+    pub model: String,
+    pub training_file: String,
+    pub validation_file: Option<String>,
+    pub suffix: Option<String>,
+    pub seed: Option<u64>,
+    pub metadata: BTreeMap<String, String>,
+    pub n_epochs: Option<u32>,
+    pub max_steps: Option<u64>,
+    pub batch_size: Option<u32>,
+    pub gradient_accumulation_steps: Option<u32>,
+    pub learning_rate: Option<f64>,
+    pub learning_rate_multiplier: Option<f64>,
+    pub lr_scheduler_type: Option<String>,
+    pub warmup_steps: Option<u64>,
+    pub warmup_ratio: Option<f64>,
+    pub weight_decay: Option<f64>,
+    pub max_grad_norm: Option<f64>,
+    pub max_seq_length: Option<u32>,
+    pub packing: Option<bool>,
+    pub save_steps: Option<u64>,
+    pub eval_steps: Option<u64>,
+    pub lora_r: Option<u32>,
+    pub lora_alpha: Option<f64>,
+    pub lora_dropout: Option<f64>,
+    /// Empty or ["all-linear"]: all linear layers.
+    pub lora_target_modules: Vec<String>,
+    pub use_rslora: Option<bool>,
+    /// Legacy prompt/completion rows: loss weight of prompt tokens (0 by default here; OpenAI's legacy default was 0.01).
+    pub prompt_loss_weight: Option<f64>,
+    /// Was it asked through the legacy API (only changes the made model's id prefix).
+    pub legacy: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JobStatus {
+    ValidatingFiles,
+    Queued,
+    Running,
+    Succeeded,
+    Failed,
+    Cancelled,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Job {
+    pub id: JobId,
+    pub created_at: i64,
+    pub updated_at: i64,
+    pub finished_at: Option<i64>,
+    pub estimated_finish: Option<i64>,
+    pub status: JobStatus,
+    pub request: JobRequest,
+    /// All numbers as chosen, once they are (after validation).
+    pub hyper: Option<tandem_core::job::Hyper>,
+    pub fine_tuned_model: Option<String>,
+    pub trained_tokens: Option<u64>,
+    pub result_files: Vec<String>,
+    pub error: Option<JobError>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobError {
+    /// `invalid_training_file`, `invalid_n_examples`, `server_error`, ...
+    pub code: String,
+    pub param: Option<String>,
+    pub message: String,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct JobEventRecord {
+    /// `ftevent-...`
+    pub id: String,
+    pub created_at: i64,
+    pub level: Level,
+    pub message: String,
+    /// Metrics (step, train_loss, grad_norm, learning_rate, tokens_per_second, ...) or null.
+    pub data: serde_json::Value,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Level {
+    Info,
+    Warn,
+    Error,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Checkpoint {
+    /// `ftckpt_...`
+    pub id: String,
+    pub created_at: i64,
+    pub step: u64,
+    /// Usable as `model`.
+    pub model: String,
+    pub metrics: serde_json::Value,
+}
+
+/// One page of a list.
+pub struct Page<T> {
+    pub data: Vec<T>,
+    pub has_more: bool,
+}
+
+/// Why the router refused; `server/src/error.rs` maps each to a status and OpenAI's body.
+#[derive(Debug, thiserror::Error)]
+pub enum RouterError {
+    #[error("The model `{0}` does not exist or you do not have access to it.")]
+    UnknownModel(String),
+    #[error("No such File object: {0}")]
+    UnknownFile(String),
+    #[error("Could not find fine tune: {0}")]
+    UnknownJob(String),
+    /// A wrong value: `param` names the field.
+    #[error("{message}")]
+    Invalid {
+        param: Option<String>,
+        code: Option<&'static str>,
+        message: String,
+    },
+    #[error("This model's maximum context length is {limit} tokens. However, {message}")]
+    ContextLength { limit: u32, message: String },
+    /// The state forbids it (cancel of an ended job, delete of a model in use, name taken). Deterministic: a retry
+    /// cannot help.
+    #[error("{0}")]
+    Conflict(String),
+    #[error("{message}")]
+    Adapter { not_found: bool, message: String },
+    #[error("the server is busy: {waiting} requests wait; try again in {retry_after_s} s")]
+    Busy { waiting: u32, retry_after_s: u32 },
+    #[error(transparent)]
+    Engine(Fault),
+    #[error(transparent)]
+    Store(#[from] tandem_store::StoreError),
+}
+
+impl RouterError {
+    pub(crate) fn invalid(param: &str, message: impl Into<String>) -> RouterError {
+        RouterError::Invalid {
+            param: Some(param.to_owned()),
+            code: Some("invalid_value"),
+            message: message.into(),
+        }
+    }
+}
+
+impl From<BadSampling> for RouterError {
+    fn from(BadSampling { param, message }: BadSampling) -> RouterError {
+        RouterError::Invalid {
+            param: Some(param.to_owned()),
+            code: Some("invalid_value"),
+            message,
+        }
+    }
+}

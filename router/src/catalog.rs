@@ -1,0 +1,257 @@
+//! Names in memory, and who uses what: the live requests. A request pins the adapter it began with by being live.
+//! Decides admission and when an adapter may go. Not here: files, SQL, the engine.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use dashmap::DashMap;
+use tandem_core::id::{AdapterDigest, JobId, RequestId};
+use tandem_core::replica::ReplicaInfo;
+use tandem_store::{NameRow, Source};
+use tokio::sync::Notify;
+
+use crate::Config;
+use crate::api::{AdapterSource, ModelCard, ModelKind, RouterError};
+
+/// After how long a refused client should come back. A sequence takes seconds; the clients add jitter.
+const RETRY_AFTER_S: u32 = 1;
+
+pub(crate) struct Catalog {
+    base: ModelCard,
+    max_num_seqs: u32,
+    max_waiting: u32,
+    names: RwLock<BTreeMap<String, NameRow>>,
+    live: DashMap<RequestId, Option<AdapterDigest>>,
+    /// Length of `live`, counted before the entries are made so that the limit is exact.
+    admitted: AtomicU32,
+    next_id: AtomicU64,
+    /// Lost their last name; go when no live request pins them.
+    retired: Mutex<BTreeSet<AdapterDigest>>,
+    retiring: Notify,
+}
+
+/// `n` admitted sequences of one model; they end when this is dropped.
+pub(crate) struct Lease {
+    pub adapter: Option<AdapterDigest>,
+    ids: Range<u64>,
+    catalog: Arc<Catalog>,
+}
+
+impl Lease {
+    pub fn ids(&self) -> impl Iterator<Item = RequestId> + use<> {
+        self.ids.clone().map(RequestId)
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        for id in self.ids() {
+            self.catalog.live.remove(&id);
+        }
+        let n = u32::try_from(self.ids.end - self.ids.start).expect("n was a u32");
+        self.catalog.admitted.fetch_sub(n, Ordering::AcqRel);
+        if self
+            .adapter
+            .is_some_and(|digest| self.catalog.retired().contains(&digest))
+        {
+            self.catalog.retiring.notify_one();
+        }
+    }
+}
+
+impl Catalog {
+    pub fn new(config: &Config, info: &ReplicaInfo, names: Vec<NameRow>) -> Catalog {
+        let base = ModelCard {
+            name: config.served_model_name.clone(),
+            created_at: tandem_store::now(),
+            kind: ModelKind::Base,
+            max_model_len: info.max_model_len,
+        };
+        Catalog {
+            base,
+            max_num_seqs: info.max_num_seqs,
+            max_waiting: config.max_waiting,
+            names: RwLock::new(names.into_iter().map(|row| (row.name.clone(), row)).collect()),
+            live: DashMap::new(),
+            admitted: AtomicU32::new(0),
+            next_id: AtomicU64::new(0),
+            retired: Mutex::new(BTreeSet::new()),
+            retiring: Notify::new(),
+        }
+    }
+
+    pub fn is_base(&self, name: &str) -> bool {
+        name == self.base.name
+    }
+
+    /// The base first, then adapters from the oldest on.
+    pub fn cards(&self) -> Vec<ModelCard> {
+        let names = self.read();
+        let mut rows: Vec<&NameRow> = names.values().collect();
+        rows.sort_by_key(|row| row.created_at);
+        [self.base.clone()]
+            .into_iter()
+            .chain(rows.into_iter().map(|row| self.card(row)))
+            .collect()
+    }
+
+    pub fn find(&self, name: &str) -> Option<ModelCard> {
+        match self.is_base(name) {
+            true => Some(self.base.clone()),
+            false => self.row(name).map(|row| self.card(&row)),
+        }
+    }
+
+    /// The name's own row, or for `<model>@step-<n>` that checkpoint's.
+    pub fn row(&self, name: &str) -> Option<NameRow> {
+        lookup(&self.read(), name).cloned()
+    }
+
+    /// Names that came from `source`.
+    pub fn names_from(&self, source: &Source) -> Vec<String> {
+        self.read()
+            .values()
+            .filter(|row| row.source == *source)
+            .map(|row| row.name.clone())
+            .collect()
+    }
+
+    /// Take `n` sequences of `model` in, or say why not. `engine_waiting` is what the engine last said.
+    pub fn admit(
+        self: &Arc<Catalog>,
+        model: &str,
+        n: u32,
+        engine_waiting: u32,
+    ) -> Result<Lease, RouterError> {
+        // The names stay locked until the requests are live: an adapter cannot be retired in between.
+        let names = self.read();
+        let adapter = match self.is_base(model) {
+            true => None,
+            false => match lookup(&names, model) {
+                Some(row) => Some(row.digest),
+                None => return Err(RouterError::UnknownModel(model.to_owned())),
+            },
+        };
+        let before = self.admitted.fetch_add(n, Ordering::AcqRel);
+        let waiting = (before + n).saturating_sub(self.max_num_seqs);
+        if waiting > self.max_waiting || engine_waiting > self.max_waiting {
+            self.admitted.fetch_sub(n, Ordering::AcqRel);
+            return Err(RouterError::Busy {
+                waiting: before.saturating_sub(self.max_num_seqs).max(engine_waiting),
+                retry_after_s: RETRY_AFTER_S,
+            });
+        }
+        let first = self.next_id.fetch_add(u64::from(n), Ordering::Relaxed);
+        let ids = first..first + u64::from(n);
+        for id in ids.clone() {
+            self.live.insert(RequestId(id), adapter);
+        }
+        Ok(Lease {
+            adapter,
+            ids,
+            catalog: self.clone(),
+        })
+    }
+
+    /// Put a name in its place. An adapter that lost its last name by it retires.
+    pub fn insert(&self, row: NameRow) {
+        let mut names = self.write();
+        self.retired().remove(&row.digest);
+        let old = names.insert(row.name.clone(), row);
+        self.retire_unnamed(&names, old);
+    }
+
+    pub fn remove(&self, name: &str) {
+        let mut names = self.write();
+        let old = names.remove(name);
+        self.retire_unnamed(&names, old);
+    }
+
+    /// An adapter that came into the store and got no name.
+    pub fn give_up(&self, digest: AdapterDigest) {
+        if !self.read().values().any(|row| row.digest == digest) {
+            self.retired().insert(digest);
+            self.retiring.notify_one();
+        }
+    }
+
+    /// When an adapter may have become free to go.
+    pub async fn retiring(&self) {
+        self.retiring.notified().await;
+    }
+
+    /// Retired adapters that nothing pins. Nobody can pin them again: they have no name.
+    pub fn take_free(&self) -> Vec<AdapterDigest> {
+        // Also held by `admit` from name to live entry.
+        let names = self.write();
+        let pinned: BTreeSet<AdapterDigest> = self.live.iter().filter_map(|entry| *entry.value()).collect();
+        let mut retired = self.retired();
+        retired.retain(|digest| !names.values().any(|row| row.digest == *digest));
+        let free: Vec<AdapterDigest> = retired.difference(&pinned).copied().collect();
+        retired.retain(|digest| pinned.contains(digest));
+        free
+    }
+
+    fn retire_unnamed(&self, names: &BTreeMap<String, NameRow>, old: Option<NameRow>) {
+        let Some(old) = old else { return };
+        if !names.values().any(|row| row.digest == old.digest) {
+            self.retired().insert(old.digest);
+            self.retiring.notify_one();
+        }
+    }
+
+    fn card(&self, row: &NameRow) -> ModelCard {
+        let NameRow {
+            name,
+            digest,
+            rank,
+            source,
+            created_at,
+        } = row.clone();
+        let source = match source {
+            Source::Loaded | Source::Flag => AdapterSource::Loaded,
+            Source::Job { job, step } => AdapterSource::Job {
+                job: JobId(job),
+                step,
+            },
+        };
+        let kind = ModelKind::Adapter {
+            digest,
+            parent: self.base.name.clone(),
+            source,
+            rank,
+        };
+        ModelCard {
+            name,
+            created_at,
+            kind,
+            max_model_len: self.base.max_model_len,
+        }
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, BTreeMap<String, NameRow>> {
+        self.names.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, BTreeMap<String, NameRow>> {
+        self.names.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn retired(&self) -> MutexGuard<'_, BTreeSet<AdapterDigest>> {
+        self.retired.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Name of the checkpoint of a job whose model is, or will be, `model`.
+pub(crate) fn checkpoint_name(model: &str, step: u64) -> String {
+    format!("{model}:ckpt-step-{step}")
+}
+
+fn lookup<'a>(names: &'a BTreeMap<String, NameRow>, name: &str) -> Option<&'a NameRow> {
+    names.get(name).or_else(|| {
+        let (model, step) = name.rsplit_once("@step-")?;
+        names.get(&checkpoint_name(model, step.parse().ok()?))
+    })
+}

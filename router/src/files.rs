@@ -1,0 +1,196 @@
+//! Uploaded and result files. Training files are checked line by line before they exist.
+
+use std::fs::File;
+use std::io::BufReader;
+use std::path::PathBuf;
+
+use tandem_store::FileRow;
+use tandem_text::dataset;
+
+use crate::Router;
+use crate::api::{FileInfo, Order, Page, RouterError, Upload};
+
+pub(crate) const FINE_TUNE: &str = "fine-tune";
+const MAX_FILENAME_BYTES: usize = 255;
+const MAX_PURPOSE_BYTES: usize = 64;
+const EXPIRES_AFTER_S: std::ops::RangeInclusive<u64> = 3600..=2_592_000;
+
+impl Router {
+    /// A fresh path to write an upload to, for [`Upload::staged`]. Remove it when the upload breaks off; what a kill
+    /// leaves there goes at the next start.
+    pub fn staging(&self) -> PathBuf {
+        self.0.store.staging()
+    }
+
+    /// Takes the staged file over: published, or removed on an error.
+    pub async fn create_file(&self, upload: Upload) -> Result<FileInfo, RouterError> {
+        let staged = upload.staged.clone();
+        let created = self.take_upload(upload).await;
+        if created.is_err() {
+            // That it is gone already is fine.
+            let _ = tokio::fs::remove_file(&staged).await;
+        }
+        created
+    }
+
+    async fn take_upload(&self, upload: Upload) -> Result<FileInfo, RouterError> {
+        let Upload {
+            staged,
+            bytes,
+            filename,
+            purpose,
+            expires_after_seconds,
+        } = upload;
+        let filename = plain_name(&filename)?;
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
+        if purpose.is_empty() || purpose.len() > MAX_PURPOSE_BYTES || !purpose.bytes().all(plain) {
+            let message = format!(
+                "'{}' is not a purpose: 'fine-tune' is one",
+                purpose.escape_debug()
+            );
+            return Err(RouterError::invalid("purpose", message));
+        }
+        if let Some(s) = expires_after_seconds.filter(|s| !EXPIRES_AFTER_S.contains(s)) {
+            let (low, high) = (EXPIRES_AFTER_S.start(), EXPIRES_AFTER_S.end());
+            let message = format!("expires_after[seconds] must be between {low} and {high}, got {s}");
+            return Err(RouterError::invalid("expires_after", message));
+        }
+        if purpose == FINE_TUNE {
+            check_training_file(staged.clone()).await?;
+        }
+        let row = self
+            .0
+            .store
+            .add_file(&staged, &filename, &purpose, expires_after_seconds)
+            .await?;
+        tracing::info!(file = %row.id, bytes, purpose, "file stored");
+        Ok(info(row))
+    }
+
+    pub async fn files(
+        &self,
+        purpose: Option<&str>,
+        after: Option<&str>,
+        limit: u32,
+        order: Order,
+    ) -> Result<Page<FileInfo>, RouterError> {
+        if let Some(id) = after {
+            self.file(id).await?;
+        }
+        let rows = self.0.store.files(purpose, after, limit, order).await?;
+        Ok(Page {
+            data: rows.rows.into_iter().map(info).collect(),
+            has_more: rows.has_more,
+        })
+    }
+
+    pub async fn file(&self, id: &str) -> Result<FileInfo, RouterError> {
+        Ok(info(self.file_row(id).await?))
+    }
+
+    /// Jobs whose training has begun keep their tokens; one that still validates this file fails.
+    pub async fn delete_file(&self, id: &str) -> Result<(), RouterError> {
+        self.file_row(id).await?;
+        match self.0.store.delete_file(id).await? {
+            true => Ok(()),
+            false => Err(RouterError::UnknownFile(id.to_owned())),
+        }
+    }
+
+    pub async fn file_content(&self, id: &str) -> Result<(FileInfo, PathBuf), RouterError> {
+        let row = self.file_row(id).await?;
+        let path = self.0.store.file_path(&row);
+        Ok((info(row), path))
+    }
+
+    pub(crate) async fn file_row(&self, id: &str) -> Result<FileRow, RouterError> {
+        self.0
+            .store
+            .file(id)
+            .await?
+            .ok_or_else(|| RouterError::UnknownFile(id.to_owned()))
+    }
+}
+
+async fn check_training_file(staged: PathBuf) -> Result<(), RouterError> {
+    let checked = tokio::task::spawn_blocking(move || {
+        let file = File::open(&staged).map_err(|error| format!("The upload cannot be read: {error}"))?;
+        dataset::check_jsonl(BufReader::new(file))
+            .map(drop)
+            .map_err(|error| error.to_string())
+    });
+    match checked.await {
+        Ok(Ok(())) => Ok(()),
+        // OpenAI sends neither a param nor a code with these.
+        Ok(Err(message)) => Err(RouterError::Invalid {
+            param: None,
+            code: None,
+            message,
+        }),
+        Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+    }
+}
+
+/// The last component of what a client called its file: only a label, but others may save under it.
+fn plain_name(filename: &str) -> Result<String, RouterError> {
+    let last = filename.rsplit(['/', '\\']).next().unwrap_or_default();
+    let wrong = match last {
+        "" | "." | ".." => "names no file".to_owned(),
+        name if name.len() > MAX_FILENAME_BYTES => {
+            format!(
+                "has {} bytes, at most {MAX_FILENAME_BYTES} are allowed",
+                name.len()
+            )
+        }
+        name if name.chars().any(char::is_control) => "has a control character".to_owned(),
+        name => return Ok(name.to_owned()),
+    };
+    let shown: String = filename.escape_debug().take(100).collect();
+    Err(RouterError::invalid(
+        "file",
+        format!("The filename '{shown}' {wrong}"),
+    ))
+}
+
+fn info(row: FileRow) -> FileInfo {
+    let FileRow {
+        id,
+        bytes,
+        created_at,
+        expires_at,
+        filename,
+        purpose,
+    } = row;
+    FileInfo {
+        id,
+        bytes,
+        created_at,
+        expires_at,
+        filename,
+        purpose,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_lose_their_folders_and_tricks_are_refused() {
+        let cases = [
+            ("données été.jsonl", Some("données été.jsonl")),
+            ("../../etc/passwd", Some("passwd")),
+            ("C:\\data\\rows.jsonl", Some("rows.jsonl")),
+            ("..", None),
+            ("a/..", None),
+            ("", None),
+            ("rows/", None),
+            ("a\u{0}b", None),
+            ("a\nb", None),
+        ];
+        for (given, expected) in cases {
+            assert_eq!(plain_name(given).ok().as_deref(), expected, "{given:?}");
+        }
+        assert!(plain_name(&"x".repeat(256)).is_err());
+    }
+}

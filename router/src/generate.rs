@@ -1,0 +1,303 @@
+//! A call becomes sequences: model, prompt tokens, limits, admission, commands. Not here: what comes back (`relay`).
+
+use tandem_core::TokenId;
+use tandem_core::id::AdapterRef;
+use tandem_core::message::{Fault, Generate};
+use tandem_core::replica::{Command, EVENT_QUEUE};
+use tandem_core::sampling::Sampling;
+use tandem_text::chat::Ending;
+use tandem_text::stop::Matched;
+use tandem_text::{Skip, SpecialTokens, Tokenizer};
+use tokio::sync::mpsc;
+
+use crate::api::{Call, Generation, Prompt, RouterError};
+use crate::relay::{self, Choice, Relay};
+use crate::{Router, text_error};
+
+/// Stop strings of one call at most; clients send more than OpenAI's 4 (lm-eval does).
+const MAX_STOPS: usize = 64;
+/// Pieces that may wait for a slow reader before its sequences are parked.
+const PIECE_QUEUE: usize = 32;
+/// Longer texts are tokenized off the async threads: a megabyte takes a good part of a second.
+const INLINE_TEXT_BYTES: usize = 16 << 10;
+
+impl Router {
+    /// Admit a call. Its sequences run until they end or `Generation::pieces` is dropped.
+    pub async fn generate(&self, call: Call) -> Result<Generation, RouterError> {
+        let Call {
+            model,
+            prompt,
+            n,
+            max_tokens,
+            sampling,
+            stop,
+            stop_token_ids,
+            include_stop_str_in_output,
+            ignore_eos,
+            skip_special_tokens,
+        } = call;
+        if self.stopping() {
+            return Err(RouterError::Engine(Fault::ShuttingDown));
+        }
+        let info = self.info();
+        let max_choices = self.0.config.max_choices;
+        if n == 0 || n > max_choices {
+            return Err(RouterError::invalid(
+                "n",
+                format!("n must be between 1 and {max_choices}, got {n}"),
+            ));
+        }
+        let limit = info.max_model_len;
+        if let Some(asked) = max_tokens.filter(|&asked| asked > limit) {
+            let message = format!("max_tokens must be at most {limit}, the context length, got {asked}");
+            return Err(RouterError::invalid("max_tokens", message));
+        }
+        let sampling = Sampling::new(sampling, info.vocab_size)?;
+        if let Some(max) = max_tokens.filter(|&max| sampling.min_tokens() > max) {
+            let min = sampling.min_tokens();
+            let message = format!("min_tokens must be at most max_tokens, got {min} and {max}");
+            return Err(RouterError::invalid("min_tokens", message));
+        }
+        check_stops(&stop)?;
+        check_ids("stop_token_ids", &stop_token_ids, info.vocab_size)?;
+        let stop_tokens = self.stop_tokens(stop_token_ids, ignore_eos);
+
+        let waiting = self.0.replica.stats.borrow().waiting;
+        let lease = self.0.catalog.admit(&model, n, waiting)?;
+        let is_chat = matches!(prompt, Prompt::Chat { .. });
+        let prompt = self.prompt_tokens(prompt).await?;
+        let max_tokens = fit(prompt.len(), max_tokens, limit, is_chat)?;
+
+        let adapter = lease.adapter.map(|digest| AdapterRef {
+            digest,
+            folder: self.0.store.adapter_folder(&digest),
+        });
+        let busy = RouterError::Busy {
+            waiting,
+            retry_after_s: 1,
+        };
+        // All sequences or none.
+        let permits = match self.0.replica.commands.try_reserve_many(n as usize) {
+            Ok(permits) => permits,
+            Err(mpsc::error::TrySendError::Full(())) => return Err(busy),
+            Err(mpsc::error::TrySendError::Closed(())) => {
+                return Err(RouterError::Engine(Fault::ShuttingDown));
+            }
+        };
+        let skip = if skip_special_tokens {
+            Skip::Special
+        } else {
+            Skip::Nothing
+        };
+        let matched = if include_stop_str_in_output {
+            Matched::Shown
+        } else {
+            Matched::Hidden
+        };
+        let mut choices = Vec::with_capacity(n as usize);
+        for ((index, id), permit) in (0..n).zip(lease.ids()).zip(permits) {
+            let (sender, events) = mpsc::channel(EVENT_QUEUE);
+            let generate = Generate {
+                id,
+                prompt: prompt.clone(),
+                adapter: adapter.clone(),
+                sampling: sampling.for_choice(u64::from(index)),
+                max_tokens,
+                stop_tokens: stop_tokens.clone(),
+            };
+            permit.send(Command::Generate(generate, sender));
+            choices.push(Choice::new(
+                index,
+                id,
+                events,
+                &self.0.tokenizer,
+                &prompt,
+                skip,
+                &stop,
+                matched,
+            ));
+        }
+        let (sender, pieces) = mpsc::channel(PIECE_QUEUE);
+        let generation = Generation {
+            prompt_tokens: prompt,
+            adapter: lease.adapter,
+            base: info.base_digest,
+            pieces,
+        };
+        let relay = Relay {
+            tokenizer: self.0.tokenizer.clone(),
+            commands: self.0.replica.commands.clone(),
+            stop_tokens,
+            matched,
+            min_tokens: sampling.min_tokens(),
+            lease,
+        };
+        tokio::spawn(relay::run(relay, choices, sender));
+        Ok(generation)
+    }
+
+    /// EOS as the model's files and its tokenizer name it (they differ in the wild), and what the client adds.
+    fn stop_tokens(&self, mut asked: Vec<TokenId>, ignore_eos: bool) -> Vec<TokenId> {
+        if !ignore_eos {
+            asked.extend(&self.info().eos_tokens);
+            asked.extend(self.0.tokenizer.eos().map(|(id, _)| id));
+        }
+        asked.sort_unstable();
+        asked.dedup();
+        asked
+    }
+
+    async fn prompt_tokens(&self, prompt: Prompt) -> Result<Vec<TokenId>, RouterError> {
+        let limit = self.info().max_model_len;
+        let bytes = match &prompt {
+            Prompt::Text(text) => text.len(),
+            Prompt::Tokens(_) => 0,
+            Prompt::Chat { messages, .. } => messages.iter().map(|message| message.content.len()).sum(),
+        };
+        let least = bytes / self.0.longest_token_bytes;
+        if least > limit as usize {
+            // Not worth the seconds that exact numbers would take.
+            let is_chat = matches!(prompt, Prompt::Chat { .. });
+            return Err(too_long(limit, &format!("at least {least}"), is_chat));
+        }
+        let tokens = match bytes {
+            0..=INLINE_TEXT_BYTES => self.tokenize(prompt, SpecialTokens::Add)?,
+            _ => {
+                let tokenizer = self.0.tokenizer.clone();
+                let work = move || encode(&tokenizer, prompt, SpecialTokens::Add);
+                match tokio::task::spawn_blocking(work).await {
+                    Ok(tokens) => tokens?,
+                    Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+                }
+            }
+        };
+        if tokens.is_empty() {
+            return Err(RouterError::invalid(
+                "prompt",
+                "the prompt is empty: it must have at least one token",
+            ));
+        }
+        check_ids("prompt", &tokens, self.info().vocab_size)?;
+        Ok(tokens)
+    }
+}
+
+/// The tokens of a prompt; `special` is for plain text.
+pub(crate) fn encode(
+    tokenizer: &Tokenizer,
+    prompt: Prompt,
+    special: SpecialTokens,
+) -> Result<Vec<TokenId>, RouterError> {
+    match prompt {
+        Prompt::Tokens(tokens) => Ok(tokens),
+        Prompt::Text(text) => tokenizer
+            .encode(&text, special)
+            .map_err(|error| text_error("prompt", error)),
+        Prompt::Chat {
+            messages,
+            add_generation_prompt,
+            continue_final_message,
+            kwargs,
+        } => {
+            let ending = match (add_generation_prompt, continue_final_message) {
+                (_, true) => Ending::OpenMessage,
+                (true, false) => Ending::GenerationPrompt,
+                (false, false) => Ending::Closed,
+            };
+            tokenizer
+                .encode_chat(&messages, ending, &kwargs)
+                .map_err(|error| text_error("messages", error))
+        }
+    }
+}
+
+/// Tokens to generate at most: what was asked, but no more than the context has room for (as vLLM does).
+fn fit(prompt_tokens: usize, asked: Option<u32>, limit: u32, is_chat: bool) -> Result<u32, RouterError> {
+    let room = u32::try_from(prompt_tokens)
+        .ok()
+        .and_then(|tokens| limit.checked_sub(tokens));
+    match (room, asked) {
+        (Some(_), Some(0)) => Ok(0),
+        (Some(room @ 1..), asked) => Ok(asked.unwrap_or(room).min(room)),
+        (Some(0), Some(asked)) if !is_chat => {
+            let total = prompt_tokens as u64 + u64::from(asked);
+            let message = format!(
+                "you requested {total} tokens ({prompt_tokens} in your prompt; {asked} for the completion). Please \
+                 reduce your prompt; or completion length."
+            );
+            Err(RouterError::ContextLength { limit, message })
+        }
+        _ => Err(too_long(limit, &prompt_tokens.to_string(), is_chat)),
+    }
+}
+
+fn too_long(limit: u32, tokens: &str, is_chat: bool) -> RouterError {
+    let message = match is_chat {
+        true => {
+            format!("your messages resulted in {tokens} tokens. Please reduce the length of the messages.")
+        }
+        false => format!("your prompt has {tokens} tokens. Please reduce the length of the prompt."),
+    };
+    RouterError::ContextLength { limit, message }
+}
+
+fn check_stops(stops: &[String]) -> Result<(), RouterError> {
+    if stops.len() > MAX_STOPS {
+        let message = format!(
+            "at most {MAX_STOPS} stop strings are allowed, got {}",
+            stops.len()
+        );
+        return Err(RouterError::invalid("stop", message));
+    }
+    match stops.iter().any(String::is_empty) {
+        true => Err(RouterError::invalid("stop", "a stop string must not be empty")),
+        false => Ok(()),
+    }
+}
+
+fn check_ids(param: &str, ids: &[TokenId], vocab_size: u32) -> Result<(), RouterError> {
+    match ids.iter().find(|&&id| id >= vocab_size) {
+        Some(id) => {
+            let message = format!("token id {id} is out of range: the vocabulary has {vocab_size} tokens");
+            Err(RouterError::invalid(param, message))
+        }
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_fits_is_clamped_and_what_cannot_is_refused_with_numbers() {
+        // prompt, asked, granted or a part of the refusal; the context has 10 tokens
+        let cases = [
+            (4, None, Ok(6)),
+            (4, Some(2), Ok(2)),
+            (4, Some(9), Ok(6)),
+            (9, Some(9), Ok(1)),
+            (10, Some(0), Ok(0)),
+            (10, None, Err("your prompt has 10 tokens")),
+            (
+                10,
+                Some(3),
+                Err("you requested 13 tokens (10 in your prompt; 3 for the completion)"),
+            ),
+            (11, Some(0), Err("your prompt has 11 tokens")),
+        ];
+        for (prompt, asked, expected) in cases {
+            let granted = fit(prompt, asked, 10, false).map_err(|error| error.to_string());
+            match (granted, expected) {
+                (Ok(granted), Ok(expected)) => assert_eq!(granted, expected, "{prompt} {asked:?}"),
+                (Err(error), Err(part)) => {
+                    assert!(error.starts_with("This model's maximum context length is 10 tokens. However, "));
+                    assert!(error.contains(part), "{error}");
+                }
+                (granted, expected) => panic!("{prompt} {asked:?}: {granted:?}, expected {expected:?}"),
+            }
+        }
+        let chat = fit(12, Some(1), 10, true).unwrap_err().to_string();
+        assert!(chat.contains("your messages resulted in 12 tokens"), "{chat}");
+    }
+}

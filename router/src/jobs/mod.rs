@@ -1,0 +1,330 @@
+//! Jobs as clients see them: create, list, cancel, read along. A job's state is its row; every change is one
+//! transaction (`Store::change_job`), and whoever made it wakes the readers.
+//!
+//! ```text
+//! validating_files --prepare--> queued --supervisor--> running --engine--> succeeded
+//!                 \------------------\-------------------\---------------> failed, cancelled
+//! ```
+
+mod check;
+pub mod hyper;
+mod name;
+pub(crate) mod prepare;
+mod record;
+mod result;
+pub(crate) mod supervisor;
+
+use std::time::Duration;
+
+use tandem_core::id::JobId;
+use tandem_core::replica::Command;
+use tandem_store::{JobChange, NewEvent, NewJob, NewName, Source, ids};
+use tokio::sync::{Notify, mpsc, watch};
+
+use crate::Router;
+use crate::api::{
+    Checkpoint, Job, JobError, JobEventRecord, JobRequest, JobStatus, Level, MetadataFilter, Page,
+    RouterError,
+};
+
+const QUEUED: &str = "queued";
+const RUNNING: &str = "running";
+const VALIDATING: &str = "validating_files";
+/// A cancel is answered between two quanta of the engine, seconds at most; the request stands if that takes longer.
+const CANCEL_WAIT: Duration = Duration::from_secs(10);
+/// Events that are read from the store at once, and that may wait for a slow follower.
+const FOLLOW_PAGE: u32 = 100;
+
+/// Where those who work on jobs and those who watch them meet.
+pub(crate) struct Desk {
+    /// A job was created: for `prepare`.
+    created: Notify,
+    /// A job is queued: for the supervisor.
+    queued: Notify,
+    /// Some job changed.
+    changed: watch::Sender<()>,
+}
+
+impl Desk {
+    pub fn new() -> Desk {
+        Desk {
+            created: Notify::new(),
+            queued: Notify::new(),
+            changed: watch::Sender::new(()),
+        }
+    }
+
+    /// Wakes after every change of any job.
+    pub fn watch(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+
+    pub fn wake_supervisor(&self) {
+        self.queued.notify_one();
+    }
+}
+
+impl Router {
+    /// Checked and durable when this returns; files are validated after it.
+    pub async fn create_job(&self, mut request: JobRequest) -> Result<Job, RouterError> {
+        let config = self.config();
+        if !self.0.catalog.is_base(&request.model) {
+            return Err(match self.0.catalog.row(&request.model) {
+                None => RouterError::UnknownModel(request.model),
+                Some(_) => RouterError::invalid(
+                    "model",
+                    format!(
+                        "`{}` is an adapter; training goes on from the base model `{}` only",
+                        request.model, config.served_model_name
+                    ),
+                ),
+            });
+        }
+        check::request(&request, self.info())?;
+        self.check_file("training_file", &request.training_file).await?;
+        if let Some(id) = &request.validation_file {
+            self.check_file("validation_file", id).await?;
+        }
+        request.seed = Some(request.seed.unwrap_or_else(ids::seed));
+        let id = ids::job();
+        let model_names = name::candidates(&request, config, &id, tandem_store::now());
+        let job = NewJob {
+            base: self.info().base_digest,
+            status: VALIDATING.to_owned(),
+            request: record::to_json(&request),
+            metadata: request.metadata.clone(),
+            model_names,
+            events: vec![
+                event(Level::Info, format!("Created fine-tuning job: {id}")),
+                event(
+                    Level::Info,
+                    format!("Validating training file: {}", request.training_file),
+                ),
+            ],
+            id,
+        };
+        let row = self.0.store.insert_job(job).await?;
+        self.0.desk.created.notify_one();
+        tracing::info!(job = %row.id, file = request.training_file, "job created");
+        record::job(row)
+    }
+
+    /// Newest first.
+    pub async fn jobs(
+        &self,
+        after: Option<&str>,
+        limit: u32,
+        metadata: MetadataFilter,
+    ) -> Result<Page<Job>, RouterError> {
+        if let Some(id) = after {
+            self.job(id).await?;
+        }
+        let rows = self.0.store.jobs(after, limit, &metadata).await?;
+        record::page(rows, record::job)
+    }
+
+    pub async fn job(&self, id: &str) -> Result<Job, RouterError> {
+        let row = self.0.store.job(id).await?;
+        record::job(row.ok_or_else(|| RouterError::UnknownJob(id.to_owned()))?)
+    }
+
+    /// A waiting job ends at once, a running one when the engine says so. If that takes long, the job comes back as it
+    /// is and ends later.
+    pub async fn cancel_job(&self, id: &str) -> Result<Job, RouterError> {
+        let mut changed = self.0.desk.watch();
+        let job = self.job(id).await?;
+        if job.status.ended() {
+            return Err(already_ended(&job));
+        }
+        // Before it is looked at again: whoever starts it from here on sees this.
+        self.0.store.request_cancel(id).await?;
+        if self.cancel_at_once(id, &[VALIDATING, QUEUED]).await? {
+            return self.job(id).await;
+        }
+        self.command(Command::CancelJob(JobId(id.to_owned()))).await?;
+        let ended = async {
+            loop {
+                let job = self.job(id).await?;
+                if job.status.ended() || changed.changed().await.is_err() {
+                    return Ok::<Job, RouterError>(job);
+                }
+            }
+        };
+        match tokio::time::timeout(CANCEL_WAIT, ended).await {
+            Ok(Ok(job)) if job.status == JobStatus::Cancelled => Ok(job),
+            Ok(Ok(job)) => Err(already_ended(&job)),
+            Ok(Err(error)) => Err(error),
+            Err(_) => self.job(id).await,
+        }
+    }
+
+    /// Newest first.
+    pub async fn job_events(
+        &self,
+        id: &str,
+        after: Option<&str>,
+        limit: u32,
+    ) -> Result<Page<JobEventRecord>, RouterError> {
+        self.job(id).await?;
+        let rows = self.0.store.job_events(id, after, limit).await?;
+        record::page(rows, record::event)
+    }
+
+    /// From the first event on, then as they come; the channel closes when the job has ended.
+    pub async fn follow_job(&self, id: &str) -> Result<mpsc::Receiver<JobEventRecord>, RouterError> {
+        self.job(id).await?;
+        let (sender, receiver) = mpsc::channel(FOLLOW_PAGE as usize);
+        let (router, id) = (self.clone(), id.to_owned());
+        tokio::spawn(async move {
+            let follow = router.follow(&id, &sender);
+            tokio::select! {
+                () = sender.closed() => {}
+                followed = follow => if let Err(error) = followed {
+                    tracing::warn!(job = id, %error, "cannot go on reading a job's events");
+                },
+            }
+        });
+        Ok(receiver)
+    }
+
+    async fn follow(&self, id: &str, sender: &mpsc::Sender<JobEventRecord>) -> Result<(), RouterError> {
+        let mut changed = self.0.desk.watch();
+        let mut seq = 0;
+        loop {
+            changed.mark_unchanged();
+            // The state is read first: the last events come with the end, in one transaction.
+            let ended = self.job(id).await?.status.ended();
+            let rows = self.0.store.job_events_since(id, seq, FOLLOW_PAGE).await?;
+            let n_rows = rows.len();
+            for row in rows {
+                seq = row.seq;
+                if sender.send(record::event(row)?).await.is_err() {
+                    return Ok(());
+                }
+            }
+            if n_rows == FOLLOW_PAGE as usize {
+                continue;
+            }
+            if ended || changed.changed().await.is_err() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Newest first.
+    pub async fn checkpoints(
+        &self,
+        id: &str,
+        after: Option<&str>,
+        limit: u32,
+    ) -> Result<Page<Checkpoint>, RouterError> {
+        self.job(id).await?;
+        let rows = self.0.store.checkpoints(id, after, limit).await?;
+        record::page(rows, record::checkpoint)
+    }
+
+    async fn check_file(&self, param: &str, id: &str) -> Result<(), RouterError> {
+        match self.file(id).await {
+            Ok(file) if file.purpose == crate::files::FINE_TUNE => Ok(()),
+            Ok(file) => {
+                let message = format!(
+                    "{param} {id} has purpose '{}', it must have 'fine-tune'",
+                    file.purpose
+                );
+                Err(RouterError::invalid(param, message))
+            }
+            Err(RouterError::UnknownFile(_)) => Err(RouterError::invalid(
+                param,
+                format!("{param} {id:?} does not exist"),
+            )),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Apply a change, wake readers, serve a new name. Whether the job was in one of `change.from`.
+    async fn change_job(&self, id: &str, change: JobChange) -> Result<bool, RouterError> {
+        let changed = self.0.store.change_job(id, change).await?;
+        let Some(changed) = changed else { return Ok(false) };
+        self.serve(changed.name);
+        // Nobody may be watching.
+        let _ = self.0.desk.changed.send(());
+        Ok(true)
+    }
+
+    async fn cancel_at_once(&self, id: &str, from: &'static [&'static str]) -> Result<bool, RouterError> {
+        let cancelled = JobChange {
+            from,
+            status: Some("cancelled"),
+            ends: true,
+            events: vec![event(Level::Info, "The job was cancelled.".to_owned())],
+            ..JobChange::default()
+        };
+        let cancelled = self.change_job(id, cancelled).await?;
+        if cancelled {
+            self.0.store.remove_job_folder(id).await?;
+        }
+        Ok(cancelled)
+    }
+
+    async fn fail_job(&self, id: &str, error: JobError) -> Result<(), RouterError> {
+        tracing::warn!(job = id, code = error.code, message = error.message, "job failed");
+        let failed = JobChange {
+            from: &[VALIDATING, QUEUED, RUNNING],
+            status: Some("failed"),
+            ends: true,
+            events: vec![event(Level::Error, error.message.clone())],
+            error: Some(record::to_json(&error)),
+            ..JobChange::default()
+        };
+        self.change_job(id, failed).await?;
+        Ok(self.0.store.remove_job_folder(id).await?)
+    }
+
+    fn job_name(&self, job: &str, name: String, step: Option<u64>, made: Made) -> NewName {
+        let Made { digest, rank } = made;
+        let source = Source::Job {
+            job: job.to_owned(),
+            step,
+        };
+        NewName {
+            base: self.info().base_digest,
+            name,
+            digest,
+            rank,
+            source,
+        }
+    }
+}
+
+/// An adapter of a job, in the store.
+#[derive(Clone, Copy)]
+struct Made {
+    digest: tandem_core::id::AdapterDigest,
+    rank: u32,
+}
+
+fn event(level: Level, message: String) -> NewEvent {
+    metrics(level, message, serde_json::Value::Null)
+}
+
+fn metrics(level: Level, message: String, data: serde_json::Value) -> NewEvent {
+    NewEvent {
+        level: record::level_name(level),
+        message,
+        data: data.to_string(),
+    }
+}
+
+fn already_ended(job: &Job) -> RouterError {
+    let state = record::status_name(job.status);
+    RouterError::Conflict(format!("Job {} has already ended: it is {state}.", job.id))
+}
+
+impl JobStatus {
+    pub fn ended(self) -> bool {
+        match self {
+            JobStatus::Succeeded | JobStatus::Failed | JobStatus::Cancelled => true,
+            JobStatus::ValidatingFiles | JobStatus::Queued | JobStatus::Running => false,
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! Names of the models that jobs make.
+
+use crate::Config;
+use crate::api::JobRequest;
+
+/// In order of preference; the last is unique to the job.
+pub(crate) fn candidates(request: &JobRequest, config: &Config, id: &str, created_at: i64) -> Vec<String> {
+    let Config {
+        served_model_name: base,
+        organization,
+        ..
+    } = config;
+    let suffix = request.suffix.as_deref().unwrap_or_default();
+    let random = id.rsplit('-').next().expect("rsplit gives at least one part");
+    let short: String = random.chars().take(8).collect();
+    if !request.legacy {
+        return vec![
+            format!("ft:{base}:{organization}:{suffix}:{short}"),
+            format!("ft:{base}:{organization}:{suffix}:{random}"),
+        ];
+    }
+    let suffix = if suffix.is_empty() {
+        String::new()
+    } else {
+        format!(":{suffix}")
+    };
+    let dated = format!("{base}:ft-{organization}{suffix}-{}", date(created_at));
+    vec![dated.clone(), format!("{dated}-{random}")]
+}
+
+/// `2026-11-21-01-44-20`, UTC.
+fn date(unix_s: i64) -> String {
+    let (days, second) = (unix_s.div_euclid(86_400), unix_s.rem_euclid(86_400));
+    // Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms": civil_from_days. Years begin in March.
+    let days = days + 719_468;
+    let (era, day_of_era) = (days.div_euclid(146_097), days.rem_euclid(146_097));
+    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month + 2) / 5 + 1;
+    let month = if month < 10 { month + 3 } else { month - 9 };
+    let year = era * 400 + year_of_era + i64::from(month <= 2);
+    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    format!("{year:04}-{month:02}-{day:02}-{hour:02}-{minute:02}-{second:02}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        let cases = [
+            (0, "1970-01-01-00-00-00"),
+            (951_782_399, "2000-02-28-23-59-59"),
+            (951_782_400, "2000-02-29-00-00-00"),
+            (1_709_251_200, "2024-03-01-00-00-00"),
+            (1_795_225_460, "2026-11-21-01-44-20"),
+        ];
+        for (unix_s, expected) in cases {
+            assert_eq!(date(unix_s), expected);
+        }
+    }
+
+    #[test]
+    fn names_say_base_organization_and_suffix() {
+        let config = Config {
+            served_model_name: "m".to_owned(),
+            organization: "acme".to_owned(),
+            ..Config::default()
+        };
+        let cases = [
+            (None, false, "ft:m:acme::01234567"),
+            (Some("x"), false, "ft:m:acme:x:01234567"),
+            (None, true, "m:ft-acme-1970-01-01-00-00-00"),
+            (Some("x"), true, "m:ft-acme:x-1970-01-01-00-00-00"),
+        ];
+        for (suffix, legacy, expected) in cases {
+            let request = JobRequest {
+                suffix: suffix.map(str::to_owned),
+                legacy,
+                ..JobRequest::default()
+            };
+            let names = candidates(&request, &config, "ftjob-0123456789abcdefghijABCD", 0);
+            assert_eq!(names[0], expected);
+            assert!(names[1].ends_with("0123456789abcdefghijABCD"));
+        }
+    }
+}

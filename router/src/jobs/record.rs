@@ -1,0 +1,142 @@
+//! Rows of the store to the API's types and back.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tandem_core::id::JobId;
+use tandem_store::{CheckpointRow, EventRow, JobRow, Rows, StoreError};
+
+use crate::api::{Checkpoint, Job, JobEventRecord, JobStatus, Level, Page, RouterError};
+
+pub(crate) fn job(row: JobRow) -> Result<Job, RouterError> {
+    let JobRow {
+        seq: _,
+        id,
+        created_at,
+        updated_at,
+        finished_at,
+        estimated_finish,
+        status,
+        cancel_requested: _,
+        request,
+        hyper,
+        model_name: _,
+        fine_tuned_model,
+        trained_tokens,
+        result_files,
+        error,
+    } = row;
+    Ok(Job {
+        created_at,
+        updated_at,
+        finished_at,
+        estimated_finish,
+        status: word(&status)?,
+        request: from_json(&request)?,
+        hyper: hyper.as_deref().map(from_json).transpose()?,
+        fine_tuned_model,
+        trained_tokens,
+        result_files: from_json(&result_files)?,
+        error: error.as_deref().map(from_json).transpose()?,
+        id: JobId(id),
+    })
+}
+
+pub(crate) fn event(row: EventRow) -> Result<JobEventRecord, RouterError> {
+    let EventRow {
+        seq: _,
+        id,
+        created_at,
+        level,
+        message,
+        data,
+    } = row;
+    Ok(JobEventRecord {
+        id,
+        created_at,
+        level: word(&level)?,
+        message,
+        data: from_json(&data)?,
+    })
+}
+
+pub(crate) fn checkpoint(row: CheckpointRow) -> Result<Checkpoint, RouterError> {
+    let CheckpointRow {
+        id,
+        created_at,
+        step,
+        model,
+        metrics,
+    } = row;
+    Ok(Checkpoint {
+        id,
+        created_at,
+        step,
+        model,
+        metrics: from_json(&metrics)?,
+    })
+}
+
+pub(crate) fn page<R, T>(
+    rows: Rows<R>,
+    convert: impl Fn(R) -> Result<T, RouterError>,
+) -> Result<Page<T>, RouterError> {
+    let data = rows.rows.into_iter().map(convert).collect::<Result<_, _>>()?;
+    Ok(Page {
+        data,
+        has_more: rows.has_more,
+    })
+}
+
+pub(crate) fn status_name(status: JobStatus) -> &'static str {
+    match status {
+        JobStatus::ValidatingFiles => "validating_files",
+        JobStatus::Queued => "queued",
+        JobStatus::Running => "running",
+        JobStatus::Succeeded => "succeeded",
+        JobStatus::Failed => "failed",
+        JobStatus::Cancelled => "cancelled",
+    }
+}
+
+pub(crate) fn level_name(level: Level) -> &'static str {
+    match level {
+        Level::Info => "info",
+        Level::Warn => "warn",
+        Level::Error => "error",
+    }
+}
+
+pub(crate) fn to_json(value: &impl Serialize) -> String {
+    serde_json::to_string(value).expect("plain data with string keys is JSON")
+}
+
+pub(crate) fn from_json<T: DeserializeOwned>(text: &str) -> Result<T, RouterError> {
+    serde_json::from_str(text).map_err(|error| damaged(text, &error))
+}
+
+/// A status or level by its name, which is also how serde spells it.
+fn word<T: DeserializeOwned>(text: &str) -> Result<T, RouterError> {
+    serde_json::from_value(serde_json::Value::from(text)).map_err(|error| damaged(text, &error))
+}
+
+fn damaged(text: &str, error: &serde_json::Error) -> RouterError {
+    let shown: String = text.chars().take(100).collect();
+    RouterError::Store(StoreError::Damaged(format!("{error} in {shown:?}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_in_the_store_are_those_serde_reads() {
+        use JobStatus::*;
+        for status in [ValidatingFiles, Queued, Running, Succeeded, Failed, Cancelled] {
+            assert_eq!(word::<JobStatus>(status_name(status)).unwrap(), status);
+        }
+        for level in [Level::Info, Level::Warn, Level::Error] {
+            assert_eq!(word::<Level>(level_name(level)).unwrap(), level);
+        }
+        assert!(word::<JobStatus>("paused").is_err());
+    }
+}

@@ -1,0 +1,205 @@
+//! Names to adapters, text to tokens and back, admission, files and jobs. The edge calls [`Router`]; engines sit
+//! behind `tandem_core::replica::ReplicaHandle`. Not here: HTTP, tensors, SQL.
+
+pub mod api;
+mod catalog;
+mod files;
+mod generate;
+mod jobs;
+mod models;
+mod relay;
+#[cfg(test)]
+mod tests;
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tandem_core::TokenId;
+use tandem_core::message::Fault;
+use tandem_core::replica::{Command, ReplicaHandle, ReplicaInfo};
+use tandem_core::stats::Stats;
+use tandem_store::Store;
+use tandem_text::{Skip, SpecialTokens, TextError, Tokenizer};
+use tokio::task::JoinHandle;
+
+pub use api::{LoadMode, MetadataFilter, Order};
+pub use jobs::hyper;
+
+use api::{Prompt, RouterError};
+use catalog::Catalog;
+use jobs::Desk;
+
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The base model's name.
+    pub served_model_name: String,
+    /// Part of the names of fine-tuned models.
+    pub organization: String,
+    /// Sequences that may wait for the engine before calls are refused as [`RouterError::Busy`].
+    pub max_waiting: u32,
+    /// Choices (`n`) of one call at most.
+    pub max_choices: u32,
+    /// Name and PEFT folder of adapters to serve from the start.
+    pub lora_modules: Vec<(String, PathBuf)>,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            served_model_name: "tandem".to_owned(),
+            organization: "tandem".to_owned(),
+            max_waiting: 1024,
+            max_choices: 128,
+            lora_modules: Vec::new(),
+        }
+    }
+}
+
+/// One base model, its adapters, files and jobs. Cheap to clone.
+#[derive(Clone)]
+pub struct Router(Arc<Shared>);
+
+struct Shared {
+    store: Store,
+    tokenizer: Tokenizer,
+    /// Bytes of the longest token: no text has fewer tokens than its bytes over this.
+    longest_token_bytes: usize,
+    replica: ReplicaHandle,
+    config: Config,
+    catalog: Arc<Catalog>,
+    /// Held while an adapter comes, is renamed or goes: these are rare, and one at a time.
+    changes: tokio::sync::Mutex<()>,
+    desk: Desk,
+    stopping: AtomicBool,
+    tasks: Mutex<Option<Tasks>>,
+}
+
+struct Tasks {
+    supervisor: JoinHandle<()>,
+    preparer: JoinHandle<()>,
+    housekeeping: JoinHandle<()>,
+}
+
+/// What the supervisor may take to write down the engine's last words.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(10);
+
+impl Router {
+    /// Restores the names, loads `config.lora_modules`, and goes on with the jobs of the last run.
+    pub async fn open(
+        store: Store,
+        tokenizer: Tokenizer,
+        replica: ReplicaHandle,
+        config: Config,
+    ) -> Result<Router, RouterError> {
+        let names = store.names(replica.info.base_digest).await?;
+        let vocabulary = 0..u32::try_from(tokenizer.vocab_size()).unwrap_or(u32::MAX);
+        let longest_token_bytes = vocabulary
+            .map(|id| tokenizer.token_bytes(id).len())
+            .max()
+            .unwrap_or(1)
+            .max(1);
+        let catalog = Arc::new(Catalog::new(&config, &replica.info, names));
+        let router = Router(Arc::new(Shared {
+            store,
+            tokenizer,
+            longest_token_bytes,
+            replica,
+            config,
+            catalog,
+            changes: tokio::sync::Mutex::new(()),
+            desk: Desk::new(),
+            stopping: AtomicBool::new(false),
+            tasks: Mutex::new(None),
+        }));
+        router.restore_flags().await?;
+        let tasks = Tasks {
+            supervisor: tokio::spawn(jobs::supervisor::run(router.clone())),
+            preparer: tokio::spawn(jobs::prepare::run(router.clone())),
+            housekeeping: tokio::spawn(models::housekeeping(router.clone())),
+        };
+        *router.tasks() = Some(tasks);
+        Ok(router)
+    }
+
+    /// Refuse what comes, stop the engine, and wait for the router's own tasks. A running job stays `running`: the
+    /// next start goes on from the checkpoint that the engine writes now.
+    pub async fn shutdown(&self) {
+        self.0.stopping.store(true, Ordering::Release);
+        // An engine that is gone needs no Stop.
+        let _ = self.0.replica.commands.send(Command::Stop).await;
+        self.0.replica.commands.closed().await;
+        let tasks = self.tasks().take();
+        if let Some(Tasks {
+            mut supervisor,
+            preparer,
+            housekeeping,
+        }) = tasks
+        {
+            self.0.desk.wake_supervisor();
+            if tokio::time::timeout(SHUTDOWN_GRACE, &mut supervisor)
+                .await
+                .is_err()
+            {
+                tracing::warn!("the job supervisor did not end in {SHUTDOWN_GRACE:?}");
+                supervisor.abort();
+            }
+            // What these two do can be cut anywhere.
+            for task in [preparer, housekeeping] {
+                task.abort();
+                let _ = task.await;
+            }
+        }
+    }
+
+    pub fn config(&self) -> &Config {
+        &self.0.config
+    }
+
+    pub fn info(&self) -> &ReplicaInfo {
+        &self.0.replica.info
+    }
+
+    pub fn stats(&self) -> Stats {
+        self.0.replica.stats.borrow().clone()
+    }
+
+    /// Whether calls are taken: the engine lives and nobody asked to stop.
+    pub fn ready(&self) -> bool {
+        !self.stopping() && !self.0.replica.commands.is_closed()
+    }
+
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.0.tokenizer
+    }
+
+    /// `special` is for [`Prompt::Text`]; a chat template writes its own.
+    pub fn tokenize(&self, prompt: Prompt, special: SpecialTokens) -> Result<Vec<TokenId>, RouterError> {
+        generate::encode(&self.0.tokenizer, prompt, special)
+    }
+
+    pub fn detokenize(&self, tokens: &[TokenId]) -> Result<String, RouterError> {
+        self.0
+            .tokenizer
+            .decode(tokens, Skip::Nothing)
+            .map_err(|error| text_error("tokens", error))
+    }
+
+    fn tasks(&self) -> MutexGuard<'_, Option<Tasks>> {
+        self.0.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn stopping(&self) -> bool {
+        self.0.stopping.load(Ordering::Acquire)
+    }
+
+    async fn command(&self, command: Command) -> Result<(), RouterError> {
+        let gone = |_| RouterError::Engine(Fault::ShuttingDown);
+        self.0.replica.commands.send(command).await.map_err(gone)
+    }
+}
+
+fn text_error(param: &str, error: TextError) -> RouterError {
+    RouterError::invalid(param, error.to_string())
+}

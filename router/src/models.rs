@@ -1,0 +1,232 @@
+//! Models as clients manage them: list, load, replace, delete. An adapter is copied into the store under its digest and
+//! made resident by the engine before a name points to it. Not here: what a request does with a name (`catalog`).
+
+use std::path::Path;
+use std::time::Duration;
+
+use tandem_core::id::{AdapterDigest, AdapterRef};
+use tandem_core::message::Fault;
+use tandem_core::replica::{AdapterInfo, Command};
+use tandem_store::{NameRow, NewName, Placement, Source, StoreError};
+use tokio::sync::oneshot;
+
+use crate::Router;
+use crate::api::{LoadMode, ModelCard, RouterError};
+
+const MAX_NAME_CHARS: usize = 200;
+/// How often files are looked over for those that have expired (reads never show them).
+const EXPIRY_PERIOD: Duration = Duration::from_secs(60);
+
+impl Router {
+    /// The base first, then adapters from the oldest on.
+    pub fn models(&self) -> Vec<ModelCard> {
+        self.0.catalog.cards()
+    }
+
+    pub fn model(&self, name: &str) -> Result<ModelCard, RouterError> {
+        self.0
+            .catalog
+            .find(name)
+            .ok_or_else(|| RouterError::UnknownModel(name.to_owned()))
+    }
+
+    /// The name goes now; what it named goes when no other name and no running request needs it.
+    pub async fn delete_model(&self, name: &str) -> Result<(), RouterError> {
+        if self.0.catalog.is_base(name) {
+            return Err(RouterError::Conflict(format!(
+                "The base model `{name}` cannot be deleted."
+            )));
+        }
+        let _one_at_a_time = self.0.changes.lock().await;
+        let row = self
+            .0
+            .catalog
+            .row(name)
+            .ok_or_else(|| RouterError::UnknownModel(name.to_owned()))?;
+        self.remove_name(&row.name).await
+    }
+
+    /// Serve the PEFT folder `folder` as `name`. Requests that run keep the version they began with.
+    pub async fn load_adapter(
+        &self,
+        name: &str,
+        folder: &Path,
+        mode: LoadMode,
+    ) -> Result<ModelCard, RouterError> {
+        self.load(name, folder, mode, Source::Loaded).await
+    }
+
+    /// As [`Router::delete_model`], with the error of the adapter routes.
+    pub async fn unload_adapter(&self, name: &str) -> Result<(), RouterError> {
+        let _one_at_a_time = self.0.changes.lock().await;
+        let Some(row) = self.0.catalog.row(name) else {
+            let message = format!("The lora adapter '{name}' cannot be found.");
+            return Err(RouterError::Adapter {
+                not_found: true,
+                message,
+            });
+        };
+        self.remove_name(&row.name).await
+    }
+
+    /// Names of flags of an earlier start go, those of this one come.
+    pub(crate) async fn restore_flags(&self) -> Result<(), RouterError> {
+        for (name, folder) in &self.0.config.lora_modules {
+            self.load(name, folder, LoadMode::Replace, Source::Flag).await?;
+        }
+        let _one_at_a_time = self.0.changes.lock().await;
+        for name in self.0.catalog.names_from(&Source::Flag) {
+            if !self.0.config.lora_modules.iter().any(|(given, _)| *given == name) {
+                self.remove_name(&name).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn load(
+        &self,
+        name: &str,
+        folder: &Path,
+        mode: LoadMode,
+        source: Source,
+    ) -> Result<ModelCard, RouterError> {
+        self.check_name(name)?;
+        let _one_at_a_time = self.0.changes.lock().await;
+        let current = self.0.catalog.row(name).filter(|row| row.name == name);
+        if let (LoadMode::New, Some(_)) = (mode, &current) {
+            return Err(RouterError::Conflict(format!(
+                "The lora adapter '{name}' has already been loaded. To replace it, set 'load_inplace' to true."
+            )));
+        }
+        let digest = self
+            .0
+            .store
+            .publish_adapter(folder, Placement::Copy)
+            .await
+            .map_err(adapter_error)?;
+        let named = match self.make_resident(digest).await {
+            Ok(AdapterInfo { rank, .. }) => {
+                let base = self.info().base_digest;
+                let new = NewName {
+                    base,
+                    name: name.to_owned(),
+                    digest,
+                    rank,
+                    source,
+                };
+                self.0
+                    .store
+                    .swap_name(&new, current.map(|row| row.digest))
+                    .await
+                    .map_err(RouterError::Store)
+            }
+            Err(error) => Err(error),
+        };
+        match named {
+            Ok(Some(row)) => {
+                tracing::info!(model = name, adapter = %digest.short(), rank = row.rank, "adapter loaded");
+                self.0.catalog.insert(row);
+                self.model(name)
+            }
+            Ok(None) => {
+                self.0.catalog.give_up(digest);
+                Err(RouterError::Conflict(format!(
+                    "The lora adapter '{name}' was changed meanwhile."
+                )))
+            }
+            Err(error) => {
+                self.0.catalog.give_up(digest);
+                Err(error)
+            }
+        }
+    }
+
+    async fn make_resident(&self, digest: AdapterDigest) -> Result<AdapterInfo, RouterError> {
+        let adapter = AdapterRef {
+            digest,
+            folder: self.0.store.adapter_folder(&digest),
+        };
+        let (reply, answer) = oneshot::channel();
+        self.command(Command::LoadAdapter(adapter, reply)).await?;
+        match answer.await {
+            Ok(Ok(info)) => Ok(info),
+            Ok(Err(Fault::Adapter(message))) => Err(RouterError::Adapter {
+                not_found: false,
+                message,
+            }),
+            Ok(Err(fault)) => Err(RouterError::Engine(fault)),
+            Err(_) => Err(RouterError::Engine(Fault::ShuttingDown)),
+        }
+    }
+
+    /// The caller holds `changes`.
+    async fn remove_name(&self, name: &str) -> Result<(), RouterError> {
+        self.0.store.remove_name(self.info().base_digest, name).await?;
+        self.0.catalog.remove(name);
+        tracing::info!(model = name, "name removed");
+        Ok(())
+    }
+
+    fn check_name(&self, name: &str) -> Result<(), RouterError> {
+        let chars = name.chars().count();
+        let wrong = match name {
+            "" => "it is empty".to_owned(),
+            name if self.0.catalog.is_base(name) => "it is the base model's name".to_owned(),
+            _ if chars > MAX_NAME_CHARS => {
+                format!("it has {chars} characters, at most {MAX_NAME_CHARS} are allowed")
+            }
+            name if name.chars().any(char::is_control) => "it has a control character".to_owned(),
+            name if name.trim() != name => "it begins or ends with a space".to_owned(),
+            _ => return Ok(()),
+        };
+        Err(RouterError::invalid(
+            "lora_name",
+            format!("{name:?} cannot name an adapter: {wrong}"),
+        ))
+    }
+
+    /// After a job's change was committed: serve its new name.
+    pub(crate) fn serve(&self, row: Option<NameRow>) {
+        row.into_iter().for_each(|row| self.0.catalog.insert(row));
+    }
+
+    /// Delete retired adapters that nothing uses.
+    async fn reap(&self) -> Result<(), RouterError> {
+        let _one_at_a_time = self.0.changes.lock().await;
+        for digest in self.0.catalog.take_free() {
+            self.command(Command::UnloadAdapter(digest)).await?;
+            if self.0.store.remove_adapter_if_unnamed(digest).await? {
+                tracing::info!(adapter = %digest.short(), "adapter deleted");
+            }
+        }
+        Ok(())
+    }
+}
+
+pub(crate) fn adapter_error(error: StoreError) -> RouterError {
+    match error {
+        StoreError::Adapter { missing, message } => RouterError::Adapter {
+            not_found: missing,
+            message,
+        },
+        other => RouterError::Store(other),
+    }
+}
+
+/// Deletes adapters that were let go and files that have expired, as long as the router lives. What a failure leaves
+/// behind, the next start sweeps.
+pub(crate) async fn housekeeping(router: Router) {
+    let mut expiry = tokio::time::interval(EXPIRY_PERIOD);
+    loop {
+        tokio::select! {
+            _ = expiry.tick() => match router.0.store.delete_expired_files().await {
+                Ok(0) => {}
+                Ok(files) => tracing::info!(files, "expired files deleted"),
+                Err(error) => tracing::warn!(%error, "expired files were not deleted"),
+            },
+            () = router.0.catalog.retiring() => if let Err(error) = router.reap().await {
+                tracing::warn!(%error, "an unused adapter was not deleted");
+            },
+        }
+    }
+}

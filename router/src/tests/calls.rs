@@ -1,0 +1,397 @@
+//! Calls: what reaches the engine, what comes back, what is refused.
+
+use std::collections::BTreeMap;
+
+use tandem_core::id::RequestId;
+use tandem_core::message::{Event, Fault, FinishReason, Generate, Scored};
+use tandem_core::replica::Command;
+use tandem_core::sampling::RawSampling;
+use tandem_text::Message;
+use tokio::sync::mpsc;
+
+use super::*;
+use crate::api::{Call, Finish, Generation, Prompt, What};
+
+pub(super) fn call(prompt: &str) -> Call {
+    Call {
+        model: BASE.to_owned(),
+        prompt: Prompt::Text(prompt.to_owned()),
+        n: 1,
+        max_tokens: Some(16),
+        sampling: RawSampling::default(),
+        stop: Vec::new(),
+        stop_token_ids: Vec::new(),
+        include_stop_str_in_output: false,
+        ignore_eos: false,
+        skip_special_tokens: true,
+    }
+}
+
+impl Engine {
+    pub(super) async fn generate(&mut self) -> (Generate, mpsc::Sender<Event>) {
+        match self.next().await {
+            Command::Generate(generate, events) => (generate, events),
+            _ => panic!("a Generate was expected"),
+        }
+    }
+
+    async fn aborted(&mut self) -> RequestId {
+        match self.next().await {
+            Command::Abort(id) => id,
+            _ => panic!("an Abort was expected"),
+        }
+    }
+}
+
+fn token(token: u32) -> Event {
+    Event::Token(Scored {
+        token,
+        logprob: -0.5,
+        top: vec![(EOS, -1.0)],
+    })
+}
+
+pub(super) async fn say(events: &mpsc::Sender<Event>, text: &str) {
+    for id in ids(text) {
+        // The router may have seen a stop string.
+        let _ = events.send(token(id)).await;
+    }
+}
+
+pub(super) async fn end(events: &mpsc::Sender<Event>, reason: FinishReason) {
+    let _ = events
+        .send(Event::Finished {
+            reason,
+            cached_tokens: 3,
+        })
+        .await;
+}
+
+/// Text, tokens and end of each choice.
+async fn read(generation: &mut Generation) -> BTreeMap<u32, (String, usize, Option<(Finish, u32)>)> {
+    let mut choices = BTreeMap::<u32, (String, usize, Option<(Finish, u32)>)>::new();
+    while let Some(piece) = tokio::time::timeout(PATIENCE, generation.pieces.recv())
+        .await
+        .expect("pieces come soon")
+    {
+        let choice = choices.entry(piece.choice).or_default();
+        assert!(choice.2.is_none(), "nothing follows the end");
+        match piece.what {
+            What::Text { text, tokens } => {
+                choice.0.push_str(&text);
+                choice.1 += tokens.len();
+            }
+            What::Finished {
+                reason,
+                completion_tokens,
+                ..
+            } => choice.2 = Some((reason, completion_tokens)),
+            What::Prompt(_) => {}
+            What::Failed(fault) => panic!("{fault}"),
+        }
+    }
+    choices
+}
+
+#[tokio::test]
+async fn text_comes_back_up_to_where_it_must_end() {
+    // stop strings, shown, what the engine says, how it ends; text, tokens, finish, aborted
+    let eos = FinishReason::Stop(EOS);
+    let cases = [
+        (
+            vec![],
+            false,
+            "héllo",
+            FinishReason::Length,
+            ("héllo", 6, Finish::Length, false),
+        ),
+        (vec![], false, "hi\u{1}", eos, ("hi", 3, Finish::Stop, false)),
+        (
+            vec!["lo w"],
+            false,
+            "hello world",
+            FinishReason::Length,
+            ("hel", 7, Finish::Stop, true),
+        ),
+        (
+            vec!["lo w"],
+            true,
+            "hello world",
+            FinishReason::Length,
+            ("hello w", 7, Finish::Stop, true),
+        ),
+        (
+            vec!["lo x", "zz"],
+            false,
+            "hello w",
+            FinishReason::Length,
+            ("hello w", 7, Finish::Length, false),
+        ),
+        (
+            vec!["world"],
+            false,
+            "hello wor",
+            FinishReason::Length,
+            ("hello wor", 9, Finish::Length, false),
+        ),
+    ];
+    let house = House::new();
+    let (router, mut engine) = house.open().await;
+    for (stop, shown, said, reason, (text, tokens, finish, aborted)) in cases {
+        let stop = stop.into_iter().map(str::to_owned).collect();
+        let asked = Call {
+            stop,
+            include_stop_str_in_output: shown,
+            ..call("go")
+        };
+        let mut generation = router.generate(asked).await.unwrap();
+        let (generate, events) = engine.generate().await;
+        assert_eq!(generate.prompt, [vec![BOS], ids("go")].concat());
+        assert_eq!((generate.max_tokens, &generate.stop_tokens), (16, &vec![EOS]));
+        assert_eq!(generation.prompt_tokens, generate.prompt);
+        match said.strip_suffix('\u{1}') {
+            None => say(&events, said).await,
+            Some(said) => {
+                say(&events, said).await;
+                events.send(token(EOS)).await.unwrap();
+            }
+        }
+        end(&events, reason).await;
+        let choices = read(&mut generation).await;
+        assert_eq!(
+            choices[&0],
+            (text.to_owned(), tokens, Some((finish, tokens as u32))),
+            "{said:?}"
+        );
+        if aborted {
+            assert_eq!(engine.aborted().await, generate.id);
+        }
+    }
+}
+
+#[tokio::test]
+async fn choices_are_sequences_of_their_own() {
+    let house = House::new();
+    let (router, mut engine) = house.open().await;
+    let sampling = RawSampling {
+        seed: Some(5),
+        ..RawSampling::default()
+    };
+    let mut generation = router
+        .generate(Call {
+            n: 3,
+            sampling,
+            ..call("x")
+        })
+        .await
+        .unwrap();
+    let mut sequences = Vec::new();
+    for seed in 5..8 {
+        let (generate, events) = engine.generate().await;
+        assert_eq!(generate.sampling.seed(), Some(seed));
+        sequences.push((generate.id, events));
+    }
+    for (i, (_, events)) in sequences.iter().enumerate().rev() {
+        say(events, &"abc"[..=i]).await;
+        end(events, FinishReason::Length).await;
+    }
+    let texts: Vec<String> = read(&mut generation)
+        .await
+        .into_values()
+        .map(|choice| choice.0)
+        .collect();
+    assert_eq!(texts, ["a", "ab", "abc"]);
+
+    let generation = router.generate(Call { n: 2, ..call("x") }).await.unwrap();
+    let (first, _events) = engine.generate().await;
+    let (second, _more) = engine.generate().await;
+    drop(generation);
+    assert_eq!(
+        (engine.aborted().await, engine.aborted().await),
+        (first.id, second.id)
+    );
+}
+
+#[tokio::test]
+async fn a_full_house_refuses_until_somebody_leaves() {
+    let house = House::new();
+    let (replica, mut engine) = replica();
+    let router = house
+        .open_with(
+            Config {
+                max_waiting: 1,
+                ..Config::default()
+            },
+            replica,
+        )
+        .await
+        .unwrap();
+    // 4 run, 1 waits.
+    let first = router.generate(Call { n: 2, ..call("x") }).await.unwrap();
+    let _others = router.generate(Call { n: 3, ..call("x") }).await.unwrap();
+    let refused = router
+        .generate(call("x"))
+        .await
+        .err()
+        .expect("the sixth waits too many");
+    assert!(
+        matches!(refused, RouterError::Busy { waiting: 1, .. }),
+        "{refused:?}"
+    );
+    drop(first);
+    for _ in 0..5 {
+        engine.generate().await;
+    }
+    engine.aborted().await;
+    engine.aborted().await;
+    for attempt in 0.. {
+        match router.generate(call("x")).await {
+            Ok(_) => break,
+            Err(error) => assert!(attempt < 100, "{error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn an_engine_that_dies_ends_its_calls() {
+    let house = House::new();
+    let (router, mut engine) = house.open().await;
+    let mut generation = router.generate(call("x")).await.unwrap();
+    let (_, events) = engine.generate().await;
+    say(&events, "a").await;
+    drop((events, engine));
+    let mut last = None;
+    while let Some(piece) = generation.pieces.recv().await {
+        last = Some(piece.what);
+    }
+    assert!(
+        matches!(last, Some(What::Failed(Fault::ShuttingDown))),
+        "{last:?}"
+    );
+    assert!(!router.ready());
+    assert_eq!(kind(&router.generate(call("x")).await.err().unwrap()), "Engine");
+}
+
+#[tokio::test]
+async fn bad_calls_are_refused_by_name() {
+    let house = House::new();
+    let (router, mut engine) = house.open().await;
+    let long = "x".repeat(600);
+    let cases = [
+        (
+            Call {
+                model: "nobody".to_owned(),
+                ..call("x")
+            },
+            "UnknownModel",
+        ),
+        (
+            Call {
+                model: "nobody@step-3".to_owned(),
+                ..call("x")
+            },
+            "UnknownModel",
+        ),
+        (Call { n: 0, ..call("x") }, "n"),
+        (Call { n: 1000, ..call("x") }, "n"),
+        (
+            Call {
+                max_tokens: Some(513),
+                ..call("x")
+            },
+            "max_tokens",
+        ),
+        (
+            Call {
+                stop: vec![String::new()],
+                ..call("x")
+            },
+            "stop",
+        ),
+        (
+            Call {
+                stop: vec!["x".to_owned(); 65],
+                ..call("x")
+            },
+            "stop",
+        ),
+        (
+            Call {
+                stop_token_ids: vec![258],
+                ..call("x")
+            },
+            "stop_token_ids",
+        ),
+        (
+            Call {
+                sampling: RawSampling {
+                    min_tokens: Some(17),
+                    ..RawSampling::default()
+                },
+                ..call("x")
+            },
+            "min_tokens",
+        ),
+        (
+            Call {
+                sampling: RawSampling {
+                    top_p: Some(2.0),
+                    ..RawSampling::default()
+                },
+                ..call("x")
+            },
+            "top_p",
+        ),
+        (
+            Call {
+                prompt: Prompt::Tokens(vec![]),
+                ..call("x")
+            },
+            "prompt",
+        ),
+        (
+            Call {
+                prompt: Prompt::Tokens(vec![5, 258]),
+                ..call("x")
+            },
+            "prompt",
+        ),
+        (call(&long), "ContextLength"),
+        (call(&"x".repeat(10_000_000)), "ContextLength"),
+    ];
+    for (call, expected) in cases {
+        let shown = format!("{:.80}", format!("{call:?}"));
+        let error = router
+            .generate(call)
+            .await
+            .err()
+            .unwrap_or_else(|| panic!("admitted: {shown}"));
+        assert_eq!(kind(&error), expected, "{error}");
+    }
+    assert!(engine.commands.try_recv().is_err(), "nothing reached the engine");
+
+    let messages = vec![Message {
+        role: "user".to_owned(),
+        content: "hi".to_owned(),
+        weight: None,
+        name: None,
+    }];
+    let prompt = Prompt::Chat {
+        messages,
+        add_generation_prompt: true,
+        continue_final_message: false,
+        kwargs: BTreeMap::new(),
+    };
+    let _generation = router
+        .generate(Call {
+            prompt,
+            max_tokens: None,
+            ..call("")
+        })
+        .await
+        .unwrap();
+    let (generate, _events) = engine.generate().await;
+    assert_eq!(generate.prompt, [vec![BOS], ids("u:hi\na:")].concat());
+    assert_eq!(generate.max_tokens as usize, 512 - generate.prompt.len());
+}

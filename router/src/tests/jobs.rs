@@ -1,0 +1,608 @@
+//! Jobs from the request to the served model, with the test as the engine; kills and restarts between.
+
+use tandem_core::dataset;
+use tandem_core::job::{JobEvent, JobSpec, Method, StepReport, files};
+use tandem_store::{Placement, StoreError};
+
+use super::calls::call;
+use super::*;
+use crate::api::{AdapterSource, Call, Job, JobRequest, JobStatus, MetadataFilter, ModelKind};
+
+fn request(training_file: &str) -> JobRequest {
+    JobRequest {
+        model: BASE.to_owned(),
+        training_file: training_file.to_owned(),
+        ..JobRequest::default()
+    }
+}
+
+fn step(step: u64, loss: f64) -> JobEvent {
+    JobEvent::Step(StepReport {
+        step,
+        epoch: 1.0,
+        loss,
+        token_accuracy: 0.5,
+        grad_norm: 1.0,
+        learning_rate: 1e-4,
+        trained_tokens: 10 * step,
+        tokens_per_second: 100.0,
+    })
+}
+
+fn started(resumed_from: Option<u64>) -> JobEvent {
+    JobEvent::Started {
+        total_steps: 4,
+        resumed_from,
+        examples: 4,
+        epoch_tokens: 40,
+        epoch_label_tokens: 20,
+        trainable_parameters: 1000,
+    }
+}
+
+impl Engine {
+    async fn started(&mut self) -> (JobSpec, mpsc::Sender<JobEvent>) {
+        match self.next().await {
+            Command::StartJob(spec, events) => (*spec, events),
+            _ => panic!("a StartJob was expected"),
+        }
+    }
+}
+
+impl House {
+    /// An adapter in the job's folder, as the engine leaves it.
+    fn trained(&self, spec: &JobSpec, name: &str, tensors: &str) -> AdapterRef {
+        let folder = spec.folder.join(name);
+        std::fs::rename(self.adapter("trained", tensors), &folder).unwrap();
+        let mut hasher = tandem_core::id::AdapterHasher::new(2, tensors.len() as u64);
+        hasher.update(b"{}");
+        hasher.update(tensors.as_bytes());
+        AdapterRef {
+            digest: hasher.finish(),
+            folder,
+        }
+    }
+}
+
+async fn wait(router: &Router, id: &str, wanted: impl Fn(&Job) -> bool) -> Job {
+    let waited = async {
+        let mut changed = router.0.desk.watch();
+        loop {
+            let job = router.job(id).await.unwrap();
+            if wanted(&job) {
+                return job;
+            }
+            changed.changed().await.unwrap();
+        }
+    };
+    tokio::time::timeout(PATIENCE, waited)
+        .await
+        .expect("the job gets there soon")
+}
+
+#[tokio::test]
+async fn a_job_becomes_a_model_that_answers() {
+    let house = House::new();
+    let (router, mut engine) = house.open().await;
+    let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
+        .await
+        .unwrap();
+    let asked = JobRequest {
+        suffix: Some("pet".to_owned()),
+        validation_file: Some(file.clone()),
+        ..request(&file)
+    };
+    let created = std::time::Instant::now();
+    let job = router.create_job(asked).await.unwrap();
+    assert_eq!(job.status, JobStatus::ValidatingFiles);
+    let id = job.id.0.clone();
+    let mut followed = router.follow_job(&id).await.unwrap();
+
+    let (spec, events) = engine.started().await;
+    println!("from the request to StartJob: {:?}", created.elapsed());
+    let examples = dataset::decode(&std::fs::read(spec.folder.join(files::TRAIN)).unwrap()).unwrap();
+    assert_eq!(examples.len(), 4);
+    assert_eq!(examples[0].tokens[..5], [vec![BOS], ids("u:hi")].concat()[..5]);
+    assert!(spec.folder.join(files::VALID).exists());
+    let Method::Lora(lora) = &spec.hyper.method else {
+        panic!("a served base is never changed")
+    };
+    assert_eq!((lora.r, lora.target_modules.len()), (16, 2));
+    assert_eq!(router.job(&id).await.unwrap().hyper, Some(spec.hyper.clone()));
+
+    let checkpoint = house.trained(&spec, "checkpoint-2", "two");
+    let adapter = house.trained(&spec, "adapter", "four");
+    let validated = JobEvent::Validated {
+        step: 2,
+        loss: 2.5,
+        token_accuracy: 0.25,
+    };
+    let said = [
+        started(None),
+        step(1, 3.0),
+        step(2, 2.0),
+        validated,
+        JobEvent::Checkpoint {
+            step: 2,
+            adapter: checkpoint.clone(),
+        },
+        step(3, 1.5),
+        step(4, 1.0),
+    ];
+    for event in said {
+        events.send(event).await.unwrap();
+    }
+    let job = wait(&router, &id, |job| job.trained_tokens == Some(40)).await;
+    assert_eq!((job.status, job.fine_tuned_model), (JobStatus::Running, None));
+    let short = &id["ftjob-".len()..]["".len()..8];
+    let name = format!("ft:{BASE}:tandem:pet:{short}");
+    // A checkpoint answers while its job still runs.
+    let model = format!("{name}@step-2");
+    let _generation = router.generate(Call { model, ..call("x") }).await.unwrap();
+    assert_eq!(
+        engine.generate().await.0.adapter.unwrap().digest,
+        checkpoint.digest
+    );
+
+    events
+        .send(JobEvent::Finished {
+            adapter: adapter.clone(),
+            trained_tokens: 40,
+        })
+        .await
+        .unwrap();
+    let job = wait(&router, &id, |job| job.status.ended()).await;
+    assert_eq!(
+        (job.status, job.fine_tuned_model.as_deref()),
+        (JobStatus::Succeeded, Some(name.as_str()))
+    );
+    assert!(job.finished_at.is_some() && job.error.is_none());
+    let ModelKind::Adapter {
+        digest,
+        source,
+        rank: 16,
+        ..
+    } = router.model(&name).unwrap().kind
+    else {
+        panic!()
+    };
+    assert_eq!(
+        (digest, source),
+        (
+            adapter.digest,
+            AdapterSource::Job {
+                job: job.id.clone(),
+                step: None
+            }
+        )
+    );
+    let (info, path) = router.file_content(&job.result_files[0]).await.unwrap();
+    assert_eq!(
+        (info.filename.as_str(), info.purpose.as_str()),
+        ("step_metrics.csv", "fine-tune-results")
+    );
+    let csv = std::fs::read_to_string(path).unwrap();
+    assert!(
+        csv.lines().nth(2).unwrap().starts_with("2,2.0,0.5,2.5,0.25,1.0,"),
+        "{csv}"
+    );
+    assert_eq!(csv.lines().count(), 5);
+
+    let mut messages = Vec::new();
+    while let Some(event) = tokio::time::timeout(PATIENCE, followed.recv())
+        .await
+        .expect("it ends with the job")
+    {
+        messages.push(event.message);
+    }
+    assert_eq!(messages[0], format!("Created fine-tuning job: {id}"));
+    assert!(
+        messages.contains(&"Step 3/4: training loss=1.50".to_owned()),
+        "{messages:?}"
+    );
+    assert_eq!(
+        messages[messages.len() - 2],
+        format!("New fine-tuned model created: {name}")
+    );
+    assert_eq!(
+        messages[messages.len() - 1],
+        "Fine tuning job successfully completed"
+    );
+    let page = router.job_events(&id, None, 2).await.unwrap();
+    assert!(page.has_more && page.data[0].message == messages[messages.len() - 1]);
+    let rest = router.job_events(&id, Some(&page.data[1].id), 100).await.unwrap();
+    assert_eq!(rest.data.len(), messages.len() - 2);
+    let checkpoints = router.checkpoints(&id, None, 10).await.unwrap().data;
+    assert_eq!(
+        (checkpoints.len(), checkpoints[0].model.as_str()),
+        (1, &*format!("{name}:ckpt-step-2"))
+    );
+    assert_eq!(
+        checkpoints[0].metrics,
+        value(
+            r#"{"step":2,"train_loss":2.0,"train_mean_token_accuracy":0.5,"valid_loss":2.5,"valid_mean_token_accuracy":0.25}"#
+        )
+    );
+    for _ in 0..400 {
+        if !spec.folder.exists() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    panic!("an ended job keeps no folder");
+}
+
+/// The process ends without a word at `after` events; the next one goes on and the job succeeds.
+#[test]
+fn a_killed_job_goes_on_at_the_next_start() {
+    for kill_after in 0..5 {
+        let house = House::new();
+        let runtime = || {
+            tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build()
+                .unwrap()
+        };
+        let first = runtime();
+        let (id, hyper) = first.block_on(async {
+            let (router, mut engine) = house.open().await;
+            let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
+                .await
+                .unwrap();
+            let id = router.create_job(request(&file)).await.unwrap().id.0;
+            if kill_after == 0 {
+                return (id, None);
+            }
+            let (spec, events) = engine.started().await;
+            let checkpoint = house.trained(&spec, "checkpoint-2", "two");
+            let said = [
+                started(None),
+                step(1, 3.0),
+                step(2, 2.0),
+                JobEvent::Checkpoint {
+                    step: 2,
+                    adapter: checkpoint,
+                },
+            ];
+            for event in said.into_iter().take(kill_after) {
+                events.send(event).await.unwrap();
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            (id, Some(spec.hyper))
+        });
+        drop(first);
+        runtime().block_on(async {
+            let (router, mut engine) = house.open().await;
+            let (spec, events) = engine.started().await;
+            assert_eq!(spec.id.0, id);
+            assert!(hyper.is_none_or(|hyper| hyper == spec.hyper));
+            let _ = std::fs::remove_dir_all(spec.folder.join("checkpoint-2"));
+            let checkpoint = house.trained(&spec, "checkpoint-2", "two");
+            let adapter = house.trained(&spec, "adapter", "four");
+            let said = [
+                started(None),
+                step(1, 3.0),
+                step(2, 2.0),
+                JobEvent::Checkpoint {
+                    step: 2,
+                    adapter: checkpoint,
+                },
+                JobEvent::Finished {
+                    adapter,
+                    trained_tokens: 40,
+                },
+            ];
+            for event in said {
+                events.send(event).await.unwrap();
+            }
+            let job = wait(&router, &id, |job| job.status.ended()).await;
+            assert_eq!(job.status, JobStatus::Succeeded, "{:?}", job.error);
+            assert_eq!(router.checkpoints(&id, None, 10).await.unwrap().data.len(), 1);
+            let (_, csv) = router.file_content(&job.result_files[0]).await.unwrap();
+            assert_eq!(
+                std::fs::read_to_string(csv).unwrap().lines().count(),
+                3,
+                "each step once"
+            );
+        });
+    }
+}
+
+#[tokio::test]
+async fn a_stop_leaves_the_job_for_the_next_start() {
+    let house = House::new();
+    let (router, mut engine) = house.open().await;
+    let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
+        .await
+        .unwrap();
+    let id = router.create_job(request(&file)).await.unwrap().id.0;
+    let (spec, events) = engine.started().await;
+    events.send(started(None)).await.unwrap();
+    let stopping = async {
+        assert!(matches!(engine.next().await, Command::Stop));
+        let checkpoint = house.trained(&spec, "checkpoint-1", "one");
+        events
+            .send(JobEvent::Checkpoint {
+                step: 1,
+                adapter: checkpoint,
+            })
+            .await
+            .unwrap();
+        events
+            .send(JobEvent::Failed {
+                message: "the replica is shutting down".to_owned(),
+            })
+            .await
+            .unwrap();
+        drop((engine, events));
+    };
+    tokio::join!(router.shutdown(), stopping);
+    assert!(!router.ready());
+    assert_eq!(router.job(&id).await.unwrap().status, JobStatus::Running);
+    assert_eq!(router.checkpoints(&id, None, 10).await.unwrap().data.len(), 1);
+}
+
+#[tokio::test]
+async fn a_cancel_ends_a_job_wherever_it_is() {
+    let house = House::new();
+    let (router, mut engine) = house.open().await;
+    let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
+        .await
+        .unwrap();
+    let running = router.create_job(request(&file)).await.unwrap().id.0;
+    let (_, events) = engine.started().await;
+    let queued = router.create_job(request(&file)).await.unwrap().id.0;
+    wait(&router, &queued, |job| job.status == JobStatus::Queued).await;
+    assert_eq!(
+        router.cancel_job(&queued).await.unwrap().status,
+        JobStatus::Cancelled
+    );
+    events.send(started(None)).await.unwrap();
+    let answer = async {
+        let Command::CancelJob(id) = engine.next().await else {
+            panic!("a CancelJob was expected")
+        };
+        assert_eq!(id.0, running);
+        events.send(JobEvent::Cancelled { step: 1 }).await.unwrap();
+    };
+    let (job, ()) = tokio::join!(router.cancel_job(&running), answer);
+    assert_eq!(job.unwrap().status, JobStatus::Cancelled);
+    let again = router.cancel_job(&running).await.unwrap_err();
+    assert_eq!(
+        again.to_string(),
+        format!("Job {running} has already ended: it is cancelled.")
+    );
+    assert_eq!(
+        kind(&router.cancel_job("ftjob-nobody").await.unwrap_err()),
+        "UnknownJob"
+    );
+    let page = router.jobs(None, 1, MetadataFilter::Any).await.unwrap();
+    assert!(page.has_more && page.data[0].id.0 == queued);
+}
+
+#[tokio::test]
+async fn a_job_fails_with_the_reason() {
+    let house = House::new();
+    let (router, mut engine) = house.open().await;
+    let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(1))
+        .await
+        .unwrap();
+
+    // Nothing to learn within 2 tokens: the label comes later.
+    let cut = JobRequest {
+        max_seq_length: Some(2),
+        ..request(&file)
+    };
+    let id = router.create_job(cut).await.unwrap().id.0;
+    let error = wait(&router, &id, |job| job.status.ended()).await.error.unwrap();
+    assert_eq!(
+        (error.code.as_str(), error.param.as_deref()),
+        ("invalid_n_examples", Some("training_file"))
+    );
+
+    let id = router.create_job(request(&file)).await.unwrap().id.0;
+    let (_, events) = engine.started().await;
+    events
+        .send(JobEvent::Failed {
+            message: "loss is not a number at step 1".to_owned(),
+        })
+        .await
+        .unwrap();
+    let job = wait(&router, &id, |job| job.status.ended()).await;
+    assert_eq!(job.status, JobStatus::Failed);
+    assert_eq!(job.error.unwrap().message, "loss is not a number at step 1");
+    let last = &router.job_events(&id, None, 1).await.unwrap().data[0];
+    assert_eq!(
+        (last.level, last.message.as_str()),
+        (crate::api::Level::Error, "loss is not a number at step 1")
+    );
+}
+
+#[tokio::test]
+async fn bad_jobs_are_refused_by_name() {
+    let house = House::new();
+    let (router, mut engine) = house.open().await;
+    let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(1))
+        .await
+        .unwrap();
+    let other = upload(&router, "x", "user_data", "x").await.unwrap();
+    let folder = house.adapter("pet", "1");
+    let (card, _) = tokio::join!(
+        router.load_adapter("pet", &folder, crate::LoadMode::New),
+        engine.answer_load(Ok(1))
+    );
+    card.unwrap();
+    let base = || request(&file);
+    let cases = [
+        (
+            JobRequest {
+                model: "nobody".to_owned(),
+                ..base()
+            },
+            "UnknownModel",
+        ),
+        (
+            JobRequest {
+                model: "pet".to_owned(),
+                ..base()
+            },
+            "model",
+        ),
+        (request("file-nobody"), "training_file"),
+        (request(&other), "training_file"),
+        (
+            JobRequest {
+                validation_file: Some(other.clone()),
+                ..base()
+            },
+            "validation_file",
+        ),
+        (
+            JobRequest {
+                n_epochs: Some(0),
+                ..base()
+            },
+            "n_epochs",
+        ),
+        (
+            JobRequest {
+                n_epochs: Some(51),
+                ..base()
+            },
+            "n_epochs",
+        ),
+        (
+            JobRequest {
+                batch_size: Some(257),
+                ..base()
+            },
+            "batch_size",
+        ),
+        (
+            JobRequest {
+                learning_rate: Some(f64::NAN),
+                ..base()
+            },
+            "learning_rate",
+        ),
+        (
+            JobRequest {
+                learning_rate: Some(0.0),
+                ..base()
+            },
+            "learning_rate",
+        ),
+        (
+            JobRequest {
+                learning_rate_multiplier: Some(-1.0),
+                ..base()
+            },
+            "learning_rate_multiplier",
+        ),
+        (
+            JobRequest {
+                learning_rate: Some(0.1),
+                learning_rate_multiplier: Some(1.0),
+                ..base()
+            },
+            "learning_rate_multiplier",
+        ),
+        (
+            JobRequest {
+                lr_scheduler_type: Some("wave".to_owned()),
+                ..base()
+            },
+            "lr_scheduler_type",
+        ),
+        (
+            JobRequest {
+                warmup_ratio: Some(1.5),
+                ..base()
+            },
+            "warmup_ratio",
+        ),
+        (
+            JobRequest {
+                max_seq_length: Some(513),
+                ..base()
+            },
+            "max_seq_length",
+        ),
+        (
+            JobRequest {
+                lora_r: Some(65),
+                ..base()
+            },
+            "lora_r",
+        ),
+        (
+            JobRequest {
+                lora_dropout: Some(1.0),
+                ..base()
+            },
+            "lora_dropout",
+        ),
+        (
+            JobRequest {
+                lora_target_modules: vec!["o_proj".to_owned()],
+                ..base()
+            },
+            "lora_target_modules",
+        ),
+        (
+            JobRequest {
+                seed: Some(1 << 31),
+                ..base()
+            },
+            "seed",
+        ),
+        (
+            JobRequest {
+                suffix: Some(String::new()),
+                ..base()
+            },
+            "suffix",
+        ),
+        (
+            JobRequest {
+                suffix: Some("a:b".to_owned()),
+                ..base()
+            },
+            "suffix",
+        ),
+        (
+            JobRequest {
+                suffix: Some("x".repeat(41)),
+                legacy: true,
+                ..base()
+            },
+            "suffix",
+        ),
+        (
+            JobRequest {
+                metadata: [("k".repeat(65), String::new())].into(),
+                ..base()
+            },
+            "metadata",
+        ),
+    ];
+    for (request, expected) in cases {
+        let error = router.create_job(request).await.unwrap_err();
+        assert_eq!(kind(&error), expected, "{error}");
+    }
+    assert!(
+        router
+            .jobs(None, 10, MetadataFilter::Any)
+            .await
+            .unwrap()
+            .data
+            .is_empty()
+    );
+    let missing = house.root.path().join("nowhere");
+    let unpublished = router.0.store.publish_adapter(&missing, Placement::Link).await;
+    assert!(matches!(
+        unpublished,
+        Err(StoreError::Adapter { missing: true, .. })
+    ));
+}

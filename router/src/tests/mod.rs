@@ -1,0 +1,244 @@
+//! The router over a real store, with the test in the engine's place at the command channel.
+
+mod calls;
+mod jobs;
+mod models;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tandem_core::id::{AdapterRef, Digest};
+use tandem_core::message::Fault;
+use tandem_core::replica::{AdapterInfo, COMMAND_QUEUE, Command, ReplicaHandle, ReplicaInfo};
+use tandem_core::stats::Stats;
+use tandem_store::Store;
+use tandem_text::Tokenizer;
+use tempfile::TempDir;
+use tokio::sync::{mpsc, watch};
+
+use crate::api::{RouterError, Upload};
+use crate::{Config, Router};
+
+pub(crate) const BASE: &str = "base";
+const BOS: u32 = 0;
+const EOS: u32 = 1;
+const FIRST_BYTE: u32 = 2;
+/// Nothing here waits this long unless it is broken.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+pub(crate) fn info() -> ReplicaInfo {
+    ReplicaInfo {
+        model_folder: PathBuf::new(),
+        base_digest: Digest([7; 32]),
+        vocab_size: FIRST_BYTE + 256,
+        max_model_len: 512,
+        max_num_seqs: 4,
+        max_num_batched_tokens: 512,
+        dtype: "float32".to_owned(),
+        device: "cpu".to_owned(),
+        parameters: 0,
+        weight_bytes: 0,
+        kv_blocks: 0,
+        block_size: 16,
+        kv_bytes: 0,
+        max_loras: 4,
+        max_lora_rank: 64,
+        lora_targets: ["q_proj", "v_proj"].map(str::to_owned).to_vec(),
+        eos_tokens: vec![EOS],
+    }
+}
+
+/// A token per byte, BOS before a text, and a chat template.
+fn tokenizer(folder: &Path) -> Tokenizer {
+    // GPT-2's printable stand-ins for bytes.
+    let printable = |byte: u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
+    let mut next = 256;
+    let mut vocab =
+        serde_json::Map::from_iter([("<s>".to_owned(), json!(BOS)), ("</s>".to_owned(), json!(EOS))]);
+    for byte in 0..256 {
+        let code = match printable(byte) {
+            true => byte,
+            false => {
+                next += 1;
+                next - 1
+            }
+        };
+        let letter = char::from_u32(code).expect("below 512");
+        vocab.insert(letter.to_string(), json!(FIRST_BYTE + byte));
+    }
+    let special = |id: u32, content: &str| {
+        json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+               "normalized": false, "special": true})
+    };
+    let byte_level =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+    let piece = |id: &str| json!({"Sequence": {"id": id, "type_id": 0}});
+    let bos = json!({"SpecialToken": {"id": "<s>", "type_id": 0}});
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null,
+        "added_tokens": [special(BOS, "<s>"), special(EOS, "</s>")],
+        "normalizer": null, "pre_tokenizer": byte_level, "decoder": byte_level,
+        "post_processor": {
+            "type": "TemplateProcessing", "single": [bos, piece("A")], "pair": [bos, piece("A"), piece("B")],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [BOS], "tokens": ["<s>"]}},
+        },
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                  "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": []},
+    });
+    let template = "{{ bos_token }}{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}\
+                    {% if add_generation_prompt %}a:{% endif %}";
+    let config = json!({"bos_token": "<s>", "eos_token": "</s>", "chat_template": template});
+    std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    std::fs::write(folder.join("tokenizer_config.json"), config.to_string()).unwrap();
+    Tokenizer::from_folder(folder).unwrap()
+}
+
+fn ids(text: &str) -> Vec<u32> {
+    text.bytes().map(|byte| FIRST_BYTE + u32::from(byte)).collect()
+}
+
+/// A data folder that outlives routers, and folders of adapters.
+struct House {
+    root: TempDir,
+    tokenizer: Tokenizer,
+}
+
+/// The engine's end of the channel.
+struct Engine {
+    commands: mpsc::Receiver<Command>,
+    _stats: watch::Sender<Stats>,
+}
+
+impl House {
+    fn new() -> House {
+        let root = tempfile::tempdir().unwrap();
+        let tokenizer = tokenizer(root.path());
+        House { root, tokenizer }
+    }
+
+    fn data(&self) -> PathBuf {
+        self.root.path().join("data")
+    }
+
+    async fn open(&self) -> (Router, Engine) {
+        let (replica, engine) = replica();
+        (self.open_with(Config::default(), replica).await.unwrap(), engine)
+    }
+
+    async fn open_with(&self, config: Config, replica: ReplicaHandle) -> Result<Router, RouterError> {
+        let store = self.store().await;
+        let config = Config {
+            served_model_name: BASE.to_owned(),
+            ..config
+        };
+        Router::open(store, self.tokenizer.clone(), replica, config).await
+    }
+
+    /// A killed router's tasks end a moment after its runtime was told to.
+    async fn store(&self) -> Store {
+        for _ in 0..200 {
+            match Store::open(&self.data()).await {
+                Ok(store) => return store,
+                Err(tandem_store::StoreError::Locked(_)) => {
+                    tokio::time::sleep(Duration::from_millis(10)).await
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
+        panic!("the data folder stayed locked");
+    }
+
+    /// A PEFT folder whose tensors are `tensors`: the store looks at bytes only.
+    fn adapter(&self, name: &str, tensors: &str) -> PathBuf {
+        let folder = self.root.path().join(name);
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join("adapter_config.json"), "{}").unwrap();
+        std::fs::write(folder.join("adapter_model.safetensors"), tensors).unwrap();
+        folder
+    }
+
+    fn stored_adapters(&self) -> usize {
+        std::fs::read_dir(self.data().join("adapters")).unwrap().count()
+    }
+}
+
+fn replica() -> (ReplicaHandle, Engine) {
+    let (sender, commands) = mpsc::channel(COMMAND_QUEUE);
+    let (publish, stats) = watch::channel(Stats::default());
+    (
+        ReplicaHandle {
+            info: info(),
+            commands: sender,
+            stats,
+        },
+        Engine {
+            commands,
+            _stats: publish,
+        },
+    )
+}
+
+impl Engine {
+    async fn next(&mut self) -> Command {
+        let command = tokio::time::timeout(PATIENCE, self.commands.recv()).await;
+        command.expect("a command comes soon").expect("the router lives")
+    }
+
+    async fn answer_load(&mut self, answer: Result<u32, Fault>) -> AdapterRef {
+        let Command::LoadAdapter(adapter, reply) = self.next().await else {
+            panic!("a LoadAdapter was expected")
+        };
+        let digest = adapter.digest;
+        reply
+            .send(answer.map(|rank| AdapterInfo {
+                digest,
+                rank,
+                bytes: 1,
+            }))
+            .unwrap();
+        adapter
+    }
+}
+
+fn chat_rows(n: usize) -> String {
+    let row =
+        json!({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]});
+    format!("{row}\n").repeat(n)
+}
+
+async fn upload(
+    router: &Router,
+    filename: &str,
+    purpose: &str,
+    content: &str,
+) -> Result<String, RouterError> {
+    let staged = router.staging();
+    std::fs::write(&staged, content).unwrap();
+    let upload = Upload {
+        staged: staged.clone(),
+        bytes: content.len() as u64,
+        filename: filename.to_owned(),
+        purpose: purpose.to_owned(),
+        expires_after_seconds: None,
+    };
+    let created = router.create_file(upload).await.map(|file| file.id);
+    assert!(!staged.exists(), "an upload is taken over or removed");
+    created
+}
+
+/// Param of an `Invalid`, or the variant's name.
+fn kind(error: &RouterError) -> String {
+    match error {
+        RouterError::Invalid { param, .. } => param.clone().unwrap_or_default(),
+        other => format!("{other:?}")
+            .split(['(', ' ', '{'])
+            .next()
+            .unwrap_or_default()
+            .to_owned(),
+    }
+}
+
+fn value(text: &str) -> Value {
+    serde_json::from_str(text).unwrap()
+}

@@ -1,0 +1,167 @@
+//! Uploaded and result files: a row and the bytes it names.
+
+use std::path::{Path, PathBuf};
+
+use sqlx::{FromRow, Sqlite, Transaction};
+
+use crate::{Rows, Store, StoreError, artifacts, blocking, ids, now};
+
+#[derive(Clone, Debug, PartialEq, FromRow)]
+pub struct FileRow {
+    pub id: String,
+    pub bytes: u64,
+    pub created_at: i64,
+    pub expires_at: Option<i64>,
+    pub filename: String,
+    pub purpose: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    Newest,
+    Oldest,
+}
+
+impl Store {
+    /// Take a staged file in. It exists for others from the moment this returns.
+    pub async fn add_file(
+        &self,
+        staged: &Path,
+        filename: &str,
+        purpose: &str,
+        expires_after_s: Option<u64>,
+    ) -> Result<FileRow, StoreError> {
+        let row = self
+            .publish_file(staged, filename, purpose, expires_after_s)
+            .await?;
+        let mut tx = crate::db::begin(&self.pool).await?;
+        insert(&mut tx, &row).await?;
+        tx.commit().await?;
+        Ok(row)
+    }
+
+    /// The first half of [`Store::add_file`]: durable bytes, and the row for them that a later transaction commits
+    /// (see [`crate::JobChange::result_file`]).
+    pub async fn publish_file(
+        &self,
+        staged: &Path,
+        filename: &str,
+        purpose: &str,
+        expires_after_s: Option<u64>,
+    ) -> Result<FileRow, StoreError> {
+        let id = ids::file();
+        let bytes = {
+            let (folders, staged, id) = (self.folders.clone(), staged.to_owned(), id.clone());
+            blocking(move || folders.publish_file(&staged, &id)).await?
+        };
+        let created_at = now();
+        let expires_at = expires_after_s.map(|s| created_at.saturating_add_unsigned(s));
+        Ok(FileRow {
+            id,
+            bytes,
+            created_at,
+            expires_at,
+            filename: filename.to_owned(),
+            purpose: purpose.to_owned(),
+        })
+    }
+
+    /// `None`: there is none, or it has expired.
+    pub async fn file(&self, id: &str) -> Result<Option<FileRow>, StoreError> {
+        let sql = "SELECT * FROM files WHERE id = ? AND (expires_at IS NULL OR expires_at > ?)";
+        Ok(sqlx::query_as(sql)
+            .bind(id)
+            .bind(now())
+            .fetch_optional(&self.pool)
+            .await?)
+    }
+
+    /// Where the bytes of a file lie.
+    pub fn file_path(&self, row: &FileRow) -> PathBuf {
+        self.folders.file(&row.id)
+    }
+
+    /// A page of the files that have not expired, those after the file `after` in this order.
+    pub async fn files(
+        &self,
+        purpose: Option<&str>,
+        after: Option<&str>,
+        limit: u32,
+        order: Order,
+    ) -> Result<Rows<FileRow>, StoreError> {
+        let sql = match order {
+            Order::Newest => {
+                "SELECT * FROM files WHERE (?1 IS NULL OR purpose = ?1) AND (expires_at IS NULL OR expires_at > ?2)
+                 AND (?3 IS NULL OR seq < (SELECT seq FROM files WHERE id = ?3)) ORDER BY seq DESC LIMIT ?4"
+            }
+            Order::Oldest => {
+                "SELECT * FROM files WHERE (?1 IS NULL OR purpose = ?1) AND (expires_at IS NULL OR expires_at > ?2)
+                 AND (?3 IS NULL OR seq > (SELECT seq FROM files WHERE id = ?3)) ORDER BY seq LIMIT ?4"
+            }
+        };
+        let query = sqlx::query_as(sql)
+            .bind(purpose)
+            .bind(now())
+            .bind(after)
+            .bind(i64::from(limit) + 1);
+        Ok(Rows::cut(query.fetch_all(&self.pool).await?, limit))
+    }
+
+    /// Whether there was one. The row goes first: nobody is pointed to missing bytes.
+    pub async fn delete_file(&self, id: &str) -> Result<bool, StoreError> {
+        let deleted = sqlx::query("DELETE FROM files WHERE id = ?")
+            .bind(id)
+            .execute(&self.pool)
+            .await?;
+        if deleted.rows_affected() == 0 {
+            return Ok(false);
+        }
+        let path = self.folders.file(id);
+        blocking(move || artifacts::remove(&path)).await?;
+        Ok(true)
+    }
+
+    /// Delete what has expired. Returns how many.
+    pub async fn delete_expired_files(&self) -> Result<usize, StoreError> {
+        let expired: Vec<String> = sqlx::query_scalar("SELECT id FROM files WHERE expires_at <= ?")
+            .bind(now())
+            .fetch_all(&self.pool)
+            .await?;
+        for id in &expired {
+            self.delete_file(id).await?;
+        }
+        Ok(expired.len())
+    }
+}
+
+impl<T> Rows<T> {
+    /// From `limit + 1` rows or fewer.
+    pub(crate) fn cut(mut rows: Vec<T>, limit: u32) -> Rows<T> {
+        let has_more = rows.len() > limit as usize;
+        rows.truncate(limit as usize);
+        Rows { rows, has_more }
+    }
+}
+
+pub(crate) async fn insert(tx: &mut Transaction<'static, Sqlite>, row: &FileRow) -> Result<(), StoreError> {
+    let FileRow {
+        id,
+        bytes,
+        created_at,
+        expires_at,
+        filename,
+        purpose,
+    } = row;
+    sqlx::query(
+        "INSERT INTO files (id, bytes, created_at, expires_at, filename, purpose) VALUES (?, ?, ?, ?, ?, ?)",
+    )
+    .bind(id)
+    .bind(*bytes as i64)
+    .bind(created_at)
+    .bind(expires_at)
+    .bind(filename)
+    .bind(purpose)
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
+}

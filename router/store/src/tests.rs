@@ -1,0 +1,274 @@
+//! The store on a real file system: locks, versions, sweeps, and what a reopening finds.
+
+use std::collections::BTreeMap;
+use std::fs;
+
+use tandem_core::id::Digest;
+
+use super::*;
+
+const BASE: Digest = Digest([1; 32]);
+
+fn adapter(root: &Path, tensors: &str) -> PathBuf {
+    let folder = root.join("source");
+    fs::create_dir_all(&folder).unwrap();
+    fs::write(folder.join("adapter_config.json"), "{}").unwrap();
+    fs::write(folder.join("adapter_model.safetensors"), tensors).unwrap();
+    folder
+}
+
+fn name(name: &str, digest: Digest) -> NewName {
+    NewName {
+        base: BASE,
+        name: name.to_owned(),
+        digest,
+        rank: 8,
+        source: Source::Loaded,
+    }
+}
+
+fn job(id: &str, metadata: &[(&str, &str)]) -> NewJob {
+    NewJob {
+        id: id.to_owned(),
+        base: BASE,
+        status: "queued".to_owned(),
+        request: "{}".to_owned(),
+        metadata: metadata
+            .iter()
+            .map(|&(key, value)| (key.to_owned(), value.to_owned()))
+            .collect(),
+        model_names: vec![format!("m:{id}")],
+        events: vec![],
+    }
+}
+
+#[tokio::test]
+async fn one_folder_has_one_owner_and_no_future() {
+    let root = tempfile::tempdir().unwrap();
+    let store = Store::open(root.path()).await.unwrap();
+    let second = Store::open(root.path())
+        .await
+        .err()
+        .expect("the folder is in use");
+    assert!(matches!(second, StoreError::Locked(_)), "{second}");
+    sqlx::query("PRAGMA user_version = 99")
+        .execute(&store.pool)
+        .await
+        .unwrap();
+    store.close().await;
+    drop(store);
+    let newer = Store::open(root.path())
+        .await
+        .err()
+        .expect("the tables are newer");
+    assert!(
+        matches!(
+            newer,
+            StoreError::Newer {
+                found: 99,
+                known: 1,
+                ..
+            }
+        ),
+        "{newer}"
+    );
+}
+
+#[tokio::test]
+async fn what_was_acknowledged_is_there_and_what_was_half_done_is_not() {
+    let root = tempfile::tempdir().unwrap();
+    let (file, digest);
+    {
+        let store = Store::open(root.path()).await.unwrap();
+        let staged = store.staging();
+        fs::write(&staged, "rows").unwrap();
+        file = store
+            .add_file(&staged, "rows.jsonl", "fine-tune", None)
+            .await
+            .unwrap();
+        digest = store
+            .publish_adapter(&adapter(root.path(), "one"), Placement::Copy)
+            .await
+            .unwrap();
+        store
+            .swap_name(&name("pet", digest), None)
+            .await
+            .unwrap()
+            .expect("the name was free");
+        // As a kill leaves them: an upload, a published file and an adapter without rows, a job's folder.
+        fs::write(store.staging(), "half").unwrap();
+        let staged = store.staging();
+        fs::write(&staged, "result").unwrap();
+        store
+            .publish_file(&staged, "r.csv", "fine-tune-results", None)
+            .await
+            .unwrap();
+        store
+            .publish_adapter(&adapter(root.path(), "two"), Placement::Copy)
+            .await
+            .unwrap();
+        fs::create_dir_all(store.job_folder("ftjob-nobody")).unwrap();
+    }
+    let store = Store::open(root.path()).await.unwrap();
+    assert_eq!(store.file(&file.id).await.unwrap().as_ref(), Some(&file));
+    assert_eq!(fs::read_to_string(store.file_path(&file)).unwrap(), "rows");
+    assert_eq!(store.names(BASE).await.unwrap()[0].digest, digest);
+    assert!(
+        store.names(Digest([2; 32])).await.unwrap().is_empty(),
+        "names belong to their base"
+    );
+    for (kind, n) in [("staging", 0), ("files", 1), ("adapters", 1), ("jobs", 0)] {
+        assert_eq!(fs::read_dir(root.path().join(kind)).unwrap().count(), n, "{kind}");
+    }
+}
+
+#[tokio::test]
+async fn a_name_moves_only_from_where_it_is_expected() {
+    let root = tempfile::tempdir().unwrap();
+    let store = Store::open(root.path()).await.unwrap();
+    let one = store
+        .publish_adapter(&adapter(root.path(), "one"), Placement::Copy)
+        .await
+        .unwrap();
+    let two = store
+        .publish_adapter(&adapter(root.path(), "two"), Placement::Link)
+        .await
+        .unwrap();
+    let again = store
+        .publish_adapter(&adapter(root.path(), "one"), Placement::Copy)
+        .await
+        .unwrap();
+    assert_eq!(one, again);
+    for (expected, digest, moved) in [
+        (None, one, true),
+        (None, two, false),
+        (Some(two), two, false),
+        (Some(one), two, true),
+    ] {
+        let row = store.swap_name(&name("pet", digest), expected).await.unwrap();
+        assert_eq!(row.is_some(), moved, "{expected:?} -> {digest}");
+    }
+    assert!(!store.remove_adapter_if_unnamed(two).await.unwrap());
+    assert!(store.remove_adapter_if_unnamed(one).await.unwrap());
+    assert!(!store.adapter_folder(&one).exists() && store.adapter_folder(&two).exists());
+    assert!(store.remove_name(BASE, "pet").await.unwrap() && !store.remove_name(BASE, "pet").await.unwrap());
+}
+
+#[tokio::test]
+async fn a_change_is_whole_or_not_at_all() {
+    let root = tempfile::tempdir().unwrap();
+    let store = Store::open(root.path()).await.unwrap();
+    store.insert_job(job("ftjob-a", &[])).await.unwrap();
+    let digest = store
+        .publish_adapter(&adapter(root.path(), "one"), Placement::Copy)
+        .await
+        .unwrap();
+    let success = |from| JobChange {
+        from,
+        status: Some("succeeded"),
+        ends: true,
+        events: vec![NewEvent {
+            level: "info",
+            message: "done".to_owned(),
+            data: "null".to_owned(),
+        }],
+        name: Some(name("made", digest)),
+        ..JobChange::default()
+    };
+    assert!(
+        store
+            .change_job("ftjob-a", success(&["running"]))
+            .await
+            .unwrap()
+            .is_none()
+    );
+    assert!(store.names(BASE).await.unwrap().is_empty());
+    assert!(
+        store
+            .job_events("ftjob-a", None, 10)
+            .await
+            .unwrap()
+            .rows
+            .is_empty()
+    );
+    let row = store
+        .change_job("ftjob-a", success(&["running", "queued"]))
+        .await
+        .unwrap()
+        .unwrap()
+        .name
+        .unwrap();
+    assert_eq!(store.names(BASE).await.unwrap(), [row]);
+    let job = store.job("ftjob-a").await.unwrap().unwrap();
+    assert!(job.status == "succeeded" && job.finished_at.is_some());
+    assert!(
+        store
+            .next_job(BASE, &["queued", "running"])
+            .await
+            .unwrap()
+            .is_none()
+    );
+}
+
+#[tokio::test]
+async fn jobs_are_found_by_their_metadata_and_paged() {
+    let root = tempfile::tempdir().unwrap();
+    let store = Store::open(root.path()).await.unwrap();
+    for (id, metadata) in [
+        ("a", &[][..]),
+        ("b", &[("k", "v"), ("x", "1")]),
+        ("c", &[("k", "w")]),
+        ("d", &[("k", "v")]),
+    ] {
+        store.insert_job(job(id, metadata)).await.unwrap();
+    }
+    let pairs = |pairs: &[(&str, &str)]| {
+        MetadataFilter::Pairs(
+            pairs
+                .iter()
+                .map(|&(key, value)| (key.to_owned(), value.to_owned()))
+                .collect(),
+        )
+    };
+    let cases = [
+        (None, 10, MetadataFilter::Any, "dcba", false),
+        (None, 2, MetadataFilter::Any, "dc", true),
+        (Some("c"), 2, MetadataFilter::Any, "ba", false),
+        (None, 10, MetadataFilter::None, "a", false),
+        (None, 10, pairs(&[("k", "v")]), "db", false),
+        (None, 10, pairs(&[("k", "v"), ("x", "1")]), "b", false),
+        (None, 10, pairs(&[("k", "' OR 1=1 --")]), "", false),
+        (None, 10, MetadataFilter::Pairs(BTreeMap::new()), "dcba", false),
+    ];
+    for (after, limit, filter, expected, has_more) in cases {
+        let page = store.jobs(after, limit, &filter).await.unwrap();
+        let ids: String = page.rows.into_iter().map(|row| row.id).collect();
+        assert_eq!((ids.as_str(), page.has_more), (expected, has_more), "{filter:?}");
+    }
+    assert_eq!(
+        store.next_job(BASE, &["queued"]).await.unwrap().unwrap().id,
+        "a",
+        "the oldest first"
+    );
+    assert_eq!(store.count_stranded_jobs(Digest([2; 32])).await.unwrap(), 4);
+}
+
+#[tokio::test]
+async fn expired_files_are_not_there() {
+    let root = tempfile::tempdir().unwrap();
+    let store = Store::open(root.path()).await.unwrap();
+    let staged = store.staging();
+    fs::write(&staged, "x").unwrap();
+    let row = store.add_file(&staged, "x", "user_data", Some(0)).await.unwrap();
+    assert_eq!(store.file(&row.id).await.unwrap(), None);
+    assert!(
+        store
+            .files(None, None, 10, Order::Newest)
+            .await
+            .unwrap()
+            .rows
+            .is_empty()
+    );
+    assert_eq!(store.delete_expired_files().await.unwrap(), 1);
+    assert!(!store.file_path(&row).exists());
+}

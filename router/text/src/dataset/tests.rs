@@ -1,0 +1,163 @@
+//! Lines and files, good and bad.
+
+use super::*;
+
+fn message(role: &str, content: &str, weight: Option<f32>) -> Message {
+    Message {
+        role: role.to_owned(),
+        content: content.to_owned(),
+        weight,
+        name: None,
+    }
+}
+
+#[test]
+fn rows_of_each_shape() {
+    let cases = [
+        (
+            r#"{"messages":[{"role":"system","content":"s"},{"role":"user","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]},{"role":"assistant","content":"c","weight":0},{"role":"assistant","content":"d","weight":1}], "tools": null, "id": 7}"#,
+            Row::Chat {
+                messages: vec![
+                    message("system", "s", None),
+                    message("user", "ab", None),
+                    message("assistant", "c", Some(0.0)),
+                    message("assistant", "d", Some(1.0)),
+                ],
+            },
+        ),
+        (
+            r#"{"prompt": "", "completion": " c\n"}"#,
+            Row::Completion {
+                prompt: String::new(),
+                completion: " c\n".to_owned(),
+            },
+        ),
+        (
+            r#" {"text": "\u00e9"} "#,
+            Row::Text {
+                text: "é".to_owned()
+            },
+        ),
+    ];
+    for (line, row) in cases {
+        assert_eq!(parse_line(1, line), Ok(row));
+    }
+}
+
+#[test]
+fn what_is_wrong_is_said_with_its_place() {
+    let cases = [
+        (
+            "hello",
+            "Line 7 is not a dictionary (HINT: line starts with: \"hello...\"). Error: line contains invalid json",
+        ),
+        ("[{\"text\": 1}]", "It is a JSON array"),
+        ("{", "JSON spread over lines"),
+        (
+            "3",
+            "Line 7 is not a dictionary (HINT: line starts with: \"3...\").",
+        ),
+        (r#"{"text": "a" "b"}"#, "expected `,` or `}` at line 1 column 14"),
+        (
+            r#"{"instruction": 1, "output": 2}"#,
+            "Line 7 has the keys [instruction, output]; expected {\"messages\"",
+        ),
+        (r#"{"prompt": "a"}"#, "Line 7: completion is missing."),
+        (
+            r#"{"prompt": "a", "completion": 3}"#,
+            "completion must be a string, got a number",
+        ),
+        (r#"{"prompt": "a", "completion": ""}"#, "empty completion"),
+        (r#"{"text": ""}"#, "empty text"),
+        (r#"{"text": "a", "prompt": "b"}"#, "mixes shapes"),
+        (r#"{"input": {}, "preferred_output": []}"#, "preference (DPO)"),
+        (r#"{"messages": [], "tools": [{}]}"#, "has tools"),
+        (r#"{"messages": "hi"}"#, "messages must be an array, got a string"),
+        (r#"{"messages": []}"#, "at least one from the assistant"),
+        (
+            r#"{"messages": [{"role":"assistant","content":"a","weight":0}]}"#,
+            "at least one from the assistant",
+        ),
+        (
+            r#"{"messages": [{"role":"user","content":"a"}, 3]}"#,
+            "Line 7, message 2: a message must be a dictionary",
+        ),
+        (
+            r#"{"messages": [{"content":"a"}]}"#,
+            "Line 7, message 1: Discriminator 'role' is missing in value.",
+        ),
+        (
+            r#"{"messages": [{"role":"bot","content":"a"}]}"#,
+            "role must be one of system, developer, user, assistant, tool, got \"bot\"",
+        ),
+        (r#"{"messages": [{"role":"assistant"}]}"#, "content is missing"),
+        (
+            r#"{"messages": [{"role":"assistant","content":null}]}"#,
+            "array of text parts, got null",
+        ),
+        (
+            r#"{"messages": [{"role":"assistant","tool_calls":[{}]}]}"#,
+            "tool_calls are not supported",
+        ),
+        (
+            r#"{"messages": [{"role":"user","content":[{"type":"image_url"}]}]}"#,
+            "parts of type image_url",
+        ),
+        (
+            r#"{"messages": [{"role":"user","content":"a","weight":1}]}"#,
+            "weight is for assistant messages",
+        ),
+        (
+            r#"{"messages": [{"role":"assistant","content":"a","weight":0.5}]}"#,
+            "weight must be 0 or 1, got 0.5",
+        ),
+    ];
+    for (line, expected) in cases {
+        let BadLine {
+            line: number,
+            message,
+        } = parse_line(7, line).unwrap_err();
+        assert_eq!(number, 7);
+        assert!(message.contains(expected), "{line}: {message}");
+        assert!(message.contains("ine 7"), "{message}");
+    }
+}
+
+#[test]
+fn files_are_checked_line_by_line() {
+    let good = r#"{"text": "a"}"#;
+    let pair = r#"{"prompt": "a", "completion": "b"}"#;
+    let long = format!(r#"{{"text": "{}"}}"#, "a".repeat(MAX_LINE_BYTES));
+    let fits = format!(r#"{{"text": "{}"}}"#, "a".repeat(MAX_LINE_BYTES - 13));
+    /// Rows, or the line and a part of the message.
+    type Expected = Result<u64, (u64, &'static str)>;
+    let cases: Vec<(Vec<u8>, Expected)> = vec![
+        (format!("{good}\n{good}").into(), Ok(2)),
+        (format!("\u{FEFF}{good}\r\n{good}\r\n\r\n \n").into(), Ok(2)),
+        (fits.into(), Ok(1)),
+        (b"".to_vec(), Err((1, "empty"))),
+        (b"\n\n".to_vec(), Err((1, "empty"))),
+        (format!("{good}\n\n{good}").into(), Err((2, "Line 2 is blank"))),
+        (format!("{good}\n{pair}\n").into(), Err((2, "one shape"))),
+        (format!("{good}\n{long}\n").into(), Err((2, "longer than"))),
+        (
+            [good.as_bytes(), b"\n{\"text\": \"\xFF\"}"].concat(),
+            Err((2, "Line 2 is not UTF-8 text: invalid byte at column 11")),
+        ),
+    ];
+    for (bytes, expected) in cases {
+        match (check_jsonl(bytes.as_slice()), expected) {
+            (Ok(Summary { rows, kind }), Ok(expected)) => {
+                assert_eq!((rows, kind), (expected, Kind::Text))
+            }
+            (Err(BadLine { line, message }), Err((expected, text))) => {
+                assert_eq!(line, expected, "{message}");
+                assert!(message.contains(text), "{message}");
+            }
+            (got, expected) => panic!("{got:?} instead of {expected:?}"),
+        }
+    }
+    let rows: Vec<_> = read_rows(format!("{good}\nbad\n{good}").as_bytes()).collect();
+    assert_eq!(rows.len(), 2, "nothing after the first error");
+    assert_eq!(rows[0].as_ref().map(|(line, _)| *line), Ok(1));
+}

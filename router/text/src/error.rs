@@ -1,0 +1,39 @@
+//! Why text could not become tokens, or tokens text. Lines of training files have their own error, `dataset::BadLine`.
+
+use std::path::PathBuf;
+
+/// A variant exists where a caller would act differently: the first four end a start, the rest answer one request.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TextError {
+    #[error("cannot read {}: {message}", path.display())]
+    Read { path: PathBuf, message: String },
+    #[error("{} is damaged: {message}", path.display())]
+    Damaged { path: PathBuf, message: String },
+    /// The tokenizer asks for something that is not built here. Refused by name rather than guessed.
+    #[error("unsupported tokenizer: {0}")]
+    Unsupported(String),
+    /// The chat template itself does not compile.
+    #[error("the model's chat template is broken: {0}")]
+    BrokenTemplate(String),
+    #[error(
+        "this model has no chat template: put a chat_template.jinja into the model's folder, or send a plain prompt to \
+         /v1/completions"
+    )]
+    NoChatTemplate,
+    /// The template compiled, but refused these messages (or arguments).
+    #[error("the chat template refuses these messages: {0}")]
+    Refused(String),
+    #[error("token {id} is not in the vocabulary of {vocab_size} tokens")]
+    UnknownToken { id: u32, vocab_size: usize },
+    #[error("this text cannot be tokenized: {0}")]
+    Encode(String),
+    /// A training row of which nothing is left to learn after cutting. Callers skip and count these.
+    #[error("no token with loss is left: the row has {tokens} tokens, max_seq_length is {max_seq_length}")]
+    NoLabels { tokens: usize, max_seq_length: usize },
+    /// The template rewrites earlier turns, so what an assistant turn adds cannot be told apart.
+    #[error(
+        "message {message}: the chat template changes earlier text when this message is added, so its tokens cannot be \
+         found; set \"weight\": 0 on it or use another template"
+    )]
+    UnstableTemplate { message: usize },
+}

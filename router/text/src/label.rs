@@ -1,0 +1,178 @@
+//! Training rows to tokens with loss weights, through the same template and tokenizer that serve. Not here: parsing
+//! (`dataset`), the loss.
+//!
+//! The rule: what the model reads at serving time is the prompt here, token for token where the tokenizer allows it,
+//! and what it must then write, its end of turn included, carries the weight.
+
+use std::ops::Range;
+
+use tandem_core::dataset::Example;
+
+use crate::chat::{ChatTemplate, Ending, Kwargs, Message};
+use crate::dataset::Row;
+use crate::error::TextError;
+use crate::tokenizer::{Placed, SpecialTokens, Tokenizer};
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Options {
+    /// Longer rows are cut at the end.
+    pub max_seq_length: u32,
+    /// Loss weight of the prompt of prompt/completion rows.
+    pub prompt_loss_weight: f32,
+}
+
+/// `NoLabels` when nothing with a weight is left: callers skip and count it. Other errors concern the whole file.
+pub fn tokenize(row: &Row, tokenizer: &Tokenizer, options: &Options) -> Result<Example, TextError> {
+    let Options {
+        max_seq_length,
+        prompt_loss_weight,
+    } = *options;
+    let (mut tokens, mut weights) = match row {
+        Row::Chat { messages } => chat(messages, tokenizer)?,
+        Row::Completion { prompt, completion } => {
+            completion_row(prompt, completion, tokenizer, prompt_loss_weight)?
+        }
+        Row::Text { text } => {
+            let tokens = end(tokenizer.encode(text, SpecialTokens::Add)?, tokenizer);
+            let weights = vec![1.0; tokens.len()];
+            (tokens, weights)
+        }
+    };
+    let n_tokens = tokens.len();
+    let max_seq_length = max_seq_length as usize;
+    // Nothing after the last label can change the loss: attention is causal.
+    let last_label = weights
+        .iter()
+        .take(max_seq_length)
+        .rposition(|&weight| weight != 0.0);
+    let kept = last_label.filter(|&last| last > 0).map_or(0, |last| last + 1); // the first token is never predicted
+    tokens.truncate(kept);
+    weights.truncate(kept);
+    match kept {
+        0 => Err(TextError::NoLabels {
+            tokens: n_tokens,
+            max_seq_length,
+        }),
+        _ => Ok(Example { tokens, weights }),
+    }
+}
+
+type Weighted = (Vec<u32>, Vec<f32>);
+
+/// Appends EOS where the tokenizer did not.
+fn end(mut tokens: Vec<u32>, tokenizer: &Tokenizer) -> Vec<u32> {
+    if let Some((eos, _)) = tokenizer.eos().filter(|(eos, _)| tokens.last() != Some(eos)) {
+        tokens.push(eos);
+    }
+    tokens
+}
+
+/// The prompt's tokens are exactly those a client's prompt gets. Encoding both texts as one may merge over the seam
+/// (or end the prompt on another token): then the completion is encoded as a continuation.
+fn completion_row(
+    prompt: &str,
+    completion: &str,
+    tokenizer: &Tokenizer,
+    prompt_loss_weight: f32,
+) -> Result<Weighted, TextError> {
+    let prompt_tokens = without_end(tokenizer.encode(prompt, SpecialTokens::Add)?, tokenizer);
+    let mut whole = tokenizer.encode(&format!("{prompt}{completion}"), SpecialTokens::Add)?;
+    let mut n_prompt = prompt_tokens.len();
+    if !whole.starts_with(&prompt_tokens) {
+        match tokenizer.encode_continuation(completion)? {
+            Some(continuation) => whole = [prompt_tokens, continuation].concat(),
+            // The token over the seam is learned as part of the completion.
+            None => {
+                n_prompt = whole
+                    .iter()
+                    .zip(&prompt_tokens)
+                    .take_while(|(a, b)| a == b)
+                    .count()
+            }
+        }
+    }
+    let tokens = end(whole, tokenizer);
+    let weights = (0..tokens.len())
+        .map(|i| if i < n_prompt { prompt_loss_weight } else { 1.0 })
+        .collect();
+    Ok((tokens, weights))
+}
+
+/// A tokenizer that adds EOS by itself adds it to a prompt too.
+fn without_end(mut tokens: Vec<u32>, tokenizer: &Tokenizer) -> Vec<u32> {
+    if tokenizer
+        .eos()
+        .is_some_and(|(eos, _)| tokens.len() > 1 && tokens.last() == Some(&eos))
+    {
+        tokens.pop();
+    }
+    tokens
+}
+
+fn chat(messages: &[Message], tokenizer: &Tokenizer) -> Result<Weighted, TextError> {
+    let template = tokenizer.chat_template()?;
+    let text = template.render(messages, Ending::Closed, &Kwargs::new())?;
+    let placed = tokenizer.encode_placed(&text, SpecialTokens::Omit)?;
+    let mut tokens: Vec<u32> = placed.iter().map(|token| token.id).collect();
+    let mut weights = vec![0.0; tokens.len()];
+    for turn in assistant_turns(messages, template, &text)? {
+        let span = labelled(&placed, turn, &text, tokenizer);
+        weights[span].fill(1.0);
+    }
+    // A template that never closes the last turn would teach to go on for ever.
+    let ends_open =
+        weights.last() == Some(&1.0) && !tokens.last().is_some_and(|&token| tokenizer.is_special(token));
+    if let Some((eos, _)) = tokenizer.eos().filter(|_| ends_open) {
+        tokens.push(eos);
+        weights.push(1.0);
+    }
+    Ok((tokens, weights))
+}
+
+/// The bytes of `text` that each learned assistant turn adds to the prompt it answers. Found by rendering the
+/// conversation up to it, with and without it: no knowledge of the template's markers is needed.
+fn assistant_turns(
+    messages: &[Message],
+    template: &ChatTemplate,
+    text: &str,
+) -> Result<Vec<Range<usize>>, TextError> {
+    let learned = messages.iter().enumerate();
+    let learned = learned.filter(|(_, message)| message.role == "assistant" && message.weight != Some(0.0));
+    learned
+        .map(|(i, _)| {
+            let prompt = template.render(&messages[..i], Ending::GenerationPrompt, &Kwargs::new())?;
+            let closed = template.render(&messages[..=i], Ending::Closed, &Kwargs::new())?;
+            match closed.starts_with(&prompt) && text.starts_with(&closed) {
+                true => Ok(prompt.len()..closed.len()),
+                false => Err(TextError::UnstableTemplate { message: i + 1 }),
+            }
+        })
+        .collect()
+}
+
+/// Tokens of a turn. One that begins before it and ends in it counts: the model must write it.
+fn labelled(placed: &[Placed], turn: Range<usize>, text: &str, tokenizer: &Tokenizer) -> Range<usize> {
+    let first = placed
+        .iter()
+        .position(|token| token.end > turn.start)
+        .unwrap_or(placed.len());
+    let last = first
+        + placed[first..]
+            .iter()
+            .take_while(|token| token.start < turn.end)
+            .count();
+    // White space after the end of turn (ChatML's newline) is never asked of the model: generation ended before it.
+    let is_layout =
+        |token: &Placed| !tokenizer.is_special(token.id) && text[token.start..token.end].trim().is_empty();
+    let layout = placed[first..last]
+        .iter()
+        .rev()
+        .take_while(|token| is_layout(token))
+        .count();
+    let end = last - layout;
+    let closes = end > first && tokenizer.is_special(placed[end - 1].id);
+    first..if closes { end } else { last }
+}
+
+#[cfg(test)]
+mod tests;

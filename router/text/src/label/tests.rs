@@ -1,0 +1,206 @@
+//! Which tokens of a row carry loss.
+
+use super::*;
+use crate::dataset::parse_line;
+use crate::fixture;
+use crate::tokenizer::Skip;
+
+const OPTIONS: Options = Options {
+    max_seq_length: 512,
+    prompt_loss_weight: 0.0,
+};
+const LLAMA2: &str = include_str!("../fixture/llama2.jinja");
+const CHATML: &str = include_str!("../fixture/chatml.jinja");
+const ZEPHYR: &str = include_str!("../fixture/zephyr.jinja");
+const THINKING: &str = include_str!("../fixture/thinking.jinja");
+/// Writes no end of turn at all.
+const OPEN: &str = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}\
+                    {% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}";
+
+fn row(json: &str) -> Row {
+    parse_line(1, json).unwrap()
+}
+
+/// The text of each run of tokens with weight 1.
+fn learned(example: &Example, tokenizer: &Tokenizer) -> Vec<String> {
+    let pairs: Vec<(u32, bool)> = example
+        .tokens
+        .iter()
+        .zip(&example.weights)
+        .map(|(&token, &weight)| (token, weight == 1.0))
+        .collect();
+    let runs = pairs.chunk_by(|a, b| a.1 == b.1).filter(|run| run[0].1);
+    runs.map(|run| {
+        let bytes: Vec<u8> = run
+            .iter()
+            .flat_map(|(token, _)| tokenizer.token_bytes(*token))
+            .collect();
+        String::from_utf8(bytes).expect("whole characters")
+    })
+    .collect()
+}
+
+#[test]
+fn loss_is_on_assistant_turns_with_their_end() {
+    let chat = r#"{"messages":[{"role":"system","content":"Be brief."},{"role":"user","content":"2+2?"},
+        {"role":"assistant","content":"It is 4."},{"role":"user","content":"Größe"},
+        {"role":"assistant","content":"the 👋🏽"},{"role":"user","content":"Hello!"}]}"#;
+    let weightless = chat.replacen("It is 4.\"", "It is 4.\",\"weight\":0", 1);
+    let cases = [
+        (CHATML, chat, vec!["It is 4.<|im_end|>", "the 👋🏽<|im_end|>"]),
+        (CHATML, &weightless, vec!["the 👋🏽<|im_end|>"]),
+        (LLAMA2, chat, vec![" It is 4. </s>", " the 👋🏽 </s>"]),
+        (ZEPHYR, chat, vec!["It is 4.</s>", "the 👋🏽</s>"]),
+    ];
+    for (template, json, expected) in cases {
+        let tokenizer = fixture::byte_level(template);
+        let example = tokenize(&row(json), &tokenizer, &OPTIONS).unwrap();
+        assert_eq!(learned(&example, &tokenizer), expected);
+        assert_eq!(
+            example.weights.last(),
+            Some(&1.0),
+            "nothing is kept after the last label"
+        );
+    }
+}
+
+/// Before each learned turn stand exactly the tokens that a chat request gets as its prompt.
+#[test]
+fn the_prompt_is_what_serving_sends() {
+    let Row::Chat { messages } = row(
+        r#"{"messages":[{"role":"user","content":"What is 2+2?"},{"role":"assistant","content":"It is 4."},
+            {"role":"user","content":"And the fox?"},{"role":"assistant","content":"The fox laughs"}]}"#,
+    ) else {
+        panic!("a chat row")
+    };
+    for template in [CHATML, LLAMA2, ZEPHYR] {
+        let tokenizer = fixture::byte_level(template);
+        let Example { tokens, weights } = tokenize(
+            &Row::Chat {
+                messages: messages.clone(),
+            },
+            &tokenizer,
+            &OPTIONS,
+        )
+        .unwrap();
+        for (i, turn) in [(1, 0), (3, 1)] {
+            let prompt = tokenizer
+                .encode_chat(&messages[..i], Ending::GenerationPrompt, &Kwargs::new())
+                .unwrap();
+            assert_eq!(tokens[..prompt.len()], prompt, "turn {turn}");
+            assert_eq!(
+                (weights[prompt.len() - 1], weights[prompt.len()]),
+                (0.0, 1.0),
+                "turn {turn}"
+            );
+        }
+    }
+}
+
+#[test]
+fn an_open_last_turn_gets_eos() {
+    let tokenizer = fixture::byte_level(OPEN);
+    let json = r#"{"messages":[{"role":"user","content":"Hello!"},{"role":"assistant","content":"It is"}]}"#;
+    let example = tokenize(&row(json), &tokenizer, &OPTIONS).unwrap();
+    assert_eq!(
+        learned(&example, &tokenizer),
+        [" It is\n</s>"],
+        "the token over the seam counts"
+    );
+}
+
+#[test]
+fn a_template_that_rewrites_history_is_refused() {
+    let tokenizer = fixture::byte_level(THINKING);
+    let json = r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"<think>h</think>b"WEIGHT},
+        {"role":"user","content":"c"},{"role":"assistant","content":"d"}]}"#;
+    let refused = tokenize(&row(&json.replace("WEIGHT", "")), &tokenizer, &OPTIONS);
+    assert_eq!(refused, Err(TextError::UnstableTemplate { message: 2 }));
+    let example = tokenize(
+        &row(&json.replace("WEIGHT", ",\"weight\":0")),
+        &tokenizer,
+        &OPTIONS,
+    )
+    .unwrap();
+    assert_eq!(learned(&example, &tokenizer), ["d</assistant></s>"]);
+}
+
+#[test]
+fn completions_and_texts() {
+    let byte_level = fixture::byte_level("");
+    let pieces = fixture::pieces("");
+    let options = Options {
+        prompt_loss_weight: 0.25,
+        ..OPTIONS
+    };
+    let cases = [
+        (&byte_level, "What is 2+2?", " It is 4.", " It is 4.</s>"),
+        (&byte_level, "The qu", "ick brown", "ick brown</s>"), // "quick" is one token
+        (&pieces, "in the", " the in", " the in</s>"),
+        (&pieces, "in t", "he", "he</s>"), // "▁the" is one token
+        (&pieces, "in\n", "the", "the</s>"),
+        (&pieces, "", "the", " the</s>"),
+    ];
+    for (tokenizer, prompt, completion, expected) in cases {
+        let row = Row::Completion {
+            prompt: prompt.to_owned(),
+            completion: completion.to_owned(),
+        };
+        let example = tokenize(&row, tokenizer, &options).unwrap();
+        assert_eq!(learned(&example, tokenizer), [expected]);
+        let sent = tokenizer.encode(prompt, SpecialTokens::Add).unwrap();
+        assert_eq!(example.tokens[..sent.len()], sent, "{prompt:?}");
+        assert!(example.weights[..sent.len()].iter().all(|&weight| weight == 0.25));
+    }
+    let text = tokenize(
+        &Row::Text {
+            text: "the".to_owned(),
+        },
+        &pieces,
+        &OPTIONS,
+    )
+    .unwrap();
+    assert_eq!(pieces.decode(&text.tokens, Skip::Nothing).unwrap(), "<s> the</s>");
+    assert_eq!(text.weights, vec![1.0; text.tokens.len()]);
+}
+
+#[test]
+fn long_rows_are_cut_and_empty_ones_counted() {
+    let tokenizer = fixture::pieces("");
+    let completion = Row::Completion {
+        prompt: "abcd".to_owned(),
+        completion: "efgh".to_owned(),
+    };
+    let whole = tokenize(&completion, &tokenizer, &OPTIONS).unwrap();
+    assert_eq!(whole.tokens.len(), 11); // <s> ▁ a b c d e f g h </s>
+    for (max_seq_length, label_tokens) in [(11, Some(5)), (10, Some(4)), (7, Some(1)), (6, None), (0, None)] {
+        let cut = tokenize(
+            &completion,
+            &tokenizer,
+            &Options {
+                max_seq_length,
+                ..OPTIONS
+            },
+        );
+        match label_tokens {
+            Some(expected) => {
+                let cut = cut.unwrap();
+                assert_eq!(
+                    (cut.tokens.len(), cut.label_tokens()),
+                    (max_seq_length as usize, expected)
+                );
+                assert_eq!(cut.tokens, whole.tokens[..max_seq_length as usize]);
+            }
+            None => {
+                let max_seq_length = max_seq_length as usize;
+                assert_eq!(
+                    cut,
+                    Err(TextError::NoLabels {
+                        tokens: 11,
+                        max_seq_length
+                    })
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! The application: all routes, what wraps them, and what they share. Not here: sockets, start-up, shutdown.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::SystemTime;
+
+use axum::Router as Routes;
+use axum::body::Bytes;
+use axum::extract::DefaultBodyLimit;
+use axum::middleware::{from_fn, from_fn_with_state};
+use axum::routing::get;
+use tandem_openapi::error::ErrorResponse;
+use tandem_router::Router;
+use tower_http::catch_panic::CatchPanicLayer;
+use utoipa::openapi::path::PathItem;
+use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
+use utoipa::{Modify, OpenApi};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::convert::sampling::Limits;
+use crate::http;
+use crate::layers::{self, ApiKey};
+use crate::metrics::Metrics;
+
+#[derive(Clone)]
+pub struct App {
+    pub router: Router,
+    pub metrics: Arc<Metrics>,
+    /// openapi.json
+    pub document: Bytes,
+    stopping: Arc<AtomicBool>,
+}
+
+impl App {
+    pub fn new(router: Router) -> Result<App, prometheus::Error> {
+        let metrics = Metrics::new(&router.config().served_model_name, router.info().max_loras)?;
+        let document = Bytes::from(document());
+        Ok(App { router, metrics: Arc::new(metrics), document, stopping: Arc::default() })
+    }
+
+    pub fn limits(&self) -> Limits {
+        Limits { max_model_len: self.router.info().max_model_len }
+    }
+
+    pub fn organization(&self) -> &str {
+        &self.router.config().organization
+    }
+
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+    }
+
+    pub fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
+    }
+}
+
+pub fn now() -> i64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(title = "Tandem", description = "Serves a language model and fine-tunes it in tandem."),
+    components(schemas(ErrorResponse, tandem_openapi::chat::ChatChunk)),
+    modifiers(&Key),
+    security((), ("key" = [])),
+)]
+struct Document;
+
+struct Key;
+
+impl Modify for Key {
+    fn modify(&self, document: &mut utoipa::openapi::OpenApi) {
+        let bearer = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).description(Some("--api-key")).build();
+        let components = document.components.get_or_insert_default();
+        components.add_security_scheme("key", SecurityScheme::Http(bearer));
+    }
+}
+
+fn documented() -> OpenApiRouter<App> {
+    use http::{adapters, chat, completions, files, fine_tunes, fine_tuning, models, server, tokenize};
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(chat::create))
+        .routes(routes!(completions::create))
+        .routes(routes!(models::list))
+        .routes(routes!(models::retrieve, models::delete))
+        .routes(routes!(files::list, files::create))
+        .routes(routes!(files::retrieve, files::delete))
+        .routes(routes!(files::content))
+        .routes(routes!(fine_tuning::list, fine_tuning::create))
+        .routes(routes!(fine_tuning::retrieve))
+        .routes(routes!(fine_tuning::cancel))
+        .routes(routes!(fine_tuning::pause))
+        .routes(routes!(fine_tuning::resume))
+        .routes(routes!(fine_tuning::events))
+        .routes(routes!(fine_tuning::checkpoints))
+        .routes(routes!(fine_tunes::list, fine_tunes::create))
+        .routes(routes!(fine_tunes::retrieve))
+        .routes(routes!(fine_tunes::cancel))
+        .routes(routes!(fine_tunes::events))
+        .routes(routes!(adapters::load))
+        .routes(routes!(adapters::unload))
+        .routes(routes!(tokenize::tokenize))
+        .routes(routes!(tokenize::detokenize))
+        .routes(routes!(tokenize::info))
+        .routes(routes!(server::health))
+        .routes(routes!(server::ready))
+        .routes(routes!(server::version))
+        .routes(routes!(server::metrics))
+}
+
+/// openapi.json, as it is committed: pretty, with a last newline.
+pub fn document() -> String {
+    let mut document = documented().into_openapi();
+    // axum's wildcard is a plain parameter to everybody else, and an operation's id must be unique.
+    let paths = std::mem::take(&mut document.paths.paths).into_iter();
+    document.paths.paths = paths.map(|(path, item)| named(path.replace("{*", "{"), item)).collect();
+    document.to_pretty_json().expect("the document has string keys only") + "\n"
+}
+
+fn named(path: String, mut item: PathItem) -> (String, PathItem) {
+    let words = path.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty());
+    let name = words.collect::<Vec<_>>().join("_");
+    for (method, operation) in [("get", &mut item.get), ("post", &mut item.post), ("delete", &mut item.delete)] {
+        if let Some(operation) = operation {
+            operation.operation_id = Some(format!("{method}_{name}"));
+        }
+    }
+    (path, item)
+}
+
+pub fn routes(app: App, key: Option<ApiKey>) -> Routes {
+    let (routes, _) = documented().split_for_parts();
+    let routes = routes
+        .merge(http::fine_tunes::second_spelling())
+        .route("/", get(http::pages::index))
+        .route("/docs", get(http::pages::docs))
+        .route("/openapi.json", get(http::pages::openapi))
+        .fallback(layers::unknown_url)
+        .method_not_allowed_fallback(layers::wrong_method)
+        // Each extractor has its own limit, named in extract.rs.
+        .layer(DefaultBodyLimit::disable())
+        .with_state(app);
+    let routes = match key {
+        Some(key) => routes.layer(from_fn_with_state(key, layers::auth)),
+        None => routes,
+    };
+    routes.layer(CatchPanicLayer::custom(layers::panicked)).layer(from_fn(layers::request_id))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_committed_document_is_the_served_one() {
+        let document = super::document();
+        assert!(
+            document == tandem_openapi::COMMITTED,
+            "openapi/openapi.json is stale: run `tandem openapi > openapi/openapi.json` and review the difference"
+        );
+    }
+}

@@ -1,0 +1,127 @@
+//! A completion request to one call per prompt. The answer is shaped in http/completions.rs, as it arrives.
+
+use tandem_openapi::completions::{CompletionPrompt, CompletionRequest};
+use tandem_router::api::{Call, Prompt};
+
+use super::sampling::{self, Delivery, Fields, Limits, MAX_CHOICES};
+use super::{integer, refuse, token_ids};
+use crate::error::{ApiError, invalid};
+
+const DEFAULT_MAX_TOKENS: u32 = 16;
+
+pub struct Completions {
+    pub calls: Vec<Call>,
+    pub n: u32,
+    pub delivery: Delivery,
+    pub echo: bool,
+    /// Log-probabilities were asked, with this many alternatives; with `echo`, of the prompt too.
+    pub logprobs: Option<u32>,
+    /// vLLM's own field, apart from `echo`.
+    pub prompt_logprobs: Option<u32>,
+    pub return_token_ids: bool,
+    /// Special tokens in front of text prompts.
+    pub add_special_tokens: bool,
+}
+
+pub fn calls(request: CompletionRequest, limits: Limits) -> Result<Completions, ApiError> {
+    let CompletionRequest {
+        model,
+        prompt,
+        max_tokens,
+        temperature,
+        top_p,
+        n,
+        stream,
+        stream_options,
+        logprobs,
+        echo,
+        stop,
+        presence_penalty,
+        frequency_penalty,
+        logit_bias,
+        seed,
+        top_k,
+        min_p,
+        repetition_penalty,
+        min_tokens,
+        stop_token_ids,
+        include_stop_str_in_output,
+        ignore_eos,
+        skip_special_tokens,
+        add_special_tokens,
+        prompt_logprobs,
+        return_token_ids,
+        unknown,
+    } = request;
+    let n = sampling::n(n)?;
+    refuse::completions(&unknown, n)?;
+    let echo = echo.unwrap_or(false);
+    // 0 tokens are an answer only where the prompt comes back.
+    let max_tokens = sampling::max_tokens("max_tokens", max_tokens, u32::from(!echo), limits)?;
+    let max_tokens = Some(max_tokens.unwrap_or(DEFAULT_MAX_TOKENS));
+    let delivery = sampling::delivery(stream, stream_options)?;
+    let logprobs = sampling::logprobs("logprobs", logprobs)?;
+    let prompt_logprobs = sampling::logprobs("prompt_logprobs", prompt_logprobs)?;
+    if prompt_logprobs.is_some() && delivery != Delivery::Whole {
+        return Err(invalid("prompt_logprobs", "prompt_logprobs cannot be streamed"));
+    }
+    let echoed = logprobs.filter(|_| echo);
+    let fields = Fields {
+        temperature,
+        top_p,
+        top_k,
+        min_p,
+        presence_penalty,
+        frequency_penalty,
+        repetition_penalty,
+        logit_bias,
+        seed,
+        min_tokens,
+        logprobs,
+        prompt_logprobs: prompt_logprobs.max(echoed),
+    };
+    let prompts = prompts(prompt)?;
+    let choices = integer("prompt", prompts.len() as i64, 1, i64::from(MAX_CHOICES / n));
+    choices.map_err(|_| {
+        invalid("prompt", format!("{} prompts with n = {n} exceed {MAX_CHOICES} choices", prompts.len()))
+    })?;
+    let template = Call {
+        model,
+        prompt: Prompt::Tokens(Vec::new()),
+        n,
+        max_tokens,
+        sampling: sampling::raw_sampling(fields, max_tokens)?,
+        stop: sampling::stop(stop)?,
+        stop_token_ids: sampling::stop_token_ids(stop_token_ids)?,
+        include_stop_str_in_output: include_stop_str_in_output.unwrap_or(false),
+        ignore_eos: ignore_eos.unwrap_or(false),
+        skip_special_tokens: skip_special_tokens.unwrap_or(true),
+    };
+    Ok(Completions {
+        calls: prompts.into_iter().map(|prompt| Call { prompt, ..template.clone() }).collect(),
+        n,
+        delivery,
+        echo,
+        logprobs,
+        prompt_logprobs,
+        return_token_ids: return_token_ids.unwrap_or(false),
+        add_special_tokens: add_special_tokens.unwrap_or(true),
+    })
+}
+
+fn prompts(prompt: CompletionPrompt) -> Result<Vec<Prompt>, ApiError> {
+    let prompts: Vec<Prompt> = match prompt {
+        CompletionPrompt::Text(text) => vec![Prompt::Text(text)],
+        // An empty list is a list of texts to serde.
+        CompletionPrompt::Texts(texts) => texts.into_iter().map(Prompt::Text).collect(),
+        CompletionPrompt::Tokens(ids) => vec![Prompt::Tokens(token_ids("prompt", ids)?)],
+        CompletionPrompt::ManyTokens(lists) => lists
+            .into_iter()
+            .map(|ids| Ok(Prompt::Tokens(token_ids("prompt", ids)?)))
+            .collect::<Result<_, ApiError>>()?,
+    };
+    match prompts.is_empty() {
+        true => Err(invalid("prompt", "prompt is an empty list; at least one prompt is needed")),
+        false => Ok(prompts),
+    }
+}

@@ -1,0 +1,111 @@
+//! Jobs of the API of 2021 to 2023: the same jobs, in its words. A job has one id; here it is shown as `ft-...`.
+
+use tandem_openapi::files::File;
+use tandem_openapi::fine_tunes::{CreateFineTune, FineTune, FineTuneEvent, HyperParams};
+use tandem_router::api::{Job, JobEventRecord, JobRequest, JobStatus};
+
+use super::fine_tuning;
+use crate::error::ApiError;
+
+const SUFFIX_CHARS: usize = 40;
+const PREFIX: &str = "ft-";
+const JOB_PREFIX: &str = "ftjob-";
+
+/// `default_model`: the base model's name.
+pub fn request(body: CreateFineTune, default_model: &str) -> Result<JobRequest, ApiError> {
+    let CreateFineTune {
+        training_file,
+        validation_file,
+        model,
+        n_epochs,
+        batch_size,
+        learning_rate_multiplier,
+        prompt_loss_weight,
+        suffix,
+        seed,
+        compute_classification_metrics,
+        knobs,
+    } = body;
+    if compute_classification_metrics == Some(true) {
+        let param = "compute_classification_metrics".to_owned();
+        return Err(ApiError::NotBuilt { param, hint: String::new() });
+    }
+    Ok(JobRequest {
+        model: model.unwrap_or_else(|| default_model.to_owned()),
+        training_file,
+        validation_file,
+        suffix: fine_tuning::suffix(suffix, SUFFIX_CHARS)?,
+        seed: fine_tuning::seed(seed)?,
+        n_epochs: fine_tuning::epochs(n_epochs)?,
+        batch_size: fine_tuning::batch(batch_size)?,
+        learning_rate_multiplier: fine_tuning::multiplier(learning_rate_multiplier)?,
+        prompt_loss_weight: fine_tuning::real("prompt_loss_weight", prompt_loss_weight, 0.0, 1.0)?,
+        legacy: true,
+        ..fine_tuning::knobs(knobs)?
+    })
+}
+
+/// The job's own id, from either spelling.
+pub fn job_id(id: &str) -> String {
+    match id.strip_prefix(PREFIX) {
+        Some(rest) => format!("{JOB_PREFIX}{rest}"),
+        None => id.to_owned(),
+    }
+}
+
+/// The file objects of a job; a deleted file is missing.
+pub struct Files {
+    pub training: Vec<File>,
+    pub validation: Vec<File>,
+    pub results: Vec<File>,
+}
+
+pub fn fine_tune(job: Job, organization: &str, files: Files, events: Option<Vec<FineTuneEvent>>) -> FineTune {
+    let Job {
+        id,
+        created_at,
+        updated_at,
+        finished_at: _,
+        estimated_finish: _,
+        status,
+        request,
+        hyper,
+        fine_tuned_model,
+        trained_tokens: _,
+        result_files: _,
+        error: _,
+    } = job;
+    let Files { training, validation, results } = files;
+    let hyper = hyper.as_ref();
+    FineTune {
+        id: format!("{PREFIX}{}", id.0.strip_prefix(JOB_PREFIX).unwrap_or(&id.0)),
+        object: "fine-tune",
+        created_at,
+        updated_at,
+        model: request.model,
+        fine_tuned_model,
+        organization_id: organization.to_owned(),
+        status: match status {
+            JobStatus::ValidatingFiles | JobStatus::Queued => "pending",
+            JobStatus::Running => "running",
+            JobStatus::Succeeded => "succeeded",
+            JobStatus::Failed => "failed",
+            JobStatus::Cancelled => "cancelled",
+        },
+        hyperparams: HyperParams {
+            n_epochs: hyper.map(|hyper| hyper.n_epochs).or(request.n_epochs),
+            batch_size: hyper.map(|hyper| hyper.batch_size).or(request.batch_size),
+            learning_rate_multiplier: request.learning_rate_multiplier.or(hyper.map(|_| 1.0)),
+            prompt_loss_weight: request.prompt_loss_weight.unwrap_or(0.0),
+        },
+        training_files: training,
+        validation_files: validation,
+        result_files: results,
+        events,
+    }
+}
+
+pub fn event(record: JobEventRecord) -> FineTuneEvent {
+    let JobEventRecord { id: _, created_at, level, message, data: _ } = record;
+    FineTuneEvent { object: "fine-tune-event", created_at, level: fine_tuning::level(level), message }
+}

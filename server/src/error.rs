@@ -1,0 +1,166 @@
+//! Why a request was not served, and the only place that chooses a status code. Every error a client sees, on any
+//! route and inside a stream, is made here. Not here: the checks that find the errors.
+
+use axum::Json;
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use tandem_core::message::Fault;
+use tandem_openapi::error::{ErrorObject, ErrorResponse};
+use tandem_router::api::RouterError;
+use tracing::error;
+
+/// Characters of a message at most: what a client sent may be part of it.
+const MESSAGE_CHARS: usize = 1000;
+/// The clients of OpenAI obey it, and retry 409 and every 5xx without it.
+const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
+const INVALID: &str = "invalid_request_error";
+const SERVER: &str = "server_error";
+
+#[derive(Debug, thiserror::Error)]
+pub enum ApiError {
+    #[error(transparent)]
+    Router(#[from] RouterError),
+    /// As `Router`, where the prompt is this field.
+    #[error("{0}")]
+    Prompt(RouterError, &'static str),
+    /// A value is wrong; `param` is the field's path.
+    #[error("{message}")]
+    Invalid { param: Option<String>, code: Option<&'static str>, message: String },
+    /// A field that asks for what is not built. Better said than ignored.
+    #[error("{param} is not supported by this server{hint}")]
+    NotBuilt { param: String, hint: String },
+    #[error("We could not parse the JSON body of your request. (HINT: the body must be one JSON object. {0})")]
+    NotJson(String),
+    #[error("the request body is larger than {limit_bytes} bytes, the limit of this route")]
+    TooLarge { limit_bytes: u64 },
+    #[error("the request body could not be read: {0}")]
+    Body(String),
+    #[error("You didn't provide an API key. Send it in the header: Authorization: Bearer YOUR_KEY")]
+    NoKey,
+    #[error("Incorrect API key provided.")]
+    WrongKey,
+    #[error("Invalid URL ({0} {1})")]
+    UnknownUrl(Method, String),
+    #[error("Not allowed to {0} on {1}")]
+    WrongMethod(Method, String),
+    #[error("the server is shutting down")]
+    Stopping,
+    /// For the log; a client learns only that it happened.
+    #[error("{0}")]
+    Internal(String),
+}
+
+/// A wrong value of `param`.
+pub fn invalid(param: impl Into<String>, message: impl Into<String>) -> ApiError {
+    ApiError::Invalid { param: Some(param.into()), code: Some("invalid_value"), message: message.into() }
+}
+
+enum Retry {
+    AsStatusSays,
+    Never,
+    AfterSeconds(u32),
+}
+
+struct Answer {
+    status: StatusCode,
+    kind: &'static str,
+    param: Option<String>,
+    code: Option<&'static str>,
+    retry: Retry,
+    /// What to say when the error's own text is not for clients.
+    instead: Option<&'static str>,
+}
+
+impl ApiError {
+    /// The table.
+    fn answer(&self) -> Answer {
+        use Retry::{AfterSeconds, Never};
+        use StatusCode as S;
+        let with = |status, kind, param: Option<&str>, code| Answer {
+            status,
+            kind,
+            param: param.map(str::to_owned),
+            code,
+            retry: Retry::AsStatusSays,
+            instead: None,
+        };
+        let bad = |param: Option<&str>, code| with(S::BAD_REQUEST, INVALID, param, code);
+        let failed = |retry, instead| Answer { retry, instead, ..with(S::INTERNAL_SERVER_ERROR, SERVER, None, None) };
+        let busy = |seconds| Answer {
+            retry: AfterSeconds(seconds),
+            ..with(S::TOO_MANY_REQUESTS, "rate_limit_error", None, Some("rate_limit_exceeded"))
+        };
+        let stopping = || Answer { retry: AfterSeconds(5), ..with(S::SERVICE_UNAVAILABLE, SERVER, None, None) };
+
+        let (error, prompt) = match self {
+            ApiError::Router(error) => (error, None),
+            ApiError::Prompt(error, param) => (error, Some(*param)),
+            ApiError::Invalid { param, code, .. } => return bad(param.as_deref(), *code),
+            ApiError::NotBuilt { param, .. } => return bad(Some(param), Some("unsupported_parameter")),
+            ApiError::NotJson(_) | ApiError::Body(_) => return bad(None, None),
+            ApiError::TooLarge { .. } => return with(S::PAYLOAD_TOO_LARGE, INVALID, None, Some("request_too_large")),
+            ApiError::NoKey | ApiError::WrongKey => {
+                return with(S::UNAUTHORIZED, "authentication_error", None, Some("invalid_api_key"));
+            }
+            ApiError::UnknownUrl(..) => return with(S::NOT_FOUND, INVALID, None, Some("unknown_url")),
+            ApiError::WrongMethod(..) => return with(S::METHOD_NOT_ALLOWED, INVALID, None, Some("method_not_allowed")),
+            ApiError::Stopping => return stopping(),
+            ApiError::Internal(_) => return failed(Retry::AsStatusSays, Some("The server had an error.")),
+        };
+        match error {
+            RouterError::UnknownModel(_) => with(S::NOT_FOUND, INVALID, Some("model"), Some("model_not_found")),
+            RouterError::UnknownFile(_) => with(S::NOT_FOUND, INVALID, Some("id"), None),
+            RouterError::UnknownJob(_) => {
+                with(S::NOT_FOUND, INVALID, Some("fine_tune_id"), Some("fine_tune_not_found"))
+            }
+            RouterError::Invalid { param, code, .. } => bad(param.as_deref(), *code),
+            RouterError::ContextLength { .. } => bad(prompt, Some("context_length_exceeded")),
+            RouterError::Conflict(_) => Answer { retry: Never, ..with(S::CONFLICT, INVALID, None, Some("conflict")) },
+            RouterError::Adapter { not_found: true, .. } => {
+                with(S::NOT_FOUND, INVALID, Some("lora_path"), Some("adapter_not_found"))
+            }
+            RouterError::Adapter { not_found: false, .. } => bad(Some("lora_path"), Some("invalid_adapter")),
+            RouterError::Busy { retry_after_s, .. } => busy(*retry_after_s),
+            RouterError::Engine(Fault::Overloaded { .. }) => busy(1),
+            RouterError::Engine(Fault::TooLarge(_)) => bad(prompt, Some("request_too_large")),
+            RouterError::Engine(Fault::Adapter(_)) => failed(Never, Some("The adapter could not be loaded.")),
+            // The text is libtorch's, with its source lines.
+            RouterError::Engine(Fault::Step(_)) => {
+                failed(Retry::AsStatusSays, Some("The engine failed a step; the request is lost."))
+            }
+            RouterError::Engine(Fault::ShuttingDown) => stopping(),
+            RouterError::Store(_) => failed(Retry::AsStatusSays, Some("The server could not reach its storage.")),
+        }
+    }
+
+    /// What a stream sends when it cannot go on.
+    pub fn body(&self) -> ErrorResponse {
+        let Answer { status, kind, param, code, instead, .. } = self.answer();
+        if status.is_server_error() {
+            error!(%status, error = %self, "request failed");
+        }
+        let mut message = instead.map_or_else(|| self.to_string(), str::to_owned);
+        if let Some((end, _)) = message.char_indices().nth(MESSAGE_CHARS) {
+            message.truncate(end);
+            message.push_str("...");
+        }
+        ErrorResponse { error: ErrorObject { message, kind: kind.to_owned(), param, code: code.map(str::to_owned) } }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let Answer { status, retry, .. } = self.answer();
+        let mut response = (status, Json(self.body())).into_response();
+        let headers = response.headers_mut();
+        match retry {
+            Retry::AsStatusSays => {}
+            Retry::Never => drop(headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"))),
+            Retry::AfterSeconds(seconds) => drop(headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds))),
+        }
+        if status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response
+    }
+}

@@ -1,0 +1,38 @@
+//! Adapters at run time, vLLM's two routes. Success is plain text.
+
+use std::path::Path;
+
+use axum::extract::State;
+use tandem_openapi::adapters::{LoadLoraAdapter, UnloadLoraAdapter};
+use tandem_openapi::error::Errors;
+use tandem_router::LoadMode;
+
+use crate::app::App;
+use crate::error::ApiError;
+use crate::extract::Json;
+
+/// Serve a PEFT folder of the server's machine under a name.
+#[utoipa::path(
+    post, path = "/v1/load_lora_adapter", tag = "adapters", request_body = LoadLoraAdapter,
+    responses((status = 200, body = String, content_type = "text/plain"), Errors)
+)]
+pub async fn load(State(app): State<App>, Json(body): Json<LoadLoraAdapter>) -> Result<String, ApiError> {
+    let LoadLoraAdapter { lora_name, lora_path, load_inplace } = body;
+    let mode = match load_inplace {
+        Some(true) => LoadMode::Replace,
+        _ => LoadMode::New,
+    };
+    app.router.load_adapter(&lora_name, Path::new(&lora_path), mode).await?;
+    Ok(format!("Success: LoRA adapter '{lora_name}' added successfully."))
+}
+
+/// Forget a name. Requests that run keep what they started with.
+#[utoipa::path(
+    post, path = "/v1/unload_lora_adapter", tag = "adapters", request_body = UnloadLoraAdapter,
+    responses((status = 200, body = String, content_type = "text/plain"), Errors)
+)]
+pub async fn unload(State(app): State<App>, Json(body): Json<UnloadLoraAdapter>) -> Result<String, ApiError> {
+    let UnloadLoraAdapter { lora_name } = body;
+    app.router.unload_adapter(&lora_name).await?;
+    Ok(format!("Success: LoRA adapter '{lora_name}' removed successfully."))
+}

@@ -1,0 +1,205 @@
+//! /v1/files. An upload is written to disk part by part; no file is ever whole in memory.
+
+use std::path::PathBuf;
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::multipart::{Field, MultipartError};
+use axum::extract::{FromRequest, Multipart, Request, State};
+use axum::http::{HeaderMap, HeaderValue, header};
+use axum::response::{IntoResponse, Response};
+use tandem_openapi::common::{CursorList, Deleted};
+use tandem_openapi::error::Errors;
+use tandem_openapi::files::{File, UploadForm};
+use tandem_router::Order;
+use tandem_router::api::Upload;
+use tokio::io::AsyncWriteExt;
+use tokio_util::io::ReaderStream;
+
+use crate::app::App;
+use crate::convert::files;
+use crate::error::{ApiError, invalid};
+use crate::extract::{FILE_LIMIT_BYTES, Pairs, Segment, announced_bytes, drain};
+
+/// Boundaries, headers and the small fields of a form.
+const FORM_OVERHEAD_BYTES: u64 = 1 << 20;
+/// A form's text field.
+const FIELD_LIMIT_BYTES: usize = 4096;
+const LIST_LIMIT: u32 = 10_000;
+
+/// Upload a file. A `fine-tune` file is checked line by line before the answer.
+#[utoipa::path(
+    post, path = "/v1/files", tag = "files",
+    request_body(content = UploadForm, content_type = "multipart/form-data"),
+    responses((status = 200, body = File), Errors)
+)]
+pub async fn create(State(app): State<App>, request: Request) -> Result<Json<File>, ApiError> {
+    let limit_bytes = FILE_LIMIT_BYTES;
+    if announced_bytes(request.headers()).is_some_and(|bytes| bytes > limit_bytes + FORM_OVERHEAD_BYTES) {
+        drain(&mut request.into_body().into_data_stream()).await;
+        return Err(ApiError::TooLarge { limit_bytes });
+    }
+    let mut form = Multipart::from_request(request, &()).await.map_err(|rejection| {
+        invalid("file", format!("the body must be multipart/form-data: {}", rejection.body_text()))
+    })?;
+    let staged = Staged(app.router.staging());
+    let Form { file, purpose, expires_after_seconds } = read(&mut form, &staged, limit_bytes).await?;
+    let (filename, bytes) = file.ok_or_else(|| files::missing("file"))?;
+    let purpose = files::purpose(purpose)?;
+    let upload = Upload { staged: staged.0.clone(), bytes, filename, purpose, expires_after_seconds };
+    let info = app.router.create_file(upload).await?;
+    app.metrics.uploaded(bytes);
+    Ok(Json(files::file(info)))
+}
+
+/// An upload's file on its way; what is left of it goes when the upload ends, however it ends.
+struct Staged(PathBuf);
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        // After a success the file has moved away, and there is nothing to remove.
+        drop(std::fs::remove_file(&self.0));
+    }
+}
+
+#[derive(Default)]
+struct Form {
+    /// Name and size.
+    file: Option<(String, u64)>,
+    purpose: Option<String>,
+    expires_after_seconds: Option<u64>,
+}
+
+/// Fields come in any order; `purpose` before `file` in openai-python.
+async fn read(form: &mut Multipart, staged: &Staged, limit_bytes: u64) -> Result<Form, ApiError> {
+    let mut read = Form::default();
+    while let Some(field) = form.next_field().await.map_err(broken)? {
+        match field.name().unwrap_or_default() {
+            "file" if read.file.is_some() => return Err(invalid("file", "the form has two files")),
+            "file" => {
+                let name = files::filename(field.file_name());
+                read.file = Some((name, write(field, staged, limit_bytes).await?));
+            }
+            "purpose" => read.purpose = Some(text(field, "purpose").await?),
+            "expires_after[anchor]" => {
+                let anchor = text(field, "expires_after[anchor]").await?;
+                if anchor != "created_at" {
+                    return Err(invalid("expires_after[anchor]", "expires_after[anchor] must be \"created_at\""));
+                }
+            }
+            "expires_after[seconds]" => {
+                let seconds = text(field, "expires_after[seconds]").await?;
+                read.expires_after_seconds = Some(files::expiry_seconds(&seconds)?);
+            }
+            // Unknown fields are ignored, as in JSON.
+            _ => {}
+        }
+    }
+    Ok(read)
+}
+
+async fn write(mut field: Field<'_>, staged: &Staged, limit_bytes: u64) -> Result<u64, ApiError> {
+    let failed = |error: std::io::Error| ApiError::Internal(format!("cannot write an upload: {error}"));
+    let mut file = tokio::fs::File::create(&staged.0).await.map_err(failed)?;
+    let mut bytes = 0;
+    while let Some(chunk) = field.chunk().await.map_err(broken)? {
+        bytes += chunk.len() as u64;
+        if bytes > limit_bytes {
+            return Err(ApiError::TooLarge { limit_bytes });
+        }
+        file.write_all(&chunk).await.map_err(failed)?;
+    }
+    file.flush().await.map_err(failed)?;
+    Ok(bytes)
+}
+
+async fn text(mut field: Field<'_>, param: &'static str) -> Result<String, ApiError> {
+    let mut bytes = Vec::new();
+    while let Some(chunk) = field.chunk().await.map_err(broken)? {
+        bytes.extend_from_slice(&chunk);
+        if bytes.len() > FIELD_LIMIT_BYTES {
+            return Err(invalid(param, format!("{param} is longer than {FIELD_LIMIT_BYTES} bytes")));
+        }
+    }
+    String::from_utf8(bytes).map_err(|_| invalid(param, format!("{param} is not UTF-8")))
+}
+
+fn broken(error: MultipartError) -> ApiError {
+    ApiError::Body(error.body_text())
+}
+
+/// Files, newest first unless asked otherwise.
+#[utoipa::path(
+    get, path = "/v1/files", tag = "files",
+    params(
+        ("purpose" = Option<String>, Query), ("after" = Option<String>, Query, description = "The last id of the page before"),
+        ("limit" = Option<u32>, Query, minimum = 1, maximum = 10000), ("order" = Option<String>, Query, description = "asc or desc"),
+    ),
+    responses((status = 200, body = CursorList<File>), Errors)
+)]
+pub async fn list(State(app): State<App>, query: Pairs) -> Result<Json<CursorList<File>>, ApiError> {
+    let limit = query.integer("limit", 1..=LIST_LIMIT, LIST_LIMIT)?;
+    let order = match query.text("order") {
+        None | Some("desc") => Order::Newest,
+        Some("asc") => Order::Oldest,
+        Some(other) => return Err(invalid("order", format!("order must be asc or desc, got {other:?}"))),
+    };
+    let page = app.router.files(query.text("purpose"), query.text("after"), limit, order).await?;
+    let data: Vec<File> = page.data.into_iter().map(files::file).collect();
+    Ok(Json(CursorList {
+        object: "list",
+        first_id: data.first().map(|file| file.id.clone()),
+        last_id: data.last().map(|file| file.id.clone()),
+        data,
+        has_more: page.has_more,
+    }))
+}
+
+/// One file's description.
+#[utoipa::path(
+    get, path = "/v1/files/{id}", tag = "files", params(("id" = String, Path)),
+    responses((status = 200, body = File), Errors)
+)]
+pub async fn retrieve(State(app): State<App>, Segment(id): Segment) -> Result<Json<File>, ApiError> {
+    Ok(Json(files::file(app.router.file(&id).await?)))
+}
+
+/// Delete a file.
+#[utoipa::path(
+    delete, path = "/v1/files/{id}", tag = "files", params(("id" = String, Path)),
+    responses((status = 200, body = Deleted), Errors)
+)]
+pub async fn delete(State(app): State<App>, Segment(id): Segment) -> Result<Json<Deleted>, ApiError> {
+    app.router.delete_file(&id).await?;
+    Ok(Json(Deleted { id, object: "file", deleted: true }))
+}
+
+/// A file's bytes, as they were uploaded.
+#[utoipa::path(
+    get, path = "/v1/files/{id}/content", tag = "files", params(("id" = String, Path)),
+    responses((status = 200, body = Vec<u8>, content_type = "application/octet-stream"), Errors)
+)]
+pub async fn content(State(app): State<App>, Segment(id): Segment) -> Result<Response, ApiError> {
+    let (info, path) = app.router.file_content(&id).await?;
+    let file = tokio::fs::File::open(path).await;
+    let file = file.map_err(|error| ApiError::Internal(format!("cannot open file {id}: {error}")))?;
+    let chunks: ReaderStream<_> = ReaderStream::new(file);
+    let mut headers = HeaderMap::new();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+    headers.insert(header::CONTENT_LENGTH, HeaderValue::from(info.bytes));
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(header::CONTENT_DISPOSITION, attachment(&info.filename));
+    Ok((headers, Body::from_stream(chunks)).into_response())
+}
+
+/// RFC 6266: any name, percent-encoded.
+fn attachment(filename: &str) -> HeaderValue {
+    let mut text = String::from("attachment; filename*=UTF-8''");
+    for byte in filename.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'.' | b'-' | b'_' => text.push(char::from(byte)),
+            other => text.push_str(&format!("%{other:02X}")),
+        }
+    }
+    HeaderValue::from_str(&text).expect("letters, digits and percent signs")
+}

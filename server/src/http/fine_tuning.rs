@@ -1,0 +1,137 @@
+//! /v1/fine_tuning/jobs.
+
+use std::collections::BTreeMap;
+
+use axum::Json as Answer;
+use axum::extract::State;
+use tandem_openapi::common::{CursorList, PageList};
+use tandem_openapi::error::Errors;
+use tandem_openapi::fine_tuning::{Checkpoint, CreateJob, Job, JobEvent};
+use tandem_router::MetadataFilter;
+
+use crate::app::App;
+use crate::convert::fine_tuning as convert;
+use crate::error::ApiError;
+use crate::extract::{Json, Pairs, Segment};
+
+const LIST_LIMIT: u32 = 100;
+const EVENTS_LIMIT: u32 = 1000;
+
+/// Train an adapter on a file. It answers requests as soon as it is made.
+#[utoipa::path(
+    post, path = "/v1/fine_tuning/jobs", tag = "fine-tuning", request_body = CreateJob,
+    responses((status = 200, body = Job), Errors)
+)]
+pub async fn create(State(app): State<App>, Json(body): Json<CreateJob>) -> Result<Answer<Job>, ApiError> {
+    let job = app.router.create_job(convert::request(body)?).await?;
+    Ok(Answer(convert::job(job, app.organization())))
+}
+
+/// Jobs, newest first. `metadata[key]=value` picks some.
+#[utoipa::path(
+    get, path = "/v1/fine_tuning/jobs", tag = "fine-tuning",
+    params(
+        ("after" = Option<String>, Query), ("limit" = Option<u32>, Query, minimum = 1, maximum = 100),
+        ("metadata" = Option<String>, Query, description = "null: only jobs without metadata"),
+    ),
+    responses((status = 200, body = PageList<Job>), Errors)
+)]
+pub async fn list(State(app): State<App>, query: Pairs) -> Result<Answer<PageList<Job>>, ApiError> {
+    let limit = query.integer("limit", 1..=LIST_LIMIT, 20)?;
+    let pairs: BTreeMap<String, String> = query.map("metadata").into_iter().collect();
+    let filter = match query.text("metadata") {
+        Some("null") => MetadataFilter::None,
+        _ if pairs.is_empty() => MetadataFilter::Any,
+        _ => MetadataFilter::Pairs(pairs),
+    };
+    let page = app.router.jobs(query.text("after"), limit, filter).await?;
+    let data = page.data.into_iter().map(|job| convert::job(job, app.organization())).collect();
+    Ok(Answer(PageList { object: "list", data, has_more: page.has_more }))
+}
+
+/// One job.
+#[utoipa::path(
+    get, path = "/v1/fine_tuning/jobs/{id}", tag = "fine-tuning", params(("id" = String, Path)),
+    responses((status = 200, body = Job), Errors)
+)]
+pub async fn retrieve(State(app): State<App>, Segment(id): Segment) -> Result<Answer<Job>, ApiError> {
+    Ok(Answer(convert::job(app.router.job(&id).await?, app.organization())))
+}
+
+/// End a job that waits or runs.
+#[utoipa::path(
+    post, path = "/v1/fine_tuning/jobs/{id}/cancel", tag = "fine-tuning", params(("id" = String, Path)),
+    responses((status = 200, body = Job), Errors)
+)]
+pub async fn cancel(State(app): State<App>, Segment(id): Segment) -> Result<Answer<Job>, ApiError> {
+    Ok(Answer(convert::job(app.router.cancel_job(&id).await?, app.organization())))
+}
+
+/// Not built: a job runs or is cancelled.
+#[utoipa::path(
+    post, path = "/v1/fine_tuning/jobs/{id}/pause", tag = "fine-tuning", params(("id" = String, Path)),
+    responses(Errors)
+)]
+pub async fn pause(State(app): State<App>, Segment(id): Segment) -> Result<Answer<Job>, ApiError> {
+    not_built(&app, &id, "pause").await
+}
+
+/// Not built: a job runs or is cancelled.
+#[utoipa::path(
+    post, path = "/v1/fine_tuning/jobs/{id}/resume", tag = "fine-tuning", params(("id" = String, Path)),
+    responses(Errors)
+)]
+pub async fn resume(State(app): State<App>, Segment(id): Segment) -> Result<Answer<Job>, ApiError> {
+    not_built(&app, &id, "resume").await
+}
+
+async fn not_built(app: &App, id: &str, what: &str) -> Result<Answer<Job>, ApiError> {
+    app.router.job(id).await?;
+    Err(ApiError::NotBuilt { param: what.to_owned(), hint: ": a job can only be cancelled".to_owned() })
+}
+
+/// What happened in a job, newest first.
+#[utoipa::path(
+    get, path = "/v1/fine_tuning/jobs/{id}/events", tag = "fine-tuning",
+    params(
+        ("id" = String, Path), ("after" = Option<String>, Query),
+        ("limit" = Option<u32>, Query, minimum = 1, maximum = 1000),
+    ),
+    responses((status = 200, body = PageList<JobEvent>), Errors)
+)]
+pub async fn events(
+    State(app): State<App>,
+    Segment(id): Segment,
+    query: Pairs,
+) -> Result<Answer<PageList<JobEvent>>, ApiError> {
+    let limit = query.integer("limit", 1..=EVENTS_LIMIT, 20)?;
+    let page = app.router.job_events(&id, query.text("after"), limit).await?;
+    let data = page.data.into_iter().map(convert::event).collect();
+    Ok(Answer(PageList { object: "list", data, has_more: page.has_more }))
+}
+
+/// The adapters a job has saved on its way, newest first; each can be asked as a model.
+#[utoipa::path(
+    get, path = "/v1/fine_tuning/jobs/{id}/checkpoints", tag = "fine-tuning",
+    params(
+        ("id" = String, Path), ("after" = Option<String>, Query),
+        ("limit" = Option<u32>, Query, minimum = 1, maximum = 100),
+    ),
+    responses((status = 200, body = CursorList<Checkpoint>), Errors)
+)]
+pub async fn checkpoints(
+    State(app): State<App>,
+    Segment(id): Segment,
+    query: Pairs,
+) -> Result<Answer<CursorList<Checkpoint>>, ApiError> {
+    let limit = query.integer("limit", 1..=LIST_LIMIT, 10)?;
+    let page = app.router.checkpoints(&id, query.text("after"), limit).await?;
+    let data: Vec<Checkpoint> = page.data.into_iter().map(|one| convert::checkpoint(one, &id)).collect();
+    Ok(Answer(CursorList {
+        object: "list",
+        first_id: data.first().map(|one| one.id.clone()),
+        last_id: data.last().map(|one| one.id.clone()),
+        data,
+        has_more: page.has_more,
+    }))
+}

@@ -1,0 +1,37 @@
+//! /v1/models. Names hold `:` and `/`, so a name is the rest of the path.
+
+use axum::Json;
+use axum::extract::State;
+use tandem_openapi::common::{Deleted, List};
+use tandem_openapi::error::Errors;
+use tandem_openapi::models::Model;
+
+use crate::app::App;
+use crate::convert;
+use crate::error::ApiError;
+use crate::extract::Segment;
+
+/// The base model and every adapter that can be named.
+#[utoipa::path(get, path = "/v1/models", tag = "models", responses((status = 200, body = List<Model>), Errors))]
+pub async fn list(State(app): State<App>) -> Json<List<Model>> {
+    Json(List::new(app.router.models().into_iter().map(convert::models::model).collect()))
+}
+
+/// One model. The id may hold `/`, plain or percent-encoded.
+#[utoipa::path(
+    get, path = "/v1/models/{*id}", tag = "models", params(("id" = String, Path)),
+    responses((status = 200, body = Model), Errors)
+)]
+pub async fn retrieve(State(app): State<App>, Segment(id): Segment) -> Result<Json<Model>, ApiError> {
+    Ok(Json(convert::models::model(app.router.model(&id)?)))
+}
+
+/// Forget a fine-tuned model. Requests that run keep what they started with.
+#[utoipa::path(
+    delete, path = "/v1/models/{*id}", tag = "models", params(("id" = String, Path)),
+    responses((status = 200, body = Deleted), Errors)
+)]
+pub async fn delete(State(app): State<App>, Segment(id): Segment) -> Result<Json<Deleted>, ApiError> {
+    app.router.delete_model(&id).await?;
+    Ok(Json(Deleted { id, object: "model", deleted: true }))
+}

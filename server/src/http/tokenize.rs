@@ -1,0 +1,85 @@
+//! Token ids to text and back.
+
+use axum::Json as Answer;
+use axum::extract::State;
+use tandem_openapi::error::Errors;
+use tandem_openapi::tokenize::{
+    DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse, TokenizerInfo,
+};
+use tandem_router::api::Prompt;
+use tandem_text::SpecialTokens;
+
+use crate::app::App;
+use crate::convert;
+use crate::convert::files::missing;
+use crate::error::{ApiError, invalid};
+use crate::extract::Json;
+
+/// The token ids of a prompt, or of a conversation as the chat template renders it.
+#[utoipa::path(
+    post, path = "/tokenize", tag = "tokens", request_body = TokenizeRequest,
+    responses((status = 200, body = TokenizeResponse), Errors)
+)]
+pub async fn tokenize(
+    State(app): State<App>,
+    Json(body): Json<TokenizeRequest>,
+) -> Result<Answer<TokenizeResponse>, ApiError> {
+    let TokenizeRequest {
+        model,
+        prompt,
+        messages,
+        add_special_tokens,
+        add_generation_prompt,
+        continue_final_message,
+        chat_template_kwargs,
+        return_token_strs,
+    } = body;
+    model.map(|model| app.router.model(&model)).transpose()?;
+    let prompt = match (prompt, messages) {
+        (Some(text), None) => Prompt::Text(text),
+        (None, Some(messages)) => {
+            convert::chat::prompt(messages, add_generation_prompt, continue_final_message, chat_template_kwargs)?
+        }
+        (None, None) => return Err(missing("prompt")),
+        (Some(_), Some(_)) => return Err(invalid("prompt", "prompt and messages exclude each other")),
+    };
+    let special = match add_special_tokens {
+        Some(false) => SpecialTokens::Omit,
+        _ => SpecialTokens::Add,
+    };
+    let tokens = app.router.tokenize(prompt, special)?;
+    let texts = || tokens.iter().map(|&id| app.router.tokenizer().token_text(id)).collect();
+    let token_strs = return_token_strs.unwrap_or(false).then(texts);
+    let max_model_len = app.router.info().max_model_len;
+    Ok(Answer(TokenizeResponse { count: tokens.len(), max_model_len, tokens, token_strs }))
+}
+
+/// The text of token ids.
+#[utoipa::path(
+    post, path = "/detokenize", tag = "tokens", request_body = DetokenizeRequest,
+    responses((status = 200, body = DetokenizeResponse), Errors)
+)]
+pub async fn detokenize(
+    State(app): State<App>,
+    Json(body): Json<DetokenizeRequest>,
+) -> Result<Answer<DetokenizeResponse>, ApiError> {
+    let DetokenizeRequest { model, tokens } = body;
+    model.map(|model| app.router.model(&model)).transpose()?;
+    let prompt = app.router.detokenize(&convert::token_ids("tokens", tokens)?)?;
+    Ok(Answer(DetokenizeResponse { prompt }))
+}
+
+/// What lm-eval's remote tokenizer asks.
+#[utoipa::path(
+    get, path = "/tokenizer_info", tag = "tokens", responses((status = 200, body = TokenizerInfo), Errors)
+)]
+pub async fn info(State(app): State<App>) -> Answer<TokenizerInfo> {
+    let tokenizer = app.router.tokenizer();
+    let text = |special: Option<(u32, &str)>| special.map(|(_, text)| text.to_owned());
+    Answer(TokenizerInfo {
+        bos_token: text(tokenizer.bos()),
+        eos_token: text(tokenizer.eos()),
+        chat_template: tokenizer.chat_template_source().map(str::to_owned),
+        vocab_size: tokenizer.vocab_size() as usize,
+    })
+}

@@ -1,0 +1,423 @@
+"""Makes tests/numerics/fixtures: tiny random Llama checkpoints and what transformers and peft compute from them.
+
+Everything is eager float32 on one thread. Nothing of Tandem runs here; only its random draws (the initial adapter and
+the order of examples) are written down a second time, so that both trainers can start from the same numbers.
+"""
+
+import json
+import math
+import pathlib
+import shutil
+import sys
+
+import numpy
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, get_scheduler
+from transformers.utils import logging
+
+HERE = pathlib.Path(__file__).parent
+FIXTURES = HERE / "fixtures"
+STORY = HERE.parents[2] / "shared/models/story"
+
+BASE = dict(
+    vocab_size=101,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=128,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
+# Each differs from BASE in what it is named after. `old_config` writes rope as transformers 4 did.
+VARIANTS = {
+    "gqa_tied": dict(
+        vocab_size=288,
+        hidden_size=48,
+        intermediate_size=80,
+        num_attention_heads=3,
+        tie_word_embeddings=True,
+    ),
+    "llama3_rope": dict(
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        rope_parameters=dict(
+            rope_type="llama3",
+            rope_theta=500000.0,
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=32,
+        ),
+    ),
+    "biases": dict(attention_bias=True, mlp_bias=True, hidden_act="gelu_pytorch_tanh"),
+    "head_dim": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=32),
+    "linear_rope": dict(
+        rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=4.0), old_config=True, hidden_act="gelu"
+    ),
+    # The head dimension and the widths fit no vector width.
+    "sharded": dict(
+        hidden_size=24,
+        intermediate_size=42,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        num_hidden_layers=3,
+        max_shard_size="20KB",
+    ),
+    # Its table is stored under the head's name, as transformers 4 left it when it saved a tied model.
+    "bf16": dict(tie_word_embeddings=True, dtype=torch.bfloat16, table_as_head=True),
+}
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ADAPTERS = {
+    "all": dict(r=4, lora_alpha=8, target_modules=LINEAR),
+    "some": dict(
+        r=8,
+        lora_alpha=16,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        rank_pattern={"v_proj": 3, "layers.1.mlp.down_proj": 5},
+        alpha_pattern={"q_proj": 4, "model.layers.0.self_attn.v_proj": 7},
+        use_rslora=True,
+    ),
+}
+WITH_SOME = ["gqa_tied", "biases", "sharded"]
+
+
+def main(names: list[str]) -> None:
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    for name in names or [*VARIANTS, "story"]:
+        if name == "story":
+            story()
+        else:
+            variant(name)
+    total = sum(f.stat().st_size for f in FIXTURES.rglob("*") if f.is_file())
+    print(f"{total / 1e6:.2f} MB in {FIXTURES.relative_to(HERE.parents[1])}")
+
+
+def variant(name: str) -> None:
+    folder = FIXTURES / name
+    shutil.rmtree(folder, ignore_errors=True)
+    checkpoint(name, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    vocab = model.config.vocab_size
+    draw = numpy.random.default_rng([*name.encode(), 2])
+    prompts = {"short": draw.integers(3, vocab, 5).tolist(), "long": draw.integers(3, vocab, 41).tolist()}
+    examples = [random_example(draw, vocab, length) for length in (12, 33, 7)]
+
+    tensors: dict[str, torch.Tensor] = {}
+    numbers: dict = {"prompts": prompts, "examples": examples}
+    with torch.no_grad():
+        for prompt, tokens in prompts.items():
+            tensors[f"logits.{prompt}"] = logits(model, tokens)
+        numbers["loss"] = weighted_loss(model, examples).item()
+
+    for adapter, config in ADAPTERS.items():
+        if adapter == "all" or name in WITH_SOME:
+            lora(name, adapter, config, folder, prompts, examples, tensors, numbers)
+    if name == "gqa_tied":
+        tokenizer(folder, vocab)
+        training = [random_example(draw, vocab, int(n)) for n in draw.integers(4, 40, 8)]
+        lora_training(folder, training, tensors, numbers)
+        full_training(folder, examples, training, tensors, numbers)
+
+    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "expected.safetensors")
+    write_json(folder / "expected.json", numbers)
+    print(f"{name}: loss {numbers['loss']:.6f}", flush=True)
+
+
+def checkpoint(name: str, folder: pathlib.Path) -> None:
+    """Random weights of a size that makes every part of the model matter in the logits."""
+    options = {**BASE, **VARIANTS[name]}
+    special = ("max_shard_size", "old_config", "dtype", "table_as_head")
+    shard, old_config, dtype, table_as_head = (options.pop(key, None) for key in special)
+    if "rope_parameters" not in options:
+        options["rope_parameters"] = dict(rope_type="default", rope_theta=options["rope_theta"])
+    del options["rope_theta"]
+    model = LlamaForCausalLM(LlamaConfig(**{"tie_word_embeddings": False, **options}))
+    generator = torch.Generator().manual_seed(sum(name.encode()))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm" in key:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            elif "bias" in key:
+                parameter.normal_(0.0, 0.3, generator=generator)
+            elif "embed" in key or "lm_head" in key:
+                parameter.normal_(0.0, 0.25, generator=generator)
+            else:
+                parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+    if dtype:
+        model = model.to(dtype)
+    model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
+    if table_as_head:
+        stored = load_file(folder / "model.safetensors")
+        stored["lm_head.weight"] = stored.pop("model.embed_tokens.weight")
+        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    if old_config:
+        config = json.loads((folder / "config.json").read_text())
+        rope = config.pop("rope_parameters")
+        config["rope_theta"] = rope.pop("rope_theta")
+        config["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}
+        config["torch_dtype"] = config.pop("dtype")
+        write_json(folder / "config.json", config, indent=2)
+
+
+def random_example(draw: numpy.random.Generator, vocab: int, length: int) -> dict:
+    """A prompt without loss, then tokens of weight 1, some 0.5, some 0."""
+    weights = draw.choice([1.0, 1.0, 0.5, 0.0], length)
+    weights[: length // 3] = 0.0
+    weights[-1] = 1.0
+    return {"tokens": draw.integers(3, vocab, length).tolist(), "weights": weights.tolist()}
+
+
+def logits(model, tokens: list[int]) -> torch.Tensor:
+    return model(input_ids=torch.tensor([tokens])).logits[0].float()
+
+
+def weighted_nll(model, example: dict) -> torch.Tensor:
+    """Sum over tokens of weight * -log p(token | tokens before it)."""
+    logprobs = torch.log_softmax(logits(model, example["tokens"]), -1)
+    targets, weights = torch.tensor(example["tokens"])[1:], torch.tensor(example["weights"])[1:]
+    return -(logprobs[:-1].gather(1, targets[:, None])[:, 0] * weights).sum()
+
+
+def total_weight(examples: list[dict]) -> float:
+    return sum(sum(example["weights"][1:]) for example in examples)
+
+
+def weighted_loss(model, examples: list[dict]) -> torch.Tensor:
+    return sum(weighted_nll(model, example) for example in examples) / total_weight(examples)
+
+
+def lora(name, adapter, config, folder, prompts, examples, tensors, numbers) -> None:
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **config)).eval()
+    generator = torch.Generator().manual_seed(sum((name + adapter).encode()))
+    for key, parameter in model.named_parameters():
+        if "lora_" in key:
+            with torch.no_grad():
+                parameter.normal_(0.0, 0.1 if "lora_B" in key else parameter.shape[1] ** -0.5, generator=generator)
+    save_adapter(model, folder / f"adapter-{adapter}")
+    with torch.no_grad():
+        tensors[f"{adapter}.logits.long"] = logits(model, prompts["long"])
+    loss = weighted_loss(model, examples)
+    loss.backward()
+    numbers[f"{adapter}.loss"] = loss.item()
+    for key, parameter in model.named_parameters():
+        if "lora_" in key:
+            tensors[f"{adapter}.grad.{key.replace('.default', '')}"] = parameter.grad
+
+
+def save_adapter(model, folder: pathlib.Path) -> None:
+    """As peft saves it, but for what differs between two runs of peft (the order of a set) and its model card."""
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = None
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()
+    write_json(folder / "adapter_config.json", config, indent=2)
+
+
+def lora_training(folder, examples, tensors, numbers) -> None:
+    """Ten AdamW steps of peft from Tandem's initial adapter in Tandem's order of examples."""
+    hyper = dict(
+        n_epochs=5,
+        batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=5e-3,
+        lr_scheduler="linear",
+        warmup_steps=3,
+        weight_decay=0.01,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_epsilon=1e-8,
+        max_grad_norm=1.0,
+        seed=11,
+    )
+    config = dict(r=4, lora_alpha=8.0, target_modules=LINEAR)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **config)).train()
+    start_from_tandems_adapter(model, hyper["seed"])
+    trainable = [(key, parameter) for key, parameter in model.named_parameters() if parameter.requires_grad]
+    report = adamw(model, trainable, lambda _: True, hyper, examples)
+    numbers["lora_training"] = {"hyper": hyper, "lora": config, "examples": examples, **report}
+    for key, value in get_peft_model_state_dict(model).items():
+        tensors[f"lora_training.final.{key}"] = value.detach().clone()
+
+
+def full_training(folder, examples, training, tensors, numbers) -> None:
+    """Gradients of every parameter, then five AdamW steps over all of them (matrices decay, norms and biases do not)."""
+    hyper = dict(
+        n_epochs=3,
+        max_steps=5,
+        batch_size=4,
+        gradient_accumulation_steps=1,
+        learning_rate=1e-3,
+        lr_scheduler="cosine",
+        warmup_steps=1,
+        weight_decay=0.1,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_epsilon=1e-8,
+        max_grad_norm=1.0,
+        seed=5,
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").train()
+    weighted_loss(model, examples).backward()
+    for key, parameter in model.named_parameters():
+        tensors[f"full.grad.{key}"] = parameter.grad.detach().clone()
+        parameter.grad = None
+    report = adamw(model, list(model.named_parameters()), lambda parameter: parameter.dim() > 1, hyper, training)
+    numbers["full_training"] = {"hyper": hyper, "examples": training, **report}
+
+
+def adamw(model, trainable, decays, hyper: dict, examples: list[dict]) -> dict:
+    groups = [
+        {"params": [p for _, p in trainable if decays(p)], "weight_decay": hyper["weight_decay"]},
+        {"params": [p for _, p in trainable if not decays(p)], "weight_decay": 0.0},
+    ]
+    betas = (hyper["adam_beta1"], hyper["adam_beta2"])
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=hyper["learning_rate"], betas=betas, eps=hyper["adam_epsilon"]
+    )
+    steps = batches(len(examples), hyper)
+    scheduler = get_scheduler(
+        hyper["lr_scheduler"], optimizer, num_warmup_steps=hyper["warmup_steps"], num_training_steps=len(steps)
+    )
+    losses, norms, rates = [], [], []
+    for step in steps:
+        chosen = [[examples[i] for i in micro_batch] for micro_batch in step]
+        weight = total_weight(sum(chosen, []))
+        loss = 0.0
+        for micro_batch in chosen:
+            part = sum(weighted_nll(model, example) for example in micro_batch) / weight
+            part.backward()
+            loss += part.item()
+        losses.append(loss)
+        norms.append(torch.nn.utils.clip_grad_norm_([p for _, p in trainable], hyper["max_grad_norm"]).item())
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return {"steps": steps, "losses": losses, "grad_norms": norms, "learning_rates": rates}
+
+
+# ---- Tandem's draws, from the description in backend/core/src/rng.rs
+
+MASK = (1 << 64) - 1
+GOLDEN = 0x9E3779B97F4A7C15
+INIT_STREAM, SHUFFLE_STREAM = 0x1417, 0x5F1E00000
+
+
+def finalise(z: int) -> int:
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
+
+
+def uniform(seed: int, stream: int, counter: int) -> float:
+    key = finalise(finalise((seed + GOLDEN) & MASK) ^ ((stream * GOLDEN) & MASK))
+    return (finalise((key + counter * GOLDEN) & MASK) >> 11) / (1 << 53)
+
+
+def permutation(n: int, seed: int, stream: int) -> list[int]:
+    order = list(range(n))
+    for i in range(n - 1, 0, -1):
+        j = int(uniform(seed, stream, i) * (i + 1))
+        order[i], order[j] = order[j], order[i]
+    return order
+
+
+def batches(n: int, hyper: dict) -> list[list[list[int]]]:
+    """Example numbers by optimizer step and micro-batch (backend/src/train/data.rs)."""
+    steps = []
+    size, accumulation = hyper["batch_size"], hyper["gradient_accumulation_steps"]
+    for epoch in range(hyper["n_epochs"]):
+        order = permutation(n, hyper["seed"], SHUFFLE_STREAM + epoch)
+        micro_batches = [order[i : i + size] for i in range(0, n, size)]
+        steps += [micro_batches[i : i + accumulation] for i in range(0, len(micro_batches), accumulation)]
+    return steps[: hyper.get("max_steps")]
+
+
+def start_from_tandems_adapter(model, seed: int) -> None:
+    """A uniform in +-1/sqrt(inputs), drawn by place in Tandem's flat buffer; B zero (backend/src/lora/params.rs)."""
+    state = get_peft_model_state_dict(model)
+    place = 0
+    for layer in range(model.config.num_hidden_layers):
+        prefix = f"base_model.model.model.layers.{layer}"
+        for module, parts in (
+            ("self_attn", ["q_proj", "k_proj", "v_proj"]),
+            ("self_attn", ["o_proj"]),
+            ("mlp", ["gate_proj", "up_proj"]),
+            ("mlp", ["down_proj"]),
+        ):
+            for part in parts:
+                a = state[f"{prefix}.{module}.{part}.lora_A.weight"]
+                bound = 1.0 / math.sqrt(a.shape[1])
+                draws = [(2.0 * uniform(seed, INIT_STREAM, place + i) - 1.0) * bound for i in range(a.numel())]
+                state[f"{prefix}.{module}.{part}.lora_A.weight"] = torch.tensor(draws).view(a.shape)
+                place += a.numel()
+            for part in parts:
+                b = state[f"{prefix}.{module}.{part}.lora_B.weight"]
+                state[f"{prefix}.{module}.{part}.lora_B.weight"] = torch.zeros_like(b)
+                place += b.numel()
+    set_peft_model_state_dict(model, state)
+
+
+def tokenizer(folder: pathlib.Path, vocab: int) -> None:
+    """A byte-level BPE that fills the vocabulary: three special tokens, 256 bytes, common pairs."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = "Ġt he in er an re on at en nd ti es or te ed is it al ar st to ha se ou io le of ing the".split()
+    pieces = ["<unk>", "<s>", "</s>", *alphabet]
+    merges = []
+    for pair in pairs:
+        left, right = (pair[0], pair[1:]) if pair != "ing" else ("in", "g")
+        if left in pieces and right in pieces and len(pieces) < vocab:
+            merges.append((left, right))
+            pieces.append(pair)
+    pieces += [f"<extra_{i}>" for i in range(vocab - len(pieces))]
+    bpe = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens(["<unk>", "<s>", "</s>"])
+    bpe.save(str(folder / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    write_json(folder / "tokenizer_config.json", {**config, "chat_template": template}, indent=2)
+
+
+def story() -> None:
+    """How far transformers' own bfloat16 is from its float32 on the story model: the yardstick for ours."""
+    if not STORY.exists():
+        print("story: no such model beside the checkout, its number stays")
+        return
+    cases = json.loads((STORY / "expected.json").read_text())["cases"]
+    model = AutoModelForCausalLM.from_pretrained(STORY, dtype=torch.bfloat16, attn_implementation="eager").eval()
+    worst, total, count = 0.0, 0.0, 0
+    for case in cases:
+        with torch.no_grad():
+            logprobs = torch.log_softmax(logits(model, case["prompt_ids"]), -1)
+        for i, expected in enumerate(case["prompt_logprobs"]):
+            if expected is not None:
+                error = abs(logprobs[i - 1, case["prompt_ids"][i]].item() - expected)
+                worst, total, count = max(worst, error), total + error, count + 1
+    FIXTURES.mkdir(exist_ok=True)
+    write_json(FIXTURES / "story.json", {"bf16_max_abs_error": worst, "bf16_mean_abs_error": total / count})
+    print(f"story: bfloat16 error at most {worst:.4f}, mean {total / count:.4f} over {count} tokens")
+
+
+def write_json(path: pathlib.Path, value, indent=None) -> None:
+    path.write_text(json.dumps(value, indent=indent) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

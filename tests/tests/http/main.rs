@@ -1,0 +1,9 @@
+//! Black-box tests: the real binary on a free port, spoken to over TCP. Modules mirror the API's paths. Not here:
+//! anything that looks inside.
+
+mod bad_input;
+mod client;
+mod fine_tuning;
+mod inference;
+mod lifecycle;
+mod server;

@@ -1,0 +1,125 @@
+//! The binary under test: started on a free port with a data folder of its own, killed when nobody needs it any more.
+
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::client;
+
+pub struct Server {
+    pub address: SocketAddr,
+    /// The base model's card.
+    pub base: Value,
+    child: Child,
+    pub data: Arc<tempfile::TempDir>,
+}
+
+impl Server {
+    /// One server for the tests that leave nothing behind that others could see.
+    pub fn shared() -> Arc<Server> {
+        static SHARED: Mutex<Weak<Server>> = Mutex::new(Weak::new());
+        let mut shared = SHARED.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        shared.upgrade().unwrap_or_else(|| {
+            let server = Arc::new(Server::start(&[]));
+            *shared = Arc::downgrade(&server);
+            server
+        })
+    }
+
+    pub fn start(flags: &[&str]) -> Server {
+        Server::start_in(Arc::new(tempfile::tempdir().unwrap()), flags)
+    }
+
+    /// On the data folder of a server that was killed.
+    pub fn start_in(data: Arc<tempfile::TempDir>, flags: &[&str]) -> Server {
+        let log = std::fs::File::create(data.path().join("log")).unwrap();
+        let mut child = command(&["serve", "--port", "0", "--data-dir"])
+            .arg(data.path().join("data"))
+            .args(flags)
+            .args(std::env::var_os("TANDEM_TEST_MODEL").iter().flat_map(|model| ["--model".into(), model.clone()]))
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .spawn()
+            .expect("the binary is built: cargo build --release");
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let address = line.trim().rsplit('/').next().and_then(|address| address.parse().ok());
+        let Some(address) = address else {
+            drop(child.kill());
+            let log = std::fs::read_to_string(data.path().join("log")).unwrap();
+            panic!("the server did not start: {line:?}\n{log}");
+        };
+        let mut server = Server { address, base: Value::Null, child, data };
+        if !flags.contains(&"--api-key") {
+            server.base = client::get(address, "/v1/models").ok()["data"][0].clone();
+        }
+        server
+    }
+
+    pub fn model(&self) -> &str {
+        self.base["id"].as_str().unwrap()
+    }
+
+    pub fn max_model_len(&self) -> usize {
+        self.base["max_model_len"].as_u64().unwrap() as usize
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.data.path().join("log")).unwrap()
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// No goodbye.
+    pub fn kill(mut self) -> Arc<tempfile::TempDir> {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        self.data.clone()
+    }
+
+    pub fn terminate(&mut self) -> ExitStatus {
+        let status = Command::new("kill").args(["-TERM", &self.pid().to_string()]).status().unwrap();
+        assert!(status.success());
+        self.child.wait().unwrap()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+/// The binary, without the options of the developer's own environment.
+pub fn command(args: &[&str]) -> Command {
+    let binary = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/release/tandem");
+    let binary = std::env::var_os("TANDEM_BINARY").map_or(binary, PathBuf::from);
+    let mut command = Command::new(binary);
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("TANDEM_") {
+            command.env_remove(name);
+        }
+    }
+    command.args(args);
+    command
+}
+
+/// Polls until `look` finds something; what is tested must not need longer than two minutes.
+pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(start.elapsed() < Duration::from_secs(120), "{what} did not happen in two minutes");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}

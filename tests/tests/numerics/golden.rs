@@ -1,0 +1,124 @@
+//! Logits, losses and gradients against transformers and peft, float32.
+
+use tandem_backend::lora::adapter::Adapter;
+use tandem_backend::lora::params::AdapterParams;
+use tandem_backend::model::full::{FullParams, FullShape};
+use tandem_backend::model::{Decoder, Grads};
+use tandem_backend::train::data;
+use tandem_backend::train::step::{Context, Pass, Scores};
+use tandem_core::dataset::Example;
+use tandem_core::job::{Hyper, Lora, Method};
+use tandem_kernels::weight::Precision;
+
+use crate::fixture::{Fixture, NAMES, Table, max_difference, relative_difference};
+use crate::run::{Sequence, base, logprobs, packed};
+use crate::training::hyper;
+
+const LOGITS: f64 = 2e-5;
+const LOSS: f64 = 1e-5;
+const GRADIENT: f64 = 1e-4;
+
+#[test]
+fn logits_and_losses_are_transformers_and_pefts() {
+    let mut table = Table::default();
+    for name in NAMES {
+        let fixture = Fixture::open(name);
+        let decoder = fixture.decoder(Precision::F32);
+        for prompt in ["short", "long"] {
+            let logits = packed(&decoder, &[base(&fixture.tokens(prompt))]).remove(0);
+            let what = format!("logits.{prompt}");
+            table.add(name, &what, max_difference(&logits, fixture.tensor(&what)), LOGITS);
+        }
+        table.add(name, "loss", loss_difference(&fixture, &decoder, None, "loss"), LOSS);
+        for adapter_name in fixture.adapters() {
+            let adapter = fixture.adapter(adapter_name, &decoder);
+            let tokens = fixture.tokens("long");
+            let logits = packed(&decoder, &[Sequence { tokens: &tokens, adapter: Some(&adapter) }]).remove(0);
+            let what = format!("{adapter_name}.logits.long");
+            table.add(name, &what, max_difference(&logits, fixture.tensor(&what)), LOGITS);
+            let what = format!("{adapter_name}.loss");
+            table.add(name, &what, loss_difference(&fixture, &decoder, Some(&adapter), &what), LOSS);
+        }
+    }
+    table.judge("float32 logits and losses against transformers and peft (max abs difference)");
+}
+
+/// The loss of the serving forward over the fixture's weighted examples.
+fn loss_difference(fixture: &Fixture, decoder: &Decoder, adapter: Option<&Adapter>, expected: &str) -> f64 {
+    let examples = fixture.examples();
+    let sequences: Vec<Sequence> = examples.iter().map(|e| Sequence { tokens: &e.tokens, adapter }).collect();
+    let (mut sum, mut total) = (0.0, 0.0);
+    for (Example { tokens, weights }, logits) in examples.iter().zip(packed(decoder, &sequences)) {
+        for (logprob, &weight) in Vec::<f64>::try_from(logprobs(&logits, tokens)).expect("doubles").iter().zip(&weights[1..]) {
+            sum -= logprob * f64::from(weight);
+            total += f64::from(weight);
+        }
+    }
+    (sum / total - fixture.numbers[expected].as_f64().expect("a loss")).abs()
+}
+
+#[test]
+fn gradients_of_a_and_b_are_pefts() {
+    let mut table = Table::default();
+    for name in NAMES {
+        let fixture = Fixture::open(name);
+        let decoder = fixture.decoder(Precision::F32);
+        for adapter_name in fixture.adapters() {
+            let params = fixture.adapter_params(adapter_name, &decoder);
+            let adapter = fixture.adapter(adapter_name, &decoder);
+            let lora = Lora { r: 1, alpha: 1.0, dropout: 0.0, target_modules: vec![], use_rslora: false };
+            let mut grads = Grads::Lora(AdapterParams::zeros(params.shape.clone()));
+            let hyper = hyper(Method::Lora(lora));
+            let loss = backward(&decoder, Some(&adapter), &hyper, &fixture.examples(), &mut grads);
+            let expected = fixture.numbers[format!("{adapter_name}.loss")].as_f64().expect("a loss");
+            table.add(name, &format!("{adapter_name}.training loss"), (loss - expected).abs(), LOSS);
+            let Grads::Lora(grads) = grads else { unreachable!("they were LoRA's above") };
+            let (mut worst_a, mut worst_b) = (0.0_f64, 0.0_f64);
+            for (_, _, site) in grads.shape.iter() {
+                for part in &site.parts {
+                    let expected =
+                        |which| fixture.tensor(&format!("{adapter_name}.grad.base_model.model.{}.{which}.weight", part.path));
+                    worst_a = worst_a.max(relative_difference(&grads.part_a(site, part), expected("lora_A")));
+                    worst_b = worst_b.max(relative_difference(&grads.b(part), expected("lora_B")));
+                }
+            }
+            table.add(name, &format!("{adapter_name}.gradients of A"), worst_a, GRADIENT);
+            table.add(name, &format!("{adapter_name}.gradients of B"), worst_b, GRADIENT);
+        }
+    }
+    table.judge("gradients against peft (relative to the largest of each tensor)");
+}
+
+#[test]
+fn gradients_of_every_parameter_are_torchs() {
+    let fixture = Fixture::open("gqa_tied");
+    let decoder = fixture.decoder(Precision::F32);
+    let mut grads = Grads::Full(FullParams::zeros(FullShape::new(&decoder.spec)));
+    let loss = backward(&decoder, None, &hyper(Method::Full), &fixture.examples(), &mut grads);
+    let mut table = Table::default();
+    table.add(fixture.name, "loss", (loss - fixture.numbers["loss"].as_f64().expect("a loss")).abs(), LOSS);
+    let Grads::Full(grads) = grads else { unreachable!("they were full above") };
+    for (name, gradient) in grads.named() {
+        let difference = relative_difference(&gradient, fixture.tensor(&format!("full.grad.{name}")));
+        table.add(name.trim_start_matches("model."), "", difference, GRADIENT);
+    }
+    table.judge("full gradients against torch autograd (relative to the largest of each tensor)");
+}
+
+/// The trainer's own passes over `examples` as one optimizer step: its mean loss; gradients are added.
+fn backward(decoder: &Decoder, adapter: Option<&Adapter>, hyper: &Hyper, examples: &[Example], grads: &mut Grads) -> f64 {
+    let _no_grad = tch::no_grad_guard();
+    let weight = examples.iter().flat_map(|example| &example.weights[1..]).map(|&weight| f64::from(weight)).sum();
+    let context = Context { decoder, adapter, hyper, step: 0, weight };
+    let (mut scores, mut rows) = (Scores::default(), 0);
+    for slice in data::slices(examples.iter()) {
+        let mut pass = Pass::enter(slice, rows, &context);
+        rows = loop {
+            (pass, scores) = pass.advance(&context, scores, grads);
+            if let Pass::Idle { rows_before } = pass {
+                break rows_before;
+            }
+        };
+    }
+    scores.loss / scores.weight
+}

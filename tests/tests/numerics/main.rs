@@ -1,0 +1,10 @@
+//! The judges of the numbers: transformers' and peft's own results (scripts/fixtures makes them), and what must be equal
+//! to what. `cargo test --release -p tandem-tests --test numerics -- --nocapture` prints how close everything is.
+
+mod equivalence;
+mod fixture;
+mod golden;
+mod resume;
+mod run;
+mod story;
+mod training;

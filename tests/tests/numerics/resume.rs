@@ -1,0 +1,171 @@
+//! A job that was killed, however often and wherever, ends with the bytes of one that was not.
+
+use std::fs;
+use std::path::Path;
+
+use tandem_backend::lora::peft;
+use tandem_backend::model::Decoder;
+use tandem_backend::train::{TrainError, Trainer};
+use tandem_core::dataset::{self, Example};
+use tandem_core::job::{Hyper, JobEvent, Lora, Method, files};
+use tandem_core::rng;
+use tandem_kernels::weight::Precision;
+
+use crate::fixture::{Fixture, examples};
+use crate::training::{Job, finish, hyper};
+
+/// Everything that could make a run depend on where it was cut: dropout, packing, accumulation, checkpoints, validation.
+fn demanding(decoder: &Decoder) -> Hyper {
+    let target_modules = decoder.spec.lora_targets();
+    let lora = Lora { r: 4, alpha: 8.0, dropout: 0.1, target_modules, use_rslora: true };
+    Hyper {
+        n_epochs: 4,
+        gradient_accumulation_steps: 2,
+        warmup_steps: 2,
+        save_steps: 3,
+        eval_steps: 2,
+        packing: true,
+        max_seq_length: 24,
+        ..hyper(Method::Lora(lora))
+    }
+}
+
+fn job(fixture: &Fixture, decoder: &Decoder) -> Job {
+    let examples: Vec<Example> = examples(&fixture.numbers["lora_training"]["examples"]);
+    let job = Job::new(&examples, demanding(decoder));
+    fs::write(job.spec.folder.join(files::VALID), dataset::encode(&fixture.examples())).expect("it is written");
+    job
+}
+
+fn adapter_bytes(job: &Job) -> Vec<u8> {
+    fs::read(job.spec.folder.join(files::ADAPTER).join(peft::TENSORS)).expect("the adapter is there")
+}
+
+/// What a kill does to the folder between two quanta.
+type Wreck = fn(&Path);
+
+#[test]
+fn a_killed_job_ends_with_the_same_bytes() {
+    let fixture = Fixture::open("gqa_tied");
+    let decoder = fixture.decoder(Precision::F32);
+    let undisturbed = job(&fixture, &decoder);
+    let mut trainer = Trainer::start(undisturbed.spec.clone(), &decoder).expect("it starts");
+    let steps = finish(&mut trainer, Some(&decoder)).len();
+    assert!(steps >= 8, "{steps} steps are too few to be cut");
+    let expected = adapter_bytes(&undisturbed);
+
+    let nothing: Wreck = |_| {};
+    // Killed between writing a temporary file and its rename.
+    let half_written: Wreck = |folder| {
+        fs::write(folder.join(".state.safetensors.partial"), b"half of a st").expect("it is written");
+        for name in [".adapter.partial", ".checkpoint-3.partial", ".checkpoint-6.partial"] {
+            fs::create_dir_all(folder.join(name)).expect("it is made");
+            fs::write(folder.join(name).join(peft::TENSORS), b"half of an adap").expect("it is written");
+        }
+    };
+    // Killed between removing a checkpoint's old folder and renaming the new one into place.
+    let between_two: Wreck = |folder| {
+        for entry in fs::read_dir(folder).expect("it is there").flatten() {
+            if entry.file_name().to_string_lossy().starts_with(files::CHECKPOINT) {
+                fs::remove_dir_all(entry.path()).expect("it is removed");
+            }
+        }
+    };
+    for (seed, wreck) in [(1, nothing), (2, nothing), (3, half_written), (4, half_written), (5, between_two)] {
+        let job = job(&fixture, &decoder);
+        let mut lives = 0;
+        'lives: loop {
+            let mut trainer = Trainer::start(job.spec.clone(), &decoder).expect("it goes on");
+            // The more lives, the longer they last: steps since the last checkpoint are done again each time.
+            let quanta = 5 + rng::bits(seed, 0, lives) % (20 + 20 * lives);
+            lives += 1;
+            for _ in 0..quanta {
+                if trainer.quantum(Some(&decoder)).expect("a quantum runs").finished {
+                    break 'lives;
+                }
+            }
+            wreck(&job.spec.folder);
+        }
+        assert!(lives > 3, "seed {seed}: only {lives} lives");
+        println!("seed {seed}: {lives} lives");
+        assert!(adapter_bytes(&job) == expected, "seed {seed}: other bytes after {lives} lives");
+    }
+}
+
+#[test]
+fn a_clean_stop_repeats_no_step_and_ends_with_the_same_bytes() {
+    let fixture = Fixture::open("gqa_tied");
+    let decoder = fixture.decoder(Precision::F32);
+    let undisturbed = job(&fixture, &decoder);
+    let expected_steps = finish(&mut Trainer::start(undisturbed.spec.clone(), &decoder).expect("it starts"), Some(&decoder));
+
+    let job = job(&fixture, &decoder);
+    let mut losses = vec![];
+    let mut finished = false;
+    while !finished {
+        let mut trainer = Trainer::start(job.spec.clone(), &decoder).expect("it goes on");
+        let mut stepped = false;
+        // Stops in the middle of the step after the next one.
+        for _ in 0..60 {
+            let quantum = trainer.quantum(Some(&decoder)).expect("a quantum runs");
+            for event in quantum.events {
+                if let JobEvent::Step(report) = event {
+                    losses.push(report.loss);
+                    stepped = true;
+                }
+            }
+            finished |= quantum.finished;
+            if finished {
+                break;
+            }
+        }
+        assert!(stepped || finished, "sixty quanta made no step");
+        trainer.remember().expect("the state is written");
+    }
+    assert_eq!(losses, expected_steps.iter().map(|report| report.loss).collect::<Vec<_>>());
+    assert!(adapter_bytes(&job) == adapter_bytes(&undisturbed));
+}
+
+#[test]
+fn the_base_answers_the_same_bits_while_it_is_trained_on() {
+    let fixture = Fixture::open("gqa_tied");
+    for precision in [Precision::F32, Precision::Bf16] {
+        let decoder = fixture.decoder(precision);
+        let tokens = fixture.tokens("long");
+        let logits = || crate::run::packed(&decoder, &[crate::run::base(&tokens)]).remove(0);
+        let before = logits();
+        let job = job(&fixture, &decoder);
+        let mut trainer = Trainer::start(job.spec.clone(), &decoder).expect("it starts");
+        for number in 0.. {
+            if trainer.quantum(Some(&decoder)).expect("a quantum runs").finished {
+                break;
+            }
+            // Seven and the layers have no common factor: every kind of quantum is followed by a look.
+            if number % 7 == 0 {
+                assert_eq!(logits(), before, "{precision:?}: step {}", trainer.step());
+            }
+        }
+        assert_eq!(logits(), before, "{precision:?}: after the job");
+    }
+}
+
+#[test]
+fn another_runs_state_is_refused() {
+    let fixture = Fixture::open("gqa_tied");
+    let decoder = fixture.decoder(Precision::F32);
+    let job = job(&fixture, &decoder);
+    Trainer::start(job.spec.clone(), &decoder).expect("it starts").remember().expect("the state is written");
+
+    let mut other = job.spec.clone();
+    other.hyper.learning_rate *= 2.0;
+    assert!(matches!(Trainer::start(other, &decoder), Err(TrainError::State(_))));
+
+    let state = job.spec.folder.join(files::STATE);
+    let bytes = fs::read(&state).expect("it was written");
+    for cut in [0, 7, 100, bytes.len() / 2, bytes.len() - 1] {
+        fs::write(&state, &bytes[..cut]).expect("it is written");
+        assert!(matches!(Trainer::start(job.spec.clone(), &decoder), Err(TrainError::State(_))), "cut at {cut}");
+    }
+    fs::write(&state, &bytes).expect("it is written");
+    assert!(Trainer::start(job.spec.clone(), &decoder).is_ok());
+}

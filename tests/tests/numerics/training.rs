@@ -1,0 +1,170 @@
+//! Whole runs of the trainer against torch.optim.AdamW: the same examples in the same order from the same numbers.
+
+use std::path::Path;
+
+use serde_json::Value;
+use tandem_backend::model::Decoder;
+use tandem_backend::train::Trainer;
+use tandem_backend::train::data::DataPlan;
+use tandem_core::dataset::{self, Example};
+use tandem_core::id::JobId;
+use tandem_core::job::{Hyper, JobEvent, JobSpec, Lora, Method, Schedule, StepReport, files};
+use tandem_kernels::weight::Precision;
+use tch::{Kind, Tensor};
+
+use crate::fixture::{Fixture, Table, examples, max_difference, numbers};
+use crate::run::{base, packed};
+
+const LOSS: f64 = 1e-5;
+const GRAD_NORM: f64 = 1e-4;
+/// After ten steps: AdamW divides by a root of second moments, which blows up rounding of small gradients.
+const ADAPTER: f64 = 2e-4;
+
+#[test]
+fn ten_lora_steps_are_pefts() {
+    let fixture = Fixture::open("gqa_tied");
+    let run = &fixture.numbers["lora_training"];
+    let lora = Lora {
+        r: run["lora"]["r"].as_u64().expect("a rank") as u32,
+        alpha: run["lora"]["lora_alpha"].as_f64().expect("alpha"),
+        dropout: 0.0,
+        target_modules: serde_json::from_value(run["lora"]["target_modules"].clone()).expect("names"),
+        use_rslora: false,
+    };
+    let hyper = hyper_of(&run["hyper"], Method::Lora(lora));
+    let decoder = fixture.decoder(Precision::F32);
+    let before = packed(&decoder, &[base(&fixture.tokens("long"))]).remove(0);
+    let job = Job::new(&examples(&run["examples"]), hyper);
+    let mut trainer = Trainer::start(job.spec.clone(), &decoder).expect("the job starts");
+    let reports = finish(&mut trainer, Some(&decoder));
+
+    let mut table = compare_steps("peft", run, &job, &reports);
+    for (name, ours) in tensors(&job.spec.folder.join(files::ADAPTER).join("adapter_model.safetensors")) {
+        let expected = fixture.tensor(&format!("lora_training.final.{name}"));
+        let short = name.trim_start_matches("base_model.model.model.layers.");
+        table.add(short, "", max_difference(&ours, expected), ADAPTER);
+    }
+    table.judge("ten LoRA steps against peft and torch.optim.AdamW");
+
+    let after = packed(&decoder, &[base(&fixture.tokens("long"))]).remove(0);
+    assert_eq!(before, after, "training changed the base");
+}
+
+#[test]
+fn five_full_steps_are_torchs() {
+    let fixture = Fixture::open("gqa_tied");
+    let run = &fixture.numbers["full_training"];
+    let job = Job::new(&examples(&run["examples"]), hyper_of(&run["hyper"], Method::Full));
+    let mut trainer = Trainer::start_full(job.spec.clone(), &fixture.folder).expect("the job starts");
+    let reports = finish(&mut trainer, None);
+    compare_steps("full", run, &job, &reports).judge("five full steps against torch.optim.AdamW");
+
+    // What was trained is a checkpoint: it loads, and scores as the trainer did.
+    let folder = tempfile::tempdir().expect("a folder");
+    let weights = trainer.full_weights(Kind::Float).expect("full training has weights");
+    std::fs::write(folder.path().join("model.safetensors"), weights).expect("it is written");
+    std::fs::copy(fixture.folder.join("config.json"), folder.path().join("config.json")).expect("it is copied");
+    let trained = Decoder::load(folder.path(), Precision::F32, tch::Device::Cpu).expect("the trained model loads");
+    let untrained = fixture.decoder(Precision::F32);
+    let tokens = fixture.tokens("long");
+    let logits = [&trained, &untrained].map(|decoder| packed(decoder, &[base(&tokens)]).remove(0));
+    assert!(max_difference(&logits[0], &logits[1]) > 0.1, "five steps changed nothing");
+}
+
+fn compare_steps(who: &str, run: &Value, job: &Job, reports: &[StepReport]) -> Table {
+    let mut plan = DataPlan::new(&job.examples, &job.spec.hyper);
+    let steps: Vec<Vec<Vec<usize>>> = serde_json::from_value(run["steps"].clone()).expect("example numbers");
+    assert_eq!((0..plan.total()).map(|step| plan.step(step)).collect::<Vec<_>>(), steps, "the order of examples");
+    assert_eq!(reports.len(), steps.len());
+    let mut table = Table::default();
+    for (i, report) in reports.iter().enumerate() {
+        let expected = |what: &str| numbers(&run[what])[i];
+        let what = |name: &str| format!("step {:2} {name}", i + 1);
+        table.add(who, &what("loss"), (report.loss - expected("losses")).abs(), LOSS);
+        let norm = expected("grad_norms");
+        table.add(who, &what("gradient norm"), (report.grad_norm - norm).abs() / norm, GRAD_NORM);
+        table.add(who, &what("learning rate"), (report.learning_rate - expected("learning_rates")).abs(), 1e-12);
+    }
+    table
+}
+
+/// A job's folder with its dataset.
+pub struct Job {
+    pub spec: JobSpec,
+    pub examples: Vec<Example>,
+    _folder: tempfile::TempDir,
+}
+
+impl Job {
+    pub fn new(examples: &[Example], hyper: Hyper) -> Job {
+        let folder = tempfile::tempdir().expect("a folder");
+        std::fs::write(folder.path().join(files::TRAIN), dataset::encode(examples)).expect("it is written");
+        let id = JobId("ftjob-numerics".to_owned());
+        let spec = JobSpec { id, folder: folder.path().to_owned(), base_model: "fixture".to_owned(), hyper };
+        Job { spec, examples: examples.to_vec(), _folder: folder }
+    }
+}
+
+/// Runs to the end.
+pub fn finish(trainer: &mut Trainer, base: Option<&Decoder>) -> Vec<StepReport> {
+    let mut reports = vec![];
+    loop {
+        let quantum = trainer.quantum(base).expect("a quantum runs");
+        reports.extend(quantum.events.into_iter().filter_map(|event| match event {
+            JobEvent::Step(report) => Some(report),
+            _ => None,
+        }));
+        if quantum.finished {
+            return reports;
+        }
+    }
+}
+
+pub fn tensors(path: &Path) -> Vec<(String, Tensor)> {
+    Tensor::read_safetensors(path).expect("a safetensors file")
+}
+
+/// Small numbers for tests that do not care.
+pub fn hyper(method: Method) -> Hyper {
+    Hyper {
+        n_epochs: 1,
+        max_steps: None,
+        batch_size: 2,
+        gradient_accumulation_steps: 1,
+        learning_rate: 5e-3,
+        lr_scheduler: Schedule::Linear,
+        warmup_steps: 0,
+        weight_decay: 0.01,
+        adam_beta1: 0.9,
+        adam_beta2: 0.95,
+        adam_epsilon: 1e-8,
+        max_grad_norm: 1.0,
+        seed: 3,
+        max_seq_length: 64,
+        packing: false,
+        save_steps: 0,
+        eval_steps: 0,
+        method,
+    }
+}
+
+fn hyper_of(value: &Value, method: Method) -> Hyper {
+    let number = |name: &str| value[name].as_f64().unwrap_or_else(|| panic!("the fixture has no {name}"));
+    let whole = |name: &str| value[name].as_u64().unwrap_or_else(|| panic!("the fixture has no {name}"));
+    Hyper {
+        n_epochs: whole("n_epochs") as u32,
+        max_steps: value["max_steps"].as_u64(),
+        batch_size: whole("batch_size") as u32,
+        gradient_accumulation_steps: whole("gradient_accumulation_steps") as u32,
+        learning_rate: number("learning_rate"),
+        lr_scheduler: serde_json::from_value(value["lr_scheduler"].clone()).expect("a schedule"),
+        warmup_steps: whole("warmup_steps"),
+        weight_decay: number("weight_decay"),
+        adam_beta1: number("adam_beta1"),
+        adam_beta2: number("adam_beta2"),
+        adam_epsilon: number("adam_epsilon"),
+        max_grad_norm: number("max_grad_norm"),
+        seed: whole("seed"),
+        ..hyper(method)
+    }
+}
