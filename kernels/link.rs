@@ -6,7 +6,9 @@ use std::path::Path;
 fn main() {
     println!("cargo:rerun-if-changed=../third_party/stamp");
     println!("cargo:rerun-if-env-changed=LIBTORCH");
-    let Ok(lib) = std::env::var("DEP_TCH_LIBTORCH_LIB") else { return };
+    let Ok(lib) = std::env::var("DEP_TCH_LIBTORCH_LIB") else {
+        return;
+    };
     println!("cargo:rustc-link-arg=-Wl,-rpath,{lib}");
     // The linker drops libraries nothing refers to, and the GPU library registers itself by being loaded
     // (tch-rs issue 1015: the program then runs silently on the CPU).

@@ -263,7 +263,7 @@ fn set_threads(options: &Options) {
     if let Some(threads) = options.threads {
         pool::set_threads(threads);
     }
-    let ours = options.device == Device::Cpu && machine::features().avx512f;
+    let ours = options.device == Device::Cpu && *machine::features() != machine::Features::default();
     tch::set_num_threads(if ours { 1 } else { pool::threads() as i32 });
 }
 

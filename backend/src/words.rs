@@ -12,7 +12,8 @@ use tch::{Cuda, Device, Kind};
 
 use crate::start::Dtype;
 use crate::train::run::RunOptions;
-use crate::weights::{Checkpoint, LoadError};
+use crate::family::declared_kind;
+use crate::weights::{Checkpoint, LoadError, has_weights};
 
 /// `auto` (the first GPU, else the CPU), `cpu`, `cuda`, `cuda:N`.
 pub fn device(word: &str) -> Result<Device, LoadError> {
@@ -46,9 +47,12 @@ impl FromStr for Dtype {
 }
 
 impl RunOptions {
-    /// Full training stores what the checkpoint was stored in.
+    /// Full training stores what the checkpoint was stored in, or what config.json declares when there is none yet.
     pub fn new(spec: JobSpec, model_folder: PathBuf, dtype: &str, device: &str) -> Result<RunOptions, LoadError> {
-        let save_kind = Checkpoint::open(&model_folder)?.main_kind();
+        let save_kind = match has_weights(&model_folder) {
+            true => Checkpoint::open(&model_folder)?.main_kind(),
+            false => declared_kind(&model_folder)?,
+        };
         let precision = match (dtype.parse()?, save_kind) {
             (Dtype::Bf16, _) | (Dtype::Auto, Kind::BFloat16 | Kind::Half) => Precision::Bf16,
             (Dtype::F32, _) | (Dtype::Auto, _) => Precision::F32,

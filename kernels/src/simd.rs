@@ -25,7 +25,7 @@ use crate::machine::features;
 /// Columns of a panel.
 pub(crate) const PANEL: usize = 32;
 /// Steps of one pass over all rows: 128 bytes of each panel a step, so half of a 32 KiB first-level cache a panel.
-const PASS_STEPS: usize = 128;
+const PASS_STEPS: usize = 64;
 /// How far ahead of its use a panel line is asked for. Reaching past a panel's end is right: the next panel follows it
 /// in memory. A prefetch of an unmapped address is ignored.
 const PREFETCH_BYTES: usize = 8192;

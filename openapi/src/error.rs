@@ -33,9 +33,15 @@ const STATUSES: [(&str, &str); 9] = [
     ("401", "No API key, or a wrong one"),
     ("404", "No such model, file, job or route"),
     ("405", "The route exists, not with this method"),
-    ("409", "The state forbids it; a retry cannot help (`x-should-retry: false`)"),
+    (
+        "409",
+        "The state forbids it; a retry cannot help (`x-should-retry: false`)",
+    ),
     ("413", "The body is larger than the route's limit"),
-    ("429", "Too many requests wait; `Retry-After` says when to come back"),
+    (
+        "429",
+        "Too many requests wait; `Retry-After` says when to come back",
+    ),
     ("500", "The server failed"),
     ("503", "The server is starting or stopping"),
 ];
@@ -43,9 +49,17 @@ const STATUSES: [(&str, &str); 9] = [
 impl IntoResponses for Errors {
     fn responses() -> BTreeMap<String, RefOr<Response>> {
         let response = |description: &str| {
-            let body = ContentBuilder::new().schema(Some(Ref::from_schema_name("ErrorResponse"))).build();
-            ResponseBuilder::new().description(description).content("application/json", body).build()
+            let body = ContentBuilder::new()
+                .schema(Some(Ref::from_schema_name("ErrorResponse")))
+                .build();
+            ResponseBuilder::new()
+                .description(description)
+                .content("application/json", body)
+                .build()
         };
-        STATUSES.iter().map(|(status, text)| ((*status).to_owned(), RefOr::T(response(text)))).collect()
+        STATUSES
+            .iter()
+            .map(|(status, text)| ((*status).to_owned(), RefOr::T(response(text))))
+            .collect()
     }
 }

@@ -36,11 +36,18 @@ impl App {
     pub fn new(router: Router) -> Result<App, prometheus::Error> {
         let metrics = Metrics::new(&router.config().served_model_name, router.info().max_loras)?;
         let document = Bytes::from(document());
-        Ok(App { router, metrics: Arc::new(metrics), document, stopping: Arc::default() })
+        Ok(App {
+            router,
+            metrics: Arc::new(metrics),
+            document,
+            stopping: Arc::default(),
+        })
     }
 
     pub fn limits(&self) -> Limits {
-        Limits { max_model_len: self.router.info().max_model_len }
+        Limits {
+            max_model_len: self.router.info().max_model_len,
+        }
     }
 
     pub fn organization(&self) -> &str {
@@ -57,7 +64,9 @@ impl App {
 }
 
 pub fn now() -> i64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let since = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
     i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
 }
 
@@ -74,7 +83,10 @@ struct Key;
 
 impl Modify for Key {
     fn modify(&self, document: &mut utoipa::openapi::OpenApi) {
-        let bearer = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).description(Some("--api-key")).build();
+        let bearer = HttpBuilder::new()
+            .scheme(HttpAuthScheme::Bearer)
+            .description(Some("--api-key"))
+            .build();
         let components = document.components.get_or_insert_default();
         components.add_security_scheme("key", SecurityScheme::Http(bearer));
     }
@@ -117,14 +129,25 @@ pub fn document() -> String {
     let mut document = documented().into_openapi();
     // axum's wildcard is a plain parameter to everybody else, and an operation's id must be unique.
     let paths = std::mem::take(&mut document.paths.paths).into_iter();
-    document.paths.paths = paths.map(|(path, item)| named(path.replace("{*", "{"), item)).collect();
-    document.to_pretty_json().expect("the document has string keys only") + "\n"
+    document.paths.paths = paths
+        .map(|(path, item)| named(path.replace("{*", "{"), item))
+        .collect();
+    document
+        .to_pretty_json()
+        .expect("the document has string keys only")
+        + "\n"
 }
 
 fn named(path: String, mut item: PathItem) -> (String, PathItem) {
-    let words = path.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty());
+    let words = path
+        .split(|c: char| !c.is_ascii_alphanumeric())
+        .filter(|word| !word.is_empty());
     let name = words.collect::<Vec<_>>().join("_");
-    for (method, operation) in [("get", &mut item.get), ("post", &mut item.post), ("delete", &mut item.delete)] {
+    for (method, operation) in [
+        ("get", &mut item.get),
+        ("post", &mut item.post),
+        ("delete", &mut item.delete),
+    ] {
         if let Some(operation) = operation {
             operation.operation_id = Some(format!("{method}_{name}"));
         }
@@ -148,7 +171,9 @@ pub fn routes(app: App, key: Option<ApiKey>) -> Routes {
         Some(key) => routes.layer(from_fn_with_state(key, layers::auth)),
         None => routes,
     };
-    routes.layer(CatchPanicLayer::custom(layers::panicked)).layer(from_fn(layers::request_id))
+    routes
+        .layer(CatchPanicLayer::custom(layers::panicked))
+        .layer(from_fn(layers::request_id))
 }
 
 #[cfg(test)]

@@ -122,7 +122,9 @@ fn limits() -> String {
 /// `NAME=DIR`, as vLLM.
 fn lora_module(text: &str) -> Result<(String, PathBuf), String> {
     match text.split_once('=') {
-        Some((name, folder)) if !name.is_empty() && !folder.is_empty() => Ok((name.to_owned(), PathBuf::from(folder))),
+        Some((name, folder)) if !name.is_empty() && !folder.is_empty() => {
+            Ok((name.to_owned(), PathBuf::from(folder)))
+        }
         _ => Err("an adapter is given as NAME=DIR".to_owned()),
     }
 }
@@ -131,7 +133,11 @@ fn lora_module(text: &str) -> Result<(String, PathBuf), String> {
 fn bytes(text: &str) -> Result<u64, String> {
     let refused = || format!("{text:?} is not a number of bytes such as 2147483648, 2G or 512M");
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let shift = match text[digits.len()..].to_ascii_lowercase().trim_end_matches("ib").trim_end_matches('b') {
+    let shift = match text[digits.len()..]
+        .to_ascii_lowercase()
+        .trim_end_matches("ib")
+        .trim_end_matches('b')
+    {
         "" => 0,
         "k" => 10,
         "m" => 20,

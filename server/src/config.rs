@@ -24,22 +24,36 @@ pub enum ConfigError {
     #[error("cannot read {}: {source}", path.display())]
     Unreadable { path: PathBuf, source: std::io::Error },
     #[error("{} is not TOML: {source}", path.display())]
-    NotToml { path: PathBuf, source: Box<toml::de::Error> },
+    NotToml {
+        path: PathBuf,
+        source: Box<toml::de::Error>,
+    },
     #[error("{}: unknown option {name:?}{}", path.display(), meant(suggestion))]
-    UnknownKey { path: PathBuf, name: String, suggestion: Option<String> },
+    UnknownKey {
+        path: PathBuf,
+        name: String,
+        suggestion: Option<String>,
+    },
     #[error("{}: {name} must be a string, a number, or an array of them", path.display())]
     WrongShape { path: PathBuf, name: String },
     #[error("unknown environment variable {name}{}", meant(suggestion))]
-    UnknownVariable { name: String, suggestion: Option<String> },
+    UnknownVariable {
+        name: String,
+        suggestion: Option<String>,
+    },
 }
 
 fn meant(suggestion: &Option<String>) -> String {
-    suggestion.as_ref().map_or_else(String::new, |name| format!("; did you mean {name}?"))
+    suggestion
+        .as_ref()
+        .map_or_else(String::new, |name| format!("; did you mean {name}?"))
 }
 
 /// The closest of `known` to `name`, if any is close.
 pub fn closest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<String> {
-    let scored = known.into_iter().map(|candidate| (strsim::jaro_winkler(name, candidate), candidate));
+    let scored = known
+        .into_iter()
+        .map(|candidate| (strsim::jaro_winkler(name, candidate), candidate));
     let best = scored.max_by(|a, b| a.0.total_cmp(&b.0))?;
     (best.0 > 0.8).then(|| best.1.to_owned())
 }
@@ -66,7 +80,10 @@ pub fn parse(
     let command = Cli::command().mut_subcommand("serve", |serve| serve.mut_args(with_variable));
     let first = command.clone().try_get_matches_from(&args)?;
     let Some(("serve", serve)) = first.subcommand() else {
-        return Ok(Parsed { cli: Cli::from_arg_matches(&first)?, chosen: Vec::new() });
+        return Ok(Parsed {
+            cli: Cli::from_arg_matches(&first)?,
+            chosen: Vec::new(),
+        });
     };
     let options: Vec<Arg> = options(&command).cloned().collect();
     check_variables(&options, variables)?;
@@ -83,8 +100,14 @@ pub fn parse(
     });
     let matches = command.try_get_matches_from(&args)?;
     let (_, serve) = matches.subcommand().expect("the first pass found serve");
-    let chosen = options.iter().filter_map(|arg| chosen(arg, serve, &file)).collect();
-    Ok(Parsed { cli: Cli::from_arg_matches(&matches)?, chosen })
+    let chosen = options
+        .iter()
+        .filter_map(|arg| chosen(arg, serve, &file))
+        .collect();
+    Ok(Parsed {
+        cli: Cli::from_arg_matches(&matches)?,
+        chosen,
+    })
 }
 
 fn with_variable(arg: Arg) -> Arg {
@@ -102,33 +125,58 @@ fn options(command: &Command) -> impl Iterator<Item = &Arg> {
 }
 
 fn check_variables(options: &[Arg], variables: impl IntoIterator<Item = String>) -> Result<(), ConfigError> {
-    let known: Vec<&str> =
-        options.iter().filter_map(|arg| arg.get_env()?.to_str()).chain(OTHER_VARIABLES).collect();
-    match variables.into_iter().find(|name| name.starts_with(ENV_PREFIX) && !known.contains(&name.as_str())) {
+    let known: Vec<&str> = options
+        .iter()
+        .filter_map(|arg| arg.get_env()?.to_str())
+        .chain(OTHER_VARIABLES)
+        .collect();
+    match variables
+        .into_iter()
+        .find(|name| name.starts_with(ENV_PREFIX) && !known.contains(&name.as_str()))
+    {
         None => Ok(()),
-        Some(name) => Err(ConfigError::UnknownVariable { suggestion: closest(&name, known), name }),
+        Some(name) => Err(ConfigError::UnknownVariable {
+            suggestion: closest(&name, known),
+            name,
+        }),
     }
 }
 
 /// Option id -> values as text.
 fn read_file(path: &Path, options: &[Arg]) -> Result<BTreeMap<String, Vec<String>>, ConfigError> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
-    let table: toml::Table = text
-        .parse()
-        .map_err(|source| ConfigError::NotToml { path: path.to_owned(), source: Box::new(source) })?;
+    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable {
+        path: path.to_owned(),
+        source,
+    })?;
+    let table: toml::Table = text.parse().map_err(|source| ConfigError::NotToml {
+        path: path.to_owned(),
+        source: Box::new(source),
+    })?;
     let mut values = BTreeMap::new();
     for (name, value) in table {
         let id = name.replace('-', "_");
         let named = |arg: &&Arg| {
             arg.get_id() == id.as_str()
-                || arg.get_all_aliases().unwrap_or_default().contains(&name.replace('_', "-").as_str())
+                || arg
+                    .get_all_aliases()
+                    .unwrap_or_default()
+                    .contains(&name.replace('_', "-").as_str())
         };
         let Some(arg) = options.iter().filter(|arg| arg.get_id() != "config").find(named) else {
-            let known = options.iter().map(|arg| arg.get_id().as_str()).filter(|&id| id != "config");
-            return Err(ConfigError::UnknownKey { path: path.to_owned(), suggestion: closest(&id, known), name });
+            let known = options
+                .iter()
+                .map(|arg| arg.get_id().as_str())
+                .filter(|&id| id != "config");
+            return Err(ConfigError::UnknownKey {
+                path: path.to_owned(),
+                suggestion: closest(&id, known),
+                name,
+            });
         };
-        let texts = as_texts(&value).ok_or_else(|| ConfigError::WrongShape { path: path.to_owned(), name })?;
+        let texts = as_texts(&value).ok_or_else(|| ConfigError::WrongShape {
+            path: path.to_owned(),
+            name,
+        })?;
         values.insert(arg.get_id().to_string(), texts);
     }
     Ok(values)
@@ -144,9 +192,10 @@ fn as_texts(value: &toml::Value) -> Option<Vec<String>> {
     };
     match value {
         toml::Value::Array(items) => items.iter().map(scalar).collect(),
-        toml::Value::Table(pairs) => {
-            pairs.iter().map(|(key, value)| Some(format!("{key}={}", scalar(value)?))).collect()
-        }
+        toml::Value::Table(pairs) => pairs
+            .iter()
+            .map(|(key, value)| Some(format!("{key}={}", scalar(value)?)))
+            .collect(),
         value => Some(vec![scalar(value)?]),
     }
 }
@@ -164,7 +213,11 @@ fn chosen(arg: &Arg, serve: &ArgMatches, file: &BTreeMap<String, Vec<String>>) -
         "api_key" => "(hidden)".to_owned(),
         _ => texts.join(" "),
     };
-    Some(Chosen { name: id.replace('_', "-"), value, source })
+    Some(Chosen {
+        name: id.replace('_', "-"),
+        value,
+        source,
+    })
 }
 
 #[cfg(test)]
@@ -173,7 +226,10 @@ mod tests {
     use crate::cli;
 
     fn serve(args: &str, variables: &[&str]) -> Result<(cli::Serve, Vec<Chosen>), ConfigError> {
-        let args = ["tandem", "serve"].into_iter().chain(args.split_whitespace()).map(OsString::from);
+        let args = ["tandem", "serve"]
+            .into_iter()
+            .chain(args.split_whitespace())
+            .map(OsString::from);
         let parsed = parse(args, variables.iter().map(|&name| name.to_owned()))?;
         match parsed.cli.command {
             cli::Command::Serve(serve) => Ok((*serve, parsed.chosen)),
@@ -184,13 +240,22 @@ mod tests {
     #[test]
     fn the_file_is_below_the_flags_and_above_the_defaults() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let text = "port = 9\nmax_num_seqs = 7\nkv-cache-memory = \"1G\"\nlora-modules = { a = \"x\", b = \"y\" }\n";
+        let text =
+            "port = 9\nmax_num_seqs = 7\nkv-cache-memory = \"1G\"\nlora-modules = { a = \"x\", b = \"y\" }\n";
         std::fs::write(file.path(), text).unwrap();
         let (serve, chosen) = serve(&format!("--config {} --port 10", file.path().display()), &[]).unwrap();
         assert_eq!((serve.port, serve.max_num_seqs), (10, Some(7)));
         assert_eq!(serve.kv_cache_memory_bytes, Some(1 << 30));
-        assert_eq!(serve.lora_modules, [("a".to_owned(), "x".into()), ("b".to_owned(), "y".into())]);
-        let source = |name: &str| chosen.iter().find(|chosen| chosen.name == name).map(|chosen| chosen.source);
+        assert_eq!(
+            serve.lora_modules,
+            [("a".to_owned(), "x".into()), ("b".to_owned(), "y".into())]
+        );
+        let source = |name: &str| {
+            chosen
+                .iter()
+                .find(|chosen| chosen.name == name)
+                .map(|chosen| chosen.source)
+        };
         assert_eq!(source("port"), Some("flag"));
         assert_eq!(source("max-num-seqs"), Some("file"));
         assert_eq!(source("host"), Some("default"));
@@ -213,9 +278,18 @@ mod tests {
             let message = serve(&config, &[]).map(|_| ()).unwrap_err().to_string();
             assert!(message.contains(expected), "{text}: {message}");
         }
-        let message = serve("", &["TANDEM_PROT", "HOME"]).map(|_| ()).unwrap_err().to_string();
+        let message = serve("", &["TANDEM_PROT", "HOME"])
+            .map(|_| ())
+            .unwrap_err()
+            .to_string();
         assert!(message.contains("did you mean TANDEM_PORT?"), "{message}");
         assert!(serve("", &["TANDEM_PORT", "TANDEM_LOG"]).is_ok());
-        assert!(serve("--prot 9", &[]).map(|_| ()).unwrap_err().to_string().contains("--port"));
+        assert!(
+            serve("--prot 9", &[])
+                .map(|_| ())
+                .unwrap_err()
+                .to_string()
+                .contains("--port")
+        );
     }
 }

@@ -30,7 +30,12 @@ pub fn materialise(data_dir: &Path) -> io::Result<PathBuf> {
         hasher.update(bytes.len().to_le_bytes());
         hasher.update(bytes);
     }
-    let digest: String = hasher.finalize().iter().take(4).map(|byte| format!("{byte:02x}")).collect();
+    let digest: String = hasher
+        .finalize()
+        .iter()
+        .take(4)
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
     let folder = data_dir.join(format!("demo-model-{digest}"));
     if folder.is_dir() {
         return Ok(folder);
@@ -63,6 +68,10 @@ mod tests {
         for (name, bytes) in FILES {
             assert_eq!(fs::read(folder.join(name)).unwrap(), *bytes, "{name}");
         }
-        assert_eq!(fs::read_dir(data.path()).unwrap().count(), 1, "nothing else is left behind");
+        assert_eq!(
+            fs::read_dir(data.path()).unwrap().count(),
+            1,
+            "nothing else is left behind"
+        );
     }
 }

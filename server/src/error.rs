@@ -25,11 +25,17 @@ pub enum ApiError {
     Prompt(RouterError, &'static str),
     /// A value is wrong; `param` is the field's path.
     #[error("{message}")]
-    Invalid { param: Option<String>, code: Option<&'static str>, message: String },
+    Invalid {
+        param: Option<String>,
+        code: Option<&'static str>,
+        message: String,
+    },
     /// A field that asks for what is not built. Better said than ignored.
     #[error("{param} is not supported by this server{hint}")]
     NotBuilt { param: String, hint: String },
-    #[error("We could not parse the JSON body of your request. (HINT: the body must be one JSON object. {0})")]
+    #[error(
+        "We could not parse the JSON body of your request. (HINT: the body must be one JSON object. {0})"
+    )]
     NotJson(String),
     #[error("the request body is larger than {limit_bytes} bytes, the limit of this route")]
     TooLarge { limit_bytes: u64 },
@@ -52,7 +58,11 @@ pub enum ApiError {
 
 /// A wrong value of `param`.
 pub fn invalid(param: impl Into<String>, message: impl Into<String>) -> ApiError {
-    ApiError::Invalid { param: Some(param.into()), code: Some("invalid_value"), message: message.into() }
+    ApiError::Invalid {
+        param: Some(param.into()),
+        code: Some("invalid_value"),
+        message: message.into(),
+    }
 }
 
 enum Retry {
@@ -85,12 +95,24 @@ impl ApiError {
             instead: None,
         };
         let bad = |param: Option<&str>, code| with(S::BAD_REQUEST, INVALID, param, code);
-        let failed = |retry, instead| Answer { retry, instead, ..with(S::INTERNAL_SERVER_ERROR, SERVER, None, None) };
+        let failed = |retry, instead| Answer {
+            retry,
+            instead,
+            ..with(S::INTERNAL_SERVER_ERROR, SERVER, None, None)
+        };
         let busy = |seconds| Answer {
             retry: AfterSeconds(seconds),
-            ..with(S::TOO_MANY_REQUESTS, "rate_limit_error", None, Some("rate_limit_exceeded"))
+            ..with(
+                S::TOO_MANY_REQUESTS,
+                "rate_limit_error",
+                None,
+                Some("rate_limit_exceeded"),
+            )
         };
-        let stopping = || Answer { retry: AfterSeconds(5), ..with(S::SERVICE_UNAVAILABLE, SERVER, None, None) };
+        let stopping = || Answer {
+            retry: AfterSeconds(5),
+            ..with(S::SERVICE_UNAVAILABLE, SERVER, None, None)
+        };
 
         let (error, prompt) = match self {
             ApiError::Router(error) => (error, None),
@@ -98,44 +120,75 @@ impl ApiError {
             ApiError::Invalid { param, code, .. } => return bad(param.as_deref(), *code),
             ApiError::NotBuilt { param, .. } => return bad(Some(param), Some("unsupported_parameter")),
             ApiError::NotJson(_) | ApiError::Body(_) => return bad(None, None),
-            ApiError::TooLarge { .. } => return with(S::PAYLOAD_TOO_LARGE, INVALID, None, Some("request_too_large")),
+            ApiError::TooLarge { .. } => {
+                return with(S::PAYLOAD_TOO_LARGE, INVALID, None, Some("request_too_large"));
+            }
             ApiError::NoKey | ApiError::WrongKey => {
-                return with(S::UNAUTHORIZED, "authentication_error", None, Some("invalid_api_key"));
+                return with(
+                    S::UNAUTHORIZED,
+                    "authentication_error",
+                    None,
+                    Some("invalid_api_key"),
+                );
             }
             ApiError::UnknownUrl(..) => return with(S::NOT_FOUND, INVALID, None, Some("unknown_url")),
-            ApiError::WrongMethod(..) => return with(S::METHOD_NOT_ALLOWED, INVALID, None, Some("method_not_allowed")),
+            ApiError::WrongMethod(..) => {
+                return with(S::METHOD_NOT_ALLOWED, INVALID, None, Some("method_not_allowed"));
+            }
             ApiError::Stopping => return stopping(),
             ApiError::Internal(_) => return failed(Retry::AsStatusSays, Some("The server had an error.")),
         };
         match error {
-            RouterError::UnknownModel(_) => with(S::NOT_FOUND, INVALID, Some("model"), Some("model_not_found")),
-            RouterError::UnknownFile(_) => with(S::NOT_FOUND, INVALID, Some("id"), None),
-            RouterError::UnknownJob(_) => {
-                with(S::NOT_FOUND, INVALID, Some("fine_tune_id"), Some("fine_tune_not_found"))
+            RouterError::UnknownModel(_) => {
+                with(S::NOT_FOUND, INVALID, Some("model"), Some("model_not_found"))
             }
+            RouterError::UnknownFile(_) => with(S::NOT_FOUND, INVALID, Some("id"), None),
+            RouterError::UnknownJob(_) => with(
+                S::NOT_FOUND,
+                INVALID,
+                Some("fine_tune_id"),
+                Some("fine_tune_not_found"),
+            ),
             RouterError::Invalid { param, code, .. } => bad(param.as_deref(), *code),
             RouterError::ContextLength { .. } => bad(prompt, Some("context_length_exceeded")),
-            RouterError::Conflict(_) => Answer { retry: Never, ..with(S::CONFLICT, INVALID, None, Some("conflict")) },
-            RouterError::Adapter { not_found: true, .. } => {
-                with(S::NOT_FOUND, INVALID, Some("lora_path"), Some("adapter_not_found"))
-            }
+            RouterError::Conflict(_) => Answer {
+                retry: Never,
+                ..with(S::CONFLICT, INVALID, None, Some("conflict"))
+            },
+            RouterError::Adapter { not_found: true, .. } => with(
+                S::NOT_FOUND,
+                INVALID,
+                Some("lora_path"),
+                Some("adapter_not_found"),
+            ),
             RouterError::Adapter { not_found: false, .. } => bad(Some("lora_path"), Some("invalid_adapter")),
             RouterError::Busy { retry_after_s, .. } => busy(*retry_after_s),
             RouterError::Engine(Fault::Overloaded { .. }) => busy(1),
             RouterError::Engine(Fault::TooLarge(_)) => bad(prompt, Some("request_too_large")),
             RouterError::Engine(Fault::Adapter(_)) => failed(Never, Some("The adapter could not be loaded.")),
             // The text is libtorch's, with its source lines.
-            RouterError::Engine(Fault::Step(_)) => {
-                failed(Retry::AsStatusSays, Some("The engine failed a step; the request is lost."))
-            }
+            RouterError::Engine(Fault::Step(_)) => failed(
+                Retry::AsStatusSays,
+                Some("The engine failed a step; the request is lost."),
+            ),
             RouterError::Engine(Fault::ShuttingDown) => stopping(),
-            RouterError::Store(_) => failed(Retry::AsStatusSays, Some("The server could not reach its storage.")),
+            RouterError::Store(_) => failed(
+                Retry::AsStatusSays,
+                Some("The server could not reach its storage."),
+            ),
         }
     }
 
     /// What a stream sends when it cannot go on.
     pub fn body(&self) -> ErrorResponse {
-        let Answer { status, kind, param, code, instead, .. } = self.answer();
+        let Answer {
+            status,
+            kind,
+            param,
+            code,
+            instead,
+            ..
+        } = self.answer();
         if status.is_server_error() {
             error!(%status, error = %self, "request failed");
         }
@@ -144,7 +197,14 @@ impl ApiError {
             message.truncate(end);
             message.push_str("...");
         }
-        ErrorResponse { error: ErrorObject { message, kind: kind.to_owned(), param, code: code.map(str::to_owned) } }
+        ErrorResponse {
+            error: ErrorObject {
+                message,
+                kind: kind.to_owned(),
+                param,
+                code: code.map(str::to_owned),
+            },
+        }
     }
 }
 
@@ -156,7 +216,9 @@ impl IntoResponse for ApiError {
         match retry {
             Retry::AsStatusSays => {}
             Retry::Never => drop(headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"))),
-            Retry::AfterSeconds(seconds) => drop(headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds))),
+            Retry::AfterSeconds(seconds) => {
+                drop(headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds)))
+            }
         }
         if status == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));

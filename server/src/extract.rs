@@ -1,13 +1,15 @@
 //! Bodies, paths and queries out of requests, with every refusal in the envelope (axum's own answer in plain text).
 //! Not here: what the values mean.
 
-use axum::body::{Body, Bytes};
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use axum::body::{Body, BodyDataStream, Bytes};
 use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, header};
 use futures::StreamExt;
 use serde::de::DeserializeOwned;
-use std::ops::RangeInclusive;
 
 use crate::error::{ApiError, invalid};
 
@@ -15,9 +17,9 @@ use crate::error::{ApiError, invalid};
 pub const JSON_LIMIT_BYTES: u64 = 32 << 20;
 /// An uploaded file at most.
 pub const FILE_LIMIT_BYTES: u64 = 512 << 20;
-/// Of a body that is refused for its size, this much more is read and dropped, so that a client that is still writing
-/// reads the answer and not a reset connection.
+/// See [`drain`].
 const DRAIN_LIMIT_BYTES: u64 = 64 << 20;
+pub const DRAIN_TIME: Duration = Duration::from_secs(5);
 
 /// A JSON body. The content type is not looked at: half of all clients get it wrong, and nothing else could be meant.
 pub struct Json<T>(pub T);
@@ -37,14 +39,14 @@ async fn read(headers: &HeaderMap, body: Body, limit_bytes: u64) -> Result<Vec<u
     let mut chunks = body.into_data_stream();
     let announced = announced_bytes(headers);
     if announced.is_some_and(|bytes| bytes > limit_bytes) {
-        drain(&mut chunks).await;
+        drain(chunks);
         return Err(ApiError::TooLarge { limit_bytes });
     }
     let mut bytes = Vec::with_capacity(announced.unwrap_or(0) as usize);
     while let Some(chunk) = chunks.next().await {
         let chunk: Bytes = chunk.map_err(|error| ApiError::Body(error.to_string()))?;
         if (bytes.len() + chunk.len()) as u64 > limit_bytes {
-            drain(&mut chunks).await;
+            drain(chunks);
             return Err(ApiError::TooLarge { limit_bytes });
         }
         bytes.extend_from_slice(&chunk);
@@ -56,15 +58,19 @@ pub fn announced_bytes(headers: &HeaderMap) -> Option<u64> {
     headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
-/// Read and drop, up to [`DRAIN_LIMIT_BYTES`].
-pub async fn drain(chunks: &mut (impl futures::Stream<Item = Result<Bytes, axum::Error>> + Unpin)) {
-    let mut left = DRAIN_LIMIT_BYTES;
-    while let Some(Ok(chunk)) = chunks.next().await {
-        match left.checked_sub(chunk.len() as u64) {
-            Some(rest) => left = rest,
-            None => return,
+/// Reads and drops the rest of a refused body in the background, up to [`DRAIN_LIMIT_BYTES`] and [`DRAIN_TIME`], so
+/// that a client that is still writing reads the answer and not a reset connection.
+pub fn drain(mut chunks: BodyDataStream) {
+    let rest = async move {
+        let mut left = DRAIN_LIMIT_BYTES;
+        while let Some(Ok(chunk)) = chunks.next().await {
+            match left.checked_sub(chunk.len() as u64) {
+                Some(rest) => left = rest,
+                None => return,
+            }
         }
-    }
+    };
+    tokio::spawn(tokio::time::timeout(DRAIN_TIME, rest));
 }
 
 /// One JSON object; what is wrong with it is named by its path.
@@ -77,7 +83,9 @@ pub fn from_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     }
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
     let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| named(error))?;
-    deserializer.end().map_err(|error| ApiError::NotJson(sentence(&error)))?;
+    deserializer
+        .end()
+        .map_err(|error| ApiError::NotJson(sentence(&error)))?;
     Ok(value)
 }
 
@@ -95,18 +103,32 @@ fn named(error: serde_path_to_error::Error<serde_json::Error>) -> ApiError {
     let text = error.to_string();
     let text = text.split(" at line ").next().unwrap_or(&text);
     let inside = (path != "." && !path.is_empty()).then_some(path);
-    let field = text.strip_prefix("missing field `").and_then(|rest| rest.strip_suffix('`'));
+    let field = text
+        .strip_prefix("missing field `")
+        .and_then(|rest| rest.strip_suffix('`'));
     match (field, inside) {
         (Some(field), inside) => {
             let param = inside.map_or_else(|| field.to_owned(), |path| format!("{path}.{field}"));
             let message = format!("Missing required parameter: '{param}'.");
-            ApiError::Invalid { param: Some(param), code: Some("missing_required_parameter"), message }
+            ApiError::Invalid {
+                param: Some(param),
+                code: Some("missing_required_parameter"),
+                message,
+            }
         }
         (None, Some(param)) => {
             let message = format!("Invalid type for '{param}': {text}.");
-            ApiError::Invalid { param: Some(param), code: Some("invalid_type"), message }
+            ApiError::Invalid {
+                param: Some(param),
+                code: Some("invalid_type"),
+                message,
+            }
         }
-        (None, None) => ApiError::Invalid { param: None, code: Some("invalid_type"), message: text.to_owned() },
+        (None, None) => ApiError::Invalid {
+            param: None,
+            code: Some("invalid_type"),
+            message: text.to_owned(),
+        },
     }
 }
 
@@ -140,21 +162,37 @@ impl<S: Sync> FromRequestParts<S> for Pairs {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Pairs, ApiError> {
-        let axum::extract::Query(pairs) = axum::extract::Query::try_from_uri(&parts.uri)
-            .map_err(|error| ApiError::Invalid { param: None, code: None, message: error.to_string() })?;
+        let axum::extract::Query(pairs) =
+            axum::extract::Query::try_from_uri(&parts.uri).map_err(|error| ApiError::Invalid {
+                param: None,
+                code: None,
+                message: error.to_string(),
+            })?;
         Ok(Pairs(pairs))
     }
 }
 
 impl Pairs {
     pub fn text(&self, name: &str) -> Option<&str> {
-        self.0.iter().find(|(key, value)| key == name && !value.is_empty()).map(|(_, value)| value.as_str())
+        self.0
+            .iter()
+            .find(|(key, value)| key == name && !value.is_empty())
+            .map(|(_, value)| value.as_str())
     }
 
     pub fn integer(&self, name: &str, range: RangeInclusive<u32>, default: u32) -> Result<u32, ApiError> {
-        let Some(text) = self.text(name) else { return Ok(default) };
+        let Some(text) = self.text(name) else {
+            return Ok(default);
+        };
         text.parse().ok().filter(|n| range.contains(n)).ok_or_else(|| {
-            invalid(name, format!("{name} must be an integer from {} to {}, got {text:?}", range.start(), range.end()))
+            invalid(
+                name,
+                format!(
+                    "{name} must be an integer from {} to {}, got {text:?}",
+                    range.start(),
+                    range.end()
+                ),
+            )
         })
     }
 
@@ -163,14 +201,27 @@ impl Pairs {
         match self.text(name).map(str::to_ascii_lowercase).as_deref() {
             None | Some("false" | "0") => Ok(false),
             Some("true" | "1") => Ok(true),
-            Some(other) => Err(invalid(name, format!("{name} must be true or false, got {other:?}"))),
+            Some(other) => Err(invalid(
+                name,
+                format!("{name} must be true or false, got {other:?}"),
+            )),
         }
     }
 
     /// `name[key]=value` pairs.
     pub fn map(&self, name: &str) -> Vec<(String, String)> {
-        let key = |full: &str| Some(full.strip_prefix(name)?.strip_prefix('[')?.strip_suffix(']')?.to_owned());
-        self.0.iter().filter_map(|(full, value)| Some((key(full)?, value.clone()))).collect()
+        let key = |full: &str| {
+            Some(
+                full.strip_prefix(name)?
+                    .strip_prefix('[')?
+                    .strip_suffix(']')?
+                    .to_owned(),
+            )
+        };
+        self.0
+            .iter()
+            .filter_map(|(full, value)| Some((key(full)?, value.clone())))
+            .collect()
     }
 }
 
@@ -215,7 +266,10 @@ mod tests {
 
     #[test]
     fn queries_are_read() {
-        let query = Pairs(vec![("limit".into(), "7".into()), ("metadata[a b]".into(), "c".into())]);
+        let query = Pairs(vec![
+            ("limit".into(), "7".into()),
+            ("metadata[a b]".into(), "c".into()),
+        ]);
         assert_eq!(query.integer("limit", 1..=10, 3).unwrap(), 7);
         assert!(query.integer("limit", 1..=6, 3).is_err());
         assert_eq!(query.integer("other", 1..=6, 3).unwrap(), 3);

@@ -11,6 +11,7 @@ use axum::response::{IntoResponse, Response};
 use tracing::{debug, warn};
 
 use crate::error::ApiError;
+use crate::extract::drain;
 use crate::id;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -21,7 +22,11 @@ const OPEN_PATHS: [&str; 2] = ["/health", "/ready"];
 
 /// Names the exchange (the client's name, or a new one) and logs it.
 pub async fn request_id(mut request: Request, next: Next) -> Response {
-    let given = request.headers().get(&REQUEST_ID).filter(|id| id.len() <= REQUEST_ID_BYTES).cloned();
+    let given = request
+        .headers()
+        .get(&REQUEST_ID)
+        .filter(|id| id.len() <= REQUEST_ID_BYTES)
+        .cloned();
     let id = given.unwrap_or_else(|| {
         HeaderValue::from_str(&id::fresh("req_")).expect("the id is made of letters, digits and _")
     });
@@ -53,11 +58,13 @@ pub async fn auth(State(key): State<ApiKey>, request: Request, next: Next) -> Re
     if OPEN_PATHS.contains(&request.uri().path()) {
         return next.run(request).await;
     }
-    match given_key(request.headers()) {
-        None => ApiError::NoKey.into_response(),
-        Some(given) if !same(given, key.0.as_bytes()) => ApiError::WrongKey.into_response(),
-        Some(_) => next.run(request).await,
-    }
+    let refusal = match given_key(request.headers()) {
+        None => ApiError::NoKey,
+        Some(given) if !same(given, key.0.as_bytes()) => ApiError::WrongKey,
+        Some(_) => return next.run(request).await,
+    };
+    drain(request.into_body().into_data_stream());
+    refusal.into_response()
 }
 
 /// OpenAI's clients send a bearer token, Anthropic's older ones `x-api-key`.
@@ -78,7 +85,9 @@ fn same(given: &[u8], key: &[u8]) -> bool {
 /// A handler that panicked: the bug is logged, the client gets a 500, the server goes on.
 pub fn panicked(panic: Box<dyn Any + Send>) -> Response {
     let text = panic.downcast_ref::<String>().map(String::as_str);
-    let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("(no text)");
+    let text = text
+        .or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("(no text)");
     ApiError::Internal(format!("a handler panicked: {text}")).into_response()
 }
 
@@ -96,7 +105,13 @@ mod tests {
 
     #[test]
     fn only_the_key_opens() {
-        for (given, expected) in [("sekret", true), ("sekre", false), ("sekrets", false), ("", false), ("tekret", false)] {
+        for (given, expected) in [
+            ("sekret", true),
+            ("sekre", false),
+            ("sekrets", false),
+            ("", false),
+            ("tekret", false),
+        ] {
             assert_eq!(same(given.as_bytes(), b"sekret"), expected, "{given:?}");
         }
         let headers = |name: &'static str, value: &'static str| {

@@ -23,7 +23,12 @@ pub fn bind(address: SocketAddr) -> io::Result<std::net::TcpListener> {
 }
 
 /// Serves until SIGTERM or SIGINT and `grace` after it; a second signal ends the grace.
-pub async fn serve(listener: std::net::TcpListener, routes: Routes, app: App, grace: Duration) -> io::Result<()> {
+pub async fn serve(
+    listener: std::net::TcpListener,
+    routes: Routes,
+    app: App,
+    grace: Duration,
+) -> io::Result<()> {
     let mut signals = Signals::new()?;
     let listener = TcpListener::from_std(listener)?.tap_io(|stream| {
         // A chunk of a stream is small and must leave at once.
@@ -35,7 +40,11 @@ pub async fn serve(listener: std::net::TcpListener, routes: Routes, app: App, gr
     let server = axum::serve(listener, routes).with_graceful_shutdown(async move { drop(stopped.await) });
     let watch = async {
         let name = signals.next().await;
-        info!(signal = name, grace_s = grace.as_secs(), "stopping: no new connections, running answers end");
+        info!(
+            signal = name,
+            grace_s = grace.as_secs(),
+            "stopping: no new connections, running answers end"
+        );
         app.stop();
         // Nobody listens any more when the server has ended by itself.
         let _ = stop.send(());
@@ -59,7 +68,10 @@ struct Signals {
 
 impl Signals {
     fn new() -> io::Result<Signals> {
-        Ok(Signals { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+        Ok(Signals {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
     }
 
     async fn next(&mut self) -> &'static str {

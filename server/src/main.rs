@@ -42,7 +42,8 @@ const TOKIO_WORKERS: usize = 2;
 const ENGINE_STOP: Duration = Duration::from_secs(30);
 
 fn main() -> ExitCode {
-    let outcome = process::set_environment().context("cannot start again with the environment libtorch needs");
+    let outcome =
+        process::set_environment().context("cannot start again with the environment libtorch needs");
     match outcome.and_then(|()| run()) {
         Ok(code) => code,
         Err(error) => {
@@ -65,9 +66,14 @@ fn run() -> Result<ExitCode> {
         Command::Doctor => print!("{}", doctor::report()),
         Command::Openapi => print!("{}", app::document()),
         Command::Health(health) => {
-            let line = health::ask(&health).with_context(|| format!("nobody answers on port {}", health.port))?;
+            let line =
+                health::ask(&health).with_context(|| format!("nobody answers on port {}", health.port))?;
             println!("{line}");
-            return Ok(if health::is_well(&line) { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+            return Ok(if health::is_well(&line) {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            });
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -81,12 +87,19 @@ fn serve(options: Serve, chosen: &[Chosen]) -> Result<()> {
     let listener = listen::bind(address).with_context(|| format!("cannot listen on {address}"))?;
     let address = listener.local_addr().context("the socket has no address")?;
     let data_dir = &options.data_dir;
-    std::fs::create_dir_all(data_dir).with_context(|| format!("cannot make --data-dir {}", data_dir.display()))?;
+    std::fs::create_dir_all(data_dir)
+        .with_context(|| format!("cannot make --data-dir {}", data_dir.display()))?;
     let (folder, name) = model(&options)?;
 
     let tokenizer = Tokenizer::from_folder(&folder).context("the model's tokenizer")?;
     let replica = tandem_backend::start(engine_options(&options, &folder)?).context("the model")?;
-    let Serve { lora_modules, max_waiting, api_key, shutdown_grace, .. } = options.clone();
+    let Serve {
+        lora_modules,
+        max_waiting,
+        api_key,
+        shutdown_grace,
+        ..
+    } = options.clone();
     let config = tandem_router::Config {
         served_model_name: name,
         max_waiting,
@@ -112,18 +125,30 @@ fn serve(options: Serve, chosen: &[Chosen]) -> Result<()> {
 
 fn runtime() -> Result<Runtime> {
     let mut builder = tokio::runtime::Builder::new_multi_thread();
-    builder.worker_threads(TOKIO_WORKERS).thread_name("tandem-edge").enable_all().build().context("the async runtime")
+    builder
+        .worker_threads(TOKIO_WORKERS)
+        .thread_name("tandem-edge")
+        .enable_all()
+        .build()
+        .context("the async runtime")
 }
 
 /// The base model's folder and name.
 fn model(options: &Serve) -> Result<(PathBuf, String)> {
     let (folder, own_name) = match &options.model {
         Some(folder) => {
-            let whole = folder.canonicalize().with_context(|| format!("--model {}", folder.display()))?;
-            let name = whole.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned());
+            let whole = folder
+                .canonicalize()
+                .with_context(|| format!("--model {}", folder.display()))?;
+            let name = whole
+                .file_name()
+                .map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned());
             (whole, name)
         }
-        None => (demo::materialise(&options.data_dir).context("cannot write the demo model")?, demo::NAME.to_owned()),
+        None => (
+            demo::materialise(&options.data_dir).context("cannot write the demo model")?,
+            demo::NAME.to_owned(),
+        ),
     };
     Ok((folder, options.served_model_name.clone().unwrap_or(own_name)))
 }
@@ -137,7 +162,9 @@ fn engine_options(options: &Serve, folder: &Path) -> Result<tandem_backend::Opti
     engine.kv_cache_bytes = options.kv_cache_memory_bytes;
     engine.threads = options.threads.map(|threads| threads as usize);
     engine.max_num_seqs = options.max_num_seqs.unwrap_or(engine.max_num_seqs);
-    engine.max_num_batched_tokens = options.max_num_batched_tokens.unwrap_or(engine.max_num_batched_tokens);
+    engine.max_num_batched_tokens = options
+        .max_num_batched_tokens
+        .unwrap_or(engine.max_num_batched_tokens);
     engine.max_loras = options.max_loras.unwrap_or(engine.max_loras);
     engine.max_lora_rank = options.max_lora_rank.unwrap_or(engine.max_lora_rank);
     Ok(engine)

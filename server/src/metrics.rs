@@ -6,18 +6,23 @@ use std::sync::{Arc, Mutex};
 use std::time::{Instant, SystemTime};
 
 use prometheus::{
-    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
+    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
+    TextEncoder,
 };
 use tandem_core::stats::Stats;
 use tandem_router::api::{Finish, Piece, What};
 
 /// Finer than vLLM's below 10 ms: small models on a CPU live there.
-const TOKEN_SECONDS: &[f64] =
-    &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5];
-const FIRST_TOKEN_SECONDS: &[f64] =
-    &[0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0];
-const REQUEST_SECONDS: &[f64] =
-    &[0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0];
+const TOKEN_SECONDS: &[f64] = &[
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5,
+];
+const FIRST_TOKEN_SECONDS: &[f64] = &[
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
+    80.0,
+];
+const REQUEST_SECONDS: &[f64] = &[
+    0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0,
+];
 
 pub struct Metrics {
     registry: Registry,
@@ -45,32 +50,69 @@ struct AdapterCalls {
 type Of<T> = (&'static str, &'static str, fn(&Stats) -> T);
 
 const COUNTERS: [Of<u64>; 9] = [
-    ("vllm:prompt_tokens_total", "Prompt tokens computed or found cached", |s| s.prompt_tokens),
-    ("vllm:generation_tokens_total", "Tokens generated", |s| s.generated_tokens),
-    ("vllm:prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache", |s| s.prefix_queried_tokens),
-    ("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache", |s| s.prefix_hit_tokens),
-    ("vllm:num_preemptions_total", "Sequences that lost their cache blocks and started over", |s| s.preemptions),
+    (
+        "vllm:prompt_tokens_total",
+        "Prompt tokens computed or found cached",
+        |s| s.prompt_tokens,
+    ),
+    ("vllm:generation_tokens_total", "Tokens generated", |s| {
+        s.generated_tokens
+    }),
+    (
+        "vllm:prefix_cache_queries_total",
+        "Prompt tokens looked up in the prefix cache",
+        |s| s.prefix_queried_tokens,
+    ),
+    (
+        "vllm:prefix_cache_hits_total",
+        "Prompt tokens found in the prefix cache",
+        |s| s.prefix_hit_tokens,
+    ),
+    (
+        "vllm:num_preemptions_total",
+        "Sequences that lost their cache blocks and started over",
+        |s| s.preemptions,
+    ),
     ("tandem:engine_steps_total", "Steps of the engine", |s| s.steps),
-    ("tandem:engine_failed_steps_total", "Steps that failed in the tensor library", |s| s.failed_steps),
-    ("tandem:train_tokens_total", "Tokens trained on", |s| s.trained_tokens),
+    (
+        "tandem:engine_failed_steps_total",
+        "Steps that failed in the tensor library",
+        |s| s.failed_steps,
+    ),
+    ("tandem:train_tokens_total", "Tokens trained on", |s| {
+        s.trained_tokens
+    }),
     ("tandem:train_steps_total", "Optimizer steps", |s| s.train_steps),
 ];
 
 const GAUGES: [Of<f64>; 6] = [
-    ("vllm:num_requests_running", "Sequences that run", |s| f64::from(s.running)),
-    ("vllm:num_requests_waiting", "Sequences that wait", |s| f64::from(s.waiting)),
-    ("vllm:kv_cache_usage_perc", "Part of the KV cache that sequences hold; 1 is all", |s| {
-        f64::from(s.kv_blocks_used) / f64::from(s.kv_blocks_total.max(1))
+    ("vllm:num_requests_running", "Sequences that run", |s| {
+        f64::from(s.running)
     }),
-    ("tandem:job_running", "1 while a job trains", |s| f64::from(u8::from(s.job_running))),
-    ("tandem:adapters_resident", "Adapters in memory", |s| s.resident_adapters.len() as f64),
-    ("tandem:adapter_bytes", "Memory of the resident adapters", |s| s.adapter_bytes as f64),
+    ("vllm:num_requests_waiting", "Sequences that wait", |s| {
+        f64::from(s.waiting)
+    }),
+    (
+        "vllm:kv_cache_usage_perc",
+        "Part of the KV cache that sequences hold; 1 is all",
+        |s| f64::from(s.kv_blocks_used) / f64::from(s.kv_blocks_total.max(1)),
+    ),
+    ("tandem:job_running", "1 while a job trains", |s| {
+        f64::from(u8::from(s.job_running))
+    }),
+    ("tandem:adapters_resident", "Adapters in memory", |s| {
+        s.resident_adapters.len() as f64
+    }),
+    ("tandem:adapter_bytes", "Memory of the resident adapters", |s| {
+        s.adapter_bytes as f64
+    }),
 ];
 
 impl Metrics {
     /// `model`: the label `model_name` of every series.
     pub fn new(model: &str, max_loras: u32) -> Result<Metrics, prometheus::Error> {
-        let registry = Registry::new_custom(None, Some([("model_name".to_owned(), model.to_owned())].into()))?;
+        let registry =
+            Registry::new_custom(None, Some([("model_name".to_owned(), model.to_owned())].into()))?;
         let histogram = |name: &str, help: &str, buckets: &[f64]| {
             let histogram = Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))?;
             registry.register(Box::new(histogram.clone()))?;
@@ -86,12 +128,19 @@ impl Metrics {
             registry.register(Box::new(gauge.clone()))?;
             Ok::<_, prometheus::Error>(gauge)
         };
-        let counters = COUNTERS.iter().map(|&(name, help, of)| Ok((of, counter(name, help)?)));
+        let counters = COUNTERS
+            .iter()
+            .map(|&(name, help, of)| Ok((of, counter(name, help)?)));
         let counters = counters.collect::<Result<_, prometheus::Error>>()?;
-        let gauges = GAUGES.iter().map(|&(name, help, of)| Ok((of, gauge(name, help)?)));
+        let gauges = GAUGES
+            .iter()
+            .map(|&(name, help, of)| Ok((of, gauge(name, help)?)));
         let gauges = gauges.collect::<Result<_, prometheus::Error>>()?;
         let lora_info = GaugeVec::new(
-            Opts::new("vllm:lora_requests_info", "Adapters with calls; the value is the time of this look"),
+            Opts::new(
+                "vllm:lora_requests_info",
+                "Adapters with calls; the value is the time of this look",
+            ),
             &["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
         )?;
         registry.register(Box::new(lora_info.clone()))?;
@@ -101,16 +150,27 @@ impl Metrics {
         )?;
         registry.register(Box::new(ends.clone()))?;
         // A series that exists from the start shows its first event to rate().
-        ["stop", "length", "abort", "error"].iter().for_each(|reason| drop(ends.with_label_values(&[reason])));
+        ["stop", "length", "abort", "error"]
+            .iter()
+            .for_each(|reason| drop(ends.with_label_values(&[reason])));
         let open_calls = IntGauge::new("tandem:open_calls", "Calls whose answer is not complete")?;
         registry.register(Box::new(open_calls.clone()))?;
         let uploads = counter("tandem:uploaded_bytes_total", "Bytes of uploaded files")?;
-        let first_token_seconds =
-            histogram("vllm:time_to_first_token_seconds", "From admission to the first token", FIRST_TOKEN_SECONDS)?;
-        let token_seconds =
-            histogram("vllm:inter_token_latency_seconds", "Between two tokens of a choice", TOKEN_SECONDS)?;
-        let request_seconds =
-            histogram("vllm:e2e_request_latency_seconds", "From admission to the end of a choice", REQUEST_SECONDS)?;
+        let first_token_seconds = histogram(
+            "vllm:time_to_first_token_seconds",
+            "From admission to the first token",
+            FIRST_TOKEN_SECONDS,
+        )?;
+        let token_seconds = histogram(
+            "vllm:inter_token_latency_seconds",
+            "Between two tokens of a choice",
+            TOKEN_SECONDS,
+        )?;
+        let request_seconds = histogram(
+            "vllm:e2e_request_latency_seconds",
+            "From admission to the end of a choice",
+            REQUEST_SECONDS,
+        )?;
         Ok(Metrics {
             counters,
             gauges,
@@ -137,20 +197,33 @@ impl Metrics {
         }
         self.look_at_adapters();
         let mut text = Vec::new();
-        TextEncoder::new().encode(&self.registry.gather(), &mut text).expect("the metrics are well-formed");
+        TextEncoder::new()
+            .encode(&self.registry.gather(), &mut text)
+            .expect("the metrics are well-formed");
         String::from_utf8(text).expect("the text format is UTF-8")
     }
 
     fn look_at_adapters(&self) {
-        let adapters = self.adapters.lock().expect("nothing panics while it holds this lock");
+        let adapters = self
+            .adapters
+            .lock()
+            .expect("nothing panics while it holds this lock");
         let names = |pick: fn(&AdapterCalls) -> u32| {
             let with_calls = adapters.iter().filter(|(_, calls)| pick(calls) > 0);
-            with_calls.map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(",")
+            with_calls
+                .map(|(name, _)| name.as_str())
+                .collect::<Vec<_>>()
+                .join(",")
         };
         let (running, waiting) = (names(|calls| calls.running), names(|calls| calls.waiting));
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+        let now = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_secs_f64();
         self.lora_info.reset();
-        self.lora_info.with_label_values(&[&self.max_loras.to_string(), &running, &waiting]).set(now);
+        self.lora_info
+            .with_label_values(&[&self.max_loras.to_string(), &running, &waiting])
+            .set(now);
     }
 
     pub fn uploaded(&self, bytes: u64) {
@@ -158,7 +231,10 @@ impl Metrics {
     }
 
     fn adapter(&self, name: &str, change: impl FnOnce(&mut AdapterCalls)) {
-        let mut adapters = self.adapters.lock().expect("nothing panics while it holds this lock");
+        let mut adapters = self
+            .adapters
+            .lock()
+            .expect("nothing panics while it holds this lock");
         let calls = adapters.entry(name.to_owned()).or_default();
         change(calls);
         if calls.waiting == 0 && calls.running == 0 {
@@ -186,19 +262,35 @@ impl Meter {
         }
         metrics.open_calls.inc();
         let last_token = vec![None; n as usize];
-        Meter { metrics, adapter, admitted: Instant::now(), last_token, first_seen: false, open: n }
+        Meter {
+            metrics,
+            adapter,
+            admitted: Instant::now(),
+            last_token,
+            first_seen: false,
+            open: n,
+        }
     }
 
     pub fn see(&mut self, piece: &Piece) {
         let reason = match &piece.what {
-            What::Text { tokens, .. } if !tokens.is_empty() => return self.tokens(piece.choice, tokens.len()),
+            What::Text { tokens, .. } if !tokens.is_empty() => {
+                return self.tokens(piece.choice, tokens.len());
+            }
             What::Text { .. } | What::Prompt(_) => return,
-            What::Finished { reason: Finish::Stop, .. } => "stop",
-            What::Finished { reason: Finish::Length, .. } => "length",
+            What::Finished {
+                reason: Finish::Stop, ..
+            } => "stop",
+            What::Finished {
+                reason: Finish::Length,
+                ..
+            } => "length",
             What::Failed(_) => "error",
         };
         self.metrics.ends.with_label_values(&[reason]).inc();
-        self.metrics.request_seconds.observe(self.admitted.elapsed().as_secs_f64());
+        self.metrics
+            .request_seconds
+            .observe(self.admitted.elapsed().as_secs_f64());
         self.open = self.open.saturating_sub(1);
     }
 
@@ -206,7 +298,9 @@ impl Meter {
         let now = Instant::now();
         if !self.first_seen {
             self.first_seen = true;
-            self.metrics.first_token_seconds.observe((now - self.admitted).as_secs_f64());
+            self.metrics
+                .first_token_seconds
+                .observe((now - self.admitted).as_secs_f64());
             if let Some(name) = &self.adapter {
                 self.metrics.adapter(name, |calls| {
                     calls.waiting -= 1;
@@ -214,7 +308,9 @@ impl Meter {
                 });
             }
         }
-        let Some(last) = self.last_token.get_mut(choice as usize) else { return };
+        let Some(last) = self.last_token.get_mut(choice as usize) else {
+            return;
+        };
         if let Some(last) = last.replace(now) {
             // Tokens that arrived together shared the time since the one before.
             let each = (now - last).as_secs_f64() / count as f64;
@@ -226,7 +322,10 @@ impl Meter {
 impl Drop for Meter {
     fn drop(&mut self) {
         self.metrics.open_calls.dec();
-        self.metrics.ends.with_label_values(&["abort"]).inc_by(u64::from(self.open));
+        self.metrics
+            .ends
+            .with_label_values(&["abort"])
+            .inc_by(u64::from(self.open));
         if let Some(name) = &self.adapter {
             let first_seen = self.first_seen;
             self.metrics.adapter(name, |calls| match first_seen {
@@ -244,11 +343,22 @@ mod tests {
     #[test]
     fn numbers_appear_under_vllm_names() {
         let metrics = Arc::new(Metrics::new("base", 4).unwrap());
-        let stats = Stats { generated_tokens: 7, running: 2, ..Stats::default() };
+        let stats = Stats {
+            generated_tokens: 7,
+            running: 2,
+            ..Stats::default()
+        };
         metrics.text(&stats);
         let mut meter = Meter::new(metrics.clone(), Some("a".to_owned()), 2);
-        let finished = What::Finished { reason: Finish::Length, completion_tokens: 1, cached_tokens: 0 };
-        meter.see(&Piece { choice: 0, what: finished });
+        let finished = What::Finished {
+            reason: Finish::Length,
+            completion_tokens: 1,
+            cached_tokens: 0,
+        };
+        meter.see(&Piece {
+            choice: 0,
+            what: finished,
+        });
         let text = metrics.text(&stats);
         for line in [
             "vllm:generation_tokens_total{model_name=\"base\"} 7",
@@ -261,7 +371,10 @@ mod tests {
         }
         drop(meter);
         let text = metrics.text(&stats);
-        assert!(text.contains("finished_reason=\"abort\",model_name=\"base\"} 1"), "{text}");
+        assert!(
+            text.contains("finished_reason=\"abort\",model_name=\"base\"} 1"),
+            "{text}"
+        );
         assert!(text.contains("waiting_lora_adapters=\"\""), "{text}");
     }
 }

@@ -1,7 +1,7 @@
 //! The process before anything else runs: environment that libraries read when they are loaded, and the log.
 
 use std::ffi::OsStr;
-use std::io;
+use std::io::{self, IsTerminal};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -26,7 +26,11 @@ const ENVIRONMENT: [(&str, &str); 7] = [
 
 /// Starts this program again, once, with what is missing. Returns when nothing is.
 pub fn set_environment() -> io::Result<()> {
-    let missing = || ENVIRONMENT.iter().filter(|(name, _)| std::env::var_os(name).is_none());
+    let missing = || {
+        ENVIRONMENT
+            .iter()
+            .filter(|(name, _)| std::env::var_os(name).is_none())
+    };
     if missing().next().is_none() {
         return Ok(());
     }
@@ -42,6 +46,10 @@ pub fn start_log() -> Result<(), tracing_subscriber::filter::ParseError> {
         Ok(text) => EnvFilter::try_new(text)?,
         Err(_) => EnvFilter::new("info"),
     };
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_target(false);
+    log.with_ansi(io::stderr().is_terminal()).init();
     Ok(())
 }

@@ -34,7 +34,10 @@ impl Envelope {
     pub fn new(chunk: &impl Serialize, usage: UsageKey) -> Envelope {
         let mut head = b"data: ".to_vec();
         serde_json::to_writer(&mut head, chunk).expect("a chunk has string keys only");
-        assert!(head.ends_with(b"\"choices\":[]}"), "choices is the chunk's last key");
+        assert!(
+            head.ends_with(b"\"choices\":[]}"),
+            "choices is the chunk's last key"
+        );
         head.truncate(head.len() - 2);
         let tail: &[u8] = match usage {
             UsageKey::Absent => b"]}\n\n",
@@ -81,7 +84,10 @@ pub fn response(frames: impl Stream<Item = Bytes> + Send + 'static) -> Response 
     use futures::StreamExt;
     let mut response = Response::new(Body::from_stream(frames.map(Ok::<_, Infallible>)));
     let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    headers.insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("text/event-stream"),
+    );
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     // nginx buffers a proxied stream unless it is told not to.
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
@@ -97,7 +103,11 @@ mod tests {
     #[test]
     fn the_envelope_equals_the_whole() {
         let chunk = json!({"id": "x", "model": "a \"name\"", "choices": []});
-        for (key, usage) in [(UsageKey::Absent, None), (UsageKey::Present, None), (UsageKey::Present, Some(3))] {
+        for (key, usage) in [
+            (UsageKey::Absent, None),
+            (UsageKey::Present, None),
+            (UsageKey::Present, Some(3)),
+        ] {
             let usage = usage.map(|n| Usage::new(n, n, 0));
             let mut out = Vec::new();
             Envelope::new(&chunk, key).choice(&mut out, &json!({"index": 0}), usage);

@@ -26,7 +26,11 @@ pub enum TrainError {
     #[error("{}: {source}", path.display())]
     Row { path: PathBuf, source: BadLine },
     #[error("{}, line {line}: {source}", path.display())]
-    Tokens { path: PathBuf, line: u64, source: TextError },
+    Tokens {
+        path: PathBuf,
+        line: u64,
+        source: TextError,
+    },
     #[error("{} has no example with something to learn within {max_seq_length} tokens", path.display())]
     Empty { path: PathBuf, max_seq_length: u32 },
     #[error(transparent)]
@@ -42,9 +46,20 @@ pub fn run(args: &[String]) -> Result<(), TrainError> {
         print!("{}", settings::help());
         return Ok(());
     }
-    let Settings { model, training_file, validation_file, output_dir, tuning, adam, dtype, device, request } =
-        settings::read(args)?;
-    let model = model.canonicalize().map_err(|source| TrainError::File { path: model, source })?;
+    let Settings {
+        model,
+        training_file,
+        validation_file,
+        output_dir,
+        tuning,
+        adam,
+        dtype,
+        device,
+        request,
+    } = settings::read(args)?;
+    let model = model
+        .canonicalize()
+        .map_err(|source| TrainError::File { path: model, source })?;
     let tokenizer = Tokenizer::from_folder(&model).map_err(TrainError::Tokenizer)?;
     let spec = tandem_backend::family::read_spec(&model)?;
     let bounds = Bounds {
@@ -56,8 +71,16 @@ pub fn run(args: &[String]) -> Result<(), TrainError> {
         max_seq_length: hyper::max_seq_length(&request, bounds),
         prompt_loss_weight: request.prompt_loss_weight.unwrap_or(0.0) as f32,
     };
-    std::fs::create_dir_all(&output_dir).map_err(|source| TrainError::File { path: output_dir.clone(), source })?;
-    let facts = convert(&training_file, &tokenizer, &options, &output_dir.join(files::TRAIN))?;
+    std::fs::create_dir_all(&output_dir).map_err(|source| TrainError::File {
+        path: output_dir.clone(),
+        source,
+    })?;
+    let facts = convert(
+        &training_file,
+        &tokenizer,
+        &options,
+        &output_dir.join(files::TRAIN),
+    )?;
     if let Some(path) = validation_file {
         convert(&path, &tokenizer, &options, &output_dir.join(files::VALID))?;
     }
@@ -71,7 +94,10 @@ pub fn run(args: &[String]) -> Result<(), TrainError> {
     };
     let mut total_steps = 0;
     let result = run::run(RunOptions::new(spec, model, &dtype, &device)?, |event| {
-        if let JobEvent::Started { total_steps: total, .. } = event {
+        if let JobEvent::Started {
+            total_steps: total, ..
+        } = event
+        {
             total_steps = *total;
         }
         println!("{}", line(event, total_steps));
@@ -82,7 +108,11 @@ pub fn run(args: &[String]) -> Result<(), TrainError> {
 
 /// What an API's client cannot ask.
 fn with(mut hyper: Hyper, adam: Adam, tuning: Tuning) -> Hyper {
-    let Adam { beta1, beta2, epsilon } = adam;
+    let Adam {
+        beta1,
+        beta2,
+        epsilon,
+    } = adam;
     hyper.adam_beta1 = beta1.unwrap_or(hyper.adam_beta1);
     hyper.adam_beta2 = beta2.unwrap_or(hyper.adam_beta2);
     hyper.adam_epsilon = epsilon.unwrap_or(hyper.adam_epsilon);
@@ -93,7 +123,12 @@ fn with(mut hyper: Hyper, adam: Adam, tuning: Tuning) -> Hyper {
 }
 
 /// One JSONL file to one dataset file.
-fn convert(source: &Path, tokenizer: &Tokenizer, options: &Options, target: &Path) -> Result<Facts, TrainError> {
+fn convert(
+    source: &Path,
+    tokenizer: &Tokenizer,
+    options: &Options,
+    target: &Path,
+) -> Result<Facts, TrainError> {
     let path = || source.to_owned();
     let file = File::open(source).map_err(|source| TrainError::File { path: path(), source })?;
     let (mut examples, mut left_out) = (Vec::<Example>::new(), 0_u64);
@@ -102,26 +137,52 @@ fn convert(source: &Path, tokenizer: &Tokenizer, options: &Options, target: &Pat
         match tokenize(&row, tokenizer, options) {
             Ok(example) => examples.push(example),
             Err(TextError::NoLabels { .. }) => left_out += 1,
-            Err(source) => return Err(TrainError::Tokens { path: path(), line, source }),
+            Err(source) => {
+                return Err(TrainError::Tokens {
+                    path: path(),
+                    line,
+                    source,
+                });
+            }
         }
     }
     if examples.is_empty() {
-        return Err(TrainError::Empty { path: path(), max_seq_length: options.max_seq_length });
+        return Err(TrainError::Empty {
+            path: path(),
+            max_seq_length: options.max_seq_length,
+        });
     }
     let tokens = examples.iter().map(|example| example.tokens.len() as u64).sum();
-    println!("{}: {} examples, {tokens} tokens, {left_out} left out", source.display(), examples.len());
+    println!(
+        "{}: {} examples, {tokens} tokens, {left_out} left out",
+        source.display(),
+        examples.len()
+    );
     let write = || -> io::Result<()> {
         let mut file = File::create(target)?;
         file.write_all(&dataset::encode(&examples))?;
         file.sync_all()
     };
-    write().map_err(|source| TrainError::File { path: target.to_owned(), source })?;
-    Ok(Facts { examples: examples.len() as u64, tokens })
+    write().map_err(|source| TrainError::File {
+        path: target.to_owned(),
+        source,
+    })?;
+    Ok(Facts {
+        examples: examples.len() as u64,
+        tokens,
+    })
 }
 
 fn line(event: &JobEvent, total_steps: u64) -> String {
     match event {
-        JobEvent::Started { total_steps, resumed_from, examples, epoch_tokens, trainable_parameters, .. } => {
+        JobEvent::Started {
+            total_steps,
+            resumed_from,
+            examples,
+            epoch_tokens,
+            trainable_parameters,
+            ..
+        } => {
             let resumed = resumed_from.map_or_else(String::new, |step| format!(", resumed from step {step}"));
             format!(
                 "{total_steps} steps, {examples} examples, {epoch_tokens} tokens an epoch, \
@@ -130,10 +191,19 @@ fn line(event: &JobEvent, total_steps: u64) -> String {
         }
         JobEvent::Step(step) => format!(
             "step {}/{total_steps} epoch {:.2} loss {:.4} accuracy {:.3} grad_norm {:.3} lr {:.2e} {:.0} tokens/s",
-            step.step, step.epoch, step.loss, step.token_accuracy, step.grad_norm, step.learning_rate,
+            step.step,
+            step.epoch,
+            step.loss,
+            step.token_accuracy,
+            step.grad_norm,
+            step.learning_rate,
             step.tokens_per_second
         ),
-        JobEvent::Validated { step, loss, token_accuracy } => {
+        JobEvent::Validated {
+            step,
+            loss,
+            token_accuracy,
+        } => {
             format!("step {step}/{total_steps} validation loss {loss:.4} accuracy {token_accuracy:.3}")
         }
         JobEvent::Checkpoint { step, adapter } => format!("step {step}: saved {}", adapter.folder.display()),

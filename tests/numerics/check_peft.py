@@ -11,6 +11,7 @@ import urllib.request
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 MODEL = pathlib.Path(__file__).parent / "fixtures/gqa_tied"
 LIMIT = 1e-4
@@ -28,6 +29,7 @@ EXAMPLES = [
 
 
 def main() -> None:
+    logging.disable_progress_bar()
     tandem = pathlib.Path(sys.argv[1]).resolve()
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
@@ -69,7 +71,8 @@ def served(tandem: pathlib.Path, folder: pathlib.Path, adapter: pathlib.Path) ->
     base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     expected = {"base": [scores(base, tokenizer, text) for text in TEXTS]}
-    expected["adapter"] = [scores(PeftModel.from_pretrained(base, adapter).eval(), tokenizer, text) for text in TEXTS]
+    tuned = PeftModel.from_pretrained(base, adapter).eval()
+    expected["adapter"] = [scores(tuned, tokenizer, text) for text in TEXTS]
     return {name: (texts[name], expected[name]) for name in texts}
 
 

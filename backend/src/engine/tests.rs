@@ -12,6 +12,7 @@ use tandem_core::message::{Event, Fault, FinishReason, Generate, Scored};
 use tandem_core::replica::{Command, EVENT_QUEUE, JOB_EVENT_QUEUE, ReplicaHandle};
 use tandem_core::sampling::{RawSampling, Sampling};
 use tandem_core::stats::Stats;
+use tandem_kernels::machine;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::family::read_spec;
@@ -92,12 +93,29 @@ impl Answer {
         self.tokens.iter().map(|scored| scored.token).collect()
     }
 
-    /// But for how much of it was found in the cache.
-    fn content(&self) -> (Option<Vec<Option<Scored>>>, Vec<Scored>, FinishReason) {
-        let Some(Ok((reason, _))) = self.end else {
-            panic!("{:?}", self.end)
-        };
-        (self.prompt.clone(), self.tokens.clone(), reason)
+    /// The same answer, but for how much of it was found in the cache. To the bit where our kernels run: they promise
+    /// it. (Results of ATen, their reference, change with the rows beside.)
+    fn assert_same(&self, expected: &Answer, what: &str) {
+        let end = |answer: &Answer| answer.end.clone().map(|end| end.map(|(reason, _cached)| reason));
+        assert_eq!((end(self), self.ids()), (end(expected), expected.ids()), "{what}");
+        assert!(matches!(self.end, Some(Ok(_))), "{what}: {:?}", self.end);
+        if *machine::features() != machine::Features::default() {
+            assert_eq!(
+                (&self.prompt, &self.tokens),
+                (&expected.prompt, &expected.tokens),
+                "{what}"
+            );
+        }
+        for (ours, theirs) in self.scores().zip(expected.scores()) {
+            assert!(
+                (ours.logprob - theirs.logprob).abs() < 1e-4,
+                "{what}: {ours:?} is not {theirs:?}"
+            );
+        }
+    }
+
+    fn scores(&self) -> impl Iterator<Item = &Scored> {
+        self.prompt.iter().flatten().flatten().chain(&self.tokens)
     }
 }
 

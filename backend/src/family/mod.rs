@@ -10,6 +10,8 @@ use serde_json::{Map, Value};
 use tandem_kernels::activation::Activation;
 use tandem_kernels::rope::{RopeScaling, RopeSpec};
 
+use tch::Kind;
+
 use crate::weights::LoadError;
 
 #[derive(Clone, Debug)]
@@ -97,6 +99,17 @@ pub fn read_spec(folder: &Path) -> Result<DecoderSpec, LoadError> {
         None => config.token_ids("eos_token_id")?,
     };
     Ok(spec)
+}
+
+/// The dtype config.json says the checkpoint is stored in.
+pub fn declared_kind(folder: &Path) -> Result<Kind, LoadError> {
+    let config = Config::read(folder, "config.json")?;
+    match config.get("dtype").or(config.get("torch_dtype")).and_then(Value::as_str) {
+        Some("bfloat16") => Ok(Kind::BFloat16),
+        Some("float16") => Ok(Kind::Half),
+        Some("float32") | None => Ok(Kind::Float),
+        Some(_) => Err(config.wrong("torch_dtype", "bfloat16, float16 and float32 are supported")),
+    }
 }
 
 /// A JSON object with errors that name the file and the field.

@@ -14,7 +14,6 @@ use tch::{Kind, Tensor};
 
 use super::params::{AdapterParams, AdapterShape};
 use crate::family::DecoderSpec;
-use crate::family::site::Site;
 use crate::weights::kind;
 
 pub const CONFIG: &str = "adapter_config.json";

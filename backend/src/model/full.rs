@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::family::site::Site;
 use crate::family::{Bias, DecoderSpec, Head};
-use crate::weights::{Checkpoint, LoadError};
+use crate::weights::{Checkpoint, LoadError, has_weights};
 
 /// One parameter as the decoder uses it (fused linears are one).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -158,6 +158,7 @@ impl FullParams {
     pub fn serialise(&self, kind: Kind) -> Vec<u8> {
         let dtype = match kind {
             Kind::BFloat16 => safetensors::Dtype::BF16,
+            Kind::Half => safetensors::Dtype::F16,
             _ => safetensors::Dtype::F32,
         };
         let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = self
@@ -182,8 +183,7 @@ impl FullParams {
 /// Opens the folder's weights, or draws them when it has none (a model to be made from its config.json).
 pub fn read_or_init(folder: &Path, spec: &DecoderSpec, seed: u64) -> Result<FullParams, LoadError> {
     let shape = FullShape::new(spec);
-    let has_weights = [crate::weights::WEIGHTS, crate::weights::INDEX].iter().any(|file| folder.join(file).exists());
-    match has_weights {
+    match has_weights(folder) {
         true => FullParams::read(shape, &Checkpoint::open(folder)?),
         false => Ok(FullParams::init(shape, seed)),
     }

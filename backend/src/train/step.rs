@@ -3,7 +3,7 @@
 use std::ops::Add;
 
 use tandem_core::job::{Hyper, Method};
-use tandem_kernels::loss::linear_cross_entropy;
+use tandem_kernels::loss::{LogProbs, linear_cross_entropy, linear_log_probs};
 use tch::Tensor;
 
 use super::data::Slice;
@@ -129,8 +129,9 @@ pub fn score(decoder: &Decoder, adapter: Option<&Adapter>, slice: &Slice) -> Sco
     let hidden = decoder.forward(&batch);
     let Some(labels) = Labels::of(slice, 1.0) else { return Scores::default() };
     let normed = decoder.final_norm(&hidden.index_select(0, &labels.rows));
-    let out = linear_cross_entropy(&normed, decoder.head_weight(), &labels.tokens, &labels.weights, None);
-    labels.scores(out.loss_sum, out.correct, 1.0)
+    let LogProbs { log_probs, correct } = linear_log_probs(&normed, decoder.head_weight(), &labels.tokens);
+    let loss = log_probs.iter().zip(&labels.weights).map(|(&log_prob, &weight)| -f64::from(log_prob) * f64::from(weight));
+    labels.scores(loss.sum(), correct, 1.0)
 }
 
 fn loss(slice: &Slice, hidden: &Tensor, context: &Context, grads: &mut Grads) -> (Tensor, Scores) {

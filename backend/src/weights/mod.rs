@@ -30,10 +30,15 @@ pub enum LoadError {
 
 /// The single weight file's name.
 pub const WEIGHTS: &str = "model.safetensors";
-pub const INDEX: &str = "model.safetensors.index.json";
+const INDEX: &str = "model.safetensors.index.json";
 /// The embedding table and the output head as checkpoints name them.
 pub const EMBED: &str = "model.embed_tokens.weight";
 pub const HEAD: &str = "lm_head.weight";
+
+/// Does the folder hold weights at all? (A model to be made has only its config.json and tokenizer.)
+pub fn has_weights(folder: &Path) -> bool {
+    [WEIGHTS, INDEX].iter().any(|file| folder.join(file).exists())
+}
 
 pub struct Checkpoint {
     folder: PathBuf,

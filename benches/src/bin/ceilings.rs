@@ -40,7 +40,7 @@ mod x86 {
         let mut line = |name: &str, unit: &str, n: usize, rates: &[f64]| {
             let best = rates.iter().copied().fold(0.0, f64::max);
             println!("{name:10} {n:2} threads  {best:8.1} ({:8.1}) {unit}", median(rates).unwrap_or(0.0));
-            report[format!("{name}_{n}")] = json!(best);
+            report[format!("{name}_{n}")] = json!((10.0 * best).round() / 10.0);
         };
         for &n in &threads {
             let parts: Vec<&[u8]> = memory.bytes().chunks(READ_BYTES / n).take(n).collect();

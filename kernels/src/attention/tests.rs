@@ -297,10 +297,10 @@ fn chunks_neighbours_and_threads_change_no_bit() {
                         kv_len: rows.end,
                     };
                     let got = paged(&part(&q), &cache, 0, &[seq], heads, options);
-                    assert_eq!(
-                        got,
-                        part(&want),
-                        "chunk {chunk} rows {rows:?} {options:?} {precision:?}"
+                    same(
+                        &got,
+                        &part(&want),
+                        &format!("chunk {chunk} rows {rows:?} {options:?} {precision:?}"),
                     );
                 }
             }

@@ -4,8 +4,8 @@ use tandem_openapi::chat::{ChatContent, ChatMessage, ChatPart, ChatRequest};
 use tandem_router::api::{Call, Prompt};
 use tandem_text::chat::Message;
 
-use super::sampling::{self, Delivery, Fields, Limits};
 use super::refuse;
+use super::sampling::{self, Delivery, Fields, Limits};
 use crate::error::{ApiError, invalid};
 
 const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
@@ -60,7 +60,10 @@ pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
         None => sampling::max_tokens("max_tokens", max_tokens, 1, limits)?,
     };
     let delivery = sampling::delivery(stream, stream_options)?;
-    let top_logprobs = match (logprobs.unwrap_or(false), sampling::logprobs("top_logprobs", top_logprobs)?) {
+    let top_logprobs = match (
+        logprobs.unwrap_or(false),
+        sampling::logprobs("top_logprobs", top_logprobs)?,
+    ) {
         (false, None | Some(0)) => None,
         (false, Some(_)) => return Err(invalid("top_logprobs", "top_logprobs needs logprobs: true")),
         (true, top) => Some(top.unwrap_or(0)),
@@ -69,7 +72,12 @@ pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
     if prompt_logprobs.is_some() && delivery != Delivery::Whole {
         return Err(invalid("prompt_logprobs", "prompt_logprobs cannot be streamed"));
     }
-    let prompt = prompt(messages, add_generation_prompt, continue_final_message, chat_template_kwargs)?;
+    let prompt = prompt(
+        messages,
+        add_generation_prompt,
+        continue_final_message,
+        chat_template_kwargs,
+    )?;
     let fields = Fields {
         temperature,
         top_p,
@@ -97,7 +105,13 @@ pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
         skip_special_tokens: skip_special_tokens.unwrap_or(true),
     };
     let return_token_ids = return_token_ids.unwrap_or(false);
-    Ok(Chat { call, delivery, top_logprobs, prompt_logprobs, return_token_ids })
+    Ok(Chat {
+        call,
+        delivery,
+        top_logprobs,
+        prompt_logprobs,
+        return_token_ids,
+    })
 }
 
 /// Also what /tokenize takes.
@@ -109,7 +123,11 @@ pub fn prompt(
 ) -> Result<Prompt, ApiError> {
     if messages.is_empty() {
         let message = "messages is empty; at least one message is needed".to_owned();
-        return Err(ApiError::Invalid { param: Some("messages".to_owned()), code: Some("empty_array"), message });
+        return Err(ApiError::Invalid {
+            param: Some("messages".to_owned()),
+            code: Some("empty_array"),
+            message,
+        });
     }
     let continue_final_message = continue_final_message.unwrap_or(false);
     // Continuing an answer and opening a new one exclude each other; only the default gives way.
@@ -120,13 +138,28 @@ pub fn prompt(
         }
         (asked, continued) => asked.unwrap_or(!continued),
     };
-    let messages = messages.into_iter().enumerate().map(|(i, one)| message(i, one)).collect::<Result<_, _>>()?;
+    let messages = messages
+        .into_iter()
+        .enumerate()
+        .map(|(i, one)| message(i, one))
+        .collect::<Result<_, _>>()?;
     let kwargs = kwargs.unwrap_or_default().into_iter().collect();
-    Ok(Prompt::Chat { messages, add_generation_prompt, continue_final_message, kwargs })
+    Ok(Prompt::Chat {
+        messages,
+        add_generation_prompt,
+        continue_final_message,
+        kwargs,
+    })
 }
 
 fn message(i: usize, message: ChatMessage) -> Result<Message, ApiError> {
-    let ChatMessage { role, content, name, tool_calls, function_call } = message;
+    let ChatMessage {
+        role,
+        content,
+        name,
+        tool_calls,
+        function_call,
+    } = message;
     if !ROLES.contains(&role.as_str()) {
         let text = format!("{role:?} is not a role; the roles are {}", ROLES.join(", "));
         return Err(invalid(format!("messages[{i}].role"), text));
@@ -135,17 +168,33 @@ fn message(i: usize, message: ChatMessage) -> Result<Message, ApiError> {
     for (field, value) in [("tool_calls", tool_calls), ("function_call", function_call)] {
         if value.is_some_and(|value| !none(&value)) {
             let param = format!("messages[{i}].{field}");
-            return Err(ApiError::NotBuilt { param, hint: String::new() });
+            return Err(ApiError::NotBuilt {
+                param,
+                hint: String::new(),
+            });
         }
     }
     let content = match content {
-        None => return Err(invalid(format!("messages[{i}].content"), format!("messages[{i}] has no content"))),
-        Some(ChatContent::Text(text)) => text,
-        Some(ChatContent::Parts(parts)) => {
-            parts.into_iter().enumerate().map(|(j, one)| part(i, j, one)).collect::<Result<Vec<_>, _>>()?.concat()
+        None => {
+            return Err(invalid(
+                format!("messages[{i}].content"),
+                format!("messages[{i}] has no content"),
+            ));
         }
+        Some(ChatContent::Text(text)) => text,
+        Some(ChatContent::Parts(parts)) => parts
+            .into_iter()
+            .enumerate()
+            .map(|(j, one)| part(i, j, one))
+            .collect::<Result<Vec<_>, _>>()?
+            .concat(),
     };
-    Ok(Message { role, content, weight: None, name })
+    Ok(Message {
+        role,
+        content,
+        weight: None,
+        name,
+    })
 }
 
 fn part(i: usize, j: usize, ChatPart { kind, text }: ChatPart) -> Result<String, ApiError> {
@@ -155,7 +204,10 @@ fn part(i: usize, j: usize, ChatPart { kind, text }: ChatPart) -> Result<String,
         ("text", None) => Err(invalid(param(), "a text part has the field text")),
         (other, _) => {
             let kind: String = other.chars().take(40).collect();
-            Err(ApiError::NotBuilt { param: param(), hint: format!(": its type is {kind:?}, only \"text\" is built") })
+            Err(ApiError::NotBuilt {
+                param: param(),
+                hint: format!(": its type is {kind:?}, only \"text\" is built"),
+            })
         }
     }
 }

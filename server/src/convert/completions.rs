@@ -83,7 +83,13 @@ pub fn calls(request: CompletionRequest, limits: Limits) -> Result<Completions, 
     let prompts = prompts(prompt)?;
     let choices = integer("prompt", prompts.len() as i64, 1, i64::from(MAX_CHOICES / n));
     choices.map_err(|_| {
-        invalid("prompt", format!("{} prompts with n = {n} exceed {MAX_CHOICES} choices", prompts.len()))
+        invalid(
+            "prompt",
+            format!(
+                "{} prompts with n = {n} exceed {MAX_CHOICES} choices",
+                prompts.len()
+            ),
+        )
     })?;
     let template = Call {
         model,
@@ -98,7 +104,13 @@ pub fn calls(request: CompletionRequest, limits: Limits) -> Result<Completions, 
         skip_special_tokens: skip_special_tokens.unwrap_or(true),
     };
     Ok(Completions {
-        calls: prompts.into_iter().map(|prompt| Call { prompt, ..template.clone() }).collect(),
+        calls: prompts
+            .into_iter()
+            .map(|prompt| Call {
+                prompt,
+                ..template.clone()
+            })
+            .collect(),
         n,
         delivery,
         echo,
@@ -121,7 +133,10 @@ fn prompts(prompt: CompletionPrompt) -> Result<Vec<Prompt>, ApiError> {
             .collect::<Result<_, ApiError>>()?,
     };
     match prompts.is_empty() {
-        true => Err(invalid("prompt", "prompt is an empty list; at least one prompt is needed")),
+        true => Err(invalid(
+            "prompt",
+            "prompt is an empty list; at least one prompt is needed",
+        )),
         false => Ok(prompts),
     }
 }

@@ -12,14 +12,39 @@ const PURPOSES: [&str; 6] = ["fine-tune", "assistants", "batch", "vision", "user
 const EXPIRY_SECONDS: (i64, i64) = (3600, 2_592_000);
 
 pub fn file(info: FileInfo) -> File {
-    let FileInfo { id, bytes, created_at, expires_at, filename, purpose } = info;
-    File { id, object: "file", bytes, created_at, expires_at, filename, purpose, status: "processed", status_details: None }
+    let FileInfo {
+        id,
+        bytes,
+        created_at,
+        expires_at,
+        filename,
+        purpose,
+    } = info;
+    File {
+        id,
+        object: "file",
+        bytes,
+        created_at,
+        expires_at,
+        filename,
+        purpose,
+        status: "processed",
+        status_details: None,
+    }
 }
 
 /// The name is only ever shown, never a path; still, folders and control characters go.
 pub fn filename(given: Option<&str>) -> String {
-    let last = given.unwrap_or_default().rsplit(['/', '\\']).next().unwrap_or_default();
-    let name: String = last.chars().filter(|c| !c.is_control()).take(NAME_CHARS).collect();
+    let last = given
+        .unwrap_or_default()
+        .rsplit(['/', '\\'])
+        .next()
+        .unwrap_or_default();
+    let name: String = last
+        .chars()
+        .filter(|c| !c.is_control())
+        .take(NAME_CHARS)
+        .collect();
     match name.trim() {
         "" | "." | ".." => "file".to_owned(),
         name => name.to_owned(),
@@ -32,7 +57,10 @@ pub fn purpose(given: Option<String>) -> Result<String, ApiError> {
         Some(purpose) if PURPOSES.contains(&purpose.as_str()) => Ok(purpose),
         Some(purpose) => {
             let purpose: String = purpose.chars().take(40).collect();
-            Err(invalid("purpose", format!("{purpose:?} is not a purpose; these are: {}", PURPOSES.join(", "))))
+            Err(invalid(
+                "purpose",
+                format!("{purpose:?} is not a purpose; these are: {}", PURPOSES.join(", ")),
+            ))
         }
     }
 }
@@ -47,7 +75,10 @@ pub fn missing(param: &'static str) -> ApiError {
 
 pub fn expiry_seconds(text: &str) -> Result<u64, ApiError> {
     let param = "expires_after[seconds]";
-    let seconds = text.trim().parse().map_err(|_| invalid(param, format!("{param} must be an integer")))?;
+    let seconds = text
+        .trim()
+        .parse()
+        .map_err(|_| invalid(param, format!("{param} must be an integer")))?;
     Ok(integer(param, seconds, EXPIRY_SECONDS.0, EXPIRY_SECONDS.1)?.cast_unsigned())
 }
 

@@ -28,7 +28,10 @@ pub fn request(body: CreateFineTune, default_model: &str) -> Result<JobRequest, 
     } = body;
     if compute_classification_metrics == Some(true) {
         let param = "compute_classification_metrics".to_owned();
-        return Err(ApiError::NotBuilt { param, hint: String::new() });
+        return Err(ApiError::NotBuilt {
+            param,
+            hint: String::new(),
+        });
     }
     Ok(JobRequest {
         model: model.unwrap_or_else(|| default_model.to_owned()),
@@ -75,7 +78,11 @@ pub fn fine_tune(job: Job, organization: &str, files: Files, events: Option<Vec<
         result_files: _,
         error: _,
     } = job;
-    let Files { training, validation, results } = files;
+    let Files {
+        training,
+        validation,
+        results,
+    } = files;
     let hyper = hyper.as_ref();
     FineTune {
         id: format!("{PREFIX}{}", id.0.strip_prefix(JOB_PREFIX).unwrap_or(&id.0)),
@@ -106,6 +113,17 @@ pub fn fine_tune(job: Job, organization: &str, files: Files, events: Option<Vec<
 }
 
 pub fn event(record: JobEventRecord) -> FineTuneEvent {
-    let JobEventRecord { id: _, created_at, level, message, data: _ } = record;
-    FineTuneEvent { object: "fine-tune-event", created_at, level: fine_tuning::level(level), message }
+    let JobEventRecord {
+        id: _,
+        created_at,
+        level,
+        message,
+        data: _,
+    } = record;
+    FineTuneEvent {
+        object: "fine-tune-event",
+        created_at,
+        level: fine_tuning::level(level),
+        message,
+    }
 }

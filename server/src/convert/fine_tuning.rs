@@ -20,7 +20,11 @@ const MAX_EPOCHS: u32 = 50;
 const MAX_BATCH: u32 = 256;
 const MAX_SEED: i64 = i32::MAX as i64;
 const SUFFIX_CHARS: usize = 64;
-const METADATA: Limits = Limits { keys: 16, key_chars: 64, value_chars: 512 };
+const METADATA: Limits = Limits {
+    keys: 16,
+    key_chars: 64,
+    value_chars: 512,
+};
 
 struct Limits {
     keys: usize,
@@ -42,15 +46,29 @@ pub fn request(body: CreateJob) -> Result<JobRequest, ApiError> {
         knobs: rest,
     } = body;
     if integrations.is_some_and(|value| !value.is_null() && value != json!([])) {
-        return Err(ApiError::NotBuilt { param: "integrations".to_owned(), hint: String::new() });
+        return Err(ApiError::NotBuilt {
+            param: "integrations".to_owned(),
+            hint: String::new(),
+        });
     }
     let hyperparameters = match (method, hyperparameters) {
         (Some(method), older) => self::method(method)?.or(older),
         (None, older) => older,
     };
     let mut request = knobs(rest)?;
-    if let Some(Hyperparameters { n_epochs, batch_size, learning_rate_multiplier, unknown }) = hyperparameters {
-        no_unknown("hyperparameters", &unknown, &names(&Hyperparameters::default()), &names(&Knobs::default()))?;
+    if let Some(Hyperparameters {
+        n_epochs,
+        batch_size,
+        learning_rate_multiplier,
+        unknown,
+    }) = hyperparameters
+    {
+        no_unknown(
+            "hyperparameters",
+            &unknown,
+            &names(&Hyperparameters::default()),
+            &names(&Knobs::default()),
+        )?;
         request.n_epochs = epochs(n_epochs)?;
         request.batch_size = batch(batch_size)?;
         request.learning_rate_multiplier = multiplier(learning_rate_multiplier.and_then(AutoNumber::value))?;
@@ -67,30 +85,68 @@ pub fn request(body: CreateJob) -> Result<JobRequest, ApiError> {
 }
 
 fn method(method: Method) -> Result<Option<Hyperparameters>, ApiError> {
-    let Method { kind, supervised, unknown } = method;
+    let Method {
+        kind,
+        supervised,
+        unknown,
+    } = method;
     match kind.as_str() {
         "supervised" => {}
         "dpo" | "reinforcement" => {
             let hint = format!(": {kind} is not built, supervised is");
-            return Err(ApiError::NotBuilt { param: "method.type".to_owned(), hint });
+            return Err(ApiError::NotBuilt {
+                param: "method.type".to_owned(),
+                hint,
+            });
         }
         _ => return Err(invalid("method.type", "method.type must be \"supervised\"")),
     }
-    no_unknown("method", &unknown, &["type".to_owned(), "supervised".to_owned()], &[])?;
-    let Some(Supervised { hyperparameters, unknown }) = supervised else { return Ok(None) };
-    no_unknown("method.supervised", &unknown, &["hyperparameters".to_owned()], &[])?;
+    no_unknown(
+        "method",
+        &unknown,
+        &["type".to_owned(), "supervised".to_owned()],
+        &[],
+    )?;
+    let Some(Supervised {
+        hyperparameters,
+        unknown,
+    }) = supervised
+    else {
+        return Ok(None);
+    };
+    no_unknown(
+        "method.supervised",
+        &unknown,
+        &["hyperparameters".to_owned()],
+        &[],
+    )?;
     Ok(hyperparameters)
 }
 
 /// The names of a struct's fields, from the struct.
 fn names(value: &impl serde::Serialize) -> Vec<String> {
     let value = serde_json::to_value(value).expect("a default has string keys only");
-    value.as_object().into_iter().flat_map(|fields| fields.keys().cloned()).collect()
+    value
+        .as_object()
+        .into_iter()
+        .flat_map(|fields| fields.keys().cloned())
+        .collect()
 }
 
 /// A misspelt knob must not train silently.
-fn no_unknown(place: &str, unknown: &Unknown, known: &[String], top_level: &[String]) -> Result<(), ApiError> {
-    let Some(name) = unknown.iter().find(|(_, value)| !value.is_null()).map(|(name, _)| name) else { return Ok(()) };
+fn no_unknown(
+    place: &str,
+    unknown: &Unknown,
+    known: &[String],
+    top_level: &[String],
+) -> Result<(), ApiError> {
+    let Some(name) = unknown
+        .iter()
+        .find(|(_, value)| !value.is_null())
+        .map(|(name, _)| name)
+    else {
+        return Ok(());
+    };
     let hint = if top_level.contains(name) {
         format!("; {name} is a field of the request itself")
     } else {
@@ -127,18 +183,29 @@ pub fn knobs(rest: Unknown) -> Result<JobRequest, ApiError> {
         eval_steps,
         unknown,
     } = from_value(Value::Object(rest))?;
-    if let Some((name, _)) = unknown.iter().find(|(name, value)| name.starts_with("lora_") && !value.is_null()) {
+    if let Some((name, _)) = unknown
+        .iter()
+        .find(|(name, value)| name.starts_with("lora_") && !value.is_null())
+    {
         let known = names(&Knobs::default());
         let hint = closest(name, known.iter().map(String::as_str));
         let hint = hint.map_or_else(String::new, |name| format!("; did you mean {name}?"));
         let name: String = name.chars().take(80).collect();
         let message = format!("Unknown parameter: '{name}'{hint}");
-        return Err(ApiError::Invalid { param: Some(name), code: Some("unknown_parameter"), message });
+        return Err(ApiError::Invalid {
+            param: Some(name),
+            code: Some("unknown_parameter"),
+            message,
+        });
     }
     let natural = |param: &str, value: Option<i64>, low: u32| {
-        value.map(|value| self::natural(param, value, low, u32::MAX)).transpose()
+        value
+            .map(|value| self::natural(param, value, low, u32::MAX))
+            .transpose()
     };
-    let steps = |param: &str, value: Option<i64>, low: u32| Ok::<_, ApiError>(natural(param, value, low)?.map(u64::from));
+    let steps = |param: &str, value: Option<i64>, low: u32| {
+        Ok::<_, ApiError>(natural(param, value, low)?.map(u64::from))
+    };
     Ok(JobRequest {
         lora_r: natural("lora_r", lora_r, 1)?,
         lora_alpha: real("lora_alpha", lora_alpha, 0.0, 1e6)?,
@@ -163,26 +230,41 @@ pub fn knobs(rest: Unknown) -> Result<JobRequest, ApiError> {
 
 /// A list, or one string with commas, as Together's clients send it.
 fn modules(modules: Option<Strings>) -> Vec<String> {
-    let split = |text: String| text.split(',').map(|name| name.trim().to_owned()).collect::<Vec<_>>();
-    modules.map_or_else(Vec::new, Strings::into_vec).into_iter().flat_map(split).collect()
+    let split = |text: String| {
+        text.split(',')
+            .map(|name| name.trim().to_owned())
+            .collect::<Vec<_>>()
+    };
+    modules
+        .map_or_else(Vec::new, Strings::into_vec)
+        .into_iter()
+        .flat_map(split)
+        .collect()
 }
 
 /// JSON has no NaN and no infinity; the comparison would refuse them anyway.
 pub fn real(param: &str, value: Option<f64>, low: f64, high: f64) -> Result<Option<f64>, ApiError> {
     match value {
-        Some(value) if !(low..=high).contains(&value) => {
-            Err(invalid(param, format!("{param} must be between {low} and {high}, got {value}")))
-        }
+        Some(value) if !(low..=high).contains(&value) => Err(invalid(
+            param,
+            format!("{param} must be between {low} and {high}, got {value}"),
+        )),
         value => Ok(value),
     }
 }
 
 pub fn epochs(value: Option<AutoInteger>) -> Result<Option<u32>, ApiError> {
-    value.and_then(AutoInteger::value).map(|n| natural("n_epochs", n, 1, MAX_EPOCHS)).transpose()
+    value
+        .and_then(AutoInteger::value)
+        .map(|n| natural("n_epochs", n, 1, MAX_EPOCHS))
+        .transpose()
 }
 
 pub fn batch(value: Option<AutoInteger>) -> Result<Option<u32>, ApiError> {
-    value.and_then(AutoInteger::value).map(|n| natural("batch_size", n, 1, MAX_BATCH)).transpose()
+    value
+        .and_then(AutoInteger::value)
+        .map(|n| natural("batch_size", n, 1, MAX_BATCH))
+        .transpose()
 }
 
 pub fn multiplier(value: Option<f64>) -> Result<Option<f64>, ApiError> {
@@ -196,7 +278,9 @@ pub fn multiplier(value: Option<f64>) -> Result<Option<f64>, ApiError> {
 }
 
 pub fn seed(value: Option<i64>) -> Result<Option<u64>, ApiError> {
-    value.map(|seed| Ok(super::integer("seed", seed, 0, MAX_SEED)?.cast_unsigned())).transpose()
+    value
+        .map(|seed| Ok(super::integer("seed", seed, 0, MAX_SEED)?.cast_unsigned()))
+        .transpose()
 }
 
 pub fn suffix(value: Option<String>, limit: usize) -> Result<Option<String>, ApiError> {
@@ -204,19 +288,35 @@ pub fn suffix(value: Option<String>, limit: usize) -> Result<Option<String>, Api
     let count = suffix.chars().count();
     match (1..=limit).contains(&count) && !suffix.chars().any(char::is_control) {
         true => Ok(Some(suffix)),
-        false => Err(invalid("suffix", format!("suffix must have 1 to {limit} printable characters, got {count}"))),
+        false => Err(invalid(
+            "suffix",
+            format!("suffix must have 1 to {limit} printable characters, got {count}"),
+        )),
     }
 }
 
 fn metadata(metadata: Option<BTreeMap<String, String>>) -> Result<BTreeMap<String, String>, ApiError> {
     let metadata = metadata.unwrap_or_default();
-    let Limits { keys, key_chars, value_chars } = METADATA;
+    let Limits {
+        keys,
+        key_chars,
+        value_chars,
+    } = METADATA;
     let long = |text: &str, limit: usize| text.chars().count() > limit;
     if metadata.len() > keys {
-        return Err(invalid("metadata", format!("metadata has {} keys, {keys} are allowed", metadata.len())));
+        return Err(invalid(
+            "metadata",
+            format!("metadata has {} keys, {keys} are allowed", metadata.len()),
+        ));
     }
-    match metadata.iter().any(|(key, value)| long(key, key_chars) || long(value, value_chars)) {
-        true => Err(invalid("metadata", format!("metadata keys have at most {key_chars} characters, values {value_chars}"))),
+    match metadata
+        .iter()
+        .any(|(key, value)| long(key, key_chars) || long(value, value_chars))
+    {
+        true => Err(invalid(
+            "metadata",
+            format!("metadata keys have at most {key_chars} characters, values {value_chars}"),
+        )),
         false => Ok(metadata),
     }
 }
@@ -237,7 +337,11 @@ pub fn job(job: api::Job, organization: &str) -> Job {
         error,
     } = job;
     let common = common(&request, hyper.as_ref());
-    let seed = hyper.as_ref().map(|hyper| hyper.seed).or(request.seed).unwrap_or(0);
+    let seed = hyper
+        .as_ref()
+        .map(|hyper| hyper.seed)
+        .or(request.seed)
+        .unwrap_or(0);
     Job {
         id: id.0,
         object: "fine_tuning.job",
@@ -254,8 +358,16 @@ pub fn job(job: api::Job, organization: &str) -> Job {
         trained_tokens,
         error: error.map(|api::JobError { code, param, message }| JobError { code, message, param }),
         seed,
-        method: ChosenMethod { kind: "supervised", supervised: ChosenSupervised { hyperparameters: common.clone() } },
-        hyperparameters: ChosenHyperparameters { common, run: hyper.map(run) },
+        method: ChosenMethod {
+            kind: "supervised",
+            supervised: ChosenSupervised {
+                hyperparameters: common.clone(),
+            },
+        },
+        hyperparameters: ChosenHyperparameters {
+            common,
+            run: hyper.map(run),
+        },
         integrations: Vec::new(),
         metadata: (!request.metadata.is_empty()).then_some(request.metadata),
         user_provided_suffix: request.suffix,
@@ -265,7 +377,9 @@ pub fn job(job: api::Job, organization: &str) -> Job {
 /// What was chosen, else what was asked, else `auto`.
 fn common(request: &JobRequest, hyper: Option<&Hyper>) -> CommonHyperparameters {
     let integer = |chosen: Option<u32>, asked: Option<u32>| {
-        chosen.or(asked).map_or(AutoInteger::AUTO, |n| AutoInteger::Value(i64::from(n)))
+        chosen
+            .or(asked)
+            .map_or(AutoInteger::AUTO, |n| AutoInteger::Value(i64::from(n)))
     };
     let multiplier = request.learning_rate_multiplier.or(hyper.map(|_| 1.0));
     CommonHyperparameters {
@@ -297,7 +411,13 @@ fn run(hyper: Hyper) -> RunHyperparameters {
         method,
     } = hyper;
     let lora = match method {
-        CoreMethod::Lora(Lora { r, alpha, dropout, target_modules, use_rslora }) => Some(RunLora {
+        CoreMethod::Lora(Lora {
+            r,
+            alpha,
+            dropout,
+            target_modules,
+            use_rslora,
+        }) => Some(RunLora {
             lora_r: r,
             lora_alpha: alpha,
             lora_dropout: dropout,
@@ -345,17 +465,37 @@ pub fn level(level: Level) -> &'static str {
 }
 
 pub fn event(record: JobEventRecord) -> JobEvent {
-    let JobEventRecord { id, created_at, level, message, data } = record;
+    let JobEventRecord {
+        id,
+        created_at,
+        level,
+        message,
+        data,
+    } = record;
     let kind = match data.get("train_loss").or(data.get("valid_loss")) {
         Some(_) => "metrics",
         None => "message",
     };
     let data = if data.is_null() { json!({}) } else { data };
-    JobEvent { id, object: "fine_tuning.job.event", created_at, level: self::level(level), message, kind, data }
+    JobEvent {
+        id,
+        object: "fine_tuning.job.event",
+        created_at,
+        level: self::level(level),
+        message,
+        kind,
+        data,
+    }
 }
 
 pub fn checkpoint(checkpoint: api::Checkpoint, job: &str) -> Checkpoint {
-    let api::Checkpoint { id, created_at, step, model, metrics } = checkpoint;
+    let api::Checkpoint {
+        id,
+        created_at,
+        step,
+        model,
+        metrics,
+    } = checkpoint;
     Checkpoint {
         id,
         object: "fine_tuning.job.checkpoint",
@@ -373,7 +513,10 @@ mod tests {
 
     fn asked(body: Value) -> Result<JobRequest, ApiError> {
         let mut whole = json!({"model": "m", "training_file": "file-1"});
-        whole.as_object_mut().unwrap().extend(body.as_object().unwrap().clone());
+        whole
+            .as_object_mut()
+            .unwrap()
+            .extend(body.as_object().unwrap().clone());
         request(crate::extract::from_json(&serde_json::to_vec(&whole).unwrap())?)
     }
 
@@ -385,7 +528,9 @@ mod tests {
         ] {
             assert_eq!(asked(body).unwrap().n_epochs, Some(2));
         }
-        let request = asked(json!({"lora_r": 8, "lora_trainable_modules": "q_proj, v_proj", "packing": false})).unwrap();
+        let request =
+            asked(json!({"lora_r": 8, "lora_trainable_modules": "q_proj, v_proj", "packing": false}))
+                .unwrap();
         assert_eq!((request.lora_r, request.packing), (Some(8), Some(false)));
         assert_eq!(request.lora_target_modules, ["q_proj", "v_proj"]);
         assert!(asked(json!({"lora_r": null, "something_else": 1, "hyperparameters": null})).is_ok());
@@ -394,19 +539,43 @@ mod tests {
     #[test]
     fn what_is_wrong_is_named() {
         for (body, param, text) in [
-            (json!({"hyperparameters": {"n_epoch": 2}}), "hyperparameters.n_epoch", "did you mean n_epochs?"),
-            (json!({"hyperparameters": {"lora_r": 2}}), "hyperparameters.lora_r", "field of the request itself"),
-            (json!({"hyperparameters": {"n_epochs": 51}}), "n_epochs", "at most 50, got 51"),
-            (json!({"hyperparameters": {"n_epochs": "x"}}), "hyperparameters.n_epochs", "auto"),
+            (
+                json!({"hyperparameters": {"n_epoch": 2}}),
+                "hyperparameters.n_epoch",
+                "did you mean n_epochs?",
+            ),
+            (
+                json!({"hyperparameters": {"lora_r": 2}}),
+                "hyperparameters.lora_r",
+                "field of the request itself",
+            ),
+            (
+                json!({"hyperparameters": {"n_epochs": 51}}),
+                "n_epochs",
+                "at most 50, got 51",
+            ),
+            (
+                json!({"hyperparameters": {"n_epochs": "x"}}),
+                "hyperparameters.n_epochs",
+                "auto",
+            ),
             (json!({"method": {"type": "dpo"}}), "method.type", "not built"),
-            (json!({"method": {"type": "supervised", "x": 1}}), "method.x", "Unknown"),
+            (
+                json!({"method": {"type": "supervised", "x": 1}}),
+                "method.x",
+                "Unknown",
+            ),
             (json!({"lora_rank": 2}), "lora_rank", "did you mean lora_r"),
             (json!({"lora_r": 0}), "lora_r", "at least 1, got 0"),
             (json!({"lora_r": "many"}), "lora_r", "invalid type"),
             (json!({"learning_rate": -1}), "learning_rate", "between 0 and 10"),
             (json!({"suffix": ""}), "suffix", "1 to 64"),
             (json!({"seed": -1}), "seed", "at least 0"),
-            (json!({"integrations": [{"type": "wandb"}]}), "integrations", "not supported"),
+            (
+                json!({"integrations": [{"type": "wandb"}]}),
+                "integrations",
+                "not supported",
+            ),
         ] {
             let error = asked(body.clone()).unwrap_err().body().error;
             assert_eq!(error.param.as_deref(), Some(param), "{body}: {}", error.message);

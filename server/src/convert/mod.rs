@@ -17,11 +17,19 @@ use crate::error::{ApiError, invalid};
 pub fn integer(param: &str, value: i64, low: i64, high: i64) -> Result<i64, ApiError> {
     if value < low {
         let message = format!("{param} must be at least {low}, got {value}");
-        return Err(ApiError::Invalid { param: Some(param.into()), code: Some("integer_below_min_value"), message });
+        return Err(ApiError::Invalid {
+            param: Some(param.into()),
+            code: Some("integer_below_min_value"),
+            message,
+        });
     }
     if value > high {
         let message = format!("{param} must be at most {high}, got {value}");
-        return Err(ApiError::Invalid { param: Some(param.into()), code: Some("integer_above_max_value"), message });
+        return Err(ApiError::Invalid {
+            param: Some(param.into()),
+            code: Some("integer_above_max_value"),
+            message,
+        });
     }
     Ok(value)
 }
@@ -34,6 +42,7 @@ pub fn natural(param: &str, value: i64, low: u32, high: u32) -> Result<u32, ApiE
 
 /// Token ids as the wire has them. Whether they are in the vocabulary is the router's question.
 pub fn token_ids(param: &str, ids: Vec<i64>) -> Result<Vec<u32>, ApiError> {
-    let id = |id: i64| u32::try_from(id).map_err(|_| invalid(param, format!("{id} in {param} is not a token id")));
+    let id =
+        |id: i64| u32::try_from(id).map_err(|_| invalid(param, format!("{id} in {param} is not a token id")));
     ids.into_iter().map(id).collect()
 }

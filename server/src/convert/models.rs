@@ -4,7 +4,12 @@ use tandem_openapi::models::Model;
 use tandem_router::api::{AdapterSource, ModelCard, ModelKind};
 
 pub fn model(card: ModelCard) -> Model {
-    let ModelCard { name, created_at, kind, max_model_len } = card;
+    let ModelCard {
+        name,
+        created_at,
+        kind,
+        max_model_len,
+    } = card;
     let mut model = Model {
         root: name.clone(),
         id: name,
@@ -18,7 +23,13 @@ pub fn model(card: ModelCard) -> Model {
         step_number: None,
         permission: Vec::new(),
     };
-    if let ModelKind::Adapter { digest, parent, source, rank } = kind {
+    if let ModelKind::Adapter {
+        digest,
+        parent,
+        source,
+        rank,
+    } = kind
+    {
         model.root = digest.to_string();
         model.parent = Some(parent);
         model.lora_rank = Some(rank);

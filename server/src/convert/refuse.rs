@@ -40,7 +40,11 @@ const CHAT: &[Rule] = &[
     ("echo", no),
     ("function_call", |value| value == "none" || value == "auto"),
     ("functions", empty),
-    ("modalities", |value| value.as_array().is_some_and(|all| all.iter().all(|one| one == "text"))),
+    ("modalities", |value| {
+        value
+            .as_array()
+            .is_some_and(|all| all.iter().all(|one| one == "text"))
+    }),
     ("prediction", never),
     ("tool_choice", |value| value == "none" || value == "auto"),
     ("tools", empty),
@@ -70,14 +74,24 @@ pub fn completions(unknown: &Unknown, n: u32) -> Result<(), ApiError> {
 }
 
 fn check(unknown: &Unknown, rules: &[Rule], n: u32) -> Result<(), ApiError> {
-    let refused = |(name, harmless): &&Rule| unknown.get(*name).is_some_and(|value| !value.is_null() && !harmless(value));
+    let refused = |(name, harmless): &&Rule| {
+        unknown
+            .get(*name)
+            .is_some_and(|value| !value.is_null() && !harmless(value))
+    };
     if let Some((name, _)) = BOTH.iter().chain(rules).find(refused) {
-        return Err(ApiError::NotBuilt { param: (*name).to_owned(), hint: String::new() });
+        return Err(ApiError::NotBuilt {
+            param: (*name).to_owned(),
+            hint: String::new(),
+        });
     }
     match unknown.get("best_of") {
         Some(value) if !value.is_null() && value.as_u64() != Some(u64::from(n)) => {
             let hint = format!(", unless it equals n, which is {n}");
-            Err(ApiError::NotBuilt { param: "best_of".to_owned(), hint })
+            Err(ApiError::NotBuilt {
+                param: "best_of".to_owned(),
+                hint,
+            })
         }
         _ => Ok(()),
     }

@@ -57,17 +57,26 @@ pub fn raw_sampling(fields: Fields, max_tokens: Option<u32>) -> Result<RawSampli
     } = fields;
     let bias = |(token, bias): (String, f64)| match token.parse::<TokenId>() {
         Ok(token) => Ok((token, bias)),
-        Err(_) => Err(invalid("logit_bias", format!("logit_bias has the key {token:?}, which is not a token id"))),
+        Err(_) => Err(invalid(
+            "logit_bias",
+            format!("logit_bias has the key {token:?}, which is not a token id"),
+        )),
     };
     Ok(RawSampling {
         temperature,
         top_p,
-        top_k: top_k.map(|k| integer("top_k", k, -1, i64::from(u32::MAX))).transpose()?,
+        top_k: top_k
+            .map(|k| integer("top_k", k, -1, i64::from(u32::MAX)))
+            .transpose()?,
         min_p,
         presence_penalty,
         frequency_penalty,
         repetition_penalty,
-        logit_bias: logit_bias.unwrap_or_default().into_iter().map(bias).collect::<Result<_, _>>()?,
+        logit_bias: logit_bias
+            .unwrap_or_default()
+            .into_iter()
+            .map(bias)
+            .collect::<Result<_, _>>()?,
         // Any 64 bits seed; a negative number is as good as another.
         seed: seed.map(i64::cast_unsigned),
         logprobs,
@@ -86,14 +95,24 @@ pub fn logprobs(param: &str, n: Option<i64>) -> Result<Option<u32>, ApiError> {
     n.map(|n| natural(param, n, 0, MAX_LOGPROBS)).transpose()
 }
 
-pub fn max_tokens(param: &str, value: Option<i64>, low: u32, limits: Limits) -> Result<Option<u32>, ApiError> {
-    value.map(|n| natural(param, n, low, limits.max_model_len)).transpose()
+pub fn max_tokens(
+    param: &str,
+    value: Option<i64>,
+    low: u32,
+    limits: Limits,
+) -> Result<Option<u32>, ApiError> {
+    value
+        .map(|n| natural(param, n, low, limits.max_model_len))
+        .transpose()
 }
 
 pub fn stop(stop: Option<Strings>) -> Result<Vec<String>, ApiError> {
     let stop = stop.map_or_else(Vec::new, Strings::into_vec);
     if stop.len() > MAX_STOP_STRINGS {
-        return Err(invalid("stop", format!("stop has {} strings, {MAX_STOP_STRINGS} are allowed", stop.len())));
+        return Err(invalid(
+            "stop",
+            format!("stop has {} strings, {MAX_STOP_STRINGS} are allowed", stop.len()),
+        ));
     }
     match stop.iter().position(String::is_empty) {
         Some(i) => Err(invalid("stop", format!("stop[{i}] is empty"))),
@@ -125,7 +144,10 @@ pub fn delivery(stream: Option<bool>, options: Option<StreamOptions>) -> Result<
         (false, None) => Ok(Delivery::Whole),
         (false, Some(_)) => Err(invalid("stream_options", "stream_options needs stream: true")),
         (true, options) => {
-            let StreamOptions { include_usage, continuous_usage_stats } = options.unwrap_or_default();
+            let StreamOptions {
+                include_usage,
+                continuous_usage_stats,
+            } = options.unwrap_or_default();
             Ok(Delivery::Stream(match (include_usage, continuous_usage_stats) {
                 (_, Some(true)) => StreamUsage::Every,
                 (Some(true), _) => StreamUsage::Last,

@@ -31,7 +31,10 @@ pub fn chat(tokens: &[TokenText], top: u32) -> ChatLogprobs {
             })
             .collect(),
     };
-    ChatLogprobs { content: tokens.iter().map(one).collect(), refusal: None }
+    ChatLogprobs {
+        content: tokens.iter().map(one).collect(),
+        refusal: None,
+    }
 }
 
 /// A completion's four lists, which go on from chunk to chunk of a stream.
@@ -43,7 +46,12 @@ pub struct Offsets {
 
 impl Offsets {
     /// Adds tokens to `out`. The first token of a prompt is text without a log-probability.
-    pub fn completion(&mut self, out: &mut CompletionLogprobs, tokens: impl Iterator<Item = Entry>, top: u32) {
+    pub fn completion(
+        &mut self,
+        out: &mut CompletionLogprobs,
+        tokens: impl Iterator<Item = Entry>,
+        top: u32,
+    ) {
         let all_tops = match top {
             0 => None,
             _ => Some(out.top_logprobs.get_or_insert_default()),
@@ -78,7 +86,11 @@ pub enum Entry {
 /// one keeps it, so that the greatest value is always the most likely token's own number.
 fn alternatives(token: &TokenText, top: u32) -> TopLogprobs {
     let mut entries: Vec<(String, f32)> = Vec::with_capacity(top as usize + 1);
-    let best = token.top.iter().take(top as usize).map(|(_, text, _, logprob)| (text, *logprob));
+    let best = token
+        .top
+        .iter()
+        .take(top as usize)
+        .map(|(_, text, _, logprob)| (text, *logprob));
     for (text, logprob) in best.chain([(&token.text, token.logprob)]) {
         if !entries.iter().any(|(known, _)| known == text) {
             entries.push((text.clone(), json_safe(logprob)));
@@ -89,16 +101,31 @@ fn alternatives(token: &TokenText, top: u32) -> TopLogprobs {
 
 pub fn prompt(tokens: &[Option<TokenText>], top: u32) -> PromptLogprobs {
     let entries = |token: &TokenText| {
-        let alternatives = token.top.iter().take(top as usize).enumerate().map(|(i, (id, text, _, logprob))| {
-            let rank = Some(i as u32 + 1);
-            (id.to_string(), PromptLogprob { logprob: json_safe(*logprob), rank, decoded_token: text.clone() })
-        });
+        let alternatives =
+            token
+                .top
+                .iter()
+                .take(top as usize)
+                .enumerate()
+                .map(|(i, (id, text, _, logprob))| {
+                    let rank = Some(i as u32 + 1);
+                    (
+                        id.to_string(),
+                        PromptLogprob {
+                            logprob: json_safe(*logprob),
+                            rank,
+                            decoded_token: text.clone(),
+                        },
+                    )
+                });
         let mut entries: BTreeMap<_, _> = alternatives.collect();
-        entries.entry(token.id.to_string()).or_insert_with(|| PromptLogprob {
-            logprob: json_safe(token.logprob),
-            rank: None,
-            decoded_token: token.text.clone(),
-        });
+        entries
+            .entry(token.id.to_string())
+            .or_insert_with(|| PromptLogprob {
+                logprob: json_safe(token.logprob),
+                rank: None,
+                decoded_token: token.text.clone(),
+            });
         entries
     };
     tokens.iter().map(|token| token.as_ref().map(entries)).collect()
@@ -109,8 +136,17 @@ mod tests {
     use super::*;
 
     fn token(id: u32, text: &str, logprob: f32, top: &[(u32, &str, f32)]) -> TokenText {
-        let top = top.iter().map(|&(id, text, logprob)| (id, text.to_owned(), text.into(), logprob)).collect();
-        TokenText { id, text: text.to_owned(), bytes: text.into(), logprob, top }
+        let top = top
+            .iter()
+            .map(|&(id, text, logprob)| (id, text.to_owned(), text.into(), logprob))
+            .collect();
+        TokenText {
+            id,
+            text: text.to_owned(),
+            bytes: text.into(),
+            logprob,
+            top,
+        }
     }
 
     #[test]
@@ -128,11 +164,21 @@ mod tests {
         assert_eq!(first.text_offset, [0, 1, 3]);
         let tops = first.top_logprobs.unwrap();
         assert_eq!(tops[0], None);
-        assert_eq!(tops[1], Some(TopLogprobs(vec![(" a".into(), -0.25), (" b".into(), -0.5)])));
-        assert_eq!(tops[2], Some(TopLogprobs(vec![("x".into(), -0.1), (String::new(), LOWEST)])));
+        assert_eq!(
+            tops[1],
+            Some(TopLogprobs(vec![(" a".into(), -0.25), (" b".into(), -0.5)]))
+        );
+        assert_eq!(
+            tops[2],
+            Some(TopLogprobs(vec![("x".into(), -0.1), (String::new(), LOWEST)]))
+        );
 
         let mut second = CompletionLogprobs::default();
-        offsets.completion(&mut second, [Entry::Scored(token(5, "c", -1.0, &[]))].into_iter(), 0);
+        offsets.completion(
+            &mut second,
+            [Entry::Scored(token(5, "c", -1.0, &[]))].into_iter(),
+            0,
+        );
         assert_eq!(second.text_offset, [3]);
         assert!(second.top_logprobs.is_none());
     }

@@ -17,12 +17,18 @@ use crate::extract::Json;
     responses((status = 200, body = String, content_type = "text/plain"), Errors)
 )]
 pub async fn load(State(app): State<App>, Json(body): Json<LoadLoraAdapter>) -> Result<String, ApiError> {
-    let LoadLoraAdapter { lora_name, lora_path, load_inplace } = body;
+    let LoadLoraAdapter {
+        lora_name,
+        lora_path,
+        load_inplace,
+    } = body;
     let mode = match load_inplace {
         Some(true) => LoadMode::Replace,
         _ => LoadMode::New,
     };
-    app.router.load_adapter(&lora_name, Path::new(&lora_path), mode).await?;
+    app.router
+        .load_adapter(&lora_name, Path::new(&lora_path), mode)
+        .await?;
     Ok(format!("Success: LoRA adapter '{lora_name}' added successfully."))
 }
 
@@ -34,5 +40,7 @@ pub async fn load(State(app): State<App>, Json(body): Json<LoadLoraAdapter>) -> 
 pub async fn unload(State(app): State<App>, Json(body): Json<UnloadLoraAdapter>) -> Result<String, ApiError> {
     let UnloadLoraAdapter { lora_name } = body;
     app.router.unload_adapter(&lora_name).await?;
-    Ok(format!("Success: LoRA adapter '{lora_name}' removed successfully."))
+    Ok(format!(
+        "Success: LoRA adapter '{lora_name}' removed successfully."
+    ))
 }

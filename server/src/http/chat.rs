@@ -28,11 +28,19 @@ use crate::id;
     )
 )]
 pub async fn create(State(app): State<App>, Json(request): Json<ChatRequest>) -> Result<Response, ApiError> {
-    let Chat { call, delivery, top_logprobs, prompt_logprobs, return_token_ids } =
-        convert::chat::call(request, app.limits())?;
+    let Chat {
+        call,
+        delivery,
+        top_logprobs,
+        prompt_logprobs,
+        return_token_ids,
+    } = convert::chat::call(request, app.limits())?;
     let (n, model) = (call.n, call.model.clone());
     let admitted = feed::admit(&app, vec![call], "messages").await?;
-    let show = Show { top_logprobs, return_token_ids };
+    let show = Show {
+        top_logprobs,
+        return_token_ids,
+    };
     match delivery {
         Delivery::Whole => whole(admitted, n, model, prompt_logprobs, show).await,
         Delivery::Stream(usage) => {
@@ -45,7 +53,10 @@ pub async fn create(State(app): State<App>, Json(request): Json<ChatRequest>) ->
                 choices: Vec::new(),
                 usage: None,
             };
-            let chunks = Chunks { show, begun: vec![false; n as usize] };
+            let chunks = Chunks {
+                show,
+                begun: vec![false; n as usize],
+            };
             stream::respond(admitted, &chunk, usage, chunks).await
         }
     }
@@ -65,7 +76,11 @@ async fn whole(
     prompt_logprobs: Option<u32>,
     show: Show,
 ) -> Result<Response, ApiError> {
-    let Admitted { identity, mut prompts, mut feed } = admitted;
+    let Admitted {
+        identity,
+        mut prompts,
+        mut feed,
+    } = admitted;
     let gathered = feed::gather(&mut feed, n).await?;
     let usage = feed::usage(&prompts, &gathered, n);
     let scored = gathered.first().and_then(|first| first.prompt.as_ref());
@@ -75,9 +90,15 @@ async fn whole(
         created: now(),
         model,
         system_fingerprint: identity.fingerprint(),
-        prompt_logprobs: prompt_logprobs.zip(scored).map(|(top, tokens)| tokens::prompt(tokens, top)),
+        prompt_logprobs: prompt_logprobs
+            .zip(scored)
+            .map(|(top, tokens)| tokens::prompt(tokens, top)),
         prompt_token_ids: show.return_token_ids.then(|| prompts.pop().unwrap_or_default()),
-        choices: gathered.into_iter().zip(0..).map(|(one, index)| choice(index, one, show)).collect(),
+        choices: gathered
+            .into_iter()
+            .zip(0..)
+            .map(|(one, index)| choice(index, one, show))
+            .collect(),
         usage,
     };
     let mut response = Answer(completion).into_response();
@@ -91,7 +112,12 @@ fn choice(index: u32, one: Gathered, show: Show) -> ChatChoice {
         logprobs: show.top_logprobs.map(|top| tokens::chat(&one.tokens, top)),
         token_ids: show.return_token_ids.then(|| one.token_ids()),
         finish_reason: one.finish_reason,
-        message: AssistantMessage { role: "assistant", content: one.text, refusal: None, annotations: Vec::new() },
+        message: AssistantMessage {
+            role: "assistant",
+            content: one.text,
+            refusal: None,
+            annotations: Vec::new(),
+        },
     }
 }
 
@@ -103,11 +129,23 @@ struct Chunks {
 
 impl Choices for Chunks {
     fn show(&mut self, (_, Piece { choice: index, what }): Placed, sink: &mut Sink<'_>) {
-        let Show { top_logprobs, return_token_ids } = self.show;
-        let chunk = |delta| ChatChunkChoice { index, delta, logprobs: None, finish_reason: None, token_ids: None };
+        let Show {
+            top_logprobs,
+            return_token_ids,
+        } = self.show;
+        let chunk = |delta| ChatChunkChoice {
+            index,
+            delta,
+            logprobs: None,
+            finish_reason: None,
+            token_ids: None,
+        };
         if let Some(begun @ false) = self.begun.get_mut(index as usize) {
             *begun = true;
-            sink.choice(&chunk(ChatDelta { role: Some("assistant"), content: Some(String::new()) }));
+            sink.choice(&chunk(ChatDelta {
+                role: Some("assistant"),
+                content: Some(String::new()),
+            }));
         }
         match what {
             What::Text { text, tokens } => {
@@ -118,7 +156,10 @@ impl Choices for Chunks {
                 sink.choice(&ChatChunkChoice {
                     logprobs: top_logprobs.map(|top| tokens::chat(&tokens, top)),
                     token_ids: return_token_ids.then(|| tokens.iter().map(|token| token.id).collect()),
-                    ..chunk(ChatDelta { role: None, content: Some(text) })
+                    ..chunk(ChatDelta {
+                        role: None,
+                        content: Some(text),
+                    })
                 });
             }
             What::Finished { reason, .. } => sink.choice(&ChatChunkChoice {

@@ -12,10 +12,10 @@ use tandem_text::SpecialTokens;
 use super::feed::{self, Admitted, Gathered, Placed, finish_reason};
 use super::stream::{self, Choices, Sink};
 use crate::app::{App, now};
+use crate::convert;
 use crate::convert::completions::Completions;
 use crate::convert::sampling::Delivery;
 use crate::convert::tokens::{self, Entry, Offsets};
-use crate::convert;
 use crate::error::ApiError;
 use crate::extract::Json;
 use crate::id;
@@ -28,20 +28,41 @@ use crate::id;
         Errors,
     )
 )]
-pub async fn create(State(app): State<App>, Json(request): Json<CompletionRequest>) -> Result<Response, ApiError> {
+pub async fn create(
+    State(app): State<App>,
+    Json(request): Json<CompletionRequest>,
+) -> Result<Response, ApiError> {
     let model = request.model.clone();
-    let Completions { mut calls, n, delivery, echo, logprobs, prompt_logprobs, return_token_ids, add_special_tokens } =
-        convert::completions::calls(request, app.limits())?;
+    let Completions {
+        mut calls,
+        n,
+        delivery,
+        echo,
+        logprobs,
+        prompt_logprobs,
+        return_token_ids,
+        add_special_tokens,
+    } = convert::completions::calls(request, app.limits())?;
     let texts: Vec<Option<String>> = calls.iter().map(|call| given_text(&call.prompt, echo)).collect();
     if !add_special_tokens {
         calls.iter_mut().try_for_each(|call| bare(&app, call))?;
     }
     let admitted = feed::admit(&app, calls, "prompt").await?;
     let echoes = match echo {
-        true => texts.into_iter().zip(&admitted.prompts).map(|(text, ids)| Echo::new(&app, text, ids)).collect(),
+        true => texts
+            .into_iter()
+            .zip(&admitted.prompts)
+            .map(|(text, ids)| Echo::new(&app, text, ids))
+            .collect(),
         false => Ok(Vec::new()),
     };
-    let show = Show { logprobs, prompt_logprobs, return_token_ids, echoes: echoes?, n };
+    let show = Show {
+        logprobs,
+        prompt_logprobs,
+        return_token_ids,
+        echoes: echoes?,
+        n,
+    };
     match delivery {
         Delivery::Whole => whole(admitted, model, show).await,
         Delivery::Stream(usage) => {
@@ -104,7 +125,9 @@ impl Echo {
             Some(text) => text,
             None => app.router.detokenize(ids)?,
         };
-        let first_token = ids.first().map_or_else(String::new, |&id| app.router.tokenizer().token_text(id));
+        let first_token = ids
+            .first()
+            .map_or_else(String::new, |&id| app.router.tokenizer().token_text(id));
         Ok(Echo { text, first_token })
     }
 
@@ -118,11 +141,24 @@ impl Echo {
 
 async fn whole(admitted: Admitted, model: String, show: Show) -> Result<Response, ApiError> {
     let completion = envelope(&admitted, model);
-    let Admitted { identity, prompts, mut feed } = admitted;
+    let Admitted {
+        identity,
+        prompts,
+        mut feed,
+    } = admitted;
     let gathered = feed::gather(&mut feed, show.n).await?;
     let usage = Some(feed::usage(&prompts, &gathered, show.n));
-    let choices = gathered.into_iter().enumerate().map(|(i, one)| choice(i, one, &prompts, &show)).collect();
-    let mut response = Answer(Completion { choices, usage, ..completion }).into_response();
+    let choices = gathered
+        .into_iter()
+        .enumerate()
+        .map(|(i, one)| choice(i, one, &prompts, &show))
+        .collect();
+    let mut response = Answer(Completion {
+        choices,
+        usage,
+        ..completion
+    })
+    .into_response();
     identity.write(response.headers_mut());
     Ok(response)
 }
@@ -169,7 +205,9 @@ impl Choices for Chunks {
     fn show(&mut self, (prompt, Piece { choice, what }): Placed, sink: &mut Sink<'_>) {
         let Chunks { show, states } = self;
         let index = prompt * show.n as usize + choice as usize;
-        let Some(state) = states.get_mut(index) else { return };
+        let Some(state) = states.get_mut(index) else {
+            return;
+        };
         let chunk = CompletionChoice {
             index: index as u32,
             text: String::new(),
@@ -193,7 +231,11 @@ impl Choices for Chunks {
                 _ => Vec::new(),
             };
             let logprobs = lists(state, &mut echo.entries(scored));
-            sink.choice(&CompletionChoice { text: echo.text.clone(), logprobs, ..chunk.clone() });
+            sink.choice(&CompletionChoice {
+                text: echo.text.clone(),
+                logprobs,
+                ..chunk.clone()
+            });
         }
         match what {
             What::Text { text, tokens } => {
@@ -204,10 +246,18 @@ impl Choices for Chunks {
                 let ids = || tokens.iter().map(|token| token.id).collect();
                 let token_ids = show.return_token_ids.then(ids);
                 let logprobs = lists(state, &mut tokens.into_iter().map(Entry::Scored));
-                sink.choice(&CompletionChoice { text, logprobs, token_ids, ..chunk });
+                sink.choice(&CompletionChoice {
+                    text,
+                    logprobs,
+                    token_ids,
+                    ..chunk
+                });
             }
             What::Finished { reason, .. } => {
-                sink.choice(&CompletionChoice { finish_reason: Some(finish_reason(reason)), ..chunk });
+                sink.choice(&CompletionChoice {
+                    finish_reason: Some(finish_reason(reason)),
+                    ..chunk
+                });
             }
             What::Prompt(_) | What::Failed(_) => {}
         }

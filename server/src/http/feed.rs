@@ -35,7 +35,8 @@ impl Identity {
     }
 
     pub fn write(&self, headers: &mut HeaderMap) {
-        let value = |digest: Digest| HeaderValue::from_str(&digest.to_string()).expect("a digest is hexadecimal");
+        let value =
+            |digest: Digest| HeaderValue::from_str(&digest.to_string()).expect("a digest is hexadecimal");
         headers.insert(HeaderName::from_static("x-tandem-base"), value(self.base));
         if let Some(adapter) = self.adapter {
             headers.insert(HeaderName::from_static("x-tandem-adapter"), value(adapter));
@@ -76,17 +77,29 @@ pub async fn admit(app: &App, calls: Vec<Call>, prompt_param: &'static str) -> R
     for call in calls {
         let (n, model) = (call.n, call.model.clone());
         let generation = app.router.generate(call).await.map_err(refused)?;
-        let Generation { prompt_tokens, adapter, base, pieces } = generation;
+        let Generation {
+            prompt_tokens,
+            adapter,
+            base,
+            pieces,
+        } = generation;
         let name = match (adapter, app.router.model(&model).map(|card| card.kind)) {
             (Some(_), Ok(ModelKind::Adapter { .. }) | Err(_)) => Some(model),
             _ => None,
         };
         let meter = Meter::new(app.metrics.clone(), name, n);
-        let prompt = Prompt { pieces: Some(pieces), open: (0..n).collect(), meter };
+        let prompt = Prompt {
+            pieces: Some(pieces),
+            open: (0..n).collect(),
+            meter,
+        };
         let all = admitted.get_or_insert_with(|| Admitted {
             identity: Identity { base, adapter },
             prompts: Vec::new(),
-            feed: Feed { prompts: Vec::new(), batch: Vec::new() },
+            feed: Feed {
+                prompts: Vec::new(),
+                batch: Vec::new(),
+            },
         });
         all.prompts.push(prompt_tokens);
         all.feed.prompts.push(prompt);
@@ -101,14 +114,19 @@ impl Feed {
             let Feed { prompts, batch } = self;
             let mut waiting = false;
             for (i, prompt) in prompts.iter_mut().enumerate() {
-                let Some(pieces) = &mut prompt.pieces else { continue };
+                let Some(pieces) = &mut prompt.pieces else {
+                    continue;
+                };
                 match pieces.poll_recv_many(context, batch, BATCH) {
                     Poll::Pending => waiting = true,
                     Poll::Ready(0) => {
                         prompt.pieces = None;
                         // A channel that closes early is an engine that died; its choices must not hang or look whole.
                         let fault = || What::Failed(Fault::Step("the engine went away".to_owned()));
-                        batch.extend(prompt.open.iter().map(|&choice| Piece { choice, what: fault() }));
+                        batch.extend(prompt.open.iter().map(|&choice| Piece {
+                            choice,
+                            what: fault(),
+                        }));
                     }
                     Poll::Ready(_) => {}
                 }
@@ -152,19 +170,27 @@ impl Gathered {
 
 /// All choices, whole, at `prompt * n + choice`.
 pub async fn gather(feed: &mut Feed, n: u32) -> Result<Vec<Gathered>, ApiError> {
-    let mut all: Vec<Gathered> = (0..feed.prompts.len() * n as usize).map(|_| Gathered::default()).collect();
+    let mut all: Vec<Gathered> = (0..feed.prompts.len() * n as usize)
+        .map(|_| Gathered::default())
+        .collect();
     let mut news = Vec::new();
     while feed.next(&mut news).await {
         for (prompt, Piece { choice, what }) in news.drain(..) {
             let index = prompt * n as usize + choice as usize;
-            let one = all.get_mut(index).ok_or_else(|| ApiError::Internal(format!("a piece of choice {index}")))?;
+            let one = all
+                .get_mut(index)
+                .ok_or_else(|| ApiError::Internal(format!("a piece of choice {index}")))?;
             match what {
                 What::Prompt(tokens) => one.prompt = Some(tokens),
                 What::Text { text, tokens } => {
                     one.text.push_str(&text);
                     one.tokens.extend(tokens);
                 }
-                What::Finished { reason, completion_tokens, cached_tokens } => {
+                What::Finished {
+                    reason,
+                    completion_tokens,
+                    cached_tokens,
+                } => {
                     one.finish_reason = finish_reason(reason);
                     (one.completion_tokens, one.cached_tokens) = (completion_tokens, cached_tokens);
                 }
@@ -179,7 +205,11 @@ pub async fn gather(feed: &mut Feed, n: u32) -> Result<Vec<Gathered>, ApiError> 
 pub fn usage(prompts: &[Vec<TokenId>], gathered: &[Gathered], n: u32) -> Usage {
     let prompt_tokens = prompts.iter().map(|prompt| prompt.len() as u64).sum();
     let completion_tokens = gathered.iter().map(|one| u64::from(one.completion_tokens)).sum();
-    let cached_tokens = gathered.iter().step_by(n as usize).map(|one| u64::from(one.cached_tokens)).sum();
+    let cached_tokens = gathered
+        .iter()
+        .step_by(n as usize)
+        .map(|one| u64::from(one.cached_tokens))
+        .sum();
     Usage::new(prompt_tokens, completion_tokens, cached_tokens)
 }
 

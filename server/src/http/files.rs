@@ -19,7 +19,7 @@ use tokio_util::io::ReaderStream;
 use crate::app::App;
 use crate::convert::files;
 use crate::error::{ApiError, invalid};
-use crate::extract::{FILE_LIMIT_BYTES, Pairs, Segment, announced_bytes, drain};
+use crate::extract::{DRAIN_TIME, FILE_LIMIT_BYTES, Pairs, Segment, announced_bytes, drain};
 
 /// Boundaries, headers and the small fields of a form.
 const FORM_OVERHEAD_BYTES: u64 = 1 << 20;
@@ -36,20 +36,49 @@ const LIST_LIMIT: u32 = 10_000;
 pub async fn create(State(app): State<App>, request: Request) -> Result<Json<File>, ApiError> {
     let limit_bytes = FILE_LIMIT_BYTES;
     if announced_bytes(request.headers()).is_some_and(|bytes| bytes > limit_bytes + FORM_OVERHEAD_BYTES) {
-        drain(&mut request.into_body().into_data_stream()).await;
+        drain(request.into_body().into_data_stream());
         return Err(ApiError::TooLarge { limit_bytes });
     }
     let mut form = Multipart::from_request(request, &()).await.map_err(|rejection| {
-        invalid("file", format!("the body must be multipart/form-data: {}", rejection.body_text()))
+        invalid(
+            "file",
+            format!("the body must be multipart/form-data: {}", rejection.body_text()),
+        )
     })?;
     let staged = Staged(app.router.staging());
-    let Form { file, purpose, expires_after_seconds } = read(&mut form, &staged, limit_bytes).await?;
+    let Form {
+        file,
+        purpose,
+        expires_after_seconds,
+    } = match read(&mut form, &staged, limit_bytes).await {
+        Ok(form) => form,
+        Err(error) => {
+            drain_form(form);
+            return Err(error);
+        }
+    };
     let (filename, bytes) = file.ok_or_else(|| files::missing("file"))?;
     let purpose = files::purpose(purpose)?;
-    let upload = Upload { staged: staged.0.clone(), bytes, filename, purpose, expires_after_seconds };
+    let upload = Upload {
+        staged: staged.0.clone(),
+        bytes,
+        filename,
+        purpose,
+        expires_after_seconds,
+    };
     let info = app.router.create_file(upload).await?;
     app.metrics.uploaded(bytes);
     Ok(Json(files::file(info)))
+}
+
+/// As [`drain`], behind a form that was refused in the middle.
+fn drain_form(mut form: Multipart) {
+    let rest = async move {
+        while let Ok(Some(mut field)) = form.next_field().await {
+            while let Ok(Some(_)) = field.chunk().await {}
+        }
+    };
+    tokio::spawn(tokio::time::timeout(DRAIN_TIME, rest));
 }
 
 /// An upload's file on its way; what is left of it goes when the upload ends, however it ends.
@@ -84,7 +113,10 @@ async fn read(form: &mut Multipart, staged: &Staged, limit_bytes: u64) -> Result
             "expires_after[anchor]" => {
                 let anchor = text(field, "expires_after[anchor]").await?;
                 if anchor != "created_at" {
-                    return Err(invalid("expires_after[anchor]", "expires_after[anchor] must be \"created_at\""));
+                    return Err(invalid(
+                        "expires_after[anchor]",
+                        "expires_after[anchor] must be \"created_at\"",
+                    ));
                 }
             }
             "expires_after[seconds]" => {
@@ -118,7 +150,10 @@ async fn text(mut field: Field<'_>, param: &'static str) -> Result<String, ApiEr
     while let Some(chunk) = field.chunk().await.map_err(broken)? {
         bytes.extend_from_slice(&chunk);
         if bytes.len() > FIELD_LIMIT_BYTES {
-            return Err(invalid(param, format!("{param} is longer than {FIELD_LIMIT_BYTES} bytes")));
+            return Err(invalid(
+                param,
+                format!("{param} is longer than {FIELD_LIMIT_BYTES} bytes"),
+            ));
         }
     }
     String::from_utf8(bytes).map_err(|_| invalid(param, format!("{param} is not UTF-8")))
@@ -142,9 +177,17 @@ pub async fn list(State(app): State<App>, query: Pairs) -> Result<Json<CursorLis
     let order = match query.text("order") {
         None | Some("desc") => Order::Newest,
         Some("asc") => Order::Oldest,
-        Some(other) => return Err(invalid("order", format!("order must be asc or desc, got {other:?}"))),
+        Some(other) => {
+            return Err(invalid(
+                "order",
+                format!("order must be asc or desc, got {other:?}"),
+            ));
+        }
     };
-    let page = app.router.files(query.text("purpose"), query.text("after"), limit, order).await?;
+    let page = app
+        .router
+        .files(query.text("purpose"), query.text("after"), limit, order)
+        .await?;
     let data: Vec<File> = page.data.into_iter().map(files::file).collect();
     Ok(Json(CursorList {
         object: "list",
@@ -171,7 +214,11 @@ pub async fn retrieve(State(app): State<App>, Segment(id): Segment) -> Result<Js
 )]
 pub async fn delete(State(app): State<App>, Segment(id): Segment) -> Result<Json<Deleted>, ApiError> {
     app.router.delete_file(&id).await?;
-    Ok(Json(Deleted { id, object: "file", deleted: true }))
+    Ok(Json(Deleted {
+        id,
+        object: "file",
+        deleted: true,
+    }))
 }
 
 /// A file's bytes, as they were uploaded.
@@ -185,9 +232,15 @@ pub async fn content(State(app): State<App>, Segment(id): Segment) -> Result<Res
     let file = file.map_err(|error| ApiError::Internal(format!("cannot open file {id}: {error}")))?;
     let chunks: ReaderStream<_> = ReaderStream::new(file);
     let mut headers = HeaderMap::new();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+    headers.insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("application/octet-stream"),
+    );
     headers.insert(header::CONTENT_LENGTH, HeaderValue::from(info.bytes));
-    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(
+        header::X_CONTENT_TYPE_OPTIONS,
+        HeaderValue::from_static("nosniff"),
+    );
     headers.insert(header::CONTENT_DISPOSITION, attachment(&info.filename));
     Ok((headers, Body::from_stream(chunks)).into_response())
 }

@@ -38,7 +38,10 @@ pub fn second_spelling() -> Router<App> {
     post, path = "/v1/fine-tunes", tag = "fine-tuning (legacy)", request_body = CreateFineTune,
     responses((status = 200, body = FineTune), Errors)
 )]
-pub async fn create(State(app): State<App>, Json(body): Json<CreateFineTune>) -> Result<Answer<FineTune>, ApiError> {
+pub async fn create(
+    State(app): State<App>,
+    Json(body): Json<CreateFineTune>,
+) -> Result<Answer<FineTune>, ApiError> {
     let request = convert::request(body, &app.router.config().served_model_name)?;
     let job = app.router.create_job(request).await?;
     whole(&app, job).await
@@ -87,7 +90,11 @@ pub async fn cancel(State(app): State<App>, Segment(id): Segment) -> Result<Answ
         Errors,
     )
 )]
-pub async fn events(State(app): State<App>, Segment(id): Segment, query: Pairs) -> Result<Response, ApiError> {
+pub async fn events(
+    State(app): State<App>,
+    Segment(id): Segment,
+    query: Pairs,
+) -> Result<Response, ApiError> {
     let id = job_id(&id);
     if !query.flag("stream")? {
         return Ok(Answer(List::new(all_events(&app, &id).await?)).into_response());

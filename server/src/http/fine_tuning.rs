@@ -45,8 +45,16 @@ pub async fn list(State(app): State<App>, query: Pairs) -> Result<Answer<PageLis
         _ => MetadataFilter::Pairs(pairs),
     };
     let page = app.router.jobs(query.text("after"), limit, filter).await?;
-    let data = page.data.into_iter().map(|job| convert::job(job, app.organization())).collect();
-    Ok(Answer(PageList { object: "list", data, has_more: page.has_more }))
+    let data = page
+        .data
+        .into_iter()
+        .map(|job| convert::job(job, app.organization()))
+        .collect();
+    Ok(Answer(PageList {
+        object: "list",
+        data,
+        has_more: page.has_more,
+    }))
 }
 
 /// One job.
@@ -55,7 +63,10 @@ pub async fn list(State(app): State<App>, query: Pairs) -> Result<Answer<PageLis
     responses((status = 200, body = Job), Errors)
 )]
 pub async fn retrieve(State(app): State<App>, Segment(id): Segment) -> Result<Answer<Job>, ApiError> {
-    Ok(Answer(convert::job(app.router.job(&id).await?, app.organization())))
+    Ok(Answer(convert::job(
+        app.router.job(&id).await?,
+        app.organization(),
+    )))
 }
 
 /// End a job that waits or runs.
@@ -64,7 +75,10 @@ pub async fn retrieve(State(app): State<App>, Segment(id): Segment) -> Result<An
     responses((status = 200, body = Job), Errors)
 )]
 pub async fn cancel(State(app): State<App>, Segment(id): Segment) -> Result<Answer<Job>, ApiError> {
-    Ok(Answer(convert::job(app.router.cancel_job(&id).await?, app.organization())))
+    Ok(Answer(convert::job(
+        app.router.cancel_job(&id).await?,
+        app.organization(),
+    )))
 }
 
 /// Not built: a job runs or is cancelled.
@@ -87,7 +101,10 @@ pub async fn resume(State(app): State<App>, Segment(id): Segment) -> Result<Answ
 
 async fn not_built(app: &App, id: &str, what: &str) -> Result<Answer<Job>, ApiError> {
     app.router.job(id).await?;
-    Err(ApiError::NotBuilt { param: what.to_owned(), hint: ": a job can only be cancelled".to_owned() })
+    Err(ApiError::NotBuilt {
+        param: what.to_owned(),
+        hint: ": a job can only be cancelled".to_owned(),
+    })
 }
 
 /// What happened in a job, newest first.
@@ -107,7 +124,11 @@ pub async fn events(
     let limit = query.integer("limit", 1..=EVENTS_LIMIT, 20)?;
     let page = app.router.job_events(&id, query.text("after"), limit).await?;
     let data = page.data.into_iter().map(convert::event).collect();
-    Ok(Answer(PageList { object: "list", data, has_more: page.has_more }))
+    Ok(Answer(PageList {
+        object: "list",
+        data,
+        has_more: page.has_more,
+    }))
 }
 
 /// The adapters a job has saved on its way, newest first; each can be asked as a model.
@@ -126,7 +147,11 @@ pub async fn checkpoints(
 ) -> Result<Answer<CursorList<Checkpoint>>, ApiError> {
     let limit = query.integer("limit", 1..=LIST_LIMIT, 10)?;
     let page = app.router.checkpoints(&id, query.text("after"), limit).await?;
-    let data: Vec<Checkpoint> = page.data.into_iter().map(|one| convert::checkpoint(one, &id)).collect();
+    let data: Vec<Checkpoint> = page
+        .data
+        .into_iter()
+        .map(|one| convert::checkpoint(one, &id))
+        .collect();
     Ok(Answer(CursorList {
         object: "list",
         first_id: data.first().map(|one| one.id.clone()),

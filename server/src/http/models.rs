@@ -14,7 +14,13 @@ use crate::extract::Segment;
 /// The base model and every adapter that can be named.
 #[utoipa::path(get, path = "/v1/models", tag = "models", responses((status = 200, body = List<Model>), Errors))]
 pub async fn list(State(app): State<App>) -> Json<List<Model>> {
-    Json(List::new(app.router.models().into_iter().map(convert::models::model).collect()))
+    Json(List::new(
+        app.router
+            .models()
+            .into_iter()
+            .map(convert::models::model)
+            .collect(),
+    ))
 }
 
 /// One model. The id may hold `/`, plain or percent-encoded.
@@ -33,5 +39,9 @@ pub async fn retrieve(State(app): State<App>, Segment(id): Segment) -> Result<Js
 )]
 pub async fn delete(State(app): State<App>, Segment(id): Segment) -> Result<Json<Deleted>, ApiError> {
     app.router.delete_model(&id).await?;
-    Ok(Json(Deleted { id, object: "model", deleted: true }))
+    Ok(Json(Deleted {
+        id,
+        object: "model",
+        deleted: true,
+    }))
 }

@@ -31,7 +31,9 @@ pub async fn ready(State(app): State<App>) -> Result<Json<Health>, ApiError> {
 /// The version of this server.
 #[utoipa::path(get, path = "/version", tag = "server", responses((status = 200, body = Version), Errors))]
 pub async fn version() -> Json<Version> {
-    Json(Version { version: env!("CARGO_PKG_VERSION") })
+    Json(Version {
+        version: env!("CARGO_PKG_VERSION"),
+    })
 }
 
 /// Numbers for Prometheus.
@@ -41,5 +43,8 @@ pub async fn version() -> Json<Version> {
 )]
 pub async fn metrics(State(app): State<App>) -> impl IntoResponse {
     let text = app.metrics.text(&app.router.stats());
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
+    (
+        [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")],
+        text,
+    )
 }

@@ -85,10 +85,21 @@ pub async fn respond(
     usage: StreamUsage,
     choices: impl Choices,
 ) -> Result<Response, ApiError> {
-    let Admitted { identity, prompts, mut feed } = admitted;
+    let Admitted {
+        identity,
+        prompts,
+        mut feed,
+    } = admitted;
     let mut news = Vec::new();
     feed.next(&mut news).await;
-    if let Some((_, Piece { what: What::Failed(fault), .. })) = news.first() {
+    if let Some((
+        _,
+        Piece {
+            what: What::Failed(fault),
+            ..
+        },
+    )) = news.first()
+    {
         return Err(ApiError::Router(RouterError::Engine(fault.clone())));
     }
     let key = match usage {
@@ -101,7 +112,15 @@ pub async fn respond(
         cached_tokens: 0,
     };
     let envelope = Envelope::new(chunk, key);
-    let stream = Stream { feed, news, choices, envelope, usage, tally, state: State::Running };
+    let stream = Stream {
+        feed,
+        news,
+        choices,
+        envelope,
+        usage,
+        tally,
+        state: State::Running,
+    };
     let frames = futures::stream::unfold(stream, |mut stream| async move {
         Some((stream.frame().await?, stream))
     });
@@ -128,8 +147,20 @@ impl<C: Choices> Stream<C> {
     }
 
     fn show_news(&mut self) -> Vec<u8> {
-        let Stream { news, choices, envelope, usage, tally, state, .. } = self;
-        let mut sink = Sink { envelope, usage: None, out: Vec::new() };
+        let Stream {
+            news,
+            choices,
+            envelope,
+            usage,
+            tally,
+            state,
+            ..
+        } = self;
+        let mut sink = Sink {
+            envelope,
+            usage: None,
+            out: Vec::new(),
+        };
         for (prompt, piece) in news.drain(..) {
             if let What::Failed(fault) = piece.what {
                 sse::error(&mut sink.out, &ApiError::Router(RouterError::Engine(fault)));
@@ -137,7 +168,11 @@ impl<C: Choices> Stream<C> {
                 *state = State::Over;
                 break;
             }
-            let first_choice = if piece.choice == 0 { FirstChoice::Yes } else { FirstChoice::No };
+            let first_choice = if piece.choice == 0 {
+                FirstChoice::Yes
+            } else {
+                FirstChoice::No
+            };
             tally.count(&piece.what, first_choice);
             sink.usage = (*usage == StreamUsage::Every).then(|| tally.usage());
             choices.show((prompt, piece), &mut sink);

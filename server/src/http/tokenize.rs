@@ -37,9 +37,12 @@ pub async fn tokenize(
     model.map(|model| app.router.model(&model)).transpose()?;
     let prompt = match (prompt, messages) {
         (Some(text), None) => Prompt::Text(text),
-        (None, Some(messages)) => {
-            convert::chat::prompt(messages, add_generation_prompt, continue_final_message, chat_template_kwargs)?
-        }
+        (None, Some(messages)) => convert::chat::prompt(
+            messages,
+            add_generation_prompt,
+            continue_final_message,
+            chat_template_kwargs,
+        )?,
         (None, None) => return Err(missing("prompt")),
         (Some(_), Some(_)) => return Err(invalid("prompt", "prompt and messages exclude each other")),
     };
@@ -48,10 +51,20 @@ pub async fn tokenize(
         _ => SpecialTokens::Add,
     };
     let tokens = app.router.tokenize(prompt, special)?;
-    let texts = || tokens.iter().map(|&id| app.router.tokenizer().token_text(id)).collect();
+    let texts = || {
+        tokens
+            .iter()
+            .map(|&id| app.router.tokenizer().token_text(id))
+            .collect()
+    };
     let token_strs = return_token_strs.unwrap_or(false).then(texts);
     let max_model_len = app.router.info().max_model_len;
-    Ok(Answer(TokenizeResponse { count: tokens.len(), max_model_len, tokens, token_strs }))
+    Ok(Answer(TokenizeResponse {
+        count: tokens.len(),
+        max_model_len,
+        tokens,
+        token_strs,
+    }))
 }
 
 /// The text of token ids.

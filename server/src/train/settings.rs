@@ -21,7 +21,10 @@ pub enum SettingsError {
     #[error("{0:?} is neither key=value nor, as the first argument, a YAML file")]
     NotASetting(String),
     #[error("unknown setting {name:?}{}", suggestion.as_ref().map_or_else(String::new, |s| format!("; did you mean {s}?")))]
-    Unknown { name: String, suggestion: Option<String> },
+    Unknown {
+        name: String,
+        suggestion: Option<String>,
+    },
     #[error("{0} is given twice, under two names")]
     Twice(&'static str),
     #[error("{key}: {message}")]
@@ -32,25 +35,65 @@ pub enum SettingsError {
 type Key = (&'static str, &'static [&'static str], &'static str);
 
 const KEYS: &[Key] = &[
-    ("model", &["model_name_or_path"], "folder of the base model (required)"),
-    ("training_file", &["train_file"], "JSONL of messages, prompt/completion or text (required)"),
+    (
+        "model",
+        &["model_name_or_path"],
+        "folder of the base model (required)",
+    ),
+    (
+        "training_file",
+        &["train_file"],
+        "JSONL of messages, prompt/completion or text (required)",
+    ),
     ("validation_file", &["eval_file"], "JSONL"),
-    ("output_dir", &[], "folder for state, checkpoints and the result (required)"),
+    (
+        "output_dir",
+        &[],
+        "folder for state, checkpoints and the result (required)",
+    ),
     ("method", &[], "lora (default) or full"),
-    ("n_epochs", &["num_train_epochs", "epochs"], "passes over the training file"),
+    (
+        "n_epochs",
+        &["num_train_epochs", "epochs"],
+        "passes over the training file",
+    ),
     ("max_steps", &[], "ends the run earlier"),
-    ("batch_size", &["per_device_train_batch_size"], "examples of a micro-batch"),
-    ("gradient_accumulation_steps", &[], "micro-batches of an optimizer step"),
+    (
+        "batch_size",
+        &["per_device_train_batch_size"],
+        "examples of a micro-batch",
+    ),
+    (
+        "gradient_accumulation_steps",
+        &[],
+        "micro-batches of an optimizer step",
+    ),
     ("learning_rate", &["lr"], "peak"),
-    ("lr_scheduler_type", &["lr_scheduler"], "constant, linear or cosine"),
+    (
+        "lr_scheduler_type",
+        &["lr_scheduler"],
+        "constant, linear or cosine",
+    ),
     ("warmup_steps", &["num_warmup_steps"], "optimizer steps"),
     ("warmup_ratio", &[], "part of the run, instead of warmup_steps"),
     ("weight_decay", &[], ""),
     ("max_grad_norm", &["clip_grad_norm"], "0: no clipping"),
-    ("max_seq_length", &["max_seq_len", "max_length"], "longer examples are cut"),
+    (
+        "max_seq_length",
+        &["max_seq_len", "max_length"],
+        "longer examples are cut",
+    ),
     ("packing", &["packed"], "several short examples in a row"),
-    ("save_steps", &[], "optimizer steps between checkpoints; 0: only at the end"),
-    ("eval_steps", &[], "optimizer steps between validations; 0: at each epoch's end"),
+    (
+        "save_steps",
+        &[],
+        "optimizer steps between checkpoints; 0: only at the end",
+    ),
+    (
+        "eval_steps",
+        &[],
+        "optimizer steps between validations; 0: at each epoch's end",
+    ),
     ("prompt_loss_weight", &[], "of prompt/completion rows, default 0"),
     ("lora_r", &["lora_rank"], ""),
     ("lora_alpha", &[], ""),
@@ -61,14 +104,22 @@ const KEYS: &[Key] = &[
     ("adam_beta2", &[], ""),
     ("adam_epsilon", &[], ""),
     ("seed", &["data_seed"], "default 42"),
-    ("dtype", &["torch_dtype"], "of the frozen base: auto, bfloat16 or float32"),
+    (
+        "dtype",
+        &["torch_dtype"],
+        "of the frozen base: auto, bfloat16 or float32",
+    ),
     ("device", &[], "auto, cpu or cuda:N"),
 ];
 
 pub fn help() -> String {
     let mut text = "Settings of tandem train, in a YAML file or as key=value:\n\n".to_owned();
     for (key, others, says) in KEYS {
-        let others = if others.is_empty() { String::new() } else { format!(" (or {})", others.join(", ")) };
+        let others = if others.is_empty() {
+            String::new()
+        } else {
+            format!(" (or {})", others.join(", "))
+        };
         text.push_str(&format!("  {key:<28} {says}{others}\n"));
     }
     text
@@ -171,12 +222,16 @@ pub fn read(args: &[String]) -> Result<Settings, SettingsError> {
 }
 
 fn file(path: &str) -> Result<Mapping, SettingsError> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|source| SettingsError::Unreadable { path: path.to_owned(), source })?;
+    let text = std::fs::read_to_string(path).map_err(|source| SettingsError::Unreadable {
+        path: path.to_owned(),
+        source,
+    })?;
     let yaml: Mapping = serde_norway::from_str(&text).map_err(|_| SettingsError::NotYaml(path.to_owned()))?;
     let mut settings = Mapping::new();
     for (key, value) in yaml {
-        let key = key.as_str().ok_or_else(|| SettingsError::NotYaml(path.to_owned()))?;
+        let key = key
+            .as_str()
+            .ok_or_else(|| SettingsError::NotYaml(path.to_owned()))?;
         let key = canonical(key)?;
         if settings.insert(Value::String(key.to_owned()), value).is_some() {
             return Err(SettingsError::Twice(key));
@@ -186,17 +241,26 @@ fn file(path: &str) -> Result<Mapping, SettingsError> {
 }
 
 fn canonical(name: &str) -> Result<&'static str, SettingsError> {
-    let found = KEYS.iter().find(|(key, others, _)| *key == name || others.contains(&name));
+    let found = KEYS
+        .iter()
+        .find(|(key, others, _)| *key == name || others.contains(&name));
     found.map(|(key, ..)| *key).ok_or_else(|| {
-        let all = KEYS.iter().flat_map(|(key, others, _)| others.iter().copied().chain([*key]));
-        SettingsError::Unknown { name: name.to_owned(), suggestion: closest(name, all) }
+        let all = KEYS
+            .iter()
+            .flat_map(|(key, others, _)| others.iter().copied().chain([*key]));
+        SettingsError::Unknown {
+            name: name.to_owned(),
+            suggestion: closest(name, all),
+        }
     })
 }
 
 fn typed(settings: Mapping) -> Result<Settings, SettingsError> {
-    let raw: Raw = serde_path_to_error::deserialize(Value::Mapping(settings)).map_err(|error| {
-        SettingsError::Wrong { key: error.path().to_string(), message: error.inner().to_string() }
-    })?;
+    let raw: Raw =
+        serde_path_to_error::deserialize(Value::Mapping(settings)).map_err(|error| SettingsError::Wrong {
+            key: error.path().to_string(),
+            message: error.inner().to_string(),
+        })?;
     let Raw {
         model,
         training_file,
@@ -234,7 +298,10 @@ fn typed(settings: Mapping) -> Result<Settings, SettingsError> {
         ("n_epochs", n_epochs.map(f64::from)),
         ("max_steps", max_steps.map(|n| n as f64)),
         ("batch_size", batch_size.map(f64::from)),
-        ("gradient_accumulation_steps", gradient_accumulation_steps.map(f64::from)),
+        (
+            "gradient_accumulation_steps",
+            gradient_accumulation_steps.map(f64::from),
+        ),
         ("learning_rate", learning_rate),
         ("max_seq_length", max_seq_length.map(f64::from)),
         ("lora_r", lora_r.map(f64::from)),
@@ -254,7 +321,11 @@ fn typed(settings: Mapping) -> Result<Settings, SettingsError> {
         validation_file,
         output_dir,
         tuning: method.unwrap_or_default(),
-        adam: Adam { beta1: adam_beta1, beta2: adam_beta2, epsilon: adam_epsilon },
+        adam: Adam {
+            beta1: adam_beta1,
+            beta2: adam_beta2,
+            epsilon: adam_epsilon,
+        },
         dtype: dtype.unwrap_or_else(|| "auto".to_owned()),
         device: device.unwrap_or_else(|| "auto".to_owned()),
         request: JobRequest {
@@ -301,13 +372,23 @@ fn positive(values: &[(&str, Option<f64>)]) -> Result<(), SettingsError> {
 }
 
 fn between(values: &[(&str, Option<f64>)]) -> Result<(), SettingsError> {
-    wrong(values, |value| (0.0..=1.0).contains(&value), "must be between 0 and 1")
+    wrong(
+        values,
+        |value| (0.0..=1.0).contains(&value),
+        "must be between 0 and 1",
+    )
 }
 
 fn wrong(values: &[(&str, Option<f64>)], ok: impl Fn(f64) -> bool, rule: &str) -> Result<(), SettingsError> {
-    match values.iter().find_map(|&(key, value)| Some((key, value.filter(|&value| !ok(value))?))) {
+    match values
+        .iter()
+        .find_map(|&(key, value)| Some((key, value.filter(|&value| !ok(value))?)))
+    {
         None => Ok(()),
-        Some((key, value)) => Err(SettingsError::Wrong { key: key.to_owned(), message: format!("{rule}, got {value}") }),
+        Some((key, value)) => Err(SettingsError::Wrong {
+            key: key.to_owned(),
+            message: format!("{rule}, got {value}"),
+        }),
     }
 }
 
@@ -327,9 +408,18 @@ mod tests {
         let text = "model_name_or_path: m\ntrain_file: t\noutput_dir: o\nlr: 1e-4\nper_device_train_batch_size: 4\nlora_rank: 8\n";
         std::fs::write(file.path(), text).unwrap();
         let path = file.path().display().to_string();
-        let settings = asked(&[&path, "learning_rate=3e-4", "target_modules=[q_proj, v_proj]", "method=full"]).unwrap();
+        let settings = asked(&[
+            &path,
+            "learning_rate=3e-4",
+            "target_modules=[q_proj, v_proj]",
+            "method=full",
+        ])
+        .unwrap();
         assert_eq!(settings.request.learning_rate, Some(3e-4));
-        assert_eq!((settings.request.batch_size, settings.request.lora_r), (Some(4), Some(8)));
+        assert_eq!(
+            (settings.request.batch_size, settings.request.lora_r),
+            (Some(4), Some(8))
+        );
         assert_eq!(settings.request.lora_target_modules, ["q_proj", "v_proj"]);
         assert_eq!(settings.tuning, Tuning::Full);
     }
@@ -350,14 +440,23 @@ mod tests {
             assert!(message.contains(expected), "{more:?}: {message}");
         }
         assert!(asked(&NEEDED).is_ok());
-        assert!(asked(&["model=m"]).unwrap_err().to_string().contains("training_file"));
+        assert!(
+            asked(&["model=m"])
+                .unwrap_err()
+                .to_string()
+                .contains("training_file")
+        );
     }
 
     #[test]
     fn every_key_is_typed() {
         // A key without a field would be read and ignored.
         for (key, ..) in KEYS {
-            let args: Vec<String> = NEEDED.iter().map(|arg| arg.to_string()).chain([format!("{key}={{x: [1]}}")]).collect();
+            let args: Vec<String> = NEEDED
+                .iter()
+                .map(|arg| arg.to_string())
+                .chain([format!("{key}={{x: [1]}}")])
+                .collect();
             assert!(read(&args).is_err(), "{key} takes anything");
         }
     }

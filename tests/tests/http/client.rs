@@ -17,7 +17,10 @@ pub struct Reply {
 
 impl Reply {
     pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
+        self.headers
+            .iter()
+            .find(|(key, _)| key == name)
+            .map(|(_, value)| value.as_str())
     }
 
     pub fn text(&self) -> String {
@@ -42,10 +45,17 @@ impl Reply {
         let mut events: Vec<&str> = text
             .split("\n\n")
             .filter(|event| !event.is_empty())
-            .map(|event| event.strip_prefix("data: ").unwrap_or_else(|| panic!("{event:?}")))
+            .map(|event| {
+                event
+                    .strip_prefix("data: ")
+                    .unwrap_or_else(|| panic!("{event:?}"))
+            })
             .collect();
         assert_eq!(events.pop(), Some("[DONE]"));
-        events.into_iter().map(|event| serde_json::from_str(event).unwrap()).collect()
+        events
+            .into_iter()
+            .map(|event| serde_json::from_str(event).unwrap())
+            .collect()
     }
 }
 
@@ -58,7 +68,13 @@ pub fn delete(address: SocketAddr, path: &str) -> Reply {
 }
 
 pub fn post(address: SocketAddr, path: &str, body: &Value) -> Reply {
-    send(address, "POST", path, &[("content-type", "application/json")], body.to_string().as_bytes())
+    send(
+        address,
+        "POST",
+        path,
+        &[("content-type", "application/json")],
+        body.to_string().as_bytes(),
+    )
 }
 
 /// A multipart form; a field with a file name is a file.
@@ -67,7 +83,11 @@ pub fn form(address: SocketAddr, path: &str, fields: &[(&str, Option<&str>, &[u8
     let mut body = Vec::new();
     for (name, filename, content) in fields {
         let filename = filename.map_or_else(String::new, |name| format!("; filename=\"{name}\""));
-        write!(body, "--{BOUNDARY}\r\ncontent-disposition: form-data; name=\"{name}\"{filename}\r\n\r\n").unwrap();
+        write!(
+            body,
+            "--{BOUNDARY}\r\ncontent-disposition: form-data; name=\"{name}\"{filename}\r\n\r\n"
+        )
+        .unwrap();
         body.extend_from_slice(content);
         body.extend_from_slice(b"\r\n");
     }
@@ -77,17 +97,26 @@ pub fn form(address: SocketAddr, path: &str, fields: &[(&str, Option<&str>, &[u8
 }
 
 pub fn upload(address: SocketAddr, filename: &str, content: &[u8]) -> Reply {
-    form(address, "/v1/files", &[("purpose", None, b"fine-tune"), ("file", Some(filename), content)])
+    form(
+        address,
+        "/v1/files",
+        &[("purpose", None, b"fine-tune"), ("file", Some(filename), content)],
+    )
 }
 
 pub fn send(address: SocketAddr, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Reply {
     let length = body.len().to_string();
-    let mut all = vec![("host", "tandem"), ("connection", "close"), ("content-length", length.as_str())];
+    let mut all = vec![
+        ("host", "tandem"),
+        ("connection", "close"),
+        ("content-length", length.as_str()),
+    ];
     // A length that the test gives stands for the true one.
     all.retain(|(name, _)| headers.iter().all(|(given, _)| given != name));
     all.extend_from_slice(headers);
     let mut head = format!("{method} {path} HTTP/1.1\r\n");
-    all.iter().for_each(|(name, value)| head.push_str(&format!("{name}: {value}\r\n")));
+    all.iter()
+        .for_each(|(name, value)| head.push_str(&format!("{name}: {value}\r\n")));
     raw(address, &[head.as_bytes(), b"\r\n", body].concat())
 }
 
@@ -120,9 +149,16 @@ fn read(mut stream: BufReader<TcpStream>) -> Reply {
             None => break,
         }
     }
-    let mut reply = Reply { status, headers, body: Vec::new() };
+    let mut reply = Reply {
+        status,
+        headers,
+        body: Vec::new(),
+    };
     if reply.header("transfer-encoding") == Some("chunked") {
         reply.body = chunks(stream);
+    } else if let Some(length) = reply.header("content-length") {
+        reply.body.resize(length.parse().unwrap(), 0);
+        stream.read_exact(&mut reply.body).unwrap();
     } else {
         stream.read_to_end(&mut reply.body).unwrap();
     }
@@ -134,7 +170,8 @@ fn chunks(mut stream: BufReader<TcpStream>) -> Vec<u8> {
     loop {
         let mut line = String::new();
         stream.read_line(&mut line).unwrap();
-        let size = usize::from_str_radix(line.trim(), 16).unwrap_or_else(|_| panic!("not a chunk size: {line:?}"));
+        let size =
+            usize::from_str_radix(line.trim(), 16).unwrap_or_else(|_| panic!("not a chunk size: {line:?}"));
         let start = body.len();
         body.resize(start + size, 0);
         stream.read_exact(&mut body[start..]).unwrap();

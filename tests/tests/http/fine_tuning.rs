@@ -6,10 +6,15 @@ use crate::client;
 use crate::server::{Server, wait_for};
 
 fn training_file(server: &Server, rows: usize) -> String {
-    let row = |i: usize| json!({"prompt": format!("Question {i}: "), "completion": " the answer is blue."}).to_string() + "\n";
+    let row = |i: usize| {
+        json!({"prompt": format!("Question {i}: "), "completion": " the answer is blue."}).to_string() + "\n"
+    };
     let content: String = (0..rows).map(row).collect();
     let file = client::upload(server.address, "données été.jsonl", content.as_bytes()).ok();
-    assert_eq!((file["filename"].as_str().unwrap(), &file["status"]), ("données été.jsonl", &json!("processed")));
+    assert_eq!(
+        (file["filename"].as_str().unwrap(), &file["status"]),
+        ("données été.jsonl", &json!("processed"))
+    );
     file["id"].as_str().unwrap().to_owned()
 }
 
@@ -18,14 +23,18 @@ fn job(server: &Server, extra: Value) -> client::Reply {
         "model": server.model(), "suffix": "blue", "hyperparameters": {"n_epochs": 1, "batch_size": 1},
         "lora_r": 4, "max_steps": 4, "max_seq_length": 64,
     });
-    body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+    body.as_object_mut()
+        .unwrap()
+        .extend(extra.as_object().unwrap().clone());
     client::post(server.address, "/v1/fine_tuning/jobs", &body)
 }
 
 fn ended(server: &Server, id: &str) -> Value {
     wait_for("the end of the job", || {
         let job = client::get(server.address, &format!("/v1/fine_tuning/jobs/{id}")).ok();
-        ["succeeded", "failed", "cancelled"].contains(&job["status"].as_str().unwrap()).then_some(job)
+        ["succeeded", "failed", "cancelled"]
+            .contains(&job["status"].as_str().unwrap())
+            .then_some(job)
     })
 }
 
@@ -34,14 +43,38 @@ fn a_job_makes_a_model_that_answers() {
     let server = Server::start(&[]);
     let file = training_file(&server, 8);
     let created = job(&server, json!({"training_file": file, "metadata": {"who": "me"}})).ok();
-    for key in ["id", "object", "created_at", "finished_at", "model", "fine_tuned_model", "organization_id", "result_files",
-        "status", "training_file", "validation_file", "trained_tokens", "error", "seed", "hyperparameters"] {
-        assert!(created.as_object().unwrap().contains_key(key), "{key} is missing in {created}");
+    for key in [
+        "id",
+        "object",
+        "created_at",
+        "finished_at",
+        "model",
+        "fine_tuned_model",
+        "organization_id",
+        "result_files",
+        "status",
+        "training_file",
+        "validation_file",
+        "trained_tokens",
+        "error",
+        "seed",
+        "hyperparameters",
+    ] {
+        assert!(
+            created.as_object().unwrap().contains_key(key),
+            "{key} is missing in {created}"
+        );
     }
     let id = created["id"].as_str().unwrap();
     let done = ended(&server, id);
     assert_eq!(done["status"], "succeeded", "{done}\n{}", server.log());
-    assert_eq!((&done["hyperparameters"]["n_epochs"], &done["hyperparameters"]["lora_r"]), (&json!(1), &json!(4)));
+    assert_eq!(
+        (
+            &done["hyperparameters"]["n_epochs"],
+            &done["hyperparameters"]["lora_r"]
+        ),
+        (&json!(1), &json!(4))
+    );
     assert!(done["trained_tokens"].as_u64().unwrap() > 0 && done["finished_at"].is_i64());
 
     // It answers, and says that it did.
@@ -53,18 +86,47 @@ fn a_job_makes_a_model_that_answers() {
     assert_eq!(reply.header("x-tandem-adapter").map(str::len), Some(64));
     let encoded = model.replace(':', "%3A");
     let card = client::get(server.address, &format!("/v1/models/{encoded}")).ok();
-    assert_eq!((&card["parent"], &card["fine_tuning_job_id"]), (&server.base["id"], &json!(id)));
+    assert_eq!(
+        (&card["parent"], &card["fine_tuning_job_id"]),
+        (&server.base["id"], &json!(id))
+    );
 
     // Its records.
-    let events = client::get(server.address, &format!("/v1/fine_tuning/jobs/{id}/events?limit=100")).ok();
-    let messages: Vec<_> = events["data"].as_array().unwrap().iter().map(|event| event["message"].as_str().unwrap()).collect();
-    assert!(messages.iter().any(|message| message.contains(model)), "{messages:?}");
-    assert!(events["data"].as_array().unwrap().iter().any(|event| event["type"] == "metrics" && event["data"]["train_loss"].is_f64()));
-    let page = client::get(server.address, &format!("/v1/fine_tuning/jobs/{id}/events?limit=1")).ok();
-    assert_eq!((page["data"].as_array().unwrap().len(), &page["has_more"]), (1, &json!(true)));
+    let events = client::get(
+        server.address,
+        &format!("/v1/fine_tuning/jobs/{id}/events?limit=100"),
+    )
+    .ok();
+    let messages: Vec<_> = events["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|event| event["message"].as_str().unwrap())
+        .collect();
+    assert!(
+        messages.iter().any(|message| message.contains(model)),
+        "{messages:?}"
+    );
+    assert!(
+        events["data"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|event| event["type"] == "metrics" && event["data"]["train_loss"].is_f64())
+    );
+    let page = client::get(
+        server.address,
+        &format!("/v1/fine_tuning/jobs/{id}/events?limit=1"),
+    )
+    .ok();
+    assert_eq!(
+        (page["data"].as_array().unwrap().len(), &page["has_more"]),
+        (1, &json!(true))
+    );
     let checkpoints = client::get(server.address, &format!("/v1/fine_tuning/jobs/{id}/checkpoints")).ok();
     for checkpoint in checkpoints["data"].as_array().unwrap() {
-        let body = json!({"model": checkpoint["fine_tuned_model_checkpoint"], "prompt": "x", "max_tokens": 1});
+        let body =
+            json!({"model": checkpoint["fine_tuned_model_checkpoint"], "prompt": "x", "max_tokens": 1});
         client::post(server.address, "/v1/completions", &body).ok();
     }
     let result = done["result_files"][0].as_str().unwrap();
@@ -72,20 +134,39 @@ fn a_job_makes_a_model_that_answers() {
     assert!(csv.starts_with("step,train_loss"), "{csv}");
     let mine = client::get(server.address, "/v1/fine_tuning/jobs?metadata%5Bwho%5D=me").ok();
     let none = client::get(server.address, "/v1/fine_tuning/jobs?metadata%5Bwho%5D=you").ok();
-    assert_eq!((mine["data"][0]["id"].as_str(), &none["data"]), (Some(id), &json!([])));
+    assert_eq!(
+        (mine["data"][0]["id"].as_str(), &none["data"]),
+        (Some(id), &json!([]))
+    );
 
     // What has ended cannot be cancelled, and a retry would not help.
-    let cancel = client::send(server.address, "POST", &format!("/v1/fine_tuning/jobs/{id}/cancel"), &[("content-type", "application/json")], b"");
+    let cancel = client::send(
+        server.address,
+        "POST",
+        &format!("/v1/fine_tuning/jobs/{id}/cancel"),
+        &[("content-type", "application/json")],
+        b"",
+    );
     assert!([400, 409].contains(&cancel.status), "{}", cancel.text());
     assert!(cancel.status == 400 || cancel.header("x-should-retry") == Some("false"));
-    let pause = client::post(server.address, &format!("/v1/fine_tuning/jobs/{id}/pause"), &json!({}));
+    let pause = client::post(
+        server.address,
+        &format!("/v1/fine_tuning/jobs/{id}/pause"),
+        &json!({}),
+    );
     assert_eq!(pause.status, 400);
 
     // A kill later everything is still there; a deleted model is not.
     let server = Server::start_in(server.kill(), &[]);
     client::post(server.address, "/v1/completions", &body).ok();
-    assert_eq!(client::get(server.address, &format!("/v1/fine_tuning/jobs/{id}")).ok()["status"], "succeeded");
-    assert_eq!(client::delete(server.address, &format!("/v1/models/{encoded}")).ok()["deleted"], true);
+    assert_eq!(
+        client::get(server.address, &format!("/v1/fine_tuning/jobs/{id}")).ok()["status"],
+        "succeeded"
+    );
+    assert_eq!(
+        client::delete(server.address, &format!("/v1/models/{encoded}")).ok()["deleted"],
+        true
+    );
     assert_eq!(client::post(server.address, "/v1/completions", &body).status, 404);
 }
 
@@ -97,38 +178,76 @@ fn the_legacy_api_streams_its_events() {
     let tune = client::post(server.address, "/v1/fine-tunes", &body).ok();
     let id = tune["id"].as_str().unwrap();
     assert!(id.starts_with("ft-"), "{id}");
-    assert_eq!((&tune["object"], &tune["training_files"][0]["id"]), (&json!("fine-tune"), &json!(file)));
+    assert_eq!(
+        (&tune["object"], &tune["training_files"][0]["id"]),
+        (&json!("fine-tune"), &json!(file))
+    );
     for path in ["fine-tunes", "fine_tunes"] {
         let events = client::get(server.address, &format!("/v1/{path}/{id}/events?stream=true")).events();
-        assert!(events.iter().all(|event| event["object"] == "fine-tune-event"), "{events:?}");
+        assert!(
+            events.iter().all(|event| event["object"] == "fine-tune-event"),
+            "{events:?}"
+        );
         assert!(events.len() > 2);
     }
     let done = client::get(server.address, &format!("/v1/fine_tunes/{id}")).ok();
     assert_eq!(done["status"], "succeeded", "{done}\n{}", server.log());
-    assert_eq!(client::get(server.address, "/v1/fine-tunes").ok()["data"][0]["id"], id);
+    assert_eq!(
+        client::get(server.address, "/v1/fine-tunes").ok()["data"][0]["id"],
+        id
+    );
     let model = done["fine_tuned_model"].as_str().unwrap().to_owned();
-    client::post(server.address, "/v1/completions", &json!({"model": model, "prompt": "x", "max_tokens": 1})).ok();
-    client::delete(server.address, &format!("/v1/models/{}", model.replace(':', "%3A"))).ok();
+    client::post(
+        server.address,
+        "/v1/completions",
+        &json!({"model": model, "prompt": "x", "max_tokens": 1}),
+    )
+    .ok();
+    client::delete(
+        server.address,
+        &format!("/v1/models/{}", model.replace(':', "%3A")),
+    )
+    .ok();
 }
 
 #[test]
 fn a_job_can_be_cancelled_and_can_fail() {
     let server = Server::start(&[]);
     let file = training_file(&server, 64);
-    let long = job(&server, json!({"training_file": file, "max_steps": 100_000, "hyperparameters": {"n_epochs": 50}})).ok();
+    let long = job(
+        &server,
+        json!({"training_file": file, "max_steps": 100_000, "hyperparameters": {"n_epochs": 50}}),
+    )
+    .ok();
     let waits = job(&server, json!({"training_file": file})).ok();
     let path = |job: &Value| format!("/v1/fine_tuning/jobs/{}/cancel", job["id"].as_str().unwrap());
     for job in [&waits, &long] {
-        let cancelled = client::send(server.address, "POST", &path(job), &[("content-type", "application/json")], b"");
+        let cancelled = client::send(
+            server.address,
+            "POST",
+            &path(job),
+            &[("content-type", "application/json")],
+            b"",
+        );
         cancelled.ok();
         assert_eq!(ended(&server, job["id"].as_str().unwrap())["status"], "cancelled");
     }
     // The file goes before the job reads it, or the job has read it: both are ends.
-    let empty = client::upload(server.address, "x.jsonl", b"{\"prompt\": \"a\", \"completion\": \"\"}\n");
+    let empty = client::upload(
+        server.address,
+        "x.jsonl",
+        b"{\"prompt\": \"a\", \"completion\": \"\"}\n",
+    );
     if empty.status == 200 {
-        let id = job(&server, json!({"training_file": empty.json()["id"]})).ok()["id"].as_str().unwrap().to_owned();
+        let id = job(&server, json!({"training_file": empty.json()["id"]})).ok()["id"]
+            .as_str()
+            .unwrap()
+            .to_owned();
         let end = ended(&server, &id);
-        assert!(end["status"] == "succeeded" || end["error"]["message"].is_string(), "{end}");
+        assert!(
+            end["status"] == "succeeded" || end["error"]["message"].is_string(),
+            "{end}"
+        );
     }
     client::get(server.address, "/health").ok();
 }

@@ -41,20 +41,35 @@ impl Server {
         let mut child = command(&["serve", "--port", "0", "--data-dir"])
             .arg(data.path().join("data"))
             .args(flags)
-            .args(std::env::var_os("TANDEM_TEST_MODEL").iter().flat_map(|model| ["--model".into(), model.clone()]))
+            .args(
+                std::env::var_os("TANDEM_TEST_MODEL")
+                    .iter()
+                    .flat_map(|model| ["--model".into(), model.clone()]),
+            )
             .stdout(Stdio::piped())
             .stderr(log)
             .spawn()
             .expect("the binary is built: cargo build --release");
         let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let address = line.trim().rsplit('/').next().and_then(|address| address.parse().ok());
+        BufReader::new(child.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        let address = line
+            .trim()
+            .rsplit('/')
+            .next()
+            .and_then(|address| address.parse().ok());
         let Some(address) = address else {
             drop(child.kill());
             let log = std::fs::read_to_string(data.path().join("log")).unwrap();
             panic!("the server did not start: {line:?}\n{log}");
         };
-        let mut server = Server { address, base: Value::Null, child, data };
+        let mut server = Server {
+            address,
+            base: Value::Null,
+            child,
+            data,
+        };
         if !flags.contains(&"--api-key") {
             server.base = client::get(address, "/v1/models").ok()["data"][0].clone();
         }
@@ -85,7 +100,10 @@ impl Server {
     }
 
     pub fn terminate(&mut self) -> ExitStatus {
-        let status = Command::new("kill").args(["-TERM", &self.pid().to_string()]).status().unwrap();
+        let status = Command::new("kill")
+            .args(["-TERM", &self.pid().to_string()])
+            .status()
+            .unwrap();
         assert!(status.success());
         self.child.wait().unwrap()
     }
@@ -119,7 +137,10 @@ pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
         if let Some(found) = look() {
             return found;
         }
-        assert!(start.elapsed() < Duration::from_secs(120), "{what} did not happen in two minutes");
+        assert!(
+            start.elapsed() < Duration::from_secs(120),
+            "{what} did not happen in two minutes"
+        );
         std::thread::sleep(Duration::from_millis(50));
     }
 }

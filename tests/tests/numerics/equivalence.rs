@@ -14,7 +14,7 @@ use crate::run::{Sequence, base, logprobs, packed, paged};
 use crate::training::tensors;
 
 const CLOSE: f64 = 1e-4;
-/// bfloat16 keys and queries are rounded alike on both ways; only sums differ.
+/// Where a sum in another order is rounded to bfloat16.
 const CLOSE_BF16: f64 = 2e-2;
 const PRECISIONS: [(Precision, f64); 2] = [(Precision::F32, CLOSE), (Precision::Bf16, CLOSE_BF16)];
 
@@ -38,12 +38,22 @@ fn paged_is_packed_and_chunked_is_whole() {
             let whole = paged(&decoder, &sequences, usize::MAX >> 1);
             let row = |logits: &[Tensor]| logprobs(&logits[0], &long);
             let what = |what: &str| format!("{what} {precision:?}");
-            table.add(name, &what("paged - packed"), max_difference(&row(&whole), &row(&side_by_side)), close);
+            table.add(
+                name,
+                &what("paged - packed"),
+                max_difference(&row(&whole), &row(&side_by_side)),
+                close,
+            );
             for chunk in [1, 7, 32] {
                 let chunked = paged(&decoder, &sequences, chunk);
                 for (chunked, whole) in chunked.iter().zip(&whole) {
                     let what = what(&format!("chunks of {chunk:2} - whole"));
-                    table.add(name, &what, max_difference(chunked, whole), limit(&decoder, close));
+                    table.add(
+                        name,
+                        &what,
+                        max_difference(chunked, whole),
+                        limit(&decoder, close),
+                    );
                 }
             }
         }
@@ -60,11 +70,20 @@ fn mixed_adapters_answer_as_each_alone() {
             let decoder = fixture.decoder(precision);
             let adapters = ["all", "some"].map(|name| fixture.adapter(name, &decoder));
             let tokens = fixture.tokens("long");
-            let sequences: Vec<Sequence> = [None, None, Some(&adapters[0]), Some(&adapters[1]), Some(&adapters[1])]
-                .into_iter()
-                .enumerate()
-                .map(|(i, adapter)| Sequence { tokens: &tokens[i..tokens.len() - 3 * i], adapter })
-                .collect();
+            let sequences: Vec<Sequence> = [
+                None,
+                None,
+                Some(&adapters[0]),
+                Some(&adapters[1]),
+                Some(&adapters[1]),
+            ]
+            .into_iter()
+            .enumerate()
+            .map(|(i, adapter)| Sequence {
+                tokens: &tokens[i..tokens.len() - 3 * i],
+                adapter,
+            })
+            .collect();
             for (way, run) in [
                 ("packed", packed as fn(&Decoder, &[Sequence]) -> Vec<Tensor>),
                 ("paged", |decoder, sequences| paged(decoder, sequences, 9)),
@@ -75,9 +94,15 @@ fn mixed_adapters_answer_as_each_alone() {
                     let what = format!("{way} sequence {i} {precision:?}");
                     table.add(name, &what, max_difference(mixed, &alone), limit(&decoder, close));
                 }
-                let adapted = Sequence { adapter: Some(&adapters[0]), ..sequences[0] };
+                let adapted = Sequence {
+                    adapter: Some(&adapters[0]),
+                    ..sequences[0]
+                };
                 let effect = max_difference(&run(&decoder, &[adapted])[0], &mixed[0]);
-                assert!(effect > 0.1, "{name}: the adapter changes logits by {effect} only");
+                assert!(
+                    effect > 0.1,
+                    "{name}: the adapter changes logits by {effect} only"
+                );
             }
         }
     }
@@ -93,20 +118,37 @@ fn merged_weights_answer_as_the_adapter() {
         let checkpoint = Checkpoint::open(&fixture.folder).expect("the fixture opens");
         for adapter_name in fixture.adapters() {
             let adapter = fixture.adapter_params(adapter_name, &decoder);
-            let merged = FullParams::read(FullShape::new(&decoder.spec), &checkpoint).expect("it has every parameter");
+            let merged =
+                FullParams::read(FullShape::new(&decoder.spec), &checkpoint).expect("it has every parameter");
             for (weight, mut view) in merged.named() {
-                let sites = adapter.shape.iter().flat_map(|(_, _, site)| site.parts.iter().map(move |part| (site, part)));
+                let sites = adapter
+                    .shape
+                    .iter()
+                    .flat_map(|(_, _, site)| site.parts.iter().map(move |part| (site, part)));
                 for (site, part) in sites.filter(|(_, part)| weight == format!("{}.weight", part.path)) {
                     let delta = adapter.b(part).matmul(&adapter.part_a(site, part)) * part.scale;
                     view.copy_(&(view.shallow_clone() + delta));
                 }
             }
-            let merged = Decoder::from_params(decoder.spec.clone(), &merged, Precision::F32).expect("it builds");
+            let merged =
+                Decoder::from_params(decoder.spec.clone(), &merged, Precision::F32).expect("it builds");
             let packed_adapter = fixture.adapter(adapter_name, &decoder);
             let tokens = fixture.tokens("long");
-            let ours = packed(&decoder, &[Sequence { tokens: &tokens, adapter: Some(&packed_adapter) }]).remove(0);
+            let ours = packed(
+                &decoder,
+                &[Sequence {
+                    tokens: &tokens,
+                    adapter: Some(&packed_adapter),
+                }],
+            )
+            .remove(0);
             let expected = packed(&merged, &[base(&tokens)]).remove(0);
-            table.add(name, adapter_name, max_difference(&logprobs(&ours, &tokens), &logprobs(&expected, &tokens)), CLOSE);
+            table.add(
+                name,
+                adapter_name,
+                max_difference(&logprobs(&ours, &tokens), &logprobs(&expected, &tokens)),
+                CLOSE,
+            );
         }
     }
     table.judge("adapter against weights it is merged into (log-probabilities)");
@@ -118,11 +160,23 @@ fn a_peft_folder_comes_back_as_it_was() {
         let fixture = Fixture::open(name);
         let decoder = fixture.decoder(Precision::F32);
         let params = fixture.adapter_params("all", &decoder);
-        let folders = [tempfile::tempdir().expect("a folder"), tempfile::tempdir().expect("a folder")];
+        let folders = [
+            tempfile::tempdir().expect("a folder"),
+            tempfile::tempdir().expect("a folder"),
+        ];
         let target_modules = decoder.spec.lora_targets();
-        let lora = Lora { r: 4, alpha: 8.0, dropout: 0.0, target_modules, use_rslora: false };
+        let lora = Lora {
+            r: 4,
+            alpha: 8.0,
+            dropout: 0.0,
+            target_modules,
+            use_rslora: false,
+        };
         for folder in &folders {
-            let config = PeftConfig { base_model: "fixture", lora: &lora };
+            let config = PeftConfig {
+                base_model: "fixture",
+                lora: &lora,
+            };
             peft::write(folder.path(), &params, &config).expect("it is written");
         }
         let back = peft::read(folders[0].path(), &decoder.spec, 4).expect("what we write we read");

@@ -13,7 +13,15 @@ use tandem_core::dataset::Example;
 use tandem_kernels::weight::Precision;
 use tch::{Device, Kind, Tensor};
 
-pub const NAMES: [&str; 7] = ["gqa_tied", "llama3_rope", "biases", "head_dim", "linear_rope", "sharded", "bf16"];
+pub const NAMES: [&str; 7] = [
+    "gqa_tied",
+    "llama3_rope",
+    "biases",
+    "head_dim",
+    "linear_rope",
+    "sharded",
+    "bf16",
+];
 
 pub struct Fixture {
     pub name: &'static str,
@@ -30,7 +38,8 @@ impl Fixture {
     pub fn open(name: &'static str) -> Fixture {
         let folder = fixtures_folder().join(name);
         let numbers = std::fs::read(folder.join("expected.json")).expect("the fixture is committed");
-        let tensors = Tensor::read_safetensors(folder.join("expected.safetensors")).expect("the fixture is committed");
+        let tensors =
+            Tensor::read_safetensors(folder.join("expected.safetensors")).expect("the fixture is committed");
         Fixture {
             name,
             numbers: serde_json::from_slice(&numbers).expect("the fixture is JSON"),
@@ -44,11 +53,18 @@ impl Fixture {
     }
 
     pub fn tensor(&self, name: &str) -> &Tensor {
-        self.tensors.get(name).unwrap_or_else(|| panic!("{} has no {name}", self.name))
+        self.tensors
+            .get(name)
+            .unwrap_or_else(|| panic!("{} has no {name}", self.name))
     }
 
     pub fn tokens(&self, prompt: &str) -> Vec<TokenId> {
-        self.numbers["prompts"][prompt].as_array().expect("a prompt").iter().map(token).collect()
+        self.numbers["prompts"][prompt]
+            .as_array()
+            .expect("a prompt")
+            .iter()
+            .map(token)
+            .collect()
     }
 
     pub fn examples(&self) -> Vec<Example> {
@@ -57,7 +73,10 @@ impl Fixture {
 
     /// Names of the PEFT adapters the fixture has.
     pub fn adapters(&self) -> Vec<&'static str> {
-        ["all", "some"].into_iter().filter(|name| self.adapter_folder(name).exists()).collect()
+        ["all", "some"]
+            .into_iter()
+            .filter(|name| self.adapter_folder(name).exists())
+            .collect()
     }
 
     pub fn adapter_folder(&self, name: &str) -> PathBuf {
@@ -76,18 +95,34 @@ impl Fixture {
 
 pub fn examples(value: &Value) -> Vec<Example> {
     let example = |example: &Value| Example {
-        tokens: example["tokens"].as_array().expect("tokens").iter().map(token).collect(),
-        weights: numbers(&example["weights"]).into_iter().map(|weight| weight as f32).collect(),
+        tokens: example["tokens"]
+            .as_array()
+            .expect("tokens")
+            .iter()
+            .map(token)
+            .collect(),
+        weights: numbers(&example["weights"])
+            .into_iter()
+            .map(|weight| weight as f32)
+            .collect(),
     };
     value.as_array().expect("examples").iter().map(example).collect()
 }
 
 pub fn numbers(value: &Value) -> Vec<f64> {
-    value.as_array().expect("a list").iter().map(|number| number.as_f64().expect("a number")).collect()
+    value
+        .as_array()
+        .expect("a list")
+        .iter()
+        .map(|number| number.as_f64().expect("a number"))
+        .collect()
 }
 
 pub fn token(value: &Value) -> TokenId {
-    value.as_u64().and_then(|id| TokenId::try_from(id).ok()).expect("a token id")
+    value
+        .as_u64()
+        .and_then(|id| TokenId::try_from(id).ok())
+        .expect("a token id")
 }
 
 /// Largest absolute difference; infinite when a shape differs or a number is not finite.
@@ -95,8 +130,15 @@ pub fn max_difference(ours: &Tensor, expected: &Tensor) -> f64 {
     if ours.size() != expected.size() {
         return f64::INFINITY;
     }
-    let difference = (ours.to_kind(Kind::Double) - expected.to_kind(Kind::Double)).abs().max().double_value(&[]);
-    if difference.is_finite() { difference } else { f64::INFINITY }
+    let difference = (ours.to_kind(Kind::Double) - expected.to_kind(Kind::Double))
+        .abs()
+        .max()
+        .double_value(&[]);
+    if difference.is_finite() {
+        difference
+    } else {
+        f64::INFINITY
+    }
 }
 
 /// [`max_difference`] relative to the largest expected number.
@@ -112,7 +154,8 @@ pub struct Table {
 
 impl Table {
     pub fn add(&mut self, fixture: &str, what: &str, difference: f64, limit: f64) {
-        self.rows.push((fixture.to_owned(), what.to_owned(), difference, limit));
+        self.rows
+            .push((fixture.to_owned(), what.to_owned(), difference, limit));
     }
 
     pub fn judge(self, title: &str) {
@@ -122,6 +165,13 @@ impl Table {
             text += &format!("  {fixture:12} {what:26} {difference:9.2e}  limit {limit:.0e}{mark}\n");
         }
         println!("{text}");
-        assert!(!self.rows.is_empty() && self.rows.iter().all(|(_, _, difference, limit)| difference <= limit), "{text}");
+        assert!(
+            !self.rows.is_empty()
+                && self
+                    .rows
+                    .iter()
+                    .all(|(_, _, difference, limit)| difference <= limit),
+            "{text}"
+        );
     }
 }

@@ -27,17 +27,44 @@ fn logits_and_losses_are_transformers_and_pefts() {
         for prompt in ["short", "long"] {
             let logits = packed(&decoder, &[base(&fixture.tokens(prompt))]).remove(0);
             let what = format!("logits.{prompt}");
-            table.add(name, &what, max_difference(&logits, fixture.tensor(&what)), LOGITS);
+            table.add(
+                name,
+                &what,
+                max_difference(&logits, fixture.tensor(&what)),
+                LOGITS,
+            );
         }
-        table.add(name, "loss", loss_difference(&fixture, &decoder, None, "loss"), LOSS);
+        table.add(
+            name,
+            "loss",
+            loss_difference(&fixture, &decoder, None, "loss"),
+            LOSS,
+        );
         for adapter_name in fixture.adapters() {
             let adapter = fixture.adapter(adapter_name, &decoder);
             let tokens = fixture.tokens("long");
-            let logits = packed(&decoder, &[Sequence { tokens: &tokens, adapter: Some(&adapter) }]).remove(0);
+            let logits = packed(
+                &decoder,
+                &[Sequence {
+                    tokens: &tokens,
+                    adapter: Some(&adapter),
+                }],
+            )
+            .remove(0);
             let what = format!("{adapter_name}.logits.long");
-            table.add(name, &what, max_difference(&logits, fixture.tensor(&what)), LOGITS);
+            table.add(
+                name,
+                &what,
+                max_difference(&logits, fixture.tensor(&what)),
+                LOGITS,
+            );
             let what = format!("{adapter_name}.loss");
-            table.add(name, &what, loss_difference(&fixture, &decoder, Some(&adapter), &what), LOSS);
+            table.add(
+                name,
+                &what,
+                loss_difference(&fixture, &decoder, Some(&adapter), &what),
+                LOSS,
+            );
         }
     }
     table.judge("float32 logits and losses against transformers and peft (max abs difference)");
@@ -46,10 +73,20 @@ fn logits_and_losses_are_transformers_and_pefts() {
 /// The loss of the serving forward over the fixture's weighted examples.
 fn loss_difference(fixture: &Fixture, decoder: &Decoder, adapter: Option<&Adapter>, expected: &str) -> f64 {
     let examples = fixture.examples();
-    let sequences: Vec<Sequence> = examples.iter().map(|e| Sequence { tokens: &e.tokens, adapter }).collect();
+    let sequences: Vec<Sequence> = examples
+        .iter()
+        .map(|e| Sequence {
+            tokens: &e.tokens,
+            adapter,
+        })
+        .collect();
     let (mut sum, mut total) = (0.0, 0.0);
     for (Example { tokens, weights }, logits) in examples.iter().zip(packed(decoder, &sequences)) {
-        for (logprob, &weight) in Vec::<f64>::try_from(logprobs(&logits, tokens)).expect("doubles").iter().zip(&weights[1..]) {
+        for (logprob, &weight) in Vec::<f64>::try_from(logprobs(&logits, tokens))
+            .expect("doubles")
+            .iter()
+            .zip(&weights[1..])
+        {
             sum -= logprob * f64::from(weight);
             total += f64::from(weight);
         }
@@ -66,18 +103,37 @@ fn gradients_of_a_and_b_are_pefts() {
         for adapter_name in fixture.adapters() {
             let params = fixture.adapter_params(adapter_name, &decoder);
             let adapter = fixture.adapter(adapter_name, &decoder);
-            let lora = Lora { r: 1, alpha: 1.0, dropout: 0.0, target_modules: vec![], use_rslora: false };
+            let lora = Lora {
+                r: 1,
+                alpha: 1.0,
+                dropout: 0.0,
+                target_modules: vec![],
+                use_rslora: false,
+            };
             let mut grads = Grads::Lora(AdapterParams::zeros(params.shape.clone()));
             let hyper = hyper(Method::Lora(lora));
             let loss = backward(&decoder, Some(&adapter), &hyper, &fixture.examples(), &mut grads);
-            let expected = fixture.numbers[format!("{adapter_name}.loss")].as_f64().expect("a loss");
-            table.add(name, &format!("{adapter_name}.training loss"), (loss - expected).abs(), LOSS);
-            let Grads::Lora(grads) = grads else { unreachable!("they were LoRA's above") };
+            let expected = fixture.numbers[format!("{adapter_name}.loss")]
+                .as_f64()
+                .expect("a loss");
+            table.add(
+                name,
+                &format!("{adapter_name}.training loss"),
+                (loss - expected).abs(),
+                LOSS,
+            );
+            let Grads::Lora(grads) = grads else {
+                unreachable!("they were LoRA's above")
+            };
             let (mut worst_a, mut worst_b) = (0.0_f64, 0.0_f64);
             for (_, _, site) in grads.shape.iter() {
                 for part in &site.parts {
-                    let expected =
-                        |which| fixture.tensor(&format!("{adapter_name}.grad.base_model.model.{}.{which}.weight", part.path));
+                    let expected = |which| {
+                        fixture.tensor(&format!(
+                            "{adapter_name}.grad.base_model.model.{}.{which}.weight",
+                            part.path
+                        ))
+                    };
                     worst_a = worst_a.max(relative_difference(&grads.part_a(site, part), expected("lora_A")));
                     worst_b = worst_b.max(relative_difference(&grads.b(part), expected("lora_B")));
                 }
@@ -94,10 +150,23 @@ fn gradients_of_every_parameter_are_torchs() {
     let fixture = Fixture::open("gqa_tied");
     let decoder = fixture.decoder(Precision::F32);
     let mut grads = Grads::Full(FullParams::zeros(FullShape::new(&decoder.spec)));
-    let loss = backward(&decoder, None, &hyper(Method::Full), &fixture.examples(), &mut grads);
+    let loss = backward(
+        &decoder,
+        None,
+        &hyper(Method::Full),
+        &fixture.examples(),
+        &mut grads,
+    );
     let mut table = Table::default();
-    table.add(fixture.name, "loss", (loss - fixture.numbers["loss"].as_f64().expect("a loss")).abs(), LOSS);
-    let Grads::Full(grads) = grads else { unreachable!("they were full above") };
+    table.add(
+        fixture.name,
+        "loss",
+        (loss - fixture.numbers["loss"].as_f64().expect("a loss")).abs(),
+        LOSS,
+    );
+    let Grads::Full(grads) = grads else {
+        unreachable!("they were full above")
+    };
     for (name, gradient) in grads.named() {
         let difference = relative_difference(&gradient, fixture.tensor(&format!("full.grad.{name}")));
         table.add(name.trim_start_matches("model."), "", difference, GRADIENT);
@@ -106,10 +175,26 @@ fn gradients_of_every_parameter_are_torchs() {
 }
 
 /// The trainer's own passes over `examples` as one optimizer step: its mean loss; gradients are added.
-fn backward(decoder: &Decoder, adapter: Option<&Adapter>, hyper: &Hyper, examples: &[Example], grads: &mut Grads) -> f64 {
+fn backward(
+    decoder: &Decoder,
+    adapter: Option<&Adapter>,
+    hyper: &Hyper,
+    examples: &[Example],
+    grads: &mut Grads,
+) -> f64 {
     let _no_grad = tch::no_grad_guard();
-    let weight = examples.iter().flat_map(|example| &example.weights[1..]).map(|&weight| f64::from(weight)).sum();
-    let context = Context { decoder, adapter, hyper, step: 0, weight };
+    let weight = examples
+        .iter()
+        .flat_map(|example| &example.weights[1..])
+        .map(|&weight| f64::from(weight))
+        .sum();
+    let context = Context {
+        decoder,
+        adapter,
+        hyper,
+        step: 0,
+        weight,
+    };
     let (mut scores, mut rows) = (Scores::default(), 0);
     for slice in data::slices(examples.iter()) {
         let mut pass = Pass::enter(slice, rows, &context);

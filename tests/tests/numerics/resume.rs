@@ -17,7 +17,13 @@ use crate::training::{Job, finish, hyper};
 /// Everything that could make a run depend on where it was cut: dropout, packing, accumulation, checkpoints, validation.
 fn demanding(decoder: &Decoder) -> Hyper {
     let target_modules = decoder.spec.lora_targets();
-    let lora = Lora { r: 4, alpha: 8.0, dropout: 0.1, target_modules, use_rslora: true };
+    let lora = Lora {
+        r: 4,
+        alpha: 8.0,
+        dropout: 0.1,
+        target_modules,
+        use_rslora: true,
+    };
     Hyper {
         n_epochs: 4,
         gradient_accumulation_steps: 2,
@@ -33,7 +39,11 @@ fn demanding(decoder: &Decoder) -> Hyper {
 fn job(fixture: &Fixture, decoder: &Decoder) -> Job {
     let examples: Vec<Example> = examples(&fixture.numbers["lora_training"]["examples"]);
     let job = Job::new(&examples, demanding(decoder));
-    fs::write(job.spec.folder.join(files::VALID), dataset::encode(&fixture.examples())).expect("it is written");
+    fs::write(
+        job.spec.folder.join(files::VALID),
+        dataset::encode(&fixture.examples()),
+    )
+    .expect("it is written");
     job
 }
 
@@ -58,7 +68,11 @@ fn a_killed_job_ends_with_the_same_bytes() {
     // Killed between writing a temporary file and its rename.
     let half_written: Wreck = |folder| {
         fs::write(folder.join(".state.safetensors.partial"), b"half of a st").expect("it is written");
-        for name in [".adapter.partial", ".checkpoint-3.partial", ".checkpoint-6.partial"] {
+        for name in [
+            ".adapter.partial",
+            ".checkpoint-3.partial",
+            ".checkpoint-6.partial",
+        ] {
             fs::create_dir_all(folder.join(name)).expect("it is made");
             fs::write(folder.join(name).join(peft::TENSORS), b"half of an adap").expect("it is written");
         }
@@ -71,7 +85,13 @@ fn a_killed_job_ends_with_the_same_bytes() {
             }
         }
     };
-    for (seed, wreck) in [(1, nothing), (2, nothing), (3, half_written), (4, half_written), (5, between_two)] {
+    for (seed, wreck) in [
+        (1, nothing),
+        (2, nothing),
+        (3, half_written),
+        (4, half_written),
+        (5, between_two),
+    ] {
         let job = job(&fixture, &decoder);
         let mut lives = 0;
         'lives: loop {
@@ -88,7 +108,10 @@ fn a_killed_job_ends_with_the_same_bytes() {
         }
         assert!(lives > 3, "seed {seed}: only {lives} lives");
         println!("seed {seed}: {lives} lives");
-        assert!(adapter_bytes(&job) == expected, "seed {seed}: other bytes after {lives} lives");
+        assert!(
+            adapter_bytes(&job) == expected,
+            "seed {seed}: other bytes after {lives} lives"
+        );
     }
 }
 
@@ -97,7 +120,10 @@ fn a_clean_stop_repeats_no_step_and_ends_with_the_same_bytes() {
     let fixture = Fixture::open("gqa_tied");
     let decoder = fixture.decoder(Precision::F32);
     let undisturbed = job(&fixture, &decoder);
-    let expected_steps = finish(&mut Trainer::start(undisturbed.spec.clone(), &decoder).expect("it starts"), Some(&decoder));
+    let expected_steps = finish(
+        &mut Trainer::start(undisturbed.spec.clone(), &decoder).expect("it starts"),
+        Some(&decoder),
+    );
 
     let job = job(&fixture, &decoder);
     let mut losses = vec![];
@@ -122,7 +148,13 @@ fn a_clean_stop_repeats_no_step_and_ends_with_the_same_bytes() {
         assert!(stepped || finished, "sixty quanta made no step");
         trainer.remember().expect("the state is written");
     }
-    assert_eq!(losses, expected_steps.iter().map(|report| report.loss).collect::<Vec<_>>());
+    assert_eq!(
+        losses,
+        expected_steps
+            .iter()
+            .map(|report| report.loss)
+            .collect::<Vec<_>>()
+    );
     assert!(adapter_bytes(&job) == adapter_bytes(&undisturbed));
 }
 
@@ -154,17 +186,29 @@ fn another_runs_state_is_refused() {
     let fixture = Fixture::open("gqa_tied");
     let decoder = fixture.decoder(Precision::F32);
     let job = job(&fixture, &decoder);
-    Trainer::start(job.spec.clone(), &decoder).expect("it starts").remember().expect("the state is written");
+    Trainer::start(job.spec.clone(), &decoder)
+        .expect("it starts")
+        .remember()
+        .expect("the state is written");
 
     let mut other = job.spec.clone();
     other.hyper.learning_rate *= 2.0;
-    assert!(matches!(Trainer::start(other, &decoder), Err(TrainError::State(_))));
+    assert!(matches!(
+        Trainer::start(other, &decoder),
+        Err(TrainError::State(_))
+    ));
 
     let state = job.spec.folder.join(files::STATE);
     let bytes = fs::read(&state).expect("it was written");
     for cut in [0, 7, 100, bytes.len() / 2, bytes.len() - 1] {
         fs::write(&state, &bytes[..cut]).expect("it is written");
-        assert!(matches!(Trainer::start(job.spec.clone(), &decoder), Err(TrainError::State(_))), "cut at {cut}");
+        assert!(
+            matches!(
+                Trainer::start(job.spec.clone(), &decoder),
+                Err(TrainError::State(_))
+            ),
+            "cut at {cut}"
+        );
     }
     fs::write(&state, &bytes).expect("it is written");
     assert!(Trainer::start(job.spec.clone(), &decoder).is_ok());

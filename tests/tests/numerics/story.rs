@@ -30,7 +30,11 @@ fn open() -> Option<(PathBuf, Vec<Case>)> {
     let list = |value: &Value| value.as_array().expect("a list").clone();
     let case = |case: &Value| Case {
         prompt: list(&case["prompt_ids"]).iter().map(token).collect(),
-        logprobs: list(&case["prompt_logprobs"]).iter().skip(1).map(|x| x.as_f64().expect("a number")).collect(),
+        logprobs: list(&case["prompt_logprobs"])
+            .iter()
+            .skip(1)
+            .map(|x| x.as_f64().expect("a number"))
+            .collect(),
         greedy: list(&case["greedy_ids"]).iter().map(token).collect(),
     };
     Some((folder, list(&expected["cases"]).iter().map(case).collect()))
@@ -39,11 +43,17 @@ fn open() -> Option<(PathBuf, Vec<Case>)> {
 fn worst_error(decoder: &Decoder, cases: &[Case]) -> f64 {
     let sequences: Vec<Sequence> = cases.iter().map(|case| base(&case.prompt)).collect();
     let ways = [packed(decoder, &sequences), paged(decoder, &sequences, 3)];
-    let errors = ways.iter().flat_map(|logits| logits.iter().zip(cases)).flat_map(|(logits, case)| {
-        let ours = Vec::<f64>::try_from(logprobs(logits, &case.prompt)).expect("doubles");
-        assert_eq!(ours.len(), case.logprobs.len());
-        ours.into_iter().zip(&case.logprobs).map(|(ours, expected)| (ours - expected).abs()).collect::<Vec<_>>()
-    });
+    let errors = ways
+        .iter()
+        .flat_map(|logits| logits.iter().zip(cases))
+        .flat_map(|(logits, case)| {
+            let ours = Vec::<f64>::try_from(logprobs(logits, &case.prompt)).expect("doubles");
+            assert_eq!(ours.len(), case.logprobs.len());
+            ours.into_iter()
+                .zip(&case.logprobs)
+                .map(|(ours, expected)| (ours - expected).abs())
+                .collect::<Vec<_>>()
+        });
     errors.fold(0.0, f64::max)
 }
 
@@ -56,9 +66,14 @@ fn log_probabilities_are_transformers() {
     let yardstick = std::fs::read(fixtures_folder().join("story.json")).expect("the fixture is committed");
     let yardstick: Value = serde_json::from_slice(&yardstick).expect("the fixture is JSON");
     let theirs = yardstick["bf16_max_abs_error"].as_f64().expect("a number");
-    println!("story: float32 error {float32:.1e}, bfloat16 {bfloat16:.4} (transformers' bfloat16: {theirs:.4})");
+    println!(
+        "story: float32 error {float32:.1e}, bfloat16 {bfloat16:.4} (transformers' bfloat16: {theirs:.4})"
+    );
     assert!(float32 <= 1e-3, "float32 is {float32} off");
-    assert!(bfloat16 <= 2.0 * theirs, "bfloat16 is {bfloat16} off, transformers' own is {theirs}");
+    assert!(
+        bfloat16 <= 2.0 * theirs,
+        "bfloat16 is {bfloat16} off, transformers' own is {theirs}"
+    );
 }
 
 #[test]

@@ -111,7 +111,7 @@ fn a_job_trains_beside_requests_and_its_adapter_answers() {
     assert_eq!(rig.stats().adapter_loads, loads, "it was resident already");
     // The same bits from disk.
     let mut fresh = Rig::new(options(&folder));
-    assert_eq!(fresh.ask(asked).content(), answer.content());
+    fresh.ask(asked).assert_same(&answer, "read from disk");
 }
 
 #[test]
