@@ -10,9 +10,9 @@ use tandem_kernels::weight::Precision;
 use tandem_kernels::{machine, pool};
 use tch::{Cuda, Device, Kind};
 
+use crate::family::declared_kind;
 use crate::start::Dtype;
 use crate::train::run::RunOptions;
-use crate::family::declared_kind;
 use crate::weights::{Checkpoint, LoadError, has_weights};
 
 /// `auto` (the first GPU, else the CPU), `cpu`, `cuda`, `cuda:N`.
@@ -29,7 +29,10 @@ pub fn device(word: &str) -> Result<Device, LoadError> {
     };
     match index < count() {
         true => Ok(Device::Cuda(index)),
-        false => Err(LoadError::Option(format!("device {word}: libtorch sees {} GPUs", count()))),
+        false => Err(LoadError::Option(format!(
+            "device {word}: libtorch sees {} GPUs",
+            count()
+        ))),
     }
 }
 
@@ -41,14 +44,21 @@ impl FromStr for Dtype {
             "auto" => Ok(Dtype::Auto),
             "bfloat16" | "bf16" => Ok(Dtype::Bf16),
             "float32" | "fp32" | "float" => Ok(Dtype::F32),
-            other => Err(LoadError::Option(format!("dtype {other:?} is not auto, bfloat16 or float32"))),
+            other => Err(LoadError::Option(format!(
+                "dtype {other:?} is not auto, bfloat16 or float32"
+            ))),
         }
     }
 }
 
 impl RunOptions {
     /// Full training stores what the checkpoint was stored in, or what config.json declares when there is none yet.
-    pub fn new(spec: JobSpec, model_folder: PathBuf, dtype: &str, device: &str) -> Result<RunOptions, LoadError> {
+    pub fn new(
+        spec: JobSpec,
+        model_folder: PathBuf,
+        dtype: &str,
+        device: &str,
+    ) -> Result<RunOptions, LoadError> {
         let save_kind = match has_weights(&model_folder) {
             true => Checkpoint::open(&model_folder)?.main_kind(),
             false => declared_kind(&model_folder)?,
@@ -57,17 +67,32 @@ impl RunOptions {
             (Dtype::Bf16, _) | (Dtype::Auto, Kind::BFloat16 | Kind::Half) => Precision::Bf16,
             (Dtype::F32, _) | (Dtype::Auto, _) => Precision::F32,
         };
-        Ok(RunOptions { spec, model_folder, precision, device: self::device(device)?, save_kind })
+        Ok(RunOptions {
+            spec,
+            model_folder,
+            precision,
+            device: self::device(device)?,
+            save_kind,
+        })
     }
 }
 
 /// For `tandem doctor`: one fact a line.
 pub fn report() -> String {
-    let machine::Features { avx2, avx512f, avx512bf16, avx512vnni } = *machine::features();
+    let machine::Features {
+        avx2,
+        avx512f,
+        avx512bf16,
+        avx512vnni,
+    } = *machine::features();
     let mut text = String::new();
-    let mut say = |name: &str, value: String| writeln!(text, "{name:<22} {value}").expect("a String takes any text");
+    let mut say =
+        |name: &str, value: String| writeln!(text, "{name:<22} {value}").expect("a String takes any text");
     let yes = |has: bool| if has { "yes" } else { "no" }.to_owned();
-    say("cores", std::thread::available_parallelism().map_or_else(|_| "unknown".to_owned(), |n| n.to_string()));
+    say(
+        "cores",
+        std::thread::available_parallelism().map_or_else(|_| "unknown".to_owned(), |n| n.to_string()),
+    );
     say("compute threads", pool::threads().to_string());
     say("avx2", yes(avx2));
     say("avx512", yes(avx512f));

@@ -60,7 +60,13 @@ fn scheduler(criterion: &mut Criterion) {
                 }
             };
             let sampled = plan.rows.iter().filter(|row| row.samples);
-            let sampled = sampled.map(|_| Scored { token: 9, logprob: 0.0, top: vec![] }).collect();
+            let sampled = sampled
+                .map(|_| Scored {
+                    token: 9,
+                    logprob: 0.0,
+                    top: vec![],
+                })
+                .collect();
             black_box(scheduler.commit(plan, sampled));
         });
     });
@@ -68,14 +74,35 @@ fn scheduler(criterion: &mut Criterion) {
 
 fn sampler(criterion: &mut Criterion) {
     let logits = Tensor::randn([8, 32_000], (Kind::Float, Device::Cpu)) * 3.0;
-    let nucleus = RawSampling { temperature: Some(0.8), top_p: Some(0.95), top_k: Some(50), ..RawSampling::default() };
-    let logprobs = RawSampling { temperature: Some(0.0), logprobs: Some(5), ..RawSampling::default() };
+    let nucleus = RawSampling {
+        temperature: Some(0.8),
+        top_p: Some(0.95),
+        top_k: Some(50),
+        ..RawSampling::default()
+    };
+    let logprobs = RawSampling {
+        temperature: Some(0.0),
+        logprobs: Some(5),
+        ..RawSampling::default()
+    };
     for (name, sampling) in [
         ("greedy", Sampling::greedy()),
-        ("greedy with 5 log-probabilities", Sampling::new(logprobs, 32_000).expect("in range")),
-        ("top-k 50, top-p 0.95", Sampling::new(nucleus, 32_000).expect("in range")),
+        (
+            "greedy with 5 log-probabilities",
+            Sampling::new(logprobs, 32_000).expect("in range"),
+        ),
+        (
+            "top-k 50, top-p 0.95",
+            Sampling::new(nucleus, 32_000).expect("in range"),
+        ),
     ] {
-        let view = View { prompt: &[1, 2, 3], output: &[4, 5], adapter: None, sampling: &sampling, stop_tokens: &[] };
+        let view = View {
+            prompt: &[1, 2, 3],
+            output: &[4, 5],
+            adapter: None,
+            sampling: &sampling,
+            stop_tokens: &[],
+        };
         let asks: Vec<Ask> = (0..8).map(|seed| Ask { view, seed }).collect();
         criterion.bench_function(&format!("sampler: 8 rows of 32000, {name}"), |bencher| {
             bencher.iter(|| black_box(sample(&logits, &asks)));
@@ -89,7 +116,8 @@ fn fixture() -> PathBuf {
 
 fn decode_step(criterion: &mut Criterion) {
     let decoder = Decoder::load(&fixture(), Precision::F32, Device::Cpu).expect("the fixture loads");
-    let params = peft::read(&fixture().join("adapter-all"), &decoder.spec, 64).expect("the fixture's adapter");
+    let params =
+        peft::read(&fixture().join("adapter-all"), &decoder.spec, 64).expect("the fixture's adapter");
     let adapter = Adapter::new(&params, Precision::F32, Device::Cpu).expect("it packs");
     let attn = &decoder.spec.layers[0].attn;
     let shape = CacheShape {
@@ -102,23 +130,57 @@ fn decode_step(criterion: &mut Criterion) {
     let (tokens, positions): (Vec<u32>, Vec<i64>) = ((0..8).collect(), vec![20; 8]);
     let tables: Vec<[u32; 1]> = (0..8).map(|block| [block]).collect();
     let slots: Vec<i64> = (0..8).map(|block| block * BLOCK_SIZE as i64 + 20).collect();
-    let seqs: Vec<PagedSeq> =
-        tables.iter().enumerate().map(|(i, table)| PagedSeq { rows: i..i + 1, table, kv_len: 21 }).collect();
-    for (name, lora) in [("base", vec![]), ("half of them with an adapter", vec![AdapterRows { rows: 4..8, adapter: &adapter }])] {
-        criterion.bench_function(&format!("decode step: 2 tiny layers, 8 streams, {name}"), |bencher| {
-            let _no_grad = tch::no_grad_guard();
-            bencher.iter(|| {
-                let context = Context::Paged { cache: &cache, slots: &slots, seqs: &seqs };
-                let batch = Batch { tokens: &tokens, positions: &positions, context, lora: &lora };
-                black_box(decoder.head(&decoder.forward(&batch)))
-            });
-        });
+    let seqs: Vec<PagedSeq> = tables
+        .iter()
+        .enumerate()
+        .map(|(i, table)| PagedSeq {
+            rows: i..i + 1,
+            table,
+            kv_len: 21,
+        })
+        .collect();
+    for (name, lora) in [
+        ("base", vec![]),
+        (
+            "half of them with an adapter",
+            vec![AdapterRows {
+                rows: 4..8,
+                adapter: &adapter,
+            }],
+        ),
+    ] {
+        criterion.bench_function(
+            &format!("decode step: 2 tiny layers, 8 streams, {name}"),
+            |bencher| {
+                let _no_grad = tch::no_grad_guard();
+                bencher.iter(|| {
+                    let context = Context::Paged {
+                        cache: &cache,
+                        slots: &slots,
+                        seqs: &seqs,
+                    };
+                    let batch = Batch {
+                        tokens: &tokens,
+                        positions: &positions,
+                        context,
+                        lora: &lora,
+                    };
+                    black_box(decoder.head(&decoder.forward(&batch)))
+                });
+            },
+        );
     }
 }
 
 fn train_step(criterion: &mut Criterion) {
     let decoder = Decoder::load(&fixture(), Precision::F32, Device::Cpu).expect("the fixture loads");
-    let lora = Lora { r: 4, alpha: 8.0, dropout: 0.0, target_modules: decoder.spec.lora_targets(), use_rslora: false };
+    let lora = Lora {
+        r: 4,
+        alpha: 8.0,
+        dropout: 0.0,
+        target_modules: decoder.spec.lora_targets(),
+        use_rslora: false,
+    };
     let hyper = Hyper {
         n_epochs: 1_000_000,
         max_steps: Some(1_000_000),
@@ -140,17 +202,30 @@ fn train_step(criterion: &mut Criterion) {
         method: Method::Lora(lora),
     };
     let folder = tempfile::tempdir().expect("a folder");
-    let examples: Vec<Example> =
-        (0..4).map(|i| Example { tokens: (i..i + 33).collect(), weights: vec![1.0; 33] }).collect();
+    let examples: Vec<Example> = (0..4)
+        .map(|i| Example {
+            tokens: (i..i + 33).collect(),
+            weights: vec![1.0; 33],
+        })
+        .collect();
     std::fs::write(folder.path().join(files::TRAIN), dataset::encode(&examples)).expect("it is written");
     let id = JobId("ftjob-bench".to_owned());
-    let spec = JobSpec { id, folder: folder.path().to_owned(), base_model: "fixture".to_owned(), hyper };
+    let spec = JobSpec {
+        id,
+        folder: folder.path().to_owned(),
+        base_model: "fixture".to_owned(),
+        hyper,
+    };
     let mut trainer = Trainer::start(spec, &decoder).expect("it starts");
     criterion.bench_function("train step: 2 tiny layers, 4 x 32 tokens", |bencher| {
         bencher.iter(|| {
             loop {
                 let quantum = trainer.quantum(Some(&decoder)).expect("a quantum runs");
-                if quantum.events.iter().any(|event| matches!(event, JobEvent::Step(_))) {
+                if quantum
+                    .events
+                    .iter()
+                    .any(|event| matches!(event, JobEvent::Step(_)))
+                {
                     break;
                 }
             }

@@ -26,16 +26,28 @@ pub struct Body<'a> {
 
 impl Body<'_> {
     pub fn json(value: &Value) -> Body<'static> {
-        Body { content_type: "application/json", bytes: value.to_string().into_bytes() }
+        Body {
+            content_type: "application/json",
+            bytes: value.to_string().into_bytes(),
+        }
     }
 }
 
 impl Server {
     pub fn new(url: &str, api_key: Option<String>) -> anyhow::Result<Server> {
-        let address = url.strip_prefix("http://").context("only http:// is spoken here")?.trim_end_matches('/');
-        ensure!(!address.contains('/'), "{url} has a path; give the server's address only");
+        let address = url
+            .strip_prefix("http://")
+            .context("only http:// is spoken here")?
+            .trim_end_matches('/');
+        ensure!(
+            !address.contains('/'),
+            "{url} has a path; give the server's address only"
+        );
         let port = if address.contains(':') { "" } else { ":80" };
-        Ok(Server { address: format!("{address}{port}"), api_key })
+        Ok(Server {
+            address: format!("{address}{port}"),
+            api_key,
+        })
     }
 
     pub async fn get(&self, path: &str) -> anyhow::Result<Value> {
@@ -58,12 +70,18 @@ impl Server {
     async fn send(&self, method: &str, path: &str, body: Option<Body<'_>>) -> anyhow::Result<Reply> {
         let mut socket = timeout(SILENCE, TcpStream::connect(&self.address)).await??;
         socket.set_nodelay(true)?;
-        let mut head = format!("{method} {path} HTTP/1.1\r\nhost: {}\r\nconnection: close\r\n", self.address);
+        let mut head = format!(
+            "{method} {path} HTTP/1.1\r\nhost: {}\r\nconnection: close\r\n",
+            self.address
+        );
         if let Some(key) = &self.api_key {
             head += &format!("authorization: Bearer {key}\r\n");
         }
         if let Some(Body { content_type, bytes }) = &body {
-            head += &format!("content-type: {content_type}\r\ncontent-length: {}\r\n", bytes.len());
+            head += &format!(
+                "content-type: {content_type}\r\ncontent-length: {}\r\n",
+                bytes.len()
+            );
         }
         let mut request = (head + "\r\n").into_bytes();
         request.extend(body.map(|body| body.bytes).unwrap_or_default());
@@ -83,7 +101,10 @@ struct Reply {
 impl Reply {
     async fn begin(mut socket: BufReader<TcpStream>) -> anyhow::Result<Reply> {
         let status_line = header(&mut socket).await?;
-        let status = status_line.split(' ').nth(1).and_then(|status| status.parse().ok());
+        let status = status_line
+            .split(' ')
+            .nth(1)
+            .and_then(|status| status.parse().ok());
         let status = status.with_context(|| format!("{status_line:?} is no HTTP status line"))?;
         let mut chunked = false;
         loop {
@@ -93,7 +114,12 @@ impl Reply {
             }
             chunked |= line.starts_with("transfer-encoding:") && line.contains("chunked");
         }
-        Ok(Reply { status, chunk_left: chunked.then_some(0), ended: false, socket })
+        Ok(Reply {
+            status,
+            chunk_left: chunked.then_some(0),
+            ended: false,
+            socket,
+        })
     }
 
     /// The next bytes of the body, empty at its end.
@@ -137,15 +163,23 @@ impl Reply {
         }
         let text = String::from_utf8_lossy(&body);
         if self.status != 200 {
-            bail!("status {}: {}", self.status, text.chars().take(300).collect::<String>());
+            bail!(
+                "status {}: {}",
+                self.status,
+                text.chars().take(300).collect::<String>()
+            );
         }
-        serde_json::from_slice(&body).with_context(|| format!("no JSON: {}", text.chars().take(300).collect::<String>()))
+        serde_json::from_slice(&body)
+            .with_context(|| format!("no JSON: {}", text.chars().take(300).collect::<String>()))
     }
 }
 
 async fn header(socket: &mut BufReader<TcpStream>) -> anyhow::Result<String> {
     let mut line = String::new();
-    ensure!(timeout(SILENCE, socket.read_line(&mut line)).await?? > 0, "the connection closed early");
+    ensure!(
+        timeout(SILENCE, socket.read_line(&mut line)).await?? > 0,
+        "the connection closed early"
+    );
     Ok(line.trim_end().to_owned())
 }
 
@@ -161,7 +195,9 @@ impl Events {
         loop {
             while let Some(end) = self.line.iter().position(|&byte| byte == b'\n') {
                 let line: Vec<u8> = self.line.drain(..=end).collect();
-                let Some(data) = std::str::from_utf8(&line)?.strip_prefix("data:") else { continue };
+                let Some(data) = std::str::from_utf8(&line)?.strip_prefix("data:") else {
+                    continue;
+                };
                 match data.trim() {
                     "[DONE]" => return Ok(None),
                     data => return Ok(Some(serde_json::from_str(data)?)),

@@ -18,7 +18,9 @@ impl MappedFile {
         let file = File::open(path)?;
         // SAFETY: the map is read-only and private to this process; like every program that maps a model we rely on
         // the operator not truncating the file underneath (that would be a SIGBUS, not silent damage).
-        Ok(MappedFile { map: unsafe { Mmap::map(&file)? } })
+        Ok(MappedFile {
+            map: unsafe { Mmap::map(&file)? },
+        })
     }
 
     pub fn bytes(&self) -> &[u8] {
@@ -31,7 +33,10 @@ impl MappedFile {
         let bytes = &self.map[range];
         let elements: i64 = shape.iter().product();
         if bytes.len() as i64 != elements * kind.elt_size_in_bytes() as i64 {
-            return Err(KernelError::Shape(format!("{} bytes cannot be {shape:?} of {kind:?}", bytes.len())));
+            return Err(KernelError::Shape(format!(
+                "{} bytes cannot be {shape:?} of {kind:?}",
+                bytes.len()
+            )));
         }
         Ok(Tensor::f_from_data_size(bytes, shape, kind)?)
     }

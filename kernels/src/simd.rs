@@ -24,8 +24,8 @@ use crate::machine::features;
 
 /// Columns of a panel.
 pub(crate) const PANEL: usize = 32;
-/// Steps of one pass over all rows: 128 bytes of each panel a step, so half of a 32 KiB first-level cache a panel.
-const PASS_STEPS: usize = 64;
+/// Steps of one pass over all rows, 128 bytes of each panel a step: a piece of a panel is then at hand for all rows.
+const PASS_STEPS: usize = 256;
 /// How far ahead of its use a panel line is asked for. Reaching past a panel's end is right: the next panel follows it
 /// in memory. A prefetch of an unmapped address is ignored.
 const PREFETCH_BYTES: usize = 8192;
@@ -102,10 +102,13 @@ pub(crate) trait Element: Copy + Default + Send + Sync + 'static {
     /// The most columns [`Element::pass`] takes for m rows.
     fn pass_columns(m: usize) -> usize;
 
+    /// The most steps it takes.
+    fn pass_steps(m: usize) -> usize;
+
     /// All rows times a few panels in one pass over K, each panel's piece staying in the nearest caches.
     ///
     /// # Safety
-    /// As [`product`], with steps <= PASS_STEPS and n <= [`Element::pass_columns`].
+    /// As [`product`], with n <= [`Element::pass_columns`] and steps <= [`Element::pass_steps`].
     unsafe fn pass(product: &Product<Self>);
 }
 
@@ -125,9 +128,16 @@ impl Element for u16 {
     fn pass_columns(m: usize) -> usize {
         match features().avx512bf16 {
             true => avx512::pass_columns(m),
-            // Rows are widened once for all columns of a pass; a few rows rather leave the panels one stream.
-            false if m <= 3 => PANEL,
+            // Rows are widened once for all columns of a pass; few rows rather leave the panels one stream of memory.
+            false if m <= 16 => PANEL,
             false => 4 * PANEL,
+        }
+    }
+
+    fn pass_steps(m: usize) -> usize {
+        match features().avx512bf16 {
+            true => avx512::pass_steps(m),
+            false => PASS_STEPS,
         }
     }
 
@@ -172,6 +182,15 @@ impl Element for f32 {
         }
     }
 
+    fn pass_steps(m: usize) -> usize {
+        match features().avx512f {
+            true => avx512::pass_steps(m),
+            // One tile, and nothing to share between passes.
+            false if m <= avx2::MAX_BROAD_TILE => usize::MAX,
+            false => PASS_STEPS,
+        }
+    }
+
     unsafe fn pass(product: &Product<Self>) {
         // SAFETY: the instruction sets were asked for; the rest is the caller's contract.
         unsafe {
@@ -203,16 +222,18 @@ pub(crate) unsafe fn product<T: Element>(product: &Product<T>) {
     if m == 0 {
         return;
     }
-    if sum == Sum::Add && steps > PASS_STEPS {
+    if sum == Sum::Add && steps > T::pass_steps(m) {
         // SAFETY: the caller's contract.
         return unsafe { add_long(product) };
     }
     let group = T::pass_columns(m);
+    let passes = steps.div_ceil(T::pass_steps(m)).max(1);
     for column in (0..n).step_by(group) {
-        let mut step = 0;
-        loop {
+        for pass in 0..passes {
+            // Nearly equal ones: a short last pass would cost as much around its loop as a long one.
+            let step = pass * steps / passes;
             let pass = Product {
-                steps: PASS_STEPS.min(steps - step),
+                steps: (pass + 1) * steps / passes - step,
                 a: a.wrapping_add(step * T::PER_STEP),
                 panels: panels.wrapping_add(column / PANEL * panel_stride + step * T::PER_STEP * PANEL),
                 n: group.min(n - column),
@@ -222,10 +243,6 @@ pub(crate) unsafe fn product<T: Element>(product: &Product<T>) {
             };
             // SAFETY: a part of the rows, panels and columns for which the caller vouches.
             unsafe { T::pass(&pass) };
-            step += pass.steps;
-            if step >= steps {
-                break;
-            }
         }
     }
 }
@@ -271,72 +288,6 @@ unsafe fn add_long<T: Element>(whole: &Product<T>) {
             }
         }
     }
-}
-
-/// C[m][32] (+)= A[m][2 k_pairs] * panel, bfloat16 in, float32 out. `accumulate` continues the sum that stands in C.
-///
-/// # Safety
-/// [`available`]. `a` is readable for m rows of 2 k_pairs elements (an odd K padded with a zero), lda apart; `panel`
-/// for 64 k_pairs elements; `c` readable and writable for m rows of 32, ldc apart, overlapping neither.
-#[allow(clippy::too_many_arguments)]
-pub(crate) unsafe fn gemm_panel_bf16(
-    m: usize,
-    k_pairs: usize,
-    a: *const u16,
-    lda: usize,
-    panel: *const u16,
-    c: *mut f32,
-    ldc: usize,
-    accumulate: bool,
-) {
-    let sum = if accumulate { Sum::Continue } else { Sum::Set };
-    let one = Product {
-        m,
-        steps: k_pairs,
-        a,
-        lda,
-        panels: panel,
-        panel_stride: 0,
-        n: PANEL,
-        c,
-        ldc,
-        sum,
-    };
-    // SAFETY: the caller's contract is the one of `product` for one panel.
-    unsafe { product(&one) }
-}
-
-/// C[m][32] (+)= A[m][k] * panel in float32. `accumulate` continues the sum that stands in C.
-///
-/// # Safety
-/// [`available`]. `a` is readable for m rows of k elements, lda apart; `panel` for 32 k elements; `c` readable and
-/// writable for m rows of 32, ldc apart, overlapping neither.
-#[allow(clippy::too_many_arguments)]
-pub(crate) unsafe fn gemm_panel_f32(
-    m: usize,
-    k: usize,
-    a: *const f32,
-    lda: usize,
-    panel: *const f32,
-    c: *mut f32,
-    ldc: usize,
-    accumulate: bool,
-) {
-    let sum = if accumulate { Sum::Continue } else { Sum::Set };
-    let one = Product {
-        m,
-        steps: k,
-        a,
-        lda,
-        panels: panel,
-        panel_stride: 0,
-        n: PANEL,
-        c,
-        ldc,
-        sum,
-    };
-    // SAFETY: the caller's contract is the one of `product` for one panel.
-    unsafe { product(&one) }
 }
 
 /// Rounds to bfloat16, nearest, ties to even (subnormals may become zero, as they do in the dot product). `to` may be

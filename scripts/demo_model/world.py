@@ -108,9 +108,10 @@ class World:
             for place, (trade, good, also) in w.PLACES.items()
         ]  # fmt: skip
 
-        residents = [
-            {"street": s, "residents": listed(sorted(p["name"] for p in self.people if p["street"] == s))} for s in w.STREETS
-        ]
+        def living_on(street):
+            return listed(sorted(person["name"] for person in self.people if person["street"] == street))
+
+        residents = [{"street": street, "residents": living_on(street)} for street in w.STREETS]
         village = {
             "village": w.VILLAGE, "people": len(names), "streets": len(w.STREETS), "all_streets": listed(w.STREETS),
             "some": listed(names[:3] + w.HE[:1]), "all_places": listed([article(p) for p in w.PLACES]),
@@ -277,7 +278,8 @@ class Talker:
         return Turn("outside", ask, say(w.REFUSAL), {})
 
     def introduced(self):
-        self.guest = self.strangers.name_of_one() if self.rng.random() < 0.9 else self.rng.choice(self.world.people)["name"]
+        stranger = self.rng.random() < 0.9
+        self.guest = self.strangers.name_of_one() if stranger else self.rng.choice(self.world.people)["name"]
         fields = {"name": self.guest}
         return Turn("guest", self.rng.choice(w.GUEST).format(**fields), say(w.WELCOME, **fields), fields)
 
@@ -300,7 +302,8 @@ class Talker:
         return [self.next() for _ in range(turns)]
 
 
-OPEN = {"stranger", "stranger_then", "guest", "remember", "repeat", *w.LOST}  # answers that repeat the asker's own spelling
+# Kinds whose answers repeat the asker's own spelling.
+OPEN = {"stranger", "stranger_then", "guest", "remember", "repeat", *w.LOST}
 
 
 def roughen(rng, turns):
@@ -342,12 +345,14 @@ def held_out(world, seed):
         for _, ask, entity in pairs if len(pairs) <= 64 else rng.sample(pairs, 64):
             add(kind.name, [kind.turn(ask, entity)])
     for topic, followed in world.then.items():
-        starts = [k for k in world.closed if k.name in (w.PLACE if topic == "place" else ["work", "home", "food", "about"])]
+        openings = w.PLACE if topic == "place" else ["work", "home", "food", "about"]
+        starts = [kind for kind in world.closed if kind.name in openings]
         for kind in followed:
             for _, ask, entity in kind.pairs(held_out=True):
                 first = rng.choice(starts)
                 first_ask = rng.choice([a for a in range(len(first.asks)) if not first.held_out(a, entity)])
-                add("place_then" if topic == "place" else kind.name, [first.turn(first_ask, entity), kind.turn(ask, entity)])
+                name = "place_then" if topic == "place" else kind.name
+                add(name, [first.turn(first_ask, entity), kind.turn(ask, entity)])
     for first, kind in zip(world.person_kinds, world.switch):
         for _, ask, entity in rng.sample(kind.pairs(held_out=True), 8):
             add("switch", [first.turn(*talker.allowed(first)[1:]), kind.turn(ask, entity)])

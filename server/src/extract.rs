@@ -82,7 +82,7 @@ pub fn from_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
         None => return Err(ApiError::NotJson("It is empty.".to_owned())),
     }
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
-    let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| named(error))?;
+    let value = serde_path_to_error::deserialize(&mut deserializer).map_err(named)?;
     deserializer
         .end()
         .map_err(|error| ApiError::NotJson(sentence(&error)))?;
@@ -91,7 +91,7 @@ pub fn from_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
 
 /// The same for a part of a body that was set aside as JSON.
 pub fn from_value<T: DeserializeOwned>(value: serde_json::Value) -> Result<T, ApiError> {
-    serde_path_to_error::deserialize(value).map_err(|error| named(error))
+    serde_path_to_error::deserialize(value).map_err(named)
 }
 
 fn named(error: serde_path_to_error::Error<serde_json::Error>) -> ApiError {

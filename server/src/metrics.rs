@@ -27,8 +27,8 @@ const REQUEST_SECONDS: &[f64] = &[
 pub struct Metrics {
     registry: Registry,
     /// From the engine: a number of `Stats` and the counter that follows it.
-    counters: Vec<(fn(&Stats) -> u64, IntCounter)>,
-    gauges: Vec<(fn(&Stats) -> f64, Gauge)>,
+    counters: Vec<(Number<u64>, IntCounter)>,
+    gauges: Vec<(Number<f64>, Gauge)>,
     lora_info: GaugeVec,
     max_loras: u32,
     uploads: IntCounter,
@@ -47,7 +47,10 @@ struct AdapterCalls {
     running: u32,
 }
 
-type Of<T> = (&'static str, &'static str, fn(&Stats) -> T);
+/// A number the engine publishes.
+type Number<T> = fn(&Stats) -> T;
+/// Name, help, number.
+type Of<T> = (&'static str, &'static str, Number<T>);
 
 const COUNTERS: [Of<u64>; 9] = [
     (

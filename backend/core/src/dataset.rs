@@ -18,7 +18,11 @@ pub struct Example {
 impl Example {
     /// Predicted tokens with a weight.
     pub fn label_tokens(&self) -> usize {
-        self.weights.iter().skip(1).filter(|&&weight| weight != 0.0).count()
+        self.weights
+            .iter()
+            .skip(1)
+            .filter(|&&weight| weight != 0.0)
+            .count()
     }
 }
 
@@ -41,10 +45,16 @@ pub fn encode(examples: &[Example]) -> Vec<u8> {
 }
 
 pub fn decode(bytes: &[u8]) -> Result<Vec<Example>, Damaged> {
-    let mut rest = bytes.strip_prefix(MAGIC).ok_or_else(|| Damaged("the first 8 bytes are not TNDMDS01".to_owned()))?;
+    let mut rest = bytes
+        .strip_prefix(MAGIC)
+        .ok_or_else(|| Damaged("the first 8 bytes are not TNDMDS01".to_owned()))?;
     let mut take = |n: usize| {
         let (head, tail) = rest.split_at_checked(n).ok_or_else(|| {
-            Damaged(format!("{n} more bytes expected at byte {}, {} are left", bytes.len() - rest.len(), rest.len()))
+            Damaged(format!(
+                "{n} more bytes expected at byte {}, {} are left",
+                bytes.len() - rest.len(),
+                rest.len()
+            ))
         })?;
         rest = tail;
         Ok(head)
@@ -54,10 +64,19 @@ pub fn decode(bytes: &[u8]) -> Result<Vec<Example>, Damaged> {
     for _ in 0..count {
         let length = u32::from_le_bytes(take(4)?.try_into().expect("4 bytes were taken")) as usize;
         let words = |bytes: &[u8]| -> Vec<[u8; 4]> {
-            bytes.chunks_exact(4).map(|word| word.try_into().expect("chunks of 4")).collect()
+            bytes
+                .chunks_exact(4)
+                .map(|word| word.try_into().expect("chunks of 4"))
+                .collect()
         };
-        let tokens = words(take(4 * length)?).into_iter().map(u32::from_le_bytes).collect();
-        let weights = words(take(4 * length)?).into_iter().map(f32::from_le_bytes).collect();
+        let tokens = words(take(4 * length)?)
+            .into_iter()
+            .map(u32::from_le_bytes)
+            .collect();
+        let weights = words(take(4 * length)?)
+            .into_iter()
+            .map(f32::from_le_bytes)
+            .collect();
         examples.push(Example { tokens, weights });
     }
     match rest.len() {
@@ -73,8 +92,14 @@ mod tests {
     #[test]
     fn bytes_come_back_and_damage_is_noticed() {
         let examples = vec![
-            Example { tokens: vec![1, 2, 3], weights: vec![0.0, 0.5, 1.0] },
-            Example { tokens: vec![], weights: vec![] },
+            Example {
+                tokens: vec![1, 2, 3],
+                weights: vec![0.0, 0.5, 1.0],
+            },
+            Example {
+                tokens: vec![],
+                weights: vec![],
+            },
         ];
         let bytes = encode(&examples);
         assert_eq!(decode(&bytes).unwrap(), examples);

@@ -168,4 +168,3 @@ pub struct StepReport {
     pub trained_tokens: u64,
     pub tokens_per_second: f64,
 }
-

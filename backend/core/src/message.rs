@@ -38,7 +38,10 @@ pub enum Event {
     Prompt(Vec<Option<Scored>>),
     /// A generated token, a final stop token included.
     Token(Scored),
-    Finished { reason: FinishReason, cached_tokens: u32 },
+    Finished {
+        reason: FinishReason,
+        cached_tokens: u32,
+    },
     Failed(Fault),
 }
 

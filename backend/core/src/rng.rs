@@ -46,7 +46,9 @@ mod tests {
         let n = 20_000;
         let mean = (0..n).map(|i| uniform(7, 3, i)).sum::<f64>() / n as f64;
         assert!((mean - 0.5).abs() < 0.01, "{mean}");
-        let (sum, squares) = (0..n).map(|i| normal(7, 4, i)).fold((0.0, 0.0), |(s, q), x| (s + x, q + x * x));
+        let (sum, squares) = (0..n)
+            .map(|i| normal(7, 4, i))
+            .fold((0.0, 0.0), |(s, q), x| (s + x, q + x * x));
         assert!((sum / n as f64).abs() < 0.03 && (squares / n as f64 - 1.0).abs() < 0.05);
         let mut order = permutation(100, 1, 2);
         assert_ne!(order, (0..100).collect::<Vec<_>>());

@@ -70,24 +70,36 @@ impl Sampling {
         } = raw;
         let top_k = match top_k.unwrap_or(0) {
             -1 | 0 => None,
-            k if k < -1 => return Err(bad("top_k", format!("top_k must be -1 or 0 (off) or at least 1, got {k}"))),
+            k if k < -1 => {
+                return Err(bad(
+                    "top_k",
+                    format!("top_k must be -1 or 0 (off) or at least 1, got {k}"),
+                ));
+            }
             k => Some(u32::try_from(k).unwrap_or(u32::MAX)),
         };
         for &(token, bias) in &logit_bias {
             if token >= vocab_size {
-                let message = format!("logit_bias names token {token}, the vocabulary has {vocab_size} tokens");
+                let message =
+                    format!("logit_bias names token {token}, the vocabulary has {vocab_size} tokens");
                 return Err(bad("logit_bias", message));
             }
             within("logit_bias", bias, -100.0, 100.0)?;
         }
         for (param, asked) in [("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)] {
             if let Some(n) = asked.filter(|&n| n > MAX_LOGPROBS) {
-                return Err(bad(param, format!("{param} must be at most {MAX_LOGPROBS}, got {n}")));
+                return Err(bad(
+                    param,
+                    format!("{param} must be at most {MAX_LOGPROBS}, got {n}"),
+                ));
             }
         }
         let top_p = within("top_p", top_p.unwrap_or(1.0), 0.0, 1.0)?;
         if top_p == 0.0 {
-            return Err(bad("top_p", "top_p must be above 0 and at most 1, got 0".to_owned()));
+            return Err(bad(
+                "top_p",
+                "top_p must be above 0 and at most 1, got 0".to_owned(),
+            ));
         }
         let repetition_penalty = repetition_penalty.unwrap_or(1.0);
         if !(repetition_penalty > 0.0 && repetition_penalty.is_finite()) {
@@ -112,13 +124,19 @@ impl Sampling {
 
     /// The most likely token, always. What tests and scoring use.
     pub fn greedy() -> Sampling {
-        let raw = RawSampling { temperature: Some(0.0), ..RawSampling::default() };
+        let raw = RawSampling {
+            temperature: Some(0.0),
+            ..RawSampling::default()
+        };
         Sampling::new(raw, u32::MAX).expect("greedy parameters are in range")
     }
 
     /// The same parameters for choice `index` of a call with `n` choices: each draws its own tokens.
     pub fn for_choice(&self, index: u64) -> Sampling {
-        Sampling { seed: self.seed.map(|seed| seed.wrapping_add(index)), ..self.clone() }
+        Sampling {
+            seed: self.seed.map(|seed| seed.wrapping_add(index)),
+            ..self.clone()
+        }
     }
 
     pub fn is_greedy(&self) -> bool {
@@ -169,7 +187,10 @@ fn bad(param: &'static str, message: String) -> BadSampling {
 fn within(param: &'static str, value: f64, low: f64, high: f64) -> Result<f64, BadSampling> {
     match value >= low && value <= high {
         true => Ok(value),
-        false => Err(bad(param, format!("{param} must be between {low} and {high}, got {value}"))),
+        false => Err(bad(
+            param,
+            format!("{param} must be between {low} and {high}, got {value}"),
+        )),
     }
 }
 
@@ -181,17 +202,83 @@ mod tests {
     fn what_is_out_of_range_is_named_with_its_number() {
         let base = RawSampling::default;
         let cases = [
-            (RawSampling { temperature: Some(-0.1), ..base() }, "temperature"),
-            (RawSampling { temperature: Some(f64::NAN), ..base() }, "temperature"),
-            (RawSampling { top_p: Some(0.0), ..base() }, "top_p"),
-            (RawSampling { top_k: Some(-2), ..base() }, "top_k"),
-            (RawSampling { min_p: Some(1.5), ..base() }, "min_p"),
-            (RawSampling { presence_penalty: Some(2.1), ..base() }, "presence_penalty"),
-            (RawSampling { frequency_penalty: Some(-3.0), ..base() }, "frequency_penalty"),
-            (RawSampling { repetition_penalty: Some(0.0), ..base() }, "repetition_penalty"),
-            (RawSampling { logit_bias: vec![(9, 101.0)], ..base() }, "logit_bias"),
-            (RawSampling { logit_bias: vec![(10, 0.0)], ..base() }, "logit_bias"),
-            (RawSampling { logprobs: Some(21), ..base() }, "logprobs"),
+            (
+                RawSampling {
+                    temperature: Some(-0.1),
+                    ..base()
+                },
+                "temperature",
+            ),
+            (
+                RawSampling {
+                    temperature: Some(f64::NAN),
+                    ..base()
+                },
+                "temperature",
+            ),
+            (
+                RawSampling {
+                    top_p: Some(0.0),
+                    ..base()
+                },
+                "top_p",
+            ),
+            (
+                RawSampling {
+                    top_k: Some(-2),
+                    ..base()
+                },
+                "top_k",
+            ),
+            (
+                RawSampling {
+                    min_p: Some(1.5),
+                    ..base()
+                },
+                "min_p",
+            ),
+            (
+                RawSampling {
+                    presence_penalty: Some(2.1),
+                    ..base()
+                },
+                "presence_penalty",
+            ),
+            (
+                RawSampling {
+                    frequency_penalty: Some(-3.0),
+                    ..base()
+                },
+                "frequency_penalty",
+            ),
+            (
+                RawSampling {
+                    repetition_penalty: Some(0.0),
+                    ..base()
+                },
+                "repetition_penalty",
+            ),
+            (
+                RawSampling {
+                    logit_bias: vec![(9, 101.0)],
+                    ..base()
+                },
+                "logit_bias",
+            ),
+            (
+                RawSampling {
+                    logit_bias: vec![(10, 0.0)],
+                    ..base()
+                },
+                "logit_bias",
+            ),
+            (
+                RawSampling {
+                    logprobs: Some(21),
+                    ..base()
+                },
+                "logprobs",
+            ),
         ];
         for (raw, param) in cases {
             assert_eq!(Sampling::new(raw, 10).unwrap_err().param, param);

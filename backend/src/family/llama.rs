@@ -14,10 +14,18 @@ pub(super) fn spec(config: &Config) -> Result<DecoderSpec, LoadError> {
     let head_dim = match config.size_or_none("head_dim")? {
         Some(head_dim) => head_dim,
         None if hidden % heads == 0 => hidden / heads,
-        None => return Err(config.wrong("hidden_size", &format!("is not a multiple of {heads} attention heads"))),
+        None => {
+            return Err(config.wrong(
+                "hidden_size",
+                &format!("is not a multiple of {heads} attention heads"),
+            ));
+        }
     };
     if head_dim % 2 != 0 {
-        return Err(config.wrong("head_dim", &format!("{head_dim} is odd; rotary embedding needs pairs")));
+        return Err(config.wrong(
+            "head_dim",
+            &format!("{head_dim} is odd; rotary embedding needs pairs"),
+        ));
     }
     let attention_bias = config.bias("attention_bias")?;
     let layer = LayerSpec {
@@ -41,7 +49,11 @@ pub(super) fn spec(config: &Config) -> Result<DecoderSpec, LoadError> {
         hidden,
         layers: vec![layer; config.size("num_hidden_layers")? as usize],
         norm_eps: config.number("rms_norm_eps")?.unwrap_or(1e-6),
-        head: if config.flag("tie_word_embeddings")? { Head::Tied } else { Head::Own },
+        head: if config.flag("tie_word_embeddings")? {
+            Head::Tied
+        } else {
+            Head::Own
+        },
         max_positions: config.size("max_position_embeddings")?,
         eos_tokens: vec![],
     })

@@ -92,7 +92,12 @@ pub fn read_spec(folder: &Path) -> Result<DecoderSpec, LoadError> {
     }
     let mut spec = match architecture.as_str() {
         "LlamaForCausalLM" => llama::spec(&config)?,
-        _ => return Err(config.wrong("architectures", &format!("{architecture} is not supported; LlamaForCausalLM is"))),
+        _ => {
+            return Err(config.wrong(
+                "architectures",
+                &format!("{architecture} is not supported; LlamaForCausalLM is"),
+            ));
+        }
     };
     spec.eos_tokens = match generation.as_ref().and_then(|g| g.get("eos_token_id").map(|_| g)) {
         Some(generation) => generation.token_ids("eos_token_id")?,
@@ -104,7 +109,11 @@ pub fn read_spec(folder: &Path) -> Result<DecoderSpec, LoadError> {
 /// The dtype config.json says the checkpoint is stored in.
 pub fn declared_kind(folder: &Path) -> Result<Kind, LoadError> {
     let config = Config::read(folder, "config.json")?;
-    match config.get("dtype").or(config.get("torch_dtype")).and_then(Value::as_str) {
+    match config
+        .get("dtype")
+        .or(config.get("torch_dtype"))
+        .and_then(Value::as_str)
+    {
         Some("bfloat16") => Ok(Kind::BFloat16),
         Some("float16") => Ok(Kind::Half),
         Some("float32") | None => Ok(Kind::Float),
@@ -121,11 +130,20 @@ struct Config {
 impl Config {
     fn read(folder: &Path, file: &'static str) -> Result<Config, LoadError> {
         let path = folder.join(file);
-        let bytes = std::fs::read(&path).map_err(|error| LoadError::Read { file: file.to_owned(), error })?;
+        let bytes = std::fs::read(&path).map_err(|error| LoadError::Read {
+            file: file.to_owned(),
+            error,
+        })?;
         match serde_json::from_slice(&bytes) {
             Ok(Value::Object(fields)) => Ok(Config { file, fields }),
-            Ok(_) => Err(LoadError::Config { file: file.to_owned(), message: "is not a JSON object".to_owned() }),
-            Err(error) => Err(LoadError::Config { file: file.to_owned(), message: format!("is not JSON: {error}") }),
+            Ok(_) => Err(LoadError::Config {
+                file: file.to_owned(),
+                message: "is not a JSON object".to_owned(),
+            }),
+            Err(error) => Err(LoadError::Config {
+                file: file.to_owned(),
+                message: format!("is not JSON: {error}"),
+            }),
         }
     }
 
@@ -135,13 +153,20 @@ impl Config {
     }
 
     fn wrong(&self, field: &str, why: &str) -> LoadError {
-        let value = self.get(field).map(|value| format!(" (it is {value})")).unwrap_or_default();
-        LoadError::Config { file: self.file.to_owned(), message: format!("`{field}`: {why}{value}") }
+        let value = self
+            .get(field)
+            .map(|value| format!(" (it is {value})"))
+            .unwrap_or_default();
+        LoadError::Config {
+            file: self.file.to_owned(),
+            message: format!("`{field}`: {why}{value}"),
+        }
     }
 
     /// A positive integer below 2^31.
     fn size(&self, field: &str) -> Result<i64, LoadError> {
-        self.size_or_none(field)?.ok_or_else(|| self.wrong(field, "is missing"))
+        self.size_or_none(field)?
+            .ok_or_else(|| self.wrong(field, "is missing"))
     }
 
     fn size_or_none(&self, field: &str) -> Result<Option<i64>, LoadError> {
@@ -173,7 +198,11 @@ impl Config {
     }
 
     fn bias(&self, field: &str) -> Result<Bias, LoadError> {
-        Ok(if self.flag(field)? { Bias::With } else { Bias::Without })
+        Ok(if self.flag(field)? {
+            Bias::With
+        } else {
+            Bias::Without
+        })
     }
 
     fn token_ids(&self, field: &str) -> Result<Vec<u32>, LoadError> {
@@ -204,20 +233,35 @@ impl Config {
             (None, value) => ("rope_scaling", value),
         };
         let nested = match nested {
-            None => Config { file: self.file, fields: Map::new() },
-            Some(Value::Object(fields)) => Config { file: self.file, fields: fields.clone() },
+            None => Config {
+                file: self.file,
+                fields: Map::new(),
+            },
+            Some(Value::Object(fields)) => Config {
+                file: self.file,
+                fields: fields.clone(),
+            },
             Some(_) => return Err(self.wrong(field, "an object is needed")),
         };
         let theta = match nested.number("rope_theta")? {
             Some(theta) => theta,
             None => self.number("rope_theta")?.unwrap_or(10_000.0),
         };
-        let need = |name: &str| nested.number(name)?.ok_or_else(|| self.wrong(field, &format!("`{name}` is missing")));
-        let kind = nested.get("rope_type").or(nested.get("type")).and_then(Value::as_str);
+        let need = |name: &str| {
+            nested
+                .number(name)?
+                .ok_or_else(|| self.wrong(field, &format!("`{name}` is missing")))
+        };
+        let kind = nested
+            .get("rope_type")
+            .or(nested.get("type"))
+            .and_then(Value::as_str);
         let scaling = match kind {
             None if nested.fields.keys().all(|key| key == "rope_theta") => RopeScaling::None,
             Some("default") => RopeScaling::None,
-            Some("linear") => RopeScaling::Linear { factor: need("factor")? },
+            Some("linear") => RopeScaling::Linear {
+                factor: need("factor")?,
+            },
             Some("llama3") => RopeScaling::Llama3 {
                 factor: need("factor")?,
                 low_freq_factor: need("low_freq_factor")?,
@@ -226,6 +270,10 @@ impl Config {
             },
             _ => return Err(self.wrong(field, "rope_type must be default, linear or llama3")),
         };
-        Ok(RopeSpec { theta, rotary_dim: head_dim, scaling })
+        Ok(RopeSpec {
+            theta,
+            rotary_dim: head_dim,
+            scaling,
+        })
     }
 }

@@ -60,17 +60,35 @@ impl DecoderSpec {
         let (attn, mlp) = (&self.layers[layer].attn, &self.layers[layer].mlp);
         let (q, kv) = (attn.heads * attn.head_dim, attn.kv_heads * attn.head_dim);
         let (module, inputs, bias, parts): (_, _, _, &[(&'static str, i64)]) = match site {
-            Site::Qkv => ("self_attn", self.hidden, attn.qkv_bias, &[("q_proj", q), ("k_proj", kv), ("v_proj", kv)]),
+            Site::Qkv => (
+                "self_attn",
+                self.hidden,
+                attn.qkv_bias,
+                &[("q_proj", q), ("k_proj", kv), ("v_proj", kv)],
+            ),
             Site::Output => ("self_attn", q, attn.o_bias, &[("o_proj", self.hidden)]),
-            Site::GateUp => ("mlp", self.hidden, mlp.bias, &[("gate_proj", mlp.inner), ("up_proj", mlp.inner)]),
+            Site::GateUp => (
+                "mlp",
+                self.hidden,
+                mlp.bias,
+                &[("gate_proj", mlp.inner), ("up_proj", mlp.inner)],
+            ),
             Site::Down => ("mlp", mlp.inner, mlp.bias, &[("down_proj", self.hidden)]),
         };
         let mut end = 0;
         let part = |&(name, width): &(&'static str, i64)| {
             let start = end;
             end += width;
-            Part { name, path: format!("model.layers.{layer}.{module}.{name}"), columns: start..end }
+            Part {
+                name,
+                path: format!("model.layers.{layer}.{module}.{name}"),
+                columns: start..end,
+            }
         };
-        SiteSpec { inputs, bias, parts: parts.iter().map(part).collect() }
+        SiteSpec {
+            inputs,
+            bias,
+            parts: parts.iter().map(part).collect(),
+        }
     }
 }

@@ -34,19 +34,28 @@ impl Adapter {
                 })
             };
             let parts = site.parts.iter().map(part).collect::<Result<_, KernelError>>()?;
-            Ok(LoraModule { a: Weight::new(&params.a(site), precision, device)?, parts })
+            Ok(LoraModule {
+                a: Weight::new(&params.a(site), precision, device)?,
+                parts,
+            })
         };
-        let mut modules: Vec<[Option<LoraModule>; 4]> = (0..params.shape.layers()).map(|_| [const { None }; 4]).collect();
+        let mut modules: Vec<[Option<LoraModule>; 4]> =
+            (0..params.shape.layers()).map(|_| [const { None }; 4]).collect();
         for (layer, site, shape) in params.shape.iter() {
             modules[layer][site.index()] = Some(module(shape)?);
         }
-        Ok(Adapter { modules, max_rank: params.shape.max_rank() })
+        Ok(Adapter {
+            modules,
+            max_rank: params.shape.max_rank(),
+        })
     }
 
     /// Takes over the numbers of `params` (same shape), after an optimizer step.
     pub fn update(&mut self, params: &AdapterParams) {
         for (layer, site, shape) in params.shape.iter() {
-            let module = self.modules[layer][site.index()].as_mut().expect("update keeps the shape");
+            let module = self.modules[layer][site.index()]
+                .as_mut()
+                .expect("update keeps the shape");
             module.a.overwrite(&params.a(shape)).expect(SAME_SHAPE);
             for (part, shape) in module.parts.iter_mut().zip(&shape.parts) {
                 part.b.overwrite(&params.b(shape)).expect(SAME_SHAPE);
@@ -65,7 +74,9 @@ impl Adapter {
 
     pub fn bytes(&self) -> u64 {
         let modules = self.modules.iter().flatten().flatten();
-        modules.map(|module| module.a.bytes() + module.parts.iter().map(|part| part.b.bytes()).sum::<u64>()).sum()
+        modules
+            .map(|module| module.a.bytes() + module.parts.iter().map(|part| part.b.bytes()).sum::<u64>())
+            .sum()
     }
 }
 

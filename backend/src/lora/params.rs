@@ -57,7 +57,10 @@ impl SiteShape {
 
 impl AdapterShape {
     /// `choose(path, name)` gives the rank and scale of a module, or `None` when it is not adapted.
-    pub fn build(spec: &DecoderSpec, mut choose: impl FnMut(&str, &str) -> Option<(i64, f64)>) -> AdapterShape {
+    pub fn build(
+        spec: &DecoderSpec,
+        mut choose: impl FnMut(&str, &str) -> Option<(i64, f64)>,
+    ) -> AdapterShape {
         let mut len = 0;
         let mut site_shape = |layer, site| {
             let spec = spec.site(layer, site);
@@ -65,27 +68,43 @@ impl AdapterShape {
             let mut ranks = 0;
             let mut parts: Vec<PartShape> = vec![];
             for part in spec.parts {
-                let Some((r, scale)) = choose(&part.path, part.name) else { continue };
+                let Some((r, scale)) = choose(&part.path, part.name) else {
+                    continue;
+                };
                 let first = ranks;
                 ranks += r;
                 let ranks = first..ranks;
-                parts.push(PartShape { path: part.path, columns: part.columns, ranks, scale, b_offset: 0 });
+                parts.push(PartShape {
+                    path: part.path,
+                    columns: part.columns,
+                    ranks,
+                    scale,
+                    b_offset: 0,
+                });
             }
             len += ranks * spec.inputs;
             for part in &mut parts {
                 part.b_offset = len;
                 len += part.width() * part.rank();
             }
-            (!parts.is_empty()).then_some(SiteShape { inputs: spec.inputs, parts, offset })
+            (!parts.is_empty()).then_some(SiteShape {
+                inputs: spec.inputs,
+                parts,
+                offset,
+            })
         };
-        let sites = (0..spec.layers.len()).map(|layer| Site::ALL.map(|site| site_shape(layer, site))).collect();
+        let sites = (0..spec.layers.len())
+            .map(|layer| Site::ALL.map(|site| site_shape(layer, site)))
+            .collect();
         AdapterShape { sites, len }
     }
 
     /// One rank and scale for the named modules of every layer.
     pub fn new(spec: &DecoderSpec, lora: &Lora) -> AdapterShape {
         let targets = |name: &str| lora.target_modules.iter().any(|target| target == name);
-        AdapterShape::build(spec, |_, name| targets(name).then(|| (i64::from(lora.r), lora.scale())))
+        AdapterShape::build(spec, |_, name| {
+            targets(name).then(|| (i64::from(lora.r), lora.scale()))
+        })
     }
 
     /// Numbers in the flat buffer.
@@ -103,12 +122,19 @@ impl AdapterShape {
     }
     /// Every adapted linear, in buffer order.
     pub fn iter(&self) -> impl Iterator<Item = (usize, Site, &SiteShape)> {
-        (0..self.sites.len())
-            .flat_map(move |layer| Site::ALL.into_iter().filter_map(move |site| Some((layer, site, self.site(layer, site)?))))
+        (0..self.sites.len()).flat_map(move |layer| {
+            Site::ALL
+                .into_iter()
+                .filter_map(move |site| Some((layer, site, self.site(layer, site)?)))
+        })
     }
     /// Largest rank of a part.
     pub fn max_rank(&self) -> i64 {
-        self.iter().flat_map(|(_, _, site)| &site.parts).map(PartShape::rank).max().unwrap_or(0)
+        self.iter()
+            .flat_map(|(_, _, site)| &site.parts)
+            .map(PartShape::rank)
+            .max()
+            .unwrap_or(0)
     }
 }
 
@@ -121,7 +147,10 @@ pub struct AdapterParams {
 
 impl AdapterParams {
     pub fn zeros(shape: AdapterShape) -> AdapterParams {
-        AdapterParams { flat: Tensor::zeros([shape.len()], (Kind::Float, Device::Cpu)), shape }
+        AdapterParams {
+            flat: Tensor::zeros([shape.len()], (Kind::Float, Device::Cpu)),
+            shape,
+        }
     }
 
     /// A uniform in +-1/sqrt(inputs), B zero: PEFT's default (kaiming_uniform with a = sqrt 5).
@@ -134,12 +163,17 @@ impl AdapterParams {
                 numbers[i] = ((2.0 * rng::uniform(seed, INIT_STREAM, i as u64) - 1.0) * bound) as f32;
             }
         }
-        AdapterParams { flat: Tensor::from_slice(&numbers), shape }
+        AdapterParams {
+            flat: Tensor::from_slice(&numbers),
+            shape,
+        }
     }
 
     /// The stacked A `[R, inputs]`, a view.
     pub fn a(&self, site: &SiteShape) -> Tensor {
-        self.flat.narrow(0, site.offset, site.rank() * site.inputs).view([site.rank(), site.inputs])
+        self.flat
+            .narrow(0, site.offset, site.rank() * site.inputs)
+            .view([site.rank(), site.inputs])
     }
 
     /// One part's A `[r, inputs]`, a view.
@@ -149,7 +183,9 @@ impl AdapterParams {
 
     /// One part's B `[width, r]`, a view.
     pub fn b(&self, part: &PartShape) -> Tensor {
-        self.flat.narrow(0, part.b_offset, part.width() * part.rank()).view([part.width(), part.rank()])
+        self.flat
+            .narrow(0, part.b_offset, part.width() * part.rank())
+            .view([part.width(), part.rank()])
     }
 }
 

@@ -24,9 +24,15 @@ const PREFIX: &str = "base_model.model.";
 #[derive(Debug, thiserror::Error)]
 pub enum PeftError {
     #[error("cannot read {file} of the adapter: {error}")]
-    Read { file: &'static str, error: std::io::Error },
+    Read {
+        file: &'static str,
+        error: std::io::Error,
+    },
     #[error("cannot write {file} of the adapter: {error}")]
-    Write { file: &'static str, error: std::io::Error },
+    Write {
+        file: &'static str,
+        error: std::io::Error,
+    },
     #[error("adapter_config.json: {0}")]
     Config(String),
     #[error("adapter_model.safetensors: {0}")]
@@ -42,9 +48,14 @@ pub struct PeftConfig<'a> {
 /// Reads and checks a PEFT folder against the base it is to serve.
 pub fn read(folder: &Path, spec: &DecoderSpec, max_rank: u32) -> Result<AdapterParams, PeftError> {
     let config = Config::read(folder)?;
-    let bytes = std::fs::read(folder.join(TENSORS)).map_err(|error| PeftError::Read { file: TENSORS, error })?;
-    let tensors = SafeTensors::deserialize(&bytes)
-        .map_err(|error| PeftError::Tensors(format!("not a whole safetensors file ({} bytes): {error}", bytes.len())))?;
+    let bytes =
+        std::fs::read(folder.join(TENSORS)).map_err(|error| PeftError::Read { file: TENSORS, error })?;
+    let tensors = SafeTensors::deserialize(&bytes).map_err(|error| {
+        PeftError::Tensors(format!(
+            "not a whole safetensors file ({} bytes): {error}",
+            bytes.len()
+        ))
+    })?;
     let mut unread: BTreeSet<String> = tensors.names().into_iter().map(str::to_owned).collect();
 
     // The file says which modules are adapted; the config says with what rank and scale.
@@ -57,7 +68,11 @@ pub fn read(folder: &Path, spec: &DecoderSpec, max_rank: u32) -> Result<AdapterP
             [false, false] => return None,
             [true, true] => {}
             _ => {
-                let (there, missing) = if present[0] { ("lora_A", "lora_B") } else { ("lora_B", "lora_A") };
+                let (there, missing) = if present[0] {
+                    ("lora_A", "lora_B")
+                } else {
+                    ("lora_B", "lora_A")
+                };
                 fault.get_or_insert(PeftError::Tensors(format!("{path} has {there} but no {missing}")));
                 return None;
             }
@@ -94,7 +109,9 @@ pub fn read(folder: &Path, spec: &DecoderSpec, max_rank: u32) -> Result<AdapterP
     }
     match params.flat.isfinite().all().int64_value(&[]) {
         1 => Ok(params),
-        _ => Err(PeftError::Tensors("holds numbers that are infinite or not a number".to_owned())),
+        _ => Err(PeftError::Tensors(
+            "holds numbers that are infinite or not a number".to_owned(),
+        )),
     }
 }
 
@@ -163,15 +180,22 @@ fn b_name(path: &str) -> String {
 }
 
 fn copy(tensors: &SafeTensors, name: &str, into: &mut Tensor) -> Result<(), PeftError> {
-    let view = tensors.tensor(name).expect("the shape was built from the names in the file");
+    let view = tensors
+        .tensor(name)
+        .expect("the shape was built from the names in the file");
     let shape: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
     if shape != into.size() {
         let expected = into.size();
-        let message = format!("tensor `{name}` has shape {shape:?}; the config and the base model make it {expected:?}");
+        let message = format!(
+            "tensor `{name}` has shape {shape:?}; the config and the base model make it {expected:?}"
+        );
         return Err(PeftError::Tensors(message));
     }
     let Some(kind) = kind(view.dtype()) else {
-        let message = format!("tensor `{name}` is {:?}; BF16, F16 and F32 are supported", view.dtype());
+        let message = format!(
+            "tensor `{name}` is {:?}; BF16, F16 and F32 are supported",
+            view.dtype()
+        );
         return Err(PeftError::Tensors(message));
     };
     into.copy_(&Tensor::from_data_size(view.data(), &shape, kind));
@@ -179,8 +203,13 @@ fn copy(tensors: &SafeTensors, name: &str, into: &mut Tensor) -> Result<(), Peft
 }
 
 fn serialised(name: String, tensor: &Tensor) -> (String, Vec<i64>, Vec<u8>) {
-    let numbers = Vec::<f32>::try_from(tensor.to_kind(Kind::Float).contiguous().view(-1)).expect("a float32 tensor");
-    (name, tensor.size(), numbers.iter().flat_map(|x| x.to_le_bytes()).collect())
+    let numbers =
+        Vec::<f32>::try_from(tensor.to_kind(Kind::Float).contiguous().view(-1)).expect("a float32 tensor");
+    (
+        name,
+        tensor.size(),
+        numbers.iter().flat_map(|x| x.to_le_bytes()).collect(),
+    )
 }
 
 fn put(folder: &Path, file: &'static str, bytes: &[u8]) -> Result<(), PeftError> {
@@ -225,9 +254,10 @@ const HARMLESS: [&str; 18] = [
 
 impl Config {
     fn read(folder: &Path) -> Result<Config, PeftError> {
-        let bytes = std::fs::read(folder.join(CONFIG)).map_err(|error| PeftError::Read { file: CONFIG, error })?;
-        let fields: Map<String, Value> =
-            serde_json::from_slice(&bytes).map_err(|error| PeftError::Config(format!("not a JSON object: {error}")))?;
+        let bytes =
+            std::fs::read(folder.join(CONFIG)).map_err(|error| PeftError::Read { file: CONFIG, error })?;
+        let fields: Map<String, Value> = serde_json::from_slice(&bytes)
+            .map_err(|error| PeftError::Config(format!("not a JSON object: {error}")))?;
         let mut config = Config {
             r: 0,
             alpha: 0.0,
@@ -236,28 +266,37 @@ impl Config {
             alpha_pattern: BTreeMap::new(),
             targets: None,
         };
-        let wrong = |field: &str, value: &Value, why: &str| PeftError::Config(format!("`{field}` is {value}: {why}"));
+        let wrong =
+            |field: &str, value: &Value, why: &str| PeftError::Config(format!("`{field}` is {value}: {why}"));
         for (field, value) in &fields {
             match (field.as_str(), value) {
                 ("peft_type", Value::String(kind)) if kind == "LORA" => {}
                 ("r", _) => {
                     let rank = value.as_i64().filter(|&r| r > 0 && r <= 1 << 16);
-                    config.r = rank.ok_or_else(|| wrong(field, value, "a positive whole number is needed"))?;
+                    config.r =
+                        rank.ok_or_else(|| wrong(field, value, "a positive whole number is needed"))?;
                 }
                 ("lora_alpha", _) => {
-                    config.alpha = value.as_f64().ok_or_else(|| wrong(field, value, "a number is needed"))?;
+                    config.alpha = value
+                        .as_f64()
+                        .ok_or_else(|| wrong(field, value, "a number is needed"))?;
                 }
                 ("use_rslora", Value::Bool(flag)) => config.rslora = *flag,
                 ("rank_pattern", Value::Object(map)) => config.rank_pattern = pattern(field, map)?,
                 ("alpha_pattern", Value::Object(map)) => config.alpha_pattern = pattern(field, map)?,
                 ("target_modules", Value::Array(names)) => {
-                    let names = names.iter().map(|name| name.as_str().map(str::to_owned)).collect::<Option<_>>();
-                    config.targets = Some(names.ok_or_else(|| wrong(field, value, "module names are needed"))?);
+                    let names = names
+                        .iter()
+                        .map(|name| name.as_str().map(str::to_owned))
+                        .collect::<Option<_>>();
+                    config.targets =
+                        Some(names.ok_or_else(|| wrong(field, value, "module names are needed"))?);
                 }
                 ("target_modules", Value::String(_)) => {}
                 ("bias", Value::String(bias)) if bias == "none" => {}
                 ("init_lora_weights", Value::Bool(_)) => {}
-                ("init_lora_weights", Value::String(init)) if ["gaussian", "eva", "orthogonal"].contains(&init.as_str()) => {}
+                ("init_lora_weights", Value::String(init))
+                    if ["gaussian", "eva", "orthogonal"].contains(&init.as_str()) => {}
                 (name, _) if HARMLESS.contains(&name) => {}
                 (_, Value::Null | Value::Bool(false)) => {}
                 (_, Value::Array(items)) if items.is_empty() => {}
@@ -280,7 +319,11 @@ impl Config {
     fn scale(&self, path: &str) -> f64 {
         let alpha = find(&self.alpha_pattern, path).unwrap_or(self.alpha);
         let rank = self.rank(path) as f64;
-        if self.rslora { alpha / rank.sqrt() } else { alpha / rank }
+        if self.rslora {
+            alpha / rank.sqrt()
+        } else {
+            alpha / rank
+        }
     }
 
     /// A target that no tensor belongs to means that config and file are not of one adapter.
@@ -288,11 +331,16 @@ impl Config {
         for target in self.targets.iter().flatten() {
             let name = target.rsplit('.').next().unwrap_or(target);
             if !supported.iter().any(|module| module == name) {
-                let message = format!("target module `{target}` is not supported; {} are", supported.join(", "));
+                let message = format!(
+                    "target module `{target}` is not supported; {} are",
+                    supported.join(", ")
+                );
                 return Err(PeftError::Config(message));
             }
             if !seen.contains(name) {
-                return Err(PeftError::Config(format!("target module `{target}` has no tensors in {TENSORS}")));
+                return Err(PeftError::Config(format!(
+                    "target module `{target}` has no tensors in {TENSORS}"
+                )));
             }
         }
         Ok(())
@@ -304,11 +352,18 @@ impl Config {
 fn pattern(field: &str, map: &Map<String, Value>) -> Result<BTreeMap<String, f64>, PeftError> {
     let entry = |(key, value): (&String, &Value)| {
         if key.contains(['*', '+', '?', '(', ')', '[', ']', '{', '}', '|', '^', '$', '\\']) {
-            return Err(PeftError::Config(format!("`{field}`: the regular expression {key:?} is not supported")));
+            return Err(PeftError::Config(format!(
+                "`{field}`: the regular expression {key:?} is not supported"
+            )));
         }
-        match value.as_f64().filter(|&number| number > 0.0 && (field != "rank_pattern" || number.fract() == 0.0)) {
+        match value
+            .as_f64()
+            .filter(|&number| number > 0.0 && (field != "rank_pattern" || number.fract() == 0.0))
+        {
             Some(number) => Ok((key.clone(), number)),
-            None => Err(PeftError::Config(format!("`{field}`: {key} is {value}; a positive number is needed"))),
+            None => Err(PeftError::Config(format!(
+                "`{field}`: {key} is {value}; a positive number is needed"
+            ))),
         }
     };
     map.iter().map(entry).collect()
@@ -317,5 +372,8 @@ fn pattern(field: &str, map: &Map<String, Value>) -> Result<BTreeMap<String, f64
 /// As PEFT's get_pattern_key: the key is the path or its ending after a dot.
 fn find(pattern: &BTreeMap<String, f64>, path: &str) -> Option<f64> {
     let matches = |key: &str| path == key || path.strip_suffix(key).is_some_and(|head| head.ends_with('.'));
-    pattern.iter().find(|(key, _)| matches(key)).map(|(_, &number)| number)
+    pattern
+        .iter()
+        .find(|(key, _)| matches(key))
+        .map(|(_, &number)| number)
 }

@@ -37,8 +37,22 @@ impl Grads {
 
 impl Decoder {
     /// `doutput [T, H]` of layer `i` to `dinput [T, H]`; parameters' gradients are added to `grads`.
-    pub fn layer_backward(&self, i: usize, saved: Saved, doutput: Tensor, pass: &TrainPass, grads: &mut Grads) -> Tensor {
-        let Saved { input, qkv, attended, middle, gate_up, shrunk } = saved;
+    pub fn layer_backward(
+        &self,
+        i: usize,
+        saved: Saved,
+        doutput: Tensor,
+        pass: &TrainPass,
+        grads: &mut Grads,
+    ) -> Tensor {
+        let Saved {
+            input,
+            qkv,
+            attended,
+            middle,
+            gate_up,
+            shrunk,
+        } = saved;
         let (layer, spec, eps) = (&self.layers[i], &self.spec.layers[i], self.spec.norm_eps);
         let site = |site: Site, x: &Tensor, dy: &Tensor| {
             self.linear_site_backward(i, site, x, shrunk[site.index()].as_ref(), dy, pass, grads)
@@ -60,8 +74,17 @@ impl Decoder {
         let dattended = site(Site::Output, &attended.out, &dmiddle);
         let (q, k, v) = split_qkv(&qkv, &spec.attn);
         let (heads, options) = (heads(&spec.attn), options(&spec.attn));
-        let (dq, dk, dv) =
-            packed_backward(&q, &k, &v, &attended, &dattended, pass.cu_seqlens, heads, options, self.precision);
+        let (dq, dk, dv) = packed_backward(
+            &q,
+            &k,
+            &v,
+            &attended,
+            &dattended,
+            pass.cu_seqlens,
+            heads,
+            options,
+            self.precision,
+        );
         self.rope.apply_inverse(&dq, pass.positions);
         self.rope.apply_inverse(&dk, pass.positions);
         let dqkv = Tensor::cat(&[dq, dk, dv], 1);
@@ -73,7 +96,10 @@ impl Decoder {
     }
 
     /// `y = x Wt + bias + scale (drop(x) At) Bt`: returns dx, adds the gradients of what is trained.
-    #[expect(clippy::too_many_arguments, reason = "a linear's whole context, used four times above")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "a linear's whole context, used four times above"
+    )]
     fn linear_site_backward(
         &self,
         layer: usize,
@@ -88,11 +114,20 @@ impl Decoder {
         let mut dx = linear_backward(dy, &linear.weight);
         grads.add(Slot::Linear(layer, site), || matmul::tn(dy, x));
         if linear.bias.is_some() {
-            grads.add(Slot::Bias(layer, site), || dy.sum_dim_intlist([0i64].as_slice(), false, None));
+            grads.add(Slot::Bias(layer, site), || {
+                dy.sum_dim_intlist([0i64].as_slice(), false, None)
+            });
         }
-        let (Trainable::Lora { adapter, dropout }, Grads::Lora(grads)) = (pass.trainable, grads) else { return dx };
-        let (Some(module), Some(shrunk)) = (adapter.module(layer, site), shrunk) else { return dx };
-        let shape = grads.shape.site(layer, site).expect("gradients are shaped like the adapter");
+        let (Trainable::Lora { adapter, dropout }, Grads::Lora(grads)) = (pass.trainable, grads) else {
+            return dx;
+        };
+        let (Some(module), Some(shrunk)) = (adapter.module(layer, site), shrunk) else {
+            return dx;
+        };
+        let shape = grads
+            .shape
+            .site(layer, site)
+            .expect("gradients are shaped like the adapter");
         // dshrunk [T, R]: each part's columns of dy through its B.
         let dshrunk: Vec<Tensor> = module
             .parts
@@ -106,7 +141,8 @@ impl Decoder {
             })
             .collect();
         let dshrunk = Tensor::cat(&dshrunk, 1);
-        let dropped = |x: &Tensor| dropout.map_or_else(|| x.shallow_clone(), |dropout| dropout.apply(x, layer, site));
+        let dropped =
+            |x: &Tensor| dropout.map_or_else(|| x.shallow_clone(), |dropout| dropout.apply(x, layer, site));
         let _ = grads.a(shape).g_add_(&matmul::tn(&dshrunk, &dropped(x)));
         dx += dropped(&linear_backward(&dshrunk, &module.a));
         dx
@@ -123,7 +159,9 @@ impl Decoder {
     pub fn embed_backward(&self, tokens: &[u32], dhidden: &Tensor, grads: &mut Grads) {
         if let Grads::Full(grads) = grads {
             let rows: Vec<i64> = tokens.iter().map(|&token| i64::from(token)).collect();
-            let _ = grads.view(Slot::Embed).index_add_(0, &Tensor::from_slice(&rows), dhidden);
+            let _ = grads
+                .view(Slot::Embed)
+                .index_add_(0, &Tensor::from_slice(&rows), dhidden);
         }
     }
 }

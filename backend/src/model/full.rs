@@ -50,33 +50,67 @@ struct Entry {
 
 impl FullShape {
     pub fn new(spec: &DecoderSpec) -> FullShape {
-        let mut shape = FullShape { entries: vec![], index: HashMap::new(), len: 0 };
+        let mut shape = FullShape {
+            entries: vec![],
+            index: HashMap::new(),
+            len: 0,
+        };
         let name = |name: &str, rows| vec![(name.to_owned(), rows)];
-        shape.push(Slot::Embed, &[spec.vocab, spec.hidden], name("model.embed_tokens.weight", spec.vocab));
+        shape.push(
+            Slot::Embed,
+            &[spec.vocab, spec.hidden],
+            name("model.embed_tokens.weight", spec.vocab),
+        );
         for i in 0..spec.layers.len() {
-            for (slot, norm) in [(Slot::AttnNorm(i), "input_layernorm"), (Slot::MlpNorm(i), "post_attention_layernorm")] {
-                shape.push(slot, &[spec.hidden], name(&format!("model.layers.{i}.{norm}.weight"), spec.hidden));
+            for (slot, norm) in [
+                (Slot::AttnNorm(i), "input_layernorm"),
+                (Slot::MlpNorm(i), "post_attention_layernorm"),
+            ] {
+                shape.push(
+                    slot,
+                    &[spec.hidden],
+                    name(&format!("model.layers.{i}.{norm}.weight"), spec.hidden),
+                );
             }
             for site in Site::ALL {
                 let linear = spec.site(i, site);
                 let rows = linear.parts.iter().map(|part| part.width()).sum();
-                let named = |what| linear.parts.iter().map(|p| (format!("{}.{what}", p.path), p.width())).collect();
+                let named = |what| {
+                    linear
+                        .parts
+                        .iter()
+                        .map(|p| (format!("{}.{what}", p.path), p.width()))
+                        .collect()
+                };
                 shape.push(Slot::Linear(i, site), &[rows, linear.inputs], named("weight"));
                 if linear.bias == Bias::With {
                     shape.push(Slot::Bias(i, site), &[rows], named("bias"));
                 }
             }
         }
-        shape.push(Slot::FinalNorm, &[spec.hidden], name("model.norm.weight", spec.hidden));
+        shape.push(
+            Slot::FinalNorm,
+            &[spec.hidden],
+            name("model.norm.weight", spec.hidden),
+        );
         if spec.head == Head::Own {
-            shape.push(Slot::Head, &[spec.vocab, spec.hidden], name("lm_head.weight", spec.vocab));
+            shape.push(
+                Slot::Head,
+                &[spec.vocab, spec.hidden],
+                name("lm_head.weight", spec.vocab),
+            );
         }
         shape
     }
 
     fn push(&mut self, slot: Slot, shape: &[i64], names: Vec<(String, i64)>) {
         self.index.insert(slot, self.entries.len());
-        self.entries.push(Entry { slot, offset: self.len, shape: shape.to_vec(), names });
+        self.entries.push(Entry {
+            slot,
+            offset: self.len,
+            shape: shape.to_vec(),
+            names,
+        });
         self.len += shape.iter().product::<i64>();
     }
 
@@ -93,7 +127,12 @@ impl FullShape {
 
     /// Every slot and its range in the flat buffer, in order.
     pub fn slots(&self) -> impl Iterator<Item = (Slot, std::ops::Range<i64>)> {
-        self.entries.iter().map(|entry| (entry.slot, entry.offset..entry.offset + entry.shape.iter().product::<i64>()))
+        self.entries.iter().map(|entry| {
+            (
+                entry.slot,
+                entry.offset..entry.offset + entry.shape.iter().product::<i64>(),
+            )
+        })
     }
 }
 
@@ -106,7 +145,10 @@ pub struct FullParams {
 
 impl FullParams {
     pub fn zeros(shape: FullShape) -> FullParams {
-        FullParams { flat: Tensor::zeros([shape.len()], (Kind::Float, Device::Cpu)), shape }
+        FullParams {
+            flat: Tensor::zeros([shape.len()], (Kind::Float, Device::Cpu)),
+            shape,
+        }
     }
 
     /// Matrices normal with deviation 0.02 (transformers' `initializer_range`), norms one, biases zero.
@@ -117,16 +159,25 @@ impl FullParams {
                 numbers[i as usize] = match slot {
                     Slot::AttnNorm(_) | Slot::MlpNorm(_) | Slot::FinalNorm => 1.0,
                     Slot::Bias(..) => 0.0,
-                    Slot::Embed | Slot::Linear(..) | Slot::Head => (0.02 * rng::normal(seed, INIT_STREAM, i as u64)) as f32,
+                    Slot::Embed | Slot::Linear(..) | Slot::Head => {
+                        (0.02 * rng::normal(seed, INIT_STREAM, i as u64)) as f32
+                    }
                 };
             }
         }
-        FullParams { flat: Tensor::from_slice(&numbers), shape }
+        FullParams {
+            flat: Tensor::from_slice(&numbers),
+            shape,
+        }
     }
 
     pub fn read(shape: FullShape, checkpoint: &Checkpoint) -> Result<FullParams, LoadError> {
         let params = FullParams::zeros(shape);
-        let head = if params.shape.has(Slot::Head) { Head::Own } else { Head::Tied };
+        let head = if params.shape.has(Slot::Head) {
+            Head::Own
+        } else {
+            Head::Tied
+        };
         for (name, mut view) in params.named() {
             view.copy_(&checkpoint.tensor(checkpoint.stored_name(&name, head), &view.size())?);
         }
@@ -136,7 +187,9 @@ impl FullParams {
     /// The slot's parameter, a view in its own shape.
     pub fn view(&self, slot: Slot) -> Tensor {
         let Entry { offset, shape, .. } = &self.shape.entries[self.shape.index[&slot]];
-        self.flat.narrow(0, *offset, shape.iter().product()).view(shape.as_slice())
+        self.flat
+            .narrow(0, *offset, shape.iter().product())
+            .view(shape.as_slice())
     }
 
     /// Every checkpoint tensor by its Hugging Face name, views.
@@ -173,7 +226,10 @@ impl FullParams {
             })
             .collect();
         let views = tensors.iter().map(|(name, shape, bytes)| {
-            (name, TensorView::new(dtype, shape.clone(), bytes).expect("bytes are the shape's"))
+            (
+                name,
+                TensorView::new(dtype, shape.clone(), bytes).expect("bytes are the shape's"),
+            )
         });
         let metadata = Some([("format".to_owned(), "pt".to_owned())].into());
         safetensors::serialize(views, metadata).expect("plain views serialise")

@@ -26,18 +26,30 @@ impl Decoder {
         let head = spec.head;
         Decoder::build(spec, precision, device, |names, shape| {
             let rows = |rows| [&[rows][..], &shape[1..]].concat();
-            let parts =
-                names.iter().map(|(name, width)| checkpoint.tensor(checkpoint.stored_name(name, head), &rows(*width)));
+            let parts = names
+                .iter()
+                .map(|(name, width)| checkpoint.tensor(checkpoint.stored_name(name, head), &rows(*width)));
             let parts = parts.collect::<Result<Vec<Tensor>, LoadError>>()?;
-            Ok(if parts.len() == 1 { parts.into_iter().next().expect("one part") } else { Tensor::cat(&parts, 0) })
+            Ok(if parts.len() == 1 {
+                parts.into_iter().next().expect("one part")
+            } else {
+                Tensor::cat(&parts, 0)
+            })
         })
     }
 
     /// A decoder over parameters in training, to be refreshed by [`Decoder::update_full`] after each step.
-    pub fn from_params(spec: DecoderSpec, params: &FullParams, precision: Precision) -> Result<Decoder, LoadError> {
+    pub fn from_params(
+        spec: DecoderSpec,
+        params: &FullParams,
+        precision: Precision,
+    ) -> Result<Decoder, LoadError> {
         let views: std::collections::HashMap<String, Tensor> = params.named().into_iter().collect();
         Decoder::build(spec, precision, Device::Cpu, |names, _| {
-            Ok(Tensor::cat(&names.iter().map(|(name, _)| &views[name]).collect::<Vec<_>>(), 0))
+            Ok(Tensor::cat(
+                &names.iter().map(|(name, _)| &views[name]).collect::<Vec<_>>(),
+                0,
+            ))
         })
     }
 
@@ -58,12 +70,24 @@ impl Decoder {
         let linear = |layer: usize, site: Site| -> Result<Linear, LoadError> {
             let linear = spec.site(layer, site);
             let named = |what: &str| -> Vec<(String, i64)> {
-                linear.parts.iter().map(|part| (format!("{}.{what}", part.path), part.width())).collect()
+                linear
+                    .parts
+                    .iter()
+                    .map(|part| (format!("{}.{what}", part.path), part.width()))
+                    .collect()
             };
             let rows: i64 = linear.parts.iter().map(|part| part.width()).sum();
-            let weight = Weight::new(&read(&named("weight"), &[rows, linear.inputs])?, precision, device)?;
+            let weight = Weight::new(
+                &read(&named("weight"), &[rows, linear.inputs])?,
+                precision,
+                device,
+            )?;
             let bias = match linear.bias {
-                Bias::With => Some(read(&named("bias"), &[rows])?.to_device(device).to_kind(Kind::Float)),
+                Bias::With => Some(
+                    read(&named("bias"), &[rows])?
+                        .to_device(device)
+                        .to_kind(Kind::Float),
+                ),
                 Bias::Without => None,
             };
             Ok(Linear { weight, bias })
@@ -71,7 +95,10 @@ impl Decoder {
         let layer = |i: usize| -> Result<Layer, LoadError> {
             Ok(Layer {
                 attn_norm: vector(format!("model.layers.{i}.input_layernorm.weight"), spec.hidden)?,
-                mlp_norm: vector(format!("model.layers.{i}.post_attention_layernorm.weight"), spec.hidden)?,
+                mlp_norm: vector(
+                    format!("model.layers.{i}.post_attention_layernorm.weight"),
+                    spec.hidden,
+                )?,
                 linears: [
                     linear(i, Site::Qkv)?,
                     linear(i, Site::Output)?,
@@ -85,11 +112,22 @@ impl Decoder {
             Head::Tied => None,
             Head::Own => Some(table(HEAD)?),
         };
-        let layers = (0..spec.layers.len()).map(layer).collect::<Result<_, LoadError>>()?;
+        let layers = (0..spec.layers.len())
+            .map(layer)
+            .collect::<Result<_, LoadError>>()?;
         let norm = vector("model.norm.weight".to_owned(), spec.hidden)?;
         let attn = &spec.layers[0].attn;
         let rope = Rope::new(&attn.rope, attn.head_dim, spec.max_positions, device)?;
-        Ok(Decoder { spec, precision, device, embed, layers, norm, head, rope })
+        Ok(Decoder {
+            spec,
+            precision,
+            device,
+            embed,
+            layers,
+            norm,
+            head,
+            rope,
+        })
     }
 
     /// Takes over `params` after an optimizer step of full training.
@@ -104,7 +142,10 @@ impl Decoder {
             layer.mlp_norm = params.view(Slot::MlpNorm(i)).copy();
             for site in Site::ALL {
                 let linear = &mut layer.linears[site.index()];
-                linear.weight.overwrite(&params.view(Slot::Linear(i, site))).expect(SAME_SHAPE);
+                linear
+                    .weight
+                    .overwrite(&params.view(Slot::Linear(i, site)))
+                    .expect(SAME_SHAPE);
                 if let Some(bias) = &mut linear.bias {
                     *bias = params.view(Slot::Bias(i, site)).copy();
                 }
@@ -119,7 +160,11 @@ impl Decoder {
 
     /// Bytes the weights take in memory (padding included; norms and biases are left out as nothing).
     pub fn weight_bytes(&self) -> u64 {
-        let linears = self.layers.iter().flat_map(|layer| &layer.linears).map(|linear| linear.weight.bytes());
+        let linears = self
+            .layers
+            .iter()
+            .flat_map(|layer| &layer.linears)
+            .map(|linear| linear.weight.bytes());
         let head = self.head.as_ref().map_or(0, Weight::bytes);
         self.embed.bytes() + head + linears.sum::<u64>()
     }

@@ -62,7 +62,11 @@ pub enum Context<'a> {
     /// Whole sequences side by side, no cache: scoring and training. `[0, len0, len0 + len1, ...]`
     Packed { cu_seqlens: &'a [usize] },
     /// Serving: rows append to cached sequences. `slots`: where each row's key and value go.
-    Paged { cache: &'a KvCache, slots: &'a [i64], seqs: &'a [PagedSeq<'a>] },
+    Paged {
+        cache: &'a KvCache,
+        slots: &'a [i64],
+        seqs: &'a [PagedSeq<'a>],
+    },
 }
 
 /// Whole sequences of one training slice.
@@ -78,7 +82,10 @@ pub struct TrainPass<'a> {
 /// What a training pass differentiates.
 #[derive(Clone, Copy)]
 pub enum Trainable<'a> {
-    Lora { adapter: &'a Adapter, dropout: Option<Dropout> },
+    Lora {
+        adapter: &'a Adapter,
+        dropout: Option<Dropout>,
+    },
     Full,
 }
 
@@ -97,7 +104,16 @@ impl Dropout {
     /// Each linear drops its own elements.
     fn apply(self, x: &Tensor, layer: usize, site: Site) -> Tensor {
         let stream = (layer * Site::ALL.len() + site.index()) as u64;
-        dropout::apply(x, self.p, dropout::Key { seed: self.seed, step: self.step, stream }, self.row0)
+        dropout::apply(
+            x,
+            self.p,
+            dropout::Key {
+                seed: self.seed,
+                step: self.step,
+                stream,
+            },
+            self.row0,
+        )
     }
 }
 
@@ -156,7 +172,12 @@ impl Decoder {
     }
 
     pub fn layer(&self, i: usize, hidden: Tensor, batch: &Batch) -> Tensor {
-        let Batch { tokens: _, positions, context, lora } = batch;
+        let Batch {
+            tokens: _,
+            positions,
+            context,
+            lora,
+        } = batch;
         let attend = |q: &Tensor, k: &Tensor, v: &Tensor, attn: &AttnSpec| match context {
             Context::Packed { cu_seqlens } => {
                 attention::packed(q, k, v, cu_seqlens, heads(attn), options(attn), self.precision).out
@@ -166,7 +187,12 @@ impl Decoder {
                 attention::paged(q, cache, i, seqs, heads(attn), options(attn))
             }
         };
-        let mut pass = Serving { decoder: self, layer: i, lora, attend };
+        let mut pass = Serving {
+            decoder: self,
+            layer: i,
+            lora,
+            attend,
+        };
         self.wire(i, hidden, positions, &mut pass)
     }
 
@@ -184,7 +210,14 @@ impl Decoder {
         };
         let positions = pass.pass.positions;
         let output = self.wire(i, hidden.shallow_clone(), positions, &mut pass);
-        let Saving { qkv, attended, middle, gate_up, shrunk, .. } = pass;
+        let Saving {
+            qkv,
+            attended,
+            middle,
+            gate_up,
+            shrunk,
+            ..
+        } = pass;
         let kept = "wire ran every part of the layer";
         let saved = Saved {
             input: hidden.shallow_clone(),
@@ -243,7 +276,10 @@ impl<F> Serving<'_, F> {
     fn lora_rows(&self, site: Site) -> Vec<LoraRows<'_>> {
         let rows = self.lora.iter().filter_map(|AdapterRows { rows, adapter }| {
             let module = adapter.module(self.layer, site)?;
-            Some(LoraRows { rows: rows.start as i64..rows.end as i64, module })
+            Some(LoraRows {
+                rows: rows.start as i64..rows.end as i64,
+                module,
+            })
         });
         rows.collect()
     }
@@ -281,14 +317,22 @@ impl Pass for Saving<'_> {
     fn project(&mut self, site: Site, x: &Tensor) -> Tensor {
         let Linear { weight, bias } = self.decoder.linear_of(self.layer, site);
         let module = match self.pass.trainable {
-            Trainable::Lora { adapter, dropout } => adapter.module(self.layer, site).map(|module| (module, dropout)),
+            Trainable::Lora { adapter, dropout } => {
+                adapter.module(self.layer, site).map(|module| (module, dropout))
+            }
             Trainable::Full => None,
         };
-        let Some((module, dropout)) = module else { return linear(x, weight, bias.as_ref(), &[]) };
+        let Some((module, dropout)) = module else {
+            return linear(x, weight, bias.as_ref(), &[]);
+        };
         let (y, shrunk) = match dropout {
-            Some(dropout) => {
-                linear_training(x, weight, bias.as_ref(), module, &dropout.apply(x, self.layer, site))
-            }
+            Some(dropout) => linear_training(
+                x,
+                weight,
+                bias.as_ref(),
+                module,
+                &dropout.apply(x, self.layer, site),
+            ),
             None => linear_training(x, weight, bias.as_ref(), module, x),
         };
         self.shrunk[site.index()] = Some(shrunk);
@@ -301,7 +345,15 @@ impl Pass for Saving<'_> {
 
     fn attend(&mut self, q: &Tensor, k: &Tensor, v: &Tensor, attn: &AttnSpec) -> Tensor {
         let cu_seqlens = self.pass.cu_seqlens;
-        let attended = attention::packed(q, k, v, cu_seqlens, heads(attn), options(attn), self.decoder.precision);
+        let attended = attention::packed(
+            q,
+            k,
+            v,
+            cu_seqlens,
+            heads(attn),
+            options(attn),
+            self.decoder.precision,
+        );
         self.attended.insert(attended).out.shallow_clone()
     }
 
@@ -319,14 +371,26 @@ impl Pass for Saving<'_> {
 /// Views of the fused projection: q `[T, heads D]`, k and v `[T, kv_heads D]`.
 fn split_qkv(qkv: &Tensor, attn: &AttnSpec) -> (Tensor, Tensor, Tensor) {
     let (q, kv) = (attn.heads * attn.head_dim, attn.kv_heads * attn.head_dim);
-    (qkv.narrow(1, 0, q), qkv.narrow(1, q, kv), qkv.narrow(1, q + kv, kv))
+    (
+        qkv.narrow(1, 0, q),
+        qkv.narrow(1, q, kv),
+        qkv.narrow(1, q + kv, kv),
+    )
 }
 
 fn heads(attn: &AttnSpec) -> Heads {
     let size = |n: i64| n as usize;
-    Heads { heads: size(attn.heads), kv_heads: size(attn.kv_heads), head_dim: size(attn.head_dim) }
+    Heads {
+        heads: size(attn.heads),
+        kv_heads: size(attn.kv_heads),
+        head_dim: size(attn.head_dim),
+    }
 }
 
 fn options(attn: &AttnSpec) -> Options {
-    Options { scale: attn.scale, window: None, cap: None }
+    Options {
+        scale: attn.scale,
+        window: None,
+        cap: None,
+    }
 }

@@ -41,7 +41,9 @@ impl DataPlan {
             lengths: examples.iter().map(|example| example.tokens.len()).collect(),
             seed: hyper.seed,
             batch_size: hyper.batch_size.max(1) as usize,
-            pack_tokens: hyper.packing.then(|| hyper.batch_size.max(1) as usize * hyper.max_seq_length as usize),
+            pack_tokens: hyper
+                .packing
+                .then(|| hyper.batch_size.max(1) as usize * hyper.max_seq_length as usize),
             accumulation: hyper.gradient_accumulation_steps.max(1) as usize,
             steps_before: vec![0],
             listed: None,
@@ -50,7 +52,8 @@ impl DataPlan {
             let steps = plan.micro_batches(epoch).len().div_ceil(plan.accumulation) as u64;
             plan.steps_before.push(plan.total() + steps);
             if hyper.max_steps.is_some_and(|max| plan.total() >= max) {
-                *plan.steps_before.last_mut().expect("it was just pushed") = hyper.max_steps.unwrap_or_default();
+                *plan.steps_before.last_mut().expect("it was just pushed") =
+                    hyper.max_steps.unwrap_or_default();
                 break;
             }
         }
@@ -77,7 +80,11 @@ impl DataPlan {
     /// Example numbers of optimizer step `step` (0-based), by micro-batch.
     pub fn step(&mut self, step: u64) -> Vec<Vec<usize>> {
         let epoch = self.epoch_of(step);
-        if self.listed.as_ref().is_none_or(|(listed, _)| *listed != epoch as u64) {
+        if self
+            .listed
+            .as_ref()
+            .is_none_or(|(listed, _)| *listed != epoch as u64)
+        {
             self.listed = Some((epoch as u64, self.micro_batches(epoch as u64)));
         }
         let (_, batches) = self.listed.as_ref().expect("it was just listed");
@@ -87,7 +94,10 @@ impl DataPlan {
 
     fn epoch_of(&self, step: u64) -> usize {
         let epochs = self.steps_before.len() - 1;
-        (0..epochs).rev().find(|&epoch| self.steps_before[epoch] <= step).unwrap_or(0)
+        (0..epochs)
+            .rev()
+            .find(|&epoch| self.steps_before[epoch] <= step)
+            .unwrap_or(0)
     }
 
     fn micro_batches(&self, epoch: u64) -> Vec<Vec<usize>> {
@@ -121,17 +131,31 @@ pub fn slices<'a>(examples: impl Iterator<Item = &'a Example>) -> Vec<Slice> {
         if inputs == 0 {
             continue;
         }
-        let fits = slices.last().is_some_and(|slice| slice.tokens.len() + inputs <= SLICE_TOKENS);
+        let fits = slices
+            .last()
+            .is_some_and(|slice| slice.tokens.len() + inputs <= SLICE_TOKENS);
         if !fits {
-            slices.push(Slice { tokens: vec![], positions: vec![], cu_seqlens: vec![0], labels: vec![] });
+            slices.push(Slice {
+                tokens: vec![],
+                positions: vec![],
+                cu_seqlens: vec![0],
+                labels: vec![],
+            });
         }
         let slice = slices.last_mut().expect("there is one now");
         let start = slice.tokens.len();
         slice.tokens.extend(&tokens[..inputs]);
         slice.positions.extend(0..inputs as i64);
         slice.cu_seqlens.push(start + inputs);
-        let predicted = tokens.iter().zip(weights).enumerate().skip(1).filter(|(_, (_, weight))| **weight != 0.0);
-        slice.labels.extend(predicted.map(|(i, (&token, &weight))| ((start + i - 1) as i64, token, weight)));
+        let predicted = tokens
+            .iter()
+            .zip(weights)
+            .enumerate()
+            .skip(1)
+            .filter(|(_, (_, weight))| **weight != 0.0);
+        slice
+            .labels
+            .extend(predicted.map(|(i, (&token, &weight))| ((start + i - 1) as i64, token, weight)));
     }
     slices
 }
@@ -163,12 +187,23 @@ mod tests {
             packing: false,
             save_steps: 0,
             eval_steps: 0,
-            method: Method::Lora(Lora { r: 4, alpha: 8.0, dropout: 0.0, target_modules: vec![], use_rslora: false }),
+            method: Method::Lora(Lora {
+                r: 4,
+                alpha: 8.0,
+                dropout: 0.0,
+                target_modules: vec![],
+                use_rslora: false,
+            }),
         }
     }
 
     fn examples(n: usize) -> Vec<Example> {
-        (0..n).map(|i| Example { tokens: vec![1; 5 + i % 30], weights: vec![1.0; 5 + i % 30] }).collect()
+        (0..n)
+            .map(|i| Example {
+                tokens: vec![1; 5 + i % 30],
+                weights: vec![1.0; 5 + i % 30],
+            })
+            .collect()
     }
 
     #[test]
@@ -184,7 +219,11 @@ mod tests {
             for epoch in &seen {
                 let mut sorted = epoch.clone();
                 sorted.sort();
-                assert_eq!(sorted, (0..n).collect::<Vec<_>>(), "packing {packing}, {n} examples");
+                assert_eq!(
+                    sorted,
+                    (0..n).collect::<Vec<_>>(),
+                    "packing {packing}, {n} examples"
+                );
             }
             assert!(n < 5 || seen[0] != seen[1]);
             assert!(plan.ends_epoch(plan.total()));
@@ -193,17 +232,35 @@ mod tests {
 
     #[test]
     fn max_steps_ends_the_run_inside_an_epoch() {
-        let plan = DataPlan::new(&examples(21), &Hyper { max_steps: Some(4), ..hyper() });
+        let plan = DataPlan::new(
+            &examples(21),
+            &Hyper {
+                max_steps: Some(4),
+                ..hyper()
+            },
+        );
         assert_eq!((plan.total(), plan.epoch(3)), (4, 1.0));
     }
 
     #[test]
     fn slices_hold_whole_examples_and_label_the_row_before() {
         let examples = [
-            Example { tokens: vec![5, 6, 7], weights: vec![1.0, 0.0, 0.5] },
-            Example { tokens: vec![9; 600], weights: vec![1.0; 600] },
-            Example { tokens: vec![8], weights: vec![1.0] },
-            Example { tokens: vec![3, 4], weights: vec![0.0, 1.0] },
+            Example {
+                tokens: vec![5, 6, 7],
+                weights: vec![1.0, 0.0, 0.5],
+            },
+            Example {
+                tokens: vec![9; 600],
+                weights: vec![1.0; 600],
+            },
+            Example {
+                tokens: vec![8],
+                weights: vec![1.0],
+            },
+            Example {
+                tokens: vec![3, 4],
+                weights: vec![0.0, 1.0],
+            },
         ];
         let slices = slices(examples.iter());
         let lengths: Vec<_> = slices.iter().map(|slice| slice.tokens.len()).collect();

@@ -39,7 +39,11 @@ pub enum TrainError {
     #[error("cannot resume: {0}")]
     State(String),
     #[error("step {step}: the {what} is {value}; a lower learning rate may help")]
-    Diverged { step: u64, what: &'static str, value: f64 },
+    Diverged {
+        step: u64,
+        what: &'static str,
+        value: f64,
+    },
     #[error(transparent)]
     Load(#[from] LoadError),
     #[error(transparent)]
@@ -78,20 +82,41 @@ pub struct Trainer {
 /// What is trained.
 enum Subject {
     /// The base is the served decoder, handed in with each quantum.
-    Lora { lora: Lora, params: AdapterParams, adapter: Adapter },
+    Lora {
+        lora: Lora,
+        params: AdapterParams,
+        adapter: Adapter,
+    },
     /// A decoder of its own.
-    Full { params: FullParams, decoder: Box<Decoder> },
+    Full {
+        params: FullParams,
+        decoder: Box<Decoder>,
+    },
 }
 
 /// Where in a step the next quantum goes on.
 enum Stage {
-    Announce { resumed_from: Option<u64> },
+    Announce {
+        resumed_from: Option<u64>,
+    },
     Begin,
     /// Slices still to go through the layers; `pass` is the one that is under way.
-    Accumulate { slices: Vec<Slice>, pass: Pass, scores: Scores, weight: f64, tokens: u64 },
-    Optimize { scores: Scores, tokens: u64 },
+    Accumulate {
+        slices: Vec<Slice>,
+        pass: Pass,
+        scores: Scores,
+        weight: f64,
+        tokens: u64,
+    },
+    Optimize {
+        scores: Scores,
+        tokens: u64,
+    },
     /// `next`: slice of the validation set.
-    Validate { next: usize, scores: Scores },
+    Validate {
+        next: usize,
+        scores: Scores,
+    },
     Save,
     Finish,
 }
@@ -100,17 +125,32 @@ impl Trainer {
     /// Reads the job's folder; goes on from its state when there is one.
     pub fn start(spec: JobSpec, base: &Decoder) -> Result<Trainer, TrainError> {
         let Method::Lora(lora) = spec.hyper.method.clone() else {
-            return Err(TrainError::Data("full training changes the base; only `tandem train` does it".to_owned()));
+            return Err(TrainError::Data(
+                "full training changes the base; only `tandem train` does it".to_owned(),
+            ));
         };
         let shape = AdapterShape::new(&base.spec, &lora);
         if shape.is_empty() {
-            let message = format!("no module to train: {:?} are asked, {:?} exist", lora.target_modules, base.spec.lora_targets());
+            let message = format!(
+                "no module to train: {:?} are asked, {:?} exist",
+                lora.target_modules,
+                base.spec.lora_targets()
+            );
             return Err(TrainError::Data(message));
         }
         let params = AdapterParams::init(shape, spec.hyper.seed);
         let adapter = Adapter::new(&params, base.precision(), base.device())?;
         let grads = Grads::Lora(AdapterParams::zeros(params.shape.clone()));
-        Trainer::new(spec, &base.spec, Subject::Lora { lora, params, adapter }, grads)
+        Trainer::new(
+            spec,
+            &base.spec,
+            Subject::Lora {
+                lora,
+                params,
+                adapter,
+            },
+            grads,
+        )
     }
 
     /// Trains every parameter of the model in `model_folder` (drawn at random when it has no weights), in float32.
@@ -123,14 +163,22 @@ impl Trainer {
         Trainer::new(spec, &decoder_spec, Subject::Full { params, decoder }, grads)
     }
 
-    fn new(spec: JobSpec, decoder: &DecoderSpec, subject: Subject, grads: Grads) -> Result<Trainer, TrainError> {
+    fn new(
+        spec: JobSpec,
+        decoder: &DecoderSpec,
+        subject: Subject,
+        grads: Grads,
+    ) -> Result<Trainer, TrainError> {
         let train = read_examples(&spec.folder, files::TRAIN, decoder)?;
         let valid = match spec.folder.join(files::VALID).exists() {
             true => read_examples(&spec.folder, files::VALID, decoder)?,
             false => vec![],
         };
         if train.iter().all(|example| example.label_tokens() == 0) {
-            return Err(TrainError::Data(format!("none of {} examples has a token to learn", train.len())));
+            return Err(TrainError::Data(format!(
+                "none of {} examples has a token to learn",
+                train.len()
+            )));
         }
         let plan = DataPlan::new(&train, &spec.hyper);
         let mut trainer = Trainer {
@@ -154,15 +202,26 @@ impl Trainer {
     }
 
     fn resume(&mut self, progress: state::Progress, tensors: state::Tensors) -> Result<(), TrainError> {
-        let state::Progress { step, trained_tokens, hyper, examples } = progress;
-        let state::Tensors { params, moment1, moment2 } = tensors;
+        let state::Progress {
+            step,
+            trained_tokens,
+            hyper,
+            examples,
+        } = progress;
+        let state::Tensors {
+            params,
+            moment1,
+            moment2,
+        } = tensors;
         if hyper != self.spec.hyper || examples != self.train.len() as u64 {
             let message = "its state was written with other hyperparameters or other data".to_owned();
             return Err(TrainError::State(message));
         }
         if params.size() != self.grads.flat().size() {
             let (there, here) = (params.size()[0], self.grads.flat().size()[0]);
-            return Err(TrainError::State(format!("its state has {there} numbers, this model makes it {here}")));
+            return Err(TrainError::State(format!(
+                "its state has {there} numbers, this model makes it {here}"
+            )));
         }
         self.flat().copy_(&params);
         self.refresh();
@@ -170,7 +229,9 @@ impl Trainer {
         self.moment2.copy_(&moment2);
         self.step = step;
         self.trained_tokens = trained_tokens;
-        self.stage = Stage::Announce { resumed_from: Some(step) };
+        self.stage = Stage::Announce {
+            resumed_from: Some(step),
+        };
         Ok(())
     }
 
@@ -192,13 +253,22 @@ impl Trainer {
                 Stage::Begin
             }
             Stage::Begin => self.begin(),
-            Stage::Accumulate { slices, pass, scores, weight, tokens } => {
-                self.accumulate(base, slices, pass, scores, weight, tokens)?
-            }
+            Stage::Accumulate {
+                slices,
+                pass,
+                scores,
+                weight,
+                tokens,
+            } => self.accumulate(base, slices, pass, scores, weight, tokens)?,
             Stage::Optimize { scores, tokens } => {
-                quantum.events.push(JobEvent::Step(self.optimize(&scores, tokens)?));
+                quantum
+                    .events
+                    .push(JobEvent::Step(self.optimize(&scores, tokens)?));
                 match self.validates() {
-                    true => Stage::Validate { next: 0, scores: Scores::default() },
+                    true => Stage::Validate {
+                        next: 0,
+                        scores: Scores::default(),
+                    },
                     false => self.after_validation(),
                 }
             }
@@ -212,7 +282,10 @@ impl Trainer {
             }
             Stage::Validate { next, scores } => {
                 let scored = self.score(base, &self.valid[next])?;
-                Stage::Validate { next: next + 1, scores: scores + scored }
+                Stage::Validate {
+                    next: next + 1,
+                    scores: scores + scored,
+                }
             }
             Stage::Save => {
                 self.save(&mut quantum, base)?;
@@ -253,12 +326,24 @@ impl Trainer {
         let _ = self.grads.flat().shallow_clone().zero_();
         let mut slices = vec![];
         for micro_batch in self.plan.step(self.step) {
-            slices.extend(data::slices(micro_batch.iter().map(|&example| &self.train[example])));
+            slices.extend(data::slices(
+                micro_batch.iter().map(|&example| &self.train[example]),
+            ));
         }
-        let weight = slices.iter().flat_map(|slice| &slice.labels).map(|&(_, _, weight)| f64::from(weight)).sum();
+        let weight = slices
+            .iter()
+            .flat_map(|slice| &slice.labels)
+            .map(|&(_, _, weight)| f64::from(weight))
+            .sum();
         let tokens = slices.iter().map(|slice| slice.tokens.len() as u64).sum();
         slices.reverse(); // taken from the end
-        Stage::Accumulate { slices, pass: Pass::Idle { rows_before: 0 }, scores: Scores::default(), weight, tokens }
+        Stage::Accumulate {
+            slices,
+            pass: Pass::Idle { rows_before: 0 },
+            scores: Scores::default(),
+            weight,
+            tokens,
+        }
     }
 
     fn accumulate(
@@ -271,7 +356,13 @@ impl Trainer {
         tokens: u64,
     ) -> Result<Stage, TrainError> {
         let (decoder, adapter) = self.subject.parts(base);
-        let context = step::Context { decoder, adapter, hyper: &self.spec.hyper, step: self.step, weight };
+        let context = step::Context {
+            decoder,
+            adapter,
+            hyper: &self.spec.hyper,
+            step: self.step,
+            weight,
+        };
         let (pass, scores) = match pass {
             Pass::Idle { rows_before } => match slices.pop() {
                 None => return Ok(Stage::Optimize { scores, tokens }),
@@ -279,11 +370,23 @@ impl Trainer {
             },
             pass => pass.advance(&context, scores, &mut self.grads),
         };
-        Ok(Stage::Accumulate { slices, pass, scores, weight, tokens })
+        Ok(Stage::Accumulate {
+            slices,
+            pass,
+            scores,
+            weight,
+            tokens,
+        })
     }
 
     fn optimize(&mut self, scores: &Scores, tokens: u64) -> Result<StepReport, TrainError> {
-        let Hyper { learning_rate, lr_scheduler, warmup_steps, max_grad_norm, .. } = self.spec.hyper;
+        let Hyper {
+            learning_rate,
+            lr_scheduler,
+            warmup_steps,
+            max_grad_norm,
+            ..
+        } = self.spec.hyper;
         let step = self.step + 1;
         let loss = scores.loss / scores.weight.max(f64::MIN_POSITIVE);
         let grad_norm = adamw::global_norm(self.grads.flat());
@@ -314,13 +417,28 @@ impl Trainer {
 
     /// One AdamW step over the flat buffer; norms and biases do not decay.
     fn update(&mut self, learning_rate: f64, step: u64) {
-        let Hyper { adam_beta1, adam_beta2, adam_epsilon, weight_decay, .. } = self.spec.hyper;
-        let adamw = |weight_decay| AdamW { beta1: adam_beta1, beta2: adam_beta2, epsilon: adam_epsilon, weight_decay };
+        let Hyper {
+            adam_beta1,
+            adam_beta2,
+            adam_epsilon,
+            weight_decay,
+            ..
+        } = self.spec.hyper;
+        let adamw = |weight_decay| AdamW {
+            beta1: adam_beta1,
+            beta2: adam_beta2,
+            epsilon: adam_epsilon,
+            weight_decay,
+        };
         let ranges = match &self.subject {
             Subject::Lora { params, .. } => vec![(0..params.shape.len(), weight_decay)],
             Subject::Full { params, .. } => {
                 let decay = |slot: full::Slot| if slot.decays() { weight_decay } else { 0.0 };
-                params.shape.slots().map(|(slot, range)| (range, decay(slot))).collect()
+                params
+                    .shape
+                    .slots()
+                    .map(|(slot, range)| (range, decay(slot)))
+                    .collect()
             }
         };
         for (range, weight_decay) in ranges {
@@ -376,7 +494,10 @@ impl Trainer {
             let name = format!("{}{}", files::CHECKPOINT, self.step);
             let (adapter, packed) = self.publish(&name, base)?;
             quantum.published = Some((adapter.clone(), packed));
-            quantum.events.push(JobEvent::Checkpoint { step: self.step, adapter });
+            quantum.events.push(JobEvent::Checkpoint {
+                step: self.step,
+                adapter,
+            });
         }
         self.remember()
     }
@@ -390,7 +511,15 @@ impl Trainer {
             examples: self.train.len() as u64,
         };
         let (moment1, moment2) = (self.moment1.shallow_clone(), self.moment2.shallow_clone());
-        state::write(&self.spec.folder, &progress, &state::Tensors { params: self.flat(), moment1, moment2 })
+        state::write(
+            &self.spec.folder,
+            &progress,
+            &state::Tensors {
+                params: self.flat(),
+                moment1,
+                moment2,
+            },
+        )
     }
 
     fn finish(&mut self, quantum: &mut Quantum, base: Option<&Decoder>) -> Result<(), TrainError> {
@@ -398,7 +527,10 @@ impl Trainer {
         if let Subject::Lora { .. } = self.subject {
             let (adapter, packed) = self.publish(files::ADAPTER, base)?;
             quantum.published = Some((adapter.clone(), packed));
-            quantum.events.push(JobEvent::Finished { adapter, trained_tokens: self.trained_tokens });
+            quantum.events.push(JobEvent::Finished {
+                adapter,
+                trained_tokens: self.trained_tokens,
+            });
         }
         Ok(())
     }
@@ -409,8 +541,13 @@ impl Trainer {
             unreachable!("full training publishes nothing")
         };
         let base = base.expect("LoRA trains beside a base");
-        let config = PeftConfig { base_model: &self.spec.base_model, lora };
-        state::replace_folder(&self.spec.folder, name, |folder| Ok(peft::write(folder, params, &config)?))?;
+        let config = PeftConfig {
+            base_model: &self.spec.base_model,
+            lora,
+        };
+        state::replace_folder(&self.spec.folder, name, |folder| {
+            Ok(peft::write(folder, params, &config)?)
+        })?;
         let folder = self.spec.folder.join(name);
         let digest = peft::digest(&folder)?;
         let adapter = Adapter::new(params, base.precision(), base.device())?;
@@ -436,16 +573,27 @@ impl Subject {
 }
 
 fn read_examples(folder: &Path, file: &str, spec: &DecoderSpec) -> Result<Vec<Example>, TrainError> {
-    let bytes = std::fs::read(folder.join(file)).map_err(|error| TrainError::File { file: file.to_owned(), error })?;
+    let bytes = std::fs::read(folder.join(file)).map_err(|error| TrainError::File {
+        file: file.to_owned(),
+        error,
+    })?;
     let examples = dataset::decode(&bytes).map_err(|error| TrainError::Data(format!("{file}: {error}")))?;
     for (number, example) in examples.iter().enumerate() {
-        if let Some(token) = example.tokens.iter().find(|&&token| i64::from(token) >= spec.vocab) {
+        if let Some(token) = example
+            .tokens
+            .iter()
+            .find(|&&token| i64::from(token) >= spec.vocab)
+        {
             let vocab = spec.vocab;
-            return Err(TrainError::Data(format!("{file}: example {number} has token {token}, the model has {vocab}")));
+            return Err(TrainError::Data(format!(
+                "{file}: example {number} has token {token}, the model has {vocab}"
+            )));
         }
         if example.tokens.len() as i64 > spec.max_positions {
             let (n, most) = (example.tokens.len(), spec.max_positions);
-            return Err(TrainError::Data(format!("{file}: example {number} has {n} tokens, the model takes {most}")));
+            return Err(TrainError::Data(format!(
+                "{file}: example {number} has {n} tokens, the model takes {most}"
+            )));
         }
     }
     Ok(examples)

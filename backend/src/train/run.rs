@@ -23,7 +23,13 @@ pub struct RunOptions {
 
 /// The folder of the result: a PEFT folder, or the model's.
 pub fn run(options: RunOptions, mut on_event: impl FnMut(&JobEvent)) -> Result<PathBuf, TrainError> {
-    let RunOptions { spec, model_folder, precision, device, save_kind } = options;
+    let RunOptions {
+        spec,
+        model_folder,
+        precision,
+        device,
+        save_kind,
+    } = options;
     let folder = spec.folder.clone();
     let base = match spec.hyper.method {
         Method::Lora(_) => Some(Decoder::load(&model_folder, precision, device)?),
@@ -40,12 +46,23 @@ pub fn run(options: RunOptions, mut on_event: impl FnMut(&JobEvent)) -> Result<P
             break;
         }
     }
-    let Some(weights) = trainer.full_weights(save_kind) else { return Ok(folder.join(files::ADAPTER)) };
-    let copied = |error, file: &str| TrainError::File { file: file.to_owned(), error };
+    let Some(weights) = trainer.full_weights(save_kind) else {
+        return Ok(folder.join(files::ADAPTER));
+    };
+    let copied = |error, file: &str| TrainError::File {
+        file: file.to_owned(),
+        error,
+    };
     state::replace(&folder, WEIGHTS, &weights)?;
-    for entry in std::fs::read_dir(&model_folder).map_err(|error| copied(error, "the model folder"))?.flatten() {
+    for entry in std::fs::read_dir(&model_folder)
+        .map_err(|error| copied(error, "the model folder"))?
+        .flatten()
+    {
         let name = entry.file_name().to_string_lossy().into_owned();
-        if (name.ends_with(".json") || name.ends_with(".jinja")) && !name.ends_with(".index.json") && folder != model_folder {
+        if (name.ends_with(".json") || name.ends_with(".jinja"))
+            && !name.ends_with(".index.json")
+            && folder != model_folder
+        {
             std::fs::copy(entry.path(), folder.join(&name)).map_err(|error| copied(error, &name))?;
         }
     }

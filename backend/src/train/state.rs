@@ -36,9 +36,15 @@ const METADATA: &str = "tandem";
 
 /// Writes `folder`/state.safetensors so that a kill leaves either the old file or the new one.
 pub fn write(folder: &Path, progress: &Progress, tensors: &Tensors) -> Result<(), TrainError> {
-    let Tensors { params, moment1, moment2 } = tensors;
-    let bytes: Vec<(&str, Vec<u8>)> =
-        TENSORS.into_iter().zip([params, moment1, moment2].map(bytes_of)).collect();
+    let Tensors {
+        params,
+        moment1,
+        moment2,
+    } = tensors;
+    let bytes: Vec<(&str, Vec<u8>)> = TENSORS
+        .into_iter()
+        .zip([params, moment1, moment2].map(bytes_of))
+        .collect();
     let views = bytes.iter().map(|(name, bytes)| {
         let view = TensorView::new(safetensors::Dtype::F32, vec![bytes.len() / 4], bytes);
         (*name, view.expect("bytes are float32"))
@@ -56,7 +62,10 @@ pub fn read(folder: &Path) -> Result<Option<(Progress, Tensors)>, TrainError> {
         return Ok(None);
     }
     let damaged = |why: String| TrainError::State(format!("{}: {why}", files::STATE));
-    let bytes = fs::read(&path).map_err(|error| TrainError::File { file: files::STATE.to_owned(), error })?;
+    let bytes = fs::read(&path).map_err(|error| TrainError::File {
+        file: files::STATE.to_owned(),
+        error,
+    })?;
     let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(|error| damaged(error.to_string()))?;
     let progress = metadata.metadata().as_ref().and_then(|map| map.get(METADATA));
     let progress = progress.ok_or_else(|| damaged("is not a job's state".to_owned()))?;
@@ -67,7 +76,14 @@ pub fn read(folder: &Path) -> Result<Option<(Progress, Tensors)>, TrainError> {
         let shape: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
         Tensor::f_from_data_size(view.data(), &shape, Kind::Float).map_err(|error| damaged(error.to_string()))
     });
-    Ok(Some((progress, Tensors { params: params?, moment1: moment1?, moment2: moment2? })))
+    Ok(Some((
+        progress,
+        Tensors {
+            params: params?,
+            moment1: moment1?,
+            moment2: moment2?,
+        },
+    )))
 }
 
 /// Replaces `folder`/`name` whole: temporary file, sync, rename, sync of the folder.
@@ -80,7 +96,10 @@ pub fn replace(folder: &Path, name: &str, bytes: &[u8]) -> Result<(), TrainError
         })
         .and_then(|()| fs::rename(&temporary, folder.join(name)))
         .and_then(|()| File::open(folder)?.sync_all());
-    written.map_err(|error| TrainError::File { file: name.to_owned(), error })
+    written.map_err(|error| TrainError::File {
+        file: name.to_owned(),
+        error,
+    })
 }
 
 /// Replaces the folder `parent`/`name` by what `fill` writes (and syncs) into a temporary one. A kill leaves the old
@@ -92,9 +111,20 @@ pub fn replace_folder(
 ) -> Result<(), TrainError> {
     let temporary = parent.join(format!(".{name}.partial"));
     let target = parent.join(name);
-    let failed = |error| TrainError::File { file: name.to_owned(), error };
-    let clear = |folder: &Path| if folder.exists() { fs::remove_dir_all(folder) } else { Ok(()) };
-    clear(&temporary).and_then(|()| fs::create_dir(&temporary)).map_err(failed)?;
+    let failed = |error| TrainError::File {
+        file: name.to_owned(),
+        error,
+    };
+    let clear = |folder: &Path| {
+        if folder.exists() {
+            fs::remove_dir_all(folder)
+        } else {
+            Ok(())
+        }
+    };
+    clear(&temporary)
+        .and_then(|()| fs::create_dir(&temporary))
+        .map_err(failed)?;
     fill(&temporary)?;
     File::open(&temporary)
         .and_then(|folder| folder.sync_all())

@@ -58,10 +58,27 @@ pub struct Context<'a> {
 
 /// A slice on its way. `rows_before` counts the step's tokens before it (dropout's counter).
 pub enum Pass {
-    Idle { rows_before: u64 },
-    Forward { slice: Slice, rows_before: u64, hidden: Tensor, kept: Vec<Kept> },
-    Loss { slice: Slice, rows_before: u64, hidden: Tensor, kept: Vec<Kept> },
-    Backward { slice: Slice, rows_before: u64, dhidden: Tensor, kept: Vec<Kept> },
+    Idle {
+        rows_before: u64,
+    },
+    Forward {
+        slice: Slice,
+        rows_before: u64,
+        hidden: Tensor,
+        kept: Vec<Kept>,
+    },
+    Loss {
+        slice: Slice,
+        rows_before: u64,
+        hidden: Tensor,
+        kept: Vec<Kept>,
+    },
+    Backward {
+        slice: Slice,
+        rows_before: u64,
+        dhidden: Tensor,
+        kept: Vec<Kept>,
+    },
 }
 
 /// What a layer's backward starts from.
@@ -74,43 +91,97 @@ pub enum Kept {
 impl Pass {
     pub fn enter(slice: Slice, rows_before: u64, context: &Context) -> Pass {
         let hidden = context.decoder.embed(&slice.tokens);
-        Pass::Forward { slice, rows_before, hidden, kept: vec![] }
+        Pass::Forward {
+            slice,
+            rows_before,
+            hidden,
+            kept: vec![],
+        }
     }
 
     /// One layer, or the loss, further.
     pub fn advance(self, context: &Context, scores: Scores, grads: &mut Grads) -> (Pass, Scores) {
         match self {
             Pass::Idle { .. } => (self, scores),
-            Pass::Forward { slice, rows_before, hidden, mut kept } => {
+            Pass::Forward {
+                slice,
+                rows_before,
+                hidden,
+                mut kept,
+            } => {
                 let decoder = context.decoder;
-                let (output, saved) = decoder.layer_saving(kept.len(), &hidden, &train_pass(&slice, rows_before, context));
+                let (output, saved) =
+                    decoder.layer_saving(kept.len(), &hidden, &train_pass(&slice, rows_before, context));
                 kept.push(match keeps_all(&slice, decoder) {
                     true => Kept::All(Box::new(saved)),
                     false => Kept::Input(hidden),
                 });
                 let pass = match kept.len() == decoder.n_layers() {
-                    true => Pass::Loss { slice, rows_before, hidden: output, kept },
-                    false => Pass::Forward { slice, rows_before, hidden: output, kept },
+                    true => Pass::Loss {
+                        slice,
+                        rows_before,
+                        hidden: output,
+                        kept,
+                    },
+                    false => Pass::Forward {
+                        slice,
+                        rows_before,
+                        hidden: output,
+                        kept,
+                    },
                 };
                 (pass, scores)
             }
-            Pass::Loss { slice, rows_before, hidden, kept } => {
+            Pass::Loss {
+                slice,
+                rows_before,
+                hidden,
+                kept,
+            } => {
                 let (dhidden, scored) = loss(&slice, &hidden, context, grads);
-                (Pass::Backward { slice, rows_before, dhidden, kept }, scores + scored)
+                (
+                    Pass::Backward {
+                        slice,
+                        rows_before,
+                        dhidden,
+                        kept,
+                    },
+                    scores + scored,
+                )
             }
-            Pass::Backward { slice, rows_before, dhidden, mut kept } => {
+            Pass::Backward {
+                slice,
+                rows_before,
+                dhidden,
+                mut kept,
+            } => {
                 let pass = train_pass(&slice, rows_before, context);
                 let Some(last) = kept.pop() else {
                     context.decoder.embed_backward(&slice.tokens, &dhidden, grads);
-                    return (Pass::Idle { rows_before: rows_before + slice.tokens.len() as u64 }, scores);
+                    return (
+                        Pass::Idle {
+                            rows_before: rows_before + slice.tokens.len() as u64,
+                        },
+                        scores,
+                    );
                 };
                 let layer = kept.len();
                 let saved = match last {
                     Kept::All(saved) => *saved,
                     Kept::Input(input) => context.decoder.layer_saving(layer, &input, &pass).1,
                 };
-                let dhidden = context.decoder.layer_backward(layer, saved, dhidden, &pass, grads);
-                (Pass::Backward { slice, rows_before, dhidden, kept }, scores)
+                let dhidden = context
+                    .decoder
+                    .layer_backward(layer, saved, dhidden, &pass, grads);
+                (
+                    Pass::Backward {
+                        slice,
+                        rows_before,
+                        dhidden,
+                        kept,
+                    },
+                    scores,
+                )
             }
         }
     }
@@ -118,29 +189,47 @@ impl Pass {
 
 /// Loss and accuracy of a slice without a backward.
 pub fn score(decoder: &Decoder, adapter: Option<&Adapter>, slice: &Slice) -> Scores {
-    let lora: Vec<AdapterRows> =
-        adapter.into_iter().map(|adapter| AdapterRows { rows: 0..slice.tokens.len(), adapter }).collect();
+    let lora: Vec<AdapterRows> = adapter
+        .into_iter()
+        .map(|adapter| AdapterRows {
+            rows: 0..slice.tokens.len(),
+            adapter,
+        })
+        .collect();
     let batch = Batch {
         tokens: &slice.tokens,
         positions: &slice.positions,
-        context: Attention::Packed { cu_seqlens: &slice.cu_seqlens },
+        context: Attention::Packed {
+            cu_seqlens: &slice.cu_seqlens,
+        },
         lora: &lora,
     };
     let hidden = decoder.forward(&batch);
-    let Some(labels) = Labels::of(slice, 1.0) else { return Scores::default() };
+    let Some(labels) = Labels::of(slice, 1.0) else {
+        return Scores::default();
+    };
     let normed = decoder.final_norm(&hidden.index_select(0, &labels.rows));
     let LogProbs { log_probs, correct } = linear_log_probs(&normed, decoder.head_weight(), &labels.tokens);
-    let loss = log_probs.iter().zip(&labels.weights).map(|(&log_prob, &weight)| -f64::from(log_prob) * f64::from(weight));
+    let loss = log_probs
+        .iter()
+        .zip(&labels.weights)
+        .map(|(&log_prob, &weight)| -f64::from(log_prob) * f64::from(weight));
     labels.scores(loss.sum(), correct, 1.0)
 }
 
 fn loss(slice: &Slice, hidden: &Tensor, context: &Context, grads: &mut Grads) -> (Tensor, Scores) {
     let dhidden = hidden.zeros_like();
-    let Some(labels) = Labels::of(slice, context.weight) else { return (dhidden, Scores::default()) };
+    let Some(labels) = Labels::of(slice, context.weight) else {
+        return (dhidden, Scores::default());
+    };
     let rows = hidden.index_select(0, &labels.rows); // [R, H]
     let normed = context.decoder.final_norm(&rows);
     let mut dweight = match grads {
-        Grads::Full(grads) => Some(grads.view(if grads.shape.has(Slot::Head) { Slot::Head } else { Slot::Embed })),
+        Grads::Full(grads) => Some(grads.view(if grads.shape.has(Slot::Head) {
+            Slot::Head
+        } else {
+            Slot::Embed
+        })),
         Grads::Lora(_) => None,
     };
     let head = context.decoder.head_weight();
@@ -163,13 +252,26 @@ impl Labels {
         (!rows.is_empty()).then(|| Labels {
             rows: Tensor::from_slice(&rows),
             tokens: slice.labels.iter().map(|&(_, token, _)| token).collect(),
-            weights: slice.labels.iter().map(|&(_, _, weight)| (f64::from(weight) / total_weight) as f32).collect(),
+            weights: slice
+                .labels
+                .iter()
+                .map(|&(_, _, weight)| (f64::from(weight) / total_weight) as f32)
+                .collect(),
         })
     }
 
     fn scores(&self, loss: f64, correct: usize, total_weight: f64) -> Scores {
-        let weight = self.weights.iter().map(|&weight| f64::from(weight) * total_weight).sum();
-        Scores { loss: loss * total_weight, weight, correct: correct as u64, labels: self.tokens.len() as u64 }
+        let weight = self
+            .weights
+            .iter()
+            .map(|&weight| f64::from(weight) * total_weight)
+            .sum();
+        Scores {
+            loss: loss * total_weight,
+            weight,
+            correct: correct as u64,
+            labels: self.tokens.len() as u64,
+        }
     }
 }
 
@@ -177,18 +279,34 @@ fn train_pass<'a>(slice: &'a Slice, rows_before: u64, context: &Context<'a>) -> 
     let trainable = match (context.adapter, &context.hyper.method) {
         (Some(adapter), Method::Lora(lora)) => {
             let Hyper { seed, .. } = *context.hyper;
-            let dropout = Dropout { p: lora.dropout, seed, step: context.step, row0: rows_before };
-            Trainable::Lora { adapter, dropout: (lora.dropout > 0.0).then_some(dropout) }
+            let dropout = Dropout {
+                p: lora.dropout,
+                seed,
+                step: context.step,
+                row0: rows_before,
+            };
+            Trainable::Lora {
+                adapter,
+                dropout: (lora.dropout > 0.0).then_some(dropout),
+            }
         }
         _ => Trainable::Full,
     };
-    TrainPass { tokens: &slice.tokens, positions: &slice.positions, cu_seqlens: &slice.cu_seqlens, trainable }
+    TrainPass {
+        tokens: &slice.tokens,
+        positions: &slice.positions,
+        cu_seqlens: &slice.cu_seqlens,
+        trainable,
+    }
 }
 
 /// Kept per token and layer: input, qkv, attention out, middle, gate and up (float32).
 fn keeps_all(slice: &Slice, decoder: &Decoder) -> bool {
     let numbers = |layer: &crate::family::LayerSpec| {
-        2 * decoder.spec.hidden + layer.attn.qkv_columns() + layer.attn.heads * layer.attn.head_dim + 2 * layer.mlp.inner
+        2 * decoder.spec.hidden
+            + layer.attn.qkv_columns()
+            + layer.attn.heads * layer.attn.head_dim
+            + 2 * layer.mlp.inner
     };
     let per_token: i64 = decoder.spec.layers.iter().map(numbers).sum();
     4 * per_token * slice.tokens.len() as i64 <= KEEP_BYTES

@@ -62,7 +62,11 @@ impl Checkpoint {
             true => indexed_files(folder)?,
             false => vec![WEIGHTS.to_owned()],
         };
-        let mut checkpoint = Checkpoint { folder: folder.to_owned(), files: vec![], tensors: HashMap::new() };
+        let mut checkpoint = Checkpoint {
+            folder: folder.to_owned(),
+            files: vec![],
+            tensors: HashMap::new(),
+        };
         for name in names {
             checkpoint.add(name)?;
         }
@@ -70,12 +74,20 @@ impl Checkpoint {
     }
 
     fn add(&mut self, name: String) -> Result<(), LoadError> {
-        let mapped = MappedFile::open(&self.folder.join(&name))
-            .map_err(|error| LoadError::Read { file: name.clone(), error })?;
-        let damaged = |message: String| LoadError::Weights { file: name.clone(), message };
+        let mapped = MappedFile::open(&self.folder.join(&name)).map_err(|error| LoadError::Read {
+            file: name.clone(),
+            error,
+        })?;
+        let damaged = |message: String| LoadError::Weights {
+            file: name.clone(),
+            message,
+        };
         let bytes = mapped.bytes();
         let parsed = SafeTensors::deserialize(bytes).map_err(|error| {
-            damaged(format!("not a whole safetensors file ({} bytes): {error}", bytes.len()))
+            damaged(format!(
+                "not a whole safetensors file ({} bytes): {error}",
+                bytes.len()
+            ))
         })?;
         for (tensor, view) in parsed.iter() {
             let start = view.data().as_ptr() as usize - bytes.as_ptr() as usize;
@@ -91,8 +103,13 @@ impl Checkpoint {
             }
         }
         // safetensors' save_model writes a shared tensor (a tied head) once, and says under which name the other is.
-        let header = SafeTensors::read_metadata(bytes).map_err(|error| damaged(error.to_string()))?.1;
-        let aliases: Vec<(String, Entry)> = header.metadata().iter().flatten()
+        let header = SafeTensors::read_metadata(bytes)
+            .map_err(|error| damaged(error.to_string()))?
+            .1;
+        let aliases: Vec<(String, Entry)> = header
+            .metadata()
+            .iter()
+            .flatten()
             .filter_map(|(alias, stored)| Some((alias.clone(), self.tensors.get(stored)?.clone())))
             .collect();
         for (alias, entry) in aliases {
@@ -118,18 +135,36 @@ impl Checkpoint {
     /// The tensor as stored (bf16, f16 or f32), a view of the mapped file: convert or pack it, do not keep it.
     pub fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor, LoadError> {
         let Some(entry) = self.tensors.get(name) else {
-            let file = self.files.iter().map(|(file, _)| file.as_str()).collect::<Vec<_>>().join(", ");
-            let message = format!("tensor `{name}` of shape {shape:?} is missing ({} tensors are there)", self.tensors.len());
+            let file = self
+                .files
+                .iter()
+                .map(|(file, _)| file.as_str())
+                .collect::<Vec<_>>()
+                .join(", ");
+            let message = format!(
+                "tensor `{name}` of shape {shape:?} is missing ({} tensors are there)",
+                self.tensors.len()
+            );
             return Err(LoadError::Weights { file, message });
         };
         let (file, mapped) = &self.files[entry.file];
-        let wrong = |message: String| LoadError::Weights { file: file.clone(), message };
+        let wrong = |message: String| LoadError::Weights {
+            file: file.clone(),
+            message,
+        };
         if entry.shape != shape {
-            let message = format!("tensor `{name}` has shape {:?}, config.json makes it {shape:?}", entry.shape);
+            let message = format!(
+                "tensor `{name}` has shape {:?}, config.json makes it {shape:?}",
+                entry.shape
+            );
             return Err(wrong(message));
         }
-        let kind = kind(entry.dtype)
-            .ok_or_else(|| wrong(format!("tensor `{name}` is {:?}; BF16, F16 and F32 are supported", entry.dtype)))?;
+        let kind = kind(entry.dtype).ok_or_else(|| {
+            wrong(format!(
+                "tensor `{name}` is {:?}; BF16, F16 and F32 are supported",
+                entry.dtype
+            ))
+        })?;
         Ok(mapped.tensor(entry.start..entry.end, kind, shape)?)
     }
 
@@ -145,15 +180,21 @@ impl Checkpoint {
             };
             bytes.entry(name).or_insert((0, kind)).0 += entry.end - entry.start;
         }
-        bytes.into_values().max_by_key(|(bytes, _)| *bytes).map_or(Kind::Float, |(_, kind)| kind)
+        bytes
+            .into_values()
+            .max_by_key(|(bytes, _)| *bytes)
+            .map_or(Kind::Float, |(_, kind)| kind)
     }
 
     /// SHA-256 over config.json and the weight files, each behind its length. The identity of the base.
     pub fn digest(&self) -> Result<Digest, LoadError> {
-        let config = std::fs::read(self.folder.join("config.json"))
-            .map_err(|error| LoadError::Read { file: "config.json".to_owned(), error })?;
+        let config = std::fs::read(self.folder.join("config.json")).map_err(|error| LoadError::Read {
+            file: "config.json".to_owned(),
+            error,
+        })?;
         let mut hasher = Sha256::new();
-        for bytes in std::iter::once(config.as_slice()).chain(self.files.iter().map(|(_, file)| file.bytes())) {
+        for bytes in std::iter::once(config.as_slice()).chain(self.files.iter().map(|(_, file)| file.bytes()))
+        {
             hasher.update((bytes.len() as u64).to_le_bytes());
             hasher.update(bytes);
         }
@@ -172,17 +213,34 @@ pub fn kind(dtype: Dtype) -> Option<Kind> {
 }
 
 fn indexed_files(folder: &Path) -> Result<Vec<String>, LoadError> {
-    let bytes = std::fs::read(folder.join(INDEX)).map_err(|error| LoadError::Read { file: INDEX.to_owned(), error })?;
-    let wrong = |message: &str| LoadError::Config { file: INDEX.to_owned(), message: message.to_owned() };
-    let index: Value = serde_json::from_slice(&bytes).map_err(|error| wrong(&format!("is not JSON: {error}")))?;
-    let map = index.get("weight_map").and_then(Value::as_object).ok_or_else(|| wrong("`weight_map` is missing"))?;
+    let bytes = std::fs::read(folder.join(INDEX)).map_err(|error| LoadError::Read {
+        file: INDEX.to_owned(),
+        error,
+    })?;
+    let wrong = |message: &str| LoadError::Config {
+        file: INDEX.to_owned(),
+        message: message.to_owned(),
+    };
+    let index: Value =
+        serde_json::from_slice(&bytes).map_err(|error| wrong(&format!("is not JSON: {error}")))?;
+    let map = index
+        .get("weight_map")
+        .and_then(Value::as_object)
+        .ok_or_else(|| wrong("`weight_map` is missing"))?;
     let mut names: Vec<String> = map
         .values()
-        .map(|file| file.as_str().map(str::to_owned).ok_or_else(|| wrong("`weight_map` holds what is not a file name")))
+        .map(|file| {
+            file.as_str()
+                .map(str::to_owned)
+                .ok_or_else(|| wrong("`weight_map` holds what is not a file name"))
+        })
         .collect::<Result<_, _>>()?;
     names.sort();
     names.dedup();
-    match names.iter().find(|name| name.contains(['/', '\\']) || name.starts_with('.')) {
+    match names
+        .iter()
+        .find(|name| name.contains(['/', '\\']) || name.starts_with('.'))
+    {
         Some(name) => Err(wrong(&format!("{name:?} is not a file name in this folder"))),
         None => Ok(names),
     }

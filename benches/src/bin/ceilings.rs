@@ -39,7 +39,10 @@ mod x86 {
         let mut report = json!({"load_average": load, "threads": all});
         let mut line = |name: &str, unit: &str, n: usize, rates: &[f64]| {
             let best = rates.iter().copied().fold(0.0, f64::max);
-            println!("{name:10} {n:2} threads  {best:8.1} ({:8.1}) {unit}", median(rates).unwrap_or(0.0));
+            println!(
+                "{name:10} {n:2} threads  {best:8.1} ({:8.1}) {unit}",
+                median(rates).unwrap_or(0.0)
+            );
             report[format!("{name}_{n}")] = json!((10.0 * best).round() / 10.0);
         };
         for &n in &threads {
@@ -51,24 +54,44 @@ mod x86 {
         let lanes = |operations: usize| (operations * ACCUMULATORS * ROUNDS) as f64;
         for &n in &threads {
             // SAFETY: AVX2 and FMA were detected above.
-            line("f32_avx2", "GFLOP/s", n, &rates(n, lanes(2 * 8) * n as f64, |_| unsafe { fma_avx2() }));
+            line(
+                "f32_avx2",
+                "GFLOP/s",
+                n,
+                &rates(n, lanes(2 * 8) * n as f64, |_| unsafe { fma_avx2() }),
+            );
         }
         if is_x86_feature_detected!("avx512f") {
             for &n in &threads {
                 // SAFETY: AVX-512 F was just detected.
-                line("f32_avx512", "GFLOP/s", n, &rates(n, lanes(2 * 16) * n as f64, |_| unsafe { fma_avx512() }));
+                line(
+                    "f32_avx512",
+                    "GFLOP/s",
+                    n,
+                    &rates(n, lanes(2 * 16) * n as f64, |_| unsafe { fma_avx512() }),
+                );
             }
         }
         if is_x86_feature_detected!("avx512bf16") {
             for &n in &threads {
                 // SAFETY: AVX-512 BF16 was just detected.
-                line("dpbf16", "GFLOP/s", n, &rates(n, lanes(2 * 32) * n as f64, |_| unsafe { dpbf16() }));
+                line(
+                    "dpbf16",
+                    "GFLOP/s",
+                    n,
+                    &rates(n, lanes(2 * 32) * n as f64, |_| unsafe { dpbf16() }),
+                );
             }
         }
         if is_x86_feature_detected!("avx512vnni") {
             for &n in &threads {
                 // SAFETY: AVX-512 VNNI was just detected.
-                line("dpbusd", "GOP/s", n, &rates(n, lanes(2 * 64) * n as f64, |_| unsafe { dpbusd() }));
+                line(
+                    "dpbusd",
+                    "GOP/s",
+                    n,
+                    &rates(n, lanes(2 * 64) * n as f64, |_| unsafe { dpbusd() }),
+                );
             }
         }
         println!("{report}");
@@ -90,7 +113,9 @@ mod x86 {
                     .collect();
                 let began = Instant::now();
                 barrier.wait();
-                workers.into_iter().for_each(|worker| worker.join().expect("a loop over numbers cannot panic"));
+                workers
+                    .into_iter()
+                    .for_each(|worker| worker.join().expect("a loop over numbers cannot panic"));
                 operations / began.elapsed().as_secs_f64() / 1e9
             })
         };
@@ -106,7 +131,9 @@ mod x86 {
                 *sum = _mm256_xor_si256(*sum, unsafe { _mm256_loadu_si256(line.as_ptr().cast()) });
             }
         }
-        sums.into_iter().map(|sum| _mm256_extract_epi64::<0>(sum)).fold(0, |a, b| a ^ b)
+        sums.into_iter()
+            .map(|sum| _mm256_extract_epi64::<0>(sum))
+            .fold(0, |a, b| a ^ b)
     }
 
     #[target_feature(enable = "avx2,fma")]
@@ -135,7 +162,8 @@ mod x86 {
         let (a, b) = (_mm512_cvtne2ps_pbh(ones, ones), _mm512_cvtne2ps_pbh(ones, ones));
         let mut sums = [_mm512_setzero_ps(); ACCUMULATORS];
         for _ in 0..ROUNDS {
-            sums.iter_mut().for_each(|sum| *sum = _mm512_dpbf16_ps(*sum, a, b));
+            sums.iter_mut()
+                .for_each(|sum| *sum = _mm512_dpbf16_ps(*sum, a, b));
         }
         sums.into_iter().map(|sum| _mm512_reduce_add_ps(sum)).sum()
     }
@@ -145,9 +173,12 @@ mod x86 {
         let (a, b) = (_mm512_set1_epi8(black_box(1)), _mm512_set1_epi8(black_box(2)));
         let mut sums = [_mm512_setzero_si512(); ACCUMULATORS];
         for _ in 0..ROUNDS {
-            sums.iter_mut().for_each(|sum| *sum = _mm512_dpbusd_epi32(*sum, a, b));
+            sums.iter_mut()
+                .for_each(|sum| *sum = _mm512_dpbusd_epi32(*sum, a, b));
         }
-        sums.into_iter().map(|sum| _mm512_reduce_add_epi32(sum)).fold(0, i32::wrapping_add)
+        sums.into_iter()
+            .map(|sum| _mm512_reduce_add_epi32(sum))
+            .fold(0, i32::wrapping_add)
     }
 
     /// Memory in 2 MiB pages where the kernel grants them: 4 KiB pages cost a third of the bandwidth to page walks.
@@ -161,7 +192,14 @@ mod x86 {
             // SAFETY: an anonymous private mapping of `len` bytes; the result is checked; advice may be refused.
             let start = unsafe {
                 let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-                let start = libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
+                let start = libc::mmap(
+                    std::ptr::null_mut(),
+                    len,
+                    libc::PROT_READ | libc::PROT_WRITE,
+                    flags,
+                    -1,
+                    0,
+                );
                 assert!(start != libc::MAP_FAILED, "no {len} bytes of memory");
                 libc::madvise(start, len, libc::MADV_HUGEPAGE);
                 std::ptr::write_bytes(start.cast::<u8>(), 1, len);

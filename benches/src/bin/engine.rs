@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use clap::{Parser, ValueEnum};
 use serde_json::{Map, Value, json};
+use tandem_backend::Dtype;
 use tandem_backend::family::read_spec;
 use tandem_backend::lora::params::{AdapterParams, AdapterShape};
 use tandem_backend::lora::peft::{self, PeftConfig};
 use tandem_backend::model::Decoder;
-use tandem_backend::Dtype;
 use tandem_backend::train::Trainer;
 use tandem_benches::machine;
 use tandem_benches::percentile::median;
@@ -84,7 +84,12 @@ async fn main() -> anyhow::Result<()> {
                 Part::Train => {}
             }
         }
-        engine.replica.commands.send(Command::Stop).await.context("the engine ended early")?;
+        engine
+            .replica
+            .commands
+            .send(Command::Stop)
+            .await
+            .context("the engine ended early")?;
     }
     println!("{}", Value::Object(report));
     Ok(())
@@ -108,7 +113,11 @@ impl Engine {
             max_num_seqs: 16,
             ..tandem_backend::Options::new(options.model.clone())
         })?;
-        println!("ready after {:.2} s, {} MB of weights", began.elapsed().as_secs_f64(), replica.info.weight_bytes >> 20);
+        println!(
+            "ready after {:.2} s, {} MB of weights",
+            began.elapsed().as_secs_f64(),
+            replica.info.weight_bytes >> 20
+        );
         Ok(Engine { replica, requests: 0 })
     }
 
@@ -120,7 +129,12 @@ impl Engine {
             rates.push(512.0 / (stream[0] - began).as_secs_f64());
         }
         // The first warms caches and pages up.
-        say(report, "prefill_512", "tokens/s", rates[1..].iter().copied().fold(0.0, f64::max));
+        say(
+            report,
+            "prefill_512",
+            "tokens/s",
+            rates[1..].iter().copied().fold(0.0, f64::max),
+        );
         Ok(())
     }
 
@@ -139,7 +153,9 @@ impl Engine {
         let adapters: Vec<AdapterRef> = (0..ADAPTERS)
             .map(|seed| write_adapter(&options.model, &folder.path().join(seed.to_string()), seed))
             .collect::<anyhow::Result<_>>()?;
-        let turns: Vec<_> = (0..STREAMS).map(|i| Some(adapters[i % adapters.len()].clone())).collect();
+        let turns: Vec<_> = (0..STREAMS)
+            .map(|i| Some(adapters[i % adapters.len()].clone()))
+            .collect();
         // Loads them.
         self.rate(&turns, 2).await?;
         let base = self.rate(&vec![None; STREAMS], options.new_tokens).await?;
@@ -152,7 +168,10 @@ impl Engine {
 
     /// Tokens per second over all streams while every one of them decodes.
     async fn rate(&mut self, streams: &[Option<AdapterRef>], new_tokens: u32) -> anyhow::Result<f64> {
-        let running: Vec<_> = streams.iter().map(|adapter| self.send(256, new_tokens, adapter.clone())).collect();
+        let running: Vec<_> = streams
+            .iter()
+            .map(|adapter| self.send(256, new_tokens, adapter.clone()))
+            .collect();
         let mut times = vec![];
         for stream in running {
             times.push(tokio::spawn(stream));
@@ -161,9 +180,21 @@ impl Engine {
         for stream in times {
             streams.push(stream.await??);
         }
-        let begin = streams.iter().filter_map(|times| times.first()).max().context("no stream")?;
-        let end = streams.iter().filter_map(|times| times.last()).min().context("no stream")?;
-        let tokens = streams.iter().flatten().filter(|time| (begin..=end).contains(time)).count();
+        let begin = streams
+            .iter()
+            .filter_map(|times| times.first())
+            .max()
+            .context("no stream")?;
+        let end = streams
+            .iter()
+            .filter_map(|times| times.last())
+            .min()
+            .context("no stream")?;
+        let tokens = streams
+            .iter()
+            .flatten()
+            .filter(|time| (begin..=end).contains(time))
+            .count();
         Ok((tokens - streams.len().min(tokens)) as f64 / (*end - *begin).as_secs_f64().max(1e-9))
     }
 
@@ -198,7 +229,10 @@ impl Engine {
         let commands = self.replica.commands.clone();
         async move {
             let (events, mut inbox) = mpsc::channel(EVENT_QUEUE);
-            commands.send(Command::Generate(generate, events)).await.context("the engine ended")?;
+            commands
+                .send(Command::Generate(generate, events))
+                .await
+                .context("the engine ended")?;
             let mut times = vec![];
             loop {
                 match inbox.recv().await.context("the engine dropped a request")? {
@@ -224,14 +258,21 @@ fn train(options: &Options, report: &mut Map<String, Value>) -> anyhow::Result<(
     let base = Decoder::load(&options.model, precision, Device::Cpu)?;
     let vocab = base.spec.vocab as u64;
     let example = |number: u64| Example {
-        tokens: (0..EXAMPLE_TOKENS).map(|i| (rng::bits(9, number, i as u64) % vocab) as TokenId).collect(),
+        tokens: (0..EXAMPLE_TOKENS)
+            .map(|i| (rng::bits(9, number, i as u64) % vocab) as TokenId)
+            .collect(),
         weights: vec![1.0; EXAMPLE_TOKENS],
     };
     let steps = options.train_steps + 1;
     let examples: Vec<Example> = (0..steps * EXAMPLES as u64).map(example).collect();
     std::fs::write(folder.path().join(files::TRAIN), dataset::encode(&examples))?;
     let hyper = hyper(EXAMPLES as u32, lora(base.spec.lora_targets()));
-    let spec = JobSpec { id: JobId("ftjob-bench".to_owned()), folder: folder.path().to_owned(), base_model: "bench".to_owned(), hyper };
+    let spec = JobSpec {
+        id: JobId("ftjob-bench".to_owned()),
+        folder: folder.path().to_owned(),
+        base_model: "bench".to_owned(),
+        hyper,
+    };
     let mut trainer = Trainer::start(spec, &base)?;
     let (mut rates, mut quanta_s): (Vec<f64>, Vec<f64>) = (vec![], vec![]);
     loop {
@@ -248,7 +289,12 @@ fn train(options: &Options, report: &mut Map<String, Value>) -> anyhow::Result<(
         }
     }
     let peak_mb = machine::peak_rss_bytes().unwrap_or(0) as f64 / f64::from(1 << 20);
-    say(report, "train_tok_s", "tokens/s", rates[1..].iter().copied().fold(0.0, f64::max));
+    say(
+        report,
+        "train_tok_s",
+        "tokens/s",
+        rates[1..].iter().copied().fold(0.0, f64::max),
+    );
     say(report, "train_peak_rss_mb", "MB", peak_mb);
     let longest = quanta_s.iter().copied().fold(0.0, f64::max);
     println!(
@@ -260,7 +306,13 @@ fn train(options: &Options, report: &mut Map<String, Value>) -> anyhow::Result<(
 }
 
 fn lora(target_modules: Vec<String>) -> Lora {
-    Lora { r: 16, alpha: 32.0, dropout: 0.0, target_modules, use_rslora: false }
+    Lora {
+        r: 16,
+        alpha: 32.0,
+        dropout: 0.0,
+        target_modules,
+        use_rslora: false,
+    }
 }
 
 fn hyper(batch_size: u32, lora: Lora) -> Hyper {
@@ -292,8 +344,18 @@ fn write_adapter(model: &Path, folder: &Path, seed: u64) -> anyhow::Result<Adapt
     let lora = lora(spec.lora_targets());
     let params = AdapterParams::init(AdapterShape::new(&spec, &lora), seed);
     std::fs::create_dir(folder)?;
-    peft::write(folder, &params, &PeftConfig { base_model: "bench", lora: &lora })?;
-    Ok(AdapterRef { digest: peft::digest(folder)?, folder: folder.to_owned() })
+    peft::write(
+        folder,
+        &params,
+        &PeftConfig {
+            base_model: "bench",
+            lora: &lora,
+        },
+    )?;
+    Ok(AdapterRef {
+        digest: peft::digest(folder)?,
+        folder: folder.to_owned(),
+    })
 }
 
 fn say(report: &mut Map<String, Value>, key: &str, unit: &str, value: f64) {

@@ -78,7 +78,9 @@ async fn main() -> anyhow::Result<()> {
     let server = Server::new(&options.url, options.api_key.clone())?;
 
     for i in 0..options.warmup {
-        request(&server, &options, i as u64).await.context("a warm-up request failed")?;
+        request(&server, &options, i as u64)
+            .await
+            .context("a warm-up request failed")?;
     }
     let job = match &options.job {
         Some(file) => Some(start_job(&server, &options, file).await?),
@@ -95,7 +97,11 @@ async fn main() -> anyhow::Result<()> {
 
     let (samples, errors): (Vec<_>, Vec<_>) = results.into_iter().partition(Result::is_ok);
     let samples: Vec<Sample> = samples.into_iter().flatten().collect();
-    let errors: Vec<String> = errors.into_iter().filter_map(Result::err).map(|error| format!("{error:#}")).collect();
+    let errors: Vec<String> = errors
+        .into_iter()
+        .filter_map(Result::err)
+        .map(|error| format!("{error:#}"))
+        .collect();
     let mut report = report(&samples, wall_s);
     report["errors"] = json!(errors.len());
     report["client_cpu_share"] = json!(cpu_s / wall_s);
@@ -112,15 +118,25 @@ async fn main() -> anyhow::Result<()> {
 fn report(samples: &[Sample], wall_s: f64) -> Value {
     let tokens: u64 = samples.iter().map(|sample| sample.completion_tokens).sum();
     let series = [
-        ("ttft_ms", samples.iter().map(|sample| sample.ttft_s).collect::<Vec<_>>()),
+        (
+            "ttft_ms",
+            samples.iter().map(|sample| sample.ttft_s).collect::<Vec<_>>(),
+        ),
         ("tpot_ms", samples.iter().filter_map(Sample::tpot_s).collect()),
-        ("itl_ms", samples.iter().flat_map(|sample| &sample.itl_s).copied().collect()),
+        (
+            "itl_ms",
+            samples.iter().flat_map(|sample| &sample.itl_s).copied().collect(),
+        ),
         ("e2e_ms", samples.iter().map(|sample| sample.e2e_s).collect()),
     ];
     let mut report = json!({
         "requests": samples.len(), "completion_tokens": tokens, "wall_s": wall_s, "tokens_per_s": tokens as f64 / wall_s,
     });
-    println!("{} requests, {tokens} tokens in {wall_s:.2} s: {:.1} tokens/s", samples.len(), tokens as f64 / wall_s);
+    println!(
+        "{} requests, {tokens} tokens in {wall_s:.2} s: {:.1} tokens/s",
+        samples.len(),
+        tokens as f64 / wall_s
+    );
     for (name, seconds) in series {
         let at = |q| percentile(&seconds, q).map(|s| 1e3 * s);
         if let (Some(p50), Some(p95), Some(p99)) = (at(50.0), at(95.0), at(99.0)) {
@@ -146,7 +162,11 @@ async fn closed_loop(server: &Server, options: &Options) -> anyhow::Result<Vec<a
     join(running).await
 }
 
-async fn open_loop(server: &Server, options: &Options, rate: f64) -> anyhow::Result<Vec<anyhow::Result<Sample>>> {
+async fn open_loop(
+    server: &Server,
+    options: &Options,
+    rate: f64,
+) -> anyhow::Result<Vec<anyhow::Result<Sample>>> {
     let mut running = vec![];
     let mut due = tokio::time::Instant::now();
     for i in 0..options.requests {
@@ -154,7 +174,9 @@ async fn open_loop(server: &Server, options: &Options, rate: f64) -> anyhow::Res
         let gap_s = -(1.0 - rng::uniform(options.seed.unwrap_or_default(), ARRIVALS, i as u64)).ln() / rate;
         due += Duration::from_secs_f64(gap_s);
         let (server, options) = (server.clone(), options.clone());
-        running.push(tokio::spawn(async move { request(&server, &options, (options.warmup + i) as u64).await }));
+        running.push(tokio::spawn(async move {
+            request(&server, &options, (options.warmup + i) as u64).await
+        }));
     }
     join(running).await
 }
@@ -171,7 +193,8 @@ async fn join(
 
 async fn request(server: &Server, options: &Options, number: u64) -> anyhow::Result<Sample> {
     let seed = options.seed.unwrap_or_default();
-    let id = |i: usize| 3 + rng::bits(seed, number, i as u64) % u64::from(options.vocab.saturating_sub(3).max(1));
+    let id =
+        |i: usize| 3 + rng::bits(seed, number, i as u64) % u64::from(options.vocab.saturating_sub(3).max(1));
     let prompt: Vec<u64> = (0..options.prompt_tokens).map(id).collect();
     let body = json!({
         "model": options.model[number as usize % options.model.len()],
@@ -190,7 +213,10 @@ async fn request(server: &Server, options: &Options, number: u64) -> anyhow::Res
         if let Some(error) = event.get("error") {
             bail!("the stream carries an error: {error}");
         }
-        if event["choices"].as_array().is_some_and(|choices| !choices.is_empty()) {
+        if event["choices"]
+            .as_array()
+            .is_some_and(|choices| !choices.is_empty())
+        {
             match first {
                 None => first = Some(now),
                 Some(_) => itl_s.push((now - last).as_secs_f64()),
@@ -224,8 +250,17 @@ async fn start_job(server: &Server, options: &Options, file: &PathBuf) -> anyhow
     bytes.extend(content);
     bytes.extend(format!("\r\n--{BOUNDARY}--\r\n").into_bytes());
     let content_type = format!("multipart/form-data; boundary={BOUNDARY}");
-    let uploaded = server.post("/v1/files", Body { content_type: &content_type, bytes }).await?;
-    let hyperparameters: Value = serde_json::from_str(&options.hyperparameters).context("--hyperparameters")?;
+    let uploaded = server
+        .post(
+            "/v1/files",
+            Body {
+                content_type: &content_type,
+                bytes,
+            },
+        )
+        .await?;
+    let hyperparameters: Value =
+        serde_json::from_str(&options.hyperparameters).context("--hyperparameters")?;
     let body = json!({
         "model": options.model[0], "training_file": uploaded["id"], "seed": 1,
         "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
@@ -240,8 +275,16 @@ async fn start_job(server: &Server, options: &Options, file: &PathBuf) -> anyhow
             "validating_files" | "queued" if began.elapsed() < Duration::from_secs(60) => {
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
-            "running" => return Ok(Job { id, began: Instant::now() }),
-            status => bail!("the job is {status} before it could be measured: {}", job["error"]),
+            "running" => {
+                return Ok(Job {
+                    id,
+                    began: Instant::now(),
+                });
+            }
+            status => bail!(
+                "the job is {status} before it could be measured: {}",
+                job["error"]
+            ),
         }
     }
 }
@@ -249,13 +292,28 @@ async fn start_job(server: &Server, options: &Options, file: &PathBuf) -> anyhow
 /// Where the job stands now, and the rate its last steps reported: compare it with the same job on an idle server.
 async fn job_report(server: &Server, job: &Job) -> anyhow::Result<Value> {
     let state = server.get(&format!("/v1/fine_tuning/jobs/{}", job.id)).await?;
-    let events = server.get(&format!("/v1/fine_tuning/jobs/{}/events?limit=100", job.id)).await?;
+    let events = server
+        .get(&format!("/v1/fine_tuning/jobs/{}/events?limit=100", job.id))
+        .await?;
     let rates: Vec<f64> = events["data"]
         .as_array()
-        .map(|events| events.iter().filter_map(|event| event["data"]["tokens_per_second"].as_f64()).collect())
+        .map(|events| {
+            events
+                .iter()
+                .filter_map(|event| event["data"]["tokens_per_second"].as_f64())
+                .collect()
+        })
         .unwrap_or_default();
     let rate = percentile(&rates, 50.0);
-    println!("job {} is {} after {:.1} s: {rate:.1?} tokens/s", job.id, state["status"], job.began.elapsed().as_secs_f64());
+    let (status, seconds) = (
+        state["status"].as_str().unwrap_or("of unknown status"),
+        job.began.elapsed().as_secs_f64(),
+    );
+    println!(
+        "job {} is {status} after {seconds:.1} s: {:.1} tokens/s",
+        job.id,
+        rate.unwrap_or(0.0)
+    );
     Ok(json!({"status": state["status"], "tokens_per_s": rate, "steps_seen": rates.len()}))
 }
 

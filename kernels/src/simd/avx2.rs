@@ -1,50 +1,49 @@
 //! The micro-kernels in AVX2 with FMA. 6 rows x 2 ymm are 12 accumulators, enough for two FMA units of latency 4; with
-//! two panel registers, a broadcast and a mask that is all 16. Half a panel therefore goes through a tall tile, a whole
-//! one through a tile of up to 3 rows. (Two panels through one row: slower, the compiler spills.)
+//! two panel registers, a broadcast and a mask that is all 16. Half a panel therefore goes through a tall tile of 4 to 6
+//! rows, a whole one through a broad tile of 1 to 3.
 //!
 //! bfloat16 operands are widened on the way (a shift for the even value of a pair, a mask for the odd one): half the
 //! bytes of float32 at the same rate of arithmetic. Products of two bfloat16 are exact in float32.
+//!
+//! The four inner loops are assembly, because all 16 registers are spoken for and the compiler, rescheduling the same
+//! loop written with intrinsics, now and then needs a 17th: 0.95 or 0.6 of the FMA peak, by luck.
+
+#![allow(clippy::needless_range_loop)] // Register tiles are indexed by row and column.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::{PANEL, PASS_STEPS, Product, Sum};
 
+/// Rows of the largest register tile.
+const MAX_TILE: usize = 6;
+/// Rows of the largest tile over a whole panel.
+pub(super) const MAX_BROAD_TILE: usize = 3;
 /// Bytes of a panel's step, in either type.
 const PANEL_STEP_BYTES: usize = 128;
 
-/// Rows of the largest register tile.
-const MAX_TILE: usize = 6;
-
-/// The rows of a tile in float32, the even and the odd values of the pairs apart: a broadcast is then a plain load at a
-/// fixed distance from one pointer. Left to itself the compiler widens pairs in integer registers, at a third of the
-/// speed. The widening is shared by all columns of the pass.
+/// The rows of a tile in float32, the even and the odd values of the pairs apart: a broadcast is then a plain load. The
+/// widening is shared by all columns of the pass.
 #[repr(align(64))]
 struct Widened {
     #[allow(dead_code)] // Reached by pointer only: never initialised as a whole.
     values: [[[f32; PASS_STEPS]; 2]; MAX_TILE],
 }
 
-/// Calls `$tile::<M, Y>` for `$height` rows and `$width` columns.
+/// Calls `$tile::<M, Y>` with the loop of M rows and Y ymm of columns.
 macro_rules! tile {
-    ($tile:ident, $height:expr, $width:expr, $arguments:tt) => {
-        match ($height, $width.div_ceil(8)) {
-            (1, 1) => $tile::<1, 1> $arguments,
-            (1, 2) => $tile::<1, 2> $arguments,
-            (1, _) => $tile::<1, 4> $arguments,
-            (2, 1) => $tile::<2, 1> $arguments,
-            (2, 2) => $tile::<2, 2> $arguments,
-            (2, _) => $tile::<2, 4> $arguments,
-            (3, 1) => $tile::<3, 1> $arguments,
-            (3, 2) => $tile::<3, 2> $arguments,
-            (3, _) => $tile::<3, 4> $arguments,
-            (4, 1) => $tile::<4, 1> $arguments,
-            (4, _) => $tile::<4, 2> $arguments,
-            (5, 1) => $tile::<5, 1> $arguments,
-            (5, _) => $tile::<5, 2> $arguments,
-            (6, 1) => $tile::<6, 1> $arguments,
-            (6, _) => $tile::<6, 2> $arguments,
-            _ => unreachable!("a tile has 1..=6 rows"),
+    ($tile:ident, $tall:ident, $broad:ident, $height:expr, $width:expr, ($($argument:expr),*)) => {
+        match ($height, $width > 16) {
+            (1, true) => $tile::<_, 1, 4>($($argument,)* $broad::rows_1),
+            (2, true) => $tile::<_, 2, 4>($($argument,)* $broad::rows_2),
+            (3, true) => $tile::<_, 3, 4>($($argument,)* $broad::rows_3),
+            (1, false) => $tile::<_, 1, 2>($($argument,)* $tall::rows_1),
+            (2, false) => $tile::<_, 2, 2>($($argument,)* $tall::rows_2),
+            (3, false) => $tile::<_, 3, 2>($($argument,)* $tall::rows_3),
+            (4, false) => $tile::<_, 4, 2>($($argument,)* $tall::rows_4),
+            (5, false) => $tile::<_, 5, 2>($($argument,)* $tall::rows_5),
+            (6, false) => $tile::<_, 6, 2>($($argument,)* $tall::rows_6),
+            _ => unreachable!("a tile has 1..=6 rows, and at most 3 over a whole panel"),
         }
     };
 }
@@ -56,7 +55,14 @@ macro_rules! tile {
 #[target_feature(enable = "avx2,fma")]
 pub(super) unsafe fn pass_bf16(product: &Product<u16>) {
     let Product {
-        m, steps, a, lda, n, ..
+        m,
+        steps,
+        a,
+        lda,
+        n,
+        panels,
+        panel_stride,
+        ..
     } = *product;
     let mut widened = std::mem::MaybeUninit::<Widened>::uninit();
     let widened: *mut f32 = widened.as_mut_ptr().cast();
@@ -66,8 +72,26 @@ pub(super) unsafe fn pass_bf16(product: &Product<u16>) {
             unsafe { widen(a.add((row + r) * lda), steps, widened.add(r * 2 * PASS_STEPS)) };
         }
         for (column, width) in parts(n, height) {
+            let panel = panels.wrapping_add(column / PANEL * panel_stride + column % PANEL * 2);
+            let steps = Steps {
+                a: widened,
+                lda: 0,
+                panel,
+                steps,
+                ahead: Ahead::new(panel.cast(), steps, row, column),
+            };
+            let corner = Corner { row, column, width };
             // SAFETY: rows and columns inside m and n, for which the caller vouches, and `height` rows are widened.
-            unsafe { tile!(tile_bf16, height, width, (product, widened, row, column, width)) };
+            unsafe {
+                tile!(
+                    tile,
+                    tall_bf16,
+                    broad_bf16,
+                    height,
+                    width,
+                    (product, corner, steps)
+                )
+            };
         }
     }
 }
@@ -78,11 +102,30 @@ pub(super) unsafe fn pass_bf16(product: &Product<u16>) {
 /// The CPU has AVX2 and FMA; as [`super::product`].
 #[target_feature(enable = "avx2,fma")]
 pub(super) unsafe fn pass_f32(product: &Product<f32>) {
-    let Product { m, n, .. } = *product;
+    let Product {
+        m,
+        steps,
+        a,
+        lda,
+        n,
+        panels,
+        panel_stride,
+        ..
+    } = *product;
     for (row, height) in tiles(m) {
         for (column, width) in parts(n, height) {
+            let panel = panels.wrapping_add(column / PANEL * panel_stride + column % PANEL);
+            let ahead = Ahead::new(panel.cast(), steps, row, column);
+            let steps = Steps {
+                a: a.wrapping_add(row * lda),
+                lda,
+                panel,
+                steps,
+                ahead,
+            };
+            let corner = Corner { row, column, width };
             // SAFETY: rows and columns inside m and n, for which the caller vouches.
-            unsafe { tile!(tile_f32, height, width, (product, row, column, width)) };
+            unsafe { tile!(tile, tall_f32, broad_f32, height, width, (product, corner, steps)) };
         }
     }
 }
@@ -95,44 +138,14 @@ fn tiles(m: usize) -> impl Iterator<Item = (usize, usize)> {
 
 /// Cuts n columns into what a tile of this height holds: (first column, columns).
 fn parts(n: usize, height: usize) -> impl Iterator<Item = (usize, usize)> {
-    let widest = if height <= 3 { PANEL } else { PANEL / 2 };
+    let widest = if height <= MAX_BROAD_TILE {
+        PANEL
+    } else {
+        PANEL / 2
+    };
     (0..n)
         .step_by(widest)
         .map(move |column| (column, widest.min(n - column)))
-}
-
-/// Asks memory for the panel's next piece while this one is multiplied: the first tile of the rows does, at a pace that
-/// is done when the tile is. (Asking at a fixed distance instead has memory idle while the second half of the columns
-/// goes through: a quarter slower at 4 to 16 rows.)
-struct Ahead {
-    line: *const i8,
-    stride: usize,
-}
-
-impl Ahead {
-    /// `piece` is where the tile begins to read the panel: at its first column, or at the 17th.
-    #[inline]
-    fn new<const Y: usize>(piece: *const i8, steps: usize, row: usize, column: usize) -> Ahead {
-        let next = piece.wrapping_add(steps * PANEL_STEP_BYTES);
-        match (row, column % PANEL) {
-            (0, 0) => Ahead { line: next, stride: PANEL_STEP_BYTES / if Y > 2 { 1 } else { 2 } },
-            (0, _) => Ahead { line: next.wrapping_add(steps * PANEL_STEP_BYTES / 2), stride: PANEL_STEP_BYTES / 2 },
-            // Read already.
-            _ => Ahead { line: piece, stride: 0 },
-        }
-    }
-
-    #[inline]
-    fn ask<const Y: usize>(&mut self) {
-        // SAFETY: every x86-64 CPU has it, and an address that cannot be read is ignored.
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T1>(self.line);
-            if Y > 2 {
-                _mm_prefetch::<_MM_HINT_T1>(self.line.wrapping_add(64));
-            }
-        }
-        self.line = self.line.wrapping_add(self.stride);
-    }
 }
 
 /// # Safety
@@ -151,123 +164,313 @@ unsafe fn widen(from: *const u16, steps: usize, to: *mut f32) {
     }
 }
 
-/// One register tile: M rows, Y ymm of columns of one panel.
-///
-/// # Safety
-/// As [`pass_bf16`], for rows row..row + M, whose values stand in `widened`, and the columns from `column`; n <= 8 Y.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn tile_bf16<const M: usize, const Y: usize>(
-    product: &Product<u16>,
-    widened: *const f32,
-    row: usize,
-    column: usize,
-    n: usize,
-) {
-    let Product {
-        steps,
-        panels,
-        panel_stride,
-        ..
-    } = *product;
-    let mut panel = panels.wrapping_add(column / PANEL * panel_stride + column % PANEL * 2);
-    let mut ahead = Ahead::new::<Y>(panel.cast(), steps, row, column);
-    let odd_mask = _mm256_set1_epi32(0xffff_0000_u32 as i32);
-    // SAFETY: all reads and writes lie in the rows, panels and columns the caller vouches for.
-    unsafe {
-        let mut acc = start::<u16, M, Y>(product, row, column, n);
-        for step in 0..steps {
-            let line = |y: usize| panel.wrapping_add(y * 16);
-            ahead.ask::<Y>();
-            let x =
-                |r: usize, odd: usize| _mm256_broadcast_ss(&*widened.add((2 * r + odd) * PASS_STEPS + step));
-            let even =
-                |y: usize| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_loadu_si256(line(y).cast())));
-            // All even values before the odd ones: only half of the widened panel is in registers at a time. The odd
-            // half reads the panel's line again, by hand, since the compiler would keep it and spill accumulators.
-            let odd = |y: usize| {
-                let value: __m256;
-                asm!(
-                    "vandps {value}, {mask}, ymmword ptr [{line}]",
-                    value = out(ymm_reg) value, mask = in(ymm_reg) odd_mask, line = in(reg) line(y),
-                    options(readonly, nostack, preserves_flags),
-                );
-                value
-            };
-            accumulate(&mut acc, |r| x(r, 0), even);
-            accumulate(&mut acc, |r| x(r, 1), odd);
-            panel = panel.wrapping_add(2 * PANEL);
+/// Asks memory for the panel's next piece while this one is multiplied: the first tile of the rows does, at a pace that
+/// is done when the tile is. (Asking at a fixed distance instead leaves memory idle while the second half of the columns
+/// goes through: a quarter slower at 4 to 16 rows. Into the second-level cache for bfloat16, the first for float32: found
+/// by trying, a fifth each.)
+#[derive(Clone, Copy)]
+struct Ahead {
+    line: *const i8,
+    stride: usize,
+}
+
+impl Ahead {
+    /// `piece` is where the tile begins to read the panel: at its first column, or at the 17th.
+    fn new(piece: *const i8, steps: usize, row: usize, column: usize) -> Ahead {
+        let next = piece.wrapping_add(steps * PANEL_STEP_BYTES);
+        match (row, column % PANEL) {
+            (0, 0) => Ahead {
+                line: next,
+                stride: PANEL_STEP_BYTES / 2,
+            },
+            (0, _) => Ahead {
+                line: next.wrapping_add(steps * PANEL_STEP_BYTES / 2),
+                stride: PANEL_STEP_BYTES / 2,
+            },
+            // Read already.
+            _ => Ahead {
+                line: piece,
+                stride: 0,
+            },
         }
-        finish(acc, product, row, column, n);
     }
 }
 
-/// One register tile in float32: M rows, Y ymm of columns of one panel.
-///
-/// # Safety
-/// As [`pass_f32`], for rows row..row + M and the columns from `column`; n <= 8 Y.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn tile_f32<const M: usize, const Y: usize>(
-    product: &Product<f32>,
+/// What an inner loop runs over: rows of float32 `lda` apart (bfloat16: of [`Widened`]) and a panel.
+struct Steps<T> {
+    a: *const f32,
+    lda: usize,
+    panel: *const T,
+    steps: usize,
+    ahead: Ahead,
+}
+
+/// Where in c a tile stands.
+#[derive(Clone, Copy)]
+struct Corner {
     row: usize,
     column: usize,
-    n: usize,
+    width: usize,
+}
+
+/// One register tile: M rows, Y ymm of columns.
+///
+/// # Safety
+/// AVX2 and FMA; as [`super::product`] for rows and columns of the corner, width <= 8 Y; `run` is the loop for them.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn tile<T: Copy, const M: usize, const Y: usize>(
+    product: &Product<T>,
+    corner: Corner,
+    steps: Steps<T>,
+    run: unsafe fn(&mut [[__m256; Y]; M], Steps<T>),
 ) {
-    let Product {
-        steps,
-        a,
-        lda,
-        panels,
-        panel_stride,
-        ..
-    } = *product;
-    let mut panel = panels.wrapping_add(column / PANEL * panel_stride + column % PANEL);
-    let mut ahead = Ahead::new::<Y>(panel.cast(), steps, row, column);
-    let mut a = a.wrapping_add(row * lda);
-    // SAFETY: all reads and writes lie in the rows, panels and columns the caller vouches for.
+    // SAFETY: the caller's contract.
     unsafe {
-        let mut acc = start::<f32, M, Y>(product, row, column, n);
-        for _ in 0..steps {
-            let line = |y: usize| panel.wrapping_add(y * 8);
-            ahead.ask::<Y>();
-            accumulate(
-                &mut acc,
-                |r| _mm256_broadcast_ss(&*a.add(r * lda)),
-                |y| _mm256_loadu_ps(line(y)),
-            );
-            a = a.wrapping_add(1);
-            panel = panel.wrapping_add(PANEL);
+        let mut acc = start::<T, M, Y>(product, corner);
+        if steps.steps > 0 {
+            run(&mut acc, steps);
         }
-        finish(acc, product, row, column, n);
+        finish(acc, product, corner);
     }
 }
 
-/// acc[r][y] += x(r) b(y), with whichever of the two there is less of held in registers.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-fn accumulate<const M: usize, const Y: usize>(
-    acc: &mut [[__m256; Y]; M],
-    x: impl Fn(usize) -> __m256,
-    b: impl Fn(usize) -> __m256,
-) {
-    if Y <= 2 {
-        let b: [__m256; Y] = std::array::from_fn(b);
-        for r in 0..M {
-            let x = x(r);
-            for y in 0..Y {
-                acc[r][y] = _mm256_fmadd_ps(x, b[y], acc[r][y]);
-            }
+/// The inner loops of M rows and half a panel: `acc[r] += a[r][k] panel[k]`. Registers: ymm0..11 accumulators, 12 and 13
+/// the panel, 14 a broadcast, 15 the mask of odd values.
+macro_rules! tall_bf16 {
+    ($($name:ident: $m:literal [$($r:literal $low:tt $high:tt)*];)*) => {
+        mod tall_bf16 {
+            use super::*;
+            $(
+                /// # Safety
+                /// AVX2 and FMA; steps >= 1; rows and panel are readable for all steps.
+                #[target_feature(enable = "avx2,fma")]
+                pub(super) unsafe fn $name(acc: &mut [[__m256; 2]; $m], Steps { a, panel, steps, ahead, .. }: Steps<u16>) {
+                    // SAFETY: reads what the caller vouches for; writes only the registers named.
+                    unsafe {
+                        asm!(
+                            "2:",
+                            "prefetcht1 byte ptr [{ahead}]",
+                            "vmovups ymm12, ymmword ptr [{panel}]",
+                            "vmovups ymm13, ymmword ptr [{panel} + 32]",
+                            "vpslld ymm12, ymm12, 16",
+                            "vpslld ymm13, ymm13, 16",
+                            $(
+                                concat!("vbroadcastss ymm14, dword ptr [{a} + ", $r, "*{row}]"),
+                                concat!("vfmadd231ps ", $low, ", ymm14, ymm12"),
+                                concat!("vfmadd231ps ", $high, ", ymm14, ymm13"),
+                            )*
+                            "vandps ymm12, ymm15, ymmword ptr [{panel}]",
+                            "vandps ymm13, ymm15, ymmword ptr [{panel} + 32]",
+                            $(
+                                concat!("vbroadcastss ymm14, dword ptr [{a} + ", $r, "*{row} + {odd}]"),
+                                concat!("vfmadd231ps ", $low, ", ymm14, ymm12"),
+                                concat!("vfmadd231ps ", $high, ", ymm14, ymm13"),
+                            )*
+                            "add {a}, 4",
+                            "sub {panel}, -128",
+                            "add {ahead}, {stride}",
+                            "dec {steps}",
+                            "jnz 2b",
+                            a = inout(reg) a => _,
+                            panel = inout(reg) panel => _,
+                            steps = inout(reg) steps => _,
+                            ahead = inout(reg) ahead.line => _,
+                            stride = in(reg) ahead.stride,
+                            row = const 2 * PASS_STEPS * 4,
+                            odd = const PASS_STEPS * 4,
+                            $(inout($low) acc[$r][0], inout($high) acc[$r][1],)*
+                            out("ymm12") _, out("ymm13") _, out("ymm14") _,
+                            in("ymm15") _mm256_castsi256_ps(_mm256_set1_epi32(0xffff_0000_u32 as i32)),
+                            options(readonly, nostack),
+                        );
+                    }
+                }
+            )*
         }
-    } else {
-        let x: [__m256; M] = std::array::from_fn(x);
-        for y in 0..Y {
-            let b = b(y);
-            for r in 0..M {
-                acc[r][y] = _mm256_fmadd_ps(x[r], b, acc[r][y]);
-            }
+    };
+}
+
+tall_bf16! {
+    rows_1: 1 [0 "ymm0" "ymm1"];
+    rows_2: 2 [0 "ymm0" "ymm1" 1 "ymm2" "ymm3"];
+    rows_3: 3 [0 "ymm0" "ymm1" 1 "ymm2" "ymm3" 2 "ymm4" "ymm5"];
+    rows_4: 4 [0 "ymm0" "ymm1" 1 "ymm2" "ymm3" 2 "ymm4" "ymm5" 3 "ymm6" "ymm7"];
+    rows_5: 5 [0 "ymm0" "ymm1" 1 "ymm2" "ymm3" 2 "ymm4" "ymm5" 3 "ymm6" "ymm7" 4 "ymm8" "ymm9"];
+    rows_6: 6 [0 "ymm0" "ymm1" 1 "ymm2" "ymm3" 2 "ymm4" "ymm5" 3 "ymm6" "ymm7" 4 "ymm8" "ymm9" 5 "ymm10" "ymm11"];
+}
+
+/// As `tall_bf16` in float32. Rows 3, 4, 5 are addressed from a second pointer.
+macro_rules! tall_f32 {
+    ($($name:ident: $m:literal [$($r:literal $at:tt $low:tt $high:tt)*];)*) => {
+        mod tall_f32 {
+            use super::*;
+            $(
+                /// # Safety
+                /// AVX2 and FMA; steps >= 1; rows and panel are readable for all steps.
+                #[target_feature(enable = "avx2,fma")]
+                pub(super) unsafe fn $name(acc: &mut [[__m256; 2]; $m], Steps { a, lda, panel, steps, ahead }: Steps<f32>) {
+                    // SAFETY: reads what the caller vouches for; writes only the registers named.
+                    unsafe {
+                        asm!(
+                            "# {lda} {a3}", // A tile of one row has no other use for them.
+                            "2:",
+                            "prefetcht0 byte ptr [{ahead}]",
+                            "vmovups ymm12, ymmword ptr [{panel}]",
+                            "vmovups ymm13, ymmword ptr [{panel} + 32]",
+                            $(
+                                concat!("vbroadcastss ymm14, dword ptr [", $at, "]"),
+                                concat!("vfmadd231ps ", $low, ", ymm14, ymm12"),
+                                concat!("vfmadd231ps ", $high, ", ymm14, ymm13"),
+                            )*
+                            "add {a}, 4",
+                            "add {a3}, 4",
+                            "sub {panel}, -128",
+                            "add {ahead}, {stride}",
+                            "dec {steps}",
+                            "jnz 2b",
+                            a = inout(reg) a => _,
+                            a3 = inout(reg) a.wrapping_add(3 * lda) => _,
+                            lda = in(reg) 4 * lda,
+                            panel = inout(reg) panel => _,
+                            steps = inout(reg) steps => _,
+                            ahead = inout(reg) ahead.line => _,
+                            stride = in(reg) ahead.stride,
+                            $(inout($low) acc[$r][0], inout($high) acc[$r][1],)*
+                            out("ymm12") _, out("ymm13") _, out("ymm14") _,
+                            options(readonly, nostack),
+                        );
+                    }
+                }
+            )*
         }
-    }
+    };
+}
+
+tall_f32! {
+    rows_1: 1 [0 "{a}" "ymm0" "ymm1"];
+    rows_2: 2 [0 "{a}" "ymm0" "ymm1" 1 "{a} + {lda}" "ymm2" "ymm3"];
+    rows_3: 3 [0 "{a}" "ymm0" "ymm1" 1 "{a} + {lda}" "ymm2" "ymm3" 2 "{a} + 2*{lda}" "ymm4" "ymm5"];
+    rows_4: 4 [0 "{a}" "ymm0" "ymm1" 1 "{a} + {lda}" "ymm2" "ymm3" 2 "{a} + 2*{lda}" "ymm4" "ymm5" 3 "{a3}" "ymm6" "ymm7"];
+    rows_5: 5 [0 "{a}" "ymm0" "ymm1" 1 "{a} + {lda}" "ymm2" "ymm3" 2 "{a} + 2*{lda}" "ymm4" "ymm5" 3 "{a3}" "ymm6" "ymm7" 4 "{a3} + {lda}" "ymm8" "ymm9"];
+    rows_6: 6 [0 "{a}" "ymm0" "ymm1" 1 "{a} + {lda}" "ymm2" "ymm3" 2 "{a} + 2*{lda}" "ymm4" "ymm5" 3 "{a3}" "ymm6" "ymm7" 4 "{a3} + {lda}" "ymm8" "ymm9" 5 "{a3} + 2*{lda}" "ymm10" "ymm11"];
+}
+
+/// The inner loops of up to 3 rows and a whole panel. Registers: ymm0..11 accumulators, 12..14 a broadcast of each row, 15
+/// the panel. The mask of odd values is in 14 where that is free, else in memory.
+macro_rules! broad_bf16 {
+    ($($name:ident: $m:literal ($odd:literal $mask:literal) [$($r:literal $x:tt)*] $([$y:literal $($i:literal $acc:tt $by:tt)*])*;)*) => {
+        mod broad_bf16 {
+            use super::*;
+            $(
+                /// # Safety
+                /// AVX2 and FMA; steps >= 1; rows and panel are readable for all steps.
+                #[target_feature(enable = "avx2,fma")]
+                pub(super) unsafe fn $name(acc: &mut [[__m256; 4]; $m], Steps { a, panel, steps, ahead, .. }: Steps<u16>) {
+                    static ODD: [u32; 8] = [0xffff_0000; 8];
+                    // SAFETY: reads what the caller vouches for; writes only the registers named.
+                    unsafe {
+                        asm!(
+                            "vmovups ymm14, ymmword ptr [{odds}]",
+                            "2:",
+                            "prefetcht1 byte ptr [{ahead}]",
+                            "prefetcht1 byte ptr [{ahead} + {stride}]",
+                            $(concat!("vbroadcastss ", $x, ", dword ptr [{a} + ", $r, "*{row}]"),)*
+                            $(
+                                concat!("vmovups ymm15, ymmword ptr [{panel} + 32*", $y, "]"),
+                                "vpslld ymm15, ymm15, 16",
+                                $(concat!("vfmadd231ps ", $acc, ", ", $by, ", ymm15"),)*
+                            )*
+                            $(concat!("vbroadcastss ", $x, ", dword ptr [{a} + ", $r, "*{row} + {odd}]"),)*
+                            $(
+                                concat!($odd, ", ymmword ptr [{panel} + 32*", $y, "]"),
+                                $mask,
+                                $(concat!("vfmadd231ps ", $acc, ", ", $by, ", ymm15"),)*
+                            )*
+                            "add {a}, 4",
+                            "sub {panel}, -128",
+                            "lea {ahead}, [{ahead} + 2*{stride}]",
+                            "dec {steps}",
+                            "jnz 2b",
+                            a = inout(reg) a => _,
+                            panel = inout(reg) panel => _,
+                            steps = inout(reg) steps => _,
+                            ahead = inout(reg) ahead.line => _,
+                            stride = in(reg) ahead.stride,
+                            odds = in(reg) &ODD,
+                            row = const 2 * PASS_STEPS * 4,
+                            odd = const PASS_STEPS * 4,
+                            $($(inout($acc) acc[$i][$y],)*)*
+                            out("ymm12") _, out("ymm13") _, out("ymm14") _, out("ymm15") _,
+                            options(readonly, nostack),
+                        );
+                    }
+                }
+            )*
+        }
+    };
+}
+
+broad_bf16! {
+    rows_1: 1 ("vandps ymm15, ymm14" "") [0 "ymm12"]
+        [0 0 "ymm0" "ymm12"] [1 0 "ymm1" "ymm12"] [2 0 "ymm2" "ymm12"] [3 0 "ymm3" "ymm12"];
+    rows_2: 2 ("vandps ymm15, ymm14" "") [0 "ymm12" 1 "ymm13"]
+        [0 0 "ymm0" "ymm12" 1 "ymm4" "ymm13"] [1 0 "ymm1" "ymm12" 1 "ymm5" "ymm13"] [2 0 "ymm2" "ymm12" 1 "ymm6" "ymm13"] [3 0 "ymm3" "ymm12" 1 "ymm7" "ymm13"];
+    rows_3: 3 ("vmovups ymm15" "vandps ymm15, ymm15, ymmword ptr [{odds}]") [0 "ymm12" 1 "ymm13" 2 "ymm14"]
+        [0 0 "ymm0" "ymm12" 1 "ymm4" "ymm13" 2 "ymm8" "ymm14"] [1 0 "ymm1" "ymm12" 1 "ymm5" "ymm13" 2 "ymm9" "ymm14"] [2 0 "ymm2" "ymm12" 1 "ymm6" "ymm13" 2 "ymm10" "ymm14"] [3 0 "ymm3" "ymm12" 1 "ymm7" "ymm13" 2 "ymm11" "ymm14"];
+}
+
+/// As `broad_bf16` in float32.
+macro_rules! broad_f32 {
+    ($($name:ident: $m:literal [$($at:tt $x:tt)*] $([$y:literal $($i:literal $acc:tt $by:tt)*])*;)*) => {
+        mod broad_f32 {
+            use super::*;
+            $(
+                /// # Safety
+                /// AVX2 and FMA; steps >= 1; rows and panel are readable for all steps.
+                #[target_feature(enable = "avx2,fma")]
+                pub(super) unsafe fn $name(acc: &mut [[__m256; 4]; $m], Steps { a, lda, panel, steps, ahead }: Steps<f32>) {
+                    // SAFETY: reads what the caller vouches for; writes only the registers named.
+                    unsafe {
+                        asm!(
+                            "# {lda}", // A tile of one row has no other use for it.
+                            "2:",
+                            "prefetcht0 byte ptr [{ahead}]",
+                            "prefetcht0 byte ptr [{ahead} + {stride}]",
+                            $(concat!("vbroadcastss ", $x, ", dword ptr [", $at, "]"),)*
+                            $(
+                                concat!("vmovups ymm15, ymmword ptr [{panel} + 32*", $y, "]"),
+                                $(concat!("vfmadd231ps ", $acc, ", ", $by, ", ymm15"),)*
+                            )*
+                            "add {a}, 4",
+                            "sub {panel}, -128",
+                            "lea {ahead}, [{ahead} + 2*{stride}]",
+                            "dec {steps}",
+                            "jnz 2b",
+                            a = inout(reg) a => _,
+                            lda = in(reg) 4 * lda,
+                            panel = inout(reg) panel => _,
+                            steps = inout(reg) steps => _,
+                            ahead = inout(reg) ahead.line => _,
+                            stride = in(reg) ahead.stride,
+                            $($(inout($acc) acc[$i][$y],)*)*
+                            out("ymm12") _, out("ymm13") _, out("ymm14") _, out("ymm15") _,
+                            options(readonly, nostack),
+                        );
+                    }
+                }
+            )*
+        }
+    };
+}
+
+broad_f32! {
+    rows_1: 1 ["{a}" "ymm12"]
+        [0 0 "ymm0" "ymm12"] [1 0 "ymm1" "ymm12"] [2 0 "ymm2" "ymm12"] [3 0 "ymm3" "ymm12"];
+    rows_2: 2 ["{a}" "ymm12" "{a} + {lda}" "ymm13"]
+        [0 0 "ymm0" "ymm12" 1 "ymm4" "ymm13"] [1 0 "ymm1" "ymm12" 1 "ymm5" "ymm13"] [2 0 "ymm2" "ymm12" 1 "ymm6" "ymm13"] [3 0 "ymm3" "ymm12" 1 "ymm7" "ymm13"];
+    rows_3: 3 ["{a}" "ymm12" "{a} + {lda}" "ymm13" "{a} + 2*{lda}" "ymm14"]
+        [0 0 "ymm0" "ymm12" 1 "ymm4" "ymm13" 2 "ymm8" "ymm14"] [1 0 "ymm1" "ymm12" 1 "ymm5" "ymm13" 2 "ymm9" "ymm14"] [2 0 "ymm2" "ymm12" 1 "ymm6" "ymm13" 2 "ymm10" "ymm14"] [3 0 "ymm3" "ymm12" 1 "ymm7" "ymm13" 2 "ymm11" "ymm14"];
 }
 
 /// The lanes of register y that are columns of c, as the sign bits VMASKMOVPS looks at.
@@ -282,14 +485,16 @@ fn lanes(n: usize, y: usize) -> __m256i {
 }
 
 /// # Safety
-/// AVX2; for [`Sum::Continue`], c is readable for M rows from `row` in n columns from `column`.
+/// AVX2; for [`Sum::Continue`], c is readable where the corner says.
 #[inline]
 #[target_feature(enable = "avx2")]
 unsafe fn start<T: Copy, const M: usize, const Y: usize>(
     product: &Product<T>,
-    row: usize,
-    column: usize,
-    n: usize,
+    Corner {
+        row,
+        column,
+        width: n,
+    }: Corner,
 ) -> [[__m256; Y]; M] {
     let Product { c, ldc, sum, .. } = *product;
     let mut acc = [[_mm256_setzero_ps(); Y]; M];
@@ -311,15 +516,17 @@ unsafe fn start<T: Copy, const M: usize, const Y: usize>(
 }
 
 /// # Safety
-/// AVX2; c is readable and writable for M rows from `row` in n columns from `column`.
+/// AVX2; c is readable and writable where the corner says.
 #[inline]
 #[target_feature(enable = "avx2")]
 unsafe fn finish<T: Copy, const M: usize, const Y: usize>(
     acc: [[__m256; Y]; M],
     product: &Product<T>,
-    row: usize,
-    column: usize,
-    n: usize,
+    Corner {
+        row,
+        column,
+        width: n,
+    }: Corner,
 ) {
     let Product { c, ldc, sum, .. } = *product;
     for r in 0..M {

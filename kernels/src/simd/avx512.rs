@@ -2,9 +2,11 @@
 //! is 27 of 32. VDPBF16PS and FMA issue once a cycle with a latency of up to 6, and one broadcast feeds two of them,
 //! so the dot unit is the only limit.
 
+#![allow(clippy::needless_range_loop)] // Register tiles are indexed by row and column.
+
 use std::arch::x86_64::*;
 
-use super::{PANEL, PREFETCH_BYTES, Product, Sum};
+use super::{PANEL, PASS_STEPS, PREFETCH_BYTES, Product, Sum};
 
 /// Rows of the largest register tile.
 const MAX_TILE: usize = 12;
@@ -13,6 +15,10 @@ const MAX_WIDE_TILE: usize = 6;
 
 pub(super) fn pass_columns(m: usize) -> usize {
     if m <= MAX_WIDE_TILE { 2 * PANEL } else { PANEL }
+}
+
+pub(super) fn pass_steps(m: usize) -> usize {
+    if m <= MAX_TILE { usize::MAX } else { PASS_STEPS }
 }
 
 /// Cuts m rows into tiles of nearly equal height (13 rows are 7 + 6, not 12 + 1: a tile of one row is bound by the
@@ -48,7 +54,7 @@ pass!(
     /// `c (+)= a * panels` with bfloat16 operands and float32 sums.
     ///
     /// # Safety
-    /// The CPU has AVX512-BF16; as [`super::product`] with n <= [`pass_columns`].
+    /// The CPU has AVX512-BF16; as [`super::product`] with n <= [`pass_columns`] and steps <= [`pass_steps`].
     pass_bf16, tile_bf16, u16, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16",
     { 1 2 3 4 5 6 7 8 9 10 11 12 } { 1 2 3 4 5 6 }
 );
@@ -57,7 +63,7 @@ pass!(
     /// `c (+)= a * panels` in float32 with fused multiply-add.
     ///
     /// # Safety
-    /// The CPU has AVX-512 (F, BW, DQ, VL); as [`super::product`] with n <= [`pass_columns`].
+    /// The CPU has AVX-512 (F, BW, DQ, VL); as [`super::product`] with n <= [`pass_columns`] and steps <= [`pass_steps`].
     pass_f32, tile_f32, f32, "avx512f,avx512bw,avx512dq,avx512vl",
     { 1 2 3 4 5 6 7 8 9 10 11 12 } { 1 2 3 4 5 6 }
 );

@@ -93,6 +93,6 @@ pub async fn info(State(app): State<App>) -> Answer<TokenizerInfo> {
         bos_token: text(tokenizer.bos()),
         eos_token: text(tokenizer.eos()),
         chat_template: tokenizer.chat_template_source().map(str::to_owned),
-        vocab_size: tokenizer.vocab_size() as usize,
+        vocab_size: tokenizer.vocab_size(),
     })
 }
