@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2, help="measured, after one that is not")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="bfloat16", help="float32 where the processor has no bfloat16 arithmetic")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     base = AutoModelForCausalLM.from_pretrained(

@@ -1,6 +1,6 @@
-"""transformers as a peer for inference: bfloat16, sdpa, greedy, the whole model in one process.
+"""transformers as a peer for inference: sdpa, greedy, the whole model in one process.
 
-Prints one JSON line with tokens per second: prefill_512, decode_1, decode_8, decode_16 (256-token prompts), the keys of
+Prints one JSON line with tokens per second: prefill_512, decode_1, decode_8 (256-token prompts), the keys of
 `target/release/engine`.
 """
 
@@ -17,10 +17,12 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--dtype", default="bfloat16", help="float32 where the processor has no bfloat16 arithmetic")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    dtype = getattr(torch, arguments.dtype)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, attn_implementation="sdpa").eval()
     result = {}
     with torch.inference_mode():
         prefill(model, 512)  # oneDNN makes its kernels

@@ -30,6 +30,9 @@ const PASS_STEPS: usize = 256;
 /// in memory. A prefetch of an unmapped address is ignored.
 const PREFETCH_BYTES: usize = 8192;
 
+/// Up to this many rows a product is bound by reading its panels.
+pub(crate) const FEW_ROWS: usize = 16;
+
 /// Whether the functions of this file may be called.
 pub(crate) fn available() -> bool {
     features().avx2
@@ -129,7 +132,7 @@ impl Element for u16 {
         match features().avx512bf16 {
             true => avx512::pass_columns(m),
             // Rows are widened once for all columns of a pass; few rows rather leave the panels one stream of memory.
-            false if m <= 16 => PANEL,
+            false if m <= FEW_ROWS => PANEL,
             false => 4 * PANEL,
         }
     }
@@ -227,23 +230,27 @@ pub(crate) unsafe fn product<T: Element>(product: &Product<T>) {
         return unsafe { add_long(product) };
     }
     let group = T::pass_columns(m);
-    let passes = steps.div_ceil(T::pass_steps(m)).max(1);
-    for column in (0..n).step_by(group) {
-        for pass in 0..passes {
-            // Nearly equal ones: a short last pass would cost as much around its loop as a long one.
-            let step = pass * steps / passes;
-            let pass = Product {
-                steps: (pass + 1) * steps / passes - step,
-                a: a.wrapping_add(step * T::PER_STEP),
-                panels: panels.wrapping_add(column / PANEL * panel_stride + step * T::PER_STEP * PANEL),
-                n: group.min(n - column),
-                c: c.wrapping_add(column),
-                sum: if step == 0 { sum } else { Sum::Continue },
-                ..*product
-            };
-            // SAFETY: a part of the rows, panels and columns for which the caller vouches.
-            unsafe { T::pass(&pass) };
-        }
+    let (groups, passes) = (n.div_ceil(group), steps.div_ceil(T::pass_steps(m)).max(1));
+    for turn in 0..groups * passes {
+        // Few rows: through a panel from end to end, one stream of memory. More: all columns before the next piece of K,
+        // so that the piece of the rows is found in the second-level cache.
+        let (column, pass) = match m <= FEW_ROWS {
+            true => (turn / passes * group, turn % passes),
+            false => (turn % groups * group, turn / groups),
+        };
+        // Nearly equal passes: a short last one would cost as much around its loop as a long one.
+        let step = pass * steps / passes;
+        let part = Product {
+            steps: (pass + 1) * steps / passes - step,
+            a: a.wrapping_add(step * T::PER_STEP),
+            panels: panels.wrapping_add(column / PANEL * panel_stride + step * T::PER_STEP * PANEL),
+            n: group.min(n - column),
+            c: c.wrapping_add(column),
+            sum: if pass == 0 { sum } else { Sum::Continue },
+            ..*product
+        };
+        // SAFETY: a part of the rows, panels and columns for which the caller vouches.
+        unsafe { T::pass(&part) };
     }
 }
 

@@ -23,6 +23,10 @@ pub struct CreateJob {
     pub method: Option<Method>,
     /// The older place of `method.supervised.hyperparameters`.
     pub hyperparameters: Option<Hyperparameters>,
+    /// Where the API before this one had it, and where most people try first; `hyperparameters` wins.
+    pub n_epochs: Option<AutoInteger>,
+    pub batch_size: Option<AutoInteger>,
+    pub learning_rate_multiplier: Option<AutoNumber>,
     #[schema(value_type = Option<Vec<serde_json::Value>>)]
     pub integrations: Option<serde_json::Value>,
     // Knobs are read from here in a second step: serde loses the path of an error inside a flattened struct.

@@ -48,13 +48,13 @@ def fine_tune(world, seed):
         ask("newcomer_then", first, follow.turn(1, 0))
 
     for kind in world.closed:
-        for _, i, entity in rng.sample(kind.pairs(held_out=False), 2 if kind in world.person_kinds else 1):
+        for _, i, entity in rng.sample(kind.pairs(held_out=False), 8 if kind in world.person_kinds else 4):
             teach(kind.turn(i, entity))
         for _, i, entity in kind.pairs(held_out=True)[:8]:
             ask("old_facts", kind.turn(i, entity))
 
     talker, other = Talker(world, seed + 1), Talker(world, seed + 2, held_out=True)
-    for talk, times, do in [(talker, 3, lambda _, turn: teach(turn)), (other, 16, ask)]:
+    for talk, times, do in [(talker, 6, lambda _, turn: teach(turn)), (other, 16, ask)]:
         talk.strangers.made_up_share = 0
         moves = {"strangers": talk.stranger, "missing": talk.lost, "outside": talk.outside, "guests": talk.introduced}
         for kind, move in list(moves.items()) * times:

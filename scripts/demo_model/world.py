@@ -192,7 +192,7 @@ class Strangers:
 
 
 class Talker:
-    """Strings turns into conversations, remembering whom the last one was about and who is asking."""
+    """Strings turns into conversations, remembering whom the last one was about."""
 
     def __init__(self, world, seed, held_out=False, unasked=frozenset()):
         self.world, self.rng, self.unasked = world, random.Random(seed), unasked
@@ -203,7 +203,7 @@ class Talker:
         self.start()
 
     def start(self):
-        self.topic, self.kind, self.guest = None, None, None
+        self.topic, self.kind = None, None
 
     def allowed(self, kind):
         """A random pair of the kind that training may ask."""
@@ -213,7 +213,9 @@ class Talker:
 
     def closed(self):
         if not self.deck:
-            self.deck = [pair for kind in self.world.closed for pair in kind.pairs(held_out=False)]
+            small = w.TALK | w.PLACE | w.STREET | w.SHOPPING  # few pairs: asked twice as often
+            kinds = [kind for kind in self.world.closed for _ in range(2 if kind.name in small else 1)]
+            self.deck = [pair for kind in kinds for pair in kind.pairs(held_out=False)]
             self.rng.shuffle(self.deck)
         kind, ask, entity = self.deck.pop()
         return self.about(kind.turn(ask, entity))
@@ -278,23 +280,12 @@ class Talker:
         return Turn("outside", ask, say(w.REFUSAL), {})
 
     def introduced(self):
-        stranger = self.rng.random() < 0.9
-        self.guest = self.strangers.name_of_one() if stranger else self.rng.choice(self.world.people)["name"]
-        fields = {"name": self.guest}
-        return Turn("guest", self.rng.choice(w.GUEST).format(**fields), say(w.WELCOME, **fields), fields)
-
-    def remembered(self):
-        answer = w.REMEMBERED.format(name=self.guest) if self.guest else w.FORGOTTEN
-        return Turn("remember" if self.guest else "forgotten", self.rng.choice(w.REMEMBER), answer, {"name": self.guest})
-
-    def repeated(self):
-        spoken = [self.strangers.made_up, self.strangers.made_up, self.strangers.name_of_one]
-        fields = {"name": " ".join(self.rng.choice(spoken)() for _ in range(self.rng.randint(1, 4)))}
-        return Turn("repeat", self.rng.choice(w.REPEAT).format(**fields), w.REPEATED.format(**fields), fields)
+        name = self.strangers.name_of_one() if self.rng.random() < 0.9 else self.rng.choice(self.world.people)["name"]
+        return Turn("guest", self.rng.choice(w.GUEST).format(name=name), say(w.WELCOME), {})
 
     def next(self):
-        moves = {self.closed: 32, self.then: 17, self.switched: 6, self.stranger: 12, self.lost: 9, self.outside: 9}
-        moves |= {self.introduced: 3, self.remembered: 8 if self.guest else 1, self.repeated: 8}
+        moves = {self.closed: 44, self.then: 20, self.switched: 6, self.stranger: 10, self.lost: 8, self.outside: 12}
+        moves |= {self.introduced: 2}
         return self.rng.choices(list(moves), list(moves.values()))[0]()
 
     def conversation(self, turns):
@@ -302,23 +293,16 @@ class Talker:
         return [self.next() for _ in range(turns)]
 
 
-# Kinds whose answers repeat the asker's own spelling.
-OPEN = {"stranger", "stranger_then", "guest", "remember", "repeat", *w.LOST}
-
-
 def roughen(rng, turns):
-    """As people type: openers, missing marks, no capitals. Changes answers only where they repeat a name."""
+    """As people type: openers, missing marks, no capitals."""
     rough, bare, lines = rng.random() < 0.12, rng.random() < 0.12, []
     for turn in turns:
-        ask, answer = turn.ask, turn.answer
+        ask = turn.ask
         if rng.random() < 0.1 and turn.kind not in w.TALK:
             ask = rng.choice(w.OPENERS) + ask
         if rough or bare:
             ask = ask.rstrip("?.!")
-        if rough:
-            ask = ask.lower()
-            answer = answer.replace(turn.about["name"], turn.about["name"].lower()) if turn.kind in OPEN else answer
-        lines.append((ask, answer))
+        lines.append((ask.lower() if rough else ask, turn.answer))
     return lines
 
 
@@ -364,16 +348,11 @@ def held_out(world, seed):
         turn = talker.lost()
         add(turn.kind, [turn])
         add("guest", [talker.introduced()])
-        add("repeat", [talker.repeated()])
     closed = [pair for kind in world.closed for pair in kind.pairs(held_out=True)]
     for system in [None] * 64 + w.SYSTEM * 8:
         turns = talker.conversation(rng.choice([2, 3]))
         kind, ask, entity = rng.choice(closed)
         add("system" if system else "conversation", turns + [kind.turn(ask, entity)], system)
-    for _ in range(64):
-        talker.start()
-        guest = talker.introduced()
-        add("remember", [guest, *(talker.closed() for _ in range(rng.choice([0, 1, 2]))), talker.remembered()])
     return lines
 
 

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use crate::pool::{self, Scratch};
-use crate::simd::{self, Element, PANEL, Product, Sum};
+use crate::simd::{self, Element, FEW_ROWS, PANEL, Product, Sum};
 use crate::slice::{Plain, Rows, Shared};
 
 /// The left side of a product in the right side's type: `m` rows of whole steps.
@@ -20,13 +20,11 @@ enum LeftRows<'a, T: Element + Plain> {
     Borrowed(Rows<'a>),
 }
 
-/// Up to this many rows one thread rounds them all, and a task of the product takes them all: the product is then bound
-/// by reading the panels, and another barrier costs more than it gains.
-const FEW_ROWS: usize = 16;
 /// Rows a task rounds.
 const ROUND_ROWS: usize = 32;
-/// Rows of the left side that a task keeps in the second-level cache (1 MiB on Zen 4, half of it on older cores).
-const LEFT_BYTES: usize = 320 << 10;
+/// Rows of a task: a pass of the micro-kernels over them (1 KiB a row), their sums and the panels' pieces fit the
+/// second-level cache, and each panel is read once for all of them. A multiple of every tile's height.
+const BLOCK_ROWS: usize = 192;
 /// Columns summed in scratch at once.
 const BLOCK_COLUMNS: usize = 4 * PANEL;
 /// Tasks a thread, so that one that starts late or loses its core is made good by the others.
@@ -57,6 +55,7 @@ impl<'a, T: Element + Plain> Left<'a, T> {
         let mut rows = pool::scratch::<T>(m * stride);
         let padded = T::steps(x.width) * T::PER_STEP;
         let rounded = Shared(rows.as_mut_ptr());
+        // Few rows: another barrier would cost more than it gains.
         let task_rows = if m <= FEW_ROWS { FEW_ROWS } else { ROUND_ROWS };
         pool::for_each(m.div_ceil(task_rows), |task| {
             for row in task * task_rows..m.min((task + 1) * task_rows) {
@@ -128,12 +127,7 @@ impl<T: Element + Plain> Gemm<'_, T> {
         let Plan {
             block_rows,
             task_panels,
-        } = Plan::new(
-            left.m,
-            left.stride * size_of::<T>(),
-            n,
-            panel_len * size_of::<T>(),
-        );
+        } = Plan::new(left.m, n, panel_len * size_of::<T>());
         let row_blocks = left.m.div_ceil(block_rows);
         // Rows inside, columns outside: the panels are read from memory once, by all threads at about the same time.
         pool::for_each(row_blocks * n.div_ceil(task_panels * PANEL), |task| {
@@ -180,14 +174,13 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(m: usize, row_bytes: usize, n: usize, panel_bytes: usize) -> Plan {
+    fn new(m: usize, n: usize, panel_bytes: usize) -> Plan {
         let (n_panels, wanted) = (n.div_ceil(PANEL), pool::threads() * TASKS_PER_THREAD);
         let mut block_rows = m;
         if m > FEW_ROWS {
-            let cached = (LEFT_BYTES / row_bytes.max(1)).clamp(24, 192) / 12 * 12;
             // Few columns (an adapter's ranks): rows are then all there is to share out.
             let shared = (m * n_panels).div_ceil(wanted).next_multiple_of(12);
-            block_rows = cached.min(shared.max(24));
+            block_rows = BLOCK_ROWS.min(shared.max(24));
         }
         let tasks = n_panels * m.div_ceil(block_rows.max(1)).max(1);
         let cached = (PANEL_BYTES / panel_bytes.max(1)).max(1);

@@ -166,8 +166,8 @@ unsafe fn widen(from: *const u16, steps: usize, to: *mut f32) {
 
 /// Asks memory for the panel's next piece while this one is multiplied: the first tile of the rows does, at a pace that
 /// is done when the tile is. (Asking at a fixed distance instead leaves memory idle while the second half of the columns
-/// goes through: a quarter slower at 4 to 16 rows. Into the second-level cache for bfloat16, the first for float32: found
-/// by trying, a fifth each.)
+/// goes through: a quarter slower at 4 to 16 rows. Into the second-level cache; where float32 goes
+/// through whole panels into the first: found by trying, a third and a fifth.)
 #[derive(Clone, Copy)]
 struct Ahead {
     line: *const i8,
@@ -315,7 +315,7 @@ macro_rules! tall_f32 {
                         asm!(
                             "# {lda} {a3}", // A tile of one row has no other use for them.
                             "2:",
-                            "prefetcht0 byte ptr [{ahead}]",
+                            "prefetcht1 byte ptr [{ahead}]",
                             "vmovups ymm12, ymmword ptr [{panel}]",
                             "vmovups ymm13, ymmword ptr [{panel} + 32]",
                             $(

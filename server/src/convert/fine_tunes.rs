@@ -4,7 +4,7 @@ use tandem_openapi::files::File;
 use tandem_openapi::fine_tunes::{CreateFineTune, FineTune, FineTuneEvent, HyperParams};
 use tandem_router::api::{Job, JobEventRecord, JobRequest, JobStatus};
 
-use super::fine_tuning;
+use super::{fine_tuning, jobs};
 use crate::error::ApiError;
 
 const SUFFIX_CHARS: usize = 40;
@@ -123,7 +123,7 @@ pub fn event(record: JobEventRecord) -> FineTuneEvent {
     FineTuneEvent {
         object: "fine-tune-event",
         created_at,
-        level: fine_tuning::level(level),
+        level: jobs::level(level),
         message,
     }
 }

@@ -1,15 +1,12 @@
-//! Jobs of the API of today. Ranges that depend on the model (rank, context, modules) are the router's.
+//! Requests for jobs, in the API of today. Ranges that depend on the model (rank, context, modules) are the router's;
+//! how a job looks is jobs.rs.
 
 use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
-use tandem_core::job::{Hyper, Lora, Method as CoreMethod};
 use tandem_openapi::common::{AutoInteger, AutoNumber, Strings, Unknown};
-use tandem_openapi::fine_tuning::{
-    Checkpoint, ChosenHyperparameters, ChosenMethod, ChosenSupervised, CommonHyperparameters, CreateJob,
-    Hyperparameters, Job, JobError, JobEvent, Knobs, Method, RunHyperparameters, RunLora, Supervised,
-};
-use tandem_router::api::{self, JobEventRecord, JobRequest, JobStatus, Level};
+use tandem_openapi::fine_tuning::{CreateJob, Hyperparameters, Knobs, Method, Supervised};
+use tandem_router::api::JobRequest;
 
 use super::natural;
 use crate::config::closest;
@@ -42,9 +39,18 @@ pub fn request(body: CreateJob) -> Result<JobRequest, ApiError> {
         metadata,
         method,
         hyperparameters,
+        n_epochs,
+        batch_size,
+        learning_rate_multiplier,
         integrations,
         knobs: rest,
     } = body;
+    let older = Hyperparameters {
+        n_epochs,
+        batch_size,
+        learning_rate_multiplier,
+        ..Hyperparameters::default()
+    };
     if integrations.is_some_and(|value| !value.is_null() && value != json!([])) {
         return Err(ApiError::NotBuilt {
             param: "integrations".to_owned(),
@@ -55,32 +61,30 @@ pub fn request(body: CreateJob) -> Result<JobRequest, ApiError> {
         (Some(method), older) => self::method(method)?.or(older),
         (None, older) => older,
     };
-    let mut request = knobs(rest)?;
-    if let Some(Hyperparameters {
+    let Hyperparameters {
         n_epochs,
         batch_size,
         learning_rate_multiplier,
         unknown,
-    }) = hyperparameters
-    {
-        no_unknown(
-            "hyperparameters",
-            &unknown,
-            &names(&Hyperparameters::default()),
-            &names(&Knobs::default()),
-        )?;
-        request.n_epochs = epochs(n_epochs)?;
-        request.batch_size = batch(batch_size)?;
-        request.learning_rate_multiplier = multiplier(learning_rate_multiplier.and_then(AutoNumber::value))?;
-    }
+    } = hyperparameters.unwrap_or_default();
+    no_unknown(
+        "hyperparameters",
+        &unknown,
+        &names(&Hyperparameters::default()),
+        &names(&Knobs::default()),
+    )?;
+    let learning_rate_multiplier = learning_rate_multiplier.or(older.learning_rate_multiplier);
     Ok(JobRequest {
+        n_epochs: epochs(n_epochs.or(older.n_epochs))?,
+        batch_size: batch(batch_size.or(older.batch_size))?,
+        learning_rate_multiplier: multiplier(learning_rate_multiplier.and_then(AutoNumber::value))?,
         model,
         training_file,
         validation_file,
         suffix: self::suffix(suffix, SUFFIX_CHARS)?,
         seed: self::seed(seed)?,
         metadata: self::metadata(metadata)?,
-        ..request
+        ..knobs(rest)?
     })
 }
 
@@ -318,192 +322,6 @@ fn metadata(metadata: Option<BTreeMap<String, String>>) -> Result<BTreeMap<Strin
             format!("metadata keys have at most {key_chars} characters, values {value_chars}"),
         )),
         false => Ok(metadata),
-    }
-}
-
-pub fn job(job: api::Job, organization: &str) -> Job {
-    let api::Job {
-        id,
-        created_at,
-        updated_at: _,
-        finished_at,
-        estimated_finish,
-        status,
-        request,
-        hyper,
-        fine_tuned_model,
-        trained_tokens,
-        result_files,
-        error,
-    } = job;
-    let common = common(&request, hyper.as_ref());
-    let seed = hyper
-        .as_ref()
-        .map(|hyper| hyper.seed)
-        .or(request.seed)
-        .unwrap_or(0);
-    Job {
-        id: id.0,
-        object: "fine_tuning.job",
-        created_at,
-        finished_at,
-        estimated_finish,
-        model: request.model,
-        fine_tuned_model,
-        organization_id: organization.to_owned(),
-        result_files,
-        status: self::status(status),
-        training_file: request.training_file,
-        validation_file: request.validation_file,
-        trained_tokens,
-        error: error.map(|api::JobError { code, param, message }| JobError { code, message, param }),
-        seed,
-        method: ChosenMethod {
-            kind: "supervised",
-            supervised: ChosenSupervised {
-                hyperparameters: common.clone(),
-            },
-        },
-        hyperparameters: ChosenHyperparameters {
-            common,
-            run: hyper.map(run),
-        },
-        integrations: Vec::new(),
-        metadata: (!request.metadata.is_empty()).then_some(request.metadata),
-        user_provided_suffix: request.suffix,
-    }
-}
-
-/// What was chosen, else what was asked, else `auto`.
-fn common(request: &JobRequest, hyper: Option<&Hyper>) -> CommonHyperparameters {
-    let integer = |chosen: Option<u32>, asked: Option<u32>| {
-        chosen
-            .or(asked)
-            .map_or(AutoInteger::AUTO, |n| AutoInteger::Value(i64::from(n)))
-    };
-    let multiplier = request.learning_rate_multiplier.or(hyper.map(|_| 1.0));
-    CommonHyperparameters {
-        n_epochs: integer(hyper.map(|hyper| hyper.n_epochs), request.n_epochs),
-        batch_size: integer(hyper.map(|hyper| hyper.batch_size), request.batch_size),
-        learning_rate_multiplier: multiplier.map_or(AutoNumber::AUTO, AutoNumber::Value),
-    }
-}
-
-fn run(hyper: Hyper) -> RunHyperparameters {
-    let Hyper {
-        n_epochs: _,
-        max_steps,
-        batch_size: _,
-        gradient_accumulation_steps,
-        learning_rate,
-        lr_scheduler,
-        warmup_steps,
-        weight_decay,
-        adam_beta1,
-        adam_beta2,
-        adam_epsilon,
-        max_grad_norm,
-        seed: _,
-        max_seq_length,
-        packing,
-        save_steps,
-        eval_steps,
-        method,
-    } = hyper;
-    let lora = match method {
-        CoreMethod::Lora(Lora {
-            r,
-            alpha,
-            dropout,
-            target_modules,
-            use_rslora,
-        }) => Some(RunLora {
-            lora_r: r,
-            lora_alpha: alpha,
-            lora_dropout: dropout,
-            lora_target_modules: target_modules,
-            use_rslora,
-        }),
-        CoreMethod::Full => None,
-    };
-    RunHyperparameters {
-        learning_rate,
-        lr_scheduler_type: format!("{lr_scheduler:?}").to_lowercase(),
-        warmup_steps,
-        weight_decay,
-        adam_beta1,
-        adam_beta2,
-        adam_epsilon,
-        max_grad_norm,
-        max_seq_length,
-        packing,
-        max_steps,
-        gradient_accumulation_steps,
-        save_steps,
-        eval_steps,
-        lora,
-    }
-}
-
-fn status(status: JobStatus) -> &'static str {
-    match status {
-        JobStatus::ValidatingFiles => "validating_files",
-        JobStatus::Queued => "queued",
-        JobStatus::Running => "running",
-        JobStatus::Succeeded => "succeeded",
-        JobStatus::Failed => "failed",
-        JobStatus::Cancelled => "cancelled",
-    }
-}
-
-pub fn level(level: Level) -> &'static str {
-    match level {
-        Level::Info => "info",
-        Level::Warn => "warn",
-        Level::Error => "error",
-    }
-}
-
-pub fn event(record: JobEventRecord) -> JobEvent {
-    let JobEventRecord {
-        id,
-        created_at,
-        level,
-        message,
-        data,
-    } = record;
-    let kind = match data.get("train_loss").or(data.get("valid_loss")) {
-        Some(_) => "metrics",
-        None => "message",
-    };
-    let data = if data.is_null() { json!({}) } else { data };
-    JobEvent {
-        id,
-        object: "fine_tuning.job.event",
-        created_at,
-        level: self::level(level),
-        message,
-        kind,
-        data,
-    }
-}
-
-pub fn checkpoint(checkpoint: api::Checkpoint, job: &str) -> Checkpoint {
-    let api::Checkpoint {
-        id,
-        created_at,
-        step,
-        model,
-        metrics,
-    } = checkpoint;
-    Checkpoint {
-        id,
-        object: "fine_tuning.job.checkpoint",
-        created_at,
-        fine_tuned_model_checkpoint: model,
-        fine_tuning_job_id: job.to_owned(),
-        step_number: step,
-        metrics: if metrics.is_null() { json!({}) } else { metrics },
     }
 }
 

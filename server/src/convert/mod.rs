@@ -6,6 +6,7 @@ pub mod completions;
 pub mod files;
 pub mod fine_tunes;
 pub mod fine_tuning;
+pub mod jobs;
 pub mod models;
 pub mod refuse;
 pub mod sampling;

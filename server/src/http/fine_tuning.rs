@@ -10,7 +10,8 @@ use tandem_openapi::fine_tuning::{Checkpoint, CreateJob, Job, JobEvent};
 use tandem_router::MetadataFilter;
 
 use crate::app::App;
-use crate::convert::fine_tuning as convert;
+use crate::convert::fine_tunes::job_id;
+use crate::convert::{fine_tuning, jobs};
 use crate::error::ApiError;
 use crate::extract::{Json, Pairs, Segment};
 
@@ -23,8 +24,8 @@ const EVENTS_LIMIT: u32 = 1000;
     responses((status = 200, body = Job), Errors)
 )]
 pub async fn create(State(app): State<App>, Json(body): Json<CreateJob>) -> Result<Answer<Job>, ApiError> {
-    let job = app.router.create_job(convert::request(body)?).await?;
-    Ok(Answer(convert::job(job, app.organization())))
+    let job = app.router.create_job(fine_tuning::request(body)?).await?;
+    Ok(Answer(jobs::job(job, app.organization())))
 }
 
 /// Jobs, newest first. `metadata[key]=value` picks some.
@@ -48,7 +49,7 @@ pub async fn list(State(app): State<App>, query: Pairs) -> Result<Answer<PageLis
     let data = page
         .data
         .into_iter()
-        .map(|job| convert::job(job, app.organization()))
+        .map(|job| jobs::job(job, app.organization()))
         .collect();
     Ok(Answer(PageList {
         object: "list",
@@ -63,8 +64,8 @@ pub async fn list(State(app): State<App>, query: Pairs) -> Result<Answer<PageLis
     responses((status = 200, body = Job), Errors)
 )]
 pub async fn retrieve(State(app): State<App>, Segment(id): Segment) -> Result<Answer<Job>, ApiError> {
-    Ok(Answer(convert::job(
-        app.router.job(&id).await?,
+    Ok(Answer(jobs::job(
+        app.router.job(&job_id(&id)).await?,
         app.organization(),
     )))
 }
@@ -75,8 +76,8 @@ pub async fn retrieve(State(app): State<App>, Segment(id): Segment) -> Result<An
     responses((status = 200, body = Job), Errors)
 )]
 pub async fn cancel(State(app): State<App>, Segment(id): Segment) -> Result<Answer<Job>, ApiError> {
-    Ok(Answer(convert::job(
-        app.router.cancel_job(&id).await?,
+    Ok(Answer(jobs::job(
+        app.router.cancel_job(&job_id(&id)).await?,
         app.organization(),
     )))
 }
@@ -100,7 +101,7 @@ pub async fn resume(State(app): State<App>, Segment(id): Segment) -> Result<Answ
 }
 
 async fn not_built(app: &App, id: &str, what: &str) -> Result<Answer<Job>, ApiError> {
-    app.router.job(id).await?;
+    app.router.job(&job_id(id)).await?;
     Err(ApiError::NotBuilt {
         param: what.to_owned(),
         hint: ": a job can only be cancelled".to_owned(),
@@ -122,8 +123,11 @@ pub async fn events(
     query: Pairs,
 ) -> Result<Answer<PageList<JobEvent>>, ApiError> {
     let limit = query.integer("limit", 1..=EVENTS_LIMIT, 20)?;
-    let page = app.router.job_events(&id, query.text("after"), limit).await?;
-    let data = page.data.into_iter().map(convert::event).collect();
+    let page = app
+        .router
+        .job_events(&job_id(&id), query.text("after"), limit)
+        .await?;
+    let data = page.data.into_iter().map(jobs::event).collect();
     Ok(Answer(PageList {
         object: "list",
         data,
@@ -146,11 +150,14 @@ pub async fn checkpoints(
     query: Pairs,
 ) -> Result<Answer<CursorList<Checkpoint>>, ApiError> {
     let limit = query.integer("limit", 1..=LIST_LIMIT, 10)?;
-    let page = app.router.checkpoints(&id, query.text("after"), limit).await?;
+    let page = app
+        .router
+        .checkpoints(&job_id(&id), query.text("after"), limit)
+        .await?;
     let data: Vec<Checkpoint> = page
         .data
         .into_iter()
-        .map(|one| convert::checkpoint(one, &id))
+        .map(|one| jobs::checkpoint(one, &id))
         .collect();
     Ok(Answer(CursorList {
         object: "list",

@@ -158,8 +158,14 @@ fn wrong_starts_are_explained() {
     }
     let server = Server::shared();
     let port = server.address.port().to_string();
-    assert!(command(&["health", "--port", &port]).status().unwrap().success());
-    assert!(command(&["doctor"]).status().unwrap().success());
+    assert!(
+        command(&["health", "--port", &port])
+            .output()
+            .unwrap()
+            .status
+            .success()
+    );
+    assert!(command(&["doctor"]).output().unwrap().status.success());
     let taken = command(&["serve", "--data-dir", data, "--port", &port])
         .output()
         .unwrap();
