@@ -10,12 +10,6 @@ pub fn peak_rss_bytes() -> Option<u64> {
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
-/// Makes the next [`peak_rss_bytes`] start from what is resident now.
-pub fn reset_peak_rss() {
-    // Linux: 5 resets VmHWM. Where it is not allowed, peaks are those of the whole process, which is only larger.
-    let _ = fs::write("/proc/self/clear_refs", "5");
-}
-
 /// User and system time of this process.
 pub fn cpu_time() -> Duration {
     const TICKS_PER_SECOND: f64 = 100.0; // USER_HZ, the same on every Linux

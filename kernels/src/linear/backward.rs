@@ -96,26 +96,46 @@ fn turn<T: Element + Plain>(
 ) {
     let (panel_len, turned_len) = (T::panel_len(k), T::panel_len(TURN_ROWS));
     let mut block = [[[T::default(); PANEL]; BLOCK_COLUMNS / PANEL]; PANEL];
-    let steps = T::steps(columns.len());
     for first in reduced.clone().step_by(PANEL) {
         let from =
             &panels[first / PANEL * panel_len + columns.start * PANEL..][..T::panel_len(columns.len())];
-        // SAFETY: packed panels mean that fast paths are available; `steps` steps of a panel of W into 32 rows of at
-        // least as many; columns of W beyond N are there, and zero.
+        let at = (first - reduced.start) * PANEL..(first - reduced.start + PANEL) * PANEL;
+        let turned = turned
+            .chunks_exact_mut(turned_len)
+            .map(|turned| &mut turned[at.clone()]);
+        if T::PER_STEP == 1 {
+            // In float32 a step of a panel is a row of W's block already.
+            for (from, turned) in from.chunks(PANEL * PANEL).zip(turned) {
+                // SAFETY: packed panels mean that fast paths are available; up to 32 steps of a panel of W into 32 rows
+                // of 32.
+                unsafe {
+                    unpack_rows(
+                        from.as_ptr(),
+                        from.len() / PANEL,
+                        PANEL,
+                        turned.as_mut_ptr(),
+                        PANEL,
+                    )
+                };
+            }
+            continue;
+        }
+        // SAFETY: as above, up to 64 steps into 32 rows of at least as many pairs. Columns of W beyond N are there, and
+        // zero.
         unsafe {
+            let steps = T::steps(columns.len());
             unpack_rows(
                 from.as_ptr(),
                 steps,
                 PANEL,
                 block.as_mut_ptr().cast(),
                 BLOCK_COLUMNS,
-            )
-        };
-        for (c, turned) in turned.chunks_exact_mut(turned_len).enumerate() {
-            let turned = &mut turned[(first - reduced.start) * PANEL..][..PANEL * PANEL];
+            );
+        }
+        for (c, turned) in turned.enumerate() {
             for (step, turned) in turned.chunks_exact_mut(PANEL * T::PER_STEP).enumerate() {
                 let row = step * T::PER_STEP;
-                pack_step([&block[row][c], &block[(row + 1) % PANEL][c]], turned);
+                pack_step([&block[row][c], &block[row + 1][c]], turned);
             }
         }
     }
