@@ -1,3 +1,5 @@
+//! Every linear against its reference, over a grid of shapes, and the bits of a row alone and in a batch.
+
 use tch::{Device, Kind, Tensor};
 
 use super::*;
