@@ -5,7 +5,7 @@ use tandem_kernels::activation::{gated, gated_backward};
 use tandem_kernels::attention::packed_backward;
 use tandem_kernels::linear::linear_backward;
 use tandem_kernels::matmul;
-use tandem_kernels::norm::{rms_norm, rms_norm_backward};
+use tandem_kernels::norm::{rms_norm, rms_norm_backward_input, rms_norm_backward_weight};
 use tch::Tensor;
 
 use super::full::{FullParams, Slot};
@@ -66,8 +66,7 @@ impl Decoder {
         let x = rms_norm(&middle, &layer.mlp_norm, eps);
         let dx = site(Site::GateUp, &x, &dgate_up);
         drop((x, dgate_up));
-        let (dmlp, dweight) = rms_norm_backward(&middle, &layer.mlp_norm, eps, &dx);
-        grads.add(Slot::MlpNorm(i), || dweight);
+        let dmlp = self.norm_backward(Slot::MlpNorm(i), &middle, &layer.mlp_norm, &dx, grads);
         let dmiddle = doutput + dmlp;
         drop(middle);
 
@@ -90,8 +89,7 @@ impl Decoder {
         let dqkv = Tensor::cat(&[dq, dk, dv], 1);
         let x = rms_norm(&input, &layer.attn_norm, eps);
         let dx = site(Site::Qkv, &x, &dqkv);
-        let (dattn, dweight) = rms_norm_backward(&input, &layer.attn_norm, eps, &dx);
-        grads.add(Slot::AttnNorm(i), || dweight);
+        let dattn = self.norm_backward(Slot::AttnNorm(i), &input, &layer.attn_norm, &dx, grads);
         dmiddle + dattn
     }
 
@@ -150,9 +148,14 @@ impl Decoder {
 
     /// Through the final norm: `d(norm(hidden)) [R, H]` to `dhidden [R, H]`.
     pub fn final_norm_backward(&self, hidden: &Tensor, dnormed: &Tensor, grads: &mut Grads) -> Tensor {
-        let (dhidden, dweight) = rms_norm_backward(hidden, &self.norm, self.spec.norm_eps, dnormed);
-        grads.add(Slot::FinalNorm, || dweight);
-        dhidden
+        self.norm_backward(Slot::FinalNorm, hidden, &self.norm, dnormed, grads)
+    }
+
+    /// `d(norm(x))` to `dx`. The norm's own gradient is computed only where it is trained.
+    fn norm_backward(&self, slot: Slot, x: &Tensor, weight: &Tensor, dy: &Tensor, grads: &Grads) -> Tensor {
+        let eps = self.spec.norm_eps;
+        grads.add(slot, || rms_norm_backward_weight(x, weight, eps, dy));
+        rms_norm_backward_input(x, weight, eps, dy)
     }
 
     /// The embedding's gradient (nothing when it is frozen).
