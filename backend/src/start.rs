@@ -106,7 +106,7 @@ pub fn start(options: Options) -> Result<ReplicaHandle, LoadError> {
 fn load(options: Options) -> Result<(Engine, ReplicaHandle), LoadError> {
     let began = Instant::now();
     check(&options)?;
-    set_threads(&options);
+    set_threads(options.device, options.threads);
     let Options {
         model_folder,
         device,
@@ -257,13 +257,14 @@ fn context_length(asked: Option<u32>, spec: &DecoderSpec) -> Result<u32, LoadErr
     }
 }
 
-/// One compute pool. OpenMP, libtorch's own, only where our kernels cannot run: its regions and ours on the same few
-/// cores cost a scheduling quantum whenever one waits for a core.
-fn set_threads(options: &Options) {
-    if let Some(threads) = options.threads {
+/// One compute pool, for the thread that computes: it is to call this first. OpenMP, libtorch's own, only where our
+/// kernels cannot run: its regions and ours on the same few cores cost a scheduling quantum whenever one waits for a
+/// core (a fifth of a training step went into its spinning). `None`: all cores.
+pub fn set_threads(device: Device, threads: Option<usize>) {
+    if let Some(threads) = threads {
         pool::set_threads(threads);
     }
-    let ours = options.device == Device::Cpu && *machine::features() != machine::Features::default();
+    let ours = device == Device::Cpu && *machine::features() != machine::Features::default();
     tch::set_num_threads(if ours { 1 } else { pool::threads() as i32 });
 }
 

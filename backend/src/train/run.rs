@@ -8,6 +8,7 @@ use tch::{Device, Kind};
 
 use super::{TrainError, Trainer, state};
 use crate::model::Decoder;
+use crate::start;
 use crate::weights::WEIGHTS;
 
 pub struct RunOptions {
@@ -30,6 +31,7 @@ pub fn run(options: RunOptions, mut on_event: impl FnMut(&JobEvent)) -> Result<P
         device,
         save_kind,
     } = options;
+    start::set_threads(device, None);
     let folder = spec.folder.clone();
     let base = match spec.hyper.method {
         Method::Lora(_) => Some(Decoder::load(&model_folder, precision, device)?),

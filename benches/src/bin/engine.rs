@@ -14,6 +14,7 @@ use tandem_backend::family::read_spec;
 use tandem_backend::lora::params::{AdapterParams, AdapterShape};
 use tandem_backend::lora::peft::{self, PeftConfig};
 use tandem_backend::model::Decoder;
+use tandem_backend::start;
 use tandem_backend::train::Trainer;
 use tandem_benches::machine;
 use tandem_benches::percentile::median;
@@ -255,6 +256,7 @@ fn train(options: &Options, report: &mut Map<String, Value>) -> anyhow::Result<(
         DtypeName::Bfloat16 => Precision::Bf16,
         DtypeName::Float32 => Precision::F32,
     };
+    start::set_threads(Device::Cpu, None);
     let base = Decoder::load(&options.model, precision, Device::Cpu)?;
     let vocab = base.spec.vocab as u64;
     let example = |number: u64| Example {
