@@ -12,13 +12,18 @@
 //! [`Comm`] was dropped, [`Comm::leave`] was called, its process died or fell silent), or when it kept the others waiting
 //! for longer than [`Meeting::timeout`]. The group is of no use after that.
 
+mod c10d;
 mod meeting;
+mod processes;
 mod sum;
+#[cfg(test)]
+mod tests;
 mod threads;
+mod watch;
 
 use std::sync::Arc;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 pub use meeting::{CommError, DEFAULT_PORT, DEFAULT_TIMEOUT, Meeting};
 
@@ -37,6 +42,7 @@ pub struct Comm {
 enum End {
     Solo,
     Thread(threads::Rank),
+    Process(processes::Rank),
 }
 
 impl Comm {
@@ -58,6 +64,15 @@ impl Comm {
         }
     }
 
+    /// The end of this process, once all ranks of the meeting have come. Tensors are on `device`: the CPU (Gloo) or this
+    /// rank's own GPU (NCCL, which is RCCL under ROCm). Returns within the time-out, either way.
+    pub fn join(meeting: &Meeting, device: Device) -> Result<Comm, CommError> {
+        match meeting.world {
+            1 => Ok(Comm::solo()),
+            _ => Ok(Comm::of(End::Process(processes::Rank::join(meeting, device)?))),
+        }
+    }
+
     fn of(end: End) -> Comm {
         Comm { end: Arc::new(end) }
     }
@@ -66,6 +81,7 @@ impl Comm {
         match &*self.end {
             End::Solo => 0,
             End::Thread(rank) => rank.rank(),
+            End::Process(rank) => rank.rank(),
         }
     }
 
@@ -73,6 +89,7 @@ impl Comm {
         match &*self.end {
             End::Solo => 1,
             End::Thread(rank) => rank.world(),
+            End::Process(rank) => rank.world(),
         }
     }
 
@@ -89,6 +106,7 @@ impl Comm {
         match &*self.end {
             End::Solo => (),
             End::Thread(rank) => or_panic(rank.all_reduce(x)),
+            End::Process(rank) => or_panic(rank.all_reduce(x)),
         }
     }
 
@@ -97,6 +115,7 @@ impl Comm {
         match &*self.end {
             End::Solo => x.unsqueeze(0),
             End::Thread(rank) => or_panic(rank.all_gather(&x.contiguous())),
+            End::Process(rank) => or_panic(rank.all_gather(&x.contiguous())),
         }
     }
 
@@ -106,6 +125,7 @@ impl Comm {
         match &*self.end {
             End::Solo => bytes,
             End::Thread(rank) => or_panic(rank.broadcast(bytes)),
+            End::Process(rank) => or_panic(rank.broadcast(bytes)),
         }
     }
 
@@ -115,6 +135,7 @@ impl Comm {
         match &*self.end {
             End::Solo => (),
             End::Thread(rank) => or_panic(rank.meet()),
+            End::Process(rank) => or_panic(rank.meet()),
         }
     }
 
@@ -124,6 +145,7 @@ impl Comm {
         match &*self.end {
             End::Solo => (),
             End::Thread(rank) => or_panic(rank.check()),
+            End::Process(rank) => or_panic(rank.check()),
         }
     }
 
@@ -133,6 +155,7 @@ impl Comm {
         match &*self.end {
             End::Solo => (),
             End::Thread(rank) => rank.leave(),
+            End::Process(rank) => rank.leave(),
         }
     }
 }

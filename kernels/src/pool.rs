@@ -251,8 +251,9 @@ fn spawn(pool: &'static Pool, index: usize) -> Worker {
     }
 }
 
-fn run_worker(pool: &Pool, index: usize, mut seen: u32, asleep: &AtomicBool) {
+fn run_worker(pool: &'static Pool, index: usize, mut seen: u32, asleep: &AtomicBool) {
     INSIDE.set(true);
+    MINE.set(pool);
     loop {
         let mut spinning = Instant::now();
         let mut looks = 0u32;
