@@ -72,7 +72,7 @@ impl Meeting {
                 .map(|value| (name, value))
                 .ok_or(CommError::Missing { name, given })
         };
-        let world = number(need(WORLD[who])?)?;
+        let world: usize = number(need(WORLD[who])?)?;
         if !(1..=MAX_WORLD).contains(&world) {
             return Err(wrong(
                 WORLD[who],
@@ -80,7 +80,7 @@ impl Meeting {
                 format!("a group has 1 to {MAX_WORLD} ranks"),
             ));
         }
-        let rank = number(need(RANK[who])?)?;
+        let rank: usize = number(need(RANK[who])?)?;
         if rank >= world {
             return Err(wrong(
                 RANK[who],
