@@ -13,10 +13,19 @@ fn main() {
     for name in ["ROCM_PATH", "CUDA_HOME"] {
         println!("cargo:rerun-if-env-changed={name}");
     }
-    let Ok(lib) = std::env::var("DEP_TCH_LIBTORCH_LIB") else {
-        return;
-    };
+    // Not there where only documentation is made.
+    let lib = std::env::var("DEP_TCH_LIBTORCH_LIB").unwrap_or_default();
     let lib = Path::new(&lib);
+    let has = |name: &str| lib.join(name).exists();
+    let flavour = match (has("libtorch_hip.so"), has("libtorch_cuda.so")) {
+        (true, _) => "rocm",
+        (_, true) => "cuda",
+        _ => "cpu",
+    };
+    println!("cargo:rustc-env=TANDEM_LIBTORCH_FLAVOUR={flavour}");
+    if lib.as_os_str().is_empty() {
+        return;
+    }
     let include = lib.join("../include");
     let mut build = cc::Build::new();
     build
