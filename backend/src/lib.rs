@@ -15,5 +15,8 @@ pub mod train;
 pub mod weights;
 pub mod words;
 
+/// For the process's metrics.
+pub use tandem_kernels::machine::amd;
+
 pub use start::{Dtype, Options, start};
 pub use weights::LoadError;

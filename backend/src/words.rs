@@ -2,12 +2,13 @@
 //! in words. Not here: defaults.
 
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use tandem_core::job::JobSpec;
+use tandem_kernels::machine::{self, amd, gpu};
+use tandem_kernels::pool;
 use tandem_kernels::weight::Precision;
-use tandem_kernels::{machine, pool};
 use tch::{Cuda, Device, Kind};
 
 use crate::family::declared_kind;
@@ -15,8 +16,12 @@ use crate::start::Dtype;
 use crate::train::run::RunOptions;
 use crate::weights::{Checkpoint, LoadError, has_weights};
 
-/// `auto` (the first GPU, else the CPU), `cpu`, `cuda`, `cuda:N`.
+/// `auto` (the first GPU, else the CPU), `cpu`, `cuda`, `cuda:N` (under ROCm these are AMD's GPUs). An error where a GPU
+/// may be meant and the program could not use any.
 pub fn device(word: &str) -> Result<Device, LoadError> {
+    if word != "cpu" {
+        gpu::gpu_check()?;
+    }
     let count = || Cuda::device_count().max(0) as usize;
     let index = match word {
         "auto" if !Cuda::is_available() => return Ok(Device::Cpu),
@@ -98,7 +103,16 @@ pub fn report() -> String {
     say("avx512", yes(avx512f));
     say("avx512-bf16", yes(avx512bf16));
     say("avx512-vnni", yes(avx512vnni));
+    say("libtorch built for", gpu::flavour().to_owned());
+    let registered = match gpu::gpu_check() {
+        Ok(()) => yes(gpu::registered()),
+        Err(error) => error.to_string(),
+    };
+    say("GPU backend", registered);
     say("GPUs seen by libtorch", Cuda::device_count().to_string());
+    for gpu in amd::gpus(Path::new("/")) {
+        say(&format!("AMD GPU {}", gpu.index), amd_gpu(&gpu));
+    }
     let path = match (avx512bf16, avx512f, avx2) {
         (true, ..) => "AVX-512 with bfloat16 dot products",
         (_, true, _) => "AVX-512",
@@ -107,4 +121,77 @@ pub fn report() -> String {
     };
     say("CPU kernels", path.to_owned());
     text
+}
+
+/// What is known, nothing about what is not.
+fn amd_gpu(gpu: &amd::Gpu) -> String {
+    let amd::Gpu {
+        index: _,
+        gfx,
+        name,
+        wave,
+        xcc,
+        hive,
+        render_minor,
+        compute_partition,
+        memory_partition,
+        numa_node,
+        vram_total_bytes,
+        vram_used_bytes,
+        busy_percent,
+        power_watts,
+        temperature_celsius,
+    } = gpu;
+    let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30));
+    let memory = vram_total_bytes.map(|total| match vram_used_bytes {
+        Some(used) => format!("{} of {} used", gib(*used), gib(total)),
+        None => gib(total),
+    });
+    let partitions: Vec<&str> = [compute_partition, memory_partition]
+        .into_iter()
+        .flatten()
+        .map(String::as_str)
+        .collect();
+    let facts = [
+        name.clone(),
+        Some(gfx.clone()),
+        memory,
+        busy_percent.map(|percent| format!("{percent} % busy")),
+        (!partitions.is_empty()).then(|| partitions.join("/")),
+        wave.map(|threads| format!("wave {threads}")),
+        xcc.map(|dies| format!("{dies} XCC")),
+        numa_node.map(|node| format!("NUMA node {node}")),
+        hive.map(|hive| format!("XGMI {hive:x}")),
+        power_watts.map(|watts| format!("{watts:.0} W")),
+        temperature_celsius.map(|celsius| format!("{celsius:.0} °C")),
+        render_minor.map(|minor| format!("/dev/dri/renderD{minor}")),
+    ];
+    facts.into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gpu_is_told_by_what_is_known_of_it() {
+        let little = amd::Gpu {
+            gfx: "gfx1100".to_owned(),
+            ..amd::Gpu::default()
+        };
+        assert_eq!(amd_gpu(&little), "gfx1100");
+        let more = amd::Gpu {
+            name: Some("AMD Instinct MI300X OAM".to_owned()),
+            vram_total_bytes: Some(192 << 30),
+            vram_used_bytes: Some(3 << 29),
+            compute_partition: Some("SPX".to_owned()),
+            memory_partition: Some("NPS1".to_owned()),
+            numa_node: Some(1),
+            ..little
+        };
+        assert_eq!(
+            amd_gpu(&more),
+            "AMD Instinct MI300X OAM, gfx1100, 1.5 GiB of 192.0 GiB used, SPX/NPS1, NUMA node 1"
+        );
+    }
 }

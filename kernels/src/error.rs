@@ -4,6 +4,8 @@
 pub enum KernelError {
     #[error("{0}")]
     Shape(String),
+    #[error("{0}")]
+    Device(String),
     #[error(transparent)]
     Torch(#[from] tch::TchError),
 }

@@ -1,4 +1,8 @@
-//! What this CPU can do, asked once. Not a dispatcher: each op reads [`features`] and chooses for itself.
+//! What this machine can do. Of its CPU, asked once: not a dispatcher, each op reads [`features`] and chooses for itself.
+//! Of its GPUs: whether libtorch can use them ([`gpu`]), and what the driver shows of AMD's ([`amd`]).
+
+pub mod amd;
+pub mod gpu;
 
 use std::sync::OnceLock;
 

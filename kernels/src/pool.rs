@@ -1,5 +1,6 @@
-//! The one compute pool. Not a scheduler: one job at a time, its tasks claimed one by one from a counter, the caller
-//! taking part. No OpenMP stands behind any fast path: a region of it that loses a core waits for the whole quantum of
+//! The compute pool. Not a scheduler: one job at a time, its tasks claimed one by one from a counter, the caller
+//! taking part. There is one pool for all callers, and one for each thread that took a share of the machine
+//! ([`take_share`]: ranks that are threads, which would else fight for the one). No OpenMP stands behind any fast path: a region of it that loses a core waits for the whole quantum of
 //! whoever took it (8 ms seen for a job of 0.6 ms). Here a thread that lost its core holds back the one task it claimed.
 //!
 //! Also home of the per-thread scratch buffers, so that a kernel allocates nothing per call.
@@ -21,21 +22,45 @@ const SPIN: Duration = Duration::from_micros(40);
 /// How long a caller that has run out of tasks spins before it lets others have the core between looks.
 const CALLER_SPIN: Duration = Duration::from_micros(100);
 
-/// Threads of a job, the caller among them, from the next job on. Default: the available parallelism.
+/// Threads of a job, the caller among them, from the next job on, of all callers without a share. Default: the available
+/// parallelism.
 pub fn set_threads(threads: usize) {
     POOL.threads.store(threads.max(1), Relaxed);
 }
 
+/// Threads of a job of this caller.
 pub fn threads() -> usize {
-    match POOL.threads.load(Relaxed) {
+    let pool = MINE.get();
+    match pool.threads.load(Relaxed) {
         0 => {
             let threads = std::thread::available_parallelism().map_or(1, usize::from);
             // Not over a concurrent set_threads.
-            let _ = POOL.threads.compare_exchange(0, threads, Relaxed, Relaxed);
-            POOL.threads.load(Relaxed)
+            let _ = pool.threads.compare_exchange(0, threads, Relaxed, Relaxed);
+            pool.threads.load(Relaxed)
         }
         threads => threads,
     }
+}
+
+/// From now on this thread's jobs run on the `index`-th of `of` equal parts of the machine's compute threads
+/// ([`set_threads`]), at least on itself; the threads of other parts neither help nor hinder. For ranks that are threads
+/// of one process: they compute at the same time and meet at every sum, so each needs its own threads. The part's
+/// workers outlive the caller, for the next one that takes the same part.
+pub fn take_share(index: usize, of: usize) {
+    assert!(index < of, "share {index} of {of}");
+    if of == 1 {
+        return MINE.set(&POOL);
+    }
+    // Of the whole, also where a share is exchanged for another.
+    MINE.set(&POOL);
+    let threads = (threads() + index) / of;
+    let mut shares = SHARES.lock().expect("nothing panics while it holds this lock");
+    while shares.len() <= index {
+        shares.push(Box::leak(Box::new(Pool::new())));
+    }
+    let share = shares[index];
+    share.threads.store(threads.max(1), Relaxed);
+    MINE.set(share);
 }
 
 /// Runs `task(0) .. task(n_tasks - 1)`, in any order and on any thread, and returns when all are done. A panic of a task
@@ -45,20 +70,21 @@ pub fn for_each(n_tasks: usize, task: impl Fn(usize) + Sync) {
     if helpers == 0 || INSIDE.get() {
         return (0..n_tasks).for_each(task);
     }
-    let Ok(mut workers) = POOL.workers.try_lock() else {
+    let pool = MINE.get();
+    let Ok(mut workers) = pool.workers.try_lock() else {
         return (0..n_tasks).for_each(task);
     };
     while workers.len() < helpers {
-        let worker = spawn(workers.len());
+        let worker = spawn(pool, workers.len());
         workers.push(worker);
     }
-    let epoch = POOL.publish(&task, n_tasks, &workers[..helpers]);
+    let epoch = pool.publish(&task, n_tasks, &workers[..helpers]);
     INSIDE.set(true);
-    POOL.work(epoch);
-    POOL.await_finished(n_tasks);
+    pool.work(epoch);
+    pool.await_finished(n_tasks);
     INSIDE.set(false);
     drop(workers);
-    let panic = POOL.panic.lock().expect("held only to move a value").take();
+    let panic = pool.panic.lock().expect("held only to move a value").take();
     if let Some(panic) = panic {
         resume_unwind(panic);
     }
@@ -67,21 +93,14 @@ pub fn for_each(n_tasks: usize, task: impl Fn(usize) + Sync) {
 thread_local! {
     /// Whether this thread is running a task.
     static INSIDE: Cell<bool> = const { Cell::new(false) };
+    /// The pool of this thread's jobs.
+    static MINE: Cell<&'static Pool> = const { Cell::new(&POOL) };
 }
 
-static POOL: Pool = Pool {
-    threads: AtomicUsize::new(0),
-    workers: Mutex::new(Vec::new()),
-    ticket: CacheLine(AtomicU64::new(CLOSED as u64)),
-    job: Job {
-        call: AtomicPtr::new(std::ptr::null_mut()),
-        task: AtomicPtr::new(std::ptr::null_mut()),
-        n_tasks: AtomicUsize::new(0),
-        helpers: AtomicUsize::new(0),
-    },
-    finished: CacheLine(AtomicUsize::new(0)),
-    panic: Mutex::new(None),
-};
+/// Of every thread that took no share.
+static POOL: Pool = Pool::new();
+/// By index. A pool, once made, stays.
+static SHARES: Mutex<Vec<&'static Pool>> = Mutex::new(Vec::new());
 
 struct Pool {
     /// 0 = not yet asked for.
@@ -119,6 +138,22 @@ struct Worker {
 }
 
 impl Pool {
+    const fn new() -> Pool {
+        Pool {
+            threads: AtomicUsize::new(0),
+            workers: Mutex::new(Vec::new()),
+            ticket: CacheLine(AtomicU64::new(CLOSED as u64)),
+            job: Job {
+                call: AtomicPtr::new(std::ptr::null_mut()),
+                task: AtomicPtr::new(std::ptr::null_mut()),
+                n_tasks: AtomicUsize::new(0),
+                helpers: AtomicUsize::new(0),
+            },
+            finished: CacheLine(AtomicUsize::new(0)),
+            panic: Mutex::new(None),
+        }
+    }
+
     /// Opens a job and returns its number.
     fn publish<F: Fn(usize) + Sync>(&self, task: &F, n_tasks: usize, workers: &[Worker]) -> u32 {
         assert!(n_tasks < CLOSED as usize, "{n_tasks} tasks");
@@ -201,14 +236,14 @@ unsafe fn call<F: Fn(usize)>(task: *const (), index: usize) {
     unsafe { (*task.cast::<F>())(index) }
 }
 
-fn spawn(index: usize) -> Worker {
+fn spawn(pool: &'static Pool, index: usize) -> Worker {
     let asleep = Arc::new(AtomicBool::new(false));
     let flag = asleep.clone();
     // A worker born with a job under way sees it as the first new one.
-    let seen = (POOL.ticket.0.load(Acquire) >> 32) as u32;
+    let seen = (pool.ticket.0.load(Acquire) >> 32) as u32;
     let handle = std::thread::Builder::new()
         .name(format!("compute-{}", index + 1))
-        .spawn(move || run_worker(index, seen, &flag))
+        .spawn(move || run_worker(pool, index, seen, &flag))
         .expect("the system refuses another thread");
     Worker {
         thread: handle.thread().clone(),
@@ -216,13 +251,14 @@ fn spawn(index: usize) -> Worker {
     }
 }
 
-fn run_worker(index: usize, mut seen: u32, asleep: &AtomicBool) {
+fn run_worker(pool: &'static Pool, index: usize, mut seen: u32, asleep: &AtomicBool) {
     INSIDE.set(true);
+    MINE.set(pool);
     loop {
         let mut spinning = Instant::now();
         let mut looks = 0u32;
         let epoch = loop {
-            let ticket = POOL.ticket.0.load(Acquire);
+            let ticket = pool.ticket.0.load(Acquire);
             if (ticket >> 32) as u32 != seen && ticket as u32 != CLOSED {
                 break (ticket >> 32) as u32;
             }
@@ -230,7 +266,7 @@ fn run_worker(index: usize, mut seen: u32, asleep: &AtomicBool) {
             looks += 1;
             if looks.is_multiple_of(64) && spinning.elapsed() > SPIN {
                 asleep.store(true, SeqCst);
-                if (POOL.ticket.0.load(SeqCst) >> 32) as u32 == seen {
+                if (pool.ticket.0.load(SeqCst) >> 32) as u32 == seen {
                     std::thread::park();
                 }
                 asleep.store(false, SeqCst);
@@ -238,8 +274,8 @@ fn run_worker(index: usize, mut seen: u32, asleep: &AtomicBool) {
             }
         };
         seen = epoch;
-        if index < POOL.job.helpers.load(Acquire) {
-            POOL.work(epoch);
+        if index < pool.job.helpers.load(Acquire) {
+            pool.work(epoch);
         }
     }
 }
@@ -345,6 +381,32 @@ mod tests {
                         });
                         assert_eq!(sum.into_inner(), 17 * 16 / 2 + 17 * round);
                     }
+                });
+            }
+        });
+    }
+
+    /// Shares work side by side, on as many threads as they were given, and jobs without a share are not disturbed.
+    #[test]
+    fn shares_are_apart() {
+        let together = std::sync::Barrier::new(2);
+        std::thread::scope(|scope| {
+            for index in 0..2 {
+                let together = &together;
+                scope.spawn(move || {
+                    let whole = threads();
+                    take_share(index, 2);
+                    assert_eq!(threads(), ((whole + index) / 2).max(1));
+                    for _ in 0..50 {
+                        for_each(3, |task| {
+                            // Both shares are inside a job at once: neither waits for the other's.
+                            if task == 0 {
+                                together.wait();
+                            }
+                        });
+                    }
+                    take_share(0, 1);
+                    assert_eq!(threads(), whole);
                 });
             }
         });

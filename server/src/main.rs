@@ -8,6 +8,7 @@ mod demo;
 mod doctor;
 mod error;
 mod extract;
+mod gpus;
 mod health;
 mod http;
 mod id;

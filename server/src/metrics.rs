@@ -12,6 +12,8 @@ use prometheus::{
 use tandem_core::stats::Stats;
 use tandem_router::api::{Finish, Piece, What};
 
+use crate::gpus::Gpus;
+
 /// Finer than vLLM's below 10 ms: small models on a CPU live there.
 const TOKEN_SECONDS: &[f64] = &[
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5,
@@ -116,6 +118,7 @@ impl Metrics {
     pub fn new(model: &str, max_loras: u32) -> Result<Metrics, prometheus::Error> {
         let registry =
             Registry::new_custom(None, Some([("model_name".to_owned(), model.to_owned())].into()))?;
+        registry.register(Box::new(Gpus::new("/".into())?))?;
         let histogram = |name: &str, help: &str, buckets: &[f64]| {
             let histogram = Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))?;
             registry.register(Box::new(histogram.clone()))?;

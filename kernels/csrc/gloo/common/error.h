@@ -1,0 +1,2 @@
+#pragma once
+// Stand-in (README.md): nothing of it is needed.
