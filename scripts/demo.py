@@ -45,11 +45,11 @@ class Api:
         return self.call("POST", "/v1/files", body, {"Content-Type": f"multipart/form-data; boundary={boundary}"})["id"]
 
 
-def start(binary, data_dir):
+def start(binary, data_dir, *options):
     """Starts the server on a free port; returns the process and its base URL once it is ready."""
     began = time.perf_counter()
     log = open(pathlib.Path(data_dir) / "server.log", "w+")
-    command = [binary, "serve", "--port", "0", "--data-dir", data_dir]
+    command = [binary, "serve", "--port", "0", "--data-dir", data_dir, *options]
     server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     while time.perf_counter() - began < 60 and server.poll() is None:
         found = re.search(r"http://127\.0\.0\.1:\d+", pathlib.Path(log.name).read_text())

@@ -2,6 +2,7 @@
 //! command lines (server), what the thread does (engine).
 
 mod memory;
+mod selftest;
 
 use std::path::PathBuf;
 use std::sync::mpsc as std_mpsc;
@@ -13,6 +14,7 @@ use tandem_core::rng;
 use tandem_core::sched::{Limits, Scheduler};
 use tandem_core::stats::Stats;
 use tandem_kernels::attention::{BLOCK_SIZE, CacheShape, KvCache};
+use tandem_kernels::comm::Comm;
 use tandem_kernels::weight::Precision;
 use tandem_kernels::{machine, pool};
 use tch::{Device, Kind};
@@ -24,7 +26,7 @@ use crate::engine::{Engine, Parts};
 use crate::family::{DecoderSpec, read_spec};
 use crate::model::Decoder;
 use crate::weights::{Checkpoint, LoadError};
-use memory::{KvDemand, gib};
+use memory::{Free, KvDemand, gib};
 
 /// Prompt tokens in a step that also continues streams. On a CPU a step's time grows with its tokens, and a quarter
 /// of the whole step already multiplies at 85 % of the machine's rate: small keeps streams fluent, at little cost.
@@ -124,6 +126,9 @@ fn load(options: Options) -> Result<(Engine, ReplicaHandle), LoadError> {
         ..
     } = options;
 
+    if device != Device::Cpu {
+        selftest::run(device, &Comm::solo())?;
+    }
     let checkpoint = Checkpoint::open(&model_folder)?;
     let precision = match (dtype, checkpoint.main_kind()) {
         (Dtype::Bf16, _) | (Dtype::Auto, Kind::BFloat16 | Kind::Half) => Precision::Bf16,
@@ -142,7 +147,7 @@ fn load(options: Options) -> Result<(Engine, ReplicaHandle), LoadError> {
         max_model_len,
         block_bytes: cache_shape(&decoder.spec, 1).block_bytes(precision),
     };
-    let blocks = demand.blocks(kv_cache_bytes, memory::available_bytes(device))?;
+    let blocks = demand.blocks(kv_cache_bytes, Free::on(device))?;
     let cache = KvCache::new(cache_shape(&decoder.spec, blocks as usize), precision, device)?;
 
     let limits = Limits {

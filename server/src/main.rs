@@ -8,6 +8,7 @@ mod demo;
 mod doctor;
 mod error;
 mod extract;
+mod gpu_environment;
 mod gpus;
 mod health;
 mod http;
@@ -45,6 +46,7 @@ const ENGINE_STOP: Duration = Duration::from_secs(30);
 fn main() -> ExitCode {
     let outcome =
         process::set_environment().context("cannot start again with the environment libtorch needs");
+    let outcome = outcome.and_then(|()| process::check_environment().context("the environment"));
     match outcome.and_then(|()| run()) {
         Ok(code) => code,
         Err(error) => {

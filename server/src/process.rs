@@ -3,11 +3,13 @@
 use std::ffi::OsStr;
 use std::io::{self, IsTerminal};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Command;
 
 use tracing_subscriber::EnvFilter;
 
 use crate::config::LOG_VARIABLE;
+use crate::gpu_environment;
 
 /// libgomp, oneDNN and glibc read these when they are loaded, before main. A value that is set stays.
 const ENVIRONMENT: [(&str, &str); 7] = [
@@ -26,18 +28,25 @@ const ENVIRONMENT: [(&str, &str); 7] = [
 
 /// Starts this program again, once, with what is missing. Returns when nothing is.
 pub fn set_environment() -> io::Result<()> {
-    let missing = || {
-        ENVIRONMENT
-            .iter()
-            .filter(|(name, _)| std::env::var_os(name).is_none())
-    };
-    if missing().next().is_none() {
+    let mut missing: Vec<_> = ENVIRONMENT
+        .into_iter()
+        .chain(gpu_environment::wanted(Path::new("/")))
+        .collect();
+    missing.retain(|(name, _)| std::env::var_os(name).is_none());
+    if missing.is_empty() {
         return Ok(());
     }
     let mut args = std::env::args_os();
     let mut command = Command::new(std::env::current_exe()?);
     command.arg0(args.next().as_deref().unwrap_or(OsStr::new("tandem")));
-    Err(command.args(args).envs(missing().copied()).exec())
+    Err(command.args(args).envs(missing).exec())
+}
+
+/// Refuses an environment in which the GPU runtime would fail later, and strangely. After `set_environment`.
+pub fn check_environment() -> io::Result<()> {
+    gpu_environment::check_visible(Path::new("/"), |name| std::env::var_os(name).is_some())
+        .and_then(|()| gpu_environment::check_libraries(&std::fs::read_to_string("/proc/self/maps").unwrap_or_default()))
+        .map_err(io::Error::other)
 }
 
 /// To standard error, filtered by `TANDEM_LOG` (EnvFilter's syntax), `info` without it.

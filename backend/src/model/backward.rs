@@ -30,7 +30,7 @@ impl Grads {
 
     fn add(&self, slot: Slot, gradient: impl FnOnce() -> Tensor) {
         if let Grads::Full(grads) = self {
-            let _ = grads.view(slot).g_add_(&gradient());
+            add(&grads.view(slot), gradient());
         }
     }
 }
@@ -134,14 +134,14 @@ impl Decoder {
             .map(|(part, shape)| {
                 let dy = dy.narrow(1, shape.columns.start, shape.width());
                 let shrunk = shrunk.narrow(1, shape.ranks.start, shape.rank());
-                let _ = grads.b(shape).g_add_(&(matmul::tn(&dy, &shrunk) * part.scale));
+                add(&grads.b(shape), matmul::tn(&dy, &shrunk) * part.scale);
                 linear_backward(&dy, &part.b) * part.scale
             })
             .collect();
         let dshrunk = Tensor::cat(&dshrunk, 1);
         let dropped =
             |x: &Tensor| dropout.map_or_else(|| x.shallow_clone(), |dropout| dropout.apply(x, layer, site));
-        let _ = grads.a(shape).g_add_(&matmul::tn(&dshrunk, &dropped(x)));
+        add(&grads.a(shape), matmul::tn(&dshrunk, &dropped(x)));
         dx += dropped(&linear_backward(&dshrunk, &module.a));
         dx
     }
@@ -162,9 +162,17 @@ impl Decoder {
     pub fn embed_backward(&self, tokens: &[u32], dhidden: &Tensor, grads: &mut Grads) {
         if let Grads::Full(grads) = grads {
             let rows: Vec<i64> = tokens.iter().map(|&token| i64::from(token)).collect();
-            let _ = grads
-                .view(Slot::Embed)
-                .index_add_(0, &Tensor::from_slice(&rows), dhidden);
+            let mut embed = grads.view(Slot::Embed);
+            let _ = embed.index_add_(
+                0,
+                &Tensor::from_slice(&rows).to_device(embed.device()),
+                &dhidden.to_device(embed.device()),
+            );
         }
     }
+}
+
+/// Gradients are kept where AdamW steps, on the CPU, wherever they were computed.
+fn add(to: &Tensor, gradient: Tensor) {
+    let _ = to.shallow_clone().g_add_(&gradient.to_device(to.device()));
 }

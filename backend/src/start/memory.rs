@@ -4,6 +4,7 @@ use std::fmt;
 use std::fs;
 
 use tandem_kernels::attention::BLOCK_SIZE;
+use tandem_kernels::machine::gpu;
 use tch::Device;
 
 use crate::weights::LoadError;
@@ -11,8 +12,10 @@ use crate::weights::LoadError;
 /// Of the memory that is free after the weights are loaded, the most the KV cache takes by itself. The rest is for
 /// activations, adapters, a fine-tuning job and the page cache.
 const KV_SHARE: f64 = 0.5;
-/// libtorch does not say how much memory a GPU has left; this is what the cache takes there unless told.
-const GPU_KV_BYTES: u64 = 8 << 30;
+/// The same on a GPU, whose memory has no other tenants than these.
+const GPU_KV_SHARE: f64 = 0.8;
+/// What the cache takes where nobody says how much is free.
+const UNKNOWN_KV_BYTES: u64 = 8 << 30;
 
 /// What the options and the model ask of the cache.
 pub struct KvDemand {
@@ -23,8 +26,8 @@ pub struct KvDemand {
 }
 
 impl KvDemand {
-    /// `asked`: bytes the operator chose; `available`: bytes free now, if known.
-    pub fn blocks(&self, asked: Option<u64>, available: Option<u64>) -> Result<u32, LoadError> {
+    /// `asked`: bytes the operator chose; `free`: what is free now.
+    pub fn blocks(&self, asked: Option<u64>, free: Free) -> Result<u32, LoadError> {
         let KvDemand {
             max_num_seqs,
             max_model_len,
@@ -33,10 +36,12 @@ impl KvDemand {
         let of_one = u64::from(max_model_len).div_ceil(BLOCK_SIZE as u64);
         let block_bytes = block_bytes as u64;
         let all = of_one * u64::from(max_num_seqs);
-        let (room, whose) = match (asked, available) {
+        let share = |bytes: u64, share: f64| (bytes as f64 * share) as u64;
+        let (room, whose) = match (asked, free) {
             (Some(asked), _) => (asked, "kv_cache_bytes"),
-            (None, Some(available)) => ((available as f64 * KV_SHARE) as u64, "half of the free memory"),
-            (None, None) => (GPU_KV_BYTES, "the default for a device of unknown memory"),
+            (None, Free::Host(bytes)) => (share(bytes, KV_SHARE), "half of the free memory"),
+            (None, Free::Gpu(bytes)) => (share(bytes, GPU_KV_SHARE), "80 % of the GPU's free memory"),
+            (None, Free::Unknown) => (UNKNOWN_KV_BYTES, "the default for a device of unknown memory"),
         };
         let fit = room / block_bytes;
         if fit < of_one {
@@ -56,16 +61,28 @@ impl KvDemand {
     }
 }
 
-/// Memory this process may still take, or `None` where nobody says.
-pub fn available_bytes(device: Device) -> Option<u64> {
-    match device {
-        Device::Cpu => {
-            let machine = fs::read_to_string("/proc/meminfo")
-                .ok()
-                .and_then(|text| meminfo_available(&text));
-            [machine, cgroup_left()].into_iter().flatten().min()
+/// Bytes this process may still take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Free {
+    Host(u64),
+    Gpu(u64),
+    /// Nobody says.
+    Unknown,
+}
+
+impl Free {
+    pub fn on(device: Device) -> Free {
+        match device {
+            Device::Cpu => {
+                let machine = fs::read_to_string("/proc/meminfo")
+                    .ok()
+                    .and_then(|text| meminfo_available(&text));
+                let least = [machine, cgroup_left()].into_iter().flatten().min();
+                least.map_or(Free::Unknown, Free::Host)
+            }
+            Device::Cuda(index) => gpu::memory(index).map_or(Free::Unknown, |memory| Free::Gpu(memory.free)),
+            _ => Free::Unknown,
         }
-        _ => None,
     }
 }
 
@@ -110,15 +127,16 @@ mod tests {
             block_bytes: 1000,
         };
         let cases = [
-            (None, Some(1 << 30), Ok(16)),
-            (None, Some(20_000), Ok(10)),
-            (None, Some(7_000), Err("half of the free memory")),
-            (Some(50_000), Some(0), Ok(50)),
-            (Some(3_999), None, Err("choose max_model_len 96 or less")),
-            (None, None, Ok(16)),
+            (None, Free::Host(1 << 30), Ok(16)),
+            (None, Free::Host(20_000), Ok(10)),
+            (None, Free::Host(7_000), Err("half of the free memory")),
+            (None, Free::Gpu(10_000), Ok(8)),
+            (Some(50_000), Free::Host(0), Ok(50)),
+            (Some(3_999), Free::Unknown, Err("choose max_model_len 96 or less")),
+            (None, Free::Unknown, Ok(16)),
         ];
-        for (asked, available, expected) in cases {
-            match (demand.blocks(asked, available), expected) {
+        for (asked, free, expected) in cases {
+            match (demand.blocks(asked, free), expected) {
                 (Ok(blocks), Ok(expected)) => assert_eq!(blocks, expected),
                 (Err(error), Err(part)) => assert!(error.to_string().contains(part), "{error}"),
                 (got, expected) => panic!("{got:?} instead of {expected:?}"),

@@ -4,7 +4,7 @@ use std::ops::Add;
 
 use tandem_core::job::{Hyper, Method};
 use tandem_kernels::loss::{LogProbs, linear_cross_entropy, linear_log_probs};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::data::Slice;
 use crate::lora::adapter::{Adapter, AdapterRows};
@@ -205,7 +205,7 @@ pub fn score(decoder: &Decoder, adapter: Option<&Adapter>, slice: &Slice) -> Sco
         lora: &lora,
     };
     let hidden = decoder.forward(&batch);
-    let Some(labels) = Labels::of(slice, 1.0) else {
+    let Some(labels) = Labels::of(slice, 1.0, hidden.device()) else {
         return Scores::default();
     };
     let normed = decoder.final_norm(&hidden.index_select(0, &labels.rows));
@@ -219,7 +219,7 @@ pub fn score(decoder: &Decoder, adapter: Option<&Adapter>, slice: &Slice) -> Sco
 
 fn loss(slice: &Slice, hidden: &Tensor, context: &Context, grads: &mut Grads) -> (Tensor, Scores) {
     let dhidden = hidden.zeros_like();
-    let Some(labels) = Labels::of(slice, context.weight) else {
+    let Some(labels) = Labels::of(slice, context.weight, hidden.device()) else {
         return (dhidden, Scores::default());
     };
     let rows = hidden.index_select(0, &labels.rows); // [R, H]
@@ -247,10 +247,10 @@ struct Labels {
 }
 
 impl Labels {
-    fn of(slice: &Slice, total_weight: f64) -> Option<Labels> {
+    fn of(slice: &Slice, total_weight: f64, device: Device) -> Option<Labels> {
         let rows: Vec<i64> = slice.labels.iter().map(|&(row, _, _)| row).collect();
         (!rows.is_empty()).then(|| Labels {
-            rows: Tensor::from_slice(&rows),
+            rows: Tensor::from_slice(&rows).to_device(device),
             tokens: slice.labels.iter().map(|&(_, token, _)| token).collect(),
             weights: slice
                 .labels

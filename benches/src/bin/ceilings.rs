@@ -1,12 +1,29 @@
 //! What this machine can do at most, measured now: read bandwidth (huge pages) and multiply-add rates, with one thread
 //! and with all. Figures of other benchmarks are fractions of these. x86-64 with AVX2 at least; bf16 and int8 dot
 //! products where the processor shows AVX-512 BF16 and VNNI.
+//!
+//!   target/release/ceilings                     this processor
+//!   target/release/ceilings --device cuda:0     a GPU, by libtorch's own ops (`cpu`: the processor, by the same)
 
-fn main() {
+use clap::Parser;
+
+#[derive(Parser)]
+struct Options {
+    /// cpu or cuda:N, measured by libtorch's ops instead of this program's loops
+    #[arg(long)]
+    device: Option<String>,
+}
+
+fn main() -> anyhow::Result<()> {
+    if let Some(device) = Options::parse().device {
+        println!("{}", tandem_benches::device::ceilings(&device)?);
+        return Ok(());
+    }
     #[cfg(target_arch = "x86_64")]
     x86::main();
     #[cfg(not(target_arch = "x86_64"))]
     println!("{{\"error\": \"ceilings are written for x86-64\"}}");
+    Ok(())
 }
 
 #[cfg(target_arch = "x86_64")]

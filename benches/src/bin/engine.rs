@@ -1,7 +1,7 @@
 //! The engine without HTTP: prefill, decode, mixed adapters and LoRA training on one model folder, through the same
 //! channel the router uses. The last line is JSON with the keys that benches/peers prints.
 //!
-//!   target/release/engine --model DIR [prefill] [decode] [adapters] [train]
+//!   target/release/engine --model DIR [--device cuda:0] [prefill] [decode] [adapters] [train]
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -16,6 +16,7 @@ use tandem_backend::lora::peft::{self, PeftConfig};
 use tandem_backend::model::Decoder;
 use tandem_backend::start;
 use tandem_backend::train::Trainer;
+use tandem_backend::words;
 use tandem_benches::machine;
 use tandem_benches::percentile::median;
 use tandem_core::dataset::{self, Example};
@@ -26,7 +27,6 @@ use tandem_core::replica::{Command, EVENT_QUEUE, ReplicaHandle};
 use tandem_core::sampling::Sampling;
 use tandem_core::{TokenId, rng};
 use tandem_kernels::weight::Precision;
-use tch::Device;
 use tokio::sync::mpsc;
 
 /// Measures the engine without HTTP
@@ -35,6 +35,9 @@ struct Options {
     /// A checkpoint, e.g. of benches/peers/make_shape.py
     #[arg(long)]
     model: PathBuf,
+    /// cpu or cuda:N
+    #[arg(long, default_value = "cpu")]
+    device: String,
     #[arg(long, value_enum, default_value = "bfloat16")]
     dtype: DtypeName,
     /// Tokens each stream generates
@@ -77,6 +80,9 @@ async fn main() -> anyhow::Result<()> {
     }
     if options.parts.iter().any(|&part| part != Part::Train) {
         let mut engine = Engine::start(&options)?;
+        let info = &engine.replica.info;
+        report.insert("weight_bytes".to_owned(), json!(info.weight_bytes));
+        report.insert("parameters".to_owned(), json!(info.parameters));
         for part in &options.parts {
             match part {
                 Part::Prefill => engine.prefill(&mut report).await?,
@@ -109,6 +115,7 @@ impl Engine {
         };
         let began = Instant::now();
         let replica = tandem_backend::start(tandem_backend::Options {
+            device: words::device(&options.device)?,
             dtype,
             max_model_len: Some(1024),
             max_num_seqs: 16,
@@ -256,8 +263,9 @@ fn train(options: &Options, report: &mut Map<String, Value>) -> anyhow::Result<(
         DtypeName::Bfloat16 => Precision::Bf16,
         DtypeName::Float32 => Precision::F32,
     };
-    start::set_threads(Device::Cpu, None);
-    let base = Decoder::load(&options.model, precision, Device::Cpu)?;
+    let device = words::device(&options.device)?;
+    start::set_threads(device, None);
+    let base = Decoder::load(&options.model, precision, device)?;
     let vocab = base.spec.vocab as u64;
     let example = |number: u64| Example {
         tokens: (0..EXAMPLE_TOKENS)

@@ -12,6 +12,7 @@ const LIBRARIES: [&str; 2] = ["libtorch_cuda.so", "libtorch_hip.so"];
 
 unsafe extern "C" {
     fn tandem_gpu_registered() -> c_int;
+    fn tandem_gpu_memory(index: c_int, free_bytes: *mut u64, total_bytes: *mut u64) -> c_int;
 }
 
 /// What the libtorch this program was built with computes on: `cpu`, `cuda` or `rocm`.
@@ -23,6 +24,22 @@ pub fn flavour() -> &'static str {
 pub fn registered() -> bool {
     // SAFETY: asks a registry; no arguments, and the C++ side catches what it throws.
     unsafe { tandem_gpu_registered() != 0 }
+}
+
+/// Of one GPU, in bytes, whoever uses it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    pub free: u64,
+    pub total: u64,
+}
+
+/// `None` where there is no such GPU. What libtorch keeps for later counts as used.
+pub fn memory(index: usize) -> Option<Memory> {
+    let index = c_int::try_from(index).ok().filter(|_| registered())?;
+    let (mut free, mut total) = (0, 0);
+    // SAFETY: both pointers are to live u64; the C++ side checks the index and catches what it throws.
+    let told = unsafe { tandem_gpu_memory(index, &mut free, &mut total) };
+    (told != 0).then_some(Memory { free, total })
 }
 
 /// An error where a GPU was meant and would silently not be used: libtorch has a GPU library, or this program was built
@@ -98,6 +115,7 @@ mod tests {
             }
         }
         gpu_check().expect("this build uses what its libtorch has");
+        assert_eq!(memory(tch::Cuda::device_count().max(0) as usize), None, "one GPU too many");
     }
 
     /// This binary, made with the link arguments of every package here, needs the GPU libraries that libtorch has.

@@ -30,6 +30,12 @@ pub struct Fixture {
     tensors: HashMap<String, Tensor>,
 }
 
+/// Where the product computes: TANDEM_TEST_DEVICE (scripts/gpu-check), else the CPU.
+pub fn device() -> Device {
+    let word = std::env::var("TANDEM_TEST_DEVICE");
+    tandem_backend::words::device(word.as_deref().unwrap_or("cpu")).expect("TANDEM_TEST_DEVICE is a device")
+}
+
 pub fn fixtures_folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("numerics/fixtures")
 }
@@ -49,7 +55,7 @@ impl Fixture {
     }
 
     pub fn decoder(&self, precision: Precision) -> Decoder {
-        Decoder::load(&self.folder, precision, Device::Cpu).expect("the fixture loads")
+        Decoder::load(&self.folder, precision, device()).expect("the fixture loads")
     }
 
     pub fn tensor(&self, name: &str) -> &Tensor {
@@ -89,7 +95,7 @@ impl Fixture {
 
     pub fn adapter(&self, name: &str, decoder: &Decoder) -> Adapter {
         let params = self.adapter_params(name, decoder);
-        Adapter::new(&params, decoder.precision(), Device::Cpu).expect("an adapter that was read packs")
+        Adapter::new(&params, decoder.precision(), decoder.device()).expect("an adapter that was read packs")
     }
 }
 

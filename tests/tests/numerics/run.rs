@@ -50,7 +50,7 @@ pub fn packed(decoder: &Decoder, sequences: &[Sequence]) -> Vec<Tensor> {
         context,
         lora: &lora,
     });
-    let logits = decoder.head(&hidden);
+    let logits = decoder.head(&hidden).to_device(Device::Cpu);
     cu_seqlens
         .windows(2)
         .map(|range| logits.narrow(0, range[0] as i64, (range[1] - range[0]) as i64))
@@ -107,7 +107,7 @@ impl Pages {
             kv_heads: attn.kv_heads as usize,
             head_dim: attn.head_dim as usize,
         };
-        let cache = KvCache::new(shape, decoder.precision(), Device::Cpu).expect("a small cache fits");
+        let cache = KvCache::new(shape, decoder.precision(), decoder.device()).expect("a small cache fits");
         // Sequence i takes every `sequences`-th block, from the end.
         let table = |i| {
             (0..blocks)
@@ -161,7 +161,7 @@ impl Pages {
             context,
             lora: &lora,
         });
-        let logits = decoder.head(&hidden);
+        let logits = decoder.head(&hidden).to_device(Device::Cpu);
         seqs.iter()
             .map(|seq| logits.narrow(0, seq.rows.start as i64, seq.rows.len() as i64))
             .collect()
