@@ -27,7 +27,7 @@ pub enum Command {
     LoadAdapter(AdapterRef, oneshot::Sender<Result<AdapterInfo, Fault>>),
     /// Forget it as soon as no running request uses it.
     UnloadAdapter(AdapterDigest),
-    /// One job trains at a time; a second is refused with `JobEvent::Failed`.
+    /// One job trains at a time; a second hears `JobEvent::Refused`.
     StartJob(Box<JobSpec>, mpsc::Sender<JobEvent>),
     /// Between two quanta. Answered by `JobEvent::Cancelled`.
     CancelJob(JobId),
