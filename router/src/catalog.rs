@@ -163,6 +163,18 @@ impl Catalog {
         self.retire_unnamed(&names, old);
     }
 
+    /// All names as the store has them now. What lost its last name retires.
+    pub fn replace(&self, rows: Vec<NameRow>) {
+        let mut names = self.write();
+        let old = std::mem::replace(
+            &mut *names,
+            rows.into_iter().map(|row| (row.name.clone(), row)).collect(),
+        );
+        for row in old.into_values() {
+            self.retire_unnamed(&names, Some(row));
+        }
+    }
+
     pub fn remove(&self, name: &str) {
         let mut names = self.write();
         let old = names.remove(name);

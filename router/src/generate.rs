@@ -63,15 +63,25 @@ impl Router {
         let stop_tokens = self.stop_tokens(stop_token_ids, ignore_eos);
 
         let waiting = self.0.replica.stats.borrow().waiting;
-        let lease = self.0.catalog.admit(&model, n, waiting)?;
+        let lease = match self.0.catalog.admit(&model, n, waiting) {
+            // Another router may have made the name a moment ago.
+            Err(RouterError::UnknownModel(_)) if self.0.store.is_shared() => {
+                self.refresh_names().await?;
+                self.0.catalog.admit(&model, n, waiting)?
+            }
+            admitted => admitted?,
+        };
         let is_chat = matches!(prompt, Prompt::Chat { .. });
         let prompt = self.prompt_tokens(prompt).await?;
         let max_tokens = fit(prompt.len(), max_tokens, limit, is_chat)?;
 
-        let adapter = lease.adapter.map(|digest| AdapterRef {
-            digest,
-            folder: self.0.store.adapter_folder(&digest),
-        });
+        let adapter = match lease.adapter {
+            None => None,
+            Some(digest) => Some(AdapterRef {
+                digest,
+                folder: self.0.store.adapter_folder(digest).await?,
+            }),
+        };
         let busy = RouterError::Busy {
             waiting,
             retry_after_s: 1,

@@ -10,6 +10,7 @@ mod models;
 mod relay;
 #[cfg(test)]
 mod tests;
+mod watch;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -80,6 +81,8 @@ struct Tasks {
     supervisor: JoinHandle<()>,
     preparer: JoinHandle<()>,
     housekeeping: JoinHandle<()>,
+    /// When others write to the database too.
+    watch: Option<JoinHandle<()>>,
 }
 
 /// What the supervisor may take to write down the engine's last words.
@@ -118,6 +121,11 @@ impl Router {
             supervisor: tokio::spawn(jobs::supervisor::run(router.clone())),
             preparer: tokio::spawn(jobs::prepare::run(router.clone())),
             housekeeping: tokio::spawn(models::housekeeping(router.clone())),
+            watch: router
+                .0
+                .store
+                .is_shared()
+                .then(|| tokio::spawn(watch::run(router.clone()))),
         };
         *router.tasks() = Some(tasks);
         Ok(router)
@@ -135,6 +143,7 @@ impl Router {
             mut supervisor,
             preparer,
             housekeeping,
+            watch,
         }) = tasks
         {
             self.0.desk.wake_supervisor();
@@ -145,8 +154,8 @@ impl Router {
                 tracing::warn!("the job supervisor did not end in {SHUTDOWN_GRACE:?}");
                 supervisor.abort();
             }
-            // What these two do can be cut anywhere.
-            for task in [preparer, housekeeping] {
+            // What these do can be cut anywhere.
+            for task in [preparer, housekeeping].into_iter().chain(watch) {
                 task.abort();
                 let _ = task.await;
             }
@@ -192,6 +201,11 @@ impl Router {
 
     fn stopping(&self) -> bool {
         self.0.stopping.load(Ordering::Acquire)
+    }
+
+    /// The replica that a job should train on now. `None`: none has room.
+    pub(crate) fn job_replica(&self) -> Option<ReplicaHandle> {
+        Some(self.0.replica.clone()).filter(|replica| !replica.commands.is_closed())
     }
 
     async fn command(&self, command: Command) -> Result<(), RouterError> {

@@ -80,6 +80,13 @@ pub struct Serve {
     /// Files, jobs and adapters live here
     #[arg(long, value_name = "DIR", default_value = "./tandem-data")]
     pub data_dir: PathBuf,
+    /// postgres://USER:PASSWORD@HOST/NAME: files, jobs and names of several routers [default: SQLite in --data-dir]
+    #[arg(long, value_name = "URL", hide_env_values = true, requires = "artifact_url")]
+    pub database_url: Option<String>,
+    /// s3://BUCKET/PREFIX (and the usual AWS_* variables) or file:///DIR: bytes that others see too, of which --data-dir
+    /// is then a cache [default: --data-dir]
+    #[arg(long, value_name = "URL")]
+    pub artifact_url: Option<String>,
     /// Compute threads [default: one per physical core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub threads: Option<u32>,

@@ -210,7 +210,7 @@ fn chosen(arg: &Arg, serve: &ArgMatches, file: &BTreeMap<String, Vec<String>>) -
     };
     let texts: Vec<_> = serve.get_raw(id)?.map(|text| text.to_string_lossy()).collect();
     let value = match id {
-        "api_key" => "(hidden)".to_owned(),
+        "api_key" | "database_url" => "(hidden)".to_owned(),
         _ => texts.join(" "),
     };
     Some(Chosen {

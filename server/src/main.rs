@@ -26,7 +26,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tandem_router::Router;
-use tandem_store::Store;
+use tandem_store::{Places, Store};
 use tandem_text::Tokenizer;
 use tokio::runtime::Runtime;
 use tracing::info;
@@ -110,7 +110,7 @@ fn serve(options: Serve, chosen: &[Chosen]) -> Result<()> {
     let runtime = runtime()?;
     let commands = replica.commands.clone();
     runtime.block_on(async {
-        let store = Store::open(data_dir).await.context("the data folder")?;
+        let store = Store::open(&places(&options)).await.context("the store")?;
         let router = Router::open(store, tokenizer, replica, config).await?;
         let app = App::new(router).context("the metrics")?;
         let routes = app::routes(app.clone(), api_key.as_deref().map(ApiKey::new));
@@ -131,6 +131,14 @@ fn runtime() -> Result<Runtime> {
         .enable_all()
         .build()
         .context("the async runtime")
+}
+
+fn places(options: &Serve) -> Places {
+    Places {
+        database_url: options.database_url.clone(),
+        artifact_url: options.artifact_url.clone(),
+        ..Places::local(&options.data_dir)
+    }
 }
 
 /// The base model's folder and name.

@@ -9,10 +9,10 @@ use tandem_core::id::{AdapterDigest, AdapterRef, JobId};
 use tandem_core::job::{Life, Saved, files};
 use tokio::sync::Mutex;
 
+use crate::blocking;
 use crate::error::StoreError;
 use crate::folders::{self, CONFIG, Folders, Placement, README, TENSORS, Tenancy};
 use crate::remote::Remote;
-use crate::blocking;
 
 /// Written last, deleted first.
 const COMPLETE: &str = "complete";
@@ -43,13 +43,16 @@ impl Artifacts {
                 if url.contains("://") && !(url.starts_with("file://") && path.is_absolute()) {
                     return Err(StoreError::Url {
                         url: url.to_owned(),
-                        why: "artifacts live at s3://bucket/prefix, at file:///folder or in a folder".to_owned(),
+                        why: "artifacts live at s3://bucket/prefix, at file:///folder or in a folder"
+                            .to_owned(),
                     });
                 }
                 std::fs::create_dir_all(path).map_err(crate::error::io_at("making", path))?;
                 let path = std::fs::canonicalize(path).map_err(crate::error::io_at("finding", path))?;
                 // The data folder itself: no second copy.
-                (path != folders.root()).then(|| Remote::folder(&path)).transpose()?
+                (path != folders.root())
+                    .then(|| Remote::folder(&path))
+                    .transpose()?
             }
         };
         Ok(Artifacts {
@@ -71,7 +74,9 @@ impl Artifacts {
     /// The local folder of an adapter; fetched and checked against its digest when it is not here.
     pub async fn adapter(&self, digest: AdapterDigest) -> Result<PathBuf, StoreError> {
         let target = self.folders.adapter(&digest);
-        let Some(remote) = &self.remote else { return Ok(target) };
+        let Some(remote) = &self.remote else {
+            return Ok(target);
+        };
         if target.exists() {
             return Ok(target);
         }
@@ -180,14 +185,18 @@ impl Artifacts {
     /// The local path of a file; fetched when it is not here.
     pub(crate) async fn file(&self, id: &str) -> Result<PathBuf, StoreError> {
         let target = self.folders.file(id);
-        let Some(remote) = &self.remote else { return Ok(target) };
+        let Some(remote) = &self.remote else {
+            return Ok(target);
+        };
         if target.exists() {
             return Ok(target);
         }
         let _one_at_a_time = self.fetching.lock().await;
         match self.fetch(remote, &["files", id], &target).await? {
             true => Ok(target),
-            false => Err(StoreError::Damaged(format!("the artifact store has no bytes of {id}"))),
+            false => Err(StoreError::Damaged(format!(
+                "the artifact store has no bytes of {id}"
+            ))),
         }
     }
 
@@ -207,16 +216,22 @@ impl Artifacts {
             tokio::fs::create_dir_all(&folder)
                 .await
                 .map_err(crate::error::io_at("making", &folder))?;
-            if !self.fetch(remote, &["jobs", &id.0, files::TRAIN], &job.join(files::TRAIN)).await? {
-                return Err(StoreError::Damaged(format!("the artifact store has no datasets of {id}")));
+            if !self
+                .fetch(remote, &["jobs", &id.0, files::TRAIN], &job.join(files::TRAIN))
+                .await?
+            {
+                return Err(StoreError::Damaged(format!(
+                    "the artifact store has no datasets of {id}"
+                )));
             }
-            self.fetch(remote, &["jobs", &id.0, files::VALID], &job.join(files::VALID)).await?;
+            self.fetch(remote, &["jobs", &id.0, files::VALID], &job.join(files::VALID))
+                .await?;
             if let Some(Saved { epoch, step }) = saved {
                 let (epoch, step) = (epoch.to_string(), step.to_string());
                 let key = ["jobs", &id.0, &epoch, &step, files::STATE];
                 if !self.fetch(remote, &key, &folder.join(files::STATE)).await? {
-                    let missing = format!("the artifact store has no state of {id}, life {epoch}, step {step}");
-                    return Err(StoreError::Damaged(missing));
+                    // Its numbers are a function of seed and step: the job only takes longer.
+                    tracing::warn!(job = %id, epoch, step, "the artifact store lost a state; the job begins again");
                 }
             }
         }
@@ -235,6 +250,18 @@ impl Artifacts {
             remote.put(&state, &key).await?;
         }
         Ok(())
+    }
+
+    /// A later state is kept: nobody goes on from this one.
+    pub async fn drop_state(&self, id: &JobId, saved: Saved) -> Result<(), StoreError> {
+        let Some(remote) = &self.remote else { return Ok(()) };
+        let (epoch, step) = (saved.epoch.to_string(), saved.step.to_string());
+        remote.delete(&["jobs", &id.0, &epoch, &step, files::STATE]).await
+    }
+
+    /// Whether a life of a job left a state in its local folder: the life was here.
+    pub fn has_state(&self, id: &JobId, epoch: u64) -> bool {
+        self.folders.life(&id.0, epoch).join(files::STATE).exists()
     }
 
     /// Where the router writes the datasets of a job, for [`Artifacts::push_datasets`].

@@ -57,7 +57,12 @@ impl Folders {
         if tenancy == Tenancy::Guest {
             staging.push(ids::random());
         }
-        for folder in [&root.join("files"), &root.join("adapters"), &root.join("jobs"), &staging] {
+        for folder in [
+            &root.join("files"),
+            &root.join("adapters"),
+            &root.join("jobs"),
+            &staging,
+        ] {
             fs::create_dir_all(folder).map_err(io_at("making", folder))?;
         }
         let held = match tenancy {
@@ -137,7 +142,10 @@ impl Folders {
             earlier.extend(other.filter(|&other| other < epoch && entry.path().join(files::STATE).exists()));
         }
         if let Some(newest) = earlier.into_iter().max() {
-            link(&self.life(id, newest).join(files::STATE), &life.join(files::STATE))?;
+            link(
+                &self.life(id, newest).join(files::STATE),
+                &life.join(files::STATE),
+            )?;
         }
         Ok(life)
     }

@@ -107,7 +107,8 @@ impl Remote {
     /// Write a small object.
     pub async fn mark(&self, parts: &[&str]) -> Result<(), StoreError> {
         let put = self.store.put(&self.key(parts), "complete\n".into()).await;
-        put.map(drop).map_err(|error| self.failed("writing", parts, error))
+        put.map(drop)
+            .map_err(|error| self.failed("writing", parts, error))
     }
 
     /// Download an object into a new file, durable. `false`: there is no such object.
