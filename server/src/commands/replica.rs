@@ -1,0 +1,45 @@
+//! From the options of a replica to the engine's own: which model, and how it runs. Not here: starting it (backend).
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::cli::ModelOptions;
+use crate::demo;
+
+/// The base model's folder and name. `data_dir` takes the demo model, when none is named.
+pub fn model(options: &ModelOptions, data_dir: &Path) -> Result<(PathBuf, String)> {
+    let (folder, own_name) = match &options.model {
+        Some(folder) => {
+            let whole = folder
+                .canonicalize()
+                .with_context(|| format!("--model {}", folder.display()))?;
+            let name = whole
+                .file_name()
+                .map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned());
+            (whole, name)
+        }
+        None => (
+            demo::materialise(data_dir).context("cannot write the demo model")?,
+            demo::NAME.to_owned(),
+        ),
+    };
+    Ok((folder, options.served_model_name.clone().unwrap_or(own_name)))
+}
+
+/// What was not asked is the backend's to choose.
+pub fn engine_options(options: &ModelOptions, folder: &Path) -> Result<tandem_backend::Options> {
+    let mut engine = tandem_backend::Options::new(folder.to_owned());
+    engine.device = tandem_backend::words::device(&options.device)?;
+    engine.dtype = options.dtype.parse()?;
+    engine.max_model_len = options.max_model_len;
+    engine.kv_cache_bytes = options.kv_cache_memory_bytes;
+    engine.threads = options.threads.map(|threads| threads as usize);
+    engine.max_num_seqs = options.max_num_seqs.unwrap_or(engine.max_num_seqs);
+    engine.max_num_batched_tokens = options
+        .max_num_batched_tokens
+        .unwrap_or(engine.max_num_batched_tokens);
+    engine.max_loras = options.max_loras.unwrap_or(engine.max_loras);
+    engine.max_lora_rank = options.max_lora_rank.unwrap_or(engine.max_lora_rank);
+    Ok(engine)
+}
