@@ -12,6 +12,7 @@ use tokio::sync::oneshot;
 
 use crate::Router;
 use crate::api::{LoadMode, ModelCard, RouterError};
+use crate::fleet::Ask;
 
 const MAX_NAME_CHARS: usize = 200;
 /// How often files are looked over for those that have expired (reads never show them).
@@ -168,13 +169,22 @@ impl Router {
         Ok(())
     }
 
+    /// On one replica, which checks it; the others load it with its first request there.
     async fn make_resident(&self, digest: AdapterDigest) -> Result<AdapterInfo, RouterError> {
         let adapter = AdapterRef {
             digest,
             folder: self.0.store.adapter_folder(digest).await.map_err(adapter_error)?,
         };
         let (reply, answer) = oneshot::channel();
-        self.command(Command::LoadAdapter(adapter, reply)).await?;
+        let ask = Ask {
+            prompt: &[],
+            adapter: Some(digest),
+            max_tokens: 0,
+            n: 0,
+        };
+        let seat = self.0.fleet.seat(ask).await.map_err(RouterError::Engine)?;
+        // A replica that is gone drops the reply.
+        let _ = seat.commands.send(Command::LoadAdapter(adapter, reply)).await;
         match answer.await {
             Ok(Ok(info)) => Ok(info),
             Ok(Err(Fault::Adapter(message))) => Err(RouterError::Adapter {
@@ -182,7 +192,9 @@ impl Router {
                 message,
             }),
             Ok(Err(fault)) => Err(RouterError::Engine(fault)),
-            Err(_) => Err(RouterError::Engine(Fault::ShuttingDown)),
+            Err(_) => Err(RouterError::Engine(Fault::ReplicaLost(
+                "it went away while it loaded the adapter".to_owned(),
+            ))),
         }
     }
 
@@ -221,7 +233,7 @@ impl Router {
     async fn reap(&self) -> Result<(), RouterError> {
         let _one_at_a_time = self.0.changes.lock().await;
         for digest in self.0.catalog.take_free() {
-            self.command(Command::UnloadAdapter(digest)).await?;
+            self.tell_all(|| Command::UnloadAdapter(digest)).await;
             if self.0.store.remove_adapter_if_unnamed(digest).await? {
                 tracing::info!(adapter = %digest.short(), "adapter deleted");
             }

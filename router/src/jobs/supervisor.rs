@@ -25,7 +25,7 @@ const REPLICA_RETRY: Duration = Duration::from_millis(500);
 /// Replicas that may go under a job, one after the other and before it makes a step, until it is to blame.
 const MAX_STUMBLES: u32 = 3;
 
-/// As long as the router and a replica live.
+/// As long as the router lives.
 pub(crate) async fn run(router: Router) {
     match router
         .0
@@ -41,12 +41,12 @@ pub(crate) async fn run(router: Router) {
         Err(error) => tracing::warn!(%error, "cannot count unfinished jobs"),
     }
     let mut stumbles = Stumbles::default();
-    while router.ready() {
+    while !router.stopping() {
         match next(&router, &mut stumbles).await {
             Ok(Next::Job) => {}
             Ok(Next::NoJob) => router.wait_for(&router.0.desk.queued).await,
             Ok(Next::NoReplica) => tokio::time::sleep(REPLICA_RETRY).await,
-            Err(error) if !router.ready() => tracing::info!(%error, "a job waits for the next start"),
+            Err(error) if router.stopping() => tracing::info!(%error, "a job waits for the next start"),
             Err(error) => {
                 tracing::error!(%error, "a job was interrupted; going on from its last state");
                 tokio::time::sleep(RETRY).await;
@@ -114,7 +114,7 @@ async fn next(router: &Router, stumbles: &mut Stumbles) -> Result<Next, RouterEr
             Ok(Next::NoReplica)
         }
         End::Lost => Ok(Next::Job),
-        End::Silent { .. } if !router.ready() => {
+        End::Silent { .. } if router.stopping() => {
             // It stays `running`, for the next start or another router.
             store.release_lease(&id, lease).await?;
             Ok(Next::NoReplica)
@@ -422,7 +422,7 @@ impl<'a> Run<'a> {
                 adapter,
                 trained_tokens,
             } => self.finish(adapter, trained_tokens).await?,
-            Turn::Failed { message } if !self.router.ready() => {
+            Turn::Failed { message } if self.router.stopping() => {
                 tracing::info!(job = %self.id, message, "the job waits for the next start");
                 let stepped = self.step.is_some();
                 return Ok(ControlFlow::Break(End::Silent { stepped }));

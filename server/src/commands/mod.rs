@@ -1,6 +1,8 @@
 //! The commands that run until a signal, one file each, and what they share. Not here: how anything works.
 
+mod edge;
 mod replica;
+pub mod router;
 pub mod serve;
 
 use anyhow::{Context, Result};

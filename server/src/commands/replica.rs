@@ -1,8 +1,12 @@
-//! From the options of a replica to the engine's own: which model, and how it runs. Not here: starting it (backend).
+//! From the options of a replica to the engine's own: which model, how it runs, and how it is started again. Not here:
+//! what starting means (backend).
 
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
+use tandem_router::fleet::{Made, Member};
+use tandem_rpc::ModelFiles;
 
 use crate::cli::ModelOptions;
 use crate::demo;
@@ -42,4 +46,38 @@ pub fn engine_options(options: &ModelOptions, folder: &Path) -> Result<tandem_ba
     engine.max_loras = options.max_loras.unwrap_or(engine.max_loras);
     engine.max_lora_rank = options.max_lora_rank.unwrap_or(engine.max_lora_rank);
     Ok(engine)
+}
+
+/// The replica of this process. It is started now, so that what is wrong with it is said at once; and again, whenever it
+/// is lost.
+pub fn member(options: tandem_backend::Options, model_name: String) -> Result<Member> {
+    let files = ModelFiles::read(&options.model_folder).context("the model's files")?;
+    let first = tandem_backend::start(options.clone()).context("the model")?;
+    let first = Mutex::new(Some(first));
+    Ok(Member::new("local", move || {
+        let first = first.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let (options, files, model_name) = (options.clone(), files.clone(), model_name.clone());
+        async move {
+            let replica = match first {
+                Some(replica) => replica,
+                None => start_again(options).await?,
+            };
+            Ok(Made {
+                replica,
+                files,
+                model_name,
+                hop: None,
+            })
+        }
+    }))
+}
+
+async fn start_again(
+    options: tandem_backend::Options,
+) -> Result<tandem_core::replica::ReplicaHandle, String> {
+    let started = tokio::task::spawn_blocking(move || tandem_backend::start(options)).await;
+    match started {
+        Ok(started) => started.map_err(|error| error.to_string()),
+        Err(panic) => Err(panic.to_string()),
+    }
 }
