@@ -190,6 +190,9 @@ pub struct Health {
     pub host: IpAddr,
     #[arg(long, default_value_t = 8000)]
     pub port: u16,
+    /// Ask whether it takes requests, not only whether it is well
+    #[arg(long)]
+    pub ready: bool,
 }
 
 fn limits() -> String {

@@ -47,7 +47,7 @@ fn run() -> Result<ExitCode> {
     process::start_log().context("TANDEM_LOG")?;
     match cli.command {
         Command::Serve(options) => commands::serve::run(*options, &chosen)?,
-        Command::Backend(_) => anyhow::bail!("written in the next commit"),
+        Command::Backend(options) => commands::backend::run(*options, &chosen)?,
         Command::Router(options) => commands::router::run(*options, &chosen)?,
         Command::Train(train) => train::run(&train.settings)?,
         Command::Doctor => print!("{}", doctor::report()),

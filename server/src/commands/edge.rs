@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tandem_router::{Fleet, Router};
-use tandem_store::Store;
+use tandem_store::{Places, Store};
 use tandem_text::Tokenizer;
 use tracing::info;
 
 use crate::app::{self, App};
-use crate::cli::{EdgeOptions, ProcessOptions, StateOptions};
+use crate::cli::{ArtifactOptions, EdgeOptions, ProcessOptions, StateOptions};
 use crate::layers::ApiKeys;
 use crate::{convert, listen};
 
@@ -64,7 +64,18 @@ pub async fn run(edge: Edge) -> Result<()> {
         lora_modules,
         max_waiting,
     } = options;
-    let StateOptions { data_dir } = state;
+    let StateOptions {
+        artifacts: ArtifactOptions {
+            data_dir,
+            artifact_url,
+        },
+        database_url,
+    } = state;
+    let places = Places {
+        database_url,
+        artifact_url,
+        ..Places::local(data_dir)
+    };
     let ProcessOptions {
         shutdown_grace,
         config: _,
@@ -76,7 +87,7 @@ pub async fn run(edge: Edge) -> Result<()> {
         lora_modules,
         ..tandem_router::Config::default()
     };
-    let store = Store::open(&data_dir).await.context("the data folder")?;
+    let store = Store::open(&places).await.context("the store")?;
     let router = Router::open(store, tokenizer, fleet, config).await?;
     let app = App::new(router).context("the metrics")?;
     let routes = app::routes(app.clone(), ApiKeys::new(api_key));

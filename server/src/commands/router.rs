@@ -40,7 +40,7 @@ pub fn run(options: Router, chosen: &[Chosen]) -> Result<()> {
         );
     }
     let door = Door::open(SocketAddr::new(options.host, options.port))?;
-    edge::make_data_dir(&state.data_dir)?;
+    edge::make_data_dir(&state.artifacts.data_dir)?;
     let members: Vec<Member> = backends.into_iter().map(Member::remote).collect();
     runtime()?.block_on(async {
         let mut signals = Signals::new()?;
@@ -55,7 +55,7 @@ pub fn run(options: Router, chosen: &[Chosen]) -> Result<()> {
         let facts = fleet.facts();
         let folder = facts
             .files
-            .materialise(&state.data_dir)
+            .materialise(&state.artifacts.data_dir)
             .context("the model's tokenizer")?;
         let tokenizer = Tokenizer::from_folder(&folder).context("the model's tokenizer")?;
         let name = served_model_name.unwrap_or_else(|| facts.model_name.clone());

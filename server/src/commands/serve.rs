@@ -20,8 +20,8 @@ pub fn run(options: Serve, chosen: &[Chosen]) -> Result<()> {
         process,
     } = options;
     let door = Door::open(SocketAddr::new(options.host, options.port))?;
-    edge::make_data_dir(&state.data_dir)?;
-    let (folder, name) = replica::model(&model, &state.data_dir)?;
+    edge::make_data_dir(&state.artifacts.data_dir)?;
+    let (folder, name) = replica::model(&model, &state.artifacts.data_dir)?;
     let tokenizer = Tokenizer::from_folder(&folder).context("the model's tokenizer")?;
     let member = replica::member(replica::engine_options(&model, &folder)?, name.clone())?;
     runtime()?.block_on(async {

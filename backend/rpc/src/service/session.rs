@@ -235,9 +235,11 @@ impl Ear {
 /// last word is an event; an end without one is a job that goes on some other time.
 async fn run_job(shared: Arc<Shared>, spec: JobSpec, cancelled: Arc<AtomicBool>, out: mpsc::Sender<Vec<u8>>) {
     let id = spec.id.clone();
-    // Another router's, or this job's former life that has not seen yet that nobody listens: try again, or elsewhere.
+    // Another router's, or this job's former life that has not seen yet that nobody listens.
     let Ok(_one_at_a_time) = shared.job.try_lock() else {
-        return tracing::warn!(job = %id, "another job is here; this one is not taken");
+        let message = "the backend trains another job".to_owned();
+        let refused = codec::json(&JobEvent::Refused { message });
+        return drop(out.send(refused).await);
     };
     let spec = match shared.hooks.job(spec).await {
         Ok(spec) => spec,
