@@ -150,11 +150,11 @@ def crash():
                 time.sleep(0.01)
             partial = []
             while moment != "between steps" and not partial:
-                partial = list(folder.glob(".*.partial"))
+                partial = list(folder.glob("life-*/.*.partial"))
             server.send_signal(signal.SIGKILL)
             server.wait()
             load.done.set()
-            left = [path.name for path in folder.glob(".*.partial")]
+            left = [path.name for path in folder.glob("life-*/.*.partial")]
             print(f"kill {kill + 1}, {moment}: {STREAMS} streams running, half-written files left: {left}")
             server, base = start(TANDEM, data_dir)
             api = Api(base)

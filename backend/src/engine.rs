@@ -445,6 +445,7 @@ impl Engine {
             train_steps,
             train_seconds,
             job_running: self.job.is_some(),
+            draining: false,
         });
     }
 }

@@ -13,7 +13,7 @@ use tandem_backend::train::Trainer;
 use tandem_core::blocks::BlockPool;
 use tandem_core::dataset::{self, Example};
 use tandem_core::id::{JobId, RequestId};
-use tandem_core::job::{Hyper, JobEvent, JobSpec, Lora, Method, Schedule, files};
+use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Schedule, files};
 use tandem_core::message::{Generate, Scored};
 use tandem_core::sampling::{RawSampling, Sampling};
 use tandem_core::sched::{Limits, Scheduler, View};
@@ -215,6 +215,7 @@ fn train_step(criterion: &mut Criterion) {
         folder: folder.path().to_owned(),
         base_model: "fixture".to_owned(),
         hyper,
+        life: Life::default(),
     };
     let mut trainer = Trainer::start(spec, &decoder).expect("it starts");
     criterion.bench_function("train step: 2 tiny layers, 4 x 32 tokens", |bencher| {

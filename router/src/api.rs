@@ -51,9 +51,14 @@ pub enum LoadMode {
     Replace,
 }
 
+/// Who asks: clients are told apart when places are few, and by nothing else. A digest of the API key; 0 without one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Client(pub u64);
+
 /// One generation request: one prompt, `n` choices.
 #[derive(Clone, Debug)]
 pub struct Call {
+    pub client: Client,
     pub model: String,
     pub prompt: Prompt,
     pub n: u32,

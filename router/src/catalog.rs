@@ -13,28 +13,66 @@ use tandem_store::{NameRow, Source};
 use tokio::sync::Notify;
 
 use crate::Config;
-use crate::api::{AdapterSource, ModelCard, ModelKind, RouterError};
+use crate::api::{AdapterSource, Client, ModelCard, ModelKind, RouterError};
 
 /// After how long a refused client should come back. A sequence takes seconds; the clients add jitter.
 const RETRY_AFTER_S: u32 = 1;
 
 pub(crate) struct Catalog {
     base: ModelCard,
-    max_num_seqs: u32,
     max_waiting: u32,
     names: RwLock<BTreeMap<String, NameRow>>,
     live: DashMap<RequestId, Option<AdapterDigest>>,
     /// Length of `live`, counted before the entries are made so that the limit is exact.
     admitted: AtomicU32,
+    /// Live requests of each client that has some.
+    clients: DashMap<Client, u32>,
     next_id: AtomicU64,
     /// Lost their last name; go when no live request pins them.
     retired: Mutex<BTreeSet<AdapterDigest>>,
     retiring: Notify,
 }
 
+/// What asks to come in.
+#[derive(Clone, Copy)]
+pub(crate) struct Wish<'a> {
+    pub model: &'a str,
+    pub client: Client,
+    pub n: u32,
+    /// Sequences that the fleet runs at once.
+    pub slots: u32,
+    /// Sequences that wait, as the fleet last said.
+    pub engine_waiting: u32,
+}
+
+/// Sequences if a wish were granted.
+#[derive(Clone, Copy)]
+struct Crowd {
+    all: u32,
+    /// Of the client that asks.
+    own: u32,
+    /// That have some, the one that asks included.
+    clients: u32,
+}
+
+impl Crowd {
+    /// A client alone may take every place. When others are there and somebody waits, each has its share, and who is
+    /// within its share comes in although others have taken more than theirs: up to twice as many places.
+    fn fits(self, slots: u32, max_waiting: u32) -> bool {
+        let Crowd { all, own, clients } = self;
+        let places = slots.saturating_add(max_waiting);
+        let most = match clients {
+            0 | 1 => places,
+            _ => places.saturating_mul(2),
+        };
+        all <= slots || own <= places / clients.max(1) && all <= most
+    }
+}
+
 /// `n` admitted sequences of one model; they end when this is dropped.
 pub(crate) struct Lease {
     pub adapter: Option<AdapterDigest>,
+    client: Client,
     ids: Range<u64>,
     catalog: Arc<Catalog>,
 }
@@ -52,6 +90,7 @@ impl Drop for Lease {
         }
         let n = u32::try_from(self.ids.end - self.ids.start).expect("n was a u32");
         self.catalog.admitted.fetch_sub(n, Ordering::AcqRel);
+        self.catalog.leave(self.client, n);
         if self
             .adapter
             .is_some_and(|digest| self.catalog.retired().contains(&digest))
@@ -71,11 +110,11 @@ impl Catalog {
         };
         Catalog {
             base,
-            max_num_seqs: info.max_num_seqs,
             max_waiting: config.max_waiting,
             names: RwLock::new(names.into_iter().map(|row| (row.name.clone(), row)).collect()),
             live: DashMap::new(),
             admitted: AtomicU32::new(0),
+            clients: DashMap::new(),
             next_id: AtomicU64::new(0),
             retired: Mutex::new(BTreeSet::new()),
             retiring: Notify::new(),
@@ -118,13 +157,15 @@ impl Catalog {
             .collect()
     }
 
-    /// Take `n` sequences of `model` in, or say why not. `engine_waiting` is what the engine last said.
-    pub fn admit(
-        self: &Arc<Catalog>,
-        model: &str,
-        n: u32,
-        engine_waiting: u32,
-    ) -> Result<Lease, RouterError> {
+    /// Take sequences in, or say why not.
+    pub fn admit(self: &Arc<Catalog>, wish: Wish<'_>) -> Result<Lease, RouterError> {
+        let Wish {
+            model,
+            client,
+            n,
+            slots,
+            engine_waiting,
+        } = wish;
         // The names stay locked until the requests are live: an adapter cannot be retired in between.
         let names = self.read();
         let adapter = match self.is_base(model) {
@@ -135,11 +176,17 @@ impl Catalog {
             },
         };
         let before = self.admitted.fetch_add(n, Ordering::AcqRel);
-        let waiting = (before + n).saturating_sub(self.max_num_seqs);
-        if waiting > self.max_waiting || engine_waiting > self.max_waiting {
+        let own = self.join(client, n);
+        let crowd = Crowd {
+            all: before + n,
+            own,
+            clients: u32::try_from(self.clients.len()).unwrap_or(u32::MAX),
+        };
+        if !crowd.fits(slots, self.max_waiting) || engine_waiting > self.max_waiting {
+            self.leave(client, n);
             self.admitted.fetch_sub(n, Ordering::AcqRel);
             return Err(RouterError::Busy {
-                waiting: before.saturating_sub(self.max_num_seqs).max(engine_waiting),
+                waiting: before.saturating_sub(slots).max(engine_waiting),
                 retry_after_s: RETRY_AFTER_S,
             });
         }
@@ -150,9 +197,24 @@ impl Catalog {
         }
         Ok(Lease {
             adapter,
+            client,
             ids,
             catalog: self.clone(),
         })
+    }
+
+    /// Live requests of the client, these included.
+    fn join(&self, client: Client, n: u32) -> u32 {
+        let mut live = self.clients.entry(client).or_default();
+        *live += n;
+        *live
+    }
+
+    fn leave(&self, client: Client, n: u32) {
+        self.clients.remove_if_mut(&client, |_, live| {
+            *live -= n;
+            *live == 0
+        });
     }
 
     /// Put a name in its place. An adapter that lost its last name by it retires.
@@ -161,6 +223,18 @@ impl Catalog {
         self.retired().remove(&row.digest);
         let old = names.insert(row.name.clone(), row);
         self.retire_unnamed(&names, old);
+    }
+
+    /// All names as the store has them now. What lost its last name retires.
+    pub fn replace(&self, rows: Vec<NameRow>) {
+        let mut names = self.write();
+        let old = std::mem::replace(
+            &mut *names,
+            rows.into_iter().map(|row| (row.name.clone(), row)).collect(),
+        );
+        for row in old.into_values() {
+            self.retire_unnamed(&names, Some(row));
+        }
     }
 
     pub fn remove(&self, name: &str) {
@@ -254,4 +328,34 @@ fn lookup<'a>(names: &'a BTreeMap<String, NameRow>, name: &str) -> Option<&'a Na
         let (model, step) = name.rsplit_once("@step-")?;
         names.get(&checkpoint_name(model, step.parse().ok()?))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_shared_when_they_are_few() {
+        // all, own, clients with 4 slots and 6 waiting places
+        for (all, own, clients, fits) in [
+            (10, 10, 1, true),
+            (11, 11, 1, false),
+            // Nobody waits: whoever comes, comes in.
+            (4, 3, 2, true),
+            // Over its share of 5 while another is there, and within it.
+            (10, 6, 2, false),
+            (10, 5, 2, true),
+            // The other has taken all; this one is within its share.
+            (11, 1, 2, true),
+            (15, 5, 2, true),
+            (20, 3, 3, true),
+            (21, 3, 3, false),
+        ] {
+            assert_eq!(
+                Crowd { all, own, clients }.fits(4, 6),
+                fits,
+                "{all} {own} {clients}"
+            );
+        }
+    }
 }

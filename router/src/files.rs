@@ -99,7 +99,7 @@ impl Router {
 
     pub async fn file_content(&self, id: &str) -> Result<(FileInfo, PathBuf), RouterError> {
         let row = self.file_row(id).await?;
-        let path = self.0.store.file_path(&row);
+        let path = self.0.store.file_path(&row).await?;
         Ok((info(row), path))
     }
 

@@ -1,17 +1,20 @@
 //! A call becomes sequences: model, prompt tokens, limits, admission, commands. Not here: what comes back (`relay`).
 
+use std::time::Instant;
+
 use tandem_core::TokenId;
 use tandem_core::id::AdapterRef;
-use tandem_core::message::{Fault, Generate};
-use tandem_core::replica::{Command, EVENT_QUEUE};
+use tandem_core::message::Fault;
 use tandem_core::sampling::Sampling;
 use tandem_text::chat::Ending;
-use tandem_text::stop::Matched;
+use tandem_text::stop::{Matched, StopStrings};
+use tandem_text::stream::TextStream;
 use tandem_text::{Skip, SpecialTokens, Tokenizer};
 use tokio::sync::mpsc;
 
 use crate::api::{Call, Generation, Prompt, RouterError};
-use crate::relay::{self, Choice, Relay};
+use crate::catalog::Wish;
+use crate::relay::{self, Choice, Order, Relay};
 use crate::{Router, text_error};
 
 /// Stop strings of one call at most; clients send more than OpenAI's 4 (lm-eval does).
@@ -24,7 +27,9 @@ const INLINE_TEXT_BYTES: usize = 16 << 10;
 impl Router {
     /// Admit a call. Its sequences run until they end or `Generation::pieces` is dropped.
     pub async fn generate(&self, call: Call) -> Result<Generation, RouterError> {
+        let began = Instant::now();
         let Call {
+            client,
             model,
             prompt,
             n,
@@ -62,28 +67,26 @@ impl Router {
         check_ids("stop_token_ids", &stop_token_ids, info.vocab_size)?;
         let stop_tokens = self.stop_tokens(stop_token_ids, ignore_eos);
 
-        let waiting = self.0.replica.stats.borrow().waiting;
-        let lease = self.0.catalog.admit(&model, n, waiting)?;
+        let fleet = &self.0.fleet;
+        let wish = Wish {
+            model: &model,
+            client,
+            n,
+            slots: fleet.slots(),
+            engine_waiting: fleet.waiting(),
+        };
+        let lease = match self.0.catalog.admit(wish) {
+            // Another router may have made the name a moment ago.
+            Err(RouterError::UnknownModel(_)) if self.0.store.is_shared() => {
+                self.refresh_names().await?;
+                self.0.catalog.admit(wish)?
+            }
+            admitted => admitted?,
+        };
         let is_chat = matches!(prompt, Prompt::Chat { .. });
         let prompt = self.prompt_tokens(prompt).await?;
         let max_tokens = fit(prompt.len(), max_tokens, limit, is_chat)?;
 
-        let adapter = lease.adapter.map(|digest| AdapterRef {
-            digest,
-            folder: self.0.store.adapter_folder(&digest),
-        });
-        let busy = RouterError::Busy {
-            waiting,
-            retry_after_s: 1,
-        };
-        // All sequences or none.
-        let permits = match self.0.replica.commands.try_reserve_many(n as usize) {
-            Ok(permits) => permits,
-            Err(mpsc::error::TrySendError::Full(())) => return Err(busy),
-            Err(mpsc::error::TrySendError::Closed(())) => {
-                return Err(RouterError::Engine(Fault::ShuttingDown));
-            }
-        };
         let skip = if skip_special_tokens {
             Skip::Special
         } else {
@@ -94,43 +97,43 @@ impl Router {
         } else {
             Matched::Hidden
         };
-        let mut choices = Vec::with_capacity(n as usize);
-        for ((index, id), permit) in (0..n).zip(lease.ids()).zip(permits) {
-            let (sender, events) = mpsc::channel(EVENT_QUEUE);
-            let generate = Generate {
-                id,
+        let adapter = match lease.adapter {
+            None => None,
+            Some(digest) => Some(AdapterRef {
+                digest,
+                folder: self.0.store.adapter_folder(digest).await?,
+            }),
+        };
+        let relay = Relay {
+            fleet: fleet.clone(),
+            tokenizer: self.0.tokenizer.clone(),
+            order: Order {
                 prompt: prompt.clone(),
-                adapter: adapter.clone(),
-                sampling: sampling.for_choice(u64::from(index)),
+                adapter,
+                sampling,
                 max_tokens,
-                stop_tokens: stop_tokens.clone(),
-            };
-            permit.send(Command::Generate(generate, sender));
-            choices.push(Choice::new(
-                index,
-                id,
-                events,
-                &self.0.tokenizer,
-                &prompt,
-                skip,
-                &stop,
-                matched,
-            ));
-        }
+                stop_tokens,
+            },
+            matched,
+            lease,
+        };
+        let (seat, events) = relay.place_all(n).await.map_err(RouterError::Engine)?;
+        self.0.admission.observe(began.elapsed());
+        let seats = Choice::seats(seat, n);
+        let choices = relay.lease.ids().zip(0..n).zip(seats.zip(events));
+        let choices = choices
+            .map(|((id, index), (seat, events))| {
+                let text = TextStream::after(self.0.tokenizer.clone(), &prompt, skip);
+                let stops = StopStrings::new(stop.iter().cloned(), matched);
+                Choice::new(index, id, seat, events, text, stops)
+            })
+            .collect();
         let (sender, pieces) = mpsc::channel(PIECE_QUEUE);
         let generation = Generation {
             prompt_tokens: prompt,
-            adapter: lease.adapter,
+            adapter: relay.lease.adapter,
             base: info.base_digest,
             pieces,
-        };
-        let relay = Relay {
-            tokenizer: self.0.tokenizer.clone(),
-            commands: self.0.replica.commands.clone(),
-            stop_tokens,
-            matched,
-            min_tokens: sampling.min_tokens(),
-            lease,
         };
         tokio::spawn(relay::run(relay, choices, sender));
         Ok(generation)

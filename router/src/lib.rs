@@ -1,15 +1,17 @@
-//! Names to adapters, text to tokens and back, admission, files and jobs. The edge calls [`Router`]; engines sit
-//! behind `tandem_core::replica::ReplicaHandle`. Not here: HTTP, tensors, SQL.
+//! Names to adapters, text to tokens and back, admission, choice of replica, files and jobs. The edge calls [`Router`];
+//! engines sit behind `tandem_core::replica::ReplicaHandle`s, which a [`Fleet`] keeps. Not here: HTTP, tensors, SQL.
 
 pub mod api;
 mod catalog;
 mod files;
+pub mod fleet;
 mod generate;
 mod jobs;
 mod models;
 mod relay;
 #[cfg(test)]
 mod tests;
+mod watch;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,7 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tandem_core::TokenId;
-use tandem_core::message::Fault;
+use tandem_core::histogram::{Counted, Histogram};
 use tandem_core::replica::{Command, ReplicaHandle, ReplicaInfo};
 use tandem_core::stats::Stats;
 use tandem_store::Store;
@@ -25,6 +27,7 @@ use tandem_text::{Skip, SpecialTokens, TextError, Tokenizer};
 use tokio::task::JoinHandle;
 
 pub use api::{LoadMode, MetadataFilter, Order};
+pub use fleet::Fleet;
 pub use jobs::hyper;
 
 use api::{Prompt, RouterError};
@@ -66,12 +69,14 @@ struct Shared {
     tokenizer: Tokenizer,
     /// Bytes of the longest token: no text has fewer tokens than its bytes over this.
     longest_token_bytes: usize,
-    replica: ReplicaHandle,
+    fleet: Fleet,
     config: Config,
     catalog: Arc<Catalog>,
     /// Held while an adapter comes, is renamed or goes: these are rare, and one at a time.
     changes: tokio::sync::Mutex<()>,
     desk: Desk,
+    /// From a call to the commands it became.
+    admission: Histogram,
     stopping: AtomicBool,
     tasks: Mutex<Option<Tasks>>,
 }
@@ -80,6 +85,8 @@ struct Tasks {
     supervisor: JoinHandle<()>,
     preparer: JoinHandle<()>,
     housekeeping: JoinHandle<()>,
+    /// When others write to the database too.
+    watch: Option<JoinHandle<()>>,
 }
 
 /// What the supervisor may take to write down the engine's last words.
@@ -90,26 +97,27 @@ impl Router {
     pub async fn open(
         store: Store,
         tokenizer: Tokenizer,
-        replica: ReplicaHandle,
+        fleet: Fleet,
         config: Config,
     ) -> Result<Router, RouterError> {
-        let names = store.names(replica.info.base_digest).await?;
+        let names = store.names(fleet.info().base_digest).await?;
         let vocabulary = 0..u32::try_from(tokenizer.vocab_size()).unwrap_or(u32::MAX);
         let longest_token_bytes = vocabulary
             .map(|id| tokenizer.token_bytes(id).len())
             .max()
             .unwrap_or(1)
             .max(1);
-        let catalog = Arc::new(Catalog::new(&config, &replica.info, names));
+        let catalog = Arc::new(Catalog::new(&config, fleet.info(), names));
         let router = Router(Arc::new(Shared {
             store,
             tokenizer,
             longest_token_bytes,
-            replica,
+            fleet,
             config,
             catalog,
             changes: tokio::sync::Mutex::new(()),
             desk: Desk::new(),
+            admission: Histogram::default(),
             stopping: AtomicBool::new(false),
             tasks: Mutex::new(None),
         }));
@@ -118,23 +126,27 @@ impl Router {
             supervisor: tokio::spawn(jobs::supervisor::run(router.clone())),
             preparer: tokio::spawn(jobs::prepare::run(router.clone())),
             housekeeping: tokio::spawn(models::housekeeping(router.clone())),
+            watch: router
+                .0
+                .store
+                .is_shared()
+                .then(|| tokio::spawn(watch::run(router.clone()))),
         };
         *router.tasks() = Some(tasks);
         Ok(router)
     }
 
-    /// Refuse what comes, stop the engine, and wait for the router's own tasks. A running job stays `running`: the
-    /// next start goes on from the checkpoint that the engine writes now.
+    /// Refuse what comes, stop the fleet (backends elsewhere live on), and wait for the router's own tasks. A running job
+    /// stays `running`: the next start goes on from the checkpoint that the engine writes now.
     pub async fn shutdown(&self) {
         self.0.stopping.store(true, Ordering::Release);
-        // An engine that is gone needs no Stop.
-        let _ = self.0.replica.commands.send(Command::Stop).await;
-        self.0.replica.commands.closed().await;
+        self.0.fleet.shutdown().await;
         let tasks = self.tasks().take();
         if let Some(Tasks {
             mut supervisor,
             preparer,
             housekeeping,
+            watch,
         }) = tasks
         {
             self.0.desk.wake_supervisor();
@@ -145,8 +157,8 @@ impl Router {
                 tracing::warn!("the job supervisor did not end in {SHUTDOWN_GRACE:?}");
                 supervisor.abort();
             }
-            // What these two do can be cut anywhere.
-            for task in [preparer, housekeeping] {
+            // What these do can be cut anywhere.
+            for task in [preparer, housekeeping].into_iter().chain(watch) {
                 task.abort();
                 let _ = task.await;
             }
@@ -158,16 +170,30 @@ impl Router {
     }
 
     pub fn info(&self) -> &ReplicaInfo {
-        &self.0.replica.info
+        self.0.fleet.info()
+    }
+
+    pub fn fleet(&self) -> &Fleet {
+        &self.0.fleet
     }
 
     pub fn stats(&self) -> Stats {
-        self.0.replica.stats.borrow().clone()
+        self.0.fleet.stats()
     }
 
-    /// Whether calls are taken: the engine lives and nobody asked to stop.
+    /// Whether calls are taken: a replica answers and nobody asked to stop.
     pub fn ready(&self) -> bool {
-        !self.stopping() && !self.0.replica.commands.is_closed()
+        !self.stopping() && self.0.fleet.is_ready()
+    }
+
+    /// The replica that a job should train on now. `None`: none has room.
+    pub(crate) fn job_replica(&self) -> Option<ReplicaHandle> {
+        self.0.fleet.job_replica()
+    }
+
+    /// What calls took from their arrival to their replica's queue, template and tokens included.
+    pub fn admissions(&self) -> Counted {
+        self.0.admission.counted()
     }
 
     pub fn tokenizer(&self) -> &Tokenizer {
@@ -194,9 +220,11 @@ impl Router {
         self.0.stopping.load(Ordering::Acquire)
     }
 
-    async fn command(&self, command: Command) -> Result<(), RouterError> {
-        let gone = |_| RouterError::Engine(Fault::ShuttingDown);
-        self.0.replica.commands.send(command).await.map_err(gone)
+    /// Tells every replica. One that is gone needs no telling.
+    async fn tell_all(&self, command: impl Fn() -> Command) {
+        for replica in self.0.fleet.all() {
+            let _ = replica.commands.send(command()).await;
+        }
     }
 }
 

@@ -12,6 +12,7 @@ use tokio::sync::oneshot;
 
 use crate::Router;
 use crate::api::{LoadMode, ModelCard, RouterError};
+use crate::fleet::Ask;
 
 const MAX_NAME_CHARS: usize = 200;
 /// How often files are looked over for those that have expired (reads never show them).
@@ -38,6 +39,7 @@ impl Router {
             )));
         }
         let _one_at_a_time = self.0.changes.lock().await;
+        self.reread_names().await?;
         let row = self
             .0
             .catalog
@@ -59,6 +61,7 @@ impl Router {
     /// As [`Router::delete_model`], with the error of the adapter routes.
     pub async fn unload_adapter(&self, name: &str) -> Result<(), RouterError> {
         let _one_at_a_time = self.0.changes.lock().await;
+        self.reread_names().await?;
         let Some(row) = self.0.catalog.row(name) else {
             let message = format!("The lora adapter '{name}' cannot be found.");
             return Err(RouterError::Adapter {
@@ -73,6 +76,10 @@ impl Router {
     pub(crate) async fn restore_flags(&self) -> Result<(), RouterError> {
         for (name, folder) in &self.0.config.lora_modules {
             self.load(name, folder, LoadMode::Replace, Source::Flag).await?;
+        }
+        if self.0.store.is_shared() {
+            // Another router's flags may differ, and it may be serving by them.
+            return Ok(());
         }
         let _one_at_a_time = self.0.changes.lock().await;
         for name in self.0.catalog.names_from(&Source::Flag) {
@@ -92,6 +99,7 @@ impl Router {
     ) -> Result<ModelCard, RouterError> {
         self.check_name(name)?;
         let _one_at_a_time = self.0.changes.lock().await;
+        self.reread_names().await?;
         let current = self.0.catalog.row(name).filter(|row| row.name == name);
         if let (LoadMode::New, Some(_)) = (mode, &current) {
             return Err(RouterError::Conflict(format!(
@@ -129,6 +137,11 @@ impl Router {
                 self.model(name)
             }
             Ok(None) => {
+                self.reread_names().await?;
+                if self.0.catalog.row(name).is_some_and(|row| row.digest == digest) {
+                    // Another router did the same at the same moment.
+                    return self.model(name);
+                }
                 self.0.catalog.give_up(digest);
                 Err(RouterError::Conflict(format!(
                     "The lora adapter '{name}' was changed meanwhile."
@@ -141,13 +154,37 @@ impl Router {
         }
     }
 
+    /// Names that other routers made or moved.
+    pub(crate) async fn refresh_names(&self) -> Result<(), RouterError> {
+        let _one_at_a_time = self.0.changes.lock().await;
+        self.reread_names().await
+    }
+
+    /// The caller holds `changes`. Without other routers, memory is as the store.
+    async fn reread_names(&self) -> Result<(), RouterError> {
+        if self.0.store.is_shared() {
+            let names = self.0.store.names(self.info().base_digest).await?;
+            self.0.catalog.replace(names);
+        }
+        Ok(())
+    }
+
+    /// On one replica, which checks it; the others load it with its first request there.
     async fn make_resident(&self, digest: AdapterDigest) -> Result<AdapterInfo, RouterError> {
         let adapter = AdapterRef {
             digest,
-            folder: self.0.store.adapter_folder(&digest),
+            folder: self.0.store.adapter_folder(digest).await.map_err(adapter_error)?,
         };
         let (reply, answer) = oneshot::channel();
-        self.command(Command::LoadAdapter(adapter, reply)).await?;
+        let ask = Ask {
+            prompt: &[],
+            adapter: Some(digest),
+            max_tokens: 0,
+            n: 0,
+        };
+        let seat = self.0.fleet.seat(ask).await.map_err(RouterError::Engine)?;
+        // A replica that is gone drops the reply.
+        let _ = seat.commands.send(Command::LoadAdapter(adapter, reply)).await;
         match answer.await {
             Ok(Ok(info)) => Ok(info),
             Ok(Err(Fault::Adapter(message))) => Err(RouterError::Adapter {
@@ -155,7 +192,9 @@ impl Router {
                 message,
             }),
             Ok(Err(fault)) => Err(RouterError::Engine(fault)),
-            Err(_) => Err(RouterError::Engine(Fault::ShuttingDown)),
+            Err(_) => Err(RouterError::Engine(Fault::ReplicaLost(
+                "it went away while it loaded the adapter".to_owned(),
+            ))),
         }
     }
 
@@ -194,7 +233,7 @@ impl Router {
     async fn reap(&self) -> Result<(), RouterError> {
         let _one_at_a_time = self.0.changes.lock().await;
         for digest in self.0.catalog.take_free() {
-            self.command(Command::UnloadAdapter(digest)).await?;
+            self.tell_all(|| Command::UnloadAdapter(digest)).await;
             if self.0.store.remove_adapter_if_unnamed(digest).await? {
                 tracing::info!(adapter = %digest.short(), "adapter deleted");
             }
@@ -219,10 +258,19 @@ pub(crate) async fn housekeeping(router: Router) {
     let mut expiry = tokio::time::interval(EXPIRY_PERIOD);
     loop {
         tokio::select! {
-            _ = expiry.tick() => match router.0.store.delete_expired_files().await {
-                Ok(0) => {}
-                Ok(files) => tracing::info!(files, "expired files deleted"),
-                Err(error) => tracing::warn!(%error, "expired files were not deleted"),
+            _ = expiry.tick() => {
+                match router.0.store.delete_expired_files().await {
+                    Ok(0) => {}
+                    Ok(files) => tracing::info!(files, "expired files deleted"),
+                    Err(error) => tracing::warn!(%error, "expired files were not deleted"),
+                }
+                if router.0.store.is_shared() {
+                    match router.0.store.delete_unnamed_adapters().await {
+                        Ok(0) => {}
+                        Ok(adapters) => tracing::info!(adapters, "adapters without a name deleted"),
+                        Err(error) => tracing::warn!(%error, "adapters without a name were not deleted"),
+                    }
+                }
             },
             () = router.0.catalog.retiring() => if let Err(error) = router.reap().await {
                 tracing::warn!(%error, "an unused adapter was not deleted");

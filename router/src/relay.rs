@@ -1,74 +1,100 @@
 //! What the engine says becomes text for the client: one task per call, for all its choices. Detokenisation, stop
-//! strings, and the end of what nobody reads any more. Not here: admission, JSON.
+//! strings, the end of what nobody reads any more, and another replica for what was lost before it began. Not here:
+//! admission, JSON.
 
 use std::task::Poll;
 
 use tandem_core::TokenId;
-use tandem_core::id::RequestId;
-use tandem_core::message::{Event, Fault, FinishReason, Scored};
+use tandem_core::id::{AdapterRef, RequestId};
+use tandem_core::message::{Event, Fault, FinishReason, Generate, Scored};
 use tandem_core::replica::{Command, EVENT_QUEUE};
+use tandem_core::sampling::Sampling;
+use tandem_text::Tokenizer;
 use tandem_text::stop::{Matched, Passed, StopStrings};
 use tandem_text::stream::TextStream;
-use tandem_text::{Skip, Tokenizer};
 use tokio::sync::mpsc;
 
 use crate::api::{Finish, Piece, TokenText, What};
 use crate::catalog::Lease;
+use crate::fleet::{Ask, Fleet, Seat};
+
+/// Replicas that one choice may lose before it begins; a request that kills them must not kill all.
+const MAX_PLACES: u32 = 3;
 
 /// What the choices of a call share.
 pub(crate) struct Relay {
+    pub fleet: Fleet,
     pub tokenizer: Tokenizer,
-    pub commands: mpsc::Sender<Command>,
-    pub stop_tokens: Vec<TokenId>,
+    pub order: Order,
     pub matched: Matched,
-    /// Before this many tokens a stop string does not end a choice.
-    pub min_tokens: u32,
     /// Held to the end: the sequences are live and their adapter is pinned.
     pub lease: Lease,
+}
+
+/// What each choice asks of an engine, whichever that is.
+pub(crate) struct Order {
+    pub prompt: Vec<TokenId>,
+    pub adapter: Option<AdapterRef>,
+    pub sampling: Sampling,
+    pub max_tokens: u32,
+    pub stop_tokens: Vec<TokenId>,
 }
 
 /// One sequence that has not ended.
 pub(crate) struct Choice {
     index: u32,
     id: RequestId,
+    seat: Seat,
     events: mpsc::Receiver<Event>,
+    /// Replicas it was given to.
+    places: u32,
+    life: Life,
     text: TextStream,
     stops: StopStrings,
     completion_tokens: u32,
 }
 
-/// Whether a choice has more to say, and how it ended: on its own, or while the engine still runs it.
+/// Whether the engine has said anything: what has begun cannot begin again elsewhere.
+#[derive(PartialEq, Eq)]
+enum Life {
+    Placed,
+    Begun,
+}
+
+/// Whether a choice has more to say, and how it ended: on its own, or while the engine still runs it. A choice that was
+/// lost before it began can begin elsewhere.
 enum State {
     Running,
     Ended,
     Cut,
+    Lost(Fault),
 }
 
 impl Choice {
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "all of it is one call's, destructured once by its only caller"
-    )]
     pub fn new(
         index: u32,
         id: RequestId,
+        seat: Seat,
         events: mpsc::Receiver<Event>,
-        tokenizer: &Tokenizer,
-        prompt: &[TokenId],
-        skip: Skip,
-        stops: &[String],
-        matched: Matched,
+        text: TextStream,
+        stops: StopStrings,
     ) -> Choice {
-        let text = TextStream::after(tokenizer.clone(), prompt, skip);
-        let stops = StopStrings::new(stops.iter().cloned(), matched);
         Choice {
             index,
             id,
+            seat,
             events,
+            places: 1,
+            life: Life::Placed,
             text,
             stops,
             completion_tokens: 0,
         }
+    }
+
+    /// One seat for each of `n` choices.
+    pub fn seats(mut seat: Seat, n: u32) -> impl Iterator<Item = Seat> {
+        (0..n).map(move |_| seat.split(1))
     }
 
     /// Turn events into pieces.
@@ -76,13 +102,22 @@ impl Choice {
         let (mut text, mut tokens) = (String::new(), Vec::new());
         let mut end = None;
         for event in events.drain(..) {
+            match (&event, &self.life) {
+                (Event::Failed(fault @ (Fault::ReplicaLost(_) | Fault::ShuttingDown)), Life::Placed)
+                    if self.places < MAX_PLACES =>
+                {
+                    return State::Lost(fault.clone());
+                }
+                _ => self.life = Life::Begun,
+            }
             match event {
                 Event::Prompt(scored) => {
                     let named = |scored: Option<Scored>| scored.map(|scored| relay.name(scored));
                     pieces.push(What::Prompt(scored.into_iter().map(named).collect()));
                 }
                 Event::Token(scored) => {
-                    let ends = relay.stop_tokens.contains(&scored.token) && relay.matched == Matched::Hidden;
+                    let ends =
+                        relay.order.stop_tokens.contains(&scored.token) && relay.matched == Matched::Hidden;
                     let new = if ends {
                         String::new()
                     } else {
@@ -148,7 +183,7 @@ impl Choice {
 
     /// Move what may be shown to `out`. Whether a stop string ended it.
     fn pass(&mut self, relay: &Relay, new: &str, out: &mut String) -> bool {
-        if self.completion_tokens < relay.min_tokens {
+        if self.completion_tokens < relay.order.sampling.min_tokens() {
             out.push_str(new);
             return false;
         }
@@ -183,12 +218,76 @@ impl Relay {
         }
     }
 
-    async fn abort(&self, ids: impl Iterator<Item = RequestId>) {
-        for id in ids {
-            // An engine that is gone runs nothing.
-            let _ = self.commands.send(Command::Abort(id)).await;
+    /// All choices at one replica, or none.
+    pub async fn place_all(&self, n: u32) -> Result<(Seat, Vec<mpsc::Receiver<Event>>), Fault> {
+        let mut places = 0;
+        loop {
+            let seat = self.fleet.seat(self.order.ask(n)).await?;
+            let commands = seat.commands.clone();
+            let lost = match commands.try_reserve_many(n as usize) {
+                Ok(permits) => {
+                    let send = |((id, index), permit): ((RequestId, u64), mpsc::Permit<'_, Command>)| {
+                        let (sender, events) = mpsc::channel(EVENT_QUEUE);
+                        permit.send(Command::Generate(self.order.generate(id, index), sender));
+                        events
+                    };
+                    let events = self.lease.ids().zip(0..).zip(permits).map(send).collect();
+                    return Ok((seat, events));
+                }
+                Err(mpsc::error::TrySendError::Full(())) => {
+                    let waiting = commands.max_capacity() as u32;
+                    return Err(Fault::Overloaded { waiting });
+                }
+                Err(mpsc::error::TrySendError::Closed(())) => "it went away".to_owned(),
+            };
+            places += 1;
+            if places == MAX_PLACES {
+                return Err(Fault::ReplicaLost(lost));
+            }
         }
     }
+
+    /// The choice begins again, at another replica or at one that has come back.
+    async fn place_again(&self, choice: &mut Choice) -> Result<(), Fault> {
+        let seat = self.fleet.seat(self.order.ask(1)).await?;
+        let (sender, events) = mpsc::channel(EVENT_QUEUE);
+        let generate = self.order.generate(choice.id, u64::from(choice.index));
+        // One that went away just now drops the sender, and the choice is lost once more.
+        let _ = seat.commands.send(Command::Generate(generate, sender)).await;
+        (choice.seat, choice.events) = (seat, events);
+        choice.places += 1;
+        Ok(())
+    }
+}
+
+impl Order {
+    fn ask(&self, n: u32) -> Ask<'_> {
+        Ask {
+            prompt: &self.prompt,
+            adapter: self.adapter.as_ref().map(|adapter| adapter.digest),
+            max_tokens: self.max_tokens,
+            n,
+        }
+    }
+
+    fn generate(&self, id: RequestId, index: u64) -> Generate {
+        Generate {
+            id,
+            prompt: self.prompt.clone(),
+            adapter: self.adapter.clone(),
+            sampling: self.sampling.for_choice(index),
+            max_tokens: self.max_tokens,
+            stop_tokens: self.stop_tokens.clone(),
+        }
+    }
+}
+
+async fn abort(choice: Choice) {
+    let Choice { id, seat, events, .. } = choice;
+    // A closed channel stops a sequence too, should the abort wait in a full queue.
+    drop(events);
+    // An engine that is gone runs nothing.
+    let _ = seat.commands.send(Command::Abort(id)).await;
 }
 
 /// Until every choice has ended or nobody reads.
@@ -201,10 +300,25 @@ pub(crate) async fn run(relay: Relay, mut choices: Vec<Choice>, out: mpsc::Sende
             slot = next(&mut choices, &mut events) => slot,
         };
         if events.is_empty() {
-            // The engine dropped the channel without an end: its thread is gone.
-            events.push(Event::Failed(Fault::ShuttingDown));
+            let why = "it went away without a word".to_owned();
+            events.push(Event::Failed(Fault::ReplicaLost(why)));
         }
-        let state = choices[slot].take(&relay, &mut events, &mut pieces);
+        let mut state = choices[slot].take(&relay, &mut events, &mut pieces);
+        if let State::Lost(fault) = state {
+            tracing::debug!(%fault, "a request that had not begun goes to another replica");
+            let placed = tokio::select! {
+                biased;
+                () = out.closed() => break,
+                placed = relay.place_again(&mut choices[slot]) => placed,
+            };
+            state = match placed {
+                Ok(()) => State::Running,
+                Err(fault) => {
+                    pieces.push(What::Failed(fault));
+                    State::Ended
+                }
+            };
+        }
         let choice = choices[slot].index;
         for what in pieces.drain(..) {
             if out.send(Piece { choice, what }).await.is_err() {
@@ -212,15 +326,14 @@ pub(crate) async fn run(relay: Relay, mut choices: Vec<Choice>, out: mpsc::Sende
             }
         }
         match state {
-            State::Running => choices[slot..].rotate_left(1), // so that a fast choice starves none
+            State::Running | State::Lost(_) => choices[slot..].rotate_left(1), // so that a fast choice starves none
             State::Ended => drop(choices.remove(slot)),
-            State::Cut => relay.abort([choices.remove(slot).id].into_iter()).await,
+            State::Cut => abort(choices.remove(slot)).await,
         }
     }
-    let left: Vec<RequestId> = choices.iter().map(|choice| choice.id).collect();
-    // Closed channels stop a sequence too, should the abort wait in a full queue.
-    drop(choices);
-    relay.abort(left.into_iter()).await;
+    for choice in choices {
+        abort(choice).await;
+    }
     drop(relay.lease);
 }
 

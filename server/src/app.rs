@@ -20,7 +20,7 @@ use utoipa_axum::routes;
 
 use crate::convert::sampling::Limits;
 use crate::http;
-use crate::layers::{self, ApiKey};
+use crate::layers::{self, ApiKeys};
 use crate::metrics::Metrics;
 
 #[derive(Clone)]
@@ -155,7 +155,7 @@ fn named(path: String, mut item: PathItem) -> (String, PathItem) {
     (path, item)
 }
 
-pub fn routes(app: App, key: Option<ApiKey>) -> Routes {
+pub fn routes(app: App, keys: Option<ApiKeys>) -> Routes {
     let (routes, _) = documented().split_for_parts();
     let routes = routes
         .merge(http::fine_tunes::second_spelling())
@@ -167,8 +167,8 @@ pub fn routes(app: App, key: Option<ApiKey>) -> Routes {
         // Each extractor has its own limit, named in extract.rs.
         .layer(DefaultBodyLimit::disable())
         .with_state(app);
-    let routes = match key {
-        Some(key) => routes.layer(from_fn_with_state(key, layers::auth)),
+    let routes = match keys {
+        Some(keys) => routes.layer(from_fn_with_state(keys, layers::auth)),
         None => routes,
     };
     routes

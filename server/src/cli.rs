@@ -1,7 +1,7 @@
 //! What can be asked on the command line, by environment and in the configuration file: each option is declared once,
 //! here. Not here: where a value comes from (config.rs), what is done with it.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -18,14 +18,19 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Serve the OpenAI API, inference and fine-tuning
+    /// Serve the OpenAI API, inference and fine-tuning: all in one process
     #[command(after_help = limits())]
     Serve(Box<Serve>),
+    /// Run one replica for routers: the model without the API, over gRPC
+    Backend(Box<Backend>),
+    /// Serve the OpenAI API in front of backends
+    #[command(after_help = limits())]
+    Router(Box<Router>),
     /// Fine-tune without a server, from a YAML file and key=value overrides
     Train(Train),
     /// Say what this machine offers and what is missing
     Doctor,
-    /// Ask a running server how it is; the exit code answers
+    /// Ask a running server, router or backend how it is; the exit code answers
     Health(Health),
     /// Print the OpenAPI document
     #[command(hide = true)]
@@ -36,17 +41,59 @@ pub enum Command {
 /// the environment, the environment over the file.
 #[derive(Clone, Debug, Args)]
 pub struct Serve {
+    #[command(flatten)]
+    pub model: ModelOptions,
+    #[command(flatten)]
+    pub edge: EdgeOptions,
+    #[command(flatten)]
+    pub state: StateOptions,
+    #[command(flatten)]
+    pub process: ProcessOptions,
+}
+
+/// Also by environment (TANDEM_LISTEN, TANDEM_MODEL, ...) and in the TOML file of --config (same names). A flag wins over
+/// the environment, the environment over the file.
+#[derive(Clone, Debug, Args)]
+pub struct Backend {
+    /// gRPC for routers, and GET /health, /ready and /metrics. There is no key: only routers should reach it. Port 0: any
+    /// free one; the line "listening" says which
+    #[arg(long, default_value = "127.0.0.1:8001", value_name = "ADDRESS:PORT")]
+    pub listen: SocketAddr,
+    #[command(flatten)]
+    pub model: ModelOptions,
+    #[command(flatten)]
+    pub artifacts: ArtifactOptions,
+    #[command(flatten)]
+    pub process: ProcessOptions,
+}
+
+/// Also by environment (TANDEM_BACKEND, TANDEM_PORT, ...) and in the TOML file of --config (same names). A flag wins over
+/// the environment, the environment over the file.
+#[derive(Clone, Debug, Args)]
+pub struct Router {
+    /// A backend's address, e.g. http://10.0.0.7:8001; repeat it, or separate by commas
+    #[arg(long, value_name = "URL", value_delimiter = ',')]
+    pub backend: Vec<String>,
+    /// Name of the base model in the API [default: what the first backend calls it]
+    #[arg(long, value_name = "NAME")]
+    pub served_model_name: Option<String>,
+    #[command(flatten)]
+    pub edge: EdgeOptions,
+    #[command(flatten)]
+    pub state: StateOptions,
+    #[command(flatten)]
+    pub process: ProcessOptions,
+}
+
+/// A replica: the model and how it runs.
+#[derive(Clone, Debug, Args)]
+pub struct ModelOptions {
     /// Folder with config.json, *.safetensors and tokenizer.json [default: the embedded demo model]
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
     /// Name of the base model in the API [default: the folder's name]
     #[arg(long, value_name = "NAME")]
     pub served_model_name: Option<String>,
-    #[arg(long, default_value = "127.0.0.1", value_name = "ADDRESS")]
-    pub host: IpAddr,
-    /// 0: any free port; the line "listening" says which
-    #[arg(long, default_value_t = 8000)]
-    pub port: u16,
     /// auto, cpu or cuda:N
     #[arg(long, default_value = "auto")]
     pub device: String,
@@ -65,27 +112,63 @@ pub struct Serve {
     /// Bytes of the KV cache, e.g. 4G or 512M [default: a part of the free memory]
     #[arg(long, alias = "kv-cache-memory", value_name = "BYTES", value_parser = bytes)]
     pub kv_cache_memory_bytes: Option<u64>,
-    /// Adapters to serve from the start: PEFT folders
-    #[arg(long, value_name = "NAME=DIR", num_args = 1.., value_delimiter = ',', value_parser = lora_module)]
-    pub lora_modules: Vec<(String, PathBuf)>,
     /// Adapters that are resident at once; others wait on disk
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub max_loras: Option<u32>,
     /// Largest rank of an adapter
     #[arg(long, value_name = "RANK", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub max_lora_rank: Option<u32>,
-    /// Every route but /health and /ready then wants it, as a bearer token or x-api-key
-    #[arg(long, value_name = "KEY", hide_env_values = true)]
-    pub api_key: Option<String>,
-    /// Files, jobs and adapters live here
-    #[arg(long, value_name = "DIR", default_value = "./tandem-data")]
-    pub data_dir: PathBuf,
     /// Compute threads [default: one per physical core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub threads: Option<u32>,
+}
+
+/// The HTTP side.
+#[derive(Clone, Debug, Args)]
+pub struct EdgeOptions {
+    #[arg(long, default_value = "127.0.0.1", value_name = "ADDRESS")]
+    pub host: IpAddr,
+    /// 0: any free port; the line "listening" says which
+    #[arg(long, default_value_t = 8000)]
+    pub port: u16,
+    /// Every route but /health and /ready then wants one of them, as a bearer token or x-api-key; repeat it, or separate
+    /// by commas. Clients are told apart by their keys when places are few
+    #[arg(long, value_name = "KEY", value_delimiter = ',', hide_env_values = true)]
+    pub api_key: Vec<String>,
+    /// Adapters to serve from the start: PEFT folders
+    #[arg(long, value_name = "NAME=DIR", num_args = 1.., value_delimiter = ',', value_parser = lora_module)]
+    pub lora_modules: Vec<(String, PathBuf)>,
     /// Requests that may wait for a place among the running; more are answered 429
     #[arg(long, value_name = "N", default_value_t = 512)]
     pub max_waiting: u32,
+}
+
+/// Where bytes are kept.
+#[derive(Clone, Debug, Args)]
+pub struct ArtifactOptions {
+    /// Files, jobs and adapters live here
+    #[arg(long, value_name = "DIR", default_value = "./tandem-data")]
+    pub data_dir: PathBuf,
+    /// s3://BUCKET/PREFIX (and the usual AWS_* variables) or file:///DIR: bytes that others see too, of which --data-dir
+    /// is then a cache [default: --data-dir]
+    #[arg(long, value_name = "URL")]
+    pub artifact_url: Option<String>,
+}
+
+/// What is kept.
+#[derive(Clone, Debug, Args)]
+pub struct StateOptions {
+    #[command(flatten)]
+    pub artifacts: ArtifactOptions,
+    /// postgres://USER:PASSWORD@HOST/NAME: files, jobs and names of several routers; wants an --artifact-url that all of
+    /// them see [default: SQLite in --data-dir]
+    #[arg(long, value_name = "URL", hide_env_values = true)]
+    pub database_url: Option<String>,
+}
+
+/// The process.
+#[derive(Clone, Debug, Args)]
+pub struct ProcessOptions {
     /// Seconds that running streams are given at shutdown
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub shutdown_grace: u64,
@@ -107,6 +190,9 @@ pub struct Health {
     pub host: IpAddr,
     #[arg(long, default_value_t = 8000)]
     pub port: u16,
+    /// Ask whether it takes requests, not only whether it is well
+    #[arg(long)]
+    pub ready: bool,
 }
 
 fn limits() -> String {

@@ -11,7 +11,9 @@ use clap::{Arg, ArgMatches, Command, CommandFactory, FromArgMatches};
 use crate::cli::Cli;
 
 const ENV_PREFIX: &str = "TANDEM_";
-/// Variables that are not options of `serve`.
+/// The commands whose options also come from the environment and a file.
+const CONFIGURED: [&str; 3] = ["serve", "backend", "router"];
+/// Variables that are not options of theirs.
 const OTHER_VARIABLES: [&str; 2] = [LOG_VARIABLE, "TANDEM_CPU_KERNELS"];
 /// What to log, in the syntax of tracing's EnvFilter.
 pub const LOG_VARIABLE: &str = "TANDEM_LOG";
@@ -58,7 +60,7 @@ pub fn closest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Opti
     (best.0 > 0.8).then(|| best.1.to_owned())
 }
 
-/// One option of `serve`, for the start-up lines.
+/// One option of a command, for the start-up lines.
 pub struct Chosen {
     pub name: String,
     pub value: String,
@@ -67,7 +69,7 @@ pub struct Chosen {
 
 pub struct Parsed {
     pub cli: Cli,
-    /// Empty unless the command is `serve`.
+    /// Empty unless the command is one of [`CONFIGURED`].
     pub chosen: Vec<Chosen>,
 }
 
@@ -77,32 +79,38 @@ pub fn parse(
     variables: impl IntoIterator<Item = String>,
 ) -> Result<Parsed, ConfigError> {
     let args: Vec<OsString> = args.into_iter().collect();
-    let command = Cli::command().mut_subcommand("serve", |serve| serve.mut_args(with_variable));
+    let command = CONFIGURED.iter().fold(Cli::command(), |command, name| {
+        command.mut_subcommand(name, |command| command.mut_args(with_variable))
+    });
     let first = command.clone().try_get_matches_from(&args)?;
-    let Some(("serve", serve)) = first.subcommand() else {
+    let Some((name, given)) = first.subcommand().filter(|(name, _)| CONFIGURED.contains(name)) else {
         return Ok(Parsed {
             cli: Cli::from_arg_matches(&first)?,
             chosen: Vec::new(),
         });
     };
-    let options: Vec<Arg> = options(&command).cloned().collect();
-    check_variables(&options, variables)?;
-    let file = match serve.get_one::<PathBuf>("config") {
+    // One environment may serve a whole fleet: an option of another command is no mistake.
+    check_variables(
+        CONFIGURED.iter().flat_map(|name| options(&command, name)),
+        variables,
+    )?;
+    let options: Vec<Arg> = options(&command, name).cloned().collect();
+    let file = match given.get_one::<PathBuf>("config") {
         Some(path) => read_file(path, &options)?,
         None => BTreeMap::new(),
     };
     // The file's values become the defaults: what clap puts below flags and the environment, and checks alike.
-    let command = command.mut_subcommand("serve", |serve| {
-        serve.mut_args(|arg| match file.get(arg.get_id().as_str()) {
+    let command = command.mut_subcommand(name, |command| {
+        command.mut_args(|arg| match file.get(arg.get_id().as_str()) {
             Some(values) => arg.default_values(values.iter().map(|value| &*value.clone().leak())),
             None => arg,
         })
     });
     let matches = command.try_get_matches_from(&args)?;
-    let (_, serve) = matches.subcommand().expect("the first pass found serve");
+    let (_, given) = matches.subcommand().expect("the first pass found one");
     let chosen = options
         .iter()
-        .filter_map(|arg| chosen(arg, serve, &file))
+        .filter_map(|arg| chosen(arg, given, &file))
         .collect();
     Ok(Parsed {
         cli: Cli::from_arg_matches(&matches)?,
@@ -119,14 +127,16 @@ fn with_variable(arg: Arg) -> Arg {
     }
 }
 
-fn options(command: &Command) -> impl Iterator<Item = &Arg> {
-    let serve = command.find_subcommand("serve").expect("cli.rs declares serve");
-    serve.get_arguments().filter(|arg| arg.get_id() != "help")
+fn options<'a>(command: &'a Command, name: &str) -> impl Iterator<Item = &'a Arg> + use<'a> {
+    let command = command.find_subcommand(name).expect("cli.rs declares it");
+    command.get_arguments().filter(|arg| arg.get_id() != "help")
 }
 
-fn check_variables(options: &[Arg], variables: impl IntoIterator<Item = String>) -> Result<(), ConfigError> {
+fn check_variables<'a>(
+    options: impl Iterator<Item = &'a Arg>,
+    variables: impl IntoIterator<Item = String>,
+) -> Result<(), ConfigError> {
     let known: Vec<&str> = options
-        .iter()
         .filter_map(|arg| arg.get_env()?.to_str())
         .chain(OTHER_VARIABLES)
         .collect();
@@ -200,17 +210,17 @@ fn as_texts(value: &toml::Value) -> Option<Vec<String>> {
     }
 }
 
-fn chosen(arg: &Arg, serve: &ArgMatches, file: &BTreeMap<String, Vec<String>>) -> Option<Chosen> {
+fn chosen(arg: &Arg, given: &ArgMatches, file: &BTreeMap<String, Vec<String>>) -> Option<Chosen> {
     let id = arg.get_id().as_str();
-    let source = match serve.value_source(id)? {
+    let source = match given.value_source(id)? {
         ValueSource::CommandLine => "flag",
         ValueSource::EnvVariable => "environment",
         _ if file.contains_key(id) => "file",
         _ => "default",
     };
-    let texts: Vec<_> = serve.get_raw(id)?.map(|text| text.to_string_lossy()).collect();
+    let texts: Vec<_> = given.get_raw(id)?.map(|text| text.to_string_lossy()).collect();
     let value = match id {
-        "api_key" => "(hidden)".to_owned(),
+        "api_key" | "database_url" => "(hidden)".to_owned(),
         _ => texts.join(" "),
     };
     Some(Chosen {
@@ -244,10 +254,10 @@ mod tests {
             "port = 9\nmax_num_seqs = 7\nkv-cache-memory = \"1G\"\nlora-modules = { a = \"x\", b = \"y\" }\n";
         std::fs::write(file.path(), text).unwrap();
         let (serve, chosen) = serve(&format!("--config {} --port 10", file.path().display()), &[]).unwrap();
-        assert_eq!((serve.port, serve.max_num_seqs), (10, Some(7)));
-        assert_eq!(serve.kv_cache_memory_bytes, Some(1 << 30));
+        assert_eq!((serve.edge.port, serve.model.max_num_seqs), (10, Some(7)));
+        assert_eq!(serve.model.kv_cache_memory_bytes, Some(1 << 30));
         assert_eq!(
-            serve.lora_modules,
+            serve.edge.lora_modules,
             [("a".to_owned(), "x".into()), ("b".to_owned(), "y".into())]
         );
         let source = |name: &str| {

@@ -172,6 +172,10 @@ impl ApiError {
                 Some("The engine failed a step; the request is lost."),
             ),
             RouterError::Engine(Fault::ShuttingDown) => stopping(),
+            RouterError::Engine(Fault::ReplicaLost(_)) => Answer {
+                code: Some("replica_lost"),
+                ..stopping()
+            },
             RouterError::Store(_) => failed(
                 Retry::AsStatusSays,
                 Some("The server could not reach its storage."),

@@ -1,4 +1,4 @@
-//! `tandem health`: one GET /health over plain TCP, for container health checks. Not here: an HTTP client.
+//! `tandem health`: one GET /health or /ready over plain TCP, for container health checks. Not here: an HTTP client.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -9,14 +9,15 @@ use crate::cli::Health;
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The status line of the answer.
-pub fn ask(Health { host, port }: &Health) -> std::io::Result<String> {
+pub fn ask(Health { host, port, ready }: &Health) -> std::io::Result<String> {
     let address = SocketAddr::new(*host, *port);
     let mut stream = TcpStream::connect_timeout(&address, TIMEOUT)?;
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_write_timeout(Some(TIMEOUT))?;
+    let path = if *ready { "/ready" } else { "/health" };
     write!(
         stream,
-        "GET /health HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n"
+        "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n"
     )?;
     let mut answer = Vec::new();
     stream.take(64 << 10).read_to_end(&mut answer)?;

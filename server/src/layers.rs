@@ -1,13 +1,17 @@
 //! What wraps every route: a request id, the API key, panics, the fallbacks. Not here: the routes.
 
 use std::any::Any;
-use std::sync::Arc;
+use std::convert::Infallible;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::{Arc, LazyLock};
 use std::time::Instant;
 
-use axum::extract::{Request, State};
+use axum::extract::{FromRequestParts, Request, State};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use tandem_router::api::Client;
 use tracing::{debug, warn};
 
 use crate::error::ApiError;
@@ -43,24 +47,47 @@ pub async fn request_id(mut request: Request, next: Next) -> Response {
     response
 }
 
-/// The one key that opens every route.
+/// The keys that open every route.
 #[derive(Clone)]
-pub struct ApiKey(Arc<str>);
+pub struct ApiKeys(Arc<[String]>);
 
-impl ApiKey {
-    pub fn new(key: &str) -> ApiKey {
-        ApiKey(Arc::from(key))
+impl ApiKeys {
+    /// An empty key is none: that is how an environment says that a variable is not set. `None`: every route is open.
+    pub fn new(keys: Vec<String>) -> Option<ApiKeys> {
+        let keys: Arc<[String]> = keys.into_iter().filter(|key| !key.is_empty()).collect();
+        (!keys.is_empty()).then_some(ApiKeys(keys))
+    }
+
+    /// Looks at all of them, whichever fits.
+    fn fit(&self, given: &[u8]) -> bool {
+        self.0
+            .iter()
+            .fold(false, |fits, key| fits | same(given, key.as_bytes()))
+    }
+}
+
+/// Who asks, by the key it shows, whether one is wanted or not.
+pub struct Asker(pub Client);
+
+impl<S: Sync> FromRequestParts<S> for Asker {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Asker, Infallible> {
+        // Keys of one process's hash maps: a client cannot choose to look like another.
+        static KEYS: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+        let client = given_key(&parts.headers).map(|key| KEYS.hash_one(key));
+        Ok(Asker(Client(client.unwrap_or_default())))
     }
 }
 
 /// Outermost, so that no route can be forgotten.
-pub async fn auth(State(key): State<ApiKey>, request: Request, next: Next) -> Response {
+pub async fn auth(State(keys): State<ApiKeys>, request: Request, next: Next) -> Response {
     if OPEN_PATHS.contains(&request.uri().path()) {
         return next.run(request).await;
     }
     let refusal = match given_key(request.headers()) {
         None => ApiError::NoKey,
-        Some(given) if !same(given, key.0.as_bytes()) => ApiError::WrongKey,
+        Some(given) if !keys.fit(given) => ApiError::WrongKey,
         Some(_) => return next.run(request).await,
     };
     drain(request.into_body().into_data_stream());
@@ -114,6 +141,11 @@ mod tests {
         ] {
             assert_eq!(same(given.as_bytes(), b"sekret"), expected, "{given:?}");
         }
+        let keys = ApiKeys::new(vec!["one".to_owned(), String::new(), "two".to_owned()]).expect("two keys");
+        for (given, expected) in [("one", true), ("two", true), ("three", false), ("", false)] {
+            assert_eq!(keys.fit(given.as_bytes()), expected, "{given:?}");
+        }
+        assert!(ApiKeys::new(vec![String::new()]).is_none());
         let headers = |name: &'static str, value: &'static str| {
             HeaderMap::from_iter([(HeaderName::from_static(name), HeaderValue::from_static(value))])
         };

@@ -1,5 +1,8 @@
 //! Prometheus metrics: vLLM's names where the meaning is the same, `tandem:` for the rest. What the engine counts is
-//! read from its published numbers when Prometheus asks; what only the edge sees (latencies, ends) is counted here.
+//! read from its published numbers when Prometheus asks; what only the edge sees (latencies, ends) is counted here. What
+//! the router knows of each replica is in `fleet`.
+
+mod fleet;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -10,6 +13,7 @@ use prometheus::{
     TextEncoder,
 };
 use tandem_core::stats::Stats;
+use tandem_router::Router;
 use tandem_router::api::{Finish, Piece, What};
 
 use crate::gpus::Gpus;
@@ -207,6 +211,14 @@ impl Metrics {
             .encode(&self.registry.gather(), &mut text)
             .expect("the metrics are well-formed");
         String::from_utf8(text).expect("the text format is UTF-8")
+    }
+
+    /// With what the router measures itself, and each replica's numbers.
+    pub fn text_of(&self, router: &Router) -> String {
+        let mut text = self.text(&router.stats());
+        let model = &router.config().served_model_name;
+        fleet::write(&mut text, model, &router.admissions(), &router.fleet().reports());
+        text
     }
 
     fn look_at_adapters(&self) {

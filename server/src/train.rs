@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use tandem_backend::train::run::{self, RunOptions};
 use tandem_core::dataset::{self, Example};
 use tandem_core::id::JobId;
-use tandem_core::job::{Hyper, JobEvent, JobSpec, Method, files};
+use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Method, files};
 use tandem_router::hyper::{self, Bounds, Facts};
 use tandem_text::dataset::{BadLine, Options, read_rows, tokenize};
 use tandem_text::{TextError, Tokenizer};
@@ -91,6 +91,7 @@ pub fn run(args: &[String]) -> Result<(), TrainError> {
         folder: output_dir,
         base_model: model.display().to_string(),
         hyper,
+        life: Life::default(),
     };
     let mut total_steps = 0;
     let result = run::run(RunOptions::new(spec, model, &dtype, &device)?, |event| {
@@ -209,6 +210,7 @@ fn line(event: &JobEvent, total_steps: u64) -> String {
         JobEvent::Checkpoint { step, adapter } => format!("step {step}: saved {}", adapter.folder.display()),
         JobEvent::Finished { trained_tokens, .. } => format!("finished after {trained_tokens} tokens"),
         JobEvent::Failed { message } => format!("failed: {message}"),
+        JobEvent::Refused { message } => format!("not begun: {message}"),
         JobEvent::Cancelled { step } => format!("cancelled at step {step}"),
     }
 }

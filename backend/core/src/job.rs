@@ -28,6 +28,24 @@ pub struct JobSpec {
     /// For adapter_config.json's `base_model_name_or_path`.
     pub base_model: String,
     pub hyper: Hyper,
+    pub life: Life,
+}
+
+/// One stay of a job on a replica. A job that is started again lives in a folder and under keys of its own, so that a
+/// replica that slept through the change of hands cannot write into its successor's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Life {
+    /// Counts the lives of the job. 0: it has only one (`tandem train`).
+    pub epoch: u64,
+    /// The state to go on from, as the store names it. `None`: the newest that lies beside the job, if there is one.
+    pub saved: Option<Saved>,
+}
+
+/// A state that the life `epoch` wrote after optimizer step `step`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Saved {
+    pub epoch: u64,
+    pub step: u64,
 }
 
 /// Every number of a run, chosen. Names are TRL's and PEFT's.
@@ -116,7 +134,8 @@ impl Schedule {
     }
 }
 
-/// What a job tells its supervisor. Ends with `Finished`, `Failed` or `Cancelled`.
+/// What a job tells its supervisor. Ends with `Finished`, `Failed`, `Refused` or `Cancelled`; a channel that closes
+/// without one of them means that the replica went or stopped: the job goes on elsewhere from its last state.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum JobEvent {
     Started {
@@ -145,6 +164,10 @@ pub enum JobEvent {
         trained_tokens: u64,
     },
     Failed {
+        message: String,
+    },
+    /// The job was not begun, because the replica trains another: later, or elsewhere.
+    Refused {
         message: String,
     },
     Cancelled {

@@ -3,6 +3,7 @@
 
 pub mod blocks;
 pub mod dataset;
+pub mod histogram;
 pub mod id;
 pub mod job;
 pub mod message;

@@ -70,4 +70,7 @@ pub enum Fault {
     Step(String),
     #[error("the replica is shutting down")]
     ShuttingDown,
+    /// The replica is gone (a rank died, a connection broke); it comes back, or others answer.
+    #[error("the replica was lost: {0}")]
+    ReplicaLost(String),
 }

@@ -1,5 +1,5 @@
-//! The channel to a replica in this process: commands in, events out. The seam where tests drive the engine and
-//! where gRPC will stand between machines.
+//! The channel to a replica: commands in, events out. The seam where tests drive the engine and where gRPC stands
+//! between machines (crate rpc makes such a handle of a URL).
 
 use std::path::PathBuf;
 
@@ -20,22 +20,24 @@ pub const EVENT_QUEUE: usize = 64;
 pub const JOB_EVENT_QUEUE: usize = 256;
 
 pub enum Command {
-    /// A closed event channel aborts the request; a full one parks it.
+    /// A closed event channel aborts the request; a full one parks it. A channel that the replica closes without an end
+    /// is a replica that was lost.
     Generate(Generate, mpsc::Sender<Event>),
     Abort(RequestId),
     /// Check the adapter and make it resident. Requests may name it without this: they load it on the way.
     LoadAdapter(AdapterRef, oneshot::Sender<Result<AdapterInfo, Fault>>),
     /// Forget it as soon as no running request uses it.
     UnloadAdapter(AdapterDigest),
-    /// One job trains at a time; a second is refused with `JobEvent::Failed`.
+    /// One job trains at a time; a second hears `JobEvent::Refused`.
     StartJob(Box<JobSpec>, mpsc::Sender<JobEvent>),
     /// Between two quanta. Answered by `JobEvent::Cancelled`.
     CancelJob(JobId),
-    /// Write the running job's checkpoint, fail what runs with `ShuttingDown`, end the thread.
+    /// Write the running job's checkpoint, fail what runs with `ShuttingDown`, end the thread. Over gRPC it only ends the
+    /// session: a backend stops by its own process's signal.
     Stop,
 }
 
-/// The sending side, cheap to clone.
+/// The sending side, cheap to clone. Both channels close when the replica is gone.
 #[derive(Clone)]
 pub struct ReplicaHandle {
     pub info: ReplicaInfo,

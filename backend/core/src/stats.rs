@@ -1,4 +1,4 @@
-//! Numbers an engine publishes after each turn; counters only grow.
+//! Numbers an engine publishes after each turn; counters only grow. Several replicas' numbers add up.
 
 use serde::{Deserialize, Serialize};
 
@@ -26,4 +26,63 @@ pub struct Stats {
     pub train_steps: u64,
     pub train_seconds: f64,
     pub job_running: bool,
+    /// What runs ends; nothing new is taken.
+    #[serde(default)]
+    pub draining: bool,
+}
+
+impl Stats {
+    /// Add another replica's numbers: sums, and every adapter that is resident somewhere.
+    pub fn add(&mut self, other: &Stats) {
+        let Stats {
+            running,
+            waiting,
+            kv_blocks_total,
+            kv_blocks_used,
+            steps: _,
+            prompt_tokens: _,
+            generated_tokens: _,
+            prefix_queried_tokens: _,
+            prefix_hit_tokens: _,
+            preemptions: _,
+            failed_steps: _,
+            step_seconds: _,
+            resident_adapters,
+            adapter_bytes,
+            adapter_loads: _,
+            trained_tokens: _,
+            train_steps: _,
+            train_seconds: _,
+            job_running,
+            draining: _,
+        } = other;
+        self.add_counters(other);
+        self.running += running;
+        self.waiting += waiting;
+        self.kv_blocks_total += kv_blocks_total;
+        self.kv_blocks_used += kv_blocks_used;
+        self.adapter_bytes += adapter_bytes;
+        self.job_running |= job_running;
+        for digest in resident_adapters {
+            if !self.resident_adapters.contains(digest) {
+                self.resident_adapters.push(*digest);
+            }
+        }
+    }
+
+    /// Add what another replica counted: all that stays true of it once it is gone.
+    pub fn add_counters(&mut self, other: &Stats) {
+        self.steps += other.steps;
+        self.prompt_tokens += other.prompt_tokens;
+        self.generated_tokens += other.generated_tokens;
+        self.prefix_queried_tokens += other.prefix_queried_tokens;
+        self.prefix_hit_tokens += other.prefix_hit_tokens;
+        self.preemptions += other.preemptions;
+        self.failed_steps += other.failed_steps;
+        self.step_seconds += other.step_seconds;
+        self.adapter_loads += other.adapter_loads;
+        self.trained_tokens += other.trained_tokens;
+        self.train_steps += other.train_steps;
+        self.train_seconds += other.train_seconds;
+    }
 }

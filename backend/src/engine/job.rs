@@ -72,11 +72,10 @@ impl Engine {
     pub(super) fn start_job(&mut self, spec: JobSpec, events: mpsc::Sender<JobEvent>) {
         let id = spec.id.clone();
         let started = match &self.job {
-            Some(job) => Err(format!(
-                "{} is training; one job trains at a time",
-                job.trainer.spec().id
-            )),
-            None => self.trainer(spec),
+            Some(job) => Err(JobEvent::Refused {
+                message: format!("{} is training; one job trains at a time", job.trainer.spec().id),
+            }),
+            None => self.trainer(spec).map_err(|message| JobEvent::Failed { message }),
         };
         match started {
             Ok(trainer) => {
@@ -93,7 +92,7 @@ impl Engine {
                 });
             }
             // The first word of an empty channel, unless nobody listens.
-            Err(message) => drop(events.try_send(JobEvent::Failed { message })),
+            Err(word) => drop(events.try_send(word)),
         }
     }
 

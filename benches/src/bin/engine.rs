@@ -21,7 +21,7 @@ use tandem_benches::machine;
 use tandem_benches::percentile::median;
 use tandem_core::dataset::{self, Example};
 use tandem_core::id::{AdapterRef, JobId, RequestId};
-use tandem_core::job::{Hyper, JobEvent, JobSpec, Lora, Method, Schedule, files};
+use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Schedule, files};
 use tandem_core::message::{Event, Generate};
 use tandem_core::replica::{Command, EVENT_QUEUE, ReplicaHandle};
 use tandem_core::sampling::Sampling;
@@ -282,6 +282,7 @@ fn train(options: &Options, report: &mut Map<String, Value>) -> anyhow::Result<(
         folder: folder.path().to_owned(),
         base_model: "bench".to_owned(),
         hyper,
+        life: Life::default(),
     };
     let mut trainer = Trainer::start(spec, &base)?;
     let (mut rates, mut quanta_s): (Vec<f64>, Vec<f64>) = (vec![], vec![]);

@@ -1,5 +1,6 @@
 //! Jobs as clients see them: create, list, cancel, read along. A job's state is its row; every change is one
-//! transaction (`Store::change_job`), and whoever made it wakes the readers.
+//! transaction (`Store::change_job`), and whoever made it wakes the readers. Whoever works on a job holds its lease
+//! (`keeper`), so any number of routers may share the rows.
 //!
 //! ```text
 //! validating_files --prepare--> queued --supervisor--> running --engine--> succeeded
@@ -8,6 +9,7 @@
 
 mod check;
 pub mod hyper;
+mod keeper;
 mod name;
 pub(crate) mod prepare;
 mod record;
@@ -16,9 +18,7 @@ pub(crate) mod supervisor;
 
 use std::time::Duration;
 
-use tandem_core::id::JobId;
-use tandem_core::replica::Command;
-use tandem_store::{JobChange, NewEvent, NewJob, NewName, Source, ids};
+use tandem_store::{JobChange, Lease, NewEvent, NewJob, NewName, Source, ids};
 use tokio::sync::{Notify, mpsc, watch};
 
 use crate::Router;
@@ -43,6 +43,8 @@ pub(crate) struct Desk {
     queued: Notify,
     /// Some job changed.
     changed: watch::Sender<()>,
+    /// Somebody may want a running job cancelled: for its keeper.
+    cancels: watch::Sender<()>,
 }
 
 impl Desk {
@@ -51,7 +53,16 @@ impl Desk {
             created: Notify::new(),
             queued: Notify::new(),
             changed: watch::Sender::new(()),
+            cancels: watch::Sender::new(()),
         }
+    }
+
+    /// Another router changed some job: everybody looks.
+    pub fn stir(&self) {
+        self.created.notify_one();
+        self.queued.notify_one();
+        self.changed.send_replace(());
+        self.cancels.send_replace(());
     }
 
     /// Wakes after every change of any job.
@@ -138,10 +149,11 @@ impl Router {
         }
         // Before it is looked at again: whoever starts it from here on sees this.
         self.0.store.request_cancel(id).await?;
-        if self.cancel_at_once(id, &[VALIDATING, QUEUED]).await? {
+        if self.cancel_at_once(id, &[VALIDATING, QUEUED], None).await? {
             return self.job(id).await;
         }
-        self.command(Command::CancelJob(JobId(id.to_owned()))).await?;
+        // Its keeper, here or in another router, tells the replica.
+        self.0.desk.cancels.send_replace(());
         let ended = async {
             loop {
                 let job = self.job(id).await?;
@@ -251,9 +263,27 @@ impl Router {
         Ok(true)
     }
 
-    async fn cancel_at_once(&self, id: &str, from: &'static [&'static str]) -> Result<bool, RouterError> {
+    /// When there may be work: somebody says so, or another router's lease may have run out.
+    async fn wait_for(&self, work: &Notify) {
+        match self.0.store.is_shared() {
+            false => work.notified().await,
+            true => {
+                let period = self.0.store.renewal_period();
+                // Either is a reason to look.
+                let _ = tokio::time::timeout(period, work.notified()).await;
+            }
+        }
+    }
+
+    async fn cancel_at_once(
+        &self,
+        id: &str,
+        from: &'static [&'static str],
+        holder: Option<Lease>,
+    ) -> Result<bool, RouterError> {
         let cancelled = JobChange {
             from,
+            holder,
             status: Some("cancelled"),
             ends: true,
             events: vec![event(Level::Info, "The job was cancelled.".to_owned())],
@@ -266,18 +296,29 @@ impl Router {
         Ok(cancelled)
     }
 
-    async fn fail_job(&self, id: &str, error: JobError) -> Result<(), RouterError> {
-        tracing::warn!(job = id, code = error.code, message = error.message, "job failed");
+    async fn fail_job(&self, id: &str, holder: Lease, error: JobError) -> Result<(), RouterError> {
         let failed = JobChange {
             from: &[VALIDATING, QUEUED, RUNNING],
+            holder: Some(holder),
             status: Some("failed"),
             ends: true,
             events: vec![event(Level::Error, error.message.clone())],
             error: Some(record::to_json(&error)),
             ..JobChange::default()
         };
-        self.change_job(id, failed).await?;
-        Ok(self.0.store.remove_job_folder(id).await?)
+        if self.change_job(id, failed).await? {
+            tracing::warn!(job = id, code = error.code, message = error.message, "job failed");
+            self.0.store.remove_job_folder(id).await?;
+        }
+        Ok(())
+    }
+
+    /// After a holder's write was refused: the job was cancelled, or is another router's now.
+    async fn clear_if_ended(&self, id: &str) -> Result<(), RouterError> {
+        match self.job(id).await?.status.ended() {
+            true => Ok(self.0.store.remove_job_folder(id).await?),
+            false => Ok(()),
+        }
     }
 
     fn job_name(&self, job: &str, name: String, step: Option<u64>, made: Made) -> NewName {

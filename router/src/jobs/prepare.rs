@@ -15,6 +15,7 @@ use tandem_text::{TextError, Tokenizer};
 use crate::Router;
 use crate::api::{JobError, JobRequest, Level, RouterError};
 use crate::jobs::hyper::{self, Facts};
+use crate::jobs::keeper::Keeper;
 use crate::jobs::{QUEUED, VALIDATING, event, record};
 
 /// After the store failed: it may be a full disk, which passes.
@@ -25,7 +26,7 @@ pub(crate) async fn run(router: Router) {
     loop {
         match next(&router).await {
             Ok(true) => {}
-            Ok(false) => router.0.desk.created.notified().await,
+            Ok(false) => router.wait_for(&router.0.desk.created).await,
             Err(error) => {
                 tracing::error!(%error, "a job cannot be prepared; trying again");
                 tokio::time::sleep(RETRY).await;
@@ -36,22 +37,26 @@ pub(crate) async fn run(router: Router) {
 
 /// Whether there was a job to prepare.
 async fn next(router: &Router) -> Result<bool, RouterError> {
-    let Some(row) = router
+    let claimed = router
         .0
         .store
-        .next_job(router.info().base_digest, &[VALIDATING])
-        .await?
-    else {
+        .claim_job(router.info().base_digest, &[VALIDATING])
+        .await?;
+    let Some((row, lease)) = claimed else {
         return Ok(false);
     };
+    let _keeper = Keeper::new(router, &row.id, lease, None);
     let request: JobRequest = record::from_json(&row.request)?;
     match prepare(router, &row, &request).await {
         Ok(prepared) => {
             let hyper = hyper::choose(&request, router.info(), prepared.facts);
             let mut events = prepared.notes;
             events.push("Files validated, moving job to queued state".to_owned());
+            router.0.store.publish_datasets(&row.id).await?;
             let queued = JobChange {
                 from: &[VALIDATING],
+                holder: Some(lease),
+                lets_go: true,
                 status: Some(QUEUED),
                 hyper: Some(record::to_json(&hyper)),
                 events: events
@@ -62,11 +67,10 @@ async fn next(router: &Router) -> Result<bool, RouterError> {
             };
             match router.change_job(&row.id, queued).await? {
                 true => router.0.desk.queued.notify_one(),
-                // Cancelled meanwhile.
-                false => router.0.store.remove_job_folder(&row.id).await?,
+                false => router.clear_if_ended(&row.id).await?,
             }
         }
-        Err(Unfit::Job(error)) => router.fail_job(&row.id, error).await?,
+        Err(Unfit::Job(error)) => router.fail_job(&row.id, lease, error).await?,
         Err(Unfit::Router(error)) => return Err(error),
     }
     Ok(true)

@@ -17,6 +17,7 @@ pub(crate) fn job(row: JobRow) -> Result<Job, RouterError> {
         estimated_finish,
         status,
         cancel_requested: _,
+        saved: _,
         request,
         hyper,
         model_name: _,

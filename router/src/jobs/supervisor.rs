@@ -1,25 +1,31 @@
-//! One job at a time goes to the engine, and what the engine says of it goes to the store. A job that was running when
-//! the process ended is started again and goes on from its last checkpoint. Not here: files (`prepare`), training.
+//! One job at a time goes from this router to a replica, and what the replica says of it goes to the store. The router
+//! holds the job's lease meanwhile; a job whose holder or replica went is begun again and goes on from its last state.
+//! Not here: files (`prepare`), training.
 
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 use tandem_core::id::{AdapterRef, JobId};
-use tandem_core::job::{Hyper, JobEvent, JobSpec, Method, StepReport};
-use tandem_core::replica::{Command, JOB_EVENT_QUEUE};
-use tandem_store::{JobChange, JobRow, NewCheckpoint, NewEvent, Placement};
+use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Method, Saved, StepReport};
+use tandem_core::replica::{Command, JOB_EVENT_QUEUE, ReplicaHandle};
+use tandem_store::{JobChange, JobRow, Lease, NewCheckpoint, NewEvent, StoreError};
 use tokio::sync::mpsc;
 
 use crate::Router;
 use crate::api::{JobError, Level, RouterError};
 use crate::catalog::checkpoint_name;
+use crate::jobs::keeper::Keeper;
 use crate::jobs::{Made, QUEUED, RUNNING, event, metrics, record, result};
 
-/// After the store failed: it may be a full disk, which passes. The job goes on from its checkpoint.
+/// After the store failed: it may be a full disk, which passes. The job goes on from its last state.
 const RETRY: Duration = Duration::from_secs(5);
+/// After a replica went, or while none has room: another may, or the same one returns.
+const REPLICA_RETRY: Duration = Duration::from_millis(500);
+/// Replicas that may go under a job, one after the other and before it makes a step, until it is to blame.
+const MAX_STUMBLES: u32 = 3;
 
-/// As long as the router and the engine live.
+/// As long as the router lives.
 pub(crate) async fn run(router: Router) {
     match router
         .0
@@ -34,31 +40,53 @@ pub(crate) async fn run(router: Router) {
         ),
         Err(error) => tracing::warn!(%error, "cannot count unfinished jobs"),
     }
-    while router.ready() {
-        match next(&router).await {
-            Ok(true) => {}
-            Ok(false) => router.0.desk.queued.notified().await,
-            Err(error) if !router.ready() => tracing::info!(%error, "a job waits for the next start"),
+    let mut stumbles = Stumbles::default();
+    while !router.stopping() {
+        match next(&router, &mut stumbles).await {
+            Ok(Next::Job) => {}
+            Ok(Next::NoJob) => router.wait_for(&router.0.desk.queued).await,
+            Ok(Next::NoReplica) => tokio::time::sleep(REPLICA_RETRY).await,
+            Err(error) if router.stopping() => tracing::info!(%error, "a job waits for the next start"),
             Err(error) => {
-                tracing::error!(%error, "a job was interrupted; going on from its checkpoint");
+                tracing::error!(%error, "a job was interrupted; going on from its last state");
                 tokio::time::sleep(RETRY).await;
             }
         }
     }
 }
 
-/// Whether there was a job to run.
-async fn next(router: &Router) -> Result<bool, RouterError> {
-    let base = router.info().base_digest;
-    // What ran before the restart first, then in order of creation.
-    let row = match router.0.store.next_job(base, &[RUNNING]).await? {
-        Some(row) => Some(row),
-        None => router.0.store.next_job(base, &[QUEUED]).await?,
+/// What there was to do.
+enum Next {
+    Job,
+    NoJob,
+    NoReplica,
+}
+
+/// How often in a row a job lost its replica before it made a step.
+#[derive(Default)]
+struct Stumbles {
+    job: String,
+    n: u32,
+}
+
+async fn next(router: &Router, stumbles: &mut Stumbles) -> Result<Next, RouterError> {
+    let Some(replica) = router.job_replica() else {
+        return Ok(Next::NoReplica);
     };
-    let Some(row) = row else { return Ok(false) };
+    let (base, store) = (router.info().base_digest, &router.0.store);
+    // What ran before a restart first, then in order of creation.
+    let claimed = match store.claim_job(base, &[RUNNING]).await? {
+        Some(claimed) => Some(claimed),
+        None => store.claim_job(base, &[QUEUED]).await?,
+    };
+    let Some((row, lease)) = claimed else {
+        return Ok(Next::NoJob);
+    };
     if row.cancel_requested {
-        router.cancel_at_once(&row.id, &[QUEUED, RUNNING]).await?;
-        return Ok(true);
+        router
+            .cancel_at_once(&row.id, &[QUEUED, RUNNING], Some(lease))
+            .await?;
+        return Ok(Next::Job);
     }
     let message = match row.status.as_str() {
         QUEUED => "Fine-tuning job started",
@@ -66,25 +94,76 @@ async fn next(router: &Router) -> Result<bool, RouterError> {
     };
     let started = JobChange {
         from: &[QUEUED, RUNNING],
+        holder: Some(lease),
         status: Some(RUNNING),
         events: vec![event(Level::Info, message.to_owned())],
         ..JobChange::default()
     };
-    if router.change_job(&row.id, started).await? {
-        Run::start(router, row).await?.follow().await?;
+    if !router.change_job(&row.id, started).await? {
+        return Ok(Next::Job);
     }
-    Ok(true)
+    let id = row.id.clone();
+    let Some(run) = Run::start(router, row, lease, replica).await? else {
+        store.release_lease(&id, lease).await?;
+        return Ok(Next::NoReplica);
+    };
+    match run.follow().await? {
+        End::Told => Ok(Next::Job),
+        End::Refused => {
+            store.release_lease(&id, lease).await?;
+            Ok(Next::NoReplica)
+        }
+        End::Lost => Ok(Next::Job),
+        End::Silent { .. } if router.stopping() => {
+            // It stays `running`, for the next start or another router.
+            store.release_lease(&id, lease).await?;
+            Ok(Next::NoReplica)
+        }
+        End::Silent { stepped } => {
+            tracing::warn!(job = id, "the replica went; the job goes on from its last state");
+            if stepped || stumbles.job != id {
+                *stumbles = Stumbles {
+                    job: id.clone(),
+                    n: 0,
+                };
+            }
+            stumbles.n += 1;
+            if stumbles.n >= MAX_STUMBLES {
+                let message = format!("The engine ended the job {MAX_STUMBLES} times without saying why.");
+                router.fail_job(&id, lease, server_error(message)).await?;
+            }
+            Ok(Next::NoReplica)
+        }
+    }
 }
 
-/// A job in the engine.
+/// How a life of a job ended.
+enum End {
+    /// The replica said how, and it is written.
+    Told,
+    /// The replica trains another job.
+    Refused,
+    /// The lease is another's.
+    Lost,
+    /// The replica went without a word. `stepped`: it had made a step.
+    Silent { stepped: bool },
+}
+
+/// A job in a replica.
 struct Run<'a> {
     router: &'a Router,
-    id: String,
+    id: JobId,
+    lease: Lease,
+    keeper: Keeper,
     /// Its model's name, once it succeeds.
     model: String,
     rank: u32,
     events: mpsc::Receiver<JobEvent>,
     total_steps: u64,
+    /// The last state that the store names.
+    saved: Option<Saved>,
+    /// The last step that was reported in this life.
+    step: Option<u64>,
     /// When this life of the job reported its first step, and which.
     pace: Option<(Instant, u64)>,
     /// Latest metrics, for checkpoints.
@@ -92,79 +171,121 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    async fn start(router: &'a Router, row: JobRow) -> Result<Run<'a>, RouterError> {
-        let missing = || {
-            RouterError::Store(tandem_store::StoreError::Damaged(format!(
-                "{} has no hyper",
-                row.id
-            )))
-        };
+    /// `None`: the replica went.
+    async fn start(
+        router: &'a Router,
+        row: JobRow,
+        lease: Lease,
+        replica: ReplicaHandle,
+    ) -> Result<Option<Run<'a>>, RouterError> {
+        let missing = || RouterError::Store(StoreError::Damaged(format!("{} has no hyper", row.id)));
         let hyper: Hyper = record::from_json(row.hyper.as_deref().ok_or_else(missing)?)?;
         let rank = match &hyper.method {
             Method::Lora(lora) => lora.r,
             Method::Full => 0,
         };
+        let id = JobId(row.id);
+        let life = Life {
+            epoch: lease.epoch(),
+            saved: row.saved,
+        };
+        // From here on: fetching a state may take longer than a lease.
+        let keeper = Keeper::new(router, &id.0, lease, Some(replica.commands.clone()));
         let spec = JobSpec {
-            id: JobId(row.id.clone()),
-            folder: router.0.store.job_folder(&row.id),
+            id: id.clone(),
+            folder: router.0.store.artifacts().pull_job(&id, life).await?,
             base_model: router.config().served_model_name.clone(),
             hyper,
+            life,
         };
         let (sender, events) = mpsc::channel(JOB_EVENT_QUEUE);
-        router.command(Command::StartJob(Box::new(spec), sender)).await?;
-        tracing::info!(job = row.id, "job started");
-        // Who cancels writes the wish, then sends CancelJob; if that was before StartJob, the wish is here now.
-        let asked = router
-            .0
-            .store
-            .job(&row.id)
-            .await?
-            .is_some_and(|row| row.cancel_requested);
-        if asked {
-            router.command(Command::CancelJob(JobId(row.id.clone()))).await?;
+        let start = Command::StartJob(Box::new(spec), sender);
+        if replica.commands.send(start).await.is_err() {
+            return Ok(None);
         }
-        let JobRow {
-            id,
-            model_name: model,
-            ..
-        } = row;
-        Ok(Run {
+        tracing::info!(job = %id, epoch = life.epoch, "job started");
+        Ok(Some(Run {
             router,
             id,
-            model,
+            lease,
+            keeper,
+            model: row.model_name,
             rank,
             events,
             total_steps: 0,
+            saved: row.saved,
+            step: None,
             pace: None,
             latest: Map::new(),
-        })
+        }))
     }
 
-    async fn follow(mut self) -> Result<(), RouterError> {
+    /// What ends this also lets go of the replica: a closed channel stops the job there.
+    async fn follow(mut self) -> Result<End, RouterError> {
         let mut events = Vec::with_capacity(JOB_EVENT_QUEUE);
-        while self.events.recv_many(&mut events, JOB_EVENT_QUEUE).await > 0 {
+        loop {
+            let heard = tokio::select! {
+                biased;
+                () = self.keeper.lost() => return Ok(End::Lost),
+                heard = self.events.recv_many(&mut events, JOB_EVENT_QUEUE) => heard,
+            };
+            if heard == 0 {
+                return self.silence().await;
+            }
             // What is only told goes in one transaction; what changes the job has its own.
             let mut told = Told::default();
             for event in events.drain(..) {
                 match self.tell(event, &mut told) {
                     None => {}
                     Some(turn) => {
-                        self.write(std::mem::take(&mut told)).await?;
-                        if self.turn(turn).await?.is_break() {
-                            return Ok(());
+                        if self.write(std::mem::take(&mut told)).await?.is_break() {
+                            return Ok(End::Lost);
+                        }
+                        if let ControlFlow::Break(end) = self.turn(turn).await? {
+                            return Ok(end);
                         }
                     }
                 }
             }
-            self.write(told).await?;
-        }
-        match self.router.ready() {
-            false => Ok(()), // stays `running` for the next start
-            true => {
-                let message = "The engine ended the job without saying why.".to_owned();
-                self.fail(message).await
+            if self.write(told).await?.is_break() {
+                return Ok(End::Lost);
             }
         }
+    }
+
+    /// A replica that stops writes the state before it goes. If that was here, the store keeps it too.
+    async fn silence(&mut self) -> Result<End, RouterError> {
+        let artifacts = self.router.0.store.artifacts();
+        let epoch = self.lease.epoch();
+        if let Some(step) = self.step.filter(|_| artifacts.has_state(&self.id, epoch)) {
+            let saved = Saved { epoch, step };
+            if self.saved != Some(saved) {
+                artifacts.push_job(&self.id, epoch, step).await?;
+                let kept = JobChange {
+                    from: &[RUNNING],
+                    saved: Some(saved),
+                    ..JobChange::default()
+                };
+                if self.change(kept).await?.is_break() {
+                    return Ok(End::Lost);
+                }
+            }
+        }
+        Ok(End::Silent {
+            stepped: self.step.is_some(),
+        })
+    }
+
+    /// A change by the holder. `Break`: the job is no longer ours to change.
+    async fn change(&self, change: JobChange) -> Result<ControlFlow<()>, RouterError> {
+        let change = JobChange {
+            holder: Some(self.lease),
+            ..change
+        };
+        Ok(match self.router.change_job(&self.id.0, change).await? {
+            true => ControlFlow::Continue(()),
+            false => ControlFlow::Break(()),
+        })
     }
 
     /// Events that only tell become records; others come back.
@@ -220,6 +341,7 @@ impl<'a> Run<'a> {
                 });
             }
             JobEvent::Failed { message } => return Some(Turn::Failed { message }),
+            JobEvent::Refused { message } => return Some(Turn::Refused { message }),
             JobEvent::Cancelled { step } => return Some(Turn::Cancelled { step }),
         }
         None
@@ -242,6 +364,7 @@ impl<'a> Run<'a> {
             let left_s = step_s * self.total_steps.saturating_sub(step) as f64;
             told.estimated_finish = Some(tandem_store::now().saturating_add(left_s as i64));
         }
+        self.step = Some(step);
         told.trained_tokens = Some(trained_tokens);
         let data = json!({
             "step": step, "train_loss": loss, "train_mean_token_accuracy": token_accuracy, "epoch": epoch,
@@ -268,14 +391,14 @@ impl<'a> Run<'a> {
         }
     }
 
-    async fn write(&self, told: Told) -> Result<(), RouterError> {
+    async fn write(&self, told: Told) -> Result<ControlFlow<()>, RouterError> {
         let Told {
             events,
             trained_tokens,
             estimated_finish,
         } = told;
         if events.is_empty() {
-            return Ok(());
+            return Ok(ControlFlow::Continue(()));
         }
         let change = JobChange {
             from: &[RUNNING],
@@ -284,24 +407,36 @@ impl<'a> Run<'a> {
             events,
             ..JobChange::default()
         };
-        self.router.change_job(&self.id, change).await?;
-        Ok(())
+        self.change(change).await
     }
 
-    async fn turn(&mut self, turn: Turn) -> Result<ControlFlow<()>, RouterError> {
-        match turn {
+    async fn turn(&mut self, turn: Turn) -> Result<ControlFlow<End>, RouterError> {
+        let done = match turn {
             Turn::Checkpoint { step, adapter } => {
-                self.checkpoint(step, adapter).await?;
-                return Ok(ControlFlow::Continue(()));
+                return Ok(match self.checkpoint(step, adapter).await? {
+                    ControlFlow::Continue(()) => ControlFlow::Continue(()),
+                    ControlFlow::Break(()) => ControlFlow::Break(End::Lost),
+                });
             }
             Turn::Finished {
                 adapter,
                 trained_tokens,
             } => self.finish(adapter, trained_tokens).await?,
-            Turn::Failed { message } if !self.router.ready() => {
-                tracing::info!(job = self.id, message, "the job waits for the next start");
+            Turn::Failed { message } if self.router.stopping() => {
+                tracing::info!(job = %self.id, message, "the job waits for the next start");
+                let stepped = self.step.is_some();
+                return Ok(ControlFlow::Break(End::Silent { stepped }));
             }
-            Turn::Failed { message } => self.fail(message).await?,
+            Turn::Failed { message } => {
+                self.router
+                    .fail_job(&self.id.0, self.lease, server_error(message))
+                    .await?;
+                ControlFlow::Continue(())
+            }
+            Turn::Refused { message } => {
+                tracing::info!(job = %self.id, message, "the job waits for a replica");
+                return Ok(ControlFlow::Break(End::Refused));
+            }
             Turn::Cancelled { step } => {
                 let cancelled = JobChange {
                     from: &[RUNNING],
@@ -313,16 +448,31 @@ impl<'a> Run<'a> {
                     )],
                     ..JobChange::default()
                 };
-                self.router.change_job(&self.id, cancelled).await?;
-                self.router.0.store.remove_job_folder(&self.id).await?;
+                let done = self.change(cancelled).await?;
+                if done.is_continue() {
+                    self.router.0.store.remove_job_folder(&self.id.0).await?;
+                }
+                done
             }
-        }
-        Ok(ControlFlow::Break(()))
+        };
+        Ok(ControlFlow::Break(match done {
+            ControlFlow::Continue(()) => End::Told,
+            ControlFlow::Break(()) => End::Lost,
+        }))
     }
 
-    async fn checkpoint(&mut self, step: u64, adapter: AdapterRef) -> Result<(), RouterError> {
-        let _one_at_a_time = self.router.0.changes.lock().await;
-        let made = self.publish(adapter).await?;
+    /// The state and the adapter are in the store before the row that names them.
+    async fn checkpoint(&mut self, step: u64, adapter: AdapterRef) -> Result<ControlFlow<()>, RouterError> {
+        let artifacts = self.router.0.store.artifacts();
+        let saved = Saved {
+            epoch: self.lease.epoch(),
+            step,
+        };
+        artifacts.push_job(&self.id, saved.epoch, step).await?;
+        // The long part, before others have to wait.
+        artifacts.keep_adapter(&adapter).await?;
+        let one_at_a_time = self.router.0.changes.lock().await;
+        let made = self.keep(adapter).await?;
         let model = checkpoint_name(&self.model, step);
         self.latest.insert("step".to_owned(), step.into());
         let change = JobChange {
@@ -337,18 +487,30 @@ impl<'a> Run<'a> {
                 model: model.clone(),
                 metrics: record::to_json(&self.latest),
             }),
-            name: Some(self.router.job_name(&self.id, model, Some(step), made)),
+            saved: Some(saved),
+            name: Some(self.router.job_name(&self.id.0, model, Some(step), made)),
             ..JobChange::default()
         };
-        self.router.change_job(&self.id, change).await?;
-        Ok(())
+        let done = self.change(change).await?;
+        drop(one_at_a_time);
+        if done.is_continue()
+            && let Some(earlier) = self.saved.replace(saved).filter(|&earlier| earlier != saved)
+        {
+            artifacts.drop_state(&self.id, earlier).await?;
+        }
+        Ok(done)
     }
 
     /// The name, the result file and the success are one transaction: a client that reads `succeeded` can use all.
-    async fn finish(&mut self, adapter: AdapterRef, trained_tokens: u64) -> Result<(), RouterError> {
-        let result_file = result::publish(self.router, &self.id).await?;
+    async fn finish(
+        &mut self,
+        adapter: AdapterRef,
+        trained_tokens: u64,
+    ) -> Result<ControlFlow<()>, RouterError> {
+        let result_file = result::publish(self.router, &self.id.0).await?;
+        self.router.0.store.artifacts().keep_adapter(&adapter).await?;
         let one_at_a_time = self.router.0.changes.lock().await;
-        let made = self.publish(adapter).await?;
+        let made = self.keep(adapter).await?;
         let change = JobChange {
             from: &[RUNNING],
             status: Some("succeeded"),
@@ -362,41 +524,40 @@ impl<'a> Run<'a> {
                 ),
                 event(Level::Info, "Fine tuning job successfully completed".to_owned()),
             ],
-            name: Some(self.router.job_name(&self.id, self.model.clone(), None, made)),
-            result_file: Some(result_file),
+            name: Some(self.router.job_name(&self.id.0, self.model.clone(), None, made)),
+            result_file: Some(result_file.clone()),
             ..JobChange::default()
         };
-        self.router.change_job(&self.id, change).await?;
+        let done = self.change(change).await?;
         drop(one_at_a_time);
-        tracing::info!(job = self.id, model = self.model, trained_tokens, "job succeeded");
-        Ok(self.router.0.store.remove_job_folder(&self.id).await?)
+        if done.is_break() {
+            self.router.0.store.discard_file(&result_file).await?;
+            return Ok(done);
+        }
+        tracing::info!(job = %self.id, model = self.model, trained_tokens, "job succeeded");
+        self.router.0.store.remove_job_folder(&self.id.0).await?;
+        Ok(done)
     }
 
     /// The caller holds `changes`, until the adapter has a name.
-    async fn publish(&self, adapter: AdapterRef) -> Result<Made, RouterError> {
-        let AdapterRef { digest: told, folder } = adapter;
-        let digest = self
-            .router
-            .0
-            .store
-            .publish_adapter(&folder, Placement::Link)
-            .await?;
-        if digest != told {
-            tracing::warn!(job = self.id, %told, %digest, "the engine's digest of an adapter is not its files'");
+    async fn keep(&self, adapter: AdapterRef) -> Result<Made, RouterError> {
+        let digest = self.router.0.store.keep_adapter(&adapter).await?;
+        if digest != adapter.digest {
+            let told = adapter.digest;
+            tracing::warn!(job = %self.id, %told, %digest, "the engine's digest of an adapter is not its files'");
         }
         Ok(Made {
             digest,
             rank: self.rank,
         })
     }
+}
 
-    async fn fail(&self, message: String) -> Result<(), RouterError> {
-        let error = JobError {
-            code: "server_error".to_owned(),
-            param: None,
-            message,
-        };
-        self.router.fail_job(&self.id, error).await
+fn server_error(message: String) -> JobError {
+    JobError {
+        code: "server_error".to_owned(),
+        param: None,
+        message,
     }
 }
 
@@ -419,6 +580,9 @@ enum Turn {
         trained_tokens: u64,
     },
     Failed {
+        message: String,
+    },
+    Refused {
         message: String,
     },
     Cancelled {

@@ -12,7 +12,7 @@ use tandem_core::id::{AdapterRef, Digest};
 use tandem_core::message::Fault;
 use tandem_core::replica::{AdapterInfo, COMMAND_QUEUE, Command, ReplicaHandle, ReplicaInfo};
 use tandem_core::stats::Stats;
-use tandem_store::Store;
+use tandem_store::{Places, Store};
 use tandem_text::Tokenizer;
 use tempfile::TempDir;
 use tokio::sync::{mpsc, watch};
@@ -138,7 +138,7 @@ impl House {
     /// A killed router's tasks end a moment after its runtime was told to.
     async fn store(&self) -> Store {
         for _ in 0..200 {
-            match Store::open(&self.data()).await {
+            match Store::open(&Places::local(self.data())).await {
                 Ok(store) => return store,
                 Err(tandem_store::StoreError::Locked(_)) => {
                     tokio::time::sleep(Duration::from_millis(10)).await

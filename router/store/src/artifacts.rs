@@ -1,246 +1,320 @@
-//! The folders: staging, publishing by rename, the lock, and clearing up after a kill. Blocking; no database.
+//! Bytes by name: uploaded files, adapters by digest, the states of jobs. A local folder, and beside it the place that
+//! other processes share when there is one; then the folder is its cache. All a backend process needs of the store.
+//! Not here: rows, names, who may write.
 
-use std::collections::HashSet;
-use std::fs::{self, File, TryLockError};
-use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use tandem_core::id::{AdapterDigest, AdapterHasher};
+use tandem_core::id::{AdapterDigest, AdapterRef, JobId};
+use tandem_core::job::{Life, Saved, files};
+use tokio::sync::Mutex;
 
-use crate::error::{StoreError, io_at};
-use crate::ids;
+use crate::blocking;
+use crate::error::StoreError;
+use crate::folders::{self, CONFIG, Folders, Placement, README, TENSORS, Tenancy};
+use crate::remote::Remote;
 
-const CONFIG: &str = "adapter_config.json";
-const TENSORS: &str = "adapter_model.safetensors";
-const README: &str = "README.md";
-/// Real ones are about a kilobyte; a larger "config" is a wrong or hostile file.
-const CONFIG_BYTES: u64 = 1 << 20;
-const COPY_BUFFER_BYTES: usize = 1 << 20;
+/// Written last, deleted first.
+const COMPLETE: &str = "complete";
 
-/// How an adapter's files come into the store.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Placement {
-    /// From a folder its owner may change later.
-    Copy,
-    /// From a folder of ours that is never written in place: a hard link where the file system can.
-    Link,
+/// Cheap to clone.
+#[derive(Clone)]
+pub struct Artifacts {
+    folders: Arc<Folders>,
+    /// `None`: the folder is all there is, and nothing is copied.
+    remote: Option<Arc<Remote>>,
+    /// Held while something is downloaded: a hundred requests for a new adapter fetch it once.
+    fetching: Arc<Mutex<()>>,
 }
 
-pub(crate) struct Folders {
-    root: PathBuf,
-}
-
-impl Folders {
-    pub fn make(root: &Path) -> Result<Folders, StoreError> {
-        fs::create_dir_all(root).map_err(io_at("making", root))?;
-        // Absolute, because the engine reads adapters and datasets by these paths.
-        let root = fs::canonicalize(root).map_err(io_at("finding", root))?;
-        let folders = Folders { root };
-        for kind in ["files", "adapters", "jobs", "staging"] {
-            let folder = folders.root.join(kind);
-            fs::create_dir_all(&folder).map_err(io_at("making", &folder))?;
-        }
-        Ok(folders)
+impl Artifacts {
+    /// For a process without a database: a backend. `url` is `s3://bucket/prefix`, a folder or its `file://` URL, or
+    /// `None` for `data_dir` itself, which the router's process may own at the same time.
+    pub fn open(url: Option<&str>, data_dir: &Path) -> Result<Artifacts, StoreError> {
+        Artifacts::over(url, Folders::make(data_dir, Tenancy::Guest)?)
     }
 
-    pub fn lock(&self) -> Result<File, StoreError> {
-        let path = self.root.join("lock");
-        let file = File::options()
-            .create(true)
-            .append(true)
-            .open(&path)
-            .map_err(io_at("opening", &path))?;
-        match file.try_lock() {
-            Ok(()) => Ok(file),
-            Err(TryLockError::WouldBlock) => Err(StoreError::Locked(self.root.clone())),
-            Err(TryLockError::Error(source)) => Err(io_at("locking", &path)(source)),
-        }
-    }
-
-    pub fn database(&self) -> PathBuf {
-        self.root.join("tandem.db")
-    }
-
-    pub fn file(&self, id: &str) -> PathBuf {
-        self.root.join("files").join(id)
-    }
-
-    pub fn adapter(&self, digest: &AdapterDigest) -> PathBuf {
-        self.root.join("adapters").join(digest.to_string())
-    }
-
-    pub fn job(&self, id: &str) -> PathBuf {
-        self.root.join("jobs").join(id)
-    }
-
-    pub fn staging(&self) -> PathBuf {
-        self.root.join("staging").join(ids::random())
-    }
-
-    /// Make a staged file durable and give it its final name. Returns its size.
-    pub fn publish_file(&self, staged: &Path, id: &str) -> Result<u64, StoreError> {
-        let target = self.file(id);
-        let file = File::open(staged).map_err(io_at("opening", staged))?;
-        file.sync_all().map_err(io_at("writing", staged))?;
-        let bytes = file.metadata().map_err(io_at("reading", staged))?.len();
-        fs::rename(staged, &target).map_err(io_at("publishing", &target))?;
-        sync_parent(&target)?;
-        Ok(bytes)
-    }
-
-    /// Read an adapter from `source` into the store. The same adapter twice is one folder.
-    pub fn publish_adapter(&self, source: &Path, placement: Placement) -> Result<AdapterDigest, StoreError> {
-        let staged = self.staging();
-        fs::create_dir(&staged).map_err(io_at("making", &staged))?;
-        let published = stage_adapter(source, &staged, placement).and_then(|digest| {
-            let target = self.adapter(&digest);
-            if !target.exists() {
-                File::open(&staged)
-                    .and_then(|folder| folder.sync_all())
-                    .map_err(io_at("writing", &staged))?;
-                fs::rename(&staged, &target).map_err(io_at("publishing", &target))?;
-                sync_parent(&target)?;
-            }
-            Ok(digest)
-        });
-        // Gone already when it was renamed.
-        let _ = fs::remove_dir_all(&staged);
-        published
-    }
-
-    /// Remove what no row names: leftovers of a killed process.
-    pub fn sweep(
-        &self,
-        files: &HashSet<String>,
-        adapters: &HashSet<String>,
-        jobs: &HashSet<String>,
-    ) -> Result<(), StoreError> {
-        let none = HashSet::new();
-        for (kind, known) in [
-            ("staging", &none),
-            ("files", files),
-            ("adapters", adapters),
-            ("jobs", jobs),
-        ] {
-            let folder = self.root.join(kind);
-            for entry in fs::read_dir(&folder).map_err(io_at("reading", &folder))? {
-                let entry = entry.map_err(io_at("reading", &folder))?;
-                if entry
-                    .file_name()
-                    .to_str()
-                    .is_some_and(|name| known.contains(name))
-                {
-                    continue;
+    pub(crate) fn over(url: Option<&str>, folders: Folders) -> Result<Artifacts, StoreError> {
+        let remote = match url {
+            None => None,
+            Some(url) if url.starts_with("s3://") || url.starts_with("s3a://") => Some(Remote::bucket(url)?),
+            Some(url) => {
+                let path = Path::new(url.strip_prefix("file://").unwrap_or(url));
+                if url.contains("://") && !(url.starts_with("file://") && path.is_absolute()) {
+                    return Err(StoreError::Url {
+                        url: url.to_owned(),
+                        why: "artifacts live at s3://bucket/prefix, at file:///folder or in a folder"
+                            .to_owned(),
+                    });
                 }
-                let path = entry.path();
-                tracing::info!(path = %path.display(), "removing a leftover");
-                remove(&path)?;
+                std::fs::create_dir_all(path).map_err(crate::error::io_at("making", path))?;
+                let path = std::fs::canonicalize(path).map_err(crate::error::io_at("finding", path))?;
+                // The data folder itself: no second copy.
+                (path != folders.root())
+                    .then(|| Remote::folder(&path))
+                    .transpose()?
+            }
+        };
+        Ok(Artifacts {
+            folders: Arc::new(folders),
+            remote: remote.map(Arc::new),
+            fetching: Arc::new(Mutex::new(())),
+        })
+    }
+
+    /// Whether other processes see the same artifacts by another way than this folder.
+    pub(crate) fn is_cached(&self) -> bool {
+        self.remote.is_some()
+    }
+
+    pub(crate) fn folders(&self) -> &Arc<Folders> {
+        &self.folders
+    }
+
+    /// The local folder of an adapter; fetched and checked against its digest when it is not here.
+    pub async fn adapter(&self, digest: AdapterDigest) -> Result<PathBuf, StoreError> {
+        let target = self.folders.adapter(&digest);
+        let Some(remote) = &self.remote else {
+            return Ok(target);
+        };
+        if target.exists() {
+            return Ok(target);
+        }
+        let _one_at_a_time = self.fetching.lock().await;
+        if target.exists() {
+            return Ok(target);
+        }
+        let folders = self.folders.clone();
+        let staged = blocking(move || folders.staging_folder()).await?;
+        let fetched = self.fetch_adapter(remote, digest, &staged).await;
+        // Gone already when it was renamed.
+        let _ = tokio::fs::remove_dir_all(&staged).await;
+        fetched
+    }
+
+    async fn fetch_adapter(
+        &self,
+        remote: &Remote,
+        digest: AdapterDigest,
+        staged: &Path,
+    ) -> Result<PathBuf, StoreError> {
+        let hex = digest.to_string();
+        let key = |name| ["adapters", &hex, name];
+        let mut found = remote.has(&key(COMPLETE)).await?;
+        for name in [CONFIG, TENSORS] {
+            found = found && remote.get(&key(name), &staged.join(name)).await?;
+        }
+        if !found {
+            return Err(StoreError::Adapter {
+                missing: true,
+                message: format!("No adapter {hex} found in the artifact store"),
+            });
+        }
+        remote.get(&key(README), &staged.join(README)).await?;
+        let (folders, staged) = (self.folders.clone(), staged.to_owned());
+        blocking(move || {
+            let got = folders::digest(&staged)?;
+            if got != digest {
+                return Err(StoreError::Adapter {
+                    missing: false,
+                    message: format!("the artifact store's adapter {digest} is damaged: its digest is {got}"),
+                });
+            }
+            folders.place_adapter(&staged, &digest)
+        })
+        .await
+    }
+
+    /// Bring a PEFT folder into the store. The same adapter twice is one.
+    pub async fn publish_adapter(
+        &self,
+        source: &Path,
+        placement: Placement,
+    ) -> Result<AdapterDigest, StoreError> {
+        let (folders, source) = (self.folders.clone(), source.to_owned());
+        let digest = blocking(move || folders.publish_adapter(&source, placement)).await?;
+        if let Some(remote) = &self.remote {
+            let (hex, folder) = (digest.to_string(), self.folders.adapter(&digest));
+            if !remote.has(&["adapters", &hex, COMPLETE]).await? {
+                for name in [CONFIG, TENSORS, README] {
+                    if name != README || folder.join(name).exists() {
+                        remote.put(&folder.join(name), &["adapters", &hex, name]).await?;
+                    }
+                }
+                remote.mark(&["adapters", &hex, COMPLETE]).await?;
+            }
+        }
+        Ok(digest)
+    }
+
+    /// See that the store has an adapter that a replica made: it is there already when the replica's process put it
+    /// there, else it is published from the folder it names.
+    pub async fn keep_adapter(&self, adapter: &AdapterRef) -> Result<AdapterDigest, StoreError> {
+        match self.has_adapter(&adapter.digest).await? {
+            true => Ok(adapter.digest),
+            false => self.publish_adapter(&adapter.folder, Placement::Link).await,
+        }
+    }
+
+    pub(crate) async fn has_adapter(&self, digest: &AdapterDigest) -> Result<bool, StoreError> {
+        match &self.remote {
+            None => Ok(self.folders.adapter(digest).exists()),
+            Some(remote) => remote.has(&["adapters", &digest.to_string(), COMPLETE]).await,
+        }
+    }
+
+    pub(crate) async fn remove_adapter(&self, digest: &AdapterDigest) -> Result<(), StoreError> {
+        if let Some(remote) = &self.remote {
+            let hex = digest.to_string();
+            remote.delete(&["adapters", &hex, COMPLETE]).await?;
+            remote.delete_all(&["adapters", &hex]).await?;
+        }
+        let path = self.folders.adapter(digest);
+        blocking(move || folders::remove(&path)).await
+    }
+
+    /// Make a staged file durable under `id`, and only then let others see it. Returns its size.
+    pub(crate) async fn publish_file(&self, staged: &Path, id: &str) -> Result<u64, StoreError> {
+        if let Some(remote) = &self.remote {
+            remote.put(staged, &["files", id]).await?;
+        }
+        let (folders, staged, target) = (self.folders.clone(), staged.to_owned(), self.folders.file(id));
+        blocking(move || folders.publish_file(&staged, &target)).await
+    }
+
+    /// The local path of a file; fetched when it is not here.
+    pub(crate) async fn file(&self, id: &str) -> Result<PathBuf, StoreError> {
+        let target = self.folders.file(id);
+        let Some(remote) = &self.remote else {
+            return Ok(target);
+        };
+        if target.exists() {
+            return Ok(target);
+        }
+        let _one_at_a_time = self.fetching.lock().await;
+        match self.fetch(remote, &["files", id], &target).await? {
+            true => Ok(target),
+            false => Err(StoreError::Damaged(format!(
+                "the artifact store has no bytes of {id}"
+            ))),
+        }
+    }
+
+    pub(crate) async fn remove_file(&self, id: &str) -> Result<(), StoreError> {
+        if let Some(remote) = &self.remote {
+            remote.delete(&["files", id]).await?;
+        }
+        let path = self.folders.file(id);
+        blocking(move || folders::remove(&path)).await
+    }
+
+    /// The folder in which a life of a job runs: its datasets, and the state it goes on from.
+    pub async fn pull_job(&self, id: &JobId, life: Life) -> Result<PathBuf, StoreError> {
+        let Life { epoch, saved } = life;
+        if let Some(remote) = &self.remote {
+            let (job, folder) = (self.folders.job(&id.0), self.folders.life(&id.0, epoch));
+            tokio::fs::create_dir_all(&folder)
+                .await
+                .map_err(crate::error::io_at("making", &folder))?;
+            if !self
+                .fetch(remote, &["jobs", &id.0, files::TRAIN], &job.join(files::TRAIN))
+                .await?
+            {
+                return Err(StoreError::Damaged(format!(
+                    "the artifact store has no datasets of {id}"
+                )));
+            }
+            self.fetch(remote, &["jobs", &id.0, files::VALID], &job.join(files::VALID))
+                .await?;
+            if let Some(Saved { epoch, step }) = saved {
+                let (epoch, step) = (epoch.to_string(), step.to_string());
+                let key = ["jobs", &id.0, &epoch, &step, files::STATE];
+                if !self.fetch(remote, &key, &folder.join(files::STATE)).await? {
+                    // Its numbers are a function of seed and step: the job only takes longer.
+                    tracing::warn!(job = %id, epoch, step, "the artifact store lost a state; the job begins again");
+                }
+            }
+        }
+        let (folders, id) = (self.folders.clone(), id.0.clone());
+        blocking(move || folders.begin_life(&id, epoch)).await
+    }
+
+    /// Keep the state that a life of a job wrote after optimizer step `step`. It counts once a row names it; that it is
+    /// kept already is fine.
+    pub async fn push_job(&self, id: &JobId, epoch: u64, step: u64) -> Result<(), StoreError> {
+        let Some(remote) = &self.remote else { return Ok(()) };
+        let state = self.folders.life(&id.0, epoch).join(files::STATE);
+        let (epoch, step) = (epoch.to_string(), step.to_string());
+        let key = ["jobs", &id.0, &epoch, &step, files::STATE];
+        if !remote.has(&key).await? {
+            remote.put(&state, &key).await?;
+        }
+        Ok(())
+    }
+
+    /// A later state is kept: nobody goes on from this one.
+    pub async fn drop_state(&self, id: &JobId, saved: Saved) -> Result<(), StoreError> {
+        let Some(remote) = &self.remote else { return Ok(()) };
+        let (epoch, step) = (saved.epoch.to_string(), saved.step.to_string());
+        remote.delete(&["jobs", &id.0, &epoch, &step, files::STATE]).await
+    }
+
+    /// Whether a life of a job left a state in its local folder: the life was here.
+    pub fn has_state(&self, id: &JobId, epoch: u64) -> bool {
+        self.folders.life(&id.0, epoch).join(files::STATE).exists()
+    }
+
+    /// Where the router writes the datasets of a job, for [`Artifacts::push_datasets`].
+    pub(crate) fn job_folder(&self, id: &str) -> PathBuf {
+        self.folders.job(id)
+    }
+
+    /// Let other processes see the datasets in the job's folder.
+    pub(crate) async fn push_datasets(&self, id: &str) -> Result<(), StoreError> {
+        let Some(remote) = &self.remote else { return Ok(()) };
+        for name in [files::TRAIN, files::VALID] {
+            let path = self.folders.job(id).join(name);
+            if path.exists() {
+                remote.put(&path, &["jobs", id, name]).await?;
             }
         }
         Ok(())
     }
-}
 
-/// Remove a file or a folder; that it is gone already is fine.
-pub(crate) fn remove(path: &Path) -> Result<(), StoreError> {
-    let done = match fs::symlink_metadata(path) {
-        Ok(kind) if kind.is_dir() => fs::remove_dir_all(path),
-        Ok(_) => fs::remove_file(path),
-        Err(error) => Err(error),
-    };
-    match done {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_at("removing", path)(error)),
-        _ => Ok(()),
-    }
-}
-
-fn sync_parent(path: &Path) -> Result<(), StoreError> {
-    let parent = path.parent().expect("every artifact lies in a folder");
-    File::open(parent)
-        .and_then(|folder| folder.sync_all())
-        .map_err(io_at("writing", parent))
-}
-
-fn stage_adapter(source: &Path, staged: &Path, placement: Placement) -> Result<AdapterDigest, StoreError> {
-    let missing = |message| StoreError::Adapter {
-        missing: true,
-        message,
-    };
-    if !source.is_dir() {
-        return Err(missing(format!(
-            "No adapter found for {}: it is not a folder",
-            source.display()
-        )));
-    }
-    let length = |name: &str| match fs::metadata(source.join(name)) {
-        Ok(found) if found.is_file() => Ok(found.len()),
-        Ok(_) => Err(missing(format!(
-            "No adapter found for {}: {name} is not a file",
-            source.display()
-        ))),
-        Err(error) => Err(missing(format!(
-            "No adapter found for {}: {name}: {error}",
-            source.display()
-        ))),
-    };
-    let config_len = length(CONFIG)?;
-    if config_len > CONFIG_BYTES {
-        let message = format!("{CONFIG} has {config_len} bytes, at most {CONFIG_BYTES} are read");
-        return Err(StoreError::Adapter {
-            missing: false,
-            message,
-        });
-    }
-    let tensors_len = length(TENSORS)?;
-    let mut hasher = AdapterHasher::new(config_len, tensors_len);
-    for (name, len) in [(CONFIG, config_len), (TENSORS, tensors_len)] {
-        place(&source.join(name), &staged.join(name), placement, len, |bytes| {
-            hasher.update(bytes)
-        })?;
-    }
-    if let Ok(len @ 0..=CONFIG_BYTES) = length(README) {
-        place(&source.join(README), &staged.join(README), placement, len, |_| ())?;
-    }
-    Ok(hasher.finish())
-}
-
-/// Bring one file of `len` bytes from `source` to `target`, durable, and show its bytes on the way.
-fn place(
-    source: &Path,
-    target: &Path,
-    placement: Placement,
-    len: u64,
-    mut seen: impl FnMut(&[u8]),
-) -> Result<(), StoreError> {
-    let linked = placement == Placement::Link && fs::hard_link(source, target).is_ok();
-    let mut input = File::open(source).map_err(io_at("opening", source))?;
-    let mut output = match linked {
-        true => None,
-        false => Some(File::create_new(target).map_err(io_at("making", target))?),
-    };
-    let mut buffer = vec![0; COPY_BUFFER_BYTES];
-    let mut left = len;
-    loop {
-        let n = input.read(&mut buffer).map_err(io_at("reading", source))?;
-        if n as u64 > left || n == 0 && left > 0 {
-            let message = format!("{} changed while it was read", source.display());
-            return Err(StoreError::Adapter {
-                missing: false,
-                message,
-            });
-        }
-        if n == 0 {
-            break;
-        }
-        left -= n as u64;
-        seen(&buffer[..n]);
-        if let Some(output) = &mut output {
-            output.write_all(&buffer[..n]).map_err(io_at("writing", target))?;
+    /// A process that ran a job needs its folder no more. With a folder that is shared this is the router's to do.
+    pub async fn forget_job(&self, id: &JobId) -> Result<(), StoreError> {
+        match &self.remote {
+            None => Ok(()),
+            Some(_) => self.remove_job_folder(&id.0).await,
         }
     }
-    // A linked file is synced too: its writer may not have.
-    output
-        .unwrap_or(input)
-        .sync_all()
-        .map_err(io_at("writing", target))
+
+    /// The job has ended: nobody goes on from its states.
+    pub(crate) async fn remove_job(&self, id: &str) -> Result<(), StoreError> {
+        if let Some(remote) = &self.remote {
+            remote.delete_all(&["jobs", id]).await?;
+        }
+        self.remove_job_folder(id).await
+    }
+
+    async fn remove_job_folder(&self, id: &str) -> Result<(), StoreError> {
+        let path = self.folders.job(id);
+        blocking(move || folders::remove(&path)).await
+    }
+
+    /// Download into a cache path, by way of staging. `false`: there is no such object. What is there stays.
+    async fn fetch(&self, remote: &Remote, key: &[&str], target: &Path) -> Result<bool, StoreError> {
+        if target.exists() {
+            return Ok(true);
+        }
+        let staged = self.folders.staging();
+        let fetched = remote.get(key, &staged).await;
+        if !matches!(fetched, Ok(true)) {
+            let _ = tokio::fs::remove_file(&staged).await;
+            return fetched;
+        }
+        let (folders, target) = (self.folders.clone(), target.to_owned());
+        blocking(move || folders.publish_file(&staged, &target)).await?;
+        Ok(true)
+    }
 }

@@ -2,13 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
-use sqlx::{FromRow, Sqlite, Transaction};
+use sqlx::{Any, FromRow, Transaction};
 
-use crate::{Rows, Store, StoreError, artifacts, blocking, ids, now};
+use crate::jobs::signed;
+use crate::{Rows, Store, StoreError, ids, now};
 
 #[derive(Clone, Debug, PartialEq, FromRow)]
 pub struct FileRow {
     pub id: String,
+    #[sqlx(try_from = "i64")]
     pub bytes: u64,
     pub created_at: i64,
     pub expires_at: Option<i64>,
@@ -34,7 +36,7 @@ impl Store {
         let row = self
             .publish_file(staged, filename, purpose, expires_after_s)
             .await?;
-        let mut tx = crate::db::begin(&self.pool).await?;
+        let mut tx = self.db.begin().await?;
         insert(&mut tx, &row).await?;
         tx.commit().await?;
         Ok(row)
@@ -50,10 +52,7 @@ impl Store {
         expires_after_s: Option<u64>,
     ) -> Result<FileRow, StoreError> {
         let id = ids::file();
-        let bytes = {
-            let (folders, staged, id) = (self.folders.clone(), staged.to_owned(), id.clone());
-            blocking(move || folders.publish_file(&staged, &id)).await?
-        };
+        let bytes = self.artifacts.publish_file(staged, &id).await?;
         let created_at = now();
         let expires_at = expires_after_s.map(|s| created_at.saturating_add_unsigned(s));
         Ok(FileRow {
@@ -66,19 +65,25 @@ impl Store {
         })
     }
 
+    /// Take back what [`Store::publish_file`] did, when no row was committed for it.
+    pub async fn discard_file(&self, row: &FileRow) -> Result<(), StoreError> {
+        self.artifacts.remove_file(&row.id).await
+    }
+
     /// `None`: there is none, or it has expired.
     pub async fn file(&self, id: &str) -> Result<Option<FileRow>, StoreError> {
-        let sql = "SELECT * FROM files WHERE id = ? AND (expires_at IS NULL OR expires_at > ?)";
+        let sql = "SELECT id, bytes, created_at, expires_at, filename, purpose FROM files WHERE id = $1
+                   AND (expires_at IS NULL OR expires_at > $2)";
         Ok(sqlx::query_as(sql)
             .bind(id)
             .bind(now())
-            .fetch_optional(&self.pool)
+            .fetch_optional(&self.db.pool)
             .await?)
     }
 
-    /// Where the bytes of a file lie.
-    pub fn file_path(&self, row: &FileRow) -> PathBuf {
-        self.folders.file(&row.id)
+    /// Where the bytes of a file lie; they are fetched when they are not here.
+    pub async fn file_path(&self, row: &FileRow) -> Result<PathBuf, StoreError> {
+        self.artifacts.file(&row.id).await
     }
 
     /// A page of the files that have not expired, those after the file `after` in this order.
@@ -91,12 +96,12 @@ impl Store {
     ) -> Result<Rows<FileRow>, StoreError> {
         let sql = match order {
             Order::Newest => {
-                "SELECT * FROM files WHERE (?1 IS NULL OR purpose = ?1) AND (expires_at IS NULL OR expires_at > ?2)
-                 AND (?3 IS NULL OR seq < (SELECT seq FROM files WHERE id = ?3)) ORDER BY seq DESC LIMIT ?4"
+                "SELECT id, bytes, created_at, expires_at, filename, purpose FROM files WHERE ($1 IS NULL OR purpose = $1) AND (expires_at IS NULL OR expires_at > $2)
+                 AND ($3 IS NULL OR seq < (SELECT seq FROM files WHERE id = $3)) ORDER BY seq DESC LIMIT $4"
             }
             Order::Oldest => {
-                "SELECT * FROM files WHERE (?1 IS NULL OR purpose = ?1) AND (expires_at IS NULL OR expires_at > ?2)
-                 AND (?3 IS NULL OR seq > (SELECT seq FROM files WHERE id = ?3)) ORDER BY seq LIMIT ?4"
+                "SELECT id, bytes, created_at, expires_at, filename, purpose FROM files WHERE ($1 IS NULL OR purpose = $1) AND (expires_at IS NULL OR expires_at > $2)
+                 AND ($3 IS NULL OR seq > (SELECT seq FROM files WHERE id = $3)) ORDER BY seq LIMIT $4"
             }
         };
         let query = sqlx::query_as(sql)
@@ -104,28 +109,27 @@ impl Store {
             .bind(now())
             .bind(after)
             .bind(i64::from(limit) + 1);
-        Ok(Rows::cut(query.fetch_all(&self.pool).await?, limit))
+        Ok(Rows::cut(query.fetch_all(&self.db.pool).await?, limit))
     }
 
     /// Whether there was one. The row goes first: nobody is pointed to missing bytes.
     pub async fn delete_file(&self, id: &str) -> Result<bool, StoreError> {
-        let deleted = sqlx::query("DELETE FROM files WHERE id = ?")
+        let deleted = sqlx::query("DELETE FROM files WHERE id = $1")
             .bind(id)
-            .execute(&self.pool)
+            .execute(&self.db.pool)
             .await?;
         if deleted.rows_affected() == 0 {
             return Ok(false);
         }
-        let path = self.folders.file(id);
-        blocking(move || artifacts::remove(&path)).await?;
+        self.artifacts.remove_file(id).await?;
         Ok(true)
     }
 
     /// Delete what has expired. Returns how many.
     pub async fn delete_expired_files(&self) -> Result<usize, StoreError> {
-        let expired: Vec<String> = sqlx::query_scalar("SELECT id FROM files WHERE expires_at <= ?")
+        let expired: Vec<String> = sqlx::query_scalar("SELECT id FROM files WHERE expires_at <= $1")
             .bind(now())
-            .fetch_all(&self.pool)
+            .fetch_all(&self.db.pool)
             .await?;
         for id in &expired {
             self.delete_file(id).await?;
@@ -143,7 +147,7 @@ impl<T> Rows<T> {
     }
 }
 
-pub(crate) async fn insert(tx: &mut Transaction<'static, Sqlite>, row: &FileRow) -> Result<(), StoreError> {
+pub(crate) async fn insert(tx: &mut Transaction<'static, Any>, row: &FileRow) -> Result<(), StoreError> {
     let FileRow {
         id,
         bytes,
@@ -153,12 +157,12 @@ pub(crate) async fn insert(tx: &mut Transaction<'static, Sqlite>, row: &FileRow)
         purpose,
     } = row;
     sqlx::query(
-        "INSERT INTO files (id, bytes, created_at, expires_at, filename, purpose) VALUES (?, ?, ?, ?, ?, ?)",
+        "INSERT INTO files (id, bytes, created_at, expires_at, filename, purpose) VALUES ($1, $2, $3, $4, $5, $6)",
     )
     .bind(id)
-    .bind(*bytes as i64)
-    .bind(created_at)
-    .bind(expires_at)
+    .bind(signed(*bytes))
+    .bind(*created_at)
+    .bind(*expires_at)
     .bind(filename)
     .bind(purpose)
     .execute(&mut **tx)

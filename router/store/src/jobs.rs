@@ -1,15 +1,30 @@
 //! Jobs, their events and checkpoints. A job changes only by [`Store::change_job`]: one transaction for its state, what
 //! it says and what it makes. Requests, numbers and errors are JSON of the caller's; the status names are the caller's.
+//! Who may work on a job: `lease`.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use sqlx::{FromRow, Sqlite, Transaction};
+use sqlx::any::AnyRow;
+use sqlx::{Any, FromRow, Row, Transaction};
 use tandem_core::id::Digest;
+use tandem_core::job::Saved;
 
+use crate::changes::{self, Kind};
+use crate::db::Dialect;
 use crate::files::{self, FileRow};
+use crate::lease::Lease;
 use crate::names::{self, NameRow, NewName};
-use crate::{Rows, Store, StoreError, artifacts, blocking, db, ids, now};
+use crate::{Rows, Store, StoreError, ids, now, unsigned};
+
+/// By name: a newer program may have added others meanwhile.
+macro_rules! columns {
+    () => {
+        "seq, id, created_at, updated_at, finished_at, estimated_finish, status, cancel_requested, request, hyper, \
+         model_name, fine_tuned_model, trained_tokens, result_files, error, state_epoch, state_step"
+    };
+}
+pub(crate) use columns;
 
 /// A job to insert.
 pub struct NewJob {
@@ -24,7 +39,7 @@ pub struct NewJob {
     pub events: Vec<NewEvent>,
 }
 
-#[derive(Clone, Debug, PartialEq, FromRow)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct JobRow {
     pub seq: i64,
     pub id: String,
@@ -42,6 +57,37 @@ pub struct JobRow {
     /// JSON list of file ids.
     pub result_files: String,
     pub error: Option<String>,
+    /// The last state that was kept.
+    pub saved: Option<Saved>,
+}
+
+impl<'r> FromRow<'r, AnyRow> for JobRow {
+    fn from_row(row: &'r AnyRow) -> Result<JobRow, sqlx::Error> {
+        let state_epoch: Option<i64> = row.try_get("state_epoch")?;
+        let state_step: Option<i64> = row.try_get("state_step")?;
+        let trained_tokens: Option<i64> = row.try_get("trained_tokens")?;
+        Ok(JobRow {
+            seq: row.try_get("seq")?,
+            id: row.try_get("id")?,
+            created_at: row.try_get("created_at")?,
+            updated_at: row.try_get("updated_at")?,
+            finished_at: row.try_get("finished_at")?,
+            estimated_finish: row.try_get("estimated_finish")?,
+            status: row.try_get("status")?,
+            cancel_requested: row.try_get::<i64, _>("cancel_requested")? != 0,
+            request: row.try_get("request")?,
+            hyper: row.try_get("hyper")?,
+            model_name: row.try_get("model_name")?,
+            fine_tuned_model: row.try_get("fine_tuned_model")?,
+            trained_tokens: trained_tokens.map(unsigned),
+            result_files: row.try_get("result_files")?,
+            error: row.try_get("error")?,
+            saved: state_epoch.zip(state_step).map(|(epoch, step)| Saved {
+                epoch: unsigned(epoch),
+                step: unsigned(step),
+            }),
+        })
+    }
 }
 
 /// What happens to a job at once. `None` leaves what is there.
@@ -49,6 +95,10 @@ pub struct JobRow {
 pub struct JobChange {
     /// The change happens only if the job is in one of these.
     pub from: &'static [&'static str],
+    /// The change is the holder's: it happens only while this lease is the job's.
+    pub holder: Option<Lease>,
+    /// The holder lets go: others may claim the job. An end does so by itself.
+    pub lets_go: bool,
     pub status: Option<&'static str>,
     /// The new status is an end.
     pub ends: bool,
@@ -59,6 +109,8 @@ pub struct JobChange {
     pub error: Option<String>,
     pub events: Vec<NewEvent>,
     pub checkpoint: Option<NewCheckpoint>,
+    /// From [`crate::Artifacts::push_job`].
+    pub saved: Option<Saved>,
     pub name: Option<NewName>,
     /// From [`Store::publish_file`].
     pub result_file: Option<FileRow>,
@@ -94,6 +146,7 @@ pub struct NewCheckpoint {
 pub struct CheckpointRow {
     pub id: String,
     pub created_at: i64,
+    #[sqlx(try_from = "i64")]
     pub step: u64,
     pub model: String,
     pub metrics: String,
@@ -119,46 +172,43 @@ impl Store {
             model_names,
             events,
         } = job;
-        let mut tx = db::begin(&self.pool).await?;
-        let mut free = None;
-        for name in model_names {
-            let taken: bool = sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM jobs WHERE model_name = ?)")
-                .bind(&name)
+        let mut tx = self.db.begin().await?;
+        for name in &model_names {
+            let inserted = sqlx::query(
+                "INSERT INTO jobs (id, base, created_at, updated_at, status, request, metadata, model_name)
+                 VALUES ($1, $2, $3, $3, $4, $5, $6, $7) ON CONFLICT (model_name) DO NOTHING",
+            )
+            .bind(&id)
+            .bind(base.to_string())
+            .bind(now())
+            .bind(&status)
+            .bind(&request)
+            .bind(as_json(&metadata))
+            .bind(name)
+            .execute(&mut *tx)
+            .await?;
+            if inserted.rows_affected() == 0 {
+                continue;
+            }
+            insert_events(&mut tx, &id, &events).await?;
+            let row = sqlx::query_as(concat!("SELECT ", columns!(), " FROM jobs WHERE id = $1"))
+                .bind(&id)
                 .fetch_one(&mut *tx)
                 .await?;
-            if !taken {
-                free = Some(name);
-                break;
-            }
+            changes::note(&mut tx, Kind::Jobs).await?;
+            tx.commit().await?;
+            return Ok(row);
         }
-        let name = free.ok_or_else(|| StoreError::Damaged(format!("every model name for {id} is taken")))?;
-        sqlx::query(
-            "INSERT INTO jobs (id, base, created_at, updated_at, status, request, metadata, model_name)
-             VALUES (?1, ?2, ?3, ?3, ?4, ?5, ?6, ?7)",
-        )
-        .bind(&id)
-        .bind(base.to_string())
-        .bind(now())
-        .bind(status)
-        .bind(request)
-        .bind(as_json(&metadata))
-        .bind(name)
-        .execute(&mut *tx)
-        .await?;
-        insert_events(&mut tx, &id, &events).await?;
-        let row = sqlx::query_as("SELECT * FROM jobs WHERE id = ?")
-            .bind(&id)
-            .fetch_one(&mut *tx)
-            .await?;
-        tx.commit().await?;
-        Ok(row)
+        Err(StoreError::Damaged(format!("every model name for {id} is taken")))
     }
 
-    /// All of `change`, or nothing and `None` when the job is not in one of `change.from`. The name, if there is one in
-    /// the change, comes back as written.
+    /// All of `change`, or nothing and `None` when the job is not in one of `change.from` or not its holder's any more.
+    /// The name, if there is one in the change, comes back as written.
     pub async fn change_job(&self, id: &str, change: JobChange) -> Result<Option<Changed>, StoreError> {
         let JobChange {
             from,
+            holder,
+            lets_go,
             status,
             ends,
             hyper,
@@ -168,30 +218,38 @@ impl Store {
             error,
             events,
             checkpoint,
+            saved,
             name,
             result_file,
         } = change;
-        let mut tx = db::begin(&self.pool).await?;
+        let mut tx = self.db.begin().await?;
+        let [from_1, from_2, from_3] = three(from);
         let changed = sqlx::query(
-            "UPDATE jobs SET updated_at = ?1, status = coalesce(?2, status),
-             finished_at = CASE WHEN ?3 THEN ?1 ELSE finished_at END,
-             estimated_finish = CASE WHEN ?3 THEN NULL ELSE coalesce(?4, estimated_finish) END,
-             hyper = coalesce(?5, hyper), trained_tokens = coalesce(?6, trained_tokens),
-             fine_tuned_model = coalesce(?7, fine_tuned_model), error = coalesce(?8, error),
-             result_files = CASE WHEN ?9 IS NULL THEN result_files ELSE json_insert(result_files, '$[#]', ?9) END
-             WHERE id = ?10 AND status IN (SELECT value FROM json_each(?11))",
+            "UPDATE jobs SET updated_at = $1, status = coalesce($2, status),
+             finished_at = CASE WHEN $3 THEN $1 ELSE finished_at END,
+             estimated_finish = CASE WHEN $3 THEN NULL ELSE coalesce($4, estimated_finish) END,
+             hyper = coalesce($5, hyper), trained_tokens = coalesce($6, trained_tokens),
+             fine_tuned_model = coalesce($7, fine_tuned_model), error = coalesce($8, error),
+             lease_until = CASE WHEN $9 THEN NULL ELSE lease_until END,
+             state_epoch = coalesce($10, state_epoch), state_step = coalesce($11, state_step)
+             WHERE id = $12 AND status IN ($13, $14, $15) AND ($16 IS NULL OR lease_epoch = $16)",
         )
         .bind(now())
         .bind(status)
         .bind(ends)
         .bind(estimated_finish)
         .bind(hyper)
-        .bind(trained_tokens.map(|tokens| tokens as i64))
+        .bind(trained_tokens.map(signed))
         .bind(fine_tuned_model)
         .bind(error)
-        .bind(result_file.as_ref().map(|file| &file.id))
+        .bind(ends || lets_go)
+        .bind(saved.map(|saved| signed(saved.epoch)))
+        .bind(saved.map(|saved| signed(saved.step)))
         .bind(id)
-        .bind(as_json(&from))
+        .bind(from_1)
+        .bind(from_2)
+        .bind(from_3)
+        .bind(holder.map(|lease| signed(lease.epoch())))
         .execute(&mut *tx)
         .await?;
         if changed.rows_affected() == 0 {
@@ -201,62 +259,68 @@ impl Store {
         if let Some(NewCheckpoint { step, model, metrics }) = checkpoint {
             // A job that goes on from an earlier step makes later checkpoints again.
             sqlx::query(
-                "INSERT INTO checkpoints (id, job, created_at, step, model, metrics) VALUES (?, ?, ?, ?, ?, ?)
+                "INSERT INTO checkpoints (id, job, created_at, step, model, metrics) VALUES ($1, $2, $3, $4, $5, $6)
                  ON CONFLICT (job, step) DO UPDATE SET created_at = excluded.created_at, metrics = excluded.metrics",
             )
             .bind(ids::checkpoint())
             .bind(id)
             .bind(now())
-            .bind(step as i64)
+            .bind(signed(step))
             .bind(model)
             .bind(metrics)
             .execute(&mut *tx)
             .await?;
         }
-        let name = match &name {
-            Some(name) => Some(names::write(&mut tx, name).await?),
-            None => None,
-        };
         if let Some(file) = &result_file {
             files::insert(&mut tx, file).await?;
+            // The row is this transaction's since the update above.
+            let sql = "SELECT result_files FROM jobs WHERE id = $1";
+            let list: String = sqlx::query_scalar(sql).bind(id).fetch_one(&mut *tx).await?;
+            let mut list: Vec<String> = serde_json::from_str(&list)
+                .map_err(|error| StoreError::Damaged(format!("result files of {id}: {error}")))?;
+            list.push(file.id.clone());
+            sqlx::query("UPDATE jobs SET result_files = $1 WHERE id = $2")
+                .bind(as_json(&list))
+                .bind(id)
+                .execute(&mut *tx)
+                .await?;
         }
+        changes::note(&mut tx, Kind::Jobs).await?;
+        let name = match &name {
+            Some(name) => {
+                changes::note(&mut tx, Kind::Names).await?;
+                Some(names::write(&mut tx, name).await?)
+            }
+            None => None,
+        };
         tx.commit().await?;
         Ok(Some(Changed { name }))
     }
 
     /// Remember, across restarts, that a running job is to be cancelled.
     pub async fn request_cancel(&self, id: &str) -> Result<(), StoreError> {
-        sqlx::query("UPDATE jobs SET cancel_requested = 1 WHERE id = ?")
+        let mut tx = self.db.begin().await?;
+        sqlx::query("UPDATE jobs SET cancel_requested = 1 WHERE id = $1")
             .bind(id)
-            .execute(&self.pool)
+            .execute(&mut *tx)
             .await?;
-        Ok(())
+        changes::note(&mut tx, Kind::Jobs).await?;
+        Ok(tx.commit().await?)
     }
 
     pub async fn job(&self, id: &str) -> Result<Option<JobRow>, StoreError> {
-        Ok(sqlx::query_as("SELECT * FROM jobs WHERE id = ?")
-            .bind(id)
-            .fetch_optional(&self.pool)
-            .await?)
-    }
-
-    /// The oldest job for `base` in one of `statuses`.
-    pub async fn next_job(&self, base: Digest, statuses: &[&str]) -> Result<Option<JobRow>, StoreError> {
-        let sql = "SELECT * FROM jobs WHERE status IN (SELECT value FROM json_each(?)) AND base = ?
-                   ORDER BY seq LIMIT 1";
-        let query = sqlx::query_as(sql)
-            .bind(as_json(&statuses))
-            .bind(base.to_string());
-        Ok(query.fetch_optional(&self.pool).await?)
+        let sql = concat!("SELECT ", columns!(), " FROM jobs WHERE id = $1");
+        Ok(sqlx::query_as(sql).bind(id).fetch_optional(&self.db.pool).await?)
     }
 
     /// Jobs that have not ended and wait for another base than `base`.
     pub async fn count_stranded_jobs(&self, base: Digest) -> Result<u64, StoreError> {
-        let sql = "SELECT count(*) FROM jobs WHERE finished_at IS NULL AND base <> ?";
-        Ok(sqlx::query_scalar(sql)
+        let sql = "SELECT count(*) FROM jobs WHERE finished_at IS NULL AND base <> $1";
+        let count: i64 = sqlx::query_scalar(sql)
             .bind(base.to_string())
-            .fetch_one(&self.pool)
-            .await?)
+            .fetch_one(&self.db.pool)
+            .await?;
+        Ok(unsigned(count))
     }
 
     /// Newest first, those made before the job `after`.
@@ -266,22 +330,39 @@ impl Store {
         limit: u32,
         metadata: &MetadataFilter,
     ) -> Result<Rows<JobRow>, StoreError> {
-        let pairs = match metadata {
-            MetadataFilter::Any | MetadataFilter::None => BTreeMap::new(),
-            MetadataFilter::Pairs(pairs) => pairs.clone(),
-        };
-        let sql = "SELECT * FROM jobs
-                   WHERE (?1 IS NULL OR seq < (SELECT seq FROM jobs WHERE id = ?1)) AND (NOT ?2 OR metadata = '{}')
-                   AND NOT EXISTS (SELECT 1 FROM json_each(?3) AS asked WHERE NOT EXISTS (
-                       SELECT 1 FROM json_each(jobs.metadata) AS had
-                       WHERE had.key = asked.key AND had.value = asked.value))
-                   ORDER BY seq DESC LIMIT ?4";
-        let query = sqlx::query_as(sql)
+        let mut sql = concat!(
+            "SELECT ",
+            columns!(),
+            " FROM jobs WHERE ($1 IS NULL OR seq < (SELECT seq FROM jobs WHERE id = $1))"
+        )
+        .to_owned();
+        let mut pairs = vec![];
+        match metadata {
+            MetadataFilter::Any => {}
+            MetadataFilter::None => sql.push_str(" AND metadata = '{}'"),
+            MetadataFilter::Pairs(asked) => {
+                for (i, pair) in asked.iter().enumerate() {
+                    let (key, value) = (3 + 2 * i, 4 + 2 * i);
+                    sql.push_str(&match self.db.dialect {
+                        Dialect::Sqlite => format!(
+                            " AND EXISTS (SELECT 1 FROM json_each(jobs.metadata) AS had
+                             WHERE had.key = ${key} AND had.value = ${value})"
+                        ),
+                        Dialect::Postgres => format!(" AND CAST(metadata AS jsonb) ->> ${key} = ${value}"),
+                    });
+                    pairs.push(pair);
+                }
+            }
+        }
+        sql.push_str(" ORDER BY seq DESC LIMIT $2");
+        // Safe: only numbers were put into the text.
+        let mut query = sqlx::query_as(sqlx::AssertSqlSafe(sql))
             .bind(after)
-            .bind(*metadata == MetadataFilter::None)
-            .bind(as_json(&pairs))
             .bind(i64::from(limit) + 1);
-        Ok(Rows::cut(query.fetch_all(&self.pool).await?, limit))
+        for (key, value) in pairs {
+            query = query.bind(key).bind(value);
+        }
+        Ok(Rows::cut(query.fetch_all(&self.db.pool).await?, limit))
     }
 
     /// Newest first, those before the event `after`.
@@ -292,13 +373,13 @@ impl Store {
         limit: u32,
     ) -> Result<Rows<EventRow>, StoreError> {
         let sql = "SELECT seq, id, created_at, level, message, data FROM job_events
-                   WHERE job = ?1 AND (?2 IS NULL OR seq < (SELECT seq FROM job_events WHERE id = ?2))
-                   ORDER BY seq DESC LIMIT ?3";
+                   WHERE job = $1 AND ($2 IS NULL OR seq < (SELECT seq FROM job_events WHERE id = $2))
+                   ORDER BY seq DESC LIMIT $3";
         let query = sqlx::query_as(sql)
             .bind(job)
             .bind(after)
             .bind(i64::from(limit) + 1);
-        Ok(Rows::cut(query.fetch_all(&self.pool).await?, limit))
+        Ok(Rows::cut(query.fetch_all(&self.db.pool).await?, limit))
     }
 
     /// Oldest first, those after the event numbered `seq` (0: from the first).
@@ -309,12 +390,12 @@ impl Store {
         limit: u32,
     ) -> Result<Vec<EventRow>, StoreError> {
         let sql = "SELECT seq, id, created_at, level, message, data FROM job_events
-                   WHERE job = ? AND seq > ? ORDER BY seq LIMIT ?";
+                   WHERE job = $1 AND seq > $2 ORDER BY seq LIMIT $3";
         Ok(sqlx::query_as(sql)
             .bind(job)
             .bind(seq)
-            .bind(limit)
-            .fetch_all(&self.pool)
+            .bind(i64::from(limit))
+            .fetch_all(&self.db.pool)
             .await?)
     }
 
@@ -326,24 +407,28 @@ impl Store {
         limit: u32,
     ) -> Result<Rows<CheckpointRow>, StoreError> {
         let sql = "SELECT id, created_at, step, model, metrics FROM checkpoints
-                   WHERE job = ?1 AND (?2 IS NULL OR step < (SELECT step FROM checkpoints WHERE id = ?2))
-                   ORDER BY step DESC LIMIT ?3";
+                   WHERE job = $1 AND ($2 IS NULL OR step < (SELECT step FROM checkpoints WHERE id = $2))
+                   ORDER BY step DESC LIMIT $3";
         let query = sqlx::query_as(sql)
             .bind(job)
             .bind(after)
             .bind(i64::from(limit) + 1);
-        Ok(Rows::cut(query.fetch_all(&self.pool).await?, limit))
+        Ok(Rows::cut(query.fetch_all(&self.db.pool).await?, limit))
     }
 
-    /// Where datasets and state of a job lie.
+    /// Where the datasets of a job are written, before [`Store::publish_datasets`].
     pub fn job_folder(&self, id: &str) -> PathBuf {
-        self.folders.job(id)
+        self.artifacts.job_folder(id)
     }
 
-    /// An ended job needs its folder no more.
+    /// Whoever runs the job may be elsewhere.
+    pub async fn publish_datasets(&self, id: &str) -> Result<(), StoreError> {
+        self.artifacts.push_datasets(id).await
+    }
+
+    /// An ended job needs its datasets and states no more.
     pub async fn remove_job_folder(&self, id: &str) -> Result<(), StoreError> {
-        let path = self.folders.job(id);
-        blocking(move || artifacts::remove(&path)).await
+        self.artifacts.remove_job(id).await
     }
 }
 
@@ -354,18 +439,17 @@ pub struct Changed {
 }
 
 async fn insert_events(
-    tx: &mut Transaction<'static, Sqlite>,
+    tx: &mut Transaction<'static, Any>,
     job: &str,
     events: &[NewEvent],
 ) -> Result<(), StoreError> {
     for NewEvent { level, message, data } in events {
-        let sql =
-            "INSERT INTO job_events (id, job, created_at, level, message, data) VALUES (?, ?, ?, ?, ?, ?)";
+        let sql = "INSERT INTO job_events (id, job, created_at, level, message, data) VALUES ($1, $2, $3, $4, $5, $6)";
         let query = sqlx::query(sql)
             .bind(ids::event())
             .bind(job)
             .bind(now())
-            .bind(level)
+            .bind(*level)
             .bind(message)
             .bind(data);
         query.execute(&mut **tx).await?;
@@ -375,4 +459,15 @@ async fn insert_events(
 
 fn as_json(value: &impl serde::Serialize) -> String {
     serde_json::to_string(value).expect("strings, and lists and maps of them, are JSON")
+}
+
+/// One to three statuses for `IN (.., .., ..)`.
+pub(crate) fn three<'a>(statuses: &[&'a str]) -> [&'a str; 3] {
+    let at = |i: usize| statuses[i.min(statuses.len() - 1)];
+    [at(0), at(1), at(2)]
+}
+
+/// Databases have no unsigned numbers; ours are far from the border.
+pub(crate) fn signed(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
 }

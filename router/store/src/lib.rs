@@ -1,48 +1,85 @@
-//! What must survive a restart: metadata in SQLite, artifacts in folders beside it. Rows come out as plain structs and
-//! all SQL stays in here, which is the seam for Postgres and S3. Not here: what a status means, names' rules, engines.
+//! What must survive a restart: metadata in a database, artifacts as files. By default SQLite and a folder, of one
+//! process; Postgres and a bucket (or a shared folder) when several routers work on the same jobs. Rows come out as plain
+//! structs and all SQL stays in here. Not here: what a status means, names' rules, engines.
 //!
 //! ```text
 //! <data_dir>/lock             held while a server uses the folder
-//!            tandem.db        SQLite, WAL, synchronous=FULL
+//!            tandem.db        SQLite, WAL, synchronous=FULL (not with Postgres)
 //!            files/<id>       uploaded and result files
 //!            adapters/<digest>/   immutable PEFT folders
-//!            jobs/<id>/       datasets and state of a job that has not ended
+//!            jobs/<id>/       datasets of a job that has not ended, and a folder for each of its lives
 //!            staging/         being written; emptied at start
 //! ```
+//! With an artifact store elsewhere (`remote`), files, adapters and jobs here are its cache: all of it may be lost.
 //! Bytes are published (fsync, rename, fsync of the folder) before the row that names them is committed, and a row is
-//! deleted before its bytes: a kill leaves at most bytes without a row, which the next start removes.
+//! deleted before its bytes: a kill leaves at most bytes without a row, which the next start removes. Of a place that
+//! others share only rows say what may go: adapters without a name, a while after they were last published.
 
 mod artifacts;
+mod changes;
 mod db;
 mod error;
 mod files;
+mod folders;
 pub mod ids;
 mod jobs;
+mod lease;
 mod names;
+mod remote;
 #[cfg(test)]
 mod tests;
 
-pub use artifacts::Placement;
+pub use artifacts::Artifacts;
+pub use changes::Changes;
 pub use error::StoreError;
 pub use files::{FileRow, Order};
+pub use folders::Placement;
 pub use jobs::{
     Changed, CheckpointRow, EventRow, JobChange, JobRow, MetadataFilter, NewCheckpoint, NewEvent, NewJob,
 };
+pub use lease::{LEASE, Lease, Renewal};
 pub use names::{NameRow, NewName, Source};
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use artifacts::Folders;
-use sqlx::SqlitePool;
+use db::{Database, Dialect};
+use folders::{Folders, Tenancy};
 
-/// One open data folder. Cheap to clone.
+/// Where a server keeps what must survive.
+#[derive(Clone, Debug)]
+pub struct Places {
+    pub data_dir: PathBuf,
+    /// `postgres://...`; `None`: SQLite in the data folder.
+    pub database_url: Option<String>,
+    /// `s3://bucket/prefix`, `file:///folder` or a folder; `None`: the data folder.
+    pub artifact_url: Option<String>,
+    /// How long a holder of a job that died keeps others waiting: [`LEASE`].
+    pub lease: Duration,
+}
+
+impl Places {
+    /// All in one folder, for one process.
+    pub fn local(data_dir: impl Into<PathBuf>) -> Places {
+        Places {
+            data_dir: data_dir.into(),
+            database_url: None,
+            artifact_url: None,
+            lease: LEASE,
+        }
+    }
+}
+
+/// One open store. Cheap to clone.
 #[derive(Clone)]
 pub struct Store {
-    pool: SqlitePool,
-    folders: Arc<Folders>,
+    db: Database,
+    artifacts: Artifacts,
+    /// This process, among those that hold leases.
+    owner: String,
+    lease_time: Duration,
     /// Released by the system when the last clone goes, however the process ends.
     _lock: Arc<File>,
 }
@@ -55,14 +92,32 @@ pub struct Rows<T> {
 }
 
 impl Store {
-    /// Open or make `data_dir`, bring its tables up to date, and clear away what a killed process left half done.
-    pub async fn open(data_dir: &Path) -> Result<Store, StoreError> {
-        let folders = Arc::new(Folders::make(data_dir)?);
+    /// Open or make it, bring its tables up to date, and clear away what a killed process left half done.
+    pub async fn open(places: &Places) -> Result<Store, StoreError> {
+        let Places {
+            data_dir,
+            database_url,
+            artifact_url,
+            lease,
+        } = places;
+        if let (Some(url), None) = (database_url, artifact_url) {
+            return Err(StoreError::Url {
+                url: db::without_password(url),
+                why: "a database that several routers use needs an artifact store that they all see (--artifact-url)"
+                    .to_owned(),
+            });
+        }
+        let folders = Folders::make(data_dir, Tenancy::Owner)?;
         let lock = Arc::new(folders.lock()?);
-        let pool = db::open(&folders.database()).await?;
+        let db = match database_url {
+            None => Database::file(&folders.database()).await?,
+            Some(url) => Database::server(url).await?,
+        };
         let store = Store {
-            pool,
-            folders,
+            db,
+            artifacts: Artifacts::over(artifact_url.as_deref(), folders)?,
+            owner: ids::random(),
+            lease_time: *lease,
             _lock: lock,
         };
         store.sweep().await?;
@@ -71,26 +126,43 @@ impl Store {
 
     /// Wait for open queries and close the database.
     pub async fn close(&self) {
-        self.pool.close().await;
+        self.db.pool.close().await;
+    }
+
+    /// Whether others write to the database too.
+    pub fn is_shared(&self) -> bool {
+        self.db.dialect == Dialect::Postgres
+    }
+
+    pub fn artifacts(&self) -> &Artifacts {
+        &self.artifacts
     }
 
     /// A fresh path in the staging folder.
     pub fn staging(&self) -> PathBuf {
-        self.folders.staging()
+        self.artifacts.folders().staging()
     }
 
+    /// The data folder is ours alone. What it holds and no row names goes; a cache keeps what is still named, except for
+    /// jobs, whose states are elsewhere.
     async fn sweep(&self) -> Result<(), StoreError> {
-        self.remove_unnamed_adapter_rows().await?;
+        if !self.is_shared() {
+            self.clear_leases().await?;
+            self.delete_unnamed_adapters().await?;
+        }
         let files = self.ids("SELECT id FROM files").await?;
         let adapters = self.ids("SELECT digest FROM adapters").await?;
-        let jobs = self.ids("SELECT id FROM jobs WHERE finished_at IS NULL").await?;
-        let folders = self.folders.clone();
+        let jobs = match self.artifacts.is_cached() {
+            true => std::collections::HashSet::new(),
+            false => self.ids("SELECT id FROM jobs WHERE finished_at IS NULL").await?,
+        };
+        let folders = self.artifacts.folders().clone();
         blocking(move || folders.sweep(&files, &adapters, &jobs)).await
     }
 
     async fn ids(&self, sql: &'static str) -> Result<std::collections::HashSet<String>, StoreError> {
         Ok(sqlx::query_scalar(sql)
-            .fetch_all(&self.pool)
+            .fetch_all(&self.db.pool)
             .await?
             .into_iter()
             .collect())
@@ -101,6 +173,11 @@ impl Store {
 pub fn now() -> i64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_secs()).expect("the year is below 292 billion")
+}
+
+/// A number that was unsigned when it was written.
+pub(crate) fn unsigned(number: i64) -> u64 {
+    u64::try_from(number).unwrap_or(0)
 }
 
 /// Run file work off the async threads; a panic in it goes on in the caller.

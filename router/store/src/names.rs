@@ -2,11 +2,17 @@
 
 use std::path::{Path, PathBuf};
 
-use sqlx::{FromRow, Sqlite, Transaction};
-use tandem_core::id::{AdapterDigest, Digest};
+use sqlx::{Any, FromRow, Transaction};
+use tandem_core::id::{AdapterDigest, AdapterRef, Digest};
 
-use crate::artifacts::Placement;
-use crate::{Store, StoreError, artifacts, blocking, db, now};
+use crate::changes::{self, Kind};
+use crate::folders::Placement;
+use crate::jobs::signed;
+use crate::{Store, StoreError, now, unsigned};
+
+/// With a database that others use too, an adapter without a name stays this long after it was last published: another
+/// router may be about to name it.
+const UNNAMED_GRACE_S: i64 = 600;
 
 /// Where a name came from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,27 +46,51 @@ pub struct NameRow {
 }
 
 impl Store {
-    /// Bring a PEFT folder into the store. It stays unnamed, and a restart removes it, until a name is written.
+    /// Bring a PEFT folder into the store. It stays unnamed, and goes after a while, until a name is written.
     pub async fn publish_adapter(
         &self,
         source: &Path,
         placement: Placement,
     ) -> Result<AdapterDigest, StoreError> {
-        let (folders, source) = (self.folders.clone(), source.to_owned());
-        blocking(move || folders.publish_adapter(&source, placement)).await
+        let digest = self.artifacts.publish_adapter(source, placement).await?;
+        self.announce(digest).await?;
+        // Somebody may have been deleting it, unnamed as it was, until it was announced.
+        match self.artifacts.has_adapter(&digest).await? {
+            true => Ok(digest),
+            false => self.artifacts.publish_adapter(source, placement).await,
+        }
     }
 
-    pub fn adapter_folder(&self, digest: &AdapterDigest) -> PathBuf {
-        self.folders.adapter(digest)
+    /// See that the store has an adapter that a job made.
+    pub async fn keep_adapter(&self, adapter: &AdapterRef) -> Result<AdapterDigest, StoreError> {
+        self.announce(adapter.digest).await?;
+        self.artifacts.keep_adapter(adapter).await
+    }
+
+    /// The local folder of an adapter; fetched when it is not here.
+    pub async fn adapter_folder(&self, digest: AdapterDigest) -> Result<PathBuf, StoreError> {
+        self.artifacts.adapter(digest).await
+    }
+
+    /// From here on nobody deletes the adapter for [`UNNAMED_GRACE_S`]; who is deleting it now ends before.
+    async fn announce(&self, digest: AdapterDigest) -> Result<(), StoreError> {
+        let sql = "INSERT INTO adapters (digest, rank, created_at) VALUES ($1, 0, $2)
+                   ON CONFLICT (digest) DO UPDATE SET created_at = excluded.created_at";
+        sqlx::query(sql)
+            .bind(digest.to_string())
+            .bind(now())
+            .execute(&self.db.pool)
+            .await?;
+        Ok(())
     }
 
     /// All names for one base model.
     pub async fn names(&self, base: Digest) -> Result<Vec<NameRow>, StoreError> {
         let sql = "SELECT name, digest, rank, source, job, step, names.created_at AS created_at
-                   FROM names JOIN adapters USING (digest) WHERE base = ? ORDER BY names.created_at, name";
+                   FROM names JOIN adapters USING (digest) WHERE base = $1 ORDER BY names.created_at, name";
         let rows: Vec<RawName> = sqlx::query_as(sql)
             .bind(base.to_string())
-            .fetch_all(&self.pool)
+            .fetch_all(&self.db.pool)
             .await?;
         rows.into_iter().map(RawName::parse).collect()
     }
@@ -72,9 +102,11 @@ impl Store {
         name: &NewName,
         expected: Option<AdapterDigest>,
     ) -> Result<Option<NameRow>, StoreError> {
-        let mut tx = db::begin(&self.pool).await?;
+        let mut tx = self.db.begin().await?;
+        // Whoever writes names takes this row first: what is read now stays so.
+        changes::note(&mut tx, Kind::Names).await?;
         let current: Option<String> =
-            sqlx::query_scalar("SELECT digest FROM names WHERE base = ? AND name = ?")
+            sqlx::query_scalar("SELECT digest FROM names WHERE base = $1 AND name = $2")
                 .bind(name.base.to_string())
                 .bind(&name.name)
                 .fetch_optional(&mut *tx)
@@ -89,49 +121,68 @@ impl Store {
 
     /// Whether there was one.
     pub async fn remove_name(&self, base: Digest, name: &str) -> Result<bool, StoreError> {
-        let query = sqlx::query("DELETE FROM names WHERE base = ? AND name = ?");
-        Ok(query
+        let mut tx = self.db.begin().await?;
+        changes::note(&mut tx, Kind::Names).await?;
+        let removed = sqlx::query("DELETE FROM names WHERE base = $1 AND name = $2")
             .bind(base.to_string())
             .bind(name)
-            .execute(&self.pool)
-            .await?
-            .rows_affected()
-            > 0)
-    }
-
-    /// Delete an adapter that no name (of any base) points to. The caller knows that nothing reads it.
-    pub async fn remove_adapter_if_unnamed(&self, digest: AdapterDigest) -> Result<bool, StoreError> {
-        let hex = digest.to_string();
-        let mut tx = db::begin(&self.pool).await?;
-        let named: i64 = sqlx::query_scalar("SELECT count(*) FROM names WHERE digest = ?")
-            .bind(&hex)
-            .fetch_one(&mut *tx)
-            .await?;
-        if named > 0 {
-            return Ok(false);
-        }
-        sqlx::query("DELETE FROM adapters WHERE digest = ?")
-            .bind(&hex)
             .execute(&mut *tx)
             .await?;
         tx.commit().await?;
-        let path = self.folders.adapter(&digest);
-        blocking(move || artifacts::remove(&path)).await?;
+        Ok(removed.rows_affected() > 0)
+    }
+
+    /// Delete an adapter that no name (of any base) points to, and that nobody is about to name. The caller knows that
+    /// nothing here reads it.
+    pub async fn remove_adapter_if_unnamed(&self, digest: AdapterDigest) -> Result<bool, StoreError> {
+        let mut tx = self.db.begin().await?;
+        let removed = sqlx::query(
+            "DELETE FROM adapters WHERE digest = $1 AND created_at <= $2
+             AND NOT EXISTS (SELECT 1 FROM names WHERE names.digest = $1)",
+        )
+        .bind(digest.to_string())
+        .bind(self.unnamed_until())
+        .execute(&mut *tx)
+        .await?;
+        if removed.rows_affected() == 0 {
+            return Ok(false);
+        }
+        // The deleted row is locked until the bytes are gone: who publishes the same adapter now waits at `announce`.
+        self.artifacts.remove_adapter(&digest).await?;
+        tx.commit().await?;
         Ok(true)
     }
 
-    pub(crate) async fn remove_unnamed_adapter_rows(&self) -> Result<(), StoreError> {
-        let sql = "DELETE FROM adapters WHERE digest NOT IN (SELECT digest FROM names)";
-        sqlx::query(sql).execute(&self.pool).await?;
-        Ok(())
+    /// Delete what lost its last name, or never had one: in any router, a while ago, when others use the database too;
+    /// else this is for the start, before anything is published. Returns how many.
+    pub async fn delete_unnamed_adapters(&self) -> Result<usize, StoreError> {
+        let sql =
+            "SELECT digest FROM adapters WHERE digest NOT IN (SELECT digest FROM names) AND created_at <= $1";
+        let unnamed: Vec<String> = sqlx::query_scalar(sql)
+            .bind(self.unnamed_until())
+            .fetch_all(&self.db.pool)
+            .await?;
+        let mut removed = 0;
+        for hex in unnamed {
+            let digest = hex
+                .parse()
+                .map_err(|error| StoreError::Damaged(format!("adapter {hex:?}: {error}")))?;
+            removed += usize::from(self.remove_adapter_if_unnamed(digest).await?);
+        }
+        Ok(removed)
+    }
+
+    /// Adapters that were last published before this may go, if they have no name.
+    fn unnamed_until(&self) -> i64 {
+        match self.is_shared() {
+            true => now() - UNNAMED_GRACE_S,
+            false => i64::MAX,
+        }
     }
 }
 
-/// Insert or replace.
-pub(crate) async fn write(
-    tx: &mut Transaction<'static, Sqlite>,
-    name: &NewName,
-) -> Result<NameRow, StoreError> {
+/// Insert or replace. The caller has noted the change of names in the same transaction.
+pub(crate) async fn write(tx: &mut Transaction<'static, Any>, name: &NewName) -> Result<NameRow, StoreError> {
     let NewName {
         base,
         name,
@@ -142,17 +193,22 @@ pub(crate) async fn write(
     let (kind, job, step) = match source {
         Source::Loaded => ("loaded", None, None),
         Source::Flag => ("flag", None, None),
-        Source::Job { job, step } => ("job", Some(job), step.map(|step| step as i64)),
+        Source::Job { job, step } => ("job", Some(job), step.map(signed)),
     };
     let created_at = now();
-    sqlx::query("INSERT INTO adapters (digest, rank, created_at) VALUES (?, ?, ?) ON CONFLICT DO NOTHING")
-        .bind(digest.to_string())
-        .bind(rank)
-        .bind(created_at)
-        .execute(&mut **tx)
-        .await?;
     sqlx::query(
-        "INSERT OR REPLACE INTO names (base, name, digest, source, job, step, created_at) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO adapters (digest, rank, created_at) VALUES ($1, $2, $3)
+         ON CONFLICT (digest) DO UPDATE SET rank = excluded.rank, created_at = excluded.created_at",
+    )
+    .bind(digest.to_string())
+    .bind(i64::from(*rank))
+    .bind(created_at)
+    .execute(&mut **tx)
+    .await?;
+    sqlx::query(
+        "INSERT INTO names (base, name, digest, source, job, step, created_at) VALUES ($1, $2, $3, $4, $5, $6, $7)
+         ON CONFLICT (base, name) DO UPDATE SET digest = excluded.digest, source = excluded.source,
+         job = excluded.job, step = excluded.step, created_at = excluded.created_at",
     )
     .bind(base.to_string())
     .bind(name)
@@ -176,10 +232,10 @@ pub(crate) async fn write(
 struct RawName {
     name: String,
     digest: String,
-    rank: u32,
+    rank: i64,
     source: String,
     job: Option<String>,
-    step: Option<u64>,
+    step: Option<i64>,
     created_at: i64,
 }
 
@@ -200,7 +256,10 @@ impl RawName {
         let source = match (source.as_str(), job) {
             ("loaded", None) => Source::Loaded,
             ("flag", None) => Source::Flag,
-            ("job", Some(job)) => Source::Job { job, step },
+            ("job", Some(job)) => Source::Job {
+                job,
+                step: step.map(unsigned),
+            },
             (other, job) => {
                 return Err(StoreError::Damaged(format!(
                     "name {name:?} has source {other:?} and job {job:?}"
@@ -210,7 +269,7 @@ impl RawName {
         Ok(NameRow {
             name,
             digest,
-            rank,
+            rank: u32::try_from(rank).unwrap_or(u32::MAX),
             source,
             created_at,
         })

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::path::Path;
 
 use tandem_core::id::Digest;
 
@@ -45,19 +46,19 @@ fn job(id: &str, metadata: &[(&str, &str)]) -> NewJob {
 #[tokio::test]
 async fn one_folder_has_one_owner_and_no_future() {
     let root = tempfile::tempdir().unwrap();
-    let store = Store::open(root.path()).await.unwrap();
-    let second = Store::open(root.path())
+    let store = Store::open(&Places::local(root.path())).await.unwrap();
+    let second = Store::open(&Places::local(root.path()))
         .await
         .err()
         .expect("the folder is in use");
     assert!(matches!(second, StoreError::Locked(_)), "{second}");
     sqlx::query("PRAGMA user_version = 99")
-        .execute(&store.pool)
+        .execute(&store.db.pool)
         .await
         .unwrap();
     store.close().await;
     drop(store);
-    let newer = Store::open(root.path())
+    let newer = Store::open(&Places::local(root.path()))
         .await
         .err()
         .expect("the tables are newer");
@@ -66,7 +67,7 @@ async fn one_folder_has_one_owner_and_no_future() {
             newer,
             StoreError::Newer {
                 found: 99,
-                known: 1,
+                known: 2,
                 ..
             }
         ),
@@ -79,7 +80,7 @@ async fn what_was_acknowledged_is_there_and_what_was_half_done_is_not() {
     let root = tempfile::tempdir().unwrap();
     let (file, digest);
     {
-        let store = Store::open(root.path()).await.unwrap();
+        let store = Store::open(&Places::local(root.path())).await.unwrap();
         let staged = store.staging();
         fs::write(&staged, "rows").unwrap();
         file = store
@@ -109,9 +110,12 @@ async fn what_was_acknowledged_is_there_and_what_was_half_done_is_not() {
             .unwrap();
         fs::create_dir_all(store.job_folder("ftjob-nobody")).unwrap();
     }
-    let store = Store::open(root.path()).await.unwrap();
+    let store = Store::open(&Places::local(root.path())).await.unwrap();
     assert_eq!(store.file(&file.id).await.unwrap().as_ref(), Some(&file));
-    assert_eq!(fs::read_to_string(store.file_path(&file)).unwrap(), "rows");
+    assert_eq!(
+        fs::read_to_string(store.file_path(&file).await.unwrap()).unwrap(),
+        "rows"
+    );
     assert_eq!(store.names(BASE).await.unwrap()[0].digest, digest);
     assert!(
         store.names(Digest([2; 32])).await.unwrap().is_empty(),
@@ -125,7 +129,7 @@ async fn what_was_acknowledged_is_there_and_what_was_half_done_is_not() {
 #[tokio::test]
 async fn a_name_moves_only_from_where_it_is_expected() {
     let root = tempfile::tempdir().unwrap();
-    let store = Store::open(root.path()).await.unwrap();
+    let store = Store::open(&Places::local(root.path())).await.unwrap();
     let one = store
         .publish_adapter(&adapter(root.path(), "one"), Placement::Copy)
         .await
@@ -150,14 +154,17 @@ async fn a_name_moves_only_from_where_it_is_expected() {
     }
     assert!(!store.remove_adapter_if_unnamed(two).await.unwrap());
     assert!(store.remove_adapter_if_unnamed(one).await.unwrap());
-    assert!(!store.adapter_folder(&one).exists() && store.adapter_folder(&two).exists());
+    assert!(
+        !store.adapter_folder(one).await.unwrap().exists()
+            && store.adapter_folder(two).await.unwrap().exists()
+    );
     assert!(store.remove_name(BASE, "pet").await.unwrap() && !store.remove_name(BASE, "pet").await.unwrap());
 }
 
 #[tokio::test]
 async fn a_change_is_whole_or_not_at_all() {
     let root = tempfile::tempdir().unwrap();
-    let store = Store::open(root.path()).await.unwrap();
+    let store = Store::open(&Places::local(root.path())).await.unwrap();
     store.insert_job(job("ftjob-a", &[])).await.unwrap();
     let digest = store
         .publish_adapter(&adapter(root.path(), "one"), Placement::Copy)
@@ -203,7 +210,7 @@ async fn a_change_is_whole_or_not_at_all() {
     assert!(job.status == "succeeded" && job.finished_at.is_some());
     assert!(
         store
-            .next_job(BASE, &["queued", "running"])
+            .claim_job(BASE, &["queued", "running"])
             .await
             .unwrap()
             .is_none()
@@ -213,7 +220,7 @@ async fn a_change_is_whole_or_not_at_all() {
 #[tokio::test]
 async fn jobs_are_found_by_their_metadata_and_paged() {
     let root = tempfile::tempdir().unwrap();
-    let store = Store::open(root.path()).await.unwrap();
+    let store = Store::open(&Places::local(root.path())).await.unwrap();
     for (id, metadata) in [
         ("a", &[][..]),
         ("b", &[("k", "v"), ("x", "1")]),
@@ -246,7 +253,7 @@ async fn jobs_are_found_by_their_metadata_and_paged() {
         assert_eq!((ids.as_str(), page.has_more), (expected, has_more), "{filter:?}");
     }
     assert_eq!(
-        store.next_job(BASE, &["queued"]).await.unwrap().unwrap().id,
+        store.claim_job(BASE, &["queued"]).await.unwrap().unwrap().0.id,
         "a",
         "the oldest first"
     );
@@ -256,7 +263,7 @@ async fn jobs_are_found_by_their_metadata_and_paged() {
 #[tokio::test]
 async fn expired_files_are_not_there() {
     let root = tempfile::tempdir().unwrap();
-    let store = Store::open(root.path()).await.unwrap();
+    let store = Store::open(&Places::local(root.path())).await.unwrap();
     let staged = store.staging();
     fs::write(&staged, "x").unwrap();
     let row = store.add_file(&staged, "x", "user_data", Some(0)).await.unwrap();
@@ -270,5 +277,5 @@ async fn expired_files_are_not_there() {
             .is_empty()
     );
     assert_eq!(store.delete_expired_files().await.unwrap(), 1);
-    assert!(!store.file_path(&row).exists());
+    assert!(!store.file_path(&row).await.unwrap().exists());
 }

@@ -1,7 +1,7 @@
 //! A chat request to a call. The answer is shaped in http/chat.rs, as it arrives.
 
 use tandem_openapi::chat::{ChatContent, ChatMessage, ChatPart, ChatRequest};
-use tandem_router::api::{Call, Prompt};
+use tandem_router::api::{Call, Client, Prompt};
 use tandem_text::chat::Message;
 
 use super::refuse;
@@ -93,6 +93,7 @@ pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
         prompt_logprobs,
     };
     let call = Call {
+        client: Client::default(),
         model,
         prompt,
         n,

@@ -1,7 +1,7 @@
 //! A completion request to one call per prompt. The answer is shaped in http/completions.rs, as it arrives.
 
 use tandem_openapi::completions::{CompletionPrompt, CompletionRequest};
-use tandem_router::api::{Call, Prompt};
+use tandem_router::api::{Call, Client, Prompt};
 
 use super::sampling::{self, Delivery, Fields, Limits, MAX_CHOICES};
 use super::{integer, refuse, token_ids};
@@ -92,6 +92,7 @@ pub fn calls(request: CompletionRequest, limits: Limits) -> Result<Completions, 
         )
     })?;
     let template = Call {
+        client: Client::default(),
         model,
         prompt: Prompt::Tokens(Vec::new()),
         n,

@@ -18,6 +18,7 @@ use crate::convert::{self, tokens};
 use crate::error::ApiError;
 use crate::extract::Json;
 use crate::id;
+use crate::layers::Asker;
 
 /// Continue a conversation.
 #[utoipa::path(
@@ -27,7 +28,11 @@ use crate::id;
         Errors,
     )
 )]
-pub async fn create(State(app): State<App>, Json(request): Json<ChatRequest>) -> Result<Response, ApiError> {
+pub async fn create(
+    State(app): State<App>,
+    Asker(client): Asker,
+    Json(request): Json<ChatRequest>,
+) -> Result<Response, ApiError> {
     let Chat {
         call,
         delivery,
@@ -36,7 +41,7 @@ pub async fn create(State(app): State<App>, Json(request): Json<ChatRequest>) ->
         return_token_ids,
     } = convert::chat::call(request, app.limits())?;
     let (n, model) = (call.n, call.model.clone());
-    let admitted = feed::admit(&app, vec![call], "messages").await?;
+    let admitted = feed::admit(&app, client, vec![call], "messages").await?;
     let show = Show {
         top_logprobs,
         return_token_ids,

@@ -19,6 +19,7 @@ use crate::convert::tokens::{self, Entry, Offsets};
 use crate::error::ApiError;
 use crate::extract::Json;
 use crate::id;
+use crate::layers::Asker;
 
 /// Continue prompts.
 #[utoipa::path(
@@ -30,6 +31,7 @@ use crate::id;
 )]
 pub async fn create(
     State(app): State<App>,
+    Asker(client): Asker,
     Json(request): Json<CompletionRequest>,
 ) -> Result<Response, ApiError> {
     let model = request.model.clone();
@@ -47,7 +49,7 @@ pub async fn create(
     if !add_special_tokens {
         calls.iter_mut().try_for_each(|call| bare(&app, call))?;
     }
-    let admitted = feed::admit(&app, calls, "prompt").await?;
+    let admitted = feed::admit(&app, client, calls, "prompt").await?;
     let echoes = match echo {
         true => texts
             .into_iter()

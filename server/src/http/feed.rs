@@ -9,7 +9,7 @@ use tandem_core::TokenId;
 use tandem_core::id::{AdapterDigest, Digest};
 use tandem_core::message::Fault;
 use tandem_openapi::usage::Usage;
-use tandem_router::api::{Call, Finish, Generation, ModelKind, Piece, RouterError, TokenText, What};
+use tandem_router::api::{Call, Client, Finish, Generation, ModelKind, Piece, RouterError, TokenText, What};
 use tokio::sync::mpsc;
 
 use crate::app::App;
@@ -68,7 +68,12 @@ pub struct Admitted {
 }
 
 /// All calls are to one model. If one is refused, those before it are aborted by being dropped.
-pub async fn admit(app: &App, calls: Vec<Call>, prompt_param: &'static str) -> Result<Admitted, ApiError> {
+pub async fn admit(
+    app: &App,
+    client: Client,
+    calls: Vec<Call>,
+    prompt_param: &'static str,
+) -> Result<Admitted, ApiError> {
     let refused = |error: RouterError| match error {
         RouterError::Invalid { .. } | RouterError::UnknownModel(_) => ApiError::Router(error),
         error => ApiError::Prompt(error, prompt_param),
@@ -76,6 +81,7 @@ pub async fn admit(app: &App, calls: Vec<Call>, prompt_param: &'static str) -> R
     let mut admitted: Option<Admitted> = None;
     for call in calls {
         let (n, model) = (call.n, call.model.clone());
+        let call = Call { client, ..call };
         let generation = app.router.generate(call).await.map_err(refused)?;
         let Generation {
             prompt_tokens,

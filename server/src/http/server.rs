@@ -42,7 +42,7 @@ pub async fn version() -> Json<Version> {
     responses((status = 200, body = String, content_type = "text/plain"), Errors)
 )]
 pub async fn metrics(State(app): State<App>) -> impl IntoResponse {
-    let text = app.metrics.text(&app.router.stats());
+    let text = app.metrics.text_of(&app.router);
     (
         [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")],
         text,

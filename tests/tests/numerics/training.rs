@@ -8,7 +8,7 @@ use tandem_backend::train::Trainer;
 use tandem_backend::train::data::DataPlan;
 use tandem_core::dataset::{self, Example};
 use tandem_core::id::JobId;
-use tandem_core::job::{Hyper, JobEvent, JobSpec, Lora, Method, Schedule, StepReport, files};
+use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Schedule, StepReport, files};
 use tandem_kernels::weight::Precision;
 use tch::{Kind, Tensor};
 
@@ -134,6 +134,7 @@ impl Job {
             folder: folder.path().to_owned(),
             base_model: "fixture".to_owned(),
             hyper,
+            life: Life::default(),
         };
         Job {
             spec,

@@ -39,6 +39,7 @@ fn job(folder: &Path, cases: &[Case], max_steps: u64) -> JobSpec {
         folder: folder.to_owned(),
         base_model: "story".to_owned(),
         hyper,
+        life: Life::default(),
     }
 }
 
@@ -65,7 +66,7 @@ fn a_job_trains_beside_requests_and_its_adapter_answers() {
     let mut job_events = train(&rig, job(&directory.path().join("job"), &cases, 60));
     let mut second = train(&rig, job(&directory.path().join("second"), &cases, 1));
     assert!(
-        matches!(&to_the_end(&mut second)[..], [JobEvent::Failed { message }] if message.contains("one job"))
+        matches!(&to_the_end(&mut second)[..], [JobEvent::Refused { message }] if message.contains("one job"))
     );
     // Served while it trains, the base says what it always says.
     for case in &cases {

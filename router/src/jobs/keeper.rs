@@ -1,0 +1,75 @@
+//! Keeps the lease of one job while somebody here works on it, and hears through it that the job is to be cancelled.
+//! Not here: the work.
+
+use std::time::Instant;
+
+use tandem_core::id::JobId;
+use tandem_core::replica::Command;
+use tandem_store::{Lease, Renewal};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+
+use crate::Router;
+
+/// The lease is renewed until this is dropped or it is lost.
+pub(crate) struct Keeper {
+    lost: watch::Receiver<bool>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Keeper {
+    /// `replica`: who trains the job, to be told when it is to be cancelled.
+    pub fn new(router: &Router, id: &str, lease: Lease, replica: Option<mpsc::Sender<Command>>) -> Keeper {
+        let (sender, lost) = watch::channel(false);
+        let kept = keep(router.clone(), id.to_owned(), lease, replica);
+        let task = tokio::spawn(async move {
+            kept.await;
+            // Whoever worked may be gone already.
+            let _ = sender.send(true);
+        });
+        Keeper { lost, task }
+    }
+
+    /// When the job is somebody else's.
+    pub async fn lost(&mut self) {
+        // A task that ended without a word panicked: nobody renews.
+        let _ = self.lost.wait_for(|&lost| lost).await;
+    }
+}
+
+/// Until the lease is lost.
+async fn keep(router: Router, id: String, lease: Lease, replica: Option<mpsc::Sender<Command>>) {
+    let store = &router.0.store;
+    let mut cancels = router.0.desk.cancels.subscribe();
+    let mut held_until = Instant::now() + store.lease_time();
+    loop {
+        cancels.mark_unchanged();
+        let asked = Instant::now();
+        match store.renew_lease(&id, lease).await {
+            Ok(Renewal::Held { cancel_requested }) => {
+                held_until = asked + store.lease_time();
+                if let (true, Some(replica)) = (cancel_requested, &replica) {
+                    // A replica that is gone trains nothing. One that has not begun yet is told again.
+                    let _ = replica.send(Command::CancelJob(JobId(id.clone()))).await;
+                }
+            }
+            Ok(Renewal::Lost) => {
+                tracing::info!(job = id, epoch = lease.epoch(), "the job is no longer ours");
+                return;
+            }
+            Err(error) if Instant::now() >= held_until => {
+                tracing::error!(job = id, %error, "the lease ran out: the store did not answer in time");
+                return;
+            }
+            Err(error) => tracing::warn!(job = id, %error, "the lease is not renewed; trying again"),
+        }
+        // Either is a reason to look.
+        let _ = tokio::time::timeout(store.renewal_period(), cancels.changed()).await;
+    }
+}

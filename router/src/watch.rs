@@ -1,0 +1,37 @@
+//! Sees what other routers write to the same database: names, and everything about jobs. Not here: who may write.
+
+use std::time::Duration;
+
+use tandem_store::Changes;
+
+use crate::Router;
+
+/// How long a name or a job's event of another router may stay unseen. A name that is asked for is looked up at once.
+const PERIOD: Duration = Duration::from_secs(1);
+
+/// As long as the router lives.
+pub(crate) async fn run(router: Router) {
+    let mut seen = Changes::default();
+    let mut quiet = false;
+    loop {
+        tokio::time::sleep(PERIOD).await;
+        let looked = look(&router, &mut seen).await;
+        // Once per outage.
+        if let (Err(error), false) = (&looked, quiet) {
+            tracing::warn!(%error, "cannot see what other routers do; trying again");
+        }
+        quiet = looked.is_err();
+    }
+}
+
+async fn look(router: &Router, seen: &mut Changes) -> Result<(), crate::api::RouterError> {
+    let found = router.0.store.changes().await?;
+    if found.names != seen.names {
+        router.refresh_names().await?;
+    }
+    if found.jobs != seen.jobs {
+        router.0.desk.stir();
+    }
+    *seen = found;
+    Ok(())
+}

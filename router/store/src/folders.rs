@@ -1,0 +1,381 @@
+//! The folders of one data folder: staging, publishing by rename, the lock, and clearing up after a kill. Blocking; no
+//! database, no network.
+
+use std::collections::HashSet;
+use std::fs::{self, File, TryLockError};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+use tandem_core::id::{AdapterDigest, AdapterHasher};
+use tandem_core::job::files;
+
+use crate::error::{StoreError, io_at};
+use crate::ids;
+
+pub(crate) const CONFIG: &str = "adapter_config.json";
+pub(crate) const TENSORS: &str = "adapter_model.safetensors";
+pub(crate) const README: &str = "README.md";
+/// Prefix of the folder of one life of a job, inside the job's.
+const LIFE: &str = "life-";
+/// A staging folder with this file in it belongs to a living process as long as the file is locked.
+const HELD: &str = "lock";
+/// Real ones are about a kilobyte; a larger "config" is a wrong or hostile file.
+const CONFIG_BYTES: u64 = 1 << 20;
+const COPY_BUFFER_BYTES: usize = 1 << 20;
+
+/// How an adapter's files come into the store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Placement {
+    /// From a folder its owner may change later.
+    Copy,
+    /// From a folder of ours that is never written in place: a hard link where the file system can.
+    Link,
+}
+
+pub(crate) struct Folders {
+    root: PathBuf,
+    staging: PathBuf,
+    /// Of `staging`, when it is not the one that the owner of the whole folder empties at its start.
+    _held: Option<File>,
+}
+
+/// What a process is to a data folder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Tenancy {
+    /// It holds the lock of the folder, or will.
+    Owner,
+    /// It works beside the owner, with a staging folder of its own.
+    Guest,
+}
+
+impl Folders {
+    pub fn make(root: &Path, tenancy: Tenancy) -> Result<Folders, StoreError> {
+        fs::create_dir_all(root).map_err(io_at("making", root))?;
+        // Absolute, because the engine reads adapters and datasets by these paths.
+        let root = fs::canonicalize(root).map_err(io_at("finding", root))?;
+        let mut staging = root.join("staging");
+        if tenancy == Tenancy::Guest {
+            staging.push(ids::random());
+        }
+        for folder in [
+            &root.join("files"),
+            &root.join("adapters"),
+            &root.join("jobs"),
+            &staging,
+        ] {
+            fs::create_dir_all(folder).map_err(io_at("making", folder))?;
+        }
+        let held = match tenancy {
+            Tenancy::Owner => None,
+            Tenancy::Guest => {
+                let path = staging.join(HELD);
+                let file = File::create(&path).map_err(io_at("making", &path))?;
+                file.lock().map_err(io_at("locking", &path))?;
+                Some(file)
+            }
+        };
+        Ok(Folders {
+            root,
+            staging,
+            _held: held,
+        })
+    }
+
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    pub fn lock(&self) -> Result<File, StoreError> {
+        let path = self.root.join("lock");
+        let file = File::options()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .map_err(io_at("opening", &path))?;
+        match file.try_lock() {
+            Ok(()) => Ok(file),
+            Err(TryLockError::WouldBlock) => Err(StoreError::Locked(self.root.clone())),
+            Err(TryLockError::Error(source)) => Err(io_at("locking", &path)(source)),
+        }
+    }
+
+    pub fn database(&self) -> PathBuf {
+        self.root.join("tandem.db")
+    }
+
+    pub fn file(&self, id: &str) -> PathBuf {
+        self.root.join("files").join(id)
+    }
+
+    pub fn adapter(&self, digest: &AdapterDigest) -> PathBuf {
+        self.root.join("adapters").join(digest.to_string())
+    }
+
+    pub fn job(&self, id: &str) -> PathBuf {
+        self.root.join("jobs").join(id)
+    }
+
+    pub fn staging(&self) -> PathBuf {
+        self.staging.join(ids::random())
+    }
+
+    /// The folder of one life of a job.
+    pub fn life(&self, id: &str, epoch: u64) -> PathBuf {
+        self.job(id).join(format!("{LIFE}{epoch}"))
+    }
+
+    /// Make the folder of a life: the datasets that lie in the job's folder, and the newest state of an earlier life.
+    /// What is there stays: the same life begun again.
+    pub fn begin_life(&self, id: &str, epoch: u64) -> Result<PathBuf, StoreError> {
+        let (job, life) = (self.job(id), self.life(id, epoch));
+        fs::create_dir_all(&life).map_err(io_at("making", &life))?;
+        for name in [files::TRAIN, files::VALID] {
+            link(&job.join(name), &life.join(name))?;
+        }
+        let mut earlier = vec![];
+        for entry in fs::read_dir(&job).map_err(io_at("reading", &job))? {
+            let entry = entry.map_err(io_at("reading", &job))?;
+            let name = entry.file_name();
+            let other = name
+                .to_str()
+                .and_then(|name| name.strip_prefix(LIFE)?.parse::<u64>().ok());
+            earlier.extend(other.filter(|&other| other < epoch && entry.path().join(files::STATE).exists()));
+        }
+        if let Some(newest) = earlier.into_iter().max() {
+            link(
+                &self.life(id, newest).join(files::STATE),
+                &life.join(files::STATE),
+            )?;
+        }
+        Ok(life)
+    }
+
+    /// Make a staged file durable and give it its final name. Returns its size.
+    pub fn publish_file(&self, staged: &Path, target: &Path) -> Result<u64, StoreError> {
+        let file = File::open(staged).map_err(io_at("opening", staged))?;
+        file.sync_all().map_err(io_at("writing", staged))?;
+        let bytes = file.metadata().map_err(io_at("reading", staged))?.len();
+        fs::rename(staged, target).map_err(io_at("publishing", target))?;
+        sync_parent(target)?;
+        Ok(bytes)
+    }
+
+    /// A fresh staging folder.
+    pub fn staging_folder(&self) -> Result<PathBuf, StoreError> {
+        let staged = self.staging();
+        fs::create_dir(&staged).map_err(io_at("making", &staged))?;
+        Ok(staged)
+    }
+
+    /// Give a staged adapter its final place. That it is there already is as good.
+    pub fn place_adapter(&self, staged: &Path, digest: &AdapterDigest) -> Result<PathBuf, StoreError> {
+        let target = self.adapter(digest);
+        if !target.exists() {
+            File::open(staged)
+                .and_then(|folder| folder.sync_all())
+                .map_err(io_at("writing", staged))?;
+            match fs::rename(staged, &target) {
+                // Somebody else was faster.
+                Err(_) if target.exists() => {}
+                renamed => renamed.map_err(io_at("publishing", &target))?,
+            }
+            sync_parent(&target)?;
+        }
+        Ok(target)
+    }
+
+    /// Read an adapter from `source` into the store. The same adapter twice is one folder.
+    pub fn publish_adapter(&self, source: &Path, placement: Placement) -> Result<AdapterDigest, StoreError> {
+        let staged = self.staging_folder()?;
+        let published = stage_adapter(source, &staged, placement).and_then(|digest| {
+            self.place_adapter(&staged, &digest)?;
+            Ok(digest)
+        });
+        // Gone already when it was renamed.
+        let _ = fs::remove_dir_all(&staged);
+        published
+    }
+
+    /// Remove what no row names: leftovers of a killed process.
+    pub fn sweep(
+        &self,
+        files: &HashSet<String>,
+        adapters: &HashSet<String>,
+        jobs: &HashSet<String>,
+    ) -> Result<(), StoreError> {
+        let none = HashSet::new();
+        for (kind, known) in [
+            ("staging", &none),
+            ("files", files),
+            ("adapters", adapters),
+            ("jobs", jobs),
+        ] {
+            let folder = self.root.join(kind);
+            for entry in fs::read_dir(&folder).map_err(io_at("reading", &folder))? {
+                let entry = entry.map_err(io_at("reading", &folder))?;
+                if entry
+                    .file_name()
+                    .to_str()
+                    .is_some_and(|name| known.contains(name))
+                {
+                    continue;
+                }
+                let path = entry.path();
+                if is_held(&path) {
+                    continue;
+                }
+                tracing::info!(path = %path.display(), "removing a leftover");
+                remove(&path)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Remove a file or a folder; that it is gone already is fine.
+pub(crate) fn remove(path: &Path) -> Result<(), StoreError> {
+    let done = match fs::symlink_metadata(path) {
+        Ok(kind) if kind.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+        Err(error) => Err(error),
+    };
+    match done {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_at("removing", path)(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Whether this is the staging folder of a process that lives.
+fn is_held(folder: &Path) -> bool {
+    File::open(folder.join(HELD)).is_ok_and(|file| matches!(file.try_lock(), Err(TryLockError::WouldBlock)))
+}
+
+/// The same file under another name, or a copy where the file system cannot link. A missing source, and a target that
+/// is there, are fine.
+fn link(source: &Path, target: &Path) -> Result<(), StoreError> {
+    if target.exists() || !source.exists() {
+        return Ok(());
+    }
+    if fs::hard_link(source, target).is_err() {
+        let partial = target.with_extension("partial");
+        fs::copy(source, &partial)
+            .and_then(|_| File::open(&partial)?.sync_all())
+            .and_then(|()| fs::rename(&partial, target))
+            .map_err(io_at("copying", source))?;
+    }
+    Ok(())
+}
+
+/// The digest of the adapter in `folder`.
+pub(crate) fn digest(folder: &Path) -> Result<AdapterDigest, StoreError> {
+    let length = |name: &str| {
+        let path = folder.join(name);
+        fs::metadata(&path)
+            .map(|found| found.len())
+            .map_err(io_at("reading", &path))
+    };
+    let mut hasher = AdapterHasher::new(length(CONFIG)?, length(TENSORS)?);
+    let mut buffer = vec![0; COPY_BUFFER_BYTES];
+    for name in [CONFIG, TENSORS] {
+        let path = folder.join(name);
+        let mut file = File::open(&path).map_err(io_at("opening", &path))?;
+        loop {
+            match file.read(&mut buffer).map_err(io_at("reading", &path))? {
+                0 => break,
+                n => hasher.update(&buffer[..n]),
+            }
+        }
+    }
+    Ok(hasher.finish())
+}
+
+fn sync_parent(path: &Path) -> Result<(), StoreError> {
+    let parent = path.parent().expect("every artifact lies in a folder");
+    File::open(parent)
+        .and_then(|folder| folder.sync_all())
+        .map_err(io_at("writing", parent))
+}
+
+fn stage_adapter(source: &Path, staged: &Path, placement: Placement) -> Result<AdapterDigest, StoreError> {
+    let missing = |message| StoreError::Adapter {
+        missing: true,
+        message,
+    };
+    if !source.is_dir() {
+        return Err(missing(format!(
+            "No adapter found for {}: it is not a folder",
+            source.display()
+        )));
+    }
+    let length = |name: &str| match fs::metadata(source.join(name)) {
+        Ok(found) if found.is_file() => Ok(found.len()),
+        Ok(_) => Err(missing(format!(
+            "No adapter found for {}: {name} is not a file",
+            source.display()
+        ))),
+        Err(error) => Err(missing(format!(
+            "No adapter found for {}: {name}: {error}",
+            source.display()
+        ))),
+    };
+    let config_len = length(CONFIG)?;
+    if config_len > CONFIG_BYTES {
+        let message = format!("{CONFIG} has {config_len} bytes, at most {CONFIG_BYTES} are read");
+        return Err(StoreError::Adapter {
+            missing: false,
+            message,
+        });
+    }
+    let tensors_len = length(TENSORS)?;
+    let mut hasher = AdapterHasher::new(config_len, tensors_len);
+    for (name, len) in [(CONFIG, config_len), (TENSORS, tensors_len)] {
+        place(&source.join(name), &staged.join(name), placement, len, |bytes| {
+            hasher.update(bytes)
+        })?;
+    }
+    if let Ok(len @ 0..=CONFIG_BYTES) = length(README) {
+        place(&source.join(README), &staged.join(README), placement, len, |_| ())?;
+    }
+    Ok(hasher.finish())
+}
+
+/// Bring one file of `len` bytes from `source` to `target`, durable, and show its bytes on the way.
+fn place(
+    source: &Path,
+    target: &Path,
+    placement: Placement,
+    len: u64,
+    mut seen: impl FnMut(&[u8]),
+) -> Result<(), StoreError> {
+    let linked = placement == Placement::Link && fs::hard_link(source, target).is_ok();
+    let mut input = File::open(source).map_err(io_at("opening", source))?;
+    let mut output = match linked {
+        true => None,
+        false => Some(File::create_new(target).map_err(io_at("making", target))?),
+    };
+    let mut buffer = vec![0; COPY_BUFFER_BYTES];
+    let mut left = len;
+    loop {
+        let n = input.read(&mut buffer).map_err(io_at("reading", source))?;
+        if n as u64 > left || n == 0 && left > 0 {
+            let message = format!("{} changed while it was read", source.display());
+            return Err(StoreError::Adapter {
+                missing: false,
+                message,
+            });
+        }
+        if n == 0 {
+            break;
+        }
+        left -= n as u64;
+        seen(&buffer[..n]);
+        if let Some(output) = &mut output {
+            output.write_all(&buffer[..n]).map_err(io_at("writing", target))?;
+        }
+    }
+    // A linked file is synced too: its writer may not have.
+    output
+        .unwrap_or(input)
+        .sync_all()
+        .map_err(io_at("writing", target))
+}

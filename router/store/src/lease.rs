@@ -1,0 +1,155 @@
+//! Who may work on a job. A holder claims it for a while, renews that, and lets go; when it dies, its time runs out and
+//! another claims the job. Each claim has a higher number (the epoch), and every write of a holder names its own: a
+//! holder that slept through its time writes nothing. Times are the database's clock's. Not here: what is done with a job.
+
+use std::time::Duration;
+
+use tandem_core::id::Digest;
+
+use crate::db::Dialect;
+use crate::jobs::{JobRow, columns, signed, three};
+use crate::{Store, StoreError, unsigned};
+
+/// How long a holder that died keeps others waiting.
+pub const LEASE: Duration = Duration::from_secs(15);
+/// A holder renews this often within its time: two failures in a row cost nothing.
+const RENEWALS_PER_LEASE: u32 = 3;
+
+/// The right to write to a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lease {
+    epoch: u64,
+}
+
+impl Lease {
+    /// Which claim of the job this is, from 1; also the number of the job's life.
+    pub fn epoch(self) -> u64 {
+        self.epoch
+    }
+}
+
+/// What a renewal finds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Renewal {
+    Held {
+        cancel_requested: bool,
+    },
+    /// Another claimed the job meanwhile, or it has ended.
+    Lost,
+}
+
+impl Store {
+    /// Claim the oldest job for `base` in one of `statuses` (at most three) that nobody holds, or that this process
+    /// holds from an earlier try.
+    pub async fn claim_job(
+        &self,
+        base: Digest,
+        statuses: &[&str],
+    ) -> Result<Option<(JobRow, Lease)>, StoreError> {
+        let candidate = match self.db.dialect {
+            Dialect::Sqlite => {
+                "SELECT id FROM jobs WHERE base = $1 AND status IN ($2, $3, $4)
+                 AND (lease_until IS NULL OR lease_until <= $5 OR lease_owner = $6) ORDER BY seq LIMIT 1"
+            }
+            // Routers that claim at the same moment take different jobs.
+            Dialect::Postgres => {
+                "SELECT id FROM jobs WHERE base = $1 AND status IN ($2, $3, $4)
+                 AND (lease_until IS NULL OR lease_until <= $5 OR lease_owner = $6) ORDER BY seq LIMIT 1
+                 FOR UPDATE SKIP LOCKED"
+            }
+        };
+        let [status_1, status_2, status_3] = three(statuses);
+        let mut tx = self.db.begin().await?;
+        let now_ms = self.db.clock_ms(&mut tx).await?;
+        let id: Option<String> = sqlx::query_scalar(candidate)
+            .bind(base.to_string())
+            .bind(status_1)
+            .bind(status_2)
+            .bind(status_3)
+            .bind(now_ms)
+            .bind(&self.owner)
+            .fetch_optional(&mut *tx)
+            .await?;
+        let Some(id) = id else { return Ok(None) };
+        let sql =
+            "UPDATE jobs SET lease_owner = $1, lease_until = $2, lease_epoch = lease_epoch + 1 WHERE id = $3";
+        sqlx::query(sql)
+            .bind(&self.owner)
+            .bind(self.until(now_ms))
+            .bind(&id)
+            .execute(&mut *tx)
+            .await?;
+        let epoch: i64 = sqlx::query_scalar("SELECT lease_epoch FROM jobs WHERE id = $1")
+            .bind(&id)
+            .fetch_one(&mut *tx)
+            .await?;
+        let row = sqlx::query_as(concat!("SELECT ", columns!(), " FROM jobs WHERE id = $1"))
+            .bind(&id)
+            .fetch_one(&mut *tx)
+            .await?;
+        tx.commit().await?;
+        Ok(Some((
+            row,
+            Lease {
+                epoch: unsigned(epoch),
+            },
+        )))
+    }
+
+    /// Hold on. Also tells whether somebody wants the job cancelled.
+    pub async fn renew_lease(&self, id: &str, lease: Lease) -> Result<Renewal, StoreError> {
+        let mut tx = self.db.begin().await?;
+        let now_ms = self.db.clock_ms(&mut tx).await?;
+        let sql =
+            "UPDATE jobs SET lease_until = $1 WHERE id = $2 AND lease_epoch = $3 AND finished_at IS NULL";
+        let renewed = sqlx::query(sql)
+            .bind(self.until(now_ms))
+            .bind(id)
+            .bind(signed(lease.epoch))
+            .execute(&mut *tx)
+            .await?;
+        if renewed.rows_affected() == 0 {
+            return Ok(Renewal::Lost);
+        }
+        let cancel_requested: i64 = sqlx::query_scalar("SELECT cancel_requested FROM jobs WHERE id = $1")
+            .bind(id)
+            .fetch_one(&mut *tx)
+            .await?;
+        tx.commit().await?;
+        Ok(Renewal::Held {
+            cancel_requested: cancel_requested != 0,
+        })
+    }
+
+    /// Let go: another may claim the job at once.
+    pub async fn release_lease(&self, id: &str, lease: Lease) -> Result<(), StoreError> {
+        sqlx::query("UPDATE jobs SET lease_until = NULL WHERE id = $1 AND lease_epoch = $2")
+            .bind(id)
+            .bind(signed(lease.epoch))
+            .execute(&self.db.pool)
+            .await?;
+        Ok(())
+    }
+
+    /// How long a lease lasts after it was claimed or renewed.
+    pub fn lease_time(&self) -> Duration {
+        self.lease_time
+    }
+
+    /// How often a holder renews.
+    pub fn renewal_period(&self) -> Duration {
+        self.lease_time / RENEWALS_PER_LEASE
+    }
+
+    /// Of a data folder whose lock is ours: whoever held a job is dead.
+    pub(crate) async fn clear_leases(&self) -> Result<(), StoreError> {
+        sqlx::query("UPDATE jobs SET lease_until = NULL WHERE lease_until IS NOT NULL")
+            .execute(&self.db.pool)
+            .await?;
+        Ok(())
+    }
+
+    fn until(&self, now_ms: i64) -> i64 {
+        now_ms.saturating_add(i64::try_from(self.lease_time.as_millis()).unwrap_or(i64::MAX))
+    }
+}

@@ -1,0 +1,212 @@
+//! The shared place for artifacts: keys in a bucket (S3 and what speaks like it) or in a folder that others see too, and
+//! streams between them and local files. Not here: what the artifacts mean, the local folders.
+//!
+//! ```text
+//! <prefix>/files/<id>
+//!          adapters/<digest>/{adapter_config.json, adapter_model.safetensors, README.md, complete}
+//!          jobs/<id>/{train.tokens, valid.tokens}
+//!          jobs/<id>/<epoch>/<step>/state.safetensors
+//! ```
+//! An object appears whole or not at all; `complete` is written last and deleted first, so half an adapter is no adapter.
+
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Once};
+
+use futures::{StreamExt, TryStreamExt};
+use object_store::aws::AmazonS3Builder;
+use object_store::buffered::BufWriter;
+use object_store::local::LocalFileSystem;
+use object_store::path::Path as Key;
+use object_store::{Error, ObjectStore, ObjectStoreExt};
+use tokio::fs::File;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use crate::error::{StoreError, io_at};
+
+/// Larger files go up in parts of this size (S3 allows 5 MiB at least), so no file is in memory whole.
+const PART_BYTES: usize = 8 << 20;
+/// Parts of one file in flight.
+const PARTS_AT_ONCE: usize = 2;
+const READ_BYTES: usize = 1 << 20;
+
+pub(crate) struct Remote {
+    store: Arc<dyn ObjectStore>,
+    prefix: Key,
+    /// For messages.
+    url: String,
+}
+
+impl Remote {
+    /// `s3://bucket/prefix`, configured by the usual AWS_* variables (AWS_ENDPOINT_URL and AWS_ALLOW_HTTP among them).
+    pub fn bucket(url: &str) -> Result<Remote, StoreError> {
+        static PROVIDER: Once = Once::new();
+        // The TLS of object_store's client. That another part of the process chose one before is fine.
+        PROVIDER.call_once(|| drop(rustls::crypto::ring::default_provider().install_default()));
+        let refused = |why: String| StoreError::Url {
+            url: url.to_owned(),
+            why,
+        };
+        let (_, place) = url
+            .split_once("://")
+            .ok_or_else(|| refused("it has no scheme".to_owned()))?;
+        let (bucket, prefix) = place.split_once('/').unwrap_or((place, ""));
+        if bucket.is_empty() {
+            return Err(refused("it names no bucket".to_owned()));
+        }
+        let store = AmazonS3Builder::from_env()
+            .with_bucket_name(bucket)
+            .build()
+            .map_err(|error| refused(error.to_string()))?;
+        let prefix = Key::parse(prefix).map_err(|error| refused(error.to_string()))?;
+        Ok(Remote {
+            store: Arc::new(store),
+            prefix,
+            url: url.to_owned(),
+        })
+    }
+
+    /// A folder that other machines or processes see as well.
+    pub fn folder(folder: &Path) -> Result<Remote, StoreError> {
+        let store = LocalFileSystem::new_with_prefix(folder)
+            .map_err(|error| StoreError::Url {
+                url: folder.display().to_string(),
+                why: error.to_string(),
+            })?
+            .with_fsync(true)
+            .with_automatic_cleanup(true);
+        Ok(Remote {
+            store: Arc::new(store),
+            prefix: Key::default(),
+            url: folder.display().to_string(),
+        })
+    }
+
+    /// Upload a local file under `parts`.
+    pub async fn put(&self, source: &Path, parts: &[&str]) -> Result<u64, StoreError> {
+        let mut input = File::open(source).await.map_err(io_at("opening", source))?;
+        let key = self.key(parts);
+        let mut output =
+            BufWriter::with_capacity(self.store.clone(), key, PART_BYTES).with_max_concurrency(PARTS_AT_ONCE);
+        match pour(&mut input, &mut output).await {
+            Ok(bytes) => Ok(bytes),
+            Err(error) => {
+                // Parts that went up cost money until they are given up. There is nothing more to do if that fails.
+                let what = format!("uploading {} to {}", source.display(), self.name(parts));
+                if error.gave_up {
+                    let _ = output.abort().await;
+                }
+                Err(StoreError::Io {
+                    what,
+                    source: error.source,
+                })
+            }
+        }
+    }
+
+    /// Write a small object.
+    pub async fn mark(&self, parts: &[&str]) -> Result<(), StoreError> {
+        let put = self.store.put(&self.key(parts), "complete\n".into()).await;
+        put.map(drop)
+            .map_err(|error| self.failed("writing", parts, error))
+    }
+
+    /// Download an object into a new file, durable. `false`: there is no such object.
+    pub async fn get(&self, parts: &[&str], target: &Path) -> Result<bool, StoreError> {
+        let found = match self.store.get(&self.key(parts)).await {
+            Ok(found) => found,
+            Err(Error::NotFound { .. }) => return Ok(false),
+            Err(error) => return Err(self.failed("reading", parts, error)),
+        };
+        let writing = || io_at("writing", target);
+        let mut output = File::create(target).await.map_err(io_at("making", target))?;
+        let mut stream = found.into_stream();
+        while let Some(bytes) = stream.next().await {
+            let bytes = bytes.map_err(|error| self.failed("reading", parts, error))?;
+            output.write_all(&bytes).await.map_err(writing())?;
+        }
+        output.flush().await.map_err(writing())?;
+        output.sync_all().await.map_err(writing())?;
+        Ok(true)
+    }
+
+    pub async fn has(&self, parts: &[&str]) -> Result<bool, StoreError> {
+        match self.store.head(&self.key(parts)).await {
+            Ok(_) => Ok(true),
+            Err(Error::NotFound { .. }) => Ok(false),
+            Err(error) => Err(self.failed("looking for", parts, error)),
+        }
+    }
+
+    /// That it is gone already is fine.
+    pub async fn delete(&self, parts: &[&str]) -> Result<(), StoreError> {
+        match self.store.delete(&self.key(parts)).await {
+            Ok(()) | Err(Error::NotFound { .. }) => Ok(()),
+            Err(error) => Err(self.failed("deleting", parts, error)),
+        }
+    }
+
+    /// Delete all objects under `parts`.
+    pub async fn delete_all(&self, parts: &[&str]) -> Result<(), StoreError> {
+        let failed = |error| self.failed("deleting", parts, error);
+        let found = self.store.list(Some(&self.key(parts)));
+        let keys: Vec<Key> = found
+            .map_ok(|object| object.location)
+            .try_collect()
+            .await
+            .map_err(failed)?;
+        for key in keys {
+            match self.store.delete(&key).await {
+                Ok(()) | Err(Error::NotFound { .. }) => {}
+                Err(error) => return Err(failed(error)),
+            }
+        }
+        Ok(())
+    }
+
+    fn key(&self, parts: &[&str]) -> Key {
+        parts
+            .iter()
+            .fold(self.prefix.clone(), |key, &part| key.join(part))
+    }
+
+    fn name(&self, parts: &[&str]) -> String {
+        format!("{}/{}", self.url.trim_end_matches('/'), parts.join("/"))
+    }
+
+    fn failed(&self, doing: &str, parts: &[&str], source: Error) -> StoreError {
+        StoreError::Remote {
+            what: format!("{doing} {}", self.name(parts)),
+            source,
+        }
+    }
+}
+
+struct Spilled {
+    source: io::Error,
+    /// The upload had not been closed.
+    gave_up: bool,
+}
+
+async fn pour(input: &mut File, output: &mut BufWriter) -> Result<u64, Spilled> {
+    let before = |source| Spilled {
+        source,
+        gave_up: true,
+    };
+    let mut buffer = vec![0; READ_BYTES];
+    let mut bytes = 0;
+    loop {
+        match input.read(&mut buffer).await.map_err(before)? {
+            0 => break,
+            n => {
+                output.write_all(&buffer[..n]).await.map_err(before)?;
+                bytes += n as u64;
+            }
+        }
+    }
+    output.shutdown().await.map_err(|source| Spilled {
+        source,
+        gave_up: false,
+    })?;
+    Ok(bytes)
+}

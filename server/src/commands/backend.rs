@@ -1,0 +1,145 @@
+//! `tandem backend`: one replica for routers, over gRPC; /health, /ready and /metrics on the same port. It ends by a
+//! signal, after what runs has ended, or with its engine: whoever started it starts it again.
+
+mod hooks;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use axum::Router as Pages;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::IntoResponse;
+use axum::routing::get;
+use tandem_core::replica::{Command, ReplicaHandle};
+use tandem_rpc::{ModelFiles, Service};
+use tandem_store::Artifacts;
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tracing::{info, warn};
+
+use super::{edge, log, replica, runtime};
+use crate::cli::{ArtifactOptions, Backend, ProcessOptions};
+use crate::config::Chosen;
+use crate::listen::{self, Signals};
+use crate::metrics::Metrics;
+use hooks::Kept;
+
+/// What the engine may need to write a running job's state at the end.
+const ENGINE_STOP: Duration = Duration::from_secs(30);
+/// What the last messages may need to reach their routers.
+const GOODBYE: Duration = Duration::from_secs(5);
+
+pub fn run(options: Backend, chosen: &[Chosen]) -> Result<()> {
+    log(chosen);
+    let Backend {
+        listen: address,
+        model,
+        artifacts: ArtifactOptions {
+            data_dir,
+            artifact_url,
+        },
+        process: ProcessOptions {
+            shutdown_grace,
+            config: _,
+        },
+    } = options;
+    let listener = listen::bind(address).with_context(|| format!("cannot listen on {address}"))?;
+    let address = listener.local_addr().context("the socket has no address")?;
+    edge::make_data_dir(&data_dir)?;
+    let artifacts = Artifacts::open(artifact_url.as_deref(), &data_dir).context("the artifact store")?;
+    let (folder, name) = replica::model(&model, &data_dir)?;
+    let files = ModelFiles::read(&folder).context("the model's files")?;
+    let replica = tandem_backend::start(replica::engine_options(&model, &folder)?).context("the model")?;
+    let metrics = Metrics::new(&name, replica.info.max_loras).context("the metrics")?;
+    let service = Service::new(replica.clone(), Kept(artifacts), &files, &name);
+    runtime()?.block_on(async {
+        let signals = Signals::new()?;
+        let listener = TcpListener::from_std(listener)?;
+        let (stop, stopped) = oneshot::channel::<()>();
+        let pages = pages(service.clone(), metrics);
+        let server = tandem_rpc::serve(listener, service.clone(), pages, async { drop(stopped.await) });
+        let mut server = tokio::spawn(server);
+        // The one line on standard output: scripts and tests wait for it.
+        println!("tandem is listening on http://{address}");
+        let end = until_the_end(signals, &service, replica, Duration::from_secs(shutdown_grace));
+        let end = tokio::select! {
+            end = end => end,
+            ended = &mut server => {
+                ended??;
+                bail!("the server ended by itself");
+            }
+        };
+        // All sessions end now that the engine is gone; their last messages go out first.
+        let _ = stop.send(());
+        match tokio::time::timeout(GOODBYE, server).await {
+            Ok(ended) => ended??,
+            Err(_) => warn!("a router did not read its last messages in {GOODBYE:?}"),
+        }
+        info!("stopped");
+        end
+    })
+}
+
+/// Returns when the engine has ended: by a signal and in order, or by itself, which is an error.
+async fn until_the_end(
+    mut signals: Signals,
+    service: &Service,
+    replica: ReplicaHandle,
+    grace: Duration,
+) -> Result<()> {
+    let signal = tokio::select! {
+        signal = signals.next() => signal,
+        () = replica.commands.closed() => bail!("the engine ended"),
+    };
+    let open = service.open_requests();
+    info!(
+        signal,
+        grace_s = grace.as_secs(),
+        open,
+        "stopping: no new requests, running ones end"
+    );
+    service.drain();
+    tokio::select! {
+        () = service.idle() => {}
+        () = tokio::time::sleep(grace) => warn!(open = service.open_requests(), "the grace is over; what still runs is cut"),
+        signal = signals.next() => warn!(signal, "a second signal; what still runs is cut"),
+    }
+    // An engine that is gone needs no Stop.
+    let _ = replica.commands.send(Command::Stop).await;
+    let mut stats = replica.stats;
+    let gone = async { while stats.changed().await.is_ok() {} };
+    if tokio::time::timeout(ENGINE_STOP, gone).await.is_err() {
+        warn!("the engine did not stop in {ENGINE_STOP:?}");
+    }
+    Ok(())
+}
+
+struct Numbers {
+    service: Service,
+    metrics: Metrics,
+}
+
+fn pages(service: Service, metrics: Metrics) -> Pages {
+    Pages::new()
+        .route("/health", get(async || "ok"))
+        .route("/ready", get(ready))
+        .route("/version", get(async || env!("CARGO_PKG_VERSION")))
+        .route("/metrics", get(numbers))
+        .with_state(Arc::new(Numbers { service, metrics }))
+}
+
+/// Routers are told over their sessions; this is for whoever starts and stops backends.
+async fn ready(State(numbers): State<Arc<Numbers>>) -> (StatusCode, &'static str) {
+    match numbers.service.is_draining() {
+        true => (StatusCode::SERVICE_UNAVAILABLE, "draining"),
+        false => (StatusCode::OK, "ready"),
+    }
+}
+
+async fn numbers(State(numbers): State<Arc<Numbers>>) -> impl IntoResponse {
+    let Numbers { service, metrics } = &*numbers;
+    let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
+    (kind, metrics.text(&service.stats()))
+}

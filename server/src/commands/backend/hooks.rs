@@ -1,0 +1,62 @@
+//! What a backend fetches before it obeys and keeps before it tells: adapters and jobs, by way of the artifact store.
+//! Not here: where that is (store), what the router writes down.
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use tandem_core::id::{AdapterDigest, AdapterRef};
+use tandem_core::job::{JobEvent, JobSpec};
+use tandem_core::message::Fault;
+use tandem_rpc::Hooks;
+use tandem_store::{Artifacts, StoreError};
+
+pub struct Kept(pub Artifacts);
+
+impl Hooks for Kept {
+    fn adapter(&self, digest: AdapterDigest) -> BoxFuture<'static, Result<AdapterRef, Fault>> {
+        let artifacts = self.0.clone();
+        async move {
+            let folder = artifacts.adapter(digest).await;
+            let folder = folder.map_err(|error| Fault::Adapter(error.to_string()))?;
+            Ok(AdapterRef { digest, folder })
+        }
+        .boxed()
+    }
+
+    fn job(&self, spec: JobSpec) -> BoxFuture<'static, Result<JobSpec, String>> {
+        let artifacts = self.0.clone();
+        async move {
+            let folder = artifacts.pull_job(&spec.id, spec.life).await.map_err(said)?;
+            Ok(JobSpec { folder, ..spec })
+        }
+        .boxed()
+    }
+
+    fn job_event(&self, spec: &JobSpec, event: JobEvent) -> BoxFuture<'static, Result<JobEvent, String>> {
+        let (artifacts, id, epoch) = (self.0.clone(), spec.id.clone(), spec.life.epoch);
+        async move {
+            match &event {
+                JobEvent::Checkpoint { step, adapter } => {
+                    artifacts.keep_adapter(adapter).await.map_err(said)?;
+                    artifacts.push_job(&id, epoch, *step).await.map_err(said)?;
+                }
+                JobEvent::Finished { adapter, .. } => {
+                    artifacts.keep_adapter(adapter).await.map_err(said)?;
+                    artifacts.forget_job(&id).await.map_err(said)?;
+                }
+                JobEvent::Failed { .. } | JobEvent::Cancelled { .. } => {
+                    artifacts.forget_job(&id).await.map_err(said)?;
+                }
+                JobEvent::Started { .. }
+                | JobEvent::Step(_)
+                | JobEvent::Validated { .. }
+                | JobEvent::Refused { .. } => {}
+            }
+            Ok(event)
+        }
+        .boxed()
+    }
+}
+
+fn said(error: StoreError) -> String {
+    error.to_string()
+}

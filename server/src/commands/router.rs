@@ -1,0 +1,73 @@
+//! `tandem router`: the API in front of backends. What it must know of the model it asks them.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context, Result, ensure};
+use tandem_router::Fleet;
+use tandem_router::fleet::Member;
+use tandem_text::Tokenizer;
+use tracing::info;
+
+use super::edge::{self, Door, Edge};
+use super::{log, runtime};
+use crate::cli::Router;
+use crate::config::Chosen;
+use crate::listen::Signals;
+
+pub fn run(options: Router, chosen: &[Chosen]) -> Result<()> {
+    log(chosen);
+    let Router {
+        backend,
+        served_model_name,
+        edge: options,
+        state,
+        process,
+    } = options;
+    let backends: Vec<&str> = backend
+        .iter()
+        .map(|url| url.trim())
+        .filter(|url| !url.is_empty())
+        .collect();
+    ensure!(
+        !backends.is_empty(),
+        "--backend is missing: the address of at least one `tandem backend`, such as http://127.0.0.1:8001"
+    );
+    for url in &backends {
+        let known = url.starts_with("http://") && url.len() > "http://".len();
+        ensure!(
+            known,
+            "--backend {url}: an address such as http://127.0.0.1:8001 is wanted"
+        );
+    }
+    let door = Door::open(SocketAddr::new(options.host, options.port))?;
+    edge::make_data_dir(&state.artifacts.data_dir)?;
+    let members: Vec<Member> = backends.into_iter().map(Member::remote).collect();
+    runtime()?.block_on(async {
+        let mut signals = Signals::new()?;
+        let fleet = tokio::select! {
+            fleet = Fleet::open(members) => fleet,
+            signal = signals.next() => {
+                info!(signal, "stopped before a backend answered");
+                return Ok(());
+            }
+        };
+        drop(signals);
+        let facts = fleet.facts();
+        let folder = facts
+            .files
+            .materialise(&state.artifacts.data_dir)
+            .context("the model's tokenizer")?;
+        let tokenizer = Tokenizer::from_folder(&folder).context("the model's tokenizer")?;
+        let name = served_model_name.unwrap_or_else(|| facts.model_name.clone());
+        edge::run(Edge {
+            door,
+            fleet,
+            tokenizer,
+            name,
+            options,
+            state,
+            process,
+        })
+        .await
+    })
+}

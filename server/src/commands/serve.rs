@@ -1,0 +1,39 @@
+//! `tandem serve`: one replica and the API in one process. A fleet of one: a replica that is lost is started again.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context, Result};
+use tandem_router::Fleet;
+use tandem_text::Tokenizer;
+
+use super::edge::{self, Door, Edge};
+use super::{log, replica, runtime};
+use crate::cli::Serve;
+use crate::config::Chosen;
+
+pub fn run(options: Serve, chosen: &[Chosen]) -> Result<()> {
+    log(chosen);
+    let Serve {
+        model,
+        edge: options,
+        state,
+        process,
+    } = options;
+    let door = Door::open(SocketAddr::new(options.host, options.port))?;
+    edge::make_data_dir(&state.artifacts.data_dir)?;
+    let (folder, name) = replica::model(&model, &state.artifacts.data_dir)?;
+    let tokenizer = Tokenizer::from_folder(&folder).context("the model's tokenizer")?;
+    let member = replica::member(replica::engine_options(&model, &folder)?, name.clone())?;
+    runtime()?.block_on(async {
+        edge::run(Edge {
+            door,
+            fleet: Fleet::open(vec![member]).await,
+            tokenizer,
+            name,
+            options,
+            state,
+            process,
+        })
+        .await
+    })
+}

@@ -1,0 +1,138 @@
+//! The router's own measurements and each replica's numbers, as Prometheus text. Written out by hand: a histogram that
+//! was counted elsewhere has no collector. Not here: what vLLM names too.
+
+use std::fmt::{Display, Write};
+
+use tandem_core::histogram::{BOUNDS_US, Counted};
+use tandem_router::fleet::{Report, Standing};
+
+/// A number of a replica.
+type Of = fn(&Report) -> u64;
+
+/// Name, kind, help, number.
+const NUMBERS: [(&str, &str, &str, Of); 5] = [
+    (
+        "tandem:replica_up",
+        "gauge",
+        "1 while the replica takes requests",
+        |report| u64::from(report.standing == Standing::Up),
+    ),
+    (
+        "tandem:replica_running",
+        "gauge",
+        "Sequences that run there, of all routers",
+        |report| u64::from(report.stats.running),
+    ),
+    (
+        "tandem:replica_waiting",
+        "gauge",
+        "Sequences that wait there, of all routers",
+        |report| u64::from(report.stats.waiting),
+    ),
+    (
+        "tandem:replica_live",
+        "gauge",
+        "Sequences of this router there",
+        |report| u64::from(report.live),
+    ),
+    (
+        "tandem:replica_ejections_total",
+        "counter",
+        "Times the replica was lost",
+        |report| report.ejections,
+    ),
+];
+
+pub fn write(text: &mut String, model: &str, admissions: &Counted, replicas: &[Report]) {
+    let model = label("model_name", model);
+    head(
+        text,
+        "tandem:admission_seconds",
+        "histogram",
+        "From a call's arrival to its replica's queue",
+    );
+    histogram(text, "tandem:admission_seconds", &model, admissions);
+    for (name, kind, help, of) in NUMBERS {
+        head(text, name, kind, help);
+        for report in replicas {
+            let labels = format!("{model},{}", label("replica", &report.name));
+            line(text, name, &labels, of(report));
+        }
+    }
+    let name = "tandem:replica_hop_seconds";
+    let help = "Half the round trip of a probe through a replica's session, ten a second; none for one in this process";
+    head(text, name, "histogram", help);
+    for report in replicas {
+        let labels = format!("{model},{}", label("replica", &report.name));
+        histogram(text, name, &labels, &report.hops);
+    }
+}
+
+fn histogram(text: &mut String, name: &str, labels: &str, counted: &Counted) {
+    let Counted { counts, sum_seconds } = counted;
+    let mut below = 0;
+    let bounds = BOUNDS_US.iter().map(|&us| (us as f64 / 1e6).to_string());
+    for (bound, count) in bounds.chain(["+Inf".to_owned()]).zip(counts) {
+        below += count;
+        let labels = format!("{labels},{}", label("le", &bound));
+        line(text, &format!("{name}_bucket"), &labels, below);
+    }
+    line(text, &format!("{name}_sum"), labels, sum_seconds);
+    line(text, &format!("{name}_count"), labels, below);
+}
+
+fn head(text: &mut String, name: &str, kind: &str, help: &str) {
+    writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}").expect("a String takes all");
+}
+
+fn line(text: &mut String, name: &str, labels: &str, value: impl Display) {
+    writeln!(text, "{name}{{{labels}}} {value}").expect("a String takes all");
+}
+
+fn label(name: &str, value: &str) -> String {
+    let value = value
+        .replace('\\', "\\\\")
+        .replace('"', "\\\"")
+        .replace('\n', "\\n");
+    format!("{name}=\"{value}\"")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tandem_core::histogram::Histogram;
+    use tandem_core::stats::Stats;
+
+    use super::*;
+
+    #[test]
+    fn a_histogram_adds_up_and_names_are_quoted() {
+        let hops = Histogram::default();
+        [20, 20, 5_000_000].map(|us| hops.observe(Duration::from_micros(us)));
+        let report = Report {
+            name: "a\"b".to_owned(),
+            standing: Standing::Draining,
+            stats: Stats::default(),
+            live: 3,
+            ejections: 1,
+            hops: hops.counted(),
+        };
+        let mut text = String::new();
+        write(&mut text, "m", &Counted::default(), &[report]);
+        for line in [
+            "tandem:replica_up{model_name=\"m\",replica=\"a\\\"b\"} 0",
+            "tandem:replica_live{model_name=\"m\",replica=\"a\\\"b\"} 3",
+            "tandem:replica_hop_seconds_bucket{model_name=\"m\",replica=\"a\\\"b\",le=\"0.00001\"} 0",
+            "tandem:replica_hop_seconds_bucket{model_name=\"m\",replica=\"a\\\"b\",le=\"0.000025\"} 2",
+            "tandem:replica_hop_seconds_bucket{model_name=\"m\",replica=\"a\\\"b\",le=\"+Inf\"} 3",
+            "tandem:replica_hop_seconds_sum{model_name=\"m\",replica=\"a\\\"b\"} 5.00004",
+            "tandem:admission_seconds_count{model_name=\"m\"} 0",
+        ] {
+            assert!(
+                text.lines().any(|found| found == line),
+                "{line} is not in\n{text}"
+            );
+        }
+    }
+}
