@@ -3,6 +3,7 @@
 mod calls;
 mod jobs;
 mod models;
+mod shared;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
