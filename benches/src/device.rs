@@ -38,7 +38,11 @@ pub fn ceilings(word: &str) -> anyhow::Result<Value> {
     for (name, kind) in [("float32", Kind::Float), ("bfloat16", Kind::BFloat16)] {
         let matrix = || Tensor::randn([rows, rows], (Kind::Float, device)).to_kind(kind);
         let (a, b) = (matrix(), matrix());
-        line(name, "GFLOP/s", &rates(device, 2.0 * (rows as f64).powi(3), || a.mm(&b)));
+        line(
+            name,
+            "GFLOP/s",
+            &rates(device, 2.0 * (rows as f64).powi(3), || a.mm(&b)),
+        );
     }
     Ok(report)
 }

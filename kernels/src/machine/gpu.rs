@@ -115,7 +115,11 @@ mod tests {
             }
         }
         gpu_check().expect("this build uses what its libtorch has");
-        assert_eq!(memory(tch::Cuda::device_count().max(0) as usize), None, "one GPU too many");
+        assert_eq!(
+            memory(tch::Cuda::device_count().max(0) as usize),
+            None,
+            "one GPU too many"
+        );
     }
 
     /// This binary, made with the link arguments of every package here, needs the GPU libraries that libtorch has.

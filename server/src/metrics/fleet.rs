@@ -109,7 +109,7 @@ mod tests {
     #[test]
     fn a_histogram_adds_up_and_names_are_quoted() {
         let hops = Histogram::default();
-        [20, 20, 5_000_000].map(|us| hops.observe(Duration::from_micros(us)));
+        let _ = [20, 20, 5_000_000].map(|us| hops.observe(Duration::from_micros(us)));
         let report = Report {
             name: "a\"b".to_owned(),
             standing: Standing::Draining,
