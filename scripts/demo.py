@@ -3,6 +3,7 @@
 usage: demo.py TANDEM_BINARY DEMO_FOLDER (the folder holds questions.json and finetune.jsonl)
 """
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -45,12 +46,13 @@ class Api:
         return self.call("POST", "/v1/files", body, {"Content-Type": f"multipart/form-data; boundary={boundary}"})["id"]
 
 
-def start(binary, data_dir, *options):
+def start(binary, data_dir, *options, environment=None):
     """Starts the server on a free port; returns the process and its base URL once it is ready."""
     began = time.perf_counter()
     log = open(pathlib.Path(data_dir) / "server.log", "w+")
     command = [binary, "serve", "--port", "0", "--data-dir", data_dir, *options]
-    server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    environment = {**os.environ, **(environment or {})}
+    server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     while time.perf_counter() - began < 60 and server.poll() is None:
         found = re.search(r"http://127\.0\.0\.1:\d+", pathlib.Path(log.name).read_text())
         if found:

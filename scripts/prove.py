@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.request
 
+import prove_state
 from demo import Api, start, watch
 
 TANDEM = "target/release/tandem"
@@ -282,7 +283,8 @@ def plain(api, path, body):
 
 
 if __name__ == "__main__":
-    proofs = {"streams": streams, "crash": crash, "swap": swap}
+    proofs = {"streams": streams, "crash": crash, "swap": swap,
+              "state": lambda: prove_state.state(TANDEM, create_job, trained_bytes)}
     if len(sys.argv) != 2 or sys.argv[1] not in proofs:
         raise SystemExit(f"usage: prove.py {'|'.join(proofs)}")
     held = proofs[sys.argv[1]]()

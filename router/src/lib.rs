@@ -165,6 +165,22 @@ impl Router {
         }
     }
 
+    /// End without a word, as a killed process does: nothing is renewed, written or heard any more.
+    #[cfg(test)]
+    fn abandon(&self) {
+        if let Some(Tasks {
+            supervisor,
+            preparer,
+            housekeeping,
+            watch,
+        }) = self.tasks().take()
+        {
+            for task in [supervisor, preparer, housekeeping].into_iter().chain(watch) {
+                task.abort();
+            }
+        }
+    }
+
     pub fn config(&self) -> &Config {
         &self.0.config
     }

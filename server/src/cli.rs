@@ -151,6 +151,9 @@ pub struct EdgeOptions {
     /// Requests that may wait for a place among the running; more are answered 429
     #[arg(long, value_name = "N", default_value_t = 512)]
     pub max_waiting: u32,
+    /// Seconds that a request waits for a replica while none answers; then it is answered 503
+    #[arg(long, value_name = "SECONDS", default_value_t = 5)]
+    pub replica_wait: u64,
 }
 
 /// Where bytes are kept.

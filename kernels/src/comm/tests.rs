@@ -1,7 +1,7 @@
 //! One exercise through every kind of group: the same bits whether ranks are threads or processes; and what happens when
 //! a rank is lost. Processes are this test binary, started again.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Child, Command, Stdio};
@@ -51,6 +51,7 @@ fn floats(x: &Tensor) -> Vec<f32> {
 fn exercise(comm: &Comm) {
     let (rank, world) = (comm.rank(), comm.world());
     comm.meet();
+    comm.check();
     for (length, kind) in LENGTHS
         .iter()
         .flat_map(|&length| KINDS.map(|kind| (length, kind)))
@@ -85,7 +86,6 @@ fn exercise(comm: &Comm) {
         };
         assert_eq!(comm.broadcast(said), message, "{length} bytes");
     }
-    comm.check();
 }
 
 /// Runs `rank` on a thread for each end.
@@ -216,18 +216,16 @@ fn start_rank(meeting: &Meeting, part: &str) -> Child {
         .envs(variables)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
         .spawn()
         .expect("this binary starts again")
 }
 
-fn ended_well(mut child: Child) {
-    let mut output = String::new();
-    let _ = child
-        .stdout
-        .take()
-        .map(|mut stdout| stdout.read_to_string(&mut output));
-    let status = child.wait().expect("our child");
-    assert!(status.success(), "{status}: {output}");
+fn ended_well(child: Child) {
+    let output = child.wait_with_output().expect("our child");
+    let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let (out, err) = (said(&output.stdout), said(&output.stderr));
+    assert!(output.status.success(), "{}: {out}\n{err}", output.status);
 }
 
 #[test]

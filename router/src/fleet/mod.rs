@@ -27,8 +27,6 @@ const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(2);
 /// A member that lived as long begins again at the first.
 const STABLE: Duration = Duration::from_secs(10);
-/// What a request waits for a member when there is none.
-const SEAT_PATIENCE: Duration = Duration::from_secs(5);
 /// What a replica may need to write a running job's state at the end.
 const STOP_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -101,6 +99,7 @@ struct Inner {
     buried: Mutex<Stats>,
     /// Equal members take turns.
     turn: AtomicUsize,
+    seat_patience: Duration,
 }
 
 /// What a router needs to know of its model.
@@ -199,8 +198,9 @@ pub enum Standing {
 }
 
 impl Fleet {
-    /// Returns when the first member answers, however long that takes.
-    pub async fn open(members: Vec<Member>) -> Fleet {
+    /// Returns when the first member answers, however long that takes. `seat_patience`: what a request waits for a member
+    /// while there is none.
+    pub async fn open(members: Vec<Member>, seat_patience: Duration) -> Fleet {
         let place = |Member { name, make }| Place {
             name,
             make,
@@ -217,6 +217,7 @@ impl Fleet {
             phase: watch::Sender::new(Phase::Runs),
             buried: Mutex::default(),
             turn: AtomicUsize::new(0),
+            seat_patience,
         }));
         let mut changed = fleet.0.changed.subscribe();
         for place in 0..fleet.0.places.len() {
@@ -265,7 +266,7 @@ impl Fleet {
         self.0.places.iter().map(Place::report).collect()
     }
 
-    /// The best member for a request. Waits for one when there is none, at most [`SEAT_PATIENCE`].
+    /// The best member for a request. Waits for one when there is none.
     pub async fn seat(&self, ask: Ask<'_>) -> Result<Seat, Fault> {
         let mut changed = self.0.changed.subscribe();
         let found = async {
@@ -277,7 +278,7 @@ impl Fleet {
                 changed.changed().await.expect("the fleet holds the sender");
             }
         };
-        let found = tokio::time::timeout(SEAT_PATIENCE, found).await;
+        let found = tokio::time::timeout(self.0.seat_patience, found).await;
         found.map_err(|_| Fault::ReplicaLost(self.why_none()))
     }
 
@@ -393,7 +394,11 @@ impl Fleet {
             Standing::Down(why) => format!("{}: {why}", report.name),
         };
         let all: Vec<String> = self.reports().into_iter().map(why).collect();
-        format!("no replica answers after {SEAT_PATIENCE:?} ({})", all.join("; "))
+        format!(
+            "no replica answers after {:?} ({})",
+            self.0.seat_patience,
+            all.join("; ")
+        )
     }
 }
 

@@ -10,10 +10,11 @@ use tandem_text::Message;
 use tokio::sync::mpsc;
 
 use super::*;
-use crate::api::{Call, Finish, Generation, Prompt, What};
+use crate::api::{Call, Client, Finish, Generation, Prompt, What};
 
 pub(super) fn call(prompt: &str) -> Call {
     Call {
+        client: Client(1),
         model: BASE.to_owned(),
         prompt: Prompt::Text(prompt.to_owned()),
         n: 1,
@@ -68,7 +69,9 @@ pub(super) async fn end(events: &mpsc::Sender<Event>, reason: FinishReason) {
 }
 
 /// Text, tokens and end of each choice.
-async fn read(generation: &mut Generation) -> BTreeMap<u32, (String, usize, Option<(Finish, u32)>)> {
+pub(super) async fn read(
+    generation: &mut Generation,
+) -> BTreeMap<u32, (String, usize, Option<(Finish, u32)>)> {
     let mut choices = BTreeMap::<u32, (String, usize, Option<(Finish, u32)>)>::new();
     while let Some(piece) = tokio::time::timeout(PATIENCE, generation.pieces.recv())
         .await
@@ -238,12 +241,19 @@ async fn a_full_house_refuses_until_somebody_leaves() {
         matches!(refused, RouterError::Busy { waiting: 1, .. }),
         "{refused:?}"
     );
+    // Another client finds its share of the places kept.
+    let newcomer = Call {
+        client: Client(2),
+        ..call("y")
+    };
+    drop(router.generate(newcomer).await.expect("within its share"));
     drop(first);
-    for _ in 0..5 {
+    for _ in 0..6 {
         engine.generate().await;
     }
-    engine.aborted().await;
-    engine.aborted().await;
+    for _ in 0..3 {
+        engine.aborted().await;
+    }
     for attempt in 0.. {
         match router.generate(call("x")).await {
             Ok(_) => break,
@@ -266,7 +276,7 @@ async fn an_engine_that_dies_ends_its_calls() {
         last = Some(piece.what);
     }
     assert!(
-        matches!(last, Some(What::Failed(Fault::ShuttingDown))),
+        matches!(last, Some(What::Failed(Fault::ReplicaLost(_)))),
         "{last:?}"
     );
     assert!(!router.ready());

@@ -8,7 +8,7 @@ use super::calls::call;
 use super::*;
 use crate::api::{AdapterSource, Call, Job, JobRequest, JobStatus, MetadataFilter, ModelKind};
 
-fn request(training_file: &str) -> JobRequest {
+pub(super) fn request(training_file: &str) -> JobRequest {
     JobRequest {
         model: BASE.to_owned(),
         training_file: training_file.to_owned(),
@@ -16,7 +16,7 @@ fn request(training_file: &str) -> JobRequest {
     }
 }
 
-fn step(step: u64, loss: f64) -> JobEvent {
+pub(super) fn step(step: u64, loss: f64) -> JobEvent {
     JobEvent::Step(StepReport {
         step,
         epoch: 1.0,
@@ -29,7 +29,7 @@ fn step(step: u64, loss: f64) -> JobEvent {
     })
 }
 
-fn started(resumed_from: Option<u64>) -> JobEvent {
+pub(super) fn started(resumed_from: Option<u64>) -> JobEvent {
     JobEvent::Started {
         total_steps: 4,
         resumed_from,
@@ -41,7 +41,7 @@ fn started(resumed_from: Option<u64>) -> JobEvent {
 }
 
 impl Engine {
-    async fn started(&mut self) -> (JobSpec, mpsc::Sender<JobEvent>) {
+    pub(super) async fn started(&mut self) -> (JobSpec, mpsc::Sender<JobEvent>) {
         match self.next().await {
             Command::StartJob(spec, events) => (*spec, events),
             _ => panic!("a StartJob was expected"),
@@ -51,7 +51,7 @@ impl Engine {
 
 impl House {
     /// An adapter in the job's folder, as the engine leaves it.
-    fn trained(&self, spec: &JobSpec, name: &str, tensors: &str) -> AdapterRef {
+    pub(super) fn trained(&self, spec: &JobSpec, name: &str, tensors: &str) -> AdapterRef {
         let folder = spec.folder.join(name);
         std::fs::rename(self.adapter("trained", tensors), &folder).unwrap();
         let mut hasher = tandem_core::id::AdapterHasher::new(2, tensors.len() as u64);
@@ -64,7 +64,7 @@ impl House {
     }
 }
 
-async fn wait(router: &Router, id: &str, wanted: impl Fn(&Job) -> bool) -> Job {
+pub(super) async fn wait(router: &Router, id: &str, wanted: impl Fn(&Job) -> bool) -> Job {
     let waited = async {
         let mut changed = router.0.desk.watch();
         loop {

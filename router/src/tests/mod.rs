@@ -1,10 +1,14 @@
 //! The router over a real store, with the test in the engine's place at the command channel.
 
 mod calls;
+mod fleet;
 mod jobs;
 mod models;
+mod shared;
 
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -12,18 +16,22 @@ use tandem_core::id::{AdapterRef, Digest};
 use tandem_core::message::Fault;
 use tandem_core::replica::{AdapterInfo, COMMAND_QUEUE, Command, ReplicaHandle, ReplicaInfo};
 use tandem_core::stats::Stats;
+use tandem_rpc::ModelFiles;
 use tandem_store::{Places, Store};
 use tandem_text::Tokenizer;
 use tempfile::TempDir;
 use tokio::sync::{mpsc, watch};
 
 use crate::api::{RouterError, Upload};
-use crate::{Config, Router};
+use crate::fleet::{Made, Member};
+use crate::{Config, Fleet, Router};
 
 pub(crate) const BASE: &str = "base";
 const BOS: u32 = 0;
 const EOS: u32 = 1;
 const FIRST_BYTE: u32 = 2;
+/// A lost replica comes back within it, where it comes back.
+const SEAT_PATIENCE: Duration = Duration::from_secs(1);
 /// Nothing here waits this long unless it is broken.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -108,7 +116,7 @@ struct House {
 /// The engine's end of the channel.
 struct Engine {
     commands: mpsc::Receiver<Command>,
-    _stats: watch::Sender<Stats>,
+    stats: watch::Sender<Stats>,
 }
 
 impl House {
@@ -128,12 +136,17 @@ impl House {
     }
 
     async fn open_with(&self, config: Config, replica: ReplicaHandle) -> Result<Router, RouterError> {
+        self.open_fleet(config, vec![member("only", [replica])]).await
+    }
+
+    async fn open_fleet(&self, config: Config, members: Vec<Member>) -> Result<Router, RouterError> {
+        let fleet = Fleet::open(members, SEAT_PATIENCE).await;
         let store = self.store().await;
         let config = Config {
             served_model_name: BASE.to_owned(),
             ..config
         };
-        Router::open(store, self.tokenizer.clone(), replica, config).await
+        Router::open(store, self.tokenizer.clone(), fleet, config).await
     }
 
     /// A killed router's tasks end a moment after its runtime was told to.
@@ -164,6 +177,21 @@ impl House {
     }
 }
 
+/// Its lives, one after the other.
+fn member<const N: usize>(name: &str, lives: [ReplicaHandle; N]) -> Member {
+    let lives = Mutex::new(VecDeque::from(lives));
+    Member::new(name, move || {
+        let life = lives.lock().unwrap().pop_front();
+        let made = |replica| Made {
+            replica,
+            files: ModelFiles::default(),
+            model_name: BASE.to_owned(),
+            hop: None,
+        };
+        std::future::ready(life.map(made).ok_or_else(|| "it is dead".to_owned()))
+    })
+}
+
 fn replica() -> (ReplicaHandle, Engine) {
     let (sender, commands) = mpsc::channel(COMMAND_QUEUE);
     let (publish, stats) = watch::channel(Stats::default());
@@ -175,7 +203,7 @@ fn replica() -> (ReplicaHandle, Engine) {
         },
         Engine {
             commands,
-            _stats: publish,
+            stats: publish,
         },
     )
 }

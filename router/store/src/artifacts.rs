@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use object_store::aws::AmazonS3Builder;
 use tandem_core::id::{AdapterDigest, AdapterRef, JobId};
 use tandem_core::job::{Life, Saved, files};
 use tokio::sync::Mutex;
@@ -37,7 +38,10 @@ impl Artifacts {
     pub(crate) fn over(url: Option<&str>, folders: Folders) -> Result<Artifacts, StoreError> {
         let remote = match url {
             None => None,
-            Some(url) if url.starts_with("s3://") || url.starts_with("s3a://") => Some(Remote::bucket(url)?),
+            Some(url) if url.starts_with("s3://") || url.starts_with("s3a://") => {
+                // The usual AWS_* variables, AWS_ENDPOINT_URL and AWS_ALLOW_HTTP among them.
+                Some(Remote::bucket(url, AmazonS3Builder::from_env())?)
+            }
             Some(url) => {
                 let path = Path::new(url.strip_prefix("file://").unwrap_or(url));
                 if url.contains("://") && !(url.starts_with("file://") && path.is_absolute()) {
@@ -55,11 +59,15 @@ impl Artifacts {
                     .transpose()?
             }
         };
-        Ok(Artifacts {
+        Ok(Artifacts::with_remote(folders, remote))
+    }
+
+    pub(crate) fn with_remote(folders: Folders, remote: Option<Remote>) -> Artifacts {
+        Artifacts {
             folders: Arc::new(folders),
             remote: remote.map(Arc::new),
             fetching: Arc::new(Mutex::new(())),
-        })
+        }
     }
 
     /// Whether other processes see the same artifacts by another way than this folder.

@@ -28,6 +28,8 @@ const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(10);
 /// In WAL mode only FULL makes a commit outlive a power cut: an answered request is never lost.
 const SQLITE_SETUP: &str = "PRAGMA busy_timeout = 10000; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; \
                             PRAGMA foreign_keys = ON";
+/// A router that falls asleep within a transaction must not hold its locks against the others.
+const POSTGRES_SETUP: &str = "SET idle_in_transaction_session_timeout = '10s'";
 /// The advisory lock under which routers that start together migrate one after the other: "tandem" in ASCII.
 const MIGRATION_LOCK: i64 = 0x7461_6e64_656d;
 
@@ -75,7 +77,11 @@ impl Database {
                 .after_connect(|connection, _| {
                     Box::pin(async move { connection.execute(SQLITE_SETUP).await.map(drop) })
                 }),
-            Dialect::Postgres => AnyPoolOptions::new().max_connections(POSTGRES_CONNECTIONS),
+            Dialect::Postgres => AnyPoolOptions::new()
+                .max_connections(POSTGRES_CONNECTIONS)
+                .after_connect(|connection, _| {
+                    Box::pin(async move { connection.execute(POSTGRES_SETUP).await.map(drop) })
+                }),
         };
         let pool = options
             .acquire_timeout(ACQUIRE_TIMEOUT)

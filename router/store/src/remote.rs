@@ -38,8 +38,8 @@ pub(crate) struct Remote {
 }
 
 impl Remote {
-    /// `s3://bucket/prefix`, configured by the usual AWS_* variables (AWS_ENDPOINT_URL and AWS_ALLOW_HTTP among them).
-    pub fn bucket(url: &str) -> Result<Remote, StoreError> {
+    /// `s3://bucket/prefix`; where and who is said by `builder`.
+    pub fn bucket(url: &str, builder: AmazonS3Builder) -> Result<Remote, StoreError> {
         static PROVIDER: Once = Once::new();
         // The TLS of object_store's client. That another part of the process chose one before is fine.
         PROVIDER.call_once(|| drop(rustls::crypto::ring::default_provider().install_default()));
@@ -54,7 +54,7 @@ impl Remote {
         if bucket.is_empty() {
             return Err(refused("it names no bucket".to_owned()));
         }
-        let store = AmazonS3Builder::from_env()
+        let store = builder
             .with_bucket_name(bucket)
             .build()
             .map_err(|error| refused(error.to_string()))?;

@@ -1,5 +1,8 @@
 //! The store on a real file system: locks, versions, sweeps, and what a reopening finds.
 
+mod servers;
+mod shared;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
@@ -26,6 +29,21 @@ fn name(name: &str, digest: Digest) -> NewName {
         rank: 8,
         source: Source::Loaded,
     }
+}
+
+/// A store of each kind that can be had here.
+async fn each_kind(root: &Path) -> Vec<Store> {
+    let mut places = vec![Places::local(root.join("sqlite"))];
+    places.extend(servers::database().map(|url| Places {
+        database_url: Some(url),
+        artifact_url: Some(format!("file://{}", root.join("postgres-artifacts").display())),
+        ..Places::local(root.join("postgres"))
+    }));
+    let mut stores = vec![];
+    for places in &places {
+        stores.push(Store::open(places).await.unwrap());
+    }
+    stores
 }
 
 fn job(id: &str, metadata: &[(&str, &str)]) -> NewJob {
@@ -129,153 +147,164 @@ async fn what_was_acknowledged_is_there_and_what_was_half_done_is_not() {
 #[tokio::test]
 async fn a_name_moves_only_from_where_it_is_expected() {
     let root = tempfile::tempdir().unwrap();
-    let store = Store::open(&Places::local(root.path())).await.unwrap();
-    let one = store
-        .publish_adapter(&adapter(root.path(), "one"), Placement::Copy)
-        .await
-        .unwrap();
-    let two = store
-        .publish_adapter(&adapter(root.path(), "two"), Placement::Link)
-        .await
-        .unwrap();
-    let again = store
-        .publish_adapter(&adapter(root.path(), "one"), Placement::Copy)
-        .await
-        .unwrap();
-    assert_eq!(one, again);
-    for (expected, digest, moved) in [
-        (None, one, true),
-        (None, two, false),
-        (Some(two), two, false),
-        (Some(one), two, true),
-    ] {
-        let row = store.swap_name(&name("pet", digest), expected).await.unwrap();
-        assert_eq!(row.is_some(), moved, "{expected:?} -> {digest}");
+    for store in each_kind(root.path()).await {
+        let one = store
+            .publish_adapter(&adapter(root.path(), "one"), Placement::Copy)
+            .await
+            .unwrap();
+        let two = store
+            .publish_adapter(&adapter(root.path(), "two"), Placement::Link)
+            .await
+            .unwrap();
+        let again = store
+            .publish_adapter(&adapter(root.path(), "one"), Placement::Copy)
+            .await
+            .unwrap();
+        assert_eq!(one, again);
+        for (expected, digest, moved) in [
+            (None, one, true),
+            (None, two, false),
+            (Some(two), two, false),
+            (Some(one), two, true),
+        ] {
+            let row = store.swap_name(&name("pet", digest), expected).await.unwrap();
+            assert_eq!(row.is_some(), moved, "{expected:?} -> {digest}");
+        }
+        assert!(!store.remove_adapter_if_unnamed(two).await.unwrap());
+        // Where others may be about to name it, it stays for a while.
+        assert_eq!(
+            store.remove_adapter_if_unnamed(one).await.unwrap(),
+            !store.is_shared()
+        );
+        assert_eq!(
+            store.adapter_folder(one).await.unwrap().exists(),
+            store.is_shared()
+        );
+        assert!(store.adapter_folder(two).await.unwrap().exists());
+        assert!(
+            store.remove_name(BASE, "pet").await.unwrap() && !store.remove_name(BASE, "pet").await.unwrap()
+        );
     }
-    assert!(!store.remove_adapter_if_unnamed(two).await.unwrap());
-    assert!(store.remove_adapter_if_unnamed(one).await.unwrap());
-    assert!(
-        !store.adapter_folder(one).await.unwrap().exists()
-            && store.adapter_folder(two).await.unwrap().exists()
-    );
-    assert!(store.remove_name(BASE, "pet").await.unwrap() && !store.remove_name(BASE, "pet").await.unwrap());
 }
 
 #[tokio::test]
 async fn a_change_is_whole_or_not_at_all() {
     let root = tempfile::tempdir().unwrap();
-    let store = Store::open(&Places::local(root.path())).await.unwrap();
-    store.insert_job(job("ftjob-a", &[])).await.unwrap();
-    let digest = store
-        .publish_adapter(&adapter(root.path(), "one"), Placement::Copy)
-        .await
-        .unwrap();
-    let success = |from| JobChange {
-        from,
-        status: Some("succeeded"),
-        ends: true,
-        events: vec![NewEvent {
-            level: "info",
-            message: "done".to_owned(),
-            data: "null".to_owned(),
-        }],
-        name: Some(name("made", digest)),
-        ..JobChange::default()
-    };
-    assert!(
-        store
-            .change_job("ftjob-a", success(&["running"]))
+    for store in each_kind(root.path()).await {
+        store.insert_job(job("ftjob-a", &[])).await.unwrap();
+        let digest = store
+            .publish_adapter(&adapter(root.path(), "one"), Placement::Copy)
+            .await
+            .unwrap();
+        let success = |from| JobChange {
+            from,
+            status: Some("succeeded"),
+            ends: true,
+            events: vec![NewEvent {
+                level: "info",
+                message: "done".to_owned(),
+                data: "null".to_owned(),
+            }],
+            name: Some(name("made", digest)),
+            ..JobChange::default()
+        };
+        assert!(
+            store
+                .change_job("ftjob-a", success(&["running"]))
+                .await
+                .unwrap()
+                .is_none()
+        );
+        assert!(store.names(BASE).await.unwrap().is_empty());
+        assert!(
+            store
+                .job_events("ftjob-a", None, 10)
+                .await
+                .unwrap()
+                .rows
+                .is_empty()
+        );
+        let row = store
+            .change_job("ftjob-a", success(&["running", "queued"]))
             .await
             .unwrap()
-            .is_none()
-    );
-    assert!(store.names(BASE).await.unwrap().is_empty());
-    assert!(
-        store
-            .job_events("ftjob-a", None, 10)
-            .await
             .unwrap()
-            .rows
-            .is_empty()
-    );
-    let row = store
-        .change_job("ftjob-a", success(&["running", "queued"]))
-        .await
-        .unwrap()
-        .unwrap()
-        .name
-        .unwrap();
-    assert_eq!(store.names(BASE).await.unwrap(), [row]);
-    let job = store.job("ftjob-a").await.unwrap().unwrap();
-    assert!(job.status == "succeeded" && job.finished_at.is_some());
-    assert!(
-        store
-            .claim_job(BASE, &["queued", "running"])
-            .await
-            .unwrap()
-            .is_none()
-    );
+            .name
+            .unwrap();
+        assert_eq!(store.names(BASE).await.unwrap(), [row]);
+        let job = store.job("ftjob-a").await.unwrap().unwrap();
+        assert!(job.status == "succeeded" && job.finished_at.is_some());
+        assert!(
+            store
+                .claim_job(BASE, &["queued", "running"])
+                .await
+                .unwrap()
+                .is_none()
+        );
+    }
 }
 
 #[tokio::test]
 async fn jobs_are_found_by_their_metadata_and_paged() {
     let root = tempfile::tempdir().unwrap();
-    let store = Store::open(&Places::local(root.path())).await.unwrap();
-    for (id, metadata) in [
-        ("a", &[][..]),
-        ("b", &[("k", "v"), ("x", "1")]),
-        ("c", &[("k", "w")]),
-        ("d", &[("k", "v")]),
-    ] {
-        store.insert_job(job(id, metadata)).await.unwrap();
+    for store in each_kind(root.path()).await {
+        for (id, metadata) in [
+            ("a", &[][..]),
+            ("b", &[("k", "v"), ("x", "1")]),
+            ("c", &[("k", "w")]),
+            ("d", &[("k", "v")]),
+        ] {
+            store.insert_job(job(id, metadata)).await.unwrap();
+        }
+        let pairs = |pairs: &[(&str, &str)]| {
+            MetadataFilter::Pairs(
+                pairs
+                    .iter()
+                    .map(|&(key, value)| (key.to_owned(), value.to_owned()))
+                    .collect(),
+            )
+        };
+        let cases = [
+            (None, 10, MetadataFilter::Any, "dcba", false),
+            (None, 2, MetadataFilter::Any, "dc", true),
+            (Some("c"), 2, MetadataFilter::Any, "ba", false),
+            (None, 10, MetadataFilter::None, "a", false),
+            (None, 10, pairs(&[("k", "v")]), "db", false),
+            (None, 10, pairs(&[("k", "v"), ("x", "1")]), "b", false),
+            (None, 10, pairs(&[("k", "' OR 1=1 --")]), "", false),
+            (None, 10, MetadataFilter::Pairs(BTreeMap::new()), "dcba", false),
+        ];
+        for (after, limit, filter, expected, has_more) in cases {
+            let page = store.jobs(after, limit, &filter).await.unwrap();
+            let ids: String = page.rows.into_iter().map(|row| row.id).collect();
+            assert_eq!((ids.as_str(), page.has_more), (expected, has_more), "{filter:?}");
+        }
+        assert_eq!(
+            store.claim_job(BASE, &["queued"]).await.unwrap().unwrap().0.id,
+            "a",
+            "the oldest first"
+        );
+        assert_eq!(store.count_stranded_jobs(Digest([2; 32])).await.unwrap(), 4);
     }
-    let pairs = |pairs: &[(&str, &str)]| {
-        MetadataFilter::Pairs(
-            pairs
-                .iter()
-                .map(|&(key, value)| (key.to_owned(), value.to_owned()))
-                .collect(),
-        )
-    };
-    let cases = [
-        (None, 10, MetadataFilter::Any, "dcba", false),
-        (None, 2, MetadataFilter::Any, "dc", true),
-        (Some("c"), 2, MetadataFilter::Any, "ba", false),
-        (None, 10, MetadataFilter::None, "a", false),
-        (None, 10, pairs(&[("k", "v")]), "db", false),
-        (None, 10, pairs(&[("k", "v"), ("x", "1")]), "b", false),
-        (None, 10, pairs(&[("k", "' OR 1=1 --")]), "", false),
-        (None, 10, MetadataFilter::Pairs(BTreeMap::new()), "dcba", false),
-    ];
-    for (after, limit, filter, expected, has_more) in cases {
-        let page = store.jobs(after, limit, &filter).await.unwrap();
-        let ids: String = page.rows.into_iter().map(|row| row.id).collect();
-        assert_eq!((ids.as_str(), page.has_more), (expected, has_more), "{filter:?}");
-    }
-    assert_eq!(
-        store.claim_job(BASE, &["queued"]).await.unwrap().unwrap().0.id,
-        "a",
-        "the oldest first"
-    );
-    assert_eq!(store.count_stranded_jobs(Digest([2; 32])).await.unwrap(), 4);
 }
 
 #[tokio::test]
 async fn expired_files_are_not_there() {
     let root = tempfile::tempdir().unwrap();
-    let store = Store::open(&Places::local(root.path())).await.unwrap();
-    let staged = store.staging();
-    fs::write(&staged, "x").unwrap();
-    let row = store.add_file(&staged, "x", "user_data", Some(0)).await.unwrap();
-    assert_eq!(store.file(&row.id).await.unwrap(), None);
-    assert!(
-        store
-            .files(None, None, 10, Order::Newest)
-            .await
-            .unwrap()
-            .rows
-            .is_empty()
-    );
-    assert_eq!(store.delete_expired_files().await.unwrap(), 1);
-    assert!(!store.file_path(&row).await.unwrap().exists());
+    for store in each_kind(root.path()).await {
+        let staged = store.staging();
+        fs::write(&staged, "x").unwrap();
+        let row = store.add_file(&staged, "x", "user_data", Some(0)).await.unwrap();
+        assert_eq!(store.file(&row.id).await.unwrap(), None);
+        assert!(
+            store
+                .files(None, None, 10, Order::Newest)
+                .await
+                .unwrap()
+                .rows
+                .is_empty()
+        );
+        assert_eq!(store.delete_expired_files().await.unwrap(), 1);
+        assert!(!store.artifacts().folders().file(&row.id).exists());
+    }
 }

@@ -63,6 +63,7 @@ pub async fn run(edge: Edge) -> Result<()> {
         api_key,
         lora_modules,
         max_waiting,
+        replica_wait: _,
     } = options;
     let StateOptions {
         artifacts: ArtifactOptions {

@@ -1,6 +1,7 @@
 //! `tandem router`: the API in front of backends. What it must know of the model it asks them.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use tandem_router::Fleet;
@@ -45,7 +46,7 @@ pub fn run(options: Router, chosen: &[Chosen]) -> Result<()> {
     runtime()?.block_on(async {
         let mut signals = Signals::new()?;
         let fleet = tokio::select! {
-            fleet = Fleet::open(members) => fleet,
+            fleet = Fleet::open(members, Duration::from_secs(options.replica_wait)) => fleet,
             signal = signals.next() => {
                 info!(signal, "stopped before a backend answered");
                 return Ok(());

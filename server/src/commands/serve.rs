@@ -1,6 +1,7 @@
 //! `tandem serve`: one replica and the API in one process. A fleet of one: a replica that is lost is started again.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tandem_router::Fleet;
@@ -33,7 +34,7 @@ pub fn run(options: Serve, chosen: &[Chosen]) -> Result<()> {
     runtime()?.block_on(async {
         edge::run(Edge {
             door,
-            fleet: Fleet::open(vec![member]).await,
+            fleet: Fleet::open(vec![member], Duration::from_secs(options.replica_wait)).await,
             tokenizer,
             name,
             options,

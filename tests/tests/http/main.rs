@@ -4,6 +4,7 @@
 mod bad_input;
 mod client;
 mod fine_tuning;
+mod fleet;
 mod inference;
 mod lifecycle;
 mod server;

@@ -17,6 +17,7 @@ pub struct Server {
     pub base: Value,
     child: Child,
     pub data: Arc<tempfile::TempDir>,
+    log: PathBuf,
 }
 
 impl Server {
@@ -37,17 +38,46 @@ impl Server {
 
     /// On the data folder of a server that was killed.
     pub fn start_in(data: Arc<tempfile::TempDir>, flags: &[&str]) -> Server {
-        let log = std::fs::File::create(data.path().join("log")).unwrap();
-        let mut child = command(&["serve", "--port", "0", "--data-dir"])
+        let model = std::env::var("TANDEM_TEST_MODEL").ok();
+        let model = model.iter().flat_map(|model| ["--model", model]);
+        let args: Vec<&str> = ["serve", "--port", "0"]
+            .into_iter()
+            .chain(flags.iter().copied())
+            .chain(model)
+            .collect();
+        let mut server = Server::spawn(data, "log", &args);
+        if !flags.contains(&"--api-key") {
+            server.base = client::get(server.address, "/v1/models").ok()["data"][0].clone();
+        }
+        server
+    }
+
+    /// One replica. `listen`: its address, or port 0.
+    pub fn backend(data: Arc<tempfile::TempDir>, log: &str, listen: &str) -> Server {
+        Server::spawn(data, log, &["backend", "--listen", listen])
+    }
+
+    pub fn router(data: Arc<tempfile::TempDir>, backends: &[SocketAddr]) -> Server {
+        let urls: Vec<String> = backends
+            .iter()
+            .map(|address| format!("http://{address}"))
+            .collect();
+        let mut server = Server::spawn(
+            data,
+            "log",
+            &["router", "--port", "0", "--backend", &urls.join(",")],
+        );
+        server.base = client::get(server.address, "/v1/models").ok()["data"][0].clone();
+        server
+    }
+
+    fn spawn(data: Arc<tempfile::TempDir>, log: &str, args: &[&str]) -> Server {
+        let log = data.path().join(log);
+        let mut child = command(args)
+            .arg("--data-dir")
             .arg(data.path().join("data"))
-            .args(flags)
-            .args(
-                std::env::var_os("TANDEM_TEST_MODEL")
-                    .iter()
-                    .flat_map(|model| ["--model".into(), model.clone()]),
-            )
             .stdout(Stdio::piped())
-            .stderr(log)
+            .stderr(std::fs::File::create(&log).unwrap())
             .spawn()
             .expect("the binary is built: cargo build --release");
         let mut line = String::new();
@@ -61,19 +91,16 @@ impl Server {
             .and_then(|address| address.parse().ok());
         let Some(address) = address else {
             drop(child.kill());
-            let log = std::fs::read_to_string(data.path().join("log")).unwrap();
-            panic!("the server did not start: {line:?}\n{log}");
+            let log = std::fs::read_to_string(log).unwrap();
+            panic!("{args:?} did not start: {line:?}\n{log}");
         };
-        let mut server = Server {
+        Server {
             address,
             base: Value::Null,
             child,
             data,
-        };
-        if !flags.contains(&"--api-key") {
-            server.base = client::get(address, "/v1/models").ok()["data"][0].clone();
+            log,
         }
-        server
     }
 
     pub fn model(&self) -> &str {
@@ -85,7 +112,7 @@ impl Server {
     }
 
     pub fn log(&self) -> String {
-        std::fs::read_to_string(self.data.path().join("log")).unwrap()
+        std::fs::read_to_string(&self.log).unwrap()
     }
 
     pub fn pid(&self) -> u32 {

@@ -1,0 +1,240 @@
+//! Two routers, each with its own engine, on one Postgres and one artifact folder.
+
+#[path = "../../store/src/tests/servers.rs"]
+mod servers;
+
+use tandem_core::job::{JobEvent, JobSpec, Saved, files};
+use tandem_core::message::FinishReason;
+
+use super::calls::{call, end};
+use super::jobs::{request, started, step, wait};
+use super::*;
+use crate::api::{Call, JobStatus, LoadMode, ModelKind};
+
+/// Short, so that a test can wait for its end.
+const SHORT_LEASE: Duration = Duration::from_millis(600);
+
+struct Street {
+    house: House,
+    url: String,
+}
+
+impl Street {
+    /// `None`: there is no Postgres here.
+    fn new() -> Option<Street> {
+        servers::database().map(|url| Street {
+            house: House::new(),
+            url,
+        })
+    }
+
+    async fn open(&self, name: &str) -> (Router, Engine) {
+        let root = self.house.root.path();
+        let places = Places {
+            database_url: Some(self.url.clone()),
+            artifact_url: Some(format!("file://{}", root.join("shared").display())),
+            lease: SHORT_LEASE,
+            ..Places::local(root.join(name))
+        };
+        let store = Store::open(&places).await.unwrap();
+        let (replica, engine) = replica();
+        let config = Config {
+            served_model_name: BASE.to_owned(),
+            ..Config::default()
+        };
+        let router = Router::open(store, self.house.tokenizer.clone(), replica, config);
+        (router.await.unwrap(), engine)
+    }
+}
+
+/// Whichever of two engines is told to train.
+async fn either(a: &mut Engine, b: &mut Engine) -> (bool, JobSpec, mpsc::Sender<JobEvent>) {
+    tokio::select! {
+        (spec, events) = begun(a) => (true, spec, events),
+        (spec, events) = begun(b) => (false, spec, events),
+    }
+}
+
+/// The next job; adapters that are let go meanwhile do not matter.
+async fn begun(engine: &mut Engine) -> (JobSpec, mpsc::Sender<JobEvent>) {
+    loop {
+        if let Command::StartJob(spec, events) = engine.next().await {
+            return (*spec, events);
+        }
+    }
+}
+
+fn state(spec: &JobSpec, text: &str) {
+    std::fs::write(spec.folder.join(files::STATE), text).unwrap();
+}
+
+#[tokio::test]
+async fn a_job_whose_router_dies_ends_once_on_the_other() {
+    let Some(street) = Street::new() else { return };
+    let (first_router, mut first) = street.open("first").await;
+    let (second_router, mut second) = street.open("second").await;
+    let file = upload(&first_router, "t.jsonl", "fine-tune", &chat_rows(4))
+        .await
+        .unwrap();
+    let id = first_router.create_job(request(&file)).await.unwrap().id.0;
+    let (was_first, spec, events) = either(&mut first, &mut second).await;
+    let (holder, other, mut heir) = match was_first {
+        true => (first_router, second_router, second),
+        false => (second_router, first_router, first),
+    };
+    assert_eq!((spec.life.epoch > 0, spec.life.saved), (true, None));
+    state(&spec, "after 2");
+    let checkpoint = street.house.trained(&spec, "checkpoint-2", "two");
+    for event in [
+        started(None),
+        step(1, 3.0),
+        step(2, 2.0),
+        JobEvent::Checkpoint {
+            step: 2,
+            adapter: checkpoint,
+        },
+    ] {
+        events.send(event).await.unwrap();
+    }
+    // The other sees the job, and the checkpoint's name answers there although nobody told it.
+    let job = wait(&other, &id, |job| job.trained_tokens == Some(20)).await;
+    assert_eq!(job.status, JobStatus::Running);
+    wait_for_checkpoint(&other, &id).await;
+    let checkpoint_model = other.checkpoints(&id, None, 1).await.unwrap().data[0]
+        .model
+        .clone();
+    let generation = other.generate(Call {
+        model: checkpoint_model,
+        ..call("x")
+    });
+    let mut generation = generation.await.unwrap();
+    let (generate, said) = heir.generate().await;
+    let adapter = generate.adapter.unwrap();
+    assert_eq!(
+        std::fs::read_to_string(adapter.folder.join("adapter_model.safetensors")).unwrap(),
+        "two"
+    );
+    end(&said, FinishReason::Length).await;
+    while generation.pieces.recv().await.is_some() {}
+
+    // The holder dies without a word: as a stopped process, it renews nothing and hears nothing.
+    let old = (spec, events);
+    holder.abandon();
+    let (spec, events) = begun(&mut heir).await;
+    assert!(spec.life.epoch > old.0.life.epoch);
+    let saved = Saved {
+        epoch: old.0.life.epoch,
+        step: 2,
+    };
+    assert_eq!(spec.life.saved, Some(saved));
+    assert_eq!(
+        std::fs::read_to_string(spec.folder.join(files::STATE)).unwrap(),
+        "after 2"
+    );
+    let adapter = street.house.trained(&spec, "adapter", "four");
+    for event in [
+        started(Some(2)),
+        step(3, 1.5),
+        step(4, 1.0),
+        JobEvent::Finished {
+            adapter,
+            trained_tokens: 40,
+        },
+    ] {
+        events.send(event).await.unwrap();
+    }
+    let job = wait(&other, &id, |job| job.status.ended()).await;
+    assert_eq!(job.status, JobStatus::Succeeded, "{:?}", job.error);
+    let page = other.job_events(&id, None, 100).await.unwrap().data;
+    let ends = page
+        .iter()
+        .filter(|event| event.message.contains("successfully"))
+        .count();
+    assert_eq!(ends, 1);
+    let (_, csv) = other.file_content(&job.result_files[0]).await.unwrap();
+    assert_eq!(
+        std::fs::read_to_string(csv).unwrap().lines().count(),
+        5,
+        "each step once"
+    );
+}
+
+async fn wait_for_checkpoint(router: &Router, id: &str) {
+    let waited = async {
+        let mut changed = router.0.desk.watch();
+        while router.checkpoints(id, None, 1).await.unwrap().data.is_empty() {
+            changed.changed().await.unwrap();
+        }
+    };
+    tokio::time::timeout(PATIENCE, waited)
+        .await
+        .expect("it comes soon");
+}
+
+#[tokio::test]
+async fn names_files_and_cancels_cross_from_router_to_router() {
+    let Some(street) = Street::new() else { return };
+    let (first, mut first_engine) = street.open("first").await;
+    let (second, mut second_engine) = street.open("second").await;
+    let folder = street.house.adapter("pet", "1");
+    let (card, loaded) = tokio::join!(
+        first.load_adapter("pet", &folder, LoadMode::New),
+        first_engine.answer_load(Ok(8))
+    );
+    card.unwrap();
+    let answered = second.generate(Call {
+        model: "pet".to_owned(),
+        ..call("x")
+    });
+    let generation = answered.await.unwrap();
+    assert_eq!(generation.adapter, Some(loaded.digest));
+    let (generate, _) = second_engine.generate().await;
+    assert!(
+        generate
+            .adapter
+            .unwrap()
+            .folder
+            .join("adapter_config.json")
+            .exists()
+    );
+    assert!(matches!(
+        second.model("pet").unwrap().kind,
+        ModelKind::Adapter { rank: 8, .. }
+    ));
+    let taken = second
+        .load_adapter("pet", &folder, LoadMode::New)
+        .await
+        .unwrap_err();
+    assert_eq!(kind(&taken), "Conflict");
+    second.unload_adapter("pet").await.unwrap();
+    let gone = tokio::time::timeout(PATIENCE, async {
+        while first.model("pet").is_ok() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    gone.await.expect("the first router sees it soon");
+
+    let file = upload(&first, "t.jsonl", "fine-tune", &chat_rows(2))
+        .await
+        .unwrap();
+    let (_, path) = second.file_content(&file).await.unwrap();
+    assert_eq!(std::fs::read_to_string(path).unwrap(), chat_rows(2));
+    let id = second.create_job(request(&file)).await.unwrap().id.0;
+    let (on_first, _, events) = either(&mut first_engine, &mut second_engine).await;
+    events.send(started(None)).await.unwrap();
+    let (elsewhere, engine) = match on_first {
+        true => (&second, &mut first_engine),
+        false => (&first, &mut second_engine),
+    };
+    let answer = async {
+        loop {
+            if let Command::CancelJob(cancelled) = engine.next().await {
+                assert_eq!(cancelled.0, id);
+                break;
+            }
+        }
+        events.send(JobEvent::Cancelled { step: 1 }).await.unwrap();
+    };
+    let (job, ()) = tokio::join!(elsewhere.cancel_job(&id), answer);
+    assert_eq!(job.unwrap().status, JobStatus::Cancelled);
+}

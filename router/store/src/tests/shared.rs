@@ -1,0 +1,280 @@
+//! Several stores on one Postgres, and artifacts in a bucket that a real S3 server keeps.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::server::conn::auto::Builder;
+use object_store::aws::AmazonS3Builder;
+use s3s::auth::SimpleAuth;
+use s3s::service::S3ServiceBuilder;
+use tandem_core::id::JobId;
+use tandem_core::job::{Life, Saved, files};
+
+use super::*;
+use crate::folders::{Folders, Tenancy};
+use crate::remote::Remote;
+
+/// Short, so that a test can wait for its end.
+const SHORT_LEASE: Duration = Duration::from_millis(300);
+
+fn places(root: &Path, name: &str, url: &str) -> Places {
+    Places {
+        database_url: Some(url.to_owned()),
+        artifact_url: Some(format!("file://{}", root.join("shared").display())),
+        lease: SHORT_LEASE,
+        ..Places::local(root.join(name))
+    }
+}
+
+#[tokio::test]
+async fn a_lease_has_one_holder_and_who_slept_writes_nothing() {
+    let Some(url) = servers::database() else { return };
+    let root = tempfile::tempdir().unwrap();
+    let open = async |name| Store::open(&places(root.path(), name, &url)).await.unwrap();
+    let (a, b) = tokio::join!(open("a"), open("b"));
+    a.insert_job(job("ftjob-x", &[])).await.unwrap();
+    let (_, lease) = a.claim_job(BASE, &["queued"]).await.unwrap().unwrap();
+    assert_eq!(lease.epoch(), 1);
+    assert!(b.claim_job(BASE, &["queued"]).await.unwrap().is_none());
+    assert_eq!(
+        a.renew_lease("ftjob-x", lease).await.unwrap(),
+        Renewal::Held {
+            cancel_requested: false
+        }
+    );
+    let before = b.changes().await.unwrap();
+    b.request_cancel("ftjob-x").await.unwrap();
+    assert!(a.changes().await.unwrap().jobs > before.jobs);
+    assert_eq!(
+        a.renew_lease("ftjob-x", lease).await.unwrap(),
+        Renewal::Held {
+            cancel_requested: true
+        }
+    );
+    // `a` sleeps until `b` may.
+    let (row, next) = loop {
+        if let Some(claimed) = b.claim_job(BASE, &["queued", "running"]).await.unwrap() {
+            break claimed;
+        }
+        tokio::time::sleep(SHORT_LEASE / 10).await;
+    };
+    assert_eq!((row.id.as_str(), next.epoch()), ("ftjob-x", 2));
+    assert_eq!(a.renew_lease("ftjob-x", lease).await.unwrap(), Renewal::Lost);
+    let digest = a
+        .publish_adapter(&adapter(root.path(), "one"), Placement::Copy)
+        .await
+        .unwrap();
+    let ended = |holder, name| JobChange {
+        from: &["queued"],
+        holder: Some(holder),
+        status: Some("succeeded"),
+        ends: true,
+        saved: Some(Saved { epoch: 2, step: 7 }),
+        name: Some(name),
+        ..JobChange::default()
+    };
+    let slept = a.change_job("ftjob-x", ended(lease, name("slept", digest))).await;
+    assert!(slept.unwrap().is_none());
+    assert!(a.names(BASE).await.unwrap().is_empty());
+    let awake = b.change_job("ftjob-x", ended(next, name("awake", digest))).await;
+    assert!(awake.unwrap().is_some());
+    let row = a.job("ftjob-x").await.unwrap().unwrap();
+    assert_eq!(row.saved, Some(Saved { epoch: 2, step: 7 }));
+    assert_eq!(a.names(BASE).await.unwrap()[0].name, "awake");
+    assert_eq!(
+        b.renew_lease("ftjob-x", next).await.unwrap(),
+        Renewal::Lost,
+        "it has ended"
+    );
+    // A name that is gone leaves its adapter for a while: another router may be about to use it.
+    a.remove_name(BASE, "awake").await.unwrap();
+    assert!(!b.remove_adapter_if_unnamed(digest).await.unwrap());
+}
+
+#[tokio::test]
+async fn claims_at_the_same_moment_take_different_jobs() {
+    let Some(url) = servers::database() else { return };
+    let root = tempfile::tempdir().unwrap();
+    let mut stores = vec![];
+    for name in ["a", "b", "c", "d"] {
+        let store = Store::open(&places(root.path(), name, &url)).await.unwrap();
+        store.insert_job(job(name, &[])).await.unwrap();
+        stores.push(store);
+    }
+    let claims = stores
+        .iter()
+        .map(|store| async { store.claim_job(BASE, &["queued"]).await.unwrap().unwrap().0.id });
+    let mut claimed = futures::future::join_all(claims).await;
+    claimed.sort();
+    assert_eq!(claimed, ["a", "b", "c", "d"]);
+}
+
+#[tokio::test]
+async fn a_newer_database_and_one_without_shared_artifacts_are_refused() {
+    let Some(url) = servers::database() else { return };
+    let root = tempfile::tempdir().unwrap();
+    let store = Store::open(&places(root.path(), "a", &url)).await.unwrap();
+    sqlx::query("UPDATE tandem_schema SET version = 99")
+        .execute(&store.db.pool)
+        .await
+        .unwrap();
+    let alone = Places {
+        artifact_url: None,
+        ..places(root.path(), "b", &url)
+    };
+    for (places, expected) in [
+        (
+            places(root.path(), "b", &url),
+            "version 99, this program knows versions up to 2",
+        ),
+        (alone, "needs an artifact store"),
+        (
+            places(root.path(), "b", "mysql://host/db"),
+            "the database is postgres://",
+        ),
+    ] {
+        let refused = Store::open(&places)
+            .await
+            .err()
+            .expect("it is refused")
+            .to_string();
+        assert!(refused.contains(expected), "{refused}");
+    }
+}
+
+/// An S3 server on a free port, and a way to open the same bucket with different caches.
+async fn bucket(root: &Path) -> impl Fn(&str) -> Artifacts {
+    let served = root.join("s3");
+    fs::create_dir_all(served.join("bucket")).unwrap();
+    let mut service = S3ServiceBuilder::new(s3s_fs::FileSystem::new(&served).unwrap());
+    service.set_auth(SimpleAuth::from_single("key", "secret"));
+    let service = service.build();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            let service = service.clone();
+            tokio::spawn(async move {
+                let connection = Builder::new(TokioExecutor::new());
+                // A client that leaves is no failure of the server's.
+                let _ = connection.serve_connection(TokioIo::new(stream), service).await;
+            });
+        }
+    });
+    let root = root.to_owned();
+    let opened = AtomicUsize::new(0);
+    move |prefix| {
+        let builder = AmazonS3Builder::new()
+            .with_endpoint(format!("http://{address}"))
+            .with_allow_http(true)
+            .with_region("us-east-1")
+            .with_access_key_id("key")
+            .with_secret_access_key("secret");
+        let remote = Remote::bucket(&format!("s3://bucket/{prefix}"), builder).unwrap();
+        let cache = root.join(format!("cache-{}", opened.fetch_add(1, Ordering::Relaxed)));
+        Artifacts::with_remote(Folders::make(&cache, Tenancy::Guest).unwrap(), Some(remote))
+    }
+}
+
+#[tokio::test]
+async fn what_one_process_puts_into_a_bucket_another_gets() {
+    let root = tempfile::tempdir().unwrap();
+    let open = bucket(root.path()).await;
+    let (a, b) = (open("some/prefix"), open("some/prefix"));
+
+    let digest = a
+        .publish_adapter(&adapter(root.path(), "one"), Placement::Copy)
+        .await
+        .unwrap();
+    let folder = b.adapter(digest).await.unwrap();
+    assert_eq!(
+        fs::read_to_string(folder.join("adapter_model.safetensors")).unwrap(),
+        "one"
+    );
+    assert_eq!(b.adapter(digest).await.unwrap(), folder);
+
+    // Larger than a part: it goes up in pieces and is never in memory whole.
+    let staged = a.folders().staging();
+    let large = "0123456789abcdef".repeat((9 << 20) / 16);
+    fs::write(&staged, &large).unwrap();
+    assert_eq!(
+        a.publish_file(&staged, "file-x").await.unwrap(),
+        large.len() as u64
+    );
+    let path = b.file("file-x").await.unwrap();
+    assert!(fs::read_to_string(path).unwrap() == large);
+
+    // The same adapter elsewhere is not visible there, half of one nowhere, and a damaged one is refused.
+    assert!(open("other").adapter(digest).await.is_err());
+    let served = root
+        .path()
+        .join("s3/bucket/some/prefix/adapters")
+        .join(digest.to_string());
+    fs::write(served.join("adapter_model.safetensors"), "two").unwrap();
+    let damaged = open("some/prefix").adapter(digest).await.unwrap_err();
+    assert!(
+        damaged.to_string().contains("is damaged: its digest is"),
+        "{damaged}"
+    );
+    fs::remove_file(served.join("complete")).unwrap();
+    let half = open("some/prefix").adapter(digest).await.unwrap_err();
+    assert!(
+        matches!(half, StoreError::Adapter { missing: true, .. }),
+        "{half}"
+    );
+
+    a.remove_adapter(&digest).await.unwrap();
+    a.remove_file("file-x").await.unwrap();
+    assert!(open("some/prefix").file("file-x").await.is_err());
+}
+
+#[tokio::test]
+async fn a_job_goes_on_in_another_process() {
+    let root = tempfile::tempdir().unwrap();
+    let open = bucket(root.path()).await;
+    let (router, first, second) = (open(""), open(""), open(""));
+    let id = JobId("ftjob-x".to_owned());
+    fs::create_dir_all(router.job_folder(&id.0)).unwrap();
+    fs::write(router.job_folder(&id.0).join(files::TRAIN), "tokens").unwrap();
+    router.push_datasets(&id.0).await.unwrap();
+
+    let folder = first
+        .pull_job(
+            &id,
+            Life {
+                epoch: 1,
+                saved: None,
+            },
+        )
+        .await
+        .unwrap();
+    assert_eq!(fs::read_to_string(folder.join(files::TRAIN)).unwrap(), "tokens");
+    assert!(!folder.join(files::VALID).exists() && !folder.join(files::STATE).exists());
+    fs::write(folder.join(files::STATE), "after 5").unwrap();
+    first.push_job(&id, 1, 5).await.unwrap();
+    fs::write(folder.join(files::STATE), "after 10").unwrap();
+    first.push_job(&id, 1, 10).await.unwrap();
+
+    let saved = Some(Saved { epoch: 1, step: 5 });
+    let folder = second.pull_job(&id, Life { epoch: 2, saved }).await.unwrap();
+    let state = |folder: &Path| fs::read_to_string(folder.join(files::STATE)).unwrap();
+    assert_eq!(
+        state(&folder),
+        "after 5",
+        "the state that a row names, and no other"
+    );
+    second.push_job(&id, 2, 10).await.unwrap();
+    second.drop_state(&id, Saved { epoch: 1, step: 5 }).await.unwrap();
+    // The first wakes up: it writes into a life that nobody goes on from.
+    first.push_job(&id, 1, 15).await.unwrap();
+    let third = open("");
+    let saved = Some(Saved { epoch: 2, step: 10 });
+    assert_eq!(
+        state(&third.pull_job(&id, Life { epoch: 3, saved }).await.unwrap()),
+        "after 5"
+    );
+    router.remove_job(&id.0).await.unwrap();
+    second.forget_job(&id).await.unwrap();
+    assert!(open("").pull_job(&id, Life::default()).await.is_err() && !folder.exists());
+}
