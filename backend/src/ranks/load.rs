@@ -15,7 +15,7 @@ use tracing::info;
 use super::{decode, encode};
 use crate::family::DecoderSpec;
 use crate::model::Decoder;
-use crate::start::memory::{Free, KvDemand, gib};
+use crate::start::memory::{Free, KvDemand};
 use crate::start::{cache_shape, selftest};
 use crate::weights::{Checkpoint, LoadError};
 
@@ -134,8 +134,8 @@ pub(super) fn load(
             rank = comm.rank(),
             ranks = comm.world(),
             ?device,
-            weights_gib = %gib(decoder.weight_bytes()),
-            kv_gib = %gib(cache.bytes() as u64),
+            weight_bytes = decoder.weight_bytes(),
+            kv_bytes = cache.bytes(),
             load_ms = began.elapsed().as_millis() as u64,
             "rank ready"
         );
