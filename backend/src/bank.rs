@@ -14,14 +14,17 @@ use tch::Device;
 use tokio::sync::mpsc;
 
 use crate::family::DecoderSpec;
+use crate::family::shard::Layout;
 use crate::guard;
 use crate::lora::adapter::Adapter;
+use crate::lora::params::AdapterParams;
 use crate::lora::peft;
 
 /// What an adapter must fit.
 #[derive(Clone)]
 pub struct Fitting {
     pub spec: DecoderSpec,
+    pub layout: Arc<Layout>,
     pub precision: Precision,
     pub device: Device,
     pub max_lora_rank: u32,
@@ -36,7 +39,24 @@ pub struct AdapterBank {
     uses: u64,
     loads: u64,
     to_load: mpsc::UnboundedSender<AdapterRef>,
-    loaded: mpsc::UnboundedReceiver<Loaded>,
+    loaded: mpsc::UnboundedReceiver<FromDisk>,
+    followed: Followed,
+}
+
+/// Does anybody hold the same adapters beside this bank?
+enum Followed {
+    Alone,
+    /// Other ranks, who have not heard of these yet.
+    ByRanks(Vec<Change>),
+}
+
+/// What other ranks must know to hold the same adapters, in order.
+pub enum Change {
+    /// Read from disk, here.
+    Loaded(AdapterDigest, AdapterParams),
+    /// Made here: they have its numbers.
+    Published(AdapterDigest),
+    Left(AdapterDigest),
 }
 
 enum Slot {
@@ -62,6 +82,8 @@ enum Fate {
 /// A finished load. `Ok`: resident until something else needs the slot, so pin it at once.
 pub type Loaded = (AdapterDigest, Result<Arc<Adapter>, Fault>);
 
+type FromDisk = (AdapterDigest, Result<(AdapterParams, Arc<Adapter>), Fault>);
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pin {
     /// Held for the caller until [`AdapterBank::unpin`].
@@ -74,6 +96,10 @@ impl AdapterBank {
     pub fn new(max_loras: usize, fitting: Fitting) -> AdapterBank {
         let (to_load, orders) = mpsc::unbounded_channel();
         let (results, loaded) = mpsc::unbounded_channel();
+        let followed = match fitting.layout.world() {
+            1 => Followed::Alone,
+            _ => Followed::ByRanks(vec![]),
+        };
         let loader = std::thread::Builder::new().name("tandem-adapters".to_owned());
         loader
             .spawn(move || load_all(orders, results, fitting))
@@ -86,6 +112,21 @@ impl AdapterBank {
             loads: 0,
             to_load,
             loaded,
+            followed,
+        }
+    }
+
+    /// What changed since the last call, for the other ranks.
+    pub fn changes(&mut self) -> Vec<Change> {
+        match &mut self.followed {
+            Followed::Alone => vec![],
+            Followed::ByRanks(changes) => std::mem::take(changes),
+        }
+    }
+
+    fn changed(&mut self, change: Change) {
+        if let Followed::ByRanks(changes) = &mut self.followed {
+            changes.push(change);
         }
     }
 
@@ -112,7 +153,7 @@ impl AdapterBank {
         };
         resident.pins = resident.pins.checked_sub(1).expect("each pin is given back once");
         if resident.pins == 0 && resident.fate == Fate::Leave {
-            self.slots.remove(&digest);
+            self.leave(digest);
         }
         self.begin_loads();
     }
@@ -145,6 +186,7 @@ impl AdapterBank {
         if !self.slots.contains_key(&digest) && self.free_a_slot() {
             self.queue.retain(|queued| queued.digest != digest);
             self.seat(digest, adapter);
+            self.changed(Change::Published(digest));
         }
     }
 
@@ -153,7 +195,7 @@ impl AdapterBank {
         if let Some(Slot::Resident(resident)) = self.slots.get_mut(&digest) {
             resident.fate = Fate::Leave;
             if resident.pins == 0 {
-                self.slots.remove(&digest);
+                self.leave(digest);
                 self.begin_loads();
             }
         }
@@ -164,16 +206,19 @@ impl AdapterBank {
         let Poll::Ready(Some((digest, result))) = self.loaded.poll_recv(context) else {
             return Poll::Pending;
         };
-        match &result {
-            Ok(adapter) => {
+        let result = match result {
+            Ok((params, adapter)) => {
                 self.loads += 1;
-                self.seat(digest, Arc::clone(adapter));
+                self.seat(digest, Arc::clone(&adapter));
+                self.changed(Change::Loaded(digest, params));
+                Ok(adapter)
             }
-            Err(_) => {
+            Err(fault) => {
                 self.slots.remove(&digest);
                 self.begin_loads();
+                Err(fault)
             }
-        }
+        };
         Poll::Ready((digest, result))
     }
 
@@ -230,14 +275,19 @@ impl AdapterBank {
         let Some((_, digest)) = idle.min() else {
             return false;
         };
-        self.slots.remove(&digest);
+        self.leave(digest);
         true
+    }
+
+    fn leave(&mut self, digest: AdapterDigest) {
+        self.slots.remove(&digest);
+        self.changed(Change::Left(digest));
     }
 }
 
 fn load_all(
     mut orders: mpsc::UnboundedReceiver<AdapterRef>,
-    results: mpsc::UnboundedSender<Loaded>,
+    results: mpsc::UnboundedSender<FromDisk>,
     fitting: Fitting,
 ) {
     while let Some(adapter) = orders.blocking_recv() {
@@ -251,9 +301,10 @@ fn load_all(
     }
 }
 
-fn load(adapter: &AdapterRef, fitting: &Fitting) -> Result<Arc<Adapter>, String> {
+fn load(adapter: &AdapterRef, fitting: &Fitting) -> Result<(AdapterParams, Arc<Adapter>), String> {
     let Fitting {
         spec,
+        layout,
         precision,
         device,
         max_lora_rank,
@@ -268,6 +319,6 @@ fn load(adapter: &AdapterRef, fitting: &Fitting) -> Result<Arc<Adapter>, String>
         ));
     }
     let params = peft::read(&adapter.folder, spec, *max_lora_rank).map_err(|error| error.to_string())?;
-    let packed = Adapter::new(&params, *precision, *device).map_err(|error| error.to_string())?;
-    Ok(Arc::new(packed))
+    let packed = Adapter::new(&params, layout, *precision, *device).map_err(|error| error.to_string())?;
+    Ok((params, Arc::new(packed)))
 }

@@ -3,7 +3,9 @@
 
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
 use tandem_core::TokenId;
+use tandem_core::blocks::BlockId;
 use tandem_core::id::{AdapterDigest, RequestId};
 use tandem_core::sched::{Row, StepPlan};
 use tandem_kernels::attention::{KvCache, PagedSeq};
@@ -14,18 +16,59 @@ use crate::model::{Batch, Context};
 
 /// What a [`Batch`] borrows beside the plan.
 pub struct StepInputs<'a> {
-    plan: &'a StepPlan,
+    step: Step<'a>,
     seqs: Vec<PagedSeq<'a>>,
     lora: Vec<AdapterRows<'a>>,
 }
 
+/// The flat arrays of a plan, and what each of its rows is, as far as a forward asks: what travels to other ranks.
+pub struct Step<'a> {
+    /// `[T]`
+    pub tokens: &'a [TokenId],
+    /// `[T]`
+    pub positions: &'a [i64],
+    /// `[T]`
+    pub slots: &'a [i64],
+    pub tables: &'a [BlockId],
+    pub rows: Vec<StepRow>,
+}
+
+/// A slice of one sequence, as [`tandem_core::sched::Row`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StepRow {
+    pub adapter: Option<AdapterDigest>,
+    /// Of the flat arrays.
+    pub tokens: Range<usize>,
+    /// Of the tables.
+    pub table: Range<usize>,
+    pub kv_len: usize,
+}
+
+impl<'a> Step<'a> {
+    pub fn of(plan: &'a StepPlan) -> Step<'a> {
+        let row = |row: &Row| StepRow {
+            adapter: row.adapter,
+            tokens: row.tokens.clone(),
+            table: row.table.clone(),
+            kv_len: row.kv_len,
+        };
+        Step {
+            tokens: &plan.tokens,
+            positions: &plan.positions,
+            slots: &plan.slots,
+            tables: &plan.tables,
+            rows: plan.rows.iter().map(row).collect(),
+        }
+    }
+}
+
 impl<'a> StepInputs<'a> {
-    /// `adapter` finds a resident adapter: the plan names only such.
-    pub fn new(plan: &'a StepPlan, adapter: impl Fn(AdapterDigest) -> &'a Adapter) -> StepInputs<'a> {
+    /// `adapter` finds a resident adapter: a step names only such.
+    pub fn new(step: Step<'a>, adapter: impl Fn(AdapterDigest) -> &'a Adapter) -> StepInputs<'a> {
         let mut lora: Vec<(AdapterDigest, Range<usize>)> = vec![];
-        let mut seqs = Vec::with_capacity(plan.rows.len());
-        for row in &plan.rows {
-            let table = &plan.tables[row.table.clone()];
+        let mut seqs = Vec::with_capacity(step.rows.len());
+        for row in &step.rows {
+            let table = &step.tables[row.table.clone()];
             seqs.push(PagedSeq {
                 rows: row.tokens.clone(),
                 table,
@@ -45,16 +88,16 @@ impl<'a> StepInputs<'a> {
                 adapter: adapter(digest),
             })
             .collect();
-        StepInputs { plan, seqs, lora }
+        StepInputs { step, seqs, lora }
     }
 
     pub fn batch(&'a self, cache: &'a KvCache) -> Batch<'a> {
-        let StepPlan {
+        let Step {
             tokens,
             positions,
             slots,
             ..
-        } = self.plan;
+        } = self.step;
         let context = Context::Paged {
             cache,
             slots,

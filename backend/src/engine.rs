@@ -17,13 +17,14 @@ use tandem_core::stats::Stats;
 use tandem_core::{TokenId, id::RequestId};
 use tandem_kernels::attention::KvCache;
 use tokio::sync::{mpsc, watch};
-use tracing::warn;
+use tracing::{error, warn};
 
 use crate::bank::{AdapterBank, Pin};
-use crate::batch::{self, ScoredRow, StepInputs};
+use crate::batch::{self, ScoredRow, Step, StepInputs};
 use crate::guard::{self, TorchFault};
 use crate::model::Decoder;
 use crate::pace::{Load, Pace};
+use crate::ranks::{Order, Ranks};
 use crate::sample::{self, Ask, NotFinite};
 use clients::{Client, Clients, Delivery};
 use inbox::{Inbox, Word};
@@ -33,6 +34,8 @@ use job::{Job, Supervisor};
 const SCORE_BYTES: usize = 32 << 20;
 /// Between two looks at clients that did not read, when there is nothing else to do.
 const PARKED_POLL: Duration = Duration::from_millis(2);
+/// Between two looks after the other ranks, when there is nothing to do.
+const RANK_CHECK: Duration = Duration::from_millis(250);
 /// Turns between two looks for clients that left before anything was said to them.
 const SWEEP_TURNS: u64 = 32;
 
@@ -48,6 +51,9 @@ pub struct Engine {
     farewells: Vec<Supervisor>,
     pace: Pace,
     counters: Counters,
+    ranks: Ranks,
+    /// Why the replica is over, other than in order.
+    loss: Option<String>,
     stats: watch::Sender<Stats>,
     seed: u64,
 }
@@ -96,6 +102,8 @@ impl Engine {
             seed,
         } = parts;
         Engine {
+            ranks: Ranks::new(decoder.comm().clone()),
+            loss: None,
             decoder,
             cache,
             scheduler,
@@ -111,8 +119,8 @@ impl Engine {
         }
     }
 
-    /// Until [`Command::Stop`], until nobody can send commands any more, or until the device is lost. The statistics'
-    /// channel closes after it.
+    /// Until [`Command::Stop`], until nobody can send commands any more, or until the device or a rank is lost. The
+    /// statistics' channel closes after it.
     pub fn run(mut self) {
         let _no_grad = tch::no_grad_guard();
         while self.turn().is_continue() {}
@@ -150,10 +158,16 @@ impl Engine {
             // Whoever watches sees the last word before the silence.
             self.publish();
             let paused = self.job.is_some() || !self.farewells.is_empty();
-            let patience = (paused || self.clients.is_any_parked()).then_some(PARKED_POLL);
+            let patience = match paused || self.clients.is_any_parked() {
+                true => Some(PARKED_POLL),
+                false => self.ranks.are_many().then_some(RANK_CHECK),
+            };
             match self.inbox.wait(&mut self.bank, patience) {
                 Some(word) => self.obey(word)?,
                 None => {
+                    if let Err(fault) = guard::torch(|| self.ranks.check()) {
+                        return self.lose(fault);
+                    }
                     self.clients.left().into_iter().for_each(|id| self.forget(id));
                     self.deliver_parked();
                 }
@@ -233,11 +247,25 @@ impl Engine {
         }
     }
 
-    /// The forward of a plan, and everything read off its logits.
-    fn step(&self, plan: &StepPlan) -> Output {
-        let inputs = StepInputs::new(plan, |digest| self.bank.get(digest));
-        let hidden = self.decoder.forward(&inputs.batch(&self.cache)); // [T, H]
+    /// The forward of a plan, on every rank, and everything read off its logits.
+    fn step(&mut self, plan: &StepPlan) -> Output {
+        let wanted = self.scored_rows(plan);
+        let at_once = (SCORE_BYTES / (4 * self.decoder.spec.vocab as usize)).max(1);
         let rows = batch::sampled_rows(plan);
+        let flat = |wanted: &[ScoredRow]| wanted.iter().map(|wanted| wanted.row).collect::<Vec<i64>>();
+        let step = Step::of(plan);
+        if self.ranks.are_many() {
+            let sampled = (!rows.is_empty()).then(|| rows.clone());
+            let heads: Vec<Vec<i64>> = sampled
+                .into_iter()
+                .chain(wanted.chunks(at_once).map(flat))
+                .collect();
+            self.ranks.order_adapters(self.bank.changes());
+            self.ranks.order_step(&step, &heads);
+            self.ranks.send();
+        }
+        let inputs = StepInputs::new(step, |digest| self.bank.get(digest));
+        let hidden = self.decoder.forward(&inputs.batch(&self.cache)); // [T, H]
         let sampled = match rows.is_empty() {
             true => vec![],
             false => {
@@ -252,7 +280,23 @@ impl Engine {
                 sample::sample(&logits, &asks.collect::<Vec<_>>())
             }
         };
-        let wanted = batch::scored_rows(plan, |row, position| {
+        let mut scored = Vec::with_capacity(wanted.len());
+        for chunk in wanted.chunks(at_once) {
+            let rows = flat(chunk);
+            let targets: Vec<(TokenId, u32)> =
+                chunk.iter().map(|wanted| (wanted.target, wanted.n_top)).collect();
+            let logits = self.decoder.head(&batch::select(&hidden, &rows)); // [chunk, V]
+            let ids = chunk.iter().map(|&ScoredRow { id, .. }| id);
+            scored.extend(ids.zip(sample::score(&logits, &targets)));
+        }
+        // What a GPU computed beside a lost rank is only known to be wrong now.
+        self.ranks.check();
+        Output { sampled, scored }
+    }
+
+    /// Prompt positions of a plan whose next tokens are to be scored.
+    fn scored_rows(&self, plan: &StepPlan) -> Vec<ScoredRow> {
+        batch::scored_rows(plan, |row, position| {
             let view = self
                 .scheduler
                 .view(row)
@@ -262,18 +306,7 @@ impl Engine {
                 .prompt_logprobs()
                 .expect("only such prompts are scored");
             (view.prompt[position + 1], n_top)
-        });
-        let at_once = (SCORE_BYTES / (4 * self.decoder.spec.vocab as usize)).max(1);
-        let mut scored = Vec::with_capacity(wanted.len());
-        for chunk in wanted.chunks(at_once) {
-            let rows: Vec<i64> = chunk.iter().map(|wanted| wanted.row).collect();
-            let targets: Vec<(TokenId, u32)> =
-                chunk.iter().map(|wanted| (wanted.target, wanted.n_top)).collect();
-            let logits = self.decoder.head(&batch::select(&hidden, &rows)); // [chunk, V]
-            let ids = chunk.iter().map(|&ScoredRow { id, .. }| id);
-            scored.extend(ids.zip(sample::score(&logits, &targets)));
-        }
-        Output { sampled, scored }
+        })
     }
 
     /// Commits a step and tells its clients. A row with broken logits fails alone.
@@ -335,18 +368,29 @@ impl Engine {
         }
     }
 
-    /// A failed step costs its requests; a lost device the replica.
+    /// A failed step costs its requests; a lost device or rank the replica.
     fn recover(&mut self, plan: StepPlan, fault: TorchFault) -> ControlFlow<()> {
         self.counters.failed_steps += 1;
         let ids = self.scheduler.abandon(plan);
         warn!(requests = ids.len(), %fault, "a step failed");
+        if self.is_fatal(&fault) {
+            return self.lose(fault);
+        }
         for id in ids {
             self.fail(id, Fault::Step(fault.message.clone()));
         }
-        match fault.kills_device() {
-            true => ControlFlow::Break(()),
-            false => ControlFlow::Continue(()),
-        }
+        ControlFlow::Continue(())
+    }
+
+    /// With several ranks any fault is: the others may sit in a collective that this one left.
+    fn is_fatal(&self, fault: &TorchFault) -> bool {
+        fault.kills_device() || self.ranks.are_many()
+    }
+
+    fn lose(&mut self, fault: TorchFault) -> ControlFlow<()> {
+        error!(%fault, "the replica is lost");
+        self.loss = Some(fault.message);
+        ControlFlow::Break(())
     }
 
     fn send(&mut self, id: RequestId, event: Event) {
@@ -398,19 +442,34 @@ impl Engine {
 
     fn stop(mut self) {
         self.inbox.close();
-        self.keep_job();
+        let farewell = match self.loss.take() {
+            Some(why) => {
+                self.ranks.leave();
+                // It goes on from its last state: what is half done here is not to be kept.
+                self.job = None;
+                Fault::ReplicaLost(why)
+            }
+            None => {
+                self.keep_job();
+                self.ranks.order(|| Order::Stop);
+                if let Err(fault) = guard::torch(|| self.ranks.send()) {
+                    warn!(%fault, "the other ranks were not told to end");
+                }
+                Fault::ShuttingDown
+            }
+        };
         // What came too late hears it too.
         while let Some(word) = self.inbox.try_next(&mut self.bank) {
             match word {
                 Word::Command(Command::Generate(request, events)) => {
-                    Client::new(&request, events, self.seed).refuse(Fault::ShuttingDown);
+                    Client::new(&request, events, self.seed).refuse(farewell.clone());
                 }
-                Word::Command(Command::LoadAdapter(_, reply)) => drop(reply.send(Err(Fault::ShuttingDown))),
+                Word::Command(Command::LoadAdapter(_, reply)) => drop(reply.send(Err(farewell.clone()))),
                 Word::NobodyLeft => break,
                 _ => {}
             }
         }
-        self.clients.shut_down();
+        self.clients.shut_down(&farewell);
         self.publish();
     }
 

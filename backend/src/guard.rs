@@ -6,6 +6,8 @@ use std::cell::{Cell, RefCell};
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::Once;
 
+use tandem_kernels::comm::LOST;
+
 /// A step or a training quantum that did not end.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
@@ -14,12 +16,13 @@ pub struct TorchFault {
 }
 
 impl TorchFault {
-    /// Can the device still compute? After a GPU error other than out of memory every later call fails too.
+    /// Can the replica still compute? After a GPU error other than out of memory every later call fails too, and so does
+    /// every later sum over ranks of which one was lost.
     pub fn kills_device(&self) -> bool {
         let gpu = ["CUDA error", "HIP error", "device-side assert"]
             .iter()
             .any(|sign| self.message.contains(sign));
-        gpu && !self.message.contains("out of memory")
+        self.message.contains(LOST) || gpu && !self.message.contains("out of memory")
     }
 }
 

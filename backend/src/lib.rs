@@ -9,12 +9,15 @@ pub mod guard;
 pub mod lora;
 pub mod model;
 pub mod pace;
+pub mod ranks;
 pub mod sample;
 pub mod start;
 pub mod train;
 pub mod weights;
 pub mod words;
 
+/// For who starts ranks.
+pub use tandem_kernels::comm::{CommError, Meeting};
 /// For the process's metrics.
 pub use tandem_kernels::machine::amd;
 

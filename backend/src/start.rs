@@ -1,10 +1,11 @@
 //! From a model folder and options to a running replica: loads, plans memory once, starts the engine thread. Not here:
 //! command lines (server), what the thread does (engine).
 
-mod memory;
-mod selftest;
+pub(crate) mod memory;
+pub(crate) mod selftest;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::mpsc as std_mpsc;
 use std::time::Instant;
 
@@ -13,7 +14,7 @@ use tandem_core::replica::{COMMAND_QUEUE, ReplicaHandle, ReplicaInfo};
 use tandem_core::rng;
 use tandem_core::sched::{Limits, Scheduler};
 use tandem_core::stats::Stats;
-use tandem_kernels::attention::{BLOCK_SIZE, CacheShape, KvCache};
+use tandem_kernels::attention::{BLOCK_SIZE, CacheShape};
 use tandem_kernels::comm::Comm;
 use tandem_kernels::weight::Precision;
 use tandem_kernels::{machine, pool};
@@ -23,10 +24,12 @@ use tracing::info;
 
 use crate::bank::{AdapterBank, Fitting};
 use crate::engine::{Engine, Parts};
+use crate::family::shard::{Layout, Shard};
 use crate::family::{DecoderSpec, read_spec};
-use crate::model::Decoder;
+use crate::guard;
+use crate::ranks::{self, Assembled, Followers, Plan, Ready, Team};
 use crate::weights::{Checkpoint, LoadError};
-use memory::{Free, KvDemand, gib};
+use memory::gib;
 
 /// Prompt tokens in a step that also continues streams. On a CPU a step's time grows with its tokens, and a quarter
 /// of the whole step already multiplies at 85 % of the machine's rate: small keeps streams fluent, at little cost.
@@ -43,7 +46,7 @@ pub struct Options {
     pub max_model_len: Option<u32>,
     pub max_num_seqs: u32,
     pub max_num_batched_tokens: u32,
-    /// Default: room for `max_num_seqs` whole sequences, within a share of the memory that is free.
+    /// Of each rank. Default: room for `max_num_seqs` whole sequences, within a share of the memory that is free.
     pub kv_cache_bytes: Option<u64>,
     pub max_loras: u32,
     pub max_lora_rank: u32,
@@ -51,6 +54,7 @@ pub struct Options {
     pub threads: Option<usize>,
     /// For requests that bring none. Default: another one at each start.
     pub seed: Option<u64>,
+    pub team: Team,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,21 +80,23 @@ impl Options {
             max_lora_rank: 64,
             threads: None,
             seed: None,
+            team: Team::Threads(1),
         }
     }
 }
 
-/// Loads the model and starts its engine thread; returns when it answers. The thread ends with `Command::Stop` or
-/// with the last handle; the handle's `stats` channel closes then.
+/// Loads the model and starts its engine thread, and the other ranks where there are some; returns when it answers. The
+/// thread ends with `Command::Stop`, with the last handle, or with a rank; the handle's `stats` channel closes then.
 pub fn start(options: Options) -> Result<ReplicaHandle, LoadError> {
     let (ready, loaded) = std_mpsc::channel();
     // The engine's thread loads, too: memory is touched first, and thread pools are made, where they are used.
     let thread = std::thread::Builder::new().name("tandem-engine".to_owned());
-    let engine = move || match load(options) {
-        Ok((engine, handle)) => {
+    let engine = move || match assemble(options) {
+        Ok((engine, handle, followers)) => {
             if ready.send(Ok(handle)).is_ok() {
                 engine.run();
             }
+            drop(followers);
         }
         Err(error) => drop(ready.send(Err(error))),
     };
@@ -105,50 +111,67 @@ pub fn start(options: Options) -> Result<ReplicaHandle, LoadError> {
     loaded.recv().unwrap_or_else(died)
 }
 
-fn load(options: Options) -> Result<(Engine, ReplicaHandle), LoadError> {
-    let began = Instant::now();
+fn assemble(options: Options) -> Result<(Engine, ReplicaHandle, Followers), LoadError> {
     check(&options)?;
-    set_threads(options.device, options.threads);
+    let spec = read_spec(&options.model_folder)?;
+    let world = options.team.world();
+    // Before anybody is started.
+    Layout::new(&spec, Shard { rank: 0, world })?;
+    let Assembled {
+        comm,
+        device,
+        local_world,
+        followers,
+    } = ranks::gather(&options.team, options.device, options.threads)?;
+    // What the others miss is a panic of a collective here.
+    let loaded = guard::torch(|| load(&options, spec, device, local_world, comm));
+    let (engine, handle) = loaded.map_err(|fault| LoadError::Lost(fault.message))??;
+    Ok((engine, handle, followers))
+}
+
+fn load(
+    options: &Options,
+    spec: DecoderSpec,
+    device: Device,
+    local_world: usize,
+    comm: Comm,
+) -> Result<(Engine, ReplicaHandle), LoadError> {
+    let began = Instant::now();
     let Options {
         model_folder,
-        device,
+        device: _,
         dtype,
         max_model_len,
         max_num_seqs,
         max_num_batched_tokens,
-        ..
-    } = options;
-    let Options {
         kv_cache_bytes,
         max_loras,
         max_lora_rank,
+        threads: _,
         seed,
-        ..
-    } = options;
-
-    if device != Device::Cpu {
-        selftest::run(device, &Comm::solo())?;
-    }
+        team,
+    } = options.clone();
     let checkpoint = Checkpoint::open(&model_folder)?;
     let precision = match (dtype, checkpoint.main_kind()) {
         (Dtype::Bf16, _) | (Dtype::Auto, Kind::BFloat16 | Kind::Half) => Precision::Bf16,
         (Dtype::F32, _) | (Dtype::Auto, _) => Precision::F32,
     };
-    let spec = read_spec(&model_folder)?;
     let max_model_len = context_length(max_model_len, &spec)?;
-    let (decoder, base_digest) = std::thread::scope(|scope| {
-        // Reads every byte once more, on another core than the one that packs them.
-        let digest = scope.spawn(|| checkpoint.digest());
-        let decoder = Decoder::from_checkpoint(spec, &checkpoint, precision, device)?;
-        Ok::<_, LoadError>((decoder, digest.join().expect("hashing does not panic")?))
-    })?;
-    let demand = KvDemand {
+    let plan = Plan {
+        model_folder,
+        bf16: precision == Precision::Bf16,
         max_num_seqs,
         max_model_len,
-        block_bytes: cache_shape(&decoder.spec, 1).block_bytes(precision),
+        kv_cache_bytes,
     };
-    let blocks = demand.blocks(kv_cache_bytes, Free::on(device))?;
-    let cache = KvCache::new(cache_shape(&decoder.spec, blocks as usize), precision, device)?;
+    let Ready {
+        decoder,
+        cache,
+        base_digest,
+        blocks,
+        weight_bytes,
+    } = ranks::lead(&plan, spec, &checkpoint, device, local_world, comm)?;
+    let Plan { model_folder, .. } = plan;
 
     let limits = Limits {
         max_num_seqs: max_num_seqs as usize,
@@ -163,6 +186,7 @@ fn load(options: Options) -> Result<(Engine, ReplicaHandle), LoadError> {
     let scheduler = Scheduler::new(limits, BlockPool::new(blocks, BLOCK_SIZE));
     let fitting = Fitting {
         spec: decoder.spec.clone(),
+        layout: Arc::clone(decoder.layout()),
         precision,
         device,
         max_lora_rank,
@@ -182,11 +206,12 @@ fn load(options: Options) -> Result<(Engine, ReplicaHandle), LoadError> {
             Precision::Bf16 => "bfloat16".to_owned(),
         },
         device: device_name(device),
+        tensor_parallel_size: team.world() as u32,
         parameters: decoder.parameters(),
-        weight_bytes: decoder.weight_bytes(),
+        weight_bytes,
         kv_blocks: blocks,
         block_size: BLOCK_SIZE as u32,
-        kv_bytes: cache.bytes() as u64,
+        kv_bytes: (cache.bytes() * team.world()) as u64,
         max_loras,
         max_lora_rank,
         lora_targets: decoder.spec.lora_targets(),
@@ -197,6 +222,7 @@ fn load(options: Options) -> Result<(Engine, ReplicaHandle), LoadError> {
         parameters = info.parameters,
         dtype = info.dtype,
         device = info.device,
+        ranks = info.tensor_parallel_size,
         threads = pool::threads(),
         weights_gib = %gib(info.weight_bytes),
         kv_gib = %gib(info.kv_bytes),
@@ -273,7 +299,7 @@ pub fn set_threads(device: Device, threads: Option<usize>) {
     tch::set_num_threads(if ours { 1 } else { pool::threads() as i32 });
 }
 
-fn cache_shape(spec: &DecoderSpec, blocks: usize) -> CacheShape {
+pub(crate) fn cache_shape(spec: &DecoderSpec, blocks: usize) -> CacheShape {
     // Every layer of the supported families attends alike.
     let attn = &spec.layers[0].attn;
     let (kv_heads, head_dim) = (attn.kv_heads as usize, attn.head_dim as usize);

@@ -12,6 +12,7 @@ use tandem_kernels::weight::Precision;
 use tch::{Cuda, Device, Kind};
 
 use crate::family::declared_kind;
+use crate::ranks::Team;
 use crate::start::Dtype;
 use crate::train::run::RunOptions;
 use crate::weights::{Checkpoint, LoadError, has_weights};
@@ -37,6 +38,22 @@ pub fn device(word: &str) -> Result<Device, LoadError> {
         false => Err(LoadError::Option(format!(
             "device {word}: libtorch sees {} GPUs",
             count()
+        ))),
+    }
+}
+
+/// `kind`: `thread` or `mp`, else what suits the device. `program rank` becomes a rank of its own.
+pub fn team(ranks: usize, kind: Option<&str>, device: Device, program: PathBuf) -> Result<Team, LoadError> {
+    match kind {
+        _ if ranks == 1 => Ok(Team::Threads(1)),
+        Some("thread") => Ok(Team::Threads(ranks)),
+        None if device == Device::Cpu => Ok(Team::Threads(ranks)),
+        None | Some("mp") => Ok(Team::Processes {
+            world: ranks,
+            program,
+        }),
+        Some(other) => Err(LoadError::Option(format!(
+            "ranks as {other:?} are unknown: thread and mp are known"
         ))),
     }
 }

@@ -118,7 +118,7 @@ fn decode_step(criterion: &mut Criterion) {
     let decoder = Decoder::load(&fixture(), Precision::F32, Device::Cpu).expect("the fixture loads");
     let params =
         peft::read(&fixture().join("adapter-all"), &decoder.spec, 64).expect("the fixture's adapter");
-    let adapter = Adapter::new(&params, Precision::F32, Device::Cpu).expect("it packs");
+    let adapter = Adapter::new(&params, decoder.layout(), Precision::F32, Device::Cpu).expect("it packs");
     let attn = &decoder.spec.layers[0].attn;
     let shape = CacheShape {
         layers: decoder.n_layers(),

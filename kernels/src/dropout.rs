@@ -14,14 +14,22 @@ pub struct Key {
     pub stream: u64,
 }
 
-/// x * keep / (1 - p) for `x` [T, K], whose first row is row `row0` of the stream. The same call on the gradient of the
-/// result is the backward.
+/// Of the stream's endless matrix, the row and column where an input begins: a rank that holds some columns of an input
+/// drops what it would drop of the whole.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Corner {
+    pub row: u64,
+    pub column: u32,
+}
+
+/// x * keep / (1 - p) for `x` [T, K], which begins at `corner` of the stream. The same call on the gradient of the result
+/// is the backward.
 ///
 /// # Panics
 /// When p is not in [0, 1).
-pub fn apply(x: &Tensor, p: f64, key: Key, row0: u64) -> Tensor {
+pub fn apply(x: &Tensor, p: f64, key: Key, corner: Corner) -> Tensor {
     let Some(from) = rows(x) else {
-        return apply_reference(x, p, key, row0);
+        return apply_reference(x, p, key, corner);
     };
     let (threshold, scale) = (threshold(p), scale(p));
     let mut y = uninit(from.rows, from.width);
@@ -32,7 +40,8 @@ pub fn apply(x: &Tensor, p: f64, key: Key, row0: u64) -> Tensor {
             let y = unsafe { to.row(row) };
             apply_row(
                 from.row(row),
-                row_key(key, row0 + row as u64),
+                row_key(key, corner.row + row as u64),
+                corner.column,
                 threshold,
                 scale,
                 y,
@@ -43,20 +52,20 @@ pub fn apply(x: &Tensor, p: f64, key: Key, row0: u64) -> Tensor {
 }
 
 /// The same in plain tch on any device; the mask is drawn on the host.
-pub fn apply_reference(x: &Tensor, p: f64, key: Key, row0: u64) -> Tensor {
+pub fn apply_reference(x: &Tensor, p: f64, key: Key, corner: Corner) -> Tensor {
     let [t, columns] = x.size()[..] else {
         panic!("x is not a matrix: {:?}", x.size())
     };
     let threshold = threshold(p);
     let mut factors = Vec::with_capacity((t * columns) as usize);
     for row in 0..t as u64 {
-        let row_key = row_key(key, row0 + row);
-        factors.extend(
-            (0..columns as u32).map(|column| match hash(row_key, column) >= threshold {
+        let row_key = row_key(key, corner.row + row);
+        factors.extend((corner.column..corner.column + columns as u32).map(|column| {
+            match hash(row_key, column) >= threshold {
                 true => scale(p),
                 false => 0.0,
-            }),
-        );
+            }
+        }));
     }
     x * Tensor::from_slice(&factors)
         .view([t, columns])
@@ -77,8 +86,8 @@ fn scale(p: f64) -> f32 {
 }
 
 vectorised!(
-    fn apply_row(x: &[f32], row_key: (u32, u32), threshold: u32, scale: f32, y: &mut [f32]) {
-        for (column, (y, x)) in (0u32..).zip(y.iter_mut().zip(x)) {
+    fn apply_row(x: &[f32], row_key: (u32, u32), column0: u32, threshold: u32, scale: f32, y: &mut [f32]) {
+        for (column, (y, x)) in (column0..).zip(y.iter_mut().zip(x)) {
             *y = if hash(row_key, column) >= threshold {
                 x * scale
             } else {
@@ -127,20 +136,27 @@ mod tests {
     fn agrees_with_the_reference() {
         for (t, columns, p) in [(1, 1, 0.5), (3, 37, 0.1), (50, 576, 0.05), (4, 64, 0.0)] {
             let x = Tensor::randn([t, columns + 2], FLOAT).narrow(1, 1, columns);
-            assert_eq!(apply(&x, p, KEY, 9), apply_reference(&x, p, KEY, 9));
+            let corner = Corner { row: 9, column: 4 };
+            assert_eq!(apply(&x, p, KEY, corner), apply_reference(&x, p, KEY, corner));
         }
     }
 
     #[test]
     fn a_row_does_not_know_its_neighbours() {
         let x = Tensor::randn([20, 100], FLOAT);
-        let all = apply(&x, 0.3, KEY, 100);
+        let at = |row: u64, column: u32| Corner { row, column };
+        let all = apply(&x, 0.3, KEY, at(100, 0));
         for row in 0..20 {
             assert_eq!(
-                apply(&x.narrow(0, row, 1), 0.3, KEY, 100 + row as u64),
+                apply(&x.narrow(0, row, 1), 0.3, KEY, at(100 + row as u64, 0)),
                 all.narrow(0, row, 1)
             );
         }
+        // Nor do some columns know the others.
+        assert_eq!(
+            apply(&x.narrow(1, 37, 50), 0.3, KEY, at(100, 37)),
+            all.narrow(1, 37, 50)
+        );
     }
 
     /// Shares within 5 standard deviations, along rows, along columns and between keys.
@@ -148,7 +164,10 @@ mod tests {
     fn masks_are_uniform_and_independent() {
         let ones = Tensor::ones([1000, 1000], FLOAT);
         for p in [0.05, 0.5, 0.9] {
-            let keep = |key, row0| apply(&ones, p, key, row0).gt(0.0).to_kind(Kind::Double);
+            let keep = |key, row| {
+                let corner = Corner { row, column: 0 };
+                apply(&ones, p, key, corner).gt(0.0).to_kind(Kind::Double)
+            };
             let near = |share: f64, q: f64, n: f64| {
                 let bound = 5.0 * (q * (1.0 - q) / n).sqrt();
                 assert!(

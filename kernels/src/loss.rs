@@ -2,7 +2,11 @@
 //! FusedLinearCrossEntropy): logits exist for a few rows at a time, first as logits, then as their gradient in the same
 //! memory. Only rows with a label come here; which those are, and what a token weighs, is the trainer's.
 
+mod sharded;
+
 use tch::{Kind, Tensor};
+
+pub use sharded::{Vocabulary, sharded_cross_entropy, sharded_log_probs};
 
 use crate::linear::{linear, linear_backward};
 use crate::matmul;
@@ -85,6 +89,11 @@ const CHUNK_BYTES: usize = 64 << 20;
 const MIN_CHUNK: usize = 64;
 const MAX_CHUNK: usize = 256;
 
+/// Rows of a chunk whose logits have so many columns.
+fn chunk_rows(columns: i64) -> usize {
+    (CHUNK_BYTES / (4 * columns as usize)).clamp(MIN_CHUNK, MAX_CHUNK)
+}
+
 /// Calls `chunk` with some rows of `hidden`, their logits and the number of the first row. A row's result does not
 /// depend on how the rows are cut.
 fn in_chunks(
@@ -98,7 +107,7 @@ fn in_chunks(
     if let Some(label) = labels.iter().find(|label| i64::from(**label) >= head.n()) {
         panic!("label {label} of a vocabulary of {}", head.n());
     }
-    let height = (CHUNK_BYTES / (4 * head.n() as usize)).clamp(MIN_CHUNK, MAX_CHUNK);
+    let height = chunk_rows(head.n());
     let mut rows = Vec::with_capacity(n);
     for start in (0..n).step_by(height) {
         let part = hidden.narrow(0, start as i64, height.min(n - start) as i64);

@@ -9,6 +9,12 @@ use tch::{Kind, Tensor};
 
 use crate::KernelError;
 
+/// Rows and columns of a matrix.
+pub struct Block {
+    pub rows: Range<usize>,
+    pub columns: Range<usize>,
+}
+
 pub struct MappedFile {
     map: Mmap,
 }
@@ -39,5 +45,22 @@ impl MappedFile {
             )));
         }
         Ok(Tensor::f_from_data_size(bytes, shape, kind)?)
+    }
+
+    /// A block of the matrix `[.., width]` that begins at byte `start`, as a CPU tensor `[rows, columns]`: no other bytes
+    /// of the file are read.
+    pub fn block(&self, start: usize, kind: Kind, width: usize, block: Block) -> Result<Tensor, KernelError> {
+        let Block { rows, columns } = block;
+        let bytes = kind.elt_size_in_bytes();
+        let size = [rows.len() as i64, columns.len() as i64];
+        let at = |row: usize, column: usize| start + (row * width + column) * bytes;
+        if columns == (0..width) {
+            return self.tensor(at(rows.start, 0)..at(rows.end, 0), kind, &size);
+        }
+        let mut picked = Vec::with_capacity(rows.len() * columns.len() * bytes);
+        for row in rows {
+            picked.extend_from_slice(&self.map[at(row, columns.start)..at(row, columns.end)]);
+        }
+        Ok(Tensor::f_from_data_size(&picked, &size, kind)?)
     }
 }

@@ -35,6 +35,9 @@ pub enum Command {
     /// Print the OpenAPI document
     #[command(hide = true)]
     Openapi,
+    /// One rank of a replica: rank 0 starts it
+    #[command(hide = true)]
+    Rank(Rank),
 }
 
 /// Also by environment (TANDEM_MODEL, TANDEM_PORT, ...) and in the TOML file of --config (same names). A flag wins over
@@ -94,9 +97,16 @@ pub struct ModelOptions {
     /// Name of the base model in the API [default: the folder's name]
     #[arg(long, value_name = "NAME")]
     pub served_model_name: Option<String>,
-    /// auto, cpu or cuda:N
+    /// auto, cpu or cuda:N; with several ranks on GPUs, each takes its own
     #[arg(long, default_value = "auto")]
     pub device: String,
+    /// Ranks that divide the model [default: 1, or WORLD_SIZE where torchrun, Slurm or Kubernetes start the ranks]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=128))]
+    pub tensor_parallel_size: Option<u32>,
+    /// What ranks are that nobody else starts: thread (of this process) or mp (processes of their own) [default: thread
+    /// on the CPU, mp on GPUs]
+    #[arg(long, value_name = "KIND", value_parser = ["thread", "mp"])]
+    pub distributed_executor_backend: Option<String>,
     /// auto, bfloat16 or float32
     #[arg(long, default_value = "auto")]
     pub dtype: String,
@@ -109,7 +119,7 @@ pub struct ModelOptions {
     /// Tokens of one step, prompts and answers together
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
     pub max_num_batched_tokens: Option<u32>,
-    /// Bytes of the KV cache, e.g. 4G or 512M [default: a part of the free memory]
+    /// Bytes of the KV cache on each rank, e.g. 4G or 512M [default: a part of the free memory]
     #[arg(long, alias = "kv-cache-memory", value_name = "BYTES", value_parser = bytes)]
     pub kv_cache_memory_bytes: Option<u64>,
     /// Adapters that are resident at once; others wait on disk
@@ -185,6 +195,13 @@ pub struct Train {
     /// YAML file; `tandem train help` lists its keys
     #[arg(value_name = "FILE.yaml | key=value", required = true)]
     pub settings: Vec<String>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct Rank {
+    /// cpu or cuda
+    #[arg(long)]
+    pub device: String,
 }
 
 #[derive(Clone, Debug, Args)]

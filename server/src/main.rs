@@ -18,6 +18,7 @@ mod layers;
 mod listen;
 mod metrics;
 mod process;
+mod ranks;
 mod sse;
 mod train;
 
@@ -54,6 +55,7 @@ fn run() -> Result<ExitCode> {
         Command::Router(options) => commands::router::run(*options, &chosen)?,
         Command::Train(train) => train::run(&train.settings)?,
         Command::Doctor => print!("{}", doctor::report()),
+        Command::Rank(rank) => ranks::run(&rank)?,
         Command::Openapi => print!("{}", app::document()),
         Command::Health(health) => {
             let line =

@@ -67,14 +67,21 @@ impl FromStr for Digest {
 }
 
 impl Serialize for Digest {
+    /// 64 digits for people, 32 bytes for machines.
     fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
-        s.collect_str(self)
+        match s.is_human_readable() {
+            true => s.collect_str(self),
+            false => self.0.serialize(s),
+        }
     }
 }
 
 impl<'de> Deserialize<'de> for Digest {
     fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Digest, D::Error> {
-        String::deserialize(d)?.parse().map_err(serde::de::Error::custom)
+        match d.is_human_readable() {
+            true => String::deserialize(d)?.parse().map_err(serde::de::Error::custom),
+            false => Ok(Digest(<[u8; 32]>::deserialize(d)?)),
+        }
     }
 }
 

@@ -57,6 +57,9 @@ pub struct ReplicaInfo {
     pub max_num_batched_tokens: u32,
     pub dtype: String,
     pub device: String,
+    /// Ranks that compute it together.
+    #[serde(default = "one")]
+    pub tensor_parallel_size: u32,
     pub parameters: u64,
     pub weight_bytes: u64,
     pub kv_blocks: u32,
@@ -76,4 +79,9 @@ pub struct AdapterInfo {
     pub digest: AdapterDigest,
     pub rank: u32,
     pub bytes: u64,
+}
+
+/// Of who does not say.
+fn one() -> u32 {
+    1
 }

@@ -230,15 +230,15 @@ impl Clients {
             .take_if(|prompt| prompt.len() == client.prompt_tokens)
     }
 
-    /// Tells everybody, as far as they read.
-    pub fn shut_down(&mut self) {
+    /// Tells everybody why it ends, as far as they read.
+    pub fn shut_down(&mut self, farewell: &Fault) {
         for (_, mut client) in self.all.drain().filter(|(_, client)| client.life == Life::Lives) {
-            let _ = client.send(Event::Failed(Fault::ShuttingDown));
+            let _ = client.send(Event::Failed(farewell.clone()));
         }
         for (_, replies) in self.replies.drain() {
             replies
                 .into_iter()
-                .for_each(|reply| drop(reply.send(Err(Fault::ShuttingDown))));
+                .for_each(|reply| drop(reply.send(Err(farewell.clone()))));
         }
     }
 }

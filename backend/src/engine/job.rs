@@ -14,7 +14,8 @@ use super::Engine;
 use super::clients::Delivery;
 use crate::guard::{self, TorchFault};
 use crate::pace::{Budget, Load};
-use crate::train::{Quantum, TrainError, Trainer};
+use crate::ranks::Order;
+use crate::train::{Desk, Inputs, Published, Quantum, TrainError, Trainer};
 
 pub struct Job {
     trainer: Trainer,
@@ -96,11 +97,19 @@ impl Engine {
         }
     }
 
-    fn trainer(&self, spec: JobSpec) -> Result<Trainer, String> {
-        match guard::torch(|| Trainer::start(spec, &self.decoder)) {
-            Ok(started) => started.map_err(|error| error.to_string()),
-            Err(fault) => Err(fault.to_string()),
-        }
+    /// Begins it here; the other ranks begin it with the same inputs, which they do not see.
+    fn trainer(&mut self, spec: JobSpec) -> Result<Trainer, String> {
+        let begin = || {
+            let inputs = Inputs::read(&spec.folder)?;
+            let trainer = Trainer::start_with(spec.clone(), &inputs, &self.decoder, Desk::Writes)?;
+            Ok::<_, TrainError>((trainer, inputs))
+        };
+        let (trainer, inputs) = match guard::torch(begin) {
+            Ok(started) => started.map_err(|error| error.to_string())?,
+            Err(fault) => return Err(fault.to_string()),
+        };
+        self.ranks.order(|| Order::StartJob(Box::new(spec), inputs));
+        Ok(trainer)
     }
 
     pub(super) fn cancel_job(&mut self, id: &JobId) {
@@ -131,14 +140,19 @@ impl Engine {
                 return ControlFlow::Continue(());
             }
             let began = Instant::now();
-            let result = guard::torch(|| job.trainer.quantum(Some(&self.decoder)));
+            let result = guard::torch(|| {
+                self.ranks.order_adapters(self.bank.changes());
+                self.ranks.order(|| Order::Quantum);
+                self.ranks.send();
+                job.trainer.quantum(Some(&self.decoder))
+            });
             let took = began.elapsed();
             self.pace.trained(took, load);
             self.counters.train_seconds += took.as_secs_f64();
             let fate = match result {
                 Ok(Ok(quantum)) => self.trained(quantum),
                 Ok(Err(error)) => self.job_failed(error),
-                Err(fault) if fault.kills_device() => return ControlFlow::Break(()),
+                Err(fault) if self.is_fatal(&fault) => return self.lose(fault),
                 Err(fault) => self.job_fell(fault),
             };
             if fate == Fate::Over
@@ -158,8 +172,12 @@ impl Engine {
             published,
             finished,
         } = quantum;
-        if let Some((adapter, packed)) = published {
-            self.bank.publish(adapter.digest, packed);
+        if let Some(Published {
+            version: Some(version),
+            adapter,
+        }) = published
+        {
+            self.bank.publish(version.digest, adapter);
         }
         let Some(job) = &mut self.job else {
             return Fate::Over;
@@ -237,6 +255,7 @@ impl Engine {
 
     /// The job is over; its last events reach its supervisor even when the channel is full now.
     fn part_with(&mut self, job: Job, last: Option<JobEvent>) {
+        self.ranks.order(|| Order::EndJob);
         let Job { mut supervisor, .. } = job;
         supervisor.undelivered.extend(last);
         if supervisor.deliver() == Delivery::Parked {

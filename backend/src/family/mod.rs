@@ -2,6 +2,7 @@
 //! (model/) reads nothing else. What is not understood is an error that names the field, never a default.
 
 mod llama;
+pub mod shard;
 pub mod site;
 
 use std::path::Path;

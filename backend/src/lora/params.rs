@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
 use tandem_core::job::Lora;
 use tandem_core::rng;
 use tch::{Device, Kind, Tensor};
@@ -10,7 +11,7 @@ use crate::family::DecoderSpec;
 use crate::family::site::Site;
 
 /// Which modules of which layers are adapted, with what rank and scale. Layers and ranks may be ragged.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AdapterShape {
     /// `[layer][site]`
     sites: Vec<[Option<SiteShape>; 4]>,
@@ -19,14 +20,14 @@ pub struct AdapterShape {
 
 /// The adapted parts of one fused linear. In the flat buffer: the A of all parts (each `[r, inputs]`, so they are also
 /// one `[R, inputs]` matrix), then the B of all parts (each `[width, r]`).
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SiteShape {
     pub inputs: i64,
     pub parts: Vec<PartShape>,
     offset: i64,
 }
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PartShape {
     /// `model.layers.0.self_attn.q_proj`
     pub path: String,

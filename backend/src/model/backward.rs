@@ -53,7 +53,7 @@ impl Decoder {
             gate_up,
             shrunk,
         } = saved;
-        let (layer, spec, eps) = (&self.layers[i], &self.spec.layers[i], self.spec.norm_eps);
+        let (layer, spec, eps) = (&self.layers[i], &self.layout.local.layers[i], self.spec.norm_eps);
         let site = |site: Site, x: &Tensor, dy: &Tensor| {
             self.linear_site_backward(i, site, x, shrunk[site.index()].as_ref(), dy, pass, grads)
         };
@@ -64,7 +64,7 @@ impl Decoder {
         let dgate_up = gated_backward(&gate_up, &dactivated, spec.mlp.activation);
         drop((gate_up, dactivated));
         let x = rms_norm(&middle, &layer.mlp_norm, eps);
-        let dx = site(Site::GateUp, &x, &dgate_up);
+        let dx = self.summed(site(Site::GateUp, &x, &dgate_up));
         drop((x, dgate_up));
         let dmlp = self.norm_backward(Slot::MlpNorm(i), &middle, &layer.mlp_norm, &dx, grads);
         let dmiddle = doutput + dmlp;
@@ -88,12 +88,14 @@ impl Decoder {
         self.rope.apply_inverse(&dk, pass.positions);
         let dqkv = Tensor::cat(&[dq, dk, dv], 1);
         let x = rms_norm(&input, &layer.attn_norm, eps);
-        let dx = site(Site::Qkv, &x, &dqkv);
+        let dx = self.summed(site(Site::Qkv, &x, &dqkv));
         let dattn = self.norm_backward(Slot::AttnNorm(i), &input, &layer.attn_norm, &dx, grads);
         dmiddle + dattn
     }
 
-    /// `y = x Wt + bias + scale (drop(x) At) Bt`: returns dx, adds the gradients of what is trained.
+    /// `y = x Wt + bias + scale (drop(x) At) Bt`: returns dx, adds the gradients of what is trained. With several ranks
+    /// dx is this rank's share of a sum where outputs are divided, its own columns where inputs are; gradients are shares
+    /// of a sum, zero where another rank is responsible.
     #[expect(
         clippy::too_many_arguments,
         reason = "a linear's whole context, used four times above"
@@ -126,22 +128,25 @@ impl Decoder {
             .shape
             .site(layer, site)
             .expect("gradients are shaped like the adapter");
+        let held = self.layout.site(layer, site);
         // dshrunk [T, R]: each part's columns of dy through its B.
         let dshrunk: Vec<Tensor> = module
             .parts
             .iter()
             .zip(&shape.parts)
             .map(|(part, shape)| {
-                let dy = dy.narrow(1, shape.columns.start, shape.width());
+                let rows = held.part(&shape.path);
+                let dy = dy.narrow(1, rows.columns.start, rows.n_rows());
                 let shrunk = shrunk.narrow(1, shape.ranks.start, shape.rank());
-                add(&grads.b(shape), matmul::tn(&dy, &shrunk) * part.scale);
+                let b = grads.b(shape).narrow(0, rows.rows.start, rows.n_rows());
+                add(&b, matmul::tn(&dy, &shrunk) * part.scale);
                 linear_backward(&dy, &part.b) * part.scale
             })
             .collect();
         let dshrunk = Tensor::cat(&dshrunk, 1);
-        let dropped =
-            |x: &Tensor| dropout.map_or_else(|| x.shallow_clone(), |dropout| dropout.apply(x, layer, site));
-        add(&grads.a(shape), matmul::tn(&dshrunk, &dropped(x)));
+        let dropped = |x: &Tensor| self.dropped(x, dropout, layer, site);
+        let a = grads.a(shape).narrow(1, held.inputs.start, held.n_inputs());
+        add(&a, matmul::tn(&dshrunk, &dropped(x)));
         dx += dropped(&linear_backward(&dshrunk, &module.a));
         dx
     }

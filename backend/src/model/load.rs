@@ -1,35 +1,65 @@
-//! Builds a decoder: from a checkpoint folder, or from parameters in training.
+//! Builds a decoder, or one rank's part of it: from a checkpoint folder, or from parameters in training.
 
+use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
+use tandem_kernels::comm::Comm;
 use tandem_kernels::rope::Rope;
 use tandem_kernels::weight::{Precision, Weight};
 use tch::{Device, Kind, Tensor};
 
 use super::full::{FullParams, Slot};
 use super::{Decoder, Layer, Linear};
+use crate::family::shard::{Layout, Shard};
 use crate::family::site::Site;
 use crate::family::{Bias, DecoderSpec, Head, read_spec};
 use crate::weights::{Checkpoint, EMBED, HEAD, LoadError};
 
+/// Rows and columns that are wanted of a checkpoint's tensor. (A vector has one column.)
+struct Piece {
+    name: String,
+    /// Of the whole tensor.
+    shape: Vec<i64>,
+    rows: Range<i64>,
+    columns: Range<i64>,
+}
+
 impl Decoder {
+    /// The whole model.
     pub fn load(folder: &Path, precision: Precision, device: Device) -> Result<Decoder, LoadError> {
-        Decoder::from_checkpoint(read_spec(folder)?, &Checkpoint::open(folder)?, precision, device)
+        let checkpoint = Checkpoint::open(folder)?;
+        Decoder::from_checkpoint(read_spec(folder)?, &checkpoint, precision, device, Comm::solo())
     }
 
+    /// This rank's part of the model, on `device`; nothing else of the checkpoint is read.
     pub fn from_checkpoint(
         spec: DecoderSpec,
         checkpoint: &Checkpoint,
         precision: Precision,
         device: Device,
+        comm: Comm,
     ) -> Result<Decoder, LoadError> {
         let head = spec.head;
-        Decoder::build(spec, precision, device, |names, shape| {
-            let rows = |rows| [&[rows][..], &shape[1..]].concat();
-            let parts = names
+        Decoder::build(spec, precision, device, comm, |pieces| {
+            let part = |piece: &Piece| {
+                let Piece {
+                    name,
+                    shape,
+                    rows,
+                    columns,
+                } = piece;
+                checkpoint.part(
+                    checkpoint.stored_name(name, head),
+                    shape,
+                    rows.clone(),
+                    columns.clone(),
+                )
+            };
+            let parts = pieces
                 .iter()
-                .map(|(name, width)| checkpoint.tensor(checkpoint.stored_name(name, head), &rows(*width)));
-            let parts = parts.collect::<Result<Vec<Tensor>, LoadError>>()?;
+                .map(part)
+                .collect::<Result<Vec<Tensor>, LoadError>>()?;
             Ok(if parts.len() == 1 {
                 parts.into_iter().next().expect("one part")
             } else {
@@ -45,60 +75,73 @@ impl Decoder {
         precision: Precision,
     ) -> Result<Decoder, LoadError> {
         let views: std::collections::HashMap<String, Tensor> = params.named().into_iter().collect();
-        Decoder::build(spec, precision, Device::Cpu, |names, _| {
+        Decoder::build(spec, precision, Device::Cpu, Comm::solo(), |pieces| {
             Ok(Tensor::cat(
-                &names.iter().map(|(name, _)| &views[name]).collect::<Vec<_>>(),
+                &pieces.iter().map(|piece| &views[&piece.name]).collect::<Vec<_>>(),
                 0,
             ))
         })
     }
 
-    /// `read(names and widths of the parts, fused shape)` gives a parameter.
+    /// `read` gives the rows of some pieces, one under the other.
     fn build(
         spec: DecoderSpec,
         precision: Precision,
         device: Device,
-        read: impl Fn(&[(String, i64)], &[i64]) -> Result<Tensor, LoadError>,
+        comm: Comm,
+        read: impl Fn(&[Piece]) -> Result<Tensor, LoadError>,
     ) -> Result<Decoder, LoadError> {
-        let vector = |name: String, n: i64| -> Result<Tensor, LoadError> {
-            Ok(read(&[(name, n)], &[n])?.to_device(device).to_kind(Kind::Float))
+        let shard = Shard {
+            rank: comm.rank(),
+            world: comm.world(),
+        };
+        let layout = Layout::new(&spec, shard)?;
+        let float = |pieces: &[Piece]| -> Result<Tensor, LoadError> {
+            Ok(read(pieces)?.to_device(device).to_kind(Kind::Float))
+        };
+        let norm = |name: String| {
+            float(&[Piece {
+                name,
+                shape: vec![spec.hidden],
+                rows: 0..spec.hidden,
+                columns: 0..1,
+            }])
         };
         let table = |name: &str| -> Result<Weight, LoadError> {
-            let dense = read(&[(name.to_owned(), spec.vocab)], &[spec.vocab, spec.hidden])?;
+            let dense = read(&[Piece {
+                name: name.to_owned(),
+                shape: vec![spec.vocab, spec.hidden],
+                rows: layout.vocabulary.clone(),
+                columns: 0..spec.hidden,
+            }])?;
             Ok(Weight::new(&dense, precision, device)?)
         };
         let linear = |layer: usize, site: Site| -> Result<Linear, LoadError> {
-            let linear = spec.site(layer, site);
-            let named = |what: &str| -> Vec<(String, i64)> {
-                linear
-                    .parts
-                    .iter()
-                    .map(|part| (format!("{}.{what}", part.path), part.width()))
-                    .collect()
-            };
-            let rows: i64 = linear.parts.iter().map(|part| part.width()).sum();
-            let weight = Weight::new(
-                &read(&named("weight"), &[rows, linear.inputs])?,
-                precision,
-                device,
-            )?;
-            let bias = match linear.bias {
-                Bias::With => Some(
-                    read(&named("bias"), &[rows])?
-                        .to_device(device)
-                        .to_kind(Kind::Float),
-                ),
+            let inputs = spec.site(layer, site).inputs;
+            let held = layout.site(layer, site);
+            let weights = held.parts.iter().map(|part| Piece {
+                name: format!("{}.weight", part.path),
+                shape: vec![part.width, inputs],
+                rows: part.rows.clone(),
+                columns: held.inputs.clone(),
+            });
+            let weight = Weight::new(&read(&weights.collect::<Vec<_>>())?, precision, device)?;
+            let biases = held.parts.iter().map(|part| Piece {
+                name: format!("{}.bias", part.path),
+                shape: vec![part.width],
+                rows: part.rows.clone(),
+                columns: 0..1,
+            });
+            let bias = match held.bias {
+                Bias::With => Some(float(&biases.collect::<Vec<_>>())?),
                 Bias::Without => None,
             };
             Ok(Linear { weight, bias })
         };
         let layer = |i: usize| -> Result<Layer, LoadError> {
             Ok(Layer {
-                attn_norm: vector(format!("model.layers.{i}.input_layernorm.weight"), spec.hidden)?,
-                mlp_norm: vector(
-                    format!("model.layers.{i}.post_attention_layernorm.weight"),
-                    spec.hidden,
-                )?,
+                attn_norm: norm(format!("model.layers.{i}.input_layernorm.weight"))?,
+                mlp_norm: norm(format!("model.layers.{i}.post_attention_layernorm.weight"))?,
                 linears: [
                     linear(i, Site::Qkv)?,
                     linear(i, Site::Output)?,
@@ -115,11 +158,13 @@ impl Decoder {
         let layers = (0..spec.layers.len())
             .map(layer)
             .collect::<Result<_, LoadError>>()?;
-        let norm = vector("model.norm.weight".to_owned(), spec.hidden)?;
+        let norm = norm("model.norm.weight".to_owned())?;
         let attn = &spec.layers[0].attn;
         let rope = Rope::new(&attn.rope, attn.head_dim, spec.max_positions, device)?;
         Ok(Decoder {
             spec,
+            layout: Arc::new(layout),
+            comm,
             precision,
             device,
             embed,
@@ -158,7 +203,7 @@ impl Decoder {
         super::full::FullShape::new(&self.spec).len() as u64
     }
 
-    /// Bytes the weights take in memory (padding included; norms and biases are left out as nothing).
+    /// Bytes this rank's weights take in memory (padding included; norms and biases are left out as nothing).
     pub fn weight_bytes(&self) -> u64 {
         let linears = self
             .layers

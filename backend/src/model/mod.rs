@@ -1,28 +1,43 @@
 //! The decoder: one forward that serves and trains, described by a [`DecoderSpec`]. Immutable while it serves;
 //! adapters stand outside and travel in the batch. Not here: what to run (core), caches' sizes (engine), loss (train).
+//!
+//! With more ranks than one each holds a part of every linear ([`crate::family::shard`]) and runs the same code. What is
+//! whole everywhere (hidden states, logits, losses) has the same bits everywhere: sums over ranks are taken in rank order.
 
 mod backward;
 pub mod full;
 mod load;
 
+use std::sync::Arc;
+
 use tandem_core::TokenId;
 use tandem_kernels::activation;
 use tandem_kernels::attention::{self, Heads, KvCache, Options, PackedOut, PagedSeq};
+use tandem_kernels::comm::Comm;
 use tandem_kernels::dropout;
 use tandem_kernels::linear::{LoraRows, linear, linear_add, linear_training};
+use tandem_kernels::loss::{
+    LogProbs, LossOut, Vocabulary, linear_cross_entropy, linear_log_probs, sharded_cross_entropy,
+    sharded_log_probs,
+};
 use tandem_kernels::norm::rms_norm;
 use tandem_kernels::rope::Rope;
 use tandem_kernels::weight::{Precision, Weight};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 pub use backward::Grads;
 
+use crate::family::shard::Layout;
 use crate::family::site::Site;
 use crate::family::{AttnSpec, DecoderSpec};
 use crate::lora::adapter::{Adapter, AdapterRows};
 
 pub struct Decoder {
+    /// Of the whole model.
     pub spec: DecoderSpec,
+    /// What this rank holds of it.
+    layout: Arc<Layout>,
+    comm: Comm,
     precision: Precision,
     device: Device,
     embed: Weight,
@@ -101,8 +116,8 @@ pub struct Dropout {
 }
 
 impl Dropout {
-    /// Each linear drops its own elements.
-    fn apply(self, x: &Tensor, layer: usize, site: Site) -> Tensor {
+    /// Each linear drops its own elements. `x` holds the linear's inputs from `column` on.
+    fn apply(self, x: &Tensor, layer: usize, site: Site, column: i64) -> Tensor {
         let stream = (layer * Site::ALL.len() + site.index()) as u64;
         dropout::apply(
             x,
@@ -112,7 +127,10 @@ impl Dropout {
                 step: self.step,
                 stream,
             },
-            self.row0,
+            dropout::Corner {
+                row: self.row0,
+                column: column as u32,
+            },
         )
     }
 }
@@ -143,12 +161,88 @@ impl Decoder {
 
     /// `[T, H]`
     pub fn embed(&self, tokens: &[TokenId]) -> Tensor {
-        self.embed.gather(tokens)
+        if self.comm.world() == 1 {
+            return self.embed.gather(tokens);
+        }
+        let held = &self.layout.vocabulary;
+        let (rows, here): (Vec<i64>, Vec<TokenId>) = (0i64..)
+            .zip(tokens)
+            .filter(|(_, token)| held.contains(&i64::from(**token)))
+            .map(|(row, token)| (row, token - held.start as TokenId))
+            .unzip();
+        let mut embedded = Tensor::zeros(
+            [tokens.len() as i64, self.spec.hidden],
+            (Kind::Float, self.device),
+        );
+        let rows = Tensor::from_slice(&rows).to_device(self.device);
+        let _ = embedded.index_copy_(0, &rows, &self.embed.gather(&here));
+        self.summed(embedded)
     }
 
-    /// Logits `[S, V]` of selected hidden rows `[S, H]`.
+    /// Logits `[S, V]` of selected hidden rows `[S, H]`, on every rank.
     pub fn head(&self, hidden: &Tensor) -> Tensor {
-        linear(&self.final_norm(hidden), self.head_weight(), None, &[])
+        let logits = linear(&self.final_norm(hidden), self.head_weight(), None, &[]);
+        let Layout { widest, .. } = *self.layout;
+        if self.comm.world() == 1 {
+            return logits;
+        }
+        // Shares of one width: the last one's may be smaller.
+        let padded = logits.constant_pad_nd([0, widest - logits.size()[1]]);
+        let all = self.comm.all_gather(&padded).permute([1, 0, 2]); // [S, world, widest]
+        let all = all.reshape([logits.size()[0], -1]);
+        all.narrow(1, 0, self.spec.vocab).contiguous()
+    }
+
+    /// Loss and gradient of rows `[R, H]` behind the final norm, the same on every rank. The gradient of the head is
+    /// added into `dweight`, where asked for (with one rank only).
+    pub fn cross_entropy(
+        &self,
+        normed: &Tensor,
+        labels: &[TokenId],
+        weights: &[f32],
+        dweight: Option<&mut Tensor>,
+    ) -> LossOut {
+        match self.vocabulary() {
+            None => linear_cross_entropy(normed, self.head_weight(), labels, weights, dweight),
+            Some(vocabulary) => {
+                assert!(dweight.is_none(), "the base is trained by one rank alone");
+                sharded_cross_entropy(normed, self.head_weight(), &vocabulary, labels, weights)
+            }
+        }
+    }
+
+    /// log p(label) of rows `[R, H]` behind the final norm, the same on every rank.
+    pub fn log_probs(&self, normed: &Tensor, labels: &[TokenId]) -> LogProbs {
+        match self.vocabulary() {
+            None => linear_log_probs(normed, self.head_weight(), labels),
+            Some(vocabulary) => sharded_log_probs(normed, self.head_weight(), &vocabulary, labels),
+        }
+    }
+
+    fn vocabulary(&self) -> Option<Vocabulary<'_>> {
+        (self.comm.world() > 1).then(|| Vocabulary {
+            comm: &self.comm,
+            start: self.layout.vocabulary.start,
+            widest: self.layout.widest,
+            total: self.spec.vocab,
+        })
+    }
+
+    /// The sum over ranks of what each computed from its part.
+    fn summed(&self, mut x: Tensor) -> Tensor {
+        if self.comm.world() > 1 {
+            self.comm.all_reduce(&mut x);
+        }
+        x
+    }
+
+    /// Sums `x` over ranks in place, wherever it is kept.
+    pub fn sum_over_ranks(&self, x: &Tensor) {
+        if self.comm.world() > 1 {
+            let sum = self.summed(x.to_device(self.device));
+            x.shallow_clone().copy_(&sum);
+            self.comm.check();
+        }
     }
 
     /// What the head multiplies `[S, H]`.
@@ -156,8 +250,8 @@ impl Decoder {
         rms_norm(hidden, &self.norm, self.spec.norm_eps)
     }
 
-    /// `[V, H]`
-    pub fn head_weight(&self) -> &Weight {
+    /// `[v, H]`: this rank's rows.
+    fn head_weight(&self) -> &Weight {
         self.head.as_ref().unwrap_or(&self.embed)
     }
 
@@ -169,6 +263,12 @@ impl Decoder {
     }
     pub fn device(&self) -> Device {
         self.device
+    }
+    pub fn layout(&self) -> &Arc<Layout> {
+        &self.layout
+    }
+    pub fn comm(&self) -> &Comm {
+        &self.comm
     }
 
     pub fn layer(&self, i: usize, hidden: Tensor, batch: &Batch) -> Tensor {
@@ -232,7 +332,7 @@ impl Decoder {
 
     /// How a pre-norm layer is wired, for every kind of pass.
     fn wire(&self, i: usize, hidden: Tensor, positions: &[i64], pass: &mut impl Pass) -> Tensor {
-        let (layer, attn) = (&self.layers[i], &self.spec.layers[i].attn);
+        let (layer, attn) = (&self.layers[i], &self.layout.local.layers[i].attn);
         let x = rms_norm(&hidden, &layer.attn_norm, self.spec.norm_eps);
         let qkv = pass.project(Site::Qkv, &x); // [T, (heads + 2 kv_heads) D]
         let (q, k, v) = split_qkv(&qkv, attn);
@@ -240,13 +340,27 @@ impl Decoder {
         self.rope.apply(&k, positions);
         let attended = pass.attend(&q, &k, &v, attn); // [T, heads D]
         pass.keep_qkv(qkv);
-        let hidden = pass.project_add(Site::Output, &attended, hidden);
+        let hidden = self.summed(pass.project_add(Site::Output, &attended, hidden));
         pass.keep_middle(&hidden);
         let x = rms_norm(&hidden, &layer.mlp_norm, self.spec.norm_eps);
         let gate_up = pass.project(Site::GateUp, &x); // [T, 2 I]
-        let activated = activation::gated(&gate_up, self.spec.layers[i].mlp.activation); // [T, I]
+        let activated = activation::gated(&gate_up, self.layout.local.layers[i].mlp.activation); // [T, I]
         pass.keep_gate_up(gate_up);
-        pass.project_add(Site::Down, &activated, hidden)
+        self.summed(pass.project_add(Site::Down, &activated, hidden))
+    }
+
+    /// A residual is in the sum over ranks once: rank 0 brings it.
+    fn brings_residual(&self) -> bool {
+        self.comm.rank() == 0
+    }
+
+    /// A LoRA branch's input.
+    fn dropped(&self, x: &Tensor, dropout: Option<Dropout>, layer: usize, site: Site) -> Tensor {
+        let column = self.layout.site(layer, site).inputs.start;
+        match dropout {
+            Some(dropout) => dropout.apply(x, layer, site, column),
+            None => x.shallow_clone(),
+        }
     }
 
     fn linear_of(&self, layer: usize, site: Site) -> &Linear {
@@ -257,7 +371,7 @@ impl Decoder {
 /// What differs between serving a layer and saving it for a backward: LoRA, attention, what is kept.
 trait Pass {
     fn project(&mut self, site: Site, x: &Tensor) -> Tensor;
-    /// `residual + project(x)`
+    /// `residual + project(x)`; with several ranks its parts, to be summed
     fn project_add(&mut self, site: Site, x: &Tensor, residual: Tensor) -> Tensor;
     fn attend(&mut self, q: &Tensor, k: &Tensor, v: &Tensor, attn: &AttnSpec) -> Tensor;
     fn keep_qkv(&mut self, _qkv: Tensor) {}
@@ -292,6 +406,9 @@ impl<F: FnMut(&Tensor, &Tensor, &Tensor, &AttnSpec) -> Tensor> Pass for Serving<
     }
 
     fn project_add(&mut self, site: Site, x: &Tensor, mut residual: Tensor) -> Tensor {
+        if !self.decoder.brings_residual() {
+            return self.project(site, x);
+        }
         let Linear { weight, bias } = self.decoder.linear_of(self.layer, site);
         linear_add(x, weight, bias.as_ref(), &self.lora_rows(site), &mut residual);
         residual
@@ -326,13 +443,10 @@ impl Pass for Saving<'_> {
             return linear(x, weight, bias.as_ref(), &[]);
         };
         let (y, shrunk) = match dropout {
-            Some(dropout) => linear_training(
-                x,
-                weight,
-                bias.as_ref(),
-                module,
-                &dropout.apply(x, self.layer, site),
-            ),
+            Some(_) => {
+                let dropped = self.decoder.dropped(x, dropout, self.layer, site);
+                linear_training(x, weight, bias.as_ref(), module, &dropped)
+            }
             None => linear_training(x, weight, bias.as_ref(), module, x),
         };
         self.shrunk[site.index()] = Some(shrunk);
@@ -340,7 +454,10 @@ impl Pass for Saving<'_> {
     }
 
     fn project_add(&mut self, site: Site, x: &Tensor, residual: Tensor) -> Tensor {
-        residual + self.project(site, x)
+        match self.decoder.brings_residual() {
+            true => residual + self.project(site, x),
+            false => self.project(site, x),
+        }
     }
 
     fn attend(&mut self, q: &Tensor, k: &Tensor, v: &Tensor, attn: &AttnSpec) -> Tensor {

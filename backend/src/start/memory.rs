@@ -71,6 +71,14 @@ pub enum Free {
 }
 
 impl Free {
+    /// What is left for each of the ranks that share it. (On GPUs every rank has its own.)
+    pub fn share(self, ranks: usize) -> Free {
+        match self {
+            Free::Host(bytes) => Free::Host(bytes / ranks as u64),
+            own => own,
+        }
+    }
+
     pub fn on(device: Device) -> Free {
         match device {
             Device::Cpu => {

@@ -2,6 +2,11 @@
 //! forward or backward), so that requests are served between them. The same steps train a LoRA adapter beside the
 //! served base and, for `tandem train`, every parameter of a model of its own.
 //!
+//! With several ranks each runs the same quanta over its part of the model. An adapter's numbers, gradients and moments
+//! are whole on every rank: a rank's backward fills what it is responsible for, one sum over ranks makes the gradient,
+//! and AdamW takes the same step everywhere. Files are rank 0's, and say nothing of ranks: a job may go on under another
+//! number of them.
+//!
 //! Not here: when to train (pace), jobs' queue and names (router).
 
 pub mod data;
@@ -13,6 +18,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
 use tandem_core::dataset::{self, Example};
 use tandem_core::id::AdapterRef;
 use tandem_core::job::{Hyper, JobEvent, JobSpec, Lora, Method, StepReport, files};
@@ -56,14 +62,54 @@ pub enum TrainError {
 #[derive(Default)]
 pub struct Quantum {
     pub events: Vec<JobEvent>,
-    /// A new adapter version: on disk, and ready to answer.
-    pub published: Option<(AdapterRef, Arc<Adapter>)>,
+    pub published: Option<Published>,
     /// The last quantum of the run.
     pub finished: bool,
 }
 
+/// A new adapter version, packed to answer.
+pub struct Published {
+    /// As it lies on disk; `None` on a rank that writes no files.
+    pub version: Option<AdapterRef>,
+    pub adapter: Arc<Adapter>,
+}
+
+/// What a job starts from: the contents of its folder.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Inputs {
+    train: Vec<u8>,
+    valid: Option<Vec<u8>>,
+    state: Option<Vec<u8>>,
+}
+
+impl Inputs {
+    pub fn read(folder: &Path) -> Result<Inputs, TrainError> {
+        let read = |file: &str| {
+            std::fs::read(folder.join(file)).map_err(|error| TrainError::File {
+                file: file.to_owned(),
+                error,
+            })
+        };
+        let read_if_there = |file: &str| folder.join(file).exists().then(|| read(file)).transpose();
+        Ok(Inputs {
+            train: read(files::TRAIN)?,
+            valid: read_if_there(files::VALID)?,
+            state: read_if_there(files::STATE)?,
+        })
+    }
+}
+
+/// A rank's part in a job's files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Desk {
+    /// Writes states and PEFT folders: rank 0.
+    Writes,
+    Follows,
+}
+
 pub struct Trainer {
     spec: JobSpec,
+    desk: Desk,
     subject: Subject,
     grads: Grads,
     moment1: Tensor,
@@ -124,6 +170,17 @@ enum Stage {
 impl Trainer {
     /// Reads the job's folder; goes on from its state when there is one.
     pub fn start(spec: JobSpec, base: &Decoder) -> Result<Trainer, TrainError> {
+        let inputs = Inputs::read(&spec.folder)?;
+        Trainer::start_with(spec, &inputs, base, Desk::Writes)
+    }
+
+    /// From the contents of the job's folder, which other ranks do not see.
+    pub fn start_with(
+        spec: JobSpec,
+        inputs: &Inputs,
+        base: &Decoder,
+        desk: Desk,
+    ) -> Result<Trainer, TrainError> {
         let Method::Lora(lora) = spec.hyper.method.clone() else {
             return Err(TrainError::Data(
                 "full training changes the base; only `tandem train` does it".to_owned(),
@@ -139,18 +196,14 @@ impl Trainer {
             return Err(TrainError::Data(message));
         }
         let params = AdapterParams::init(shape, spec.hyper.seed);
-        let adapter = Adapter::new(&params, base.precision(), base.device())?;
+        let adapter = packed(&params, base)?;
         let grads = Grads::Lora(AdapterParams::zeros(params.shape.clone()));
-        Trainer::new(
-            spec,
-            &base.spec,
-            Subject::Lora {
-                lora,
-                params,
-                adapter,
-            },
-            grads,
-        )
+        let subject = Subject::Lora {
+            lora,
+            params,
+            adapter,
+        };
+        Trainer::new(spec, desk, inputs, &base.spec, subject, grads)
     }
 
     /// Trains every parameter of the model in `model_folder` (drawn at random when it has no weights), in float32.
@@ -160,19 +213,23 @@ impl Trainer {
         let precision = tandem_kernels::weight::Precision::F32;
         let decoder = Box::new(Decoder::from_params(decoder_spec.clone(), &params, precision)?);
         let grads = Grads::Full(FullParams::zeros(params.shape.clone()));
-        Trainer::new(spec, &decoder_spec, Subject::Full { params, decoder }, grads)
+        let inputs = Inputs::read(&spec.folder)?;
+        let subject = Subject::Full { params, decoder };
+        Trainer::new(spec, Desk::Writes, &inputs, &decoder_spec, subject, grads)
     }
 
     fn new(
         spec: JobSpec,
+        desk: Desk,
+        inputs: &Inputs,
         decoder: &DecoderSpec,
         subject: Subject,
         grads: Grads,
     ) -> Result<Trainer, TrainError> {
-        let train = read_examples(&spec.folder, files::TRAIN, decoder)?;
-        let valid = match spec.folder.join(files::VALID).exists() {
-            true => read_examples(&spec.folder, files::VALID, decoder)?,
-            false => vec![],
+        let train = examples(&inputs.train, files::TRAIN, decoder)?;
+        let valid = match &inputs.valid {
+            Some(bytes) => examples(bytes, files::VALID, decoder)?,
+            None => vec![],
         };
         if train.iter().all(|example| example.label_tokens() == 0) {
             return Err(TrainError::Data(format!(
@@ -194,8 +251,10 @@ impl Trainer {
             step_began: Instant::now(),
             train,
             spec,
+            desk,
         };
-        if let Some((progress, tensors)) = state::read(&trainer.spec.folder)? {
+        if let Some(bytes) = &inputs.state {
+            let (progress, tensors) = state::parse(bytes)?;
             trainer.resume(progress, tensors)?;
         }
         Ok(trainer)
@@ -261,6 +320,9 @@ impl Trainer {
                 tokens,
             } => self.accumulate(base, slices, pass, scores, weight, tokens)?,
             Stage::Optimize { scores, tokens } => {
+                if let Some(base) = base {
+                    base.sum_over_ranks(self.grads.flat());
+                }
                 quantum
                     .events
                     .push(JobEvent::Step(self.optimize(&scores, tokens)?));
@@ -492,14 +554,19 @@ impl Trainer {
     fn save(&mut self, quantum: &mut Quantum, base: Option<&Decoder>) -> Result<(), TrainError> {
         if let Subject::Lora { .. } = self.subject {
             let name = format!("{}{}", files::CHECKPOINT, self.step);
-            let (adapter, packed) = self.publish(&name, base)?;
-            quantum.published = Some((adapter.clone(), packed));
-            quantum.events.push(JobEvent::Checkpoint {
-                step: self.step,
-                adapter,
-            });
+            let published = self.publish(&name, base)?;
+            quantum
+                .events
+                .extend(published.version.clone().map(|adapter| JobEvent::Checkpoint {
+                    step: self.step,
+                    adapter,
+                }));
+            quantum.published = Some(published);
         }
-        self.remember()
+        match self.desk {
+            Desk::Writes => self.remember(),
+            Desk::Follows => Ok(()),
+        }
     }
 
     /// Writes the state only: what a clean stop does, so that no step is done twice.
@@ -525,22 +592,30 @@ impl Trainer {
     fn finish(&mut self, quantum: &mut Quantum, base: Option<&Decoder>) -> Result<(), TrainError> {
         quantum.finished = true;
         if let Subject::Lora { .. } = self.subject {
-            let (adapter, packed) = self.publish(files::ADAPTER, base)?;
-            quantum.published = Some((adapter.clone(), packed));
-            quantum.events.push(JobEvent::Finished {
-                adapter,
-                trained_tokens: self.trained_tokens,
-            });
+            let published = self.publish(files::ADAPTER, base)?;
+            quantum
+                .events
+                .extend(published.version.clone().map(|adapter| JobEvent::Finished {
+                    adapter,
+                    trained_tokens: self.trained_tokens,
+                }));
+            quantum.published = Some(published);
         }
         Ok(())
     }
 
-    /// Writes the adapter as the PEFT folder `name` and packs a copy to serve.
-    fn publish(&self, name: &str, base: Option<&Decoder>) -> Result<(AdapterRef, Arc<Adapter>), TrainError> {
+    /// Packs a copy of the adapter to serve, and writes it as the PEFT folder `name`, where that is this rank's to do.
+    fn publish(&self, name: &str, base: Option<&Decoder>) -> Result<Published, TrainError> {
         let Subject::Lora { lora, params, .. } = &self.subject else {
             unreachable!("full training publishes nothing")
         };
-        let base = base.expect("LoRA trains beside a base");
+        let adapter = Arc::new(packed(params, base.expect("LoRA trains beside a base"))?);
+        if self.desk == Desk::Follows {
+            return Ok(Published {
+                version: None,
+                adapter,
+            });
+        }
         let config = PeftConfig {
             base_model: &self.spec.base_model,
             lora,
@@ -550,8 +625,10 @@ impl Trainer {
         })?;
         let folder = self.spec.folder.join(name);
         let digest = peft::digest(&folder)?;
-        let adapter = Adapter::new(params, base.precision(), base.device())?;
-        Ok((AdapterRef { digest, folder }, Arc::new(adapter)))
+        Ok(Published {
+            version: Some(AdapterRef { digest, folder }),
+            adapter,
+        })
     }
 
     /// The bytes of the trained model's model.safetensors, after full training.
@@ -572,12 +649,17 @@ impl Subject {
     }
 }
 
-fn read_examples(folder: &Path, file: &str, spec: &DecoderSpec) -> Result<Vec<Example>, TrainError> {
-    let bytes = std::fs::read(folder.join(file)).map_err(|error| TrainError::File {
-        file: file.to_owned(),
-        error,
-    })?;
-    let examples = dataset::decode(&bytes).map_err(|error| TrainError::Data(format!("{file}: {error}")))?;
+fn packed(params: &AdapterParams, base: &Decoder) -> Result<Adapter, TrainError> {
+    Ok(Adapter::new(
+        params,
+        base.layout(),
+        base.precision(),
+        base.device(),
+    )?)
+}
+
+fn examples(bytes: &[u8], file: &str, spec: &DecoderSpec) -> Result<Vec<Example>, TrainError> {
+    let examples = dataset::decode(bytes).map_err(|error| TrainError::Data(format!("{file}: {error}")))?;
     for (number, example) in examples.iter().enumerate() {
         if let Some(token) = example
             .tokens

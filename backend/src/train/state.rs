@@ -55,35 +55,27 @@ pub fn write(folder: &Path, progress: &Progress, tensors: &Tensors) -> Result<()
     replace(folder, files::STATE, &file)
 }
 
-/// `None` when the job has not got so far.
-pub fn read(folder: &Path) -> Result<Option<(Progress, Tensors)>, TrainError> {
-    let path = folder.join(files::STATE);
-    if !path.exists() {
-        return Ok(None);
-    }
+/// The bytes of a state.safetensors.
+pub fn parse(bytes: &[u8]) -> Result<(Progress, Tensors), TrainError> {
     let damaged = |why: String| TrainError::State(format!("{}: {why}", files::STATE));
-    let bytes = fs::read(&path).map_err(|error| TrainError::File {
-        file: files::STATE.to_owned(),
-        error,
-    })?;
-    let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(|error| damaged(error.to_string()))?;
+    let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| damaged(error.to_string()))?;
     let progress = metadata.metadata().as_ref().and_then(|map| map.get(METADATA));
     let progress = progress.ok_or_else(|| damaged("is not a job's state".to_owned()))?;
     let progress = serde_json::from_str(progress).map_err(|error| damaged(error.to_string()))?;
-    let tensors = SafeTensors::deserialize(&bytes).map_err(|error| damaged(error.to_string()))?;
+    let tensors = SafeTensors::deserialize(bytes).map_err(|error| damaged(error.to_string()))?;
     let [params, moment1, moment2] = TENSORS.map(|name| {
         let view = tensors.tensor(name).map_err(|error| damaged(error.to_string()))?;
         let shape: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
         Tensor::f_from_data_size(view.data(), &shape, Kind::Float).map_err(|error| damaged(error.to_string()))
     });
-    Ok(Some((
+    Ok((
         progress,
         Tensors {
             params: params?,
             moment1: moment1?,
             moment2: moment2?,
         },
-    )))
+    ))
 }
 
 /// Replaces `folder`/`name` whole: temporary file, sync, rename, sync of the folder.

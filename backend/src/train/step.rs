@@ -3,7 +3,7 @@
 use std::ops::Add;
 
 use tandem_core::job::{Hyper, Method};
-use tandem_kernels::loss::{LogProbs, linear_cross_entropy, linear_log_probs};
+use tandem_kernels::loss::LogProbs;
 use tch::{Device, Tensor};
 
 use super::data::Slice;
@@ -209,7 +209,7 @@ pub fn score(decoder: &Decoder, adapter: Option<&Adapter>, slice: &Slice) -> Sco
         return Scores::default();
     };
     let normed = decoder.final_norm(&hidden.index_select(0, &labels.rows));
-    let LogProbs { log_probs, correct } = linear_log_probs(&normed, decoder.head_weight(), &labels.tokens);
+    let LogProbs { log_probs, correct } = decoder.log_probs(&normed, &labels.tokens);
     let loss = log_probs
         .iter()
         .zip(&labels.weights)
@@ -232,8 +232,9 @@ fn loss(slice: &Slice, hidden: &Tensor, context: &Context, grads: &mut Grads) ->
         })),
         Grads::Lora(_) => None,
     };
-    let head = context.decoder.head_weight();
-    let out = linear_cross_entropy(&normed, head, &labels.tokens, &labels.weights, dweight.as_mut());
+    let out = context
+        .decoder
+        .cross_entropy(&normed, &labels.tokens, &labels.weights, dweight.as_mut());
     let drows = context.decoder.final_norm_backward(&rows, &out.dhidden, grads);
     let dhidden = dhidden.index_copy(0, &labels.rows, &drows);
     (dhidden, labels.scores(out.loss_sum, out.correct, context.weight))
@@ -308,6 +309,6 @@ fn keeps_all(slice: &Slice, decoder: &Decoder) -> bool {
             + layer.attn.heads * layer.attn.head_dim
             + 2 * layer.mlp.inner
     };
-    let per_token: i64 = decoder.spec.layers.iter().map(numbers).sum();
+    let per_token: i64 = decoder.layout().local.layers.iter().map(numbers).sum();
     4 * per_token * slice.tokens.len() as i64 <= KEEP_BYTES
 }

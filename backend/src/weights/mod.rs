@@ -2,13 +2,14 @@
 //! memory-mapped and a tensor is read when it is asked for. Not here: what the tensors mean.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 use tandem_core::id::Digest;
-use tandem_kernels::mapped::MappedFile;
+use tandem_kernels::mapped::{Block, MappedFile};
 use tch::{Kind, Tensor};
 
 use crate::family::Head;
@@ -24,6 +25,9 @@ pub enum LoadError {
     Weights { file: String, message: String },
     #[error("{0}")]
     Option(String),
+    /// A rank went away, or never came.
+    #[error("{0}")]
+    Lost(String),
     #[error(transparent)]
     Kernel(#[from] tandem_kernels::KernelError),
 }
@@ -132,8 +136,32 @@ impl Checkpoint {
         }
     }
 
-    /// The tensor as stored (bf16, f16 or f32), a view of the mapped file: convert or pack it, do not keep it.
+    /// The tensor as stored (bf16, f16 or f32): convert or pack it, do not keep it.
     pub fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor, LoadError> {
+        let (entry, mapped, kind) = self.find(name, shape)?;
+        Ok(mapped.tensor(entry.start..entry.end, kind, shape)?)
+    }
+
+    /// Some rows of a vector, or some rows and columns of a matrix, whose whole shape is `shape`; nothing else is read.
+    pub fn part(
+        &self,
+        name: &str,
+        shape: &[i64],
+        rows: Range<i64>,
+        columns: Range<i64>,
+    ) -> Result<Tensor, LoadError> {
+        let (entry, mapped, kind) = self.find(name, shape)?;
+        let width = shape[1..].iter().product::<i64>();
+        let columns = if shape.len() == 1 { 0..1 } else { columns };
+        let block = Block {
+            rows: rows.start as usize..rows.end as usize,
+            columns: columns.start as usize..columns.end as usize,
+        };
+        let part = mapped.block(entry.start, kind, width as usize, block)?;
+        Ok(if shape.len() == 1 { part.view([-1]) } else { part })
+    }
+
+    fn find(&self, name: &str, shape: &[i64]) -> Result<(&Entry, &MappedFile, Kind), LoadError> {
         let Some(entry) = self.tensors.get(name) else {
             let file = self
                 .files
@@ -165,7 +193,7 @@ impl Checkpoint {
                 entry.dtype
             ))
         })?;
-        Ok(mapped.tensor(entry.start..entry.end, kind, shape)?)
+        Ok((entry, mapped, kind))
     }
 
     /// The dtype most bytes are stored in.

@@ -46,6 +46,7 @@ pub(crate) fn info() -> ReplicaInfo {
         dtype: "float32".to_owned(),
         device: "cpu".to_owned(),
         parameters: 0,
+        tensor_parallel_size: 1,
         weight_bytes: 0,
         kv_blocks: 0,
         block_size: 16,

@@ -24,6 +24,7 @@ use crate::cli::{ArtifactOptions, Backend, ProcessOptions};
 use crate::config::Chosen;
 use crate::listen::{self, Signals};
 use crate::metrics::Metrics;
+use crate::ranks::{self, Followed};
 use hooks::Kept;
 
 /// What the engine may need to write a running job's state at the end.
@@ -45,13 +46,18 @@ pub fn run(options: Backend, chosen: &[Chosen]) -> Result<()> {
             config: _,
         },
     } = options;
+    let started = ranks::started()?;
+    if let Followed::ToTheEnd = ranks::followed(&model, &started, &data_dir)? {
+        return Ok(());
+    }
     let listener = listen::bind(address).with_context(|| format!("cannot listen on {address}"))?;
     let address = listener.local_addr().context("the socket has no address")?;
     edge::make_data_dir(&data_dir)?;
     let artifacts = Artifacts::open(artifact_url.as_deref(), &data_dir).context("the artifact store")?;
     let (folder, name) = replica::model(&model, &data_dir)?;
     let files = ModelFiles::read(&folder).context("the model's files")?;
-    let replica = tandem_backend::start(replica::engine_options(&model, &folder)?).context("the model")?;
+    let engine = replica::engine_options(&model, &folder, ranks::team(&model, started)?)?;
+    let replica = tandem_backend::start(engine).context("the model")?;
     let metrics = Metrics::new(&name, replica.info.max_loras).context("the metrics")?;
     let service = Service::new(replica.clone(), Kept(artifacts), &files, &name);
     runtime()?.block_on(async {

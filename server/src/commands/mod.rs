@@ -1,8 +1,8 @@
 //! The commands that run until a signal, one file each, and what they share. Not here: how anything works.
 
 pub mod backend;
-mod edge;
-mod replica;
+pub mod edge;
+pub mod replica;
 pub mod router;
 pub mod serve;
 

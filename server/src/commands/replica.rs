@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
+use tandem_backend::ranks::Team;
 use tandem_router::fleet::{Made, Member};
 use tandem_rpc::ModelFiles;
 
@@ -32,8 +33,9 @@ pub fn model(options: &ModelOptions, data_dir: &Path) -> Result<(PathBuf, String
 }
 
 /// What was not asked is the backend's to choose.
-pub fn engine_options(options: &ModelOptions, folder: &Path) -> Result<tandem_backend::Options> {
+pub fn engine_options(options: &ModelOptions, folder: &Path, team: Team) -> Result<tandem_backend::Options> {
     let mut engine = tandem_backend::Options::new(folder.to_owned());
+    engine.team = team;
     engine.device = tandem_backend::words::device(&options.device)?;
     engine.dtype = options.dtype.parse()?;
     engine.max_model_len = options.max_model_len;

@@ -11,6 +11,7 @@ use super::edge::{self, Door, Edge};
 use super::{log, replica, runtime};
 use crate::cli::Serve;
 use crate::config::Chosen;
+use crate::ranks::{self, Followed};
 
 pub fn run(options: Serve, chosen: &[Chosen]) -> Result<()> {
     log(chosen);
@@ -20,11 +21,16 @@ pub fn run(options: Serve, chosen: &[Chosen]) -> Result<()> {
         state,
         process,
     } = options;
+    let started = ranks::started()?;
+    if let Followed::ToTheEnd = ranks::followed(&model, &started, &state.artifacts.data_dir)? {
+        return Ok(());
+    }
     let door = Door::open(SocketAddr::new(options.host, options.port))?;
     edge::make_data_dir(&state.artifacts.data_dir)?;
     let (folder, name) = replica::model(&model, &state.artifacts.data_dir)?;
     let tokenizer = Tokenizer::from_folder(&folder).context("the model's tokenizer")?;
-    let member = replica::member(replica::engine_options(&model, &folder)?, name.clone())?;
+    let engine = replica::engine_options(&model, &folder, ranks::team(&model, started)?)?;
+    let member = replica::member(engine, name.clone())?;
     runtime()?.block_on(async {
         edge::run(Edge {
             door,

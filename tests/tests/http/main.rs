@@ -7,4 +7,5 @@ mod fine_tuning;
 mod fleet;
 mod inference;
 mod lifecycle;
+mod ranks;
 mod server;

@@ -38,6 +38,15 @@ impl Server {
 
     /// On the data folder of a server that was killed.
     pub fn start_in(data: Arc<tempfile::TempDir>, flags: &[&str]) -> Server {
+        Server::start_with(data, &[], flags)
+    }
+
+    /// With variables of its own.
+    pub fn start_with(
+        data: Arc<tempfile::TempDir>,
+        variables: &[(String, String)],
+        flags: &[&str],
+    ) -> Server {
         let model = std::env::var("TANDEM_TEST_MODEL").ok();
         let model = model.iter().flat_map(|model| ["--model", model]);
         let args: Vec<&str> = ["serve", "--port", "0"]
@@ -45,7 +54,7 @@ impl Server {
             .chain(flags.iter().copied())
             .chain(model)
             .collect();
-        let mut server = Server::spawn(data, "log", &args);
+        let mut server = Server::spawn(data, "log", variables, &args);
         if !flags.contains(&"--api-key") {
             server.base = client::get(server.address, "/v1/models").ok()["data"][0].clone();
         }
@@ -54,7 +63,7 @@ impl Server {
 
     /// One replica. `listen`: its address, or port 0.
     pub fn backend(data: Arc<tempfile::TempDir>, log: &str, listen: &str) -> Server {
-        Server::spawn(data, log, &["backend", "--listen", listen])
+        Server::spawn(data, log, &[], &["backend", "--listen", listen])
     }
 
     pub fn router(data: Arc<tempfile::TempDir>, backends: &[SocketAddr]) -> Server {
@@ -65,17 +74,24 @@ impl Server {
         let mut server = Server::spawn(
             data,
             "log",
+            &[],
             &["router", "--port", "0", "--backend", &urls.join(",")],
         );
         server.base = client::get(server.address, "/v1/models").ok()["data"][0].clone();
         server
     }
 
-    fn spawn(data: Arc<tempfile::TempDir>, log: &str, args: &[&str]) -> Server {
+    fn spawn(
+        data: Arc<tempfile::TempDir>,
+        log: &str,
+        variables: &[(String, String)],
+        args: &[&str],
+    ) -> Server {
         let log = data.path().join(log);
         let mut child = command(args)
             .arg("--data-dir")
             .arg(data.path().join("data"))
+            .envs(variables.iter().cloned())
             .stdout(Stdio::piped())
             .stderr(std::fs::File::create(&log).unwrap())
             .spawn()

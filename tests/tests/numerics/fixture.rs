@@ -95,7 +95,8 @@ impl Fixture {
 
     pub fn adapter(&self, name: &str, decoder: &Decoder) -> Adapter {
         let params = self.adapter_params(name, decoder);
-        Adapter::new(&params, decoder.precision(), decoder.device()).expect("an adapter that was read packs")
+        Adapter::new(&params, decoder.layout(), decoder.precision(), decoder.device())
+            .expect("an adapter that was read packs")
     }
 }
 

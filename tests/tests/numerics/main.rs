@@ -4,6 +4,7 @@
 mod equivalence;
 mod fixture;
 mod golden;
+mod ranks;
 mod resume;
 mod run;
 mod story;

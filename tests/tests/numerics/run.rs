@@ -99,7 +99,7 @@ pub struct Pages {
 
 impl Pages {
     pub fn new(decoder: &Decoder, sequences: usize, longest: usize) -> Pages {
-        let attn = &decoder.spec.layers[0].attn;
+        let attn = &decoder.layout().local.layers[0].attn;
         let blocks = longest.div_ceil(BLOCK_SIZE);
         let shape = CacheShape {
             layers: decoder.n_layers(),

@@ -1,0 +1,178 @@
+//! What all ranks do between meeting and serving: agree on what is loaded, each read its part, agree on the cache. Not
+//! here: options (start), who started whom (team).
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+use tandem_core::id::Digest;
+use tandem_kernels::attention::KvCache;
+use tandem_kernels::comm::Comm;
+use tandem_kernels::weight::Precision;
+use tch::{Device, Kind, Tensor};
+use tracing::info;
+
+use super::{decode, encode};
+use crate::family::DecoderSpec;
+use crate::model::Decoder;
+use crate::start::memory::{Free, KvDemand};
+use crate::start::{cache_shape, selftest};
+use crate::weights::{Checkpoint, LoadError};
+
+/// What rank 0 decides for all.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Plan {
+    /// Ranks of the same machine read it; others have their own copy.
+    pub model_folder: PathBuf,
+    pub bf16: bool,
+    pub max_num_seqs: u32,
+    pub max_model_len: u32,
+    /// Of each rank.
+    pub kv_cache_bytes: Option<u64>,
+}
+
+/// One rank, loaded.
+pub struct Ready {
+    pub decoder: Decoder,
+    pub cache: KvCache,
+    pub base_digest: Digest,
+    pub blocks: u32,
+    /// Of all ranks.
+    pub weight_bytes: u64,
+}
+
+/// Where a rank computes.
+pub(super) struct Place {
+    pub device: Device,
+    /// Ranks that share this machine's memory.
+    pub local_world: usize,
+}
+
+impl Plan {
+    fn announce(&self, comm: &Comm) {
+        if comm.world() > 1 {
+            comm.broadcast(encode(self));
+        }
+    }
+
+    pub(super) fn heard(comm: &Comm) -> Plan {
+        decode(&comm.broadcast(vec![]))
+    }
+
+    fn precision(&self) -> Precision {
+        if self.bf16 {
+            Precision::Bf16
+        } else {
+            Precision::F32
+        }
+    }
+}
+
+/// Rank 0's copy of a checkpoint is hashed by rank 0, another machine's by one of its ranks.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Copy {
+    SameAsRank0,
+    Own,
+}
+
+/// Rank 0's side: says what is to be done, and does its part.
+///
+/// # Panics
+/// When a rank is lost meanwhile.
+pub fn lead(
+    plan: &Plan,
+    spec: DecoderSpec,
+    checkpoint: &Checkpoint,
+    device: Device,
+    local_world: usize,
+    comm: Comm,
+) -> Result<Ready, LoadError> {
+    let place = Place { device, local_world };
+    plan.announce(&comm);
+    load(plan, spec, checkpoint, &place, Copy::Own, comm)
+}
+
+/// The same on every rank, in the same order.
+pub(super) fn load(
+    plan: &Plan,
+    spec: DecoderSpec,
+    checkpoint: &Checkpoint,
+    place: &Place,
+    copy: Copy,
+    comm: Comm,
+) -> Result<Ready, LoadError> {
+    let began = Instant::now();
+    let Place { device, local_world } = *place;
+    let precision = plan.precision();
+    if device != Device::Cpu {
+        selftest::run(device, &comm)?;
+    }
+    let (decoder, own_digest) = std::thread::scope(|scope| {
+        // Reads every byte once more, on another core than the one that packs them.
+        let digest = (copy == Copy::Own).then(|| scope.spawn(|| checkpoint.digest()));
+        let decoder = Decoder::from_checkpoint(spec, checkpoint, precision, device, comm.clone())?;
+        let digest = digest.map(|digest| digest.join().expect("hashing does not panic"));
+        Ok::<_, LoadError>((decoder, digest.transpose()?))
+    })?;
+    // Nobody waits for the others' disks with a limit.
+    comm.meet();
+    let base_digest = agreed(own_digest, &comm)?;
+    let local = &decoder.layout().local;
+    let demand = KvDemand {
+        max_num_seqs: plan.max_num_seqs,
+        max_model_len: plan.max_model_len,
+        block_bytes: cache_shape(local, 1).block_bytes(precision),
+    };
+    let fit = demand.blocks(plan.kv_cache_bytes, Free::on(device).share(local_world))?;
+    let ours = Tensor::from_slice(&[i64::from(fit), decoder.weight_bytes() as i64]).to_device(device);
+    let all = comm.all_gather(&ours).to_device(Device::Cpu).to_kind(Kind::Int64); // [world, 2]
+    let blocks = all.select(1, 0).min().int64_value(&[]) as u32;
+    let weight_bytes = all.select(1, 1).sum(Kind::Int64).int64_value(&[]) as u64;
+    let cache = KvCache::new(cache_shape(local, blocks as usize), precision, device)?;
+    if comm.world() > 1 {
+        info!(
+            rank = comm.rank(),
+            ranks = comm.world(),
+            ?device,
+            weight_bytes = decoder.weight_bytes(),
+            kv_bytes = cache.bytes(),
+            load_ms = began.elapsed().as_millis() as u64,
+            "rank ready"
+        );
+    }
+    Ok(Ready {
+        decoder,
+        cache,
+        base_digest,
+        blocks,
+        weight_bytes,
+    })
+}
+
+/// Rank 0's digest, if this rank's copy is the same.
+fn agreed(own: Option<Digest>, comm: &Comm) -> Result<Digest, LoadError> {
+    let digest: Digest = match comm.rank() {
+        0 => {
+            let digest = own.expect("rank 0 hashes its copy");
+            if comm.world() > 1 {
+                comm.broadcast(encode(&digest));
+            }
+            digest
+        }
+        _ => decode(&comm.broadcast(vec![])),
+    };
+    match own {
+        Some(own) if own != digest => Err(LoadError::Option(format!(
+            "rank {}'s copy of the model is {}, rank 0's is {}",
+            comm.rank(),
+            own.short(),
+            digest.short()
+        ))),
+        _ => Ok(digest),
+    }
+}
+
+/// A folder as rank 0 named it, or this machine's own.
+pub(super) fn folder<'a>(plan: &'a Plan, own: Option<&'a Path>) -> &'a Path {
+    own.unwrap_or(&plan.model_folder)
+}
