@@ -180,9 +180,9 @@ async fn a_request_goes_where_its_beginning_or_its_adapter_is() {
         kv_blocks_total: 1000,
         ..Stats::default()
     };
-    engines
-        .each_ref()
-        .map(|engine| engine.stats.send_replace(room.clone()));
+    for engine in &engines {
+        engine.stats.send_replace(room.clone());
+    }
     let beginning = || (0..200).map(|i| i % 250);
     let _first = router.generate(prompt(beginning())).await.unwrap();
     let (home, ..) = whose(&mut engines).await;
