@@ -58,9 +58,9 @@ fn main() {
             }
             build.include(folder);
         }
-        Gpu::Headless(what) => println!(
-            "cargo:warning={what}: ranks on several GPUs will be refused (see README, \"Several GPUs\")"
-        ),
+        Gpu::Headless(what) => {
+            println!("cargo:warning={what}: built without NCCL, so ranks on several GPUs will be refused")
+        }
     }
     build.compile("tandem_shim");
 }

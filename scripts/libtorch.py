@@ -28,7 +28,7 @@ def download(requirement: str, folder: pathlib.Path, index_url: str | None) -> p
     command += ["--only-binary=:all:", "--implementation", "cp", "--python-version", "311"]
     for abi in ("cp311", "abi3", "none"):
         command += ["--abi", abi]
-    for glibc in ("manylinux_2_28", "manylinux_2_27", "manylinux_2_25", "manylinux2014", "manylinux_2_17", "linux"):
+    for glibc in ("manylinux_2_28", "manylinux_2_27", "manylinux_2_25", "manylinux2014", "manylinux_2_18", "manylinux_2_17", "linux"):
         command += ["--platform", f"{glibc}_{machine}"]
     if index_url:
         command += ["--index-url", index_url]
@@ -46,10 +46,19 @@ def place(name: str) -> str | None:
         library = name.removeprefix("torch/lib/")
         if library.startswith(("libtorch_cpu.so", "libc10.so", "libgomp", "libarm", "libopenblas", "libgfortran")):
             return "lib/" + library
+    if place_hipify(name):
+        return place_hipify(name)
     if ".dist-info/" in name:
         inside = name.split(".dist-info/", 1)[1]
         if inside.startswith("licenses/") or inside.split("/")[-1].upper().startswith(("LICENSE", "NOTICE")):
             return "licenses/torch/" + inside.removeprefix("licenses/")
+    return None
+
+
+def place_hipify(name: str) -> str | None:
+    """torch's own translator from CUDA to HIP, which scripts/check-gpu-headers uses."""
+    if name.startswith("torch/utils/hipify/") and name.endswith(".py"):
+        return name.removeprefix("torch/utils/")
     return None
 
 

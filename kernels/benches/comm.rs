@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tandem_kernels::comm::{Comm, Meeting};
 use tch::{Device, Kind, Tensor};
 
-const ROUNDS: usize = 7;
+const ROUNDS: usize = 5;
 /// Of float32.
 const ELEMENTS: [i64; 3] = [1 << 10, 4 << 10, 1 << 20];
 
@@ -40,13 +40,13 @@ fn times(comm: &Comm) -> Vec<(String, Duration)> {
     let mut times: Vec<(String, Duration)> = ELEMENTS
         .map(|elements| {
             let mut x = Tensor::ones([elements], (Kind::Float, Device::Cpu));
-            let time = best(comm, if elements > 1 << 16 { 20 } else { 500 }, || {
+            let time = best(comm, if elements > 1 << 16 { 10 } else { 200 }, || {
                 comm.all_reduce(&mut x)
             });
             (format!("all_reduce {} KiB", elements * 4 / 1024), time)
         })
         .into();
-    let time = best(comm, 500, || drop(comm.broadcast(vec![0; 500])));
+    let time = best(comm, 200, || drop(comm.broadcast(vec![0; 500])));
     times.push(("broadcast 500 B".to_owned(), time));
     times
 }

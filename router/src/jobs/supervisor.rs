@@ -23,7 +23,7 @@ const RETRY: Duration = Duration::from_secs(5);
 /// After a replica went, or while none has room: another may, or the same one returns.
 const REPLICA_RETRY: Duration = Duration::from_millis(500);
 /// Replicas that may go under a job, one after the other and before it makes a step, until it is to blame.
-const MAX_STUMBLES: u32 = 3;
+const MAX_STUMBLES: u32 = 5;
 
 /// As long as the router lives.
 pub(crate) async fn run(router: Router) {
@@ -253,7 +253,8 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// A replica that stops writes the state before it goes. If that was here, the store keeps it too.
+    /// A replica that stops writes the state before it goes. If that was here, the store keeps it too. (After a crash
+    /// this is an older state; it says itself after which step it was written.)
     async fn silence(&mut self) -> Result<End, RouterError> {
         let artifacts = self.router.0.store.artifacts();
         let epoch = self.lease.epoch();

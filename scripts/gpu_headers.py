@@ -1,0 +1,171 @@
+"""Compile the C++ shim against CUDA and ROCm headers (called by scripts/check-gpu-headers).
+
+libtorch's headers are the same files for the CPU and for CUDA; for ROCm torch's own hipify rewrites them, here as in a
+ROCm build of torch. Standard library, pip, g++; for ROCm apt-get.
+"""
+
+import argparse
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+
+import libtorch
+
+LIBTORCH = pathlib.Path("third_party/libtorch")
+CACHE = pathlib.Path("target/gpu-headers")
+SHIM = pathlib.Path("kernels/csrc")
+
+# The versions that torch 2.11.0 was built with.
+CUDA_PACKAGES = [
+    "nvidia-cuda-runtime==13.0.96",
+    "nvidia-cuda-crt==13.0.88",
+    "nvidia-cuda-cccl==13.0.85",
+    "nvidia-nccl-cu13==2.28.9",
+]
+# ATen's headers mention these libraries' handles and results, which the shim never touches. Their packages weigh 800 MB:
+# their names stand in.
+CUDA_STAND_INS = {
+    "cublas_v2.h": "struct cublasContext; typedef cublasContext* cublasHandle_t;\nenum cublasStatus_t : int;\n",
+    "cublasLt.h": "struct cublasLtContext; typedef cublasLtContext* cublasLtHandle_t;\n",
+    "cusparse.h": "struct cusparseContext; typedef cusparseContext* cusparseHandle_t;\nenum cusparseStatus_t : int;\n",
+    "cusolverDn.h": "struct cusolverDnContext; typedef cusolverDnContext* cusolverDnHandle_t;\n"
+    "enum cusolverStatus_t : int;\n",
+}
+
+DEBIAN = "sid"
+ROCM_PACKAGES = [
+    "libamdhip64-dev",
+    "librccl-dev",
+    "libhipblas-dev",
+    "libhipblas-common-dev",
+    "libhipblaslt-dev",
+    "libhipsparse-dev",
+    "libhipsolver-dev",
+]
+# What the NCCL process group's header includes, directly or not.
+HIPIFIED = ["ATen/cuda/*", "c10/cuda/*", "torch/csrc/cuda/*", "torch/csrc/distributed/c10d/*"]
+
+
+def once(folder: pathlib.Path, make) -> pathlib.Path:
+    """Make a folder, whole or not at all, unless it is there."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
+            fresh = pathlib.Path(scratch) / "fresh"
+            fresh.mkdir()
+            make(fresh)
+            fresh.rename(folder)
+    return folder
+
+
+def make_cuda(folder: pathlib.Path) -> None:
+    for requirement in CUDA_PACKAGES:
+        wheel = libtorch.download(requirement, folder, None)
+        with zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                if "/include/" in name and not name.endswith("/"):
+                    out = folder / name.split("/include/", 1)[1]
+                    out.parent.mkdir(parents=True, exist_ok=True)
+                    out.write_bytes(archive.read(name))
+        wheel.unlink()
+    for name, text in CUDA_STAND_INS.items():
+        (folder / name).write_text("#pragma once\n" + text)
+
+
+def make_hip(folder: pathlib.Path) -> None:
+    """Headers of Debian's ROCm packages, whichever Debian or Ubuntu this is."""
+    keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb") and os.path.exists(keyring)):
+        sys.exit(f"ROCm headers: needs apt-get and {keyring} (package debian-archive-keyring), or ROCM_PATH")
+    apt = folder.parent / "apt"
+    for part in ("lists/partial", "cache/archives/partial", "packages"):
+        (apt / part).mkdir(parents=True)
+    apt = apt.resolve()
+    (apt / "sources.list").write_text(f"deb [signed-by={keyring}] http://deb.debian.org/debian {DEBIAN} main\n")
+    options = {
+        "Dir::Etc::sourcelist": apt / "sources.list",
+        "Dir::Etc::sourceparts": "-",
+        "Dir::State::Lists": apt / "lists",
+        "Dir::Cache": apt / "cache",
+        "Acquire::Languages": "none",
+        "APT::Sandbox::User": "",
+    }
+    command = ["apt-get", "-q"] + [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
+    subprocess.run(command + ["update"], check=True)
+    subprocess.run(command + ["download"] + ROCM_PACKAGES, check=True, cwd=apt / "packages")
+    for package in sorted((apt / "packages").glob("*.deb")):
+        subprocess.run(["dpkg-deb", "-x", package, apt / "root"], check=True)
+    shutil.copytree(apt / "root/usr/include", folder, dirs_exist_ok=True)
+
+
+def make_hipify(folder: pathlib.Path) -> None:
+    """torch/utils/hipify, three files of the wheel."""
+    for place in ("utils/hipify", "hipify"):
+        if (LIBTORCH / place / "hipify_python.py").exists():
+            shutil.copytree(LIBTORCH / place, folder / "hipify")
+            return
+    print("fetching torch's wheel for its hipify (a libtorch of today's scripts/setup has it)", flush=True)
+    wheel = libtorch.download(f"torch=={libtorch.TORCH}", folder, None)
+    libtorch.extract(wheel, folder, libtorch.place_hipify)
+    wheel.unlink()
+
+
+def make_rocm_torch(folder: pathlib.Path) -> None:
+    """libtorch's headers as a ROCm torch has them."""
+    sys.path.insert(0, str(once(CACHE / "hipify", make_hipify).resolve()))
+    from hipify import hipify_python
+
+    shutil.copytree(LIBTORCH / "include", folder, dirs_exist_ok=True)
+    root = str(folder.resolve())
+    hipify_python.hipify(
+        project_directory=root,
+        output_directory=root,
+        includes=[f"{root}/{pattern}" for pattern in HIPIFIED],
+        show_progress=False,
+        hip_clang_launch=True,
+    )
+
+
+def compile_shim(name: str, torch: pathlib.Path, headers: list[pathlib.Path], defines: list[str]) -> None:
+    include = [torch, torch / "torch/csrc/api/include"] + headers
+    command = ["g++", "-std=c++17", "-O0", "-fPIC", "-c", "-o", os.devnull, f"-I{SHIM}"]
+    command += [word for folder in include for word in ("-isystem", str(folder))]
+    command += [f"-D{define}" for define in ["USE_C10D_GLOO", "USE_C10D_NCCL"] + defines]
+    for source in sorted(SHIM.glob("*.cpp")):
+        start = time.time()
+        if subprocess.run(command + [str(source)]).returncode != 0:
+            sys.exit(f"{source} does not compile for {name}")
+        print(f"{source} compiles for {name} ({time.time() - start:.0f} s)", flush=True)
+
+
+def check_cuda() -> None:
+    headers = once(CACHE / "cuda", make_cuda)
+    compile_shim("CUDA", LIBTORCH / "include", [headers, headers / "cccl"], [])
+
+
+def check_rocm() -> None:
+    installed = os.environ.get("ROCM_PATH")
+    hip = pathlib.Path(installed, "include") if installed else once(CACHE / "hip", make_hip)
+    torch = once(CACHE / "rocm-torch", make_rocm_torch)
+    compile_shim("ROCm", torch, [hip], ["USE_ROCM", "__HIP_PLATFORM_AMD__=1", "HIPBLAS_V2"])
+
+
+def main() -> None:
+    checks = {"cuda": check_cuda, "rocm": check_rocm}
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("flavours", nargs="*", metavar="FLAVOUR", help="cuda or rocm; both unless one is named")
+    flavours = parser.parse_args().flavours or list(checks)
+    for flavour in flavours:
+        if flavour not in checks:
+            parser.error(f"{flavour} is not cuda or rocm")
+    for flavour in flavours:
+        checks[flavour]()
+
+
+if __name__ == "__main__":
+    main()
