@@ -93,9 +93,11 @@ pub fn start(options: Options) -> Result<ReplicaHandle, LoadError> {
     let thread = std::thread::Builder::new().name("tandem-engine".to_owned());
     let engine = move || match assemble(options) {
         Ok((engine, handle, followers)) => {
-            if ready.send(Ok(handle)).is_ok() {
-                engine.run();
+            match ready.send(Ok(handle)) {
+                Ok(()) => engine.run(),
+                Err(_) => drop(engine),
             }
+            // They end with the engine's end of the group, and are waited for.
             drop(followers);
         }
         Err(error) => drop(ready.send(Err(error))),

@@ -202,6 +202,9 @@ pub struct Rank {
     /// cpu or cuda
     #[arg(long)]
     pub device: String,
+    /// Of all ranks together
+    #[arg(long)]
+    pub threads: Option<u32>,
 }
 
 #[derive(Clone, Debug, Args)]

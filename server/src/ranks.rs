@@ -85,7 +85,9 @@ pub fn run(options: &Rank) -> Result<()> {
     let meeting = meeting.context("`tandem rank` is started by rank 0, which sets RANK and WORLD_SIZE")?;
     let watch = std::thread::Builder::new().name("tandem-parent".to_owned());
     watch.spawn(end_with_parent).context("a thread")?;
-    Ok(follow_parent(&meeting, words::device(&options.device)?)?)
+    let Rank { device, threads } = options;
+    let threads = threads.map(|threads| threads as usize);
+    Ok(follow_parent(&meeting, words::device(device)?, threads)?)
 }
 
 /// Rank 0 holds the other end of our standard input.

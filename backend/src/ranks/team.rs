@@ -129,7 +129,9 @@ pub fn gather(team: &Team, device: Device, threads: Option<usize>) -> Result<Ass
             };
             let device = of_rank(device, &meeting, *world)?;
             for rank in 1..*world {
-                followers.children.push(spawn(program, &meeting, rank, device)?);
+                followers
+                    .children
+                    .push(spawn(program, &meeting, rank, device, threads)?);
             }
             let threads = share_of_threads(device, threads, 0, *world);
             info!(
@@ -166,9 +168,9 @@ pub fn gather(team: &Team, device: Device, threads: Option<usize>) -> Result<Ass
 }
 
 /// A rank whose parent is rank 0: until the replica ends. It knows from rank 0 what to load.
-pub fn follow_parent(meeting: &Meeting, device: Device) -> Result<(), LoadError> {
+pub fn follow_parent(meeting: &Meeting, device: Device, threads: Option<usize>) -> Result<(), LoadError> {
     let device = of_rank(device, meeting, meeting.world)?;
-    share_of_threads(device, None, meeting.local_rank, meeting.world);
+    share_of_threads(device, threads, meeting.local_rank, meeting.world);
     let place = Place {
         device,
         local_world: meeting.world,
@@ -275,10 +277,18 @@ fn share_of_threads(device: Device, threads: Option<usize>, local_rank: usize, l
     share
 }
 
-fn spawn(program: &Path, meeting: &Meeting, rank: usize, device: Device) -> Result<Child, LoadError> {
+fn spawn(
+    program: &Path,
+    meeting: &Meeting,
+    rank: usize,
+    device: Device,
+    threads: Option<usize>,
+) -> Result<Child, LoadError> {
     let device = if device == Device::Cpu { "cpu" } else { "cuda" };
+    let threads = threads.map(|threads| format!("--threads={threads}"));
     let child = Command::new(program)
         .args(["rank", "--device", device])
+        .args(threads)
         .env("RANK", rank.to_string())
         .env("LOCAL_RANK", rank.to_string())
         .env("WORLD_SIZE", meeting.world.to_string())

@@ -238,8 +238,11 @@ fn job() -> Job {
     job
 }
 
+/// In the order of their names.
 fn adapter_of(spec: &JobSpec) -> Vec<(String, Tensor)> {
-    tensors(&spec.folder.join(files::ADAPTER).join(peft::TENSORS))
+    let mut tensors = tensors(&spec.folder.join(files::ADAPTER).join(peft::TENSORS));
+    tensors.sort_by(|(a, _), (b, _)| a.cmp(b));
+    tensors
 }
 
 /// Runs a job over ranks until it has made `steps`, rank 0 writing; then writes its state, unless it is over.
