@@ -42,7 +42,8 @@ impl Street {
             served_model_name: BASE.to_owned(),
             ..Config::default()
         };
-        let router = Router::open(store, self.house.tokenizer.clone(), replica, config);
+        let fleet = Fleet::open(vec![member("only", [replica])], SEAT_PATIENCE).await;
+        let router = Router::open(store, self.house.tokenizer.clone(), fleet, config);
         (router.await.unwrap(), engine)
     }
 }
