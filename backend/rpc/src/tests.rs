@@ -142,6 +142,7 @@ fn info() -> ReplicaInfo {
         kv_bytes: 4,
         max_loras: 4,
         max_lora_rank: 64,
+        tensor_parallel_size: 1,
         lora_targets: vec!["q_proj".to_owned()],
         eos_tokens: vec![1],
     }
