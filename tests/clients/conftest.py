@@ -9,22 +9,39 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    """The URL of a server of its own."""
-    binary = os.environ.get("TANDEM_BINARY", ROOT / "target/release/tandem")
+class Process:
+    """`tandem COMMAND...`; `url` is where it listens."""
+
+    def __init__(self, folder, *command):
+        binary = os.environ.get("TANDEM_BINARY", ROOT / "target/release/tandem")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("TANDEM_")}
+        self.log = folder / f"{command[0]}.log"
+        command = [str(binary), *command, "--data-dir", str(folder / "data")]
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+        line = self.process.stdout.readline()
+        assert "listening on" in line, self.log.read_text()
+        self.url = line.split()[-1]
+
+    def end(self):
+        self.process.terminate()
+        assert self.process.wait(timeout=60) == 0, self.log.read_text()
+
+
+@pytest.fixture(scope="session", params=["serve", "router"])
+def server(request, tmp_path_factory):
+    """The URL of a server of its own: all in one process, and a router in front of a backend."""
     folder = tmp_path_factory.mktemp("tandem")
     model = os.environ.get("TANDEM_TEST_MODEL")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TANDEM_")}
-    command = [str(binary), "serve", "--port", "0", "--data-dir", str(folder / "data")]
-    command += ["--model", model] if model else []
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
-    line = process.stdout.readline()
-    assert "listening on" in line, (folder / "log").read_text()
-    yield line.split()[-1]
-    process.terminate()
-    assert process.wait(timeout=60) == 0, (folder / "log").read_text()
+    model = ["--model", model] if model else []
+    if request.param == "serve":
+        processes = [Process(folder, "serve", "--port", "0", *model)]
+    else:
+        backend = Process(folder, "backend", "--listen", "127.0.0.1:0", *model)
+        processes = [Process(folder, "router", "--port", "0", "--backend", backend.url), backend]
+    yield processes[0].url
+    for process in processes:
+        process.end()
 
 
 @pytest.fixture(scope="session")
