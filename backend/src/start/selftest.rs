@@ -155,6 +155,8 @@ fn reduced(device: Device, comm: &Comm) -> Tensor {
     comm.all_reduce(&mut x);
     let x = x.to_device(Device::Cpu);
     comm.check();
+    // A rank that ends now would be lost to one that still looks.
+    comm.meet();
     x
 }
 

@@ -248,8 +248,10 @@ async fn a_full_house_refuses_until_somebody_leaves() {
     };
     drop(router.generate(newcomer).await.expect("within its share"));
     drop(first);
+    // A channel that closes without an end would be a lost replica.
+    let mut held = Vec::new();
     for _ in 0..6 {
-        engine.generate().await;
+        held.push(engine.generate().await);
     }
     for _ in 0..3 {
         engine.aborted().await;

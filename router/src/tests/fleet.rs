@@ -145,7 +145,7 @@ async fn a_replica_that_drains_ends_what_it_has_and_gets_nothing_new() {
     assert_eq!(standing(&router, first), Standing::Draining);
     for _ in 0..3 {
         let generation = router.generate(call("x")).await.unwrap();
-        let (other, ..) = whose(&mut engines).await;
+        let (other, _, _events) = whose(&mut engines).await;
         assert_ne!(other, first);
         drop(generation);
     }
@@ -185,15 +185,17 @@ async fn a_request_goes_where_its_beginning_or_its_adapter_is() {
     }
     let beginning = || (0..200).map(|i| i % 250);
     let _first = router.generate(prompt(beginning())).await.unwrap();
-    let (home, ..) = whose(&mut engines).await;
+    let (home, _, _first_events) = whose(&mut engines).await;
     let _second = router.generate(prompt(beginning().chain([7, 8]))).await.unwrap();
-    assert_eq!(whose(&mut engines).await.0, home, "although it is busier");
+    let (there, _, _second_events) = whose(&mut engines).await;
+    assert_eq!(there, home, "although it is busier");
     let _third = router
         .generate(prompt((0..200).map(|i| (i + 1) % 250)))
         .await
         .unwrap();
+    let (there, _, _third_events) = whose(&mut engines).await;
     assert_eq!(
-        whose(&mut engines).await.0,
+        there,
         1 - home,
         "another beginning goes where there is less to do"
     );
