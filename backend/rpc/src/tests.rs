@@ -13,7 +13,6 @@ use tandem_core::sampling::{RawSampling, Sampling};
 use tandem_core::stats::Stats;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::JoinHandle;
 
 use crate::{Hooks, ModelFiles, Remote, Service, connect};
 
@@ -67,7 +66,6 @@ struct Backend {
     commands: mpsc::Receiver<Command>,
     stats: watch::Sender<Stats>,
     service: Service,
-    server: JoinHandle<()>,
     url: String,
 }
 
@@ -93,12 +91,11 @@ impl Backend {
             axum::Router::new(),
             std::future::pending(),
         );
-        let server = tokio::spawn(async move { serve.await.unwrap() });
+        tokio::spawn(async move { serve.await.unwrap() });
         Backend {
             commands,
             stats,
             service,
-            server,
             url,
         }
     }
@@ -354,12 +351,17 @@ async fn what_a_lost_session_carried_is_lost() {
     soon(async { while replica.stats.changed().await.is_ok() {} }).await;
     soon(replica.commands.closed()).await;
 
-    // The process dies.
-    let mut backend = Backend::start().await;
+    // The process dies, and with it all its connections.
+    let process = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    let mut backend = process.spawn(Backend::start()).await.unwrap();
     let remote = backend.connect().await;
     let mut answer = ask(&remote, request(1)).await;
     let (_, _events) = backend.generate().await;
-    backend.server.abort();
+    process.shutdown_background();
     let last = soon(answer.recv()).await;
     assert!(
         matches!(last, None | Some(Event::Failed(Fault::ReplicaLost(_)))),

@@ -30,10 +30,18 @@ async fn until(router: &Router, holds: impl Fn(&Router) -> bool) {
 
 /// Which engine got the next request, and the request.
 async fn whose(engines: &mut [Engine; 2]) -> (usize, Generate, mpsc::Sender<Event>) {
-    let [a, b] = engines;
-    tokio::select! {
-        (generate, events) = a.generate() => (0, generate, events),
-        (generate, events) = b.generate() => (1, generate, events),
+    loop {
+        let [a, b] = &mut *engines;
+        let (index, command) = tokio::select! {
+            command = a.next() => (0, command),
+            command = b.next() => (1, command),
+        };
+        match command {
+            Command::Generate(generate, events) => return (index, generate, events),
+            // Goodbyes of requests that were dropped.
+            Command::Abort(_) => {}
+            _ => panic!("a Generate was expected"),
+        }
     }
 }
 
