@@ -17,7 +17,7 @@ import zipfile
 import libtorch
 
 LIBTORCH = pathlib.Path("third_party/libtorch")
-CACHE = pathlib.Path("target/gpu-headers")
+CACHE = pathlib.Path("target/gpu-headers") / libtorch.TORCH
 SHIM = pathlib.Path("kernels/csrc")
 
 # The versions that torch 2.11.0 was built with.
@@ -33,8 +33,8 @@ CUDA_STAND_INS = {
     "cublas_v2.h": "struct cublasContext; typedef cublasContext* cublasHandle_t;\nenum cublasStatus_t : int;\n",
     "cublasLt.h": "struct cublasLtContext; typedef cublasLtContext* cublasLtHandle_t;\n",
     "cusparse.h": "struct cusparseContext; typedef cusparseContext* cusparseHandle_t;\nenum cusparseStatus_t : int;\n",
-    "cusolverDn.h": "struct cusolverDnContext; typedef cusolverDnContext* cusolverDnHandle_t;\n"
-    "enum cusolverStatus_t : int;\n",
+    "cusolver_common.h": "enum cusolverStatus_t : int;\n",
+    "cusolverDn.h": "struct cusolverDnContext; typedef cusolverDnContext* cusolverDnHandle_t;\n",
 }
 
 DEBIAN = "sid"
@@ -73,20 +73,26 @@ def make_cuda(folder: pathlib.Path) -> None:
                     out.parent.mkdir(parents=True, exist_ok=True)
                     out.write_bytes(archive.read(name))
         wheel.unlink()
-    for name, text in CUDA_STAND_INS.items():
-        (folder / name).write_text("#pragma once\n" + text)
+
+
+KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
+HIP_NEEDS = f"needs apt-get and {KEYRING} (package debian-archive-keyring), or ROCM_PATH"
+
+
+def can_have_hip() -> bool:
+    apt = shutil.which("apt-get") and shutil.which("dpkg-deb") and os.path.exists(KEYRING)
+    return bool(apt or os.environ.get("ROCM_PATH") or (CACHE / "hip").exists())
 
 
 def make_hip(folder: pathlib.Path) -> None:
     """Headers of Debian's ROCm packages, whichever Debian or Ubuntu this is."""
-    keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
-    if not (shutil.which("apt-get") and shutil.which("dpkg-deb") and os.path.exists(keyring)):
-        sys.exit(f"ROCm headers: needs apt-get and {keyring} (package debian-archive-keyring), or ROCM_PATH")
+    if not can_have_hip():
+        sys.exit(f"ROCm headers: {HIP_NEEDS}")
     apt = folder.parent / "apt"
     for part in ("lists/partial", "cache/archives/partial", "packages"):
         (apt / part).mkdir(parents=True)
     apt = apt.resolve()
-    (apt / "sources.list").write_text(f"deb [signed-by={keyring}] http://deb.debian.org/debian {DEBIAN} main\n")
+    (apt / "sources.list").write_text(f"deb [signed-by={KEYRING}] http://deb.debian.org/debian {DEBIAN} main\n")
     options = {
         "Dir::Etc::sourcelist": apt / "sources.list",
         "Dir::Etc::sourceparts": "-",
@@ -131,40 +137,58 @@ def make_rocm_torch(folder: pathlib.Path) -> None:
     )
 
 
-def compile_shim(name: str, torch: pathlib.Path, headers: list[pathlib.Path], defines: list[str]) -> None:
+def commands(torch: pathlib.Path, headers: list[pathlib.Path], defines: list[str]) -> list[list[str]]:
+    """One compilation for each file of the shim."""
     include = [torch, torch / "torch/csrc/api/include"] + headers
-    command = ["g++", "-std=c++17", "-O0", "-fPIC", "-c", "-o", os.devnull, f"-I{SHIM}"]
-    command += [word for folder in include for word in ("-isystem", str(folder))]
-    command += [f"-D{define}" for define in ["USE_C10D_GLOO", "USE_C10D_NCCL"] + defines]
-    for source in sorted(SHIM.glob("*.cpp")):
-        start = time.time()
-        if subprocess.run(command + [str(source)]).returncode != 0:
-            sys.exit(f"{source} does not compile for {name}")
-        print(f"{source} compiles for {name} ({time.time() - start:.0f} s)", flush=True)
+    options = ["g++", "-std=c++17", "-O0", "-fPIC", "-c", "-o", os.devnull, f"-I{SHIM}"]
+    options += [word for folder in include for word in ("-isystem", str(folder))]
+    options += [f"-D{define}" for define in ["USE_C10D_GLOO", "USE_C10D_NCCL"] + defines]
+    return [options + [str(source)] for source in sorted(SHIM.glob("*.cpp"))]
 
 
-def check_cuda() -> None:
+def cuda() -> list[list[str]]:
     headers = once(CACHE / "cuda", make_cuda)
-    compile_shim("CUDA", LIBTORCH / "include", [headers, headers / "cccl"], [])
+    stand_ins = CACHE / "stand-ins"
+    stand_ins.mkdir(exist_ok=True)
+    for name, text in CUDA_STAND_INS.items():
+        (stand_ins / name).write_text("#pragma once\n" + text)
+    return commands(LIBTORCH / "include", [headers, headers / "cccl", stand_ins], [])
 
 
-def check_rocm() -> None:
+def rocm() -> list[list[str]]:
     installed = os.environ.get("ROCM_PATH")
     hip = pathlib.Path(installed, "include") if installed else once(CACHE / "hip", make_hip)
     torch = once(CACHE / "rocm-torch", make_rocm_torch)
-    compile_shim("ROCm", torch, [hip], ["USE_ROCM", "__HIP_PLATFORM_AMD__=1", "HIPBLAS_V2"])
+    return commands(torch, [hip], ["USE_ROCM", "__HIP_PLATFORM_AMD__=1", "HIPBLAS_V2"])
+
+
+FLAVOURS = {"cuda": cuda, "rocm": rocm}
 
 
 def main() -> None:
-    checks = {"cuda": check_cuda, "rocm": check_rocm}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("flavours", nargs="*", metavar="FLAVOUR", help="cuda or rocm; both unless one is named")
-    flavours = parser.parse_args().flavours or list(checks)
+    flavours = parser.parse_args().flavours
     for flavour in flavours:
-        if flavour not in checks:
+        if flavour not in FLAVOURS:
             parser.error(f"{flavour} is not cuda or rocm")
-    for flavour in flavours:
-        checks[flavour]()
+    if not flavours:
+        flavours = list(FLAVOURS)
+        if not can_have_hip():
+            flavours.remove("rocm")
+            print(f"ROCm is skipped: {HIP_NEEDS}", flush=True)
+
+    prepared = [(flavour, command) for flavour in flavours for command in FLAVOURS[flavour]()]
+    start = time.time()
+    # Side by side: two headers' worth of templates each, and as many cores as a small machine has.
+    running = [(flavour, command[-1], subprocess.Popen(command)) for flavour, command in prepared]
+    failed = 0
+    for flavour, source, process in running:
+        well = process.wait() == 0
+        failed += not well
+        print(f"{source} {'compiles' if well else 'DOES NOT COMPILE'} for {flavour}", flush=True)
+    print(f"{len(running) - failed} passed, {failed} failed in {time.time() - start:.2f}s")
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":
