@@ -168,7 +168,8 @@ FLAVOURS = {"cuda": cuda, "rocm": rocm}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("flavours", nargs="*", metavar="FLAVOUR", help="cuda or rocm; both unless one is named")
-    flavours = parser.parse_args().flavours
+    asked = parser.parse_args().flavours
+    flavours = asked
     for flavour in flavours:
         if flavour not in FLAVOURS:
             parser.error(f"{flavour} is not cuda or rocm")
@@ -178,7 +179,14 @@ def main() -> None:
             flavours.remove("rocm")
             print(f"ROCm is skipped: {HIP_NEEDS}", flush=True)
 
-    prepared = [(flavour, command) for flavour in flavours for command in FLAVOURS[flavour]()]
+    prepared = []
+    for flavour in flavours:
+        try:
+            prepared += [(flavour, command) for command in FLAVOURS[flavour]()]
+        except (OSError, subprocess.CalledProcessError, SystemExit) as error:
+            if asked:
+                raise
+            print(f"{flavour} is skipped: its headers cannot be had: {error}", flush=True)
     start = time.time()
     # Side by side: two headers' worth of templates each, and as many cores as a small machine has.
     running = [(flavour, command[-1], subprocess.Popen(command)) for flavour, command in prepared]

@@ -188,7 +188,8 @@ mod tests {
     #[test]
     fn a_failing_part_is_named() {
         let right = || Tensor::from_slice(&[1.0f32, -2.0]);
-        let cases: [(Box<dyn FnOnce() -> Tensor>, &str); 3] = [
+        type Part = Box<dyn FnOnce() -> Tensor>;
+        let cases: [(Part, &str); 3] = [
             (Box::new(|| Tensor::from_slice(&[1.0f32, -2.001])), "by 5.0e-4"),
             (Box::new(|| Tensor::from_slice(&[f32::NAN, -2.0])), "by NaN"),
             (

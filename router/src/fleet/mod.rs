@@ -126,6 +126,7 @@ struct Place {
     past_hops: Mutex<Counted>,
 }
 
+#[expect(clippy::large_enum_variant, reason = "one a member, and mostly up")]
 enum State {
     Up(ReplicaHandle, Option<Arc<Histogram>>),
     /// Why.

@@ -32,12 +32,14 @@ pub enum Note {
     Pong(u64),
 }
 
-/// Streams that have not ended, and the engine's ids of those that are requests.
+/// Streams that have not ended, by number, and the engine's ids of those that are requests.
+type Open = HashMap<u64, (Arc<Link>, Option<RequestId>)>;
+
 #[derive(Clone, Default)]
-pub struct Links(Arc<Mutex<HashMap<u64, (Arc<Link>, Option<RequestId>)>>>);
+pub struct Links(Arc<Mutex<Open>>);
 
 impl Links {
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, (Arc<Link>, Option<RequestId>)>> {
+    fn lock(&self) -> MutexGuard<'_, Open> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
