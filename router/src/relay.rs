@@ -306,6 +306,9 @@ pub(crate) async fn run(relay: Relay, mut choices: Vec<Choice>, out: mpsc::Sende
         let mut state = choices[slot].take(&relay, &mut events, &mut pieces);
         if let State::Lost(fault) = state {
             tracing::debug!(%fault, "a request that had not begun goes to another replica");
+            if fault == Fault::ShuttingDown {
+                relay.fleet.stops(&choices[slot].seat);
+            }
             let placed = tokio::select! {
                 biased;
                 () = out.closed() => break,

@@ -5,7 +5,7 @@ mod affinity;
 mod choice;
 
 use std::future::Future;
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -122,6 +122,8 @@ struct Place {
     /// Sequences this router has there.
     live: Arc<AtomicU32>,
     memory: Mutex<Memory>,
+    /// A request was refused because it stops: known before its numbers say so. Its next life takes requests again.
+    stops: AtomicBool,
     ejections: AtomicU64,
     past_hops: Mutex<Counted>,
 }
@@ -209,6 +211,7 @@ impl Fleet {
             live: Arc::default(),
             memory: Mutex::default(),
             ejections: AtomicU64::new(0),
+            stops: AtomicBool::new(false),
             past_hops: Mutex::default(),
         };
         let fleet = Fleet(Arc::new(Inner {
@@ -281,6 +284,16 @@ impl Fleet {
         };
         let found = tokio::time::timeout(self.0.seat_patience, found).await;
         found.map_err(|_| Fault::ReplicaLost(self.why_none()))
+    }
+
+    /// The member of this seat refused a request because it stops: the next goes elsewhere.
+    pub fn stops(&self, seat: &Seat) {
+        let place = self
+            .replicas()
+            .find(|(_, replica)| replica.commands.same_channel(&seat.commands));
+        if let Some((place, _)) = place {
+            place.stops.store(true, Ordering::Release);
+        }
     }
 
     fn best(
@@ -384,8 +397,9 @@ impl Fleet {
     }
 
     fn usable(&self) -> impl Iterator<Item = (&Place, ReplicaHandle)> {
-        self.replicas()
-            .filter(|(_, replica)| !replica.stats.borrow().draining)
+        self.replicas().filter(|(place, replica)| {
+            !place.stops.load(Ordering::Acquire) && !replica.stats.borrow().draining
+        })
     }
 
     fn why_none(&self) -> String {
@@ -451,6 +465,7 @@ async fn keep(fleet: Arc<Inner>, index: usize) {
                     "a replica is up"
                 );
                 let handle = replica.clone();
+                place.stops.store(false, Ordering::Release);
                 place.set(State::Up(replica, hop));
                 fleet.changed.send_replace(());
                 handle.commands.closed().await;
