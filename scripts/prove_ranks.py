@@ -109,8 +109,9 @@ class Expected:
         self.losses, made = train(server.base, self.model)
         self.tuned = [answer(server.base, made, prompt) for prompt in PROMPTS]
         # The adapter as a PEFT folder, for everybody.
-        configs = list(server.data.rglob("adapter_config.json"))
-        self.adapter = configs[0].parent
+        tensors = server.data.rglob("adapter_model.safetensors")
+        # Checkpoints lie beside it; the job's result is the youngest.
+        self.adapter = max(tensors, key=lambda file: file.stat().st_mtime_ns).parent
 
     def compare(self, server, trains=True):
         """Largest differences of base, adapter, training losses and of the adapter that was trained there."""
