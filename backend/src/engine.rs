@@ -24,7 +24,7 @@ use crate::batch::{self, ScoredRow, Step, StepInputs};
 use crate::guard::{self, TorchFault};
 use crate::model::Decoder;
 use crate::pace::{Load, Pace};
-use crate::ranks::{Order, Ranks};
+use crate::ranks::Ranks;
 use crate::sample::{self, Ask, NotFinite};
 use clients::{Client, Clients, Delivery};
 use inbox::{Inbox, Word};
@@ -451,8 +451,7 @@ impl Engine {
             }
             None => {
                 self.keep_job();
-                self.ranks.order(|| Order::Stop);
-                if let Err(fault) = guard::torch(|| self.ranks.send()) {
+                if let Err(fault) = guard::torch(|| self.ranks.part()) {
                     warn!(%fault, "the other ranks were not told to end");
                 }
                 Fault::ShuttingDown

@@ -53,7 +53,10 @@ fn run() -> Result<ExitCode> {
         Command::Serve(options) => commands::serve::run(*options, &chosen)?,
         Command::Backend(options) => commands::backend::run(*options, &chosen)?,
         Command::Router(options) => commands::router::run(*options, &chosen)?,
-        Command::Train(train) => train::run(&train.settings)?,
+        Command::Train(train) => {
+            ranks::must_be_alone("train")?;
+            train::run(&train.settings)?;
+        }
         Command::Doctor => print!("{}", doctor::report()),
         Command::Rank(rank) => ranks::run(&rank)?,
         Command::Openapi => print!("{}", app::document()),

@@ -4,7 +4,7 @@
 use std::io::Read;
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use tandem_backend::ranks::{Team, follow_meeting, follow_parent};
 use tandem_backend::{Meeting, words};
 
@@ -70,6 +70,19 @@ pub fn followed(options: &ModelOptions, started: &Option<Started>, data_dir: &Pa
     let threads = options.threads.map(|threads| threads as usize);
     follow_meeting(meeting, *local_world, device, threads, &folder)?;
     Ok(Followed::ToTheEnd)
+}
+
+/// Refuses to do the same thing on every rank of a group: each would do all of it.
+pub fn must_be_alone(command: &str) -> Result<()> {
+    match started()? {
+        None => Ok(()),
+        Some(Started { meeting, .. }) => {
+            let world = meeting.world;
+            bail!(
+                "`tandem {command}` runs on one rank, the environment has a group of {world}; `tandem serve` trains over ranks"
+            )
+        }
+    }
 }
 
 pub enum Followed {

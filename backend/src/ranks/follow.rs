@@ -46,6 +46,8 @@ impl Follower {
             let orders: Vec<Order> = guard::torch(|| decode(&comm.broadcast(vec![])))?;
             for order in orders {
                 if guard::torch(|| self.obey(order))?.is_break() {
+                    // So that rank 0 leaves no sooner than it was heard. If it has left, that is the end as well.
+                    let _ = guard::torch(|| comm.meet());
                     return Ok(());
                 }
             }

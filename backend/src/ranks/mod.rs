@@ -153,6 +153,18 @@ impl Ranks {
         self.comm.check();
     }
 
+    /// The replica ends in order: returns when all have heard it.
+    ///
+    /// # Panics
+    /// When a rank was lost.
+    pub fn part(&mut self) {
+        self.order(|| Order::Stop);
+        self.send();
+        if self.are_many() {
+            self.comm.meet();
+        }
+    }
+
     /// The replica is over, not in order: whoever waits for this rank hears it.
     pub fn leave(&self) {
         self.comm.leave();

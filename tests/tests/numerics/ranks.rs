@@ -102,9 +102,13 @@ impl Model {
                         let _no_grad = tch::no_grad_guard();
                         pool::take_share(comm.rank(), world);
                         let checkpoint = Checkpoint::open(&folder).expect("a checkpoint we wrote");
+                        let end = comm.clone();
                         let decoder =
                             Decoder::from_checkpoint(spec, &checkpoint, Precision::F32, Device::Cpu, comm);
-                        run(decoder.expect("it can be divided so"))
+                        let result = run(decoder.expect("it can be divided so"));
+                        // Who leaves earlier is lost to the others.
+                        end.meet();
+                        result
                     })
                 })
                 .collect();
