@@ -30,4 +30,4 @@ const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
 /// A silent connection is asked whether it lives, and dropped when it does not answer.
 const KEEP_ALIVE_PERIOD: Duration = Duration::from_secs(2);
-const KEEP_ALIVE_PATIENCE: Duration = Duration::from_secs(3);
+const KEEP_ALIVE_PATIENCE: Duration = Duration::from_secs(5);

@@ -272,18 +272,24 @@ impl Fleet {
 
     /// The best member for a request. Waits for one when there is none.
     pub async fn seat(&self, ask: Ask<'_>) -> Result<Seat, Fault> {
-        let mut changed = self.0.changed.subscribe();
+        let (mut changed, mut phase) = (self.0.changed.subscribe(), self.0.phase.subscribe());
         let found = async {
             loop {
                 changed.mark_unchanged();
-                if let Some(seat) = self.best(ask) {
-                    return seat;
+                if *phase.borrow_and_update() == Phase::Stops {
+                    return Err(Fault::ShuttingDown);
                 }
-                changed.changed().await.expect("the fleet holds the sender");
+                if let Some(seat) = self.best(ask) {
+                    return Ok(seat);
+                }
+                tokio::select! {
+                    _ = changed.changed() => {}
+                    _ = phase.changed() => {}
+                }
             }
         };
         let found = tokio::time::timeout(self.0.seat_patience, found).await;
-        found.map_err(|_| Fault::ReplicaLost(self.why_none()))
+        found.unwrap_or_else(|_| Err(Fault::ReplicaLost(self.why_none())))
     }
 
     /// The member of this seat refused a request because it stops: the next goes elsewhere.

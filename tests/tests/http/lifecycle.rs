@@ -143,6 +143,21 @@ fn wrong_starts_are_explained() {
             Some("TANDEM_PROT"),
             "TANDEM_PORT",
         ),
+        (&["router", "--data-dir", data, "--port", "0"], None, "--backend"),
+        (
+            &[
+                "router",
+                "--data-dir",
+                data,
+                "--port",
+                "0",
+                "--backend",
+                "10.0.0.7:8001",
+            ],
+            None,
+            "http://",
+        ),
+        (&["backend", "--data-dir", data, "--listen", "8001"], None, "8001"),
         (&["train", "model=x", "learning_rat=1"], None, "learning_rate"),
         (&["health", "--port", "1"], None, "port 1"),
     ] {
