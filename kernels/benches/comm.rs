@@ -46,6 +46,9 @@ fn times(comm: &Comm) -> Vec<(String, Duration)> {
             (format!("all_reduce {} KiB", elements * 4 / 1024), time)
         })
         .into();
+    let x = Tensor::ones([4 << 10], (Kind::Float, Device::Cpu));
+    let time = best(comm, 200, || drop(comm.all_gather(&x)));
+    times.push(("all_gather 16 KiB".to_owned(), time));
     let time = best(comm, 200, || drop(comm.broadcast(vec![0; 500])));
     times.push(("broadcast 500 B".to_owned(), time));
     times

@@ -31,9 +31,7 @@ using std::chrono::milliseconds;
 
 namespace {
 
-// A result that was on its way when the group was given up still counts: a rank may leave after its last collective
-// while another has not yet heard the end of it.
-constexpr milliseconds kLastWord = 250ms;
+constexpr milliseconds kWhose = 250ms;
 
 // Gloo's own limit where a rank may idle (it has none for "for ever"). Liveness is watched elsewhere.
 constexpr milliseconds kPatience = std::chrono::hours(24 * 365);
@@ -45,6 +43,10 @@ struct TandemGroup {
   std::mutex mutex;
   std::condition_variable changed;
   std::optional<std::string> given_up;
+  // A result that was on its way when the group was given up still counts, for so long.
+  milliseconds last_word{};
+  // Given up because a rank ended by itself: a collective that it had its part of may not even have begun here.
+  bool may_begin = false;
   // A collective did not end: its thread may still be inside Gloo, and destruction would wait for it.
   bool abandoned = false;
 
@@ -99,9 +101,13 @@ void finish(TandemGroup& group, const c10::intrusive_ptr<c10d::Work>& work, std:
     group.changed.wait(lock, over);
   }
   if (!state->done && group.given_up) {
-    group.changed.wait_for(lock, kLastWord, [&] { return state->done; });
+    group.changed.wait_for(lock, group.last_word, [&] { return state->done; });
   }
   if (state->done) {
+    if (state->error && !group.given_up) {
+      // A broken connection is noticed before it is known whose it was.
+      group.changed.wait_for(lock, kWhose, [&] { return group.given_up.has_value(); });
+    }
     if (state->error && group.given_up) {
       // Its connections broke because of that.
       throw std::runtime_error(*group.given_up);
@@ -131,7 +137,7 @@ void finish_tensors(TandemGroup& group, const c10::intrusive_ptr<c10d::Work>& wo
 
 void check(TandemGroup& group) {
   std::lock_guard<std::mutex> lock(group.mutex);
-  if (group.given_up) {
+  if (group.given_up && !group.may_begin) {
     throw std::runtime_error(*group.given_up);
   }
 }
@@ -273,17 +279,20 @@ char* tandem_c10d_check(TandemGroup* group) {
   return caught([&] { check(*group); });
 }
 
-// From any thread: who waits in a collective, or enters one later, fails with `reason`.
-void tandem_c10d_give_up(TandemGroup* group, const char* reason) {
+// From any thread: a collective fails with `reason`, unless it ends within `last_word_ms`. With `may_begin` != 0 one that
+// is entered later has as much time; else it fails at once, and what is queued on a GPU is cut short.
+void tandem_c10d_give_up(TandemGroup* group, const char* reason, int64_t last_word_ms, int may_begin) {
   {
     std::lock_guard<std::mutex> lock(group->mutex);
-    if (group->given_up) {
+    if (group->given_up && !(group->may_begin && may_begin == 0)) {
       return;
     }
     group->given_up = reason;
+    group->last_word = milliseconds(last_word_ms);
+    group->may_begin = may_begin != 0;
   }
   group->changed.notify_all();
-  if (!group->device.is_cpu()) {
+  if (may_begin == 0 && !group->device.is_cpu()) {
     // Kernels that wait for a peer end; else the stream, and everyone who synchronises with it, would wait for ever.
     std::free(caught([&] { group->tensors->abort(); }));
   }

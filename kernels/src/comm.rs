@@ -31,7 +31,7 @@ pub use meeting::{CommError, DEFAULT_PORT, DEFAULT_TIMEOUT, Meeting};
 pub const LOST: &str = "lost a rank";
 
 /// Ranks a group may have: more is a typing error, and a rank is told in a byte.
-pub const MAX_WORLD: usize = 128;
+pub const MAX_WORLD: usize = 64;
 
 /// One rank's end of its replica's group. Every rank calls the same collectives in the same order.
 #[derive(Clone)]

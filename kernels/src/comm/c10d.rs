@@ -71,7 +71,7 @@ unsafe extern "C" {
     fn tandem_c10d_broadcast(group: *mut RawGroup, x: *const C_tensor, patient: c_int) -> *mut c_char;
     fn tandem_c10d_meet(group: *mut RawGroup) -> *mut c_char;
     fn tandem_c10d_check(group: *mut RawGroup) -> *mut c_char;
-    fn tandem_c10d_give_up(group: *mut RawGroup, reason: *const c_char);
+    fn tandem_c10d_give_up(group: *mut RawGroup, reason: *const c_char, last_word_ms: i64, may_begin: c_int);
     fn tandem_c10d_delete(group: *mut RawGroup);
 }
 
@@ -158,11 +158,17 @@ impl Group {
         failure(unsafe { tandem_c10d_check(self.raw.as_ptr()) })
     }
 
-    /// From any thread: who waits in a collective, or enters one later, fails with the first `reason` given.
-    pub fn give_up(&self, reason: &str) {
+    /// From any thread: a collective fails with `reason`, but what was on its way still counts. What is said of an end
+    /// gives way to what is said of a loss.
+    pub fn give_up(&self, reason: &str, over: Over) {
         let reason = text(reason);
+        let (last_word, may_begin) = match over {
+            Over::Ended => (FAREWELL, 1),
+            Over::Lost => (LAST_WORD, 0),
+        };
+        let last_word_ms = last_word.as_millis() as i64;
         // SAFETY: a live group, a string that lives until the call returns.
-        unsafe { tandem_c10d_give_up(self.raw.as_ptr(), reason.as_ptr()) }
+        unsafe { tandem_c10d_give_up(self.raw.as_ptr(), reason.as_ptr(), last_word_ms, may_begin) }
     }
 }
 
@@ -172,6 +178,20 @@ impl Drop for Group {
         unsafe { tandem_c10d_delete(self.raw.as_ptr()) }
     }
 }
+
+/// Why a group is of no more use.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Over {
+    /// A rank went by itself after its last collective, which others may have yet to hear the end of, or even to enter.
+    Ended,
+    /// A collective fails at once.
+    Lost,
+}
+
+/// How long a collective may still end after one of its ranks was lost.
+const LAST_WORD: Duration = Duration::from_millis(250);
+/// And after one has ended: on a busy machine that takes its time.
+const FAREWELL: Duration = Duration::from_secs(10);
 
 /// How long a rank waits.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -94,20 +94,23 @@ impl Rank {
         self.check_device(x);
         let _turn = self.turn();
         match (self.device, x.kind()) {
-            // Two summands have one order only, so Gloo's is ours.
-            (Device::Cpu, _) if self.world == 2 => self.group.all_reduce(x),
             (Device::Cpu, Kind::Float) => self.reduce::<f32>(x),
             (Device::Cpu, _) => self.reduce::<bf16>(x),
             _ => self.group.all_reduce(x),
         }
-        .map_err(lost)
+        .map_err(|failure| self.lost(failure))
     }
 
     /// In rank order, as ranks that are threads do it: the same bits.
     fn reduce<T: Element>(&self, x: &mut Tensor) -> Result<(), Failure> {
         let (world, kind, elements) = (self.world, x.kind(), x.numel());
         let element_bytes = kind.elt_size_in_bytes();
-        if elements * element_bytes <= GATHERED_BYTES {
+        let small = elements * element_bytes <= GATHERED_BYTES;
+        if world == 2 && !small {
+            // Two summands have one order only, so Gloo's is ours; a gather is a third of its time where it is small.
+            return self.group.all_reduce(x);
+        }
+        if small {
             let parts = self.gather_bytes(x)?;
             // SAFETY: `parts` holds the elements of each rank's tensor.
             unsafe { sum_rows::<T>(&parts, world, x) };
@@ -139,7 +142,7 @@ impl Rank {
                 gathered.map(|()| out)
             }
         };
-        out.map_err(lost)
+        out.map_err(|failure| self.lost(failure))
     }
 
     /// `[world, ...]`, whatever the kind.
@@ -160,7 +163,7 @@ impl Rank {
             0 => self.say(&message).map(|()| message),
             _ => self.hear(),
         }
-        .map_err(lost)
+        .map_err(|failure| self.lost(failure))
     }
 
     fn say(&self, message: &[u8]) -> Result<(), Failure> {
@@ -198,15 +201,21 @@ impl Rank {
 
     pub fn meet(&self) -> Result<(), Lost> {
         let _turn = self.turn();
-        self.group.meet().map_err(lost)
+        self.group.meet().map_err(|failure| self.lost(failure))
     }
 
     pub fn check(&self) -> Result<(), Lost> {
-        self.group.check().map_err(lost)
+        self.group.check().map_err(|failure| self.lost(failure))
     }
 
     pub fn leave(&self) {
         self.watch.leave();
+    }
+
+    /// A collective that failed here is no use to the others, who may be waiting for this rank.
+    fn lost(&self, Failure(why): Failure) -> Lost {
+        self.watch.leave();
+        Lost(why)
     }
 
     fn check_device(&self, x: &Tensor) {
@@ -217,10 +226,6 @@ impl Rank {
         // It guards no data.
         self.turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
-}
-
-fn lost(Failure(why): Failure) -> Lost {
-    Lost(why)
 }
 
 /// The same memory.

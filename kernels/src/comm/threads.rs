@@ -15,9 +15,10 @@ use tch::{Device, Kind, Tensor};
 use super::sum::{self, Element};
 use super::{Lost, MAX_WORLD};
 
-/// How long a rank that waits looks without pause: what the ranks' shares of one multiply differ by. Nothing where
-/// ranks outnumber cores, because the one that is waited for may need this very core.
-const SPIN: Duration = Duration::from_micros(60);
+/// How long a rank that waits looks without pause; a look costs less than offering the core. Short, because the rank that
+/// is waited for may need this very core (with a foreign program on the other one, 60 us here made a sum of 130 us).
+/// Nothing where ranks outnumber cores.
+const SPIN: Duration = Duration::from_micros(10);
 /// After that, how long it offers its core between looks before it sleeps (waking costs several microseconds).
 const YIELD: Duration = Duration::from_micros(400);
 /// Columns are divided at multiples of this many elements, so that no two ranks write one cache line.

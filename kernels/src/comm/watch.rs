@@ -10,7 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering::*};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::c10d::{Failure, Group};
+use super::MAX_WORLD;
+use super::c10d::{Failure, Group, Over};
 
 const BEAT: Duration = Duration::from_millis(500);
 /// A process that gets no processor for this long is as good as dead.
@@ -19,8 +20,10 @@ const SILENCE: Duration = Duration::from_secs(10);
 const KNOCK: Duration = Duration::from_millis(5);
 /// For who came to say who it is.
 const GREETING: Duration = Duration::from_secs(2);
-/// Said on a line: "alive", or else the number of a lost rank.
+/// Said on a line: "alive"; else the number of a rank that is lost, or of one that has ended, which is told by a bit.
 const ALIVE: u8 = u8::MAX;
+const ENDED: u8 = 0x80;
+const _: () = assert!(MAX_WORLD <= 0x7f);
 const KEY: &str = "watch";
 
 pub(super) struct Watch {
@@ -83,17 +86,24 @@ impl Watch {
         Ok(Watch { circle, keepers })
     }
 
-    /// Tells every rank that this one gives up the group.
+    /// Gives up the group, here whatever was heard before, and tells every rank.
     pub fn leave(&self) {
-        self.circle.lose(self.circle.rank, "left the group");
+        let Circle { rank, world, .. } = *self.circle;
+        let how = "left the group";
+        self.circle
+            .group
+            .give_up(&format!("rank {rank} of {world} {how}"), Over::Lost);
+        self.circle.part(rank, Over::Lost, how);
     }
 }
 
 impl Drop for Watch {
-    /// The others learn it by the end of their line.
     fn drop(&mut self) {
-        self.circle.over.store(true, SeqCst);
-        self.circle.hang_up();
+        let (over, how) = match std::thread::panicking() {
+            true => (Over::Lost, "panicked"),
+            false => (Over::Ended, "has ended"),
+        };
+        self.circle.part(self.circle.rank, over, how);
         for keeper in self.keepers.drain(..) {
             // A keeper that panicked said so itself.
             let _ = keeper.join();
@@ -109,35 +119,43 @@ impl Circle {
         let mut said: Option<Instant> = None;
         while !self.over.load(SeqCst) {
             if said.is_none_or(|said| said.elapsed() >= BEAT) {
-                if writer.write_all(&[ALIVE]).is_err() {
-                    return self.lose(peer, "is gone");
-                }
+                // A line that is broken may still have a last word to read.
+                let _ = writer.write_all(&[ALIVE]);
                 said = Some(Instant::now());
             }
             let mut word = [0];
             match reader.read(&mut word) {
-                Ok(0) => return self.lose(peer, "is gone"),
+                Ok(0) => return self.part(peer, Over::Lost, "is gone"),
                 Ok(_) if word[0] == ALIVE => heard = Instant::now(),
-                Ok(_) => return self.lose(usize::from(word[0]), "is gone"),
+                Ok(_) if word[0] & ENDED != 0 => {
+                    return self.part(usize::from(word[0] & !ENDED), Over::Ended, "has ended");
+                }
+                Ok(_) => return self.part(usize::from(word[0]), Over::Lost, "is gone"),
                 Err(error) if is_pause(error.kind()) => (),
-                Err(_) => return self.lose(peer, "is gone"),
+                Err(_) => return self.part(peer, Over::Lost, "is gone"),
             }
             if heard.elapsed() > SILENCE {
-                return self.lose(peer, &format!("has said nothing for {} s", SILENCE.as_secs()));
+                let how = format!("has said nothing for {} s", SILENCE.as_secs());
+                return self.part(peer, Over::Lost, &how);
             }
         }
     }
 
-    fn lose(&self, rank: usize, how: &str) {
+    /// Once: this group is over, for everyone.
+    fn part(&self, rank: usize, over: Over, how: &str) {
         if self.over.swap(true, SeqCst) {
             return;
         }
         self.group
-            .give_up(&format!("rank {rank} of {} {how}", self.world));
+            .give_up(&format!("rank {rank} of {} {how}", self.world), over);
+        let word = match over {
+            Over::Ended => rank as u8 | ENDED,
+            Over::Lost => rank as u8,
+        };
         for Line { stream, .. } in &self.lines {
             let mut stream = stream;
             // A line that cannot be written to ends below, which says enough.
-            let _ = stream.write_all(&[rank as u8]);
+            let _ = stream.write_all(&[word]);
         }
         self.hang_up();
     }
