@@ -5,6 +5,7 @@ import pathlib
 import random
 import signal
 import struct
+import subprocess
 import sys
 import tempfile
 import threading
@@ -92,32 +93,57 @@ def create_job(api, **options):
     return job, began
 
 
+MAX_TOKENS = 128
+
+
+def measured(what, base, model, *load):
+    """Streams by our load generator. Returns its report."""
+    command = ["target/release/load", "--url", base, "--model", model, "--prompt-tokens", "24", "--warmup", "16",
+               "--max-tokens", str(MAX_TOKENS), *map(str, load)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    report = json.loads(printed.splitlines()[-1])
+    itl, ttft = report["itl_ms"], report["ttft_ms"]
+    print(f"{what:34} {report['tokens_per_s']:6.0f} tokens/s   ITL p50 {itl['p50']:.2f} p95 {itl['p95']:.2f} p99 {itl['p99']:.2f} ms"
+          f"   TTFT p50 {ttft['p50']:.1f} ms   whole {report['requests']}   errors and cut {report['errors']}", flush=True)
+    return report
+
+
 def streams():
     with tempfile.TemporaryDirectory(prefix="tandem-streams-") as data_dir:
         server, base = start(TANDEM, data_dir)
         try:
             api = Api(base)
             model = api.call("GET", "/v1/models")["data"][0]["id"]
-            stream(api, model, QUESTIONS[0])
-            load = Load(api, [model], max_tokens=128, ignore_eos=True)
-            time.sleep(10)
-            print("without a job:", load.stop())
-            errors = len(load.errors)
+            closed = ["--concurrency", STREAMS, "--requests", 1000]
+            reports = [measured(f"{STREAMS} streams", base, model, *closed)]
+            rate = 0.4 * reports[0]["tokens_per_s"] / MAX_TOKENS
+            opened = ["--rate", f"{rate:.1f}", "--requests", int(8 * rate)]
+            reports.append(measured("arrivals at 40 % of that", base, model, *opened))
+
             job, began = create_job(api, n_epochs=50)
             path = f"/v1/fine_tuning/jobs/{job['id']}"
             while api.call("GET", path)["status"] in ("validating_files", "queued"):
                 time.sleep(0.002)
             print(f"POST of the job to running: {time.perf_counter() - began:.3f} s")
-            load = Load(api, [model], max_tokens=128, ignore_eos=True)
-            time.sleep(10)
-            print("with a job:   ", load.stop(), "  job", api.call("GET", path)["status"])
-            steps = api.call("GET", path + "/events?limit=1")["data"][0]["message"]
+            _, alone = paced(api, job, lambda: time.sleep(4))
+            for what, load, without in [(f"{STREAMS} streams", closed, 0), ("arrivals at 40 %", opened, 1)]:
+                report, steps = paced(api, job, lambda: measured(f"{what}, with the job", base, model, *load))
+                ratio = report["itl_ms"]["p99"] / reports[without]["itl_ms"]["p99"]
+                print(f"    ITL p99 x {ratio:.2f}; the job makes {steps:.1f} steps/s, x {steps / alone:.2f} of alone")
+                reports.append(report)
+            held = api.call("GET", path)["status"] == "running" and not any(report["errors"] for report in reports)
             api.call("POST", path + "/cancel")
-            print("the job meanwhile:", steps)
-            return errors + len(load.errors) == 0
+            return held
         finally:
             server.terminate()
             server.wait(30)
+
+
+def paced(api, job, do):
+    """What `do` returns, and the job's steps per second meanwhile."""
+    began, before = time.perf_counter(), steps_done(api, job)
+    result = do()
+    return result, (steps_done(api, job) - before) / (time.perf_counter() - began)
 
 
 def trained_bytes(api, data_dir, job):

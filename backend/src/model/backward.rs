@@ -1,5 +1,6 @@
-//! The backward of one layer, written out: the mirror of `Decoder::wire`, read it beside that. Base weights are
-//! frozen (`dx = dy W` only) unless everything is trained. Checked against peft's gradients (tests/numerics).
+//! The backward of a layer's halves, written out: the mirrors of `attention_half` and `mlp_half`, read them beside
+//! those. Base weights are frozen (`dx = dy W` only) unless everything is trained. Checked against peft's gradients
+//! (tests/numerics).
 
 use tandem_kernels::activation::{gated, gated_backward};
 use tandem_kernels::attention::packed_backward;
@@ -9,7 +10,7 @@ use tandem_kernels::norm::{rms_norm, rms_norm_backward_input, rms_norm_backward_
 use tch::Tensor;
 
 use super::full::{FullParams, Slot};
-use super::{Decoder, Saved, TrainPass, Trainable, heads, options, split_qkv};
+use super::{Decoder, Inner, Saved, TrainPass, Trainable, heads, options, split_qkv};
 use crate::family::site::Site;
 use crate::lora::params::AdapterParams;
 
@@ -36,61 +37,58 @@ impl Grads {
 }
 
 impl Decoder {
-    /// `doutput [T, H]` of layer `i` to `dinput [T, H]`; parameters' gradients are added to `grads`.
-    pub fn layer_backward(
+    /// `doutput [T, H]` of half a layer to `dinput [T, H]`; parameters' gradients are added to `grads`.
+    pub fn half_backward(
         &self,
-        i: usize,
+        half: usize,
         saved: Saved,
         doutput: Tensor,
         pass: &TrainPass,
         grads: &mut Grads,
     ) -> Tensor {
-        let Saved {
-            input,
-            qkv,
-            attended,
-            middle,
-            gate_up,
-            shrunk,
-        } = saved;
+        let Saved { input, inner, shrunk } = saved;
+        let i = half / 2;
         let (layer, spec, eps) = (&self.layers[i], &self.layout.local.layers[i], self.spec.norm_eps);
         let site = |site: Site, x: &Tensor, dy: &Tensor| {
             self.linear_site_backward(i, site, x, shrunk[site.index()].as_ref(), dy, pass, grads)
         };
-
-        let activated = gated(&gate_up, spec.mlp.activation);
-        let dactivated = site(Site::Down, &activated, &doutput);
-        drop(activated);
-        let dgate_up = gated_backward(&gate_up, &dactivated, spec.mlp.activation);
-        drop((gate_up, dactivated));
-        let x = rms_norm(&middle, &layer.mlp_norm, eps);
-        let dx = self.summed(site(Site::GateUp, &x, &dgate_up));
-        drop((x, dgate_up));
-        let dmlp = self.norm_backward(Slot::MlpNorm(i), &middle, &layer.mlp_norm, &dx, grads);
-        let dmiddle = doutput + dmlp;
-        drop(middle);
-
-        let dattended = site(Site::Output, &attended.out, &dmiddle);
-        let (q, k, v) = split_qkv(&qkv, &spec.attn);
-        let (heads, options) = (heads(&spec.attn), options(&spec.attn));
-        let (dq, dk, dv) = packed_backward(
-            &q,
-            &k,
-            &v,
-            &attended,
-            &dattended,
-            pass.cu_seqlens,
-            heads,
-            options,
-            self.precision,
-        );
-        self.rope.apply_inverse(&dq, pass.positions);
-        self.rope.apply_inverse(&dk, pass.positions);
-        let dqkv = Tensor::cat(&[dq, dk, dv], 1);
-        let x = rms_norm(&input, &layer.attn_norm, eps);
-        let dx = self.summed(site(Site::Qkv, &x, &dqkv));
-        let dattn = self.norm_backward(Slot::AttnNorm(i), &input, &layer.attn_norm, &dx, grads);
-        dmiddle + dattn
+        let (slot, weight, dx) = match inner {
+            Inner::Mlp { gate_up } => {
+                let activated = gated(&gate_up, spec.mlp.activation);
+                let dactivated = site(Site::Down, &activated, &doutput);
+                drop(activated);
+                let dgate_up = gated_backward(&gate_up, &dactivated, spec.mlp.activation);
+                drop((gate_up, dactivated));
+                let x = rms_norm(&input, &layer.mlp_norm, eps);
+                (
+                    Slot::MlpNorm(i),
+                    &layer.mlp_norm,
+                    site(Site::GateUp, &x, &dgate_up),
+                )
+            }
+            Inner::Attention { qkv, attended } => {
+                let dattended = site(Site::Output, &attended.out, &doutput);
+                let (q, k, v) = split_qkv(&qkv, &spec.attn);
+                let (dq, dk, dv) = packed_backward(
+                    &q,
+                    &k,
+                    &v,
+                    &attended,
+                    &dattended,
+                    pass.cu_seqlens,
+                    heads(&spec.attn),
+                    options(&spec.attn),
+                    self.precision,
+                );
+                self.rope.apply_inverse(&dq, pass.positions);
+                self.rope.apply_inverse(&dk, pass.positions);
+                let dqkv = Tensor::cat(&[dq, dk, dv], 1);
+                let x = rms_norm(&input, &layer.attn_norm, eps);
+                (Slot::AttnNorm(i), &layer.attn_norm, site(Site::Qkv, &x, &dqkv))
+            }
+        };
+        let dx = self.summed(dx);
+        doutput + self.norm_backward(slot, &input, weight, &dx, grads)
     }
 
     /// `y = x Wt + bias + scale (drop(x) At) Bt`: returns dx, adds the gradients of what is trained. With several ranks

@@ -135,18 +135,23 @@ impl Dropout {
     }
 }
 
-/// What the backward of one layer reads; everything else is recomputed from these.
+/// What the backward of half a layer reads; everything else is recomputed from these.
 pub struct Saved {
-    /// Layer input `[T, H]`.
+    /// `[T, H]`
     input: Tensor,
-    /// After rope `[T, (heads + 2 kv_heads) D]`.
-    qkv: Tensor,
-    attended: PackedOut,
-    /// After the attention half `[T, H]`.
-    middle: Tensor,
-    gate_up: Tensor,
+    inner: Inner,
     /// LoRA's `x At` of each site `[T, R]`.
     shrunk: [Option<Tensor>; 4],
+}
+
+enum Inner {
+    Attention {
+        /// After rope `[T, (heads + 2 kv_heads) D]`.
+        qkv: Tensor,
+        attended: PackedOut,
+    },
+    /// `[T, 2 I]`
+    Mlp { gate_up: Tensor },
 }
 
 impl Decoder {
@@ -296,45 +301,45 @@ impl Decoder {
             lora,
             attend,
         };
-        self.wire(i, hidden, positions, &mut pass)
+        let (hidden, _) = self.attention_half(i, hidden, positions, &mut pass);
+        self.mlp_half(i, hidden, &mut pass).0
     }
 
-    /// The same layer, keeping what [`Decoder::layer_backward`] reads.
-    pub fn layer_saving(&self, i: usize, hidden: &Tensor, pass: &TrainPass) -> (Tensor, Saved) {
-        let mut pass = Saving {
+    /// What training takes at a time: attention of a layer, then its MLP.
+    pub fn n_halves(&self) -> usize {
+        2 * self.layers.len()
+    }
+
+    /// Half a layer, keeping what [`Decoder::half_backward`] reads.
+    pub fn half_saving(&self, half: usize, input: Tensor, pass: &TrainPass) -> (Tensor, Saved) {
+        let mut saving = Saving {
             decoder: self,
-            layer: i,
+            layer: half / 2,
             pass,
-            qkv: None,
             attended: None,
-            middle: None,
-            gate_up: None,
             shrunk: [const { None }; 4],
         };
-        let positions = pass.pass.positions;
-        let output = self.wire(i, hidden.shallow_clone(), positions, &mut pass);
-        let Saving {
-            qkv,
-            attended,
-            middle,
-            gate_up,
-            shrunk,
-            ..
-        } = pass;
-        let kept = "wire ran every part of the layer";
-        let saved = Saved {
-            input: hidden.shallow_clone(),
-            qkv: qkv.expect(kept),
-            attended: attended.expect(kept),
-            middle: middle.expect(kept),
-            gate_up: gate_up.expect(kept),
-            shrunk,
+        let hidden = input.shallow_clone();
+        let (output, inner) = if half.is_multiple_of(2) {
+            let (output, qkv) = self.attention_half(half / 2, hidden, pass.positions, &mut saving);
+            let attended = saving.attended.take().expect("it attended");
+            (output, Inner::Attention { qkv, attended })
+        } else {
+            let (output, gate_up) = self.mlp_half(half / 2, hidden, &mut saving);
+            (output, Inner::Mlp { gate_up })
         };
-        (output, saved)
+        let Saving { shrunk, .. } = saving;
+        (output, Saved { input, inner, shrunk })
     }
 
-    /// How a pre-norm layer is wired, for every kind of pass.
-    fn wire(&self, i: usize, hidden: Tensor, positions: &[i64], pass: &mut impl Pass) -> Tensor {
+    /// The first half of a pre-norm layer, for every kind of pass, and its q, k and v after rope.
+    fn attention_half(
+        &self,
+        i: usize,
+        hidden: Tensor,
+        positions: &[i64],
+        pass: &mut impl Pass,
+    ) -> (Tensor, Tensor) {
         let (layer, attn) = (&self.layers[i], &self.layout.local.layers[i].attn);
         let x = rms_norm(&hidden, &layer.attn_norm, self.spec.norm_eps);
         let qkv = pass.project(Site::Qkv, &x); // [T, (heads + 2 kv_heads) D]
@@ -342,14 +347,21 @@ impl Decoder {
         self.rope.apply(&q, positions);
         self.rope.apply(&k, positions);
         let attended = pass.attend(&q, &k, &v, attn); // [T, heads D]
-        pass.keep_qkv(qkv);
-        let hidden = self.summed(pass.project_add(Site::Output, &attended, hidden));
-        pass.keep_middle(&hidden);
-        let x = rms_norm(&hidden, &layer.mlp_norm, self.spec.norm_eps);
+        (
+            self.summed(pass.project_add(Site::Output, &attended, hidden)),
+            qkv,
+        )
+    }
+
+    /// The second half, and what its activation reads.
+    fn mlp_half(&self, i: usize, hidden: Tensor, pass: &mut impl Pass) -> (Tensor, Tensor) {
+        let x = rms_norm(&hidden, &self.layers[i].mlp_norm, self.spec.norm_eps);
         let gate_up = pass.project(Site::GateUp, &x); // [T, 2 I]
         let activated = activation::gated(&gate_up, self.layout.local.layers[i].mlp.activation); // [T, I]
-        pass.keep_gate_up(gate_up);
-        self.summed(pass.project_add(Site::Down, &activated, hidden))
+        (
+            self.summed(pass.project_add(Site::Down, &activated, hidden)),
+            gate_up,
+        )
     }
 
     /// A residual is in the sum over ranks once: rank 0 brings it.
@@ -371,15 +383,12 @@ impl Decoder {
     }
 }
 
-/// What differs between serving a layer and saving it for a backward: LoRA, attention, what is kept.
+/// What differs between serving a layer and saving it for a backward: LoRA and attention.
 trait Pass {
     fn project(&mut self, site: Site, x: &Tensor) -> Tensor;
     /// `residual + project(x)`; with several ranks its parts, to be summed
     fn project_add(&mut self, site: Site, x: &Tensor, residual: Tensor) -> Tensor;
     fn attend(&mut self, q: &Tensor, k: &Tensor, v: &Tensor, attn: &AttnSpec) -> Tensor;
-    fn keep_qkv(&mut self, _qkv: Tensor) {}
-    fn keep_middle(&mut self, _hidden: &Tensor) {}
-    fn keep_gate_up(&mut self, _gate_up: Tensor) {}
 }
 
 struct Serving<'a, F> {
@@ -426,10 +435,7 @@ struct Saving<'a> {
     decoder: &'a Decoder,
     layer: usize,
     pass: &'a TrainPass<'a>,
-    qkv: Option<Tensor>,
     attended: Option<PackedOut>,
-    middle: Option<Tensor>,
-    gate_up: Option<Tensor>,
     shrunk: [Option<Tensor>; 4],
 }
 
@@ -475,16 +481,6 @@ impl Pass for Saving<'_> {
             self.decoder.precision,
         );
         self.attended.insert(attended).out.shallow_clone()
-    }
-
-    fn keep_qkv(&mut self, qkv: Tensor) {
-        self.qkv = Some(qkv);
-    }
-    fn keep_middle(&mut self, hidden: &Tensor) {
-        self.middle = Some(hidden.shallow_clone());
-    }
-    fn keep_gate_up(&mut self, gate_up: Tensor) {
-        self.gate_up = Some(gate_up);
     }
 }
 

@@ -5,11 +5,17 @@ use tandem_core::TokenId;
 use tandem_core::dataset::Example;
 use tandem_core::job::Hyper;
 use tandem_core::rng;
+use tch::Device;
 
 /// Tokens of one slice at most, unless a single example is longer. Slices bound the memory of activations and the
-/// length of a quantum; gradients add up over slices, so only float rounding depends on it. Fixed, never tuned to
-/// timing: the same job must give the same bytes on every run.
-pub const SLICE_TOKENS: usize = 512;
+/// length of a quantum; gradients add up over slices, so only float rounding depends on it. Never tuned to timing: the
+/// same job must give the same bytes on every run. A GPU wants many rows.
+pub fn slice_tokens(device: Device) -> usize {
+    match device {
+        Device::Cpu => 256,
+        _ => 2048,
+    }
+}
 
 /// The schedule of a run.
 pub struct DataPlan {
@@ -31,9 +37,12 @@ pub struct Slice {
     /// Within each example.
     pub positions: Vec<i64>,
     pub cu_seqlens: Vec<usize>,
-    /// Rows that predict a token with weight: `(row, predicted token, weight)`.
-    pub labels: Vec<(i64, TokenId, f32)>,
+    /// Of the rows that predict a token with weight.
+    pub labels: Vec<Label>,
 }
+
+/// Row, predicted token, weight.
+pub type Label = (i64, TokenId, f32);
 
 impl DataPlan {
     pub fn new(examples: &[Example], hyper: &Hyper) -> DataPlan {
@@ -122,9 +131,10 @@ impl DataPlan {
     }
 }
 
-/// Cuts examples into slices of at most [`SLICE_TOKENS`], in order. The last token of an example is never an input:
+/// Cuts examples into slices of at most [`slice_tokens`], in order. The last token of an example is never an input:
 /// nothing is predicted after it.
-pub fn slices<'a>(examples: impl Iterator<Item = &'a Example>) -> Vec<Slice> {
+pub fn slices<'a>(examples: impl Iterator<Item = &'a Example>, device: Device) -> Vec<Slice> {
+    let most = slice_tokens(device);
     let mut slices: Vec<Slice> = vec![];
     for Example { tokens, weights } in examples {
         let inputs = tokens.len().saturating_sub(1);
@@ -133,7 +143,7 @@ pub fn slices<'a>(examples: impl Iterator<Item = &'a Example>) -> Vec<Slice> {
         }
         let fits = slices
             .last()
-            .is_some_and(|slice| slice.tokens.len() + inputs <= SLICE_TOKENS);
+            .is_some_and(|slice| slice.tokens.len() + inputs <= most);
         if !fits {
             slices.push(Slice {
                 tokens: vec![],
@@ -250,8 +260,8 @@ mod tests {
                 weights: vec![1.0, 0.0, 0.5],
             },
             Example {
-                tokens: vec![9; 600],
-                weights: vec![1.0; 600],
+                tokens: vec![9; 300],
+                weights: vec![1.0; 300],
             },
             Example {
                 tokens: vec![8],
@@ -262,11 +272,11 @@ mod tests {
                 weights: vec![0.0, 1.0],
             },
         ];
-        let slices = slices(examples.iter());
+        let slices = slices(examples.iter(), Device::Cpu);
         let lengths: Vec<_> = slices.iter().map(|slice| slice.tokens.len()).collect();
-        assert_eq!(lengths, [2, 599, 1]);
+        assert_eq!(lengths, [2, 299, 1]);
         assert_eq!(slices[0].labels, [(1, 7, 0.5)]);
-        assert_eq!(slices[1].labels.len(), 599);
+        assert_eq!(slices[1].labels.len(), 299);
         assert_eq!(slices[2].labels, [(0, 4, 1.0)]);
     }
 }

@@ -1,4 +1,4 @@
-//! A fine-tuning job as a tenant of the engine: it advances in quanta of a few milliseconds (one layer of one slice,
+//! A fine-tuning job as a tenant of the engine: it advances in quanta of a few milliseconds (half a layer of one slice,
 //! forward or backward), so that requests are served between them. The same steps train a LoRA adapter beside the
 //! served base and, for `tandem train`, every parameter of a model of its own.
 //!
@@ -23,7 +23,7 @@ use tandem_core::dataset::{self, Example};
 use tandem_core::id::AdapterRef;
 use tandem_core::job::{Hyper, JobEvent, JobSpec, Lora, Method, StepReport, files};
 use tandem_kernels::adamw::{self, AdamW};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::family::DecoderSpec;
 use crate::lora::adapter::Adapter;
@@ -118,6 +118,8 @@ pub struct Trainer {
     /// Cut once: validation never changes.
     valid: Vec<Slice>,
     plan: DataPlan,
+    /// Of the passes. Numbers that are trained, their gradients and moments lie on the CPU.
+    device: Device,
     /// Optimizer steps done.
     step: u64,
     trained_tokens: u64,
@@ -146,14 +148,7 @@ enum Stage {
         resumed_from: Option<u64>,
     },
     Begin,
-    /// Slices still to go through the layers; `pass` is the one that is under way.
-    Accumulate {
-        slices: Vec<Slice>,
-        pass: Pass,
-        scores: Scores,
-        weight: f64,
-        tokens: u64,
-    },
+    Accumulate(Accumulation),
     Optimize {
         scores: Scores,
         tokens: u64,
@@ -165,6 +160,18 @@ enum Stage {
     },
     Save,
     Finish,
+}
+
+/// The slices of one step on their way through the layers.
+struct Accumulation {
+    /// Still to go, the next at the end.
+    slices: Vec<Slice>,
+    pass: Option<Pass>,
+    /// Tokens of the slices before the next.
+    rows_before: u64,
+    scores: Scores,
+    /// Of all labels of the step.
+    weight: f64,
 }
 
 impl Trainer {
@@ -203,7 +210,7 @@ impl Trainer {
             params,
             adapter,
         };
-        Trainer::new(spec, desk, inputs, &base.spec, subject, grads)
+        Trainer::new(spec, desk, inputs, Some(base), subject, grads)
     }
 
     /// Trains every parameter of the model in `model_folder` (drawn at random when it has no weights), in float32.
@@ -211,24 +218,26 @@ impl Trainer {
         let decoder_spec = crate::family::read_spec(model_folder)?;
         let params = full::read_or_init(model_folder, &decoder_spec, spec.hyper.seed)?;
         let precision = tandem_kernels::weight::Precision::F32;
-        let decoder = Box::new(Decoder::from_params(decoder_spec.clone(), &params, precision)?);
+        let decoder = Box::new(Decoder::from_params(decoder_spec, &params, precision)?);
         let grads = Grads::Full(FullParams::zeros(params.shape.clone()));
         let inputs = Inputs::read(&spec.folder)?;
         let subject = Subject::Full { params, decoder };
-        Trainer::new(spec, Desk::Writes, &inputs, &decoder_spec, subject, grads)
+        Trainer::new(spec, Desk::Writes, &inputs, None, subject, grads)
     }
 
     fn new(
         spec: JobSpec,
         desk: Desk,
         inputs: &Inputs,
-        decoder: &DecoderSpec,
+        base: Option<&Decoder>,
         subject: Subject,
         grads: Grads,
     ) -> Result<Trainer, TrainError> {
-        let train = examples(&inputs.train, files::TRAIN, decoder)?;
+        let (decoder, _) = subject.parts(base);
+        let device = decoder.device();
+        let train = examples(&inputs.train, files::TRAIN, &decoder.spec)?;
         let valid = match &inputs.valid {
-            Some(bytes) => examples(bytes, files::VALID, decoder)?,
+            Some(bytes) => examples(bytes, files::VALID, &decoder.spec)?,
             None => vec![],
         };
         if train.iter().all(|example| example.label_tokens() == 0) {
@@ -243,8 +252,9 @@ impl Trainer {
             moment2: grads.flat().zeros_like(),
             subject,
             grads,
-            valid: data::slices(valid.iter()),
+            valid: data::slices(valid.iter(), device),
             plan,
+            device,
             step: 0,
             trained_tokens: 0,
             stage: Stage::Announce { resumed_from: None },
@@ -312,13 +322,7 @@ impl Trainer {
                 Stage::Begin
             }
             Stage::Begin => self.begin(),
-            Stage::Accumulate {
-                slices,
-                pass,
-                scores,
-                weight,
-                tokens,
-            } => self.accumulate(base, slices, pass, scores, weight, tokens)?,
+            Stage::Accumulate(step) => self.accumulate(base, step),
             Stage::Optimize { scores, tokens } => {
                 if let Some(base) = base {
                     base.sum_over_ranks(self.grads.flat());
@@ -388,57 +392,50 @@ impl Trainer {
         let _ = self.grads.flat().shallow_clone().zero_();
         let mut slices = vec![];
         for micro_batch in self.plan.step(self.step) {
-            slices.extend(data::slices(
-                micro_batch.iter().map(|&example| &self.train[example]),
-            ));
+            let examples = micro_batch.iter().map(|&example| &self.train[example]);
+            slices.extend(data::slices(examples, self.device));
         }
         let weight = slices
             .iter()
             .flat_map(|slice| &slice.labels)
             .map(|&(_, _, weight)| f64::from(weight))
             .sum();
-        let tokens = slices.iter().map(|slice| slice.tokens.len() as u64).sum();
         slices.reverse(); // taken from the end
-        Stage::Accumulate {
+        Stage::Accumulate(Accumulation {
             slices,
-            pass: Pass::Idle { rows_before: 0 },
+            pass: None,
+            rows_before: 0,
             scores: Scores::default(),
             weight,
-            tokens,
-        }
+        })
     }
 
-    fn accumulate(
-        &mut self,
-        base: Option<&Decoder>,
-        mut slices: Vec<Slice>,
-        pass: Pass,
-        scores: Scores,
-        weight: f64,
-        tokens: u64,
-    ) -> Result<Stage, TrainError> {
+    fn accumulate(&mut self, base: Option<&Decoder>, mut step: Accumulation) -> Stage {
         let (decoder, adapter) = self.subject.parts(base);
         let context = step::Context {
             decoder,
             adapter,
             hyper: &self.spec.hyper,
             step: self.step,
-            weight,
+            weight: step.weight,
         };
-        let (pass, scores) = match pass {
-            Pass::Idle { rows_before } => match slices.pop() {
-                None => return Ok(Stage::Optimize { scores, tokens }),
-                Some(slice) => (Pass::enter(slice, rows_before, &context), scores),
+        step.pass = match step.pass {
+            Some(pass) => pass.advance(&context, &mut step.scores, &mut self.grads),
+            None => match step.slices.pop() {
+                Some(slice) => {
+                    let rows_before = step.rows_before;
+                    step.rows_before += slice.tokens.len() as u64;
+                    Some(Pass::enter(slice, rows_before, &context))
+                }
+                None => {
+                    return Stage::Optimize {
+                        scores: step.scores,
+                        tokens: step.rows_before,
+                    };
+                }
             },
-            pass => pass.advance(&context, scores, &mut self.grads),
         };
-        Ok(Stage::Accumulate {
-            slices,
-            pass,
-            scores,
-            weight,
-            tokens,
-        })
+        Stage::Accumulate(step)
     }
 
     fn optimize(&mut self, scores: &Scores, tokens: u64) -> Result<StepReport, TrainError> {

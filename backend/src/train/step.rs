@@ -1,4 +1,4 @@
-//! One slice through the layers and back, a layer at a time: the arithmetic of an optimizer step.
+//! One slice through the layers and back, half a layer at a time: the arithmetic of an optimizer step.
 
 use std::ops::Add;
 
@@ -6,13 +6,15 @@ use tandem_core::job::{Hyper, Method};
 use tandem_kernels::loss::LogProbs;
 use tch::{Device, Tensor};
 
-use super::data::Slice;
+use super::data::{Label, Slice};
 use crate::lora::adapter::{Adapter, AdapterRows};
 use crate::model::full::Slot;
 use crate::model::{Batch, Context as Attention, Decoder, Dropout, Grads, Saved, TrainPass, Trainable};
 
 /// Activations of one slice that may be kept for its backward; beyond, layers run again in the backward.
 const KEEP_BYTES: i64 = 2 << 30;
+/// Multiplications of the head in one go: what bounds the loss's part of a quantum as the slice bounds a layer's.
+const HEAD_PRODUCTS: i64 = 1 << 28;
 
 /// Sums over label tokens.
 #[derive(Clone, Copy, Default)]
@@ -56,134 +58,109 @@ pub struct Context<'a> {
     pub weight: f64,
 }
 
-/// A slice on its way. `rows_before` counts the step's tokens before it (dropout's counter).
-pub enum Pass {
-    Idle {
-        rows_before: u64,
-    },
-    Forward {
-        slice: Slice,
-        rows_before: u64,
-        hidden: Tensor,
-        kept: Vec<Kept>,
-    },
-    Loss {
-        slice: Slice,
-        rows_before: u64,
-        hidden: Tensor,
-        kept: Vec<Kept>,
-    },
-    Backward {
-        slice: Slice,
-        rows_before: u64,
-        dhidden: Tensor,
-        kept: Vec<Kept>,
-    },
+/// A slice on its way.
+pub struct Pass {
+    slice: Slice,
+    /// The step's tokens before it: dropout's counter.
+    rows_before: u64,
+    /// Of each half layer that it went through forward, and not yet backward.
+    kept: Vec<Kept>,
+    at: At,
 }
 
-/// What a layer's backward starts from.
-pub enum Kept {
+enum At {
+    /// Hidden states.
+    Forward(Tensor),
+    /// With so many of its labels done, which have their rows of the gradient.
+    Loss {
+        hidden: Tensor,
+        dhidden: Tensor,
+        done: usize,
+    },
+    /// Gradient of hidden states.
+    Backward(Tensor),
+}
+
+/// What the backward of half a layer starts from.
+enum Kept {
     All(Box<Saved>),
-    /// Only the layer's input: its forward runs again.
+    /// Only its input: its forward runs again.
     Input(Tensor),
 }
 
 impl Pass {
     pub fn enter(slice: Slice, rows_before: u64, context: &Context) -> Pass {
         let hidden = context.decoder.embed(&slice.tokens);
-        Pass::Forward {
+        Pass {
             slice,
             rows_before,
-            hidden,
             kept: vec![],
+            at: At::Forward(hidden),
         }
     }
 
-    /// One layer, or the loss, further.
-    pub fn advance(self, context: &Context, scores: Scores, grads: &mut Grads) -> (Pass, Scores) {
-        match self {
-            Pass::Idle { .. } => (self, scores),
-            Pass::Forward {
-                slice,
-                rows_before,
-                hidden,
-                mut kept,
-            } => {
-                let decoder = context.decoder;
-                let (output, saved) =
-                    decoder.layer_saving(kept.len(), &hidden, &train_pass(&slice, rows_before, context));
+    /// Half a layer, or the loss of some rows, further. `None` when it is through; adds to `scores` and `grads`.
+    pub fn advance(self, context: &Context, scores: &mut Scores, grads: &mut Grads) -> Option<Pass> {
+        let Pass {
+            slice,
+            rows_before,
+            mut kept,
+            at,
+        } = self;
+        let decoder = context.decoder;
+        let pass = train_pass(&slice, rows_before, context);
+        let at = match at {
+            At::Forward(input) => {
+                let (hidden, saved) = decoder.half_saving(kept.len(), input.shallow_clone(), &pass);
                 kept.push(match keeps_all(&slice, decoder) {
                     true => Kept::All(Box::new(saved)),
-                    false => Kept::Input(hidden),
+                    false => Kept::Input(input),
                 });
-                let pass = match kept.len() == decoder.n_layers() {
-                    true => Pass::Loss {
-                        slice,
-                        rows_before,
-                        hidden: output,
-                        kept,
+                match kept.len() == decoder.n_halves() {
+                    true => At::Loss {
+                        dhidden: hidden.zeros_like(),
+                        hidden,
+                        done: 0,
                     },
-                    false => Pass::Forward {
-                        slice,
-                        rows_before,
-                        hidden: output,
-                        kept,
-                    },
-                };
-                (pass, scores)
+                    false => At::Forward(hidden),
+                }
             }
-            Pass::Loss {
-                slice,
-                rows_before,
+            At::Loss { dhidden, done, .. } if done == slice.labels.len() => At::Backward(dhidden),
+            At::Loss {
                 hidden,
-                kept,
+                mut dhidden,
+                done,
             } => {
-                let (dhidden, scored) = loss(&slice, &hidden, context, grads);
-                (
-                    Pass::Backward {
-                        slice,
-                        rows_before,
-                        dhidden,
-                        kept,
-                    },
-                    scores + scored,
-                )
+                let end = slice.labels.len().min(done + rows_at_once(decoder));
+                let labels = Labels::of(&slice.labels[done..end], context.weight, decoder.device());
+                *scores = *scores + loss(&labels, &hidden, &mut dhidden, context, grads);
+                At::Loss {
+                    hidden,
+                    dhidden,
+                    done: end,
+                }
             }
-            Pass::Backward {
-                slice,
-                rows_before,
-                dhidden,
-                mut kept,
-            } => {
-                let pass = train_pass(&slice, rows_before, context);
-                let Some(last) = kept.pop() else {
-                    context.decoder.embed_backward(&slice.tokens, &dhidden, grads);
-                    return (
-                        Pass::Idle {
-                            rows_before: rows_before + slice.tokens.len() as u64,
-                        },
-                        scores,
-                    );
-                };
-                let layer = kept.len();
-                let saved = match last {
-                    Kept::All(saved) => *saved,
-                    Kept::Input(input) => context.decoder.layer_saving(layer, &input, &pass).1,
-                };
-                let dhidden = context
-                    .decoder
-                    .layer_backward(layer, saved, dhidden, &pass, grads);
-                (
-                    Pass::Backward {
-                        slice,
-                        rows_before,
-                        dhidden,
-                        kept,
-                    },
-                    scores,
-                )
-            }
-        }
+            At::Backward(dhidden) => match kept.pop() {
+                None => {
+                    decoder.embed_backward(&slice.tokens, &dhidden, grads);
+                    return None;
+                }
+                Some(last) => {
+                    let half = kept.len();
+                    let saved = match last {
+                        Kept::All(saved) => *saved,
+                        Kept::Input(input) => decoder.half_saving(half, input, &pass).1,
+                    };
+                    At::Backward(decoder.half_backward(half, saved, dhidden, &pass, grads))
+                }
+            },
+        };
+        Some(Pass {
+            slice,
+            rows_before,
+            kept,
+            at,
+        })
     }
 }
 
@@ -205,9 +182,10 @@ pub fn score(decoder: &Decoder, adapter: Option<&Adapter>, slice: &Slice) -> Sco
         lora: &lora,
     };
     let hidden = decoder.forward(&batch);
-    let Some(labels) = Labels::of(slice, 1.0, hidden.device()) else {
+    if slice.labels.is_empty() {
         return Scores::default();
-    };
+    }
+    let labels = Labels::of(&slice.labels, 1.0, hidden.device());
     let normed = decoder.final_norm(&hidden.index_select(0, &labels.rows));
     let LogProbs { log_probs, correct } = decoder.log_probs(&normed, &labels.tokens);
     let loss = log_probs
@@ -217,11 +195,14 @@ pub fn score(decoder: &Decoder, adapter: Option<&Adapter>, slice: &Slice) -> Sco
     labels.scores(loss.sum(), correct, 1.0)
 }
 
-fn loss(slice: &Slice, hidden: &Tensor, context: &Context, grads: &mut Grads) -> (Tensor, Scores) {
-    let dhidden = hidden.zeros_like();
-    let Some(labels) = Labels::of(slice, context.weight, hidden.device()) else {
-        return (dhidden, Scores::default());
-    };
+/// Of some rows of `hidden [T, H]`; writes the same rows of `dhidden`.
+fn loss(
+    labels: &Labels,
+    hidden: &Tensor,
+    dhidden: &mut Tensor,
+    context: &Context,
+    grads: &mut Grads,
+) -> Scores {
     let rows = hidden.index_select(0, &labels.rows); // [R, H]
     let normed = context.decoder.final_norm(&rows);
     let mut dweight = match grads {
@@ -236,11 +217,20 @@ fn loss(slice: &Slice, hidden: &Tensor, context: &Context, grads: &mut Grads) ->
         .decoder
         .cross_entropy(&normed, &labels.tokens, &labels.weights, dweight.as_mut());
     let drows = context.decoder.final_norm_backward(&rows, &out.dhidden, grads);
-    let dhidden = dhidden.index_copy(0, &labels.rows, &drows);
-    (dhidden, labels.scores(out.loss_sum, out.correct, context.weight))
+    let _ = dhidden.index_copy_(0, &labels.rows, &drows);
+    labels.scores(out.loss_sum, out.correct, context.weight)
 }
 
-/// The label rows of a slice, weights divided by the step's total.
+/// A function of the model alone, like the slice: the same job must give the same bytes. A GPU wants many rows.
+fn rows_at_once(decoder: &Decoder) -> usize {
+    let per_row = decoder.spec.vocab * decoder.spec.hidden;
+    match decoder.device() {
+        Device::Cpu => (HEAD_PRODUCTS / per_row).clamp(64, 512) as usize,
+        _ => 2048,
+    }
+}
+
+/// Label rows of a slice, weights divided by the step's total.
 struct Labels {
     rows: Tensor,
     tokens: Vec<u32>,
@@ -248,17 +238,14 @@ struct Labels {
 }
 
 impl Labels {
-    fn of(slice: &Slice, total_weight: f64, device: Device) -> Option<Labels> {
-        let rows: Vec<i64> = slice.labels.iter().map(|&(row, _, _)| row).collect();
-        (!rows.is_empty()).then(|| Labels {
+    fn of(labels: &[Label], total_weight: f64, device: Device) -> Labels {
+        let rows: Vec<i64> = labels.iter().map(|&(row, _, _)| row).collect();
+        let weight = |&(_, _, weight): &Label| (f64::from(weight) / total_weight) as f32;
+        Labels {
             rows: Tensor::from_slice(&rows).to_device(device),
-            tokens: slice.labels.iter().map(|&(_, token, _)| token).collect(),
-            weights: slice
-                .labels
-                .iter()
-                .map(|&(_, _, weight)| (f64::from(weight) / total_weight) as f32)
-                .collect(),
-        })
+            tokens: labels.iter().map(|&(_, token, _)| token).collect(),
+            weights: labels.iter().map(weight).collect(),
+        }
     }
 
     fn scores(&self, loss: f64, correct: usize, total_weight: f64) -> Scores {

@@ -196,14 +196,13 @@ fn backward(
         weight,
     };
     let (mut scores, mut rows) = (Scores::default(), 0);
-    for slice in data::slices(examples.iter()) {
-        let mut pass = Pass::enter(slice, rows, &context);
-        rows = loop {
-            (pass, scores) = pass.advance(&context, scores, grads);
-            if let Pass::Idle { rows_before } = pass {
-                break rows_before;
-            }
-        };
+    for slice in data::slices(examples.iter(), decoder.device()) {
+        let tokens = slice.tokens.len() as u64;
+        let mut pass = Some(Pass::enter(slice, rows, &context));
+        while let Some(under_way) = pass {
+            pass = under_way.advance(&context, &mut scores, grads);
+        }
+        rows += tokens;
     }
     scores.loss / scores.weight
 }
