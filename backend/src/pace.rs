@@ -7,13 +7,15 @@
 
 use std::time::Duration;
 
-/// Training time for each second of serving steps.
-const SHARE: f64 = 0.25;
+/// Training time for each second of serving steps, unless chosen.
+pub const SHARE: f64 = 0.25;
 /// Weight of the newest duration in the learned ones.
 const NEWEST: f64 = 0.2;
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Pace {
+    /// Training time for each second of serving steps.
+    share: f64,
     earned_s: f64,
     quantum_s: Option<f64>,
 }
@@ -35,8 +37,16 @@ pub enum Load {
 }
 
 impl Pace {
+    pub fn new(share: f64) -> Pace {
+        Pace {
+            share,
+            earned_s: 0.0,
+            quantum_s: None,
+        }
+    }
+
     pub fn stepped(&mut self, step: Duration) {
-        let share = SHARE * step.as_secs_f64();
+        let share = self.share * step.as_secs_f64();
         // Not a hoard: one quantum's price and the newest share, so that a job does not catch up in a burst.
         self.earned_s = (self.earned_s + share).min(self.quantum_s.unwrap_or(0.0) + share);
     }
@@ -68,9 +78,9 @@ impl Pace {
 mod tests {
     use super::*;
 
-    /// Share of training in serving time when steps and quanta take so many milliseconds.
-    fn share(step_ms: u64, quantum_ms: u64) -> f64 {
-        let mut pace = Pace::default();
+    /// Training for each second of serving when steps and quanta take so many milliseconds.
+    fn got(asked: f64, step_ms: u64, quantum_ms: u64) -> f64 {
+        let mut pace = Pace::new(asked);
         let (mut steps, mut quanta, mut last) = (0, 0, Budget::Nothing);
         for _ in 0..10_000 {
             pace.stepped(Duration::from_millis(step_ms));
@@ -89,17 +99,19 @@ mod tests {
     #[test]
     fn training_gets_its_share_whatever_a_quantum_costs() {
         for (step_ms, quantum_ms) in [(100, 1), (10, 2), (10, 3), (10, 10), (10, 400), (200, 50)] {
-            let share = share(step_ms, quantum_ms);
-            assert!(
-                share > 0.24 && share < 0.26,
-                "{step_ms} ms steps, {quantum_ms} ms quanta: {share}"
-            );
+            for share in [0.1, SHARE, 2.0] {
+                let got = got(share, step_ms, quantum_ms);
+                assert!(
+                    (got / share - 1.0).abs() < 0.05,
+                    "{step_ms} ms steps, {quantum_ms} ms quanta, {share} asked: {got}"
+                );
+            }
         }
     }
 
     #[test]
     fn alone_it_runs_on_and_a_debt_is_forgotten() {
-        let mut pace = Pace::default();
+        let mut pace = Pace::new(SHARE);
         pace.trained(Duration::from_secs(5), Load::Serving);
         assert_eq!(pace.budget(Load::Serving), Budget::Nothing);
         assert_eq!(pace.budget(Load::Idle), Budget::Unlimited);

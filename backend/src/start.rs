@@ -27,6 +27,7 @@ use crate::engine::{Engine, Parts};
 use crate::family::shard::{Layout, Shard};
 use crate::family::{DecoderSpec, read_spec};
 use crate::guard;
+use crate::pace::{self, Pace};
 use crate::ranks::{self, Assembled, Followers, Plan, Ready, Team};
 use crate::weights::{Checkpoint, LoadError};
 use memory::gib;
@@ -50,6 +51,8 @@ pub struct Options {
     pub kv_cache_bytes: Option<u64>,
     pub max_loras: u32,
     pub max_lora_rank: u32,
+    /// Seconds a fine-tuning job may take for each second of serving steps, while there are requests.
+    pub training_share: f64,
     /// Default: all cores.
     pub threads: Option<usize>,
     /// For requests that bring none. Default: another one at each start.
@@ -78,6 +81,7 @@ impl Options {
             kv_cache_bytes: None,
             max_loras: 16,
             max_lora_rank: 64,
+            training_share: pace::SHARE,
             threads: None,
             seed: None,
             team: Team::Threads(1),
@@ -149,6 +153,7 @@ fn load(
         kv_cache_bytes,
         max_loras,
         max_lora_rank,
+        training_share,
         threads: _,
         seed,
         team,
@@ -238,6 +243,7 @@ fn load(
         cache,
         scheduler,
         bank,
+        pace: Pace::new(training_share),
         commands: inbox,
         stats,
         seed,
@@ -258,9 +264,14 @@ fn check(options: &Options) -> Result<(), LoadError> {
         max_num_batched_tokens,
         max_loras,
         max_lora_rank,
+        training_share,
         threads,
         ..
     } = options;
+    if !training_share.is_finite() || *training_share <= 0.0 {
+        let message = format!("training_share must be above 0, got {training_share}");
+        return Err(LoadError::Option(message));
+    }
     let at_least_one = [
         ("max_num_seqs", u64::from(*max_num_seqs)),
         ("max_num_batched_tokens", u64::from(*max_num_batched_tokens)),

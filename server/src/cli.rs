@@ -101,7 +101,7 @@ pub struct ModelOptions {
     #[arg(long, default_value = "auto")]
     pub device: String,
     /// Ranks that divide the model [default: 1, or WORLD_SIZE where torchrun, Slurm or Kubernetes start the ranks]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=128))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub tensor_parallel_size: Option<u32>,
     /// What ranks are that nobody else starts: thread (of this process) or mp (processes of their own) [default: thread
     /// on the CPU, mp on GPUs]
@@ -128,6 +128,10 @@ pub struct ModelOptions {
     /// Largest rank of an adapter
     #[arg(long, value_name = "RANK", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub max_lora_rank: Option<u32>,
+    /// Seconds a fine-tuning job may take for each second of serving, while there are requests: at the default streams
+    /// are a quarter slower beside a job. Without requests it has the machine
+    #[arg(long, value_name = "SHARE", default_value_t = 0.25, value_parser = share)]
+    pub training_share: f64,
     /// Compute threads [default: one per physical core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub threads: Option<u32>,
@@ -239,6 +243,13 @@ fn lora_module(text: &str) -> Result<(String, PathBuf), String> {
 }
 
 /// `4294967296`, `4G`, `4GiB`, `512m`: powers of 1024.
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(share) if (0.01..=100.0).contains(&share) => Ok(share),
+        _ => Err(format!("{text:?} is not a number from 0.01 to 100")),
+    }
+}
+
 fn bytes(text: &str) -> Result<u64, String> {
     let refused = || format!("{text:?} is not a number of bytes such as 2147483648, 2G or 512M");
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
