@@ -120,7 +120,7 @@ def streams():
             opened = ["--rate", f"{rate:.1f}", "--requests", int(8 * rate)]
             reports.append(measured("arrivals at 40 % of that", base, model, *opened))
 
-            job, began = create_job(api, n_epochs=50)
+            job, began = create_job(api, n_epochs=30)
             path = f"/v1/fine_tuning/jobs/{job['id']}"
             while api.call("GET", path)["status"] in ("validating_files", "queued"):
                 time.sleep(0.002)
@@ -155,7 +155,7 @@ def trained_bytes(api, data_dir, job):
 
 
 def crash():
-    options = {"n_epochs": 4, "save_steps": 5, "learning_rate": 1e-3}
+    options = {"n_epochs": 2, "save_steps": 5, "learning_rate": 1e-3}
     with tempfile.TemporaryDirectory(prefix="tandem-crash-") as undisturbed:
         server, base = start(TANDEM, undisturbed)
         api = Api(base)

@@ -110,7 +110,7 @@ def until(what, seconds=120):
 
 
 def state(binary, create_job, trained_bytes):
-    options = {"n_epochs": 4, "save_steps": 5, "learning_rate": 1e-3}
+    options = {"n_epochs": 2, "save_steps": 5, "learning_rate": 1e-3}
     with tempfile.TemporaryDirectory(prefix="tandem-state-") as root:
         root = pathlib.Path(root)
         alone = Server(binary, root / "alone", [], {})
