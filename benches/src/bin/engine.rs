@@ -40,6 +40,9 @@ struct Options {
     device: String,
     #[arg(long, value_enum, default_value = "bfloat16")]
     dtype: DtypeName,
+    /// Tokens of each stream's prompt, of which each stream has its own
+    #[arg(long, default_value_t = 256)]
+    prompt_tokens: usize,
     /// Tokens each stream generates
     #[arg(long, default_value_t = 64)]
     new_tokens: u32,
@@ -56,7 +59,7 @@ struct Options {
 enum Part {
     /// 512 tokens
     Prefill,
-    /// Streams with 256-token prompts
+    /// Streams, once all of them have read their prompts
     Decode,
     /// 8 streams over 4 adapters of rank 16 on all linear layers
     Adapters,
@@ -117,7 +120,7 @@ impl Engine {
         let replica = tandem_backend::start(tandem_backend::Options {
             device: words::device(&options.device)?,
             dtype,
-            max_model_len: Some(1024),
+            max_model_len: Some(1024.max(options.prompt_tokens as u32 + options.new_tokens)),
             max_num_seqs: 16,
             ..tandem_backend::Options::new(options.model.clone())
         })?;
@@ -148,7 +151,9 @@ impl Engine {
 
     async fn decode(&mut self, options: &Options, report: &mut Map<String, Value>) -> anyhow::Result<()> {
         for &streams in &options.streams {
-            let rate = self.rate(&vec![None; streams], options.new_tokens).await?;
+            let rate = self
+                .rate(&vec![None; streams], options.prompt_tokens, options.new_tokens)
+                .await?;
             say(report, &format!("decode_{streams}"), "tokens/s", rate);
         }
         Ok(())
@@ -165,9 +170,13 @@ impl Engine {
             .map(|i| Some(adapters[i % adapters.len()].clone()))
             .collect();
         // Loads them.
-        self.rate(&turns, 2).await?;
-        let base = self.rate(&vec![None; STREAMS], options.new_tokens).await?;
-        let mixed = self.rate(&turns, options.new_tokens).await?;
+        self.rate(&turns, options.prompt_tokens, 2).await?;
+        let base = self
+            .rate(&vec![None; STREAMS], options.prompt_tokens, options.new_tokens)
+            .await?;
+        let mixed = self
+            .rate(&turns, options.prompt_tokens, options.new_tokens)
+            .await?;
         say(report, "decode_8_base", "tokens/s", base);
         say(report, "decode_8_of_4_adapters", "tokens/s", mixed);
         say(report, "adapters_over_base", "", mixed / base);
@@ -175,10 +184,15 @@ impl Engine {
     }
 
     /// Tokens per second over all streams while every one of them decodes.
-    async fn rate(&mut self, streams: &[Option<AdapterRef>], new_tokens: u32) -> anyhow::Result<f64> {
+    async fn rate(
+        &mut self,
+        streams: &[Option<AdapterRef>],
+        prompt_tokens: usize,
+        new_tokens: u32,
+    ) -> anyhow::Result<f64> {
         let running: Vec<_> = streams
             .iter()
-            .map(|adapter| self.send(256, new_tokens, adapter.clone()))
+            .map(|adapter| self.send(prompt_tokens, new_tokens, adapter.clone()))
             .collect();
         let mut times = vec![];
         for stream in running {
