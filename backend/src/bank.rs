@@ -30,11 +30,15 @@ pub struct Fitting {
     pub max_lora_rank: u32,
 }
 
+/// Requests for resident adapters that may come in while an adapter waits for a slot. Then one resident yields its own:
+/// else a busy one would keep it for ever.
+const OVERTAKEN: u64 = 64;
+
 pub struct AdapterBank {
     max_loras: usize,
     slots: HashMap<AdapterDigest, Slot>,
     /// Asked for, no slot yet.
-    queue: VecDeque<AdapterRef>,
+    queue: VecDeque<Queued>,
     /// Grows with each use: the order of last uses.
     uses: u64,
     loads: u64,
@@ -59,6 +63,12 @@ pub enum Change {
     Left(AdapterDigest),
 }
 
+struct Queued {
+    adapter: AdapterRef,
+    /// [`AdapterBank::uses`] when it was asked for.
+    since: u64,
+}
+
 enum Slot {
     Loading,
     Resident(Resident),
@@ -77,6 +87,8 @@ enum Fate {
     Stay,
     /// Unloaded by its owner; goes with its last pin.
     Leave,
+    /// Another waits for its slot: goes with its last pin, and who asks for it meanwhile waits behind the other.
+    Yield,
 }
 
 /// A finished load. `Ok`: resident until something else needs the slot, so pin it at once.
@@ -132,19 +144,31 @@ impl AdapterBank {
 
     /// Holds a resident adapter; begins to load one that is not.
     pub fn pin(&mut self, adapter: &AdapterRef) -> Pin {
-        self.uses += 1;
-        match self.slots.get_mut(&adapter.digest) {
-            Some(Slot::Resident(resident)) => {
-                resident.pins += 1;
-                resident.last_use = self.uses;
+        self.yield_a_slot();
+        match self.slots.get(&adapter.digest) {
+            Some(Slot::Resident(resident)) if resident.fate != Fate::Yield => {
+                self.hold(adapter.digest);
                 return Pin::Held;
             }
             Some(Slot::Loading) => {}
-            None if self.queue.iter().any(|queued| queued.digest == adapter.digest) => {}
-            None => self.queue.push_back(adapter.clone()),
+            _ if self.is_queued(adapter.digest) => {}
+            _ => self.queue.push_back(Queued {
+                adapter: adapter.clone(),
+                since: self.uses,
+            }),
         }
         self.begin_loads();
         Pin::Awaited
+    }
+
+    /// Holds an adapter that is resident: for those who waited for it.
+    pub fn hold(&mut self, digest: AdapterDigest) {
+        self.uses += 1;
+        let Some(Slot::Resident(resident)) = self.slots.get_mut(&digest) else {
+            panic!("adapter {} is not resident", digest.short());
+        };
+        resident.pins += 1;
+        resident.last_use = self.uses;
     }
 
     pub fn unpin(&mut self, digest: AdapterDigest) {
@@ -152,7 +176,7 @@ impl AdapterBank {
             return;
         };
         resident.pins = resident.pins.checked_sub(1).expect("each pin is given back once");
-        if resident.pins == 0 && resident.fate == Fate::Leave {
+        if resident.pins == 0 && resident.fate != Fate::Stay {
             self.leave(digest);
         }
         self.begin_loads();
@@ -181,10 +205,10 @@ impl AdapterBank {
         }
     }
 
-    /// Takes in an adapter that was made here. Without a free slot it stays on disk, as any other.
+    /// Takes in an adapter that was made here. Without a free slot, or when others wait for one, it stays on disk, as any
+    /// other.
     pub fn publish(&mut self, digest: AdapterDigest, adapter: Arc<Adapter>) {
-        if !self.slots.contains_key(&digest) && self.free_a_slot() {
-            self.queue.retain(|queued| queued.digest != digest);
+        if self.queue.is_empty() && !self.slots.contains_key(&digest) && self.free_a_slot() {
             self.seat(digest, adapter);
             self.changed(Change::Published(digest));
         }
@@ -201,7 +225,8 @@ impl AdapterBank {
         }
     }
 
-    /// The next finished load. Wakes the context's task when there is none yet.
+    /// The next finished load. Wakes the context's task when there is none yet. When those who waited hold it, call
+    /// [`AdapterBank::begin_loads`]: if nobody does, the slot is the next one's.
     pub fn poll_loaded(&mut self, context: &mut Context) -> Poll<Loaded> {
         let Poll::Ready(Some((digest, result))) = self.loaded.poll_recv(context) else {
             return Poll::Pending;
@@ -215,7 +240,6 @@ impl AdapterBank {
             }
             Err(fault) => {
                 self.slots.remove(&digest);
-                self.begin_loads();
                 Err(fault)
             }
         };
@@ -254,13 +278,40 @@ impl AdapterBank {
     }
 
     /// Gives queued adapters slots, first come, first served.
-    fn begin_loads(&mut self) {
+    pub fn begin_loads(&mut self) {
         while !self.queue.is_empty() && self.free_a_slot() {
-            let adapter = self.queue.pop_front().expect("the queue is not empty");
+            let Queued { adapter, .. } = self.queue.pop_front().expect("the queue is not empty");
             self.slots.insert(adapter.digest, Slot::Loading);
             self.to_load
                 .send(adapter)
                 .expect("the loader lives as long as its orders can come");
+        }
+    }
+
+    fn is_queued(&self, digest: AdapterDigest) -> bool {
+        self.queue.iter().any(|queued| queued.adapter.digest == digest)
+    }
+
+    /// When the first of the queue was overtaken too often, the least recently used takes no more requests.
+    fn yield_a_slot(&mut self) {
+        let overtaken = |first: &Queued| self.uses >= first.since + OVERTAKEN;
+        if !self.queue.front().is_some_and(overtaken) {
+            return;
+        }
+        let residents = || {
+            self.slots.iter().filter_map(|(digest, slot)| match slot {
+                Slot::Resident(resident) => Some((resident, *digest)),
+                Slot::Loading => None,
+            })
+        };
+        if residents().any(|(resident, _)| resident.fate != Fate::Stay) {
+            return;
+        }
+        let first = residents().min_by_key(|(resident, _)| resident.last_use);
+        if let Some((_, digest)) = first
+            && let Some(Slot::Resident(resident)) = self.slots.get_mut(&digest)
+        {
+            resident.fate = Fate::Yield;
         }
     }
 

@@ -210,6 +210,7 @@ impl Engine {
                 }
                 let info = result.map(|_| self.bank.info(digest).expect("it was loaded just now"));
                 self.clients.answer_adapter(digest, info);
+                self.bank.begin_loads();
             }
         }
         ControlFlow::Continue(())
@@ -242,11 +243,10 @@ impl Engine {
     }
 
     fn resume_with_adapter(&mut self, id: RequestId) {
-        let adapter = self.clients.adapter(id).expect("it waits for an adapter").clone();
-        if self.bank.pin(&adapter) == Pin::Held {
-            self.clients.pinned(id);
-            self.scheduler.release(id);
-        }
+        let digest = self.clients.adapter(id).expect("it waits for an adapter").digest;
+        self.bank.hold(digest);
+        self.clients.pinned(id);
+        self.scheduler.release(id);
     }
 
     /// The forward of a plan, on every rank, and everything read off its logits.

@@ -131,6 +131,8 @@ pub struct TokenText {
     pub id: TokenId,
     /// Lossy text of the token alone.
     pub text: String,
+    /// A special token that the answer's text leaves out.
+    pub is_hidden: bool,
     pub bytes: Vec<u8>,
     pub logprob: f32,
     /// Most likely alternatives, best first.

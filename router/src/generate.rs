@@ -114,6 +114,7 @@ impl Router {
                 max_tokens,
                 stop_tokens,
             },
+            skip,
             matched,
             lease,
         };

@@ -9,9 +9,9 @@ use tandem_core::id::{AdapterRef, RequestId};
 use tandem_core::message::{Event, Fault, FinishReason, Generate, Scored};
 use tandem_core::replica::{Command, EVENT_QUEUE};
 use tandem_core::sampling::Sampling;
-use tandem_text::Tokenizer;
 use tandem_text::stop::{Matched, Passed, StopStrings};
 use tandem_text::stream::TextStream;
+use tandem_text::{Skip, Tokenizer};
 use tokio::sync::mpsc;
 
 use crate::api::{Finish, Piece, TokenText, What};
@@ -26,6 +26,7 @@ pub(crate) struct Relay {
     pub fleet: Fleet,
     pub tokenizer: Tokenizer,
     pub order: Order,
+    pub skip: Skip,
     pub matched: Matched,
     /// Held to the end: the sequences are live and their adapter is pinned.
     pub lease: Lease,
@@ -212,6 +213,7 @@ impl Relay {
         TokenText {
             id: token,
             text,
+            is_hidden: self.skip == Skip::Special && self.tokenizer.is_special(token),
             bytes,
             logprob,
             top: top.into_iter().map(alternative).collect(),

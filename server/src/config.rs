@@ -23,9 +23,9 @@ pub enum ConfigError {
     /// clap's own message, colours and exit code (0 for --help).
     #[error(transparent)]
     Usage(#[from] clap::Error),
-    #[error("cannot read {}: {source}", path.display())]
+    #[error("cannot read {}", path.display())]
     Unreadable { path: PathBuf, source: std::io::Error },
-    #[error("{} is not TOML: {source}", path.display())]
+    #[error("{} is not TOML", path.display())]
     NotToml {
         path: PathBuf,
         source: Box<toml::de::Error>,
@@ -220,6 +220,7 @@ fn chosen(arg: &Arg, given: &ArgMatches, file: &BTreeMap<String, Vec<String>>) -
     };
     let texts: Vec<_> = given.get_raw(id)?.map(|text| text.to_string_lossy()).collect();
     let value = match id {
+        "api_key" if texts.iter().all(|text| text.is_empty()) => "(empty: none is wanted)".to_owned(),
         "api_key" | "database_url" => "(hidden)".to_owned(),
         _ => texts.join(" "),
     };

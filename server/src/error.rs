@@ -172,8 +172,12 @@ impl ApiError {
                 Some("The engine failed a step; the request is lost."),
             ),
             RouterError::Engine(Fault::ShuttingDown) => stopping(),
+            // Why may name devices, backends and places.
             RouterError::Engine(Fault::ReplicaLost(_)) => Answer {
                 code: Some("replica_lost"),
+                instead: Some(
+                    "The engine that worked on this request was lost, or there is none now; try again.",
+                ),
                 ..stopping()
             },
             RouterError::Store(_) => failed(

@@ -144,11 +144,12 @@ impl<S: Send + Sync> FromRequestParts<S> for Segment {
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Segment, ApiError> {
         match axum::extract::Path::<String>::from_request_parts(parts, state).await {
-            Ok(axum::extract::Path(segment)) => Ok(Segment(segment)),
-            Err(_) => Err(ApiError::Invalid {
+            // No id has a NUL, and Postgres takes none.
+            Ok(axum::extract::Path(segment)) if !segment.contains('\0') => Ok(Segment(segment)),
+            _ => Err(ApiError::Invalid {
                 param: Some("id".to_owned()),
                 code: Some("invalid_value"),
-                message: "the id in the URL is not UTF-8 when percent-decoded".to_owned(),
+                message: "the id in the URL is not UTF-8 without NUL when percent-decoded".to_owned(),
             }),
         }
     }
@@ -162,13 +163,22 @@ impl<S: Sync> FromRequestParts<S> for Pairs {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Pairs, ApiError> {
-        let axum::extract::Query(pairs) =
+        let axum::extract::Query(pairs): axum::extract::Query<Vec<(String, String)>> =
             axum::extract::Query::try_from_uri(&parts.uri).map_err(|error| ApiError::Invalid {
                 param: None,
                 code: None,
                 message: error.to_string(),
             })?;
-        Ok(Pairs(pairs))
+        match pairs
+            .iter()
+            .find(|(name, value)| format!("{name}{value}").contains('\0'))
+        {
+            Some((name, _)) => Err(invalid(
+                name.escape_default().to_string(),
+                "the query has a NUL character",
+            )),
+            None => Ok(Pairs(pairs)),
+        }
     }
 }
 

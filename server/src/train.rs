@@ -21,11 +21,11 @@ use settings::{Adam, Settings, SettingsError, Tuning};
 pub enum TrainError {
     #[error(transparent)]
     Settings(#[from] SettingsError),
-    #[error("{}: {source}", path.display())]
+    #[error("{}", path.display())]
     File { path: PathBuf, source: io::Error },
-    #[error("{}: {source}", path.display())]
+    #[error("{}", path.display())]
     Row { path: PathBuf, source: BadLine },
-    #[error("{}, line {line}: {source}", path.display())]
+    #[error("{}, line {line}", path.display())]
     Tokens {
         path: PathBuf,
         line: u64,

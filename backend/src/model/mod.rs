@@ -158,8 +158,8 @@ impl Decoder {
     /// Rows' final hidden states `[T, H]`, before the final norm.
     pub fn forward(&self, batch: &Batch) -> Tensor {
         let mut hidden = self.embed(batch.tokens);
-        for i in 0..self.layers.len() {
-            hidden = self.layer(i, hidden, batch);
+        for half in 0..self.n_halves() {
+            hidden = self.half(half, hidden, batch);
         }
         hidden
     }
@@ -279,13 +279,19 @@ impl Decoder {
         &self.comm
     }
 
-    pub fn layer(&self, i: usize, hidden: Tensor, batch: &Batch) -> Tensor {
+    /// Steps through the layers: attention of a layer, then its MLP.
+    pub fn n_halves(&self) -> usize {
+        2 * self.layers.len()
+    }
+
+    pub fn half(&self, half: usize, hidden: Tensor, batch: &Batch) -> Tensor {
         let Batch {
             tokens: _,
             positions,
             context,
             lora,
         } = batch;
+        let i = half / 2;
         let attend = |q: &Tensor, k: &Tensor, v: &Tensor, attn: &AttnSpec| match context {
             Context::Packed { cu_seqlens } => {
                 attention::packed(q, k, v, cu_seqlens, heads(attn), options(attn), self.precision).out
@@ -301,16 +307,13 @@ impl Decoder {
             lora,
             attend,
         };
-        let (hidden, _) = self.attention_half(i, hidden, positions, &mut pass);
-        self.mlp_half(i, hidden, &mut pass).0
+        match half.is_multiple_of(2) {
+            true => self.attention_half(i, hidden, positions, &mut pass).0,
+            false => self.mlp_half(i, hidden, &mut pass).0,
+        }
     }
 
-    /// What training takes at a time: attention of a layer, then its MLP.
-    pub fn n_halves(&self) -> usize {
-        2 * self.layers.len()
-    }
-
-    /// Half a layer, keeping what [`Decoder::half_backward`] reads.
+    /// The same, keeping what [`Decoder::half_backward`] reads.
     pub fn half_saving(&self, half: usize, input: Tensor, pass: &TrainPass) -> (Tensor, Saved) {
         let mut saving = Saving {
             decoder: self,

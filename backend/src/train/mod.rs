@@ -33,7 +33,7 @@ use crate::model::full::{self, FullParams};
 use crate::model::{Decoder, Grads};
 use crate::weights::LoadError;
 use data::{DataPlan, Slice};
-use step::{Pass, Scores};
+use step::{Look, Pass, Scores};
 
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
@@ -146,6 +146,7 @@ enum Subject {
 enum Stage {
     Announce {
         resumed_from: Option<u64>,
+        next: Next,
     },
     Begin,
     Accumulate(Accumulation),
@@ -153,13 +154,22 @@ enum Stage {
         scores: Scores,
         tokens: u64,
     },
-    /// `next`: slice of the validation set.
+    /// `next`: slice of the validation set; `look` goes through it.
     Validate {
         next: usize,
+        look: Option<Look>,
         scores: Scores,
     },
     Save,
     Finish,
+}
+
+/// What a job begins with.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Next {
+    Step,
+    /// What is due after the last step: validation, a checkpoint.
+    Rest,
 }
 
 /// The slices of one step on their way through the layers.
@@ -257,7 +267,10 @@ impl Trainer {
             device,
             step: 0,
             trained_tokens: 0,
-            stage: Stage::Announce { resumed_from: None },
+            stage: Stage::Announce {
+                resumed_from: None,
+                next: Next::Step,
+            },
             step_began: Instant::now(),
             train,
             spec,
@@ -276,6 +289,7 @@ impl Trainer {
             trained_tokens,
             hyper,
             examples,
+            is_rest_due,
         } = progress;
         let state::Tensors {
             params,
@@ -300,6 +314,7 @@ impl Trainer {
         self.trained_tokens = trained_tokens;
         self.stage = Stage::Announce {
             resumed_from: Some(step),
+            next: if is_rest_due { Next::Rest } else { Next::Step },
         };
         Ok(())
     }
@@ -317,9 +332,12 @@ impl Trainer {
         let _no_grad = tch::no_grad_guard();
         let mut quantum = Quantum::default();
         self.stage = match std::mem::replace(&mut self.stage, Stage::Begin) {
-            Stage::Announce { resumed_from } => {
+            Stage::Announce { resumed_from, next } => {
                 quantum.events.push(self.started(resumed_from));
-                Stage::Begin
+                match next {
+                    Next::Step => Stage::Begin,
+                    Next::Rest => self.after_step(),
+                }
             }
             Stage::Begin => self.begin(),
             Stage::Accumulate(step) => self.accumulate(base, step),
@@ -330,15 +348,9 @@ impl Trainer {
                 quantum
                     .events
                     .push(JobEvent::Step(self.optimize(&scores, tokens)?));
-                match self.validates() {
-                    true => Stage::Validate {
-                        next: 0,
-                        scores: Scores::default(),
-                    },
-                    false => self.after_validation(),
-                }
+                self.after_step()
             }
-            Stage::Validate { next, scores } if next == self.valid.len() => {
+            Stage::Validate { next, scores, .. } if next == self.valid.len() => {
                 quantum.events.push(JobEvent::Validated {
                     step: self.step,
                     loss: scores.loss / scores.weight.max(f64::MIN_POSITIVE),
@@ -346,11 +358,24 @@ impl Trainer {
                 });
                 self.after_validation()
             }
-            Stage::Validate { next, scores } => {
-                let scored = self.score(base, &self.valid[next])?;
-                Stage::Validate {
-                    next: next + 1,
-                    scores: scores + scored,
+            Stage::Validate {
+                next,
+                look,
+                mut scores,
+            } => {
+                let (decoder, adapter) = self.subject.parts(base);
+                let slice = &self.valid[next];
+                match look {
+                    None => Stage::Validate {
+                        next,
+                        look: Some(Look::enter(slice, decoder)),
+                        scores,
+                    },
+                    Some(look) => {
+                        let look = look.advance(slice, decoder, adapter, &mut scores);
+                        let next = if look.is_none() { next + 1 } else { next };
+                        Stage::Validate { next, look, scores }
+                    }
                 }
             }
             Stage::Save => {
@@ -363,12 +388,6 @@ impl Trainer {
             }
         };
         Ok(quantum)
-    }
-
-    /// Runs one forward of `slice` without learning: validation.
-    fn score(&self, base: Option<&Decoder>, slice: &Slice) -> Result<Scores, TrainError> {
-        let (decoder, adapter) = self.subject.parts(base);
-        Ok(step::score(decoder, adapter, slice))
     }
 
     fn started(&self, resumed_from: Option<u64>) -> JobEvent {
@@ -418,6 +437,7 @@ impl Trainer {
             hyper: &self.spec.hyper,
             step: self.step,
             weight: step.weight,
+            keep_bytes: step::KEEP_BYTES,
         };
         step.pass = match step.pass {
             Some(pass) => pass.advance(&context, &mut step.scores, &mut self.grads),
@@ -538,6 +558,17 @@ impl Trainer {
         due && !self.valid.is_empty()
     }
 
+    fn after_step(&self) -> Stage {
+        match self.validates() {
+            true => Stage::Validate {
+                next: 0,
+                look: None,
+                scores: Scores::default(),
+            },
+            false => self.after_validation(),
+        }
+    }
+
     fn after_validation(&self) -> Stage {
         let every = self.spec.hyper.save_steps;
         // The last step's adapter is the job's result: no checkpoint of it beside.
@@ -573,6 +604,10 @@ impl Trainer {
             trained_tokens: self.trained_tokens,
             hyper: self.spec.hyper.clone(),
             examples: self.train.len() as u64,
+            is_rest_due: matches!(
+                self.stage,
+                Stage::Validate { .. } | Stage::Save | Stage::Announce { next: Next::Rest, .. }
+            ),
         };
         let (moment1, moment2) = (self.moment1.shallow_clone(), self.moment2.shallow_clone());
         state::write(

@@ -22,6 +22,9 @@ pub struct Progress {
     /// Of the run this state belongs to: another run's state is refused.
     pub hyper: Hyper,
     pub examples: u64,
+    /// It stopped after the step, before the validation and the checkpoint that are due then.
+    #[serde(default)]
+    pub is_rest_due: bool,
 }
 
 /// `[P]` float32 each.

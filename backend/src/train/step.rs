@@ -12,7 +12,7 @@ use crate::model::full::Slot;
 use crate::model::{Batch, Context as Attention, Decoder, Dropout, Grads, Saved, TrainPass, Trainable};
 
 /// Activations of one slice that may be kept for its backward; beyond, layers run again in the backward.
-const KEEP_BYTES: i64 = 2 << 30;
+pub const KEEP_BYTES: i64 = 2 << 30;
 /// Multiplications of the head in one go: what bounds the loss's part of a quantum as the slice bounds a layer's.
 const HEAD_PRODUCTS: i64 = 1 << 28;
 
@@ -56,6 +56,8 @@ pub struct Context<'a> {
     pub step: u64,
     /// Total label weight of the step: its loss is the mean over it.
     pub weight: f64,
+    /// [`KEEP_BYTES`]
+    pub keep_bytes: i64,
 }
 
 /// A slice on its way.
@@ -86,6 +88,8 @@ enum Kept {
     All(Box<Saved>),
     /// Only its input: its forward runs again.
     Input(Tensor),
+    /// Nothing of an MLP: the attention before it runs again, and is kept then.
+    Nothing,
 }
 
 impl Pass {
@@ -112,9 +116,10 @@ impl Pass {
         let at = match at {
             At::Forward(input) => {
                 let (hidden, saved) = decoder.half_saving(kept.len(), input.shallow_clone(), &pass);
-                kept.push(match keeps_all(&slice, decoder) {
+                kept.push(match keeps_all(&slice, context) {
                     true => Kept::All(Box::new(saved)),
-                    false => Kept::Input(input),
+                    false if kept.len().is_multiple_of(2) => Kept::Input(input),
+                    false => Kept::Nothing,
                 });
                 match kept.len() == decoder.n_halves() {
                     true => At::Loss {
@@ -150,6 +155,14 @@ impl Pass {
                     let saved = match last {
                         Kept::All(saved) => *saved,
                         Kept::Input(input) => decoder.half_saving(half, input, &pass).1,
+                        Kept::Nothing => {
+                            let Some(Kept::Input(input)) = kept.pop() else {
+                                unreachable!("the attention before such an MLP kept its input")
+                            };
+                            let (middle, attention) = decoder.half_saving(half - 1, input, &pass);
+                            kept.push(Kept::All(Box::new(attention)));
+                            decoder.half_saving(half, middle, &pass).1
+                        }
                     };
                     At::Backward(decoder.half_backward(half, saved, dhidden, &pass, grads))
                 }
@@ -164,35 +177,74 @@ impl Pass {
     }
 }
 
-/// Loss and accuracy of a slice without a backward.
-pub fn score(decoder: &Decoder, adapter: Option<&Adapter>, slice: &Slice) -> Scores {
-    let lora: Vec<AdapterRows> = adapter
-        .into_iter()
-        .map(|adapter| AdapterRows {
-            rows: 0..slice.tokens.len(),
-            adapter,
-        })
-        .collect();
-    let batch = Batch {
-        tokens: &slice.tokens,
-        positions: &slice.positions,
-        context: Attention::Packed {
-            cu_seqlens: &slice.cu_seqlens,
-        },
-        lora: &lora,
-    };
-    let hidden = decoder.forward(&batch);
-    if slice.labels.is_empty() {
-        return Scores::default();
+/// A slice on its way to its loss and no further: validation.
+pub struct Look {
+    hidden: Tensor,
+    /// Half layers it went through.
+    halves: usize,
+    /// Labels that are scored.
+    done: usize,
+}
+
+impl Look {
+    pub fn enter(slice: &Slice, decoder: &Decoder) -> Look {
+        Look {
+            hidden: decoder.embed(&slice.tokens),
+            halves: 0,
+            done: 0,
+        }
     }
-    let labels = Labels::of(&slice.labels, 1.0, hidden.device());
-    let normed = decoder.final_norm(&hidden.index_select(0, &labels.rows));
-    let LogProbs { log_probs, correct } = decoder.log_probs(&normed, &labels.tokens);
-    let loss = log_probs
-        .iter()
-        .zip(&labels.weights)
-        .map(|(&log_prob, &weight)| -f64::from(log_prob) * f64::from(weight));
-    labels.scores(loss.sum(), correct, 1.0)
+
+    /// Half a layer, or the loss of some rows, further. `None` when it is through; adds to `scores`.
+    pub fn advance(
+        self,
+        slice: &Slice,
+        decoder: &Decoder,
+        adapter: Option<&Adapter>,
+        scores: &mut Scores,
+    ) -> Option<Look> {
+        let Look { hidden, halves, done } = self;
+        if halves < decoder.n_halves() {
+            let rows = 0..slice.tokens.len();
+            let lora: Vec<AdapterRows> = adapter
+                .into_iter()
+                .map(|adapter| AdapterRows {
+                    rows: rows.clone(),
+                    adapter,
+                })
+                .collect();
+            let batch = Batch {
+                tokens: &slice.tokens,
+                positions: &slice.positions,
+                context: Attention::Packed {
+                    cu_seqlens: &slice.cu_seqlens,
+                },
+                lora: &lora,
+            };
+            return Some(Look {
+                hidden: decoder.half(halves, hidden, &batch),
+                halves: halves + 1,
+                done,
+            });
+        }
+        if done == slice.labels.len() {
+            return None;
+        }
+        let end = slice.labels.len().min(done + rows_at_once(decoder));
+        let labels = Labels::of(&slice.labels[done..end], 1.0, decoder.device());
+        let normed = decoder.final_norm(&hidden.index_select(0, &labels.rows));
+        let LogProbs { log_probs, correct } = decoder.log_probs(&normed, &labels.tokens);
+        let loss = log_probs
+            .iter()
+            .zip(&labels.weights)
+            .map(|(&log_prob, &weight)| -f64::from(log_prob) * f64::from(weight));
+        *scores = *scores + labels.scores(loss.sum(), correct, 1.0);
+        Some(Look {
+            hidden,
+            halves,
+            done: end,
+        })
+    }
 }
 
 /// Of some rows of `hidden [T, H]`; writes the same rows of `dhidden`.
@@ -289,7 +341,8 @@ fn train_pass<'a>(slice: &'a Slice, rows_before: u64, context: &Context<'a>) -> 
 }
 
 /// Kept per token and layer: input, qkv, attention out, middle, gate and up (float32).
-fn keeps_all(slice: &Slice, decoder: &Decoder) -> bool {
+fn keeps_all(slice: &Slice, context: &Context) -> bool {
+    let decoder = context.decoder;
     let numbers = |layer: &crate::family::LayerSpec| {
         2 * decoder.spec.hidden
             + layer.attn.qkv_columns()
@@ -297,5 +350,5 @@ fn keeps_all(slice: &Slice, decoder: &Decoder) -> bool {
             + 2 * layer.mlp.inner
     };
     let per_token: i64 = decoder.layout().local.layers.iter().map(numbers).sum();
-    4 * per_token * slice.tokens.len() as i64 <= KEEP_BYTES
+    4 * per_token * slice.tokens.len() as i64 <= context.keep_bytes
 }

@@ -91,10 +91,11 @@ pub fn choose<'a>(request: &JobRequest, bounds: impl Into<Bounds<'a>>, facts: Fa
     let step_rows = u64::from(batch_size) * u64::from(gradient_accumulation_steps);
     let all_steps = rows.div_ceil(step_rows) * n_epochs;
     let total_steps = request.max_steps.unwrap_or(all_steps).min(all_steps).max(1);
-    let warmup_ratio = request.warmup_ratio.unwrap_or(WARMUP_RATIO);
-    let warmup_steps = request
-        .warmup_steps
-        .unwrap_or((total_steps as f64 * warmup_ratio).ceil() as u64);
+    // The first step of a warm-up learns nothing: a short run has none unless it is asked, and none is all warm-up.
+    let warmup_steps = request.warmup_steps.unwrap_or(match request.warmup_ratio {
+        Some(ratio) => ((total_steps as f64 * ratio).ceil() as u64).min(total_steps - 1),
+        None => (total_steps as f64 * WARMUP_RATIO) as u64,
+    });
     let lr_scheduler = match request.lr_scheduler_type.as_deref() {
         None => Schedule::Linear,
         Some(name) if name == SCHEDULES[0] => Schedule::Constant,
@@ -175,6 +176,32 @@ mod tests {
             let hyper = choose(&request, &info(), Facts { examples, tokens });
             let chosen = (hyper.n_epochs, hyper.batch_size, hyper.packing, hyper.save_steps);
             assert_eq!(chosen, expected, "{examples} examples of {tokens} tokens");
+        }
+    }
+
+    #[test]
+    fn a_short_run_has_a_step_that_learns() {
+        for (max_steps, ratio, expected) in [
+            (1, None, 0),
+            (33, None, 0),
+            (34, None, 1),
+            (1, Some(0.5), 0),
+            (10, Some(0.11), 2),
+        ] {
+            let request = JobRequest {
+                seed: Some(7),
+                n_epochs: Some(50),
+                batch_size: Some(1),
+                max_steps: Some(max_steps),
+                warmup_ratio: ratio,
+                ..JobRequest::default()
+            };
+            let facts = Facts {
+                examples: 100,
+                tokens: 5_000,
+            };
+            let hyper = choose(&request, &info(), facts);
+            assert_eq!(hyper.warmup_steps, expected, "{max_steps} steps, {ratio:?}");
         }
     }
 

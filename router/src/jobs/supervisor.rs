@@ -3,7 +3,7 @@
 //! Not here: files (`prepare`), training.
 
 use std::ops::ControlFlow;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Map, Value, json};
 use tandem_core::id::{AdapterRef, JobId};
@@ -162,6 +162,8 @@ struct Run<'a> {
     total_steps: u64,
     /// The last state that the store names.
     saved: Option<Saved>,
+    /// When the state was written that this life began with.
+    placed: Option<SystemTime>,
     /// The last step that was reported in this life.
     step: Option<u64>,
     /// When this life of the job reported its first step, and which.
@@ -191,9 +193,12 @@ impl<'a> Run<'a> {
         };
         // From here on: fetching a state may take longer than a lease.
         let keeper = Keeper::new(router, &id.0, lease, Some(replica.commands.clone()));
+        let artifacts = router.0.store.artifacts();
+        let folder = artifacts.pull_job(&id, life).await?;
+        let placed = artifacts.state_written(&id, life.epoch);
         let spec = JobSpec {
             id: id.clone(),
-            folder: router.0.store.artifacts().pull_job(&id, life).await?,
+            folder,
             base_model: router.config().served_model_name.clone(),
             hyper,
             life,
@@ -214,6 +219,7 @@ impl<'a> Run<'a> {
             events,
             total_steps: 0,
             saved: row.saved,
+            placed,
             step: None,
             pace: None,
             latest: Map::new(),
@@ -253,12 +259,14 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// A replica that stops writes the state before it goes. If that was here, the store keeps it too. (After a crash
-    /// this is an older state; it says itself after which step it was written.)
+    /// A replica that stops writes the state before it goes. If that was here, the store keeps it too: a state that this
+    /// life wrote, not the one it began with. (After a crash this is an older state; it says itself after which step it
+    /// was written.)
     async fn silence(&mut self) -> Result<End, RouterError> {
         let artifacts = self.router.0.store.artifacts();
         let epoch = self.lease.epoch();
-        if let Some(step) = self.step.filter(|_| artifacts.has_state(&self.id, epoch)) {
+        let written = artifacts.state_written(&self.id, epoch);
+        if let Some(step) = self.step.filter(|_| written != self.placed) {
             let saved = Saved { epoch, step };
             if self.saved != Some(saved) {
                 artifacts.push_job(&self.id, epoch, step).await?;
@@ -366,6 +374,9 @@ impl<'a> Run<'a> {
             told.estimated_finish = Some(tandem_store::now().saturating_add(left_s as i64));
         }
         self.step = Some(step);
+        // A validation is of its own step.
+        self.latest.remove("valid_loss");
+        self.latest.remove("valid_mean_token_accuracy");
         told.trained_tokens = Some(trained_tokens);
         let data = json!({
             "step": step, "train_loss": loss, "train_mean_token_accuracy": token_accuracy, "epoch": epoch,

@@ -4,6 +4,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use object_store::aws::AmazonS3Builder;
 use tandem_core::id::{AdapterDigest, AdapterRef, JobId};
@@ -267,9 +268,10 @@ impl Artifacts {
         remote.delete(&["jobs", &id.0, &epoch, &step, files::STATE]).await
     }
 
-    /// Whether a life of a job left a state in its local folder: the life was here.
-    pub fn has_state(&self, id: &JobId, epoch: u64) -> bool {
-        self.folders.life(&id.0, epoch).join(files::STATE).exists()
+    /// When the state in the local folder of a job's life was written, if there is one.
+    pub fn state_written(&self, id: &JobId, epoch: u64) -> Option<SystemTime> {
+        let state = self.folders.life(&id.0, epoch).join(files::STATE);
+        state.metadata().and_then(|metadata| metadata.modified()).ok()
     }
 
     /// Where the router writes the datasets of a job, for [`Artifacts::push_datasets`].

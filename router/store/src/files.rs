@@ -72,6 +72,10 @@ impl Store {
 
     /// `None`: there is none, or it has expired.
     pub async fn file(&self, id: &str) -> Result<Option<FileRow>, StoreError> {
+        if id.contains('\0') {
+            // Postgres would not take it for a text.
+            return Ok(None);
+        }
         let sql = "SELECT id, bytes, created_at, expires_at, filename, purpose FROM files WHERE id = $1
                    AND (expires_at IS NULL OR expires_at > $2)";
         Ok(sqlx::query_as(sql)

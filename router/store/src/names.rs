@@ -123,6 +123,7 @@ impl Store {
     pub async fn remove_name(&self, base: Digest, name: &str) -> Result<bool, StoreError> {
         let mut tx = self.db.begin().await?;
         changes::note(&mut tx, Kind::Names).await?;
+        lose(&mut tx, &base, name, now()).await?;
         let removed = sqlx::query("DELETE FROM names WHERE base = $1 AND name = $2")
             .bind(base.to_string())
             .bind(name)
@@ -181,6 +182,25 @@ impl Store {
     }
 }
 
+/// What a name is about to lose is kept a while from now on: others may still be sending requests to it.
+async fn lose(
+    tx: &mut Transaction<'static, Any>,
+    base: &Digest,
+    name: &str,
+    now: i64,
+) -> Result<(), StoreError> {
+    sqlx::query(
+        "UPDATE adapters SET created_at = $1
+         WHERE digest IN (SELECT digest FROM names WHERE base = $2 AND name = $3)",
+    )
+    .bind(now)
+    .bind(base.to_string())
+    .bind(name)
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
+}
+
 /// Insert or replace. The caller has noted the change of names in the same transaction.
 pub(crate) async fn write(tx: &mut Transaction<'static, Any>, name: &NewName) -> Result<NameRow, StoreError> {
     let NewName {
@@ -196,6 +216,7 @@ pub(crate) async fn write(tx: &mut Transaction<'static, Any>, name: &NewName) ->
         Source::Job { job, step } => ("job", Some(job), step.map(signed)),
     };
     let created_at = now();
+    lose(tx, base, name, created_at).await?;
     sqlx::query(
         "INSERT INTO adapters (digest, rank, created_at) VALUES ($1, $2, $3)
          ON CONFLICT (digest) DO UPDATE SET rank = excluded.rank, created_at = excluded.created_at",

@@ -165,7 +165,18 @@ fn no_unknown(
     })
 }
 
-/// The top-level fields that OpenAI's API lacks. `rest` also holds what no one knows; only `lora_...` of that matters.
+/// What else a top-level field may have been meant to be.
+const OTHERS: [&str; 6] = [
+    "n_epochs",
+    "batch_size",
+    "learning_rate_multiplier",
+    "training_file",
+    "validation_file",
+    "hyperparameters",
+];
+
+/// The top-level fields that OpenAI's API lacks. `rest` also holds what no one knows; of that, only what looks like one
+/// of ours matters.
 pub fn knobs(rest: Unknown) -> Result<JobRequest, ApiError> {
     let Knobs {
         lora_r,
@@ -187,12 +198,13 @@ pub fn knobs(rest: Unknown) -> Result<JobRequest, ApiError> {
         eval_steps,
         unknown,
     } = from_value(Value::Object(rest))?;
+    let known = names(&Knobs::default());
+    let like = |name: &str| closest(name, known.iter().map(String::as_str).chain(OTHERS));
     if let Some((name, _)) = unknown
         .iter()
-        .find(|(name, value)| name.starts_with("lora_") && !value.is_null())
+        .find(|(name, value)| !value.is_null() && (name.starts_with("lora_") || like(name).is_some()))
     {
-        let known = names(&Knobs::default());
-        let hint = closest(name, known.iter().map(String::as_str));
+        let hint = like(name);
         let hint = hint.map_or_else(String::new, |name| format!("; did you mean {name}?"));
         let name: String = name.chars().take(80).collect();
         let message = format!("Unknown parameter: '{name}'{hint}");
@@ -321,6 +333,14 @@ fn metadata(metadata: Option<BTreeMap<String, String>>) -> Result<BTreeMap<Strin
             "metadata",
             format!("metadata keys have at most {key_chars} characters, values {value_chars}"),
         )),
+        false
+            if metadata
+                .iter()
+                .flat_map(|(key, value)| [key, value])
+                .any(|text| text.contains('\0')) =>
+        {
+            Err(invalid("metadata", "metadata has a NUL character"))
+        }
         false => Ok(metadata),
     }
 }

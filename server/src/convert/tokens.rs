@@ -58,15 +58,18 @@ impl Offsets {
         };
         let mut tops = Vec::new();
         for entry in tokens {
-            let (text, logprob, alternatives) = match entry {
-                Entry::First(text) => (text, None, None),
+            let (text, is_hidden, logprob, alternatives) = match entry {
+                Entry::First { text, is_hidden } => (text, is_hidden, None, None),
                 Entry::Scored(token) => {
                     let alternatives = alternatives(&token, top);
-                    (token.text, Some(json_safe(token.logprob)), Some(alternatives))
+                    let logprob = json_safe(token.logprob);
+                    (token.text, token.is_hidden, Some(logprob), Some(alternatives))
                 }
             };
             out.text_offset.push(self.characters);
-            self.characters += text.chars().count() as u64;
+            if !is_hidden {
+                self.characters += text.chars().count() as u64;
+            }
             out.tokens.push(text);
             out.token_logprobs.push(logprob);
             tops.push(alternatives);
@@ -78,7 +81,7 @@ impl Offsets {
 }
 
 pub enum Entry {
-    First(String),
+    First { text: String, is_hidden: bool },
     Scored(TokenText),
 }
 
@@ -143,6 +146,7 @@ mod tests {
         TokenText {
             id,
             text: text.to_owned(),
+            is_hidden: false,
             bytes: text.into(),
             logprob,
             top,
@@ -154,22 +158,26 @@ mod tests {
         let mut offsets = Offsets::default();
         let mut first = CompletionLogprobs::default();
         let tokens = [
-            Entry::First("é".to_owned()),
+            Entry::First {
+                text: "<s>".to_owned(),
+                is_hidden: true,
+            },
+            Entry::Scored(token(1, "é", -0.1, &[])),
             Entry::Scored(token(2, " b", -0.5, &[(1, " a", -0.25), (2, " b", -0.5)])),
             Entry::Scored(token(3, "", f32::NEG_INFINITY, &[(4, "x", -0.1)])),
         ];
         offsets.completion(&mut first, tokens.into_iter(), 2);
-        assert_eq!(first.tokens, ["é", " b", ""]);
-        assert_eq!(first.token_logprobs, [None, Some(-0.5), Some(LOWEST)]);
-        assert_eq!(first.text_offset, [0, 1, 3]);
+        assert_eq!(first.tokens, ["<s>", "é", " b", ""]);
+        assert_eq!(first.token_logprobs, [None, Some(-0.1), Some(-0.5), Some(LOWEST)]);
+        assert_eq!(first.text_offset, [0, 0, 1, 3]);
         let tops = first.top_logprobs.unwrap();
         assert_eq!(tops[0], None);
         assert_eq!(
-            tops[1],
+            tops[2],
             Some(TopLogprobs(vec![(" a".into(), -0.25), (" b".into(), -0.5)]))
         );
         assert_eq!(
-            tops[2],
+            tops[3],
             Some(TopLogprobs(vec![("x".into(), -0.1), (String::new(), LOWEST)]))
         );
 

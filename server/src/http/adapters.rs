@@ -7,6 +7,7 @@ use tandem_openapi::adapters::{LoadLoraAdapter, UnloadLoraAdapter};
 use tandem_openapi::error::Errors;
 use tandem_router::LoadMode;
 
+use super::to_the_end;
 use crate::app::App;
 use crate::error::ApiError;
 use crate::extract::Json;
@@ -26,9 +27,8 @@ pub async fn load(State(app): State<App>, Json(body): Json<LoadLoraAdapter>) -> 
         Some(true) => LoadMode::Replace,
         _ => LoadMode::New,
     };
-    app.router
-        .load_adapter(&lora_name, Path::new(&lora_path), mode)
-        .await?;
+    let (router, name) = (app.router.clone(), lora_name.clone());
+    to_the_end(async move { router.load_adapter(&name, Path::new(&lora_path), mode).await }).await?;
     Ok(format!("Success: LoRA adapter '{lora_name}' added successfully."))
 }
 
@@ -39,7 +39,8 @@ pub async fn load(State(app): State<App>, Json(body): Json<LoadLoraAdapter>) -> 
 )]
 pub async fn unload(State(app): State<App>, Json(body): Json<UnloadLoraAdapter>) -> Result<String, ApiError> {
     let UnloadLoraAdapter { lora_name } = body;
-    app.router.unload_adapter(&lora_name).await?;
+    let (router, name) = (app.router.clone(), lora_name.clone());
+    to_the_end(async move { router.unload_adapter(&name).await }).await?;
     Ok(format!(
         "Success: LoRA adapter '{lora_name}' removed successfully."
     ))

@@ -119,24 +119,38 @@ struct Echo {
     text: String,
     /// It has no log-probability, so the engine does not name it.
     first_token: String,
+    /// It was put before the text that was given.
+    is_first_hidden: bool,
 }
 
 impl Echo {
     fn new(app: &App, text: Option<String>, ids: &[TokenId]) -> Result<Echo, ApiError> {
+        let first = ids.first().copied();
+        let first_token = first.map_or_else(String::new, |id| app.router.tokenizer().token_text(id));
+        let is_first_hidden = first.is_some_and(|id| app.router.tokenizer().is_special(id))
+            && text.as_ref().is_some_and(|text| !text.starts_with(&first_token));
         let text = match text {
             Some(text) => text,
             None => app.router.detokenize(ids)?,
         };
-        let first_token = ids
-            .first()
-            .map_or_else(String::new, |&id| app.router.tokenizer().token_text(id));
-        Ok(Echo { text, first_token })
+        Ok(Echo {
+            text,
+            first_token,
+            is_first_hidden,
+        })
     }
 
     fn entries(&self, prompt: Vec<Option<TokenText>>) -> impl Iterator<Item = Entry> {
         prompt.into_iter().map(|token| match token {
-            Some(token) => Entry::Scored(token),
-            None => Entry::First(self.first_token.clone()),
+            // What was given is all there.
+            Some(token) => Entry::Scored(TokenText {
+                is_hidden: false,
+                ..token
+            }),
+            None => Entry::First {
+                text: self.first_token.clone(),
+                is_hidden: self.is_first_hidden,
+            },
         })
     }
 }

@@ -14,6 +14,7 @@ use tandem_openapi::fine_tunes::{CreateFineTune, FineTune, FineTuneEvent};
 use tandem_router::MetadataFilter;
 use tandem_router::api::Job;
 
+use super::to_the_end;
 use crate::app::App;
 use crate::convert::files::file;
 use crate::convert::fine_tunes::{self as convert, Files, job_id};
@@ -43,7 +44,8 @@ pub async fn create(
     Json(body): Json<CreateFineTune>,
 ) -> Result<Answer<FineTune>, ApiError> {
     let request = convert::request(body, &app.router.config().served_model_name)?;
-    let job = app.router.create_job(request).await?;
+    let router = app.router.clone();
+    let job = to_the_end(async move { router.create_job(request).await }).await?;
     whole(&app, job).await
 }
 

@@ -9,6 +9,7 @@ use tandem_openapi::error::Errors;
 use tandem_openapi::fine_tuning::{Checkpoint, CreateJob, Job, JobEvent};
 use tandem_router::MetadataFilter;
 
+use super::to_the_end;
 use crate::app::App;
 use crate::convert::fine_tunes::job_id;
 use crate::convert::{fine_tuning, jobs};
@@ -24,7 +25,8 @@ const EVENTS_LIMIT: u32 = 1000;
     responses((status = 200, body = Job), Errors)
 )]
 pub async fn create(State(app): State<App>, Json(body): Json<CreateJob>) -> Result<Answer<Job>, ApiError> {
-    let job = app.router.create_job(fine_tuning::request(body)?).await?;
+    let (request, router) = (fine_tuning::request(body)?, app.router.clone());
+    let job = to_the_end(async move { router.create_job(request).await }).await?;
     Ok(Answer(jobs::job(job, app.organization())))
 }
 

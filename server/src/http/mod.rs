@@ -13,3 +13,12 @@ pub mod pages;
 pub mod server;
 pub mod stream;
 pub mod tokenize;
+
+/// Finishes what was begun also when the client leaves, and axum drops the handler: between a commit and what memory
+/// knows of it there must be no such end.
+async fn to_the_end<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
+    match tokio::spawn(work).await {
+        Ok(done) => done,
+        Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+    }
+}

@@ -6,6 +6,7 @@ use tandem_openapi::common::{Deleted, List};
 use tandem_openapi::error::Errors;
 use tandem_openapi::models::Model;
 
+use super::to_the_end;
 use crate::app::App;
 use crate::convert;
 use crate::error::ApiError;
@@ -38,7 +39,8 @@ pub async fn retrieve(State(app): State<App>, Segment(id): Segment) -> Result<Js
     responses((status = 200, body = Deleted), Errors)
 )]
 pub async fn delete(State(app): State<App>, Segment(id): Segment) -> Result<Json<Deleted>, ApiError> {
-    app.router.delete_model(&id).await?;
+    let (router, name) = (app.router.clone(), id.clone());
+    to_the_end(async move { router.delete_model(&name).await }).await?;
     Ok(Json(Deleted {
         id,
         object: "model",

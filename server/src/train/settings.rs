@@ -14,7 +14,7 @@ const DEFAULT_SEED: u64 = 42;
 
 #[derive(Debug, thiserror::Error)]
 pub enum SettingsError {
-    #[error("cannot read {path}: {source}")]
+    #[error("cannot read {path}")]
     Unreadable { path: String, source: std::io::Error },
     #[error("{0} is not a YAML mapping of settings")]
     NotYaml(String),
@@ -311,10 +311,21 @@ fn typed(settings: Mapping) -> Result<Settings, SettingsError> {
     between(&[
         ("warmup_ratio", warmup_ratio),
         ("prompt_loss_weight", prompt_loss_weight),
-        ("lora_dropout", lora_dropout),
         ("adam_beta1", adam_beta1),
         ("adam_beta2", adam_beta2),
     ])?;
+    let drops = |value: f64| (0.0..1.0).contains(&value);
+    wrong(
+        &[("lora_dropout", lora_dropout)],
+        drops,
+        "must be at least 0 and below 1",
+    )?;
+    if warmup_ratio.is_some() && warmup_steps.is_some() {
+        return Err(SettingsError::Wrong {
+            key: "warmup_ratio".to_owned(),
+            message: "warmup_steps says it already; give one of them".to_owned(),
+        });
+    }
     Ok(Settings {
         model,
         training_file,
@@ -431,7 +442,7 @@ mod tests {
             (&["method=qlora"], "method"),
             (&["n_epochs=many"], "n_epochs"),
             (&["n_epochs=0"], "n_epochs: must be above 0, got 0"),
-            (&["lora_dropout=1.5"], "between 0 and 1, got 1.5"),
+            (&["lora_dropout=1"], "below 1, got 1"),
             (&["lr_scheduler_type=step"], "lr_scheduler_type"),
             (&["what"], "neither key=value"),
         ] {

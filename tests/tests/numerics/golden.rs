@@ -5,7 +5,7 @@ use tandem_backend::lora::params::AdapterParams;
 use tandem_backend::model::full::{FullParams, FullShape};
 use tandem_backend::model::{Decoder, Grads};
 use tandem_backend::train::data;
-use tandem_backend::train::step::{Context, Pass, Scores};
+use tandem_backend::train::step::{Context, KEEP_BYTES, Pass, Scores};
 use tandem_core::dataset::Example;
 use tandem_core::job::{Hyper, Lora, Method};
 use tandem_kernels::weight::Precision;
@@ -112,7 +112,25 @@ fn gradients_of_a_and_b_are_pefts() {
             };
             let mut grads = Grads::Lora(AdapterParams::zeros(params.shape.clone()));
             let hyper = hyper(Method::Lora(lora));
-            let loss = backward(&decoder, Some(&adapter), &hyper, &fixture.examples(), &mut grads);
+            let loss = backward(
+                &decoder,
+                Some(&adapter),
+                &hyper,
+                &fixture.examples(),
+                KEEP_BYTES,
+                &mut grads,
+            );
+            // Layers that run again give the same bits.
+            let mut again = Grads::Lora(AdapterParams::zeros(params.shape.clone()));
+            backward(
+                &decoder,
+                Some(&adapter),
+                &hyper,
+                &fixture.examples(),
+                0,
+                &mut again,
+            );
+            assert!(again.flat().equal(grads.flat()), "{name}, {adapter_name}");
             let expected = fixture.numbers[format!("{adapter_name}.loss")]
                 .as_f64()
                 .expect("a loss");
@@ -155,6 +173,7 @@ fn gradients_of_every_parameter_are_torchs() {
         None,
         &hyper(Method::Full),
         &fixture.examples(),
+        KEEP_BYTES,
         &mut grads,
     );
     let mut table = Table::default();
@@ -180,6 +199,7 @@ fn backward(
     adapter: Option<&Adapter>,
     hyper: &Hyper,
     examples: &[Example],
+    keep_bytes: i64,
     grads: &mut Grads,
 ) -> f64 {
     let _no_grad = tch::no_grad_guard();
@@ -194,6 +214,7 @@ fn backward(
         hyper,
         step: 0,
         weight,
+        keep_bytes,
     };
     let (mut scores, mut rows) = (Scores::default(), 0);
     for slice in data::slices(examples.iter(), decoder.device()) {

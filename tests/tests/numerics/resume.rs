@@ -213,3 +213,44 @@ fn another_runs_state_is_refused() {
     fs::write(&state, &bytes).expect("it is written");
     assert!(Trainer::start(job.spec.clone(), &decoder).is_ok());
 }
+
+/// What a job says between its steps, until it has finished or `stops` is true of an event.
+fn said(trainer: &mut Trainer, decoder: &Decoder, stops: impl Fn(&JobEvent) -> bool) -> (Vec<String>, bool) {
+    let mut said = vec![];
+    loop {
+        let quantum = trainer.quantum(Some(decoder)).expect("a quantum runs");
+        for event in &quantum.events {
+            match event {
+                JobEvent::Validated { step, loss, .. } => {
+                    said.push(format!("step {step}: validation loss {loss}"))
+                }
+                JobEvent::Checkpoint { step, .. } => said.push(format!("step {step}: checkpoint")),
+                _ => {}
+            }
+        }
+        if quantum.finished || quantum.events.iter().any(&stops) {
+            return (said, quantum.finished);
+        }
+    }
+}
+
+#[test]
+fn what_is_due_after_a_step_outlives_a_clean_stop() {
+    let fixture = Fixture::open("gqa_tied");
+    let decoder = fixture.decoder(Precision::F32);
+    let undisturbed = job(&fixture, &decoder);
+    let mut trainer = Trainer::start(undisturbed.spec.clone(), &decoder).expect("it starts");
+    let (expected, _) = said(&mut trainer, &decoder, |_| false);
+    assert!(expected.len() > 4, "{expected:?}");
+
+    let job = job(&fixture, &decoder);
+    let (mut heard, mut finished) = (vec![], false);
+    while !finished {
+        let mut trainer = Trainer::start(job.spec.clone(), &decoder).expect("it goes on");
+        let (said, is_last) = said(&mut trainer, &decoder, |event| matches!(event, JobEvent::Step(_)));
+        heard.extend(said);
+        finished = is_last;
+        trainer.remember().expect("the state is written");
+    }
+    assert_eq!(heard, expected);
+}

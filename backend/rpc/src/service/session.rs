@@ -175,7 +175,8 @@ impl Ear {
             _open: open,
         };
         self.open(stream, link.clone(), Some(id), kind);
-        if self.shared.draining.load(Ordering::Acquire) {
+        // An engine that is gone is as good as one that stops: the next request goes elsewhere, or waits.
+        if self.shared.draining.load(Ordering::Acquire) || self.shared.replica.commands.is_closed() {
             // The channel is empty.
             let _ = events.try_send(Event::Failed(Fault::ShuttingDown));
             return Ok(());
@@ -245,7 +246,12 @@ async fn run_job(shared: Arc<Shared>, spec: JobSpec, cancelled: Arc<AtomicBool>,
     };
     let spec = match shared.hooks.job(spec).await {
         Ok(spec) => spec,
-        Err(error) => return tracing::error!(job = %id, error, "the job's files cannot be fetched"),
+        Err(error) => {
+            tracing::error!(job = %id, error, "the job's files cannot be fetched");
+            // Another backend may fetch them: nothing that counts against the job.
+            let message = "the backend could not fetch the job's files".to_owned();
+            return drop(out.send(codec::json(&JobEvent::Refused { message })).await);
+        }
     };
     let (sender, mut events) = mpsc::channel(JOB_EVENT_QUEUE);
     let start = Command::StartJob(Box::new(spec.clone()), sender);

@@ -126,3 +126,42 @@ fn an_adapter_that_overflows_fails_alone() {
         );
     }
 }
+
+#[test]
+fn whoever_waits_for_a_place_gets_one() {
+    let Some(folder) = story() else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let [busy, other] = [2, 8].map(|rank| adapter(&folder, directory.path(), rank, 0.05));
+    let prompt = cases(&folder).swap_remove(0).prompt;
+    let with = |adapter: &AdapterRef| Generate {
+        adapter: Some(adapter.clone()),
+        ..request(&prompt, 24, greedy())
+    };
+    let mut rig = Rig::new(Options {
+        max_loras: 1,
+        ..options(&folder)
+    });
+    // Nobody asks for what was loaded ahead.
+    let (reply, _) = oneshot::channel();
+    rig.command(Command::LoadAdapter(busy.clone(), reply));
+    let mut answer = rig.send(with(&other));
+    rig.wait_until("given the place", |stats| {
+        stats.resident_adapters == [other.digest]
+    });
+    assert!(matches!(read(&mut answer).end, Some(Ok(_))));
+    // Somebody always asks for what is resident.
+    let mut running = rig.send(with(&busy));
+    running.blocking_recv().unwrap();
+    let mut waiting = rig.send(with(&other));
+    for n in 0.. {
+        let next = rig.send(with(&busy));
+        read(&mut running);
+        running = next;
+        if waiting.try_recv().is_ok() {
+            break;
+        }
+        assert!(n < 500, "others kept the place");
+        running.blocking_recv().unwrap();
+    }
+    assert!(matches!(read(&mut running).end, Some(Ok(_))));
+}

@@ -15,9 +15,15 @@ impl Hooks for Kept {
     fn adapter(&self, digest: AdapterDigest) -> BoxFuture<'static, Result<AdapterRef, Fault>> {
         let artifacts = self.0.clone();
         async move {
-            let folder = artifacts.adapter(digest).await;
-            let folder = folder.map_err(|error| Fault::Adapter(error.to_string()))?;
-            Ok(AdapterRef { digest, folder })
+            match artifacts.adapter(digest).await {
+                Ok(folder) => Ok(AdapterRef { digest, folder }),
+                Err(error) => {
+                    tracing::error!(adapter = %digest.short(), %error, "an adapter cannot be fetched");
+                    // Perhaps it can be the next time, or elsewhere; where it lies is nothing for clients.
+                    let message = "the backend could not fetch the adapter".to_owned();
+                    Err(Fault::ReplicaLost(message))
+                }
+            }
         }
         .boxed()
     }
