@@ -212,5 +212,6 @@ fn line(event: &JobEvent, total_steps: u64) -> String {
         JobEvent::Failed { message } => format!("failed: {message}"),
         JobEvent::Refused { message } => format!("not begun: {message}"),
         JobEvent::Cancelled { step } => format!("cancelled at step {step}"),
+        JobEvent::Kept { step } => format!("stopped after step {step}"),
     }
 }

@@ -166,6 +166,10 @@ pub enum JobEvent {
     Failed {
         message: String,
     },
+    /// The replica stops. The state after `step` is written: the job goes on from there some other time.
+    Kept {
+        step: u64,
+    },
     /// The job was not begun, because the replica trains another: later, or elsewhere.
     Refused {
         message: String,

@@ -241,16 +241,25 @@ impl Engine {
         fate
     }
 
-    /// Writes the job's state, so that a later start goes on from here, and lets it go without a last word.
+    /// Writes the job's state, so that a later start goes on from here, and lets it go.
     pub(super) fn keep_job(&mut self) {
         let Some(job) = self.job.take() else { return };
-        let id = job.trainer.spec().id.clone();
-        match guard::torch(|| job.trainer.remember()) {
-            Ok(Ok(())) => info!(job = %id, step = job.trainer.step(), "training stops; its state is written"),
-            Ok(Err(error)) => warn!(job = %id, %error, "the job's state is not written"),
-            Err(fault) => warn!(job = %id, %fault, "the job's state is not written"),
-        }
-        self.part_with(job, None);
+        let (id, step) = (job.trainer.spec().id.clone(), job.trainer.step());
+        let kept = match guard::torch(|| job.trainer.remember()) {
+            Ok(Ok(())) => {
+                info!(job = %id, step, "training stops; its state is written");
+                Some(JobEvent::Kept { step })
+            }
+            Ok(Err(error)) => {
+                warn!(job = %id, %error, "the job's state is not written");
+                None
+            }
+            Err(fault) => {
+                warn!(job = %id, %fault, "the job's state is not written");
+                None
+            }
+        };
+        self.part_with(job, kept);
     }
 
     /// The job is over; its last events reach its supervisor even when the channel is full now.

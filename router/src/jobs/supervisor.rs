@@ -3,7 +3,7 @@
 //! Not here: files (`prepare`), training.
 
 use std::ops::ControlFlow;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 use tandem_core::id::{AdapterRef, JobId};
@@ -162,8 +162,6 @@ struct Run<'a> {
     total_steps: u64,
     /// The last state that the store names.
     saved: Option<Saved>,
-    /// When the state was written that this life began with.
-    placed: Option<SystemTime>,
     /// The last step that was reported in this life.
     step: Option<u64>,
     /// When this life of the job reported its first step, and which.
@@ -193,12 +191,9 @@ impl<'a> Run<'a> {
         };
         // From here on: fetching a state may take longer than a lease.
         let keeper = Keeper::new(router, &id.0, lease, Some(replica.commands.clone()));
-        let artifacts = router.0.store.artifacts();
-        let folder = artifacts.pull_job(&id, life).await?;
-        let placed = artifacts.state_written(&id, life.epoch);
         let spec = JobSpec {
             id: id.clone(),
-            folder,
+            folder: router.0.store.artifacts().pull_job(&id, life).await?,
             base_model: router.config().served_model_name.clone(),
             hyper,
             life,
@@ -219,7 +214,6 @@ impl<'a> Run<'a> {
             events,
             total_steps: 0,
             saved: row.saved,
-            placed,
             step: None,
             pace: None,
             latest: Map::new(),
@@ -236,7 +230,7 @@ impl<'a> Run<'a> {
                 heard = self.events.recv_many(&mut events, JOB_EVENT_QUEUE) => heard,
             };
             if heard == 0 {
-                return self.silence().await;
+                return Ok(self.silence());
             }
             // What is only told goes in one transaction; what changes the job has its own.
             let mut told = Told::default();
@@ -259,30 +253,30 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// A replica that stops writes the state before it goes. If that was here, the store keeps it too: a state that this
-    /// life wrote, not the one it began with. (After a crash this is an older state; it says itself after which step it
-    /// was written.)
-    async fn silence(&mut self) -> Result<End, RouterError> {
-        let artifacts = self.router.0.store.artifacts();
+    /// The state that a replica wrote before it stopped is what the next life begins with.
+    async fn wait_from(&mut self, step: u64) -> Result<End, RouterError> {
         let epoch = self.lease.epoch();
-        let written = artifacts.state_written(&self.id, epoch);
-        if let Some(step) = self.step.filter(|_| written != self.placed) {
-            let saved = Saved { epoch, step };
-            if self.saved != Some(saved) {
-                artifacts.push_job(&self.id, epoch, step).await?;
-                let kept = JobChange {
-                    from: &[RUNNING],
-                    saved: Some(saved),
-                    ..JobChange::default()
-                };
-                if self.change(kept).await?.is_break() {
-                    return Ok(End::Lost);
-                }
-            }
-        }
-        Ok(End::Silent {
-            stepped: self.step.is_some(),
+        self.router
+            .0
+            .store
+            .artifacts()
+            .push_job(&self.id, epoch, step)
+            .await?;
+        let kept = JobChange {
+            from: &[RUNNING],
+            saved: Some(Saved { epoch, step }),
+            ..JobChange::default()
+        };
+        Ok(match self.change(kept).await? {
+            ControlFlow::Continue(()) => self.silence(),
+            ControlFlow::Break(()) => End::Lost,
         })
+    }
+
+    fn silence(&self) -> End {
+        End::Silent {
+            stepped: self.step.is_some(),
+        }
     }
 
     /// A change by the holder. `Break`: the job is no longer ours to change.
@@ -350,6 +344,7 @@ impl<'a> Run<'a> {
                 });
             }
             JobEvent::Failed { message } => return Some(Turn::Failed { message }),
+            JobEvent::Kept { step } => return Some(Turn::Kept { step }),
             JobEvent::Refused { message } => return Some(Turn::Refused { message }),
             JobEvent::Cancelled { step } => return Some(Turn::Cancelled { step }),
         }
@@ -436,8 +431,7 @@ impl<'a> Run<'a> {
             } => self.finish(adapter, trained_tokens).await?,
             Turn::Failed { message } if self.router.stopping() => {
                 tracing::info!(job = %self.id, message, "the job waits for the next start");
-                let stepped = self.step.is_some();
-                return Ok(ControlFlow::Break(End::Silent { stepped }));
+                return Ok(ControlFlow::Break(self.silence()));
             }
             Turn::Failed { message } => {
                 self.router
@@ -445,6 +439,7 @@ impl<'a> Run<'a> {
                     .await?;
                 ControlFlow::Continue(())
             }
+            Turn::Kept { step } => return Ok(ControlFlow::Break(self.wait_from(step).await?)),
             Turn::Refused { message } => {
                 tracing::info!(job = %self.id, message, "the job waits for a replica");
                 return Ok(ControlFlow::Break(End::Refused));
@@ -593,6 +588,9 @@ enum Turn {
     },
     Failed {
         message: String,
+    },
+    Kept {
+        step: u64,
     },
     Refused {
         message: String,

@@ -4,7 +4,6 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use object_store::aws::AmazonS3Builder;
 use tandem_core::id::{AdapterDigest, AdapterRef, JobId};
@@ -266,12 +265,6 @@ impl Artifacts {
         let Some(remote) = &self.remote else { return Ok(()) };
         let (epoch, step) = (saved.epoch.to_string(), saved.step.to_string());
         remote.delete(&["jobs", &id.0, &epoch, &step, files::STATE]).await
-    }
-
-    /// When the state in the local folder of a job's life was written, if there is one.
-    pub fn state_written(&self, id: &JobId, epoch: u64) -> Option<SystemTime> {
-        let state = self.folders.life(&id.0, epoch).join(files::STATE);
-        state.metadata().and_then(|metadata| metadata.modified()).ok()
     }
 
     /// Where the router writes the datasets of a job, for [`Artifacts::push_datasets`].

@@ -45,6 +45,7 @@ impl Hooks for Kept {
                     artifacts.keep_adapter(adapter).await.map_err(said)?;
                     artifacts.push_job(&id, epoch, *step).await.map_err(said)?;
                 }
+                JobEvent::Kept { step } => artifacts.push_job(&id, epoch, *step).await.map_err(said)?,
                 JobEvent::Finished { adapter, .. } => {
                     artifacts.keep_adapter(adapter).await.map_err(said)?;
                     artifacts.forget_job(&id).await.map_err(said)?;
