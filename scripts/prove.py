@@ -21,13 +21,13 @@ STREAMS = 8
 QUESTIONS = ["Who is the baker?", "Tell me about the village.", "Where does Ada live?", "Who are you?"]
 
 
-def stream(api, model, question, max_tokens=64, ignore_eos=False):
-    """One streamed chat. Returns the text, the adapter digest that answered, and the arrival times of its pieces."""
+def stream(api, model, question, max_tokens=64):
+    """One streamed chat. Returns the text and the adapter digest that answered."""
     body = {"model": model, "messages": [{"role": "user", "content": question}], "temperature": 0, "stream": True,
-            "max_tokens": max_tokens, "ignore_eos": ignore_eos}
+            "max_tokens": max_tokens}
     request = urllib.request.Request(api.base + "/v1/chat/completions", json.dumps(body).encode(),
                                      {"Content-Type": "application/json"})
-    text, times, finish = "", [], None
+    text, finish = "", None
     with urllib.request.urlopen(request, timeout=120) as response:
         digest = response.headers.get("x-tandem-adapter")
         for line in response:
@@ -37,52 +37,28 @@ def stream(api, model, question, max_tokens=64, ignore_eos=False):
             if "error" in chunk:
                 raise RuntimeError(chunk["error"])
             for choice in chunk["choices"]:
-                times.append(time.perf_counter())
                 text += choice["delta"].get("content") or ""
                 finish = choice["finish_reason"] or finish
     if finish is None:
         raise RuntimeError("the stream was cut")
-    return text, digest, times
-
-
-def percentile(values, q):
-    return sorted(values)[min(len(values) - 1, int(len(values) * q / 100))] if values else float("nan")
+    return text, digest
 
 
 class Load:
-    """Threads that stream until told to stop; counts what went wrong."""
+    """Threads that stream until told to be done, whatever becomes of the server."""
 
-    def __init__(self, api, models, **options):
-        self.api, self.models, self.options = api, models, options
-        self.gaps, self.first, self.errors, self.tokens, self.done = [], [], [], 0, threading.Event()
-        self.threads = [threading.Thread(target=self.run, args=(i,), daemon=True) for i in range(STREAMS)]
-        self.began = time.perf_counter()
-        for thread in self.threads:
-            thread.start()
+    def __init__(self, api, models):
+        self.api, self.models, self.done = api, models, threading.Event()
+        for i in range(STREAMS):
+            threading.Thread(target=self.run, args=(i,), daemon=True).start()
 
-    def run(self, i):
-        turn = i
+    def run(self, turn):
         while not self.done.is_set():
             turn += 1
             try:
-                began = time.perf_counter()
-                model = self.models[turn % len(self.models)]
-                _, _, times = stream(self.api, model, QUESTIONS[turn % len(QUESTIONS)], **self.options)
-                self.first.append(times[0] - began)
-                self.gaps += [b - a for a, b in zip(times, times[1:])]
-                self.tokens += len(times)
-            except Exception as error:  # counted, and the load goes on
-                self.errors.append(repr(error))
+                stream(self.api, self.models[turn % len(self.models)], QUESTIONS[turn % len(QUESTIONS)])
+            except Exception:  # it was killed, as it should
                 time.sleep(0.05)
-
-    def stop(self):
-        self.done.set()
-        for thread in self.threads:
-            thread.join(120)
-        wall = time.perf_counter() - self.began
-        return (f"{self.tokens / wall:7.0f} tokens/s   ITL p50 {1e3 * percentile(self.gaps, 50):6.2f} ms   "
-                f"p99 {1e3 * percentile(self.gaps, 99):6.2f} ms   TTFT p50 {1e3 * percentile(self.first, 50):6.1f} ms   "
-                f"errors and cut streams {len(self.errors)}")
 
 
 def create_job(api, **options):
@@ -149,7 +125,7 @@ def paced(api, job, do):
 def trained_bytes(api, data_dir, job):
     """SHA-256 of the finished adapter's tensors, from the store."""
     model = job["fine_tuned_model"]
-    _, digest, _ = stream(api, model, QUESTIONS[0], max_tokens=1)
+    _, digest = stream(api, model, QUESTIONS[0], max_tokens=1)
     path = pathlib.Path(data_dir) / "adapters" / digest / "adapter_model.safetensors"
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -241,7 +217,7 @@ def swap(operations=1000, versions=6, names=4):
                 folders.append(folder)
                 load_adapter(api, f"reference-{version}", folder)
                 for question in QUESTIONS:
-                    text, digest, _ = stream(api, f"reference-{version}", question, max_tokens=24)
+                    text, digest = stream(api, f"reference-{version}", question, max_tokens=24)
                     expected[digest, question] = text
             assert len(expected) == versions * len(QUESTIONS), "the versions must differ"
             for name in range(names):
@@ -249,7 +225,7 @@ def swap(operations=1000, versions=6, names=4):
             wrong, failed, answers, done = [], [], [0], threading.Event()
 
             def ask_on(model, question):
-                text, digest, _ = stream(api, model, question, max_tokens=24)
+                text, digest = stream(api, model, question, max_tokens=24)
                 answers[0] += 1
                 if expected.get((digest, question)) != text:
                     wrong.append((model, question, text))

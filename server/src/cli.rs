@@ -128,10 +128,10 @@ pub struct ModelOptions {
     /// Largest rank of an adapter
     #[arg(long, value_name = "RANK", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub max_lora_rank: Option<u32>,
-    /// Seconds a fine-tuning job may take for each second of serving, while there are requests: at the default streams
-    /// are a quarter slower beside a job. Without requests it has the machine
-    #[arg(long, value_name = "SHARE", default_value_t = 0.25, value_parser = share)]
-    pub training_share: f64,
+    /// Seconds a fine-tuning job may take for each second of serving, while there are requests: with 1 streams
+    /// are half as fast beside a job. Without requests it has the machine [default: 0.25]
+    #[arg(long, value_name = "SHARE", value_parser = share)]
+    pub training_share: Option<f64>,
     /// Compute threads [default: one per physical core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub threads: Option<u32>,

@@ -171,7 +171,7 @@ impl<S: Sync> FromRequestParts<S> for Pairs {
             })?;
         match pairs
             .iter()
-            .find(|(name, value)| format!("{name}{value}").contains('\0'))
+            .find(|(name, value)| name.contains('\0') || value.contains('\0'))
         {
             Some((name, _)) => Err(invalid(
                 name.escape_default().to_string(),

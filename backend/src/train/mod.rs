@@ -146,7 +146,8 @@ enum Subject {
 enum Stage {
     Announce {
         resumed_from: Option<u64>,
-        next: Next,
+        /// The validation and the checkpoint of the last step come first.
+        is_rest_due: bool,
     },
     Begin,
     Accumulate(Accumulation),
@@ -162,14 +163,6 @@ enum Stage {
     },
     Save,
     Finish,
-}
-
-/// What a job begins with.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Next {
-    Step,
-    /// What is due after the last step: validation, a checkpoint.
-    Rest,
 }
 
 /// The slices of one step on their way through the layers.
@@ -269,7 +262,7 @@ impl Trainer {
             trained_tokens: 0,
             stage: Stage::Announce {
                 resumed_from: None,
-                next: Next::Step,
+                is_rest_due: false,
             },
             step_began: Instant::now(),
             train,
@@ -314,7 +307,7 @@ impl Trainer {
         self.trained_tokens = trained_tokens;
         self.stage = Stage::Announce {
             resumed_from: Some(step),
-            next: if is_rest_due { Next::Rest } else { Next::Step },
+            is_rest_due,
         };
         Ok(())
     }
@@ -332,11 +325,14 @@ impl Trainer {
         let _no_grad = tch::no_grad_guard();
         let mut quantum = Quantum::default();
         self.stage = match std::mem::replace(&mut self.stage, Stage::Begin) {
-            Stage::Announce { resumed_from, next } => {
+            Stage::Announce {
+                resumed_from,
+                is_rest_due,
+            } => {
                 quantum.events.push(self.started(resumed_from));
-                match next {
-                    Next::Step => Stage::Begin,
-                    Next::Rest => self.after_step(),
+                match is_rest_due {
+                    true => self.after_step(),
+                    false => Stage::Begin,
                 }
             }
             Stage::Begin => self.begin(),
@@ -606,7 +602,12 @@ impl Trainer {
             examples: self.train.len() as u64,
             is_rest_due: matches!(
                 self.stage,
-                Stage::Validate { .. } | Stage::Save | Stage::Announce { next: Next::Rest, .. }
+                Stage::Validate { .. }
+                    | Stage::Save
+                    | Stage::Announce {
+                        is_rest_due: true,
+                        ..
+                    }
             ),
         };
         let (moment1, moment2) = (self.moment1.shallow_clone(), self.moment2.shallow_clone());

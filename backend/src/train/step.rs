@@ -205,21 +205,17 @@ impl Look {
     ) -> Option<Look> {
         let Look { hidden, halves, done } = self;
         if halves < decoder.n_halves() {
-            let rows = 0..slice.tokens.len();
-            let lora: Vec<AdapterRows> = adapter
-                .into_iter()
-                .map(|adapter| AdapterRows {
-                    rows: rows.clone(),
-                    adapter,
-                })
-                .collect();
+            let lora = adapter.map(|adapter| AdapterRows {
+                rows: 0..slice.tokens.len(),
+                adapter,
+            });
             let batch = Batch {
                 tokens: &slice.tokens,
                 positions: &slice.positions,
                 context: Attention::Packed {
                     cu_seqlens: &slice.cu_seqlens,
                 },
-                lora: &lora,
+                lora: lora.as_slice(),
             };
             return Some(Look {
                 hidden: decoder.half(halves, hidden, &batch),

@@ -46,7 +46,7 @@ pub fn engine_options(options: &ModelOptions, folder: &Path, team: Team) -> Resu
         .max_num_batched_tokens
         .unwrap_or(engine.max_num_batched_tokens);
     engine.max_loras = options.max_loras.unwrap_or(engine.max_loras);
-    engine.training_share = options.training_share;
+    engine.training_share = options.training_share.unwrap_or(engine.training_share);
     engine.max_lora_rank = options.max_lora_rank.unwrap_or(engine.max_lora_rank);
     Ok(engine)
 }

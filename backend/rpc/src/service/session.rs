@@ -235,7 +235,7 @@ impl Ear {
 }
 
 /// Fetches the job's folder, runs it in the engine, and lets events out once what they name can be found elsewhere. A
-/// last word is an event; an end without one is a job that goes on some other time.
+/// last word is an event; after `Kept`, and without one, the job goes on some other time.
 async fn run_job(shared: Arc<Shared>, spec: JobSpec, cancelled: Arc<AtomicBool>, out: mpsc::Sender<Vec<u8>>) {
     let id = spec.id.clone();
     // Another router's, or this job's former life that has not seen yet that nobody listens.
