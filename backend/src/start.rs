@@ -14,7 +14,7 @@ use tandem_core::replica::{COMMAND_QUEUE, ReplicaHandle, ReplicaInfo};
 use tandem_core::rng;
 use tandem_core::sched::{Limits, Scheduler};
 use tandem_core::stats::Stats;
-use tandem_kernels::attention::{BLOCK_SIZE, CacheShape};
+use tandem_kernels::attention::BLOCK_SIZE;
 use tandem_kernels::comm::Comm;
 use tandem_kernels::weight::Precision;
 use tandem_kernels::{machine, pool};
@@ -310,18 +310,6 @@ pub fn set_threads(device: Device, threads: Option<usize>) {
     }
     let ours = device == Device::Cpu && *machine::features() != machine::Features::default();
     tch::set_num_threads(if ours { 1 } else { pool::threads() as i32 });
-}
-
-pub(crate) fn cache_shape(spec: &DecoderSpec, blocks: usize) -> CacheShape {
-    // Every layer of the supported families attends alike.
-    let attn = &spec.layers[0].attn;
-    let (kv_heads, head_dim) = (attn.kv_heads as usize, attn.head_dim as usize);
-    CacheShape {
-        layers: spec.layers.len(),
-        blocks,
-        kv_heads,
-        head_dim,
-    }
 }
 
 fn device_name(device: Device) -> String {

@@ -17,7 +17,7 @@ use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Schedule, f
 use tandem_core::message::{Generate, Scored};
 use tandem_core::sampling::{RawSampling, Sampling};
 use tandem_core::sched::{Limits, Scheduler, View};
-use tandem_kernels::attention::{BLOCK_SIZE, CacheShape, KvCache, PagedSeq};
+use tandem_kernels::attention::{BLOCK_SIZE, KvCache, PagedSeq};
 use tandem_kernels::weight::Precision;
 use tch::{Device, Kind, Tensor};
 
@@ -119,13 +119,7 @@ fn decode_step(criterion: &mut Criterion) {
     let params =
         peft::read(&fixture().join("adapter-all"), &decoder.spec, 64).expect("the fixture's adapter");
     let adapter = Adapter::new(&params, decoder.layout(), Precision::F32, Device::Cpu).expect("it packs");
-    let attn = &decoder.spec.layers[0].attn;
-    let shape = CacheShape {
-        layers: decoder.n_layers(),
-        blocks: 8,
-        kv_heads: attn.kv_heads as usize,
-        head_dim: attn.head_dim as usize,
-    };
+    let shape = decoder.layout().cache_shape(&decoder.spec, 8);
     let cache = KvCache::new(shape, Precision::F32, Device::Cpu).expect("a small cache");
     let (tokens, positions): (Vec<u32>, Vec<i64>) = ((0..8).collect(), vec![20; 8]);
     let tables: Vec<[u32; 1]> = (0..8).map(|block| [block]).collect();

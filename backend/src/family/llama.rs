@@ -1,6 +1,7 @@
 //! Llama 2 and 3.x (and what is wired like them). Source: transformers models/llama/configuration_llama.py.
 
-use super::{AttnSpec, Config, DecoderSpec, Head, LayerSpec, MlpSpec};
+use super::spec::Projections;
+use super::{AttnSpec, Body, Config, DecoderSpec, Head, MlpSpec, NormSpec, Sublayer};
 use crate::weights::LoadError;
 
 pub(super) fn spec(config: &Config) -> Result<DecoderSpec, LoadError> {
@@ -28,27 +29,50 @@ pub(super) fn spec(config: &Config) -> Result<DecoderSpec, LoadError> {
         ));
     }
     let attention_bias = config.bias("attention_bias")?;
-    let layer = LayerSpec {
-        attn: AttnSpec {
+    let inner = config.size("intermediate_size")?;
+    let activation = config.activation("hidden_act")?;
+    let mlp_bias = config.bias("mlp_bias")?;
+    let eps = config.number("rms_norm_eps")?.unwrap_or(1e-6);
+    let norm = |path: String| NormSpec { path, eps };
+    let layer = |i: i64| {
+        let at = format!("model.layers.{i}");
+        let (qkv, output) = Projections {
+            module: &format!("{at}.self_attn"),
+            hidden,
             heads,
             kv_heads,
             head_dim,
             qkv_bias: attention_bias,
             o_bias: attention_bias,
-            rope: config.rope(head_dim)?,
+        }
+        .linears();
+        let attn = AttnSpec {
+            heads,
+            kv_heads,
+            head_dim,
             scale: (head_dim as f64).powf(-0.5),
-        },
-        mlp: MlpSpec {
-            inner: config.size("intermediate_size")?,
-            activation: config.activation("hidden_act")?,
-            bias: config.bias("mlp_bias")?,
-        },
+            rope: 0,
+            qkv,
+            output,
+        };
+        let mlp = MlpSpec::gated(&format!("{at}.mlp"), hidden, inner, activation, mlp_bias);
+        [
+            Sublayer {
+                norm: norm(format!("{at}.input_layernorm")),
+                body: Body::Attention(attn),
+            },
+            Sublayer {
+                norm: norm(format!("{at}.post_attention_layernorm")),
+                body: Body::Mlp(mlp),
+            },
+        ]
     };
     Ok(DecoderSpec {
         vocab: config.size("vocab_size")?,
         hidden,
-        layers: vec![layer; config.size("num_hidden_layers")? as usize],
-        norm_eps: config.number("rms_norm_eps")?.unwrap_or(1e-6),
+        sublayers: (0..config.size("num_hidden_layers")?).flat_map(layer).collect(),
+        ropes: vec![config.rope(head_dim)?],
+        final_norm: norm("model.norm".to_owned()),
         head: if config.flag("tie_word_embeddings")? {
             Head::Tied
         } else {

@@ -3,7 +3,7 @@
 
 mod llama;
 pub mod shard;
-pub mod site;
+mod spec;
 
 use std::path::Path;
 
@@ -13,69 +13,12 @@ use tandem_kernels::rope::{RopeScaling, RopeSpec};
 
 use tch::Kind;
 
+pub use spec::{
+    AttnSpec, Bias, Body, Cut, DecoderSpec, Head, LinearId, LinearSpec, MlpSpec, NormSpec, Param, ParamId,
+    Part, Sublayer,
+};
+
 use crate::weights::LoadError;
-
-#[derive(Clone, Debug)]
-pub struct DecoderSpec {
-    pub vocab: i64,
-    pub hidden: i64,
-    pub layers: Vec<LayerSpec>,
-    pub norm_eps: f64,
-    pub head: Head,
-    /// Positions the checkpoint was made for.
-    pub max_positions: i64,
-    /// End-of-sequence tokens: generation_config.json's, else config.json's.
-    pub eos_tokens: Vec<u32>,
-}
-
-/// A pre-norm layer: `x += attn(norm(x)); x += mlp(norm(x))`.
-#[derive(Clone, Debug)]
-pub struct LayerSpec {
-    pub attn: AttnSpec,
-    pub mlp: MlpSpec,
-}
-
-#[derive(Clone, Debug)]
-pub struct AttnSpec {
-    pub heads: i64,
-    pub kv_heads: i64,
-    pub head_dim: i64,
-    pub qkv_bias: Bias,
-    pub o_bias: Bias,
-    pub rope: RopeSpec,
-    /// Factor on q k before the softmax.
-    pub scale: f64,
-}
-
-/// `down(act(gate(x)) * up(x))`.
-#[derive(Clone, Debug)]
-pub struct MlpSpec {
-    pub inner: i64,
-    pub activation: Activation,
-    pub bias: Bias,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Bias {
-    Without,
-    With,
-}
-
-/// Where logits come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Head {
-    /// The embedding table.
-    Tied,
-    /// `lm_head.weight`.
-    Own,
-}
-
-impl AttnSpec {
-    /// Columns of the fused q, k, v projection.
-    pub fn qkv_columns(&self) -> i64 {
-        (self.heads + 2 * self.kv_heads) * self.head_dim
-    }
-}
 
 /// Reads `folder`/config.json (and generation_config.json when there is one).
 pub fn read_spec(folder: &Path) -> Result<DecoderSpec, LoadError> {

@@ -8,8 +8,9 @@
 
 use std::ops::Range;
 
-use super::site::{Part, Site, SiteSpec};
-use super::{AttnSpec, Bias, DecoderSpec};
+use tandem_kernels::attention::{CacheShape, Heads};
+
+use super::{AttnSpec, Bias, Body, Cut, DecoderSpec, LinearId, LinearSpec, MlpSpec, Part};
 use crate::weights::LoadError;
 
 /// One of the ranks that compute one model together.
@@ -27,19 +28,17 @@ impl Shard {
 #[derive(Debug)]
 pub struct Layout {
     shard: Shard,
-    /// The spec this rank computes by: its own heads, KV heads and inner width; hidden size and vocabulary are whole.
-    pub local: DecoderSpec,
     /// Rows of embedding and head.
     pub vocabulary: Range<i64>,
     /// Rows of the largest share of the vocabulary.
     pub widest: i64,
-    /// `[layer][site]`
-    sites: Vec<[SiteShard; 4]>,
+    /// By [`LinearId`].
+    linears: Vec<LinearShard>,
 }
 
 /// What is held of a (fused) linear.
 #[derive(Debug)]
-pub struct SiteShard {
+pub struct LinearShard {
     /// Columns of its weights.
     pub inputs: Range<i64>,
     /// A bias behind a sum over ranks is added once, by rank 0.
@@ -65,7 +64,7 @@ impl PartShard {
     }
 }
 
-impl SiteShard {
+impl LinearShard {
     pub fn n_inputs(&self) -> i64 {
         self.inputs.end - self.inputs.start
     }
@@ -86,22 +85,12 @@ impl Layout {
     pub fn new(spec: &DecoderSpec, shard: Shard) -> Result<Layout, LoadError> {
         check(spec, shard.world as i64)?;
         let (rank, world) = (shard.rank as i64, shard.world as i64);
-        let mut local = spec.clone();
-        for layer in &mut local.layers {
-            layer.attn.heads /= world;
-            layer.attn.kv_heads = (layer.attn.kv_heads / world).max(1);
-            layer.mlp.inner /= world;
-        }
         let widest = (spec.vocab + world - 1) / world;
-        let sites = (0..spec.layers.len())
-            .map(|layer| Site::ALL.map(|site| shard.site(spec, layer, site)))
-            .collect();
         Ok(Layout {
             shard,
-            local,
             vocabulary: rank * widest..spec.vocab.min((rank + 1) * widest),
             widest,
-            sites,
+            linears: spec.linears().map(|(_, linear)| shard.linear(linear)).collect(),
         })
     }
 
@@ -109,8 +98,32 @@ impl Layout {
         Layout::new(spec, Shard::WHOLE).expect("one rank holds any model")
     }
 
-    pub fn site(&self, layer: usize, site: Site) -> &SiteShard {
-        &self.sites[layer][site.index()]
+    pub fn linear(&self, id: LinearId) -> &LinearShard {
+        &self.linears[id.0]
+    }
+
+    /// The heads that this rank computes.
+    pub fn heads(&self, attn: &AttnSpec) -> Heads {
+        let world = self.shard.world as i64;
+        Heads {
+            heads: (attn.heads / world) as usize,
+            kv_heads: (attn.kv_heads / world).max(1) as usize,
+            head_dim: attn.head_dim as usize,
+        }
+    }
+
+    /// A KV cache of `blocks` blocks for this rank's heads. (Every attention of the supported families is shaped alike.)
+    pub fn cache_shape(&self, spec: &DecoderSpec, blocks: usize) -> CacheShape {
+        let attn = spec.attentions().next().expect("a decoder attends");
+        let Heads {
+            kv_heads, head_dim, ..
+        } = self.heads(attn);
+        CacheShape {
+            layers: spec.attentions().count(),
+            blocks,
+            kv_heads,
+            head_dim,
+        }
     }
 
     pub fn world(&self) -> usize {
@@ -118,54 +131,44 @@ impl Layout {
     }
 }
 
-/// How a linear is divided.
-enum Cut {
-    /// Each rank computes some outputs of the whole input.
-    Outputs,
-    /// Each rank computes its share of every output from some inputs; the shares are summed.
-    Inputs,
-}
-
 impl Shard {
-    fn site(self, spec: &DecoderSpec, layer: usize, site: Site) -> SiteShard {
-        let SiteSpec { inputs, bias, parts } = spec.site(layer, site);
-        let cut = match site {
-            Site::Qkv | Site::GateUp => Cut::Outputs,
-            Site::Output | Site::Down => Cut::Inputs,
-        };
+    fn linear(self, spec: &LinearSpec) -> LinearShard {
         let mut end = 0;
-        let part = |part: Part| {
-            let rows = match cut {
-                Cut::Outputs => self.rows(&spec.layers[layer].attn, &part),
+        let part = |part: &Part| {
+            let rows = match spec.cut {
+                Cut::Outputs => self.rows(part),
                 Cut::Inputs => 0..part.width(),
             };
             let start = end;
             end += rows.end - rows.start;
             PartShard {
                 width: part.width(),
-                path: part.path,
+                path: part.path.clone(),
                 rows,
                 columns: start..end,
             }
         };
-        SiteShard {
-            parts: parts.into_iter().map(part).collect(),
-            inputs: match cut {
-                Cut::Outputs => 0..inputs,
-                Cut::Inputs => self.equal(inputs),
+        LinearShard {
+            parts: spec.parts.iter().map(part).collect(),
+            inputs: match spec.cut {
+                Cut::Outputs => 0..spec.inputs,
+                Cut::Inputs => self.equal(spec.inputs),
             },
-            bias: match cut {
+            bias: match spec.cut {
                 Cut::Inputs if self.rank > 0 => Bias::Without,
-                _ => bias,
+                _ => spec.bias,
             },
         }
     }
 
-    fn rows(self, attn: &AttnSpec, part: &Part) -> Range<i64> {
-        match part.name {
-            "k_proj" | "v_proj" if attn.kv_heads < self.world as i64 => {
-                let head = self.rank as i64 * attn.kv_heads / self.world as i64;
-                head * attn.head_dim..(head + 1) * attn.head_dim
+    fn rows(self, part: &Part) -> Range<i64> {
+        match part.kv_heads {
+            Some(kv_heads) if kv_heads < self.world as i64 => {
+                let (head, head_dim) = (
+                    self.rank as i64 * kv_heads / self.world as i64,
+                    part.width() / kv_heads,
+                );
+                head * head_dim..(head + 1) * head_dim
             }
             _ => self.equal(part.width()),
         }
@@ -179,23 +182,29 @@ impl Shard {
 
 fn check(spec: &DecoderSpec, world: i64) -> Result<(), LoadError> {
     let cannot = |why: String| Err(LoadError::Option(format!("tensor-parallel size {world}: {why}")));
-    for (i, layer) in spec.layers.iter().enumerate() {
-        let AttnSpec { heads, kv_heads, .. } = layer.attn;
-        if heads % world != 0 {
-            return cannot(format!(
-                "the {heads} attention heads of layer {i} are no multiple of it"
-            ));
-        }
-        if kv_heads % world != 0 && world % kv_heads != 0 {
-            return cannot(format!(
-                "the {kv_heads} KV heads of layer {i} are neither a multiple nor a divisor of it"
-            ));
-        }
-        if layer.mlp.inner % world != 0 {
-            let inner = layer.mlp.inner;
-            return cannot(format!(
-                "the MLP's {inner} inner features of layer {i} are no multiple of it"
-            ));
+    for sublayer in &spec.sublayers {
+        match &sublayer.body {
+            Body::Attention(attn) => {
+                let (AttnSpec { heads, kv_heads, .. }, path) = (attn, &attn.output.parts[0].path);
+                if heads % world != 0 {
+                    return cannot(format!(
+                        "the {heads} attention heads before {path} are no multiple of it"
+                    ));
+                }
+                if kv_heads % world != 0 && world % kv_heads != 0 {
+                    return cannot(format!(
+                        "the {kv_heads} KV heads before {path} are neither a multiple nor a divisor of it"
+                    ));
+                }
+            }
+            Body::Mlp(mlp) => {
+                let (MlpSpec { inner, .. }, path) = (mlp, &mlp.down.parts[0].path);
+                if inner % world != 0 {
+                    return cannot(format!(
+                        "the {inner} inner features before {path} are no multiple of it"
+                    ));
+                }
+            }
         }
     }
     let widest = (spec.vocab + world - 1) / world;
@@ -211,34 +220,57 @@ fn check(spec: &DecoderSpec, world: i64) -> Result<(), LoadError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::family::{Head, LayerSpec, MlpSpec};
+    use crate::family::spec::Projections;
+    use crate::family::{Head, NormSpec, Sublayer};
     use tandem_kernels::activation::Activation;
     use tandem_kernels::rope::{RopeScaling, RopeSpec};
 
     fn spec(heads: i64, kv_heads: i64, inner: i64, vocab: i64) -> DecoderSpec {
+        let (hidden, head_dim) = (64, 16);
+        let (qkv, output) = Projections {
+            module: "a",
+            hidden,
+            heads,
+            kv_heads,
+            head_dim,
+            qkv_bias: Bias::With,
+            o_bias: Bias::With,
+        }
+        .linears();
         let attn = AttnSpec {
             heads,
             kv_heads,
-            head_dim: 16,
-            qkv_bias: Bias::With,
-            o_bias: Bias::With,
-            rope: RopeSpec {
-                theta: 10_000.0,
-                rotary_dim: 16,
-                scaling: RopeScaling::None,
-            },
+            head_dim,
             scale: 0.25,
+            rope: 0,
+            qkv,
+            output,
         };
-        let mlp = MlpSpec {
-            inner,
-            activation: Activation::Silu,
-            bias: Bias::Without,
+        let norm = || NormSpec {
+            path: "n".to_owned(),
+            eps: 1e-5,
+        };
+        let sublayer = |body| Sublayer { norm: norm(), body };
+        let rope = RopeSpec {
+            theta: 10_000.0,
+            rotary_dim: head_dim,
+            scaling: RopeScaling::None,
         };
         DecoderSpec {
             vocab,
-            hidden: 64,
-            layers: vec![LayerSpec { attn, mlp }],
-            norm_eps: 1e-5,
+            hidden,
+            sublayers: vec![
+                sublayer(Body::Attention(attn)),
+                sublayer(Body::Mlp(MlpSpec::gated(
+                    "m",
+                    hidden,
+                    inner,
+                    Activation::Silu,
+                    Bias::Without,
+                ))),
+            ],
+            ropes: vec![rope],
+            final_norm: norm(),
             head: Head::Tied,
             max_positions: 64,
             eos_tokens: vec![],
@@ -267,47 +299,38 @@ mod tests {
                 Some(0..vocab)
             );
             let copies = (world as i64 / kv_heads).max(1);
-            for site in Site::ALL {
-                let whole = spec.site(0, site);
-                let inputs: i64 = ranks.iter().map(|rank| rank.site(0, site).n_inputs()).sum();
-                let by_inputs = matches!(site, Site::Output | Site::Down);
+            for (id, whole) in spec.linears() {
+                let inputs: i64 = ranks.iter().map(|rank| rank.linear(id).n_inputs()).sum();
+                let by_inputs = whole.cut == Cut::Inputs;
                 assert_eq!(inputs, whole.inputs * if by_inputs { 1 } else { world as i64 });
                 for (i, part) in whole.parts.iter().enumerate() {
-                    let rows: i64 = ranks
-                        .iter()
-                        .map(|rank| rank.site(0, site).parts[i].n_rows())
-                        .sum();
-                    let copies = match part.name {
-                        "k_proj" | "v_proj" => copies,
-                        _ if by_inputs => world as i64,
-                        _ => 1,
+                    let rows: i64 = ranks.iter().map(|rank| rank.linear(id).parts[i].n_rows()).sum();
+                    let copies = match part.kv_heads {
+                        Some(_) => copies,
+                        None if by_inputs => world as i64,
+                        None => 1,
                     };
                     assert_eq!(rows, part.width() * copies, "{} of {world} ranks", part.name);
                 }
                 for (rank, layout) in ranks.iter().enumerate() {
+                    let once = by_inputs && rank > 0;
                     assert_eq!(
-                        layout.site(0, site).n_rows(),
-                        layout
-                            .local
-                            .site(0, site)
-                            .parts
-                            .iter()
-                            .map(Part::width)
-                            .sum::<i64>()
-                    );
-                    let once = site == Site::Output && rank > 0;
-                    assert_eq!(
-                        layout.site(0, site).bias == Bias::Without,
+                        layout.linear(id).bias == Bias::Without,
                         once || whole.bias == Bias::Without
                     );
                 }
             }
-            // Query heads stand beside the KV head they read.
+            // Query heads stand beside the KV head they read, and fill the products' rows together with it.
+            let attn = spec.attentions().next().unwrap();
             for (rank, layout) in ranks.iter().enumerate() {
-                let attn = &layout.local.layers[0].attn;
-                let first_head = rank as i64 * attn.heads;
-                let kv_row = layout.site(0, Site::Qkv).parts[1].rows.start;
-                assert_eq!(first_head / (heads / kv_heads), kv_row / attn.head_dim);
+                let held = layout.heads(attn);
+                let qkv = layout.linear(LinearId(0));
+                let (first_head, kv_row) = (rank * held.heads, qkv.parts[1].rows.start as usize);
+                assert_eq!(first_head / (heads / kv_heads) as usize, kv_row / held.head_dim);
+                assert_eq!(
+                    qkv.n_rows() as usize,
+                    (held.heads + 2 * held.kv_heads) * held.head_dim
+                );
             }
         }
     }
@@ -315,9 +338,9 @@ mod tests {
     #[test]
     fn what_cannot_be_divided_is_said_with_its_numbers() {
         for (spec, world, expected) in [
-            (spec(9, 3, 48, 100), 2, "the 9 attention heads of layer 0"),
-            (spec(12, 6, 48, 100), 4, "the 6 KV heads of layer 0"),
-            (spec(8, 4, 50, 100), 4, "the MLP's 50 inner features"),
+            (spec(9, 3, 48, 100), 2, "the 9 attention heads before a.o_proj"),
+            (spec(12, 6, 48, 100), 4, "the 6 KV heads before a.o_proj"),
+            (spec(8, 4, 50, 100), 4, "the 50 inner features before m.down_proj"),
             (spec(8, 4, 48, 5), 4, "a vocabulary of 5 leaves"),
         ] {
             let error = Layout::new(&spec, Shard { rank: 0, world })

@@ -1,4 +1,4 @@
-//! The form of an adapter that kernels read: A and B packed like any weight, per layer and fused linear; of each what
+//! The form of an adapter that kernels read: A and B packed like any weight, per linear; of each what
 //! belongs to the rows and columns that this rank holds of the linear.
 
 use std::ops::Range;
@@ -9,13 +9,13 @@ use tandem_kernels::linear::{LoraModule, LoraPart};
 use tandem_kernels::weight::{Precision, Weight};
 use tch::{Device, Tensor};
 
-use super::params::{AdapterParams, PartShape, SiteShape};
-use crate::family::shard::{Layout, SiteShard};
-use crate::family::site::Site;
+use super::params::{AdapterParams, LinearShape, PartShape};
+use crate::family::LinearId;
+use crate::family::shard::{Layout, LinearShard};
 
 pub struct Adapter {
-    /// `[layer][site]`
-    modules: Vec<[Option<LoraModule>; 4]>,
+    /// By [`LinearId`].
+    modules: Vec<Option<LoraModule>>,
     max_rank: i64,
     layout: Arc<Layout>,
 }
@@ -34,7 +34,7 @@ impl Adapter {
         precision: Precision,
         device: Device,
     ) -> Result<Adapter, KernelError> {
-        let module = |site: &SiteShape, held: &SiteShard| -> Result<LoraModule, KernelError> {
+        let module = |shape: &LinearShape, held: &LinearShard| -> Result<LoraModule, KernelError> {
             let part = |part: &PartShape| {
                 Ok(LoraPart {
                     columns: held.part(&part.path).columns.clone(),
@@ -43,19 +43,18 @@ impl Adapter {
                     scale: part.scale,
                 })
             };
-            let parts = site.parts.iter().map(part).collect::<Result<_, KernelError>>()?;
+            let parts = shape.parts.iter().map(part).collect::<Result<_, KernelError>>()?;
             Ok(LoraModule {
-                a: Weight::new(&held_a(params, site, held), precision, device)?,
+                a: Weight::new(&held_a(params, shape, held), precision, device)?,
                 parts,
             })
         };
-        let mut modules: Vec<[Option<LoraModule>; 4]> =
-            (0..params.shape.layers()).map(|_| [const { None }; 4]).collect();
-        for (layer, site, shape) in params.shape.iter() {
-            modules[layer][site.index()] = Some(module(shape, layout.site(layer, site))?);
-        }
+        let module = |id: LinearId| {
+            let shape = params.shape.linear(id);
+            shape.map(|shape| module(shape, layout.linear(id))).transpose()
+        };
         Ok(Adapter {
-            modules,
+            modules: params.shape.ids().map(module).collect::<Result<_, _>>()?,
             max_rank: params.shape.max_rank(),
             layout: Arc::clone(layout),
         })
@@ -63,11 +62,9 @@ impl Adapter {
 
     /// Takes over the numbers of `params` (same shape), after an optimizer step.
     pub fn update(&mut self, params: &AdapterParams) {
-        for (layer, site, shape) in params.shape.iter() {
-            let module = self.modules[layer][site.index()]
-                .as_mut()
-                .expect("update keeps the shape");
-            let held = self.layout.site(layer, site);
+        for (id, shape) in params.shape.iter() {
+            let module = self.modules[id.0].as_mut().expect("update keeps the shape");
+            let held = self.layout.linear(id);
             module
                 .a
                 .overwrite(&held_a(params, shape, held))
@@ -78,8 +75,8 @@ impl Adapter {
         }
     }
 
-    pub fn module(&self, layer: usize, site: Site) -> Option<&LoraModule> {
-        self.modules[layer][site.index()].as_ref()
+    pub fn module(&self, id: LinearId) -> Option<&LoraModule> {
+        self.modules[id.0].as_ref()
     }
 
     /// Largest rank of a module.
@@ -89,7 +86,7 @@ impl Adapter {
 
     /// Of what this rank holds.
     pub fn bytes(&self) -> u64 {
-        let modules = self.modules.iter().flatten().flatten();
+        let modules = self.modules.iter().flatten();
         modules
             .map(|module| module.a.bytes() + module.parts.iter().map(|part| part.b.bytes()).sum::<u64>())
             .sum()
@@ -97,12 +94,12 @@ impl Adapter {
 }
 
 /// `[R, inputs held]`
-fn held_a(params: &AdapterParams, site: &SiteShape, held: &SiteShard) -> Tensor {
-    params.a(site).narrow(1, held.inputs.start, held.n_inputs())
+fn held_a(params: &AdapterParams, shape: &LinearShape, held: &LinearShard) -> Tensor {
+    params.a(shape).narrow(1, held.inputs.start, held.n_inputs())
 }
 
 /// `[rows held, r]`
-fn held_b(params: &AdapterParams, part: &PartShape, held: &SiteShard) -> Tensor {
+fn held_b(params: &AdapterParams, part: &PartShape, held: &LinearShard) -> Tensor {
     let rows = held.part(&part.path);
     params.b(part).narrow(0, rows.rows.start, rows.n_rows())
 }

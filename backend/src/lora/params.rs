@@ -7,21 +7,20 @@ use tandem_core::job::Lora;
 use tandem_core::rng;
 use tch::{Device, Kind, Tensor};
 
-use crate::family::DecoderSpec;
-use crate::family::site::Site;
+use crate::family::{DecoderSpec, LinearId, LinearSpec};
 
-/// Which modules of which layers are adapted, with what rank and scale. Layers and ranks may be ragged.
+/// Which parts of which linears are adapted, with what rank and scale. Layers and ranks may be ragged.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AdapterShape {
-    /// `[layer][site]`
-    sites: Vec<[Option<SiteShape>; 4]>,
+    /// By [`LinearId`].
+    linears: Vec<Option<LinearShape>>,
     len: i64,
 }
 
 /// The adapted parts of one fused linear. In the flat buffer: the A of all parts (each `[r, inputs]`, so they are also
 /// one `[R, inputs]` matrix), then the B of all parts (each `[width, r]`).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct SiteShape {
+pub struct LinearShape {
     pub inputs: i64,
     pub parts: Vec<PartShape>,
     offset: i64,
@@ -49,7 +48,7 @@ impl PartShape {
     }
 }
 
-impl SiteShape {
+impl LinearShape {
     /// Rows of the stacked A.
     pub fn rank(&self) -> i64 {
         self.parts.iter().map(PartShape::rank).sum()
@@ -63,12 +62,11 @@ impl AdapterShape {
         mut choose: impl FnMut(&str, &str) -> Option<(i64, f64)>,
     ) -> AdapterShape {
         let mut len = 0;
-        let mut site_shape = |layer, site| {
-            let spec = spec.site(layer, site);
+        let linear_shape = |linear: &LinearSpec| {
             let offset = len;
             let mut ranks = 0;
             let mut parts: Vec<PartShape> = vec![];
-            for part in spec.parts {
+            for part in &linear.parts {
                 let Some((r, scale)) = choose(&part.path, part.name) else {
                     continue;
                 };
@@ -76,28 +74,30 @@ impl AdapterShape {
                 ranks += r;
                 let ranks = first..ranks;
                 parts.push(PartShape {
-                    path: part.path,
-                    columns: part.columns,
+                    path: part.path.clone(),
+                    columns: part.columns.clone(),
                     ranks,
                     scale,
                     b_offset: 0,
                 });
             }
-            len += ranks * spec.inputs;
+            len += ranks * linear.inputs;
             for part in &mut parts {
                 part.b_offset = len;
                 len += part.width() * part.rank();
             }
-            (!parts.is_empty()).then_some(SiteShape {
-                inputs: spec.inputs,
+            (!parts.is_empty()).then_some(LinearShape {
+                inputs: linear.inputs,
                 parts,
                 offset,
             })
         };
-        let sites = (0..spec.layers.len())
-            .map(|layer| Site::ALL.map(|site| site_shape(layer, site)))
+        let linears = spec
+            .linears()
+            .map(|(_, linear)| linear)
+            .map(linear_shape)
             .collect();
-        AdapterShape { sites, len }
+        AdapterShape { linears, len }
     }
 
     /// One rank and scale for the named modules of every layer.
@@ -115,24 +115,21 @@ impl AdapterShape {
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
-    pub fn layers(&self) -> usize {
-        self.sites.len()
+    pub fn linear(&self, id: LinearId) -> Option<&LinearShape> {
+        self.linears[id.0].as_ref()
     }
-    pub fn site(&self, layer: usize, site: Site) -> Option<&SiteShape> {
-        self.sites[layer][site.index()].as_ref()
+    /// Every linear of the model, adapted or not.
+    pub fn ids(&self) -> impl Iterator<Item = LinearId> {
+        (0..self.linears.len()).map(LinearId)
     }
     /// Every adapted linear, in buffer order.
-    pub fn iter(&self) -> impl Iterator<Item = (usize, Site, &SiteShape)> {
-        (0..self.sites.len()).flat_map(move |layer| {
-            Site::ALL
-                .into_iter()
-                .filter_map(move |site| Some((layer, site, self.site(layer, site)?)))
-        })
+    pub fn iter(&self) -> impl Iterator<Item = (LinearId, &LinearShape)> {
+        self.ids().filter_map(|id| Some((id, self.linear(id)?)))
     }
     /// Largest rank of a part.
     pub fn max_rank(&self) -> i64 {
         self.iter()
-            .flat_map(|(_, _, site)| &site.parts)
+            .flat_map(|(_, linear)| &linear.parts)
             .map(PartShape::rank)
             .max()
             .unwrap_or(0)
@@ -157,9 +154,9 @@ impl AdapterParams {
     /// A uniform in +-1/sqrt(inputs), B zero: PEFT's default (kaiming_uniform with a = sqrt 5).
     pub fn init(shape: AdapterShape, seed: u64) -> AdapterParams {
         let mut numbers = vec![0f32; shape.len() as usize];
-        for (_, _, site) in shape.iter() {
-            let bound = 1.0 / (site.inputs as f64).sqrt();
-            let a = site.offset as usize..(site.offset + site.rank() * site.inputs) as usize;
+        for (_, linear) in shape.iter() {
+            let bound = 1.0 / (linear.inputs as f64).sqrt();
+            let a = linear.offset as usize..(linear.offset + linear.rank() * linear.inputs) as usize;
             for i in a {
                 numbers[i] = ((2.0 * rng::uniform(seed, INIT_STREAM, i as u64) - 1.0) * bound) as f32;
             }
@@ -171,15 +168,15 @@ impl AdapterParams {
     }
 
     /// The stacked A `[R, inputs]`, a view.
-    pub fn a(&self, site: &SiteShape) -> Tensor {
+    pub fn a(&self, linear: &LinearShape) -> Tensor {
         self.flat
-            .narrow(0, site.offset, site.rank() * site.inputs)
-            .view([site.rank(), site.inputs])
+            .narrow(0, linear.offset, linear.rank() * linear.inputs)
+            .view([linear.rank(), linear.inputs])
     }
 
     /// One part's A `[r, inputs]`, a view.
-    pub fn part_a(&self, site: &SiteShape, part: &PartShape) -> Tensor {
-        self.a(site).narrow(0, part.ranks.start, part.rank())
+    pub fn part_a(&self, linear: &LinearShape, part: &PartShape) -> Tensor {
+        self.a(linear).narrow(0, part.ranks.start, part.rank())
     }
 
     /// One part's B `[width, r]`, a view.

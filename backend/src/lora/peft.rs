@@ -92,7 +92,7 @@ pub fn read(folder: &Path, spec: &DecoderSpec, max_rank: u32) -> Result<AdapterP
         let targets = spec.lora_targets().join(", ");
         return Err(PeftError::Tensors(format!(
             "tensor `{name}` is not supported or not of this base model ({} layers; supported modules: {targets})",
-            spec.layers.len()
+            spec.attentions().count()
         )));
     }
     if shape.is_empty() {
@@ -101,9 +101,9 @@ pub fn read(folder: &Path, spec: &DecoderSpec, max_rank: u32) -> Result<AdapterP
     config.check_targets(&targets_seen, &spec.lora_targets())?;
 
     let params = AdapterParams::zeros(shape);
-    for (_, _, site) in params.shape.iter() {
-        for part in &site.parts {
-            copy(&tensors, &a_name(&part.path), &mut params.part_a(site, part))?;
+    for (_, linear) in params.shape.iter() {
+        for part in &linear.parts {
+            copy(&tensors, &a_name(&part.path), &mut params.part_a(linear, part))?;
             copy(&tensors, &b_name(&part.path), &mut params.b(part))?;
         }
     }
@@ -139,9 +139,9 @@ pub fn write(folder: &Path, params: &AdapterParams, config: &PeftConfig) -> Resu
     });
     let config = serde_json::to_vec_pretty(&config).expect("a literal serialises");
     let mut numbers: Vec<(String, Vec<i64>, Vec<u8>)> = vec![];
-    for (_, _, site) in params.shape.iter() {
-        for part in &site.parts {
-            numbers.push(serialised(a_name(&part.path), &params.part_a(site, part)));
+    for (_, linear) in params.shape.iter() {
+        for part in &linear.parts {
+            numbers.push(serialised(a_name(&part.path), &params.part_a(linear, part)));
             numbers.push(serialised(b_name(&part.path), &params.b(part)));
         }
     }

@@ -2,116 +2,44 @@
 //! served base never changes.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::path::Path;
 
 use safetensors::tensor::TensorView;
 use tandem_core::rng;
 use tch::{Device, Kind, Tensor};
 
-use crate::family::site::Site;
-use crate::family::{Bias, DecoderSpec, Head};
+use crate::family::{DecoderSpec, Head, Param, ParamId};
 use crate::weights::{Checkpoint, LoadError, has_weights};
 
-/// One parameter as the decoder uses it (fused linears are one).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Slot {
-    Embed,
-    AttnNorm(usize),
-    MlpNorm(usize),
-    Linear(usize, Site),
-    Bias(usize, Site),
-    FinalNorm,
-    Head,
-}
-
-impl Slot {
-    /// Matrices decay, norms and biases do not (as torchtune, nanoGPT and transformers' Trainer have it).
-    pub fn decays(self) -> bool {
-        matches!(self, Slot::Embed | Slot::Linear(..) | Slot::Head)
-    }
+/// Matrices decay, norms and biases do not (as torchtune, nanoGPT and transformers' Trainer have it).
+pub fn decays(id: ParamId) -> bool {
+    matches!(id, ParamId::Embed | ParamId::Linear(_) | ParamId::Head)
 }
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct FullShape {
-    /// In buffer order.
-    entries: Vec<Entry>,
-    index: HashMap<Slot, usize>,
+    /// In buffer order, each with its offset.
+    params: Vec<(i64, Param)>,
+    index: HashMap<ParamId, usize>,
     len: i64,
-}
-
-#[derive(Clone, Debug, PartialEq)]
-struct Entry {
-    slot: Slot,
-    offset: i64,
-    shape: Vec<i64>,
-    /// Hugging Face names of its row ranges, in order.
-    names: Vec<(String, i64)>,
 }
 
 impl FullShape {
     pub fn new(spec: &DecoderSpec) -> FullShape {
-        let mut shape = FullShape {
-            entries: vec![],
-            index: HashMap::new(),
-            len: 0,
+        let mut len = 0;
+        let place = |param: Param| {
+            let offset = len;
+            len += numbers(&param);
+            (offset, param)
         };
-        let name = |name: &str, rows| vec![(name.to_owned(), rows)];
-        shape.push(
-            Slot::Embed,
-            &[spec.vocab, spec.hidden],
-            name("model.embed_tokens.weight", spec.vocab),
-        );
-        for i in 0..spec.layers.len() {
-            for (slot, norm) in [
-                (Slot::AttnNorm(i), "input_layernorm"),
-                (Slot::MlpNorm(i), "post_attention_layernorm"),
-            ] {
-                shape.push(
-                    slot,
-                    &[spec.hidden],
-                    name(&format!("model.layers.{i}.{norm}.weight"), spec.hidden),
-                );
-            }
-            for site in Site::ALL {
-                let linear = spec.site(i, site);
-                let rows = linear.parts.iter().map(|part| part.width()).sum();
-                let named = |what| {
-                    linear
-                        .parts
-                        .iter()
-                        .map(|p| (format!("{}.{what}", p.path), p.width()))
-                        .collect()
-                };
-                shape.push(Slot::Linear(i, site), &[rows, linear.inputs], named("weight"));
-                if linear.bias == Bias::With {
-                    shape.push(Slot::Bias(i, site), &[rows], named("bias"));
-                }
-            }
-        }
-        shape.push(
-            Slot::FinalNorm,
-            &[spec.hidden],
-            name("model.norm.weight", spec.hidden),
-        );
-        if spec.head == Head::Own {
-            shape.push(
-                Slot::Head,
-                &[spec.vocab, spec.hidden],
-                name("lm_head.weight", spec.vocab),
-            );
-        }
-        shape
-    }
-
-    fn push(&mut self, slot: Slot, shape: &[i64], names: Vec<(String, i64)>) {
-        self.index.insert(slot, self.entries.len());
-        self.entries.push(Entry {
-            slot,
-            offset: self.len,
-            shape: shape.to_vec(),
-            names,
-        });
-        self.len += shape.iter().product::<i64>();
+        let params: Vec<(i64, Param)> = spec.params().into_iter().map(place).collect();
+        let index = params
+            .iter()
+            .enumerate()
+            .map(|(i, (_, param))| (param.id, i))
+            .collect();
+        FullShape { params, index, len }
     }
 
     pub fn len(&self) -> i64 {
@@ -121,19 +49,19 @@ impl FullShape {
         self.len == 0
     }
 
-    pub fn has(&self, slot: Slot) -> bool {
-        self.index.contains_key(&slot)
+    pub fn has(&self, id: ParamId) -> bool {
+        self.index.contains_key(&id)
     }
 
-    /// Every slot and its range in the flat buffer, in order.
-    pub fn slots(&self) -> impl Iterator<Item = (Slot, std::ops::Range<i64>)> {
-        self.entries.iter().map(|entry| {
-            (
-                entry.slot,
-                entry.offset..entry.offset + entry.shape.iter().product::<i64>(),
-            )
-        })
+    /// Every parameter and its range in the flat buffer, in order.
+    pub fn ranges(&self) -> impl Iterator<Item = (ParamId, Range<i64>)> {
+        let ranges = self.params.iter();
+        ranges.map(|(offset, param)| (param.id, *offset..offset + numbers(param)))
     }
+}
+
+fn numbers(param: &Param) -> i64 {
+    param.shape.iter().product()
 }
 
 /// Numbers of every parameter, or anything shaped like them.
@@ -154,12 +82,12 @@ impl FullParams {
     /// Matrices normal with deviation 0.02 (transformers' `initializer_range`), norms one, biases zero.
     pub fn init(shape: FullShape, seed: u64) -> FullParams {
         let mut numbers = vec![0f32; shape.len() as usize];
-        for (slot, range) in shape.slots() {
+        for (id, range) in shape.ranges() {
             for i in range {
-                numbers[i as usize] = match slot {
-                    Slot::AttnNorm(_) | Slot::MlpNorm(_) | Slot::FinalNorm => 1.0,
-                    Slot::Bias(..) => 0.0,
-                    Slot::Embed | Slot::Linear(..) | Slot::Head => {
+                numbers[i as usize] = match id {
+                    ParamId::Norm(_) | ParamId::FinalNorm => 1.0,
+                    ParamId::Bias(_) => 0.0,
+                    ParamId::Embed | ParamId::Linear(_) | ParamId::Head => {
                         (0.02 * rng::normal(seed, INIT_STREAM, i as u64)) as f32
                     }
                 };
@@ -173,7 +101,7 @@ impl FullParams {
 
     pub fn read(shape: FullShape, checkpoint: &Checkpoint) -> Result<FullParams, LoadError> {
         let params = FullParams::zeros(shape);
-        let head = if params.shape.has(Slot::Head) {
+        let head = if params.shape.has(ParamId::Head) {
             Head::Own
         } else {
             Head::Tied
@@ -184,27 +112,30 @@ impl FullParams {
         Ok(params)
     }
 
-    /// The slot's parameter, a view in its own shape.
-    pub fn view(&self, slot: Slot) -> Tensor {
-        let Entry { offset, shape, .. } = &self.shape.entries[self.shape.index[&slot]];
+    /// A parameter in its own shape, a view.
+    pub fn view(&self, id: ParamId) -> Tensor {
+        self.view_of(&self.shape.params[self.shape.index[&id]])
+    }
+
+    fn view_of(&self, (offset, param): &(i64, Param)) -> Tensor {
         self.flat
-            .narrow(0, *offset, shape.iter().product())
-            .view(shape.as_slice())
+            .narrow(0, *offset, numbers(param))
+            .view(param.shape.as_slice())
     }
 
     /// Every checkpoint tensor by its Hugging Face name, views.
     pub fn named(&self) -> Vec<(String, Tensor)> {
-        let parts = |entry: &Entry| {
-            let view = self.view(entry.slot);
+        let tensors = |placed: &(i64, Param)| {
+            let view = self.view_of(placed);
             let mut start = 0;
-            let part = |(name, rows): &(String, i64)| {
+            let tensor = |(name, rows): &(String, i64)| {
                 let first = start;
                 start += rows;
                 (name.clone(), view.narrow(0, first, *rows))
             };
-            entry.names.iter().map(part).collect::<Vec<_>>()
+            placed.1.tensors.iter().map(tensor).collect::<Vec<_>>()
         };
-        self.shape.entries.iter().flat_map(parts).collect()
+        self.shape.params.iter().flat_map(tensors).collect()
     }
 
     /// The bytes of a model.safetensors, numbers stored as `kind` (float32 or bfloat16).

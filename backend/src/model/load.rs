@@ -1,5 +1,6 @@
 //! Builds a decoder, or one rank's part of it: from a checkpoint folder, or from parameters in training.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -9,12 +10,15 @@ use tandem_kernels::rope::Rope;
 use tandem_kernels::weight::{Precision, Weight};
 use tch::{Device, Kind, Tensor};
 
-use super::full::{FullParams, Slot};
-use super::{Decoder, Layer, Linear};
+use super::attention::Attention;
+use super::full::FullParams;
+use super::linear::Linear;
+use super::mlp::Mlp;
+use super::sublayer::{Body, Sublayer};
+use super::{Decoder, Norm};
 use crate::family::shard::{Layout, Shard};
-use crate::family::site::Site;
-use crate::family::{Bias, DecoderSpec, Head, read_spec};
-use crate::weights::{Checkpoint, EMBED, HEAD, LoadError};
+use crate::family::{self, Bias, DecoderSpec, Head, LinearId, NormSpec, Param, ParamId, read_spec};
+use crate::weights::{Checkpoint, LoadError};
 
 /// Rows and columns that are wanted of a checkpoint's tensor. (A vector has one column.)
 struct Piece {
@@ -96,71 +100,73 @@ impl Decoder {
             world: comm.world(),
         };
         let layout = Layout::new(&spec, shard)?;
-        let float = |pieces: &[Piece]| -> Result<Tensor, LoadError> {
-            Ok(read(pieces)?.to_device(device).to_kind(Kind::Float))
+        let params: HashMap<ParamId, Param> =
+            spec.params().into_iter().map(|param| (param.id, param)).collect();
+        let dense = |id: ParamId| read(&layout.pieces(&params[&id]));
+        let float = |id: ParamId| -> Result<Tensor, LoadError> {
+            Ok(dense(id)?.to_device(device).to_kind(Kind::Float))
         };
-        let norm = |name: String| {
-            float(&[Piece {
-                name,
-                shape: vec![spec.hidden],
-                rows: 0..spec.hidden,
-                columns: 0..1,
-            }])
-        };
-        let table = |name: &str| -> Result<Weight, LoadError> {
-            let dense = read(&[Piece {
-                name: name.to_owned(),
-                shape: vec![spec.vocab, spec.hidden],
-                rows: layout.vocabulary.clone(),
-                columns: 0..spec.hidden,
-            }])?;
-            Ok(Weight::new(&dense, precision, device)?)
-        };
-        let linear = |layer: usize, site: Site| -> Result<Linear, LoadError> {
-            let inputs = spec.site(layer, site).inputs;
-            let held = layout.site(layer, site);
-            let weights = held.parts.iter().map(|part| Piece {
-                name: format!("{}.weight", part.path),
-                shape: vec![part.width, inputs],
-                rows: part.rows.clone(),
-                columns: held.inputs.clone(),
-            });
-            let weight = Weight::new(&read(&weights.collect::<Vec<_>>())?, precision, device)?;
-            let biases = held.parts.iter().map(|part| Piece {
-                name: format!("{}.bias", part.path),
-                shape: vec![part.width],
-                rows: part.rows.clone(),
-                columns: 0..1,
-            });
-            let bias = match held.bias {
-                Bias::With => Some(float(&biases.collect::<Vec<_>>())?),
-                Bias::Without => None,
-            };
-            Ok(Linear { weight, bias })
-        };
-        let layer = |i: usize| -> Result<Layer, LoadError> {
-            Ok(Layer {
-                attn_norm: norm(format!("model.layers.{i}.input_layernorm.weight"))?,
-                mlp_norm: norm(format!("model.layers.{i}.post_attention_layernorm.weight"))?,
-                linears: [
-                    linear(i, Site::Qkv)?,
-                    linear(i, Site::Output)?,
-                    linear(i, Site::GateUp)?,
-                    linear(i, Site::Down)?,
-                ],
+        let packed =
+            |id: ParamId| -> Result<Weight, LoadError> { Ok(Weight::new(&dense(id)?, precision, device)?) };
+        let norm = |id: ParamId, norm: &NormSpec| -> Result<Norm, LoadError> {
+            Ok(Norm {
+                weight: float(id)?,
+                eps: norm.eps,
             })
         };
-        let embed = table(EMBED)?;
+        let mut ids = (0..).map(LinearId);
+        let mut linear = || -> Result<Linear, LoadError> {
+            let id = ids.next().expect("it has no end");
+            Ok(Linear {
+                id,
+                weight: packed(ParamId::Linear(id))?,
+                bias: match layout.linear(id).bias {
+                    Bias::With => Some(float(ParamId::Bias(id))?),
+                    Bias::Without => None,
+                },
+            })
+        };
+        let mut cache_layers = 0..;
+        let mut body = |body: &family::Body| -> Result<Body, LoadError> {
+            Ok(match body {
+                family::Body::Attention(attn) => Body::Attention(Attention {
+                    heads: layout.heads(attn),
+                    scale: attn.scale,
+                    rope: attn.rope,
+                    cache_layer: cache_layers.next().expect("it has no end"),
+                    qkv: linear()?,
+                    output: linear()?,
+                }),
+                family::Body::Mlp(mlp) => Body::Mlp(Mlp {
+                    activation: mlp.activation,
+                    inner: mlp.inner as usize / layout.world(),
+                    gate_up: linear()?,
+                    down: linear()?,
+                }),
+            })
+        };
+        let embed = packed(ParamId::Embed)?;
         let head = match spec.head {
             Head::Tied => None,
-            Head::Own => Some(table(HEAD)?),
+            Head::Own => Some(packed(ParamId::Head)?),
         };
-        let layers = (0..spec.layers.len())
-            .map(layer)
+        let sublayers = spec
+            .sublayers
+            .iter()
+            .enumerate()
+            .map(|(i, sublayer)| {
+                Ok(Sublayer {
+                    norm: norm(ParamId::Norm(i), &sublayer.norm)?,
+                    body: body(&sublayer.body)?,
+                })
+            })
             .collect::<Result<_, LoadError>>()?;
-        let norm = norm("model.norm.weight".to_owned())?;
-        let attn = &spec.layers[0].attn;
-        let rope = Rope::new(&attn.rope, attn.head_dim, spec.max_positions, device)?;
+        let norm = norm(ParamId::FinalNorm, &spec.final_norm)?;
+        let ropes = spec
+            .ropes
+            .iter()
+            .map(|rope| Ok(Rope::new(rope, spec.head_dim(), spec.max_positions, device)?))
+            .collect::<Result<_, LoadError>>()?;
         Ok(Decoder {
             spec,
             layout: Arc::new(layout),
@@ -168,31 +174,30 @@ impl Decoder {
             precision,
             device,
             embed,
-            layers,
+            sublayers,
             norm,
             head,
-            rope,
+            ropes,
         })
     }
 
     /// Takes over `params` after an optimizer step of full training.
     pub fn update_full(&mut self, params: &FullParams) {
-        self.embed.overwrite(&params.view(Slot::Embed)).expect(SAME_SHAPE);
+        self.embed
+            .overwrite(&params.view(ParamId::Embed))
+            .expect(SAME_SHAPE);
         if let Some(head) = &mut self.head {
-            head.overwrite(&params.view(Slot::Head)).expect(SAME_SHAPE);
+            head.overwrite(&params.view(ParamId::Head)).expect(SAME_SHAPE);
         }
-        self.norm = params.view(Slot::FinalNorm).copy();
-        for (i, layer) in self.layers.iter_mut().enumerate() {
-            layer.attn_norm = params.view(Slot::AttnNorm(i)).copy();
-            layer.mlp_norm = params.view(Slot::MlpNorm(i)).copy();
-            for site in Site::ALL {
-                let linear = &mut layer.linears[site.index()];
-                linear
-                    .weight
-                    .overwrite(&params.view(Slot::Linear(i, site)))
+        self.norm.weight = params.view(ParamId::FinalNorm).copy();
+        for (i, Sublayer { norm, body }) in self.sublayers.iter_mut().enumerate() {
+            norm.weight = params.view(ParamId::Norm(i)).copy();
+            for Linear { id, weight, bias } in body.linears_mut() {
+                weight
+                    .overwrite(&params.view(ParamId::Linear(*id)))
                     .expect(SAME_SHAPE);
-                if let Some(bias) = &mut linear.bias {
-                    *bias = params.view(Slot::Bias(i, site)).copy();
+                if let Some(bias) = bias {
+                    *bias = params.view(ParamId::Bias(*id)).copy();
                 }
             }
         }
@@ -206,12 +211,54 @@ impl Decoder {
     /// Bytes this rank's weights take in memory (padding included; norms and biases are left out as nothing).
     pub fn weight_bytes(&self) -> u64 {
         let linears = self
-            .layers
+            .sublayers
             .iter()
-            .flat_map(|layer| &layer.linears)
+            .flat_map(|sublayer| sublayer.body.linears())
             .map(|linear| linear.weight.bytes());
         let head = self.head.as_ref().map_or(0, Weight::bytes);
         self.embed.bytes() + head + linears.sum::<u64>()
+    }
+}
+
+impl Layout {
+    /// What this rank holds of a parameter, tensor by tensor.
+    fn pieces(&self, param: &Param) -> Vec<Piece> {
+        let Param { id, shape, tensors } = param;
+        let piece = |(name, rows): &(String, i64), held: Range<i64>, columns: Range<i64>| Piece {
+            name: name.clone(),
+            shape: [&[*rows], &shape[1..]].concat(),
+            rows: held,
+            columns,
+        };
+        match id {
+            ParamId::Embed | ParamId::Head => {
+                vec![piece(&tensors[0], self.vocabulary.clone(), 0..shape[1])]
+            }
+            ParamId::Norm(_) | ParamId::FinalNorm => vec![piece(&tensors[0], 0..shape[0], 0..1)],
+            ParamId::Linear(id) | ParamId::Bias(id) => {
+                let held = self.linear(*id);
+                let parts = tensors.iter().zip(&held.parts);
+                parts
+                    .map(|(tensor, part)| piece(tensor, part.rows.clone(), held.inputs.clone()))
+                    .collect()
+            }
+        }
+    }
+}
+
+impl Body {
+    fn linears(&self) -> [&Linear; 2] {
+        match self {
+            Body::Attention(Attention { qkv, output, .. }) => [qkv, output],
+            Body::Mlp(Mlp { gate_up, down, .. }) => [gate_up, down],
+        }
+    }
+
+    fn linears_mut(&mut self) -> [&mut Linear; 2] {
+        match self {
+            Body::Attention(Attention { qkv, output, .. }) => [qkv, output],
+            Body::Mlp(Mlp { gate_up, down, .. }) => [gate_up, down],
+        }
     }
 }
 

@@ -4,18 +4,21 @@
 //! With more ranks than one each holds a part of every linear ([`crate::family::shard`]) and runs the same code. What is
 //! whole everywhere (hidden states, logits, losses) has the same bits everywhere: sums over ranks are taken in rank order.
 
-mod backward;
+mod attention;
 pub mod full;
+mod grads;
+mod linear;
 mod load;
+mod mlp;
+mod sublayer;
 
 use std::sync::Arc;
 
 use tandem_core::TokenId;
-use tandem_kernels::activation;
-use tandem_kernels::attention::{self, Heads, KvCache, Options, PackedOut, PagedSeq};
+use tandem_kernels::attention::{KvCache, PagedSeq};
 use tandem_kernels::comm::Comm;
 use tandem_kernels::dropout;
-use tandem_kernels::linear::{LoraRows, linear, linear_add, linear_training};
+use tandem_kernels::linear::linear;
 use tandem_kernels::loss::{
     LogProbs, LossOut, Vocabulary, linear_cross_entropy, linear_log_probs, sharded_cross_entropy,
     sharded_log_probs,
@@ -25,12 +28,13 @@ use tandem_kernels::rope::Rope;
 use tandem_kernels::weight::{Precision, Weight};
 use tch::{Device, Kind, Tensor};
 
-pub use backward::Grads;
+pub use grads::Grads;
+pub use sublayer::Saved;
 
 use crate::family::shard::Layout;
-use crate::family::site::Site;
-use crate::family::{AttnSpec, DecoderSpec};
+use crate::family::{DecoderSpec, LinearId};
 use crate::lora::adapter::{Adapter, AdapterRows};
+use sublayer::Sublayer;
 
 pub struct Decoder {
     /// Of the whole model.
@@ -41,24 +45,24 @@ pub struct Decoder {
     precision: Precision,
     device: Device,
     embed: Weight,
-    layers: Vec<Layer>,
-    norm: Tensor,
+    sublayers: Vec<Sublayer>,
+    norm: Norm,
     /// `None`: tied to `embed`.
     head: Option<Weight>,
-    rope: Rope,
+    /// By [`crate::family::AttnSpec::rope`].
+    ropes: Vec<Rope>,
 }
 
-struct Layer {
-    attn_norm: Tensor,
-    mlp_norm: Tensor,
-    /// By [`Site::index`].
-    linears: [Linear; 4],
+struct Norm {
+    /// `[H]` float32
+    weight: Tensor,
+    eps: f64,
 }
 
-struct Linear {
-    weight: Weight,
-    /// `[N]` float32
-    bias: Option<Tensor>,
+impl Norm {
+    fn apply(&self, x: &Tensor) -> Tensor {
+        rms_norm(x, &self.weight, self.eps)
+    }
 }
 
 /// Rows to compute in one forward.
@@ -117,15 +121,14 @@ pub struct Dropout {
 
 impl Dropout {
     /// Each linear drops its own elements. `x` holds the linear's inputs from `column` on.
-    fn apply(self, x: &Tensor, layer: usize, site: Site, column: i64) -> Tensor {
-        let stream = (layer * Site::ALL.len() + site.index()) as u64;
+    fn apply(self, x: &Tensor, id: LinearId, column: i64) -> Tensor {
         dropout::apply(
             x,
             self.p,
             dropout::Key {
                 seed: self.seed,
                 step: self.step,
-                stream,
+                stream: id.0 as u64,
             },
             dropout::Corner {
                 row: self.row0,
@@ -135,31 +138,12 @@ impl Dropout {
     }
 }
 
-/// What the backward of half a layer reads; everything else is recomputed from these.
-pub struct Saved {
-    /// `[T, H]`
-    input: Tensor,
-    inner: Inner,
-    /// LoRA's `x At` of each site `[T, R]`.
-    shrunk: [Option<Tensor>; 4],
-}
-
-enum Inner {
-    Attention {
-        /// After rope `[T, (heads + 2 kv_heads) D]`.
-        qkv: Tensor,
-        attended: PackedOut,
-    },
-    /// `[T, 2 I]`
-    Mlp { gate_up: Tensor },
-}
-
 impl Decoder {
     /// Rows' final hidden states `[T, H]`, before the final norm.
     pub fn forward(&self, batch: &Batch) -> Tensor {
         let mut hidden = self.embed(batch.tokens);
-        for half in 0..self.n_halves() {
-            hidden = self.half(half, hidden, batch);
+        for i in 0..self.n_sublayers() {
+            hidden = self.sublayer(i, hidden, batch);
         }
         hidden
     }
@@ -255,7 +239,7 @@ impl Decoder {
 
     /// What the head multiplies `[S, H]`.
     pub fn final_norm(&self, hidden: &Tensor) -> Tensor {
-        rms_norm(hidden, &self.norm, self.spec.norm_eps)
+        self.norm.apply(hidden)
     }
 
     /// `[v, H]`: this rank's rows.
@@ -263,9 +247,6 @@ impl Decoder {
         self.head.as_ref().unwrap_or(&self.embed)
     }
 
-    pub fn n_layers(&self) -> usize {
-        self.layers.len()
-    }
     pub fn precision(&self) -> Precision {
         self.precision
     }
@@ -277,239 +258,5 @@ impl Decoder {
     }
     pub fn comm(&self) -> &Comm {
         &self.comm
-    }
-
-    /// Steps through the layers: attention of a layer, then its MLP.
-    pub fn n_halves(&self) -> usize {
-        2 * self.layers.len()
-    }
-
-    pub fn half(&self, half: usize, hidden: Tensor, batch: &Batch) -> Tensor {
-        let Batch {
-            tokens: _,
-            positions,
-            context,
-            lora,
-        } = batch;
-        let i = half / 2;
-        let attend = |q: &Tensor, k: &Tensor, v: &Tensor, attn: &AttnSpec| match context {
-            Context::Packed { cu_seqlens } => {
-                attention::packed(q, k, v, cu_seqlens, heads(attn), options(attn), self.precision).out
-            }
-            Context::Paged { cache, slots, seqs } => {
-                attention::write(cache, i, k, v, slots);
-                attention::paged(q, cache, i, seqs, heads(attn), options(attn))
-            }
-        };
-        let mut pass = Serving {
-            decoder: self,
-            layer: i,
-            lora,
-            attend,
-        };
-        match half.is_multiple_of(2) {
-            true => self.attention_half(i, hidden, positions, &mut pass).0,
-            false => self.mlp_half(i, hidden, &mut pass).0,
-        }
-    }
-
-    /// The same, keeping what [`Decoder::half_backward`] reads.
-    pub fn half_saving(&self, half: usize, input: Tensor, pass: &TrainPass) -> (Tensor, Saved) {
-        let mut saving = Saving {
-            decoder: self,
-            layer: half / 2,
-            pass,
-            attended: None,
-            shrunk: [const { None }; 4],
-        };
-        let hidden = input.shallow_clone();
-        let (output, inner) = if half.is_multiple_of(2) {
-            let (output, qkv) = self.attention_half(half / 2, hidden, pass.positions, &mut saving);
-            let attended = saving.attended.take().expect("it attended");
-            (output, Inner::Attention { qkv, attended })
-        } else {
-            let (output, gate_up) = self.mlp_half(half / 2, hidden, &mut saving);
-            (output, Inner::Mlp { gate_up })
-        };
-        let Saving { shrunk, .. } = saving;
-        (output, Saved { input, inner, shrunk })
-    }
-
-    /// The first half of a pre-norm layer, for every kind of pass, and its q, k and v after rope.
-    fn attention_half(
-        &self,
-        i: usize,
-        hidden: Tensor,
-        positions: &[i64],
-        pass: &mut impl Pass,
-    ) -> (Tensor, Tensor) {
-        let (layer, attn) = (&self.layers[i], &self.layout.local.layers[i].attn);
-        let x = rms_norm(&hidden, &layer.attn_norm, self.spec.norm_eps);
-        let qkv = pass.project(Site::Qkv, &x); // [T, (heads + 2 kv_heads) D]
-        let (q, k, v) = split_qkv(&qkv, attn);
-        self.rope.apply(&q, positions);
-        self.rope.apply(&k, positions);
-        let attended = pass.attend(&q, &k, &v, attn); // [T, heads D]
-        (
-            self.summed(pass.project_add(Site::Output, &attended, hidden)),
-            qkv,
-        )
-    }
-
-    /// The second half, and what its activation reads.
-    fn mlp_half(&self, i: usize, hidden: Tensor, pass: &mut impl Pass) -> (Tensor, Tensor) {
-        let x = rms_norm(&hidden, &self.layers[i].mlp_norm, self.spec.norm_eps);
-        let gate_up = pass.project(Site::GateUp, &x); // [T, 2 I]
-        let activated = activation::gated(&gate_up, self.layout.local.layers[i].mlp.activation); // [T, I]
-        (
-            self.summed(pass.project_add(Site::Down, &activated, hidden)),
-            gate_up,
-        )
-    }
-
-    /// A residual is in the sum over ranks once: rank 0 brings it.
-    fn brings_residual(&self) -> bool {
-        self.comm.rank() == 0
-    }
-
-    /// A LoRA branch's input.
-    fn dropped(&self, x: &Tensor, dropout: Option<Dropout>, layer: usize, site: Site) -> Tensor {
-        let column = self.layout.site(layer, site).inputs.start;
-        match dropout {
-            Some(dropout) => dropout.apply(x, layer, site, column),
-            None => x.shallow_clone(),
-        }
-    }
-
-    fn linear_of(&self, layer: usize, site: Site) -> &Linear {
-        &self.layers[layer].linears[site.index()]
-    }
-}
-
-/// What differs between serving a layer and saving it for a backward: LoRA and attention.
-trait Pass {
-    fn project(&mut self, site: Site, x: &Tensor) -> Tensor;
-    /// `residual + project(x)`; with several ranks its parts, to be summed
-    fn project_add(&mut self, site: Site, x: &Tensor, residual: Tensor) -> Tensor;
-    fn attend(&mut self, q: &Tensor, k: &Tensor, v: &Tensor, attn: &AttnSpec) -> Tensor;
-}
-
-struct Serving<'a, F> {
-    decoder: &'a Decoder,
-    layer: usize,
-    lora: &'a [AdapterRows<'a>],
-    attend: F,
-}
-
-impl<F> Serving<'_, F> {
-    fn lora_rows(&self, site: Site) -> Vec<LoraRows<'_>> {
-        let rows = self.lora.iter().filter_map(|AdapterRows { rows, adapter }| {
-            let module = adapter.module(self.layer, site)?;
-            Some(LoraRows {
-                rows: rows.start as i64..rows.end as i64,
-                module,
-            })
-        });
-        rows.collect()
-    }
-}
-
-impl<F: FnMut(&Tensor, &Tensor, &Tensor, &AttnSpec) -> Tensor> Pass for Serving<'_, F> {
-    fn project(&mut self, site: Site, x: &Tensor) -> Tensor {
-        let Linear { weight, bias } = self.decoder.linear_of(self.layer, site);
-        linear(x, weight, bias.as_ref(), &self.lora_rows(site))
-    }
-
-    fn project_add(&mut self, site: Site, x: &Tensor, mut residual: Tensor) -> Tensor {
-        if !self.decoder.brings_residual() {
-            return self.project(site, x);
-        }
-        let Linear { weight, bias } = self.decoder.linear_of(self.layer, site);
-        linear_add(x, weight, bias.as_ref(), &self.lora_rows(site), &mut residual);
-        residual
-    }
-
-    fn attend(&mut self, q: &Tensor, k: &Tensor, v: &Tensor, attn: &AttnSpec) -> Tensor {
-        (self.attend)(q, k, v, attn)
-    }
-}
-
-struct Saving<'a> {
-    decoder: &'a Decoder,
-    layer: usize,
-    pass: &'a TrainPass<'a>,
-    attended: Option<PackedOut>,
-    shrunk: [Option<Tensor>; 4],
-}
-
-impl Pass for Saving<'_> {
-    fn project(&mut self, site: Site, x: &Tensor) -> Tensor {
-        let Linear { weight, bias } = self.decoder.linear_of(self.layer, site);
-        let module = match self.pass.trainable {
-            Trainable::Lora { adapter, dropout } => {
-                adapter.module(self.layer, site).map(|module| (module, dropout))
-            }
-            Trainable::Full => None,
-        };
-        let Some((module, dropout)) = module else {
-            return linear(x, weight, bias.as_ref(), &[]);
-        };
-        let (y, shrunk) = match dropout {
-            Some(_) => {
-                let dropped = self.decoder.dropped(x, dropout, self.layer, site);
-                linear_training(x, weight, bias.as_ref(), module, &dropped)
-            }
-            None => linear_training(x, weight, bias.as_ref(), module, x),
-        };
-        self.shrunk[site.index()] = Some(shrunk);
-        y
-    }
-
-    fn project_add(&mut self, site: Site, x: &Tensor, residual: Tensor) -> Tensor {
-        match self.decoder.brings_residual() {
-            true => residual + self.project(site, x),
-            false => self.project(site, x),
-        }
-    }
-
-    fn attend(&mut self, q: &Tensor, k: &Tensor, v: &Tensor, attn: &AttnSpec) -> Tensor {
-        let cu_seqlens = self.pass.cu_seqlens;
-        let attended = attention::packed(
-            q,
-            k,
-            v,
-            cu_seqlens,
-            heads(attn),
-            options(attn),
-            self.decoder.precision,
-        );
-        self.attended.insert(attended).out.shallow_clone()
-    }
-}
-
-/// Views of the fused projection: q `[T, heads D]`, k and v `[T, kv_heads D]`.
-fn split_qkv(qkv: &Tensor, attn: &AttnSpec) -> (Tensor, Tensor, Tensor) {
-    let (q, kv) = (attn.heads * attn.head_dim, attn.kv_heads * attn.head_dim);
-    (
-        qkv.narrow(1, 0, q),
-        qkv.narrow(1, q, kv),
-        qkv.narrow(1, q + kv, kv),
-    )
-}
-
-fn heads(attn: &AttnSpec) -> Heads {
-    let size = |n: i64| n as usize;
-    Heads {
-        heads: size(attn.heads),
-        kv_heads: size(attn.kv_heads),
-        head_dim: size(attn.head_dim),
-    }
-}
-
-fn options(attn: &AttnSpec) -> Options {
-    Options {
-        scale: attn.scale,
-        window: None,
-        cap: None,
     }
 }

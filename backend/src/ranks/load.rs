@@ -16,7 +16,7 @@ use super::{decode, encode};
 use crate::family::DecoderSpec;
 use crate::model::Decoder;
 use crate::start::memory::{Free, KvDemand};
-use crate::start::{cache_shape, selftest};
+use crate::start::selftest;
 use crate::weights::{Checkpoint, LoadError};
 
 /// What rank 0 decides for all.
@@ -117,18 +117,18 @@ pub(super) fn load(
     // Nobody waits for the others' disks with a limit.
     comm.meet();
     let base_digest = agreed(own_digest, &comm)?;
-    let local = &decoder.layout().local;
+    let cache_shape = |blocks| decoder.layout().cache_shape(&decoder.spec, blocks);
     let demand = KvDemand {
         max_num_seqs: plan.max_num_seqs,
         max_model_len: plan.max_model_len,
-        block_bytes: cache_shape(local, 1).block_bytes(precision),
+        block_bytes: cache_shape(1).block_bytes(precision),
     };
     let fit = demand.blocks(plan.kv_cache_bytes, Free::on(device).share(local_world))?;
     let ours = Tensor::from_slice(&[i64::from(fit), decoder.weight_bytes() as i64]).to_device(device);
     let all = comm.all_gather(&ours).to_device(Device::Cpu).to_kind(Kind::Int64); // [world, 2]
     let blocks = all.select(1, 0).min().int64_value(&[]) as u32;
     let weight_bytes = all.select(1, 1).sum(Kind::Int64).int64_value(&[]) as u64;
-    let cache = KvCache::new(cache_shape(local, blocks as usize), precision, device)?;
+    let cache = KvCache::new(cache_shape(blocks as usize), precision, device)?;
     if comm.world() > 1 {
         info!(
             rank = comm.rank(),

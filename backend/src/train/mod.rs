@@ -1,4 +1,4 @@
-//! A fine-tuning job as a tenant of the engine: it advances in quanta of a few milliseconds (half a layer of one slice,
+//! A fine-tuning job as a tenant of the engine: it advances in quanta of a few milliseconds (a sublayer of one slice,
 //! forward or backward), so that requests are served between them. The same steps train a LoRA adapter beside the
 //! served base and, for `tandem train`, every parameter of a model of its own.
 //!
@@ -508,11 +508,11 @@ impl Trainer {
         let ranges = match &self.subject {
             Subject::Lora { params, .. } => vec![(0..params.shape.len(), weight_decay)],
             Subject::Full { params, .. } => {
-                let decay = |slot: full::Slot| if slot.decays() { weight_decay } else { 0.0 };
+                let decay = |id| if full::decays(id) { weight_decay } else { 0.0 };
                 params
                     .shape
-                    .slots()
-                    .map(|(slot, range)| (range, decay(slot)))
+                    .ranges()
+                    .map(|(id, range)| (range, decay(id)))
                     .collect()
             }
         };

@@ -1,4 +1,4 @@
-//! One slice through the layers and back, half a layer at a time: the arithmetic of an optimizer step.
+//! One slice through the sublayers and back, one at a time: the arithmetic of an optimizer step.
 
 use std::ops::Add;
 
@@ -7,8 +7,8 @@ use tandem_kernels::loss::LogProbs;
 use tch::{Device, Tensor};
 
 use super::data::{Label, Slice};
+use crate::family::ParamId;
 use crate::lora::adapter::{Adapter, AdapterRows};
-use crate::model::full::Slot;
 use crate::model::{Batch, Context as Attention, Decoder, Dropout, Grads, Saved, TrainPass, Trainable};
 
 /// Activations of one slice that may be kept for its backward; beyond, layers run again in the backward.
@@ -65,7 +65,7 @@ pub struct Pass {
     slice: Slice,
     /// The step's tokens before it: dropout's counter.
     rows_before: u64,
-    /// Of each half layer that it went through forward, and not yet backward.
+    /// Of each sublayer that it went through forward, and not yet backward.
     kept: Vec<Kept>,
     at: At,
 }
@@ -83,12 +83,12 @@ enum At {
     Backward(Tensor),
 }
 
-/// What the backward of half a layer starts from.
+/// What the backward of a sublayer starts from.
 enum Kept {
     All(Box<Saved>),
     /// Only its input: its forward runs again.
     Input(Tensor),
-    /// Nothing of an MLP: the attention before it runs again, and is kept then.
+    /// Nothing: the one before it runs again, and is kept then.
     Nothing,
 }
 
@@ -103,7 +103,7 @@ impl Pass {
         }
     }
 
-    /// Half a layer, or the loss of some rows, further. `None` when it is through; adds to `scores` and `grads`.
+    /// A sublayer, or the loss of some rows, further. `None` when it is through; adds to `scores` and `grads`.
     pub fn advance(self, context: &Context, scores: &mut Scores, grads: &mut Grads) -> Option<Pass> {
         let Pass {
             slice,
@@ -115,13 +115,13 @@ impl Pass {
         let pass = train_pass(&slice, rows_before, context);
         let at = match at {
             At::Forward(input) => {
-                let (hidden, saved) = decoder.half_saving(kept.len(), input.shallow_clone(), &pass);
+                let (hidden, saved) = decoder.sublayer_saving(kept.len(), input.shallow_clone(), &pass);
                 kept.push(match keeps_all(&slice, context) {
                     true => Kept::All(Box::new(saved)),
                     false if kept.len().is_multiple_of(2) => Kept::Input(input),
                     false => Kept::Nothing,
                 });
-                match kept.len() == decoder.n_halves() {
+                match kept.len() == decoder.n_sublayers() {
                     true => At::Loss {
                         dhidden: hidden.zeros_like(),
                         hidden,
@@ -151,20 +151,20 @@ impl Pass {
                     return None;
                 }
                 Some(last) => {
-                    let half = kept.len();
+                    let i = kept.len();
                     let saved = match last {
                         Kept::All(saved) => *saved,
-                        Kept::Input(input) => decoder.half_saving(half, input, &pass).1,
+                        Kept::Input(input) => decoder.sublayer_saving(i, input, &pass).1,
                         Kept::Nothing => {
                             let Some(Kept::Input(input)) = kept.pop() else {
-                                unreachable!("the attention before such an MLP kept its input")
+                                unreachable!("every other sublayer kept its input")
                             };
-                            let (middle, attention) = decoder.half_saving(half - 1, input, &pass);
-                            kept.push(Kept::All(Box::new(attention)));
-                            decoder.half_saving(half, middle, &pass).1
+                            let (middle, before) = decoder.sublayer_saving(i - 1, input, &pass);
+                            kept.push(Kept::All(Box::new(before)));
+                            decoder.sublayer_saving(i, middle, &pass).1
                         }
                     };
-                    At::Backward(decoder.half_backward(half, saved, dhidden, &pass, grads))
+                    At::Backward(decoder.sublayer_backward(i, saved, dhidden, &pass, grads))
                 }
             },
         };
@@ -180,8 +180,8 @@ impl Pass {
 /// A slice on its way to its loss and no further: validation.
 pub struct Look {
     hidden: Tensor,
-    /// Half layers it went through.
-    halves: usize,
+    /// Sublayers it went through.
+    sublayers: usize,
     /// Labels that are scored.
     done: usize,
 }
@@ -190,12 +190,12 @@ impl Look {
     pub fn enter(slice: &Slice, decoder: &Decoder) -> Look {
         Look {
             hidden: decoder.embed(&slice.tokens),
-            halves: 0,
+            sublayers: 0,
             done: 0,
         }
     }
 
-    /// Half a layer, or the loss of some rows, further. `None` when it is through; adds to `scores`.
+    /// A sublayer, or the loss of some rows, further. `None` when it is through; adds to `scores`.
     pub fn advance(
         self,
         slice: &Slice,
@@ -203,8 +203,12 @@ impl Look {
         adapter: Option<&Adapter>,
         scores: &mut Scores,
     ) -> Option<Look> {
-        let Look { hidden, halves, done } = self;
-        if halves < decoder.n_halves() {
+        let Look {
+            hidden,
+            sublayers,
+            done,
+        } = self;
+        if sublayers < decoder.n_sublayers() {
             let lora = adapter.map(|adapter| AdapterRows {
                 rows: 0..slice.tokens.len(),
                 adapter,
@@ -218,8 +222,8 @@ impl Look {
                 lora: lora.as_slice(),
             };
             return Some(Look {
-                hidden: decoder.half(halves, hidden, &batch),
-                halves: halves + 1,
+                hidden: decoder.sublayer(sublayers, hidden, &batch),
+                sublayers: sublayers + 1,
                 done,
             });
         }
@@ -237,7 +241,7 @@ impl Look {
         *scores = *scores + labels.scores(loss.sum(), correct, 1.0);
         Some(Look {
             hidden,
-            halves,
+            sublayers,
             done: end,
         })
     }
@@ -254,10 +258,10 @@ fn loss(
     let rows = hidden.index_select(0, &labels.rows); // [R, H]
     let normed = context.decoder.final_norm(&rows);
     let mut dweight = match grads {
-        Grads::Full(grads) => Some(grads.view(if grads.shape.has(Slot::Head) {
-            Slot::Head
+        Grads::Full(grads) => Some(grads.view(if grads.shape.has(ParamId::Head) {
+            ParamId::Head
         } else {
-            Slot::Embed
+            ParamId::Embed
         })),
         Grads::Lora(_) => None,
     };
@@ -336,15 +340,8 @@ fn train_pass<'a>(slice: &'a Slice, rows_before: u64, context: &Context<'a>) -> 
     }
 }
 
-/// Kept per token and layer: input, qkv, attention out, middle, gate and up (float32).
+/// Activations are float32.
 fn keeps_all(slice: &Slice, context: &Context) -> bool {
-    let decoder = context.decoder;
-    let numbers = |layer: &crate::family::LayerSpec| {
-        2 * decoder.spec.hidden
-            + layer.attn.qkv_columns()
-            + layer.attn.heads * layer.attn.head_dim
-            + 2 * layer.mlp.inner
-    };
-    let per_token: i64 = decoder.layout().local.layers.iter().map(numbers).sum();
-    4 * per_token * slice.tokens.len() as i64 <= context.keep_bytes
+    let numbers = context.decoder.saved_numbers() * slice.tokens.len();
+    4 * numbers as i64 <= context.keep_bytes
 }

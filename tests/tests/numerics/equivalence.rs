@@ -21,7 +21,7 @@ const PRECISIONS: [(Precision, f64); 2] = [(Precision::F32, CLOSE), (Precision::
 /// What the kernels promise bit for bit where they have their own code (AVX2 or more, multiples of 16 in the head
 /// dimension); elsewhere ATen computes, and only nearly the same comes out.
 fn limit(decoder: &Decoder, close: f64) -> f64 {
-    let own_kernels = machine::features().avx2 && decoder.spec.layers[0].attn.head_dim % 16 == 0;
+    let own_kernels = machine::features().avx2 && decoder.spec.head_dim() % 16 == 0;
     if own_kernels { 0.0 } else { close }
 }
 
@@ -121,12 +121,12 @@ fn merged_weights_answer_as_the_adapter() {
             let merged =
                 FullParams::read(FullShape::new(&decoder.spec), &checkpoint).expect("it has every parameter");
             for (weight, mut view) in merged.named() {
-                let sites = adapter
+                let parts = adapter
                     .shape
                     .iter()
-                    .flat_map(|(_, _, site)| site.parts.iter().map(move |part| (site, part)));
-                for (site, part) in sites.filter(|(_, part)| weight == format!("{}.weight", part.path)) {
-                    let delta = adapter.b(part).matmul(&adapter.part_a(site, part)) * part.scale;
+                    .flat_map(|(_, linear)| linear.parts.iter().map(move |part| (linear, part)));
+                for (linear, part) in parts.filter(|(_, part)| weight == format!("{}.weight", part.path)) {
+                    let delta = adapter.b(part).matmul(&adapter.part_a(linear, part)) * part.scale;
                     view.copy_(&(view.shallow_clone() + delta));
                 }
             }

@@ -5,12 +5,12 @@
 use std::path::PathBuf;
 
 use serde_json::json;
-use tandem_backend::family::{DecoderSpec, read_spec};
+use tandem_backend::family::{DecoderSpec, ParamId, read_spec};
 use tandem_backend::lora::adapter::Adapter;
 use tandem_backend::lora::params::{AdapterParams, AdapterShape};
 use tandem_backend::lora::peft::{self, PeftConfig};
 use tandem_backend::model::Decoder;
-use tandem_backend::model::full::{FullParams, FullShape, Slot};
+use tandem_backend::model::full::{FullParams, FullShape};
 use tandem_backend::ranks::Team;
 use tandem_backend::train::{Desk, Inputs, Trainer};
 use tandem_backend::weights::Checkpoint;
@@ -58,11 +58,11 @@ fn models() -> [Model; 2] {
         std::fs::write(folder.path().join("config.json"), config.to_string()).expect("it is written");
         let spec = read_spec(folder.path()).expect("a config we wrote");
         let params = FullParams::init(FullShape::new(&spec), 11);
-        for (slot, _) in params.shape.slots() {
-            let mut view = params.view(slot);
-            match slot {
-                Slot::Embed | Slot::Linear(..) | Slot::Head => drop(view.g_mul_scalar_(6.0)),
-                Slot::Bias(..) | Slot::AttnNorm(_) | Slot::MlpNorm(_) | Slot::FinalNorm => {
+        for (id, _) in params.shape.ranges() {
+            let mut view = params.view(id);
+            match id {
+                ParamId::Embed | ParamId::Linear(_) | ParamId::Head => drop(view.g_mul_scalar_(6.0)),
+                ParamId::Bias(_) | ParamId::Norm(_) | ParamId::FinalNorm => {
                     drop(view.g_add_(&(waves(&view.size(), 0.7) * 0.2)));
                 }
             }

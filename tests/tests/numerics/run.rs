@@ -3,7 +3,7 @@
 use tandem_backend::lora::adapter::{Adapter, AdapterRows};
 use tandem_backend::model::{Batch, Context, Decoder};
 use tandem_core::TokenId;
-use tandem_kernels::attention::{BLOCK_SIZE, CacheShape, KvCache, PagedSeq};
+use tandem_kernels::attention::{BLOCK_SIZE, KvCache, PagedSeq};
 use tch::{Device, Kind, Tensor};
 
 /// Tokens and who answers (`None`: the base).
@@ -99,14 +99,8 @@ pub struct Pages {
 
 impl Pages {
     pub fn new(decoder: &Decoder, sequences: usize, longest: usize) -> Pages {
-        let attn = &decoder.layout().local.layers[0].attn;
         let blocks = longest.div_ceil(BLOCK_SIZE);
-        let shape = CacheShape {
-            layers: decoder.n_layers(),
-            blocks: sequences * blocks,
-            kv_heads: attn.kv_heads as usize,
-            head_dim: attn.head_dim as usize,
-        };
+        let shape = decoder.layout().cache_shape(&decoder.spec, sequences * blocks);
         let cache = KvCache::new(shape, decoder.precision(), decoder.device()).expect("a small cache fits");
         // Sequence i takes every `sequences`-th block, from the end.
         let table = |i| {
