@@ -157,6 +157,15 @@ impl Catalog {
             .collect()
     }
 
+    /// What a job made: its model, and its checkpoints.
+    pub fn names_of_job(&self, id: &str) -> Vec<String> {
+        self.read()
+            .values()
+            .filter(|row| matches!(&row.source, Source::Job { job, .. } if job == id))
+            .map(|row| row.name.clone())
+            .collect()
+    }
+
     /// Take sequences in, or say why not.
     pub fn admit(self: &Arc<Catalog>, wish: Wish<'_>) -> Result<Lease, RouterError> {
         let Wish {
@@ -237,10 +246,12 @@ impl Catalog {
         }
     }
 
-    pub fn remove(&self, name: &str) {
+    pub fn remove(&self, gone: &[String]) {
         let mut names = self.write();
-        let old = names.remove(name);
-        self.retire_unnamed(&names, old);
+        for name in gone {
+            let old = names.remove(name);
+            self.retire_unnamed(&names, old);
+        }
     }
 
     /// An adapter that came into the store and got no name.

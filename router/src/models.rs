@@ -31,7 +31,8 @@ impl Router {
             .ok_or_else(|| RouterError::UnknownModel(name.to_owned()))
     }
 
-    /// The name goes now; what it named goes when no other name and no running request needs it.
+    /// The name goes now, and with a job's model the names of its checkpoints; what they named goes when no other name
+    /// and no running request needs it.
     pub async fn delete_model(&self, name: &str) -> Result<(), RouterError> {
         if self.0.catalog.is_base(name) {
             return Err(RouterError::Conflict(format!(
@@ -45,7 +46,18 @@ impl Router {
             .catalog
             .row(name)
             .ok_or_else(|| RouterError::UnknownModel(name.to_owned()))?;
-        self.remove_name(&row.name).await
+        self.remove(row).await
+    }
+
+    /// As [`Router::delete_model`] for what a job made. The job itself stays on record.
+    pub async fn delete_models_of(&self, job: &str) -> Result<(), RouterError> {
+        if !self.job(job).await?.status.ended() {
+            let message = format!("The job `{job}` has not ended; cancel it first.");
+            return Err(RouterError::Conflict(message));
+        }
+        let _one_at_a_time = self.0.changes.lock().await;
+        self.reread_names().await?;
+        self.remove_names(self.0.catalog.names_of_job(job)).await
     }
 
     /// Serve the PEFT folder `folder` as `name`. Requests that run keep the version they began with.
@@ -69,7 +81,7 @@ impl Router {
                 message,
             });
         };
-        self.remove_name(&row.name).await
+        self.remove(row).await
     }
 
     /// Names of flags of an earlier start go, those of this one come.
@@ -84,7 +96,7 @@ impl Router {
         let _one_at_a_time = self.0.changes.lock().await;
         for name in self.0.catalog.names_from(&Source::Flag) {
             if !self.0.config.lora_modules.iter().any(|(given, _)| *given == name) {
-                self.remove_name(&name).await?;
+                self.remove_names(vec![name]).await?;
             }
         }
         Ok(())
@@ -199,10 +211,23 @@ impl Router {
     }
 
     /// The caller holds `changes`.
-    async fn remove_name(&self, name: &str) -> Result<(), RouterError> {
-        self.0.store.remove_name(self.info().base_digest, name).await?;
-        self.0.catalog.remove(name);
-        tracing::info!(model = name, "name removed");
+    async fn remove(&self, row: NameRow) -> Result<(), RouterError> {
+        let names = match &row.source {
+            Source::Job { job, step: None } => self.0.catalog.names_of_job(job),
+            _ => vec![row.name],
+        };
+        self.remove_names(names).await
+    }
+
+    /// The caller holds `changes`.
+    async fn remove_names(&self, names: Vec<String>) -> Result<(), RouterError> {
+        let base = self.info().base_digest;
+        self.0
+            .store
+            .remove_names(base, names.iter().map(String::as_str))
+            .await?;
+        self.0.catalog.remove(&names);
+        tracing::info!(models = names.join(", "), "names removed");
         Ok(())
     }
 

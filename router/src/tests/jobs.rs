@@ -223,6 +223,12 @@ async fn a_job_becomes_a_model_that_answers() {
             r#"{"step":2,"train_loss":2.0,"train_mean_token_accuracy":0.5,"valid_loss":2.5,"valid_mean_token_accuracy":0.25}"#
         )
     );
+    // With the model go its checkpoints; the job stays on record.
+    assert!(router.model(&checkpoints[0].model).is_ok());
+    router.delete_model(&name).await.unwrap();
+    assert_eq!(router.models().len(), 1);
+    router.delete_models_of(&id).await.unwrap();
+    assert!(router.job(&id).await.is_ok());
     for _ in 0..400 {
         if !spec.folder.exists() {
             return;

@@ -119,18 +119,26 @@ impl Store {
         Ok(Some(row))
     }
 
-    /// Whether there was one.
-    pub async fn remove_name(&self, base: Digest, name: &str) -> Result<bool, StoreError> {
+    /// All at once. How many there were.
+    pub async fn remove_names(
+        &self,
+        base: Digest,
+        names: impl IntoIterator<Item = &str>,
+    ) -> Result<u64, StoreError> {
         let mut tx = self.db.begin().await?;
         changes::note(&mut tx, Kind::Names).await?;
-        lose(&mut tx, &base, name, now()).await?;
-        let removed = sqlx::query("DELETE FROM names WHERE base = $1 AND name = $2")
-            .bind(base.to_string())
-            .bind(name)
-            .execute(&mut *tx)
-            .await?;
+        let mut removed = 0;
+        for name in names {
+            lose(&mut tx, &base, name, now()).await?;
+            let deleted = sqlx::query("DELETE FROM names WHERE base = $1 AND name = $2")
+                .bind(base.to_string())
+                .bind(name)
+                .execute(&mut *tx)
+                .await?;
+            removed += deleted.rows_affected();
+        }
         tx.commit().await?;
-        Ok(removed.rows_affected() > 0)
+        Ok(removed)
     }
 
     /// Delete an adapter that no name (of any base) points to, and that nobody is about to name. The caller knows that

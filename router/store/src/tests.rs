@@ -182,7 +182,8 @@ async fn a_name_moves_only_from_where_it_is_expected() {
         );
         assert!(store.adapter_folder(two).await.unwrap().exists());
         assert!(
-            store.remove_name(BASE, "pet").await.unwrap() && !store.remove_name(BASE, "pet").await.unwrap()
+            store.remove_names(BASE, ["pet"]).await.unwrap() == 1
+                && store.remove_names(BASE, ["pet"]).await.unwrap() == 0
         );
     }
 }

@@ -87,7 +87,7 @@ async fn a_lease_has_one_holder_and_who_slept_writes_nothing() {
         "it has ended"
     );
     // A name that is gone leaves its adapter for a while: another router may be about to use it.
-    a.remove_name(BASE, "awake").await.unwrap();
+    a.remove_names(BASE, ["awake"]).await.unwrap();
     assert!(!b.remove_adapter_if_unnamed(digest).await.unwrap());
 }
 
