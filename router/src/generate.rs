@@ -57,7 +57,9 @@ impl Router {
             let message = format!("max_tokens must be at most {limit}, the context length, got {asked}");
             return Err(RouterError::invalid("max_tokens", message));
         }
-        let sampling = Sampling::new(sampling, info.vocab_size)?;
+        let defaults = &self.0.config.defaults;
+        let sampling = Sampling::new(defaults.fill(sampling), info.vocab_size)?;
+        let max_tokens = max_tokens.or(defaults.max_tokens);
         if let Some(max) = max_tokens.filter(|&max| sampling.min_tokens() > max) {
             let min = sampling.min_tokens();
             let message = format!("min_tokens must be at most max_tokens, got {min} and {max}");

@@ -3,6 +3,7 @@
 
 pub mod api;
 mod catalog;
+mod defaults;
 mod files;
 pub mod fleet;
 mod generate;
@@ -27,6 +28,7 @@ use tandem_text::{Skip, SpecialTokens, TextError, Tokenizer};
 use tokio::task::JoinHandle;
 
 pub use api::{LoadMode, MetadataFilter, Order};
+pub use defaults::Defaults;
 pub use fleet::Fleet;
 pub use jobs::hyper;
 
@@ -46,6 +48,8 @@ pub struct Config {
     pub max_choices: u32,
     /// Name and PEFT folder of adapters to serve from the start.
     pub lora_modules: Vec<(String, PathBuf)>,
+    /// For requests that do not say.
+    pub defaults: Defaults,
 }
 
 impl Default for Config {
@@ -56,6 +60,7 @@ impl Default for Config {
             max_waiting: 1024,
             max_choices: 128,
             lora_modules: Vec::new(),
+            defaults: Defaults::default(),
         }
     }
 }

@@ -47,6 +47,11 @@ impl ModelFiles {
             .map(|(name, content)| (name.as_str(), content.as_slice()))
     }
 
+    pub fn content(&self, name: &str) -> Option<&[u8]> {
+        let (_, content) = self.iter().find(|(known, _)| *known == name)?;
+        Some(content)
+    }
+
     /// Of tokenizer and chat template.
     pub fn text_digest(&self) -> Digest {
         digest(self.iter().filter(|(name, _)| TEXT.contains(name)))
