@@ -39,6 +39,8 @@ def test_fine_tune(model, training_file):
     assert openai.Completion.create(model=tuned, prompt="Question 1: ", max_tokens=2)["model"] == tuned
     # The client percent-encodes the colons.
     assert openai.Model.delete(tuned)["deleted"]
+    # What is left of it: nothing, and that is no error.
+    assert openai.FineTune.delete(tune["id"])["deleted"]
     with pytest.raises(openai.error.InvalidRequestError):
         openai.Completion.create(model=tuned, prompt="x")
 
