@@ -4,6 +4,7 @@ use serde::Deserialize;
 use utoipa::ToSchema;
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[schema(example = json!({"lora_name": "support", "lora_path": "/models/support", "load_inplace": true}))]
 pub struct LoadLoraAdapter {
     /// The name to ask for as `model`.
     pub lora_name: String,
@@ -14,6 +15,7 @@ pub struct LoadLoraAdapter {
 }
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[schema(example = json!({"lora_name": "support"}))]
 pub struct UnloadLoraAdapter {
     pub lora_name: String,
 }

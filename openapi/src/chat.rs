@@ -5,11 +5,12 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::common::{Strings, Unknown};
+use crate::common::{ResponseFormat, Strings};
 use crate::completions::{PromptLogprob, PromptLogprobs};
 use crate::usage::{StreamOptions, Usage};
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[schema(example = json!({"model": "tandem-demo", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64}))]
 pub struct ChatRequest {
     pub model: String,
     pub messages: Vec<ChatMessage>,
@@ -36,6 +37,7 @@ pub struct ChatRequest {
     pub logprobs: Option<bool>,
     #[schema(minimum = 0, maximum = 20)]
     pub top_logprobs: Option<i64>,
+    /// -1: a random one, as without it.
     pub seed: Option<i64>,
     pub top_k: Option<i64>,
     pub min_p: Option<f64>,
@@ -52,9 +54,9 @@ pub struct ChatRequest {
     #[schema(minimum = 0, maximum = 20)]
     pub prompt_logprobs: Option<i64>,
     pub return_token_ids: Option<bool>,
-    #[serde(flatten)]
-    #[schema(ignore)]
-    pub unknown: Unknown,
+    pub response_format: Option<ResponseFormat>,
+    /// Only `text` is built.
+    pub modalities: Option<Vec<String>>,
 }
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]

@@ -6,10 +6,11 @@ use serde::ser::SerializeMap;
 use serde::{Deserialize, Serialize, Serializer};
 use utoipa::ToSchema;
 
-use crate::common::{Strings, Unknown};
+use crate::common::{ResponseFormat, Strings};
 use crate::usage::{StreamOptions, Usage};
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[schema(example = json!({"model": "tandem-demo", "prompt": "Once upon a time", "max_tokens": 32}))]
 pub struct CompletionRequest {
     pub model: String,
     pub prompt: CompletionPrompt,
@@ -35,6 +36,7 @@ pub struct CompletionRequest {
     pub frequency_penalty: Option<f64>,
     /// Token id (as a string) to bias, -100 to 100.
     pub logit_bias: Option<BTreeMap<String, f64>>,
+    /// -1: a random one, as without it.
     pub seed: Option<i64>,
     pub top_k: Option<i64>,
     pub min_p: Option<f64>,
@@ -49,9 +51,9 @@ pub struct CompletionRequest {
     #[schema(minimum = 0, maximum = 20)]
     pub prompt_logprobs: Option<i64>,
     pub return_token_ids: Option<bool>,
-    #[serde(flatten)]
-    #[schema(ignore)]
-    pub unknown: Unknown,
+    /// As many as `n`.
+    pub best_of: Option<i64>,
+    pub response_format: Option<ResponseFormat>,
 }
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]

@@ -28,9 +28,10 @@ pub struct ErrorObject {
 /// What any route may answer instead of what was asked; named in each route's `responses`.
 pub struct Errors;
 
-const STATUSES: [(&str, &str); 9] = [
+const STATUSES: [(&str, &str); 11] = [
     ("400", "The request is wrong; `param` names the field"),
     ("401", "No API key, or a wrong one"),
+    ("403", "A web page of another origin (`--allowed-origins`)"),
     ("404", "No such model, file, job or route"),
     ("405", "The route exists, not with this method"),
     (
@@ -38,6 +39,7 @@ const STATUSES: [(&str, &str); 9] = [
         "The state forbids it; a retry cannot help (`x-should-retry: false`)",
     ),
     ("413", "The body is larger than the route's limit"),
+    ("415", "The body's `Content-Type` is not the route's"),
     (
         "429",
         "Too many requests wait; `Retry-After` says when to come back",

@@ -8,6 +8,7 @@ use crate::files::File;
 use crate::fine_tuning::Knobs;
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[schema(example = json!({"model": "tandem-demo", "training_file": "file-abc123"}))]
 pub struct CreateFineTune {
     pub training_file: String,
     pub validation_file: Option<String>,

@@ -9,6 +9,7 @@ use utoipa::ToSchema;
 use crate::common::{AutoInteger, AutoNumber, Strings, Unknown};
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[schema(example = json!({"model": "tandem-demo", "training_file": "file-abc123", "lora_r": 16}))]
 pub struct CreateJob {
     pub model: String,
     /// A file id, purpose `fine-tune`.

@@ -1,6 +1,6 @@
 //! The wire: what clients send and get, one file per resource, as OpenAI's API (and vLLM's extensions) spell it.
-//! In requests an optional field that is null is absent, and unknown fields are ignored where nothing could go wrong
-//! silently. Not here: checks of values, status codes, what anything means.
+//! In requests an optional field that is null is absent. What has no field here is the server's to judge. Not here:
+//! checks of values, status codes, what anything means.
 
 pub mod adapters;
 pub mod chat;

@@ -7,6 +7,7 @@ use crate::chat::ChatMessage;
 
 /// Either `prompt` or `messages`.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[schema(example = json!({"model": "tandem-demo", "prompt": "Once upon a time"}))]
 pub struct TokenizeRequest {
     pub model: Option<String>,
     pub prompt: Option<String>,
@@ -32,6 +33,7 @@ pub struct TokenizeResponse {
 }
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
+#[schema(example = json!({"model": "tandem-demo", "tokens": [3, 4, 5]}))]
 pub struct DetokenizeRequest {
     pub model: Option<String>,
     pub tokens: Vec<i64>,

@@ -19,26 +19,34 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::convert::sampling::Limits;
+use crate::fields::Strays;
 use crate::http;
-use crate::layers::{self, ApiKeys};
+use crate::keys::{self, ApiKeys};
+use crate::layers;
 use crate::metrics::Metrics;
+use crate::origins::{self, Guard, Origins};
+use crate::unread;
 
 #[derive(Clone)]
 pub struct App {
     pub router: Router,
     pub metrics: Arc<Metrics>,
+    pub strays: Arc<Strays>,
     /// openapi.json
     pub document: Bytes,
     stopping: Arc<AtomicBool>,
 }
 
 impl App {
-    pub fn new(router: Router) -> Result<App, prometheus::Error> {
+    /// `strict_fields`: refuse what a request has and nobody knows.
+    pub fn new(router: Router, strict_fields: bool) -> Result<App, prometheus::Error> {
         let metrics = Metrics::new(&router.config().served_model_name, router.info().max_loras)?;
+        let strays = Strays::new(strict_fields, metrics.unknown_fields());
         let document = Bytes::from(document());
         Ok(App {
             router,
             metrics: Arc::new(metrics),
+            strays: Arc::new(strays),
             document,
             stopping: Arc::default(),
         })
@@ -110,7 +118,7 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(fine_tuning::events))
         .routes(routes!(fine_tuning::checkpoints))
         .routes(routes!(fine_tunes::list, fine_tunes::create))
-        .routes(routes!(fine_tunes::retrieve))
+        .routes(routes!(fine_tunes::retrieve, fine_tunes::delete))
         .routes(routes!(fine_tunes::cancel))
         .routes(routes!(fine_tunes::events))
         .routes(routes!(adapters::load))
@@ -155,10 +163,25 @@ fn named(path: String, mut item: PathItem) -> (String, PathItem) {
     (path, item)
 }
 
-pub fn routes(app: App, keys: Option<ApiKeys>) -> Routes {
+/// Who may use the server.
+pub struct Access {
+    pub keys: Option<ApiKeys>,
+    pub origins: Origins,
+    /// It listens on a loopback address.
+    pub is_local: bool,
+}
+
+pub fn routes(app: App, access: Access) -> Routes {
+    let Access {
+        keys,
+        origins,
+        is_local,
+    } = access;
+    let cors = origins.cors();
     let (routes, _) = documented().split_for_parts();
     let routes = routes
         .merge(http::fine_tunes::second_spelling())
+        .route_layer(from_fn_with_state(app.clone(), layers::query))
         .route("/", get(http::pages::index))
         .route("/docs", get(http::pages::docs))
         .route("/openapi.json", get(http::pages::openapi))
@@ -168,16 +191,22 @@ pub fn routes(app: App, keys: Option<ApiKeys>) -> Routes {
         .layer(DefaultBodyLimit::disable())
         .with_state(app);
     let routes = match keys {
-        Some(keys) => routes.layer(from_fn_with_state(keys, layers::auth)),
-        None => routes,
+        Some(keys) => routes.layer(from_fn_with_state(keys, keys::auth)),
+        None => routes.layer(from_fn_with_state(Guard { origins, is_local }, origins::guard)),
     };
     routes
+        .layer(cors)
         .layer(CatchPanicLayer::custom(layers::panicked))
+        .layer(from_fn(unread::drain))
         .layer(from_fn(layers::request_id))
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::Value;
+
+    use crate::fields::strays;
+
     #[test]
     fn the_committed_document_is_the_served_one() {
         let document = super::document();
@@ -185,5 +214,37 @@ mod tests {
             document == tandem_openapi::COMMITTED,
             "openapi/openapi.json is stale: run `tandem openapi > openapi/openapi.json` and review the difference"
         );
+    }
+
+    /// /docs begins with them.
+    #[test]
+    fn examples_of_bodies_are_whole_and_known() {
+        let document: Value = serde_json::from_str(tandem_openapi::COMMITTED).expect("JSON");
+        let mut bodies = 0;
+        for item in document["paths"].as_object().expect("paths").values() {
+            let body = &item["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"];
+            let Some(name) = body.as_str().and_then(|reference| reference.rsplit('/').next()) else {
+                continue;
+            };
+            let schema = &document["components"]["schemas"][name];
+            let parts = schema["allOf"].as_array().map_or(&[][..], Vec::as_slice);
+            let required = [schema]
+                .into_iter()
+                .chain(parts)
+                .filter_map(|part| part["required"].as_array());
+            let example = schema
+                .get("example")
+                .or_else(|| parts.iter().find_map(|part| part.get("example")));
+            let example = example.unwrap_or_else(|| panic!("{name} has no example"));
+            for field in required.flatten().filter_map(Value::as_str) {
+                assert!(
+                    example.get(field).is_some(),
+                    "the example of {name} lacks {field}"
+                );
+            }
+            assert_eq!(strays(name, example.to_string().as_bytes()), [], "{name}");
+            bodies += 1;
+        }
+        assert_eq!(bodies, 8);
     }
 }

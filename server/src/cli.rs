@@ -145,10 +145,21 @@ pub struct EdgeOptions {
     /// 0: any free port; the line "listening" says which
     #[arg(long, default_value_t = 8000)]
     pub port: u16,
-    /// Every route but /health and /ready then wants one of them, as a bearer token or x-api-key; repeat it, or separate
-    /// by commas. Clients are told apart by their keys when places are few
+    /// Every route but /health, /ready and the two pages then wants one of them, as a bearer token or x-api-key; repeat
+    /// it, or separate by commas. Clients are told apart by their keys when places are few
     #[arg(long, value_name = "KEY", value_delimiter = ',', hide_env_values = true)]
     pub api_key: Vec<String>,
+    /// Web pages that may use the server beside its own and those of localhost: a JSON list such as
+    /// '["https://chat.example.com"]', or '["*"]' for all
+    #[arg(long, value_name = "ORIGINS")]
+    pub allowed_origins: Vec<String>,
+    /// Sampling parameters of a request that does not say: auto (the model's generation_config.json), vllm (none), or a
+    /// folder with a generation_config.json
+    #[arg(long, default_value = "auto", value_name = "auto|vllm|DIR")]
+    pub generation_config: String,
+    /// Refuse a request that has a field of which nothing is known, instead of logging the field's name once
+    #[arg(long)]
+    pub strict_fields: bool,
     /// Adapters to serve from the start: PEFT folders
     #[arg(long, value_name = "NAME=DIR", num_args = 1.., value_delimiter = ',', value_parser = lora_module)]
     pub lora_modules: Vec<(String, PathBuf)>,

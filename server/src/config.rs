@@ -220,7 +220,6 @@ fn chosen(arg: &Arg, given: &ArgMatches, file: &BTreeMap<String, Vec<String>>) -
     };
     let texts: Vec<_> = given.get_raw(id)?.map(|text| text.to_string_lossy()).collect();
     let value = match id {
-        "api_key" if texts.iter().all(|text| text.is_empty()) => "(empty: none is wanted)".to_owned(),
         "api_key" | "database_url" => "(hidden)".to_owned(),
         _ => texts.join(" "),
     };

@@ -39,12 +39,27 @@ pub enum ApiError {
     NotJson(String),
     #[error("the request body is larger than {limit_bytes} bytes, the limit of this route")]
     TooLarge { limit_bytes: u64 },
+    #[error(
+        "the body must be sent with the header Content-Type: {wanted}{}",
+        instead_of(given)
+    )]
+    MediaType { wanted: &'static str, given: String },
     #[error("the request body could not be read: {0}")]
     Body(String),
     #[error("You didn't provide an API key. Send it in the header: Authorization: Bearer YOUR_KEY")]
     NoKey,
     #[error("Incorrect API key provided.")]
     WrongKey,
+    #[error(
+        "A page of {0} may not use this server, which has no API key. If it should: --allowed-origins '[\"{0}\"]', or \
+         --api-key"
+    )]
+    ForeignPage(String),
+    #[error(
+        "This server has no API key and serves its own machine, where {0:?} is not one of its names. If it should be: \
+         --allowed-origins '[\"http://{0}\"]', or --api-key"
+    )]
+    UnknownHost(String),
     #[error("Invalid URL ({0} {1})")]
     UnknownUrl(Method, String),
     #[error("Not allowed to {0} on {1}")]
@@ -62,6 +77,13 @@ pub fn invalid(param: impl Into<String>, message: impl Into<String>) -> ApiError
         param: Some(param.into()),
         code: Some("invalid_value"),
         message: message.into(),
+    }
+}
+
+fn instead_of(given: &str) -> String {
+    match given {
+        "" => ", and has none".to_owned(),
+        given => format!(", not {given:?}"),
     }
 }
 
@@ -123,6 +145,14 @@ impl ApiError {
             ApiError::TooLarge { .. } => {
                 return with(S::PAYLOAD_TOO_LARGE, INVALID, None, Some("request_too_large"));
             }
+            ApiError::MediaType { .. } => {
+                return with(
+                    S::UNSUPPORTED_MEDIA_TYPE,
+                    INVALID,
+                    None,
+                    Some("unsupported_media_type"),
+                );
+            }
             ApiError::NoKey | ApiError::WrongKey => {
                 return with(
                     S::UNAUTHORIZED,
@@ -130,6 +160,9 @@ impl ApiError {
                     None,
                     Some("invalid_api_key"),
                 );
+            }
+            ApiError::ForeignPage(_) | ApiError::UnknownHost(_) => {
+                return with(S::FORBIDDEN, INVALID, None, Some("origin_not_allowed"));
             }
             ApiError::UnknownUrl(..) => return with(S::NOT_FOUND, INVALID, None, Some("unknown_url")),
             ApiError::WrongMethod(..) => {

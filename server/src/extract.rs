@@ -2,51 +2,77 @@
 //! Not here: what the values mean.
 
 use std::ops::RangeInclusive;
-use std::time::Duration;
 
-use axum::body::{Body, BodyDataStream, Bytes};
+use axum::body::{self, Bytes};
 use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, header};
+use axum::http::{HeaderMap, HeaderValue, header};
 use futures::StreamExt;
 use serde::de::DeserializeOwned;
 
+use crate::app::App;
+use crate::convert::fine_tunes::JobName;
 use crate::error::{ApiError, invalid};
+use crate::fields::{Rule, strays};
 
 /// A JSON body at most: a long prompt as token ids, with room.
 pub const JSON_LIMIT_BYTES: u64 = 32 << 20;
 /// An uploaded file at most.
 pub const FILE_LIMIT_BYTES: u64 = 512 << 20;
-/// See [`drain`].
-const DRAIN_LIMIT_BYTES: u64 = 64 << 20;
-pub const DRAIN_TIME: Duration = Duration::from_secs(5);
 
-/// A JSON body. The content type is not looked at: half of all clients get it wrong, and nothing else could be meant.
+/// A type that a JSON body is read into.
+pub trait Body: DeserializeOwned {
+    /// Its name in the document.
+    const SCHEMA: &'static str;
+    /// What is known of fields that the document does not have. `None`: the type keeps them, and its conversion looks
+    /// at them.
+    const RULES: Option<&'static [&'static [Rule]]>;
+}
+
+/// A JSON body, and said to be one: text/plain is what a page of another origin may send without asking.
 pub struct Json<T>(pub T);
 
-impl<T: DeserializeOwned, S: Sync> FromRequest<S> for Json<T> {
+impl<T: Body> FromRequest<App> for Json<T> {
     type Rejection = ApiError;
 
-    async fn from_request(request: Request, _: &S) -> Result<Json<T>, ApiError> {
+    async fn from_request(request: Request, app: &App) -> Result<Json<T>, ApiError> {
         let (parts, body) = request.into_parts();
+        must_be("application/json", &parts.headers)?;
         let bytes = read(&parts.headers, body, JSON_LIMIT_BYTES).await?;
-        from_json(&bytes).map(Json)
+        let value = from_json(&bytes);
+        // A field that is missing may only be misspelt, which says more.
+        if let (Some(rules), Ok(_) | Err(ApiError::Invalid { .. })) = (T::RULES, &value) {
+            app.strays.judge_all(strays(T::SCHEMA, &bytes), rules)?;
+        }
+        value.map(Json)
+    }
+}
+
+/// The media type without its parameters.
+pub fn must_be(wanted: &'static str, headers: &HeaderMap) -> Result<(), ApiError> {
+    let given = headers.get(header::CONTENT_TYPE).map(HeaderValue::as_bytes);
+    let given = String::from_utf8_lossy(given.unwrap_or_default());
+    let kind = given.split(';').next().unwrap_or_default().trim();
+    match kind.eq_ignore_ascii_case(wanted) {
+        true => Ok(()),
+        false => Err(ApiError::MediaType {
+            wanted,
+            given: kind.to_owned(),
+        }),
     }
 }
 
 /// Announced and actual size are both held against the limit.
-async fn read(headers: &HeaderMap, body: Body, limit_bytes: u64) -> Result<Vec<u8>, ApiError> {
+async fn read(headers: &HeaderMap, body: body::Body, limit_bytes: u64) -> Result<Vec<u8>, ApiError> {
     let mut chunks = body.into_data_stream();
     let announced = announced_bytes(headers);
     if announced.is_some_and(|bytes| bytes > limit_bytes) {
-        drain(chunks);
         return Err(ApiError::TooLarge { limit_bytes });
     }
     let mut bytes = Vec::with_capacity(announced.unwrap_or(0) as usize);
     while let Some(chunk) = chunks.next().await {
         let chunk: Bytes = chunk.map_err(|error| ApiError::Body(error.to_string()))?;
         if (bytes.len() + chunk.len()) as u64 > limit_bytes {
-            drain(chunks);
             return Err(ApiError::TooLarge { limit_bytes });
         }
         bytes.extend_from_slice(&chunk);
@@ -56,21 +82,6 @@ async fn read(headers: &HeaderMap, body: Body, limit_bytes: u64) -> Result<Vec<u
 
 pub fn announced_bytes(headers: &HeaderMap) -> Option<u64> {
     headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
-}
-
-/// Reads and drops the rest of a refused body in the background, up to [`DRAIN_LIMIT_BYTES`] and [`DRAIN_TIME`], so
-/// that a client that is still writing reads the answer and not a reset connection.
-pub fn drain(mut chunks: BodyDataStream) {
-    let rest = async move {
-        let mut left = DRAIN_LIMIT_BYTES;
-        while let Some(Ok(chunk)) = chunks.next().await {
-            match left.checked_sub(chunk.len() as u64) {
-                Some(rest) => left = rest,
-                None => return,
-            }
-        }
-    };
-    tokio::spawn(tokio::time::timeout(DRAIN_TIME, rest));
 }
 
 /// One JSON object; what is wrong with it is named by its path.
@@ -155,7 +166,19 @@ impl<S: Send + Sync> FromRequestParts<S> for Segment {
     }
 }
 
-/// The query's pairs, in order. Names that no route knows are ignored.
+/// The job that the path names.
+pub struct JobSegment(pub JobName);
+
+impl<S: Send + Sync> FromRequestParts<S> for JobSegment {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<JobSegment, ApiError> {
+        let Segment(name) = Segment::from_request_parts(parts, state).await?;
+        Ok(JobSegment(JobName::new(name)))
+    }
+}
+
+/// The query's pairs, in order. Names that the route does not know are layers.rs's.
 #[derive(Debug, Default)]
 pub struct Pairs(Vec<(String, String)>);
 
@@ -239,10 +262,10 @@ impl Pairs {
 mod tests {
     use serde::Deserialize;
 
-    use super::*;
+    use super::{Pairs, from_json};
 
     #[derive(Debug, Deserialize)]
-    struct Body {
+    struct Request {
         #[expect(dead_code, reason = "only its type matters")]
         model: String,
         #[serde(default)]
@@ -265,13 +288,13 @@ mod tests {
             (b"{\"model\": \"m\", \"list\": [1, -2]}", Some("list[1]"), "-2"),
         ];
         for (body, param, text) in cases {
-            let error = from_json::<Body>(body).unwrap_err().body().error;
+            let error = from_json::<Request>(body).unwrap_err().body().error;
             assert_eq!(error.param.as_deref(), param, "{}", error.message);
             assert!(error.message.contains(text), "{:?} lacks {text:?}", error.message);
         }
         let deep = [b"{\"model\": \"m\", \"x\": ".as_slice(), &b"[".repeat(10_000)].concat();
-        assert!(from_json::<Body>(&deep).is_err());
-        assert!(from_json::<Body>(b" {\"model\": \"m\", \"other\": null}").is_ok());
+        assert!(from_json::<Request>(&deep).is_err());
+        assert!(from_json::<Request>(b" {\"model\": \"m\", \"other\": null}").is_ok());
     }
 
     #[test]

@@ -1,28 +1,23 @@
-//! What wraps every route: a request id, the API key, panics, the fallbacks. Not here: the routes.
+//! What wraps every route: a request id, panics, the fallbacks. Not here: the routes, API keys.
 
 use std::any::Any;
-use std::convert::Infallible;
-use std::hash::{BuildHasher, RandomState};
-use std::sync::{Arc, LazyLock};
 use std::time::Instant;
 
-use axum::extract::{FromRequestParts, Request, State};
-use axum::http::request::Parts;
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, header};
+use axum::extract::{MatchedPath, Query, Request, State};
+use axum::http::{HeaderName, HeaderValue, Method, Uri};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use tandem_router::api::Client;
 use tracing::{debug, warn};
 
+use crate::app::App;
+use crate::convert::refuse::QUERY;
 use crate::error::ApiError;
-use crate::extract::drain;
+use crate::fields::stray_in_query;
 use crate::id;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// A client's own request id at most; a longer one is replaced.
 const REQUEST_ID_BYTES: usize = 128;
-/// Asked by supervisors, which hold no key.
-const OPEN_PATHS: [&str; 2] = ["/health", "/ready"];
 
 /// Names the exchange (the client's name, or a new one) and logs it.
 pub async fn request_id(mut request: Request, next: Next) -> Response {
@@ -47,66 +42,26 @@ pub async fn request_id(mut request: Request, next: Next) -> Response {
     response
 }
 
-/// The keys that open every route.
-#[derive(Clone)]
-pub struct ApiKeys(Arc<[String]>);
-
-impl ApiKeys {
-    /// An empty key is none: that is how an environment says that a variable is not set. `None`: every route is open.
-    pub fn new(keys: Vec<String>) -> Option<ApiKeys> {
-        let keys: Arc<[String]> = keys.into_iter().filter(|key| !key.is_empty()).collect();
-        (!keys.is_empty()).then_some(ApiKeys(keys))
-    }
-
-    /// Looks at all of them, whichever fits.
-    fn fit(&self, given: &[u8]) -> bool {
-        self.0
-            .iter()
-            .fold(false, |fits, key| fits | same(given, key.as_bytes()))
-    }
-}
-
-/// Who asks, by the key it shows, whether one is wanted or not.
-pub struct Asker(pub Client);
-
-impl<S: Sync> FromRequestParts<S> for Asker {
-    type Rejection = Infallible;
-
-    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Asker, Infallible> {
-        // Keys of one process's hash maps: a client cannot choose to look like another.
-        static KEYS: LazyLock<RandomState> = LazyLock::new(RandomState::new);
-        let client = given_key(&parts.headers).map(|key| KEYS.hash_one(key));
-        Ok(Asker(Client(client.unwrap_or_default())))
-    }
-}
-
-/// Outermost, so that no route can be forgotten.
-pub async fn auth(State(keys): State<ApiKeys>, request: Request, next: Next) -> Response {
-    if OPEN_PATHS.contains(&request.uri().path()) {
+/// Around the routes of the document: names in the query that the document does not have there are treated as fields
+/// of a body are.
+pub async fn query(State(app): State<App>, path: MatchedPath, request: Request, next: Next) -> Response {
+    if request.uri().query().is_none() {
         return next.run(request).await;
     }
-    let refusal = match given_key(request.headers()) {
-        None => ApiError::NoKey,
-        Some(given) if !keys.fit(given) => ApiError::WrongKey,
-        Some(_) => return next.run(request).await,
-    };
-    drain(request.into_body().into_data_stream());
-    refusal.into_response()
-}
-
-/// OpenAI's clients send a bearer token, Anthropic's older ones `x-api-key`.
-fn given_key(headers: &HeaderMap) -> Option<&[u8]> {
-    let bearer = headers.get(header::AUTHORIZATION).and_then(|value| {
-        let (scheme, key) = value.as_bytes().split_at_checked(7)?;
-        scheme.eq_ignore_ascii_case(b"bearer ").then(|| key.trim_ascii())
-    });
-    bearer.or_else(|| headers.get("x-api-key").map(HeaderValue::as_bytes))
-}
-
-/// Takes as long for a wrong key as for the right one; only the length can be learnt.
-fn same(given: &[u8], key: &[u8]) -> bool {
-    let difference = given.iter().zip(key).fold(0, |bits, (a, b)| bits | (a ^ b));
-    std::hint::black_box(difference) == 0 && given.len() == key.len()
+    // axum's wildcard, and the second spelling of the API of 2021, are not the document's.
+    let path = path
+        .as_str()
+        .replace("{*", "{")
+        .replace("/fine_tunes", "/fine-tunes");
+    let method = request.method().as_str().to_ascii_lowercase();
+    // A query that is none is the extractor's to refuse.
+    let pairs = Query::<Vec<(String, String)>>::try_from_uri(request.uri()).map(|Query(pairs)| pairs);
+    let strays = pairs.unwrap_or_default().into_iter();
+    let strays = strays.filter_map(|(name, value)| stray_in_query(&method, &path, &name, &value));
+    match app.strays.judge_all(strays.collect(), &[QUERY]) {
+        Ok(()) => next.run(request).await,
+        Err(error) => error.into_response(),
+    }
 }
 
 /// A handler that panicked: the bug is logged, the client gets a 500, the server goes on.
@@ -124,39 +79,4 @@ pub async fn unknown_url(method: Method, uri: Uri) -> ApiError {
 
 pub async fn wrong_method(method: Method, uri: Uri) -> ApiError {
     ApiError::WrongMethod(method, uri.path().to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_the_key_opens() {
-        for (given, expected) in [
-            ("sekret", true),
-            ("sekre", false),
-            ("sekrets", false),
-            ("", false),
-            ("tekret", false),
-        ] {
-            assert_eq!(same(given.as_bytes(), b"sekret"), expected, "{given:?}");
-        }
-        let keys = ApiKeys::new(vec!["one".to_owned(), String::new(), "two".to_owned()]).expect("two keys");
-        for (given, expected) in [("one", true), ("two", true), ("three", false), ("", false)] {
-            assert_eq!(keys.fit(given.as_bytes()), expected, "{given:?}");
-        }
-        assert!(ApiKeys::new(vec![String::new()]).is_none());
-        let headers = |name: &'static str, value: &'static str| {
-            HeaderMap::from_iter([(HeaderName::from_static(name), HeaderValue::from_static(value))])
-        };
-        for (headers, expected) in [
-            (headers("authorization", "Bearer k"), Some("k")),
-            (headers("authorization", "bearer  k "), Some("k")),
-            (headers("authorization", "Basic k"), None),
-            (headers("x-api-key", "k"), Some("k")),
-            (HeaderMap::new(), None),
-        ] {
-            assert_eq!(given_key(&headers), expected.map(str::as_bytes));
-        }
-    }
 }

@@ -9,18 +9,22 @@ mod demo;
 mod doctor;
 mod error;
 mod extract;
+mod fields;
 mod gpu_environment;
 mod gpus;
 mod health;
 mod http;
 mod id;
+mod keys;
 mod layers;
 mod listen;
 mod metrics;
+mod origins;
 mod process;
 mod ranks;
 mod sse;
 mod train;
+mod unread;
 
 use std::process::ExitCode;
 

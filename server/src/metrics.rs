@@ -38,6 +38,7 @@ pub struct Metrics {
     lora_info: GaugeVec,
     max_loras: u32,
     uploads: IntCounter,
+    unknown_fields: IntCounter,
     open_calls: IntGauge,
     ends: IntCounterVec,
     first_token_seconds: Histogram,
@@ -166,6 +167,10 @@ impl Metrics {
         let open_calls = IntGauge::new("tandem:open_calls", "Calls whose answer is not complete")?;
         registry.register(Box::new(open_calls.clone()))?;
         let uploads = counter("tandem:uploaded_bytes_total", "Bytes of uploaded files")?;
+        let unknown_fields = counter(
+            "tandem:unknown_fields_total",
+            "Fields of requests that were ignored because nothing is known of them; the log names each once",
+        )?;
         let first_token_seconds = histogram(
             "vllm:time_to_first_token_seconds",
             "From admission to the first token",
@@ -187,6 +192,7 @@ impl Metrics {
             lora_info,
             max_loras,
             uploads,
+            unknown_fields,
             open_calls,
             ends,
             first_token_seconds,
@@ -242,6 +248,10 @@ impl Metrics {
         self.lora_info
             .with_label_values(&[&self.max_loras.to_string(), &running, &waiting])
             .set(now);
+    }
+
+    pub fn unknown_fields(&self) -> IntCounter {
+        self.unknown_fields.clone()
     }
 
     pub fn uploaded(&self, bytes: u64) {

@@ -2,17 +2,21 @@
 //! is in a chunk.
 
 use std::convert::Infallible;
+use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
 use axum::response::Response;
-use futures::Stream;
+use futures::{Stream, StreamExt};
 use serde::Serialize;
 use tandem_openapi::usage::Usage;
 
 use crate::error::ApiError;
 
 pub const DONE: &[u8] = b"data: [DONE]\n\n";
+/// Load balancers cut a connection that is silent for a minute; a client skips what begins with a colon.
+const SILENCE: Duration = Duration::from_secs(15);
+const COMMENT: &[u8] = b": still here\n\n";
 
 /// All chunks of a stream differ only in `choices` and `usage`. The rest is serialised once.
 pub struct Envelope {
@@ -81,8 +85,8 @@ pub fn error(out: &mut Vec<u8>, error: &ApiError) {
 }
 
 pub fn response(frames: impl Stream<Item = Bytes> + Send + 'static) -> Response {
-    use futures::StreamExt;
-    let mut response = Response::new(Body::from_stream(frames.map(Ok::<_, Infallible>)));
+    let frames = kept_alive(frames, SILENCE).map(Ok::<_, Infallible>);
+    let mut response = Response::new(Body::from_stream(frames));
     let headers = response.headers_mut();
     headers.insert(
         header::CONTENT_TYPE,
@@ -92,6 +96,19 @@ pub fn response(frames: impl Stream<Item = Bytes> + Send + 'static) -> Response 
     // nginx buffers a proxied stream unless it is told not to.
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
     response
+}
+
+/// With a comment wherever the stream would be silent for long.
+fn kept_alive(
+    frames: impl Stream<Item = Bytes> + Send + 'static,
+    silence: Duration,
+) -> impl Stream<Item = Bytes> + Send {
+    futures::stream::unfold(Box::pin(frames), move |mut frames| async move {
+        match tokio::time::timeout(silence, frames.next()).await {
+            Ok(frame) => Some((frame?, frames)),
+            Err(_) => Some((Bytes::from_static(COMMENT), frames)),
+        }
+    })
 }
 
 #[cfg(test)]
@@ -120,5 +137,20 @@ mod tests {
             }
             assert_eq!(got, expected);
         }
+    }
+
+    #[tokio::test]
+    async fn silence_is_broken_by_comments() {
+        let (sender, frames) = tokio::sync::mpsc::channel(1);
+        let frames = tokio_stream::wrappers::ReceiverStream::new(frames);
+        let mut frames = Box::pin(kept_alive(frames, Duration::from_millis(1)));
+        // However long nothing comes.
+        assert_eq!(frames.next().await.as_deref(), Some(COMMENT));
+        assert_eq!(frames.next().await.as_deref(), Some(COMMENT));
+        sender.send(Bytes::from_static(DONE)).await.unwrap();
+        drop(sender);
+        let rest: Vec<Bytes> = frames.collect().await;
+        assert_eq!(rest.iter().filter(|frame| &***frame == DONE).count(), 1);
+        assert_eq!(rest.last().map(|frame| &**frame), Some(DONE));
     }
 }

@@ -5,27 +5,40 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use tandem_router::{Fleet, Router};
+use tandem_router::{Defaults, Fleet, Router};
 use tandem_store::{Places, Store};
 use tandem_text::Tokenizer;
 use tracing::info;
 
-use crate::app::{self, App};
+use crate::app::{self, Access, App};
 use crate::cli::{ArtifactOptions, EdgeOptions, ProcessOptions, StateOptions};
-use crate::layers::ApiKeys;
+use crate::keys::ApiKeys;
+use crate::origins::Origins;
 use crate::{convert, listen};
 
-/// A socket that is bound, so that a taken port is found before a model is loaded.
+/// A socket that is bound, and who may come in by it: what can be wrong with either is found before a model is loaded.
 pub struct Door {
     listener: TcpListener,
     address: SocketAddr,
+    access: Access,
 }
 
 impl Door {
-    pub fn open(address: SocketAddr) -> Result<Door> {
+    pub fn open(address: SocketAddr, options: &EdgeOptions) -> Result<Door> {
+        let keys = ApiKeys::new(options.api_key.iter().map(String::as_str)).context("--api-key")?;
+        let origins = Origins::parse(&options.allowed_origins).context("--allowed-origins")?;
         let listener = listen::bind(address).with_context(|| format!("cannot listen on {address}"))?;
         let address = listener.local_addr().context("the socket has no address")?;
-        Ok(Door { listener, address })
+        let access = Access {
+            keys,
+            origins,
+            is_local: address.ip().is_loopback(),
+        };
+        Ok(Door {
+            listener,
+            address,
+            access,
+        })
     }
 }
 
@@ -49,7 +62,11 @@ pub struct Edge {
 /// Until a signal, and the grace after it.
 pub async fn run(edge: Edge) -> Result<()> {
     let Edge {
-        door: Door { listener, address },
+        door: Door {
+            listener,
+            address,
+            access,
+        },
         fleet,
         tokenizer,
         name,
@@ -60,7 +77,10 @@ pub async fn run(edge: Edge) -> Result<()> {
     let EdgeOptions {
         host: _,
         port: _,
-        api_key,
+        api_key: _,
+        allowed_origins: _,
+        generation_config,
+        strict_fields,
         lora_modules,
         max_waiting,
         replica_wait: _,
@@ -81,20 +101,53 @@ pub async fn run(edge: Edge) -> Result<()> {
         shutdown_grace,
         config: _,
     } = process;
+    let defaults = defaults(&generation_config, &fleet)?;
     let config = tandem_router::Config {
         served_model_name: name,
         max_waiting,
         max_choices: convert::sampling::MAX_CHOICES,
         lora_modules,
+        defaults,
         ..tandem_router::Config::default()
     };
     let store = Store::open(&places).await.context("the store")?;
     let router = Router::open(store, tokenizer, fleet, config).await?;
-    let app = App::new(router).context("the metrics")?;
-    let routes = app::routes(app.clone(), ApiKeys::new(api_key));
+    let app = App::new(router, strict_fields).context("the metrics")?;
+    let routes = app::routes(app.clone(), access);
     // The one line on standard output: scripts and tests wait for it.
     println!("tandem is listening on http://{address}");
     listen::serve(listener, routes, app, Duration::from_secs(shutdown_grace)).await?;
     info!("stopped");
     Ok(())
+}
+
+/// What --generation-config says that a request gets which does not say.
+fn defaults(source: &str, fleet: &Fleet) -> Result<Defaults> {
+    const FILE: &str = "generation_config.json";
+    let (content, place) = match source {
+        "vllm" => return Ok(Defaults::default()),
+        "auto" => (
+            fleet.facts().files.content(FILE).map(<[u8]>::to_vec),
+            format!("the model's {FILE}"),
+        ),
+        folder => {
+            let path = Path::new(folder).join(FILE);
+            let content = std::fs::read(&path)
+                .with_context(|| format!("--generation-config {folder}: cannot read {}", path.display()))?;
+            (Some(content), path.display().to_string())
+        }
+    };
+    let Some(content) = content else {
+        return Ok(Defaults::default());
+    };
+    let defaults = Defaults::read(&content)
+        .map_err(anyhow::Error::msg)
+        .with_context(|| format!("{place} (--generation-config vllm goes without it)"))?;
+    let shown = defaults.to_string();
+    if !shown.is_empty() {
+        info!(
+            "requests that do not say get {shown}, from {place}; --generation-config vllm goes without them"
+        );
+    }
+    Ok(defaults)
 }

@@ -40,7 +40,7 @@ pub fn run(options: Router, chosen: &[Chosen]) -> Result<()> {
             "--backend {url}: an address such as http://127.0.0.1:8001 is wanted"
         );
     }
-    let door = Door::open(SocketAddr::new(options.host, options.port))?;
+    let door = Door::open(SocketAddr::new(options.host, options.port), &options)?;
     edge::make_data_dir(&state.artifacts.data_dir)?;
     let members: Vec<Member> = backends.into_iter().map(Member::remote).collect();
     runtime()?.block_on(async {

@@ -25,7 +25,7 @@ pub fn run(options: Serve, chosen: &[Chosen]) -> Result<()> {
     if let Followed::ToTheEnd = ranks::followed(&model, &started, &state.artifacts.data_dir)? {
         return Ok(());
     }
-    let door = Door::open(SocketAddr::new(options.host, options.port))?;
+    let door = Door::open(SocketAddr::new(options.host, options.port), &options)?;
     edge::make_data_dir(&state.artifacts.data_dir)?;
     let (folder, name) = replica::model(&model, &state.artifacts.data_dir)?;
     let tokenizer = Tokenizer::from_folder(&folder).context("the model's tokenizer")?;

@@ -4,7 +4,6 @@ use tandem_openapi::chat::{ChatContent, ChatMessage, ChatPart, ChatRequest};
 use tandem_router::api::{Call, Client, Prompt};
 use tandem_text::chat::Message;
 
-use super::refuse;
 use super::sampling::{self, Delivery, Fields, Limits};
 use crate::error::{ApiError, invalid};
 
@@ -51,10 +50,18 @@ pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
         chat_template_kwargs,
         prompt_logprobs,
         return_token_ids,
-        unknown,
+        response_format,
+        modalities,
     } = request;
     let n = sampling::n(n)?;
-    refuse::chat(&unknown, n)?;
+    sampling::response_format(response_format)?;
+    if let Some(other) = modalities.unwrap_or_default().iter().find(|one| *one != "text") {
+        let hint = format!(": {other:?} is none of it, only \"text\" is built");
+        return Err(ApiError::NotBuilt {
+            param: "modalities".to_owned(),
+            hint,
+        });
+    }
     let max_tokens = match max_completion_tokens {
         Some(_) => sampling::max_tokens("max_completion_tokens", max_completion_tokens, 1, limits)?,
         None => sampling::max_tokens("max_tokens", max_tokens, 1, limits)?,

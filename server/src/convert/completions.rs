@@ -4,7 +4,7 @@ use tandem_openapi::completions::{CompletionPrompt, CompletionRequest};
 use tandem_router::api::{Call, Client, Prompt};
 
 use super::sampling::{self, Delivery, Fields, Limits, MAX_CHOICES};
-use super::{integer, refuse, token_ids};
+use super::{integer, token_ids};
 use crate::error::{ApiError, invalid};
 
 const DEFAULT_MAX_TOKENS: u32 = 16;
@@ -51,10 +51,17 @@ pub fn calls(request: CompletionRequest, limits: Limits) -> Result<Completions, 
         add_special_tokens,
         prompt_logprobs,
         return_token_ids,
-        unknown,
+        best_of,
+        response_format,
     } = request;
     let n = sampling::n(n)?;
-    refuse::completions(&unknown, n)?;
+    if best_of.is_some_and(|best| best != i64::from(n)) {
+        return Err(ApiError::NotBuilt {
+            param: "best_of".to_owned(),
+            hint: format!(", unless it equals n, which is {n}"),
+        });
+    }
+    sampling::response_format(response_format)?;
     let echo = echo.unwrap_or(false);
     // 0 tokens are an answer only where the prompt comes back.
     let max_tokens = sampling::max_tokens("max_tokens", max_tokens, u32::from(!echo), limits)?;

@@ -2,7 +2,7 @@
 
 use tandem_openapi::files::File;
 use tandem_openapi::fine_tunes::{CreateFineTune, FineTune, FineTuneEvent, HyperParams};
-use tandem_router::api::{Job, JobEventRecord, JobRequest, JobStatus};
+use tandem_router::api::{Job, JobEventRecord, JobRequest, JobStatus, RouterError};
 
 use super::{fine_tuning, jobs};
 use crate::error::ApiError;
@@ -48,11 +48,30 @@ pub fn request(body: CreateFineTune, default_model: &str) -> Result<JobRequest, 
     })
 }
 
-/// The job's own id, from either spelling.
-pub fn job_id(id: &str) -> String {
-    match id.strip_prefix(PREFIX) {
-        Some(rest) => format!("{JOB_PREFIX}{rest}"),
-        None => id.to_owned(),
+/// A job as a client names it: `ft-...` and `ftjob-...` are the same one.
+pub struct JobName {
+    asked: String,
+    /// Its own id.
+    pub id: String,
+}
+
+impl JobName {
+    pub fn new(asked: String) -> JobName {
+        let id = match asked.strip_prefix(PREFIX) {
+            Some(rest) => format!("{JOB_PREFIX}{rest}"),
+            None => asked.clone(),
+        };
+        JobName { asked, id }
+    }
+
+    /// A job that does not exist is told by the name that was asked.
+    pub fn found<T>(&self, answer: Result<T, RouterError>) -> Result<T, ApiError> {
+        answer.map_err(|error| match error {
+            RouterError::UnknownJob(id) if id == self.id => {
+                RouterError::UnknownJob(self.asked.clone()).into()
+            }
+            other => other.into(),
+        })
     }
 }
 

@@ -1,128 +1,538 @@
-//! Fields that other servers know and this one has not built. A value that would change the answer is refused by name;
-//! one that changes nothing (null, an empty list, the default) passes. Every other unknown field is ignored.
+//! What is known of fields that no body of this server has, but clients and other servers do: those that change nothing
+//! here, and those that would change the answer, which are refused with what to use instead. A field that is in no list
+//! is compared with the names of the document, and then logged (fields.rs).
 
-use serde_json::Value;
-use tandem_openapi::common::Unknown;
+use tandem_openapi::adapters::{LoadLoraAdapter, UnloadLoraAdapter};
+use tandem_openapi::chat::ChatRequest;
+use tandem_openapi::completions::CompletionRequest;
+use tandem_openapi::fine_tunes::CreateFineTune;
+use tandem_openapi::fine_tuning::CreateJob;
+use tandem_openapi::tokenize::{DetokenizeRequest, TokenizeRequest};
 
-use crate::error::ApiError;
+use crate::extract::Body;
+use crate::fields::{Given, Kind, Rule};
 
-/// The field and the values of it that are harmless here.
-type Rule = (&'static str, fn(&Value) -> bool);
+impl Body for ChatRequest {
+    const SCHEMA: &'static str = "ChatRequest";
+    const RULES: Option<&'static [&'static [Rule]]> = Some(&[EVERYWHERE, SAMPLING, MESSAGES, CHAT]);
+}
 
-const BOTH: &[Rule] = &[
-    ("allowed_token_ids", empty),
-    ("bad_words", empty),
-    ("cache_salt", never),
-    ("documents", empty),
-    ("guided_choice", never),
-    ("guided_decoding_backend", never),
-    ("guided_grammar", never),
-    ("guided_json", never),
-    ("guided_regex", never),
-    ("guided_whitespace_pattern", never),
-    ("length_penalty", |value| value.as_f64() == Some(1.0)),
-    ("logprob_token_ids", empty),
-    ("priority", |value| value.as_i64() == Some(0)),
-    ("repetition_detection", never),
-    ("response_format", |value| value["type"] == "text"),
-    ("return_tokens_as_token_ids", no),
-    ("spaces_between_special_tokens", |value| value == true),
-    ("structured_outputs", never),
-    ("thinking_token_budget", never),
-    ("truncate_prompt_tokens", never),
-    ("use_beam_search", no),
-];
+impl Body for CompletionRequest {
+    const SCHEMA: &'static str = "CompletionRequest";
+    const RULES: Option<&'static [&'static [Rule]]> = Some(&[EVERYWHERE, SAMPLING, COMPLETIONS]);
+}
 
-const CHAT: &[Rule] = &[
-    ("add_special_tokens", no),
-    ("audio", never),
-    ("chat_template", never),
-    ("echo", no),
-    ("function_call", |value| value == "none" || value == "auto"),
-    ("functions", empty),
-    ("modalities", |value| {
-        value
-            .as_array()
-            .is_some_and(|all| all.iter().all(|one| one == "text"))
-    }),
-    ("prediction", never),
-    ("tool_choice", |value| value == "none" || value == "auto"),
-    ("tools", empty),
-    ("web_search_options", never),
-];
+impl Body for TokenizeRequest {
+    const SCHEMA: &'static str = "TokenizeRequest";
+    const RULES: Option<&'static [&'static [Rule]]> = Some(&[EVERYWHERE, MESSAGES, TOKENIZE]);
+}
 
-const COMPLETIONS: &[Rule] = &[("suffix", |value| value == "")];
+impl Body for DetokenizeRequest {
+    const SCHEMA: &'static str = "DetokenizeRequest";
+    const RULES: Option<&'static [&'static [Rule]]> = Some(&[EVERYWHERE]);
+}
 
-fn never(_: &Value) -> bool {
+impl Body for LoadLoraAdapter {
+    const SCHEMA: &'static str = "LoadLoraAdapter";
+    const RULES: Option<&'static [&'static [Rule]]> = Some(&[EVERYWHERE, LORA]);
+}
+
+impl Body for UnloadLoraAdapter {
+    const SCHEMA: &'static str = "UnloadLoraAdapter";
+    const RULES: Option<&'static [&'static [Rule]]> = Some(&[EVERYWHERE, LORA]);
+}
+
+/// Settings of training have a table of their own, with every spelling.
+impl Body for CreateJob {
+    const SCHEMA: &'static str = "CreateJob";
+    const RULES: Option<&'static [&'static [Rule]]> = None;
+}
+
+impl Body for CreateFineTune {
+    const SCHEMA: &'static str = "CreateFineTune";
+    const RULES: Option<&'static [&'static [Rule]]> = None;
+}
+
+const fn harmless(field: &'static str) -> Rule {
+    Rule {
+        field,
+        kind: Kind::Harmless,
+    }
+}
+
+const fn refused(field: &'static str, neutral: fn(&Given) -> bool, instead: &'static str) -> Rule {
+    Rule {
+        field,
+        kind: Kind::Refused { neutral, instead },
+    }
+}
+
+fn never(_: &Given) -> bool {
     false
 }
 
-fn no(value: &Value) -> bool {
-    value == false
-}
-
-fn empty(value: &Value) -> bool {
-    value.as_array().is_some_and(Vec::is_empty)
-}
-
-pub fn chat(unknown: &Unknown, n: u32) -> Result<(), ApiError> {
-    check(unknown, CHAT, n)
-}
-
-pub fn completions(unknown: &Unknown, n: u32) -> Result<(), ApiError> {
-    check(unknown, COMPLETIONS, n)
-}
-
-fn check(unknown: &Unknown, rules: &[Rule], n: u32) -> Result<(), ApiError> {
-    let refused = |(name, harmless): &&Rule| {
-        unknown
-            .get(*name)
-            .is_some_and(|value| !value.is_null() && !harmless(value))
-    };
-    if let Some((name, _)) = BOTH.iter().chain(rules).find(refused) {
-        return Err(ApiError::NotBuilt {
-            param: (*name).to_owned(),
-            hint: String::new(),
-        });
-    }
-    match unknown.get("best_of") {
-        Some(value) if !value.is_null() && value.as_u64() != Some(u64::from(n)) => {
-            let hint = format!(", unless it equals n, which is {n}");
-            Err(ApiError::NotBuilt {
-                param: "best_of".to_owned(),
-                hint,
-            })
-        }
-        _ => Ok(()),
+/// `false`, 0, and the empty text, list or object.
+fn nothing(value: &Given) -> bool {
+    match value {
+        Given::Null | Given::Bool(false) | Given::Empty => true,
+        Given::Number(number) => *number == 0.0,
+        Given::Text(text) => text.is_empty(),
+        Given::Bool(true) | Given::Filled => false,
     }
 }
+
+fn no(value: &Given) -> bool {
+    *value == Given::Bool(false)
+}
+
+fn yes(value: &Given) -> bool {
+    *value == Given::Bool(true)
+}
+
+fn one(value: &Given) -> bool {
+    *value == Given::Number(1.0)
+}
+
+/// 1 is off, and 0 (llama.cpp).
+fn one_or_nothing(value: &Given) -> bool {
+    one(value) || nothing(value)
+}
+
+/// Off in llama.cpp is -1 or 0.
+fn off(value: &Given) -> bool {
+    nothing(value) || *value == Given::Number(-1.0)
+}
+
+fn none_or_auto(value: &Given) -> bool {
+    matches!(value, Given::Text(text) if text == "none" || text == "auto")
+}
+
+fn medium(value: &Given) -> bool {
+    matches!(value, Given::Text(text) if text == "medium")
+}
+
+const MODEL: &str = "name the adapter as model; GET /v1/models lists the names";
+const LOAD: &str = "load the adapter with POST /v1/load_lora_adapter, then name it as model";
+const MAX_TOKENS: &str = "use max_tokens";
+const GRAMMAR: &str = "answers cannot be bound to a grammar here";
+const HERE: &str = "put its fields into the body itself";
+
+const EVERYWHERE: &[Rule] = &[
+    // Who asks and why, for the sender's own books.
+    harmless("user"),
+    harmless("user_id"),
+    harmless("metadata"),
+    harmless("safety_identifier"),
+    harmless("request_id"),
+    harmless("session_id"),
+    harmless("rid"),
+    harmless("trace"),
+    // There is one tier.
+    harmless("service_tier"),
+    // Settings of clients, which some send along.
+    harmless("timeout"),
+    harmless("max_retries"),
+    refused("extra_body", nothing, HERE),
+    refused("extra_headers", nothing, "send them as HTTP headers"),
+    refused("extra_query", nothing, "put them into the URL"),
+];
+
+const SAMPLING: &[Rule] = &[
+    // The prefix cache is always on, finds what it can by itself, and never changes an answer.
+    harmless("prompt_cache_key"),
+    harmless("prompt_cache_retention"),
+    harmless("prompt_cache_options"),
+    harmless("cache_prompt"),
+    harmless("id_slot"),
+    // When a model is unloaded.
+    harmless("keep_alive"),
+    // What a chunk of a stream is padded with, or how many tokens are in one.
+    harmless("stream_options.include_obfuscation"),
+    harmless("stream_interval"),
+    refused("store", nothing, "answers are not kept"),
+    // Which model.
+    refused("adapter_id", nothing, MODEL),
+    refused("adapter", nothing, MODEL),
+    refused("adapters", nothing, MODEL),
+    refused("adapter_name", nothing, MODEL),
+    refused("lora", nothing, MODEL),
+    refused("lora_name", nothing, MODEL),
+    refused("lora_id", nothing, MODEL),
+    refused("lora_adapter", nothing, MODEL),
+    refused("lora_adapters", nothing, MODEL),
+    refused("lora_request", nothing, LOAD),
+    refused("lora_path", nothing, LOAD),
+    refused("adapter_path", nothing, LOAD),
+    refused("adapter_source", nothing, LOAD),
+    refused(
+        "merged_adapters",
+        nothing,
+        "load a merged adapter and name it as model",
+    ),
+    refused("api_token", nothing, LOAD),
+    refused("engine", nothing, "use model"),
+    refused("model_id", nothing, "use model"),
+    refused("model_name", nothing, "use model"),
+    refused("models", nothing, "name one as model"),
+    // How long.
+    refused("max_new_tokens", never, MAX_TOKENS),
+    refused("max_length", never, MAX_TOKENS),
+    refused("max_gen_len", never, MAX_TOKENS),
+    refused("max_output_tokens", never, MAX_TOKENS),
+    refused("max_tokens_to_sample", never, MAX_TOKENS),
+    refused("n_predict", off, MAX_TOKENS),
+    refused("num_predict", off, MAX_TOKENS),
+    refused("min_new_tokens", nothing, "use min_tokens"),
+    refused("min_length", nothing, "use min_tokens"),
+    refused("stop_sequences", nothing, "use stop"),
+    refused("stop_strings", nothing, "use stop"),
+    refused("stop_words", nothing, "use stop"),
+    refused("stop_regex", nothing, "use stop"),
+    refused("eos_token_id", never, "use stop_token_ids"),
+    refused("no_stop_trim", nothing, "use include_stop_str_in_output"),
+    refused("truncate", nothing, "send a prompt that fits the context"),
+    refused(
+        "truncate_prompt_tokens",
+        never,
+        "send a prompt that fits the context",
+    ),
+    refused("truncation_side", nothing, "send a prompt that fits the context"),
+    refused("num_ctx", nothing, "the context is set at start: --max-model-len"),
+    refused("n_ctx", nothing, "the context is set at start: --max-model-len"),
+    refused("n_keep", nothing, "send a prompt that fits the context"),
+    refused("thinking_token_budget", never, ""),
+    // Which answers are possible.
+    refused("format", nothing, GRAMMAR),
+    refused("grammar", nothing, GRAMMAR),
+    refused("ebnf", nothing, GRAMMAR),
+    refused("regex", nothing, GRAMMAR),
+    refused("choice", nothing, GRAMMAR),
+    refused("json_schema", never, GRAMMAR),
+    refused("response_schema", never, GRAMMAR),
+    refused("structural_tag", nothing, GRAMMAR),
+    refused("structured_outputs", nothing, GRAMMAR),
+    refused("guided_choice", never, GRAMMAR),
+    refused("guided_decoding_backend", never, GRAMMAR),
+    refused("guided_grammar", never, GRAMMAR),
+    refused("guided_json", never, GRAMMAR),
+    refused("guided_json_object", nothing, GRAMMAR),
+    refused("guided_regex", never, GRAMMAR),
+    refused("guided_whitespace_pattern", never, GRAMMAR),
+    refused("allowed_token_ids", nothing, "use logit_bias"),
+    refused("bad_words", nothing, "use logit_bias"),
+    refused("bad_words_ids", nothing, "use logit_bias"),
+    refused("suppress_tokens", nothing, "use logit_bias"),
+    refused("begin_suppress_tokens", nothing, "use logit_bias"),
+    refused("logits_processors", nothing, ""),
+    refused("logit_processors", nothing, ""),
+    refused("custom_logit_processor", nothing, ""),
+    refused("custom_params", nothing, ""),
+    // How a token is chosen.
+    refused("temp", never, "use temperature"),
+    refused("do_sample", yes, "use temperature; 0 is greedy"),
+    refused("random_seed", never, "use seed"),
+    refused("sampling_seed", never, "use seed"),
+    refused("repeat_penalty", one_or_nothing, "use repetition_penalty"),
+    refused(
+        "repeat_last_n",
+        off,
+        "repetition_penalty looks at the whole prompt and answer",
+    ),
+    refused("no_repeat_ngram_size", nothing, "use repetition_penalty"),
+    refused(
+        "encoder_repetition_penalty",
+        one_or_nothing,
+        "use repetition_penalty",
+    ),
+    refused("repetition_detection", never, ""),
+    refused("length_penalty", one, ""),
+    refused("typical_p", one_or_nothing, "use top_p or min_p"),
+    refused("typ_p", one_or_nothing, "use top_p or min_p"),
+    refused("top_a", nothing, "use top_p or min_p"),
+    refused("top_n_sigma", off, "use top_p or min_p"),
+    refused("tfs", one_or_nothing, "use top_p or min_p"),
+    refused("tfs_z", one_or_nothing, "use top_p or min_p"),
+    refused("eta_cutoff", nothing, "use top_p or min_p"),
+    refused("epsilon_cutoff", nothing, "use top_p or min_p"),
+    refused("mirostat", nothing, "use top_p or min_p"),
+    refused("mirostat_mode", nothing, "use top_p or min_p"),
+    refused("xtc_probability", nothing, "use top_p or min_p"),
+    refused("dry_multiplier", nothing, "use repetition_penalty"),
+    refused("dynatemp_range", nothing, "use temperature"),
+    refused("smoothing_factor", nothing, "use temperature"),
+    refused("penalty_alpha", nothing, ""),
+    refused("watermark", nothing, ""),
+    refused("use_beam_search", no, ""),
+    refused("num_beams", one_or_nothing, ""),
+    refused("early_stopping", nothing, ""),
+    refused("num_return_sequences", one, "use n"),
+    // Where the sampler that these tune is off, they change nothing.
+    harmless("mirostat_tau"),
+    harmless("mirostat_eta"),
+    harmless("dry_base"),
+    harmless("dry_allowed_length"),
+    harmless("dry_penalty_last_n"),
+    harmless("dry_sequence_breakers"),
+    harmless("dynatemp_exponent"),
+    harmless("smoothing_curve"),
+    harmless("xtc_threshold"),
+    // What comes back.
+    refused("decoder_input_details", nothing, "use prompt_logprobs"),
+    refused("details", nothing, "use logprobs"),
+    refused("n_probs", nothing, "use logprobs"),
+    refused("top_n_tokens", nothing, "use logprobs"),
+    refused("logprob_token_ids", nothing, ""),
+    refused("return_tokens_as_token_ids", no, "use return_token_ids"),
+    refused("return_tokens", nothing, "use return_token_ids"),
+    refused("return_hidden_states", nothing, ""),
+    refused("spaces_between_special_tokens", yes, ""),
+    // How it is served.
+    refused("cache_salt", never, ""),
+    refused("priority", nothing, "clients share places by their API keys"),
+    refused("kv_transfer_params", nothing, ""),
+    refused("vllm_xargs", nothing, HERE),
+    // Where other servers have all of it.
+    refused("parameters", nothing, HERE),
+    refused("options", nothing, HERE),
+    refused("sampling_params", nothing, HERE),
+    refused("generation_config", nothing, HERE),
+];
+
+const MESSAGES: &[Rule] = &[
+    // What a message had when the server said it, and clients send back.
+    refused("messages[].refusal", nothing, "put it into content"),
+    refused("messages[].annotations", nothing, "put it into content"),
+    refused("messages[].audio", nothing, "only text is understood"),
+    // The prefix cache needs no hints.
+    harmless("messages[].cache_control"),
+    harmless("messages[].content[].cache_control"),
+    harmless("messages[].content[].annotations"),
+    refused("messages[].prefix", nothing, "use continue_final_message"),
+    refused("chat_template", never, "the model's own template is used"),
+    refused("mm_processor_kwargs", nothing, "only text is understood"),
+    refused("media_io_kwargs", nothing, "only text is understood"),
+];
+
+const CHAT: &[Rule] = &[
+    refused("prompt", nothing, "use messages, or POST /v1/completions"),
+    refused("inputs", nothing, "use messages"),
+    refused("input", nothing, "use messages"),
+    refused("instructions", nothing, "send a message with the role system"),
+    refused("system", nothing, "send a message with the role system"),
+    refused("system_prompt", nothing, "send a message with the role system"),
+    refused("add_special_tokens", no, "the chat template writes them"),
+    refused("audio", never, "only text is understood"),
+    refused("best_of", one, "use n"),
+    refused("documents", nothing, ""),
+    refused("echo", no, "use POST /v1/completions"),
+    refused("prediction", never, ""),
+    refused("safe_prompt", nothing, "send a message with the role system"),
+    refused(
+        "enable_thinking",
+        never,
+        "use chat_template_kwargs, as {\"enable_thinking\": true}",
+    ),
+    refused(
+        "think",
+        nothing,
+        "use chat_template_kwargs, as {\"enable_thinking\": true}",
+    ),
+    refused(
+        "thinking",
+        nothing,
+        "use chat_template_kwargs, as {\"enable_thinking\": true}",
+    ),
+    refused("reasoning", nothing, "use chat_template_kwargs"),
+    refused("include_reasoning", yes, ""),
+    refused("verbosity", medium, "ask for it in a message"),
+    refused("web_search_options", never, ""),
+    refused("function_call", none_or_auto, ""),
+    refused("functions", nothing, ""),
+    refused("tool_choice", none_or_auto, ""),
+    refused("tools", nothing, ""),
+    // Without tools there are no calls.
+    harmless("parallel_tool_calls"),
+    // Nothing is read out of an answer.
+    harmless("separate_reasoning"),
+    harmless("stream_reasoning"),
+];
+
+const COMPLETIONS: &[Rule] = &[
+    refused("messages", nothing, "use prompt, or POST /v1/chat/completions"),
+    refused("inputs", nothing, "use prompt"),
+    refused("input", nothing, "use prompt"),
+    refused("max_completion_tokens", never, MAX_TOKENS),
+    refused("top_logprobs", nothing, "use logprobs, which is a number here"),
+    refused("return_full_text", nothing, "use echo"),
+    refused("suffix", nothing, ""),
+    refused("prompt_embeds", nothing, "send text or token ids as prompt"),
+    refused("image_data", nothing, "only text is understood"),
+    refused("images", nothing, "only text is understood"),
+    refused(
+        "system",
+        nothing,
+        "put it into the prompt, or use POST /v1/chat/completions",
+    ),
+    refused(
+        "template",
+        nothing,
+        "put it into the prompt, or use POST /v1/chat/completions",
+    ),
+];
+
+const TOKENIZE: &[Rule] = &[
+    refused("content", nothing, "use prompt"),
+    refused("text", nothing, "use prompt"),
+    refused("inputs", nothing, "use prompt"),
+    refused("input", nothing, "use prompt"),
+    refused("add_special", never, "use add_special_tokens"),
+    refused("with_pieces", nothing, "use return_token_strs"),
+    refused("documents", nothing, ""),
+    refused("tools", nothing, ""),
+];
+
+const LORA: &[Rule] = &[
+    // A number that other servers know an adapter by inside.
+    harmless("lora_int_id"),
+    harmless("lora_id"),
+    // What an adapter was made for is checked by its shapes.
+    harmless("base_model_name"),
+    // Adapters stay as long as there is room, and come back when they are asked.
+    harmless("pinned"),
+    refused("is_3d_lora_weight", nothing, ""),
+    refused(
+        "lora_scale",
+        one,
+        "scale lora_alpha in the adapter's adapter_config.json",
+    ),
+    refused(
+        "lora_source",
+        nothing,
+        "use lora_path, a folder of the server's machine",
+    ),
+];
+
+/// What clients put into queries beside the names of the document.
+pub const QUERY: &[Rule] = &[
+    // Azure's clients name the version they were written for.
+    harmless("api-version"),
+    // Against caches.
+    harmless("_"),
+    refused(
+        "api_key",
+        nothing,
+        "send the key in the header: Authorization: Bearer YOUR_KEY",
+    ),
+    refused(
+        "key",
+        nothing,
+        "send the key in the header: Authorization: Bearer YOUR_KEY",
+    ),
+];
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use prometheus::IntCounter;
+    use serde_json::{Value, json};
 
     use super::*;
+    use crate::fields::{Strays, strays};
+
+    fn refusal<T: Body>(judge: &Strays, body: &Value) -> Option<String> {
+        let strays = strays(T::SCHEMA, body.to_string().as_bytes());
+        let error = judge.judge_all(strays, T::RULES.expect("rules")).err()?;
+        Some(error.to_string())
+    }
 
     #[test]
-    fn what_would_change_the_answer_is_refused() {
-        let unknown = |value: Value| value.as_object().expect("cases are objects").clone();
-        for case in [
-            json!({"tools": [{"type": "function"}]}),
-            json!({"tool_choice": "required"}),
-            json!({"response_format": {"type": "json_object"}}),
-            json!({"guided_json": {}}),
-            json!({"modalities": ["text", "audio"]}),
-            json!({"best_of": 2}),
+    fn a_field_is_harmless_refused_misspelt_or_counted() {
+        let ignored = IntCounter::new("ignored", "ignored").unwrap();
+        let judge = Strays::new(false, ignored.clone());
+        // The field, and a part of the refusal; "" passes.
+        for (body, expected) in [
+            (json!({"tools": [{"type": "function"}]}), "tools is not supported"),
+            (json!({"tool_choice": "required"}), "tool_choice is not supported"),
+            (json!({"guided_json": {}}), "grammar"),
+            (json!({"adapter_id": "nope"}), "name the adapter as model"),
+            (json!({"lora_path": "/x"}), "load_lora_adapter"),
+            (json!({"max_new_tokens": 0}), "use max_tokens"),
+            (json!({"temp": 0.1}), "use temperature"),
+            (json!({"extra_body": {"top_k": 1}}), "into the body itself"),
+            (
+                json!({"messages": [{"audio": {"id": "x"}}]}),
+                "messages[0].audio is not supported",
+            ),
+            (
+                json!({"stream_options": {"include_usge": true}}),
+                "did you mean 'include_usage'?",
+            ),
+            (
+                json!({"max_completion_token": 3}),
+                "did you mean 'max_completion_tokens'?",
+            ),
+            (json!({"best_of": 2}), "use n"),
+            (
+                json!({"tools": [], "tool_choice": "none", "guided_json": null, "adapter_id": null}),
+                "",
+            ),
+            (
+                json!({"user": "me", "store": false, "service_tier": "auto", "metadata": {"a": "b"}}),
+                "",
+            ),
+            (json!({"messages": [{"refusal": null, "annotations": []}]}), ""),
+            (
+                json!({"logit_bias": {"17": 1}, "chat_template_kwargs": {"max_new_tokens": 1}}),
+                "",
+            ),
         ] {
-            assert!(chat(&unknown(case.clone()), 1).is_err(), "{case}");
+            let refusal = refusal::<ChatRequest>(&judge, &body).unwrap_or_default();
+            assert!(refusal.contains(expected), "{body}: {refusal:?}");
+            assert_eq!(refusal.is_empty(), expected.is_empty(), "{body}: {refusal}");
         }
-        for case in [
-            json!({"tools": [], "tool_choice": "none", "response_format": {"type": "text"}}),
-            json!({"tools": null, "user": "me", "modalities": ["text"], "best_of": 1}),
+        assert_eq!(ignored.get(), 0);
+        for (body, expected) in [
+            (json!({"suffix": "end"}), "suffix is not supported"),
+            (json!({"messages": [{}]}), "POST /v1/chat/completions"),
+            (json!({"suffix": null, "top_logprobs": 0}), ""),
         ] {
-            assert!(chat(&unknown(case.clone()), 1).is_ok(), "{case}");
+            let refusal = refusal::<CompletionRequest>(&judge, &body).unwrap_or_default();
+            assert!(
+                refusal.contains(expected) && refusal.is_empty() == expected.is_empty(),
+                "{body}: {refusal}"
+            );
         }
-        assert!(completions(&unknown(json!({"suffix": "end"})), 1).is_err());
-        assert!(completions(&unknown(json!({"suffix": null})), 1).is_ok());
+        let unknown = json!({"something_new": 3});
+        assert_eq!(refusal::<ChatRequest>(&judge, &unknown), None);
+        assert_eq!(ignored.get(), 1);
+        let strict = Strays::new(true, ignored);
+        assert!(refusal::<ChatRequest>(&strict, &unknown).is_some_and(|text| text.contains("something_new")));
+        assert_eq!(
+            refusal::<ChatRequest>(&strict, &json!({"user": "me", "something_new": null})),
+            None
+        );
+    }
+
+    #[test]
+    fn no_rule_is_about_a_field_that_is_known() {
+        for (schema, rules) in [
+            (ChatRequest::SCHEMA, ChatRequest::RULES),
+            (CompletionRequest::SCHEMA, CompletionRequest::RULES),
+            (TokenizeRequest::SCHEMA, TokenizeRequest::RULES),
+            (LoadLoraAdapter::SCHEMA, LoadLoraAdapter::RULES),
+        ] {
+            for rule in rules.into_iter().flatten().copied().flatten() {
+                if rule.field.contains('.') {
+                    continue;
+                }
+                let body = json!({rule.field: 1}).to_string();
+                let found = strays(schema, body.as_bytes());
+                assert_eq!(
+                    found.len(),
+                    1,
+                    "{schema} has the field {}: its rule is dead",
+                    rule.field
+                );
+            }
+        }
     }
 }

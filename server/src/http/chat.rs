@@ -18,7 +18,7 @@ use crate::convert::{self, tokens};
 use crate::error::ApiError;
 use crate::extract::Json;
 use crate::id;
-use crate::layers::Asker;
+use crate::keys::Asker;
 
 /// Continue a conversation.
 #[utoipa::path(

@@ -19,7 +19,7 @@ use crate::convert::tokens::{self, Entry, Offsets};
 use crate::error::ApiError;
 use crate::extract::Json;
 use crate::id;
-use crate::layers::Asker;
+use crate::keys::Asker;
 
 /// Continue prompts.
 #[utoipa::path(

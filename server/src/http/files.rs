@@ -19,7 +19,8 @@ use tokio_util::io::ReaderStream;
 use crate::app::App;
 use crate::convert::files;
 use crate::error::{ApiError, invalid};
-use crate::extract::{DRAIN_TIME, FILE_LIMIT_BYTES, Pairs, Segment, announced_bytes, drain};
+use crate::extract::{FILE_LIMIT_BYTES, Pairs, Segment, announced_bytes, must_be};
+use crate::fields::stray_field;
 
 /// Boundaries, headers and the small fields of a form.
 const FORM_OVERHEAD_BYTES: u64 = 1 << 20;
@@ -36,9 +37,9 @@ const LIST_LIMIT: u32 = 10_000;
 pub async fn create(State(app): State<App>, request: Request) -> Result<Json<File>, ApiError> {
     let limit_bytes = FILE_LIMIT_BYTES;
     if announced_bytes(request.headers()).is_some_and(|bytes| bytes > limit_bytes + FORM_OVERHEAD_BYTES) {
-        drain(request.into_body().into_data_stream());
         return Err(ApiError::TooLarge { limit_bytes });
     }
+    must_be("multipart/form-data", request.headers())?;
     let mut form = Multipart::from_request(request, &()).await.map_err(|rejection| {
         invalid(
             "file",
@@ -50,13 +51,7 @@ pub async fn create(State(app): State<App>, request: Request) -> Result<Json<Fil
         file,
         purpose,
         expires_after_seconds,
-    } = match read(&mut form, &staged, limit_bytes).await {
-        Ok(form) => form,
-        Err(error) => {
-            drain_form(form);
-            return Err(error);
-        }
-    };
+    } = read(&app, &mut form, &staged, limit_bytes).await?;
     let (filename, bytes) = file.ok_or_else(|| files::missing("file"))?;
     let purpose = files::purpose(purpose)?;
     let upload = Upload {
@@ -69,16 +64,6 @@ pub async fn create(State(app): State<App>, request: Request) -> Result<Json<Fil
     let info = app.router.create_file(upload).await?;
     app.metrics.uploaded(bytes);
     Ok(Json(files::file(info)))
-}
-
-/// As [`drain`], behind a form that was refused in the middle.
-fn drain_form(mut form: Multipart) {
-    let rest = async move {
-        while let Ok(Some(mut field)) = form.next_field().await {
-            while let Ok(Some(_)) = field.chunk().await {}
-        }
-    };
-    tokio::spawn(tokio::time::timeout(DRAIN_TIME, rest));
 }
 
 /// An upload's file on its way; what is left of it goes when the upload ends, however it ends.
@@ -100,7 +85,7 @@ struct Form {
 }
 
 /// Fields come in any order; `purpose` before `file` in openai-python.
-async fn read(form: &mut Multipart, staged: &Staged, limit_bytes: u64) -> Result<Form, ApiError> {
+async fn read(app: &App, form: &mut Multipart, staged: &Staged, limit_bytes: u64) -> Result<Form, ApiError> {
     let mut read = Form::default();
     while let Some(field) = form.next_field().await.map_err(broken)? {
         match field.name().unwrap_or_default() {
@@ -123,8 +108,9 @@ async fn read(form: &mut Multipart, staged: &Staged, limit_bytes: u64) -> Result
                 let seconds = text(field, "expires_after[seconds]").await?;
                 read.expires_after_seconds = Some(files::expiry_seconds(&seconds)?);
             }
-            // Unknown fields are ignored, as in JSON.
-            _ => {}
+            other => {
+                stray_field("UploadForm", other).map_or(Ok(()), |stray| app.strays.judge(&stray, &[]))?
+            }
         }
     }
     Ok(read)

@@ -7,19 +7,19 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use futures::stream::unfold;
-use tandem_openapi::common::List;
+use tandem_openapi::common::{Deleted, List};
 use tandem_openapi::error::Errors;
 use tandem_openapi::files::File;
 use tandem_openapi::fine_tunes::{CreateFineTune, FineTune, FineTuneEvent};
 use tandem_router::MetadataFilter;
-use tandem_router::api::Job;
+use tandem_router::api::{Job, RouterError};
 
 use super::to_the_end;
 use crate::app::App;
 use crate::convert::files::file;
-use crate::convert::fine_tunes::{self as convert, Files, job_id};
+use crate::convert::fine_tunes::{self as convert, Files, JobName};
 use crate::error::ApiError;
-use crate::extract::{Json, Pairs, Segment};
+use crate::extract::{JobSegment, Json, Pairs, Segment};
 use crate::sse;
 
 /// The legacy lists have no pages; this is where they end.
@@ -29,7 +29,7 @@ const LIST_LIMIT: u32 = 10_000;
 pub fn second_spelling() -> Router<App> {
     Router::new()
         .route("/v1/fine_tunes", get(list).post(create))
-        .route("/v1/fine_tunes/{id}", get(retrieve))
+        .route("/v1/fine_tunes/{id}", get(retrieve).delete(delete))
         .route("/v1/fine_tunes/{id}/cancel", post(cancel))
         .route("/v1/fine_tunes/{id}/events", get(events))
 }
@@ -68,9 +68,34 @@ pub async fn list(State(app): State<App>) -> Result<Answer<List<FineTune>>, ApiE
     get, path = "/v1/fine-tunes/{id}", tag = "fine-tuning (legacy)", params(("id" = String, Path)),
     responses((status = 200, body = FineTune), Errors)
 )]
-pub async fn retrieve(State(app): State<App>, Segment(id): Segment) -> Result<Answer<FineTune>, ApiError> {
-    let job = app.router.job(&job_id(&id)).await?;
+pub async fn retrieve(
+    State(app): State<App>,
+    JobSegment(job): JobSegment,
+) -> Result<Answer<FineTune>, ApiError> {
+    let job = job.found(app.router.job(&job.id).await)?;
     whole(&app, job).await
+}
+
+/// Forget what a job made: its model and its checkpoints. The job stays on record. Takes the model's name, too.
+#[utoipa::path(
+    delete, path = "/v1/fine-tunes/{id}", tag = "fine-tuning (legacy)", params(("id" = String, Path)),
+    responses((status = 200, body = Deleted), Errors)
+)]
+pub async fn delete(State(app): State<App>, Segment(name): Segment) -> Result<Answer<Deleted>, ApiError> {
+    let (router, job) = (app.router.clone(), JobName::new(name.clone()));
+    let (model, id) = (name.clone(), job.id.clone());
+    let deleted = to_the_end(async move {
+        match router.model(&model) {
+            Ok(_) => router.delete_model(&model).await,
+            Err(_) => router.delete_models_of(&id).await,
+        }
+    });
+    job.found(deleted.await)?;
+    Ok(Answer(Deleted {
+        id: name,
+        object: "fine-tune",
+        deleted: true,
+    }))
 }
 
 /// End a job that waits or runs.
@@ -78,8 +103,11 @@ pub async fn retrieve(State(app): State<App>, Segment(id): Segment) -> Result<An
     post, path = "/v1/fine-tunes/{id}/cancel", tag = "fine-tuning (legacy)", params(("id" = String, Path)),
     responses((status = 200, body = FineTune), Errors)
 )]
-pub async fn cancel(State(app): State<App>, Segment(id): Segment) -> Result<Answer<FineTune>, ApiError> {
-    let job = app.router.cancel_job(&job_id(&id)).await?;
+pub async fn cancel(
+    State(app): State<App>,
+    JobSegment(job): JobSegment,
+) -> Result<Answer<FineTune>, ApiError> {
+    let job = job.found(app.router.cancel_job(&job.id).await)?;
     whole(&app, job).await
 }
 
@@ -94,14 +122,14 @@ pub async fn cancel(State(app): State<App>, Segment(id): Segment) -> Result<Answ
 )]
 pub async fn events(
     State(app): State<App>,
-    Segment(id): Segment,
+    JobSegment(job): JobSegment,
     query: Pairs,
 ) -> Result<Response, ApiError> {
-    let id = job_id(&id);
     if !query.flag("stream")? {
-        return Ok(Answer(List::new(all_events(&app, &id).await?)).into_response());
+        let events = job.found(all_events(&app, &job.id).await)?;
+        return Ok(Answer(List::new(events)).into_response());
     }
-    let records = app.router.follow_job(&id).await?;
+    let records = job.found(app.router.follow_job(&job.id).await)?;
     let frames = unfold(Some(records), |records| async {
         let mut records = records?;
         let mut out = Vec::new();
@@ -116,7 +144,7 @@ pub async fn events(
     Ok(sse::response(frames))
 }
 
-async fn all_events(app: &App, id: &str) -> Result<Vec<FineTuneEvent>, ApiError> {
+async fn all_events(app: &App, id: &str) -> Result<Vec<FineTuneEvent>, RouterError> {
     let page = app.router.job_events(id, None, LIST_LIMIT).await?;
     Ok(page.data.into_iter().rev().map(convert::event).collect())
 }

@@ -11,10 +11,10 @@ use tandem_router::MetadataFilter;
 
 use super::to_the_end;
 use crate::app::App;
-use crate::convert::fine_tunes::job_id;
+use crate::convert::fine_tunes::JobName;
 use crate::convert::{fine_tuning, jobs};
 use crate::error::ApiError;
-use crate::extract::{Json, Pairs, Segment};
+use crate::extract::{JobSegment, Json, Pairs};
 
 const LIST_LIMIT: u32 = 100;
 const EVENTS_LIMIT: u32 = 1000;
@@ -65,11 +65,9 @@ pub async fn list(State(app): State<App>, query: Pairs) -> Result<Answer<PageLis
     get, path = "/v1/fine_tuning/jobs/{id}", tag = "fine-tuning", params(("id" = String, Path)),
     responses((status = 200, body = Job), Errors)
 )]
-pub async fn retrieve(State(app): State<App>, Segment(id): Segment) -> Result<Answer<Job>, ApiError> {
-    Ok(Answer(jobs::job(
-        app.router.job(&job_id(&id)).await?,
-        app.organization(),
-    )))
+pub async fn retrieve(State(app): State<App>, JobSegment(job): JobSegment) -> Result<Answer<Job>, ApiError> {
+    let found = job.found(app.router.job(&job.id).await)?;
+    Ok(Answer(jobs::job(found, app.organization())))
 }
 
 /// End a job that waits or runs.
@@ -77,11 +75,9 @@ pub async fn retrieve(State(app): State<App>, Segment(id): Segment) -> Result<An
     post, path = "/v1/fine_tuning/jobs/{id}/cancel", tag = "fine-tuning", params(("id" = String, Path)),
     responses((status = 200, body = Job), Errors)
 )]
-pub async fn cancel(State(app): State<App>, Segment(id): Segment) -> Result<Answer<Job>, ApiError> {
-    Ok(Answer(jobs::job(
-        app.router.cancel_job(&job_id(&id)).await?,
-        app.organization(),
-    )))
+pub async fn cancel(State(app): State<App>, JobSegment(job): JobSegment) -> Result<Answer<Job>, ApiError> {
+    let cancelled = job.found(app.router.cancel_job(&job.id).await)?;
+    Ok(Answer(jobs::job(cancelled, app.organization())))
 }
 
 /// Not built: a job runs or is cancelled.
@@ -89,8 +85,8 @@ pub async fn cancel(State(app): State<App>, Segment(id): Segment) -> Result<Answ
     post, path = "/v1/fine_tuning/jobs/{id}/pause", tag = "fine-tuning", params(("id" = String, Path)),
     responses(Errors)
 )]
-pub async fn pause(State(app): State<App>, Segment(id): Segment) -> Result<Answer<Job>, ApiError> {
-    not_built(&app, &id, "pause").await
+pub async fn pause(State(app): State<App>, JobSegment(job): JobSegment) -> Result<Answer<Job>, ApiError> {
+    not_built(&app, &job, "pause").await
 }
 
 /// Not built: a job runs or is cancelled.
@@ -98,12 +94,12 @@ pub async fn pause(State(app): State<App>, Segment(id): Segment) -> Result<Answe
     post, path = "/v1/fine_tuning/jobs/{id}/resume", tag = "fine-tuning", params(("id" = String, Path)),
     responses(Errors)
 )]
-pub async fn resume(State(app): State<App>, Segment(id): Segment) -> Result<Answer<Job>, ApiError> {
-    not_built(&app, &id, "resume").await
+pub async fn resume(State(app): State<App>, JobSegment(job): JobSegment) -> Result<Answer<Job>, ApiError> {
+    not_built(&app, &job, "resume").await
 }
 
-async fn not_built(app: &App, id: &str, what: &str) -> Result<Answer<Job>, ApiError> {
-    app.router.job(&job_id(id)).await?;
+async fn not_built(app: &App, job: &JobName, what: &str) -> Result<Answer<Job>, ApiError> {
+    job.found(app.router.job(&job.id).await)?;
     Err(ApiError::NotBuilt {
         param: what.to_owned(),
         hint: ": a job can only be cancelled".to_owned(),
@@ -121,14 +117,12 @@ async fn not_built(app: &App, id: &str, what: &str) -> Result<Answer<Job>, ApiEr
 )]
 pub async fn events(
     State(app): State<App>,
-    Segment(id): Segment,
+    JobSegment(job): JobSegment,
     query: Pairs,
 ) -> Result<Answer<PageList<JobEvent>>, ApiError> {
     let limit = query.integer("limit", 1..=EVENTS_LIMIT, 20)?;
-    let page = app
-        .router
-        .job_events(&job_id(&id), query.text("after"), limit)
-        .await?;
+    let page = app.router.job_events(&job.id, query.text("after"), limit).await;
+    let page = job.found(page)?;
     let data = page.data.into_iter().map(jobs::event).collect();
     Ok(Answer(PageList {
         object: "list",
@@ -148,18 +142,16 @@ pub async fn events(
 )]
 pub async fn checkpoints(
     State(app): State<App>,
-    Segment(id): Segment,
+    JobSegment(job): JobSegment,
     query: Pairs,
 ) -> Result<Answer<CursorList<Checkpoint>>, ApiError> {
     let limit = query.integer("limit", 1..=LIST_LIMIT, 10)?;
-    let page = app
-        .router
-        .checkpoints(&job_id(&id), query.text("after"), limit)
-        .await?;
+    let page = app.router.checkpoints(&job.id, query.text("after"), limit).await;
+    let page = job.found(page)?;
     let data: Vec<Checkpoint> = page
         .data
         .into_iter()
-        .map(|one| jobs::checkpoint(one, &id))
+        .map(|one| jobs::checkpoint(one, &job.id))
         .collect();
     Ok(Answer(CursorList {
         object: "list",

@@ -10,18 +10,19 @@ use super::to_the_end;
 use crate::app::App;
 use crate::convert;
 use crate::error::ApiError;
-use crate::extract::Segment;
+use crate::extract::{Pairs, Segment};
 
-/// The base model and every adapter that can be named.
-#[utoipa::path(get, path = "/v1/models", tag = "models", responses((status = 200, body = List<Model>), Errors))]
-pub async fn list(State(app): State<App>) -> Json<List<Model>> {
-    Json(List::new(
-        app.router
-            .models()
-            .into_iter()
-            .map(convert::models::model)
-            .collect(),
-    ))
+/// The base model and the adapters. Checkpoints of jobs can be named as well; a job lists its own.
+#[utoipa::path(
+    get, path = "/v1/models", tag = "models",
+    params(("include_checkpoints" = Option<bool>, Query, description = "List the checkpoints of all jobs, too")),
+    responses((status = 200, body = List<Model>), Errors)
+)]
+pub async fn list(State(app): State<App>, query: Pairs) -> Result<Json<List<Model>>, ApiError> {
+    let with_checkpoints = query.flag("include_checkpoints")?;
+    let models = app.router.models().into_iter().map(convert::models::model);
+    let models = models.filter(|model| with_checkpoints || model.step_number.is_none());
+    Ok(Json(List::new(models.collect())))
 }
 
 /// One model. The id may hold `/`, plain or percent-encoded.

@@ -1,6 +1,8 @@
 //! A streamed answer: pieces in, chunks out, then usage and `[DONE]`. What a chunk's choice looks like is the caller's
 //! [`Choices`]. Not here: admission.
 
+use std::time::Duration;
+
 use axum::body::Bytes;
 use axum::response::Response;
 use serde::Serialize;
@@ -11,6 +13,9 @@ use super::feed::{Admitted, Feed, Identity, Placed};
 use crate::convert::sampling::StreamUsage;
 use crate::error::ApiError;
 use crate::sse::{self, Envelope, UsageKey};
+
+/// How long a stream's status waits for its first piece. Clients and proxies give up on a silent connection.
+const FIRST_PIECE: Duration = Duration::from_millis(500);
 
 /// Chat's and completions' way to show a piece.
 pub trait Choices: Send + 'static {
@@ -77,8 +82,8 @@ enum State {
     Over,
 }
 
-/// `chunk` is the envelope without choices. The status waits for the first piece: what fails before it is an error
-/// like any other, with its own status.
+/// `chunk` is the envelope without choices. The status waits a moment for the first piece: what fails before it is an
+/// error like any other, with its own status.
 pub async fn respond(
     admitted: Admitted,
     chunk: &impl Serialize,
@@ -91,7 +96,8 @@ pub async fn respond(
         mut feed,
     } = admitted;
     let mut news = Vec::new();
-    feed.next(&mut news).await;
+    // A request that waits in the queue is told that it does: nothing is in `news` then.
+    let _ = tokio::time::timeout(FIRST_PIECE, feed.next(&mut news)).await;
     if let Some((
         _,
         Piece {

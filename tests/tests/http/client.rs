@@ -44,7 +44,8 @@ impl Reply {
         let text = self.text();
         let mut events: Vec<&str> = text
             .split("\n\n")
-            .filter(|event| !event.is_empty())
+            // A comment breaks the silence while a request waits.
+            .filter(|event| !event.is_empty() && !event.starts_with(':'))
             .map(|event| {
                 event
                     .strip_prefix("data: ")
@@ -125,7 +126,17 @@ pub fn raw(address: SocketAddr, request: &[u8]) -> Reply {
     let mut stream = connect(address);
     // A server that refuses early may close before it has read everything; what it said is what counts.
     let _ = stream.write_all(request);
-    read(BufReader::new(stream))
+    read(&mut BufReader::new(stream))
+}
+
+/// One request after the other on one connection, as long as the server keeps it.
+pub fn in_turn(address: SocketAddr, requests: &[Vec<u8>]) -> Vec<Reply> {
+    let mut stream = BufReader::new(connect(address));
+    let answer = |request: &Vec<u8>| {
+        stream.get_mut().write_all(request).unwrap();
+        read(&mut stream)
+    };
+    requests.iter().map(answer).collect()
 }
 
 pub fn connect(address: SocketAddr) -> TcpStream {
@@ -135,7 +146,7 @@ pub fn connect(address: SocketAddr) -> TcpStream {
     stream
 }
 
-fn read(mut stream: BufReader<TcpStream>) -> Reply {
+fn read(stream: &mut BufReader<TcpStream>) -> Reply {
     let mut line = String::new();
     stream.read_line(&mut line).unwrap();
     let status = line.split(' ').nth(1).and_then(|status| status.parse().ok());
@@ -165,7 +176,7 @@ fn read(mut stream: BufReader<TcpStream>) -> Reply {
     reply
 }
 
-fn chunks(mut stream: BufReader<TcpStream>) -> Vec<u8> {
+fn chunks(stream: &mut BufReader<TcpStream>) -> Vec<u8> {
     let mut body = Vec::new();
     loop {
         let mut line = String::new();

@@ -20,7 +20,7 @@ fn training_file(server: &Server, rows: usize) -> String {
 
 fn job(server: &Server, extra: Value) -> client::Reply {
     let mut body = json!({
-        "model": server.model(), "suffix": "blue", "hyperparameters": {"n_epochs": 1, "batch_size": 1},
+        "model": server.model(), "save_steps": 2, "suffix": "blue", "hyperparameters": {"n_epochs": 1, "batch_size": 1},
         "lora_r": 4, "max_steps": 4, "max_seq_length": 64,
     });
     body.as_object_mut()
@@ -124,6 +124,14 @@ fn a_job_makes_a_model_that_answers() {
         (1, &json!(true))
     );
     let checkpoints = client::get(server.address, &format!("/v1/fine_tuning/jobs/{id}/checkpoints")).ok();
+    // Checkpoints are models that are listed only when they are asked for.
+    let listed = |query: &str| {
+        let models = client::get(server.address, &format!("/v1/models{query}")).ok();
+        models["data"].as_array().unwrap().len()
+    };
+    let saved = checkpoints["data"].as_array().unwrap().len();
+    assert!(saved > 0);
+    assert_eq!((listed(""), listed("?include_checkpoints=true")), (2, 2 + saved));
     for checkpoint in checkpoints["data"].as_array().unwrap() {
         let body =
             json!({"model": checkpoint["fine_tuned_model_checkpoint"], "prompt": "x", "max_tokens": 1});
@@ -168,6 +176,9 @@ fn a_job_makes_a_model_that_answers() {
         true
     );
     assert_eq!(client::post(server.address, "/v1/completions", &body).status, 404);
+    // Its checkpoints went with it.
+    let models = client::get(server.address, "/v1/models?include_checkpoints=true").ok();
+    assert_eq!(models["data"].as_array().unwrap().len(), 1, "{models}");
 }
 
 #[test]
@@ -203,11 +214,15 @@ fn the_legacy_api_streams_its_events() {
         &json!({"model": model, "prompt": "x", "max_tokens": 1}),
     )
     .ok();
-    client::delete(
+    // By the job, as the client of 2023 does; its record stays.
+    let deleted = client::delete(server.address, &format!("/v1/fine-tunes/{id}")).ok();
+    assert_eq!((&deleted["id"], &deleted["deleted"]), (&json!(id), &json!(true)));
+    let gone = client::get(
         server.address,
         &format!("/v1/models/{}", model.replace(':', "%3A")),
-    )
-    .ok();
+    );
+    assert_eq!(gone.status, 404);
+    client::get(server.address, &format!("/v1/fine-tunes/{id}")).ok();
 }
 
 #[test]

@@ -356,6 +356,19 @@ fn tokens_come_back_as_text() {
 }
 
 #[test]
+fn a_seed_repeats_and_minus_one_does_not() {
+    let server = Server::shared();
+    let texts = |seed: i64| {
+        let asked = json!({"seed": seed, "temperature": 2, "max_tokens": 32, "ignore_eos": true});
+        let ask = || complete(&server, asked.clone())["choices"][0]["text"].to_string();
+        (0..4).map(|_| ask()).collect::<std::collections::BTreeSet<_>>()
+    };
+    assert_eq!(texts(7).len(), 1);
+    assert_eq!(texts(-2).len(), 1);
+    assert!(texts(-1).len() > 1);
+}
+
+#[test]
 fn what_nobody_reads_is_stopped() {
     let server = Server::start(&[]);
     let body = body(
@@ -364,7 +377,7 @@ fn what_nobody_reads_is_stopped() {
     )
     .to_string();
     let request = format!(
-        "POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-length: {}\r\n\r\n{body}",
+        "POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
         body.len()
     );
     let mut stream = client::connect(server.address);

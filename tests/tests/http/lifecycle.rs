@@ -50,9 +50,11 @@ fn the_served_document_is_the_committed_one() {
 
 #[test]
 fn a_key_guards_every_route() {
-    let server = Server::start(&["--api-key", "sekret"]);
+    // As a secret's file ends.
+    let server = Server::start(&["--api-key", "sekret\n"]);
     let ask = |path: &str, headers: &[(&str, &str)]| client::send(server.address, "GET", path, headers, b"");
-    for path in ["/health", "/ready"] {
+    // A browser cannot send a key before a page has asked for it.
+    for path in ["/health", "/ready", "/", "/docs"] {
         assert_eq!(ask(path, &[]).status, 200);
     }
     for path in [
@@ -60,8 +62,6 @@ fn a_key_guards_every_route() {
         "/tokenizer_info",
         "/metrics",
         "/version",
-        "/docs",
-        "/",
         "/openapi.json",
         "/nothing",
         "/health/",
@@ -87,12 +87,153 @@ fn a_key_guards_every_route() {
 }
 
 #[test]
+fn a_page_of_elsewhere_commands_no_server_without_a_key() {
+    let server = Server::shared();
+    let body = json!({"model": server.model(), "prompt": "Hi", "max_tokens": 1}).to_string();
+    let own = format!("http://{}", server.address);
+    let host = server.address.to_string();
+    let json = ("content-type", "application/json");
+    let evil = ("origin", "https://evil.example");
+    let form = ("content-type", "multipart/form-data; boundary=b");
+    let cancel = "/v1/fine_tuning/jobs/ftjob-unknown/cancel";
+    for (method, path, headers, status) in [
+        ("POST", "/v1/completions", vec![json], 200),
+        (
+            "POST",
+            "/v1/completions",
+            vec![json, ("host", &*host), ("origin", &*own)],
+            200,
+        ),
+        (
+            "POST",
+            "/v1/completions",
+            vec![json, ("origin", "http://localhost:3000")],
+            200,
+        ),
+        ("POST", "/v1/completions", vec![json, evil], 403),
+        ("POST", "/v1/completions", vec![json, ("origin", "null")], 403),
+        ("POST", "/v1/files", vec![form, evil], 403),
+        ("POST", cancel, vec![evil], 403),
+        ("DELETE", "/v1/models/x", vec![evil], 403),
+        // A browser says that it is the server's own page, behind a proxy that has another name.
+        (
+            "DELETE",
+            "/v1/models/x",
+            vec![evil, ("sec-fetch-site", "same-origin")],
+            404,
+        ),
+        // A page cannot read this, and a link may lead here.
+        ("GET", "/", vec![evil], 200),
+        // A name that somebody made point to this machine.
+        ("GET", "/v1/models", vec![("host", "evil.example:8000")], 403),
+        ("GET", "/health", vec![("host", "evil.example:8000")], 200),
+    ] {
+        let reply = client::send(server.address, method, path, &headers, body.as_bytes());
+        assert_eq!(
+            reply.status,
+            status,
+            "{method} {path} {headers:?}: {}",
+            reply.text()
+        );
+        assert!(
+            status != 403 || reply.text().contains("--allowed-origins"),
+            "{}",
+            reply.text()
+        );
+    }
+}
+
+#[test]
+fn listed_pages_are_granted() {
+    let server = Server::start(&[
+        "--allowed-origins",
+        "[\"https://chat.example.com\"]",
+        "--api-key",
+        "sekret",
+    ]);
+    let ask = |origin: &str| {
+        let headers = [
+            ("origin", origin),
+            ("access-control-request-method", "POST"),
+            ("access-control-request-headers", "authorization,content-type"),
+        ];
+        let reply = client::send(server.address, "OPTIONS", "/v1/chat/completions", &headers, b"");
+        let granted = reply.header("access-control-allow-origin").map(str::to_owned);
+        (
+            reply.status,
+            granted,
+            reply.header("access-control-allow-headers").map(str::to_owned),
+        )
+    };
+    let (status, granted, headers) = ask("https://chat.example.com");
+    assert_eq!(
+        (status, granted.as_deref()),
+        (200, Some("https://chat.example.com"))
+    );
+    assert_eq!(headers.as_deref(), Some("authorization,content-type"));
+    assert_eq!(ask("https://evil.example").1, None);
+    // Also what goes wrong can be read.
+    let origin = [("origin", "https://chat.example.com")];
+    let refused = client::send(server.address, "GET", "/v1/models", &origin, b"");
+    assert_eq!(
+        (refused.status, refused.header("access-control-allow-origin")),
+        (401, Some("https://chat.example.com"))
+    );
+}
+
+#[test]
+fn a_refused_body_does_not_end_the_connection() {
+    let server = Server::shared();
+    let body = "x".repeat(100_000);
+    let refused = |path: &str, kind: &str| {
+        let length = body.len();
+        format!("POST {path} HTTP/1.1\r\nhost: t\r\ncontent-type: {kind}\r\ncontent-length: {length}\r\n\r\n{body}").into_bytes()
+    };
+    let mut requests = Vec::new();
+    for _ in 0..100 {
+        requests.push(refused("/nowhere", "application/json"));
+        requests.push(refused("/v1/completions", "text/plain"));
+        requests.push(refused("/v1/files", "multipart/form-data; boundary=b"));
+    }
+    let statuses: Vec<u16> = client::in_turn(server.address, &requests)
+        .iter()
+        .map(|reply| reply.status)
+        .collect();
+    assert_eq!(statuses, [404, 415, 400].repeat(100));
+}
+
+#[test]
+fn a_model_recommends_sampling_parameters() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = json!({"temperature": 0.0, "max_new_tokens": 3});
+    std::fs::write(folder.path().join("generation_config.json"), config.to_string()).unwrap();
+    let server = Server::start(&["--generation-config", folder.path().to_str().unwrap()]);
+    assert!(
+        server.log().contains("temperature 0, max_tokens 3"),
+        "{}",
+        server.log()
+    );
+    let ask = |extra: Value| {
+        let mut body = json!({"model": server.model(), "messages": [{"role": "user", "content": "Tell me a story"}], "ignore_eos": true});
+        body.as_object_mut()
+            .unwrap()
+            .extend(extra.as_object().unwrap().clone());
+        client::post(server.address, "/v1/chat/completions", &body).ok()
+    };
+    let greedy = ask(json!({"temperature": 0, "max_tokens": 3}));
+    let default = ask(json!({}));
+    assert_eq!(default["usage"]["completion_tokens"], 3);
+    assert_eq!(default["choices"][0]["message"], greedy["choices"][0]["message"]);
+    assert_eq!(ask(json!({"max_tokens": 5}))["usage"]["completion_tokens"], 5);
+}
+
+#[test]
 fn a_stream_ends_before_the_server_does() {
     let mut server = Server::start(&[]);
     let body = json!({"model": server.model(), "prompt": "Once", "max_tokens": 32, "ignore_eos": true, "stream": true}).to_string();
     let mut stream = client::connect(server.address);
     let head = format!(
-        "POST /v1/completions HTTP/1.1\r\nhost: t\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
+        "POST /v1/completions HTTP/1.1\r\nhost: t\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
         body.len()
     );
     stream.write_all((head + &body).as_bytes()).unwrap();
@@ -140,8 +281,39 @@ fn wrong_starts_are_explained() {
         ),
         (
             &["serve", "--data-dir", data, "--port", "0"],
-            Some("TANDEM_PROT"),
+            Some(("TANDEM_PROT", "1")),
             "TANDEM_PORT",
+        ),
+        (
+            &["serve", "--data-dir", data, "--port", "0"],
+            Some(("TANDEM_API_KEY", "")),
+            "--api-key: is empty",
+        ),
+        (
+            &[
+                "serve",
+                "--data-dir",
+                data,
+                "--port",
+                "0",
+                "--allowed-origins",
+                "example.com",
+            ],
+            None,
+            "\"example.com\" is no origin",
+        ),
+        (
+            &[
+                "serve",
+                "--data-dir",
+                data,
+                "--port",
+                "0",
+                "--generation-config",
+                "/nowhere",
+            ],
+            None,
+            "/nowhere/generation_config.json",
         ),
         (&["router", "--data-dir", data, "--port", "0"], None, "--backend"),
         (
@@ -162,7 +334,7 @@ fn wrong_starts_are_explained() {
         (&["health", "--port", "1"], None, "port 1"),
     ] {
         let mut command = command(args);
-        variable.map(|name| command.env(name, "1"));
+        variable.map(|(name, value)| command.env(name, value));
         let output = command.output().unwrap();
         let text = String::from_utf8_lossy(&output.stderr);
         assert!(
