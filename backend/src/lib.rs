@@ -21,5 +21,6 @@ pub use tandem_kernels::comm::{CommError, Meeting};
 /// For the process's metrics.
 pub use tandem_kernels::machine::amd;
 
-pub use start::{Dtype, Options, start};
+pub use start::memory::size;
+pub use start::{Dtype, ModelLen, Options, start};
 pub use weights::LoadError;

@@ -30,7 +30,7 @@ use crate::guard;
 use crate::pace::{self, Pace};
 use crate::ranks::{self, Assembled, Followers, Plan, Ready, Team};
 use crate::weights::{Checkpoint, LoadError};
-use memory::gib;
+use memory::size;
 
 /// Prompt tokens in a step that also continues streams. On a CPU a step's time grows with its tokens, and a quarter
 /// of the whole step already multiplies at 85 % of the machine's rate: small keeps streams fluent, at little cost.
@@ -44,7 +44,7 @@ pub struct Options {
     pub device: Device,
     pub dtype: Dtype,
     /// Default: what the checkpoint was made for.
-    pub max_model_len: Option<u32>,
+    pub max_model_len: Option<ModelLen>,
     pub max_num_seqs: u32,
     pub max_num_batched_tokens: u32,
     /// Of each rank. Default: room for `max_num_seqs` whole sequences, within a share of the memory that is free.
@@ -58,6 +58,14 @@ pub struct Options {
     /// For requests that bring none. Default: another one at each start.
     pub seed: Option<u64>,
     pub team: Team,
+}
+
+/// Tokens of prompt and answer together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ModelLen {
+    Asked(u32),
+    /// As many as the KV cache holds, at most what the checkpoint was made for.
+    Fits,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -163,12 +171,17 @@ fn load(
         (Dtype::Bf16, _) | (Dtype::Auto, Kind::BFloat16 | Kind::Half) => Precision::Bf16,
         (Dtype::F32, _) | (Dtype::Auto, _) => Precision::F32,
     };
+    if let Some(asked) = kv_cache_bytes {
+        memory::check_asked(asked, device)?;
+    }
+    let is_shorter_if_need_be = max_model_len == Some(ModelLen::Fits);
     let max_model_len = context_length(max_model_len, &spec)?;
     let plan = Plan {
         model_folder,
         bf16: precision == Precision::Bf16,
         max_num_seqs,
         max_model_len,
+        is_shorter_if_need_be,
         kv_cache_bytes,
     };
     let Ready {
@@ -179,6 +192,8 @@ fn load(
         weight_bytes,
     } = ranks::lead(&plan, spec, &checkpoint, device, local_world, comm)?;
     let Plan { model_folder, .. } = plan;
+    let room = u32::try_from(blocks as usize * BLOCK_SIZE).unwrap_or(u32::MAX);
+    let max_model_len = max_model_len.min(room);
 
     let limits = Limits {
         max_num_seqs: max_num_seqs as usize,
@@ -231,8 +246,8 @@ fn load(
         device = info.device,
         ranks = info.tensor_parallel_size,
         threads = pool::threads(),
-        weights_gib = %gib(info.weight_bytes),
-        kv_gib = %gib(info.kv_bytes),
+        weights = %size(info.weight_bytes),
+        kv_cache = %size(info.kv_bytes),
         kv_tokens = blocks as usize * BLOCK_SIZE,
         load_ms = began.elapsed().as_millis() as u64,
         "replica ready"
@@ -285,19 +300,19 @@ fn check(options: &Options) -> Result<(), LoadError> {
     }
 }
 
-fn context_length(asked: Option<u32>, spec: &DecoderSpec) -> Result<u32, LoadError> {
+fn context_length(asked: Option<ModelLen>, spec: &DecoderSpec) -> Result<u32, LoadError> {
     let made_for = u32::try_from(spec.max_positions).expect("config.json's sizes are below 2^31");
     match asked {
-        Some(0) => Err(LoadError::Option(
+        Some(ModelLen::Asked(0)) => Err(LoadError::Option(
             "max_model_len must be at least 1, got 0".to_owned(),
         )),
-        Some(asked) if asked > made_for => {
+        Some(ModelLen::Asked(asked)) if asked > made_for => {
             let message =
                 format!("max_model_len {asked} exceeds the {made_for} positions the model was made for");
             Err(LoadError::Option(message))
         }
-        Some(asked) => Ok(asked),
-        None => Ok(made_for),
+        Some(ModelLen::Asked(asked)) => Ok(asked),
+        Some(ModelLen::Fits) | None => Ok(made_for),
     }
 }
 

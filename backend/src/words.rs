@@ -14,6 +14,7 @@ use tch::{Cuda, Device, Kind};
 use crate::family::declared_kind;
 use crate::ranks::Team;
 use crate::start::Dtype;
+use crate::start::memory::size;
 use crate::train::run::RunOptions;
 use crate::weights::{Checkpoint, LoadError, has_weights};
 
@@ -64,10 +65,11 @@ impl FromStr for Dtype {
     fn from_str(word: &str) -> Result<Dtype, LoadError> {
         match word {
             "auto" => Ok(Dtype::Auto),
-            "bfloat16" | "bf16" => Ok(Dtype::Bf16),
-            "float32" | "fp32" | "float" => Ok(Dtype::F32),
+            // There is one kind of 16 bits.
+            "bfloat16" | "bf16" | "half" | "float16" | "fp16" | "f16" => Ok(Dtype::Bf16),
+            "float32" | "fp32" | "float" | "f32" => Ok(Dtype::F32),
             other => Err(LoadError::Option(format!(
-                "dtype {other:?} is not auto, bfloat16 or float32"
+                "dtype {other:?} is not auto, bfloat16 (half, float16) or float32 (float)"
             ))),
         }
     }
@@ -159,10 +161,9 @@ fn amd_gpu(gpu: &amd::Gpu) -> String {
         power_watts,
         temperature_celsius,
     } = gpu;
-    let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30));
     let memory = vram_total_bytes.map(|total| match vram_used_bytes {
-        Some(used) => format!("{} of {} used", gib(*used), gib(total)),
-        None => gib(total),
+        Some(used) => format!("{} of {} used", size(*used), size(total)),
+        None => size(total),
     });
     let partitions: Vec<&str> = [compute_partition, memory_partition]
         .into_iter()
@@ -208,7 +209,7 @@ mod tests {
         };
         assert_eq!(
             amd_gpu(&more),
-            "AMD Instinct MI300X OAM, gfx1100, 1.5 GiB of 192.0 GiB used, SPX/NPS1, NUMA node 1"
+            "AMD Instinct MI300X OAM, gfx1100, 1.50 GiB of 192 GiB used, SPX/NPS1, NUMA node 1"
         );
     }
 }

@@ -20,6 +20,8 @@ const RETRY_AFTER_S: u32 = 1;
 
 pub(crate) struct Catalog {
     base: ModelCard,
+    /// More names of the base.
+    other_names: Vec<String>,
     max_waiting: u32,
     names: RwLock<BTreeMap<String, NameRow>>,
     live: DashMap<RequestId, Option<AdapterDigest>>,
@@ -110,6 +112,7 @@ impl Catalog {
         };
         Catalog {
             base,
+            other_names: config.other_model_names.clone(),
             max_waiting: config.max_waiting,
             names: RwLock::new(names.into_iter().map(|row| (row.name.clone(), row)).collect()),
             live: DashMap::new(),
@@ -122,23 +125,33 @@ impl Catalog {
     }
 
     pub fn is_base(&self, name: &str) -> bool {
-        name == self.base.name
+        name == self.base.name || self.other_names.iter().any(|other| other == name)
     }
 
-    /// The base first, then adapters from the oldest on.
+    /// The base by `name`, one of its own.
+    fn base_card(&self, name: &str) -> ModelCard {
+        ModelCard {
+            name: name.to_owned(),
+            ..self.base.clone()
+        }
+    }
+
+    /// The base first, by each of its names, then adapters from the oldest on.
     pub fn cards(&self) -> Vec<ModelCard> {
         let names = self.read();
         let mut rows: Vec<&NameRow> = names.values().collect();
         rows.sort_by_key(|row| row.created_at);
+        let others = self.other_names.iter().map(|name| self.base_card(name));
         [self.base.clone()]
             .into_iter()
+            .chain(others)
             .chain(rows.into_iter().map(|row| self.card(row)))
             .collect()
     }
 
     pub fn find(&self, name: &str) -> Option<ModelCard> {
         match self.is_base(name) {
-            true => Some(self.base.clone()),
+            true => Some(self.base_card(name)),
             false => self.row(name).map(|row| self.card(&row)),
         }
     }

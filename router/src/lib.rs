@@ -38,8 +38,10 @@ use jobs::Desk;
 
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The base model's name.
+    /// The base model's name, which answers, cards of adapters and fine-tuned models carry.
     pub served_model_name: String,
+    /// More names of the base model.
+    pub other_model_names: Vec<String>,
     /// Part of the names of fine-tuned models.
     pub organization: String,
     /// Sequences that may wait for the engine before calls are refused as [`RouterError::Busy`].
@@ -56,6 +58,7 @@ impl Default for Config {
     fn default() -> Config {
         Config {
             served_model_name: "tandem".to_owned(),
+            other_model_names: Vec::new(),
             organization: "tandem".to_owned(),
             max_waiting: 1024,
             max_choices: 128,

@@ -2,19 +2,28 @@
 //! here. Not here: where a value comes from (config.rs), what is done with it.
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand};
+use tandem_backend::ModelLen;
 
 use crate::extract::{FILE_LIMIT_BYTES, JSON_LIMIT_BYTES};
+use crate::values::{LoraModules, address, bytes, count, host, lora_modules, model_len, share};
 
 /// Serves a language model and fine-tunes it in tandem: one process, one copy of the base weights.
 #[derive(Debug, Parser)]
-#[command(name = "tandem", version, about)]
+#[command(name = "tandem", version, about, after_help = BEGIN)]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
 }
+
+const BEGIN: &str = "\
+To begin:
+  tandem serve                          the embedded demo model, with a page to chat on http://127.0.0.1:8000/
+  tandem serve ./Llama-3.2-1B-Instruct  your own: a folder as `hf download NAME --local-dir DIR` makes it
+  tandem train recipe.yaml              fine-tune without a server; `tandem train help` lists the settings
+  tandem COMMAND --help                 every option";
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -60,7 +69,7 @@ pub struct Serve {
 pub struct Backend {
     /// gRPC for routers, and GET /health, /ready and /metrics. There is no key: only routers should reach it. Port 0: any
     /// free one; the line "listening" says which
-    #[arg(long, default_value = "127.0.0.1:8001", value_name = "ADDRESS:PORT")]
+    #[arg(long, default_value = "127.0.0.1:8001", value_name = "ADDRESS:PORT", value_parser = address)]
     pub listen: SocketAddr,
     #[command(flatten)]
     pub model: ModelOptions,
@@ -77,9 +86,9 @@ pub struct Router {
     /// A backend's address, e.g. http://10.0.0.7:8001; repeat it, or separate by commas
     #[arg(long, value_name = "URL", value_delimiter = ',')]
     pub backend: Vec<String>,
-    /// Name of the base model in the API [default: what the first backend calls it]
-    #[arg(long, value_name = "NAME")]
-    pub served_model_name: Option<String>,
+    /// Names of the base model in the API, the first of which answers carry [default: what the first backend calls it]
+    #[arg(long, value_name = "NAME", num_args = 1.., value_delimiter = ',')]
+    pub served_model_name: Vec<String>,
     #[command(flatten)]
     pub edge: EdgeOptions,
     #[command(flatten)]
@@ -92,55 +101,64 @@ pub struct Router {
 #[derive(Clone, Debug, Args)]
 pub struct ModelOptions {
     /// Folder with config.json, *.safetensors and tokenizer.json [default: the embedded demo model]
+    #[arg(value_name = "MODEL")]
+    pub model_folder: Option<PathBuf>,
+    /// The same as MODEL
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
-    /// Name of the base model in the API [default: the folder's name]
-    #[arg(long, value_name = "NAME")]
-    pub served_model_name: Option<String>,
+    /// Names of the base model in the API, the first of which answers carry [default: the folder's name]
+    #[arg(long, value_name = "NAME", num_args = 1.., value_delimiter = ',')]
+    pub served_model_name: Vec<String>,
     /// auto, cpu or cuda:N; with several ranks on GPUs, each takes its own
     #[arg(long, default_value = "auto")]
     pub device: String,
     /// Ranks that divide the model [default: 1, or WORLD_SIZE where torchrun, Slurm or Kubernetes start the ranks]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    #[arg(long, value_name = "N", value_parser = count(1..=64))]
     pub tensor_parallel_size: Option<u32>,
     /// What ranks are that nobody else starts: thread (of this process) or mp (processes of their own) [default: thread
     /// on the CPU, mp on GPUs]
     #[arg(long, value_name = "KIND", value_parser = ["thread", "mp"])]
     pub distributed_executor_backend: Option<String>,
-    /// auto, bfloat16 or float32
+    /// Of weights and KV cache: auto (as the checkpoint is stored; float16 becomes bfloat16), bfloat16 or float32
     #[arg(long, default_value = "auto")]
     pub dtype: String,
-    /// Tokens of prompt and answer together [default: what the model allows]
-    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
-    pub max_model_len: Option<u32>,
-    /// Sequences that run at once
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    /// Tokens of prompt and answer together, e.g. 4096, 4K or 4k (4000); auto: as many as the memory allows [default:
+    /// what the model was made for]
+    #[arg(long, value_name = "TOKENS", value_parser = model_len, allow_negative_numbers = true)]
+    pub max_model_len: Option<ModelLen>,
+    /// Sequences that run at once, 1 to 4096 [default: 64]
+    #[arg(long, value_name = "N", value_parser = count(1..=4096))]
     pub max_num_seqs: Option<u32>,
-    /// Tokens of one step, prompts and answers together
-    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    /// Tokens of one step, prompts and answers together [default: 512]
+    #[arg(long, value_name = "TOKENS", value_parser = count(1..=u32::MAX))]
     pub max_num_batched_tokens: Option<u32>,
-    /// Bytes of the KV cache on each rank, e.g. 4G or 512M [default: a part of the free memory]
+    /// Bytes of the KV cache on each rank, e.g. 4G (of 1024) or 500m (of 1000) [default: room for --max-num-seqs whole
+    /// sequences, within half of the free memory, or 80 % of a GPU's]
     #[arg(long, alias = "kv-cache-memory", value_name = "BYTES", value_parser = bytes)]
     pub kv_cache_memory_bytes: Option<u64>,
-    /// Adapters that are resident at once; others wait on disk
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    /// Adapters that are resident at once, 1 to 4096; others wait on disk [default: 16]
+    #[arg(long, value_name = "N", value_parser = count(1..=4096))]
     pub max_loras: Option<u32>,
-    /// Largest rank of an adapter
-    #[arg(long, value_name = "RANK", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    /// Largest rank of an adapter, 1 to 4096 [default: 64]
+    #[arg(long, value_name = "RANK", value_parser = count(1..=4096))]
     pub max_lora_rank: Option<u32>,
     /// Seconds a fine-tuning job may take for each second of serving, while there are requests: with 1 streams
     /// are half as fast beside a job. Without requests it has the machine [default: 0.25]
     #[arg(long, value_name = "SHARE", value_parser = share)]
     pub training_share: Option<f64>,
-    /// Compute threads [default: one per physical core]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    /// Compute threads [default: one for each core this process may use]
+    #[arg(long, value_name = "N", value_parser = count(1..=4096))]
     pub threads: Option<u32>,
+    /// Of requests that bring no seed [default: another one at each start]
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
 }
 
 /// The HTTP side.
 #[derive(Clone, Debug, Args)]
 pub struct EdgeOptions {
-    #[arg(long, default_value = "127.0.0.1", value_name = "ADDRESS")]
+    /// Address or name to listen on; 0.0.0.0 is every network
+    #[arg(long, default_value = "127.0.0.1", value_name = "ADDRESS", value_parser = host)]
     pub host: IpAddr,
     /// 0: any free port; the line "listening" says which
     #[arg(long, default_value_t = 8000)]
@@ -160,9 +178,10 @@ pub struct EdgeOptions {
     /// Refuse a request that has a field of which nothing is known, instead of logging the field's name once
     #[arg(long)]
     pub strict_fields: bool,
-    /// Adapters to serve from the start: PEFT folders
-    #[arg(long, value_name = "NAME=DIR", num_args = 1.., value_delimiter = ',', value_parser = lora_module)]
-    pub lora_modules: Vec<(String, PathBuf)>,
+    /// Adapters to serve from the start: PEFT folders, several of them by spaces or commas; or vLLM's JSON,
+    /// '{"name": "a", "path": "DIR"}'
+    #[arg(long, value_name = "NAME=DIR", num_args = 1.., value_parser = lora_modules)]
+    pub lora_modules: Vec<LoraModules>,
     /// Requests that may wait for a place among the running; more are answered 429
     #[arg(long, value_name = "N", default_value_t = 512)]
     pub max_waiting: u32,
@@ -207,8 +226,12 @@ pub struct ProcessOptions {
 
 #[derive(Clone, Debug, Args)]
 pub struct Train {
-    /// YAML file; `tandem train help` lists its keys
-    #[arg(value_name = "FILE.yaml | key=value", required = true)]
+    /// A YAML file of settings, and settings that win over it; --key value is taken, too. `tandem train help` lists all
+    #[arg(
+        value_name = "FILE.yaml | key=value",
+        required = true,
+        allow_hyphen_values = true
+    )]
     pub settings: Vec<String>,
 }
 
@@ -224,7 +247,8 @@ pub struct Rank {
 
 #[derive(Clone, Debug, Args)]
 pub struct Health {
-    #[arg(long, default_value = "127.0.0.1")]
+    /// Where it listens
+    #[arg(long, default_value = "127.0.0.1", value_parser = host)]
     pub host: IpAddr,
     #[arg(long, default_value_t = 8000)]
     pub port: u16,
@@ -243,66 +267,19 @@ fn limits() -> String {
     )
 }
 
-/// `NAME=DIR`, as vLLM.
-fn lora_module(text: &str) -> Result<(String, PathBuf), String> {
-    match text.split_once('=') {
-        Some((name, folder)) if !name.is_empty() && !folder.is_empty() => {
-            Ok((name.to_owned(), PathBuf::from(folder)))
-        }
-        _ => Err("an adapter is given as NAME=DIR".to_owned()),
+impl ModelOptions {
+    /// Where the model lies, by whichever of the two it was said.
+    pub fn folder(&self) -> Option<&Path> {
+        self.model_folder.as_deref().or(self.model.as_deref())
     }
 }
 
-/// `4294967296`, `4G`, `4GiB`, `512m`: powers of 1024.
-fn share(text: &str) -> Result<f64, String> {
-    match text.parse() {
-        Ok(share) if (0.01..=100.0).contains(&share) => Ok(share),
-        _ => Err(format!("{text:?} is not a number from 0.01 to 100")),
-    }
-}
-
-fn bytes(text: &str) -> Result<u64, String> {
-    let refused = || format!("{text:?} is not a number of bytes such as 2147483648, 2G or 512M");
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let shift = match text[digits.len()..]
-        .to_ascii_lowercase()
-        .trim_end_matches("ib")
-        .trim_end_matches('b')
-    {
-        "" => 0,
-        "k" => 10,
-        "m" => 20,
-        "g" => 30,
-        "t" => 40,
-        _ => return Err(refused()),
-    };
-    let number: f64 = digits.trim().parse().map_err(|_| refused())?;
-    let count = number * (1_u64 << shift) as f64;
-    match (1.0..9e18).contains(&count) {
-        true => Ok(count as u64),
-        false => Err(refused()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_are_read() {
-        for (text, expected) in [
-            ("2147483648", Some(2 << 30)),
-            ("2G", Some(2 << 30)),
-            ("1.5GiB", Some(3 << 29)),
-            ("512m", Some(512 << 20)),
-            ("64kb", Some(64 << 10)),
-            ("", None),
-            ("G", None),
-            ("-1G", None),
-            ("1X", None),
-            ("nan", None),
-        ] {
-            assert_eq!(bytes(text).ok(), expected, "{text:?}");
-        }
+impl EdgeOptions {
+    /// Name and folder of each adapter.
+    pub fn adapters(&self) -> Vec<(String, PathBuf)> {
+        let modules = self.lora_modules.iter().flat_map(|LoraModules(modules)| modules);
+        modules
+            .map(|module| (module.name.clone(), module.path.clone()))
+            .collect()
     }
 }

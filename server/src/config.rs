@@ -1,5 +1,6 @@
 //! Where an option's value comes from: the command line, else the environment, else the TOML file, else the default.
-//! A name that does not exist is an error that says what was probably meant. Not here: the options (cli.rs).
+//! A name that does not exist is an error that says what was probably meant. Not here: the options (cli.rs), those of
+//! other servers (foreign.rs).
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -9,6 +10,7 @@ use clap::parser::ValueSource;
 use clap::{Arg, ArgMatches, Command, CommandFactory, FromArgMatches};
 
 use crate::cli::Cli;
+use crate::foreign::{self, Verdict};
 
 const ENV_PREFIX: &str = "TANDEM_";
 /// The commands whose options also come from the environment and a file.
@@ -25,7 +27,7 @@ pub enum ConfigError {
     Usage(#[from] clap::Error),
     #[error("cannot read {}", path.display())]
     Unreadable { path: PathBuf, source: std::io::Error },
-    #[error("{} is not TOML", path.display())]
+    #[error("{} is not TOML (lines such as max-model-len = 4096; a YAML file of vLLM must be rewritten)", path.display())]
     NotToml {
         path: PathBuf,
         source: Box<toml::de::Error>,
@@ -36,10 +38,20 @@ pub enum ConfigError {
         name: String,
         suggestion: Option<String>,
     },
-    #[error("{}: {name} must be a string, a number, or an array of them", path.display())]
+    #[error("{}: {name} must be a string, a number, true or false, or an array or a table of them", path.display())]
     WrongShape { path: PathBuf, name: String },
     #[error("unknown environment variable {name}{}", meant(suggestion))]
     UnknownVariable {
+        name: String,
+        suggestion: Option<String>,
+    },
+    #[error("{0} and {1} say the same; give one of them")]
+    Twice(String, String),
+    /// All that other servers take and this one does not.
+    #[error("{}", refused.join("\n        "))]
+    Foreign { refused: Vec<String> },
+    #[error("there is no `tandem {name}`{}", suggestion.as_ref().map_or_else(String::new, |s| format!(": {s}")))]
+    UnknownCommand {
         name: String,
         suggestion: Option<String>,
     },
@@ -60,18 +72,73 @@ pub fn closest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Opti
     (best.0 > 0.8).then(|| best.1.to_owned())
 }
 
-/// One option of a command, for the start-up lines.
+/// An option of a command that was given, for the start-up lines.
 pub struct Chosen {
     pub name: String,
     pub value: String,
-    pub source: &'static str,
+    pub source: Source,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    Flag,
+    Environment,
+    File,
+}
+
+/// What a command was given, beside the options themselves.
+#[derive(Default)]
+pub struct Given {
+    pub options: Vec<Chosen>,
+    /// Another server's options that change nothing here: name and reason.
+    pub harmless: Vec<(String, &'static str)>,
 }
 
 pub struct Parsed {
     pub cli: Cli,
     /// Empty unless the command is one of [`CONFIGURED`].
-    pub chosen: Vec<Chosen>,
+    pub given: Given,
 }
+
+/// What people type who come from elsewhere, and what they mean.
+const OTHER_COMMANDS: &[(&[&str], &str)] = &[
+    (
+        &["run", "start", "server", "up", "launch", "api"],
+        "`tandem serve` serves the API and a page to chat on",
+    ),
+    (
+        &["chat", "complete", "generate", "prompt", "ask"],
+        "start `tandem serve`, then chat on http://127.0.0.1:8000/ or by POST /v1/chat/completions",
+    ),
+    (
+        &["finetune", "fine-tune", "fine_tune", "tune", "sft", "lora", "fit"],
+        "`tandem train recipe.yaml` fine-tunes without a server, POST /v1/fine_tuning/jobs with one",
+    ),
+    (
+        &["pull", "download", "fetch", "install", "add"],
+        "fetch a model with `hf download NAME --local-dir DIR`, then `tandem serve DIR`",
+    ),
+    (
+        &["list", "ls", "ps", "models", "show", "status"],
+        "a running server lists its models at GET /v1/models; `tandem health` asks how it is",
+    ),
+    (
+        &["replica", "worker", "engine"],
+        "`tandem backend` is one replica for routers",
+    ),
+    (
+        &["proxy", "gateway", "lb"],
+        "`tandem router` serves the API in front of backends",
+    ),
+    (
+        &["info", "check", "env", "collect-env"],
+        "`tandem doctor` says what this machine offers",
+    ),
+    (
+        &["bench", "benchmark"],
+        "the repository's benches/ measure; /metrics has a running server's times",
+    ),
+];
 
 /// `variables` are the names of the environment's variables; clap reads their values itself.
 pub fn parse(
@@ -79,21 +146,41 @@ pub fn parse(
     variables: impl IntoIterator<Item = String>,
 ) -> Result<Parsed, ConfigError> {
     let args: Vec<OsString> = args.into_iter().collect();
-    let command = CONFIGURED.iter().fold(Cli::command(), |command, name| {
-        command.mut_subcommand(name, |command| command.mut_args(with_variable))
-    });
-    let first = command.clone().try_get_matches_from(&args)?;
-    let Some((name, given)) = first.subcommand().filter(|(name, _)| CONFIGURED.contains(name)) else {
+    let variables: Vec<String> = variables
+        .into_iter()
+        .filter(|name| name.starts_with(ENV_PREFIX))
+        .collect();
+    let mut command = Cli::command();
+    check_command(&command, args.get(1))?;
+    for name in CONFIGURED {
+        command = command.mut_subcommand(name, foreign::known_to);
+    }
+    let args = spelled_out(args);
+    let Some(name) = CONFIGURED
+        .into_iter()
+        .find(|name| args.get(1).is_some_and(|arg| arg == name))
+    else {
+        let matches = command.try_get_matches_from(&args)?;
         return Ok(Parsed {
-            cli: Cli::from_arg_matches(&first)?,
-            chosen: Vec::new(),
+            cli: Cli::from_arg_matches(&matches)?,
+            given: Given::default(),
         });
     };
     // One environment may serve a whole fleet: an option of another command is no mistake.
     check_variables(
         CONFIGURED.iter().flat_map(|name| options(&command, name)),
-        variables,
+        &variables,
     )?;
+    for option in options(&command, name) {
+        if let [one, other, ..] = &set_variables(option, &variables)[..] {
+            return Err(ConfigError::Twice(one.clone(), other.clone()));
+        }
+    }
+    let command = command.mut_subcommand(name, |command| {
+        command.mut_args(|arg| with_variable(arg, &variables))
+    });
+    let first = command.clone().try_get_matches_from(&args)?;
+    let (_, given) = first.subcommand().expect("it is one of CONFIGURED");
     let options: Vec<Arg> = options(&command, name).cloned().collect();
     let file = match given.get_one::<PathBuf>("config") {
         Some(path) => read_file(path, &options)?,
@@ -108,25 +195,103 @@ pub fn parse(
     });
     let matches = command.try_get_matches_from(&args)?;
     let (_, given) = matches.subcommand().expect("the first pass found one");
-    let chosen = options
-        .iter()
-        .filter_map(|arg| chosen(arg, given, &file))
-        .collect();
+    check_model(given)?;
+    let given = sort(&options, given, &file, &variables)?;
     Ok(Parsed {
         cli: Cli::from_arg_matches(&matches)?,
-        chosen,
+        given,
     })
 }
 
-fn with_variable(arg: Arg) -> Arg {
-    // Leaked once per option: clap without its `string` feature wants static names.
-    let name: &'static str = format!("{ENV_PREFIX}{}", arg.get_id().as_str().to_uppercase()).leak();
-    match arg.get_id().as_str() {
-        "help" => arg,
-        _ => arg.env(name).hide_env(true),
+/// clap suggests what is spelled alike; this is for what is meant alike.
+fn check_command(command: &Command, word: Option<&OsString>) -> Result<(), ConfigError> {
+    let Some(word) = word
+        .map(|word| word.to_string_lossy())
+        .filter(|word| !word.starts_with('-'))
+    else {
+        return Ok(());
+    };
+    if word == "help" || command.find_subcommand(&*word).is_some() {
+        return Ok(());
+    }
+    let meant = OTHER_COMMANDS.iter().find(|(words, _)| words.contains(&&*word));
+    let alike = || {
+        let visible = command.get_subcommands().filter(|command| !command.is_hide_set());
+        let name = closest(&word, visible.map(Command::get_name))?;
+        Some(format!("did you mean `tandem {name}`?"))
+    };
+    let suggestion = match meant {
+        Some((_, meant)) => Some((*meant).to_owned()),
+        None if Path::new(&*word).exists() => Some(format!("did you mean `tandem serve {word}`?")),
+        None => alike().or_else(|| Some("`tandem --help` lists the commands".to_owned())),
+    };
+    let name = word.into_owned();
+    Err(ConfigError::UnknownCommand { name, suggestion })
+}
+
+/// Of the commands that other servers have, too. What comes behind `--` stays as it is.
+fn spelled_out(args: Vec<OsString>) -> Vec<OsString> {
+    let is_configured = args
+        .get(1)
+        .is_some_and(|arg| CONFIGURED.iter().any(|name| arg == name));
+    let mut is_option = is_configured;
+    let spell = |arg: OsString| {
+        is_option &= arg != "--";
+        match arg.to_str() {
+            Some(text) if is_option => OsString::from(foreign::spelled_out(text)),
+            _ => arg,
+        }
+    };
+    args.into_iter().map(spell).collect()
+}
+
+/// A model on the command line wins over one of the environment or the file, whichever way it is said.
+fn check_model(given: &ArgMatches) -> Result<(), ConfigError> {
+    let by_flag = |id: &str| {
+        let is_known = given.ids().any(|known| known == id);
+        (is_known && given.value_source(id) == Some(ValueSource::CommandLine))
+            .then(|| given.get_one::<PathBuf>(id))
+            .flatten()
+    };
+    match (by_flag("model_folder"), by_flag("model")) {
+        (Some(folder), Some(model)) => Err(ConfigError::Twice(
+            folder.display().to_string(),
+            format!("--model {}", model.display()),
+        )),
+        _ => Ok(()),
     }
 }
 
+/// `--max-loras` -> `TANDEM_MAX_LORAS`
+fn variable(option: &str) -> String {
+    format!("{ENV_PREFIX}{}", option.replace('-', "_").to_uppercase())
+}
+
+/// An option's own variable, then those of its other spellings.
+fn variables_of(arg: &Arg) -> impl Iterator<Item = String> {
+    let names = arg
+        .get_long()
+        .into_iter()
+        .chain(arg.get_all_aliases().unwrap_or_default());
+    names.map(variable)
+}
+
+fn set_variables(arg: &Arg, variables: &[String]) -> Vec<String> {
+    variables_of(arg)
+        .filter(|name| variables.contains(name))
+        .collect()
+}
+
+fn with_variable(arg: Arg, variables: &[String]) -> Arg {
+    let set = set_variables(&arg, variables).into_iter().next();
+    match set.or_else(|| variables_of(&arg).next()) {
+        // Leaked once per option: clap without its `string` feature wants static names.
+        Some(name) => arg.env(&*name.leak()).hide_env(true),
+        None => arg,
+    }
+}
+
+/// Of a command, without those of clap.
 fn options<'a>(command: &'a Command, name: &str) -> impl Iterator<Item = &'a Arg> + use<'a> {
     let command = command.find_subcommand(name).expect("cli.rs declares it");
     command.get_arguments().filter(|arg| arg.get_id() != "help")
@@ -134,20 +299,17 @@ fn options<'a>(command: &'a Command, name: &str) -> impl Iterator<Item = &'a Arg
 
 fn check_variables<'a>(
     options: impl Iterator<Item = &'a Arg>,
-    variables: impl IntoIterator<Item = String>,
+    variables: &[String],
 ) -> Result<(), ConfigError> {
-    let known: Vec<&str> = options
-        .filter_map(|arg| arg.get_env()?.to_str())
-        .chain(OTHER_VARIABLES)
+    let known: Vec<String> = options
+        .flat_map(variables_of)
+        .chain(OTHER_VARIABLES.map(str::to_owned))
         .collect();
-    match variables
-        .into_iter()
-        .find(|name| name.starts_with(ENV_PREFIX) && !known.contains(&name.as_str()))
-    {
+    match variables.iter().find(|name| !known.contains(name)) {
         None => Ok(()),
         Some(name) => Err(ConfigError::UnknownVariable {
-            suggestion: closest(&name, known),
-            name,
+            suggestion: closest(name, known.iter().map(String::as_str)),
+            name: name.clone(),
         }),
     }
 }
@@ -164,22 +326,19 @@ fn read_file(path: &Path, options: &[Arg]) -> Result<BTreeMap<String, Vec<String
     })?;
     let mut values = BTreeMap::new();
     for (name, value) in table {
-        let id = name.replace('-', "_");
+        let long = name.replace('_', "-");
         let named = |arg: &&Arg| {
-            arg.get_id() == id.as_str()
-                || arg
-                    .get_all_aliases()
-                    .unwrap_or_default()
-                    .contains(&name.replace('_', "-").as_str())
+            let aliases = arg.get_all_aliases().unwrap_or_default();
+            arg.get_long() == Some(&long) || aliases.contains(&long.as_str())
         };
         let Some(arg) = options.iter().filter(|arg| arg.get_id() != "config").find(named) else {
             let known = options
                 .iter()
-                .map(|arg| arg.get_id().as_str())
-                .filter(|&id| id != "config");
+                .filter(|arg| !arg.is_hide_set())
+                .filter_map(Arg::get_long);
             return Err(ConfigError::UnknownKey {
                 path: path.to_owned(),
-                suggestion: closest(&id, known),
+                suggestion: closest(&long, known.filter(|&known| known != "config")),
                 name,
             });
         };
@@ -187,17 +346,24 @@ fn read_file(path: &Path, options: &[Arg]) -> Result<BTreeMap<String, Vec<String
             path: path.to_owned(),
             name,
         })?;
-        values.insert(arg.get_id().to_string(), texts);
+        if values.insert(arg.get_id().to_string(), texts).is_some() {
+            let long = arg.get_long().unwrap_or_default();
+            let other = format!("another spelling of it in {}", path.display());
+            return Err(ConfigError::Twice(long.to_owned(), other));
+        }
     }
     Ok(values)
 }
 
-/// A scalar, an array of scalars, or a table (`lora-modules = { name = "dir" }`).
+/// A scalar, an array of scalars or of tables (`[[lora-modules]]`), or a table (`lora-modules = { name = "dir" }`).
 fn as_texts(value: &toml::Value) -> Option<Vec<String>> {
     let scalar = |value: &toml::Value| match value {
         toml::Value::String(text) => Some(text.clone()),
         toml::Value::Integer(number) => Some(number.to_string()),
         toml::Value::Float(number) => Some(number.to_string()),
+        toml::Value::Boolean(on) => Some(on.to_string()),
+        // As it would stand on a command line.
+        toml::Value::Table(table) => serde_json::to_string(table).ok(),
         _ => None,
     };
     match value {
@@ -210,24 +376,52 @@ fn as_texts(value: &toml::Value) -> Option<Vec<String>> {
     }
 }
 
-fn chosen(arg: &Arg, given: &ArgMatches, file: &BTreeMap<String, Vec<String>>) -> Option<Chosen> {
-    let id = arg.get_id().as_str();
-    let source = match given.value_source(id)? {
-        ValueSource::CommandLine => "flag",
-        ValueSource::EnvVariable => "environment",
-        _ if file.contains_key(id) => "file",
-        _ => "default",
-    };
-    let texts: Vec<_> = given.get_raw(id)?.map(|text| text.to_string_lossy()).collect();
+/// What was given: options of ours, and those of other servers, which are harmless or refused.
+fn sort(
+    options: &[Arg],
+    matches: &ArgMatches,
+    file: &BTreeMap<String, Vec<String>>,
+    variables: &[String],
+) -> Result<Given, ConfigError> {
+    let (mut given, mut refused) = (Given::default(), Vec::new());
+    for arg in options {
+        let id = arg.get_id().as_str();
+        let source = match matches.value_source(id) {
+            Some(ValueSource::CommandLine) => Source::Flag,
+            Some(ValueSource::EnvVariable) => Source::Environment,
+            Some(_) if file.contains_key(id) => Source::File,
+            _ => continue,
+        };
+        let texts = matches.get_raw(id).into_iter().flatten();
+        let texts: Vec<String> = texts.map(|text| text.to_string_lossy().into_owned()).collect();
+        let long = arg.get_long().unwrap_or("model");
+        let name = match source {
+            Source::Flag => format!("--{long}"),
+            Source::Environment => set_variables(arg, variables).swap_remove(0),
+            Source::File => format!("{long} in the file of --config"),
+        };
+        match foreign::judge(long, &texts) {
+            None => given.options.push(chosen(id, long, source, &texts)),
+            Some(Verdict::Taken(why)) => given.harmless.push((name, why)),
+            Some(Verdict::Refused(instead)) => refused.push(format!("{name} is not taken: {instead}")),
+        }
+    }
+    match refused.is_empty() {
+        true => Ok(given),
+        false => Err(ConfigError::Foreign { refused }),
+    }
+}
+
+fn chosen(id: &str, long: &str, source: Source, texts: &[String]) -> Chosen {
     let value = match id {
         "api_key" | "database_url" => "(hidden)".to_owned(),
         _ => texts.join(" "),
     };
-    Some(Chosen {
-        name: id.replace('_', "-"),
+    Chosen {
+        name: long.to_owned(),
         value,
         source,
-    })
+    }
 }
 
 #[cfg(test)]
@@ -235,40 +429,46 @@ mod tests {
     use super::*;
     use crate::cli;
 
-    fn serve(args: &str, variables: &[&str]) -> Result<(cli::Serve, Vec<Chosen>), ConfigError> {
+    fn serve(args: &str, variables: &[&str]) -> Result<(cli::Serve, Given), ConfigError> {
         let args = ["tandem", "serve"]
             .into_iter()
             .chain(args.split_whitespace())
             .map(OsString::from);
         let parsed = parse(args, variables.iter().map(|&name| name.to_owned()))?;
         match parsed.cli.command {
-            cli::Command::Serve(serve) => Ok((*serve, parsed.chosen)),
+            cli::Command::Serve(serve) => Ok((*serve, parsed.given)),
             other => panic!("{other:?}"),
         }
+    }
+
+    fn refusal(args: &str, variables: &[&str]) -> String {
+        serve(args, variables).map(|_| ()).unwrap_err().to_string()
     }
 
     #[test]
     fn the_file_is_below_the_flags_and_above_the_defaults() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let text =
-            "port = 9\nmax_num_seqs = 7\nkv-cache-memory = \"1G\"\nlora-modules = { a = \"x\", b = \"y\" }\n";
+        let text = "port = 9\nmax_num_seqs = 7\nkv-cache-memory = \"1G\"\nserved-model-name = [\"m\", \"n\"]\n\
+                    enable-lora = true\nlora-modules = { a = \"x\", b = \"y\" }\n";
         std::fs::write(file.path(), text).unwrap();
-        let (serve, chosen) = serve(&format!("--config {} --port 10", file.path().display()), &[]).unwrap();
+        let (serve, given) = serve(&format!("--config {} --port 10", file.path().display()), &[]).unwrap();
         assert_eq!((serve.edge.port, serve.model.max_num_seqs), (10, Some(7)));
         assert_eq!(serve.model.kv_cache_memory_bytes, Some(1 << 30));
+        assert_eq!(serve.model.served_model_name, ["m", "n"]);
         assert_eq!(
-            serve.edge.lora_modules,
+            serve.edge.adapters(),
             [("a".to_owned(), "x".into()), ("b".to_owned(), "y".into())]
         );
         let source = |name: &str| {
-            chosen
-                .iter()
-                .find(|chosen| chosen.name == name)
-                .map(|chosen| chosen.source)
+            let mut options = given.options.iter();
+            options
+                .find(|option| option.name == name)
+                .map(|option| option.source)
         };
-        assert_eq!(source("port"), Some("flag"));
-        assert_eq!(source("max-num-seqs"), Some("file"));
-        assert_eq!(source("host"), Some("default"));
+        assert_eq!(source("port"), Some(Source::Flag));
+        assert_eq!(source("max-num-seqs"), Some(Source::File));
+        assert_eq!(source("host"), None);
+        assert_eq!(given.harmless.len(), 1);
     }
 
     #[test]
@@ -277,29 +477,112 @@ mod tests {
         let config = format!("--config {}", file.path().display());
         for (text, expected) in [
             ("prt = 9", "did you mean port?"),
-            ("max-num-seq = 9", "did you mean max_num_seqs?"),
+            ("max-num-seq = 9", "did you mean max-num-seqs?"),
             ("zzz = 1", "unknown option \"zzz\""),
             ("config = \"x\"", "unknown option"),
-            ("port = true", "must be a string"),
+            ("port = true", "invalid value 'true'"),
+            ("port = 1\nPORT = 2", "unknown option \"PORT\""),
+            ("max-num-seqs = 1\nmax_num_seqs = 2", "say the same"),
+            ("port = 1979-05-27", "must be a string"),
             ("port = ", "is not TOML"),
             ("port = \"many\"", "invalid value 'many'"),
+            ("gpu-memory-utilization = 0.9", "use --kv-cache-memory-bytes"),
         ] {
             std::fs::write(file.path(), text).unwrap();
-            let message = serve(&config, &[]).map(|_| ()).unwrap_err().to_string();
+            let message = refusal(&config, &[]);
             assert!(message.contains(expected), "{text}: {message}");
         }
-        let message = serve("", &["TANDEM_PROT", "HOME"])
-            .map(|_| ())
-            .unwrap_err()
-            .to_string();
-        assert!(message.contains("did you mean TANDEM_PORT?"), "{message}");
+        for (variable, expected) in [
+            ("TANDEM_PROT", "did you mean TANDEM_PORT?"),
+            (
+                "TANDEM_GPU_MEMORY_UTILISATION",
+                "did you mean TANDEM_GPU_MEMORY_UTILIZATION?",
+            ),
+        ] {
+            let message = refusal("", &[variable, "HOME"]);
+            assert!(message.contains(expected), "{message}");
+        }
+        assert!(refusal("", &["TANDEM_MAX_MODEL_LEN", "TANDEM_CONTEXT_LENGTH"]).contains("say the same"));
         assert!(serve("", &["TANDEM_PORT", "TANDEM_LOG"]).is_ok());
-        assert!(
-            serve("--prot 9", &[])
-                .map(|_| ())
-                .unwrap_err()
-                .to_string()
-                .contains("--port")
-        );
+        assert!(refusal("--prot 9", &[]).contains("--port"));
+    }
+
+    #[test]
+    fn command_lines_of_other_servers_are_understood() {
+        let line = "./m --enable-lora --served-model-name a b --max_model_len 32k --dtype half -tp 1 --seed 7 \
+                    --host localhost --gpu-layers=3";
+        let message = refusal(line, &[]);
+        assert!(message.contains("--gpu-layers is not taken"), "{message}");
+        let (serve, given) =
+            serve(&line.replace("--gpu-layers=3", "--no-enable-prefix-caching"), &[]).unwrap();
+        let cli::ModelOptions {
+            served_model_name,
+            max_model_len,
+            tensor_parallel_size,
+            seed,
+            ..
+        } = &serve.model;
+        assert_eq!(serve.model.folder(), Some(Path::new("./m")));
+        assert_eq!(served_model_name[..], ["a", "b"]);
+        assert_eq!(*max_model_len, Some(tandem_backend::ModelLen::Asked(32_000)));
+        assert_eq!((*tensor_parallel_size, *seed), (Some(1), Some(7)));
+        assert!(serve.edge.host.is_loopback());
+        let harmless: Vec<&str> = given.harmless.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(harmless, ["--enable-prefix-caching", "--enable-lora"]);
+    }
+
+    #[test]
+    fn each_foreign_option_gets_its_word() {
+        // None: it is taken.
+        for (line, expected) in [
+            ("--gpu-memory-utilization 0.9", Some("--kv-cache-memory-bytes")),
+            (
+                "--tool-call-parser hermes --quantization awq",
+                Some("weights are not quantised"),
+            ),
+            ("--no-enable-auto-tool-choice", None),
+            ("--enable-auto-tool-choice", Some("tool calls")),
+            ("--pipeline-parallel-size 1 --data-parallel-size=1", None),
+            ("-pp 2", Some("--tensor-parallel-size")),
+            (
+                "--load-format auto --kv-cache-dtype auto --tokenizer-mode auto",
+                None,
+            ),
+            ("--kv-cache-dtype fp8", Some("--dtype")),
+            (
+                "--trust-remote-code --enforce-eager --disable-log-requests --swap-space 4",
+                None,
+            ),
+            ("--model m ./m", Some("say the same")),
+            (
+                "--model-path m --tp-size 1 --context-length 4K --max-running-requests 8",
+                None,
+            ),
+            ("--max-model-len -1", None),
+            ("--max-model-len 0", Some("4k (4000)")),
+        ] {
+            match (serve(line, &[]), expected) {
+                (Ok(_), None) => {}
+                (Err(error), Some(part)) => assert!(error.to_string().contains(part), "{line}: {error}"),
+                (Err(error), None) => panic!("{line}: {error}"),
+                (Ok(_), Some(part)) => panic!("{line} is taken, not refused with {part}"),
+            }
+        }
+    }
+
+    #[test]
+    fn other_commands_are_told_what_to_use() {
+        for (word, expected) in [
+            ("chat", "http://127.0.0.1:8000/"),
+            ("run", "`tandem serve`"),
+            ("sevre", "did you mean `tandem serve`?"),
+            ("finetune", "`tandem train"),
+            ("/tmp", "did you mean `tandem serve /tmp`?"),
+            ("zzz", "`tandem --help`"),
+        ] {
+            let args = ["tandem", word].map(OsString::from);
+            let message = parse(args, []).map(|_| ()).unwrap_err().to_string();
+            assert!(message.contains(expected), "{word}: {message}");
+        }
     }
 }

@@ -61,6 +61,8 @@ pub async fn serve(
     outcome
 }
 
+pub const SIGINT: &str = "SIGINT";
+
 /// SIGTERM and SIGINT, from now on.
 pub struct Signals {
     terminate: Signal,
@@ -78,7 +80,7 @@ impl Signals {
     pub async fn next(&mut self) -> &'static str {
         tokio::select! {
             _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
+            _ = self.interrupt.recv() => SIGINT,
         }
     }
 }

@@ -10,6 +10,7 @@ mod doctor;
 mod error;
 mod extract;
 mod fields;
+mod foreign;
 mod gpu_environment;
 mod gpus;
 mod health;
@@ -25,6 +26,7 @@ mod ranks;
 mod sse;
 mod train;
 mod unread;
+mod values;
 
 use std::process::ExitCode;
 
@@ -48,18 +50,18 @@ fn main() -> ExitCode {
 
 fn run() -> Result<ExitCode> {
     let variables = std::env::vars_os().map(|(name, _)| name.to_string_lossy().into_owned());
-    let Parsed { cli, chosen } = match config::parse(std::env::args_os(), variables) {
+    let Parsed { cli, given } = match config::parse(std::env::args_os(), variables) {
         Err(ConfigError::Usage(usage)) => usage.exit(),
         parsed => parsed?,
     };
     process::start_log().context("TANDEM_LOG")?;
     match cli.command {
-        Command::Serve(options) => commands::serve::run(*options, &chosen)?,
-        Command::Backend(options) => commands::backend::run(*options, &chosen)?,
-        Command::Router(options) => commands::router::run(*options, &chosen)?,
+        Command::Serve(options) => commands::serve::run(*options, &given)?,
+        Command::Backend(options) => commands::backend::run(*options, &given)?,
+        Command::Router(options) => commands::router::run(*options, &given)?,
         Command::Train(train) => {
             ranks::must_be_alone("train")?;
-            train::run(&train.settings)?;
+            return Ok(ExitCode::from(train::run(&train.settings)?.code()));
         }
         Command::Doctor => print!("{}", doctor::report()),
         Command::Rank(rank) => ranks::run(&rank)?,

@@ -1,13 +1,17 @@
 //! `tandem train`: fine-tuning without a server, from a YAML file and `key=value` overrides. The same tokenisation,
 //! defaults and trainer as a job of the API. Not here: the training (backend), the defaults (router).
 
+mod progress;
+mod record;
 mod settings;
 
 use std::fs::File;
 use std::io::{self, BufReader, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
-use tandem_backend::train::run::{self, RunOptions};
+use serde_norway::Mapping;
+use tandem_backend::train::run::{Run, RunOptions};
 use tandem_core::dataset::{self, Example};
 use tandem_core::id::JobId;
 use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Method, files};
@@ -15,12 +19,17 @@ use tandem_router::hyper::{self, Bounds, Facts};
 use tandem_text::dataset::{BadLine, Options, read_rows, tokenize};
 use tandem_text::{TextError, Tokenizer};
 
+use crate::listen::{SIGINT, Signals};
+use progress::{Progress, thousands};
+use record::{Begin, Record, RecordError};
 use settings::{Adam, Settings, SettingsError, Tuning};
 
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
     #[error(transparent)]
     Settings(#[from] SettingsError),
+    #[error(transparent)]
+    Record(#[from] RecordError),
     #[error("{}", path.display())]
     File { path: PathBuf, source: io::Error },
     #[error("{}", path.display())]
@@ -35,31 +44,58 @@ pub enum TrainError {
     Empty { path: PathBuf, max_seq_length: u32 },
     #[error(transparent)]
     Tokenizer(TextError),
+    #[error("signals")]
+    Signals(#[source] io::Error),
     #[error(transparent)]
     Load(#[from] tandem_backend::LoadError),
     #[error(transparent)]
     Train(#[from] tandem_backend::train::TrainError),
 }
 
-pub fn run(args: &[String]) -> Result<(), TrainError> {
+/// How it ended.
+pub enum Outcome {
+    Done,
+    /// By a signal, of this name. The state is kept.
+    Stopped(&'static str),
+}
+
+impl Outcome {
+    /// Of a process that a signal ended, as shells have it.
+    pub fn code(&self) -> u8 {
+        match self {
+            Outcome::Done => 0,
+            Outcome::Stopped(signal) => signal_code(signal),
+        }
+    }
+}
+
+fn signal_code(signal: &str) -> u8 {
+    if signal == SIGINT { 130 } else { 143 }
+}
+
+pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
     if args == ["help"] {
         print!("{}", settings::help());
-        return Ok(());
+        return Ok(Outcome::Done);
     }
     let Settings {
         model,
         training_file,
         validation_file,
         output_dir,
+        overwrite_output_dir,
+        save_total_limit,
         tuning,
         adam,
         dtype,
         device,
         request,
-    } = settings::read(args)?;
-    let model = model
-        .canonicalize()
-        .map_err(|source| TrainError::File { path: model, source })?;
+    } = settings::read(&as_settings(args))?;
+    let at = |path: &Path| {
+        let path = path.to_owned();
+        |source| TrainError::File { path, source }
+    };
+    let model = model.canonicalize().map_err(at(&model))?;
     let tokenizer = Tokenizer::from_folder(&model).map_err(TrainError::Tokenizer)?;
     let spec = tandem_backend::family::read_spec(&model)?;
     let bounds = Bounds {
@@ -71,40 +107,146 @@ pub fn run(args: &[String]) -> Result<(), TrainError> {
         max_seq_length: hyper::max_seq_length(&request, bounds),
         prompt_loss_weight: request.prompt_loss_weight.unwrap_or(0.0) as f32,
     };
-    std::fs::create_dir_all(&output_dir).map_err(|source| TrainError::File {
-        path: output_dir.clone(),
-        source,
-    })?;
-    let facts = convert(
-        &training_file,
-        &tokenizer,
-        &options,
-        &output_dir.join(files::TRAIN),
-    )?;
-    if let Some(path) = validation_file {
-        convert(&path, &tokenizer, &options, &output_dir.join(files::VALID))?;
+    let train = Dataset::read(&training_file, &tokenizer, &options)?;
+    let valid = validation_file
+        .map(|path| Dataset::read(&path, &tokenizer, &options))
+        .transpose()?;
+    let hyper = with(hyper::choose(&request, bounds, train.facts), adam, tuning);
+
+    std::fs::create_dir_all(&output_dir).map_err(at(&output_dir))?;
+    let mut settings = Mapping::from_iter([("model".into(), model.display().to_string().into())]);
+    settings.insert("dtype".into(), dtype.as_str().into());
+    settings.extend(record::settings(&hyper));
+    let mut inputs = Mapping::from_iter([("training_file".into(), record::digest(&train.bytes))]);
+    if let Some(valid) = &valid {
+        inputs.insert("validation_file".into(), record::digest(&valid.bytes));
     }
-    let hyper = with(hyper::choose(&request, bounds, facts), adam, tuning);
-    println!("{hyper:#?}");
+    // A model that is trained in its own folder changes by it.
+    if output_dir.canonicalize().map_err(at(&output_dir))? != model {
+        inputs.insert("model".into(), record::model_digest(&model).map_err(at(&model))?);
+    }
+    let mut record = Record {
+        settings,
+        inputs,
+        finished: false,
+    };
+    if overwrite_output_dir {
+        record::clear(&output_dir)?;
+    }
+    let result = match tuning {
+        Tuning::Lora => files::ADAPTER,
+        Tuning::Full => record::WEIGHTS,
+    };
+    if record.begin(&output_dir, result)? == Begin::Finished {
+        println!(
+            "{} was made by this run: there is nothing to do (overwrite_output_dir=true does it again)",
+            output_dir.join(result).display()
+        );
+        return Ok(Outcome::Done);
+    }
+    train.write(&output_dir.join(files::TRAIN))?;
+    match valid {
+        Some(valid) => valid.write(&output_dir.join(files::VALID))?,
+        None => forget(&output_dir.join(files::VALID))?,
+    }
+    for (key, value) in &record.settings {
+        println!("  {:<28} {}", record::show(Some(key)), record::show(Some(value)));
+    }
+
     let spec = JobSpec {
         id: JobId("train".to_owned()),
-        folder: output_dir,
+        folder: output_dir.clone(),
         base_model: model.display().to_string(),
         hyper,
         life: Life::default(),
     };
-    let mut total_steps = 0;
-    let result = run::run(RunOptions::new(spec, model, &dtype, &device)?, |event| {
-        if let JobEvent::Started {
-            total_steps: total, ..
-        } = event
-        {
-            total_steps = *total;
+    let mut run = Run::start(RunOptions::new(spec, model.clone(), &dtype, &device)?)?;
+    let signalled = heed_signals().map_err(TrainError::Signals)?;
+    let mut progress = Progress::new(run.frozen_parameters());
+    while let Some(events) = run.advance()? {
+        for event in &events {
+            progress.show(event);
+            if let (JobEvent::Checkpoint { .. }, Some(limit)) = (event, save_total_limit) {
+                record::prune(&output_dir, limit)?;
+            }
         }
-        println!("{}", line(event, total_steps));
+        if let Some(signal) = signalled.get().filter(|_| run.is_between_steps()) {
+            let step = run.keep()?;
+            progress.end();
+            println!(
+                "stopped after step {step}; its state is in {}: the same command goes on from there",
+                output_dir.display()
+            );
+            return Ok(Outcome::Stopped(signal));
+        }
+    }
+    record.finish(&output_dir)?;
+    println!("written to {}", run.result().display());
+    match tuning {
+        Tuning::Lora => println!(
+            "serve it: tandem serve {} --lora-modules NAME={}",
+            model.display(),
+            run.result().display()
+        ),
+        Tuning::Full => println!("serve it: tandem serve {}", run.result().display()),
+    }
+    Ok(Outcome::Done)
+}
+
+/// TRL's command lines, too: `--learning_rate 1e-4`, `--packing`, `--config recipe.yaml`.
+fn as_settings(args: &[String]) -> Vec<String> {
+    let (mut settings, mut args) = (Vec::new(), args.iter().peekable());
+    while let Some(arg) = args.next() {
+        let Some(flag) = arg.strip_prefix("--") else {
+            settings.push(arg.clone());
+            continue;
+        };
+        let (name, value) = match flag.split_once('=') {
+            Some((name, value)) => (name, Some(value)),
+            None => (
+                flag,
+                args.next_if(|next| !next.starts_with("--")).map(String::as_str),
+            ),
+        };
+        match (name, value) {
+            ("config", Some(file)) => settings.insert(0, file.to_owned()),
+            _ => settings.push(format!("{}={}", name.replace('-', "_"), value.unwrap_or("true"))),
+        }
+    }
+    settings
+}
+
+/// Set by the first SIGINT or SIGTERM, with its name; the second ends the process.
+fn heed_signals() -> io::Result<Arc<OnceLock<&'static str>>> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let mut signals = {
+        let _entered = runtime.enter();
+        Signals::new()?
+    };
+    let heard = Arc::new(OnceLock::new());
+    let ours = heard.clone();
+    let thread = std::thread::Builder::new().name("tandem-signals".to_owned());
+    thread.spawn(move || {
+        runtime.block_on(async {
+            let _ = ours.set(signals.next().await);
+            eprintln!("\nstopping when this step is done; once more stops at once");
+            let second = signals.next().await;
+            std::process::exit(signal_code(second).into());
+        })
     })?;
-    println!("written to {}", result.display());
-    Ok(())
+    Ok(heard)
+}
+
+fn forget(path: &Path) -> Result<(), TrainError> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(TrainError::File {
+            path: path.to_owned(),
+            source: error,
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// What an API's client cannot ask.
@@ -123,95 +265,88 @@ fn with(mut hyper: Hyper, adam: Adam, tuning: Tuning) -> Hyper {
     hyper
 }
 
-/// One JSONL file to one dataset file.
-fn convert(
-    source: &Path,
-    tokenizer: &Tokenizer,
-    options: &Options,
-    target: &Path,
-) -> Result<Facts, TrainError> {
-    let path = || source.to_owned();
-    let file = File::open(source).map_err(|source| TrainError::File { path: path(), source })?;
-    let (mut examples, mut left_out) = (Vec::<Example>::new(), 0_u64);
-    for row in read_rows(BufReader::new(file)) {
-        let (line, row) = row.map_err(|source| TrainError::Row { path: path(), source })?;
-        match tokenize(&row, tokenizer, options) {
-            Ok(example) => examples.push(example),
-            Err(TextError::NoLabels { .. }) => left_out += 1,
-            Err(source) => {
-                return Err(TrainError::Tokens {
-                    path: path(),
-                    line,
-                    source,
-                });
-            }
-        }
-    }
-    if examples.is_empty() {
-        return Err(TrainError::Empty {
-            path: path(),
-            max_seq_length: options.max_seq_length,
-        });
-    }
-    let tokens = examples.iter().map(|example| example.tokens.len() as u64).sum();
-    println!(
-        "{}: {} examples, {tokens} tokens, {left_out} left out",
-        source.display(),
-        examples.len()
-    );
-    let write = || -> io::Result<()> {
-        let mut file = File::create(target)?;
-        file.write_all(&dataset::encode(&examples))?;
-        file.sync_all()
-    };
-    write().map_err(|source| TrainError::File {
-        path: target.to_owned(),
-        source,
-    })?;
-    Ok(Facts {
-        examples: examples.len() as u64,
-        tokens,
-    })
+/// A JSONL file, tokenised.
+struct Dataset {
+    /// As the trainer reads them.
+    bytes: Vec<u8>,
+    facts: Facts,
 }
 
-fn line(event: &JobEvent, total_steps: u64) -> String {
-    match event {
-        JobEvent::Started {
-            total_steps,
-            resumed_from,
-            examples,
-            epoch_tokens,
-            trainable_parameters,
-            ..
-        } => {
-            let resumed = resumed_from.map_or_else(String::new, |step| format!(", resumed from step {step}"));
-            format!(
-                "{total_steps} steps, {examples} examples, {epoch_tokens} tokens an epoch, \
-                 {trainable_parameters} trainable parameters{resumed}"
-            )
+impl Dataset {
+    fn read(source: &Path, tokenizer: &Tokenizer, options: &Options) -> Result<Dataset, TrainError> {
+        let path = || source.to_owned();
+        let file = File::open(source).map_err(|source| TrainError::File { path: path(), source })?;
+        let (mut examples, mut left_out) = (Vec::<Example>::new(), 0_u64);
+        for row in read_rows(BufReader::new(file)) {
+            let (line, row) = row.map_err(|source| TrainError::Row { path: path(), source })?;
+            match tokenize(&row, tokenizer, options) {
+                Ok(example) => examples.push(example),
+                Err(TextError::NoLabels { .. }) => left_out += 1,
+                Err(source) => {
+                    return Err(TrainError::Tokens {
+                        path: path(),
+                        line,
+                        source,
+                    });
+                }
+            }
         }
-        JobEvent::Step(step) => format!(
-            "step {}/{total_steps} epoch {:.2} loss {:.4} accuracy {:.3} grad_norm {:.3} lr {:.2e} {:.0} tokens/s",
-            step.step,
-            step.epoch,
-            step.loss,
-            step.token_accuracy,
-            step.grad_norm,
-            step.learning_rate,
-            step.tokens_per_second
-        ),
-        JobEvent::Validated {
-            step,
-            loss,
-            token_accuracy,
-        } => {
-            format!("step {step}/{total_steps} validation loss {loss:.4} accuracy {token_accuracy:.3}")
+        if examples.is_empty() {
+            return Err(TrainError::Empty {
+                path: path(),
+                max_seq_length: options.max_seq_length,
+            });
         }
-        JobEvent::Checkpoint { step, adapter } => format!("step {step}: saved {}", adapter.folder.display()),
-        JobEvent::Finished { trained_tokens, .. } => format!("finished after {trained_tokens} tokens"),
-        JobEvent::Failed { message } => format!("failed: {message}"),
-        JobEvent::Refused { message } => format!("not begun: {message}"),
-        JobEvent::Cancelled { step } => format!("cancelled at step {step}"),
-        JobEvent::Kept { step } => format!("stopped after step {step}"),
+        let facts = Facts {
+            examples: examples.len() as u64,
+            tokens: examples.iter().map(|example| example.tokens.len() as u64).sum(),
+        };
+        let left_out = match left_out {
+            0 => String::new(),
+            n => format!(
+                ", {n} left out: nothing to learn within {} tokens",
+                options.max_seq_length
+            ),
+        };
+        println!(
+            "{}: {} examples, {} tokens{left_out}",
+            source.display(),
+            thousands(facts.examples),
+            thousands(facts.tokens)
+        );
+        Ok(Dataset {
+            bytes: dataset::encode(&examples),
+            facts,
+        })
+    }
+
+    fn write(&self, target: &Path) -> Result<(), TrainError> {
+        let write = || -> io::Result<()> {
+            let mut file = File::create(target)?;
+            file.write_all(&self.bytes)?;
+            file.sync_all()
+        };
+        write().map_err(|source| TrainError::File {
+            path: target.to_owned(),
+            source,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn flags_are_settings_as_well() {
+        for (line, expected) in [
+            ("recipe.yaml lr=1e-4", "recipe.yaml lr=1e-4"),
+            (
+                "--learning-rate 1e-4 --packing --config recipe.yaml --seed=3",
+                "recipe.yaml learning_rate=1e-4 packing=true seed=3",
+            ),
+            ("--lr -1", "lr=-1"),
+        ] {
+            let args: Vec<String> = line.split(' ').map(str::to_owned).collect();
+            assert_eq!(super::as_settings(&args).join(" "), expected);
+        }
     }
 }

@@ -27,6 +27,8 @@ pub struct Plan {
     pub bf16: bool,
     pub max_num_seqs: u32,
     pub max_model_len: u32,
+    /// A cache that does not hold one sequence of `max_model_len` makes sequences shorter.
+    pub is_shorter_if_need_be: bool,
     /// Of each rank.
     pub kv_cache_bytes: Option<u64>,
 }
@@ -121,6 +123,7 @@ pub(super) fn load(
     let demand = KvDemand {
         max_num_seqs: plan.max_num_seqs,
         max_model_len: plan.max_model_len,
+        is_shorter_if_need_be: plan.is_shorter_if_need_be,
         block_bytes: cache_shape(1).block_bytes(precision),
     };
     let fit = demand.blocks(plan.kv_cache_bytes, Free::on(device).share(local_world))?;

@@ -1,6 +1,5 @@
 //! How many KV blocks there are: decided once, at start, from what is free then. Not here: blocks' owners (core).
 
-use std::fmt;
 use std::fs;
 
 use tandem_kernels::attention::BLOCK_SIZE;
@@ -21,6 +20,8 @@ const UNKNOWN_KV_BYTES: u64 = 8 << 30;
 pub struct KvDemand {
     pub max_num_seqs: u32,
     pub max_model_len: u32,
+    /// Fewer tokens than `max_model_len` will do.
+    pub is_shorter_if_need_be: bool,
     /// Of one block, all layers.
     pub block_bytes: usize,
 }
@@ -31,6 +32,7 @@ impl KvDemand {
         let KvDemand {
             max_num_seqs,
             max_model_len,
+            is_shorter_if_need_be,
             block_bytes,
         } = *self;
         let of_one = u64::from(max_model_len).div_ceil(BLOCK_SIZE as u64);
@@ -38,18 +40,19 @@ impl KvDemand {
         let all = of_one * u64::from(max_num_seqs);
         let share = |bytes: u64, share: f64| (bytes as f64 * share) as u64;
         let (room, whose) = match (asked, free) {
-            (Some(asked), _) => (asked, "kv_cache_bytes"),
+            (Some(asked), _) => (asked, "kv_cache_memory_bytes"),
             (None, Free::Host(bytes)) => (share(bytes, KV_SHARE), "half of the free memory"),
             (None, Free::Gpu(bytes)) => (share(bytes, GPU_KV_SHARE), "80 % of the GPU's free memory"),
             (None, Free::Unknown) => (UNKNOWN_KV_BYTES, "the default for a device of unknown memory"),
         };
         let fit = room / block_bytes;
-        if fit < of_one {
+        let needed = if is_shorter_if_need_be { 1 } else { of_one };
+        if fit < needed {
             return Err(LoadError::Option(format!(
                 "the KV cache of one sequence of max_model_len {max_model_len} takes {}, {whose} is {}; \
-                 choose max_model_len {} or less, or a larger kv_cache_bytes",
-                gib(of_one * block_bytes),
-                gib(room),
+                 choose max_model_len {} or less, or a larger kv_cache_memory_bytes",
+                size(of_one * block_bytes),
+                size(room),
                 fit * BLOCK_SIZE as u64,
             )));
         }
@@ -84,7 +87,7 @@ impl Free {
             Device::Cpu => {
                 let machine = fs::read_to_string("/proc/meminfo")
                     .ok()
-                    .and_then(|text| meminfo_available(&text));
+                    .and_then(|text| meminfo(&text, "MemAvailable:"));
                 let least = [machine, cgroup_left()].into_iter().flatten().min();
                 least.map_or(Free::Unknown, Free::Host)
             }
@@ -94,10 +97,27 @@ impl Free {
     }
 }
 
-fn meminfo_available(meminfo: &str) -> Option<u64> {
-    let line = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+/// An error when the cache is asked to be larger than the memory of its device: reserving it would end the process.
+pub fn check_asked(asked: u64, device: Device) -> Result<(), LoadError> {
+    let total = match device {
+        Device::Cpu => fs::read_to_string("/proc/meminfo")
+            .ok()
+            .and_then(|text| meminfo(&text, "MemTotal:")),
+        Device::Cuda(index) => gpu::memory(index).map(|memory| memory.total),
+        _ => None,
+    };
+    match total {
+        Some(total) if asked > total => Err(LoadError::Option(format!(
+            "kv_cache_memory_bytes asks for {}, the whole memory is {}",
+            size(asked),
+            size(total)
+        ))),
+        _ => Ok(()),
+    }
+}
+
+fn meminfo(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
 }
@@ -118,9 +138,20 @@ fn cgroup_left() -> Option<u64> {
         .find_map(|(limit, used)| Some(number(limit)?.saturating_sub(number(used)?)))
 }
 
-/// Bytes for people.
-pub fn gib(bytes: u64) -> impl fmt::Display {
-    format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30))
+/// Bytes for people: three digits in the unit that suits them.
+pub fn size(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["bytes", "KiB", "MiB", "GiB", "TiB"];
+    let power = (0..UNITS.len() - 1)
+        .find(|&power| bytes < 1 << (10 * (power + 1)))
+        .unwrap_or(UNITS.len() - 1);
+    let number = bytes as f64 / (1_u64 << (10 * power)) as f64;
+    let decimals = match number {
+        _ if power == 0 => 0,
+        ..10.0 => 2,
+        ..100.0 => 1,
+        _ => 0,
+    };
+    format!("{number:.decimals$} {}", UNITS[power])
 }
 
 #[cfg(test)]
@@ -132,6 +163,7 @@ mod tests {
         let demand = KvDemand {
             max_num_seqs: 4,
             max_model_len: 100,
+            is_shorter_if_need_be: false,
             block_bytes: 1000,
         };
         let cases = [
@@ -150,8 +182,25 @@ mod tests {
                 (got, expected) => panic!("{got:?} instead of {expected:?}"),
             }
         }
+        let shorter = KvDemand {
+            is_shorter_if_need_be: true,
+            ..demand
+        };
+        assert_eq!(shorter.blocks(Some(3_999), Free::Unknown).ok(), Some(3));
+        assert!(shorter.blocks(Some(999), Free::Unknown).is_err());
+        for (bytes, expected) in [
+            (0, "0 bytes"),
+            (1023, "1023 bytes"),
+            (3_670_016, "3.50 MiB"),
+            (5 << 29, "2.50 GiB"),
+            (16 << 30, "16.0 GiB"),
+            (500 << 30, "500 GiB"),
+            (1 << 50, "1024 TiB"),
+        ] {
+            assert_eq!(size(bytes), expected);
+        }
         assert_eq!(
-            meminfo_available("MemTotal: 9 kB\nMemAvailable:   1234 kB\n"),
+            meminfo("MemTotal: 9 kB\nMemAvailable:   1234 kB\n", "MemAvailable:"),
             Some(1234 * 1024)
         );
     }

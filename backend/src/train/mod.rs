@@ -19,8 +19,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 use tandem_core::dataset::{self, Example};
-use tandem_core::id::AdapterRef;
+use tandem_core::id::{AdapterRef, Digest};
 use tandem_core::job::{Hyper, JobEvent, JobSpec, Lora, Method, StepReport, files};
 use tandem_kernels::adamw::{self, AdamW};
 use tch::{Device, Kind, Tensor};
@@ -97,6 +98,16 @@ impl Inputs {
             state: read_if_there(files::STATE)?,
         })
     }
+
+    /// Of the examples: a state goes on with those it was written for.
+    fn data(&self) -> Digest {
+        let mut hasher = Sha256::new();
+        for part in [Some(&self.train), self.valid.as_ref()].into_iter().flatten() {
+            hasher.update((part.len() as u64).to_le_bytes());
+            hasher.update(part);
+        }
+        Digest(hasher.finalize().into())
+    }
 }
 
 /// A rank's part in a job's files.
@@ -115,6 +126,8 @@ pub struct Trainer {
     moment1: Tensor,
     moment2: Tensor,
     train: Vec<Example>,
+    /// Of the bytes that `train` and `valid` were read from.
+    data: Digest,
     /// Cut once: validation never changes.
     valid: Vec<Slice>,
     plan: DataPlan,
@@ -266,6 +279,7 @@ impl Trainer {
             },
             step_began: Instant::now(),
             train,
+            data: inputs.data(),
             spec,
             desk,
         };
@@ -281,7 +295,7 @@ impl Trainer {
             step,
             trained_tokens,
             hyper,
-            examples,
+            data,
             is_rest_due,
         } = progress;
         let state::Tensors {
@@ -289,9 +303,13 @@ impl Trainer {
             moment1,
             moment2,
         } = tensors;
-        if hyper != self.spec.hyper || examples != self.train.len() as u64 {
-            let message = "its state was written with other hyperparameters or other data".to_owned();
-            return Err(TrainError::State(message));
+        let other = match (hyper == self.spec.hyper, data == self.data) {
+            (true, true) => None,
+            (false, _) => Some("with other hyperparameters"),
+            (true, false) => Some("for other examples"),
+        };
+        if let Some(other) = other {
+            return Err(TrainError::State(format!("its state was written {other}")));
         }
         if params.size() != self.grads.flat().size() {
             let (there, here) = (params.size()[0], self.grads.flat().size()[0]);
@@ -318,6 +336,11 @@ impl Trainer {
 
     pub fn step(&self) -> u64 {
         self.step
+    }
+
+    /// Nothing of a step would be done twice if the job went on from a state of now.
+    pub fn is_between_steps(&self) -> bool {
+        !matches!(self.stage, Stage::Accumulate(_) | Stage::Optimize { .. })
     }
 
     /// Advances by one quantum. `base` is the decoder that serves (full training has its own and ignores it).
@@ -599,7 +622,7 @@ impl Trainer {
             step: self.step,
             trained_tokens: self.trained_tokens,
             hyper: self.spec.hyper.clone(),
-            examples: self.train.len() as u64,
+            data: self.data,
             is_rest_due: matches!(
                 self.stage,
                 Stage::Validate { .. }

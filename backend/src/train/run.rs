@@ -1,6 +1,6 @@
-//! `tandem train`: a job driven to its end without an engine or a server. The same trainer, the same files.
+//! `tandem train`: a job driven without an engine or a server, quantum by quantum. The same trainer, the same files.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use tandem_core::job::{JobEvent, JobSpec, Method, files};
 use tandem_kernels::weight::Precision;
@@ -22,51 +22,105 @@ pub struct RunOptions {
     pub save_kind: Kind,
 }
 
-/// The folder of the result: a PEFT folder, or the model's.
-pub fn run(options: RunOptions, mut on_event: impl FnMut(&JobEvent)) -> Result<PathBuf, TrainError> {
-    let RunOptions {
-        spec,
-        model_folder,
-        precision,
-        device,
-        save_kind,
-    } = options;
-    start::set_threads(device, None);
-    let folder = spec.folder.clone();
-    let base = match spec.hyper.method {
-        Method::Lora(_) => Some(Decoder::load(&model_folder, precision, device)?),
-        Method::Full => None,
-    };
-    let mut trainer = match &base {
-        Some(base) => Trainer::start(spec, base)?,
-        None => Trainer::start_full(spec, &model_folder)?,
-    };
-    loop {
-        let quantum = trainer.quantum(base.as_ref())?;
-        quantum.events.iter().for_each(&mut on_event);
+pub struct Run {
+    trainer: Trainer,
+    /// `None`: every parameter is trained, in a decoder of the trainer's own.
+    base: Option<Decoder>,
+    model_folder: PathBuf,
+    save_kind: Kind,
+    is_finished: bool,
+}
+
+impl Run {
+    pub fn start(options: RunOptions) -> Result<Run, TrainError> {
+        let RunOptions {
+            spec,
+            model_folder,
+            precision,
+            device,
+            save_kind,
+        } = options;
+        start::set_threads(device, None);
+        let base = match spec.hyper.method {
+            Method::Lora(_) => Some(Decoder::load(&model_folder, precision, device)?),
+            Method::Full => None,
+        };
+        let trainer = match &base {
+            Some(base) => Trainer::start(spec, base)?,
+            None => Trainer::start_full(spec, &model_folder)?,
+        };
+        Ok(Run {
+            trainer,
+            base,
+            model_folder,
+            save_kind,
+            is_finished: false,
+        })
+    }
+
+    /// Of the base that is not trained.
+    pub fn frozen_parameters(&self) -> u64 {
+        self.base.as_ref().map_or(0, Decoder::parameters)
+    }
+
+    /// What the next quantum has to say; `None` after the last.
+    pub fn advance(&mut self) -> Result<Option<Vec<JobEvent>>, TrainError> {
+        if self.is_finished {
+            return Ok(None);
+        }
+        let quantum = self.trainer.quantum(self.base.as_ref())?;
         if quantum.finished {
-            break;
+            self.write_model()?;
+            self.is_finished = true;
+        }
+        Ok(Some(quantum.events))
+    }
+
+    pub fn is_between_steps(&self) -> bool {
+        self.trainer.is_between_steps()
+    }
+
+    /// Writes the state, from which a run in the same folder goes on. Returns the optimizer steps done.
+    pub fn keep(&self) -> Result<u64, TrainError> {
+        self.trainer.remember()?;
+        Ok(self.trainer.step())
+    }
+
+    /// What there is at the end: a PEFT folder, or the model's.
+    pub fn result(&self) -> PathBuf {
+        let folder = &self.trainer.spec().folder;
+        match self.base {
+            Some(_) => folder.join(files::ADAPTER),
+            None => folder.clone(),
         }
     }
-    let Some(weights) = trainer.full_weights(save_kind) else {
-        return Ok(folder.join(files::ADAPTER));
-    };
+
+    /// After full training: the weights, and beside them what else the model's folder has.
+    fn write_model(&self) -> Result<(), TrainError> {
+        let Some(weights) = self.trainer.full_weights(self.save_kind) else {
+            return Ok(());
+        };
+        let folder = &self.trainer.spec().folder;
+        state::replace(folder, WEIGHTS, &weights)?;
+        match *folder == self.model_folder {
+            true => Ok(()),
+            false => copy_configuration(&self.model_folder, folder),
+        }
+    }
+}
+
+fn copy_configuration(from: &Path, to: &Path) -> Result<(), TrainError> {
     let copied = |error, file: &str| TrainError::File {
         file: file.to_owned(),
         error,
     };
-    state::replace(&folder, WEIGHTS, &weights)?;
-    for entry in std::fs::read_dir(&model_folder)
-        .map_err(|error| copied(error, "the model folder"))?
-        .flatten()
-    {
+    let entries = std::fs::read_dir(from).map_err(|error| copied(error, "the model folder"))?;
+    for entry in entries.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
-        if (name.ends_with(".json") || name.ends_with(".jinja"))
-            && !name.ends_with(".index.json")
-            && folder != model_folder
-        {
-            std::fs::copy(entry.path(), folder.join(&name)).map_err(|error| copied(error, &name))?;
+        let is_configuration = name.ends_with(".json") || name.ends_with(".jinja");
+        if is_configuration && !name.ends_with(".index.json") {
+            std::fs::copy(entry.path(), to.join(&name)).map_err(|error| copied(error, &name))?;
         }
     }
-    Ok(folder)
+    Ok(())
 }

@@ -8,6 +8,7 @@ use std::path::Path;
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use serde::{Deserialize, Serialize};
+use tandem_core::id::Digest;
 use tandem_core::job::{Hyper, files};
 use tch::{Kind, Tensor};
 
@@ -21,7 +22,7 @@ pub struct Progress {
     pub trained_tokens: u64,
     /// Of the run this state belongs to: another run's state is refused.
     pub hyper: Hyper,
-    pub examples: u64,
+    pub data: Digest,
     /// It stopped after the step, before the validation and the checkpoint that are due then.
     #[serde(default)]
     pub is_rest_due: bool,

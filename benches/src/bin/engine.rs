@@ -120,7 +120,9 @@ impl Engine {
         let replica = tandem_backend::start(tandem_backend::Options {
             device: words::device(&options.device)?,
             dtype,
-            max_model_len: Some(1024.max(options.prompt_tokens as u32 + options.new_tokens)),
+            max_model_len: Some(tandem_backend::ModelLen::Asked(
+                1024.max(options.prompt_tokens as u32 + options.new_tokens),
+            )),
             max_num_seqs: 16,
             ..tandem_backend::Options::new(options.model.clone())
         })?;

@@ -19,9 +19,10 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 
+use super::greeting::{Door, Greeting};
 use super::{edge, log, replica, runtime};
 use crate::cli::{ArtifactOptions, Backend, ProcessOptions};
-use crate::config::Chosen;
+use crate::config::Given;
 use crate::listen::{self, Signals};
 use crate::metrics::Metrics;
 use crate::ranks::{self, Followed};
@@ -32,8 +33,8 @@ const ENGINE_STOP: Duration = Duration::from_secs(30);
 /// What the last messages may need to reach their routers.
 const GOODBYE: Duration = Duration::from_secs(5);
 
-pub fn run(options: Backend, chosen: &[Chosen]) -> Result<()> {
-    log(chosen);
+pub fn run(options: Backend, given: &Given) -> Result<()> {
+    log(given);
     let Backend {
         listen: address,
         model,
@@ -54,12 +55,18 @@ pub fn run(options: Backend, chosen: &[Chosen]) -> Result<()> {
     let address = listener.local_addr().context("the socket has no address")?;
     edge::make_data_dir(&data_dir)?;
     let artifacts = Artifacts::open(artifact_url.as_deref(), &data_dir).context("the artifact store")?;
-    let (folder, name) = replica::model(&model, &data_dir)?;
+    let (folder, names) = replica::model(&model, &data_dir)?;
+    let [name] = &names[..] else {
+        bail!(
+            "--served-model-name {}: a backend has one name; give further ones to `tandem router`",
+            names.join(" ")
+        );
+    };
     let files = ModelFiles::read(&folder).context("the model's files")?;
     let engine = replica::engine_options(&model, &folder, ranks::team(&model, started)?)?;
     let replica = tandem_backend::start(engine).context("the model")?;
-    let metrics = Metrics::new(&name, replica.info.max_loras).context("the metrics")?;
-    let service = Service::new(replica.clone(), Kept(artifacts), &files, &name);
+    let metrics = Metrics::new(name, replica.info.max_loras).context("the metrics")?;
+    let service = Service::new(replica.clone(), Kept(artifacts), &files, name);
     runtime()?.block_on(async {
         let signals = Signals::new()?;
         let listener = TcpListener::from_std(listener)?;
@@ -67,8 +74,13 @@ pub fn run(options: Backend, chosen: &[Chosen]) -> Result<()> {
         let pages = pages(service.clone(), metrics);
         let server = tandem_rpc::serve(listener, service.clone(), pages, async { drop(stopped.await) });
         let mut server = tokio::spawn(server);
-        // The one line on standard output: scripts and tests wait for it.
-        println!("tandem is listening on http://{address}");
+        let greeting = Greeting {
+            address,
+            names: &names,
+            replica: &replica.info,
+            door: Door::Grpc,
+        };
+        greeting.say();
         let end = until_the_end(signals, &service, replica, Duration::from_secs(shutdown_grace));
         let end = tokio::select! {
             end = end => end,

@@ -10,10 +10,12 @@ use tandem_store::{Places, Store};
 use tandem_text::Tokenizer;
 use tracing::info;
 
+use super::greeting::{self, Greeting};
 use crate::app::{self, Access, App};
 use crate::cli::{ArtifactOptions, EdgeOptions, ProcessOptions, StateOptions};
 use crate::keys::ApiKeys;
 use crate::origins::Origins;
+use crate::values::LoraModule;
 use crate::{convert, listen};
 
 /// A socket that is bound, and who may come in by it: what can be wrong with either is found before a model is loaded.
@@ -52,8 +54,8 @@ pub struct Edge {
     pub door: Door,
     pub fleet: Fleet,
     pub tokenizer: Tokenizer,
-    /// Of the base model.
-    pub name: String,
+    /// Of the base model; at least one.
+    pub names: Vec<String>,
     pub options: EdgeOptions,
     pub state: StateOptions,
     pub process: ProcessOptions,
@@ -69,11 +71,27 @@ pub async fn run(edge: Edge) -> Result<()> {
         },
         fleet,
         tokenizer,
-        name,
+        names,
         options,
         state,
         process,
     } = edge;
+    let lora_modules = options.adapters();
+    for LoraModule {
+        name,
+        base_model_name,
+        ..
+    } in options.lora_modules.iter().flat_map(|modules| &modules.0)
+    {
+        if let Some(base) = base_model_name.as_ref().filter(|base| !names.contains(base)) {
+            info!(
+                adapter = name,
+                base_model_name = base,
+                serves = names[0],
+                "its base here is the one that is served"
+            );
+        }
+    }
     let EdgeOptions {
         host: _,
         port: _,
@@ -81,7 +99,7 @@ pub async fn run(edge: Edge) -> Result<()> {
         allowed_origins: _,
         generation_config,
         strict_fields,
-        lora_modules,
+        lora_modules: _,
         max_waiting,
         replica_wait: _,
     } = options;
@@ -103,7 +121,8 @@ pub async fn run(edge: Edge) -> Result<()> {
     } = process;
     let defaults = defaults(&generation_config, &fleet)?;
     let config = tandem_router::Config {
-        served_model_name: name,
+        served_model_name: names[0].clone(),
+        other_model_names: names[1..].to_vec(),
         max_waiting,
         max_choices: convert::sampling::MAX_CHOICES,
         lora_modules,
@@ -113,9 +132,16 @@ pub async fn run(edge: Edge) -> Result<()> {
     let store = Store::open(&places).await.context("the store")?;
     let router = Router::open(store, tokenizer, fleet, config).await?;
     let app = App::new(router, strict_fields).context("the metrics")?;
+    let greeting = Greeting {
+        address,
+        names: &names,
+        replica: app.router.info(),
+        door: greeting::Door::Api {
+            wants_key: access.keys.is_some(),
+        },
+    };
     let routes = app::routes(app.clone(), access);
-    // The one line on standard output: scripts and tests wait for it.
-    println!("tandem is listening on http://{address}");
+    greeting.say();
     listen::serve(listener, routes, app, Duration::from_secs(shutdown_grace)).await?;
     info!("stopped");
     Ok(())

@@ -2,6 +2,7 @@
 
 pub mod backend;
 pub mod edge;
+mod greeting;
 pub mod replica;
 pub mod router;
 pub mod serve;
@@ -10,14 +11,23 @@ use anyhow::{Context, Result};
 use tokio::runtime::Runtime;
 use tracing::info;
 
-use crate::config::Chosen;
+use crate::config::{Chosen, Given, Source};
 
 /// The edge is light; more workers would take cores from the engine.
 const TOKIO_WORKERS: usize = 2;
 
-fn log(chosen: &[Chosen]) {
-    for Chosen { name, value, source } in chosen {
-        info!("{name} = {value} ({source})");
+/// What was given, where it differs from the defaults.
+fn log(given: &Given) {
+    for Chosen { name, value, source } in &given.options {
+        let source = match source {
+            Source::Flag => "flag",
+            Source::Environment => "environment",
+            Source::File => "file",
+        };
+        info!(option = name, value, source, "given");
+    }
+    for (name, why) in &given.harmless {
+        info!(option = name, why, "not needed");
     }
 }
 

@@ -4,32 +4,71 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use tandem_backend::ranks::Team;
 use tandem_router::fleet::{Made, Member};
 use tandem_rpc::ModelFiles;
+use tracing::info;
 
 use crate::cli::ModelOptions;
 use crate::demo;
 
-/// The base model's folder and name. `data_dir` takes the demo model, when none is named.
-pub fn model(options: &ModelOptions, data_dir: &Path) -> Result<(PathBuf, String)> {
-    let (folder, own_name) = match &options.model {
-        Some(folder) => {
-            let whole = folder
-                .canonicalize()
-                .with_context(|| format!("--model {}", folder.display()))?;
-            let name = whole
-                .file_name()
-                .map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned());
-            (whole, name)
+/// The base model's folder and names. `data_dir` takes the demo model, when none is named.
+pub fn model(options: &ModelOptions, data_dir: &Path) -> Result<(PathBuf, Vec<String>)> {
+    let given = &options.served_model_name;
+    let Some(folder) = options.folder() else {
+        // `--served-model-name a ./model` swallows what was meant to be the model.
+        if let Some(folder) = given.iter().find(|name| Path::new(name).is_dir()) {
+            bail!(
+                "--served-model-name took {folder:?} for a name: put the model's folder before it, or use --model"
+            );
         }
-        None => (
-            demo::materialise(data_dir).context("cannot write the demo model")?,
-            demo::NAME.to_owned(),
-        ),
+        let folder = demo::materialise(data_dir).context("cannot write the demo model")?;
+        return Ok((folder, names(given.clone(), || demo::NAME.to_owned())));
     };
-    Ok((folder, options.served_model_name.clone().unwrap_or(own_name)))
+    let whole = folder
+        .canonicalize()
+        .with_context(|| format!("the model {}{}", folder.display(), hub_hint(folder)))?;
+    if !whole.is_dir() {
+        bail!(
+            "the model {} is a file: a folder with config.json, *.safetensors and tokenizer.json is wanted (GGUF is not \
+             read yet; fetch the model's safetensors)",
+            folder.display()
+        );
+    }
+    let own_name = || {
+        let name = whole.file_name();
+        name.map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+    };
+    let names = names(given.clone(), own_name);
+    Ok((whole, names))
+}
+
+/// Each once, in their order.
+pub fn names(given: Vec<String>, own: impl FnOnce() -> String) -> Vec<String> {
+    let mut names: Vec<String> = Vec::new();
+    for name in given {
+        if !name.is_empty() && !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    if names.is_empty() {
+        names.push(own());
+    }
+    names
+}
+
+/// `meta-llama/Llama-3.2-1B` is a name on the hub, where a folder is wanted.
+fn hub_hint(folder: &Path) -> String {
+    let text = folder.to_string_lossy();
+    match text.split_once('/') {
+        Some((owner, name)) if !owner.is_empty() && !owner.starts_with('.') && !name.contains('/') => {
+            format!(
+                " is no folder here (a model of Hugging Face's hub is fetched by `hf download {text} --local-dir {name}`)"
+            )
+        }
+        _ => String::new(),
+    }
 }
 
 /// What was not asked is the backend's to choose.
@@ -38,6 +77,12 @@ pub fn engine_options(options: &ModelOptions, folder: &Path, team: Team) -> Resu
     engine.team = team;
     engine.device = tandem_backend::words::device(&options.device)?;
     engine.dtype = options.dtype.parse()?;
+    if ["half", "float16", "fp16", "f16"].contains(&options.dtype.as_str()) {
+        info!(
+            dtype = options.dtype,
+            "16 bits of a weight are bfloat16 here; --dtype float32 rounds nothing"
+        );
+    }
     engine.max_model_len = options.max_model_len;
     engine.kv_cache_bytes = options.kv_cache_memory_bytes;
     engine.threads = options.threads.map(|threads| threads as usize);
@@ -47,6 +92,7 @@ pub fn engine_options(options: &ModelOptions, folder: &Path, team: Team) -> Resu
         .unwrap_or(engine.max_num_batched_tokens);
     engine.max_loras = options.max_loras.unwrap_or(engine.max_loras);
     engine.training_share = options.training_share.unwrap_or(engine.training_share);
+    engine.seed = options.seed;
     engine.max_lora_rank = options.max_lora_rank.unwrap_or(engine.max_lora_rank);
     Ok(engine)
 }

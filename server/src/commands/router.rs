@@ -10,13 +10,13 @@ use tandem_text::Tokenizer;
 use tracing::info;
 
 use super::edge::{self, Door, Edge};
-use super::{log, runtime};
+use super::{log, replica, runtime};
 use crate::cli::Router;
-use crate::config::Chosen;
+use crate::config::Given;
 use crate::listen::Signals;
 
-pub fn run(options: Router, chosen: &[Chosen]) -> Result<()> {
-    log(chosen);
+pub fn run(options: Router, given: &Given) -> Result<()> {
+    log(given);
     let Router {
         backend,
         served_model_name,
@@ -59,12 +59,12 @@ pub fn run(options: Router, chosen: &[Chosen]) -> Result<()> {
             .materialise(&state.artifacts.data_dir)
             .context("the model's tokenizer")?;
         let tokenizer = Tokenizer::from_folder(&folder).context("the model's tokenizer")?;
-        let name = served_model_name.unwrap_or_else(|| facts.model_name.clone());
+        let names = replica::names(served_model_name, || facts.model_name.clone());
         edge::run(Edge {
             door,
             fleet,
             tokenizer,
-            name,
+            names,
             options,
             state,
             process,

@@ -10,11 +10,11 @@ use tandem_text::Tokenizer;
 use super::edge::{self, Door, Edge};
 use super::{log, replica, runtime};
 use crate::cli::Serve;
-use crate::config::Chosen;
+use crate::config::Given;
 use crate::ranks::{self, Followed};
 
-pub fn run(options: Serve, chosen: &[Chosen]) -> Result<()> {
-    log(chosen);
+pub fn run(options: Serve, given: &Given) -> Result<()> {
+    log(given);
     let Serve {
         model,
         edge: options,
@@ -27,16 +27,16 @@ pub fn run(options: Serve, chosen: &[Chosen]) -> Result<()> {
     }
     let door = Door::open(SocketAddr::new(options.host, options.port), &options)?;
     edge::make_data_dir(&state.artifacts.data_dir)?;
-    let (folder, name) = replica::model(&model, &state.artifacts.data_dir)?;
+    let (folder, names) = replica::model(&model, &state.artifacts.data_dir)?;
     let tokenizer = Tokenizer::from_folder(&folder).context("the model's tokenizer")?;
     let engine = replica::engine_options(&model, &folder, ranks::team(&model, started)?)?;
-    let member = replica::member(engine, name.clone())?;
+    let member = replica::member(engine, names[0].clone())?;
     runtime()?.block_on(async {
         edge::run(Edge {
             door,
             fleet: Fleet::open(vec![member], Duration::from_secs(options.replica_wait)).await,
             tokenizer,
-            name,
+            names,
             options,
             state,
             process,

@@ -228,6 +228,46 @@ fn a_model_recommends_sampling_parameters() {
 }
 
 #[test]
+fn the_base_answers_to_each_of_its_names() {
+    let names = ["first", "second"];
+    let server = Server::start(&[
+        "--served-model-name",
+        names[0],
+        names[1],
+        "--enable-lora",
+        "--max-model-len",
+        "-1",
+    ]);
+    let listed = client::get(server.address, "/v1/models").ok();
+    let listed: Vec<&Value> = listed["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|card| &card["id"])
+        .collect();
+    assert_eq!(listed, names);
+    for name in names {
+        let body = json!({"model": name, "prompt": "Once", "max_tokens": 1});
+        assert_eq!(
+            client::post(server.address, "/v1/completions", &body).ok()["model"],
+            name
+        );
+        assert_eq!(
+            client::get(server.address, &format!("/v1/models/{name}")).ok()["id"],
+            name
+        );
+        let gone = client::send(server.address, "DELETE", &format!("/v1/models/{name}"), &[], b"");
+        assert!(gone.status >= 400, "{name} was deleted");
+    }
+    let log = server.log();
+    assert!(log.contains("enable-lora") && log.contains("not needed"), "{log}");
+    assert!(
+        !log.contains("max-num-seqs"),
+        "what nobody gave is in the log: {log}"
+    );
+}
+
+#[test]
 fn a_stream_ends_before_the_server_does() {
     let mut server = Server::start(&[]);
     let body = json!({"model": server.model(), "prompt": "Once", "max_tokens": 32, "ignore_eos": true, "stream": true}).to_string();
@@ -277,8 +317,62 @@ fn wrong_starts_are_explained() {
         (
             &["serve", "--data-dir", data, "--port", "0", "--config", config],
             None,
-            "max_num_seqs",
+            "max-num-seqs",
         ),
+        (
+            &[
+                "serve",
+                "--gpu-memory-utilization",
+                "0.9",
+                "--tool-call-parser=hermes",
+            ],
+            None,
+            "--gpu-memory-utilization is not taken: what the KV cache may take is said in bytes: use --kv-cache-memory-bytes",
+        ),
+        (
+            &["serve", "--data-dir", data, "--port", "0"],
+            Some(("TANDEM_ENABLE_EXPERT_PARALLEL", "1")),
+            "TANDEM_ENABLE_EXPERT_PARALLEL is not taken",
+        ),
+        (
+            &["serve", "--data-dir", data, "--port", "0", "no-such/Model-1B"],
+            None,
+            "hf download no-such/Model-1B --local-dir Model-1B",
+        ),
+        (
+            &["serve", "--data-dir", data, "--port", "0", "--model", config],
+            None,
+            "is a file: a folder with config.json",
+        ),
+        (
+            &[
+                "serve",
+                "--data-dir",
+                data,
+                "--port",
+                "0",
+                "--kv-cache-memory-bytes",
+                "100T",
+            ],
+            None,
+            "the whole memory is",
+        ),
+        (
+            &[
+                "backend",
+                "--data-dir",
+                data,
+                "--listen",
+                "127.0.0.1:0",
+                "--served-model-name",
+                "a",
+                "b",
+            ],
+            None,
+            "a backend has one name",
+        ),
+        (&["chat"], None, "`tandem serve`"),
+        (&[], None, "To begin:"),
         (
             &["serve", "--data-dir", data, "--port", "0"],
             Some(("TANDEM_PROT", "1")),

@@ -9,3 +9,4 @@ mod inference;
 mod lifecycle;
 mod ranks;
 mod server;
+mod train;

@@ -159,17 +159,26 @@ impl Drop for Server {
     }
 }
 
-/// The binary, without the options of the developer's own environment.
+/// The binary under test.
+pub fn binary() -> PathBuf {
+    let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/release/tandem");
+    std::env::var_os("TANDEM_BINARY").map_or(built, PathBuf::from)
+}
+
+/// `tandem` with these arguments.
 pub fn command(args: &[&str]) -> Command {
-    let binary = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/release/tandem");
-    let binary = std::env::var_os("TANDEM_BINARY").map_or(binary, PathBuf::from);
-    let mut command = Command::new(binary);
+    let mut command = without_options(Command::new(binary()));
+    command.args(args);
+    command
+}
+
+/// The developer's own environment may hold options of the binary.
+pub fn without_options(mut command: Command) -> Command {
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("TANDEM_") {
             command.env_remove(name);
         }
     }
-    command.args(args);
     command
 }
 

@@ -198,6 +198,27 @@ fn another_runs_state_is_refused() {
         Err(TrainError::State(_))
     ));
 
+    // As many examples as before, one with another token; and the validation set gone.
+    for (file, changed) in [(files::TRAIN, true), (files::VALID, false)] {
+        let path = job.spec.folder.join(file);
+        let bytes = fs::read(&path).expect("it is there");
+        if changed {
+            let mut examples = dataset::decode(&bytes).expect("it is a dataset");
+            examples[0].tokens[0] ^= 1;
+            fs::write(&path, dataset::encode(&examples)).expect("it is written");
+        } else {
+            fs::remove_file(&path).expect("it goes");
+        }
+        assert!(
+            matches!(
+                Trainer::start(job.spec.clone(), &decoder),
+                Err(TrainError::State(message)) if message.contains("other examples")
+            ),
+            "{file}"
+        );
+        fs::write(&path, bytes).expect("it is written");
+    }
+
     let state = job.spec.folder.join(files::STATE);
     let bytes = fs::read(&state).expect("it was written");
     for cut in [0, 7, 100, bytes.len() / 2, bytes.len() - 1] {

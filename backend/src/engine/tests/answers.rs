@@ -137,7 +137,7 @@ fn answers_are_the_same_bits_whatever_runs_beside_them() {
             "preempted",
             Options {
                 kv_cache_bytes: Some(4 * block_bytes),
-                max_model_len: Some(128),
+                max_model_len: Some(crate::ModelLen::Asked(128)),
                 ..options(&folder)
             },
         ),

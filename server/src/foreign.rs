@@ -1,0 +1,808 @@
+//! Options of vLLM, SGLang, TGI and llama.cpp's server: command lines, variables and files that work there are taken
+//! here where they mean the same, logged where they change nothing, and else refused with what to use. One table for
+//! all three sources. Not here: our own options (cli.rs); where values come from (config.rs).
+
+use clap::{Arg, ArgAction, Command};
+
+/// An option of another server.
+pub struct Foreign {
+    /// Without the dashes; further spellings behind it.
+    names: &'static [&'static str],
+    takes: Takes,
+    says: Says,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Takes {
+    Value,
+    /// `--x`, `--x=false`, `--no-x`.
+    Nothing,
+}
+
+enum Says {
+    /// Ours under another name.
+    SameAs(&'static str),
+    /// Changes nothing here: why.
+    Harmless(&'static str),
+    /// The same, with one of these values; with another, what to use.
+    HarmlessIf(&'static [&'static str], &'static str, &'static str),
+    /// What to use, or what there is not.
+    Refused(&'static str),
+}
+
+use Says::{Harmless, HarmlessIf, Refused, SameAs};
+
+const fn value(names: &'static [&'static str], says: Says) -> Foreign {
+    let takes = Takes::Value;
+    Foreign { names, takes, says }
+}
+
+const fn switch(names: &'static [&'static str], says: Says) -> Foreign {
+    let takes = Takes::Nothing;
+    Foreign { names, takes, says }
+}
+
+const ONE: &[&str] = &["1"];
+const AUTO: &[&str] = &["auto"];
+const NO_TOOLS: &str = "tool calls are not built yet";
+const NO_REASONING: &str = "reasoning is not taken out of the answer yet";
+const NO_QUANTISATION: &str = "weights are not quantised yet; --dtype bfloat16 is the smallest";
+const NO_SPECULATION: &str = "speculative decoding is not built yet";
+const NO_MEDIA: &str = "only text is understood";
+const NO_DATA_PARALLEL: &str = "start a `tandem backend` for each replica and a `tandem router` before them";
+const NO_PIPELINE: &str = "layers are not divided over ranks: use --tensor-parallel-size";
+const NO_TLS: &str = "there is no TLS: put a reverse proxy (nginx, Caddy, Envoy) before the server";
+const NO_HUB: &str = "models are folders: fetch one with `hf download NAME --revision REVISION --local-dir DIR` and use --model DIR";
+const NO_OVERRIDES: &str = "edit the config.json of the model's folder instead";
+const NO_GRAPHS: &str = "no graphs are captured and nothing is compiled here";
+const IN_FOLDER: &str = "the tokenizer is the one in the model's folder; put the files there";
+const IN_REQUEST: &str = "it is a field of a request, or a default of the model's generation_config.json";
+const OWN_LOG: &str = "the log is set by the variable TANDEM_LOG (info, debug, warn, ...)";
+const OWN_MEMORY: &str = "KV blocks of the running sequences stay in memory; who does not fit waits";
+const OWN_BLOCKS: &str = "the KV cache has blocks of its own size; answers do not depend on it";
+const OWN_PREFIXES: &str = "prefixes are always cached, and answers are the same with and without";
+const OWN_CHUNKS: &str = "long prompts are always cut into chunks, and answers are the same with and without";
+const OWN_COLLECTIVES: &str = "ranks are summed by this program's own choice";
+const OWN_ADAPTERS: &str = "adapters can always be loaded";
+const OWN_LOADER: &str = "safetensors are mapped into memory, whatever their number";
+
+/// By server, vLLM first.
+pub const TABLE: &[Foreign] = &[
+    // ---- vLLM: the model
+    value(&["tokenizer", "hf-config-path"], Refused(IN_FOLDER)),
+    value(
+        &["tokenizer-mode"],
+        HarmlessIf(&["auto", "hf", "slow"], "tokenizer.json is read", IN_FOLDER),
+    ),
+    switch(
+        &["skip-tokenizer-init"],
+        Refused("the server always reads the tokenizer"),
+    ),
+    switch(
+        &["trust-remote-code"],
+        Harmless("no code of a model's folder is ever run"),
+    ),
+    value(
+        &[
+            "revision",
+            "code-revision",
+            "tokenizer-revision",
+            "hf-token",
+            "download-dir",
+        ],
+        Refused(NO_HUB),
+    ),
+    value(
+        &["load-format"],
+        HarmlessIf(
+            &["auto", "safetensors", "fastsafetensors"],
+            OWN_LOADER,
+            "weights are read from safetensors",
+        ),
+    ),
+    value(
+        &["config-format"],
+        HarmlessIf(
+            &["auto", "hf"],
+            "config.json is read",
+            "the folder's config.json is read",
+        ),
+    ),
+    value(
+        &["model-impl"],
+        HarmlessIf(
+            &["auto", "vllm"],
+            "there is one implementation",
+            "there is one implementation: leave it out",
+        ),
+    ),
+    value(
+        &["runner"],
+        HarmlessIf(
+            &["auto", "generate"],
+            "models generate here",
+            "only generation is served",
+        ),
+    ),
+    value(
+        &["task"],
+        HarmlessIf(
+            &["auto", "generate"],
+            "models generate here",
+            "only generation is served",
+        ),
+    ),
+    value(
+        &["convert"],
+        HarmlessIf(
+            &["auto", "none"],
+            "models generate here",
+            "only generation is served",
+        ),
+    ),
+    value(
+        &["hf-overrides", "rope-scaling", "rope-theta"],
+        Refused(NO_OVERRIDES),
+    ),
+    switch(&["disable-sliding-window"], Refused(NO_OVERRIDES)),
+    value(&["quantization"], Refused(NO_QUANTISATION)),
+    value(&["override-generation-config"], Refused(IN_REQUEST)),
+    value(
+        &["max-logprobs"],
+        HarmlessIf(
+            &["0", "1", "2", "3", "4", "5", "10", "15", "20"],
+            "a request may ask for up to 20",
+            "a request may ask for up to 20, and that is fixed",
+        ),
+    ),
+    value(
+        &["logprobs-mode"],
+        HarmlessIf(
+            &["raw_logprobs"],
+            "these are what is returned",
+            "raw_logprobs are returned: leave it out",
+        ),
+    ),
+    value(
+        &["logits-processor-pattern", "logits-processors"],
+        Refused("no code of yours runs in the server"),
+    ),
+    switch(
+        &["enable-prompt-embeds"],
+        Refused("prompts are text or token ids"),
+    ),
+    switch(
+        &["enable-sleep-mode"],
+        Refused("the server does not sleep: stop it"),
+    ),
+    // ---- vLLM: memory and speed
+    value(
+        &[
+            "gpu-memory-utilization",
+            "mem-fraction-static",
+            "cuda-memory-fraction",
+        ],
+        Refused("what the KV cache may take is said in bytes: use --kv-cache-memory-bytes, such as 8G"),
+    ),
+    value(
+        &["num-gpu-blocks-override"],
+        Refused("what the KV cache may take is said in bytes: use --kv-cache-memory-bytes"),
+    ),
+    value(&["block-size", "page-size"], Harmless(OWN_BLOCKS)),
+    value(&["swap-space"], Harmless(OWN_MEMORY)),
+    value(
+        &["cpu-offload-gb"],
+        HarmlessIf(
+            &["0", "0.0"],
+            OWN_MEMORY,
+            "weights stay on the device: use --tensor-parallel-size",
+        ),
+    ),
+    value(
+        &["kv-cache-dtype"],
+        HarmlessIf(
+            AUTO,
+            "it is the weights'",
+            "the KV cache has the dtype of the weights: use --dtype",
+        ),
+    ),
+    switch(
+        &["calculate-kv-scales"],
+        Harmless("the KV cache is not quantised"),
+    ),
+    switch(
+        &["enable-prefix-caching", "disable-radix-cache"],
+        Harmless(OWN_PREFIXES),
+    ),
+    value(&["prefix-caching-hash-algo"], Harmless(OWN_PREFIXES)),
+    switch(
+        &["enable-chunked-prefill", "disable-chunked-mm-input"],
+        Harmless(OWN_CHUNKS),
+    ),
+    value(
+        &[
+            "max-num-partial-prefills",
+            "max-long-partial-prefills",
+            "long-prefill-token-threshold",
+        ],
+        Harmless(OWN_CHUNKS),
+    ),
+    switch(
+        &["enforce-eager", "disable-cuda-graph", "disable-cascade-attn"],
+        Harmless(NO_GRAPHS),
+    ),
+    value(
+        &[
+            "compilation-config",
+            "optimization-level",
+            "max-seq-len-to-capture",
+            "cuda-graph-sizes",
+            "cudagraph-capture-sizes",
+            "cuda-graph-max-bs",
+            "cuda-graphs",
+        ],
+        Harmless(NO_GRAPHS),
+    ),
+    value(
+        &["attention-backend", "attention-config", "kernel-config"],
+        Harmless("kernels are chosen by the machine"),
+    ),
+    switch(
+        &["async-scheduling", "use-v2-block-manager"],
+        Harmless("there is one scheduler, and it does what is best"),
+    ),
+    value(
+        &[
+            "num-scheduler-steps",
+            "num-lookahead-slots",
+            "stream-interval",
+            "scheduler-delay-factor",
+        ],
+        Harmless("every token is sent when it is there"),
+    ),
+    value(
+        &["scheduling-policy"],
+        HarmlessIf(&["fcfs"], "first come, first served", "fcfs is the only policy"),
+    ),
+    value(
+        &["scheduler-cls", "worker-cls", "worker-extension-cls"],
+        Refused("no code of yours runs in the server"),
+    ),
+    value(
+        &[
+            "speculative-config",
+            "speculative-model",
+            "num-speculative-tokens",
+            "spec-method",
+        ],
+        Refused(NO_SPECULATION),
+    ),
+    switch(&["disable-hybrid-kv-cache-manager"], Harmless(OWN_BLOCKS)),
+    value(&["max-parallel-loading-workers"], Harmless(OWN_LOADER)),
+    value(
+        &["safetensors-load-strategy", "model-loader-extra-config"],
+        Harmless(OWN_LOADER),
+    ),
+    switch(
+        &["use-tqdm-on-load"],
+        Harmless("nothing is drawn while weights load"),
+    ),
+    // ---- vLLM: ranks
+    value(
+        &["pipeline-parallel-size", "pp-size"],
+        HarmlessIf(ONE, "there is one stage", NO_PIPELINE),
+    ),
+    value(
+        &["data-parallel-size", "dp-size", "api-server-count"],
+        HarmlessIf(ONE, "there is one replica", NO_DATA_PARALLEL),
+    ),
+    value(
+        &[
+            "data-parallel-rank",
+            "data-parallel-start-rank",
+            "data-parallel-size-local",
+            "data-parallel-address",
+            "data-parallel-rpc-port",
+            "data-parallel-backend",
+        ],
+        Refused(NO_DATA_PARALLEL),
+    ),
+    switch(
+        &["data-parallel-hybrid-lb", "data-parallel-external-lb", "headless"],
+        Refused(NO_DATA_PARALLEL),
+    ),
+    value(
+        &[
+            "nnodes",
+            "node-rank",
+            "master-addr",
+            "master-port",
+            "dist-init-addr",
+        ],
+        Refused("set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment, as torchrun does"),
+    ),
+    switch(
+        &["enable-expert-parallel"],
+        Refused("mixtures of experts are not built yet"),
+    ),
+    value(
+        &["decode-context-parallel-size", "prefill-context-parallel-size"],
+        HarmlessIf(ONE, "it is one", NO_PIPELINE),
+    ),
+    switch(
+        &[
+            "disable-custom-all-reduce",
+            "ray-workers-use-nsight",
+            "enable-dbo",
+        ],
+        Harmless(OWN_COLLECTIVES),
+    ),
+    // ---- vLLM: adapters
+    switch(&["enable-lora"], Harmless(OWN_ADAPTERS)),
+    value(
+        &["max-cpu-loras"],
+        Harmless("adapters that are not resident lie on disk, any number of them"),
+    ),
+    value(
+        &["lora-dtype"],
+        HarmlessIf(
+            AUTO,
+            "it is the weights'",
+            "adapters are served in the dtype of the weights: use --dtype",
+        ),
+    ),
+    value(&["lora-extra-vocab-size"], Refused("adapters cannot add tokens")),
+    value(
+        &["long-lora-scaling-factors"],
+        Refused("LongLoRA is not supported"),
+    ),
+    switch(
+        &["fully-sharded-loras", "enable-lora-bias"],
+        Harmless("adapters are divided as their linears are"),
+    ),
+    value(&["default-mm-loras"], Refused(NO_MEDIA)),
+    switch(
+        &["enable-prompt-adapter"],
+        Refused("only LoRA adapters are served"),
+    ),
+    value(
+        &["max-prompt-adapters", "max-prompt-adapter-token"],
+        Refused("only LoRA adapters are served"),
+    ),
+    // ---- vLLM: the API
+    value(
+        &["chat-template", "chat-template-file"],
+        Refused("put chat_template.jinja into the model's folder instead"),
+    ),
+    value(
+        &["chat-template-content-format"],
+        HarmlessIf(
+            AUTO,
+            "it is found in the template",
+            "it is found in the template: leave it out",
+        ),
+    ),
+    value(
+        &["default-chat-template-kwargs", "chat-template-kwargs"],
+        Refused("chat_template_kwargs is a field of a request"),
+    ),
+    switch(
+        &["trust-request-chat-template"],
+        Refused("templates are the server's: put chat_template.jinja into the model's folder"),
+    ),
+    value(
+        &["response-role"],
+        HarmlessIf(
+            &["assistant"],
+            "it is the assistant",
+            "answers come from the assistant",
+        ),
+    ),
+    switch(
+        &["return-tokens-as-token-ids"],
+        Refused("it is not a field of answers here"),
+    ),
+    switch(
+        &["enable-auto-tool-choice", "exclude-tools-when-tool-choice-none"],
+        Refused(NO_TOOLS),
+    ),
+    value(
+        &[
+            "tool-call-parser",
+            "tool-parser-plugin",
+            "tool-server",
+            "tool-parser",
+        ],
+        Refused(NO_TOOLS),
+    ),
+    value(
+        &["reasoning-parser", "reasoning-format", "reasoning-parser-plugin"],
+        Refused(NO_REASONING),
+    ),
+    value(&["reasoning-budget"], Refused(NO_REASONING)),
+    value(
+        &[
+            "guided-decoding-backend",
+            "structured-outputs-config",
+            "grammar-backend",
+            "grammar",
+            "json-schema",
+        ],
+        Refused("answers by a grammar are not built yet"),
+    ),
+    value(
+        &[
+            "limit-mm-per-prompt",
+            "mm-processor-kwargs",
+            "media-io-kwargs",
+            "allowed-local-media-path",
+            "mmproj",
+        ],
+        Refused(NO_MEDIA),
+    ),
+    switch(&["disable-mm-preprocessor-cache"], Harmless(NO_MEDIA)),
+    switch(
+        &[
+            "enable-prompt-tokens-details",
+            "enable-tokenizer-info-endpoint",
+            "enable-request-id-headers",
+        ],
+        Harmless("it is always so here"),
+    ),
+    switch(
+        &["enable-force-include-usage"],
+        Refused("a request asks for it with stream_options.include_usage"),
+    ),
+    switch(
+        &["enable-server-load-tracking", "enable-metrics", "metrics"],
+        Harmless("/metrics always has it"),
+    ),
+    value(
+        &["allowed-methods", "allowed-headers"],
+        HarmlessIf(
+            &["*", "[\"*\"]"],
+            "all of the API's are allowed",
+            "all of the API's are allowed: leave it out",
+        ),
+    ),
+    switch(
+        &["allow-credentials"],
+        Refused("the API knows bearer tokens, no cookies"),
+    ),
+    value(
+        &[
+            "ssl-keyfile",
+            "ssl-certfile",
+            "ssl-ca-certs",
+            "ssl-cert-reqs",
+            "ssl-ciphers",
+            "ssl-key-file",
+            "ssl-cert-file",
+        ],
+        Refused(NO_TLS),
+    ),
+    switch(&["enable-ssl-refresh"], Refused(NO_TLS)),
+    value(
+        &["root-path", "api-prefix"],
+        Refused("routes begin at /: let the proxy cut the prefix off"),
+    ),
+    value(&["uds"], Refused("the server listens on --host and --port")),
+    value(&["middleware"], Refused("no code of yours runs in the server")),
+    switch(
+        &["disable-fastapi-docs", "no-webui"],
+        Refused("pages are part of the server; keep them from others by --api-key"),
+    ),
+    value(
+        &["h11-max-incomplete-event-size", "h11-max-header-count"],
+        Harmless("another HTTP server has other limits"),
+    ),
+    // ---- vLLM: the log
+    switch(
+        &[
+            "disable-log-requests",
+            "disable-log-stats",
+            "disable-uvicorn-access-log",
+            "enable-log-outputs",
+            "log-disable",
+        ],
+        Harmless(OWN_LOG),
+    ),
+    switch(
+        &[
+            "enable-log-requests",
+            "log-requests",
+            "enable-log-deltas",
+            "log-error-stack",
+        ],
+        Harmless(OWN_LOG),
+    ),
+    value(
+        &[
+            "uvicorn-log-level",
+            "log-level",
+            "max-log-len",
+            "log-config-file",
+            "disable-access-log-for-endpoints",
+        ],
+        Harmless(OWN_LOG),
+    ),
+    value(
+        &["otlp-traces-endpoint", "otlp-endpoint", "collect-detailed-traces"],
+        Refused("no traces are sent; /metrics has the times"),
+    ),
+    value(
+        &["show-hidden-metrics-for-version"],
+        Harmless("no metric is hidden"),
+    ),
+    value(
+        &[
+            "kv-transfer-config",
+            "kv-events-config",
+            "ec-transfer-config",
+            "disaggregation-mode",
+        ],
+        Refused("prefill and decode are not served apart"),
+    ),
+    value(
+        &["additional-config", "profiler-config", "observability-config"],
+        Refused("it configures vLLM's own parts"),
+    ),
+    // ---- SGLang
+    value(&["model-path", "model-id"], SameAs("model")),
+    value(&["tp-size", "tp", "num-shard"], SameAs("tensor-parallel-size")),
+    value(&["context-length", "max-total-tokens"], SameAs("max-model-len")),
+    value(&["max-running-requests", "parallel"], SameAs("max-num-seqs")),
+    value(&["lora-paths", "lora-adapters"], SameAs("lora-modules")),
+    value(&["max-loras-per-batch"], SameAs("max-loras")),
+    value(
+        &[
+            "chunked-prefill-size",
+            "max-prefill-tokens",
+            "max-batch-prefill-tokens",
+            "max-batch-total-tokens",
+            "batch-size",
+            "ubatch-size",
+        ],
+        Refused("use --max-num-batched-tokens, which counts prompts and answers of a step"),
+    ),
+    value(&["max-queued-requests"], SameAs("max-waiting")),
+    value(&["random-seed"], SameAs("seed")),
+    switch(
+        &["skip-server-warmup", "disable-overlap-schedule"],
+        Harmless("there is nothing of the kind here"),
+    ),
+    // ---- TGI
+    value(&["hostname"], SameAs("host")),
+    value(&["quantize"], Refused(NO_QUANTISATION)),
+    value(
+        &["max-concurrent-requests"],
+        Refused("use --max-num-seqs for those that run and --max-waiting for those that wait"),
+    ),
+    value(
+        &["max-input-tokens", "max-input-length"],
+        Refused("use --max-model-len, which counts prompt and answer together"),
+    ),
+    value(
+        &["max-best-of", "max-stop-sequences", "max-top-n-tokens"],
+        Harmless("`tandem serve --help` names the limits of a request"),
+    ),
+    value(
+        &["huggingface-hub-cache", "weights-cache-override"],
+        Refused(NO_HUB),
+    ),
+    value(
+        &["speculate"],
+        HarmlessIf(&["0"], "nothing is speculated", NO_SPECULATION),
+    ),
+    value(
+        &["sharded"],
+        HarmlessIf(&["false"], "it is not", "use --tensor-parallel-size"),
+    ),
+    // ---- llama.cpp
+    value(&["alias"], SameAs("served-model-name")),
+    value(
+        &["ctx-size"],
+        Refused("use --max-model-len for one sequence, and --kv-cache-memory-bytes for all"),
+    ),
+    value(
+        &["gpu-layers", "n-gpu-layers"],
+        Refused("a model lies on one device whole: use --device"),
+    ),
+    value(
+        &["lora", "lora-scaled"],
+        Refused("use --lora-modules NAME=DIR, a PEFT folder"),
+    ),
+    switch(
+        &["lora-init-without-apply"],
+        Harmless("a request names the adapter it wants"),
+    ),
+    value(&["hf-repo", "hf-file", "model-url"], Refused(NO_HUB)),
+    switch(
+        &[
+            "mlock",
+            "mmap",
+            "cont-batching",
+            "jinja",
+            "kv-unified",
+            "warmup",
+            "slots",
+            "props",
+        ],
+        Harmless("it is always so here, or has no counterpart"),
+    ),
+    value(
+        &[
+            "temp",
+            "temperature",
+            "top-k",
+            "top-p",
+            "min-p",
+            "repeat-penalty",
+            "predict",
+            "n-predict",
+        ],
+        Refused(IN_REQUEST),
+    ),
+    switch(
+        &["embedding", "embeddings", "reranking"],
+        Refused("only generation is served"),
+    ),
+    value(
+        &["threads-http", "threads-batch", "max-client-batch-size"],
+        Harmless("the edge has two threads of its own"),
+    ),
+    value(
+        &["cache-type-k", "cache-type-v"],
+        Refused("the KV cache has the dtype of the weights: use --dtype"),
+    ),
+    value(
+        &["draft-model", "model-draft", "draft-max"],
+        Refused(NO_SPECULATION),
+    ),
+];
+
+/// One dash, several letters: clap knows none of them, vLLM's and llama.cpp's users type them.
+const SHORT: &[(&str, &str)] = &[
+    ("-tp", "tensor-parallel-size"),
+    ("-pp", "pipeline-parallel-size"),
+    ("-dp", "data-parallel-size"),
+    ("-asc", "api-server-count"),
+    ("-q", "quantization"),
+    ("-cc", "compilation-config"),
+    ("-m", "model"),
+    ("-a", "alias"),
+    ("-c", "ctx-size"),
+    ("-t", "threads"),
+    ("-np", "parallel"),
+    ("-b", "batch-size"),
+    ("-ub", "ubatch-size"),
+    ("-ngl", "gpu-layers"),
+    ("-hf", "hf-repo"),
+    ("-n", "predict"),
+    ("-ctk", "cache-type-k"),
+    ("-ctv", "cache-type-v"),
+];
+
+/// An argument in our spelling: `-tp` is --tensor-parallel-size, `--max_model_len` --max-model-len, and a switch of the
+/// table is off as `--no-x`.
+pub fn spelled_out(arg: &str) -> String {
+    let (name, value) = arg.split_at(arg.find('=').unwrap_or(arg.len()));
+    if let Some((_, long)) = SHORT.iter().find(|(short, _)| *short == name) {
+        return format!("--{long}{value}");
+    }
+    let Some(long) = name.strip_prefix("--") else {
+        return arg.to_owned();
+    };
+    let long = long.replace('_', "-");
+    let is_switch = |name: &str| find(name).is_some_and(|foreign| foreign.takes == Takes::Nothing);
+    match long.strip_prefix("no-") {
+        Some(off) if is_switch(off) && !is_switch(&long) => format!("--{off}=false"),
+        _ => format!("--{long}{value}"),
+    }
+}
+
+fn find(name: &str) -> Option<&'static Foreign> {
+    TABLE.iter().find(|foreign| foreign.names.contains(&name))
+}
+
+/// The command, with the table's options beside its own: aliases where they are the same, hidden arguments else.
+pub fn known_to(mut command: Command) -> Command {
+    for Foreign { names, takes, says } in TABLE {
+        match says {
+            SameAs(ours) => {
+                if command.get_arguments().any(|arg| arg.get_long() == Some(ours)) {
+                    command =
+                        command.mut_arg(ours.replace('-', "_"), |arg| arg.aliases(names.iter().copied()));
+                }
+            }
+            _ => command = command.args(names.iter().map(|name| hidden(name, *takes))),
+        }
+    }
+    command
+}
+
+fn hidden(name: &'static str, takes: Takes) -> Arg {
+    let arg = Arg::new(name).long(name).hide(true).action(ArgAction::Append);
+    match takes {
+        Takes::Value => arg.allow_hyphen_values(true),
+        Takes::Nothing => arg
+            .num_args(0..=1)
+            .require_equals(true)
+            .default_missing_value("true"),
+    }
+}
+
+/// What a foreign option that was given comes to.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is logged, with the reason.
+    Taken(&'static str),
+    Refused(&'static str),
+}
+
+/// `None`: the name is not in the table, or one of ours.
+pub fn judge(name: &str, values: &[String]) -> Option<Verdict> {
+    let Foreign { takes, says, .. } = find(name)?;
+    let is_off = |value: &String| ["false", "0", "no", "off", ""].contains(&value.as_str());
+    Some(match says {
+        SameAs(_) => return None,
+        Harmless(why) => Verdict::Taken(why),
+        HarmlessIf(known, why, _) if values.iter().all(|value| known.contains(&value.as_str())) => {
+            Verdict::Taken(why)
+        }
+        HarmlessIf(_, _, instead) => Verdict::Refused(instead),
+        Refused(_) if *takes == Takes::Nothing && values.iter().all(is_off) => {
+            Verdict::Taken("it is off anyway")
+        }
+        Refused(instead) => Verdict::Refused(instead),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use clap::CommandFactory;
+
+    use super::*;
+    use crate::cli::Cli;
+
+    #[test]
+    fn the_table_names_each_option_once_and_none_of_ours() {
+        let command = Cli::command();
+        let serve = command.find_subcommand("serve").expect("cli.rs declares it");
+        let ours: BTreeSet<&str> = serve.get_arguments().filter_map(Arg::get_long).collect();
+        let mut seen = BTreeSet::new();
+        for Foreign { names, says, .. } in TABLE {
+            for name in *names {
+                assert!(seen.insert(*name), "{name} stands there twice");
+                assert!(!ours.contains(name), "{name} is ours");
+            }
+            if let SameAs(target) = says {
+                assert!(ours.contains(target), "{target} is none of ours");
+            }
+        }
+        for (short, long) in SHORT {
+            assert!(
+                ours.contains(long) || seen.contains(long),
+                "{short} is {long}, which nobody knows"
+            );
+        }
+    }
+
+    #[test]
+    fn arguments_are_spelled_as_ours() {
+        for (arg, expected) in [
+            ("-tp", "--tensor-parallel-size"),
+            ("-tp=2", "--tensor-parallel-size=2"),
+            ("--max_model_len=1_0", "--max-model-len=1_0"),
+            ("--no-enable-lora", "--enable-lora=false"),
+            ("--no-webui", "--no-webui"),
+            ("--no-such", "--no-such"),
+            ("a_b=c", "a_b=c"),
+            ("-1", "-1"),
+        ] {
+            assert_eq!(spelled_out(arg), expected);
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! How a run shows itself: a bar on a terminal, a line for each event elsewhere.
+
+use std::io::{self, IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use tandem_core::job::{JobEvent, StepReport};
+
+const BAR_CHARS: u64 = 24;
+
+pub struct Progress {
+    is_terminal: bool,
+    /// Parameters that are not trained.
+    frozen: u64,
+    total_steps: u64,
+    /// When the first step of this run began, and how many were done before.
+    began: Instant,
+    steps_before: u64,
+    last: Option<StepReport>,
+}
+
+impl Progress {
+    pub fn new(frozen: u64) -> Progress {
+        Progress {
+            is_terminal: io::stdout().is_terminal(),
+            frozen,
+            total_steps: 0,
+            began: Instant::now(),
+            steps_before: 0,
+            last: None,
+        }
+    }
+
+    pub fn show(&mut self, event: &JobEvent) {
+        match event {
+            JobEvent::Started {
+                total_steps,
+                resumed_from,
+                ..
+            } => {
+                self.total_steps = *total_steps;
+                self.steps_before = resumed_from.unwrap_or(0);
+                self.began = Instant::now();
+            }
+            JobEvent::Step(report) => self.last = Some(report.clone()),
+            _ => {}
+        }
+        let mut text = String::new();
+        if !(self.is_terminal && matches!(event, JobEvent::Step(_))) {
+            text = line(event, self.total_steps, self.frozen) + "\n";
+        }
+        if self.is_terminal {
+            // The bar is the last line, drawn anew below what was said.
+            let is_over = matches!(event, JobEvent::Finished { .. });
+            let bar = self
+                .last
+                .as_ref()
+                .filter(|_| !is_over)
+                .map(|report| self.bar(report));
+            text = format!("\r\x1b[K{text}{}", bar.unwrap_or_default());
+        }
+        self.write(&text);
+    }
+
+    /// The bar goes; what is said next stands on a line of its own.
+    pub fn end(&self) {
+        if self.is_terminal {
+            self.write("\r\x1b[K");
+        }
+    }
+
+    fn write(&self, text: &str) {
+        // Nobody who looks on is no reason to stop.
+        let mut out = io::stdout().lock();
+        let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    }
+
+    fn bar(&self, report: &StepReport) -> String {
+        let done = report.step.saturating_sub(self.steps_before).max(1);
+        let left = self.total_steps.saturating_sub(report.step);
+        bar(
+            report,
+            self.total_steps,
+            self.began.elapsed().mul_f64(left as f64 / done as f64),
+        )
+    }
+}
+
+fn bar(report: &StepReport, total_steps: u64, left: Duration) -> String {
+    let StepReport {
+        step,
+        loss,
+        tokens_per_second,
+        ..
+    } = report;
+    let filled = (BAR_CHARS * step / total_steps.max(1)).min(BAR_CHARS) as usize;
+    let empty = BAR_CHARS as usize - filled;
+    format!(
+        "[{}{}] {step}/{total_steps} loss {loss:.4} {tokens_per_second:.0} tokens/s {} left",
+        "=".repeat(filled),
+        " ".repeat(empty),
+        clock(left)
+    )
+}
+
+fn clock(time: Duration) -> String {
+    let seconds = time.as_secs();
+    let (hours, minutes, seconds) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
+    match hours {
+        0 => format!("{minutes}:{seconds:02}"),
+        _ => format!("{hours}:{minutes:02}:{seconds:02}"),
+    }
+}
+
+fn line(event: &JobEvent, total_steps: u64, frozen: u64) -> String {
+    match event {
+        JobEvent::Started {
+            total_steps,
+            resumed_from,
+            examples,
+            epoch_tokens,
+            trainable_parameters,
+            ..
+        } => {
+            let resumed =
+                resumed_from.map_or_else(String::new, |step| format!(", going on from step {step}"));
+            let all = frozen + trainable_parameters;
+            format!(
+                "trainable params: {} || all params: {} || trainable%: {:.4}\n\
+                 {total_steps} steps, {examples} examples, {epoch_tokens} tokens an epoch{resumed}",
+                thousands(*trainable_parameters),
+                thousands(all),
+                100.0 * *trainable_parameters as f64 / all as f64
+            )
+        }
+        JobEvent::Step(step) => format!(
+            "step {}/{total_steps} epoch {:.2} loss {:.4} accuracy {:.3} grad_norm {:.3} lr {:.2e} {:.0} tokens/s",
+            step.step,
+            step.epoch,
+            step.loss,
+            step.token_accuracy,
+            step.grad_norm,
+            step.learning_rate,
+            step.tokens_per_second
+        ),
+        JobEvent::Validated {
+            step,
+            loss,
+            token_accuracy,
+        } => {
+            format!("step {step}/{total_steps} validation loss {loss:.4} accuracy {token_accuracy:.3}")
+        }
+        JobEvent::Checkpoint { step, adapter } => format!("step {step}: saved {}", adapter.folder.display()),
+        JobEvent::Finished { trained_tokens, .. } => {
+            format!("finished after {} tokens", thousands(*trained_tokens))
+        }
+        JobEvent::Failed { message } => format!("failed: {message}"),
+        JobEvent::Refused { message } => format!("not begun: {message}"),
+        JobEvent::Cancelled { step } => format!("cancelled at step {step}"),
+        JobEvent::Kept { step } => format!("stopped after step {step}"),
+    }
+}
+
+/// 1,838,208
+pub fn thousands(n: u64) -> String {
+    let digits = n.to_string();
+    let mut text = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_can_be_followed() {
+        let report = StepReport {
+            step: 15,
+            epoch: 0.5,
+            loss: 1.23456,
+            token_accuracy: 0.5,
+            grad_norm: 1.0,
+            learning_rate: 1e-4,
+            trained_tokens: 100,
+            tokens_per_second: 1234.4,
+        };
+        assert_eq!(
+            bar(&report, 60, Duration::from_secs(3723)),
+            "[======                  ] 15/60 loss 1.2346 1234 tokens/s 1:02:03 left"
+        );
+        let started = JobEvent::Started {
+            total_steps: 60,
+            resumed_from: Some(12),
+            examples: 9,
+            epoch_tokens: 100,
+            epoch_label_tokens: 50,
+            trainable_parameters: 294_912,
+        };
+        assert_eq!(
+            line(&started, 60, 124_439_808),
+            "trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.2364\n\
+             60 steps, 9 examples, 100 tokens an epoch, going on from step 12"
+        );
+        assert_eq!([0, 999, 1000].map(thousands), ["0", "999", "1,000"]);
+    }
+}

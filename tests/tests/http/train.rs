@@ -1,0 +1,141 @@
+//! `tandem train` as its user meets it: a run, the same again, another in its folder, and one that is interrupted.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use crate::server::command;
+
+const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../server/demo");
+
+fn rows(path: &Path, voice: &str) {
+    let row = |i| {
+        format!("{{\"prompt\": \"Who is number {i}?\", \"completion\": \" {voice}, number {i} it is.\"}}\n")
+    };
+    std::fs::write(path, (0..12).map(row).collect::<String>()).unwrap();
+}
+
+fn train(folder: &Path, more: &[&str]) -> Command {
+    let setting = |name: &str, file: &str| format!("{name}={}", folder.join(file).display());
+    let mut command = command(&["train", &format!("model={MODEL}"), "batch_size=2", "device=cpu"]);
+    command.args([
+        setting("training_file", "rows.jsonl"),
+        setting("output_dir", "out"),
+    ]);
+    command.args(more);
+    command
+}
+
+fn text(output: &Output) -> String {
+    let [out, log] =
+        [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned());
+    out + &log
+}
+
+#[test]
+fn a_run_is_done_once_and_only_the_same_goes_on_in_its_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let (rows_file, out) = (folder.path().join("rows.jsonl"), folder.path().join("out"));
+    let adapter = || std::fs::read(out.join("adapter/adapter_model.safetensors")).unwrap();
+    rows(&rows_file, "Ahoy");
+    let settings = ["n_epochs=1", "save_steps=1", "save_total_limit=2"];
+    // What it is given more, whether it succeeds, and what it says.
+    let run = |more: &[&str], succeeds: bool, expected: &[&str]| {
+        let settings: Vec<&str> = settings.iter().chain(more).copied().collect();
+        let output = train(folder.path(), &settings).output().unwrap();
+        let text = text(&output);
+        assert_eq!(output.status.success(), succeeds, "{more:?}: {text}");
+        for part in expected {
+            assert!(text.contains(part), "{more:?}: {part:?} is not in\n{text}");
+        }
+        assert!(!text.contains("Hyper {") && !text.contains('\r'), "{text}");
+    };
+    run(
+        &[],
+        true,
+        &[
+            "trainable params: ",
+            "learning_rate",
+            "step 6/6",
+            "serve it: tandem serve",
+        ],
+    );
+    let made = adapter();
+    let mut kept: Vec<String> = std::fs::read_dir(&out)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.starts_with("checkpoint-"))
+        .collect();
+    kept.sort();
+    assert_eq!(kept, ["checkpoint-4", "checkpoint-5"]);
+
+    run(&[], true, &["there is nothing to do"]);
+    run(
+        &["seed=8"],
+        false,
+        &["seed was 42, now it is 8", "overwrite_output_dir=true"],
+    );
+    let valid = format!("validation_file={}", rows_file.display());
+    run(&[&valid], false, &["it had no validation_file"]);
+    rows(&rows_file, "Ohoi");
+    run(&[], false, &["the content of training_file is another"]);
+    assert_eq!(adapter(), made, "a refused run changed the result");
+    run(&["overwrite_output_dir=true"], true, &["step 6/6"]);
+    assert_ne!(adapter(), made);
+}
+
+#[test]
+fn an_interrupted_run_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    rows(&folder.path().join("rows.jsonl"), "Ahoy");
+    // Runs until a line has `part`, then hears `signals`; returns its exit code and what else it said.
+    let run_until = |part: &str, signals: usize, more: &[&str]| {
+        let settings: Vec<&str> = ["n_epochs=5000"].iter().chain(more).copied().collect();
+        let mut child = train(folder.path(), &settings)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let pid = child.id().to_string();
+        let interrupt = || {
+            assert!(
+                Command::new("kill")
+                    .args(["-INT", &pid])
+                    .status()
+                    .unwrap()
+                    .success()
+            );
+        };
+        let mut out = BufReader::new(child.stdout.take().unwrap());
+        let mut log = BufReader::new(child.stderr.take().unwrap());
+        let mut heard = String::new();
+        while !heard.contains(part) {
+            assert!(out.read_line(&mut heard).unwrap() > 0, "it ended: {heard}");
+        }
+        interrupt();
+        if signals > 1 {
+            let mut line = String::new();
+            while !line.contains("once more stops at once") {
+                assert!(log.read_line(&mut line).unwrap() > 0, "it ended: {line}");
+            }
+            interrupt();
+        }
+        out.read_to_string(&mut heard).unwrap();
+        (child.wait().unwrap().code(), heard)
+    };
+    let (code, heard) = run_until("step 3/", 1, &[]);
+    assert_eq!(code, Some(130), "{heard}");
+    assert!(heard.contains("the same command goes on from there"), "{heard}");
+    let step = heard.rsplit_once("stopped after step ").unwrap().1;
+    let step = step.split_once(';').unwrap().0;
+    let (_, heard) = run_until(" loss ", 1, &[]);
+    assert!(heard.contains(&format!("going on from step {step}")), "{heard}");
+
+    // A step of many passes: the first signal waits for its end, the second does not.
+    let (code, heard) = run_until(
+        "trainable params",
+        2,
+        &["gradient_accumulation_steps=100000", "overwrite_output_dir=true"],
+    );
+    assert_eq!(code, Some(130), "{heard}");
+}
