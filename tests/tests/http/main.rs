@@ -8,5 +8,6 @@ mod fleet;
 mod inference;
 mod lifecycle;
 mod ranks;
+mod readme;
 mod server;
 mod train;
