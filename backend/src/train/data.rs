@@ -25,8 +25,11 @@ pub struct DataPlan {
     /// Tokens that a micro-batch is filled to when short examples are packed.
     pack_tokens: Option<usize>,
     accumulation: usize,
-    /// Optimizer steps before each epoch; the last entry is the run's total.
+    /// Optimizer steps before each epoch, and before the one after the last. Epochs count whole: the run may end within
+    /// the last.
     steps_before: Vec<u64>,
+    /// Of the run.
+    total: u64,
     /// The epoch whose micro-batches were listed last: walking forward lists each epoch once.
     listed: Option<(u64, Vec<Vec<usize>>)>,
 }
@@ -45,7 +48,9 @@ pub struct Slice {
 pub type Label = (i64, TokenId, f32);
 
 impl DataPlan {
+    /// There is an example.
     pub fn new(examples: &[Example], hyper: &Hyper) -> DataPlan {
+        assert!(!examples.is_empty(), "a plan needs data");
         let mut plan = DataPlan {
             lengths: examples.iter().map(|example| example.tokens.len()).collect(),
             seed: hyper.seed,
@@ -55,35 +60,40 @@ impl DataPlan {
                 .then(|| hyper.batch_size.max(1) as usize * hyper.max_seq_length as usize),
             accumulation: hyper.gradient_accumulation_steps.max(1) as usize,
             steps_before: vec![0],
+            total: 0,
             listed: None,
         };
-        for epoch in 0..u64::from(hyper.n_epochs) {
-            let steps = plan.micro_batches(epoch).len().div_ceil(plan.accumulation) as u64;
-            plan.steps_before.push(plan.total() + steps);
-            if hyper.max_steps.is_some_and(|max| plan.total() >= max) {
-                *plan.steps_before.last_mut().expect("it was just pushed") =
-                    hyper.max_steps.unwrap_or_default();
+        let mut end = 0;
+        for epoch in 0_u64.. {
+            let is_over = match hyper.max_steps {
+                Some(max_steps) => end >= max_steps,
+                None => epoch >= u64::from(hyper.n_epochs),
+            };
+            if is_over {
                 break;
             }
+            end += plan.steps_of(epoch);
+            plan.steps_before.push(end);
         }
+        plan.total = hyper.max_steps.unwrap_or(end);
         plan
     }
 
     /// Optimizer steps of the run.
     pub fn total(&self) -> u64 {
-        *self.steps_before.last().expect("it starts with one entry")
+        self.total
     }
 
     /// Epochs completed after `step` optimizer steps, with a fraction.
     pub fn epoch(&self, step: u64) -> f64 {
         let epoch = self.epoch_of(step);
         let (start, end) = (self.steps_before[epoch], self.steps_before[epoch + 1]);
-        epoch as f64 + (step - start) as f64 / (end - start).max(1) as f64
+        epoch as f64 + (step - start) as f64 / (end - start) as f64
     }
 
-    /// Does an epoch end with optimizer step number `step` (1-based)?
+    /// Does an epoch, or the run, end with optimizer step number `step` (1-based)?
     pub fn ends_epoch(&self, step: u64) -> bool {
-        self.steps_before[1..].contains(&step)
+        step == self.total || self.steps_before[1..].binary_search(&step).is_ok()
     }
 
     /// Example numbers of optimizer step `step` (0-based), by micro-batch.
@@ -101,12 +111,19 @@ impl DataPlan {
         batches[first..batches.len().min(first + self.accumulation)].to_vec()
     }
 
+    /// The epoch in which `step` (0-based) lies; the last one, after the end.
     fn epoch_of(&self, step: u64) -> usize {
-        let epochs = self.steps_before.len() - 1;
-        (0..epochs)
-            .rev()
-            .find(|&epoch| self.steps_before[epoch] <= step)
-            .unwrap_or(0)
+        let begun = self.steps_before.partition_point(|&before| before <= step);
+        begun.min(self.steps_before.len() - 1) - 1
+    }
+
+    /// Optimizer steps of an epoch. Only packed rows have to be laid out to count them.
+    fn steps_of(&self, epoch: u64) -> u64 {
+        let micro_batches = match self.pack_tokens {
+            Some(_) => self.micro_batches(epoch).len(),
+            None => self.lengths.len().div_ceil(self.batch_size),
+        };
+        micro_batches.div_ceil(self.accumulation) as u64
     }
 
     fn micro_batches(&self, epoch: u64) -> Vec<Vec<usize>> {
@@ -236,20 +253,36 @@ mod tests {
                 );
             }
             assert!(n < 5 || seen[0] != seen[1]);
-            assert!(plan.ends_epoch(plan.total()));
+            assert!(plan.ends_epoch(plan.total()) && plan.epoch(plan.total()) == 3.0);
         }
     }
 
     #[test]
-    fn max_steps_ends_the_run_inside_an_epoch() {
-        let plan = DataPlan::new(
-            &examples(21),
-            &Hyper {
-                max_steps: Some(4),
-                ..hyper()
-            },
-        );
-        assert_eq!((plan.total(), plan.epoch(3)), (4, 1.0));
+    fn max_steps_says_how_long_the_run_is() {
+        // 21 examples by 8 are 3 steps an epoch; n_epochs is 3. max_steps, epochs after steps 3 and the last.
+        for (max_steps, after_three, after_all) in
+            [(4, 1.0, 4.0 / 3.0), (9, 1.0, 3.0), (100, 1.0, 100.0 / 3.0)]
+        {
+            for packing in [false, true] {
+                let hyper = Hyper {
+                    max_steps: Some(max_steps),
+                    packing,
+                    ..hyper()
+                };
+                let mut plan = DataPlan::new(&examples(21), &hyper);
+                assert_eq!(plan.total(), max_steps);
+                assert!(plan.ends_epoch(max_steps) && !plan.step(max_steps - 1).is_empty());
+                if !packing {
+                    assert_eq!((plan.epoch(3), plan.epoch(max_steps)), (after_three, after_all));
+                }
+            }
+        }
+        // Many steps on few examples are counted, not laid out.
+        let hyper = Hyper {
+            max_steps: Some(10_000_000),
+            ..hyper()
+        };
+        assert_eq!(DataPlan::new(&examples(1), &hyper).epoch(9_999_999), 9_999_999.0);
     }
 
     #[test]

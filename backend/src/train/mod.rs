@@ -503,7 +503,7 @@ impl Trainer {
         self.trained_tokens += tokens;
         Ok(StepReport {
             step,
-            epoch: self.plan.epoch(step.min(self.plan.total())),
+            epoch: self.plan.epoch(step),
             loss,
             token_accuracy: scores.accuracy(),
             grad_norm,
