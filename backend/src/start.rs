@@ -220,6 +220,7 @@ fn load(
         model_folder,
         base_digest,
         vocab_size: decoder.spec.vocab as u32,
+        hidden_size: decoder.spec.hidden as u32,
         max_model_len,
         max_num_seqs,
         max_num_batched_tokens,

@@ -3,9 +3,9 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::common::{AutoInteger, Unknown};
+use crate::common::Unknown;
 use crate::files::File;
-use crate::fine_tuning::Knobs;
+use crate::fine_tuning::TrainingSettings;
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
 #[schema(example = json!({"model": "tandem-demo", "training_file": "file-abc123"}))]
@@ -14,19 +14,12 @@ pub struct CreateFineTune {
     pub validation_file: Option<String>,
     /// Default: the base model that is served.
     pub model: Option<String>,
-    pub n_epochs: Option<AutoInteger>,
-    pub batch_size: Option<AutoInteger>,
-    pub learning_rate_multiplier: Option<f64>,
-    /// Loss weight of prompt tokens, 0 to 1. Default 0 (it was 0.01 at OpenAI).
-    pub prompt_loss_weight: Option<f64>,
-    /// 1 to 40 characters of the made model's name.
+    /// 1 to 40 characters of the made model's name; spaces become hyphens.
     pub suffix: Option<String>,
-    pub seed: Option<i64>,
-    pub compute_classification_metrics: Option<bool>,
     // As in `fine_tuning::CreateJob`.
     #[serde(flatten)]
-    #[schema(value_type = Knobs)]
-    pub knobs: Unknown,
+    #[schema(value_type = TrainingSettings)]
+    pub settings: Unknown,
 }
 
 #[derive(Clone, Debug, Serialize, ToSchema)]

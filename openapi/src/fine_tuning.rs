@@ -1,12 +1,12 @@
-//! The fine-tuning API of today: /v1/fine_tuning/jobs. Knobs of LoRA and training that OpenAI's API lacks are top-level
-//! fields of the request (clients reach them by `extra_body`) and come back in the job's `hyperparameters`.
+//! The fine-tuning API of today: /v1/fine_tuning/jobs. Settings that OpenAI's API lacks come back in the job's
+//! `hyperparameters`, too. Not here: which settings there are (the server knows their table).
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::common::{AutoInteger, AutoNumber, Strings, Unknown};
+use crate::common::{AutoInteger, AutoNumber, Unknown};
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
 #[schema(example = json!({"model": "tandem-demo", "training_file": "file-abc123", "lora_r": 16}))]
@@ -15,25 +15,18 @@ pub struct CreateJob {
     /// A file id, purpose `fine-tune`.
     pub training_file: String,
     pub validation_file: Option<String>,
-    /// 1 to 64 characters of the made model's name.
+    /// 1 to 64 characters of the made model's name; spaces become hyphens.
     pub suffix: Option<String>,
-    #[schema(minimum = 0, maximum = 2147483647)]
-    pub seed: Option<i64>,
     /// At most 16 keys of 64 characters, values of 512.
     pub metadata: Option<BTreeMap<String, String>>,
     pub method: Option<Method>,
     /// The older place of `method.supervised.hyperparameters`.
-    pub hyperparameters: Option<Hyperparameters>,
-    /// Where the API before this one had it, and where most people try first; `hyperparameters` wins.
-    pub n_epochs: Option<AutoInteger>,
-    pub batch_size: Option<AutoInteger>,
-    pub learning_rate_multiplier: Option<AutoNumber>,
-    #[schema(value_type = Option<Vec<serde_json::Value>>)]
-    pub integrations: Option<serde_json::Value>,
-    // Knobs are read from here in a second step: serde loses the path of an error inside a flattened struct.
+    #[schema(value_type = Option<TrainingSettings>)]
+    pub hyperparameters: Option<Unknown>,
+    /// Settings may also stand at the top: clients reach it by `extra_body`.
     #[serde(flatten)]
-    #[schema(value_type = Knobs)]
-    pub knobs: Unknown,
+    #[schema(value_type = TrainingSettings)]
+    pub settings: Unknown,
 }
 
 /// Only `supervised` is built.
@@ -49,55 +42,17 @@ pub struct Method {
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
 pub struct Supervised {
-    pub hyperparameters: Option<Hyperparameters>,
+    #[schema(value_type = Option<TrainingSettings>)]
+    pub hyperparameters: Option<Unknown>,
     #[serde(flatten)]
     #[schema(ignore)]
     pub unknown: Unknown,
 }
 
-/// Any other key is refused: a misspelt knob must not train silently.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
-pub struct Hyperparameters {
-    /// 1 to 50
-    pub n_epochs: Option<AutoInteger>,
-    /// 1 to 256
-    pub batch_size: Option<AutoInteger>,
-    pub learning_rate_multiplier: Option<AutoNumber>,
-    #[serde(flatten)]
-    #[schema(ignore)]
-    pub unknown: Unknown,
-}
-
-/// Names of TRL, transformers and PEFT. Absent or null: the server chooses, and says what.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
-pub struct Knobs {
-    #[schema(minimum = 1)]
-    pub lora_r: Option<i64>,
-    pub lora_alpha: Option<f64>,
-    #[schema(minimum = 0)]
-    pub lora_dropout: Option<f64>,
-    /// Module names, or `all-linear`.
-    #[serde(alias = "lora_trainable_modules")]
-    pub lora_target_modules: Option<Strings>,
-    pub use_rslora: Option<bool>,
-    /// Absolute, instead of `learning_rate_multiplier`.
-    pub learning_rate: Option<f64>,
-    /// `constant`, `linear` or `cosine`
-    pub lr_scheduler_type: Option<String>,
-    pub warmup_steps: Option<i64>,
-    pub warmup_ratio: Option<f64>,
-    pub weight_decay: Option<f64>,
-    pub max_grad_norm: Option<f64>,
-    pub max_seq_length: Option<i64>,
-    pub packing: Option<bool>,
-    pub max_steps: Option<i64>,
-    pub gradient_accumulation_steps: Option<i64>,
-    pub save_steps: Option<i64>,
-    pub eval_steps: Option<i64>,
-    #[serde(flatten)]
-    #[schema(ignore)]
-    pub unknown: Unknown,
-}
+/// Settings of a run, each absent, null, `"auto"` or a value. Every other key is refused. (The server writes the
+/// properties of this schema from the table by which it reads them.)
+#[derive(ToSchema)]
+pub struct TrainingSettings {}
 
 /// Every key is present; null where there is no value (yet).
 #[derive(Clone, Debug, Serialize, ToSchema)]
@@ -185,6 +140,7 @@ pub struct RunHyperparameters {
     pub max_grad_norm: f64,
     pub max_seq_length: u32,
     pub packing: bool,
+    pub prompt_loss_weight: f64,
     #[schema(required)]
     pub max_steps: Option<u64>,
     pub gradient_accumulation_steps: u32,

@@ -9,6 +9,7 @@ use tandem_core::TokenId;
 use tandem_core::id::{AdapterDigest, Digest, JobId};
 use tandem_core::message::Fault;
 use tandem_core::sampling::{BadSampling, RawSampling};
+use tandem_core::settings::Settings;
 use tandem_text::chat::Message;
 
 pub use tandem_store::{MetadataFilter, Order};
@@ -167,31 +168,9 @@ pub struct JobRequest {
     pub training_file: String,
     pub validation_file: Option<String>,
     pub suffix: Option<String>,
-    pub seed: Option<u64>,
     pub metadata: BTreeMap<String, String>,
-    pub n_epochs: Option<u32>,
-    pub max_steps: Option<u64>,
-    pub batch_size: Option<u32>,
-    pub gradient_accumulation_steps: Option<u32>,
-    pub learning_rate: Option<f64>,
-    pub learning_rate_multiplier: Option<f64>,
-    pub lr_scheduler_type: Option<String>,
-    pub warmup_steps: Option<u64>,
-    pub warmup_ratio: Option<f64>,
-    pub weight_decay: Option<f64>,
-    pub max_grad_norm: Option<f64>,
-    pub max_seq_length: Option<u32>,
-    pub packing: Option<bool>,
-    pub save_steps: Option<u64>,
-    pub eval_steps: Option<u64>,
-    pub lora_r: Option<u32>,
-    pub lora_alpha: Option<f64>,
-    pub lora_dropout: Option<f64>,
-    /// Empty or ["all-linear"]: all linear layers.
-    pub lora_target_modules: Vec<String>,
-    pub use_rslora: Option<bool>,
-    /// Legacy prompt/completion rows: loss weight of prompt tokens (0 by default here; OpenAI's legacy default was 0.01).
-    pub prompt_loss_weight: Option<f64>,
+    #[serde(flatten)]
+    pub settings: Settings,
     /// Was it asked through the legacy API (only changes the made model's id prefix).
     pub legacy: bool,
 }

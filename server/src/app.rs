@@ -18,6 +18,7 @@ use utoipa::{Modify, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use crate::convert::fine_tuning;
 use crate::convert::sampling::Limits;
 use crate::fields::Strays;
 use crate::http;
@@ -135,6 +136,10 @@ fn documented() -> OpenApiRouter<App> {
 /// openapi.json, as it is committed: pretty, with a last newline.
 pub fn document() -> String {
     let mut document = documented().into_openapi();
+    let components = document.components.get_or_insert_default();
+    components
+        .schemas
+        .insert("TrainingSettings".to_owned(), fine_tuning::schema());
     // axum's wildcard is a plain parameter to everybody else, and an operation's id must be unique.
     let paths = std::mem::take(&mut document.paths.paths).into_iter();
     document.paths.paths = paths

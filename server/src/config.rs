@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use clap::parser::ValueSource;
 use clap::{Arg, ArgMatches, Command, CommandFactory, FromArgMatches};
+use tandem_core::suggest::closest;
 
 use crate::cli::Cli;
 use crate::foreign::{self, Verdict};
@@ -61,15 +62,6 @@ fn meant(suggestion: &Option<String>) -> String {
     suggestion
         .as_ref()
         .map_or_else(String::new, |name| format!("; did you mean {name}?"))
-}
-
-/// The closest of `known` to `name`, if any is close.
-pub fn closest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<String> {
-    let scored = known
-        .into_iter()
-        .map(|candidate| (strsim::jaro_winkler(name, candidate), candidate));
-    let best = scored.max_by(|a, b| a.0.total_cmp(&b.0))?;
-    (best.0 > 0.8).then(|| best.1.to_owned())
 }
 
 /// An option of a command that was given, for the start-up lines.

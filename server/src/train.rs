@@ -14,20 +14,23 @@ use serde_norway::Mapping;
 use tandem_backend::train::run::{Run, RunOptions};
 use tandem_core::dataset::{self, Example};
 use tandem_core::id::JobId;
-use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Method, files};
-use tandem_router::hyper::{self, Bounds, Facts};
+use tandem_core::job::{JobEvent, JobSpec, Life, files};
+use tandem_router::api::RouterError;
+use tandem_router::hyper::{self, Bounds, Facts, Tuning};
 use tandem_text::dataset::{BadLine, Options, read_rows, tokenize};
 use tandem_text::{TextError, Tokenizer};
 
 use crate::listen::{SIGINT, Signals};
 use progress::{Progress, thousands};
 use record::{Begin, Record, RecordError};
-use settings::{Adam, Settings, SettingsError, Tuning};
+use settings::{Recipe, SettingsError};
 
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
     #[error(transparent)]
     Settings(#[from] SettingsError),
+    #[error(transparent)]
+    Model(#[from] RouterError),
     #[error(transparent)]
     Record(#[from] RecordError),
     #[error("{}", path.display())]
@@ -78,7 +81,7 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
         print!("{}", settings::help());
         return Ok(Outcome::Done);
     }
-    let Settings {
+    let Recipe {
         model,
         training_file,
         validation_file,
@@ -86,10 +89,9 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
         overwrite_output_dir,
         save_total_limit,
         tuning,
-        adam,
         dtype,
         device,
-        request,
+        settings,
     } = settings::read(&as_settings(args))?;
     let at = |path: &Path| {
         let path = path.to_owned();
@@ -99,19 +101,21 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
     let tokenizer = Tokenizer::from_folder(&model).map_err(TrainError::Tokenizer)?;
     let spec = tandem_backend::family::read_spec(&model)?;
     let bounds = Bounds {
+        hidden_size: u32::try_from(spec.hidden).unwrap_or(u32::MAX),
         max_model_len: u32::try_from(spec.max_positions).unwrap_or(u32::MAX),
         max_lora_rank: u32::MAX,
         lora_targets: &spec.lora_targets(),
     };
+    hyper::fits(&settings, bounds)?;
     let options = Options {
-        max_seq_length: hyper::max_seq_length(&request, bounds),
-        prompt_loss_weight: request.prompt_loss_weight.unwrap_or(0.0) as f32,
+        max_seq_length: hyper::max_seq_length(&settings, bounds),
+        prompt_loss_weight: settings.prompt_loss_weight.unwrap_or(0.0) as f32,
     };
     let train = Dataset::read(&training_file, &tokenizer, &options)?;
     let valid = validation_file
         .map(|path| Dataset::read(&path, &tokenizer, &options))
         .transpose()?;
-    let hyper = with(hyper::choose(&request, bounds, train.facts), adam, tuning);
+    let hyper = hyper::choose(&settings, tuning, bounds, train.facts);
 
     std::fs::create_dir_all(&output_dir).map_err(at(&output_dir))?;
     let mut settings = Mapping::from_iter([("model".into(), model.display().to_string().into())]);
@@ -167,7 +171,7 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
         for event in &events {
             progress.show(event);
             if let (JobEvent::Checkpoint { .. }, Some(limit)) = (event, save_total_limit) {
-                record::prune(&output_dir, limit)?;
+                record::prune(&output_dir, limit.get())?;
             }
         }
         if let Some(signal) = signalled.get().filter(|_| run.is_between_steps()) {
@@ -247,22 +251,6 @@ fn forget(path: &Path) -> Result<(), TrainError> {
         }),
         _ => Ok(()),
     }
-}
-
-/// What an API's client cannot ask.
-fn with(mut hyper: Hyper, adam: Adam, tuning: Tuning) -> Hyper {
-    let Adam {
-        beta1,
-        beta2,
-        epsilon,
-    } = adam;
-    hyper.adam_beta1 = beta1.unwrap_or(hyper.adam_beta1);
-    hyper.adam_beta2 = beta2.unwrap_or(hyper.adam_beta2);
-    hyper.adam_epsilon = epsilon.unwrap_or(hyper.adam_epsilon);
-    if tuning == Tuning::Full {
-        hyper.method = Method::Full;
-    }
-    hyper
 }
 
 /// A JSONL file, tokenised.

@@ -51,8 +51,9 @@ pub struct Saved {
 /// Every number of a run, chosen. Names are TRL's and PEFT's.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Hyper {
+    /// Passes over the data, when `max_steps` does not say how long the run is.
     pub n_epochs: u32,
-    /// Ends the run earlier than `n_epochs` would.
+    /// Optimizer steps of the run, whatever `n_epochs` says.
     pub max_steps: Option<u64>,
     /// Examples of one micro-batch.
     pub batch_size: u32,
@@ -60,7 +61,7 @@ pub struct Hyper {
     pub gradient_accumulation_steps: u32,
     pub learning_rate: f64,
     pub lr_scheduler: Schedule,
-    /// Optimizer steps of linear warm-up.
+    /// Optimizer steps of linear warm-up; `Schedule::Constant` has none.
     pub warmup_steps: u64,
     pub weight_decay: f64,
     pub adam_beta1: f64,
@@ -109,25 +110,42 @@ impl Lora {
     }
 }
 
-/// Learning rate after warm-up, transformers' names.
+/// Course of the learning rate, transformers' names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Schedule {
+    /// Never warms up.
     Constant,
+    ConstantWithWarmup,
     Linear,
     Cosine,
 }
 
 impl Schedule {
-    /// Factor on the learning rate of optimizer step `step` (0-based) out of `total`, as transformers'
-    /// get_{constant,linear,cosine}_schedule_with_warmup.
+    /// As they are written everywhere.
+    pub const NAMES: [&str; 4] = ["constant", "constant_with_warmup", "linear", "cosine"];
+
+    pub fn name(self) -> &'static str {
+        let [constant, constant_with_warmup, linear, cosine] = Schedule::NAMES;
+        match self {
+            Schedule::Constant => constant,
+            Schedule::ConstantWithWarmup => constant_with_warmup,
+            Schedule::Linear => linear,
+            Schedule::Cosine => cosine,
+        }
+    }
+
+    /// Factor on the learning rate of optimizer step `step` (0-based) out of `total`, as transformers' get_scheduler.
     pub fn factor(self, step: u64, warmup_steps: u64, total: u64) -> f64 {
+        if self == Schedule::Constant {
+            return 1.0;
+        }
         if step < warmup_steps {
             return step as f64 / warmup_steps.max(1) as f64;
         }
         let progress = (step - warmup_steps) as f64 / total.saturating_sub(warmup_steps).max(1) as f64;
         match self {
-            Schedule::Constant => 1.0,
+            Schedule::Constant | Schedule::ConstantWithWarmup => 1.0,
             Schedule::Linear => (1.0 - progress).max(0.0),
             Schedule::Cosine => (0.5 * (1.0 + (std::f64::consts::PI * progress).cos())).max(0.0),
         }
@@ -194,4 +212,31 @@ pub struct StepReport {
     /// Tokens since the job began, over all its lives.
     pub trained_tokens: u64,
     pub tokens_per_second: f64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn schedules_are_those_of_transformers() {
+        // Factors at steps 0, 1, 2, 6, 10 of 10, with 2 of warm-up.
+        let cases = [
+            (Schedule::Constant, [1.0, 1.0, 1.0, 1.0, 1.0]),
+            (Schedule::ConstantWithWarmup, [0.0, 0.5, 1.0, 1.0, 1.0]),
+            (Schedule::Linear, [0.0, 0.5, 1.0, 0.5, 0.0]),
+            (Schedule::Cosine, [0.0, 0.5, 1.0, 0.5, 0.0]),
+        ];
+        for (schedule, expected) in cases {
+            for (step, expected) in [0, 1, 2, 6, 10].into_iter().zip(expected) {
+                let factor = schedule.factor(step, 2, 10);
+                assert!(
+                    (factor - expected).abs() < 1e-12,
+                    "{schedule:?} at {step}: {factor}"
+                );
+            }
+            let name = serde_json::to_value(schedule).expect("an enum of words");
+            assert_eq!(name, schedule.name());
+        }
+    }
 }

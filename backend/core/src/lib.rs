@@ -11,7 +11,9 @@ pub mod replica;
 pub mod rng;
 pub mod sampling;
 pub mod sched;
+pub mod settings;
 pub mod stats;
+pub mod suggest;
 
 /// Position of a token in the model's vocabulary.
 pub type TokenId = u32;

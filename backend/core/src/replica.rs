@@ -52,6 +52,7 @@ pub struct ReplicaInfo {
     /// Of config.json and the weight files.
     pub base_digest: Digest,
     pub vocab_size: u32,
+    pub hidden_size: u32,
     pub max_model_len: u32,
     pub max_num_seqs: u32,
     pub max_num_batched_tokens: u32,

@@ -127,6 +127,7 @@ fn info() -> ReplicaInfo {
         model_folder: "/models/base".into(),
         base_digest: Digest([7; 32]),
         vocab_size: 100,
+        hidden_size: 64,
         max_model_len: 512,
         max_num_seqs: 4,
         max_num_batched_tokens: 512,

@@ -4,18 +4,18 @@
 //! |---|---|---|
 //! | n_epochs | 3; up to 25 for small files, 1 for huge ones | the rule OpenAI documents for its "auto": see examples at least 100 times in all, at most 25 000 |
 //! | batch_size | rows / 32, from 1 to 8 | some thirty steps an epoch where the file allows it |
-//! | learning_rate | 2e-4 x learning_rate_multiplier | the LoRA default of TRL's and QLoRA's examples |
+//! | learning_rate | by the width, x learning_rate_multiplier | see `learning_rate` |
 //! | lr_scheduler_type, warmup | linear, 3 % of the steps | transformers; QLoRA |
 //! | weight_decay, max_grad_norm | 0, 1.0 | TRL |
 //! | r, alpha, dropout | 16, 2 r, 0 | alpha = 2 r is the common choice; all linear layers matter more than r (QLoRA) |
-//! | packing | when it leaves 32 rows or more | packing a small file would leave a handful of steps |
+//! | packing | no | TRL: a batch of 4 rows is 4 rows |
 //! | save_steps | a fifth of the run | a kill costs a fifth at most |
 
 use tandem_core::job::{Hyper, Lora, Method, Schedule};
 use tandem_core::replica::ReplicaInfo;
+use tandem_core::settings::{ALL_LINEAR, Settings};
 
-use crate::api::JobRequest;
-use crate::jobs::check::{ALL_LINEAR, SCHEDULES};
+pub use crate::jobs::check::fits;
 
 const EPOCHS: u64 = 3;
 const EXAMPLES_SEEN_LOW: u64 = 100;
@@ -23,7 +23,6 @@ const EXAMPLES_SEEN_HIGH: u64 = 25_000;
 const MAX_AUTO_EPOCHS: u64 = 25;
 const STEPS_PER_EPOCH: u64 = 32;
 const MAX_AUTO_BATCH: u64 = 8;
-const LEARNING_RATE: f64 = 2e-4;
 const WARMUP_RATIO: f64 = 0.03;
 const LORA_R: u32 = 16;
 /// Longer rows are cut unless the request says more.
@@ -33,6 +32,7 @@ const CHECKPOINTS: u64 = 5;
 /// The part of a replica that the choice depends on. `tandem train` has no replica, only this.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds<'a> {
+    pub hidden_size: u32,
     pub max_model_len: u32,
     pub max_lora_rank: u32,
     pub lora_targets: &'a [String],
@@ -41,12 +41,14 @@ pub struct Bounds<'a> {
 impl<'a> From<&'a ReplicaInfo> for Bounds<'a> {
     fn from(info: &'a ReplicaInfo) -> Bounds<'a> {
         let ReplicaInfo {
+            hidden_size,
             max_model_len,
             max_lora_rank,
             lora_targets,
             ..
         } = info;
         Bounds {
+            hidden_size: *hidden_size,
             max_model_len: *max_model_len,
             max_lora_rank: *max_lora_rank,
             lora_targets,
@@ -61,80 +63,118 @@ pub struct Facts {
     pub tokens: u64,
 }
 
+/// What is trained.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Tuning {
+    #[default]
+    Lora,
+    /// Every parameter.
+    Full,
+}
+
 /// Decided before the file is tokenised, because rows are cut at it.
-pub fn max_seq_length<'a>(request: &JobRequest, bounds: impl Into<Bounds<'a>>) -> u32 {
-    request
+pub fn max_seq_length<'a>(settings: &Settings, bounds: impl Into<Bounds<'a>>) -> u32 {
+    settings
         .max_seq_length
         .unwrap_or(bounds.into().max_model_len.min(MAX_AUTO_SEQ_LENGTH))
 }
 
-/// `request` has a seed and, from a client, has passed `check::request`.
-pub fn choose<'a>(request: &JobRequest, bounds: impl Into<Bounds<'a>>, facts: Facts) -> Hyper {
+/// `settings` have a seed and fit (`fits`).
+pub fn choose<'a>(settings: &Settings, tuning: Tuning, bounds: impl Into<Bounds<'a>>, facts: Facts) -> Hyper {
     let bounds = bounds.into();
-    let max_seq_length = max_seq_length(request, bounds);
-    let packed_rows = facts
-        .tokens
-        .div_ceil(u64::from(max_seq_length))
-        .min(facts.examples);
-    let packing = request.packing.unwrap_or(packed_rows >= STEPS_PER_EPOCH);
-    let rows = if packing { packed_rows } else { facts.examples };
+    let max_seq_length = max_seq_length(settings, bounds);
+    let packing = settings.packing.unwrap_or(false);
+    let rows = match packing {
+        // At least: rows are whole, so some room stays free.
+        true => facts
+            .tokens
+            .div_ceil(u64::from(max_seq_length))
+            .min(facts.examples),
+        false => facts.examples,
+    };
     let n_epochs = u64::from(
-        request
+        settings
             .n_epochs
             .unwrap_or_else(|| small(auto_epochs(facts.examples))),
     );
-    let batch_size = request
+    let batch_size = settings
         .batch_size
         .unwrap_or_else(|| small((rows / STEPS_PER_EPOCH).clamp(1, MAX_AUTO_BATCH)));
-    let gradient_accumulation_steps = request.gradient_accumulation_steps.unwrap_or(1);
+    let gradient_accumulation_steps = settings.gradient_accumulation_steps.unwrap_or(1);
 
     let step_rows = u64::from(batch_size) * u64::from(gradient_accumulation_steps);
-    let all_steps = rows.div_ceil(step_rows) * n_epochs;
-    let total_steps = request.max_steps.unwrap_or(all_steps).min(all_steps).max(1);
+    let epoch_steps = rows.div_ceil(step_rows).max(1);
+    let total_steps = settings.max_steps.unwrap_or(epoch_steps * n_epochs);
+    let lr_scheduler = settings.lr_scheduler_type.unwrap_or(Schedule::Linear);
     // The first step of a warm-up learns nothing: a short run has none unless it is asked, and none is all warm-up.
-    let warmup_steps = request.warmup_steps.unwrap_or(match request.warmup_ratio {
-        Some(ratio) => ((total_steps as f64 * ratio).ceil() as u64).min(total_steps - 1),
-        None => (total_steps as f64 * WARMUP_RATIO) as u64,
-    });
-    let lr_scheduler = match request.lr_scheduler_type.as_deref() {
-        None => Schedule::Linear,
-        Some(name) if name == SCHEDULES[0] => Schedule::Constant,
-        Some(name) if name == SCHEDULES[1] => Schedule::Linear,
-        Some(_) => Schedule::Cosine,
+    let warmup_steps = match (lr_scheduler, settings.warmup_steps, settings.warmup_ratio) {
+        (Schedule::Constant, ..) => 0,
+        (_, Some(steps), _) => steps,
+        (_, None, Some(ratio)) => ((total_steps as f64 * ratio).ceil() as u64).min(total_steps - 1),
+        (_, None, None) => (total_steps as f64 * WARMUP_RATIO) as u64,
     };
-    let r = request.lora_r.unwrap_or(LORA_R.min(bounds.max_lora_rank));
-    let target_modules = match request.lora_target_modules.as_slice() {
-        [] => bounds.lora_targets.to_vec(),
-        [all] if all == ALL_LINEAR => bounds.lora_targets.to_vec(),
-        some => some.to_vec(),
-    };
+    let multiplier = settings.learning_rate_multiplier.unwrap_or(1.0);
     Hyper {
-        n_epochs: small(n_epochs),
-        max_steps: request.max_steps,
+        n_epochs: match settings.max_steps {
+            Some(steps) => small(steps.div_ceil(epoch_steps)),
+            None => small(n_epochs),
+        },
+        max_steps: settings.max_steps,
         batch_size,
         gradient_accumulation_steps,
-        learning_rate: request
+        learning_rate: settings
             .learning_rate
-            .unwrap_or(LEARNING_RATE * request.learning_rate_multiplier.unwrap_or(1.0)),
+            .unwrap_or_else(|| multiplier * learning_rate(tuning, bounds.hidden_size)),
         lr_scheduler,
         warmup_steps,
-        weight_decay: request.weight_decay.unwrap_or(0.0),
-        adam_beta1: 0.9,
-        adam_beta2: 0.999,
-        adam_epsilon: 1e-8,
-        max_grad_norm: request.max_grad_norm.unwrap_or(1.0),
-        seed: request.seed.expect("chosen when the job was created"),
+        weight_decay: settings.weight_decay.unwrap_or(0.0),
+        adam_beta1: settings.adam_beta1.unwrap_or(0.9),
+        adam_beta2: settings.adam_beta2.unwrap_or(0.999),
+        adam_epsilon: settings.adam_epsilon.unwrap_or(1e-8),
+        max_grad_norm: settings.max_grad_norm.unwrap_or(1.0),
+        seed: settings.seed.expect("chosen when the job was created"),
         max_seq_length,
         packing,
-        save_steps: request.save_steps.unwrap_or(total_steps.div_ceil(CHECKPOINTS)),
-        eval_steps: request.eval_steps.unwrap_or(0),
-        method: Method::Lora(Lora {
-            r,
-            alpha: request.lora_alpha.unwrap_or(2.0 * f64::from(r)),
-            dropout: request.lora_dropout.unwrap_or(0.0),
-            target_modules,
-            use_rslora: request.use_rslora.unwrap_or(false),
-        }),
+        save_steps: settings.save_steps.unwrap_or(total_steps.div_ceil(CHECKPOINTS)),
+        eval_steps: settings.eval_steps.unwrap_or(0),
+        method: match tuning {
+            Tuning::Lora => Method::Lora(lora(settings, bounds)),
+            Tuning::Full => Method::Full,
+        },
+    }
+}
+
+fn lora(settings: &Settings, bounds: Bounds) -> Lora {
+    let r = settings.lora_r.unwrap_or(LORA_R.min(bounds.max_lora_rank));
+    let target_modules = match settings.lora_target_modules.as_deref() {
+        None | Some([]) => bounds.lora_targets.to_vec(),
+        Some([all]) if all == ALL_LINEAR => bounds.lora_targets.to_vec(),
+        Some(some) => some.to_vec(),
+    };
+    Lora {
+        r,
+        alpha: settings.lora_alpha.unwrap_or(2.0 * f64::from(r)),
+        dropout: settings.lora_dropout.unwrap_or(0.0),
+        target_modules,
+        use_rslora: settings.use_rslora.unwrap_or(false),
+    }
+}
+
+/// As wide as the models for which the literature gives rates.
+const WIDTH: f64 = 4096.0;
+/// LoRA's at that width (QLoRA, arXiv 2305.14314: 2e-4 for 7B and 13B, 1e-4 for 33B and 65B).
+const LEARNING_RATE: f64 = 2e-4;
+/// Where the narrowest models we tried still learn well.
+const MAX_LEARNING_RATE: f64 = 5e-3;
+/// LoRA wants about ten times the rate of full training (Thinking Machines, "LoRA Without Regret", 2025).
+const FULL_TO_LORA: f64 = 0.1;
+
+/// Inverse to the width, as the update of a matrix must be (Yang et al., arXiv 2203.03466). ARCHITECTURE.md has the runs.
+fn learning_rate(tuning: Tuning, hidden_size: u32) -> f64 {
+    let lora = (LEARNING_RATE * WIDTH / f64::from(hidden_size)).min(MAX_LEARNING_RATE);
+    match tuning {
+        Tuning::Lora => lora,
+        Tuning::Full => lora * FULL_TO_LORA,
     }
 }
 
@@ -157,24 +197,24 @@ mod tests {
     use crate::tests::info;
 
     #[test]
-    fn small_files_are_seen_often_and_large_ones_packed() {
-        // examples, tokens -> epochs, batch, packing, save_steps
+    fn small_files_are_seen_often_and_none_is_packed() {
+        // examples, tokens -> epochs, batch, save_steps
         let cases = [
-            (1, 50, (25, 1, false, 5)),
-            (10, 500, (10, 1, false, 20)),
-            (50, 3_000, (3, 1, false, 30)),
-            (100, 6_000, (3, 3, false, 21)),
-            (1_000, 60_000, (3, 3, true, 24)),
-            (8_000, 3_200_000, (3, 8, true, 470)),
-            (100_000, 9_000_000, (1, 8, true, 440)),
+            (1, 50, (25, 1, 5)),
+            (10, 500, (10, 1, 20)),
+            (50, 3_000, (3, 1, 30)),
+            (100, 6_000, (3, 3, 21)),
+            (1_000, 60_000, (3, 8, 75)),
+            (8_000, 3_200_000, (3, 8, 600)),
+            (100_000, 9_000_000, (1, 8, 2500)),
         ];
         for (examples, tokens, expected) in cases {
-            let request = JobRequest {
+            let settings = Settings {
                 seed: Some(1),
-                ..JobRequest::default()
+                ..Settings::default()
             };
-            let hyper = choose(&request, &info(), Facts { examples, tokens });
-            let chosen = (hyper.n_epochs, hyper.batch_size, hyper.packing, hyper.save_steps);
+            let hyper = choose(&settings, Tuning::Lora, &info(), Facts { examples, tokens });
+            let chosen = (hyper.n_epochs, hyper.batch_size, hyper.save_steps);
             assert_eq!(chosen, expected, "{examples} examples of {tokens} tokens");
         }
     }
@@ -188,49 +228,51 @@ mod tests {
             (1, Some(0.5), 0),
             (10, Some(0.11), 2),
         ] {
-            let request = JobRequest {
+            let settings = Settings {
                 seed: Some(7),
                 n_epochs: Some(50),
                 batch_size: Some(1),
                 max_steps: Some(max_steps),
                 warmup_ratio: ratio,
-                ..JobRequest::default()
+                ..Settings::default()
             };
             let facts = Facts {
                 examples: 100,
                 tokens: 5_000,
             };
-            let hyper = choose(&request, &info(), facts);
+            let hyper = choose(&settings, Tuning::Lora, &info(), facts);
             assert_eq!(hyper.warmup_steps, expected, "{max_steps} steps, {ratio:?}");
         }
     }
 
     #[test]
     fn what_is_asked_is_kept() {
-        let request = JobRequest {
+        let settings = Settings {
             seed: Some(7),
             n_epochs: Some(2),
             batch_size: Some(4),
             learning_rate_multiplier: Some(0.5),
-            lr_scheduler_type: Some("cosine".to_owned()),
+            lr_scheduler_type: Some(Schedule::Cosine),
             warmup_ratio: Some(0.1),
             max_steps: Some(20),
             lora_r: Some(8),
-            lora_target_modules: vec!["q_proj".to_owned()],
-            ..JobRequest::default()
+            lora_target_modules: Some(vec!["q_proj".to_owned()]),
+            ..Settings::default()
         };
         let hyper = choose(
-            &request,
+            &settings,
+            Tuning::Lora,
             &info(),
             Facts {
                 examples: 100,
                 tokens: 5_000,
             },
         );
-        assert_eq!((hyper.n_epochs, hyper.batch_size, hyper.seed), (2, 4, 7));
+        // Of the epochs, what max_steps leaves: 25 steps are one.
+        assert_eq!((hyper.n_epochs, hyper.batch_size, hyper.seed), (1, 4, 7));
         assert_eq!(
             (hyper.learning_rate, hyper.lr_scheduler, hyper.warmup_steps),
-            (1e-4, Schedule::Cosine, 2)
+            (0.5 * MAX_LEARNING_RATE, Schedule::Cosine, 2)
         );
         let Method::Lora(lora) = hyper.method else {
             panic!("a served base is never changed")
@@ -239,5 +281,51 @@ mod tests {
             (lora.r, lora.alpha, lora.target_modules),
             (8, 16.0, vec!["q_proj".to_owned()])
         );
+    }
+
+    #[test]
+    fn the_learning_rate_follows_the_width() {
+        let close = |a: f64, b: f64| (a / b - 1.0).abs() < 0.05;
+        for (hidden_size, lora) in [
+            (64, 5e-3),
+            (192, 4.27e-3),
+            (576, 1.42e-3),
+            (2048, 4e-4),
+            (4096, 2e-4),
+            (8192, 1e-4),
+        ] {
+            assert!(
+                close(learning_rate(Tuning::Lora, hidden_size), lora),
+                "{hidden_size}"
+            );
+            assert!(
+                close(learning_rate(Tuning::Full, hidden_size), lora / 10.0),
+                "{hidden_size}"
+            );
+        }
+    }
+
+    #[test]
+    fn max_steps_says_how_long_the_run_is() {
+        let facts = Facts {
+            examples: 10,
+            tokens: 500,
+        };
+        // 10 rows by 4 are 3 steps an epoch.
+        for (max_steps, n_epochs, save_steps) in [(2, 1, 1), (3, 1, 1), (4, 2, 1), (300, 100, 60)] {
+            let settings = Settings {
+                seed: Some(7),
+                n_epochs: Some(2),
+                batch_size: Some(4),
+                max_steps: Some(max_steps),
+                lr_scheduler_type: Some(Schedule::Constant),
+                ..Settings::default()
+            };
+            let hyper = choose(&settings, Tuning::Lora, &info(), facts);
+            assert_eq!(
+                (hyper.n_epochs, hyper.save_steps, hyper.warmup_steps),
+                (n_epochs, save_steps, 0)
+            );
+        }
     }
 }

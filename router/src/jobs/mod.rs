@@ -96,7 +96,8 @@ impl Router {
         if let Some(id) = &request.validation_file {
             self.check_file("validation_file", id).await?;
         }
-        request.seed = Some(request.seed.unwrap_or_else(ids::seed));
+        let seed = request.settings.seed.unwrap_or_else(ids::seed);
+        request.settings.seed = Some(seed);
         let id = ids::job();
         let model_names = name::candidates(&request, config, &id, tandem_store::now());
         let job = NewJob {

@@ -10,7 +10,7 @@ pub(crate) fn candidates(request: &JobRequest, config: &Config, id: &str, create
         organization,
         ..
     } = config;
-    let suffix = request.suffix.as_deref().unwrap_or_default();
+    let suffix = hyphened(request.suffix.as_deref().unwrap_or_default());
     let random = id.rsplit('-').next().expect("rsplit gives at least one part");
     let short: String = random.chars().take(8).collect();
     if !request.legacy {
@@ -26,6 +26,11 @@ pub(crate) fn candidates(request: &JobRequest, config: &Config, id: &str, create
     };
     let dated = format!("{base}:ft-{organization}{suffix}-{}", date(created_at));
     vec![dated.clone(), format!("{dated}-{random}")]
+}
+
+/// Words of a suffix, one name: "custom model name" is custom-model-name, as at OpenAI.
+pub(crate) fn hyphened(suffix: &str) -> String {
+    suffix.split_whitespace().collect::<Vec<_>>().join("-")
 }
 
 /// `2026-11-21-01-44-20`, UTC.
@@ -74,6 +79,12 @@ mod tests {
             (Some("x"), false, "ft:m:acme:x:01234567"),
             (None, true, "m:ft-acme-1970-01-01-00-00-00"),
             (Some("x"), true, "m:ft-acme:x-1970-01-01-00-00-00"),
+            (
+                Some("custom model name"),
+                false,
+                "ft:m:acme:custom-model-name:01234567",
+            ),
+            (Some(" a  b "), true, "m:ft-acme:a-b-1970-01-01-00-00-00"),
         ];
         for (suffix, legacy, expected) in cases {
             let request = JobRequest {

@@ -14,7 +14,7 @@ use tandem_text::{TextError, Tokenizer};
 
 use crate::Router;
 use crate::api::{JobError, JobRequest, Level, RouterError};
-use crate::jobs::hyper::{self, Facts};
+use crate::jobs::hyper::{self, Facts, Tuning};
 use crate::jobs::keeper::Keeper;
 use crate::jobs::{QUEUED, VALIDATING, event, record};
 
@@ -49,7 +49,7 @@ async fn next(router: &Router) -> Result<bool, RouterError> {
     let request: JobRequest = record::from_json(&row.request)?;
     match prepare(router, &row, &request).await {
         Ok(prepared) => {
-            let hyper = hyper::choose(&request, router.info(), prepared.facts);
+            let hyper = hyper::choose(&request.settings, Tuning::Lora, router.info(), prepared.facts);
             let mut events = prepared.notes;
             events.push("Files validated, moving job to queued state".to_owned());
             router.0.store.publish_datasets(&row.id).await?;
@@ -95,8 +95,8 @@ async fn prepare(router: &Router, row: &JobRow, request: &JobRequest) -> Result<
         None => None,
     };
     let options = Options {
-        max_seq_length: hyper::max_seq_length(request, router.info()),
-        prompt_loss_weight: request.prompt_loss_weight.unwrap_or(0.0) as f32,
+        max_seq_length: hyper::max_seq_length(&request.settings, router.info()),
+        prompt_loss_weight: request.settings.prompt_loss_weight.unwrap_or(0.0) as f32,
     };
     let (tokenizer, folder) = (router.tokenizer().clone(), router.0.store.job_folder(&row.id));
     let work = move || {

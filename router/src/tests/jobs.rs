@@ -2,6 +2,7 @@
 
 use tandem_core::dataset;
 use tandem_core::job::{JobEvent, JobSpec, Method, StepReport, files};
+use tandem_core::settings::Settings;
 use tandem_store::{Placement, StoreError};
 
 use super::calls::call;
@@ -397,7 +398,10 @@ async fn a_job_fails_with_the_reason() {
 
     // Nothing to learn within 2 tokens: the label comes later.
     let cut = JobRequest {
-        max_seq_length: Some(2),
+        settings: Settings {
+            max_seq_length: Some(2),
+            ..Settings::default()
+        },
         ..request(&file)
     };
     let id = router.create_job(cut).await.unwrap().id.0;
@@ -440,6 +444,7 @@ async fn bad_jobs_are_refused_by_name() {
     );
     card.unwrap();
     let base = || request(&file);
+    let with = |settings| JobRequest { settings, ..base() };
     let cases = [
         (
             JobRequest {
@@ -465,103 +470,32 @@ async fn bad_jobs_are_refused_by_name() {
             "validation_file",
         ),
         (
-            JobRequest {
-                n_epochs: Some(0),
-                ..base()
-            },
-            "n_epochs",
-        ),
-        (
-            JobRequest {
-                n_epochs: Some(51),
-                ..base()
-            },
-            "n_epochs",
-        ),
-        (
-            JobRequest {
-                batch_size: Some(257),
-                ..base()
-            },
-            "batch_size",
-        ),
-        (
-            JobRequest {
-                learning_rate: Some(f64::NAN),
-                ..base()
-            },
-            "learning_rate",
-        ),
-        (
-            JobRequest {
-                learning_rate: Some(0.0),
-                ..base()
-            },
-            "learning_rate",
-        ),
-        (
-            JobRequest {
-                learning_rate_multiplier: Some(-1.0),
-                ..base()
-            },
-            "learning_rate_multiplier",
-        ),
-        (
-            JobRequest {
-                learning_rate: Some(0.1),
-                learning_rate_multiplier: Some(1.0),
-                ..base()
-            },
-            "learning_rate_multiplier",
-        ),
-        (
-            JobRequest {
-                lr_scheduler_type: Some("wave".to_owned()),
-                ..base()
-            },
-            "lr_scheduler_type",
-        ),
-        (
-            JobRequest {
-                warmup_ratio: Some(1.5),
-                ..base()
-            },
-            "warmup_ratio",
-        ),
-        (
-            JobRequest {
+            with(Settings {
                 max_seq_length: Some(513),
-                ..base()
-            },
+                ..Settings::default()
+            }),
             "max_seq_length",
         ),
         (
-            JobRequest {
+            with(Settings {
                 lora_r: Some(65),
-                ..base()
-            },
+                ..Settings::default()
+            }),
             "lora_r",
         ),
         (
-            JobRequest {
-                lora_dropout: Some(1.0),
-                ..base()
-            },
-            "lora_dropout",
-        ),
-        (
-            JobRequest {
-                lora_target_modules: vec!["o_proj".to_owned()],
-                ..base()
-            },
+            with(Settings {
+                lora_target_modules: Some(vec!["o_proj".to_owned()]),
+                ..Settings::default()
+            }),
             "lora_target_modules",
         ),
         (
-            JobRequest {
-                seed: Some(1 << 31),
-                ..base()
-            },
-            "seed",
+            with(Settings {
+                lora_target_modules: Some(vec!["q_proj".to_owned(), "q_proj".to_owned()]),
+                ..Settings::default()
+            }),
+            "lora_target_modules",
         ),
         (
             JobRequest {
@@ -584,6 +518,20 @@ async fn bad_jobs_are_refused_by_name() {
                 ..base()
             },
             "suffix",
+        ),
+        (
+            JobRequest {
+                suffix: Some("  ".to_owned()),
+                ..base()
+            },
+            "suffix",
+        ),
+        (
+            JobRequest {
+                metadata: [("k".to_owned(), "\0".to_owned())].into(),
+                ..base()
+            },
+            "metadata",
         ),
         (
             JobRequest {

@@ -40,6 +40,7 @@ pub(crate) fn info() -> ReplicaInfo {
         model_folder: PathBuf::new(),
         base_digest: Digest([7; 32]),
         vocab_size: FIRST_BYTE + 256,
+        hidden_size: 64,
         max_model_len: 512,
         max_num_seqs: 4,
         max_num_batched_tokens: 512,

@@ -1,5 +1,8 @@
 //! Jobs of the API of 2021 to 2023: the same jobs, in its words. A job has one id; here it is shown as `ft-...`.
 
+use std::collections::BTreeMap;
+
+use tandem_core::settings;
 use tandem_openapi::files::File;
 use tandem_openapi::fine_tunes::{CreateFineTune, FineTune, FineTuneEvent, HyperParams};
 use tandem_router::api::{Job, JobEventRecord, JobRequest, JobStatus, RouterError};
@@ -7,7 +10,6 @@ use tandem_router::api::{Job, JobEventRecord, JobRequest, JobStatus, RouterError
 use super::{fine_tuning, jobs};
 use crate::error::ApiError;
 
-const SUFFIX_CHARS: usize = 40;
 const PREFIX: &str = "ft-";
 const JOB_PREFIX: &str = "ftjob-";
 
@@ -17,34 +19,18 @@ pub fn request(body: CreateFineTune, default_model: &str) -> Result<JobRequest, 
         training_file,
         validation_file,
         model,
-        n_epochs,
-        batch_size,
-        learning_rate_multiplier,
-        prompt_loss_weight,
         suffix,
-        seed,
-        compute_classification_metrics,
-        knobs,
+        settings,
     } = body;
-    if compute_classification_metrics == Some(true) {
-        let param = "compute_classification_metrics".to_owned();
-        return Err(ApiError::NotBuilt {
-            param,
-            hint: String::new(),
-        });
-    }
     Ok(JobRequest {
         model: model.unwrap_or_else(|| default_model.to_owned()),
+        settings: settings::read([("", settings)], validation_file.is_some())
+            .map_err(fine_tuning::refused)?,
         training_file,
         validation_file,
-        suffix: fine_tuning::suffix(suffix, SUFFIX_CHARS)?,
-        seed: fine_tuning::seed(seed)?,
-        n_epochs: fine_tuning::epochs(n_epochs)?,
-        batch_size: fine_tuning::batch(batch_size)?,
-        learning_rate_multiplier: fine_tuning::multiplier(learning_rate_multiplier)?,
-        prompt_loss_weight: fine_tuning::real("prompt_loss_weight", prompt_loss_weight, 0.0, 1.0)?,
+        suffix,
+        metadata: BTreeMap::new(),
         legacy: true,
-        ..fine_tuning::knobs(knobs)?
     })
 }
 
@@ -119,10 +105,12 @@ pub fn fine_tune(job: Job, organization: &str, files: Files, events: Option<Vec<
             JobStatus::Cancelled => "cancelled",
         },
         hyperparams: HyperParams {
-            n_epochs: hyper.map(|hyper| hyper.n_epochs).or(request.n_epochs),
-            batch_size: hyper.map(|hyper| hyper.batch_size).or(request.batch_size),
-            learning_rate_multiplier: request.learning_rate_multiplier.or(hyper.map(|_| 1.0)),
-            prompt_loss_weight: request.prompt_loss_weight.unwrap_or(0.0),
+            n_epochs: hyper.map(|hyper| hyper.n_epochs).or(request.settings.n_epochs),
+            batch_size: hyper
+                .map(|hyper| hyper.batch_size)
+                .or(request.settings.batch_size),
+            learning_rate_multiplier: request.settings.learning_rate_multiplier.or(hyper.map(|_| 1.0)),
+            prompt_loss_weight: request.settings.prompt_loss_weight.unwrap_or(0.0),
         },
         training_files: training,
         validation_files: validation,

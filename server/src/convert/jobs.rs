@@ -2,6 +2,7 @@
 
 use serde_json::json;
 use tandem_core::job::{Hyper, Lora, Method as CoreMethod};
+use tandem_core::settings::Settings;
 use tandem_openapi::common::{AutoInteger, AutoNumber};
 use tandem_openapi::fine_tuning::{
     Checkpoint, ChosenHyperparameters, ChosenMethod, ChosenSupervised, CommonHyperparameters, Job, JobError,
@@ -28,7 +29,7 @@ pub fn job(job: api::Job, organization: &str) -> Job {
     let seed = hyper
         .as_ref()
         .map(|hyper| hyper.seed)
-        .or(request.seed)
+        .or(request.settings.seed)
         .unwrap_or(0);
     Job {
         id: id.0,
@@ -54,7 +55,7 @@ pub fn job(job: api::Job, organization: &str) -> Job {
         },
         hyperparameters: ChosenHyperparameters {
             common,
-            run: hyper.map(run),
+            run: hyper.map(|hyper| run(hyper, &request.settings)),
         },
         integrations: Vec::new(),
         metadata: (!request.metadata.is_empty()).then_some(request.metadata),
@@ -69,15 +70,15 @@ fn common(request: &JobRequest, hyper: Option<&Hyper>) -> CommonHyperparameters 
             .or(asked)
             .map_or(AutoInteger::AUTO, |n| AutoInteger::Value(i64::from(n)))
     };
-    let multiplier = request.learning_rate_multiplier.or(hyper.map(|_| 1.0));
+    let multiplier = request.settings.learning_rate_multiplier.or(hyper.map(|_| 1.0));
     CommonHyperparameters {
-        n_epochs: integer(hyper.map(|hyper| hyper.n_epochs), request.n_epochs),
-        batch_size: integer(hyper.map(|hyper| hyper.batch_size), request.batch_size),
+        n_epochs: integer(hyper.map(|hyper| hyper.n_epochs), request.settings.n_epochs),
+        batch_size: integer(hyper.map(|hyper| hyper.batch_size), request.settings.batch_size),
         learning_rate_multiplier: multiplier.map_or(AutoNumber::AUTO, AutoNumber::Value),
     }
 }
 
-fn run(hyper: Hyper) -> RunHyperparameters {
+fn run(hyper: Hyper, settings: &Settings) -> RunHyperparameters {
     let Hyper {
         n_epochs: _,
         max_steps,
@@ -116,7 +117,7 @@ fn run(hyper: Hyper) -> RunHyperparameters {
     };
     RunHyperparameters {
         learning_rate,
-        lr_scheduler_type: format!("{lr_scheduler:?}").to_lowercase(),
+        lr_scheduler_type: lr_scheduler.name().to_owned(),
         warmup_steps,
         weight_decay,
         adam_beta1,
@@ -125,6 +126,8 @@ fn run(hyper: Hyper) -> RunHyperparameters {
         max_grad_norm,
         max_seq_length,
         packing,
+        // Worked into the tokens' weights, not a number of the run.
+        prompt_loss_weight: settings.prompt_loss_weight.unwrap_or(0.0),
         max_steps,
         gradient_accumulation_steps,
         save_steps,
@@ -192,5 +195,57 @@ pub fn checkpoint(checkpoint: api::Checkpoint, job: &str) -> Checkpoint {
         fine_tuning_job_id: job.to_owned(),
         step_number: step,
         metrics: if metrics.is_null() { json!({}) } else { metrics },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+    use tandem_core::settings::TABLE;
+    use tandem_router::hyper::{self, Bounds, Facts, Tuning};
+
+    use super::*;
+
+    /// A job shows every setting under the name by which it is asked, and a default that the table calls fixed is the
+    /// one that is chosen.
+    #[test]
+    fn every_setting_comes_back_under_its_name() {
+        let bounds = Bounds {
+            hidden_size: 64,
+            max_model_len: 512,
+            max_lora_rank: 64,
+            lora_targets: &["q_proj".to_owned()],
+        };
+        let facts = Facts {
+            examples: 100,
+            tokens: 5_000,
+        };
+        let settings = Settings {
+            seed: Some(7),
+            ..Settings::default()
+        };
+        let hyper = hyper::choose(&settings, Tuning::Lora, bounds, facts);
+        let shown = ChosenHyperparameters {
+            common: common(&JobRequest::default(), Some(&hyper)),
+            run: Some(run(hyper, &settings)),
+        };
+        let shown = serde_json::to_value(shown).unwrap();
+        for setting in TABLE {
+            // The seed is a field of the job itself; a ratio comes back as the steps it made.
+            if ["seed", "warmup_ratio"].contains(&setting.name) {
+                continue;
+            }
+            let value = shown
+                .get(setting.name)
+                .unwrap_or_else(|| panic!("{} is not shown", setting.name));
+            match (value, serde_json::from_str::<Value>(setting.default)) {
+                (Value::Number(chosen), Ok(Value::Number(fixed))) => {
+                    assert_eq!(chosen.as_f64(), fixed.as_f64(), "{}", setting.name)
+                }
+                (Value::Bool(_), Ok(fixed)) => assert_eq!(value, &fixed, "{}", setting.name),
+                (Value::String(word), _) => assert_eq!(word, setting.default, "{}", setting.name),
+                _ => {}
+            }
+        }
     }
 }

@@ -9,7 +9,7 @@ use std::time::UNIX_EPOCH;
 use serde::{Deserialize, Serialize};
 use serde_norway::{Mapping, Value};
 use sha2::{Digest, Sha256};
-use tandem_core::job::{Hyper, Lora, Method, Schedule, files};
+use tandem_core::job::{Hyper, Lora, Method, files};
 
 const FILE: &str = "run.yaml";
 /// What full training makes, where LoRA makes [`files::ADAPTER`].
@@ -256,12 +256,7 @@ pub fn settings(hyper: &Hyper) -> Mapping {
         (*gradient_accumulation_steps).into(),
     );
     put("learning_rate", (*learning_rate).into());
-    let scheduler = match lr_scheduler {
-        Schedule::Constant => "constant",
-        Schedule::Linear => "linear",
-        Schedule::Cosine => "cosine",
-    };
-    put("lr_scheduler_type", scheduler.into());
+    put("lr_scheduler_type", lr_scheduler.name().into());
     put("warmup_steps", (*warmup_steps).into());
     put("weight_decay", (*weight_decay).into());
     put("max_grad_norm", (*max_grad_norm).into());

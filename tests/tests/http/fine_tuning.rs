@@ -20,7 +20,7 @@ fn training_file(server: &Server, rows: usize) -> String {
 
 fn job(server: &Server, extra: Value) -> client::Reply {
     let mut body = json!({
-        "model": server.model(), "save_steps": 2, "suffix": "blue", "hyperparameters": {"n_epochs": 1, "batch_size": 1},
+        "model": server.model(), "save_steps": 2, "suffix": "sky blue", "hyperparameters": {"n_epochs": 1, "batch_size": 1},
         "lora_r": 4, "max_steps": 4, "max_seq_length": 64,
     });
     body.as_object_mut()
@@ -79,7 +79,10 @@ fn a_job_makes_a_model_that_answers() {
 
     // It answers, and says that it did.
     let model = done["fine_tuned_model"].as_str().unwrap();
-    assert!(model.starts_with("ft:") && model.contains(":blue:"), "{model}");
+    assert!(
+        model.starts_with("ft:") && model.contains(":sky-blue:"),
+        "{model}"
+    );
     let body = json!({"model": model, "prompt": "Question 1: ", "max_tokens": 4});
     let reply = client::post(server.address, "/v1/completions", &body);
     assert_eq!(reply.ok()["model"], model);
@@ -229,11 +232,7 @@ fn the_legacy_api_streams_its_events() {
 fn a_job_can_be_cancelled_and_can_fail() {
     let server = Server::start(&[]);
     let file = training_file(&server, 64);
-    let long = job(
-        &server,
-        json!({"training_file": file, "max_steps": 100_000, "hyperparameters": {"n_epochs": 50}}),
-    )
-    .ok();
+    let long = job(&server, json!({"training_file": file, "max_steps": 100_000})).ok();
     let waits = job(&server, json!({"training_file": file})).ok();
     let path = |job: &Value| format!("/v1/fine_tuning/jobs/{}/cancel", job["id"].as_str().unwrap());
     for job in [&waits, &long] {

@@ -1,0 +1,299 @@
+//! The settings of a training run. Each stands here once: its name, other spellings, type, range, default and one line
+//! of help. Whatever is asked by HTTP, by a YAML file or on a command line goes through [`read`]; the help of
+//! `tandem train` and the API document print [`TABLE`]. Not here: what is chosen when nothing is asked, and limits that
+//! depend on the model (both are the router's `hyper`).
+
+mod foreign;
+mod kind;
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+pub use kind::{Kind, Range};
+
+use crate::job::Schedule;
+use crate::suggest::closest;
+
+/// Stands for "all linear layers" in `lora_target_modules`.
+pub const ALL_LINEAR: &str = "all-linear";
+/// Of steps, by name: far beyond any run, and safe to add and multiply.
+const MOST_STEPS: i64 = 10_000_000;
+
+/// One row of [`TABLE`].
+#[derive(Debug)]
+pub struct Setting {
+    pub name: &'static str,
+    /// What TRL, transformers, PEFT, torchtune, llama-recipes, axolotl or another trainer calls it.
+    pub aliases: &'static [&'static str],
+    pub group: Group,
+    pub kind: Kind,
+    /// In words, or the value itself.
+    pub default: &'static str,
+    pub help: &'static str,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Group {
+    Length,
+    Optimizer,
+    Data,
+    Saving,
+    /// Means nothing when every parameter is trained.
+    Lora,
+}
+
+macro_rules! settings {
+    ($($group:ident { $(
+        $name:ident: $field:ty, $kind:expr, [$($alias:literal),*], $default:literal, $help:literal;
+    )* })*) => {
+        /// What was asked of a run; `None` is left to the server. In range when it comes from [`read`].
+        #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+        #[serde(default)]
+        pub struct Settings { $($( #[doc = $help] pub $name: Option<$field>, )*)* }
+
+        pub const TABLE: &[Setting] = &[$($( Setting {
+            name: stringify!($name),
+            aliases: &[$($alias),*],
+            group: Group::$group,
+            kind: $kind,
+            default: $default,
+            help: $help,
+        }, )*)*];
+    };
+}
+
+use Kind::{Flag, Integer, Modules, Real, Word};
+use Range::{Above, Below, Closed};
+
+settings! {
+    Length {
+        n_epochs: u32, Integer { low: 1, high: 10_000, unset: None },
+            ["num_train_epochs", "num_epochs", "epochs"],
+            "3; up to 25 for small files, 1 for huge ones", "passes over the training file";
+        max_steps: u64, Integer { low: 1, high: MOST_STEPS, unset: Some(-1) },
+            ["max_train_steps"],
+            "none", "optimizer steps of the run, in place of n_epochs; -1: not given";
+        batch_size: u32, Integer { low: 1, high: 1024, unset: None },
+            ["per_device_train_batch_size", "batch_size_training", "micro_batch_size", "train_batch_size"],
+            "rows / 32, from 1 to 8", "rows of a micro-batch";
+        gradient_accumulation_steps: u32, Integer { low: 1, high: 1_000_000, unset: None },
+            ["gradient_accumulation"],
+            "1", "micro-batches of an optimizer step";
+    }
+    Optimizer {
+        learning_rate: f64, Real(Above(0.0, 1.0)),
+            ["lr"],
+            "by the model's width", "peak of the schedule";
+        learning_rate_multiplier: f64, Real(Above(0.0, 1e4)),
+            [],
+            "1", "factor on the default learning rate, in place of learning_rate";
+        lr_scheduler_type: Schedule, Word(&Schedule::NAMES),
+            ["lr_scheduler"],
+            "linear", "course of the learning rate; `constant` has no warm-up";
+        warmup_steps: u64, Integer { low: 0, high: MOST_STEPS, unset: None },
+            ["num_warmup_steps"],
+            "3 % of the run", "optimizer steps of linear warm-up";
+        warmup_ratio: f64, Real(Closed(0.0, 1.0)),
+            ["warmup_proportion"],
+            "0.03", "part of the run that warms up, in place of warmup_steps";
+        weight_decay: f64, Real(Closed(0.0, 1.0)),
+            ["wd"],
+            "0", "AdamW's, decoupled";
+        max_grad_norm: f64, Real(Closed(0.0, 1e6)),
+            ["clip_grad_norm", "gradient_clipping_threshold", "gradient_clip_val"],
+            "1", "gradients are scaled down to this norm; 0: never";
+        adam_beta1: f64, Real(Below(0.0, 1.0)),
+            ["beta1"],
+            "0.9", "AdamW's decay of the first moment";
+        adam_beta2: f64, Real(Below(0.0, 1.0)),
+            ["beta2"],
+            "0.999", "AdamW's decay of the second moment";
+        adam_epsilon: f64, Real(Above(0.0, 1.0)),
+            ["adam_eps", "eps"],
+            "1e-8", "AdamW's, beside the root of the second moment";
+    }
+    Data {
+        max_seq_length: u32, Integer { low: 2, high: i32::MAX as i64, unset: None },
+            ["max_seq_len", "max_length", "cutoff_len", "sequence_len", "context_length", "model_max_length"],
+            "the model's, 2048 at most", "tokens of a row; longer rows are cut";
+        packing: bool, Flag,
+            ["packed", "sample_packing"],
+            "false", "short rows share one of max_seq_length tokens, attention stays within each";
+        prompt_loss_weight: f64, Real(Closed(0.0, 1.0)),
+            [],
+            "0", "loss weight of the prompt in rows of prompt and completion";
+        seed: u64, Integer { low: 0, high: i32::MAX as i64, unset: None },
+            ["data_seed", "random_state"],
+            "drawn by a server, 42 for `tandem train`", "of the order of rows, dropout and the adapter's first numbers";
+    }
+    Saving {
+        save_steps: u64, Integer { low: 0, high: MOST_STEPS, unset: None },
+            [],
+            "a fifth of the run", "optimizer steps between checkpoints; 0: only at the end";
+        eval_steps: u64, Integer { low: 0, high: MOST_STEPS, unset: None },
+            [],
+            "0", "optimizer steps between validations; 0: at each epoch's end";
+    }
+    Lora {
+        lora_r: u32, Integer { low: 1, high: i32::MAX as i64, unset: None },
+            ["r", "lora_rank", "rank"],
+            "16", "rank of the adapter";
+        lora_alpha: f64, Real(Above(0.0, 1e6)),
+            ["alpha"],
+            "2 x lora_r", "the adapter's output is scaled by alpha / r";
+        lora_dropout: f64, Real(Below(0.0, 1.0)),
+            [],
+            "0", "part of the adapter's inputs that is dropped";
+        lora_target_modules: Vec<String>, Modules,
+            ["target_modules", "lora_trainable_modules", "lora_target"],
+            "all-linear", "modules that are adapted: a list of names, or all-linear";
+        use_rslora: bool, Flag,
+            ["rslora"],
+            "false", "scale by alpha / sqrt(r) instead of alpha / r";
+    }
+}
+
+/// Pairs of which one makes the other meaningless.
+const EXCLUSIVE: [(&str, &str); 2] = [
+    ("learning_rate", "learning_rate_multiplier"),
+    ("warmup_steps", "warmup_ratio"),
+];
+
+/// A setting that cannot be taken. The message says what to do.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct Refused {
+    /// As it was written, with the place: `hyperparameters.n_epoch`.
+    pub path: String,
+    pub why: Why,
+    pub message: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Why {
+    /// Nobody knows this name.
+    Unknown,
+    /// Others have it.
+    NotBuilt,
+    Type,
+    /// Out of range, or at odds with another setting.
+    Value,
+}
+
+/// What stands beside a setting and may change what it means.
+pub struct Beside<'a> {
+    pub settings: &'a Settings,
+    pub has_validation_file: bool,
+}
+
+/// The row of a name, under any of its spellings.
+pub fn setting(name: &str) -> Option<&'static Setting> {
+    TABLE
+        .iter()
+        .find(|setting| setting.name == name || setting.aliases.contains(&name))
+}
+
+/// Every name that means something here, for suggestions.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    let ours = TABLE
+        .iter()
+        .flat_map(|setting| setting.aliases.iter().copied().chain([setting.name]));
+    ours.chain(foreign::names())
+}
+
+/// What was asked, from one or more places (`""`, `"hyperparameters."`). Every key is honoured, known to be harmless, or
+/// refused; null and `"auto"` ask for nothing.
+pub fn read<'a>(
+    places: impl IntoIterator<Item = (&'a str, Map<String, Value>)>,
+    has_validation_file: bool,
+) -> Result<Settings, Refused> {
+    let mut given: BTreeMap<&str, (String, Option<Value>)> = BTreeMap::new();
+    let mut others = Vec::new();
+    for (place, values) in places {
+        for (name, value) in values.into_iter().filter(|(_, value)| !value.is_null()) {
+            let path = format!("{place}{name}");
+            let Some(setting) = setting(&name) else {
+                others.push((path, name, value));
+                continue;
+            };
+            let value = setting.kind.read(&path, &value)?;
+            if let Some((first, _)) = given.get(setting.name) {
+                let message = format!("{first} and {path} are the same setting: give one of them");
+                return Err(refused(path, Why::Value, message));
+            }
+            given.insert(setting.name, (path, value));
+        }
+    }
+    let values = given
+        .iter()
+        .filter_map(|(name, (_, value))| Some(((*name).to_owned(), value.clone()?)));
+    let settings: Settings = serde_json::from_value(Value::Object(values.collect()))
+        .expect("each kind reads what its field holds: a test tries all");
+    let path = |name: &str| given.get(name).filter(|(_, value)| value.is_some());
+    for (one, other) in EXCLUSIVE {
+        if let (Some((one, _)), Some((other, _))) = (path(one), path(other)) {
+            let message = format!("{one} and {other} exclude each other: give one of them");
+            return Err(refused(other.clone(), Why::Value, message));
+        }
+    }
+    warms_up(&settings)?;
+    let beside = Beside {
+        settings: &settings,
+        has_validation_file,
+    };
+    for (path, name, value) in others {
+        foreign::check(path, &name, &value, &beside)?;
+    }
+    Ok(settings)
+}
+
+/// transformers' `constant` never warms up, whatever is asked beside it. Here that is said.
+fn warms_up(settings: &Settings) -> Result<(), Refused> {
+    let asked = [
+        (
+            "warmup_steps",
+            settings.warmup_steps.is_some_and(|steps| steps > 0),
+        ),
+        (
+            "warmup_ratio",
+            settings.warmup_ratio.is_some_and(|ratio| ratio > 0.0),
+        ),
+    ];
+    match asked.into_iter().find(|(_, asked)| *asked) {
+        Some((name, _)) if settings.lr_scheduler_type == Some(Schedule::Constant) => {
+            let message = format!(
+                "{name} is given, but lr_scheduler_type constant has no warm-up: use constant_with_warmup, or leave {name} out"
+            );
+            Err(refused(name.to_owned(), Why::Value, message))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A name that nobody knows.
+fn unknown(path: String, name: &str) -> Refused {
+    let hint = closest(name, names()).map_or_else(String::new, |name| format!("; did you mean {name}?"));
+    let shown: String = path.chars().take(SHOWN_CHARS).collect();
+    let message = format!("Unknown parameter: '{shown}'{hint}");
+    refused(shown, Why::Unknown, message)
+}
+
+/// Characters of a name or value that a message repeats.
+const SHOWN_CHARS: usize = 80;
+
+fn shown(value: &Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(SHOWN_CHARS) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text,
+    }
+}
+
+fn refused(path: String, why: Why, message: String) -> Refused {
+    Refused { path, why, message }
+}
+
+#[cfg(test)]
+mod tests;
