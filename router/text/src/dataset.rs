@@ -1,6 +1,8 @@
 //! Training files: JSONL lines to rows, with errors that name the line. Not here: rows to tokens (`label`), the binary
 //! form the engine reads (`tandem_core::dataset`), where files come from.
 
+mod keys;
+
 use std::io::{BufRead, Read};
 
 use serde_json::{Map, Value};
@@ -32,7 +34,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    fn shape(self) -> &'static str {
+    pub(crate) fn shape(self) -> &'static str {
         match self {
             Kind::Chat => r#"{"messages": [...]}"#,
             Kind::Completion => r#"{"prompt": ..., "completion": ...}"#,
@@ -214,25 +216,10 @@ fn bad(line: u64, message: String) -> BadLine {
 
 /// Errors continue the sentence "Line 7".
 fn row(mut object: Map<String, Value>) -> Result<Row, String> {
-    for preference in ["preferred_output", "preferred_completion"] {
-        if object.contains_key(preference) {
-            return Err(format!(
-                " has {preference}: preference (DPO) training is not supported."
-            ));
-        }
-    }
-    for tools in ["tools", "functions"] {
-        if object
-            .get(tools)
-            .is_some_and(|tools| !matches!(tools, Value::Null) && *tools != Value::Array(vec![]))
-        {
-            return Err(format!(
-                " has {tools}: training on tool definitions is not supported."
-            ));
-        }
-    }
+    let named = |problem: String| format!(": {problem}");
+    keys::check_row(&object).map_err(named)?;
     let has = |key: &str| object.contains_key(key);
-    match (has("messages"), has("prompt") || has("completion"), has("text")) {
+    let row = match (has("messages"), has("prompt") || has("completion"), has("text")) {
         (true, false, false) => {
             let messages = object.remove("messages").expect("it was there");
             Ok(Row::Chat {
@@ -264,7 +251,9 @@ fn row(mut object: Map<String, Value>) -> Result<Row, String> {
         _ => Err(
             " mixes shapes: only one of messages, prompt with completion, and text is allowed.".to_owned(),
         ),
-    }
+    }?;
+    keys::rest_of_row(&object).map_err(named)?;
+    Ok(row)
 }
 
 fn messages_of(messages: Value) -> Result<Vec<Message>, String> {
@@ -296,11 +285,7 @@ fn message_of(message: Value) -> Result<Message, String> {
             type_name(&message)
         ));
     };
-    for calls in ["tool_calls", "function_call"] {
-        if message.get(calls).is_some_and(|calls| !calls.is_null()) {
-            return Err(format!("{calls} are not supported in training rows."));
-        }
-    }
+    keys::check_message(&message)?;
     let role = match message.remove("role") {
         None => return Err("Discriminator 'role' is missing in value.".to_owned()),
         Some(Value::String(role)) if ROLES.contains(&role.as_str()) => role,
@@ -325,6 +310,8 @@ fn message_of(message: Value) -> Result<Message, String> {
     };
     let weight = match message.remove("weight") {
         None | Some(Value::Null) => None,
+        // Other turns are never learned: 0 asks for nothing else.
+        Some(weight) if role != "assistant" && weight.as_f64() == Some(0.0) => None,
         Some(_) if role != "assistant" => {
             return Err(format!("weight is for assistant messages, not for {role}."));
         }
@@ -343,6 +330,8 @@ fn message_of(message: Value) -> Result<Message, String> {
         Some(Value::String(name)) => Some(name),
         Some(other) => return Err(format!("name must be a string, got {}.", type_name(&other))),
     };
+    let is_learned = role == "assistant" && weight != Some(0.0);
+    keys::rest_of_message(message, is_learned)?;
     Ok(Message {
         role,
         content,
@@ -352,11 +341,21 @@ fn message_of(message: Value) -> Result<Message, String> {
 }
 
 fn text_part(part: Value) -> Result<String, String> {
-    match (part["type"].as_str(), &part["text"]) {
-        (Some("text"), Value::String(text)) => Ok(text.clone()),
+    let Value::Object(mut part) = part else {
+        return Err(format!(
+            "a content part must be a dictionary, got {}.",
+            type_name(&part)
+        ));
+    };
+    let kind = part.remove("type");
+    match (kind.as_ref().and_then(Value::as_str), part.remove("text")) {
+        (Some("text"), Some(Value::String(text))) => {
+            keys::rest_of_part(&part).map_err(|problem| format!("in a text part, {problem}"))?;
+            Ok(text)
+        }
         (Some("text"), other) => Err(format!(
             "a text part needs a string \"text\", got {}.",
-            type_name(other)
+            type_name(&other.unwrap_or_default())
         )),
         (Some(other), _) => Err(format!(
             "content parts of type {} are not supported, only text.",

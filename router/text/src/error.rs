@@ -30,6 +30,10 @@ pub enum TextError {
     /// A training row of which nothing is left to learn after cutting. Callers skip and count these.
     #[error("no token with loss is left: the row has {tokens} tokens, max_seq_length is {max_seq_length}")]
     NoLabels { tokens: usize, max_seq_length: usize },
+    #[error(
+        "prompt_loss_weight weighs the prompt of {{\"prompt\": ..., \"completion\": ...}}, but the file has {shape}: leave it out"
+    )]
+    NoPrompt { shape: &'static str },
     /// The template rewrites earlier turns, so what an assistant turn adds cannot be told apart.
     #[error(
         "message {message}: the chat template changes earlier text when this message is added, so its tokens cannot be \

@@ -9,7 +9,7 @@ use std::ops::Range;
 use tandem_core::dataset::Example;
 
 use crate::chat::{ChatTemplate, Ending, Kwargs, Message};
-use crate::dataset::Row;
+use crate::dataset::{Kind, Row};
 use crate::error::TextError;
 use crate::tokenizer::{Placed, SpecialTokens, Tokenizer};
 
@@ -17,7 +17,7 @@ use crate::tokenizer::{Placed, SpecialTokens, Tokenizer};
 pub struct Options {
     /// Longer rows are cut at the end.
     pub max_seq_length: u32,
-    /// Loss weight of the prompt of prompt/completion rows.
+    /// Loss weight of the prompt of prompt/completion rows; 0 for other rows, which have none.
     pub prompt_loss_weight: f32,
 }
 
@@ -27,6 +27,11 @@ pub fn tokenize(row: &Row, tokenizer: &Tokenizer, options: &Options) -> Result<E
         max_seq_length,
         prompt_loss_weight,
     } = *options;
+    if prompt_loss_weight != 0.0 && row.kind() != Kind::Completion {
+        return Err(TextError::NoPrompt {
+            shape: row.kind().shape(),
+        });
+    }
     let (mut tokens, mut weights) = match row {
         Row::Chat { messages } => chat(messages, tokenizer)?,
         Row::Completion { prompt, completion } => {

@@ -71,7 +71,10 @@ fn what_is_wrong_is_said_with_its_place() {
         (r#"{"text": ""}"#, "empty text"),
         (r#"{"text": "a", "prompt": "b"}"#, "mixes shapes"),
         (r#"{"input": {}, "preferred_output": []}"#, "preference (DPO)"),
-        (r#"{"messages": [], "tools": [{}]}"#, "has tools"),
+        (
+            r#"{"messages": [], "tools": [{}]}"#,
+            "tools: training on tool definitions",
+        ),
         (r#"{"messages": "hi"}"#, "messages must be an array, got a string"),
         (r#"{"messages": []}"#, "at least one from the assistant"),
         (
@@ -97,7 +100,7 @@ fn what_is_wrong_is_said_with_its_place() {
         ),
         (
             r#"{"messages": [{"role":"assistant","tool_calls":[{}]}]}"#,
-            "tool_calls are not supported",
+            "message 1: tool_calls: tool calls are not supported",
         ),
         (
             r#"{"messages": [{"role":"user","content":[{"type":"image_url"}]}]}"#,
@@ -120,6 +123,102 @@ fn what_is_wrong_is_said_with_its_place() {
         assert_eq!(number, 7);
         assert!(message.contains(expected), "{line}: {message}");
         assert!(message.contains("ine 7"), "{message}");
+    }
+}
+
+/// What asks for what is done anyway, or says nothing of it, passes; what means something else is named.
+#[test]
+fn every_key_is_honoured_harmless_or_refused() {
+    let row = |key: &str| format!(r#"{{"prompt": "a", "completion": "b", {key}}}"#);
+    let turn = |key: &str| {
+        format!(
+            r#"{{"messages": [{{"role": "user", "content": "a"}}, {{"role": "assistant", "content": "b", {key}}},
+                {{"role": "assistant", "content": "c"}}]}}"#
+        )
+    };
+    let asked = |key: &str| {
+        format!(
+            r#"{{"messages": [{{"role": "user", "content": "a", {key}}}, {{"role": "assistant", "content": "b"}}]}}"#
+        )
+    };
+    let part = |key: &str| {
+        format!(
+            r#"{{"messages": [{{"role": "assistant", "content": [{{"type": "text", "text": "b", {key}}}]}}]}}"#
+        )
+    };
+    let good = [
+        row(r#""id": 7, "source": "x", "metadata": {"a": 1}"#),
+        row(r#""label": true"#),
+        row(r#""weight": 1, "train": true, "masked": false"#),
+        row(r#""tools": [], "images": [], "chat_template_kwargs": {}, "system": """#),
+        row(r#""rejected": null, "zzz": null"#),
+        turn(r#""train": true, "masked": false, "loss": 1"#),
+        turn(r#""weight": 0, "train": false"#),
+        turn(r#""tool_calls": [], "refusal": null, "function_call": null, "audio": null"#),
+        turn(r#""reasoning_content": "", "id": "m1""#),
+        asked(r#""weight": 0, "train": false, "name": "ada""#),
+        part(r#""cache_control": {"type": "ephemeral"}"#),
+    ];
+    for line in good {
+        assert!(parse_line(1, &line).is_ok(), "{line}: {:?}", parse_line(1, &line));
+    }
+    let bad = [
+        (row(r#""rejected": "c""#), "Line 7: rejected: preference (DPO)"),
+        (
+            r#"{"messages": [], "rejected": []}"#.to_owned(),
+            "rejected: preference (DPO)",
+        ),
+        (
+            r#"{"prompt": "a", "chosen": "b", "rejected": "c"}"#.to_owned(),
+            "preference (DPO)",
+        ),
+        (row(r#""label": false"#), "label: training away"),
+        (
+            row(r#""weight": 0"#),
+            "weight: a row counts once and whole: leave the line out",
+        ),
+        (row(r#""weight": 0.5"#), "weight: a row counts once"),
+        (row(r#""train": false"#), "train: a row counts once"),
+        (row(r#""masked": true"#), "masked: a row counts once"),
+        (row(r#""system": "Be brief.""#), "system: write it as a message"),
+        (row(r#""images": ["x.png"]"#), "only text"),
+        (row(r#""chat_template_kwargs": {"a": 1}"#), "without variables"),
+        (row(r#""labels": [1]"#), "tokens and their weights are made here"),
+        (
+            row(r#""message": []"#),
+            "nothing reads the key \"message\"; did you mean messages?",
+        ),
+        (row(r#""zzz": 1"#), "Rename or remove it."),
+        (
+            turn(r#""train": false"#),
+            "Line 7, message 2: train: this turn is learned; \"weight\": 0",
+        ),
+        (turn(r#""loss": false"#), "loss: this turn is learned"),
+        (turn(r#""masked": true"#), "masked: this turn is learned"),
+        (
+            turn(r#""weight": 0, "train": true"#),
+            "train: this turn is not learned",
+        ),
+        (turn(r#""weigth": 0"#), "did you mean weight?"),
+        (turn(r#""tool_calls": [{}]"#), "tool calls are not supported"),
+        (turn(r#""reasoning_content": "hm""#), "write it into content"),
+        (turn(r#""refusal": "no""#), "refusal: only text"),
+        (
+            asked(r#""train": true"#),
+            "message 1: train: this turn is not learned",
+        ),
+        (asked(r#""tool_call_id": "x""#), "tool calls are not supported"),
+        (
+            part(r#""weight": 0"#),
+            "in a text part, nothing reads the key \"weight\"",
+        ),
+    ];
+    for (line, expected) in bad {
+        let message = parse_line(7, &line).unwrap_err().message;
+        assert!(
+            message.contains(expected) && message.contains("ine 7"),
+            "{line}: {message}"
+        );
     }
 }
 

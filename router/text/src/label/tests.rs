@@ -152,6 +152,12 @@ fn completions_and_texts() {
         assert_eq!(example.tokens[..sent.len()], sent, "{prompt:?}");
         assert!(example.weights[..sent.len()].iter().all(|&weight| weight == 0.25));
     }
+    let chat = row(r#"{"messages":[{"role":"assistant","content":"a"}]}"#);
+    let weighed = tokenize(&chat, &byte_level, &options).unwrap_err().to_string();
+    assert!(
+        weighed.contains("the file has {\"messages\": [...]}"),
+        "{weighed}"
+    );
     let text = tokenize(
         &Row::Text {
             text: "the".to_owned(),
