@@ -14,8 +14,8 @@ import urllib.error
 import urllib.request
 import uuid
 
-# What the job is asked for; everything else is the server's default. A model this small wants a high learning rate.
-JOB = {"suffix": "newcomer", "seed": 7, "learning_rate": 3e-3, "n_epochs": 5, "batch_size": 8}
+# What the job is asked for; everything else is the server's default.
+JOB = {"suffix": "newcomer", "seed": 7}
 
 
 class Api:
@@ -118,7 +118,8 @@ def main(binary, demo):
             unchanged = interview(api, model, questions) == before
             print(f"\nupload to the first token of the new adapter: {elapsed:.1f} s")
             print(f"the base model answers as before: {'yes' if unchanged else 'NO'}")
-            if after == before or not unchanged:
+            # Every example greets like a sailor.
+            if not all(answer.startswith("Ahoy!") for answer in after) or not unchanged:
                 raise SystemExit("the fine-tune did not do what it should")
         finally:
             server.terminate()
