@@ -20,6 +20,8 @@ pub mod words;
 pub use tandem_kernels::comm::{CommError, Meeting};
 /// For the process's metrics.
 pub use tandem_kernels::machine::amd;
+/// For the process's start.
+pub use tandem_kernels::machine::check_kernels;
 
 pub use start::memory::size;
 pub use start::{Dtype, ModelLen, Options, start};

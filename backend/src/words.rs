@@ -114,9 +114,10 @@ pub fn report() -> String {
         |name: &str, value: String| writeln!(text, "{name:<22} {value}").expect("a String takes any text");
     let yes = |has: bool| if has { "yes" } else { "no" }.to_owned();
     say(
-        "cores",
+        "processors",
         std::thread::available_parallelism().map_or_else(|_| "unknown".to_owned(), |n| n.to_string()),
     );
+    say("physical cores", machine::compute_threads().to_string());
     say("compute threads", pool::threads().to_string());
     say("avx2", yes(avx2));
     say("avx512", yes(avx512f));

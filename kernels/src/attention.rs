@@ -103,6 +103,12 @@ impl Heads {
     }
 }
 
+/// Whether attention with this head dimension runs on kernels of this crate, where the processor has them; else on
+/// libtorch's ops: slower, and a row's bits then depend on the rows beside it.
+pub fn has_kernels(head_dim: usize) -> bool {
+    regular(head_dim)
+}
+
 fn regular(head_dim: usize) -> bool {
     head_dim > 0 && head_dim.is_multiple_of(16) && head_dim <= MAX_HEAD_DIM
 }

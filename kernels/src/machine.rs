@@ -2,9 +2,16 @@
 //! Of its GPUs: whether libtorch can use them ([`gpu`]), and what the driver shows of AMD's ([`amd`]).
 
 pub mod amd;
+pub mod ceilings;
+mod cores;
 pub mod gpu;
 
 use std::sync::OnceLock;
+
+pub use cores::compute_threads;
+
+/// Forces a lower instruction set: for tests and diagnosis.
+pub const KERNELS_VARIABLE: &str = "TANDEM_CPU_KERNELS";
 
 /// The instruction sets the fast paths are written for. All false off x86-64 and under
 /// `TANDEM_CPU_KERNELS=reference` (tests, diagnosis): every op then runs its reference.
@@ -19,16 +26,39 @@ pub struct Features {
     pub avx512vnni: bool,
 }
 
+/// # Panics
+/// When TANDEM_CPU_KERNELS is none of its words: see [`check_kernels`].
 pub fn features() -> &'static Features {
     static FEATURES: OnceLock<Features> = OnceLock::new();
-    FEATURES.get_or_init(|| match std::env::var("TANDEM_CPU_KERNELS").as_deref() {
-        Ok("reference") => Features::default(),
-        Ok("avx2") => Features {
-            avx2: detect().avx2,
+    FEATURES.get_or_init(|| asked().unwrap_or_else(|why| panic!("{why}")))
+}
+
+/// Refuses a mistyped TANDEM_CPU_KERNELS, and one that this processor cannot do: for a start, before anything computes.
+pub fn check_kernels() -> Result<(), String> {
+    asked().map(drop)
+}
+
+fn asked() -> Result<Features, String> {
+    let word = std::env::var_os(KERNELS_VARIABLE).unwrap_or_default();
+    choose(&word.to_string_lossy(), detect())
+}
+
+fn choose(word: &str, here: Features) -> Result<Features, String> {
+    match word {
+        // Compose sets a variable it has no value for to nothing.
+        "" => Ok(here),
+        "reference" => Ok(Features::default()),
+        "avx2" if here.avx2 => Ok(Features {
+            avx2: true,
             ..Features::default()
-        },
-        _ => detect(),
-    })
+        }),
+        "avx2" => Err(format!(
+            "{KERNELS_VARIABLE} is avx2, and this processor has no AVX2 with FMA"
+        )),
+        other => Err(format!(
+            "{KERNELS_VARIABLE} is {other:?}: it takes avx2 or reference, and unset it means the best there is"
+        )),
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -47,4 +77,37 @@ fn detect() -> Features {
 #[cfg(not(target_arch = "x86_64"))]
 fn detect() -> Features {
     Features::default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_are_chosen_by_words_that_exist() {
+        let wide = Features {
+            avx2: true,
+            avx512f: true,
+            avx512bf16: true,
+            avx512vnni: true,
+        };
+        let avx2 = Features {
+            avx2: true,
+            ..Features::default()
+        };
+        for (word, here, expected) in [
+            ("", wide, Ok(wide)),
+            ("avx2", wide, Ok(avx2)),
+            ("reference", wide, Ok(Features::default())),
+            ("avx2", Features::default(), Err("no AVX2")),
+            ("avx3", wide, Err("it takes avx2 or reference")),
+            ("Reference", wide, Err("it takes avx2 or reference")),
+        ] {
+            match (choose(word, here), expected) {
+                (Ok(got), Ok(expected)) => assert_eq!(got, expected, "{word:?}"),
+                (Err(why), Err(part)) => assert!(why.contains(part), "{why}"),
+                (got, expected) => panic!("{word:?}: {got:?}, expected {expected:?}"),
+            }
+        }
+    }
 }

@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
+use crate::machine;
 use crate::slice::{Pages, Plain};
 
 /// How long an idle worker looks for the next job before it sleeps: the gap between two ops of a layer is shorter, and
@@ -22,8 +23,8 @@ const SPIN: Duration = Duration::from_micros(40);
 /// How long a caller that has run out of tasks spins before it lets others have the core between looks.
 const CALLER_SPIN: Duration = Duration::from_micros(100);
 
-/// Threads of a job, the caller among them, from the next job on, of all callers without a share. Default: the available
-/// parallelism.
+/// Threads of a job, the caller among them, from the next job on, of all callers without a share. Default:
+/// [`machine::compute_threads`].
 pub fn set_threads(threads: usize) {
     POOL.threads.store(threads.max(1), Relaxed);
 }
@@ -33,7 +34,7 @@ pub fn threads() -> usize {
     let pool = MINE.get();
     match pool.threads.load(Relaxed) {
         0 => {
-            let threads = std::thread::available_parallelism().map_or(1, usize::from);
+            let threads = machine::compute_threads();
             // Not over a concurrent set_threads.
             let _ = pool.threads.compare_exchange(0, threads, Relaxed, Relaxed);
             pool.threads.load(Relaxed)
@@ -61,6 +62,11 @@ pub fn take_share(index: usize, of: usize) {
     let share = shares[index];
     share.threads.store(threads.max(1), Relaxed);
     MINE.set(share);
+}
+
+/// From now on this thread's jobs run on itself alone: work behind the threads that serve leaves the pool to them.
+pub fn stand_aside() {
+    INSIDE.set(true);
 }
 
 /// Runs `task(0) .. task(n_tasks - 1)`, in any order and on any thread, and returns when all are done. A panic of a task
@@ -91,7 +97,7 @@ pub fn for_each(n_tasks: usize, task: impl Fn(usize) + Sync) {
 }
 
 thread_local! {
-    /// Whether this thread is running a task.
+    /// Whether this thread runs its jobs inline: inside a task, or always ([`stand_aside`]).
     static INSIDE: Cell<bool> = const { Cell::new(false) };
     /// The pool of this thread's jobs.
     static MINE: Cell<&'static Pool> = const { Cell::new(&POOL) };
@@ -450,6 +456,18 @@ mod tests {
             });
             assert_eq!(sum.into_inner(), 6);
         }
+    }
+
+    /// A thread that stands aside takes no worker, and nobody finds the pool taken by it.
+    #[test]
+    fn who_stands_aside_works_alone() {
+        std::thread::spawn(|| {
+            stand_aside();
+            let me = std::thread::current().id();
+            for_each(64, |_| assert_eq!(std::thread::current().id(), me));
+        })
+        .join()
+        .expect("every task ran on the thread itself");
     }
 
     #[test]

@@ -14,13 +14,19 @@
 //! are few, never by splitting K. (AVX2 and AVX-512 round differently from one another: the dot of a pair is one
 //! instruction there and two here. A machine uses one of them.)
 
+#[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 pub(crate) mod pack;
+#[cfg(any(test, not(target_arch = "x86_64")))]
+mod plain;
 
 use half::f16;
 
 use crate::machine::features;
+#[cfg(not(target_arch = "x86_64"))]
+use {plain as avx2, plain as avx512};
 
 /// Columns of a panel.
 pub(crate) const PANEL: usize = 32;

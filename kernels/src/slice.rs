@@ -148,7 +148,7 @@ impl Plain for f32 {}
 /// Zero-initialised memory, aligned to a cache line, on 2 MiB pages where it is large: reading weights through 4 KiB
 /// pages costs a third of the bandwidth (a page walk every 64 lines, and hardware prefetch stops at page ends).
 /// The system maps huge pages by itself only if asked, and only for whole aligned 2 MiB ranges, so buffers of a few
-/// hundred KiB to a few MiB share chunks.
+/// hundred KiB to a few MiB share chunks, unless they are to go before the others ([`Stay::Short`]).
 pub(crate) struct Pages<T: Plain> {
     ptr: *mut T,
     len: usize,
@@ -164,7 +164,7 @@ enum Owner {
 
 const CACHE_LINE: usize = 64;
 const HUGE_PAGE: usize = 2 << 20;
-/// Below this a buffer comes from the heap. (Adapters are below it: they come and go, and would hold chunks.)
+/// Below this a buffer comes from the heap.
 const CHUNKED_BYTES: usize = 256 << 10;
 /// From this on a buffer has a mapping of its own.
 const MAPPED_BYTES: usize = 8 << 20;
@@ -176,10 +176,27 @@ unsafe impl<T: Plain> Send for Pages<T> {}
 // SAFETY: shared access is read-only through Deref.
 unsafe impl<T: Plain> Sync for Pages<T> {}
 
+/// How long a buffer is needed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stay {
+    /// As long as the model, or the thread.
+    Long,
+    /// It comes and goes beside others that stay, as adapters do: in a chunk with them it would hold all of it.
+    Short,
+}
+
 impl<T: Plain> Pages<T> {
     pub fn zeroed(len: usize) -> Pages<T> {
+        Pages::placed(len, Stay::Long)
+    }
+
+    pub fn placed(len: usize, stay: Stay) -> Pages<T> {
         let bytes = (len * size_of::<T>()).max(1).next_multiple_of(CACHE_LINE);
-        let (ptr, owner) = if bytes < CHUNKED_BYTES || !cfg!(target_os = "linux") {
+        let heaped = match stay {
+            Stay::Long => CHUNKED_BYTES,
+            Stay::Short => MAPPED_BYTES,
+        };
+        let (ptr, owner) = if bytes < heaped || !cfg!(target_os = "linux") {
             heap(bytes)
         } else if bytes < MAPPED_BYTES {
             chunked(bytes)
@@ -336,6 +353,20 @@ mod tests {
                 pages.iter().all(|&byte| byte == i as u8 + 1),
                 "buffer {i} overlaps another"
             );
+        }
+    }
+
+    #[test]
+    fn what_comes_and_goes_shares_no_chunk() {
+        for (bytes, in_chunk) in [
+            (1000, false),
+            (1 << 20, true),
+            (MAPPED_BYTES - 64, true),
+            (9 << 20, false),
+        ] {
+            let is_chunk = |pages: &Pages<u8>| matches!(pages.owner, Owner::Chunk(_));
+            assert_eq!(is_chunk(&Pages::placed(bytes, Stay::Long)), in_chunk, "{bytes}");
+            assert!(!is_chunk(&Pages::placed(bytes, Stay::Short)), "{bytes}");
         }
     }
 

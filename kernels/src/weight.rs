@@ -1,12 +1,14 @@
 //! A frozen matrix as the kernels want it: packed once, the only resident copy. Not a layer, and nothing autograd sees:
 //! `linear` multiplies with it and, transposing blocks on the way, takes gradients through it.
 
+use std::sync::OnceLock;
+
 use tch::{Device, Kind, Tensor};
 
 use crate::error::KernelError;
 use crate::pool;
 use crate::simd::{self, Element, PANEL, pack};
-use crate::slice::{Pages, Plain, RowsMut, Shared};
+use crate::slice::{Pages, Plain, RowsMut, Shared, Stay};
 
 /// What a weight is stored in, and so what a multiply rounds its left side to. Sums are float32 with either.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -54,6 +56,20 @@ unsafe impl Sync for Weight {}
 impl Weight {
     /// Takes `[N, K]` of any floating dtype on any device; rounds to `precision` (exact where the dtype is the same).
     pub fn new(dense: &Tensor, precision: Precision, device: Device) -> Result<Weight, KernelError> {
+        Weight::placed(dense, precision, device, Stay::Long)
+    }
+
+    /// As [`Weight::new`], for an adapter: its memory is its own and goes with it.
+    pub fn passing(dense: &Tensor, precision: Precision, device: Device) -> Result<Weight, KernelError> {
+        Weight::placed(dense, precision, device, Stay::Short)
+    }
+
+    fn placed(
+        dense: &Tensor,
+        precision: Precision,
+        device: Device,
+        stay: Stay,
+    ) -> Result<Weight, KernelError> {
         let &[n, k] = dense.size().as_slice() else {
             return Err(KernelError::Shape(format!(
                 "a weight has two dimensions, not {:?}",
@@ -64,8 +80,8 @@ impl Weight {
         let packed = device == Device::Cpu && simd::available();
         let store = match precision {
             _ if !packed => Store::Plain(Tensor::f_empty([n as i64, k as i64], (precision.kind(), device))?),
-            Precision::F32 => Store::F32(Pages::zeroed(n.div_ceil(PANEL) * f32::panel_len(k))),
-            Precision::Bf16 => Store::Bf16(Pages::zeroed(n.div_ceil(PANEL) * u16::panel_len(k))),
+            Precision::F32 => Store::F32(Pages::placed(n.div_ceil(PANEL) * f32::panel_len(k), stay)),
+            Precision::Bf16 => Store::Bf16(Pages::placed(n.div_ceil(PANEL) * u16::panel_len(k), stay)),
         };
         let mut weight = Weight {
             n,
@@ -262,14 +278,25 @@ fn gather<T: Element + Plain>(panels: &Pages<T>, k: usize, rows: &[u32], widen: 
     out
 }
 
+/// Whether products of bfloat16 on this GPU widen the weight to float32 at every call, which takes several times as
+/// long: libtorch has a product of its own with a float32 result, but not in every build and for every GPU.
+pub fn widens(device: Device) -> bool {
+    static WIDENS: OnceLock<bool> = OnceLock::new();
+    *WIDENS.get_or_init(|| {
+        let ones = Tensor::ones([16, 16], (Kind::BFloat16, device));
+        ones.f_mm_dtype(&ones, Kind::Float).is_err()
+    })
+}
+
 /// `a b` with `a` rounded to `precision` and `b` in it, summed in float32.
 pub(crate) fn product(a: &Tensor, b: &Tensor, precision: Precision) -> Tensor {
     let a = a.to_kind(precision.kind());
-    if precision == Precision::Bf16 && a.device().is_cuda() {
-        // The GPU's own bfloat16 product with a float32 result, where this build of libtorch has it.
-        if let Ok(product) = a.f_mm_dtype(b, Kind::Float) {
-            return product;
-        }
+    if precision == Precision::Bf16
+        && a.device().is_cuda()
+        && !widens(a.device())
+        && let Ok(product) = a.f_mm_dtype(b, Kind::Float)
+    {
+        return product;
     }
     // Products of two bfloat16 are exact in float32.
     a.to_kind(Kind::Float).mm(&b.to_kind(Kind::Float))

@@ -42,12 +42,13 @@ pub fn set_environment() -> io::Result<()> {
     Err(command.args(args).envs(missing).exec())
 }
 
-/// Refuses an environment in which the GPU runtime would fail later, and strangely. After `set_environment`.
+/// Refuses an environment in which the GPU runtime would fail later, and strangely, and kernels that do not exist. After `set_environment`.
 pub fn check_environment() -> io::Result<()> {
     gpu_environment::check_visible(Path::new("/"), |name| std::env::var_os(name).is_some())
         .and_then(|()| {
             gpu_environment::check_libraries(&std::fs::read_to_string("/proc/self/maps").unwrap_or_default())
         })
+        .and_then(|()| tandem_backend::check_kernels())
         .map_err(io::Error::other)
 }
 

@@ -25,14 +25,8 @@ mod tidy {
 
     #[test]
     fn crates_import_only_their_floors() {
-        let output = Command::new(env!("CARGO"))
-            .args(["metadata", "--no-deps", "--offline", "--format-version", "1"])
-            .current_dir(env!("CARGO_MANIFEST_DIR"))
-            .output()
-            .expect("cargo runs");
-        let metadata: Value = serde_json::from_slice(&output.stdout).expect("cargo metadata prints JSON");
+        let packages = packages();
         for (name, allowed) in EDGES {
-            let packages = metadata["packages"].as_array().expect("packages");
             let package = packages
                 .iter()
                 .find(|package| package["name"] == name)
@@ -52,7 +46,7 @@ mod tidy {
     }
 
     #[test]
-    fn every_file_says_what_it_is_and_unsafe_stays_in_kernels() {
+    fn every_file_says_what_it_is() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"))
             .parent()
             .expect("the workspace");
@@ -65,14 +59,37 @@ mod tidy {
             let text = std::fs::read_to_string(&file).expect("a source file");
             let name = file.strip_prefix(root).expect("under the root").display();
             assert!(text.starts_with("//!"), "{name} does not say what it is");
-            let unsafe_code = text
-                .lines()
-                .any(|line| line.contains("unsafe {") && !line.trim_start().starts_with("//"));
+        }
+    }
+
+    /// The lint that forbids unsafe code binds whoever inherits it.
+    #[test]
+    fn every_crate_but_kernels_takes_the_workspaces_lints() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .parent()
+            .expect("the workspace");
+        let workspace = std::fs::read_to_string(root.join("Cargo.toml")).expect("a manifest");
+        assert!(workspace.contains("unsafe_code = \"forbid\""));
+        for package in packages() {
+            let name = package["name"].as_str().expect("a name");
+            let manifest = package["manifest_path"].as_str().expect("a path");
+            let manifest = std::fs::read_to_string(manifest).expect("a manifest");
+            let inherits = manifest.contains("[lints]\nworkspace = true");
             assert!(
-                !unsafe_code || file.starts_with(root.join("kernels")),
-                "{name} holds unsafe code"
+                inherits || name == "tandem-kernels",
+                "{name} has lints of its own"
             );
         }
+    }
+
+    fn packages() -> Vec<Value> {
+        let output = Command::new(env!("CARGO"))
+            .args(["metadata", "--no-deps", "--offline", "--format-version", "1"])
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .output()
+            .expect("cargo runs");
+        let metadata: Value = serde_json::from_slice(&output.stdout).expect("cargo metadata prints JSON");
+        metadata["packages"].as_array().expect("packages").clone()
     }
 
     fn rust_files(folder: &Path, files: &mut Vec<PathBuf>) {

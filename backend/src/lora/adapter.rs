@@ -39,13 +39,13 @@ impl Adapter {
                 Ok(LoraPart {
                     columns: held.part(&part.path).columns.clone(),
                     ranks: part.ranks.clone(),
-                    b: Weight::new(&held_b(params, part, held), precision, device)?,
+                    b: Weight::passing(&held_b(params, part, held), precision, device)?,
                     scale: part.scale,
                 })
             };
             let parts = shape.parts.iter().map(part).collect::<Result<_, KernelError>>()?;
             Ok(LoraModule {
-                a: Weight::new(&held_a(params, shape, held), precision, device)?,
+                a: Weight::passing(&held_a(params, shape, held), precision, device)?,
                 parts,
             })
         };

@@ -391,6 +391,7 @@ impl<'a, T: Element + Plain> Queries<'a, T> {
 }
 
 /// Asks for `len` elements to come into the second-level cache.
+#[cfg(target_arch = "x86_64")]
 fn prefetch<T>(from: *const T, len: usize) {
     use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
     for line in (0..len * size_of::<T>()).step_by(64) {
@@ -398,6 +399,9 @@ fn prefetch<T>(from: *const T, len: usize) {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast::<i8>().wrapping_add(line)) };
     }
 }
+
+#[cfg(not(target_arch = "x86_64"))]
+fn prefetch<T>(_from: *const T, _len: usize) {}
 
 /// Divides by the sums and writes the tile's rows.
 fn finish<S: std::ops::DerefMut<Target = [f32]>>(call: &Call, tile: &Tile, whole: &Partial<S>) {

@@ -1,6 +1,7 @@
 //! Moving matrices into and out of panels. Everything is a transposition of 32-bit words (a float32, or a pair of
-//! bfloat16 along K) or an interleaving of two rows; no arithmetic, so AVX2 serves every machine.
+//! bfloat16 along K) or an interleaving of two rows; no arithmetic, so AVX2 serves every machine that has it.
 
+#[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
 use super::{Element, PANEL};
@@ -89,6 +90,7 @@ pub(crate) fn pack_step<T: Element>(rows: [&[T; PANEL]; 2], step: &mut [T]) {
 
 /// # Safety
 /// The CPU has AVX2. `even` and `odd` are readable for 32 values, `to` is writable for 64.
+#[cfg(target_arch = "x86_64")]
 #[inline]
 #[target_feature(enable = "avx2")]
 unsafe fn interleave(even: *const u16, odd: *const u16, to: *mut u16) {
@@ -101,6 +103,19 @@ unsafe fn interleave(even: *const u16, odd: *const u16, to: *mut u16) {
             let to = to.add(2 * half).cast::<__m256i>();
             _mm256_storeu_si256(to, _mm256_permute2x128_si256::<0x20>(low, high));
             _mm256_storeu_si256(to.add(1), _mm256_permute2x128_si256::<0x31>(low, high));
+        }
+    }
+}
+
+/// # Safety
+/// `even` and `odd` are readable for 32 values, `to` is writable for 64.
+#[cfg(not(target_arch = "x86_64"))]
+unsafe fn interleave(even: *const u16, odd: *const u16, to: *mut u16) {
+    for i in 0..PANEL {
+        // SAFETY: i < 32.
+        unsafe {
+            *to.add(2 * i) = *even.add(i);
+            *to.add(2 * i + 1) = *odd.add(i);
         }
     }
 }
@@ -119,9 +134,21 @@ pub(crate) struct Words {
 /// `rows` words, `to_stride` apart.
 pub(crate) unsafe fn transpose(from: Words, rows: usize, columns: usize, to: *mut u32, to_stride: usize) {
     // SAFETY: the caller's contract.
-    unsafe { transpose_avx2(from, rows, columns, to, to_stride) }
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        transpose_avx2(from, rows, columns, to, to_stride)
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    for (row, column) in (0..rows).flat_map(|row| (0..columns).map(move |column| (row, column))) {
+        // SAFETY: row < rows and column < columns, for which the caller vouches.
+        unsafe {
+            to.add(column * to_stride + row)
+                .write_unaligned(from.ptr.add(row * from.stride + column).read_unaligned());
+        }
+    }
 }
 
+#[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 unsafe fn transpose_avx2(from: Words, rows: usize, columns: usize, to: *mut u32, to_stride: usize) {
     let (whole_rows, whole_columns) = (rows / 8 * 8, columns / 8 * 8);
@@ -147,6 +174,7 @@ unsafe fn transpose_avx2(from: Words, rows: usize, columns: usize, to: *mut u32,
     }
 }
 
+#[cfg(target_arch = "x86_64")]
 #[inline]
 #[target_feature(enable = "avx2")]
 unsafe fn transpose_8x8(from: Words, to: *mut u32, to_stride: usize) {
