@@ -2,13 +2,14 @@
 //! other processes share when there is one; then the folder is its cache. All a backend process needs of the store.
 //! Not here: rows, names, who may write.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, Weak};
 
 use object_store::aws::AmazonS3Builder;
 use tandem_core::id::{AdapterDigest, AdapterRef, JobId};
 use tandem_core::job::{Life, Saved, files};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use crate::blocking;
 use crate::error::StoreError;
@@ -24,8 +25,31 @@ pub struct Artifacts {
     folders: Arc<Folders>,
     /// `None`: the folder is all there is, and nothing is copied.
     remote: Option<Arc<Remote>>,
-    /// Held while something is downloaded: a hundred requests for a new adapter fetch it once.
-    fetching: Arc<Mutex<()>>,
+    downloads: Arc<Downloads>,
+}
+
+/// A hundred requests for a new adapter fetch it once, and who wants another thing does not wait for them.
+#[derive(Default)]
+struct Downloads {
+    /// By the local path of what is fetched.
+    underway: std::sync::Mutex<HashMap<PathBuf, Weak<Mutex<()>>>>,
+}
+
+impl Downloads {
+    /// Held by the one who fetches `target` now.
+    async fn turn(&self, target: &Path) -> OwnedMutexGuard<()> {
+        let turn = {
+            let mut underway = self.underway.lock().unwrap_or_else(PoisonError::into_inner);
+            underway.retain(|_, turn| turn.strong_count() > 0);
+            let known = underway.get(target).and_then(Weak::upgrade);
+            known.unwrap_or_else(|| {
+                let turn = Arc::default();
+                underway.insert(target.to_owned(), Arc::downgrade(&turn));
+                turn
+            })
+        };
+        turn.lock_owned().await
+    }
 }
 
 impl Artifacts {
@@ -66,7 +90,7 @@ impl Artifacts {
         Artifacts {
             folders: Arc::new(folders),
             remote: remote.map(Arc::new),
-            fetching: Arc::new(Mutex::new(())),
+            downloads: Arc::default(),
         }
     }
 
@@ -88,7 +112,7 @@ impl Artifacts {
         if target.exists() {
             return Ok(target);
         }
-        let _one_at_a_time = self.fetching.lock().await;
+        let _turn = self.downloads.turn(&target).await;
         if target.exists() {
             return Ok(target);
         }
@@ -199,7 +223,7 @@ impl Artifacts {
         if target.exists() {
             return Ok(target);
         }
-        let _one_at_a_time = self.fetching.lock().await;
+        let _turn = self.downloads.turn(&target).await;
         match self.fetch(remote, &["files", id], &target).await? {
             true => Ok(target),
             false => Err(StoreError::Damaged(format!(
@@ -319,5 +343,25 @@ impl Artifacts {
         let (folders, target) = (self.folders.clone(), target.to_owned());
         blocking(move || folders.publish_file(&staged, &target)).await?;
         Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures::FutureExt;
+
+    #[tokio::test]
+    async fn only_the_same_download_waits() {
+        let downloads = Downloads::default();
+        let (one, other) = (Path::new("adapters/one"), Path::new("adapters/other"));
+        let first = downloads.turn(one).await;
+        assert!(downloads.turn(other).now_or_never().is_some());
+        assert!(downloads.turn(one).now_or_never().is_none());
+        drop(first);
+        assert!(downloads.turn(one).now_or_never().is_some());
+        drop(downloads.turn(other).await);
+        let known = downloads.underway.lock().unwrap().len();
+        assert_eq!(known, 1, "what is over is forgotten");
     }
 }
