@@ -9,26 +9,14 @@ use std::task::{Context, Poll};
 use tandem_core::id::{AdapterDigest, AdapterRef};
 use tandem_core::message::Fault;
 use tandem_core::replica::AdapterInfo;
-use tandem_kernels::weight::Precision;
-use tch::Device;
+use tandem_kernels::pool;
 use tokio::sync::mpsc;
 
-use crate::family::DecoderSpec;
-use crate::family::shard::Layout;
 use crate::guard;
 use crate::lora::adapter::Adapter;
+use crate::lora::fit::Fit;
 use crate::lora::params::AdapterParams;
 use crate::lora::peft;
-
-/// What an adapter must fit.
-#[derive(Clone)]
-pub struct Fitting {
-    pub spec: DecoderSpec,
-    pub layout: Arc<Layout>,
-    pub precision: Precision,
-    pub device: Device,
-    pub max_lora_rank: u32,
-}
 
 /// Requests for resident adapters that may come in while an adapter waits for a slot. Then one resident yields its own:
 /// else a busy one would keep it for ever.
@@ -105,16 +93,16 @@ pub enum Pin {
 }
 
 impl AdapterBank {
-    pub fn new(max_loras: usize, fitting: Fitting) -> AdapterBank {
+    pub fn new(max_loras: usize, max_rank: u32, fit: Fit) -> AdapterBank {
         let (to_load, orders) = mpsc::unbounded_channel();
         let (results, loaded) = mpsc::unbounded_channel();
-        let followed = match fitting.layout.world() {
+        let followed = match fit.layout.world() {
             1 => Followed::Alone,
             _ => Followed::ByRanks(vec![]),
         };
         let loader = std::thread::Builder::new().name("tandem-adapters".to_owned());
         loader
-            .spawn(move || load_all(orders, results, fitting))
+            .spawn(move || load_all(orders, results, &fit, max_rank))
             .expect("the system starts a thread");
         AdapterBank {
             max_loras,
@@ -223,6 +211,11 @@ impl AdapterBank {
                 self.begin_loads();
             }
         }
+    }
+
+    /// Nobody waits for this adapter any more.
+    pub fn dequeue(&mut self, digest: AdapterDigest) {
+        self.queue.retain(|queued| queued.adapter.digest != digest);
     }
 
     /// The next finished load. Wakes the context's task when there is none yet. When those who waited hold it, call
@@ -339,10 +332,13 @@ impl AdapterBank {
 fn load_all(
     mut orders: mpsc::UnboundedReceiver<AdapterRef>,
     results: mpsc::UnboundedSender<FromDisk>,
-    fitting: Fitting,
+    fit: &Fit,
+    max_rank: u32,
 ) {
+    pool::stand_aside();
     while let Some(adapter) = orders.blocking_recv() {
-        let loaded = guard::torch(|| load(&adapter, &fitting)).unwrap_or_else(|fault| Err(fault.to_string()));
+        let loaded =
+            guard::torch(|| load(&adapter, fit, max_rank)).unwrap_or_else(|fault| Err(fault.to_string()));
         let place = adapter.folder.display();
         let loaded =
             loaded.map_err(|why| Fault::Adapter(format!("cannot load the adapter in {place}: {why}")));
@@ -352,14 +348,7 @@ fn load_all(
     }
 }
 
-fn load(adapter: &AdapterRef, fitting: &Fitting) -> Result<(AdapterParams, Arc<Adapter>), String> {
-    let Fitting {
-        spec,
-        layout,
-        precision,
-        device,
-        max_lora_rank,
-    } = fitting;
+fn load(adapter: &AdapterRef, fit: &Fit, max_rank: u32) -> Result<(AdapterParams, Arc<Adapter>), String> {
     // Before anything is made of it: KV is found by this digest, and answers are said to come from it.
     let digest = peft::digest(&adapter.folder).map_err(|error| error.to_string())?;
     if digest != adapter.digest {
@@ -369,7 +358,7 @@ fn load(adapter: &AdapterRef, fitting: &Fitting) -> Result<(AdapterParams, Arc<A
             adapter.digest.short()
         ));
     }
-    let params = peft::read(&adapter.folder, spec, *max_lora_rank).map_err(|error| error.to_string())?;
-    let packed = Adapter::new(&params, layout, *precision, *device).map_err(|error| error.to_string())?;
+    let params = peft::read(&adapter.folder, &fit.spec, max_rank).map_err(|error| error.to_string())?;
+    let packed = fit.pack(&params).map_err(|error| error.to_string())?;
     Ok((params, Arc::new(packed)))
 }

@@ -2,6 +2,7 @@
 //! tells. Read [`Engine::turn`] first. Not here: which tokens run (core), the forward (model), how a job trains (train).
 
 mod clients;
+mod files;
 mod inbox;
 mod job;
 #[cfg(test)]
@@ -27,6 +28,7 @@ use crate::pace::{Load, Pace};
 use crate::ranks::Ranks;
 use crate::sample::{self, Ask, NotFinite};
 use clients::{Client, Clients, Delivery};
+use files::Files;
 use inbox::{Inbox, Word};
 use job::{Job, Supervisor};
 
@@ -46,8 +48,9 @@ pub struct Engine {
     bank: AdapterBank,
     clients: Clients,
     inbox: Inbox,
+    files: Files,
     job: Option<Job>,
-    /// Supervisors of jobs that are over, with events they have not read.
+    /// Supervisors of jobs that are over, with events they have not read or that are not due yet.
     farewells: Vec<Supervisor>,
     pace: Pace,
     counters: Counters,
@@ -106,6 +109,7 @@ impl Engine {
         Engine {
             ranks: Ranks::new(decoder.comm().clone()),
             loss: None,
+            files: Files::new(decoder.fit()),
             decoder,
             cache,
             scheduler,
@@ -164,7 +168,7 @@ impl Engine {
                 true => Some(PARKED_POLL),
                 false => self.ranks.are_many().then_some(RANK_CHECK),
             };
-            match self.inbox.wait(&mut self.bank, patience) {
+            match self.inbox.wait(&mut self.bank, &mut self.files, patience) {
                 Some(word) => self.obey(word)?,
                 None => {
                     if let Err(fault) = guard::torch(|| self.ranks.check()) {
@@ -175,14 +179,15 @@ impl Engine {
                 }
             }
         }
-        while let Some(word) = self.inbox.try_next(&mut self.bank) {
+        while let Some(word) = self.inbox.try_next(&mut self.bank, &mut self.files) {
             self.obey(word)?;
         }
         ControlFlow::Continue(())
     }
 
     fn has_work(&self) -> bool {
-        self.scheduler.has_work() || self.job.as_ref().is_some_and(Job::can_go_on)
+        let job_goes_on = |job: &Job| job.can_go_on(&self.files);
+        self.scheduler.has_work() || self.job.as_ref().is_some_and(job_goes_on)
     }
 
     fn obey(&mut self, word: Word) -> ControlFlow<()> {
@@ -197,7 +202,12 @@ impl Engine {
                     self.clients.await_adapter(adapter.digest, reply);
                 }
             },
-            Word::Command(Command::UnloadAdapter(digest)) => self.bank.forget(digest),
+            Word::Command(Command::UnloadAdapter(digest)) => {
+                if !self.clients.is_awaited(digest) {
+                    self.bank.dequeue(digest);
+                }
+                self.bank.forget(digest);
+            }
             Word::Command(Command::StartJob(spec, events)) => self.start_job(*spec, events),
             Word::Command(Command::CancelJob(id)) => self.cancel_job(&id),
             Word::Command(Command::Stop) | Word::NobodyLeft => return ControlFlow::Break(()),
@@ -212,6 +222,7 @@ impl Engine {
                 self.clients.answer_adapter(digest, info);
                 self.bank.begin_loads();
             }
+            Word::Filed(done) => self.filed(done),
         }
         ControlFlow::Continue(())
     }
@@ -411,8 +422,7 @@ impl Engine {
                 Delivery::Left => self.forget(id),
             }
         }
-        self.farewells
-            .retain_mut(|supervisor| supervisor.deliver() == Delivery::Parked);
+        self.farewells.retain_mut(Supervisor::is_to_hear_more);
     }
 
     fn fail(&mut self, id: RequestId, fault: Fault) {
@@ -453,6 +463,9 @@ impl Engine {
             }
             None => {
                 self.keep_job();
+                while let Some(done) = self.files.wait() {
+                    self.filed(done);
+                }
                 if let Err(fault) = guard::torch(|| self.ranks.part()) {
                     warn!(%fault, "the other ranks were not told to end");
                 }
@@ -460,7 +473,7 @@ impl Engine {
             }
         };
         // What came too late hears it too.
-        while let Some(word) = self.inbox.try_next(&mut self.bank) {
+        while let Some(word) = self.inbox.try_next(&mut self.bank, &mut self.files) {
             match word {
                 Word::Command(Command::Generate(request, events)) => {
                     Client::new(&request, events, self.seed).refuse(farewell.clone());

@@ -5,7 +5,6 @@ pub(crate) mod memory;
 pub(crate) mod selftest;
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::mpsc as std_mpsc;
 use std::time::Instant;
 
@@ -14,19 +13,20 @@ use tandem_core::replica::{COMMAND_QUEUE, ReplicaHandle, ReplicaInfo};
 use tandem_core::rng;
 use tandem_core::sched::{Limits, Scheduler};
 use tandem_core::stats::Stats;
-use tandem_kernels::attention::BLOCK_SIZE;
+use tandem_kernels::attention::{self, BLOCK_SIZE};
 use tandem_kernels::comm::Comm;
-use tandem_kernels::weight::Precision;
+use tandem_kernels::weight::{self, Precision};
 use tandem_kernels::{machine, pool};
 use tch::{Device, Kind};
 use tokio::sync::{mpsc, watch};
-use tracing::info;
+use tracing::{info, warn};
 
-use crate::bank::{AdapterBank, Fitting};
+use crate::bank::AdapterBank;
 use crate::engine::{Engine, Parts};
 use crate::family::shard::{Layout, Shard};
-use crate::family::{DecoderSpec, read_spec};
+use crate::family::{AttnSpec, DecoderSpec, read_spec};
 use crate::guard;
+use crate::model::Decoder;
 use crate::pace::{self, Pace};
 use crate::ranks::{self, Assembled, Followers, Plan, Ready, Team};
 use crate::weights::{Checkpoint, LoadError};
@@ -206,14 +206,8 @@ fn load(
         max_model_len: max_model_len as usize,
     };
     let scheduler = Scheduler::new(limits, BlockPool::new(blocks, BLOCK_SIZE));
-    let fitting = Fitting {
-        spec: decoder.spec.clone(),
-        layout: Arc::clone(decoder.layout()),
-        precision,
-        device,
-        max_lora_rank,
-    };
-    let bank = AdapterBank::new(max_loras as usize, fitting);
+    warn_of_slow_paths(&decoder);
+    let bank = AdapterBank::new(max_loras as usize, max_lora_rank, decoder.fit());
     let (commands, inbox) = mpsc::channel(COMMAND_QUEUE);
     let (stats, published) = watch::channel(Stats::default());
     let info = ReplicaInfo {
@@ -326,6 +320,29 @@ pub fn set_threads(device: Device, threads: Option<usize>) {
     }
     let ours = device == Device::Cpu && *machine::features() != machine::Features::default();
     tch::set_num_threads(if ours { 1 } else { pool::threads() as i32 });
+}
+
+/// What computes slower than it should says so once.
+fn warn_of_slow_paths(decoder: &Decoder) {
+    let (device, precision) = (decoder.device(), decoder.precision());
+    let odd = |attn: &&AttnSpec| !attention::has_kernels(attn.head_dim as usize);
+    let odd = decoder.spec.attentions().find(odd).map(|attn| attn.head_dim);
+    match device {
+        Device::Cpu if *machine::features() == machine::Features::default() => warn!(
+            "no kernels of our own run here (they want AVX2 with FMA, and TANDEM_CPU_KERNELS not to be reference): \
+             libtorch's ops compute, several times slower, and an answer's last bits depend on what is beside it"
+        ),
+        Device::Cpu if odd.is_some() => warn!(
+            head_dim = odd,
+            "attention runs on libtorch's ops, its kernels take head dimensions that are multiples of 16: it is slower, \
+             and an answer's last bits depend on what is beside it"
+        ),
+        Device::Cuda(_) if precision == Precision::Bf16 && weight::widens(device) => warn!(
+            "this libtorch has no product of bfloat16 with a float32 result: weights are widened at every call, \
+             several times slower"
+        ),
+        _ => {}
+    }
 }
 
 fn device_name(device: Device) -> String {

@@ -102,6 +102,7 @@ fn sampler(criterion: &mut Criterion) {
             adapter: None,
             sampling: &sampling,
             stop_tokens: &[],
+            uses: None,
         };
         let asks: Vec<Ask> = (0..8).map(|seed| Ask { view, seed }).collect();
         criterion.bench_function(&format!("sampler: 8 rows of 32000, {name}"), |bencher| {

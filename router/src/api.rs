@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use tandem_core::TokenId;
@@ -88,7 +89,7 @@ pub enum Prompt {
 
 /// A call that was admitted. Dropping `pieces` aborts all its sequences in the engine.
 pub struct Generation {
-    pub prompt_tokens: Vec<TokenId>,
+    pub prompt_tokens: Arc<[TokenId]>,
     /// What answers: `None` is the base.
     pub adapter: Option<AdapterDigest>,
     pub base: Digest,

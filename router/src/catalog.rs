@@ -1,5 +1,6 @@
-//! Names in memory, and who uses what: the live requests. A request pins the adapter it began with by being live.
-//! Decides admission and when an adapter may go. Not here: files, SQL, the engine.
+//! Names in memory, and who uses what: the live requests, and those who are about to name an adapter. A request pins
+//! the adapter it began with by being live. Decides admission and when an adapter may go. Not here: files, SQL, the
+//! engine.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -30,9 +31,56 @@ pub(crate) struct Catalog {
     /// Live requests of each client that has some.
     clients: DashMap<Client, u32>,
     next_id: AtomicU64,
-    /// Lost their last name; go when no live request pins them.
-    retired: Mutex<BTreeSet<AdapterDigest>>,
+    unnamed: Mutex<Unnamed>,
     retiring: Notify,
+    /// An adapter that was leaving is gone.
+    gone: Notify,
+}
+
+/// Adapters in the store that no name may point to.
+#[derive(Default)]
+struct Unnamed {
+    /// How many are about to name each.
+    held: BTreeMap<AdapterDigest, u32>,
+    /// Lost their last name, or never got one; go when nobody holds them and no live request pins them.
+    retired: BTreeSet<AdapterDigest>,
+    /// Being deleted.
+    leaving: BTreeSet<AdapterDigest>,
+}
+
+/// As long as it lives nobody deletes the adapter, though no name points to it yet. If none does then, it retires.
+pub(crate) struct Hold {
+    pub digest: AdapterDigest,
+    catalog: Arc<Catalog>,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let names = self.catalog.read();
+        let mut unnamed = self.catalog.unnamed();
+        let held = unnamed.held.get_mut(&self.digest).expect("it is held by this");
+        *held -= 1;
+        if *held == 0 {
+            unnamed.held.remove(&self.digest);
+        }
+        if !is_named(&names, self.digest) {
+            unnamed.retired.insert(self.digest);
+            self.catalog.retiring.notify_one();
+        }
+    }
+}
+
+/// An adapter that its owner deletes. Whoever wants to hold it waits until this is dropped.
+pub(crate) struct Leaving {
+    pub digest: AdapterDigest,
+    catalog: Arc<Catalog>,
+}
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        self.catalog.unnamed().leaving.remove(&self.digest);
+        self.catalog.gone.notify_waiters();
+    }
 }
 
 /// What asks to come in.
@@ -95,7 +143,7 @@ impl Drop for Lease {
         self.catalog.leave(self.client, n);
         if self
             .adapter
-            .is_some_and(|digest| self.catalog.retired().contains(&digest))
+            .is_some_and(|digest| self.catalog.unnamed().retired.contains(&digest))
         {
             self.catalog.retiring.notify_one();
         }
@@ -119,8 +167,9 @@ impl Catalog {
             admitted: AtomicU32::new(0),
             clients: DashMap::new(),
             next_id: AtomicU64::new(0),
-            retired: Mutex::new(BTreeSet::new()),
+            unnamed: Mutex::default(),
             retiring: Notify::new(),
+            gone: Notify::new(),
         }
     }
 
@@ -242,7 +291,7 @@ impl Catalog {
     /// Put a name in its place. An adapter that lost its last name by it retires.
     pub fn insert(&self, row: NameRow) {
         let mut names = self.write();
-        self.retired().remove(&row.digest);
+        self.unnamed().retired.remove(&row.digest);
         let old = names.insert(row.name.clone(), row);
         self.retire_unnamed(&names, old);
     }
@@ -267,11 +316,20 @@ impl Catalog {
         }
     }
 
-    /// An adapter that came into the store and got no name.
-    pub fn give_up(&self, digest: AdapterDigest) {
-        if !self.read().values().any(|row| row.digest == digest) {
-            self.retired().insert(digest);
-            self.retiring.notify_one();
+    /// For who is about to name an adapter, or to look whether it is in the store.
+    pub async fn hold(self: &Arc<Catalog>, digest: AdapterDigest) -> Hold {
+        loop {
+            // Made before the look, so that it hears of an end right after it.
+            let gone = self.gone.notified();
+            {
+                let mut unnamed = self.unnamed();
+                if !unnamed.leaving.contains(&digest) {
+                    *unnamed.held.entry(digest).or_default() += 1;
+                    let catalog = self.clone();
+                    return Hold { digest, catalog };
+                }
+            }
+            gone.await;
         }
     }
 
@@ -280,22 +338,37 @@ impl Catalog {
         self.retiring.notified().await;
     }
 
-    /// Retired adapters that nothing pins. Nobody can pin them again: they have no name.
-    pub fn take_free(&self) -> Vec<AdapterDigest> {
+    /// Retired adapters that nothing pins, for the caller to delete.
+    pub fn take_free(self: &Arc<Catalog>) -> Vec<Leaving> {
         // Also held by `admit` from name to live entry.
         let names = self.write();
         let pinned: BTreeSet<AdapterDigest> = self.live.iter().filter_map(|entry| *entry.value()).collect();
-        let mut retired = self.retired();
-        retired.retain(|digest| !names.values().any(|row| row.digest == *digest));
-        let free: Vec<AdapterDigest> = retired.difference(&pinned).copied().collect();
-        retired.retain(|digest| pinned.contains(digest));
-        free
+        let mut unnamed = self.unnamed();
+        let Unnamed {
+            held,
+            retired,
+            leaving,
+        } = &mut *unnamed;
+        retired.retain(|digest| !is_named(&names, *digest));
+        let is_used = |digest: &AdapterDigest| pinned.contains(digest) || held.contains_key(digest);
+        let free: Vec<AdapterDigest> = retired
+            .iter()
+            .copied()
+            .filter(|digest| !is_used(digest))
+            .collect();
+        retired.retain(is_used);
+        leaving.extend(&free);
+        let leave = |digest| Leaving {
+            digest,
+            catalog: self.clone(),
+        };
+        free.into_iter().map(leave).collect()
     }
 
     fn retire_unnamed(&self, names: &BTreeMap<String, NameRow>, old: Option<NameRow>) {
         let Some(old) = old else { return };
-        if !names.values().any(|row| row.digest == old.digest) {
-            self.retired().insert(old.digest);
+        if !is_named(names, old.digest) {
+            self.unnamed().retired.insert(old.digest);
             self.retiring.notify_one();
         }
     }
@@ -337,14 +410,18 @@ impl Catalog {
         self.names.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn retired(&self) -> MutexGuard<'_, BTreeSet<AdapterDigest>> {
-        self.retired.lock().unwrap_or_else(PoisonError::into_inner)
+    fn unnamed(&self) -> MutexGuard<'_, Unnamed> {
+        self.unnamed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Name of the checkpoint of a job whose model is, or will be, `model`.
 pub(crate) fn checkpoint_name(model: &str, step: u64) -> String {
     format!("{model}:ckpt-step-{step}")
+}
+
+fn is_named(names: &BTreeMap<String, NameRow>, digest: AdapterDigest) -> bool {
+    names.values().any(|row| row.digest == digest)
 }
 
 fn lookup<'a>(names: &'a BTreeMap<String, NameRow>, name: &str) -> Option<&'a NameRow> {

@@ -1,5 +1,6 @@
 //! A call becomes sequences: model, prompt tokens, limits, admission, commands. Not here: what comes back (`relay`).
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use tandem_core::TokenId;
@@ -15,14 +16,13 @@ use tokio::sync::mpsc;
 use crate::api::{Call, Generation, Prompt, RouterError};
 use crate::catalog::Wish;
 use crate::relay::{self, Choice, Order, Relay};
+use crate::texts::text_bytes;
 use crate::{Router, text_error};
 
 /// Stop strings of one call at most; clients send more than OpenAI's 4 (lm-eval does).
 const MAX_STOPS: usize = 64;
 /// Pieces that may wait for a slow reader before its sequences are parked.
 const PIECE_QUEUE: usize = 32;
-/// Longer texts are tokenized off the async threads: a megabyte takes a good part of a second.
-const INLINE_TEXT_BYTES: usize = 16 << 10;
 
 impl Router {
     /// Admit a call. Its sequences run until they end or `Generation::pieces` is dropped.
@@ -86,7 +86,7 @@ impl Router {
             admitted => admitted?,
         };
         let is_chat = matches!(prompt, Prompt::Chat { .. });
-        let prompt = self.prompt_tokens(prompt).await?;
+        let prompt: Arc<[TokenId]> = self.prompt_tokens(prompt).await?.into();
         let max_tokens = fit(prompt.len(), max_tokens, limit, is_chat)?;
 
         let skip = if skip_special_tokens {
@@ -108,7 +108,7 @@ impl Router {
         };
         let relay = Relay {
             fleet: fleet.clone(),
-            tokenizer: self.0.tokenizer.clone(),
+            tokenizer: self.tokenizer().clone(),
             order: Order {
                 prompt: prompt.clone(),
                 adapter,
@@ -126,7 +126,7 @@ impl Router {
         let choices = relay.lease.ids().zip(0..n).zip(seats.zip(events));
         let choices = choices
             .map(|((id, index), (seat, events))| {
-                let text = TextStream::after(self.0.tokenizer.clone(), &prompt, skip);
+                let text = TextStream::after(self.tokenizer().clone(), &prompt, skip);
                 let stops = StopStrings::new(stop.iter().cloned(), matched);
                 Choice::new(index, id, seat, events, text, stops)
             })
@@ -146,7 +146,7 @@ impl Router {
     fn stop_tokens(&self, mut asked: Vec<TokenId>, ignore_eos: bool) -> Vec<TokenId> {
         if !ignore_eos {
             asked.extend(&self.info().eos_tokens);
-            asked.extend(self.0.tokenizer.eos().map(|(id, _)| id));
+            asked.extend(self.tokenizer().eos().map(|(id, _)| id));
         }
         asked.sort_unstable();
         asked.dedup();
@@ -155,28 +155,13 @@ impl Router {
 
     async fn prompt_tokens(&self, prompt: Prompt) -> Result<Vec<TokenId>, RouterError> {
         let limit = self.info().max_model_len;
-        let bytes = match &prompt {
-            Prompt::Text(text) => text.len(),
-            Prompt::Tokens(_) => 0,
-            Prompt::Chat { messages, .. } => messages.iter().map(|message| message.content.len()).sum(),
-        };
-        let least = bytes / self.0.longest_token_bytes;
+        let least = text_bytes(&prompt) / self.0.longest_token_bytes;
         if least > limit as usize {
             // Not worth the seconds that exact numbers would take.
             let is_chat = matches!(prompt, Prompt::Chat { .. });
             return Err(too_long(limit, &format!("at least {least}"), is_chat));
         }
-        let tokens = match bytes {
-            0..=INLINE_TEXT_BYTES => self.tokenize(prompt, SpecialTokens::Add)?,
-            _ => {
-                let tokenizer = self.0.tokenizer.clone();
-                let work = move || encode(&tokenizer, prompt, SpecialTokens::Add);
-                match tokio::task::spawn_blocking(work).await {
-                    Ok(tokens) => tokens?,
-                    Err(panic) => std::panic::resume_unwind(panic.into_panic()),
-                }
-            }
-        };
+        let tokens = self.tokenize(prompt, SpecialTokens::Add).await?;
         if tokens.is_empty() {
             return Err(RouterError::invalid(
                 "prompt",

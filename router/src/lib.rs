@@ -12,6 +12,7 @@ mod models;
 mod relay;
 #[cfg(test)]
 mod tests;
+mod texts;
 mod watch;
 
 use std::path::PathBuf;
@@ -19,12 +20,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tandem_core::TokenId;
 use tandem_core::histogram::{Counted, Histogram};
 use tandem_core::replica::{Command, ReplicaHandle, ReplicaInfo};
 use tandem_core::stats::Stats;
 use tandem_store::Store;
-use tandem_text::{Skip, SpecialTokens, TextError, Tokenizer};
+use tandem_text::{TextError, Tokenizer};
 use tokio::task::JoinHandle;
 
 pub use api::{LoadMode, MetadataFilter, Order};
@@ -32,9 +32,10 @@ pub use defaults::Defaults;
 pub use fleet::Fleet;
 pub use jobs::hyper;
 
-use api::{Prompt, RouterError};
+use api::RouterError;
 use catalog::Catalog;
 use jobs::Desk;
+use texts::Texts;
 
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -74,13 +75,14 @@ pub struct Router(Arc<Shared>);
 
 struct Shared {
     store: Store,
-    tokenizer: Tokenizer,
+    texts: Texts,
     /// Bytes of the longest token: no text has fewer tokens than its bytes over this.
     longest_token_bytes: usize,
     fleet: Fleet,
     config: Config,
     catalog: Arc<Catalog>,
-    /// Held while an adapter comes, is renamed or goes: these are rare, and one at a time.
+    /// Held while a name is written or read again: memory changes in the order of the store. Over that one query and
+    /// nothing that waits for anybody else.
     changes: tokio::sync::Mutex<()>,
     desk: Desk,
     /// From a call to the commands it became.
@@ -118,7 +120,7 @@ impl Router {
         let catalog = Arc::new(Catalog::new(&config, fleet.info(), names));
         let router = Router(Arc::new(Shared {
             store,
-            tokenizer,
+            texts: Texts::new(tokenizer),
             longest_token_bytes,
             fleet,
             config,
@@ -218,22 +220,6 @@ impl Router {
     /// What calls took from their arrival to their replica's queue, template and tokens included.
     pub fn admissions(&self) -> Counted {
         self.0.admission.counted()
-    }
-
-    pub fn tokenizer(&self) -> &Tokenizer {
-        &self.0.tokenizer
-    }
-
-    /// `special` is for [`Prompt::Text`]; a chat template writes its own.
-    pub fn tokenize(&self, prompt: Prompt, special: SpecialTokens) -> Result<Vec<TokenId>, RouterError> {
-        generate::encode(&self.0.tokenizer, prompt, special)
-    }
-
-    pub fn detokenize(&self, tokens: &[TokenId]) -> Result<String, RouterError> {
-        self.0
-            .tokenizer
-            .decode(tokens, Skip::Nothing)
-            .map_err(|error| text_error("tokens", error))
     }
 
     fn tasks(&self) -> MutexGuard<'_, Option<Tasks>> {

@@ -10,9 +10,10 @@ use tandem_core::replica::{AdapterInfo, Command};
 use tandem_store::{NameRow, NewName, Placement, Source, StoreError};
 use tokio::sync::oneshot;
 
-use crate::Router;
 use crate::api::{LoadMode, ModelCard, RouterError};
+use crate::catalog::Hold;
 use crate::fleet::Ask;
+use crate::{Router, Shared};
 
 const MAX_NAME_CHARS: usize = 200;
 /// How often files are looked over for those that have expired (reads never show them).
@@ -110,60 +111,74 @@ impl Router {
         source: Source,
     ) -> Result<ModelCard, RouterError> {
         self.check_name(name)?;
-        let _one_at_a_time = self.0.changes.lock().await;
-        self.reread_names().await?;
-        let current = self.0.catalog.row(name).filter(|row| row.name == name);
-        if let (LoadMode::New, Some(_)) = (mode, &current) {
-            return Err(RouterError::Conflict(format!(
-                "The lora adapter '{name}' has already been loaded. To replace it, set 'load_inplace' to true."
-            )));
-        }
-        let digest = self
-            .0
-            .store
-            .publish_adapter(folder, Placement::Copy)
-            .await
-            .map_err(adapter_error)?;
-        let named = match self.make_resident(digest).await {
-            Ok(AdapterInfo { rank, .. }) => {
-                let base = self.info().base_digest;
-                let new = NewName {
-                    base,
-                    name: name.to_owned(),
-                    digest,
-                    rank,
-                    source,
-                };
-                self.0
-                    .store
-                    .swap_name(&new, current.map(|row| row.digest))
-                    .await
-                    .map_err(RouterError::Store)
-            }
-            Err(error) => Err(error),
+        self.refresh_names().await?;
+        self.replaceable(name, mode)?;
+        let hold = self.publish(folder).await?;
+        let digest = hold.digest;
+        // As long as it takes until an adapter's slot is free: nobody else waits for it.
+        let AdapterInfo { rank, .. } = self.make_resident(digest).await?;
+        let new = NewName {
+            base: self.info().base_digest,
+            name: name.to_owned(),
+            digest,
+            rank,
+            source,
         };
-        match named {
-            Ok(Some(row)) => {
+        let _one_at_a_time = self.0.changes.lock().await;
+        loop {
+            let current = self.replaceable(name, mode)?;
+            let written = self
+                .0
+                .store
+                .swap_name(&new, current.map(|row| row.digest))
+                .await?;
+            if let Some(row) = written {
                 tracing::info!(model = name, adapter = %digest.short(), rank = row.rank, "adapter loaded");
                 self.0.catalog.insert(row);
-                self.model(name)
+                return self.model(name);
             }
-            Ok(None) => {
-                self.reread_names().await?;
-                if self.0.catalog.row(name).is_some_and(|row| row.digest == digest) {
-                    // Another router did the same at the same moment.
-                    return self.model(name);
-                }
-                self.0.catalog.give_up(digest);
-                Err(RouterError::Conflict(format!(
-                    "The lora adapter '{name}' was changed meanwhile."
-                )))
-            }
-            Err(error) => {
-                self.0.catalog.give_up(digest);
-                Err(error)
+            // Another router moved the name.
+            self.reread_names().await?;
+            if self.0.catalog.row(name).is_some_and(|row| row.digest == digest) {
+                return self.model(name);
             }
         }
+    }
+
+    /// What `name` points to now, if it may be replaced.
+    fn replaceable(&self, name: &str, mode: LoadMode) -> Result<Option<NameRow>, RouterError> {
+        let current = self.0.catalog.row(name).filter(|row| row.name == name);
+        match (mode, &current) {
+            (LoadMode::New, Some(_)) => Err(RouterError::Conflict(format!(
+                "The lora adapter '{name}' has already been loaded. To replace it, set 'load_inplace' to true."
+            ))),
+            _ => Ok(current),
+        }
+    }
+
+    /// Brings a PEFT folder into the store.
+    async fn publish(&self, folder: &Path) -> Result<Hold, RouterError> {
+        let Shared { store, catalog, .. } = &*self.0;
+        loop {
+            let published = store.publish_adapter(folder, Placement::Copy).await;
+            let hold = catalog.hold(published.map_err(adapter_error)?).await;
+            // The same adapter may have been there, and on its way out.
+            if store.has_adapter(hold.digest).await? {
+                return Ok(hold);
+            }
+        }
+    }
+
+    /// Sees that the store has an adapter that a replica made.
+    pub(crate) async fn keep_adapter(&self, adapter: &AdapterRef) -> Result<Hold, RouterError> {
+        let hold = self.0.catalog.hold(adapter.digest).await;
+        let digest = self.0.store.keep_adapter(adapter).await?;
+        if digest == adapter.digest {
+            return Ok(hold);
+        }
+        let (told, folder) = (adapter.digest, adapter.folder.display());
+        tracing::warn!(%told, %digest, %folder, "the engine's digest of an adapter is not its files'");
+        Ok(self.0.catalog.hold(digest).await)
     }
 
     /// Names that other routers made or moved.
@@ -172,7 +187,8 @@ impl Router {
         self.reread_names().await
     }
 
-    /// The caller holds `changes`. Without other routers, memory is as the store.
+    /// The caller holds `changes`, so that what is read does not overwrite what is written meanwhile. Without other
+    /// routers, memory is as the store.
     async fn reread_names(&self) -> Result<(), RouterError> {
         if self.0.store.is_shared() {
             let names = self.0.store.names(self.info().base_digest).await?;
@@ -256,8 +272,8 @@ impl Router {
 
     /// Delete retired adapters that nothing uses.
     async fn reap(&self) -> Result<(), RouterError> {
-        let _one_at_a_time = self.0.changes.lock().await;
-        for digest in self.0.catalog.take_free() {
+        for leaving in self.0.catalog.take_free() {
+            let digest = leaving.digest;
             self.tell_all(|| Command::UnloadAdapter(digest)).await;
             if self.0.store.remove_adapter_if_unnamed(digest).await? {
                 tracing::info!(adapter = %digest.short(), "adapter deleted");

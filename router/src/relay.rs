@@ -2,6 +2,7 @@
 //! strings, the end of what nobody reads any more, and another replica for what was lost before it began. Not here:
 //! admission, JSON.
 
+use std::sync::Arc;
 use std::task::Poll;
 
 use tandem_core::TokenId;
@@ -34,7 +35,7 @@ pub(crate) struct Relay {
 
 /// What each choice asks of an engine, whichever that is.
 pub(crate) struct Order {
-    pub prompt: Vec<TokenId>,
+    pub prompt: Arc<[TokenId]>,
     pub adapter: Option<AdapterRef>,
     pub sampling: Sampling,
     pub max_tokens: u32,

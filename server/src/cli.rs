@@ -146,7 +146,7 @@ pub struct ModelOptions {
     /// are half as fast beside a job. Without requests it has the machine [default: 0.25]
     #[arg(long, value_name = "SHARE", value_parser = share)]
     pub training_share: Option<f64>,
-    /// Compute threads [default: one for each core this process may use]
+    /// Compute threads [default: one per physical core that the process may use, within its cgroup's limit]
     #[arg(long, value_name = "N", value_parser = count(1..=4096))]
     pub threads: Option<u32>,
     /// Of requests that bring no seed [default: another one at each start]

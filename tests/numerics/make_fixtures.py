@@ -1,4 +1,5 @@
-"""Makes tests/numerics/fixtures: tiny random Llama checkpoints and what transformers and peft compute from them.
+"""Makes tests/numerics/fixtures: tiny random Llama checkpoints and what transformers and peft compute from them; and
+what transformers computes from the demo model.
 
 Everything is eager float32 on one thread. Nothing of Tandem runs here; only its random draws (the initial adapter and
 the order of examples) are written down a second time, so that both trainers can start from the same numbers.
@@ -15,12 +16,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, get_scheduler
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, get_scheduler
 from transformers.utils import logging
 
 HERE = pathlib.Path(__file__).parent
 FIXTURES = HERE / "fixtures"
-STORY = HERE.parents[2] / "shared/models/story"
+DEMO = HERE.parents[1] / "server/demo"
 
 BASE = dict(
     vocab_size=101,
@@ -94,9 +95,9 @@ def main(names: list[str]) -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    for name in names or [*VARIANTS, "story"]:
-        if name == "story":
-            story()
+    for name in names or [*VARIANTS, "demo"]:
+        if name == "demo":
+            demo()
         else:
             variant(name)
     total = sum(f.stat().st_size for f in FIXTURES.rglob("*") if f.is_file())
@@ -395,24 +396,50 @@ def tokenizer(folder: pathlib.Path, vocab: int) -> None:
     write_json(folder / "tokenizer_config.json", {**config, "chat_template": template}, indent=2)
 
 
-def story() -> None:
-    """How far transformers' own bfloat16 is from its float32 on the story model: the yardstick for ours."""
-    if not STORY.exists():
-        print("story: no such model beside the checkout, its number stays")
-        return
-    cases = json.loads((STORY / "expected.json").read_text())["cases"]
-    model = AutoModelForCausalLM.from_pretrained(STORY, dtype=torch.bfloat16, attn_implementation="eager").eval()
-    worst, total, count = 0.0, 0.0, 0
-    for case in cases:
+# As a chat and as plain text, shorter and longer than a page of the cache.
+DEMO_PROMPTS = [
+    "<|user|>Who is Marlow?<|end|><|assistant|>",
+    "<|user|>When does the bakery open?<|end|><|assistant|>",
+    "<|system|>You help visitors find their way.<|end|><|user|>Where does Ada live?<|end|><|assistant|>",
+    "<|user|>Hello!<|end|><|assistant|>Hello! How can I help you?<|end|>"
+    "<|user|>Who is the lighthouse keeper?<|end|><|assistant|>",
+    "<|user|>What is the capital of France?<|end|><|assistant|>",
+    "The bakery",
+    "Marlow and",
+]
+DEMO_TOKENS = 48
+
+
+def demo() -> None:
+    """A trained model, the one in the binary: log-probabilities, greedy texts, and how far transformers' own bfloat16 is
+    from its float32 (the yardstick for ours)."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    load = lambda dtype: AutoModelForCausalLM.from_pretrained(DEMO, dtype=dtype, attn_implementation="eager").eval()
+    model, rounded = load(torch.float32), load(torch.bfloat16)
+    cases, worst, closest = [], 0.0, math.inf
+    for prompt in DEMO_PROMPTS:
+        prompt_ids = tokenizer(prompt)["input_ids"]
+        ids, greedy = list(prompt_ids), []
         with torch.no_grad():
-            logprobs = torch.log_softmax(logits(model, case["prompt_ids"]), -1)
-        for i, expected in enumerate(case["prompt_logprobs"]):
-            if expected is not None:
-                error = abs(logprobs[i - 1, case["prompt_ids"][i]].item() - expected)
-                worst, total, count = max(worst, error), total + error, count + 1
-    FIXTURES.mkdir(exist_ok=True)
-    write_json(FIXTURES / "story.json", {"bf16_max_abs_error": worst, "bf16_mean_abs_error": total / count})
-    print(f"story: bfloat16 error at most {worst:.4f}, mean {total / count:.4f} over {count} tokens")
+            scores = [torch.log_softmax(logits(m, prompt_ids), -1) for m in (model, rounded)]
+            # On past the end of its answer: what is compared is the model, not where it stops.
+            while len(greedy) < DEMO_TOKENS:
+                best = logits(model, ids)[-1].topk(2)
+                closest = min(closest, (best.values[0] - best.values[1]).item())
+                greedy.append(best.indices[0].item())
+                ids.append(greedy[-1])
+        exact, ours = ([table[i, token].item() for i, token in enumerate(prompt_ids[1:])] for table in scores)
+        worst = max([worst, *(abs(a - b) for a, b in zip(exact, ours))])
+        texts = {
+            "greedy_text": tokenizer.decode(greedy, skip_special_tokens=True),
+            "full_text": tokenizer.decode(ids, skip_special_tokens=True),
+        }
+        numbers = {"prompt_ids": prompt_ids, "prompt_logprobs": [None, *(round(x, 5) for x in exact)], "greedy_ids": greedy}
+        cases.append({"prompt": prompt, **numbers, **texts})
+    # A greedy text is only a golden where no other token is as likely up to rounding.
+    assert closest > 1e-3, f"two tokens are only {closest} apart: choose another prompt"
+    write_json(FIXTURES / "demo.json", {"cases": cases, "bf16_max_abs_error": worst})
+    print(f"demo: bfloat16 error at most {worst:.4f}, closest choice {closest:.4f} over {len(cases)} prompts")
 
 
 def write_json(path: pathlib.Path, value, indent=None) -> None:

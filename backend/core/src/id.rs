@@ -11,9 +11,26 @@ use sha2::Digest as _;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct RequestId(pub u64);
 
-/// A fine-tuning job, `ftjob-...`.
+/// A fine-tuning job, `ftjob-...`. It names folders and keys, so one that arrives from elsewhere is looked at.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String")]
 pub struct JobId(pub String);
+
+#[derive(Debug, thiserror::Error)]
+#[error("{0:?} is no job's id: those are letters, digits, `-` and `_`, 128 at most")]
+pub struct NotAJobId(pub String);
+
+impl TryFrom<String> for JobId {
+    type Error = NotAJobId;
+
+    fn try_from(text: String) -> Result<JobId, NotAJobId> {
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        match (1..=128).contains(&text.len()) && text.chars().all(is_plain) {
+            true => Ok(JobId(text)),
+            false => Err(NotAJobId(text)),
+        }
+    }
+}
 
 impl fmt::Display for JobId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -155,6 +172,17 @@ mod tests {
         let mut hasher = AdapterHasher::new(config_len, tensors_len);
         pieces.iter().for_each(|piece| hasher.update(piece));
         hasher.finish()
+    }
+
+    #[test]
+    fn a_job_that_arrives_names_no_path() {
+        let read = |id: &str| serde_json::from_value::<JobId>(id.into());
+        for good in ["ftjob-a1_B", "train"] {
+            assert_eq!(read(good).unwrap().0, good);
+        }
+        for bad in ["", "..", "a/b", "a.b", "a\0", "é", &"x".repeat(129)] {
+            assert!(read(bad).is_err(), "{bad:?}");
+        }
     }
 
     #[test]

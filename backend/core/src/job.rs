@@ -82,6 +82,65 @@ pub struct Hyper {
     pub method: Method,
 }
 
+impl Hyper {
+    /// Whether a run with these numbers means anything. Who trains asks, wherever they come from: what a user may choose
+    /// is narrower, and the router's to say.
+    pub fn check(&self) -> Result<(), String> {
+        let Hyper {
+            n_epochs,
+            batch_size,
+            gradient_accumulation_steps,
+            learning_rate,
+            weight_decay,
+            adam_beta1,
+            adam_beta2,
+            adam_epsilon,
+            max_grad_norm,
+            method,
+            ..
+        } = self;
+        let whole = [
+            ("n_epochs", *n_epochs),
+            ("batch_size", *batch_size),
+            ("gradient_accumulation_steps", *gradient_accumulation_steps),
+        ];
+        if let Some((name, _)) = whole.into_iter().find(|(_, value)| *value == 0) {
+            return Err(format!("{name} must be at least 1, got 0"));
+        }
+        let (r, alpha, dropout) = match method {
+            Method::Lora(Lora {
+                r, alpha, dropout, ..
+            }) => (*r, *alpha, *dropout),
+            Method::Full => (1, 1.0, 0.0),
+        };
+        if r == 0 {
+            return Err("lora_r must be at least 1, got 0".to_owned());
+        }
+        // NaN is in no range.
+        let ranges = [
+            ("learning_rate", *learning_rate, 0.0..=1e3),
+            ("weight_decay", *weight_decay, 0.0..=1e3),
+            ("adam_beta1", *adam_beta1, 0.0..=1.0 - f64::EPSILON),
+            ("adam_beta2", *adam_beta2, 0.0..=1.0 - f64::EPSILON),
+            ("adam_epsilon", *adam_epsilon, f64::MIN_POSITIVE..=1.0),
+            ("max_grad_norm", *max_grad_norm, 0.0..=f64::MAX),
+            ("lora_alpha", alpha, f64::MIN_POSITIVE..=f64::MAX),
+            ("lora_dropout", dropout, 0.0..=1.0 - f64::EPSILON),
+        ];
+        match ranges
+            .into_iter()
+            .find(|(_, value, range)| !range.contains(value))
+        {
+            None => Ok(()),
+            Some((name, value, range)) => Err(format!(
+                "{name} must be between {:e} and {:e}, got {value}",
+                range.start(),
+                range.end()
+            )),
+        }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Method {
     Lora(Lora),
@@ -237,6 +296,113 @@ mod tests {
             }
             let name = serde_json::to_value(schedule).expect("an enum of words");
             assert_eq!(name, schedule.name());
+        }
+    }
+
+    fn hyper(lora: Lora) -> Hyper {
+        Hyper {
+            n_epochs: 1,
+            max_steps: None,
+            batch_size: 1,
+            gradient_accumulation_steps: 1,
+            learning_rate: 1e-4,
+            lr_scheduler: Schedule::Linear,
+            warmup_steps: 0,
+            weight_decay: 0.0,
+            adam_beta1: 0.9,
+            adam_beta2: 0.999,
+            adam_epsilon: 1e-8,
+            max_grad_norm: 1.0,
+            seed: 0,
+            max_seq_length: 64,
+            packing: false,
+            save_steps: 0,
+            eval_steps: 0,
+            method: Method::Lora(lora),
+        }
+    }
+
+    #[test]
+    fn numbers_that_mean_no_run_are_refused_by_name() {
+        let lora = || Lora {
+            r: 4,
+            alpha: 8.0,
+            dropout: 0.1,
+            target_modules: vec![],
+            use_rslora: false,
+        };
+        let base = || hyper(lora());
+        assert_eq!(base().check(), Ok(()));
+        let cases = [
+            (
+                "n_epochs",
+                Hyper {
+                    n_epochs: 0,
+                    ..base()
+                },
+            ),
+            (
+                "batch_size",
+                Hyper {
+                    batch_size: 0,
+                    ..base()
+                },
+            ),
+            (
+                "learning_rate",
+                Hyper {
+                    learning_rate: f64::NAN,
+                    ..base()
+                },
+            ),
+            (
+                "learning_rate",
+                Hyper {
+                    learning_rate: -1.0,
+                    ..base()
+                },
+            ),
+            (
+                "weight_decay",
+                Hyper {
+                    weight_decay: f64::INFINITY,
+                    ..base()
+                },
+            ),
+            (
+                "adam_beta2",
+                Hyper {
+                    adam_beta2: 1.0,
+                    ..base()
+                },
+            ),
+            (
+                "adam_epsilon",
+                Hyper {
+                    adam_epsilon: 0.0,
+                    ..base()
+                },
+            ),
+            (
+                "max_grad_norm",
+                Hyper {
+                    max_grad_norm: -1.0,
+                    ..base()
+                },
+            ),
+            ("lora_r", hyper(Lora { r: 0, ..lora() })),
+            ("lora_alpha", hyper(Lora { alpha: 0.0, ..lora() })),
+            (
+                "lora_dropout",
+                hyper(Lora {
+                    dropout: 1.0,
+                    ..lora()
+                }),
+            ),
+        ];
+        for (name, hyper) in cases {
+            let why = hyper.check().unwrap_err();
+            assert!(why.starts_with(name), "{why}");
         }
     }
 }

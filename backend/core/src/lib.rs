@@ -14,6 +14,7 @@ pub mod sched;
 pub mod settings;
 pub mod stats;
 pub mod suggest;
+pub mod uses;
 
 /// Position of a token in the model's vocabulary.
 pub type TokenId = u32;

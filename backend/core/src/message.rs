@@ -1,6 +1,8 @@
 //! What is said to a replica and what it says back. The same messages cross a channel in one process and gRPC
 //! between machines; senders of replies are added by the transport (see [`crate::replica`]).
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use crate::TokenId;
@@ -9,10 +11,11 @@ use crate::sampling::Sampling;
 
 /// Continue one token sequence. Everything in it is checked: the prompt is not empty, its ids are below the
 /// vocabulary size, `prompt.len() + max_tokens <= max_model_len`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Generate {
     pub id: RequestId,
-    pub prompt: Vec<TokenId>,
+    /// Shared by the choices of a call.
+    pub prompt: Arc<[TokenId]>,
     /// `None`: the base model.
     pub adapter: Option<AdapterRef>,
     pub sampling: Sampling,

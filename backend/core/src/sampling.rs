@@ -27,8 +27,9 @@ pub struct RawSampling {
     pub min_tokens: Option<u32>,
 }
 
-/// Checked sampling parameters.
+/// Checked sampling parameters. They travel as what was asked, and are checked again where they arrive.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "RawSampling", into = "RawSampling")]
 pub struct Sampling {
     temperature: f64,
     top_p: f64,
@@ -78,12 +79,7 @@ impl Sampling {
             }
             k => Some(u32::try_from(k).unwrap_or(u32::MAX)),
         };
-        for &(token, bias) in &logit_bias {
-            if token >= vocab_size {
-                let message =
-                    format!("logit_bias names token {token}, the vocabulary has {vocab_size} tokens");
-                return Err(bad("logit_bias", message));
-            }
+        for &(_, bias) in &logit_bias {
             within("logit_bias", bias, -100.0, 100.0)?;
         }
         for (param, asked) in [("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)] {
@@ -106,7 +102,7 @@ impl Sampling {
             let message = format!("repetition_penalty must be above 0, got {repetition_penalty}");
             return Err(bad("repetition_penalty", message));
         }
-        Ok(Sampling {
+        let sampling = Sampling {
             temperature: within("temperature", temperature.unwrap_or(1.0), 0.0, 2.0)?,
             top_p,
             top_k,
@@ -119,7 +115,21 @@ impl Sampling {
             logprobs,
             prompt_logprobs,
             min_tokens: min_tokens.unwrap_or(0),
-        })
+        };
+        sampling.check_vocabulary(vocab_size)?;
+        Ok(sampling)
+    }
+
+    /// Whether every token that is named exists: what is not said by the parameters alone.
+    pub fn check_vocabulary(&self, vocab_size: u32) -> Result<(), BadSampling> {
+        match self.logit_bias.iter().find(|(token, _)| *token >= vocab_size) {
+            None => Ok(()),
+            Some((token, _)) => {
+                let message =
+                    format!("logit_bias names token {token}, the vocabulary has {vocab_size} tokens");
+                Err(bad("logit_bias", message))
+            }
+        }
     }
 
     /// The most likely token, always. What tests and scoring use.
@@ -137,6 +147,12 @@ impl Sampling {
             seed: self.seed.map(|seed| seed.wrapping_add(index)),
             ..self.clone()
         }
+    }
+
+    /// Does a token's past use count?
+    pub fn has_penalties(&self) -> bool {
+        let additive = self.presence_penalty != 0.0 || self.frequency_penalty != 0.0;
+        additive || self.repetition_penalty != 1.0
     }
 
     pub fn is_greedy(&self) -> bool {
@@ -177,6 +193,48 @@ impl Sampling {
     }
     pub fn min_tokens(&self) -> u32 {
         self.min_tokens
+    }
+}
+
+impl TryFrom<RawSampling> for Sampling {
+    type Error = BadSampling;
+
+    /// Of any vocabulary: see [`Sampling::check_vocabulary`].
+    fn try_from(raw: RawSampling) -> Result<Sampling, BadSampling> {
+        Sampling::new(raw, u32::MAX)
+    }
+}
+
+impl From<Sampling> for RawSampling {
+    fn from(sampling: Sampling) -> RawSampling {
+        let Sampling {
+            temperature,
+            top_p,
+            top_k,
+            min_p,
+            presence_penalty,
+            frequency_penalty,
+            repetition_penalty,
+            logit_bias,
+            seed,
+            logprobs,
+            prompt_logprobs,
+            min_tokens,
+        } = sampling;
+        RawSampling {
+            temperature: Some(temperature),
+            top_p: Some(top_p),
+            top_k: top_k.map(i64::from),
+            min_p: Some(min_p),
+            presence_penalty: Some(presence_penalty),
+            frequency_penalty: Some(frequency_penalty),
+            repetition_penalty: Some(repetition_penalty),
+            logit_bias,
+            seed,
+            logprobs,
+            prompt_logprobs,
+            min_tokens: Some(min_tokens),
+        }
     }
 }
 
@@ -281,7 +339,25 @@ mod tests {
             ),
         ];
         for (raw, param) in cases {
-            assert_eq!(Sampling::new(raw, 10).unwrap_err().param, param);
+            let refused = Sampling::new(raw.clone(), 10).unwrap_err();
+            assert_eq!(refused.param, param);
+            // Nor can it be sent by who did not check it. (JSON has no NaN; what it is written as is no number.)
+            let forged = serde_json::from_value::<Sampling>(serde_json::to_value(raw).unwrap());
+            let names_a_token = refused.message.contains("vocabulary") || refused.message.contains("NaN");
+            assert!(forged.is_err() || names_a_token, "{refused}");
+        }
+        let chosen = RawSampling {
+            temperature: Some(0.1 + 0.2),
+            top_k: Some(7),
+            logit_bias: vec![(9, -3.5)],
+            seed: Some(u64::MAX),
+            min_tokens: Some(3),
+            ..base()
+        };
+        for raw in [base(), chosen] {
+            let sampling = Sampling::new(raw, 10).unwrap();
+            let json = serde_json::to_string(&sampling).unwrap();
+            assert_eq!(serde_json::from_str::<Sampling>(&json).unwrap(), sampling);
         }
         assert!(Sampling::new(base(), 10).is_ok());
     }

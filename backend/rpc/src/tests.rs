@@ -149,7 +149,7 @@ fn info() -> ReplicaInfo {
 fn request(id: u64) -> Generate {
     Generate {
         id: RequestId(id),
-        prompt: vec![3, 1, 4],
+        prompt: vec![3, 1, 4].into(),
         adapter: None,
         sampling: Sampling::greedy(),
         max_tokens: 10,

@@ -200,6 +200,13 @@ impl Clients {
         ids
     }
 
+    /// Does a request wait for the adapter, or somebody who asked to load it and is still there?
+    pub fn is_awaited(&self, digest: AdapterDigest) -> bool {
+        let asked = self.replies.get(&digest);
+        !self.awaiting(digest).is_empty()
+            || asked.is_some_and(|replies| replies.iter().any(|reply| !reply.is_closed()))
+    }
+
     pub fn await_adapter(
         &mut self,
         digest: AdapterDigest,

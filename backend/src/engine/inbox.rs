@@ -1,4 +1,5 @@
-//! What the engine thread waits for: commands and finished adapter loads. Not here: what they mean.
+//! What the engine thread waits for: commands, finished adapter loads, files of jobs read and written. Not here: what
+//! they mean.
 
 use std::sync::Arc;
 use std::task::{Context, Poll, Wake, Waker};
@@ -8,6 +9,7 @@ use std::time::{Duration, Instant};
 use tandem_core::replica::Command;
 use tokio::sync::mpsc;
 
+use super::files::{Done, Files};
 use crate::bank::{AdapterBank, Loaded};
 
 pub struct Inbox {
@@ -17,6 +19,7 @@ pub struct Inbox {
 pub enum Word {
     Command(Command),
     Loaded(Loaded),
+    Filed(Done),
     /// Every handle of this replica is gone.
     NobodyLeft,
 }
@@ -31,20 +34,25 @@ impl Inbox {
         self.commands.is_empty()
     }
 
-    pub fn try_next(&mut self, bank: &mut AdapterBank) -> Option<Word> {
-        match self.poll(bank, &mut Context::from_waker(Waker::noop())) {
+    pub fn try_next(&mut self, bank: &mut AdapterBank, files: &mut Files) -> Option<Word> {
+        match self.poll(bank, files, &mut Context::from_waker(Waker::noop())) {
             Poll::Ready(word) => Some(word),
             Poll::Pending => None,
         }
     }
 
     /// Sleeps until something is said, or for `patience`.
-    pub fn wait(&mut self, bank: &mut AdapterBank, patience: Option<Duration>) -> Option<Word> {
+    pub fn wait(
+        &mut self,
+        bank: &mut AdapterBank,
+        files: &mut Files,
+        patience: Option<Duration>,
+    ) -> Option<Word> {
         let until = patience.map(|patience| Instant::now() + patience);
         let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
         let mut context = Context::from_waker(&waker);
         loop {
-            if let Poll::Ready(word) = self.poll(bank, &mut context) {
+            if let Poll::Ready(word) = self.poll(bank, files, &mut context) {
                 return Some(word);
             }
             match until.map(|until| until.saturating_duration_since(Instant::now())) {
@@ -60,9 +68,12 @@ impl Inbox {
         self.commands.close();
     }
 
-    fn poll(&mut self, bank: &mut AdapterBank, context: &mut Context) -> Poll<Word> {
+    fn poll(&mut self, bank: &mut AdapterBank, files: &mut Files, context: &mut Context) -> Poll<Word> {
         if let Poll::Ready(loaded) = bank.poll_loaded(context) {
             return Poll::Ready(Word::Loaded(loaded));
+        }
+        if let Poll::Ready(done) = files.poll_done(context) {
+            return Poll::Ready(Word::Filed(done));
         }
         match self.commands.poll_recv(context) {
             Poll::Ready(Some(command)) => Poll::Ready(Word::Command(command)),

@@ -12,24 +12,45 @@ use tracing::{info, warn};
 
 use super::Engine;
 use super::clients::Delivery;
+use super::files::{Begun, Done, Files, Ticket};
 use crate::guard::{self, TorchFault};
 use crate::pace::{Budget, Load};
 use crate::ranks::Order;
-use crate::train::{Desk, Inputs, Published, Quantum, TrainError, Trainer};
+use crate::train::snapshot::{Occasion, Published, Written};
+use crate::train::{Quantum, TrainError, Trainer};
 
 pub struct Job {
-    trainer: Trainer,
+    spec: JobSpec,
+    stage: Stage,
     supervisor: Supervisor,
     /// Over all lives of the job, as last reported; unknown between going on from a state and the first step.
     trained_tokens: Option<u64>,
-    /// Optimizer steps done when it last fell back to its state. Twice without a step in between is the end.
-    fell_at: Option<u64>,
+    /// When it last fell back to its state. Twice without a step in between is the end.
+    fall: Option<Fall>,
 }
 
-/// Who hears a job's events.
+enum Stage {
+    /// Its folder is being read.
+    Begins(Ticket),
+    Trains(Box<Trainer>),
+}
+
+struct Fall {
+    /// Optimizer steps done.
+    step: u64,
+    fault: TorchFault,
+}
+
+/// Who hears a job's events, in the order of its steps.
 pub struct Supervisor {
     events: mpsc::Sender<JobEvent>,
-    undelivered: VecDeque<JobEvent>,
+    unheard: VecDeque<Notice>,
+}
+
+enum Notice {
+    Event(JobEvent),
+    /// An event may come when this is written. What happened since waits behind it.
+    Due(Ticket),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -39,83 +60,184 @@ enum Fate {
 }
 
 impl Job {
-    /// A job pauses while its supervisor does not read.
-    pub fn can_go_on(&self) -> bool {
-        let Supervisor { events, undelivered } = &self.supervisor;
-        undelivered.is_empty() || events.is_closed() || events.capacity() > 0
+    /// A job pauses while its supervisor does not read, and before it saves again while it is still being saved.
+    pub fn can_go_on(&self, files: &Files) -> bool {
+        let goes_on = match &self.stage {
+            Stage::Begins(_) => false,
+            Stage::Trains(trainer) => {
+                let waits = trainer.is_about_to_save() && files.is_writing();
+                !waits && self.supervisor.can_hear()
+            }
+        };
+        goes_on || self.supervisor.events.is_closed()
+    }
+
+    fn step(&self) -> u64 {
+        match &self.stage {
+            Stage::Begins(_) => self.spec.life.saved.map_or(0, |saved| saved.step),
+            Stage::Trains(trainer) => trainer.step(),
+        }
     }
 }
 
 impl Supervisor {
-    pub fn deliver(&mut self) -> Delivery {
-        while let Some(event) = self.undelivered.pop_front() {
-            match self.events.try_send(event) {
-                Ok(()) => {}
-                Err(TrySendError::Full(event)) => {
-                    self.undelivered.push_front(event);
+    fn new(events: mpsc::Sender<JobEvent>) -> Supervisor {
+        Supervisor {
+            events,
+            unheard: VecDeque::new(),
+        }
+    }
+
+    fn tell(&mut self, event: JobEvent) {
+        self.unheard.push_back(Notice::Event(event));
+    }
+
+    /// `Done`: all that is not behind something due.
+    fn deliver(&mut self) -> Delivery {
+        while let Some(notice) = self.unheard.pop_front() {
+            let refused = match notice {
+                Notice::Event(event) => match self.events.try_send(event) {
+                    Ok(()) => continue,
+                    Err(refused) => refused,
+                },
+                Notice::Due(ticket) => {
+                    self.unheard.push_front(Notice::Due(ticket));
+                    break;
+                }
+            };
+            match refused {
+                TrySendError::Full(event) => {
+                    self.unheard.push_front(Notice::Event(event));
                     return Delivery::Parked;
                 }
-                Err(TrySendError::Closed(_)) => {
-                    self.undelivered.clear();
-                    return Delivery::Left;
-                }
+                TrySendError::Closed(_) => break,
             }
         }
-        if self.events.is_closed() {
-            Delivery::Left
-        } else {
-            Delivery::Done
+        match self.events.is_closed() {
+            true => Delivery::Left,
+            false => Delivery::Done,
         }
+    }
+
+    /// Delivers what it can. Does anything remain?
+    pub fn is_to_hear_more(&mut self) -> bool {
+        self.deliver() != Delivery::Left && !self.unheard.is_empty()
+    }
+
+    fn can_hear(&self) -> bool {
+        match self.unheard.front() {
+            Some(Notice::Event(_)) => self.events.capacity() > 0,
+            Some(Notice::Due(_)) | None => true,
+        }
+    }
+
+    /// What was due is there, or will never be. Whether it was due here.
+    fn settle(&mut self, ticket: Ticket, event: Option<JobEvent>) -> bool {
+        let is_it = |notice: &Notice| matches!(notice, Notice::Due(due) if *due == ticket);
+        let Some(place) = self.unheard.iter().position(is_it) else {
+            return false;
+        };
+        match event {
+            Some(event) => self.unheard[place] = Notice::Event(event),
+            None => drop(self.unheard.remove(place)),
+        }
+        true
     }
 }
 
 impl Engine {
     pub(super) fn start_job(&mut self, spec: JobSpec, events: mpsc::Sender<JobEvent>) {
-        let id = spec.id.clone();
-        let started = match &self.job {
-            Some(job) => Err(JobEvent::Refused {
-                message: format!("{} is training; one job trains at a time", job.trainer.spec().id),
-            }),
-            None => self.trainer(spec).map_err(|message| JobEvent::Failed { message }),
-        };
-        match started {
-            Ok(trainer) => {
-                info!(job = %id, step = trainer.step(), "training begins");
-                let supervisor = Supervisor {
-                    events,
-                    undelivered: VecDeque::new(),
-                };
-                self.job = Some(Job {
-                    trainer,
-                    supervisor,
-                    trained_tokens: None,
-                    fell_at: None,
-                });
-            }
+        if let Some(job) = &self.job {
+            let message = format!("{} is training; one job trains at a time", job.spec.id);
             // The first word of an empty channel, unless nobody listens.
-            Err(word) => drop(events.try_send(word)),
+            return drop(events.try_send(JobEvent::Refused { message }));
+        }
+        self.job = Some(Job {
+            stage: Stage::Begins(self.files.begin(spec.clone())),
+            spec,
+            supervisor: Supervisor::new(events),
+            trained_tokens: None,
+            fall: None,
+        });
+    }
+
+    /// What the thread for files has done.
+    pub(super) fn filed(&mut self, done: Done) {
+        match done {
+            Done::Begun(ticket, begun) => self.begun(ticket, begun),
+            Done::Written(ticket, occasion, written) => self.written(ticket, occasion, written),
         }
     }
 
-    /// Begins it here; the other ranks begin it with the same inputs, which they do not see.
-    fn trainer(&mut self, spec: JobSpec) -> Result<Trainer, String> {
-        let begin = || {
-            let inputs = Inputs::read(&spec.folder)?;
-            let trainer = Trainer::start_with(spec.clone(), &inputs, &self.decoder, Desk::Writes)?;
-            Ok::<_, TrainError>((trainer, inputs))
+    fn begun(&mut self, ticket: Ticket, begun: Result<Begun, String>) {
+        let is_it = |job: &&mut Job| matches!(job.stage, Stage::Begins(awaited) if awaited == ticket);
+        // It may have been cancelled meanwhile.
+        let Some(job) = self.job.as_mut().filter(is_it) else {
+            return;
         };
-        let (trainer, inputs) = match guard::torch(begin) {
-            Ok(started) => started.map_err(|error| error.to_string())?,
-            Err(fault) => return Err(fault.to_string()),
+        match begun {
+            Ok(Begun { trainer, inputs }) => {
+                info!(job = %job.spec.id, step = trainer.step(), "training begins");
+                job.stage = Stage::Trains(trainer);
+                let spec = &job.spec;
+                // The other ranks begin it with the same inputs, which they do not see.
+                self.ranks
+                    .order(|| Order::StartJob(Box::new(spec.clone()), inputs));
+            }
+            Err(error) => {
+                let message = match &job.fall {
+                    None => error,
+                    Some(Fall { step, fault }) => {
+                        format!("step {step}: {fault}; going back to the last state: {error}")
+                    }
+                };
+                self.end_job(Some(JobEvent::Failed { message }));
+            }
+        }
+    }
+
+    /// The numbers are durable: from now on the adapter answers, and the supervisor hears of it.
+    fn written(&mut self, ticket: Ticket, occasion: Occasion, written: Result<Written, TrainError>) {
+        let (event, error) = match written {
+            Ok(Written { event, published }) => {
+                if let Some(Published { version, adapter }) = published {
+                    self.bank.publish(version.digest, adapter);
+                }
+                (event, None)
+            }
+            Err(error) if occasion == Occasion::End => {
+                let message = error.to_string();
+                (Some(JobEvent::Failed { message }), Some(error))
+            }
+            Err(error) => (None, Some(error)),
         };
-        self.ranks.order(|| Order::StartJob(Box::new(spec), inputs));
-        Ok(trainer)
+        if let Some(error) = &error {
+            warn!(?occasion, %error, "a job's numbers are not written");
+        }
+        if let Some(job) = &mut self.job
+            && job.supervisor.settle(ticket, event.clone())
+        {
+            if let Some(error) = error {
+                self.end_job(Some(JobEvent::Failed {
+                    message: error.to_string(),
+                }));
+            } else {
+                job.supervisor.deliver();
+            }
+            return;
+        }
+        for supervisor in &mut self.farewells {
+            if supervisor.settle(ticket, event.clone()) {
+                break;
+            }
+        }
+        self.farewells.retain_mut(Supervisor::is_to_hear_more);
     }
 
     pub(super) fn cancel_job(&mut self, id: &JobId) {
-        if let Some(job) = self.job.take_if(|job| job.trainer.spec().id == *id) {
-            let step = job.trainer.step();
-            self.part_with(job, Some(JobEvent::Cancelled { step }));
+        if let Some(job) = self.job.as_ref().filter(|job| job.spec.id == *id) {
+            let step = job.step();
+            self.end_job(Some(JobEvent::Cancelled { step }));
         }
     }
 
@@ -126,15 +248,15 @@ impl Engine {
             let Some(job) = &mut self.job else {
                 return ControlFlow::Continue(());
             };
-            match job.supervisor.deliver() {
-                Delivery::Done => {}
-                Delivery::Parked => return ControlFlow::Continue(()),
-                Delivery::Left => {
-                    warn!(job = %job.trainer.spec().id, "nobody supervises the job any more");
-                    self.keep_job();
-                    return ControlFlow::Continue(());
-                }
+            if job.supervisor.deliver() == Delivery::Left {
+                warn!(job = %job.spec.id, "nobody supervises the job any more");
+                self.keep_job();
+                return ControlFlow::Continue(());
             }
+            let goes_on = job.can_go_on(&self.files);
+            let (Stage::Trains(trainer), true) = (&mut job.stage, goes_on) else {
+                return ControlFlow::Continue(());
+            };
             let budget = self.pace.budget(load);
             if budget == Budget::Nothing {
                 return ControlFlow::Continue(());
@@ -144,21 +266,23 @@ impl Engine {
                 self.ranks.order_adapters(self.bank.changes());
                 self.ranks.order(|| Order::Quantum);
                 self.ranks.send();
-                job.trainer.quantum(Some(&self.decoder))
+                trainer.quantum(Some(&self.decoder))
             });
             let took = began.elapsed();
             self.pace.trained(took, load);
             self.counters.train_seconds += took.as_secs_f64();
-            let fate = match result {
-                Ok(Ok(quantum)) => self.trained(quantum),
-                Ok(Err(error)) => self.job_failed(error),
+            match result {
+                Ok(Ok(quantum)) => match self.trained(quantum) {
+                    Fate::GoesOn => {}
+                    Fate::Over => self.end_job(None),
+                },
+                Ok(Err(error)) => {
+                    warn!(job = %job.spec.id, step = job.step(), %error, "training failed");
+                    let message = error.to_string();
+                    self.end_job(Some(JobEvent::Failed { message }));
+                }
                 Err(fault) if self.is_fatal(&fault) => return self.lose(fault),
                 Err(fault) => self.job_fell(fault),
-            };
-            if fate == Fate::Over
-                && let Some(job) = self.job.take()
-            {
-                self.part_with(job, None);
             }
             if load == Load::Idle || !self.inbox.is_empty() {
                 return ControlFlow::Continue(());
@@ -169,21 +293,14 @@ impl Engine {
     fn trained(&mut self, quantum: Quantum) -> Fate {
         let Quantum {
             events,
-            published,
+            snapshot,
             finished,
         } = quantum;
-        if let Some(Published {
-            version: Some(version),
-            adapter,
-        }) = published
-        {
-            self.bank.publish(version.digest, adapter);
-        }
         let Some(job) = &mut self.job else {
             return Fate::Over;
         };
-        for event in &events {
-            match event {
+        for event in events {
+            match &event {
                 JobEvent::Started {
                     resumed_from: None, ..
                 } => job.trained_tokens = Some(0),
@@ -197,77 +314,58 @@ impl Engine {
                 }
                 _ => {}
             }
+            job.supervisor.tell(event);
         }
-        job.supervisor.undelivered.extend(events);
+        if let Some(snapshot) = snapshot {
+            let due = Notice::Due(self.files.write(snapshot));
+            job.supervisor.unheard.push_back(due);
+        }
         job.supervisor.deliver();
         if finished { Fate::Over } else { Fate::GoesOn }
     }
 
-    fn job_failed(&mut self, error: TrainError) -> Fate {
-        if let Some(job) = &mut self.job {
-            warn!(job = %job.trainer.spec().id, step = job.trainer.step(), %error, "training failed");
-            job.supervisor.undelivered.push_back(JobEvent::Failed {
-                message: error.to_string(),
-            });
-        }
-        Fate::Over
-    }
-
     /// A quantum panicked: what it left is unknown, so the job goes on from its last state.
-    fn job_fell(&mut self, fault: TorchFault) -> Fate {
-        let Some(mut job) = self.job.take() else {
-            return Fate::Over;
-        };
-        let (spec, step) = (job.trainer.spec().clone(), job.trainer.step());
-        warn!(job = %spec.id, step, %fault, "a training quantum failed");
-        let restored = match job.fell_at.is_none_or(|before| before < step) {
-            true => self
-                .trainer(spec)
-                .map_err(|error| format!("{fault}; going back to the last state: {error}")),
-            false => Err(fault.to_string()),
-        };
-        let fate = match restored {
-            Ok(trainer) => {
-                (job.trainer, job.trained_tokens, job.fell_at) = (trainer, None, Some(step));
-                Fate::GoesOn
+    fn job_fell(&mut self, fault: TorchFault) {
+        let Some(job) = &mut self.job else { return };
+        let step = job.step();
+        warn!(job = %job.spec.id, step, %fault, "a training quantum failed");
+        match job.fall.as_ref().is_none_or(|before| before.step < step) {
+            true => {
+                job.stage = Stage::Begins(self.files.begin(job.spec.clone()));
+                job.trained_tokens = None;
+                job.fall = Some(Fall { step, fault });
             }
-            Err(why) => {
-                let message = format!("step {step}: {why}");
-                job.supervisor.undelivered.push_back(JobEvent::Failed { message });
-                Fate::Over
+            false => {
+                let message = format!("step {step}: {fault}");
+                self.end_job(Some(JobEvent::Failed { message }));
             }
-        };
-        self.job = Some(job);
-        fate
+        }
     }
 
-    /// Writes the job's state, so that a later start goes on from here, and lets it go.
+    /// Has the job's state written, so that a later start goes on from here, and lets it go.
     pub(super) fn keep_job(&mut self) {
-        let Some(job) = self.job.take() else { return };
-        let (id, step) = (job.trainer.spec().id.clone(), job.trainer.step());
-        let kept = match guard::torch(|| job.trainer.remember()) {
-            Ok(Ok(())) => {
-                info!(job = %id, step, "training stops; its state is written");
-                Some(JobEvent::Kept { step })
+        let Some(job) = &mut self.job else { return };
+        if let Stage::Trains(trainer) = &job.stage {
+            match guard::torch(|| trainer.snapshot()) {
+                Ok(snapshot) => {
+                    info!(job = %job.spec.id, step = trainer.step(), "training stops; its state is being written");
+                    let due = Notice::Due(self.files.write(snapshot));
+                    job.supervisor.unheard.push_back(due);
+                }
+                Err(fault) => warn!(job = %job.spec.id, %fault, "the job's state is not written"),
             }
-            Ok(Err(error)) => {
-                warn!(job = %id, %error, "the job's state is not written");
-                None
-            }
-            Err(fault) => {
-                warn!(job = %id, %fault, "the job's state is not written");
-                None
-            }
-        };
-        self.part_with(job, kept);
+        }
+        self.end_job(None);
     }
 
-    /// The job is over; its last events reach its supervisor even when the channel is full now.
-    fn part_with(&mut self, job: Job, last: Option<JobEvent>) {
+    /// The job is over; its last events reach its supervisor even when the channel is full now, or they are not due.
+    fn end_job(&mut self, last: Option<JobEvent>) {
+        let Some(Job { mut supervisor, .. }) = self.job.take() else {
+            return;
+        };
         self.ranks.order(|| Order::EndJob);
-        let Job { mut supervisor, .. } = job;
-        supervisor.undelivered.extend(last);
-        if supervisor.deliver() == Delivery::Parked {
+        last.into_iter().for_each(|event| supervisor.tell(event));
+        if supervisor.is_to_hear_more() {
             self.farewells.push(supervisor);
         }
     }

@@ -25,15 +25,13 @@ mod answers;
 mod clients;
 mod jobs;
 
-/// The checkpoint the tests answer with; without it they say so and pass.
-fn story() -> Option<PathBuf> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/models/story");
-    if !folder.exists() {
-        println!("skipped: there is no model in {}", folder.display());
-        return None;
-    }
-    Some(folder)
+/// The trained model in the repository.
+fn demo() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../server/demo")
 }
+
+/// Its end of text.
+const EOS: TokenId = 1;
 
 fn options(folder: &Path) -> Options {
     Options {
@@ -50,8 +48,10 @@ struct Case {
     greedy: Vec<TokenId>,
 }
 
-fn cases(folder: &Path) -> Vec<Case> {
-    let bytes = std::fs::read(folder.join("expected.json")).unwrap();
+/// What transformers says of the demo model (scripts/fixtures).
+fn cases() -> Vec<Case> {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/numerics/fixtures/demo.json");
+    let bytes = std::fs::read(file).unwrap();
     let expected: Value = serde_json::from_slice(&bytes).unwrap();
     let ids = |value: &Value| -> Vec<TokenId> {
         value
@@ -202,11 +202,11 @@ fn request(prompt: &[TokenId], max_tokens: u32, raw: RawSampling) -> Generate {
     let sampling = Sampling::new(raw, 2048).unwrap();
     Generate {
         id: RequestId(0),
-        prompt: prompt.to_vec(),
+        prompt: prompt.into(),
         adapter: None,
         sampling,
         max_tokens,
-        stop_tokens: vec![2],
+        stop_tokens: vec![EOS],
     }
 }
 

@@ -2,5 +2,6 @@
 //! An adapter never touches a layer: it travels beside the batch.
 
 pub mod adapter;
+pub mod fit;
 pub mod params;
 pub mod peft;

@@ -34,6 +34,7 @@ pub use sublayer::Saved;
 use crate::family::shard::Layout;
 use crate::family::{DecoderSpec, LinearId};
 use crate::lora::adapter::{Adapter, AdapterRows};
+use crate::lora::fit::Fit;
 use sublayer::Sublayer;
 
 pub struct Decoder {
@@ -258,5 +259,14 @@ impl Decoder {
     }
     pub fn comm(&self) -> &Comm {
         &self.comm
+    }
+    /// What adapters beside it must fit.
+    pub fn fit(&self) -> Fit {
+        Fit {
+            spec: self.spec.clone(),
+            layout: Arc::clone(&self.layout),
+            precision: self.precision,
+            device: self.device,
+        }
     }
 }

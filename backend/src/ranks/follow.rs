@@ -16,14 +16,14 @@ use crate::guard::{self, TorchFault};
 use crate::lora::adapter::Adapter;
 use crate::lora::params::AdapterParams;
 use crate::model::Decoder;
-use crate::train::{Desk, Trainer};
+use crate::train::Trainer;
 
 pub struct Follower {
     decoder: Decoder,
     cache: KvCache,
     adapters: HashMap<AdapterDigest, Arc<Adapter>>,
     job: Option<Trainer>,
-    /// Packed by the job, not yet named.
+    /// Packed by the job, not yet named: rank 0 names it once it is written, and before the job saves again.
     made: Option<Arc<Adapter>>,
 }
 
@@ -72,7 +72,7 @@ impl Follower {
             }
             Order::Evict(digest) => drop(self.adapters.remove(&digest)),
             Order::StartJob(spec, inputs) => {
-                let started = Trainer::start_with(*spec, &inputs, &self.decoder, Desk::Follows);
+                let started = Trainer::start_with(*spec, &inputs, self.decoder.fit());
                 // Rank 0 began with the same inputs.
                 self.job =
                     Some(started.unwrap_or_else(|error| panic!("the job does not start here: {error}")));
@@ -101,24 +101,24 @@ impl Follower {
         let Some(job) = &mut self.job else {
             panic!("a quantum of a job that is not here")
         };
-        match job.quantum(Some(&self.decoder)) {
-            Ok(quantum) => {
-                if let Some(published) = quantum.published {
-                    self.made = Some(published.adapter);
-                }
-            }
+        let packed = job
+            .quantum(Some(&self.decoder))
+            .and_then(|quantum| match quantum.snapshot {
+                Some(snapshot) => snapshot.packed(),
+                None => Ok(None),
+            });
+        match packed {
+            Ok(Some(adapter)) => self.made = Some(adapter),
+            Ok(None) => {}
             // Numbers are the same on every rank, so rank 0 fails the job for the same reason; it says so next.
             Err(error) => warn!(job = %job.spec().id, %error, "training failed"),
         }
     }
 
     fn packed(&self, params: &AdapterParams) -> Adapter {
-        let Follower { decoder, .. } = self;
-        Adapter::new(params, decoder.layout(), decoder.precision(), decoder.device()).unwrap_or_else(
-            |error| {
-                error!(%error, "an adapter does not fit here");
-                panic!("an adapter does not fit here: {error}")
-            },
-        )
+        self.decoder.fit().pack(params).unwrap_or_else(|error| {
+            error!(%error, "an adapter does not fit here");
+            panic!("an adapter does not fit here: {error}")
+        })
     }
 }

@@ -3,6 +3,7 @@
 use super::*;
 use tandem_core::sampling::RawSampling;
 use tandem_core::sampling::Sampling;
+use tandem_core::uses::Uses;
 use tch::{Device, Kind};
 
 fn view<'a>(sampling: &'a Sampling, prompt: &'a [TokenId], output: &'a [TokenId]) -> View<'a> {
@@ -12,6 +13,12 @@ fn view<'a>(sampling: &'a Sampling, prompt: &'a [TokenId], output: &'a [TokenId]
         adapter: None,
         sampling,
         stop_tokens: &[2, 5],
+        uses: sampling.has_penalties().then(|| {
+            let mut uses = Uses::of(prompt);
+            output.iter().for_each(|&token| uses.generated(token));
+            // A few bytes, for as long as the tests run.
+            &*Box::leak(Box::new(uses))
+        }),
     }
 }
 

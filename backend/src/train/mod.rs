@@ -7,33 +7,38 @@
 //! and AdamW takes the same step everywhere. Files are rank 0's, and say nothing of ranks: a job may go on under another
 //! number of them.
 //!
+//! A trainer touches no file after its start: what is to be kept leaves it as a [`Snapshot`], which somebody else writes.
+//!
 //! Not here: when to train (pace), jobs' queue and names (router).
 
 pub mod data;
 pub mod run;
+pub mod snapshot;
 pub mod state;
 pub mod step;
 
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use tandem_core::dataset::{self, Example};
-use tandem_core::id::{AdapterRef, Digest};
+use tandem_core::id::Digest;
 use tandem_core::job::{Hyper, JobEvent, JobSpec, Lora, Method, StepReport, files};
 use tandem_kernels::adamw::{self, AdamW};
 use tch::{Device, Kind, Tensor};
 
 use crate::family::DecoderSpec;
+use crate::guard::TorchFault;
 use crate::lora::adapter::Adapter;
+use crate::lora::fit::Fit;
 use crate::lora::params::{AdapterParams, AdapterShape};
-use crate::lora::peft::{self, PeftConfig};
+use crate::lora::peft;
 use crate::model::full::{self, FullParams};
 use crate::model::{Decoder, Grads};
 use crate::weights::LoadError;
 use data::{DataPlan, Slice};
+use snapshot::{AdapterCopy, Copying, Occasion, Snapshot};
 use step::{Look, Pass, Scores};
 
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +57,8 @@ pub enum TrainError {
         value: f64,
     },
     #[error(transparent)]
+    Fault(TorchFault),
+    #[error(transparent)]
     Load(#[from] LoadError),
     #[error(transparent)]
     Kernel(#[from] tandem_kernels::KernelError),
@@ -63,16 +70,20 @@ pub enum TrainError {
 #[derive(Default)]
 pub struct Quantum {
     pub events: Vec<JobEvent>,
-    pub published: Option<Published>,
+    /// To be written; its event comes after `events`.
+    pub snapshot: Option<Snapshot>,
     /// The last quantum of the run.
     pub finished: bool,
 }
 
-/// A new adapter version, packed to answer.
-pub struct Published {
-    /// As it lies on disk; `None` on a rank that writes no files.
-    pub version: Option<AdapterRef>,
-    pub adapter: Arc<Adapter>,
+impl Quantum {
+    /// Writes the snapshot here and now: for who serves nobody meanwhile.
+    pub fn write(mut self) -> Result<Quantum, TrainError> {
+        if let Some(snapshot) = self.snapshot.take() {
+            self.events.extend(snapshot.write()?.event);
+        }
+        Ok(self)
+    }
 }
 
 /// What a job starts from: the contents of its folder.
@@ -110,17 +121,8 @@ impl Inputs {
     }
 }
 
-/// A rank's part in a job's files.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Desk {
-    /// Writes states and PEFT folders: rank 0.
-    Writes,
-    Follows,
-}
-
 pub struct Trainer {
     spec: JobSpec,
-    desk: Desk,
     subject: Subject,
     grads: Grads,
     moment1: Tensor,
@@ -147,6 +149,7 @@ enum Subject {
         lora: Lora,
         params: AdapterParams,
         adapter: Adapter,
+        fit: Fit,
     },
     /// A decoder of its own.
     Full {
@@ -176,6 +179,11 @@ enum Stage {
     },
     Save,
     Finish,
+    /// A checkpoint or the result on its way into a snapshot.
+    Copy {
+        occasion: Occasion,
+        copying: Copying,
+    },
 }
 
 /// The slices of one step on their way through the layers.
@@ -194,39 +202,35 @@ impl Trainer {
     /// Reads the job's folder; goes on from its state when there is one.
     pub fn start(spec: JobSpec, base: &Decoder) -> Result<Trainer, TrainError> {
         let inputs = Inputs::read(&spec.folder)?;
-        Trainer::start_with(spec, &inputs, base, Desk::Writes)
+        Trainer::start_with(spec, &inputs, base.fit())
     }
 
-    /// From the contents of the job's folder, which other ranks do not see.
-    pub fn start_with(
-        spec: JobSpec,
-        inputs: &Inputs,
-        base: &Decoder,
-        desk: Desk,
-    ) -> Result<Trainer, TrainError> {
+    /// From the contents of the job's folder, which other ranks do not see. Takes a while: data are parsed, numbers drawn.
+    pub fn start_with(spec: JobSpec, inputs: &Inputs, fit: Fit) -> Result<Trainer, TrainError> {
         let Method::Lora(lora) = spec.hyper.method.clone() else {
             return Err(TrainError::Data(
                 "full training changes the base; only `tandem train` does it".to_owned(),
             ));
         };
-        let shape = AdapterShape::new(&base.spec, &lora);
+        let shape = AdapterShape::new(&fit.spec, &lora);
         if shape.is_empty() {
             let message = format!(
                 "no module to train: {:?} are asked, {:?} exist",
                 lora.target_modules,
-                base.spec.lora_targets()
+                fit.spec.lora_targets()
             );
             return Err(TrainError::Data(message));
         }
         let params = AdapterParams::init(shape, spec.hyper.seed);
-        let adapter = packed(&params, base)?;
+        let adapter = fit.pack(&params)?;
         let grads = Grads::Lora(AdapterParams::zeros(params.shape.clone()));
         let subject = Subject::Lora {
             lora,
             params,
             adapter,
+            fit,
         };
-        Trainer::new(spec, desk, inputs, Some(base), subject, grads)
+        Trainer::new(spec, inputs, subject, grads)
     }
 
     /// Trains every parameter of the model in `model_folder` (drawn at random when it has no weights), in float32.
@@ -238,22 +242,19 @@ impl Trainer {
         let grads = Grads::Full(FullParams::zeros(params.shape.clone()));
         let inputs = Inputs::read(&spec.folder)?;
         let subject = Subject::Full { params, decoder };
-        Trainer::new(spec, Desk::Writes, &inputs, None, subject, grads)
+        Trainer::new(spec, &inputs, subject, grads)
     }
 
-    fn new(
-        spec: JobSpec,
-        desk: Desk,
-        inputs: &Inputs,
-        base: Option<&Decoder>,
-        subject: Subject,
-        grads: Grads,
-    ) -> Result<Trainer, TrainError> {
-        let (decoder, _) = subject.parts(base);
-        let device = decoder.device();
-        let train = examples(&inputs.train, files::TRAIN, &decoder.spec)?;
+    fn new(spec: JobSpec, inputs: &Inputs, subject: Subject, grads: Grads) -> Result<Trainer, TrainError> {
+        let (model, device) = match &subject {
+            Subject::Lora { fit, .. } => (&fit.spec, fit.device),
+            Subject::Full { decoder, .. } => (&decoder.spec, decoder.device()),
+        };
+        // It may come from another machine.
+        spec.hyper.check().map_err(TrainError::Data)?;
+        let train = examples(&inputs.train, files::TRAIN, model)?;
         let valid = match &inputs.valid {
-            Some(bytes) => examples(bytes, files::VALID, &decoder.spec)?,
+            Some(bytes) => examples(bytes, files::VALID, model)?,
             None => vec![],
         };
         if train.iter().all(|example| example.label_tokens() == 0) {
@@ -281,7 +282,6 @@ impl Trainer {
             train,
             data: inputs.data(),
             spec,
-            desk,
         };
         if let Some(bytes) = &inputs.state {
             let (progress, tensors) = state::parse(bytes)?;
@@ -343,6 +343,11 @@ impl Trainer {
         !matches!(self.stage, Stage::Accumulate(_) | Stage::Optimize { .. })
     }
 
+    /// Whether the next quantum begins to copy what is then to be written: the moment to wait while something is.
+    pub fn is_about_to_save(&self) -> bool {
+        matches!(self.stage, Stage::Save | Stage::Finish)
+    }
+
     /// Advances by one quantum. `base` is the decoder that serves (full training has its own and ignores it).
     pub fn quantum(&mut self, base: Option<&Decoder>) -> Result<Quantum, TrainError> {
         let _no_grad = tch::no_grad_guard();
@@ -397,14 +402,23 @@ impl Trainer {
                     }
                 }
             }
-            Stage::Save => {
-                self.save(&mut quantum, base)?;
-                Stage::Begin
-            }
-            Stage::Finish => {
-                self.finish(&mut quantum, base)?;
-                Stage::Finish
-            }
+            Stage::Save => self.copy(Occasion::Checkpoint),
+            Stage::Finish => match self.subject {
+                Subject::Lora { .. } => self.copy(Occasion::End),
+                // Its weights are the caller's to take.
+                Subject::Full { .. } => {
+                    quantum.finished = true;
+                    Stage::Finish
+                }
+            },
+            Stage::Copy { occasion, copying } => match copying.advance() {
+                Err(copying) => Stage::Copy { occasion, copying },
+                Ok(copies) => {
+                    quantum.snapshot = Some(self.snapshot_of(occasion, copies, false));
+                    quantum.finished = occasion == Occasion::End;
+                    Stage::Begin
+                }
+            },
         };
         Ok(quantum)
     }
@@ -597,94 +611,93 @@ impl Trainer {
         }
     }
 
-    /// Writes a checkpoint: the adapter as a PEFT folder, then the state that names its step.
-    fn save(&mut self, quantum: &mut Quantum, base: Option<&Decoder>) -> Result<(), TrainError> {
-        if let Subject::Lora { .. } = self.subject {
-            let name = format!("{}{}", files::CHECKPOINT, self.step);
-            let published = self.publish(&name, base)?;
-            quantum
-                .events
-                .extend(published.version.clone().map(|adapter| JobEvent::Checkpoint {
-                    step: self.step,
-                    adapter,
-                }));
-            quantum.published = Some(published);
-        }
-        match self.desk {
-            Desk::Writes => self.remember(),
-            Desk::Follows => Ok(()),
-        }
+    /// What a clean stop keeps, so that no step is done twice: the state only.
+    pub fn snapshot(&self) -> Snapshot {
+        let is_rest_due = matches!(
+            self.stage,
+            Stage::Validate { .. }
+                | Stage::Save
+                | Stage::Copy {
+                    occasion: Occasion::Checkpoint,
+                    ..
+                }
+                | Stage::Announce {
+                    is_rest_due: true,
+                    ..
+                }
+        );
+        let copies = self.numbers(Occasion::Stop).iter().map(Tensor::copy).collect();
+        self.snapshot_of(Occasion::Stop, copies, is_rest_due)
     }
 
-    /// Writes the state only: what a clean stop does, so that no step is done twice.
-    pub fn remember(&self) -> Result<(), TrainError> {
-        let progress = state::Progress {
-            step: self.step,
-            trained_tokens: self.trained_tokens,
-            hyper: self.spec.hyper.clone(),
-            data: self.data,
-            is_rest_due: matches!(
-                self.stage,
-                Stage::Validate { .. }
-                    | Stage::Save
-                    | Stage::Announce {
-                        is_rest_due: true,
-                        ..
-                    }
-            ),
+    fn copy(&self, occasion: Occasion) -> Stage {
+        let copying = Copying::of(self.numbers(occasion));
+        Stage::Copy { occasion, copying }
+    }
+
+    /// What is copied: the trained numbers, and their moments where the job is to go on from them.
+    fn numbers(&self, occasion: Occasion) -> Vec<Tensor> {
+        let mut numbers = vec![self.flat()];
+        if occasion != Occasion::End {
+            numbers.extend([&self.moment1, &self.moment2].map(Tensor::shallow_clone));
+        }
+        numbers
+    }
+
+    /// `copies` are of [`Trainer::numbers`].
+    fn snapshot_of(&self, occasion: Occasion, copies: Vec<Tensor>, is_rest_due: bool) -> Snapshot {
+        let mut copies = copies.into_iter();
+        let params = copies.next().expect("the numbers come first");
+        let name = match occasion {
+            Occasion::Checkpoint => Some(format!("{}{}", files::CHECKPOINT, self.step)),
+            Occasion::End => Some(files::ADAPTER.to_owned()),
+            Occasion::Stop => None,
         };
-        let (moment1, moment2) = (self.moment1.shallow_clone(), self.moment2.shallow_clone());
-        state::write(
-            &self.spec.folder,
-            &progress,
-            &state::Tensors {
-                params: self.flat(),
+        let adapter = match (&self.subject, name) {
+            (
+                Subject::Lora {
+                    lora,
+                    params: AdapterParams { shape, .. },
+                    fit,
+                    ..
+                },
+                Some(name),
+            ) => Some(AdapterCopy {
+                name,
+                params: AdapterParams {
+                    flat: params.shallow_clone(),
+                    shape: shape.clone(),
+                },
+                lora: lora.clone(),
+                base_model: self.spec.base_model.clone(),
+                fit: fit.clone(),
+            }),
+            _ => None,
+        };
+        let moments = copies.next().zip(copies.next());
+        let state = moments.map(|(moment1, moment2)| {
+            let progress = state::Progress {
+                step: self.step,
+                trained_tokens: self.trained_tokens,
+                hyper: self.spec.hyper.clone(),
+                data: self.data,
+                is_rest_due,
+            };
+            let tensors = state::Tensors {
+                params,
                 moment1,
                 moment2,
-            },
-        )
-    }
-
-    fn finish(&mut self, quantum: &mut Quantum, base: Option<&Decoder>) -> Result<(), TrainError> {
-        quantum.finished = true;
-        if let Subject::Lora { .. } = self.subject {
-            let published = self.publish(files::ADAPTER, base)?;
-            quantum
-                .events
-                .extend(published.version.clone().map(|adapter| JobEvent::Finished {
-                    adapter,
-                    trained_tokens: self.trained_tokens,
-                }));
-            quantum.published = Some(published);
-        }
-        Ok(())
-    }
-
-    /// Packs a copy of the adapter to serve, and writes it as the PEFT folder `name`, where that is this rank's to do.
-    fn publish(&self, name: &str, base: Option<&Decoder>) -> Result<Published, TrainError> {
-        let Subject::Lora { lora, params, .. } = &self.subject else {
-            unreachable!("full training publishes nothing")
-        };
-        let adapter = Arc::new(packed(params, base.expect("LoRA trains beside a base"))?);
-        if self.desk == Desk::Follows {
-            return Ok(Published {
-                version: None,
-                adapter,
-            });
-        }
-        let config = PeftConfig {
-            base_model: &self.spec.base_model,
-            lora,
-        };
-        state::replace_folder(&self.spec.folder, name, |folder| {
-            Ok(peft::write(folder, params, &config)?)
-        })?;
-        let folder = self.spec.folder.join(name);
-        let digest = peft::digest(&folder)?;
-        Ok(Published {
-            version: Some(AdapterRef { digest, folder }),
+            };
+            (progress, tensors)
+        });
+        Snapshot {
+            folder: self.spec.folder.clone(),
+            occasion,
             adapter,
-        })
+            state,
+            step: self.step,
+            trained_tokens: self.trained_tokens,
+        }
     }
 
     /// The bytes of the trained model's model.safetensors, after full training.
@@ -703,15 +716,6 @@ impl Subject {
             Subject::Full { decoder, .. } => (decoder, None),
         }
     }
-}
-
-fn packed(params: &AdapterParams, base: &Decoder) -> Result<Adapter, TrainError> {
-    Ok(Adapter::new(
-        params,
-        base.layout(),
-        base.precision(),
-        base.device(),
-    )?)
 }
 
 fn examples(bytes: &[u8], file: &str, spec: &DecoderSpec) -> Result<Vec<Example>, TrainError> {

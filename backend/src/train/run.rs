@@ -68,7 +68,7 @@ impl Run {
         if self.is_finished {
             return Ok(None);
         }
-        let quantum = self.trainer.quantum(self.base.as_ref())?;
+        let quantum = self.trainer.quantum(self.base.as_ref())?.write()?;
         if quantum.finished {
             self.write_model()?;
             self.is_finished = true;
@@ -82,7 +82,7 @@ impl Run {
 
     /// Writes the state, from which a run in the same folder goes on. Returns the optimizer steps done.
     pub fn keep(&self) -> Result<u64, TrainError> {
-        self.trainer.remember()?;
+        self.trainer.snapshot().write()?;
         Ok(self.trainer.step())
     }
 

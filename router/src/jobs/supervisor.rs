@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 
 use crate::Router;
 use crate::api::{JobError, Level, RouterError};
-use crate::catalog::checkpoint_name;
+use crate::catalog::{Hold, checkpoint_name};
 use crate::jobs::keeper::Keeper;
 use crate::jobs::{Made, QUEUED, RUNNING, event, metrics, record, result};
 
@@ -476,10 +476,8 @@ impl<'a> Run<'a> {
             step,
         };
         artifacts.push_job(&self.id, saved.epoch, step).await?;
-        // The long part, before others have to wait.
-        artifacts.keep_adapter(&adapter).await?;
-        let one_at_a_time = self.router.0.changes.lock().await;
-        let made = self.keep(adapter).await?;
+        let kept = self.router.keep_adapter(&adapter).await?;
+        let made = self.made(&kept);
         let model = checkpoint_name(&self.model, step);
         self.latest.insert("step".to_owned(), step.into());
         let change = JobChange {
@@ -498,8 +496,7 @@ impl<'a> Run<'a> {
             name: Some(self.router.job_name(&self.id.0, model, Some(step), made)),
             ..JobChange::default()
         };
-        let done = self.change(change).await?;
-        drop(one_at_a_time);
+        let done = self.rename(change).await?;
         if done.is_continue()
             && let Some(earlier) = self.saved.replace(saved).filter(|&earlier| earlier != saved)
         {
@@ -515,9 +512,8 @@ impl<'a> Run<'a> {
         trained_tokens: u64,
     ) -> Result<ControlFlow<()>, RouterError> {
         let result_file = result::publish(self.router, &self.id.0).await?;
-        self.router.0.store.artifacts().keep_adapter(&adapter).await?;
-        let one_at_a_time = self.router.0.changes.lock().await;
-        let made = self.keep(adapter).await?;
+        let kept = self.router.keep_adapter(&adapter).await?;
+        let made = self.made(&kept);
         let change = JobChange {
             from: &[RUNNING],
             status: Some("succeeded"),
@@ -535,8 +531,7 @@ impl<'a> Run<'a> {
             result_file: Some(result_file.clone()),
             ..JobChange::default()
         };
-        let done = self.change(change).await?;
-        drop(one_at_a_time);
+        let done = self.rename(change).await?;
         if done.is_break() {
             self.router.0.store.discard_file(&result_file).await?;
             return Ok(done);
@@ -546,17 +541,17 @@ impl<'a> Run<'a> {
         Ok(done)
     }
 
-    /// The caller holds `changes`, until the adapter has a name.
-    async fn keep(&self, adapter: AdapterRef) -> Result<Made, RouterError> {
-        let digest = self.router.0.store.keep_adapter(&adapter).await?;
-        if digest != adapter.digest {
-            let told = adapter.digest;
-            tracing::warn!(job = %self.id, %told, %digest, "the engine's digest of an adapter is not its files'");
-        }
-        Ok(Made {
-            digest,
+    /// A change by the holder that gives an adapter a name.
+    async fn rename(&self, change: JobChange) -> Result<ControlFlow<()>, RouterError> {
+        let _one_at_a_time = self.router.0.changes.lock().await;
+        self.change(change).await
+    }
+
+    fn made(&self, kept: &Hold) -> Made {
+        Made {
+            digest: kept.digest,
             rank: self.rank,
-        })
+        }
     }
 }
 

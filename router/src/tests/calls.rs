@@ -6,7 +6,7 @@ use tandem_core::id::RequestId;
 use tandem_core::message::{Event, Fault, FinishReason, Generate, Scored};
 use tandem_core::replica::Command;
 use tandem_core::sampling::RawSampling;
-use tandem_text::Message;
+use tandem_text::{Message, SpecialTokens};
 use tokio::sync::mpsc;
 
 use super::*;
@@ -149,7 +149,7 @@ async fn text_comes_back_up_to_where_it_must_end() {
         };
         let mut generation = router.generate(asked).await.unwrap();
         let (generate, events) = engine.generate().await;
-        assert_eq!(generate.prompt, [vec![BOS], ids("go")].concat());
+        assert_eq!(&generate.prompt[..], [vec![BOS], ids("go")].concat());
         assert_eq!((generate.max_tokens, &generate.stop_tokens), (16, &vec![EOS]));
         assert_eq!(generation.prompt_tokens, generate.prompt);
         match said.strip_suffix('\u{1}') {
@@ -404,6 +404,33 @@ async fn bad_calls_are_refused_by_name() {
         .await
         .unwrap();
     let (generate, _events) = engine.generate().await;
-    assert_eq!(generate.prompt, [vec![BOS], ids("u:hi\na:")].concat());
+    assert_eq!(&generate.prompt[..], [vec![BOS], ids("u:hi\na:")].concat());
     assert_eq!(generate.max_tokens as usize, 512 - generate.prompt.len());
+}
+
+/// With a single thread for all: what is worked on there answers at the first poll, and everybody else waited for it.
+#[tokio::test]
+async fn long_texts_are_worked_on_elsewhere() {
+    use futures::FutureExt;
+    let house = House::new();
+    let (router, _engine) = house.open().await;
+    let text = |bytes: usize| Prompt::Text("a ".repeat(bytes / 2));
+    let chat = Prompt::Chat {
+        messages: vec![],
+        add_generation_prompt: true,
+        continue_final_message: false,
+        kwargs: BTreeMap::from([("documents".to_owned(), json!(["x".repeat(1 << 16)]))]),
+    };
+    for (prompt, is_inline) in [(text(1 << 10), true), (text(1 << 16), false), (chat, false)] {
+        let mut tokens = std::pin::pin!(router.tokenize(prompt, SpecialTokens::Add));
+        let first = (&mut tokens).now_or_never();
+        assert_eq!(first.is_some(), is_inline);
+        if first.is_none() {
+            tokens.await.unwrap();
+        }
+    }
+    let ids = vec![FIRST_BYTE + 97; 1 << 16];
+    let mut detokenized = std::pin::pin!(router.detokenize(ids.clone()));
+    assert!((&mut detokenized).now_or_never().is_none());
+    assert_eq!(detokenized.await.unwrap().len(), ids.len());
 }

@@ -2,9 +2,11 @@
 
 use std::os::unix::fs::symlink;
 
+use tandem_core::job::JobEvent;
 use tandem_core::message::FinishReason;
 
 use super::calls::{call, end};
+use super::jobs::{request, started, step, wait};
 use super::*;
 use crate::api::{Call, LoadMode, ModelKind, Order};
 
@@ -78,6 +80,69 @@ async fn a_request_keeps_its_version_while_the_name_moves_on() {
     );
     gone(&second.folder).await;
     assert_eq!(kind(&router.unload_adapter("pet").await.unwrap_err()), "Adapter");
+}
+
+/// The engine has no slot for an adapter as long as the only one is held by a client that does not read.
+#[tokio::test]
+async fn a_load_that_waits_for_a_slot_waits_alone() {
+    let house = House::new();
+    let (router, mut engine) = house.open().await;
+    let load = async |engine: &mut Engine, name: &str| {
+        let folder = house.adapter(name, name);
+        let (card, adapter) = tokio::join!(
+            router.load_adapter(name, &folder, LoadMode::New),
+            engine.answer_load(Ok(8))
+        );
+        card.unwrap();
+        adapter
+    };
+    let (busy, idle) = (load(&mut engine, "busy").await, load(&mut engine, "idle").await);
+    let waiting = {
+        let (router, folder) = (router.clone(), house.adapter("late", "late"));
+        tokio::spawn(async move { router.load_adapter("late", &folder, LoadMode::New).await })
+    };
+    let Command::LoadAdapter(late, reply) = engine.next().await else {
+        panic!("a LoadAdapter was expected")
+    };
+
+    // Whatever else changes names goes on: deletes, another load, a job's checkpoint and its end.
+    router.delete_model("idle").await.unwrap();
+    assert!(matches!(engine.next().await, Command::UnloadAdapter(digest) if digest == idle.digest));
+    gone(&idle.folder).await;
+    load(&mut engine, "another").await;
+    router.unload_adapter("another").await.unwrap();
+    assert!(matches!(engine.next().await, Command::UnloadAdapter(_)));
+    let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
+        .await
+        .unwrap();
+    let id = router.create_job(request(&file)).await.unwrap().id.0;
+    let (spec, events) = engine.started().await;
+    let (checkpoint, adapter) = (
+        house.trained(&spec, "checkpoint-1", "one"),
+        house.trained(&spec, "adapter", "two"),
+    );
+    for event in [
+        started(None),
+        step(1, 2.0),
+        JobEvent::Checkpoint {
+            step: 1,
+            adapter: checkpoint,
+        },
+        JobEvent::Finished {
+            adapter,
+            trained_tokens: 10,
+        },
+    ] {
+        events.send(event).await.unwrap();
+    }
+    wait(&router, &id, |job| job.status.ended()).await;
+
+    // What it waits for is not swept away meanwhile, and goes when its client does.
+    assert!(late.folder.exists() && busy.folder.exists() && !reply.is_closed());
+    waiting.abort();
+    assert!(matches!(engine.next().await, Command::UnloadAdapter(digest) if digest == late.digest));
+    gone(&late.folder).await;
+    assert!(reply.is_closed() && busy.folder.exists());
 }
 
 #[tokio::test]

@@ -67,6 +67,11 @@ impl Store {
         self.artifacts.keep_adapter(adapter).await
     }
 
+    /// Whether the bytes of an adapter are in the store.
+    pub async fn has_adapter(&self, digest: AdapterDigest) -> Result<bool, StoreError> {
+        self.artifacts.has_adapter(&digest).await
+    }
+
     /// The local folder of an adapter; fetched when it is not here.
     pub async fn adapter_folder(&self, digest: AdapterDigest) -> Result<PathBuf, StoreError> {
         self.artifacts.adapter(digest).await

@@ -105,14 +105,7 @@ mod tests {
     use crate::tokenizer::SpecialTokens;
 
     fn tokenizers() -> Vec<Tokenizer> {
-        [
-            Some(fixture::pieces("")),
-            Some(fixture::byte_level("")),
-            fixture::story(),
-        ]
-        .into_iter()
-        .flatten()
-        .collect()
+        vec![fixture::pieces(""), fixture::byte_level(""), fixture::demo()]
     }
 
     fn streamed(mut stream: TextStream, ids: &[u32]) -> String {

@@ -47,22 +47,22 @@ pub async fn create(
     } = convert::completions::calls(request, app.limits())?;
     let texts: Vec<Option<String>> = calls.iter().map(|call| given_text(&call.prompt, echo)).collect();
     if !add_special_tokens {
-        calls.iter_mut().try_for_each(|call| bare(&app, call))?;
+        for call in &mut calls {
+            bare(&app, call).await?;
+        }
     }
     let admitted = feed::admit(&app, client, calls, "prompt").await?;
-    let echoes = match echo {
-        true => texts
-            .into_iter()
-            .zip(&admitted.prompts)
-            .map(|(text, ids)| Echo::new(&app, text, ids))
-            .collect(),
-        false => Ok(Vec::new()),
-    };
+    let mut echoes = Vec::new();
+    if echo {
+        for (text, ids) in texts.into_iter().zip(&admitted.prompts) {
+            echoes.push(Echo::new(&app, text, ids).await?);
+        }
+    }
     let show = Show {
         logprobs,
         prompt_logprobs,
         return_token_ids,
-        echoes: echoes?,
+        echoes,
         n,
     };
     match delivery {
@@ -84,10 +84,10 @@ fn given_text(prompt: &Prompt, echo: bool) -> Option<String> {
 }
 
 /// Without BOS and the like.
-fn bare(app: &App, call: &mut Call) -> Result<(), ApiError> {
+async fn bare(app: &App, call: &mut Call) -> Result<(), ApiError> {
     if let Prompt::Text(_) = &call.prompt {
         let prompt = std::mem::replace(&mut call.prompt, Prompt::Tokens(Vec::new()));
-        call.prompt = Prompt::Tokens(app.router.tokenize(prompt, SpecialTokens::Omit)?);
+        call.prompt = Prompt::Tokens(app.router.tokenize(prompt, SpecialTokens::Omit).await?);
     }
     Ok(())
 }
@@ -124,14 +124,14 @@ struct Echo {
 }
 
 impl Echo {
-    fn new(app: &App, text: Option<String>, ids: &[TokenId]) -> Result<Echo, ApiError> {
+    async fn new(app: &App, text: Option<String>, ids: &[TokenId]) -> Result<Echo, ApiError> {
         let first = ids.first().copied();
         let first_token = first.map_or_else(String::new, |id| app.router.tokenizer().token_text(id));
         let is_first_hidden = first.is_some_and(|id| app.router.tokenizer().is_special(id))
             && text.as_ref().is_some_and(|text| !text.starts_with(&first_token));
         let text = match text {
             Some(text) => text,
-            None => app.router.detokenize(ids)?,
+            None => app.router.detokenize(ids.to_vec()).await?,
         };
         Ok(Echo {
             text,

@@ -107,7 +107,7 @@ pub async fn admit(
                 batch: Vec::new(),
             },
         });
-        all.prompts.push(prompt_tokens);
+        all.prompts.push(prompt_tokens.to_vec());
         all.feed.prompts.push(prompt);
     }
     admitted.ok_or_else(|| ApiError::Internal("a request without calls".to_owned()))

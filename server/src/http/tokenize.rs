@@ -50,14 +50,11 @@ pub async fn tokenize(
         Some(false) => SpecialTokens::Omit,
         _ => SpecialTokens::Add,
     };
-    let tokens = app.router.tokenize(prompt, special)?;
-    let texts = || {
-        tokens
-            .iter()
-            .map(|&id| app.router.tokenizer().token_text(id))
-            .collect()
+    let tokens = app.router.tokenize(prompt, special).await?;
+    let token_strs = match return_token_strs {
+        Some(true) => Some(app.router.spell(tokens.clone()).await),
+        Some(false) | None => None,
     };
-    let token_strs = return_token_strs.unwrap_or(false).then(texts);
     let max_model_len = app.router.info().max_model_len;
     Ok(Answer(TokenizeResponse {
         count: tokens.len(),
@@ -78,7 +75,10 @@ pub async fn detokenize(
 ) -> Result<Answer<DetokenizeResponse>, ApiError> {
     let DetokenizeRequest { model, tokens } = body;
     model.map(|model| app.router.model(&model)).transpose()?;
-    let prompt = app.router.detokenize(&convert::token_ids("tokens", tokens)?)?;
+    let prompt = app
+        .router
+        .detokenize(convert::token_ids("tokens", tokens)?)
+        .await?;
     Ok(Answer(DetokenizeResponse { prompt }))
 }
 

@@ -1,11 +1,11 @@
 //! The judges of the numbers: transformers' and peft's own results (scripts/fixtures makes them), and what must be equal
 //! to what. `cargo test --release -p tandem-tests --test numerics -- --nocapture` prints how close everything is.
 
+mod demo;
 mod equivalence;
 mod fixture;
 mod golden;
 mod ranks;
 mod resume;
 mod run;
-mod story;
 mod training;

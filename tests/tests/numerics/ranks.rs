@@ -12,7 +12,7 @@ use tandem_backend::lora::peft::{self, PeftConfig};
 use tandem_backend::model::Decoder;
 use tandem_backend::model::full::{FullParams, FullShape};
 use tandem_backend::ranks::Team;
-use tandem_backend::train::{Desk, Inputs, Trainer};
+use tandem_backend::train::{Inputs, Trainer};
 use tandem_backend::weights::Checkpoint;
 use tandem_backend::{Dtype, Options, start};
 use tandem_core::TokenId;
@@ -253,15 +253,14 @@ fn adapter_of(spec: &JobSpec) -> Vec<(String, Tensor)> {
 fn train(model: &Model, world: usize, spec: &JobSpec, steps: u64) -> (Vec<StepReport>, Vec<f64>) {
     let inputs = Inputs::read(&spec.folder).expect("the job's folder");
     let run = |decoder: Decoder| {
-        let desk = if decoder.comm().rank() == 0 {
-            Desk::Writes
-        } else {
-            Desk::Follows
-        };
-        let mut trainer = Trainer::start_with(spec.clone(), &inputs, &decoder, desk).expect("it starts");
+        let is_first = decoder.comm().rank() == 0;
+        let mut trainer = Trainer::start_with(spec.clone(), &inputs, decoder.fit()).expect("it starts");
         let (mut reports, mut validations) = (vec![], vec![]);
         loop {
-            let quantum = trainer.quantum(Some(&decoder)).expect("a quantum runs");
+            let mut quantum = trainer.quantum(Some(&decoder)).expect("a quantum runs");
+            if is_first {
+                quantum = quantum.write().expect("it is written");
+            }
             for event in quantum.events {
                 match event {
                     JobEvent::Step(report) => reports.push(report),
@@ -273,8 +272,8 @@ fn train(model: &Model, world: usize, spec: &JobSpec, steps: u64) -> (Vec<StepRe
                 break;
             }
             if trainer.step() == steps {
-                if desk == Desk::Writes {
-                    trainer.remember().expect("the state is written");
+                if is_first {
+                    trainer.snapshot().write().expect("the state is written");
                 }
                 break;
             }
@@ -366,7 +365,7 @@ fn ask(replica: &ReplicaHandle, requests: &[(Vec<TokenId>, Option<AdapterRef>)])
         };
         let generate = Generate {
             id: RequestId(i as u64),
-            prompt: prompt.clone(),
+            prompt: prompt[..].into(),
             adapter: adapter.clone(),
             sampling: Sampling::new(raw, VOCAB as u32).expect("plain sampling"),
             max_tokens: 12,

@@ -12,7 +12,7 @@ use tandem_core::rng;
 use tandem_kernels::weight::Precision;
 
 use crate::fixture::{Fixture, examples};
-use crate::training::{Job, finish, hyper};
+use crate::training::{Job, finish, hyper, quantum};
 
 /// Everything that could make a run depend on where it was cut: dropout, packing, accumulation, checkpoints, validation.
 fn demanding(decoder: &Decoder) -> Hyper {
@@ -100,7 +100,7 @@ fn a_killed_job_ends_with_the_same_bytes() {
             let quanta = 5 + rng::bits(seed, 0, lives) % (20 + 20 * lives);
             lives += 1;
             for _ in 0..quanta {
-                if trainer.quantum(Some(&decoder)).expect("a quantum runs").finished {
+                if quantum(&mut trainer, Some(&decoder)).finished {
                     break 'lives;
                 }
             }
@@ -133,7 +133,7 @@ fn a_clean_stop_repeats_no_step_and_ends_with_the_same_bytes() {
         let mut stepped = false;
         // Stops in the middle of the step after the next one.
         for _ in 0..60 {
-            let quantum = trainer.quantum(Some(&decoder)).expect("a quantum runs");
+            let quantum = quantum(&mut trainer, Some(&decoder));
             for event in quantum.events {
                 if let JobEvent::Step(report) = event {
                     losses.push(report.loss);
@@ -146,7 +146,7 @@ fn a_clean_stop_repeats_no_step_and_ends_with_the_same_bytes() {
             }
         }
         assert!(stepped || finished, "sixty quanta made no step");
-        trainer.remember().expect("the state is written");
+        trainer.snapshot().write().expect("the state is written");
     }
     assert_eq!(
         losses,
@@ -169,7 +169,7 @@ fn the_base_answers_the_same_bits_while_it_is_trained_on() {
         let job = job(&fixture, &decoder);
         let mut trainer = Trainer::start(job.spec.clone(), &decoder).expect("it starts");
         for number in 0.. {
-            if trainer.quantum(Some(&decoder)).expect("a quantum runs").finished {
+            if quantum(&mut trainer, Some(&decoder)).finished {
                 break;
             }
             // Seven and the layers have no common factor: every kind of quantum is followed by a look.
@@ -188,7 +188,8 @@ fn another_runs_state_is_refused() {
     let job = job(&fixture, &decoder);
     Trainer::start(job.spec.clone(), &decoder)
         .expect("it starts")
-        .remember()
+        .snapshot()
+        .write()
         .expect("the state is written");
 
     let mut other = job.spec.clone();
@@ -239,7 +240,7 @@ fn another_runs_state_is_refused() {
 fn said(trainer: &mut Trainer, decoder: &Decoder, stops: impl Fn(&JobEvent) -> bool) -> (Vec<String>, bool) {
     let mut said = vec![];
     loop {
-        let quantum = trainer.quantum(Some(decoder)).expect("a quantum runs");
+        let quantum = quantum(trainer, Some(decoder));
         for event in &quantum.events {
             match event {
                 JobEvent::Validated { step, loss, .. } => {
@@ -271,7 +272,7 @@ fn what_is_due_after_a_step_outlives_a_clean_stop() {
         let (said, is_last) = said(&mut trainer, &decoder, |event| matches!(event, JobEvent::Step(_)));
         heard.extend(said);
         finished = is_last;
-        trainer.remember().expect("the state is written");
+        trainer.snapshot().write().expect("the state is written");
     }
     assert_eq!(heard, expected);
 }

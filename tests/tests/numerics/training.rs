@@ -4,8 +4,8 @@ use std::path::Path;
 
 use serde_json::Value;
 use tandem_backend::model::Decoder;
-use tandem_backend::train::Trainer;
 use tandem_backend::train::data::DataPlan;
+use tandem_backend::train::{Quantum, Trainer};
 use tandem_core::dataset::{self, Example};
 use tandem_core::id::JobId;
 use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Schedule, StepReport, files};
@@ -148,7 +148,7 @@ impl Job {
 pub fn finish(trainer: &mut Trainer, base: Option<&Decoder>) -> Vec<StepReport> {
     let mut reports = vec![];
     loop {
-        let quantum = trainer.quantum(base).expect("a quantum runs");
+        let quantum = quantum(trainer, base);
         reports.extend(quantum.events.into_iter().filter_map(|event| match event {
             JobEvent::Step(report) => Some(report),
             _ => None,
@@ -157,6 +157,12 @@ pub fn finish(trainer: &mut Trainer, base: Option<&Decoder>) -> Vec<StepReport> 
             return reports;
         }
     }
+}
+
+/// A quantum, and what it leaves to write.
+pub fn quantum(trainer: &mut Trainer, base: Option<&Decoder>) -> Quantum {
+    let quantum = trainer.quantum(base).and_then(Quantum::write);
+    quantum.expect("a quantum runs")
 }
 
 pub fn tensors(path: &Path) -> Vec<(String, Tensor)> {

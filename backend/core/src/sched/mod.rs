@@ -342,7 +342,7 @@ impl Scheduler {
             self.totals.prefix_queried_tokens += seq.len() as u64;
             self.totals.prefix_hit_tokens += computed as u64;
             if seq.cached.is_none() {
-                self.totals.prompt_tokens += seq.prompt_len as u64;
+                self.totals.prompt_tokens += seq.prompt_len() as u64;
                 seq.cached = Some(computed);
             }
             let planned = (seq.len() - computed).min(budget);

@@ -72,7 +72,7 @@ impl StepPlan {
             } = &running[seat];
             let (start, kv_len) = (*computed, computed + planned);
             let (first_token, first_block) = (plan.tokens.len(), plan.tables.len());
-            plan.tokens.extend(&seq.tokens()[start..kv_len]);
+            seq.copy_tokens(start..kv_len, &mut plan.tokens);
             plan.positions
                 .extend((start..kv_len).map(|position| position as i64));
             let slot =

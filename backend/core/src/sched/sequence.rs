@@ -1,18 +1,23 @@
 //! One sequence and its two states. Not here: which of them runs.
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use crate::TokenId;
 use crate::blocks::{BlockHash, BlockId, BlockPool};
 use crate::id::{AdapterRef, RequestId};
 use crate::message::{FinishReason, Generate};
 use crate::sampling::Sampling;
+use crate::uses::Uses;
 
 /// What a sequence is in both states.
 pub(super) struct Sequence {
     pub id: RequestId,
     pub arrival: u64,
-    /// Prompt and output.
-    tokens: Vec<TokenId>,
-    pub prompt_len: usize,
+    prompt: Arc<[TokenId]>,
+    output: Vec<TokenId>,
+    /// Of prompt and output, where penalties ask for them.
+    uses: Option<Uses>,
     /// Prompt positions whose logits were delivered, from 0 on; only counted when they are asked for.
     scored: usize,
     /// Prompt tokens found in the cache when it was first admitted.
@@ -57,6 +62,8 @@ pub struct View<'a> {
     pub adapter: Option<&'a AdapterRef>,
     pub sampling: &'a Sampling,
     pub stop_tokens: &'a [TokenId],
+    /// Where [`Sampling::has_penalties`].
+    pub uses: Option<&'a Uses>,
 }
 
 impl Sequence {
@@ -72,8 +79,9 @@ impl Sequence {
         Sequence {
             id,
             arrival,
-            prompt_len: prompt.len(),
-            tokens: prompt,
+            uses: sampling.has_penalties().then(|| Uses::of(&prompt)),
+            prompt,
+            output: vec![],
             scored: 0,
             cached: None,
             flow: Flow::Free,
@@ -86,11 +94,18 @@ impl Sequence {
     }
 
     pub fn len(&self) -> usize {
-        self.tokens.len()
+        self.prompt.len() + self.output.len()
     }
 
-    pub fn tokens(&self) -> &[TokenId] {
-        &self.tokens
+    pub fn prompt_len(&self) -> usize {
+        self.prompt.len()
+    }
+
+    /// Adds tokens of prompt and output to `to`.
+    pub fn copy_tokens(&self, range: Range<usize>, to: &mut Vec<TokenId>) {
+        let end = self.prompt.len();
+        to.extend(&self.prompt[range.start.min(end)..range.end.min(end)]);
+        to.extend(&self.output[range.start.max(end) - end..range.end.max(end) - end]);
     }
 
     pub fn adapter(&self) -> Option<&AdapterRef> {
@@ -98,11 +113,13 @@ impl Sequence {
     }
 
     pub fn view(&self) -> View<'_> {
-        let (prompt, output) = self.tokens.split_at(self.prompt_len);
         let Sequence {
+            prompt,
+            output,
             adapter,
             sampling,
             stop_tokens,
+            uses,
             ..
         } = self;
         View {
@@ -111,13 +128,14 @@ impl Sequence {
             adapter: adapter.as_ref(),
             sampling,
             stop_tokens,
+            uses: uses.as_ref(),
         }
     }
 
     /// Full blocks that may come from the cache: not the last token, whose logits are needed, and nothing whose
     /// prompt log-probabilities are still owed.
     pub fn reusable(&mut self, block_size: usize) -> &[BlockHash] {
-        let last = self.tokens.len() - 1;
+        let last = self.len() - 1;
         let tokens = if self.owes_scores() {
             last.min(self.scored)
         } else {
@@ -129,13 +147,13 @@ impl Sequence {
     /// Prompt positions whose logits are still owed: each predicts the token after it.
     pub fn unscored(&self) -> std::ops::Range<usize> {
         match self.owes_scores() {
-            true => self.scored..self.prompt_len - 1,
+            true => self.scored..self.prompt.len() - 1,
             false => 0..0,
         }
     }
 
     fn owes_scores(&self) -> bool {
-        self.sampling.prompt_logprobs().is_some() && self.scored + 1 < self.prompt_len
+        self.sampling.prompt_logprobs().is_some() && self.scored + 1 < self.prompt.len()
     }
 
     /// Does the last token's step end with a new token?
@@ -144,12 +162,14 @@ impl Sequence {
     }
 
     fn chain_to(&mut self, n_blocks: usize, block_size: usize) -> &[BlockHash] {
+        let mut block = Vec::with_capacity(block_size);
         for i in self.chain.len()..n_blocks {
             let before = self.chain.last().copied();
             let before = before
                 .unwrap_or_else(|| BlockHash::seed(self.adapter.as_ref().map(|adapter| adapter.digest)));
-            self.chain
-                .push(before.then(&self.tokens[i * block_size..(i + 1) * block_size]));
+            block.clear();
+            self.copy_tokens(i * block_size..(i + 1) * block_size, &mut block);
+            self.chain.push(before.then(&block));
         }
         &self.chain[..n_blocks]
     }
@@ -164,7 +184,7 @@ impl Running {
     /// `n` more tokens are in the cache; blocks they filled become findable.
     pub fn advance(&mut self, n: usize, pool: &mut BlockPool) {
         self.computed += n;
-        self.seq.scored = self.seq.scored.max(self.computed.min(self.seq.prompt_len - 1));
+        self.seq.scored = self.seq.scored.max(self.computed.min(self.seq.prompt_len() - 1));
         let full = self.computed / pool.block_size();
         let chain = self.seq.chain_to(full, pool.block_size());
         for (&id, &hash) in self.table.iter().zip(chain).skip(self.named) {
@@ -179,8 +199,11 @@ impl Running {
             let ends = self.pending() == 0 && !self.seq.samples();
             return ends.then_some(Some(FinishReason::Length));
         };
-        self.seq.tokens.push(token);
-        let generated = self.seq.len() - self.seq.prompt_len;
+        self.seq.output.push(token);
+        if let Some(uses) = &mut self.seq.uses {
+            uses.generated(token);
+        }
+        let generated = self.seq.output.len();
         if self.seq.stop_tokens.contains(&token) {
             return Some(Some(FinishReason::Stop(token)));
         }

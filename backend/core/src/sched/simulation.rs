@@ -64,7 +64,7 @@ fn model(adapter: Option<AdapterDigest>, context: &[TokenId]) -> TokenId {
 }
 
 fn answer(request: &Generate) -> (Vec<TokenId>, FinishReason) {
-    let mut tokens = request.prompt.clone();
+    let mut tokens = request.prompt.to_vec();
     for _ in 0..request.max_tokens {
         tokens.push(model(
             request.adapter.as_ref().map(|adapter| adapter.digest),
@@ -105,7 +105,7 @@ fn request(random: &mut Random, id: u64) -> Generate {
     let max_tokens = random.below(20.min(MAX_MODEL_LEN - prompt_len)) as u32;
     Generate {
         id: RequestId(id),
-        prompt,
+        prompt: prompt.into(),
         adapter,
         sampling,
         max_tokens,
@@ -418,7 +418,7 @@ fn plain(id: u64, prompt: Vec<TokenId>, max_tokens: u32) -> Generate {
     let sampling = Sampling::greedy();
     Generate {
         id: RequestId(id),
-        prompt,
+        prompt: prompt.into(),
         adapter: None,
         sampling,
         max_tokens,

@@ -53,7 +53,7 @@ impl Outgoing {
                 Say::Generate(wire::Generate {
                     stream,
                     credit,
-                    prompt,
+                    prompt: prompt.to_vec(),
                     adapter: adapter.map(|adapter| adapter.digest.0.to_vec()),
                     sampling_json: codec::json(&sampling),
                     max_tokens,

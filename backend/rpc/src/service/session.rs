@@ -13,6 +13,7 @@ use tandem_core::id::{JobId, RequestId};
 use tandem_core::job::{JobEvent, JobSpec};
 use tandem_core::message::{Event, Fault, Generate};
 use tandem_core::replica::{Command, EVENT_QUEUE, JOB_EVENT_QUEUE};
+use tandem_core::sampling::Sampling;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Interval, MissedTickBehavior};
 use tonic::{Status, Streaming};
@@ -166,7 +167,9 @@ impl Ear {
             stop_tokens,
         } = generate;
         let adapter = adapter.as_deref().map(codec::digest).transpose()?;
-        let sampling = codec::from_json(&sampling_json)?;
+        let sampling: Sampling = codec::from_json(&sampling_json)?;
+        let known = sampling.check_vocabulary(self.shared.replica.info.vocab_size);
+        known.map_err(|error| Damaged(error.to_string()))?;
         let (events, receiver) = mpsc::channel(EVENT_QUEUE);
         let (id, open) = self.shared.open();
         let link = Link::new(credit);
@@ -183,7 +186,7 @@ impl Ear {
         }
         let request = |adapter| Generate {
             id,
-            prompt,
+            prompt: prompt.into(),
             adapter,
             sampling,
             max_tokens,

@@ -19,7 +19,7 @@ fn adapter(base: &Path, parent: &Path, rank: u32, scale: f64) -> AdapterRef {
         &folder,
         &params,
         &PeftConfig {
-            base_model: "story",
+            base_model: "demo",
             lora: &lora,
         },
     )
@@ -32,7 +32,7 @@ fn adapter(base: &Path, parent: &Path, rank: u32, scale: f64) -> AdapterRef {
 
 #[test]
 fn adapters_come_when_named_and_touch_nobody_else() {
-    let Some(folder) = story() else { return };
+    let folder = demo();
     let directory = tempfile::tempdir().unwrap();
     let adapters: Vec<AdapterRef> = [2, 8, 5]
         .into_iter()
@@ -40,7 +40,7 @@ fn adapters_come_when_named_and_touch_nobody_else() {
         .collect();
     let choices = || std::iter::once(None).chain(adapters.iter().cloned().map(Some));
     let mut requests = vec![];
-    for case in cases(&folder) {
+    for case in cases() {
         let long = [&case.prompt[..], &case.greedy].concat();
         let raw = || RawSampling {
             logprobs: Some(2),
@@ -106,10 +106,10 @@ fn expected_digest(folder: &Path) -> tandem_core::id::Digest {
 
 #[test]
 fn an_adapter_that_overflows_fails_alone() {
-    let Some(folder) = story() else { return };
+    let folder = demo();
     let directory = tempfile::tempdir().unwrap();
     let broken = adapter(&folder, directory.path(), 4, 1e30);
-    let cases = cases(&folder);
+    let cases = cases();
     let mut rig = Rig::new(options(&folder));
     let good = request(&cases[0].prompt, 10, greedy());
     let bad = Generate {
@@ -129,10 +129,10 @@ fn an_adapter_that_overflows_fails_alone() {
 
 #[test]
 fn whoever_waits_for_a_place_gets_one() {
-    let Some(folder) = story() else { return };
+    let folder = demo();
     let directory = tempfile::tempdir().unwrap();
     let [busy, other] = [2, 8].map(|rank| adapter(&folder, directory.path(), rank, 0.05));
-    let prompt = cases(&folder).swap_remove(0).prompt;
+    let prompt = cases().swap_remove(0).prompt;
     let with = |adapter: &AdapterRef| Generate {
         adapter: Some(adapter.clone()),
         ..request(&prompt, 24, greedy())

@@ -4,8 +4,8 @@ use super::*;
 
 #[test]
 fn a_client_that_leaves_frees_its_blocks() {
-    let Some(folder) = story() else { return };
-    let prompt = cases(&folder)[0].prompt.clone();
+    let folder = demo();
+    let prompt = cases()[0].prompt.clone();
     let mut rig = Rig::new(options(&folder));
     let endless = || Generate {
         stop_tokens: vec![],
@@ -29,8 +29,8 @@ fn a_client_that_leaves_frees_its_blocks() {
 
 #[test]
 fn a_client_that_does_not_read_waits_alone() {
-    let Some(folder) = story() else { return };
-    let cases = cases(&folder);
+    let folder = demo();
+    let cases = cases();
     let asked = |case: &Case| Generate {
         stop_tokens: vec![],
         ..request(&case.prompt, case.greedy.len() as u32, greedy())
@@ -58,8 +58,8 @@ fn a_client_that_does_not_read_waits_alone() {
 
 #[test]
 fn what_cannot_be_answered_is_refused_alone() {
-    let Some(folder) = story() else { return };
-    let prompt = cases(&folder)[0].prompt.clone();
+    let folder = demo();
+    let prompt = cases()[0].prompt.clone();
     let mut rig = Rig::new(options(&folder));
     let missing = AdapterRef {
         digest: rig.handle.info.base_digest,
@@ -68,12 +68,12 @@ fn what_cannot_be_answered_is_refused_alone() {
     let refused = [
         (
             request(&[1, 9999], 4, greedy()),
-            "token 9999 is not in the vocabulary of 2048",
+            "token 9999 is not in the vocabulary of 1024",
         ),
         (request(&[], 4, greedy()), "0 tokens"),
         (
-            request(&prompt, 1000, greedy()),
-            "6 tokens and 1000 more exceed 512",
+            request(&prompt, 1100, greedy()),
+            "10 tokens and 1100 more exceed 1024",
         ),
         (
             Generate {
@@ -99,11 +99,11 @@ fn what_cannot_be_answered_is_refused_alone() {
 
 #[test]
 fn stop_fails_what_runs_and_closes_the_statistics() {
-    let Some(folder) = story() else { return };
+    let folder = demo();
     let mut rig = Rig::new(options(&folder));
     let endless = Generate {
         stop_tokens: vec![],
-        ..request(&cases(&folder)[0].prompt, 480, greedy())
+        ..request(&cases()[0].prompt, 480, greedy())
     };
     let mut running = rig.send_with_queue(endless, 4096);
     assert!(matches!(running.blocking_recv(), Some(Event::Token(_))));

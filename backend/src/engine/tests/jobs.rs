@@ -2,10 +2,13 @@
 
 use super::*;
 
-/// A job that teaches the first case's prompt another end.
+/// Not what the model says by itself.
+const LESSON: [TokenId; 4] = [700, 701, 702, EOS];
+
+/// A job that teaches the cases' prompts another end.
 fn job(folder: &Path, cases: &[Case], max_steps: u64) -> JobSpec {
     let example = |case: &Case| {
-        let tokens = [&case.prompt[..], &[700, 701, 702, 2]].concat();
+        let tokens = [&case.prompt[..], &LESSON].concat();
         let weights = (0..tokens.len())
             .map(|i| if i < case.prompt.len() { 0.0 } else { 1.0 })
             .collect();
@@ -37,7 +40,7 @@ fn job(folder: &Path, cases: &[Case], max_steps: u64) -> JobSpec {
     JobSpec {
         id: JobId("ftjob-test".to_owned()),
         folder: folder.to_owned(),
-        base_model: "story".to_owned(),
+        base_model: "demo".to_owned(),
         hyper,
         life: Life::default(),
     }
@@ -59,9 +62,8 @@ fn to_the_end(events: &mut mpsc::Receiver<JobEvent>) -> Vec<JobEvent> {
 
 #[test]
 fn a_job_trains_beside_requests_and_its_adapter_answers() {
-    let Some(folder) = story() else { return };
+    let (folder, cases) = (demo(), cases());
     let directory = tempfile::tempdir().unwrap();
-    let cases = cases(&folder);
     let mut rig = Rig::new(options(&folder));
     let mut job_events = train(&rig, job(&directory.path().join("job"), &cases, 60));
     let mut second = train(&rig, job(&directory.path().join("second"), &cases, 1));
@@ -108,7 +110,7 @@ fn a_job_trains_beside_requests_and_its_adapter_answers() {
         ..request(&cases[0].prompt, 10, greedy())
     };
     let answer = rig.ask(asked.clone());
-    assert_eq!(answer.ids(), [700, 701, 702, 2], "it learned its lesson");
+    assert_eq!(answer.ids(), LESSON, "it learned its lesson");
     assert_eq!(rig.stats().adapter_loads, loads, "it was resident already");
     // The same bits from disk.
     let mut fresh = Rig::new(options(&folder));
@@ -117,9 +119,8 @@ fn a_job_trains_beside_requests_and_its_adapter_answers() {
 
 #[test]
 fn a_job_is_cancelled_or_kept_at_stop() {
-    let Some(folder) = story() else { return };
+    let (folder, cases) = (demo(), cases());
     let directory = tempfile::tempdir().unwrap();
-    let cases = cases(&folder);
     let started = |events: &mut mpsc::Receiver<JobEvent>| {
         while !matches!(events.blocking_recv(), Some(JobEvent::Step(report)) if report.step >= 3) {}
     };
@@ -157,4 +158,80 @@ fn a_job_is_cancelled_or_kept_at_stop() {
         resumed_from == Some(step) && step >= 3,
         "{resumed_from:?}, {step}"
     );
+}
+
+/// `job`, saved every other step.
+fn saved_job(folder: &Path, cases: &[Case], max_steps: u64) -> JobSpec {
+    let mut spec = job(folder, cases, max_steps);
+    spec.hyper.save_steps = 2;
+    spec
+}
+
+#[test]
+fn a_checkpoint_is_told_in_its_place_and_when_it_is_durable() {
+    let (folder, cases) = (demo(), cases());
+    let directory = tempfile::tempdir().unwrap();
+    let rig = Rig::new(options(&folder));
+    let spec = saved_job(&directory.path().join("job"), &cases, 7);
+    let mut events = train(&rig, spec.clone());
+    let (mut step, mut checkpoints) = (0, vec![]);
+    while let Some(event) = events.blocking_recv() {
+        match event {
+            JobEvent::Step(report) => step = report.step,
+            JobEvent::Checkpoint { step: of, adapter } => {
+                assert_eq!(of, step, "it comes after its step and before the next");
+                assert_eq!(peft::digest(&adapter.folder).unwrap(), adapter.digest);
+                let state = std::fs::read(spec.folder.join(files::STATE)).unwrap();
+                let (progress, _) = crate::train::state::parse(&state).unwrap();
+                assert!(progress.step >= of, "{} is not {of}", progress.step);
+                checkpoints.push(of);
+            }
+            JobEvent::Finished { adapter, .. } => {
+                assert_eq!(peft::digest(&adapter.folder).unwrap(), adapter.digest);
+            }
+            _ => {}
+        }
+    }
+    assert_eq!((step, &checkpoints[..]), (7, &[2, 4, 6][..]));
+}
+
+/// A disk that takes nothing: opening a pipe that nobody reads waits for ever.
+#[test]
+fn a_slow_disk_stops_no_stream_and_holds_one_copy() {
+    let (folder, cases) = (demo(), cases());
+    let directory = tempfile::tempdir().unwrap();
+    let mut rig = Rig::new(options(&folder));
+    let spec = saved_job(&directory.path().join("job"), &cases, 1000);
+    let pipe = spec.folder.join(".state.safetensors.partial");
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+    assert!(made.unwrap().success());
+    let mut events = train(&rig, spec.clone());
+    let mut steps = 0;
+    while steps < 2 {
+        if let Some(JobEvent::Step(report)) = events.blocking_recv() {
+            steps = report.step;
+        }
+    }
+    rig.wait_until("about to save again", |stats| stats.train_steps == 4);
+    // The job waits, and requests are answered as ever.
+    for case in &cases {
+        let asked = Generate {
+            stop_tokens: vec![],
+            ..request(&case.prompt, case.greedy.len() as u32, greedy())
+        };
+        assert_eq!(rig.ask(asked).ids(), case.greedy);
+    }
+    assert_eq!(rig.stats().train_steps, 4, "no second copy");
+    assert!(events.try_recv().is_err(), "nothing is told before it is durable");
+    // The adapter first, then the state that names its step.
+    assert!(spec.folder.join("checkpoint-2").is_dir() && !spec.folder.join(files::STATE).exists());
+    // A pipe cannot be synced: when the disk says so, the job fails and says it, too.
+    std::fs::read(&pipe).unwrap();
+    let heard = to_the_end(&mut events);
+    assert!(
+        matches!(heard.last(), Some(JobEvent::Failed { message }) if message.contains(files::STATE)),
+        "{heard:?}"
+    );
+    let checkpoint = |event: &JobEvent| matches!(event, JobEvent::Checkpoint { .. });
+    assert!(!heard.iter().any(checkpoint));
 }

@@ -1,5 +1,4 @@
-//! A trained model: log-probabilities and greedy texts of transformers. The model is not in the repository; without it
-//! these tests say so and pass. TANDEM_STORY_MODEL names its folder.
+//! A trained model, the one in the binary: log-probabilities and greedy texts of transformers.
 
 use std::path::{Path, PathBuf};
 
@@ -19,14 +18,14 @@ struct Case {
     greedy: Vec<TokenId>,
 }
 
-fn open() -> Option<(PathBuf, Vec<Case>)> {
-    let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/models/story");
-    let folder = std::env::var_os("TANDEM_STORY_MODEL").map_or(beside, PathBuf::from);
-    let Ok(bytes) = std::fs::read(folder.join("expected.json")) else {
-        println!("skipped: no story model (set TANDEM_STORY_MODEL to its folder)");
-        return None;
-    };
-    let expected: Value = serde_json::from_slice(&bytes).expect("expected.json is JSON");
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../server/demo")
+}
+
+/// The cases, and how far transformers' own bfloat16 is from them.
+fn expected() -> (Vec<Case>, f64) {
+    let bytes = std::fs::read(fixtures_folder().join("demo.json")).expect("the fixture is committed");
+    let expected: Value = serde_json::from_slice(&bytes).expect("the fixture is JSON");
     let list = |value: &Value| value.as_array().expect("a list").clone();
     let case = |case: &Value| Case {
         prompt: list(&case["prompt_ids"]).iter().map(token).collect(),
@@ -37,7 +36,8 @@ fn open() -> Option<(PathBuf, Vec<Case>)> {
             .collect(),
         greedy: list(&case["greedy_ids"]).iter().map(token).collect(),
     };
-    Some((folder, list(&expected["cases"]).iter().map(case).collect()))
+    let cases = list(&expected["cases"]).iter().map(case).collect();
+    (cases, expected["bf16_max_abs_error"].as_f64().expect("a number"))
 }
 
 fn worst_error(decoder: &Decoder, cases: &[Case]) -> f64 {
@@ -59,15 +59,12 @@ fn worst_error(decoder: &Decoder, cases: &[Case]) -> f64 {
 
 #[test]
 fn log_probabilities_are_transformers() {
-    let Some((folder, cases)) = open() else { return };
-    let load = |precision| Decoder::load(&folder, precision, Device::Cpu).expect("the story model loads");
+    let (cases, theirs) = expected();
+    let load = |precision| Decoder::load(&folder(), precision, Device::Cpu).expect("the demo model loads");
     let float32 = worst_error(&load(Precision::F32), &cases);
     let bfloat16 = worst_error(&load(Precision::Bf16), &cases);
-    let yardstick = std::fs::read(fixtures_folder().join("story.json")).expect("the fixture is committed");
-    let yardstick: Value = serde_json::from_slice(&yardstick).expect("the fixture is JSON");
-    let theirs = yardstick["bf16_max_abs_error"].as_f64().expect("a number");
     println!(
-        "story: float32 error {float32:.1e}, bfloat16 {bfloat16:.4} (transformers' bfloat16: {theirs:.4})"
+        "demo: float32 error {float32:.1e}, bfloat16 {bfloat16:.4} (transformers' bfloat16: {theirs:.4})"
     );
     assert!(float32 <= 1e-3, "float32 is {float32} off");
     assert!(
@@ -78,8 +75,8 @@ fn log_probabilities_are_transformers() {
 
 #[test]
 fn greedy_texts_are_transformers() {
-    let Some((folder, cases)) = open() else { return };
-    let decoder = Decoder::load(&folder, Precision::F32, Device::Cpu).expect("the story model loads");
+    let (cases, _) = expected();
+    let decoder = Decoder::load(&folder(), Precision::F32, Device::Cpu).expect("the demo model loads");
     for Case { prompt, greedy, .. } in &cases {
         let mut pages = Pages::new(&decoder, 1, prompt.len() + greedy.len());
         let mut next = |tokens: &[TokenId], done| {

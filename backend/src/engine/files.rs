@@ -1,0 +1,138 @@
+//! The thread that reads and writes the files of jobs, so that no stream waits for a disk. It does one thing at a time,
+//! in the order it was asked: what a job wrote is there when the job is begun again. Not here: what is written (train).
+
+use std::task::{Context, Poll};
+
+use tandem_core::job::JobSpec;
+use tandem_kernels::pool;
+use tokio::sync::mpsc;
+
+use crate::guard;
+use crate::lora::fit::Fit;
+use crate::train::snapshot::{Occasion, Snapshot, Written};
+use crate::train::{Inputs, TrainError, Trainer};
+
+/// Names an order and what comes of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ticket(u64);
+
+pub struct Files {
+    orders: mpsc::UnboundedSender<(Ticket, Order)>,
+    done: mpsc::UnboundedReceiver<Done>,
+    tickets: u64,
+    /// Snapshots ordered and not yet durable.
+    writing: usize,
+}
+
+enum Order {
+    Begin(Box<JobSpec>),
+    Write(Box<Snapshot>),
+}
+
+pub enum Done {
+    /// The job can train; or why not.
+    Begun(Ticket, Result<Begun, String>),
+    Written(Ticket, Occasion, Result<Written, TrainError>),
+}
+
+pub struct Begun {
+    pub trainer: Box<Trainer>,
+    /// What other ranks begin from.
+    pub inputs: Inputs,
+}
+
+impl Files {
+    pub fn new(fit: Fit) -> Files {
+        let (orders, ordered) = mpsc::unbounded_channel();
+        let (report, done) = mpsc::unbounded_channel();
+        let thread = std::thread::Builder::new().name("tandem-files".to_owned());
+        thread
+            .spawn(move || obey_all(ordered, report, &fit))
+            .expect("the system starts a thread");
+        Files {
+            orders,
+            done,
+            tickets: 0,
+            writing: 0,
+        }
+    }
+
+    pub fn begin(&mut self, spec: JobSpec) -> Ticket {
+        self.order(Order::Begin(Box::new(spec)))
+    }
+
+    pub fn write(&mut self, snapshot: Snapshot) -> Ticket {
+        self.writing += 1;
+        self.order(Order::Write(Box::new(snapshot)))
+    }
+
+    /// A job saves again only when this is over: so a slow disk makes it wait, and no more than one copy of its numbers.
+    pub fn is_writing(&self) -> bool {
+        self.writing > 0
+    }
+
+    pub fn poll_done(&mut self, context: &mut Context) -> Poll<Done> {
+        match self.done.poll_recv(context) {
+            Poll::Ready(Some(done)) => Poll::Ready(self.count(done)),
+            Poll::Ready(None) | Poll::Pending => Poll::Pending,
+        }
+    }
+
+    /// Waits for what is being written, at the engine's end. `None`: all is.
+    pub fn wait(&mut self) -> Option<Done> {
+        match self.is_writing() {
+            true => self.done.blocking_recv().map(|done| self.count(done)),
+            false => None,
+        }
+    }
+
+    fn count(&mut self, done: Done) -> Done {
+        if let Done::Written(..) = done {
+            self.writing -= 1;
+        }
+        done
+    }
+
+    fn order(&mut self, order: Order) -> Ticket {
+        self.tickets += 1;
+        let ticket = Ticket(self.tickets);
+        self.orders
+            .send((ticket, order))
+            .expect("the thread lives as long as its orders can come");
+        ticket
+    }
+}
+
+fn obey_all(
+    mut orders: mpsc::UnboundedReceiver<(Ticket, Order)>,
+    report: mpsc::UnboundedSender<Done>,
+    fit: &Fit,
+) {
+    pool::stand_aside();
+    while let Some((ticket, order)) = orders.blocking_recv() {
+        let done = match order {
+            Order::Begin(spec) => {
+                let begun = guard::torch(|| begin(*spec, fit).map_err(|error| error.to_string()));
+                Done::Begun(ticket, begun.unwrap_or_else(|fault| Err(fault.to_string())))
+            }
+            Order::Write(snapshot) => {
+                let occasion = snapshot.occasion();
+                let written = guard::torch(|| snapshot.write());
+                Done::Written(
+                    ticket,
+                    occasion,
+                    written.unwrap_or_else(|fault| Err(TrainError::Fault(fault))),
+                )
+            }
+        };
+        if report.send(done).is_err() {
+            return;
+        }
+    }
+}
+
+fn begin(spec: JobSpec, fit: &Fit) -> Result<Begun, TrainError> {
+    let inputs = Inputs::read(&spec.folder)?;
+    let trainer = Box::new(Trainer::start_with(spec, &inputs, fit.clone())?);
+    Ok(Begun { trainer, inputs })
+}

@@ -1,0 +1,113 @@
+//! Work on texts, which takes a millisecond for some kilobytes and seconds for the longest that are taken: long ones go
+//! to threads where no other request waits behind them, a few at a time. Not here: what is done with the text.
+
+use std::sync::Arc;
+
+use serde_json::Value;
+use tandem_core::TokenId;
+use tandem_text::{Skip, SpecialTokens, Tokenizer};
+use tokio::sync::Semaphore;
+
+use crate::api::{Prompt, RouterError};
+use crate::{Router, generate, text_error};
+
+/// Up to here a text is worked on where it is: moving it to another thread costs as much.
+const INLINE_TEXT_BYTES: usize = 4 << 10;
+
+pub(crate) struct Texts {
+    pub tokenizer: Tokenizer,
+    /// One for each core: more at once would only take the cores from each other, and from the engine.
+    places: Arc<Semaphore>,
+}
+
+impl Texts {
+    pub fn new(tokenizer: Tokenizer) -> Texts {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Texts {
+            tokenizer,
+            places: Arc::new(Semaphore::new(cores)),
+        }
+    }
+
+    pub async fn work<T: Send + 'static>(
+        &self,
+        bytes: usize,
+        work: impl FnOnce(&Tokenizer) -> T + Send + 'static,
+    ) -> T {
+        if bytes <= INLINE_TEXT_BYTES {
+            return work(&self.tokenizer);
+        }
+        let place = self.places.clone().acquire_owned().await;
+        let tokenizer = self.tokenizer.clone();
+        let elsewhere = tokio::task::spawn_blocking(move || {
+            let _place = place.expect("the semaphore is never closed");
+            work(&tokenizer)
+        });
+        match elsewhere.await {
+            Ok(done) => done,
+            Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+        }
+    }
+}
+
+impl Router {
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.0.texts.tokenizer
+    }
+
+    /// `special` is for [`Prompt::Text`]; a chat template writes its own.
+    pub async fn tokenize(
+        &self,
+        prompt: Prompt,
+        special: SpecialTokens,
+    ) -> Result<Vec<TokenId>, RouterError> {
+        let bytes = work_bytes(&prompt);
+        let encode = move |tokenizer: &Tokenizer| generate::encode(tokenizer, prompt, special);
+        self.0.texts.work(bytes, encode).await
+    }
+
+    pub async fn detokenize(&self, tokens: Vec<TokenId>) -> Result<String, RouterError> {
+        let bytes = size_of_val(&*tokens);
+        let decode = move |tokenizer: &Tokenizer| tokenizer.decode(&tokens, Skip::Nothing);
+        let text = self.0.texts.work(bytes, decode).await;
+        text.map_err(|error| text_error("tokens", error))
+    }
+
+    /// The text of each token.
+    pub async fn spell(&self, tokens: Vec<TokenId>) -> Vec<String> {
+        let bytes = size_of_val(&*tokens);
+        let spell = move |tokenizer: &Tokenizer| tokens.iter().map(|&id| tokenizer.token_text(id)).collect();
+        self.0.texts.work(bytes, spell).await
+    }
+}
+
+/// Bytes of text that are tokenized, a template's own not counted.
+pub(crate) fn text_bytes(prompt: &Prompt) -> usize {
+    match prompt {
+        Prompt::Text(text) => text.len(),
+        Prompt::Tokens(_) => 0,
+        Prompt::Chat { messages, .. } => messages.iter().map(|message| message.content.len()).sum(),
+    }
+}
+
+/// What there is to work on: also what a template is given beside the messages.
+fn work_bytes(prompt: &Prompt) -> usize {
+    let given = match prompt {
+        Prompt::Chat { kwargs, .. } => kwargs.values().map(value_bytes).sum(),
+        Prompt::Text(_) | Prompt::Tokens(_) => 0,
+    };
+    text_bytes(prompt) + given
+}
+
+/// About the length of its JSON.
+fn value_bytes(value: &Value) -> usize {
+    match value {
+        Value::Null | Value::Bool(_) | Value::Number(_) => 4,
+        Value::String(text) => text.len(),
+        Value::Array(values) => values.iter().map(value_bytes).sum(),
+        Value::Object(values) => values
+            .iter()
+            .map(|(key, value)| key.len() + value_bytes(value))
+            .sum(),
+    }
+}
