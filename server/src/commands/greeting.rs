@@ -127,6 +127,7 @@ mod tests {
             model_folder: PathBuf::new(),
             base_digest: Digest([0; 32]),
             vocab_size: 1,
+            hidden_size: 192,
             max_model_len: 512,
             max_num_seqs: 64,
             max_num_batched_tokens: 512,
