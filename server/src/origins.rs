@@ -17,6 +17,8 @@ use crate::error::ApiError;
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 /// Supervisors ask under any name.
 const OPEN_PATHS: [&str; 2] = ["/health", "/ready"];
+/// Ends of names that nobody can register.
+const PRIVATE: [&str; 4] = [".localhost", ".local", ".internal", ".home.arpa"];
 /// For how long a browser may remember what a preflight said.
 const MAX_AGE: Duration = Duration::from_secs(600);
 
@@ -76,13 +78,10 @@ impl Origins {
     fn know(&self, host: &str) -> bool {
         let host = host.to_ascii_lowercase();
         let name = name(&host);
-        let private = |suffix: &&str| name.ends_with(suffix);
         self.any
             || !name.contains('.')
             || name.parse::<IpAddr>().is_ok()
-            || [".localhost", ".local", ".internal", ".home.arpa"]
-                .iter()
-                .any(|suffix| private(&suffix))
+            || PRIVATE.iter().any(|suffix| name.ends_with(suffix))
             || self
                 .listed
                 .iter()
