@@ -49,6 +49,12 @@ pub struct ChatRequest {
     pub skip_special_tokens: Option<bool>,
     pub add_generation_prompt: Option<bool>,
     pub continue_final_message: Option<bool>,
+    /// `none`, `minimal`, `low`, `medium`, `high`, `xhigh` or `max`: for chat templates that read it, or that can turn
+    /// thinking off.
+    pub reasoning_effort: Option<String>,
+    /// For chat templates that read them (retrieval).
+    #[schema(value_type = Option<Vec<BTreeMap<String, serde_json::Value>>>)]
+    pub documents: Option<Vec<serde_json::Map<String, serde_json::Value>>>,
     #[schema(value_type = Option<BTreeMap<String, serde_json::Value>>)]
     pub chat_template_kwargs: Option<serde_json::Map<String, serde_json::Value>>,
     #[schema(minimum = 0, maximum = 20)]
@@ -63,10 +69,18 @@ pub struct ChatRequest {
 pub struct ChatMessage {
     /// `system`, `developer`, `user`, `assistant` or `tool`
     pub role: String,
+    /// May be null beside `tool_calls` or `reasoning_content`.
     pub content: Option<ChatContent>,
     pub name: Option<String>,
+    /// What the assistant thought before it answered; `reasoning` and `thinking` are other names of it.
+    pub reasoning_content: Option<String>,
+    pub reasoning: Option<String>,
+    pub thinking: Option<String>,
+    /// What the assistant called in an earlier turn.
     #[schema(value_type = Option<Vec<serde_json::Value>>)]
     pub tool_calls: Option<serde_json::Value>,
+    /// Of a `tool` message: the call it answers.
+    pub tool_call_id: Option<String>,
     #[schema(value_type = Option<BTreeMap<String, serde_json::Value>>)]
     pub function_call: Option<serde_json::Value>,
 }

@@ -18,6 +18,15 @@ pub struct TokenizeRequest {
     pub add_generation_prompt: Option<bool>,
     /// Only with `messages` (default false).
     pub continue_final_message: Option<bool>,
+    /// Only with `messages`: definitions of functions, for chat templates that write them into the prompt.
+    #[schema(value_type = Option<Vec<std::collections::BTreeMap<String, serde_json::Value>>>)]
+    pub tools: Option<Vec<serde_json::Map<String, serde_json::Value>>>,
+    /// Only with `messages`: for chat templates that read them (retrieval).
+    #[schema(value_type = Option<Vec<std::collections::BTreeMap<String, serde_json::Value>>>)]
+    pub documents: Option<Vec<serde_json::Map<String, serde_json::Value>>>,
+    /// Only with `messages`.
+    pub reasoning_effort: Option<String>,
+    /// Only with `messages`.
     #[schema(value_type = Option<std::collections::BTreeMap<String, serde_json::Value>>)]
     pub chat_template_kwargs: Option<serde_json::Map<String, serde_json::Value>>,
     pub return_token_strs: Option<bool>,

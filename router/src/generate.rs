@@ -10,7 +10,7 @@ use tandem_core::sampling::Sampling;
 use tandem_text::chat::Ending;
 use tandem_text::stop::{Matched, StopStrings};
 use tandem_text::stream::TextStream;
-use tandem_text::{Skip, SpecialTokens, Tokenizer};
+use tandem_text::{Skip, SpecialTokens, TextError, Tokenizer};
 use tokio::sync::mpsc;
 
 use crate::api::{Call, Generation, Prompt, RouterError};
@@ -197,7 +197,10 @@ pub(crate) fn encode(
             };
             tokenizer
                 .encode_chat(&messages, ending, &kwargs)
-                .map_err(|error| text_error("messages", error))
+                .map_err(|error| match &error {
+                    TextError::UnreadVariable { name, .. } => text_error(&name.clone(), error),
+                    _ => text_error("messages", error),
+                })
         }
     }
 }

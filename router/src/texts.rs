@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 use tandem_core::TokenId;
-use tandem_text::{Skip, SpecialTokens, Tokenizer};
+use tandem_text::{Message, Skip, SpecialTokens, Tokenizer};
 use tokio::sync::Semaphore;
 
 use crate::api::{Prompt, RouterError};
@@ -86,14 +86,17 @@ pub(crate) fn text_bytes(prompt: &Prompt) -> usize {
     match prompt {
         Prompt::Text(text) => text.len(),
         Prompt::Tokens(_) => 0,
-        Prompt::Chat { messages, .. } => messages.iter().map(|message| message.content.len()).sum(),
+        Prompt::Chat { messages, .. } => messages.iter().map(Message::content_bytes).sum(),
     }
 }
 
-/// What there is to work on: also what a template is given beside the messages.
+/// What there is to work on: also what a template is given beside the messages' content.
 fn work_bytes(prompt: &Prompt) -> usize {
     let given = match prompt {
-        Prompt::Chat { kwargs, .. } => kwargs.values().map(value_bytes).sum(),
+        Prompt::Chat { messages, kwargs, .. } => {
+            let fields = messages.iter().flat_map(|message| message.fields.values());
+            kwargs.values().chain(fields).map(value_bytes).sum()
+        }
         Prompt::Text(_) | Prompt::Tokens(_) => 0,
     };
     text_bytes(prompt) + given

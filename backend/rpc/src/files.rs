@@ -11,11 +11,14 @@ use tandem_core::id::Digest;
 /// What the base digest covers (config.json) or the replica's info tells (end-of-sequence tokens).
 const MODEL: [&str; 2] = ["config.json", "generation_config.json"];
 /// What decides how text becomes tokens. Where these differ, the same prompt is another one.
-const TEXT: [&str; 4] = [
+const TEXT: [&str; 7] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
 ];
 
 /// Names and contents, those that exist.
@@ -67,7 +70,9 @@ impl ModelFiles {
         let fresh = parent.join(format!(".model-{short}-{}", std::process::id()));
         fs::create_dir_all(&fresh)?;
         for (name, content) in self.iter() {
-            let mut file = fs::File::create(fresh.join(name))?;
+            let path = fresh.join(name);
+            fs::create_dir_all(path.parent().expect("a file lies in a folder"))?;
+            let mut file = fs::File::create(path)?;
             file.write_all(content)?;
             file.sync_all()?;
         }

@@ -383,12 +383,7 @@ async fn bad_calls_are_refused_by_name() {
     }
     assert!(engine.commands.try_recv().is_err(), "nothing reached the engine");
 
-    let messages = vec![Message {
-        role: "user".to_owned(),
-        content: "hi".to_owned(),
-        weight: None,
-        name: None,
-    }];
+    let messages = vec![Message::new("user", "hi")];
     let prompt = Prompt::Chat {
         messages,
         add_generation_prompt: true,

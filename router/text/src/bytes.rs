@@ -17,6 +17,9 @@ pub(crate) struct TokenBytes {
     ends: Vec<usize>,
     /// The decoder takes one space off the beginning of the whole text (it belongs to SentencePiece's dummy prefix).
     pub strips_leading_space: bool,
+    /// Each byte of a broken character becomes a U+FFFD of its own, as the library's byte fallback has it. Else the whole
+    /// broken sequence becomes one, as for `bytes.decode(errors="replace")`.
+    replaces_each_byte: bool,
 }
 
 impl TokenBytes {
@@ -32,6 +35,13 @@ impl TokenBytes {
             bytes: Vec::new(),
             ends: Vec::with_capacity(vocab_size),
             strips_leading_space,
+            replaces_each_byte: matches!(
+                spelling,
+                Spelling::Pieces {
+                    byte_fallback: true,
+                    ..
+                }
+            ),
         };
         for id in 0..vocab_size as u32 {
             match (added.get(&id), library.get_model().id_to_token(id), &spelling) {
@@ -57,6 +67,34 @@ impl TokenBytes {
 
     pub fn len(&self) -> usize {
         self.ends.len()
+    }
+
+    /// The text of bytes, and those at the end that may still become a character.
+    pub fn text<'a>(&self, mut bytes: &'a [u8]) -> (String, &'a [u8]) {
+        let mut text = String::new();
+        loop {
+            let error = match std::str::from_utf8(bytes) {
+                Ok(valid) => return (text + valid, &[]),
+                Err(error) => error,
+            };
+            let (valid, broken) = bytes.split_at(error.valid_up_to());
+            text.push_str(std::str::from_utf8(valid).expect("valid up to here"));
+            let Some(length) = error.error_len() else {
+                return (text, broken);
+            };
+            text.push_str(&self.replacement(length));
+            bytes = &broken[length..];
+        }
+    }
+
+    /// What stands for this many bytes of a broken character.
+    pub fn replacement(&self, n_bytes: usize) -> String {
+        let signs = if self.replaces_each_byte {
+            n_bytes
+        } else {
+            n_bytes.min(1)
+        };
+        String::from(char::REPLACEMENT_CHARACTER).repeat(signs)
     }
 }
 

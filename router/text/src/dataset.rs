@@ -7,7 +7,7 @@ use std::io::{BufRead, Read};
 
 use serde_json::{Map, Value};
 
-use crate::chat::Message;
+use crate::chat::{Content, Message};
 pub use crate::label::{Options, tokenize};
 
 /// Bytes of one line at most: about four million tokens, more than any context.
@@ -298,8 +298,10 @@ fn message_of(message: Value) -> Result<Message, String> {
         }
     };
     let content = match message.remove("content") {
-        Some(Value::String(text)) => text,
-        Some(Value::Array(parts)) => parts.into_iter().map(text_part).collect::<Result<String, _>>()?,
+        Some(Value::String(text)) => Content::Text(text),
+        Some(Value::Array(parts)) => {
+            Content::Parts(parts.into_iter().map(text_part).collect::<Result<_, _>>()?)
+        }
         None => return Err("content is missing.".to_owned()),
         Some(other) => {
             return Err(format!(
@@ -327,16 +329,16 @@ fn message_of(message: Value) -> Result<Message, String> {
     };
     let name = match message.remove("name") {
         None | Some(Value::Null) => None,
-        Some(Value::String(name)) => Some(name),
+        Some(name @ Value::String(_)) => Some(("name".to_owned(), name)),
         Some(other) => return Err(format!("name must be a string, got {}.", type_name(&other))),
     };
     let is_learned = role == "assistant" && weight != Some(0.0);
     keys::rest_of_message(message, is_learned)?;
     Ok(Message {
         role,
-        content,
+        content: Some(content),
         weight,
-        name,
+        fields: name.into_iter().collect(),
     })
 }
 

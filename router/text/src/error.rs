@@ -20,9 +20,19 @@ pub enum TextError {
          /v1/completions"
     )]
     NoChatTemplate,
+    #[error(
+        "the model's chat templates are named {0}, and none \"default\": name the one for a conversation without tools \
+         so, or put it into chat_template.jinja"
+    )]
+    NoDefaultTemplate(String),
     /// The template compiled, but refused these messages (or arguments).
     #[error("the chat template refuses these messages: {0}")]
     Refused(String),
+    /// The template would ignore a variable that the client set.
+    #[error(
+        "{name} has no effect: this model's chat template does not read it; it reads {reads}. Leave {name} out"
+    )]
+    UnreadVariable { name: String, reads: String },
     #[error("token {id} is not in the vocabulary of {vocab_size} tokens")]
     UnknownToken { id: u32, vocab_size: usize },
     #[error("this text cannot be tokenized: {0}")]

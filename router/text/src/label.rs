@@ -115,7 +115,7 @@ fn without_end(mut tokens: Vec<u32>, tokenizer: &Tokenizer) -> Vec<u32> {
 }
 
 fn chat(messages: &[Message], tokenizer: &Tokenizer) -> Result<Weighted, TextError> {
-    let template = tokenizer.chat_template()?;
+    let template = tokenizer.chat_template(&Kwargs::new())?;
     let text = template.render(messages, Ending::Closed, &Kwargs::new())?;
     let placed = tokenizer.encode_placed(&text, SpecialTokens::Omit)?;
     let mut tokens: Vec<u32> = placed.iter().map(|token| token.id).collect();
@@ -145,7 +145,7 @@ fn assistant_turns(
     let learned = learned.filter(|(_, message)| message.role == "assistant" && message.weight != Some(0.0));
     learned
         .map(|(i, _)| {
-            let prompt = template.render(&messages[..i], Ending::GenerationPrompt, &Kwargs::new())?;
+            let prompt = prompt(&messages[..=i], template)?;
             let closed = template.render(&messages[..=i], Ending::Closed, &Kwargs::new())?;
             match closed.starts_with(&prompt) && text.starts_with(&closed) {
                 true => Ok(prompt.len()..closed.len()),
@@ -153,6 +153,19 @@ fn assistant_turns(
             }
         })
         .collect()
+}
+
+/// What the model reads before it writes the last message.
+fn prompt(messages: &[Message], template: &ChatTemplate) -> Result<String, TextError> {
+    match messages {
+        // Templates cannot open a conversation that has no message; they can open the assistant's own.
+        [opening] => {
+            let empty = Message::new(&opening.role, "");
+            template.render(&[empty], Ending::OpenMessage, &Kwargs::new())
+        }
+        [before @ .., _] => template.render(before, Ending::GenerationPrompt, &Kwargs::new()),
+        [] => Ok(String::new()),
+    }
 }
 
 /// Tokens of a turn. One that begins before it and ends in it counts: the model must write it.

@@ -13,6 +13,6 @@ pub mod stop;
 pub mod stream;
 pub mod tokenizer;
 
-pub use chat::{ChatTemplate, Ending, Message};
+pub use chat::{ChatTemplate, Content, Ending, Message};
 pub use error::TextError;
 pub use tokenizer::{Skip, SpecialTokens, Tokenizer};

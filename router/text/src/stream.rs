@@ -57,7 +57,7 @@ impl TextStream {
         let mut bytes = self.tokenizer.visible_bytes(token, self.skip).unwrap_or_default();
         if self.at_start && !bytes.is_empty() {
             self.at_start = false;
-            if self.tokenizer.strips_leading_space() {
+            if self.tokenizer.bytes().strips_leading_space {
                 bytes = bytes.strip_prefix(b" ").unwrap_or(bytes);
             }
         }
@@ -67,33 +67,14 @@ impl TextStream {
 
     /// The rest at the end of the generation: half a character becomes U+FFFD.
     pub fn flush(&mut self) -> String {
-        String::from_utf8_lossy(&std::mem::take(&mut self.pending)).into_owned()
+        let half = std::mem::take(&mut self.pending);
+        self.tokenizer.bytes().replacement(half.len())
     }
 
     fn take_complete(&mut self) -> String {
-        let mut text = String::new();
-        let mut rest = self.pending.as_slice();
-        loop {
-            match std::str::from_utf8(rest) {
-                Ok(valid) => {
-                    text.push_str(valid);
-                    rest = &[];
-                    break;
-                }
-                Err(error) => {
-                    let (valid, broken) = rest.split_at(error.valid_up_to());
-                    text.push_str(std::str::from_utf8(valid).expect("valid up to here"));
-                    let Some(length) = error.error_len() else {
-                        rest = broken; // may still become a character
-                        break;
-                    };
-                    text.push(char::REPLACEMENT_CHARACTER);
-                    rest = &broken[length..];
-                }
-            }
-        }
-        let left = rest.len();
-        self.pending.drain(..self.pending.len() - left);
+        let (text, half) = self.tokenizer.bytes().text(&self.pending);
+        let half = half.len();
+        self.pending.drain(..self.pending.len() - half);
         text
     }
 }
@@ -175,6 +156,11 @@ mod tests {
         assert_eq!(
             (stream.push(byte(0xE4)), stream.push(byte(b'x'))),
             (String::new(), "\u{FFFD}x".to_owned())
+        );
+        // As the library's byte fallback: one sign for each byte.
+        assert_eq!(
+            [0xE4, 0xB8, b'x'].map(|b| stream.push(byte(b))),
+            ["", "", "\u{FFFD}\u{FFFD}x"]
         );
         assert_eq!(
             (stream.push(byte(0xF0)), stream.flush()),

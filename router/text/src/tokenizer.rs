@@ -1,16 +1,18 @@
-//! A model's tokenizer as its folder describes it: text to ids, ids to text, the special tokens. Not here: the chat
-//! template's language (`chat`), incremental text (`stream`).
+//! A model's tokenizer: text to ids, ids to text, the special tokens. Not here: its files (`folder`), the chat template's
+//! language (`chat`), incremental text (`stream`).
+
+mod folder;
+mod templates;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 
-use serde::Deserialize;
-use tokenizers::processors::template::TemplateProcessing;
-
 use crate::bytes::TokenBytes;
 use crate::chat::{ChatTemplate, Ending, Kwargs, Message};
 use crate::error::TextError;
+use folder::Folder;
+use templates::Templates;
 
 /// Cheap to clone, safe to share.
 #[derive(Clone)]
@@ -24,8 +26,7 @@ struct Inner {
     eos: Option<(u32, String)>,
     /// Text is encoded as if it began with a space (SentencePiece's dummy prefix).
     prefixes_space: bool,
-    template_source: Option<String>,
-    template: Result<ChatTemplate, TextError>,
+    templates: Templates,
 }
 
 /// Whether encoding adds what the tokenizer adds by default (BOS, mostly).
@@ -49,82 +50,19 @@ pub(crate) struct Placed {
     pub end: usize,
 }
 
-/// tokenizer_config.json, as far as it is read, and the files beside it.
-#[derive(Default, Deserialize)]
-struct Config {
-    #[serde(default)]
-    bos_token: Option<AddedToken>,
-    #[serde(default)]
-    eos_token: Option<AddedToken>,
-    #[serde(default)]
-    pad_token: Option<AddedToken>,
-    #[serde(default)]
-    unk_token: Option<AddedToken>,
-    #[serde(default)]
-    add_bos_token: Option<bool>,
-    #[serde(default)]
-    chat_template: Option<Templates>,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum AddedToken {
-    Text(String),
-    Object { content: String },
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Templates {
-    One(String),
-    Named(Vec<NamedTemplate>),
-}
-
-#[derive(Deserialize)]
-struct NamedTemplate {
-    name: String,
-    template: String,
-}
-
 impl Tokenizer {
-    /// Reads tokenizer.json, and where there are tokenizer_config.json, special_tokens_map.json, chat_template.jinja.
+    /// Reads tokenizer.json and what lies beside it (`folder::FILES`).
     pub fn from_folder(folder: &Path) -> Result<Tokenizer, TextError> {
-        let path = folder.join("tokenizer.json");
-        let json = std::fs::read(&path).map_err(|error| {
-            let hint = match folder.join("tokenizer.model").exists() {
-                true => "; tokenizer.model alone is not read: save the model once with transformers to get tokenizer.json",
-                false => "",
-            };
-            TextError::Read { path: path.clone(), message: format!("{error}{hint}") }
-        })?;
-        let damaged = |error: tokenizers::Error| TextError::Damaged {
-            path,
-            message: error.to_string(),
-        };
-        let library = tokenizers::Tokenizer::from_bytes(json).map_err(damaged)?;
-
-        let mut config: Config = read_json(&folder.join("tokenizer_config.json"))?.unwrap_or_default();
-        let map: Config = read_json(&folder.join("special_tokens_map.json"))?.unwrap_or_default();
-        config.bos_token = config.bos_token.or(map.bos_token);
-        config.eos_token = config.eos_token.or(map.eos_token);
-        config.pad_token = config.pad_token.or(map.pad_token);
-        config.unk_token = config.unk_token.or(map.unk_token);
-        // Newer transformers writes the template beside the config, and then prefers it.
-        if let Some(source) = read_text(&folder.join("chat_template.jinja"))? {
-            config.chat_template = Some(Templates::One(source));
-        }
-        Tokenizer::new(library, config)
+        Tokenizer::new(Folder::read(folder)?)
     }
 
-    fn new(mut library: tokenizers::Tokenizer, config: Config) -> Result<Tokenizer, TextError> {
-        let Config {
-            bos_token,
-            eos_token,
-            pad_token,
-            unk_token,
-            add_bos_token,
-            chat_template,
-        } = config;
+    fn new(folder: Folder) -> Result<Tokenizer, TextError> {
+        let Folder {
+            mut library,
+            named_tokens,
+            post_processor,
+            templates,
+        } = folder;
         // Tokenizing one request must not fight the compute pool for the cores.
         tokenizers::utils::parallelism::set_parallelism(false);
         // Both may have been saved by a training script; a server must not cut a prompt silently.
@@ -132,39 +70,15 @@ impl Tokenizer {
         library
             .with_truncation(None)
             .map_err(|error| TextError::Unsupported(error.to_string()))?;
-
-        let texts = [
-            ("bos_token", bos_token),
-            ("eos_token", eos_token),
-            ("pad_token", pad_token),
-            ("unk_token", unk_token),
-        ];
-        let [bos, eos, pad, unk] = texts.map(|(name, token)| {
-            let text = token.map(|token| match token {
-                AddedToken::Text(text) | AddedToken::Object { content: text } => text,
-            });
-            (name, text.filter(|text| !text.is_empty()))
-        });
-        let template_source = chat_template.and_then(default_template);
-        let template = match &template_source {
-            Some(source) => {
-                let known = [&bos, &eos, &pad, &unk].into_iter();
-                ChatTemplate::new(
-                    source,
-                    known.filter_map(|(name, text)| Some((*name, text.as_deref()?))),
-                )
-            }
-            None => Err(TextError::NoChatTemplate),
-        };
-        let with_id = |(_, text): (_, Option<String>)| {
-            let text = text?;
-            Some((library.token_to_id(&text)?, text))
-        };
-        let (bos, eos) = (with_id(bos), with_id(eos));
-        // As transformers does: tokenizer.json's post-processor decides about BOS, the config only where there is none.
-        if let (None, Some(true), Some((id, text))) = (library.get_post_processor(), add_bos_token, &bos) {
-            library.with_post_processor(Some(prepend(*id, text)?));
+        if let Some(post_processor) = post_processor {
+            library.with_post_processor(Some(post_processor));
         }
+        let with_id = |name: &str| {
+            let text: &String = named_tokens.get(name)?;
+            Some((library.token_to_id(text)?, text.clone()))
+        };
+        let (bos, eos) = (with_id("bos_token"), with_id("eos_token"));
+        let templates = Templates::new(templates, named_tokens);
 
         let ids = library.get_vocab(true).into_values();
         let vocab_size = ids.max().map_or(0, |id| id as usize + 1);
@@ -180,8 +94,7 @@ impl Tokenizer {
             bos,
             eos,
             prefixes_space: false,
-            template_source,
-            template,
+            templates,
         };
         // Asked by example: the dummy prefix can come from a normalizer or from a pre-tokenizer, in several versions.
         let probe = inner.encode("a", SpecialTokens::Omit, |encoding| {
@@ -213,7 +126,7 @@ impl Tokenizer {
         ending: Ending,
         kwargs: &Kwargs,
     ) -> Result<Vec<u32>, TextError> {
-        let rendered = self.chat_template()?.render(messages, ending, kwargs)?;
+        let rendered = self.chat_template(kwargs)?.render(messages, ending, kwargs)?;
         self.encode(&rendered, SpecialTokens::Omit)
     }
 
@@ -251,9 +164,10 @@ impl Tokenizer {
         }
         let stripped = bytes
             .strip_prefix(b" ")
-            .filter(|_| self.strips_leading_space())
+            .filter(|_| self.0.bytes.strips_leading_space)
             .unwrap_or(&bytes);
-        Ok(String::from_utf8_lossy(stripped).into_owned())
+        let (text, half) = self.0.bytes.text(stripped);
+        Ok(text + &self.0.bytes.replacement(half.len()))
     }
 
     /// Empty for ids outside the vocabulary (a padded model can sample one).
@@ -263,7 +177,8 @@ impl Tokenizer {
 
     /// Lossy text of the token alone.
     pub fn token_text(&self, id: u32) -> String {
-        String::from_utf8_lossy(self.0.bytes.get(id).unwrap_or_default()).into_owned()
+        let (text, half) = self.0.bytes.text(self.0.bytes.get(id).unwrap_or_default());
+        text + &self.0.bytes.replacement(half.len())
     }
 
     /// One past the largest id, added tokens included. A model's vocabulary may be padded beyond it.
@@ -284,12 +199,13 @@ impl Tokenizer {
     }
 
     pub fn chat_template_source(&self) -> Option<&str> {
-        self.0.template_source.as_deref()
+        self.0.templates.source()
     }
 
-    /// `NoChatTemplate` or `BrokenTemplate` where chat is impossible; everything else works without.
-    pub fn chat_template(&self) -> Result<&ChatTemplate, TextError> {
-        self.0.template.as_ref().map_err(Clone::clone)
+    /// The template for these variables. `NoChatTemplate` or `BrokenTemplate` where chat is impossible; everything else
+    /// works without.
+    pub fn chat_template(&self, kwargs: &Kwargs) -> Result<&ChatTemplate, TextError> {
+        self.0.templates.choose(kwargs)
     }
 
     /// What a token adds to text; `None` outside the vocabulary.
@@ -300,8 +216,8 @@ impl Tokenizer {
         }
     }
 
-    pub(crate) fn strips_leading_space(&self) -> bool {
-        self.0.bytes.strips_leading_space
+    pub(crate) fn bytes(&self) -> &TokenBytes {
+        &self.0.bytes
     }
 }
 
@@ -338,57 +254,6 @@ fn guarded(
         Ok(Err(error)) => Err(TextError::Encode(error.to_string())),
         Err(_) => Err(TextError::Encode("the tokenizer panicked".to_owned())),
     }
-}
-
-fn prepend(id: u32, text: &str) -> Result<TemplateProcessing, TextError> {
-    let piece =
-        |error: String| TextError::Unsupported(format!("add_bos_token with bos_token {text}: {error}"));
-    let mut builder = TemplateProcessing::builder();
-    builder
-        .try_single(vec![text.to_owned(), "$A".to_owned()])
-        .map_err(|error| piece(error.to_string()))?;
-    builder
-        .special_tokens(vec![(text.to_owned(), id)])
-        .build()
-        .map_err(|error| piece(error.to_string()))
-}
-
-fn default_template(templates: Templates) -> Option<String> {
-    match templates {
-        Templates::One(source) => Some(source),
-        Templates::Named(named) => {
-            let chosen = named
-                .iter()
-                .position(|template| template.name == "default")
-                .unwrap_or(0);
-            named
-                .into_iter()
-                .nth(chosen)
-                .map(|NamedTemplate { template, .. }| template)
-        }
-    }
-}
-
-/// `None`: there is no such file.
-fn read_text(path: &Path) -> Result<Option<String>, TextError> {
-    match std::fs::read_to_string(path) {
-        Ok(text) => Ok(Some(text)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(TextError::Read {
-            path: path.to_owned(),
-            message: error.to_string(),
-        }),
-    }
-}
-
-fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<Option<T>, TextError> {
-    let damaged = |error: serde_json::Error| TextError::Damaged {
-        path: path.to_owned(),
-        message: error.to_string(),
-    };
-    read_text(path)?
-        .map(|text| serde_json::from_str(&text).map_err(damaged))
-        .transpose()
 }
 
 #[cfg(test)]

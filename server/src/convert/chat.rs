@@ -1,13 +1,15 @@
 //! A chat request to a call. The answer is shaped in http/chat.rs, as it arrives.
 
+use serde_json::{Map, Value, json};
 use tandem_openapi::chat::{ChatContent, ChatMessage, ChatPart, ChatRequest};
 use tandem_router::api::{Call, Client, Prompt};
-use tandem_text::chat::Message;
+use tandem_text::chat::{Content, Message, parse_tool_calls};
 
 use super::sampling::{self, Delivery, Fields, Limits};
 use crate::error::{ApiError, invalid};
 
 const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
+const EFFORTS: [&str; 7] = ["none", "minimal", "low", "medium", "high", "xhigh", "max"];
 
 /// A checked request: what to generate and how to send it.
 pub struct Chat {
@@ -47,6 +49,8 @@ pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
         skip_special_tokens,
         add_generation_prompt,
         continue_final_message,
+        reasoning_effort,
+        documents,
         chat_template_kwargs,
         prompt_logprobs,
         return_token_ids,
@@ -79,12 +83,15 @@ pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
     if prompt_logprobs.is_some() && delivery != Delivery::Whole {
         return Err(invalid("prompt_logprobs", "prompt_logprobs cannot be streamed"));
     }
-    let prompt = prompt(
+    let prompt = prompt(Conversation {
         messages,
         add_generation_prompt,
         continue_final_message,
+        tools: None,
+        documents,
+        reasoning_effort,
         chat_template_kwargs,
-    )?;
+    })?;
     let fields = Fields {
         temperature,
         top_p,
@@ -122,13 +129,27 @@ pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
     })
 }
 
-/// Also what /tokenize takes.
-pub fn prompt(
-    messages: Vec<ChatMessage>,
-    add_generation_prompt: Option<bool>,
-    continue_final_message: Option<bool>,
-    kwargs: Option<serde_json::Map<String, serde_json::Value>>,
-) -> Result<Prompt, ApiError> {
+/// What the chat template makes a prompt of; /tokenize takes the same.
+pub struct Conversation {
+    pub messages: Vec<ChatMessage>,
+    pub add_generation_prompt: Option<bool>,
+    pub continue_final_message: Option<bool>,
+    pub tools: Option<Vec<Map<String, Value>>>,
+    pub documents: Option<Vec<Map<String, Value>>>,
+    pub reasoning_effort: Option<String>,
+    pub chat_template_kwargs: Option<Map<String, Value>>,
+}
+
+pub fn prompt(conversation: Conversation) -> Result<Prompt, ApiError> {
+    let Conversation {
+        messages,
+        add_generation_prompt,
+        continue_final_message,
+        tools,
+        documents,
+        reasoning_effort,
+        chat_template_kwargs,
+    } = conversation;
     if messages.is_empty() {
         let message = "messages is empty; at least one message is needed".to_owned();
         return Err(ApiError::Invalid {
@@ -151,12 +172,41 @@ pub fn prompt(
         .enumerate()
         .map(|(i, one)| message(i, one))
         .collect::<Result<_, _>>()?;
-    let kwargs = kwargs.unwrap_or_default().into_iter().collect();
+    if let Some(effort) = reasoning_effort
+        .as_deref()
+        .filter(|effort| !EFFORTS.contains(effort))
+    {
+        let text = format!(
+            "reasoning_effort must be one of {}, got {effort:?}",
+            EFFORTS.join(", ")
+        );
+        return Err(invalid("reasoning_effort", text));
+    }
+    let listed =
+        |list: Option<Vec<Map<String, Value>>>| list.filter(|list| !list.is_empty()).map(|list| json!(list));
+    let fields = [
+        ("tools", listed(tools)),
+        ("documents", listed(documents)),
+        ("reasoning_effort", reasoning_effort.map(Value::String)),
+    ];
+    let mut kwargs = chat_template_kwargs.unwrap_or_default();
+    for (name, value) in fields {
+        match (kwargs.contains_key(name), value) {
+            (_, None) => {}
+            (false, Some(value)) => {
+                kwargs.insert(name.to_owned(), value);
+            }
+            (true, Some(_)) => {
+                let text = format!("{name} is given twice: as a field and in chat_template_kwargs");
+                return Err(invalid("chat_template_kwargs", text));
+            }
+        }
+    }
     Ok(Prompt::Chat {
         messages,
         add_generation_prompt,
         continue_final_message,
-        kwargs,
+        kwargs: kwargs.into_iter().collect(),
     })
 }
 
@@ -165,43 +215,72 @@ fn message(i: usize, message: ChatMessage) -> Result<Message, ApiError> {
         role,
         content,
         name,
+        reasoning_content,
+        reasoning,
+        thinking,
         tool_calls,
+        tool_call_id,
         function_call,
     } = message;
     if !ROLES.contains(&role.as_str()) {
         let text = format!("{role:?} is not a role; the roles are {}", ROLES.join(", "));
         return Err(invalid(format!("messages[{i}].role"), text));
     }
-    let none = |value: &serde_json::Value| value.is_null() || value.as_array().is_some_and(Vec::is_empty);
-    for (field, value) in [("tool_calls", tool_calls), ("function_call", function_call)] {
-        if value.is_some_and(|value| !none(&value)) {
-            let param = format!("messages[{i}].{field}");
-            return Err(ApiError::NotBuilt {
-                param,
-                hint: String::new(),
-            });
-        }
+    if function_call.is_some_and(|call| !call.is_null()) {
+        return Err(ApiError::NotBuilt {
+            param: format!("messages[{i}].function_call"),
+            hint: "; use tool_calls".to_owned(),
+        });
     }
     let content = match content {
-        None => {
-            return Err(invalid(
-                format!("messages[{i}].content"),
-                format!("messages[{i}] has no content"),
-            ));
+        None => None,
+        Some(ChatContent::Text(text)) => Some(Content::Text(text)),
+        Some(ChatContent::Parts(parts)) => {
+            let parts = parts.into_iter().enumerate().map(|(j, one)| part(i, j, one));
+            Some(Content::Parts(parts.collect::<Result<_, _>>()?))
         }
-        Some(ChatContent::Text(text)) => text,
-        Some(ChatContent::Parts(parts)) => parts
-            .into_iter()
-            .enumerate()
-            .map(|(j, one)| part(i, j, one))
-            .collect::<Result<Vec<_>, _>>()?
-            .concat(),
     };
+    let is_empty = |value: &Value| value.is_null() || value.as_array().is_some_and(Vec::is_empty);
+    let tool_calls = match tool_calls.filter(|calls| !is_empty(calls)) {
+        None => None,
+        Some(_) if role != "assistant" => {
+            let text = format!("tool_calls are for assistant messages, not for {role}");
+            return Err(invalid(format!("messages[{i}].tool_calls"), text));
+        }
+        Some(calls) => Some(parse_tool_calls(calls).map_err(|problem| {
+            invalid(
+                format!("messages[{i}].tool_calls"),
+                format!("messages[{i}].tool_calls{problem}"),
+            )
+        })?),
+    };
+    let speaks = tool_calls.is_some()
+        || [&reasoning_content, &reasoning, &thinking]
+            .iter()
+            .any(|text| text.is_some());
+    let texts = [
+        ("name", name),
+        ("reasoning_content", reasoning_content),
+        ("reasoning", reasoning),
+        ("thinking", thinking),
+        ("tool_call_id", tool_call_id),
+    ];
+    let texts = texts
+        .into_iter()
+        .filter_map(|(key, text)| Some((key, Value::String(text?))));
+    let given = texts.chain(tool_calls.map(|calls| ("tool_calls", calls)));
+    let fields = given.map(|(key, value)| (key.to_owned(), value)).collect();
+    if content.is_none() && !(role == "assistant" && speaks) {
+        return Err(invalid(
+            format!("messages[{i}].content"),
+            format!("messages[{i}] has no content"),
+        ));
+    }
     Ok(Message {
         role,
         content,
         weight: None,
-        name,
+        fields,
     })
 }
 
@@ -216,6 +295,101 @@ fn part(i: usize, j: usize, ChatPart { kind, text }: ChatPart) -> Result<String,
                 param: param(),
                 hint: format!(": its type is {kind:?}, only \"text\" is built"),
             })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn conversation(body: Value) -> Result<Prompt, ApiError> {
+        let mut body = body;
+        body["model"] = json!("m");
+        let request: ChatRequest =
+            serde_json::from_value(body).expect("the cases have the fields of a request");
+        call(request, Limits { max_model_len: 64 }).map(|chat| chat.call.prompt)
+    }
+
+    #[test]
+    fn all_that_a_template_may_read_reaches_it() {
+        let body = json!({
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "Ann"},
+                {"role": "assistant", "content": null, "reasoning": "hm", "refusal": null, "tool_calls": [
+                    {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{\"x\": 1e-7}"}}]},
+                {"role": "tool", "content": "c", "tool_call_id": "1"},
+            ],
+            "reasoning_effort": "low", "documents": [{"text": "d"}], "chat_template_kwargs": {"enable_thinking": false},
+        });
+        let Ok(Prompt::Chat { messages, kwargs, .. }) = conversation(body) else {
+            panic!("a conversation")
+        };
+        assert_eq!(
+            messages[0].content,
+            Some(Content::Parts(vec!["a".to_owned(), "b".to_owned()]))
+        );
+        assert_eq!(
+            (&messages[0].fields["name"], &messages[1].content),
+            (&json!("Ann"), &None)
+        );
+        assert_eq!(messages[1].fields["reasoning"], "hm");
+        assert_eq!(
+            messages[1].fields["tool_calls"][0]["function"]["arguments"],
+            json!({"x": 1e-7})
+        );
+        assert_eq!(messages[2].fields["tool_call_id"], "1");
+        let expected =
+            json!({"reasoning_effort": "low", "documents": [{"text": "d"}], "enable_thinking": false});
+        assert_eq!(json!(kwargs), expected);
+    }
+
+    #[test]
+    fn what_no_template_can_read_is_refused_by_name() {
+        let cases = [
+            (
+                json!({"messages": [{"role": "assistant", "content": null}]}),
+                "messages[0].content",
+            ),
+            (
+                json!({"messages": [{"role": "user", "content": null, "reasoning": "a"}]}),
+                "messages[0].content",
+            ),
+            (
+                json!({"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]}),
+                "messages[0].tool_calls",
+            ),
+            (
+                json!({"messages": [{"role": "assistant", "tool_calls": [{}]}]}),
+                "messages[0].tool_calls",
+            ),
+            (
+                json!({"messages": [{"role": "assistant", "content": "a", "function_call": {}}]}),
+                "messages[0].function_call",
+            ),
+            (
+                json!({"messages": [{"role": "user", "content": "a"}], "reasoning_effort": "lots"}),
+                "reasoning_effort",
+            ),
+            (
+                json!({"messages": [{"role": "user", "content": "a"}], "reasoning_effort": "low",
+                       "chat_template_kwargs": {"reasoning_effort": "high"}}),
+                "chat_template_kwargs",
+            ),
+        ];
+        for (body, expected) in cases {
+            let shown = body.to_string();
+            match conversation(body) {
+                Err(
+                    ApiError::Invalid {
+                        param: Some(param), ..
+                    }
+                    | ApiError::NotBuilt { param, .. },
+                ) => {
+                    assert_eq!(param, expected, "{shown}");
+                }
+                other => panic!("{shown} gave {:?}", other.map(|_| "a prompt")),
+            }
         }
     }
 }

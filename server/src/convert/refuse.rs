@@ -329,7 +329,6 @@ const CHAT: &[Rule] = &[
     refused("add_special_tokens", no, "the chat template writes them"),
     refused("audio", never, "only text is understood"),
     refused("best_of", one, "use n"),
-    refused("documents", nothing, ""),
     refused("echo", no, "use POST /v1/completions"),
     refused("prediction", never, ""),
     refused("safe_prompt", nothing, "send a message with the role system"),
@@ -393,8 +392,6 @@ const TOKENIZE: &[Rule] = &[
     refused("input", nothing, "use prompt"),
     refused("add_special", never, "use add_special_tokens"),
     refused("with_pieces", nothing, "use return_token_strs"),
-    refused("documents", nothing, ""),
-    refused("tools", nothing, ""),
 ];
 
 const LORA: &[Rule] = &[

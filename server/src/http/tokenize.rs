@@ -11,6 +11,7 @@ use tandem_text::SpecialTokens;
 
 use crate::app::App;
 use crate::convert;
+use crate::convert::chat::Conversation;
 use crate::convert::files::missing;
 use crate::error::{ApiError, invalid};
 use crate::extract::Json;
@@ -31,18 +32,33 @@ pub async fn tokenize(
         add_special_tokens,
         add_generation_prompt,
         continue_final_message,
+        tools,
+        documents,
+        reasoning_effort,
         chat_template_kwargs,
         return_token_strs,
     } = body;
     model.map(|model| app.router.model(&model)).transpose()?;
     let prompt = match (prompt, messages) {
-        (Some(text), None) => Prompt::Text(text),
-        (None, Some(messages)) => convert::chat::prompt(
+        (Some(text), None) => {
+            let given = [("tools", tools.is_some()), ("documents", documents.is_some())];
+            if let Some((field, _)) = given.into_iter().find(|(_, given)| *given) {
+                return Err(invalid(
+                    field,
+                    format!("{field} go with messages, not with prompt"),
+                ));
+            }
+            Prompt::Text(text)
+        }
+        (None, Some(messages)) => convert::chat::prompt(Conversation {
             messages,
             add_generation_prompt,
             continue_final_message,
+            tools,
+            documents,
+            reasoning_effort,
             chat_template_kwargs,
-        )?,
+        })?,
         (None, None) => return Err(missing("prompt")),
         (Some(_), Some(_)) => return Err(invalid("prompt", "prompt and messages exclude each other")),
     };

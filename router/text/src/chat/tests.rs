@@ -1,159 +1,296 @@
 //! Templates against Jinja2's own output, open messages, refusals.
 
 use super::*;
-use serde_json::json;
 
 const LLAMA2: &str = include_str!("../fixture/llama2.jinja");
 const LLAMA3: &str = include_str!("../fixture/llama3.jinja");
 const CHATML: &str = include_str!("../fixture/chatml.jinja");
 const ZEPHYR: &str = include_str!("../fixture/zephyr.jinja");
 const THINKING: &str = include_str!("../fixture/thinking.jinja");
+const PARTS: &str = include_str!("../fixture/parts.jinja");
+const TOOLS: &str = include_str!("../fixture/tools.jinja");
 
 fn template(source: &str) -> ChatTemplate {
-    ChatTemplate::new(source, [("bos_token", "<s>"), ("eos_token", "</s>")]).unwrap()
+    let tokens = [("bos_token", "<s>"), ("eos_token", "</s>")];
+    ChatTemplate::new(
+        source,
+        tokens
+            .map(|(name, text)| (name.to_owned(), text.to_owned()))
+            .into(),
+    )
+    .unwrap()
 }
 
 fn chat(turns: &[(&str, &str)]) -> Vec<Message> {
-    let message = |&(role, content): &(&str, &str)| Message {
-        role: role.to_owned(),
-        content: content.to_owned(),
-        ..Message::default()
-    };
-    turns.iter().map(message).collect()
+    turns
+        .iter()
+        .map(|&(role, content)| Message::new(role, content))
+        .collect()
 }
 
-fn kwargs(json: serde_json::Value) -> Kwargs {
+fn kwargs(json: Json) -> Kwargs {
     serde_json::from_value(json).unwrap()
 }
 
-/// Expected: what Jinja2 3.1.6 in transformers' sandbox environment (trim_blocks, lstrip_blocks, its tojson and its
-/// generation tag) renders from the same files.
-#[test]
-fn renders_what_jinja2_renders() {
-    let short = chat(&[("user", "Hi ")]);
-    let long = chat(&[
-        ("system", "Be brief.\n"),
-        ("user", "2+2?"),
-        ("assistant", " 4 "),
-        ("user", "<b> & 'é'\n"),
-    ]);
-    let think = chat(&[
-        ("user", "a"),
-        ("assistant", "<think>hm</think>\nb"),
-        ("user", "c"),
-        ("assistant", "<think>x</think>\nd"),
-    ]);
-    let mut named = chat(&[("user", "Hi")]);
-    named[0].name = Some("Ann".to_owned());
-    let tool =
-        json!({"type": "function", "function": {"name": "f", "description": "<é>", "parameters": {"x": []}}});
-    let (prompt, closed) = (Ending::GenerationPrompt, Ending::Closed);
-    let cases = [
-        (LLAMA2, &short, prompt, json!({}), "<s>[INST] Hi [/INST]"),
-        (
-            LLAMA2,
-            &long,
-            prompt,
-            json!({}),
-            "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n2+2? [/INST] 4 </s><s>[INST] <b> & 'é' [/INST]",
-        ),
-        (
-            LLAMA3,
-            &short,
-            prompt,
-            json!({}),
-            "<s><|start_header_id|>system<|end_header_id|>\n\nToday Date: 26 Jul 2024\n\n<|eot_id|>\
-             <|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>\
-             <|start_header_id|>assistant<|end_header_id|>\n\n",
-        ),
-        (
-            LLAMA3,
-            &long,
-            closed,
-            json!({}),
-            "<s><|start_header_id|>system<|end_header_id|>\n\nToday Date: 26 Jul 2024\n\nBe brief.<|eot_id|>\
-             <|start_header_id|>user<|end_header_id|>\n\n2+2?<|eot_id|>\
-             <|start_header_id|>assistant<|end_header_id|>\n\n4<|eot_id|>\
-             <|start_header_id|>user<|end_header_id|>\n\n<b> & 'é'<|eot_id|>",
-        ),
-        (
-            LLAMA3,
-            &long,
-            prompt,
-            json!({"date_string": "1 May", "tools": [tool]}),
-            "<s><|start_header_id|>system<|end_header_id|>\n\nToday Date: 1 May\n\nFunctions:\n\n\
-             {\n    \"type\": \"function\",\n    \"function\": {\n        \"name\": \"f\",\n        \
-             \"description\": \"<é>\",\n        \"parameters\": {\n            \"x\": []\n        }\n    }\n}\n\n\
-             Be brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n2+2?<|eot_id|>\
-             <|start_header_id|>assistant<|end_header_id|>\n\n4<|eot_id|>\
-             <|start_header_id|>user<|end_header_id|>\n\n<b> & 'é'<|eot_id|>\
-             <|start_header_id|>assistant<|end_header_id|>\n\n",
-        ),
-        (
-            CHATML,
-            &short,
-            prompt,
-            json!({}),
-            "<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user\nHi <|im_end|>\n\
-             <|im_start|>assistant\n",
-        ),
-        (
-            CHATML,
-            &long,
-            closed,
-            json!({}),
-            "<|im_start|>system\nBe brief.\n<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n\
-             <|im_start|>assistant\n 4 <|im_end|>\n<|im_start|>user\n<b> & 'é'\n<|im_end|>\n",
-        ),
-        (
-            CHATML,
-            &named,
-            prompt,
-            json!({"enable_thinking": false}),
-            "<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user name=Ann\nHi<|im_end|>\n\
-             <|im_start|>assistant\n<think>\n\n</think>\n\n",
-        ),
-        (
-            ZEPHYR,
-            &long,
-            prompt,
-            json!({}),
-            "<|system|>\nBe brief.\n</s>\n<|user|>\n2+2?</s>\n<|assistant|>\n 4 </s>\n\
-             <|user|>\n<b> & 'é'\n</s>\n<|assistant|>\n",
-        ),
-        (ZEPHYR, &short, closed, json!({}), "<|user|>\nHi </s>\n"),
-        (
-            THINKING,
-            &think,
-            prompt,
-            json!({}),
-            "<user>a</user><assistant>b</assistant><user>c</user>\
-             <assistant><think>x</think>\nd</assistant><assistant>",
-        ),
-    ];
-    for (i, (source, messages, ending, variables, expected)) in cases.into_iter().enumerate() {
-        let rendered = template(source).render(messages, ending, &kwargs(variables));
-        assert_eq!(rendered.as_deref(), Ok(expected), "case {i}");
+/// A message as clients and training files write it.
+fn message(json: &Json) -> Message {
+    let mut fields = json.as_object().unwrap().clone();
+    let content = match fields.remove("content") {
+        Some(Json::String(text)) => Some(Content::Text(text)),
+        Some(Json::Array(parts)) => Some(Content::Parts(
+            parts
+                .iter()
+                .map(|part| part["text"].as_str().unwrap().to_owned())
+                .collect(),
+        )),
+        _ => None,
+    };
+    Message {
+        role: fields.remove("role").unwrap().as_str().unwrap().to_owned(),
+        content,
+        weight: None,
+        fields,
     }
 }
 
+/// What transformers renders stands in the fixture, or null where the template refuses.
 #[test]
-fn an_open_message_ends_with_its_content() {
+fn conversations_render_as_in_transformers() {
+    let fixture: Json = serde_json::from_str(include_str!("../fixture/python.json")).unwrap();
+    let cases = fixture["conversations"].as_array().unwrap();
+    assert!(cases.len() > 50);
+    for case in cases {
+        let source = match case["template"].as_str().unwrap() {
+            "chatml" => CHATML,
+            "llama2" => LLAMA2,
+            "llama3" => LLAMA3,
+            "parts" => PARTS,
+            "thinking" => THINKING,
+            "tools" => TOOLS,
+            "zephyr" => ZEPHYR,
+            other => panic!("{other} is not a template"),
+        };
+        let messages: Vec<Message> = case["messages"].as_array().unwrap().iter().map(message).collect();
+        let ending = match case["ending"].as_str().unwrap() {
+            "prompt" => Ending::GenerationPrompt,
+            "open" => Ending::OpenMessage,
+            _ => Ending::Closed,
+        };
+        let rendered = template(source).render(&messages, ending, &kwargs(case["variables"].clone()));
+        match case["text"].as_str() {
+            Some(expected) => assert_eq!(rendered.as_deref(), Ok(expected), "{case}"),
+            None => assert!(matches!(rendered, Err(TextError::Refused(_))), "{case}"),
+        }
+    }
+}
+
+/// Where transformers refuses, or gives the model another text than the user means.
+#[test]
+fn an_open_message_may_be_blank_or_only_thought() {
+    let thought = json!({"role": "assistant", "content": null, "reasoning_content": "Let me"});
     let cases = [
-        (CHATML, "Sure: ", "<|im_start|>assistant\nSure: "),
-        (LLAMA2, " Sure:  ", "[/INST] Sure:"), // the template strips
-        (LLAMA3, "Sure", "assistant<|end_header_id|>\n\nSure"),
+        (
+            CHATML,
+            json!({"role": "assistant", "content": " "}),
+            "<|im_start|>assistant\n ",
+        ),
+        // The template strips, but the header's own newlines stay.
+        (
+            LLAMA3,
+            json!({"role": "assistant", "content": ""}),
+            "assistant<|end_header_id|>\n\n",
+        ),
+        (
+            LLAMA3,
+            json!({"role": "assistant", "content": " \n"}),
+            "assistant<|end_header_id|>\n\n",
+        ),
+        (TOOLS, thought, "<assistant><think>Let me"),
+        // Parts where the template reads a string, and a string where it reads parts.
+        (
+            CHATML,
+            json!({"role": "assistant", "content": [{"text": "a"}, {"text": "<"}]}),
+            "assistant\na\n<",
+        ),
+        (
+            PARTS,
+            json!({"role": "assistant", "content": "<"}),
+            "<|assistant|>\n<",
+        ),
+        (
+            CHATML,
+            json!({"role": "assistant", "content": "TheModelGoesOnHere0"}),
+            "TheModelGoesOnHere0",
+        ),
     ];
-    for (source, content, expected) in cases {
-        let messages = chat(&[("user", "Sure?"), ("assistant", content)]);
+    for (source, last, expected) in cases {
+        let messages = [Message::new("user", "hi"), message(&last)];
         let text = template(source)
             .render(&messages, Ending::OpenMessage, &Kwargs::new())
             .unwrap();
         assert!(text.ends_with(expected), "{text:?}");
     }
-    for messages in [chat(&[]), chat(&[("user", "a"), ("assistant", " ")])] {
-        let refused = template(ZEPHYR).render(&messages, Ending::OpenMessage, &Kwargs::new());
-        assert!(matches!(refused, Err(TextError::Refused(_))));
+    let hides = "{% for m in messages %}{{ m.role }}: {{ m.content | length }}\n{% endfor %}";
+    let (nothing, user) = (
+        json!({"role": "assistant", "tool_calls": []}),
+        Message::new("user", "hi"),
+    );
+    for (source, messages) in [
+        (CHATML, vec![]),
+        (CHATML, vec![message(&nothing)]),
+        (hides, vec![user]),
+    ] {
+        let refused = template(source).render(&messages, Ending::OpenMessage, &Kwargs::new());
+        assert!(matches!(refused, Err(TextError::Refused(why)) if why.contains("continue_final_message")));
+    }
+}
+
+#[test]
+fn content_is_given_as_the_template_reads_it() {
+    let parts = json!([{"text": "one"}, {"text": "two"}]);
+    let cases = [
+        (PARTS, json!("one"), "<|user|>\none</s>"),
+        (PARTS, parts.clone(), "<|user|>\none\ntwo</s>"),
+        (CHATML, parts.clone(), "<|im_start|>user\none\ntwo<|im_end|>"),
+        (TOOLS, json!("one"), "<user>one</user>"),
+        (TOOLS, parts.clone(), "<user>one two</user>"), // as a list: its own separator
+    ];
+    for (source, content, expected) in cases {
+        let messages = [message(&json!({"role": "user", "content": content}))];
+        let text = template(source)
+            .render(&messages, Ending::Closed, &Kwargs::new())
+            .unwrap();
+        assert!(text.contains(expected), "{text:?}");
+    }
+    // This template reads parts of users only.
+    let system = [
+        message(&json!({"role": "system", "content": parts})),
+        Message::new("user", "x"),
+    ];
+    let text = template(TOOLS)
+        .render(&system, Ending::Closed, &Kwargs::new())
+        .unwrap();
+    assert!(text.starts_with("<system>one\ntwo</system>"), "{text:?}");
+    let developer = [Message::new("developer", "d"), Message::new("user", "x")];
+    let text = template(TOOLS)
+        .render(&developer, Ending::Closed, &Kwargs::new())
+        .unwrap();
+    assert!(text.starts_with("<system>d</system>"), "{text:?}");
+}
+
+#[test]
+fn what_the_template_does_not_read_is_refused() {
+    let user = chat(&[("user", "x")]);
+    let refused = |source: &str, variables: Json| {
+        template(source)
+            .render(&user, Ending::Closed, &kwargs(variables))
+            .err()
+            .map(|error| error.to_string())
+    };
+    let read = [
+        (
+            TOOLS,
+            json!({"tools": [{"function": {"name": "f", "parameters": {"properties": {}}}}]}),
+        ),
+        (TOOLS, json!({"enable_thinking": true, "reasoning_effort": "low"})),
+        (
+            ZEPHYR,
+            json!({"enable_thinking": false, "reasoning_effort": "none", "tools": null, "documents": []}),
+        ),
+    ];
+    for (source, variables) in read {
+        assert_eq!(refused(source, variables.clone()), None, "{variables}");
+    }
+    let unread = [
+        (
+            ZEPHYR,
+            json!({"tools": [{"function": {"name": "f"}}]}),
+            "tools has no effect",
+        ),
+        (
+            ZEPHYR,
+            json!({"reasoning_effort": "high"}),
+            "it reads only the messages",
+        ),
+        (
+            TOOLS,
+            json!({"enable_thinkin": true}),
+            "it reads enable_thinking, rest, system, tools. Leave enable_thinkin out",
+        ),
+    ];
+    for (source, variables, expected) in unread {
+        let error = refused(source, variables).unwrap();
+        assert!(error.contains(expected), "{error}");
+    }
+    let calls = json!({"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather", "arguments": {}}}]});
+    let error = template(ZEPHYR)
+        .render(&[message(&calls)], Ending::Closed, &Kwargs::new())
+        .unwrap_err();
+    assert!(
+        error.to_string().contains("leaves the tool call \"weather\" out"),
+        "{error}"
+    );
+}
+
+/// `reasoning_effort` switches thinking where a template knows no more than on and off.
+#[test]
+fn effort_switches_thinking() {
+    let user = chat(&[("user", "x")]);
+    for (variables, thinks_not) in [
+        (json!({}), false),
+        (json!({"reasoning_effort": "high"}), false),
+        (json!({"reasoning_effort": "none"}), true),
+        (
+            json!({"reasoning_effort": "none", "enable_thinking": true}),
+            false,
+        ),
+    ] {
+        let text = template(TOOLS)
+            .render(&user, Ending::GenerationPrompt, &kwargs(variables.clone()))
+            .unwrap();
+        assert_eq!(text.ends_with("<think></think>"), thinks_not, "{variables}");
+    }
+}
+
+#[test]
+fn reasoning_is_read_under_each_of_its_names() {
+    for read in REASONING {
+        let source = format!("{{% for m in messages %}}{{{{ m.{read} or 'none' }}}},{{% endfor %}}");
+        for sent in REASONING {
+            let thought = message(&json!({"role": "assistant", "content": "a", sent: "hm"}));
+            let text = template(&source)
+                .render(
+                    &[Message::new("user", "x"), thought],
+                    Ending::Closed,
+                    &Kwargs::new(),
+                )
+                .unwrap();
+            assert_eq!(text, "none,hm,", "{sent} as {read}");
+        }
+    }
+}
+
+#[test]
+fn tool_calls_are_parsed() {
+    let call = |arguments: Json| json!([{"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}]);
+    for (arguments, parsed) in [
+        (json!("{\"a\": 1}"), json!({"a": 1})),
+        (json!({"a": 1}), json!({"a": 1})),
+        (json!(""), json!({})),
+        (json!(null), json!({})),
+    ] {
+        assert_eq!(parse_tool_calls(call(arguments)).unwrap(), call(parsed));
+    }
+    for (calls, expected) in [
+        (json!({}), "must be an array"),
+        (json!([{"function": {}}]), "[0].function.name is missing"),
+        (json!([{"type": "custom", "function": {"name": "f"}}]), "[0].type"),
+        (call(json!("{")), "[0].function.arguments is not JSON"),
+        (call(json!("[1]")), "must be a JSON object"),
+        (call(json!(3)), "must be a JSON object"),
+    ] {
+        let error = parse_tool_calls(calls).unwrap_err();
+        assert!(error.contains(expected), "{error}");
     }
 }
 
@@ -170,7 +307,7 @@ fn refusals_say_why() {
     let reserved = template(ZEPHYR).render(&user, Ending::Closed, &kwargs(json!({"messages": []})));
     assert!(reserved.unwrap_err().to_string().contains("may not set messages"));
 
-    let broken = ChatTemplate::new("line one\n{% for x in %}", [])
+    let broken = ChatTemplate::new("line one\n{% for x in %}", BTreeMap::new())
         .err()
         .expect("must not compile");
     assert!(
@@ -178,10 +315,49 @@ fn refusals_say_why() {
         "{broken}"
     );
 
-    let fails = ChatTemplate::new("{{ messages[0].content.nonsense() }}", []).unwrap();
+    let fails = ChatTemplate::new("{{ messages[0].content.nonsense() }}", BTreeMap::new()).unwrap();
     let error = fails
         .render(&user, Ending::Closed, &Kwargs::new())
         .unwrap_err()
         .to_string();
     assert!(error.contains("nonsense") && error.contains("line 1"), "{error}");
+}
+
+/// A template comes with a model, from anywhere: each of these would hold a thread, or its memory, for minutes.
+#[test]
+fn a_template_has_limits() {
+    let cases = [
+        (
+            "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
+            "more than 5000000 steps",
+        ),
+        (
+            "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+            "recursion limit",
+        ),
+        (
+            "{{ [[1]] | tojson(indent=999999999999) }}",
+            "tojson: the text would have more than",
+        ),
+        (
+            "{{ [[1]] | tojson(indent=40000000) }}",
+            "tojson: the text would have more than",
+        ),
+        (
+            "{% set n = namespace(x=[]) %}{% for i in range(300) %}{% set n.x = [n.x] %}{% endfor %}{{ n.x | tojson }}",
+            "more than 256 levels",
+        ),
+        ("{{ 'x'.center(99999999) }}", "1048576 characters"),
+        ("{{ 'x' * 999999999 }}", "too large"),
+        (
+            "{% set x = 'x' * 9000000 %}{% for i in range(9) %}{{ x }}{% endfor %}",
+            "more than 67108864 bytes",
+        ),
+    ];
+    for (source, expected) in cases {
+        let error = template(source)
+            .render(&chat(&[("user", "x")]), Ending::Closed, &Kwargs::new())
+            .unwrap_err();
+        assert!(error.to_string().contains(expected), "{source}: {error}");
+    }
 }

@@ -4,10 +4,8 @@ use super::*;
 
 fn message(role: &str, content: &str, weight: Option<f32>) -> Message {
     Message {
-        role: role.to_owned(),
-        content: content.to_owned(),
         weight,
-        name: None,
+        ..Message::new(role, content)
     }
 }
 
@@ -19,7 +17,10 @@ fn rows_of_each_shape() {
             Row::Chat {
                 messages: vec![
                     message("system", "s", None),
-                    message("user", "ab", None),
+                    Message {
+                        content: Some(Content::Parts(vec!["a".to_owned(), "b".to_owned()])),
+                        ..message("user", "", None)
+                    },
                     message("assistant", "c", Some(0.0)),
                     message("assistant", "d", Some(1.0)),
                 ],

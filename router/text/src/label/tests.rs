@@ -10,6 +10,7 @@ const OPTIONS: Options = Options {
     prompt_loss_weight: 0.0,
 };
 const LLAMA2: &str = include_str!("../fixture/llama2.jinja");
+const LLAMA3: &str = include_str!("../fixture/llama3.jinja");
 const CHATML: &str = include_str!("../fixture/chatml.jinja");
 const ZEPHYR: &str = include_str!("../fixture/zephyr.jinja");
 const THINKING: &str = include_str!("../fixture/thinking.jinja");
@@ -94,6 +95,24 @@ fn the_prompt_is_what_serving_sends() {
                 "turn {turn}"
             );
         }
+    }
+}
+
+/// Templates that look at the first message cannot render a conversation without one.
+#[test]
+fn a_conversation_may_begin_with_the_assistant() {
+    let json = r#"{"messages":[{"role":"assistant","content":"It is 4."},{"role":"user","content":"Hello!"},
+        {"role":"assistant","content":"the fox"}]}"#;
+    let cases = [
+        (CHATML, ["It is 4.<|im_end|>", "the fox<|im_end|>"]),
+        (LLAMA3, ["It is 4.<|eot_id|>", "the fox<|eot_id|>"]),
+        (ZEPHYR, ["It is 4.</s>", "the fox</s>"]),
+        (OPEN, [" It is 4.\n", " the fox\n</s>"]),
+    ];
+    for (template, expected) in cases {
+        let tokenizer = fixture::byte_level(template);
+        let example = tokenize(&row(json), &tokenizer, &OPTIONS).unwrap();
+        assert_eq!(learned(&example, &tokenizer), expected, "{template}");
     }
 }
 
