@@ -22,6 +22,8 @@ pub use tandem_kernels::comm::{CommError, Meeting};
 pub use tandem_kernels::machine::amd;
 /// For the process's start.
 pub use tandem_kernels::machine::check_kernels;
+/// For its end in the middle of a step.
+pub use tandem_kernels::machine::exit_at_once;
 
 pub use start::memory::size;
 pub use start::{Dtype, ModelLen, Options, start};

@@ -10,6 +10,13 @@ use std::sync::OnceLock;
 
 pub use cores::compute_threads;
 
+/// Ends the process as it is. The usual way runs libtorch's destructors, which take its tables from under threads that
+/// still compute: they would die of it, loudly.
+pub fn exit_at_once(code: i32) -> ! {
+    // SAFETY: _exit takes any number, touches no memory of ours and does not return.
+    unsafe { libc::_exit(code) }
+}
+
 /// Forces a lower instruction set: for tests and diagnosis.
 pub const KERNELS_VARIABLE: &str = "TANDEM_CPU_KERNELS";
 

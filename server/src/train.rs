@@ -237,7 +237,7 @@ fn heed_signals() -> io::Result<Arc<OnceLock<&'static str>>> {
             let _ = ours.set(signals.next().await);
             eprintln!("\nstopping when this step is done; once more stops at once");
             let second = signals.next().await;
-            std::process::exit(signal_code(second).into());
+            tandem_backend::exit_at_once(signal_code(second).into())
         })
     })?;
     Ok(heard)
