@@ -24,12 +24,12 @@ use tracing::{info, warn};
 use crate::bank::AdapterBank;
 use crate::engine::{Engine, Parts};
 use crate::family::shard::{Layout, Shard};
-use crate::family::{AttnSpec, DecoderSpec, read_spec};
+use crate::family::{self, AttnSpec, DecoderSpec, read_spec};
 use crate::guard;
 use crate::model::Decoder;
 use crate::pace::{self, Pace};
 use crate::ranks::{self, Assembled, Followers, Plan, Ready, Team};
-use crate::weights::{Checkpoint, LoadError};
+use crate::weights::LoadError;
 use memory::size;
 
 /// Prompt tokens in a step that also continues streams. On a CPU a step's time grows with its tokens, and a quarter
@@ -138,14 +138,13 @@ fn assemble(options: Options) -> Result<(Engine, ReplicaHandle, Followers), Load
         followers,
     } = ranks::gather(&options.team, options.device, options.threads)?;
     // What the others miss is a panic of a collective here.
-    let loaded = guard::torch(|| load(&options, spec, device, local_world, comm));
+    let loaded = guard::torch(|| load(&options, device, local_world, comm));
     let (engine, handle) = loaded.map_err(|fault| LoadError::Lost(fault.message))??;
     Ok((engine, handle, followers))
 }
 
 fn load(
     options: &Options,
-    spec: DecoderSpec,
     device: Device,
     local_world: usize,
     comm: Comm,
@@ -166,14 +165,14 @@ fn load(
         seed,
         team,
     } = options.clone();
-    let checkpoint = Checkpoint::open(&model_folder)?;
+    let (spec, checkpoint) = family::open(&model_folder)?;
+    for note in &spec.notes {
+        warn!(model = %model_folder.display(), "{note}");
+    }
     let precision = match (dtype, checkpoint.main_kind()) {
         (Dtype::Bf16, _) | (Dtype::Auto, Kind::BFloat16 | Kind::Half) => Precision::Bf16,
         (Dtype::F32, _) | (Dtype::Auto, _) => Precision::F32,
     };
-    if let Some(asked) = kv_cache_bytes {
-        memory::check_asked(asked, device)?;
-    }
     let is_shorter_if_need_be = max_model_len == Some(ModelLen::Fits);
     let max_model_len = context_length(max_model_len, &spec)?;
     let plan = Plan {

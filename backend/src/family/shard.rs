@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use tandem_kernels::attention::{CacheShape, Heads};
 
-use super::{AttnSpec, Bias, Body, Cut, DecoderSpec, LinearId, LinearSpec, MlpSpec, Part};
+use super::{AttnSpec, Bias, Body, Cut, DecoderSpec, Head, LinearId, LinearSpec, MlpSpec, Part};
 use crate::weights::LoadError;
 
 /// One of the ranks that compute one model together.
@@ -110,6 +110,21 @@ impl Layout {
             kv_heads: (attn.kv_heads / world).max(1) as usize,
             head_dim: attn.head_dim as usize,
         }
+    }
+
+    /// Numbers of the matrices that this rank holds: what takes memory.
+    pub fn matrix_numbers(&self, spec: &DecoderSpec) -> u64 {
+        let linears: i64 = self
+            .linears
+            .iter()
+            .map(|linear| linear.n_rows() * linear.n_inputs())
+            .sum();
+        let tables = match spec.head {
+            Head::Tied => 1,
+            Head::Own => 2,
+        };
+        let table = (self.vocabulary.end - self.vocabulary.start) * spec.hidden;
+        (linears + tables * table) as u64
     }
 
     /// A KV cache of `blocks` blocks for this rank's heads. (Every attention of the supported families is shaped alike.)
@@ -221,7 +236,7 @@ fn check(spec: &DecoderSpec, world: i64) -> Result<(), LoadError> {
 mod tests {
     use super::*;
     use crate::family::spec::Projections;
-    use crate::family::{Head, NormSpec, Sublayer};
+    use crate::family::{NormSpec, Sublayer};
     use tandem_kernels::activation::Activation;
     use tandem_kernels::rope::{RopeScaling, RopeSpec};
 
@@ -274,6 +289,7 @@ mod tests {
             head: Head::Tied,
             max_positions: 64,
             eos_tokens: vec![],
+            notes: vec![],
         }
     }
 

@@ -23,6 +23,8 @@ pub struct DecoderSpec {
     pub max_positions: i64,
     /// End-of-sequence tokens: generation_config.json's, else config.json's.
     pub eos_tokens: Vec<u32>,
+    /// For the log: what of the config.json is not honoured, or not as its writer may think.
+    pub notes: Vec<String>,
 }
 
 /// `x + body(norm(x))`. A layer of Llama is two of them: attention, then MLP.

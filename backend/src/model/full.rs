@@ -9,7 +9,7 @@ use safetensors::tensor::TensorView;
 use tandem_core::rng;
 use tch::{Device, Kind, Tensor};
 
-use crate::family::{DecoderSpec, Head, Param, ParamId};
+use crate::family::{self, DecoderSpec, Head, Param, ParamId};
 use crate::weights::{Checkpoint, LoadError, has_weights};
 
 /// Matrices decay, norms and biases do not (as torchtune, nanoGPT and transformers' Trainer have it).
@@ -167,13 +167,16 @@ impl FullParams {
     }
 }
 
-/// Opens the folder's weights, or draws them when it has none (a model to be made from its config.json).
-pub fn read_or_init(folder: &Path, spec: &DecoderSpec, seed: u64) -> Result<FullParams, LoadError> {
-    let shape = FullShape::new(spec);
-    match has_weights(folder) {
-        true => FullParams::read(shape, &Checkpoint::open(folder)?),
-        false => Ok(FullParams::init(shape, seed)),
+/// The model of a folder and its parameters, drawn when it has no weights (a model to be made from its config.json).
+pub fn read_or_init(folder: &Path, seed: u64) -> Result<(DecoderSpec, FullParams), LoadError> {
+    if has_weights(folder) {
+        let (spec, checkpoint) = family::open(folder)?;
+        let params = FullParams::read(FullShape::new(&spec), &checkpoint)?;
+        return Ok((spec, params));
     }
+    let spec = family::read_spec(folder)?;
+    let params = FullParams::init(FullShape::new(&spec), seed);
+    Ok((spec, params))
 }
 
 /// Keeps the draws of initialisation apart from those of shuffling.

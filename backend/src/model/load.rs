@@ -17,7 +17,7 @@ use super::mlp::Mlp;
 use super::sublayer::{Body, Sublayer};
 use super::{Decoder, Norm};
 use crate::family::shard::{Layout, Shard};
-use crate::family::{self, Bias, DecoderSpec, Head, LinearId, NormSpec, Param, ParamId, read_spec};
+use crate::family::{self, Bias, DecoderSpec, Head, LinearId, NormSpec, Param, ParamId};
 use crate::weights::{Checkpoint, LoadError};
 
 /// Rows and columns that are wanted of a checkpoint's tensor. (A vector has one column.)
@@ -32,8 +32,8 @@ struct Piece {
 impl Decoder {
     /// The whole model.
     pub fn load(folder: &Path, precision: Precision, device: Device) -> Result<Decoder, LoadError> {
-        let checkpoint = Checkpoint::open(folder)?;
-        Decoder::from_checkpoint(read_spec(folder)?, &checkpoint, precision, device, Comm::solo())
+        let (spec, checkpoint) = family::open(folder)?;
+        Decoder::from_checkpoint(spec, &checkpoint, precision, device, Comm::solo())
     }
 
     /// This rank's part of the model, on `device`; nothing else of the checkpoint is read.

@@ -14,8 +14,9 @@ use tracing::info;
 
 use super::{decode, encode};
 use crate::family::DecoderSpec;
+use crate::family::shard::{Layout, Shard};
 use crate::model::Decoder;
-use crate::start::memory::{Free, KvDemand};
+use crate::start::memory::{self, Free, KvDemand};
 use crate::start::selftest;
 use crate::weights::{Checkpoint, LoadError};
 
@@ -109,6 +110,16 @@ pub(super) fn load(
     if device != Device::Cpu {
         selftest::run(device, &comm)?;
     }
+    let shard = Shard {
+        rank: comm.rank(),
+        world: comm.world(),
+    };
+    let numbers = Layout::new(&spec, shard)?.matrix_numbers(&spec);
+    memory::check_plan(
+        numbers * precision.value_bytes() as u64,
+        plan.kv_cache_bytes,
+        Free::on(device).share(local_world),
+    )?;
     let (decoder, own_digest) = std::thread::scope(|scope| {
         // Reads every byte once more, on another core than the one that packs them.
         let digest = (copy == Copy::Own).then(|| scope.spawn(|| checkpoint.digest()));

@@ -15,10 +15,10 @@ use tracing::{error, info, warn};
 
 use super::follow::Follower;
 use super::load::{self, Copy, Place, Plan, Ready};
-use crate::family::read_spec;
+use crate::family;
 use crate::guard;
 use crate::start::set_threads;
-use crate::weights::{Checkpoint, LoadError};
+use crate::weights::LoadError;
 
 /// How long rank 0 waits for ranks that somebody else starts; one attempt to meet takes a minute of it.
 const MEETING_PATIENCE: Duration = Duration::from_secs(600);
@@ -222,7 +222,7 @@ fn live(comm: Comm, place: &Place, copy: Copy, own_folder: Option<&Path>) -> Res
     let loaded = guard::torch(|| -> Result<Ready, LoadError> {
         let plan = Plan::heard(&comm);
         let folder = load::folder(&plan, own_folder);
-        let (spec, checkpoint) = (read_spec(folder)?, Checkpoint::open(folder)?);
+        let (spec, checkpoint) = family::open(folder)?;
         load::load(&plan, spec, &checkpoint, place, copy, comm)
     });
     let Ready { decoder, cache, .. } = loaded.map_err(|fault| LoadError::Lost(fault.message))??;

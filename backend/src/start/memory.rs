@@ -40,7 +40,7 @@ impl KvDemand {
         let all = of_one * u64::from(max_num_seqs);
         let share = |bytes: u64, share: f64| (bytes as f64 * share) as u64;
         let (room, whose) = match (asked, free) {
-            (Some(asked), _) => (asked, "kv_cache_memory_bytes"),
+            (Some(asked), _) => (asked, "--kv-cache-memory-bytes"),
             (None, Free::Host(bytes)) => (share(bytes, KV_SHARE), "half of the free memory"),
             (None, Free::Gpu(bytes)) => (share(bytes, GPU_KV_SHARE), "80 % of the GPU's free memory"),
             (None, Free::Unknown) => (UNKNOWN_KV_BYTES, "the default for a device of unknown memory"),
@@ -48,12 +48,18 @@ impl KvDemand {
         let fit = room / block_bytes;
         let needed = if is_shorter_if_need_be { 1 } else { of_one };
         if fit < needed {
+            let advice = match fit {
+                0 => format!(
+                    "not one block of {BLOCK_SIZE} tokens ({}) fits",
+                    size(block_bytes)
+                ),
+                _ => format!("choose --max-model-len {} or less", fit * BLOCK_SIZE as u64),
+            };
             return Err(LoadError::Option(format!(
-                "the KV cache of one sequence of max_model_len {max_model_len} takes {}, {whose} is {}; \
-                 choose max_model_len {} or less, or a larger kv_cache_memory_bytes",
+                "the KV cache of one sequence of --max-model-len {max_model_len} takes {}, {whose} is {}; {advice}, or \
+                 give a larger --kv-cache-memory-bytes",
                 size(of_one * block_bytes),
                 size(room),
-                fit * BLOCK_SIZE as u64,
             )));
         }
         let blocks = match asked {
@@ -62,6 +68,28 @@ impl KvDemand {
         };
         Ok(u32::try_from(blocks).unwrap_or(u32::MAX - 1))
     }
+}
+
+/// What a start is sure to take, before any weight is read: an operating system would rather end the process halfway than
+/// say no. `kv_asked`: bytes the operator chose for the cache.
+pub fn check_plan(weights: u64, kv_asked: Option<u64>, free: Free) -> Result<(), LoadError> {
+    let (Free::Host(left) | Free::Gpu(left)) = free else {
+        return Ok(());
+    };
+    let why = match kv_asked {
+        _ if weights > left => {
+            "stop what else takes memory, divide the model over more devices (--tensor-parallel-size), or take a smaller one"
+        }
+        Some(asked) if asked > left - weights => "ask for less, or leave that option out",
+        _ => return Ok(()),
+    };
+    let asked = kv_asked.map(|asked| format!(" and --kv-cache-memory-bytes asks for {}", size(asked)));
+    Err(LoadError::Option(format!(
+        "the weights take {}{}, {} are free: {why}",
+        size(weights),
+        asked.unwrap_or_default(),
+        size(left),
+    )))
 }
 
 /// Bytes this process may still take.
@@ -97,45 +125,40 @@ impl Free {
     }
 }
 
-/// An error when the cache is asked to be larger than the memory of its device: reserving it would end the process.
-pub fn check_asked(asked: u64, device: Device) -> Result<(), LoadError> {
-    let total = match device {
-        Device::Cpu => fs::read_to_string("/proc/meminfo")
-            .ok()
-            .and_then(|text| meminfo(&text, "MemTotal:")),
-        Device::Cuda(index) => gpu::memory(index).map(|memory| memory.total),
-        _ => None,
-    };
-    match total {
-        Some(total) if asked > total => Err(LoadError::Option(format!(
-            "kv_cache_memory_bytes asks for {}, the whole memory is {}",
-            size(asked),
-            size(total)
-        ))),
-        _ => Ok(()),
-    }
-}
-
 fn meminfo(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
 }
 
-/// A container's limit (cgroup 2, then 1) minus what it uses; page cache that can be dropped counts as used, so this
-/// is cautious.
+/// A container's limit (cgroup 2, then 1) minus what it uses. Page cache that was not read again is dropped first when
+/// memory is needed (the model's own files are there), so it counts as free.
 fn cgroup_left() -> Option<u64> {
-    let files = [
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    let groups = [
+        ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
         (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+            "/sys/fs/cgroup/memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
         ),
     ];
-    let number = |path: &str| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-    files
-        .iter()
-        .find_map(|(limit, used)| Some(number(limit)?.saturating_sub(number(used)?)))
+    groups.iter().find_map(|(group, limit, used, droppable)| {
+        let text = |file: &str| fs::read_to_string(format!("{group}/{file}")).ok();
+        let number = |file: &str| text(file)?.trim().parse::<u64>().ok();
+        let (limit, used) = (number(limit)?, number(used)?);
+        let stat = text("memory.stat").unwrap_or_default();
+        let dropped = stat_value(&stat, droppable).unwrap_or(0);
+        Some(limit.saturating_sub(used.saturating_sub(dropped)))
+    })
+}
+
+/// Of memory.stat: `inactive_file 4096`.
+fn stat_value(stat: &str, name: &str) -> Option<u64> {
+    let line = stat
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    line?.trim().parse().ok()
 }
 
 /// Bytes for people: three digits in the unit that suits them.
@@ -172,7 +195,14 @@ mod tests {
             (None, Free::Host(7_000), Err("half of the free memory")),
             (None, Free::Gpu(10_000), Ok(8)),
             (Some(50_000), Free::Host(0), Ok(50)),
-            (Some(3_999), Free::Unknown, Err("choose max_model_len 96 or less")),
+            (Some(50_000), Free::Unknown, Ok(50)),
+            (
+                Some(3_999),
+                Free::Unknown,
+                Err("choose --max-model-len 96 or less"),
+            ),
+            (Some(999), Free::Unknown, Err("not one block of 32 tokens")),
+            (None, Free::Host(0), Err("not one block of 32 tokens")),
             (None, Free::Unknown, Ok(16)),
         ];
         for (asked, free, expected) in cases {
@@ -199,6 +229,40 @@ mod tests {
         ] {
             assert_eq!(size(bytes), expected);
         }
+        for (weights, asked, free, expected) in [
+            (1 << 33, None, Free::Host(1 << 33), None),
+            (1 << 50, Some(1 << 50), Free::Unknown, None),
+            (1 << 30, Some(1 << 30), Free::Gpu(2 << 30), None),
+            (
+                3 << 30,
+                None,
+                Free::Gpu(1 << 30),
+                Some("the weights take 3.00 GiB, 1.00 GiB are free: stop"),
+            ),
+            (
+                1 << 30,
+                Some(100 << 40),
+                Free::Host(8 << 30),
+                Some(
+                    "the weights take 1.00 GiB and --kv-cache-memory-bytes asks for 100 TiB, 8.00 GiB are free: ask for less",
+                ),
+            ),
+        ] {
+            let error = check_plan(weights, asked, free)
+                .err()
+                .map(|error| error.to_string());
+            match expected {
+                None => assert_eq!(error, None),
+                Some(part) => assert!(
+                    error.as_ref().is_some_and(|error| error.starts_with(part)),
+                    "{error:?}"
+                ),
+            }
+        }
+        assert_eq!(
+            stat_value("inactive_anon 7\ninactive_file 4096\n", "inactive_file"),
+            Some(4096)
+        );
         assert_eq!(
             meminfo("MemTotal: 9 kB\nMemAvailable:   1234 kB\n", "MemAvailable:"),
             Some(1234 * 1024)

@@ -235,8 +235,7 @@ impl Trainer {
 
     /// Trains every parameter of the model in `model_folder` (drawn at random when it has no weights), in float32.
     pub fn start_full(spec: JobSpec, model_folder: &Path) -> Result<Trainer, TrainError> {
-        let decoder_spec = crate::family::read_spec(model_folder)?;
-        let params = full::read_or_init(model_folder, &decoder_spec, spec.hyper.seed)?;
+        let (decoder_spec, params) = full::read_or_init(model_folder, spec.hyper.seed)?;
         let precision = tandem_kernels::weight::Precision::F32;
         let decoder = Box::new(Decoder::from_params(decoder_spec, &params, precision)?);
         let grads = Grads::Full(FullParams::zeros(params.shape.clone()));
@@ -698,6 +697,11 @@ impl Trainer {
             step: self.step,
             trained_tokens: self.trained_tokens,
         }
+    }
+
+    /// What the model's own notes say.
+    pub fn notes<'a>(&'a self, base: Option<&'a Decoder>) -> &'a [String] {
+        &self.subject.parts(base).0.spec.notes
     }
 
     /// The bytes of the trained model's model.safetensors, after full training.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use tandem_core::job::{JobEvent, JobSpec, Method, files};
 use tandem_kernels::weight::Precision;
 use tch::{Device, Kind};
+use tracing::warn;
 
 use super::{TrainError, Trainer, state};
 use crate::model::Decoder;
@@ -49,6 +50,9 @@ impl Run {
             Some(base) => Trainer::start(spec, base)?,
             None => Trainer::start_full(spec, &model_folder)?,
         };
+        for note in trainer.notes(base.as_ref()) {
+            warn!(model = %model_folder.display(), "{note}");
+        }
         Ok(Run {
             trainer,
             base,

@@ -9,10 +9,15 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 use tandem_core::id::Digest;
+use tandem_kernels::finite;
 use tandem_kernels::mapped::{Block, MappedFile};
 use tch::{Kind, Tensor};
 
 use crate::family::Head;
+
+mod folder;
+
+pub use folder::check_folder;
 
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
@@ -20,6 +25,9 @@ pub enum LoadError {
     Read { file: String, error: std::io::Error },
     #[error("{file}: {message}")]
     Config { file: String, message: String },
+    /// Not a model's folder.
+    #[error("{0}")]
+    Folder(String),
     /// A damaged or inconsistent weight file or tensor.
     #[error("{file}: {message}")]
     Weights { file: String, message: String },
@@ -38,7 +46,6 @@ const INDEX: &str = "model.safetensors.index.json";
 /// The embedding table and the output head as checkpoints name them.
 pub const EMBED: &str = "model.embed_tokens.weight";
 pub const HEAD: &str = "lm_head.weight";
-
 /// Does the folder hold weights at all? (A model to be made has only its config.json and tokenizer.)
 pub fn has_weights(folder: &Path) -> bool {
     [WEIGHTS, INDEX].iter().any(|file| folder.join(file).exists())
@@ -48,6 +55,7 @@ pub struct Checkpoint {
     folder: PathBuf,
     files: Vec<(String, MappedFile)>,
     tensors: HashMap<String, Entry>,
+    notes: Vec<String>,
 }
 
 #[derive(Clone)]
@@ -61,15 +69,27 @@ struct Entry {
 }
 
 impl Checkpoint {
+    /// As transformers: one whole file goes before shards, and of a tensor in two shards the last one is taken.
     pub fn open(folder: &Path) -> Result<Checkpoint, LoadError> {
-        let names = match folder.join(INDEX).exists() {
-            true => indexed_files(folder)?,
-            false => vec![WEIGHTS.to_owned()],
-        };
         let mut checkpoint = Checkpoint {
             folder: folder.to_owned(),
             files: vec![],
             tensors: HashMap::new(),
+            notes: vec![],
+        };
+        let exists = |file: &str| folder.join(file).exists();
+        let names = match (exists(WEIGHTS), exists(INDEX)) {
+            (true, false) => vec![WEIGHTS.to_owned()],
+            (true, true) => {
+                let whole = vec![WEIGHTS.to_owned()];
+                if !indexed_files(folder).is_ok_and(|files| files == whole) {
+                    let note = format!("{WEIGHTS} is taken; {INDEX} and the shards it names are not");
+                    checkpoint.notes.push(note);
+                }
+                whole
+            }
+            (false, true) => indexed_files(folder)?,
+            (false, false) => return Err(LoadError::Folder(folder::without_weights(folder))),
         };
         for name in names {
             checkpoint.add(name)?;
@@ -78,8 +98,9 @@ impl Checkpoint {
     }
 
     fn add(&mut self, name: String) -> Result<(), LoadError> {
-        let mapped = MappedFile::open(&self.folder.join(&name)).map_err(|error| LoadError::Read {
-            file: name.clone(),
+        let path = self.folder.join(&name);
+        let mapped = MappedFile::open(&path).map_err(|error| LoadError::Read {
+            file: path.display().to_string(),
             error,
         })?;
         let damaged = |message: String| LoadError::Weights {
@@ -102,8 +123,15 @@ impl Checkpoint {
                 start,
                 end: start + view.data().len(),
             };
-            if self.tensors.insert(tensor.to_owned(), entry).is_some() {
-                return Err(damaged(format!("tensor `{tensor}` stands in two files")));
+            let earlier = self.tensors.insert(tensor.to_owned(), entry);
+            if let Some(earlier) = earlier.filter(|earlier| earlier.file != self.files.len()) {
+                let (file, mapped) = &self.files[earlier.file];
+                if &mapped.bytes()[earlier.start..earlier.end] != view.data() {
+                    let note = format!(
+                        "`{tensor}` is in {file} and, with other numbers, in {name}: the latter is taken"
+                    );
+                    self.notes.push(note);
+                }
             }
         }
         // safetensors' save_model writes a shared tensor (a tied head) once, and says under which name the other is.
@@ -123,6 +151,36 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// For the log: what is there and not taken.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// In order, so that messages are the same each time.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        let mut names: Vec<&str> = self.tensors.keys().map(String::as_str).collect();
+        names.sort_unstable();
+        names.into_iter()
+    }
+
+    /// The file of a tensor that is there.
+    pub fn file_of(&self, name: &str) -> &str {
+        &self.files[self.tensors[name].file].0
+    }
+
+    /// Are both there, with different numbers?
+    pub fn differ(&self, one: &str, other: &str) -> bool {
+        let bytes = |name| {
+            let entry: &Entry = self.tensors.get(name)?;
+            let bytes = &self.files[entry.file].1.bytes()[entry.start..entry.end];
+            Some((entry.dtype, bytes))
+        };
+        match (bytes(one), bytes(other)) {
+            (Some(one), Some(other)) => one != other,
+            _ => false,
+        }
+    }
+
     pub fn has(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
     }
@@ -139,7 +197,9 @@ impl Checkpoint {
     /// The tensor as stored (bf16, f16 or f32): convert or pack it, do not keep it.
     pub fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor, LoadError> {
         let (entry, mapped, kind) = self.find(name, shape)?;
-        Ok(mapped.tensor(entry.start..entry.end, kind, shape)?)
+        let tensor = mapped.tensor(entry.start..entry.end, kind, shape)?;
+        self.check_finite(name, &tensor)?;
+        Ok(tensor)
     }
 
     /// Some rows of a vector, or some rows and columns of a matrix, whose whole shape is `shape`; nothing else is read.
@@ -158,7 +218,23 @@ impl Checkpoint {
             columns: columns.start as usize..columns.end as usize,
         };
         let part = mapped.block(entry.start, kind, width as usize, block)?;
+        self.check_finite(name, &part)?;
         Ok(if shape.len() == 1 { part.view([-1]) } else { part })
+    }
+
+    /// One number that is none makes every answer none.
+    fn check_finite(&self, name: &str, tensor: &Tensor) -> Result<(), LoadError> {
+        if finite::all(tensor) {
+            return Ok(());
+        }
+        let count = tensor.isfinite().logical_not().sum(Kind::Int64).int64_value(&[]);
+        Err(LoadError::Weights {
+            file: self.file_of(name).to_owned(),
+            message: format!(
+                "tensor `{name}` holds {count} numbers that are infinite or not a number (NaN), so no answer could be computed: \
+                 the file is damaged, or its training diverged"
+            ),
+        })
     }
 
     fn find(&self, name: &str, shape: &[i64]) -> Result<(&Entry, &MappedFile, Kind), LoadError> {
@@ -241,8 +317,9 @@ pub fn kind(dtype: Dtype) -> Option<Kind> {
 }
 
 fn indexed_files(folder: &Path) -> Result<Vec<String>, LoadError> {
-    let bytes = std::fs::read(folder.join(INDEX)).map_err(|error| LoadError::Read {
-        file: INDEX.to_owned(),
+    let path = folder.join(INDEX);
+    let bytes = std::fs::read(&path).map_err(|error| LoadError::Read {
+        file: path.display().to_string(),
         error,
     })?;
     let wrong = |message: &str| LoadError::Config {

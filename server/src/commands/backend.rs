@@ -64,7 +64,8 @@ pub fn run(options: Backend, given: &Given) -> Result<()> {
     };
     let files = ModelFiles::read(&folder).context("the model's files")?;
     let engine = replica::engine_options(&model, &folder, ranks::team(&model, started)?)?;
-    let replica = tandem_backend::start(engine).context("the model")?;
+    let replica =
+        tandem_backend::start(engine).with_context(|| format!("the model in {}", folder.display()))?;
     let metrics = Metrics::new(name, replica.info.max_loras).context("the metrics")?;
     let service = Service::new(replica.clone(), Kept(artifacts), &files, name);
     runtime()?.block_on(async {

@@ -26,16 +26,10 @@ pub fn model(options: &ModelOptions, data_dir: &Path) -> Result<(PathBuf, Vec<St
         let folder = demo::materialise(data_dir).context("cannot write the demo model")?;
         return Ok((folder, names(given.clone(), || demo::NAME.to_owned())));
     };
+    tandem_backend::weights::check_folder(folder)?;
     let whole = folder
         .canonicalize()
-        .with_context(|| format!("the model {}{}", folder.display(), hub_hint(folder)))?;
-    if !whole.is_dir() {
-        bail!(
-            "the model {} is a file: a folder with config.json, *.safetensors and tokenizer.json is wanted (GGUF is not \
-             read yet; fetch the model's safetensors)",
-            folder.display()
-        );
-    }
+        .with_context(|| format!("the model {}", folder.display()))?;
     let own_name = || {
         let name = whole.file_name();
         name.map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
@@ -56,19 +50,6 @@ pub fn names(given: Vec<String>, own: impl FnOnce() -> String) -> Vec<String> {
         names.push(own());
     }
     names
-}
-
-/// `meta-llama/Llama-3.2-1B` is a name on the hub, where a folder is wanted.
-fn hub_hint(folder: &Path) -> String {
-    let text = folder.to_string_lossy();
-    match text.split_once('/') {
-        Some((owner, name)) if !owner.is_empty() && !owner.starts_with('.') && !name.contains('/') => {
-            format!(
-                " is no folder here (a model of Hugging Face's hub is fetched by `hf download {text} --local-dir {name}`)"
-            )
-        }
-        _ => String::new(),
-    }
 }
 
 /// What was not asked is the backend's to choose.
@@ -101,7 +82,8 @@ pub fn engine_options(options: &ModelOptions, folder: &Path, team: Team) -> Resu
 /// is lost.
 pub fn member(options: tandem_backend::Options, model_name: String) -> Result<Member> {
     let files = ModelFiles::read(&options.model_folder).context("the model's files")?;
-    let first = tandem_backend::start(options.clone()).context("the model")?;
+    let place = options.model_folder.display().to_string();
+    let first = tandem_backend::start(options.clone()).with_context(|| format!("the model in {place}"))?;
     let first = Mutex::new(Some(first));
     Ok(Member::new("local", move || {
         let first = first.lock().unwrap_or_else(PoisonError::into_inner).take();

@@ -293,6 +293,8 @@ fn wrong_starts_are_explained() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), "max-num-seq = 4\n").unwrap();
     let config = file.path().to_str().unwrap();
+    let gguf = tempfile::NamedTempFile::with_suffix(".gguf").unwrap();
+    let gguf = gguf.path().to_str().unwrap();
     for (args, variable, expected) in [
         (&["serve", "--data-dir", data, "--prot", "1"][..], None, "--port"),
         (&["serve", "--data-dir", data, "--port", "99999"], None, "99999"),
@@ -308,6 +310,37 @@ fn wrong_starts_are_explained() {
             ],
             None,
             "/nowhere/at/all",
+        ),
+        (
+            &["serve", "--data-dir", data, "--port", "0", "--model", gguf],
+            None,
+            "GGUF files are not supported yet",
+        ),
+        (
+            &[
+                "serve",
+                "--data-dir",
+                data,
+                "--port",
+                "0",
+                "--kv-cache-memory-bytes",
+                "100T",
+            ],
+            None,
+            "--kv-cache-memory-bytes asks for 100 TiB, ",
+        ),
+        (
+            &[
+                "serve",
+                "--data-dir",
+                data,
+                "--port",
+                "0",
+                "--kv-cache-memory-bytes",
+                "100",
+            ],
+            None,
+            "not one block of 32 tokens",
         ),
         (
             &["serve", "--data-dir", data, "--port", "0", "--device", "abacus"],
@@ -343,19 +376,6 @@ fn wrong_starts_are_explained() {
             &["serve", "--data-dir", data, "--port", "0", "--model", config],
             None,
             "is a file: a folder with config.json",
-        ),
-        (
-            &[
-                "serve",
-                "--data-dir",
-                data,
-                "--port",
-                "0",
-                "--kv-cache-memory-bytes",
-                "100T",
-            ],
-            None,
-            "the whole memory is",
         ),
         (
             &[
