@@ -11,6 +11,7 @@ use tandem_core::message::Fault;
 use tandem_core::replica::AdapterInfo;
 use tandem_kernels::pool;
 use tokio::sync::mpsc;
+use tracing::warn;
 
 use crate::guard;
 use crate::lora::adapter::Adapter;
@@ -339,9 +340,8 @@ fn load_all(
     while let Some(adapter) = orders.blocking_recv() {
         let loaded =
             guard::torch(|| load(&adapter, fit, max_rank)).unwrap_or_else(|fault| Err(fault.to_string()));
-        let place = adapter.folder.display();
-        let loaded =
-            loaded.map_err(|why| Fault::Adapter(format!("cannot load the adapter in {place}: {why}")));
+        // (Whoever asked knows it by another name than the folder's, which is a digest.)
+        let loaded = loaded.map_err(Fault::Adapter);
         if results.send((adapter.digest, loaded)).is_err() {
             return;
         }
@@ -358,7 +358,11 @@ fn load(adapter: &AdapterRef, fit: &Fit, max_rank: u32) -> Result<(AdapterParams
             adapter.digest.short()
         ));
     }
-    let params = peft::read(&adapter.folder, &fit.spec, max_rank).map_err(|error| error.to_string())?;
+    let peft::Loaded { params, notes } =
+        peft::read(&adapter.folder, &fit.spec, max_rank).map_err(|error| error.to_string())?;
+    for note in notes {
+        warn!(adapter = %digest.short(), "{note}");
+    }
     let packed = fit.pack(&params).map_err(|error| error.to_string())?;
     Ok((params, Arc::new(packed)))
 }

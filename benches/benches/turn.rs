@@ -117,8 +117,9 @@ fn fixture() -> PathBuf {
 
 fn decode_step(criterion: &mut Criterion) {
     let decoder = Decoder::load(&fixture(), Precision::F32, Device::Cpu).expect("the fixture loads");
-    let params =
-        peft::read(&fixture().join("adapter-all"), &decoder.spec, 64).expect("the fixture's adapter");
+    let params = peft::read(&fixture().join("adapter-all"), &decoder.spec, 64)
+        .expect("the fixture's adapter")
+        .params;
     let adapter = Adapter::new(&params, decoder.layout(), Precision::F32, Device::Cpu).expect("it packs");
     let shape = decoder.layout().cache_shape(&decoder.spec, 8);
     let cache = KvCache::new(shape, Precision::F32, Device::Cpu).expect("a small cache");

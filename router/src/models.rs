@@ -116,7 +116,14 @@ impl Router {
         let hold = self.publish(folder).await?;
         let digest = hold.digest;
         // As long as it takes until an adapter's slot is free: nobody else waits for it.
-        let AdapterInfo { rank, .. } = self.make_resident(digest).await?;
+        let resident = self.make_resident(digest).await.map_err(|error| match error {
+            RouterError::Adapter { not_found, message } => RouterError::Adapter {
+                not_found,
+                message: format!("The adapter in {} cannot be loaded: {message}", folder.display()),
+            },
+            other => other,
+        });
+        let AdapterInfo { rank, .. } = resident?;
         let new = NewName {
             base: self.info().base_digest,
             name: name.to_owned(),

@@ -14,7 +14,7 @@ use serde_norway::Mapping;
 use tandem_backend::train::run::{Run, RunOptions};
 use tandem_core::dataset::{self, Example};
 use tandem_core::id::JobId;
-use tandem_core::job::{JobEvent, JobSpec, Life, files};
+use tandem_core::job::{JobEvent, JobSpec, Life, base_model, files};
 use tandem_router::api::RouterError;
 use tandem_router::hyper::{self, Bounds, Facts, Tuning};
 use tandem_text::dataset::{BadLine, Options, read_rows, tokenize};
@@ -97,6 +97,7 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
         let path = path.to_owned();
         |source| TrainError::File { path, source }
     };
+    tandem_backend::weights::check_folder(&model)?;
     let model = model.canonicalize().map_err(at(&model))?;
     let tokenizer = Tokenizer::from_folder(&model).map_err(TrainError::Tokenizer)?;
     let spec = tandem_backend::family::read_spec(&model)?;
@@ -160,7 +161,7 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
     let spec = JobSpec {
         id: JobId("train".to_owned()),
         folder: output_dir.clone(),
-        base_model: model.display().to_string(),
+        base_model: base_model(&model),
         hyper,
         life: Life::default(),
     };

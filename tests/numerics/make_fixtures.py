@@ -10,6 +10,7 @@ import math
 import pathlib
 import shutil
 import sys
+import tempfile
 
 import numpy
 import torch
@@ -91,13 +92,61 @@ ADAPTERS = {
 WITH_SOME = ["gqa_tied", "biases", "sharded"]
 
 
+# Folders of fixtures with some fields of one file changed (None: left out), as users change them.
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+PATCHES = {
+    "rope_scaling beside rope_parameters": ("head_dim", "config.json", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
+    "rope_scaling forgets the other's theta": (
+        "llama3_rope",
+        "config.json",
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    ),
+    "rope_theta beside rope_scaling": (
+        "llama3_rope",
+        "config.json",
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 500000.0},
+    ),
+    "an empty rope_scaling": ("llama3_rope", "config.json", {"rope_scaling": {}, "rope_theta": 10000.0}),
+    "the original length at the top": ("llama3_rope", "config.json", {"original_max_position_embeddings": 8}),
+    "no original length": ("llama3_rope", "config.json", {"rope_parameters": LLAMA3}),
+    "a tied head that differs": ("head_dim", "config.json", {"tie_word_embeddings": True}),
+    "fields left out": (
+        "head_dim",
+        "config.json",
+        {"architectures": None, "hidden_act": None, "max_position_embeddings": None, "rope_parameters": None},
+    ),
+    "alpha_pattern, the wide key first": (
+        "head_dim",
+        "adapter-all/adapter_config.json",
+        {"alpha_pattern": {"q_proj": 64, "layers.0.self_attn.q_proj": 1}},
+    ),
+    "alpha_pattern, the narrow key first": (
+        "head_dim",
+        "adapter-all/adapter_config.json",
+        {"alpha_pattern": {"layers.0.self_attn.q_proj": 1, "q_proj": 64}},
+    ),
+    "alpha_pattern, an expression": (
+        "head_dim",
+        "adapter-all/adapter_config.json",
+        {"alpha_pattern": {r".*\.1\.mlp\.(gate|up)_proj": 32}},
+    ),
+    "a target that the model lacks": (
+        "head_dim",
+        "adapter-all/adapter_config.json",
+        {"target_modules": [*LINEAR, "qkv_proj"]},
+    ),
+}
+
+
 def main(names: list[str]) -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    for name in names or [*VARIANTS, "demo"]:
+    for name in names or [*VARIANTS, "patches", "demo"]:
         if name == "demo":
             demo()
+        elif name == "patches":
+            patches()
         else:
             variant(name)
     total = sum(f.stat().st_size for f in FIXTURES.rglob("*") if f.is_file())
@@ -394,6 +443,31 @@ def tokenizer(folder: pathlib.Path, vocab: int) -> None:
     template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     write_json(folder / "tokenizer_config.json", {**config, "chat_template": template}, indent=2)
+
+
+def patches() -> None:
+    """The logits behind the last token of the long prompt, of each patched folder."""
+    numbers, tensors = {}, {}
+    for name, (fixture, file, patch) in PATCHES.items():
+        prompt = json.loads((FIXTURES / fixture / "expected.json").read_text())["prompts"]["long"]
+        with tempfile.TemporaryDirectory() as place:
+            folder = pathlib.Path(place, "model")
+            shutil.copytree(FIXTURES / fixture, folder)
+            fields = {**json.loads((folder / file).read_text()), **patch}
+            fields = {key: value for key, value in fields.items() if value is not None or key not in patch}
+            write_json(folder / file, fields)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+            plain = load_file(folder / "expected.safetensors")["logits.long"][-1]
+            if file != "config.json":
+                model = PeftModel.from_pretrained(model, folder / pathlib.Path(file).parent)
+                plain = load_file(folder / "expected.safetensors")["all.logits.long"][-1]
+            with torch.no_grad():
+                tensors[name] = logits(model.eval(), prompt)[-1].clone()
+        difference = (tensors[name] - plain).abs().max().item()
+        numbers[name] = {"fixture": fixture, "file": file, "patch": patch, "changes": difference > 1e-2}
+        print(f"{name}: changes logits by {difference:.2g}", flush=True)
+    save_file(tensors, FIXTURES / "patches.safetensors")
+    write_json(FIXTURES / "patches.json", numbers, indent=1)
 
 
 # As a chat and as plain text, shorter and longer than a page of the cache.

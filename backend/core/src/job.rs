@@ -1,6 +1,6 @@
 //! A fine-tuning job as the engine sees it: tokens and numbers. Files' text, names and queues are the router's.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -25,10 +25,23 @@ pub mod files {
 pub struct JobSpec {
     pub id: JobId,
     pub folder: PathBuf,
-    /// For adapter_config.json's `base_model_name_or_path`.
+    /// For adapter_config.json's `base_model_name_or_path`: see [`base_model`].
     pub base_model: String,
     pub hyper: Hyper,
     pub life: Life,
+}
+
+/// What peft can find a base by: the name on the hub where the folder lies in the hub's cache
+/// (`models--org--name/snapshots/revision`), else the folder. Not the name it is served by, which nobody else knows.
+pub fn base_model(folder: &Path) -> String {
+    let name = |folder: &Path| Some(folder.file_name()?.to_str()?.to_owned());
+    let cached = || {
+        let snapshots = folder.parent()?;
+        let repository = name(snapshots.parent()?)?;
+        let path = repository.strip_prefix("models--")?.replace("--", "/");
+        (name(snapshots)? == "snapshots").then_some(path)
+    };
+    cached().unwrap_or_else(|| folder.display().to_string())
 }
 
 /// One stay of a job on a replica. A job that is started again lives in a folder and under keys of its own, so that a
@@ -403,6 +416,22 @@ mod tests {
         for (name, hyper) in cases {
             let why = hyper.check().unwrap_err();
             assert!(why.starts_with(name), "{why}");
+        }
+    }
+
+    #[test]
+    fn a_base_is_named_so_that_others_find_it() {
+        for (folder, expected) in [
+            (
+                "/cache/hub/models--meta-llama--Llama-3.2-1B/snapshots/4e20de3",
+                "meta-llama/Llama-3.2-1B",
+            ),
+            ("/cache/hub/models--gpt2/snapshots/607a30d", "gpt2"),
+            ("/srv/models/story", "/srv/models/story"),
+            ("/srv/models--a--b/other/story", "/srv/models--a--b/other/story"),
+            ("/story", "/story"),
+        ] {
+            assert_eq!(base_model(Path::new(folder)), expected);
         }
     }
 }

@@ -151,6 +151,9 @@ fn a_field_is_honoured_or_refused_with_what_it_is() {
     }
 }
 
+/// Parts of the notes, or of the error.
+type Outcome = Result<&'static [&'static str], &'static str>;
+
 /// A tensor to write: name, shape, numbers (one for all).
 type Stored = (String, Vec<i64>, f32);
 
@@ -202,7 +205,7 @@ fn every_tensor_has_a_reader_and_every_number_is_one() {
     let extra = |name: &str| (name.to_owned(), vec![16], 0.5);
     let layer = "model.layers.0.self_attn";
     #[rustfmt::skip] // one case, one line
-    let cases: [(Value, Vec<Stored>, Result<&[&str], &str>); 11] = [
+    let cases: [(Value, Vec<Stored>, Outcome); 11] = [
         (json!({}), vec![], Ok(&[])),
         (json!({}), vec![extra(&format!("{layer}.rotary_emb.inv_freq"))], Ok(&[])),
         (json!({}), vec![extra(&format!("{layer}.q_norm.weight")), extra(&format!("{layer}.k_norm.weight"))], Err("no part of this model: `model.layers.0.self_attn.k_norm.weight`, `model.layers.0.self_attn.q_norm.weight` (config.json describes")),

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 use tandem_core::id::{AdapterRef, JobId};
-use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Method, Saved, StepReport};
+use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Method, Saved, StepReport, base_model};
 use tandem_core::replica::{Command, JOB_EVENT_QUEUE, ReplicaHandle};
 use tandem_store::{JobChange, JobRow, Lease, NewCheckpoint, NewEvent, StoreError};
 use tokio::sync::mpsc;
@@ -194,7 +194,7 @@ impl<'a> Run<'a> {
         let spec = JobSpec {
             id: id.clone(),
             folder: router.0.store.artifacts().pull_job(&id, life).await?,
-            base_model: router.config().served_model_name.clone(),
+            base_model: base_model(&router.info().model_folder),
             hyper,
             life,
         };

@@ -155,7 +155,11 @@ async fn what_the_engine_refuses_leaves_no_trace() {
         router.load_adapter("bad", &folder, LoadMode::New),
         engine.answer_load(Err(fault))
     );
-    assert_eq!(refused.unwrap_err().to_string(), "rank 128 exceeds 64");
+    let place = folder.display();
+    assert_eq!(
+        refused.unwrap_err().to_string(),
+        format!("The adapter in {place} cannot be loaded: rank 128 exceeds 64")
+    );
     assert_eq!(router.models().len(), 1);
     let Command::UnloadAdapter(_) = engine.next().await else {
         panic!("an UnloadAdapter was expected")

@@ -15,6 +15,8 @@ use crate::ids;
 pub(crate) const CONFIG: &str = "adapter_config.json";
 pub(crate) const TENSORS: &str = "adapter_model.safetensors";
 pub(crate) const README: &str = "README.md";
+/// What PEFT wrote instead of [`TENSORS`] before 2024, and on request.
+const PICKLED: &str = "adapter_model.bin";
 /// Prefix of the folder of one life of a job, inside the job's.
 const LIFE: &str = "life-";
 /// A staging folder with this file in it belongs to a living process as long as the file is locked.
@@ -296,14 +298,44 @@ fn sync_parent(path: &Path) -> Result<(), StoreError> {
         .map_err(io_at("writing", parent))
 }
 
+/// What a folder is that lacks what an adapter has, and what to do.
+fn no_adapter(source: &Path) -> Option<String> {
+    let has = |name: &str| source.join(name).exists();
+    if !source.is_dir() {
+        return Some("it is not a folder".to_owned());
+    }
+    if has(CONFIG) && !has(TENSORS) && has(PICKLED) {
+        return Some(format!(
+            "{PICKLED} is a pickle, which is not read because it may run any code; in Python, \
+             safetensors.torch.save_file(torch.load(\"{PICKLED}\", weights_only=True), \"{TENSORS}\") converts it"
+        ));
+    }
+    if has(CONFIG) {
+        return None;
+    }
+    // PEFT saves an adapter that is not called "default" in a folder of its own.
+    let mut inner = source
+        .read_dir()
+        .ok()?
+        .flatten()
+        .filter(|entry| entry.path().join(CONFIG).exists());
+    match inner.next() {
+        Some(entry) => Some(format!("{} inside it is one", entry.file_name().display())),
+        None if has("config.json") => {
+            Some("it is a whole model's folder (--model), not an adapter's".to_owned())
+        }
+        None => None,
+    }
+}
+
 fn stage_adapter(source: &Path, staged: &Path, placement: Placement) -> Result<AdapterDigest, StoreError> {
     let missing = |message| StoreError::Adapter {
         missing: true,
         message,
     };
-    if !source.is_dir() {
+    if let Some(why) = no_adapter(source) {
         return Err(missing(format!(
-            "No adapter found for {}: it is not a folder",
+            "No adapter found for {}: {why}",
             source.display()
         )));
     }

@@ -563,7 +563,31 @@ fn adapters() {
         };
         put("adapter_config.json", config);
         put("adapter_model.safetensors", tensors);
-        check(name, &load(&server, "bad", &folder), &[400, 404], None, "");
+        // By the path that the client named, not by where the server keeps it.
+        let path = folder.to_str().unwrap();
+        check(name, &load(&server, "bad", &folder), &[400, 404], None, path);
+    }
+    for (folder, files, text) in [
+        (
+            "pickled",
+            &["adapter_config.json", "adapter_model.bin"][..],
+            "safetensors.torch.save_file",
+        ),
+        ("outer", &["inner/adapter_config.json"], "inner inside it is one"),
+        ("model", &["config.json"], "a whole model's folder"),
+    ] {
+        for file in files {
+            let path = work.path().join(folder).join(file);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, "{}").unwrap();
+        }
+        check(
+            folder,
+            &load(&server, "bad", &work.path().join(folder)),
+            &[404],
+            None,
+            text,
+        );
     }
     for (name, adapter) in [
         ("an empty name", ""),

@@ -179,7 +179,9 @@ fn a_peft_folder_comes_back_as_it_was() {
             };
             peft::write(folder.path(), &params, &config).expect("it is written");
         }
-        let back = peft::read(folders[0].path(), &decoder.spec, 4).expect("what we write we read");
+        let back = peft::read(folders[0].path(), &decoder.spec, 4)
+            .expect("what we write we read")
+            .params;
         assert_eq!((&back.flat, &back.shape), (&params.flat, &params.shape), "{name}");
         // Tensor for tensor what peft wrote, under the same names.
         let sorted = |folder: &std::path::Path| {

@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde::Deserialize;
+use serde_json::{Map, Value};
 use tandem_backend::lora::adapter::Adapter;
 use tandem_backend::lora::params::AdapterParams;
 use tandem_backend::lora::peft;
@@ -12,6 +13,7 @@ use tandem_core::TokenId;
 use tandem_core::dataset::Example;
 use tandem_kernels::weight::Precision;
 use tch::{Device, Kind, Tensor};
+use tempfile::TempDir;
 
 pub const NAMES: [&str; 7] = [
     "gqa_tied",
@@ -28,6 +30,60 @@ pub struct Fixture {
     pub folder: PathBuf,
     pub numbers: Value,
     tensors: HashMap<String, Tensor>,
+    /// Where it was copied to.
+    _place: Option<TempDir>,
+}
+
+/// Some fields of one file of a fixture, changed.
+#[derive(Deserialize)]
+pub struct Patch {
+    pub fixture: String,
+    pub file: String,
+    /// Null: left out.
+    patch: Map<String, Value>,
+    /// Whether it changes answers.
+    pub changes: bool,
+}
+
+impl Patch {
+    pub fn apply(&self) -> Fixture {
+        let name = NAMES
+            .into_iter()
+            .find(|name| *name == self.fixture)
+            .expect("a fixture");
+        let place = tempfile::tempdir().expect("a folder");
+        let fixture = Fixture::open(name);
+        copy(&fixture.folder, place.path());
+        let file = place.path().join(&self.file);
+        let text = std::fs::read(&file).expect("a file of the fixture");
+        let mut fields: Map<String, Value> = serde_json::from_slice(&text).expect("JSON");
+        for (field, value) in &self.patch {
+            match value {
+                Value::Null => fields.remove(field),
+                value => fields.insert(field.clone(), value.clone()),
+            };
+        }
+        std::fs::write(&file, Value::Object(fields).to_string()).expect("it is written");
+        Fixture {
+            folder: place.path().to_owned(),
+            _place: Some(place),
+            ..fixture
+        }
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    for entry in std::fs::read_dir(from).expect("a folder") {
+        let entry = entry.expect("an entry");
+        let target = to.join(entry.file_name());
+        match entry.path().is_dir() {
+            true => {
+                std::fs::create_dir(&target).expect("it is made");
+                copy(&entry.path(), &target);
+            }
+            false => drop(std::fs::copy(entry.path(), &target).expect("it is copied")),
+        }
+    }
 }
 
 /// Where the product computes: TANDEM_TEST_DEVICE (scripts/gpu-check), else the CPU.
@@ -51,6 +107,7 @@ impl Fixture {
             numbers: serde_json::from_slice(&numbers).expect("the fixture is JSON"),
             tensors: tensors.into_iter().collect(),
             folder,
+            _place: None,
         }
     }
 
@@ -90,7 +147,8 @@ impl Fixture {
     }
 
     pub fn adapter_params(&self, name: &str, decoder: &Decoder) -> AdapterParams {
-        peft::read(&self.adapter_folder(name), &decoder.spec, 64).expect("peft's adapter is read")
+        let read = peft::read(&self.adapter_folder(name), &decoder.spec, 64);
+        read.expect("peft's adapter is read").params
     }
 
     pub fn adapter(&self, name: &str, decoder: &Decoder) -> Adapter {

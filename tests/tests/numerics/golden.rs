@@ -1,5 +1,7 @@
 //! Logits, losses and gradients against transformers and peft, float32.
 
+use std::collections::BTreeMap;
+
 use tandem_backend::lora::adapter::Adapter;
 use tandem_backend::lora::params::AdapterParams;
 use tandem_backend::model::full::{FullParams, FullShape};
@@ -10,9 +12,9 @@ use tandem_core::dataset::Example;
 use tandem_core::job::{Hyper, Lora, Method};
 use tandem_kernels::weight::Precision;
 
-use crate::fixture::{Fixture, NAMES, Table, max_difference, relative_difference};
+use crate::fixture::{Fixture, NAMES, Patch, Table, fixtures_folder, max_difference, relative_difference};
 use crate::run::{Sequence, base, logprobs, packed};
-use crate::training::hyper;
+use crate::training::{hyper, tensors};
 
 const LOGITS: f64 = 2e-5;
 const LOSS: f64 = 1e-5;
@@ -68,6 +70,44 @@ fn logits_and_losses_are_transformers_and_pefts() {
         }
     }
     table.judge("float32 logits and losses against transformers and peft (max abs difference)");
+}
+
+/// Folders that a user changed, as transformers and peft take them.
+#[test]
+fn patched_folders_are_transformers_and_pefts() {
+    let patches = fixtures_folder().join("patches.json");
+    let patches: BTreeMap<String, Patch> =
+        serde_json::from_slice(&std::fs::read(patches).expect("it is committed")).expect("patches");
+    let expected = tensors(&fixtures_folder().join("patches.safetensors"));
+    let mut table = Table::default();
+    for (name, patch) in &patches {
+        let (_, expected) = expected
+            .iter()
+            .find(|(other, _)| other == name)
+            .expect("its logits");
+        let fixture = patch.apply();
+        let decoder = fixture.decoder(Precision::F32);
+        let adapter = (patch.file != "config.json").then(|| fixture.adapter("all", &decoder));
+        let tokens = fixture.tokens("long");
+        let sequence = Sequence {
+            tokens: &tokens,
+            adapter: adapter.as_ref(),
+        };
+        let logits = packed(&decoder, &[sequence]).remove(0);
+        table.add(
+            &patch.fixture,
+            name,
+            max_difference(&logits.get(-1), expected),
+            LOGITS,
+        );
+        let plain = match adapter {
+            None => fixture.tensor("logits.long"),
+            Some(_) => fixture.tensor("all.logits.long"),
+        };
+        let difference = max_difference(&plain.get(-1), expected);
+        assert_eq!(difference > 1e-2, patch.changes, "{name}: {difference}");
+    }
+    table.judge("patched folders against transformers and peft (max abs difference)");
 }
 
 /// The loss of the serving forward over the fixture's weighted examples.

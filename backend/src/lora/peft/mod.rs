@@ -1,20 +1,27 @@
 //! PEFT folders: adapter_config.json, adapter_model.safetensors, README.md. Reading refuses by name what is not
-//! supported; nothing is ignored silently. Source: peft 0.19 config.py, tuners/lora/config.py, utils/save_and_load.py.
+//! supported; nothing is ignored silently. Source: peft 0.21 config.py, tuners/lora/config.py, utils/save_and_load.py.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod config;
+mod pattern;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
 
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
-use serde_json::{Map, Value, json};
+use serde_json::json;
 use tandem_core::id::{AdapterDigest, AdapterHasher};
 use tandem_core::job::Lora;
+use tandem_kernels::finite;
 use tch::{Kind, Tensor};
 
 use super::params::{AdapterParams, AdapterShape};
 use crate::family::DecoderSpec;
 use crate::weights::kind;
+use config::Config;
 
 pub const CONFIG: &str = "adapter_config.json";
 pub const TENSORS: &str = "adapter_model.safetensors";
@@ -45,8 +52,15 @@ pub struct PeftConfig<'a> {
     pub lora: &'a Lora,
 }
 
+/// An adapter as it was read.
+pub struct Loaded {
+    pub params: AdapterParams,
+    /// For the log: what of the folder has no effect.
+    pub notes: Vec<String>,
+}
+
 /// Reads and checks a PEFT folder against the base it is to serve.
-pub fn read(folder: &Path, spec: &DecoderSpec, max_rank: u32) -> Result<AdapterParams, PeftError> {
+pub fn read(folder: &Path, spec: &DecoderSpec, max_rank: u32) -> Result<Loaded, PeftError> {
     let config = Config::read(folder)?;
     let bytes =
         std::fs::read(folder.join(TENSORS)).map_err(|error| PeftError::Read { file: TENSORS, error })?;
@@ -56,39 +70,45 @@ pub fn read(folder: &Path, spec: &DecoderSpec, max_rank: u32) -> Result<AdapterP
             bytes.len()
         ))
     })?;
-    let mut unread: BTreeSet<String> = tensors.names().into_iter().map(str::to_owned).collect();
+    let stored = stored_names(&tensors)?;
+    let mut unread = stored.clone();
+    let mut notes = config.notes.clone();
 
-    // The file says which modules are adapted; the config says with what rank and scale.
+    // Config and file must adapt the same modules: peft makes those that the config targets, and fills them by name.
     let mut fault = None;
-    let mut targets_seen = BTreeSet::new();
-    let shape = AdapterShape::build(spec, |path, name| {
+    let mut without_tensors = vec![];
+    let shape = AdapterShape::build(spec, |path, _| {
         let names = [a_name(path), b_name(path)];
-        let present = names.each_ref().map(|name| unread.remove(name));
-        match present {
-            [false, false] => return None,
-            [true, true] => {}
-            _ => {
-                let (there, missing) = if present[0] {
-                    ("lora_A", "lora_B")
-                } else {
-                    ("lora_B", "lora_A")
-                };
-                fault.get_or_insert(PeftError::Tensors(format!("{path} has {there} but no {missing}")));
+        let present = names.each_ref().map(|name| unread.remove(name).is_some());
+        let fail = match (present, config.targets.hit(path)) {
+            ([false, false], true) => {
+                without_tensors.push(path.to_owned());
                 return None;
             }
-        }
-        targets_seen.insert(name.to_owned());
-        let rank = config.rank(path);
-        if rank > i64::from(max_rank) {
-            let message = format!("rank {rank} of {path} is above the server's --max-lora-rank {max_rank}");
-            fault.get_or_insert(PeftError::Config(message));
-        }
-        Some((rank, config.scale(path)))
+            ([false, false], false) => return None,
+            ([true, false], _) => PeftError::Tensors(format!("{path} has lora_A but no lora_B")),
+            ([false, true], _) => PeftError::Tensors(format!("{path} has lora_B but no lora_A")),
+            ([true, true], false) => PeftError::Tensors(format!(
+                "has tensors of {path}, which {CONFIG} does not target (target_modules, exclude_modules, \
+                 layers_to_transform): peft would leave them out"
+            )),
+            ([true, true], true) => {
+                let rank = config.rank(path);
+                if rank <= i64::from(max_rank) {
+                    return Some((rank, config.scale(path)));
+                }
+                PeftError::Config(format!(
+                    "rank {rank} of {path} is above the server's --max-lora-rank {max_rank}"
+                ))
+            }
+        };
+        fault.get_or_insert(fail);
+        None
     });
     if let Some(fault) = fault {
         return Err(fault);
     }
-    if let Some(name) = unread.first() {
+    if let Some((name, _)) = unread.first_key_value() {
         let targets = spec.lora_targets().join(", ");
         return Err(PeftError::Tensors(format!(
             "tensor `{name}` is not supported or not of this base model ({} layers; supported modules: {targets})",
@@ -98,21 +118,58 @@ pub fn read(folder: &Path, spec: &DecoderSpec, max_rank: u32) -> Result<AdapterP
     if shape.is_empty() {
         return Err(PeftError::Tensors("holds no LoRA tensor".to_owned()));
     }
-    config.check_targets(&targets_seen, &spec.lora_targets())?;
+    config.targets.check(&shape, &spec.lora_targets(), &mut notes)?;
+    if let Some(path) = without_tensors.first() {
+        notes.push(format!(
+            "{} targeted modules have no tensors in {TENSORS} and stay as the base has them, {path} first",
+            without_tensors.len()
+        ));
+    }
 
     let params = AdapterParams::zeros(shape);
     for (_, linear) in params.shape.iter() {
         for part in &linear.parts {
-            copy(&tensors, &a_name(&part.path), &mut params.part_a(linear, part))?;
-            copy(&tensors, &b_name(&part.path), &mut params.b(part))?;
+            let (a, b) = (a_name(&part.path), b_name(&part.path));
+            copy(&tensors, &stored, &a, &mut params.part_a(linear, part))?;
+            copy(&tensors, &stored, &b, &mut params.b(part))?;
         }
     }
-    match params.flat.isfinite().all().int64_value(&[]) {
-        1 => Ok(params),
-        _ => Err(PeftError::Tensors(
-            "holds numbers that are infinite or not a number".to_owned(),
-        )),
+    Ok(Loaded { params, notes })
+}
+
+/// The file's tensors by the names that peft gives them, and the names they have: where a training script saved the
+/// model's own state, an adapter's name stands in between (`lora_A.default.weight`).
+fn stored_names(tensors: &SafeTensors) -> Result<BTreeMap<String, String>, PeftError> {
+    let mut names = BTreeMap::new();
+    let mut adapters: BTreeMap<Option<String>, String> = BTreeMap::new();
+    for stored in tensors.names() {
+        let (name, adapter) = without_adapter(stored);
+        if name.contains(".lora_") {
+            adapters.entry(adapter).or_insert_with(|| stored.to_owned());
+        }
+        names.insert(name, stored.to_owned());
     }
+    match adapters.len() {
+        0 | 1 => Ok(names),
+        _ => {
+            let examples: Vec<&str> = adapters.values().map(String::as_str).collect();
+            Err(PeftError::Tensors(format!(
+                "holds the tensors of several adapters ({}); one folder is one adapter",
+                examples.join(", ")
+            )))
+        }
+    }
+}
+
+fn without_adapter(stored: &str) -> (String, Option<String>) {
+    for matrix in [".lora_A.", ".lora_B."] {
+        if let Some((module, rest)) = stored.rsplit_once(matrix)
+            && let Some(adapter) = rest.strip_suffix(".weight")
+        {
+            return (format!("{module}{matrix}weight"), Some(adapter.to_owned()));
+        }
+    }
+    (stored.to_owned(), None)
 }
 
 /// Writes a PEFT folder that `peft.PeftModel.from_pretrained` loads. The same numbers give the same bytes. Files are
@@ -179,9 +236,15 @@ fn b_name(path: &str) -> String {
     format!("{PREFIX}{path}.lora_B.weight")
 }
 
-fn copy(tensors: &SafeTensors, name: &str, into: &mut Tensor) -> Result<(), PeftError> {
+/// `name` as peft has it; `stored` says under which it is in the file.
+fn copy(
+    tensors: &SafeTensors,
+    stored: &BTreeMap<String, String>,
+    name: &str,
+    into: &mut Tensor,
+) -> Result<(), PeftError> {
     let view = tensors
-        .tensor(name)
+        .tensor(&stored[name])
         .expect("the shape was built from the names in the file");
     let shape: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
     if shape != into.size() {
@@ -198,7 +261,12 @@ fn copy(tensors: &SafeTensors, name: &str, into: &mut Tensor) -> Result<(), Peft
         );
         return Err(PeftError::Tensors(message));
     };
-    into.copy_(&Tensor::from_data_size(view.data(), &shape, kind));
+    let read = Tensor::from_data_size(view.data(), &shape, kind);
+    if !finite::all(&read) {
+        let message = format!("tensor `{name}` holds numbers that are infinite or not a number (NaN)");
+        return Err(PeftError::Tensors(message));
+    }
+    into.copy_(&read);
     Ok(())
 }
 
@@ -218,162 +286,4 @@ fn put(folder: &Path, file: &'static str, bytes: &[u8]) -> Result<(), PeftError>
         f.sync_all()
     });
     written.map_err(|error| PeftError::Write { file, error })
-}
-
-struct Config {
-    r: i64,
-    alpha: f64,
-    rslora: bool,
-    rank_pattern: BTreeMap<String, f64>,
-    alpha_pattern: BTreeMap<String, f64>,
-    /// `None` when target_modules is a pattern: the file alone decides.
-    targets: Option<Vec<String>>,
-}
-
-/// Fields that change nothing about what a trained adapter computes.
-const HARMLESS: [&str; 18] = [
-    "arrow_config",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "exclude_modules",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "loftq_config",
-    "lora_dropout",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "task_type",
-];
-
-impl Config {
-    fn read(folder: &Path) -> Result<Config, PeftError> {
-        let bytes =
-            std::fs::read(folder.join(CONFIG)).map_err(|error| PeftError::Read { file: CONFIG, error })?;
-        let fields: Map<String, Value> = serde_json::from_slice(&bytes)
-            .map_err(|error| PeftError::Config(format!("not a JSON object: {error}")))?;
-        let mut config = Config {
-            r: 0,
-            alpha: 0.0,
-            rslora: false,
-            rank_pattern: BTreeMap::new(),
-            alpha_pattern: BTreeMap::new(),
-            targets: None,
-        };
-        let wrong =
-            |field: &str, value: &Value, why: &str| PeftError::Config(format!("`{field}` is {value}: {why}"));
-        for (field, value) in &fields {
-            match (field.as_str(), value) {
-                ("peft_type", Value::String(kind)) if kind == "LORA" => {}
-                ("r", _) => {
-                    let rank = value.as_i64().filter(|&r| r > 0 && r <= 1 << 16);
-                    config.r =
-                        rank.ok_or_else(|| wrong(field, value, "a positive whole number is needed"))?;
-                }
-                ("lora_alpha", _) => {
-                    config.alpha = value
-                        .as_f64()
-                        .ok_or_else(|| wrong(field, value, "a number is needed"))?;
-                }
-                ("use_rslora", Value::Bool(flag)) => config.rslora = *flag,
-                ("rank_pattern", Value::Object(map)) => config.rank_pattern = pattern(field, map)?,
-                ("alpha_pattern", Value::Object(map)) => config.alpha_pattern = pattern(field, map)?,
-                ("target_modules", Value::Array(names)) => {
-                    let names = names
-                        .iter()
-                        .map(|name| name.as_str().map(str::to_owned))
-                        .collect::<Option<_>>();
-                    config.targets =
-                        Some(names.ok_or_else(|| wrong(field, value, "module names are needed"))?);
-                }
-                ("target_modules", Value::String(_)) => {}
-                ("bias", Value::String(bias)) if bias == "none" => {}
-                ("init_lora_weights", Value::Bool(_)) => {}
-                ("init_lora_weights", Value::String(init))
-                    if ["gaussian", "eva", "orthogonal"].contains(&init.as_str()) => {}
-                (name, _) if HARMLESS.contains(&name) => {}
-                (_, Value::Null | Value::Bool(false)) => {}
-                (_, Value::Array(items)) if items.is_empty() => {}
-                (_, Value::Object(items)) if items.is_empty() => {}
-                _ => return Err(wrong(field, value, "not supported")),
-            }
-        }
-        for needed in ["peft_type", "r", "lora_alpha", "target_modules"] {
-            if !fields.contains_key(needed) {
-                return Err(PeftError::Config(format!("`{needed}` is missing")));
-            }
-        }
-        Ok(config)
-    }
-
-    fn rank(&self, path: &str) -> i64 {
-        find(&self.rank_pattern, path).map_or(self.r, |rank| rank as i64)
-    }
-
-    fn scale(&self, path: &str) -> f64 {
-        let alpha = find(&self.alpha_pattern, path).unwrap_or(self.alpha);
-        let rank = self.rank(path) as f64;
-        if self.rslora {
-            alpha / rank.sqrt()
-        } else {
-            alpha / rank
-        }
-    }
-
-    /// A target that no tensor belongs to means that config and file are not of one adapter.
-    fn check_targets(&self, seen: &BTreeSet<String>, supported: &[String]) -> Result<(), PeftError> {
-        for target in self.targets.iter().flatten() {
-            let name = target.rsplit('.').next().unwrap_or(target);
-            if !supported.iter().any(|module| module == name) {
-                let message = format!(
-                    "target module `{target}` is not supported; {} are",
-                    supported.join(", ")
-                );
-                return Err(PeftError::Config(message));
-            }
-            if !seen.contains(name) {
-                return Err(PeftError::Config(format!(
-                    "target module `{target}` has no tensors in {TENSORS}"
-                )));
-            }
-        }
-        Ok(())
-    }
-}
-
-/// rank_pattern and alpha_pattern: module names or path endings. PEFT also takes regular expressions; those are
-/// refused rather than guessed at.
-fn pattern(field: &str, map: &Map<String, Value>) -> Result<BTreeMap<String, f64>, PeftError> {
-    let entry = |(key, value): (&String, &Value)| {
-        if key.contains(['*', '+', '?', '(', ')', '[', ']', '{', '}', '|', '^', '$', '\\']) {
-            return Err(PeftError::Config(format!(
-                "`{field}`: the regular expression {key:?} is not supported"
-            )));
-        }
-        match value
-            .as_f64()
-            .filter(|&number| number > 0.0 && (field != "rank_pattern" || number.fract() == 0.0))
-        {
-            Some(number) => Ok((key.clone(), number)),
-            None => Err(PeftError::Config(format!(
-                "`{field}`: {key} is {value}; a positive number is needed"
-            ))),
-        }
-    };
-    map.iter().map(entry).collect()
-}
-
-/// As PEFT's get_pattern_key: the key is the path or its ending after a dot.
-fn find(pattern: &BTreeMap<String, f64>, path: &str) -> Option<f64> {
-    let matches = |key: &str| path == key || path.strip_suffix(key).is_some_and(|head| head.ends_with('.'));
-    pattern
-        .iter()
-        .find(|(key, _)| matches(key))
-        .map(|(_, &number)| number)
 }
