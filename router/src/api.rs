@@ -13,7 +13,7 @@ use tandem_core::sampling::{BadSampling, RawSampling};
 use tandem_core::settings::Settings;
 use tandem_text::chat::Message;
 
-pub use tandem_store::{MetadataFilter, Order};
+pub use tandem_store::{MetadataFilter, Order, Part};
 
 /// A model name as clients see it.
 #[derive(Clone, Debug, PartialEq)]
@@ -281,6 +281,14 @@ pub enum RouterError {
 }
 
 impl RouterError {
+    /// The part of the store that was needed and does not answer now.
+    pub fn away(&self) -> Option<Part> {
+        match self {
+            RouterError::Store(error) => error.away(),
+            _ => None,
+        }
+    }
+
     pub(crate) fn invalid(param: &str, message: impl Into<String>) -> RouterError {
         RouterError::Invalid {
             param: Some(param.to_owned()),

@@ -27,7 +27,7 @@ use tandem_store::Store;
 use tandem_text::{TextError, Tokenizer};
 use tokio::task::JoinHandle;
 
-pub use api::{LoadMode, MetadataFilter, Order};
+pub use api::{LoadMode, MetadataFilter, Order, Part};
 pub use defaults::Defaults;
 pub use fleet::Fleet;
 pub use jobs::hyper;
@@ -95,8 +95,8 @@ struct Tasks {
     supervisor: JoinHandle<()>,
     preparer: JoinHandle<()>,
     housekeeping: JoinHandle<()>,
-    /// When others write to the database too.
-    watch: Option<JoinHandle<()>>,
+    /// When others write to the database too, and when a part of the store is elsewhere.
+    watches: Vec<JoinHandle<()>>,
 }
 
 /// What the supervisor may take to write down the engine's last words.
@@ -110,6 +110,8 @@ impl Router {
         fleet: Fleet,
         config: Config,
     ) -> Result<Router, RouterError> {
+        // Whoever asks at once hears what is away.
+        store.probe().await;
         let names = store.names(fleet.info().base_digest).await?;
         let vocabulary = 0..u32::try_from(tokenizer.vocab_size()).unwrap_or(u32::MAX);
         let longest_token_bytes = vocabulary
@@ -136,11 +138,7 @@ impl Router {
             supervisor: tokio::spawn(jobs::supervisor::run(router.clone())),
             preparer: tokio::spawn(jobs::prepare::run(router.clone())),
             housekeeping: tokio::spawn(models::housekeeping(router.clone())),
-            watch: router
-                .0
-                .store
-                .is_shared()
-                .then(|| tokio::spawn(watch::run(router.clone()))),
+            watches: router.watches(),
         };
         *router.tasks() = Some(tasks);
         Ok(router)
@@ -156,7 +154,7 @@ impl Router {
             mut supervisor,
             preparer,
             housekeeping,
-            watch,
+            watches,
         }) = tasks
         {
             self.0.desk.wake_supervisor();
@@ -168,7 +166,7 @@ impl Router {
                 supervisor.abort();
             }
             // What these do can be cut anywhere.
-            for task in [preparer, housekeeping].into_iter().chain(watch) {
+            for task in [preparer, housekeeping].into_iter().chain(watches) {
                 task.abort();
                 let _ = task.await;
             }
@@ -182,10 +180,10 @@ impl Router {
             supervisor,
             preparer,
             housekeeping,
-            watch,
+            watches,
         }) = self.tasks().take()
         {
-            for task in [supervisor, preparer, housekeeping].into_iter().chain(watch) {
+            for task in [supervisor, preparer, housekeeping].into_iter().chain(watches) {
                 task.abort();
             }
         }
@@ -210,6 +208,20 @@ impl Router {
     /// Whether calls are taken: a replica answers and nobody asked to stop.
     pub fn ready(&self) -> bool {
         !self.stopping() && self.0.fleet.is_ready()
+    }
+
+    /// Parts of the store that do not answer now: what needs one is refused, everything else goes on.
+    pub fn away(&self) -> Vec<Part> {
+        self.0.store.away()
+    }
+
+    fn watches(&self) -> Vec<JoinHandle<()>> {
+        let store = &self.0.store;
+        let others = store.is_shared().then(|| tokio::spawn(watch::run(self.clone())));
+        let parts = store
+            .is_remote()
+            .then(|| tokio::spawn(watch::probe(store.clone())));
+        others.into_iter().chain(parts).collect()
     }
 
     /// The replica that a job should train on now. `None`: none has room.

@@ -1,8 +1,9 @@
-//! Sees what other routers write to the same database: names, and everything about jobs. Not here: who may write.
+//! Looks at what is elsewhere: what other routers write to the same database (names, and everything about jobs), and
+//! whether the parts of the store answer at all. Not here: who may write, what is done without a part.
 
 use std::time::Duration;
 
-use tandem_store::Changes;
+use tandem_store::{Changes, PROBE_PERIOD, Store};
 
 use crate::Router;
 
@@ -21,6 +22,14 @@ pub(crate) async fn run(router: Router) {
             tracing::warn!(%error, "cannot see what other routers do; trying again");
         }
         quiet = looked.is_err();
+    }
+}
+
+/// Asks the parts of the store that are elsewhere whether they answer, as long as the router lives.
+pub(crate) async fn probe(store: Store) {
+    loop {
+        store.probe().await;
+        tokio::time::sleep(PROBE_PERIOD).await;
     }
 }
 

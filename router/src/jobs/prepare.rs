@@ -27,6 +27,8 @@ pub(crate) async fn run(router: Router) {
         match next(&router).await {
             Ok(true) => {}
             Ok(false) => router.wait_for(&router.0.desk.created).await,
+            // That a part of the store is away was logged when it went.
+            Err(error) if error.away().is_some() => tokio::time::sleep(RETRY).await,
             Err(error) => {
                 tracing::error!(%error, "a job cannot be prepared; trying again");
                 tokio::time::sleep(RETRY).await;

@@ -9,7 +9,7 @@ use tandem_core::message::FinishReason;
 use super::calls::{call, end};
 use super::jobs::{request, started, step, wait};
 use super::*;
-use crate::api::{Call, JobStatus, LoadMode, ModelKind};
+use crate::api::{Call, JobStatus, LoadMode, ModelKind, Part};
 
 /// Short, so that a test can wait for its end.
 const SHORT_LEASE: Duration = Duration::from_millis(600);
@@ -26,6 +26,14 @@ impl Street {
             house: House::new(),
             url,
         })
+    }
+
+    /// On a Postgres of its own.
+    fn on(server: &servers::Own) -> Street {
+        Street {
+            house: House::new(),
+            url: server.url(),
+        }
     }
 
     async fn open(&self, name: &str) -> (Router, Engine) {
@@ -238,4 +246,71 @@ async fn names_files_and_cancels_cross_from_router_to_router() {
     };
     let (job, ()) = tokio::join!(elsewhere.cancel_job(&id), answer);
     assert_eq!(job.unwrap().status, JobStatus::Cancelled);
+}
+
+#[tokio::test]
+async fn what_needs_no_database_goes_on_without_it() {
+    let Some(server) = servers::Own::new() else { return };
+    let street = Street::on(&server);
+    let (router, mut engine) = street.open("only").await;
+    let folder = street.house.adapter("pet", "1");
+    let (card, _) = tokio::join!(
+        router.load_adapter("pet", &folder, LoadMode::New),
+        engine.answer_load(Ok(8))
+    );
+    card.unwrap();
+    let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(2))
+        .await
+        .unwrap();
+    server.stop();
+    let noticed = async {
+        while router.away() != [Part::Database] {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, noticed)
+        .await
+        .expect("the next probe sees it");
+    assert!(router.ready(), "replicas answer");
+    // The base, an adapter that is known, and the names.
+    for model in [BASE, "pet"] {
+        let call = Call {
+            model: model.to_owned(),
+            ..call("x")
+        };
+        let mut generation = router.generate(call).await.unwrap();
+        let (_, said) = engine.generate().await;
+        end(&said, FinishReason::Length).await;
+        while generation.pieces.recv().await.is_some() {}
+    }
+    assert_eq!(router.models().len(), 2);
+    // What needs it is refused by name: another router may know the model.
+    let unknown = Call {
+        model: "other".to_owned(),
+        ..call("x")
+    };
+    for error in [
+        router.generate(unknown).await.err().expect("nobody can say"),
+        router.file(&file).await.unwrap_err(),
+        router.create_job(request(&file)).await.unwrap_err(),
+        router.unload_adapter("pet").await.unwrap_err(),
+        upload(&router, "u.jsonl", "fine-tune", &chat_rows(2))
+            .await
+            .unwrap_err(),
+    ] {
+        assert_eq!(error.away(), Some(Part::Database), "{error}");
+    }
+    server.start();
+    let back = async {
+        while !router.away().is_empty() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, back)
+        .await
+        .expect("the next probe sees it");
+    // And the job loops are alive.
+    let id = router.create_job(request(&file)).await.unwrap().id.0;
+    let (spec, _) = begun(&mut engine).await;
+    assert_eq!(spec.id.0, id);
 }

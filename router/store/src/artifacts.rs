@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use object_store::aws::AmazonS3Builder;
 use tandem_core::id::{AdapterDigest, AdapterRef, JobId};
@@ -18,6 +19,10 @@ use crate::remote::Remote;
 
 /// Written last, deleted first.
 const COMPLETE: &str = "complete";
+/// What a job waits for an artifact store that is away, and how often it tries: a request is refused at once, but a job
+/// would lose work.
+const JOB_PATIENCE: Duration = Duration::from_secs(30 * 60);
+const JOB_RETRY: Duration = Duration::from_secs(1);
 
 /// Cheap to clone.
 #[derive(Clone)]
@@ -97,6 +102,17 @@ impl Artifacts {
     /// Whether other processes see the same artifacts by another way than this folder.
     pub(crate) fn is_cached(&self) -> bool {
         self.remote.is_some()
+    }
+
+    /// Ask the shared place whether it answers, when there is one.
+    pub(crate) async fn probe(&self) {
+        if let Some(remote) = &self.remote {
+            remote.probe().await;
+        }
+    }
+
+    pub(crate) fn is_away(&self) -> bool {
+        self.remote.as_ref().is_some_and(|remote| remote.is_away())
     }
 
     pub(crate) fn folders(&self) -> &Arc<Folders> {
@@ -182,6 +198,10 @@ impl Artifacts {
     /// See that the store has an adapter that a replica made: it is there already when the replica's process put it
     /// there, else it is published from the folder it names.
     pub async fn keep_adapter(&self, adapter: &AdapterRef) -> Result<AdapterDigest, StoreError> {
+        patiently(|| self.keep_adapter_now(adapter)).await
+    }
+
+    pub(crate) async fn keep_adapter_now(&self, adapter: &AdapterRef) -> Result<AdapterDigest, StoreError> {
         match self.has_adapter(&adapter.digest).await? {
             true => Ok(adapter.digest),
             false => self.publish_adapter(&adapter.folder, Placement::Link).await,
@@ -242,6 +262,10 @@ impl Artifacts {
 
     /// The folder in which a life of a job runs: its datasets, and the state it goes on from.
     pub async fn pull_job(&self, id: &JobId, life: Life) -> Result<PathBuf, StoreError> {
+        patiently(|| self.pull_job_now(id, life)).await
+    }
+
+    async fn pull_job_now(&self, id: &JobId, life: Life) -> Result<PathBuf, StoreError> {
         let Life { epoch, saved } = life;
         if let Some(remote) = &self.remote {
             let (job, folder) = (self.folders.job(&id.0), self.folders.life(&id.0, epoch));
@@ -278,17 +302,21 @@ impl Artifacts {
         let state = self.folders.life(&id.0, epoch).join(files::STATE);
         let (epoch, step) = (epoch.to_string(), step.to_string());
         let key = ["jobs", &id.0, &epoch, &step, files::STATE];
-        if !remote.has(&key).await? {
-            remote.put(&state, &key).await?;
-        }
-        Ok(())
+        patiently(|| async {
+            if !remote.has(&key).await? {
+                remote.put(&state, &key).await?;
+            }
+            Ok(())
+        })
+        .await
     }
 
     /// A later state is kept: nobody goes on from this one.
     pub async fn drop_state(&self, id: &JobId, saved: Saved) -> Result<(), StoreError> {
         let Some(remote) = &self.remote else { return Ok(()) };
         let (epoch, step) = (saved.epoch.to_string(), saved.step.to_string());
-        remote.delete(&["jobs", &id.0, &epoch, &step, files::STATE]).await
+        let key = ["jobs", &id.0, &epoch, &step, files::STATE];
+        patiently(|| remote.delete(&key)).await
     }
 
     /// Where the router writes the datasets of a job, for [`Artifacts::push_datasets`].
@@ -302,7 +330,8 @@ impl Artifacts {
         for name in [files::TRAIN, files::VALID] {
             let path = self.folders.job(id).join(name);
             if path.exists() {
-                remote.put(&path, &["jobs", id, name]).await?;
+                let key = ["jobs", id, name];
+                patiently(|| remote.put(&path, &key)).await?;
             }
         }
         Ok(())
@@ -319,7 +348,19 @@ impl Artifacts {
     /// The job has ended: nobody goes on from its states.
     pub(crate) async fn remove_job(&self, id: &str) -> Result<(), StoreError> {
         if let Some(remote) = &self.remote {
-            remote.delete_all(&["jobs", id]).await?;
+            match remote.delete_all(&["jobs", id]).await {
+                // Whoever ended the job does not wait for this.
+                Err(error) if error.away().is_some() => {
+                    let (remote, id) = (remote.clone(), id.to_owned());
+                    tokio::spawn(async move {
+                        let key = ["jobs", id.as_str()];
+                        if let Err(error) = patiently(|| remote.delete_all(&key)).await {
+                            tracing::warn!(job = id, %error, "states of an ended job were left");
+                        }
+                    });
+                }
+                done => done?,
+            }
         }
         self.remove_job_folder(id).await
     }
@@ -343,6 +384,26 @@ impl Artifacts {
         let (folders, target) = (self.folders.clone(), target.to_owned());
         blocking(move || folders.publish_file(&staged, &target)).await?;
         Ok(true)
+    }
+}
+
+/// For what a job needs: while the artifact store is away, try again.
+async fn patiently<T, F: Future<Output = Result<T, StoreError>>>(
+    attempt: impl Fn() -> F,
+) -> Result<T, StoreError> {
+    let began = Instant::now();
+    let mut told = false;
+    loop {
+        match attempt().await {
+            Err(error) if error.away().is_some() && began.elapsed() < JOB_PATIENCE => {
+                // Once per wait.
+                if !std::mem::replace(&mut told, true) {
+                    tracing::warn!(%error, "a job waits for the artifact store");
+                }
+                tokio::time::sleep(JOB_RETRY).await;
+            }
+            done => return done,
+        }
     }
 }
 

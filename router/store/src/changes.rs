@@ -21,7 +21,7 @@ pub struct Changes {
 impl Store {
     pub async fn changes(&self) -> Result<Changes, StoreError> {
         let rows: Vec<(String, i64)> = sqlx::query_as("SELECT kind, n FROM changes")
-            .fetch_all(&self.db.pool)
+            .fetch_all(self.db.pool()?)
             .await?;
         let count = |kind: &str| rows.iter().find(|row| row.0 == kind).map_or(0, |row| row.1);
         Ok(Changes {

@@ -3,12 +3,13 @@
 
 use std::path::Path;
 use std::sync::Once;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sqlx::any::AnyPoolOptions;
 use sqlx::{Any, AnyPool, Executor, Transaction};
 
 use crate::error::StoreError;
+use crate::health::{Health, PROBE_TIMEOUT, Part};
 
 /// In order, forward only: the n-th brings version n - 1 to version n.
 const SQLITE: &[&str] = &[
@@ -23,8 +24,13 @@ const POSTGRES: &[&str] = &[
 const SQLITE_CONNECTIONS: u32 = 4;
 /// Of one router. A request holds one for as long as a query takes.
 const POSTGRES_CONNECTIONS: u32 = 8;
-/// What a request waits for a connection of the pool, or for a database that does not answer.
-const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(10);
+/// What a request waits for a connection of the pool: for SQLite's writers before it, or for a Postgres that does not
+/// answer.
+const SQLITE_ACQUIRE: Duration = Duration::from_secs(10);
+const POSTGRES_ACQUIRE: Duration = Duration::from_millis(1500);
+/// What a start waits for a Postgres that is being started too, and how often it tries.
+const START_PATIENCE: Duration = Duration::from_secs(60);
+const START_RETRY: Duration = Duration::from_secs(1);
 /// In WAL mode only FULL makes a commit outlive a power cut: an answered request is never lost.
 const SQLITE_SETUP: &str = "PRAGMA busy_timeout = 10000; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; \
                             PRAGMA foreign_keys = ON";
@@ -41,8 +47,13 @@ pub(crate) enum Dialect {
 
 #[derive(Clone)]
 pub(crate) struct Database {
-    pub pool: AnyPool,
+    /// Only for [`Database::pool`] and for tests.
+    pub raw_pool: AnyPool,
     pub dialect: Dialect,
+    pub health: Health,
+    /// One connection of its own for the probe of a database elsewhere: requests that wait for each other do not look like
+    /// a database that is away.
+    probe_pool: Option<AnyPool>,
 }
 
 impl Database {
@@ -62,7 +73,16 @@ impl Database {
                     .to_owned(),
             });
         }
-        Database::open(url, Dialect::Postgres, &shown).await
+        let began = Instant::now();
+        loop {
+            match Database::open(url, Dialect::Postgres, &shown).await {
+                Err(error) if error.away().is_some() && began.elapsed() < START_PATIENCE => {
+                    tracing::warn!(%error, "waiting for the database");
+                    tokio::time::sleep(START_RETRY).await;
+                }
+                opened => return opened,
+            }
+        }
     }
 
     async fn open(url: &str, dialect: Dialect, shown: &str) -> Result<Database, StoreError> {
@@ -71,27 +91,37 @@ impl Database {
             sqlx::any::install_drivers(&[sqlx::sqlite::any::DRIVER, sqlx::postgres::any::DRIVER])
                 .expect("only this line installs drivers");
         });
-        let options = match dialect {
-            Dialect::Sqlite => AnyPoolOptions::new()
-                .max_connections(SQLITE_CONNECTIONS)
-                .after_connect(|connection, _| {
-                    Box::pin(async move { connection.execute(SQLITE_SETUP).await.map(drop) })
-                }),
-            Dialect::Postgres => AnyPoolOptions::new()
-                .max_connections(POSTGRES_CONNECTIONS)
-                .after_connect(|connection, _| {
-                    Box::pin(async move { connection.execute(POSTGRES_SETUP).await.map(drop) })
-                }),
+        let (setup, connections, acquire) = match dialect {
+            Dialect::Sqlite => (SQLITE_SETUP, SQLITE_CONNECTIONS, SQLITE_ACQUIRE),
+            Dialect::Postgres => (POSTGRES_SETUP, POSTGRES_CONNECTIONS, POSTGRES_ACQUIRE),
         };
-        let pool = options
-            .acquire_timeout(ACQUIRE_TIMEOUT)
+        let raw_pool = AnyPoolOptions::new()
+            .max_connections(connections)
+            .acquire_timeout(acquire)
+            .after_connect(move |connection, _| {
+                Box::pin(async move { connection.execute(setup).await.map(drop) })
+            })
             .connect(url)
             .await
             .map_err(|source| StoreError::Connect {
                 url: shown.to_owned(),
                 source,
             })?;
-        let database = Database { pool, dialect };
+        let probe_pool = match dialect {
+            Dialect::Sqlite => None,
+            Dialect::Postgres => {
+                let one = AnyPoolOptions::new()
+                    .max_connections(1)
+                    .acquire_timeout(PROBE_TIMEOUT);
+                Some(one.connect_lazy(url)?)
+            }
+        };
+        let database = Database {
+            raw_pool,
+            dialect,
+            health: Health::new(Part::Database),
+            probe_pool,
+        };
         database.migrate(shown).await?;
         Ok(database)
     }
@@ -156,12 +186,33 @@ impl Database {
         Ok(())
     }
 
+    /// For a query; an error while the database is away.
+    pub fn pool(&self) -> Result<&AnyPool, StoreError> {
+        self.health.check()?;
+        Ok(&self.raw_pool)
+    }
+
+    /// Ask it something small, when it is elsewhere.
+    pub async fn probe(&self) {
+        if let Some(pool) = &self.probe_pool {
+            let asked = sqlx::query("SELECT 1").execute(pool);
+            self.health.note(async { Ok(drop(asked.await?)) }).await;
+        }
+    }
+
+    pub async fn close(&self) {
+        self.raw_pool.close().await;
+        if let Some(pool) = &self.probe_pool {
+            pool.close().await;
+        }
+    }
+
     /// A writing transaction. In SQLite IMMEDIATE takes the write lock at the start: a transaction that reads first and
     /// then finds another writer could only fail, whatever its timeout.
     pub async fn begin(&self) -> Result<Transaction<'static, Any>, StoreError> {
         Ok(match self.dialect {
-            Dialect::Sqlite => self.pool.begin_with("BEGIN IMMEDIATE").await?,
-            Dialect::Postgres => self.pool.begin().await?,
+            Dialect::Sqlite => self.pool()?.begin_with("BEGIN IMMEDIATE").await?,
+            Dialect::Postgres => self.pool()?.begin().await?,
         })
     }
 

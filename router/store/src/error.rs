@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::health::Part;
+
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     #[error("{} is in use by another server: each needs a data folder of its own", .0.display())]
@@ -34,13 +36,120 @@ pub enum StoreError {
     },
     #[error("database: {0}")]
     Sql(#[from] sqlx::Error),
+    /// The last probe got no answer, so nothing was tried.
+    #[error("the {part} does not answer: {why}")]
+    Away { part: Part, why: String },
     /// The tables hold what this program never writes, or the artifact store lacks what they name.
     #[error("damaged store: {0}")]
     Damaged(String),
+}
+
+impl StoreError {
+    /// The part that cannot be used now and may be later: nothing is wrong with what was asked.
+    pub fn away(&self) -> Option<Part> {
+        match self {
+            StoreError::Away { part, .. } => Some(*part),
+            StoreError::Sql(error) => sql_away(error).then_some(Part::Database),
+            StoreError::Connect { source, .. } => sql_away(source).then_some(Part::Database),
+            StoreError::Remote { source, .. } => remote_away(source).then_some(Part::Storage),
+            StoreError::Io { source, .. } => disk_away(source).then_some(Part::Storage),
+            StoreError::Locked(_)
+            | StoreError::Newer { .. }
+            | StoreError::Url { .. }
+            | StoreError::Adapter { .. }
+            | StoreError::Damaged(_) => None,
+        }
+    }
+}
+
+fn sql_away(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => {
+            true
+        }
+        // A connection that broke in the middle of an answer.
+        sqlx::Error::Protocol(_) | sqlx::Error::WorkerCrashed => true,
+        sqlx::Error::Database(error) => error.code().is_some_and(|code| code_is_away(&code)),
+        _ => false,
+    }
+}
+
+/// Postgres' codes have five characters: connections (08), resources (53), the operator (57P), the system (58).
+/// SQLite's are numbers, the kind in the lowest byte: busy, locked, read-only, I/O, full, cannot open.
+fn code_is_away(code: &str) -> bool {
+    match code.parse::<u32>() {
+        Ok(number) if code.len() < 5 => matches!(number & 0xff, 5 | 6 | 8 | 10 | 13 | 14),
+        _ => ["08", "53", "57P", "58"]
+            .iter()
+            .any(|class| code.starts_with(class)),
+    }
+}
+
+/// Whatever is not an answer about the object itself.
+fn remote_away(error: &object_store::Error) -> bool {
+    use object_store::Error as E;
+    !matches!(
+        error,
+        E::NotFound { .. }
+            | E::InvalidPath { .. }
+            | E::AlreadyExists { .. }
+            | E::Precondition { .. }
+            | E::NotModified { .. }
+            | E::NotImplemented { .. }
+            | E::NotSupported { .. }
+    )
+}
+
+/// Of the data folder: a disk that is full, or was made read-only.
+fn disk_away(error: &io::Error) -> bool {
+    use io::ErrorKind as K;
+    matches!(
+        error.kind(),
+        K::StorageFull | K::QuotaExceeded | K::ReadOnlyFilesystem
+    )
 }
 
 /// For `map_err`: what was done to which path.
 pub(crate) fn io_at(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
     let what = format!("{doing} {}", path.display());
     move |source| StoreError::Io { what, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_passes_is_told_from_what_does_not() {
+        for (code, away) in [
+            ("57P01", true),
+            ("57P03", true),
+            ("08006", true),
+            ("53300", true),
+            ("58030", true),
+            // Unique violation, undefined table, syntax, a query that was cancelled.
+            ("23505", false),
+            ("42P01", false),
+            ("42601", false),
+            ("57014", false),
+            // SQLite: busy, busy snapshot, full, constraint, unique constraint, corrupt.
+            ("5", true),
+            ("517", true),
+            ("13", true),
+            ("19", false),
+            ("2067", false),
+            ("11", false),
+        ] {
+            assert_eq!(code_is_away(code), away, "{code}");
+        }
+        let full = io_at("writing", Path::new("/data/x"))(io::ErrorKind::StorageFull.into());
+        assert_eq!(full.away(), Some(Part::Storage));
+        let missing = io_at("opening", Path::new("/data/x"))(io::ErrorKind::NotFound.into());
+        assert_eq!(missing.away(), None);
+        assert_eq!(StoreError::Sql(sqlx::Error::RowNotFound).away(), None);
+        assert_eq!(
+            StoreError::Sql(sqlx::Error::PoolTimedOut).away(),
+            Some(Part::Database)
+        );
+    }
 }

@@ -33,13 +33,26 @@ impl Store {
         purpose: &str,
         expires_after_s: Option<u64>,
     ) -> Result<FileRow, StoreError> {
+        // Before the long part: an upload that no row can name is in vain.
+        self.db.health.check()?;
         let row = self
             .publish_file(staged, filename, purpose, expires_after_s)
             .await?;
-        let mut tx = self.db.begin().await?;
-        insert(&mut tx, &row).await?;
-        tx.commit().await?;
-        Ok(row)
+        let written = async {
+            let mut tx = self.db.begin().await?;
+            insert(&mut tx, &row).await?;
+            Ok(tx.commit().await?)
+        };
+        match written.await {
+            Ok(()) => Ok(row),
+            Err(error) => {
+                // Nobody names these bytes. When they cannot be taken back either, they only take room.
+                if let Err(left) = self.discard_file(&row).await {
+                    tracing::warn!(file = %row.id, error = %left, "bytes without a row were left");
+                }
+                Err(error)
+            }
+        }
     }
 
     /// The first half of [`Store::add_file`]: durable bytes, and the row for them that a later transaction commits
@@ -81,7 +94,7 @@ impl Store {
         Ok(sqlx::query_as(sql)
             .bind(id)
             .bind(now())
-            .fetch_optional(&self.db.pool)
+            .fetch_optional(self.db.pool()?)
             .await?)
     }
 
@@ -113,14 +126,14 @@ impl Store {
             .bind(now())
             .bind(after)
             .bind(i64::from(limit) + 1);
-        Ok(Rows::cut(query.fetch_all(&self.db.pool).await?, limit))
+        Ok(Rows::cut(query.fetch_all(self.db.pool()?).await?, limit))
     }
 
     /// Whether there was one. The row goes first: nobody is pointed to missing bytes.
     pub async fn delete_file(&self, id: &str) -> Result<bool, StoreError> {
         let deleted = sqlx::query("DELETE FROM files WHERE id = $1")
             .bind(id)
-            .execute(&self.db.pool)
+            .execute(self.db.pool()?)
             .await?;
         if deleted.rows_affected() == 0 {
             return Ok(false);
@@ -133,7 +146,7 @@ impl Store {
     pub async fn delete_expired_files(&self) -> Result<usize, StoreError> {
         let expired: Vec<String> = sqlx::query_scalar("SELECT id FROM files WHERE expires_at <= $1")
             .bind(now())
-            .fetch_all(&self.db.pool)
+            .fetch_all(self.db.pool()?)
             .await?;
         for id in &expired {
             self.delete_file(id).await?;

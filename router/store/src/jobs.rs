@@ -310,7 +310,10 @@ impl Store {
 
     pub async fn job(&self, id: &str) -> Result<Option<JobRow>, StoreError> {
         let sql = concat!("SELECT ", columns!(), " FROM jobs WHERE id = $1");
-        Ok(sqlx::query_as(sql).bind(id).fetch_optional(&self.db.pool).await?)
+        Ok(sqlx::query_as(sql)
+            .bind(id)
+            .fetch_optional(self.db.pool()?)
+            .await?)
     }
 
     /// Jobs that have not ended and wait for another base than `base`.
@@ -318,7 +321,7 @@ impl Store {
         let sql = "SELECT count(*) FROM jobs WHERE finished_at IS NULL AND base <> $1";
         let count: i64 = sqlx::query_scalar(sql)
             .bind(base.to_string())
-            .fetch_one(&self.db.pool)
+            .fetch_one(self.db.pool()?)
             .await?;
         Ok(unsigned(count))
     }
@@ -362,7 +365,7 @@ impl Store {
         for (key, value) in pairs {
             query = query.bind(key).bind(value);
         }
-        Ok(Rows::cut(query.fetch_all(&self.db.pool).await?, limit))
+        Ok(Rows::cut(query.fetch_all(self.db.pool()?).await?, limit))
     }
 
     /// Newest first, those before the event `after`.
@@ -379,7 +382,7 @@ impl Store {
             .bind(job)
             .bind(after)
             .bind(i64::from(limit) + 1);
-        Ok(Rows::cut(query.fetch_all(&self.db.pool).await?, limit))
+        Ok(Rows::cut(query.fetch_all(self.db.pool()?).await?, limit))
     }
 
     /// Oldest first, those after the event numbered `seq` (0: from the first).
@@ -395,7 +398,7 @@ impl Store {
             .bind(job)
             .bind(seq)
             .bind(i64::from(limit))
-            .fetch_all(&self.db.pool)
+            .fetch_all(self.db.pool()?)
             .await?)
     }
 
@@ -413,7 +416,7 @@ impl Store {
             .bind(job)
             .bind(after)
             .bind(i64::from(limit) + 1);
-        Ok(Rows::cut(query.fetch_all(&self.db.pool).await?, limit))
+        Ok(Rows::cut(query.fetch_all(self.db.pool()?).await?, limit))
     }
 
     /// Where the datasets of a job are written, before [`Store::publish_datasets`].

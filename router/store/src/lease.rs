@@ -126,7 +126,7 @@ impl Store {
         sqlx::query("UPDATE jobs SET lease_until = NULL WHERE id = $1 AND lease_epoch = $2")
             .bind(id)
             .bind(signed(lease.epoch))
-            .execute(&self.db.pool)
+            .execute(self.db.pool()?)
             .await?;
         Ok(())
     }
@@ -144,7 +144,7 @@ impl Store {
     /// Of a data folder whose lock is ours: whoever held a job is dead.
     pub(crate) async fn clear_leases(&self) -> Result<(), StoreError> {
         sqlx::query("UPDATE jobs SET lease_until = NULL WHERE lease_until IS NOT NULL")
-            .execute(&self.db.pool)
+            .execute(self.db.pool()?)
             .await?;
         Ok(())
     }

@@ -21,6 +21,7 @@ mod db;
 mod error;
 mod files;
 mod folders;
+mod health;
 pub mod ids;
 mod jobs;
 mod lease;
@@ -34,6 +35,7 @@ pub use changes::Changes;
 pub use error::StoreError;
 pub use files::{FileRow, Order};
 pub use folders::Placement;
+pub use health::{PROBE_PERIOD, Part};
 pub use jobs::{
     Changed, CheckpointRow, EventRow, JobChange, JobRow, MetadataFilter, NewCheckpoint, NewEvent, NewJob,
 };
@@ -126,12 +128,31 @@ impl Store {
 
     /// Wait for open queries and close the database.
     pub async fn close(&self) {
-        self.db.pool.close().await;
+        self.db.close().await;
     }
 
     /// Whether others write to the database too.
     pub fn is_shared(&self) -> bool {
         self.db.dialect == Dialect::Postgres
+    }
+
+    /// Whether a part is elsewhere, and may be away while this process is well.
+    pub fn is_remote(&self) -> bool {
+        self.is_shared() || self.artifacts.is_cached()
+    }
+
+    /// Ask the parts that are elsewhere whether they answer; [`Store::away`] then says so.
+    pub async fn probe(&self) {
+        futures::future::join(self.db.probe(), self.artifacts.probe()).await;
+    }
+
+    /// The parts that did not answer the last probe.
+    pub fn away(&self) -> Vec<Part> {
+        let away = |&part: &Part| match part {
+            Part::Database => self.db.health.why().is_some(),
+            Part::Storage => self.artifacts.is_away(),
+        };
+        Part::ALL.into_iter().filter(away).collect()
     }
 
     pub fn artifacts(&self) -> &Artifacts {
@@ -162,7 +183,7 @@ impl Store {
 
     async fn ids(&self, sql: &'static str) -> Result<std::collections::HashSet<String>, StoreError> {
         Ok(sqlx::query_scalar(sql)
-            .fetch_all(&self.db.pool)
+            .fetch_all(self.db.pool()?)
             .await?
             .into_iter()
             .collect())

@@ -64,7 +64,7 @@ impl Store {
     /// See that the store has an adapter that a job made.
     pub async fn keep_adapter(&self, adapter: &AdapterRef) -> Result<AdapterDigest, StoreError> {
         self.announce(adapter.digest).await?;
-        self.artifacts.keep_adapter(adapter).await
+        self.artifacts.keep_adapter_now(adapter).await
     }
 
     /// Whether the bytes of an adapter are in the store.
@@ -84,7 +84,7 @@ impl Store {
         sqlx::query(sql)
             .bind(digest.to_string())
             .bind(now())
-            .execute(&self.db.pool)
+            .execute(self.db.pool()?)
             .await?;
         Ok(())
     }
@@ -95,7 +95,7 @@ impl Store {
                    FROM names JOIN adapters USING (digest) WHERE base = $1 ORDER BY names.created_at, name";
         let rows: Vec<RawName> = sqlx::query_as(sql)
             .bind(base.to_string())
-            .fetch_all(&self.db.pool)
+            .fetch_all(self.db.pool()?)
             .await?;
         rows.into_iter().map(RawName::parse).collect()
     }
@@ -174,7 +174,7 @@ impl Store {
             "SELECT digest FROM adapters WHERE digest NOT IN (SELECT digest FROM names) AND created_at <= $1";
         let unnamed: Vec<String> = sqlx::query_scalar(sql)
             .bind(self.unnamed_until())
-            .fetch_all(&self.db.pool)
+            .fetch_all(self.db.pool()?)
             .await?;
         let mut removed = 0;
         for hex in unnamed {

@@ -12,29 +12,41 @@
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Once};
+use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt};
-use object_store::aws::AmazonS3Builder;
+use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::buffered::BufWriter;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as Key;
-use object_store::{Error, ObjectStore, ObjectStoreExt};
+use object_store::{BackoffConfig, ClientConfigKey, Error, ObjectStore, ObjectStoreExt, RetryConfig};
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::error::{StoreError, io_at};
+use crate::health::{Health, Part};
 
 /// Larger files go up in parts of this size (S3 allows 5 MiB at least), so no file is in memory whole.
 const PART_BYTES: usize = 8 << 20;
 /// Parts of one file in flight.
 const PARTS_AT_ONCE: usize = 2;
 const READ_BYTES: usize = 1 << 20;
+/// A bucket that cannot be reached is an error for a request soon; a job, which can wait, tries for longer (artifacts.rs).
+const RETRY_TIMEOUT: Duration = Duration::from_secs(1);
+const RETRIES: usize = 3;
+/// In object_store's words, each with the variable by which an operator may say otherwise. An answer that stops coming
+/// for the time of a read will not come.
+const TIMEOUTS: [(ClientConfigKey, &str, &str); 2] = [
+    (ClientConfigKey::ConnectTimeout, "800ms", "AWS_CONNECT_TIMEOUT"),
+    (ClientConfigKey::ReadTimeout, "10s", "AWS_READ_TIMEOUT"),
+];
 
 pub(crate) struct Remote {
     store: Arc<dyn ObjectStore>,
     prefix: Key,
     /// For messages.
     url: String,
+    health: Health,
 }
 
 impl Remote {
@@ -54,8 +66,23 @@ impl Remote {
         if bucket.is_empty() {
             return Err(refused("it names no bucket".to_owned()));
         }
-        let store = builder
+        let limits = TIMEOUTS
+            .into_iter()
+            .filter(|(_, _, variable)| std::env::var_os(variable).is_none());
+        let store = limits
+            .fold(builder, |builder, (key, time, _)| {
+                builder.with_config(AmazonS3ConfigKey::Client(key), time)
+            })
             .with_bucket_name(bucket)
+            .with_retry(RetryConfig {
+                backoff: BackoffConfig {
+                    init_backoff: Duration::from_millis(50),
+                    max_backoff: Duration::from_millis(400),
+                    base: 2.0,
+                },
+                max_retries: RETRIES,
+                retry_timeout: RETRY_TIMEOUT,
+            })
             .build()
             .map_err(|error| refused(error.to_string()))?;
         let prefix = Key::parse(prefix).map_err(|error| refused(error.to_string()))?;
@@ -63,6 +90,7 @@ impl Remote {
             store: Arc::new(store),
             prefix,
             url: url.to_owned(),
+            health: Health::new(Part::Storage),
         })
     }
 
@@ -79,11 +107,34 @@ impl Remote {
             store: Arc::new(store),
             prefix: Key::default(),
             url: folder.display().to_string(),
+            health: Health::new(Part::Storage),
         })
+    }
+
+    /// Ask for something that need not be there.
+    pub async fn probe(&self) {
+        let key = self.key(&["probe"]);
+        let asked = self.store.head(&key);
+        let probe = async {
+            match asked.await {
+                // Who may read known keys only is told "forbidden" for a key that is not there: an answer all the same.
+                Ok(_)
+                | Err(
+                    Error::NotFound { .. } | Error::PermissionDenied { .. } | Error::Unauthenticated { .. },
+                ) => Ok(()),
+                Err(error) => Err(self.failed("looking for", &["probe"], error)),
+            }
+        };
+        self.health.note(probe).await;
+    }
+
+    pub fn is_away(&self) -> bool {
+        self.health.why().is_some()
     }
 
     /// Upload a local file under `parts`.
     pub async fn put(&self, source: &Path, parts: &[&str]) -> Result<u64, StoreError> {
+        self.health.check()?;
         let mut input = File::open(source).await.map_err(io_at("opening", source))?;
         let key = self.key(parts);
         let mut output =
@@ -96,9 +147,10 @@ impl Remote {
                 if error.gave_up {
                     let _ = output.abort().await;
                 }
-                Err(StoreError::Io {
-                    what,
-                    source: error.source,
+                // The writer wraps what the store said.
+                Err(match error.source.downcast::<Error>() {
+                    Ok(source) => StoreError::Remote { what, source },
+                    Err(source) => StoreError::Io { what, source },
                 })
             }
         }
@@ -106,6 +158,7 @@ impl Remote {
 
     /// Write a small object.
     pub async fn mark(&self, parts: &[&str]) -> Result<(), StoreError> {
+        self.health.check()?;
         let put = self.store.put(&self.key(parts), "complete\n".into()).await;
         put.map(drop)
             .map_err(|error| self.failed("writing", parts, error))
@@ -113,6 +166,7 @@ impl Remote {
 
     /// Download an object into a new file, durable. `false`: there is no such object.
     pub async fn get(&self, parts: &[&str], target: &Path) -> Result<bool, StoreError> {
+        self.health.check()?;
         let found = match self.store.get(&self.key(parts)).await {
             Ok(found) => found,
             Err(Error::NotFound { .. }) => return Ok(false),
@@ -131,6 +185,7 @@ impl Remote {
     }
 
     pub async fn has(&self, parts: &[&str]) -> Result<bool, StoreError> {
+        self.health.check()?;
         match self.store.head(&self.key(parts)).await {
             Ok(_) => Ok(true),
             Err(Error::NotFound { .. }) => Ok(false),
@@ -140,6 +195,7 @@ impl Remote {
 
     /// That it is gone already is fine.
     pub async fn delete(&self, parts: &[&str]) -> Result<(), StoreError> {
+        self.health.check()?;
         match self.store.delete(&self.key(parts)).await {
             Ok(()) | Err(Error::NotFound { .. }) => Ok(()),
             Err(error) => Err(self.failed("deleting", parts, error)),
@@ -148,6 +204,7 @@ impl Remote {
 
     /// Delete all objects under `parts`.
     pub async fn delete_all(&self, parts: &[&str]) -> Result<(), StoreError> {
+        self.health.check()?;
         let failed = |error| self.failed("deleting", parts, error);
         let found = self.store.list(Some(&self.key(parts)));
         let keys: Vec<Key> = found

@@ -71,7 +71,7 @@ async fn one_folder_has_one_owner_and_no_future() {
         .expect("the folder is in use");
     assert!(matches!(second, StoreError::Locked(_)), "{second}");
     sqlx::query("PRAGMA user_version = 99")
-        .execute(&store.db.pool)
+        .execute(&store.db.raw_pool)
         .await
         .unwrap();
     store.close().await;

@@ -1,5 +1,7 @@
 //! Several stores on one Postgres, and artifacts in a bucket that a real S3 server keeps.
 
+use std::net::SocketAddr;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -9,6 +11,7 @@ use s3s::auth::SimpleAuth;
 use s3s::service::S3ServiceBuilder;
 use tandem_core::id::JobId;
 use tandem_core::job::{Life, Saved, files};
+use tokio::task::{AbortHandle, JoinSet};
 
 use super::*;
 use crate::folders::{Folders, Tenancy};
@@ -115,7 +118,7 @@ async fn a_newer_database_and_one_without_shared_artifacts_are_refused() {
     let root = tempfile::tempdir().unwrap();
     let store = Store::open(&places(root.path(), "a", &url)).await.unwrap();
     sqlx::query("UPDATE tandem_schema SET version = 99")
-        .execute(&store.db.pool)
+        .execute(&store.db.raw_pool)
         .await
         .unwrap();
     let alone = Places {
@@ -142,45 +145,185 @@ async fn a_newer_database_and_one_without_shared_artifacts_are_refused() {
     }
 }
 
-/// An S3 server on a free port, and a way to open the same bucket with different caches.
-async fn bucket(root: &Path) -> impl Fn(&str) -> Artifacts {
-    let served = root.join("s3");
-    fs::create_dir_all(served.join("bucket")).unwrap();
-    let mut service = S3ServiceBuilder::new(s3s_fs::FileSystem::new(&served).unwrap());
-    service.set_auth(SimpleAuth::from_single("key", "secret"));
-    let service = service.build();
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    tokio::spawn(async move {
-        loop {
-            let (stream, _) = listener.accept().await.unwrap();
-            let service = service.clone();
-            tokio::spawn(async move {
-                let connection = Builder::new(TokioExecutor::new());
-                // A client that leaves is no failure of the server's.
-                let _ = connection.serve_connection(TokioIo::new(stream), service).await;
-            });
+/// An S3 server on a free port, which a test may stop and start again, and the caches before its one bucket.
+struct Bucket {
+    root: PathBuf,
+    address: SocketAddr,
+    caches: AtomicUsize,
+    server: Mutex<Option<AbortHandle>>,
+}
+
+impl Bucket {
+    async fn start(root: &Path) -> Bucket {
+        fs::create_dir_all(root.join("s3/bucket")).unwrap();
+        let bucket = Bucket {
+            root: root.to_owned(),
+            address: ([127, 0, 0, 1], 0).into(),
+            caches: AtomicUsize::new(0),
+            server: Mutex::new(None),
+        };
+        Bucket {
+            address: bucket.serve().await,
+            ..bucket
         }
-    });
-    let root = root.to_owned();
-    let opened = AtomicUsize::new(0);
-    move |prefix| {
+    }
+
+    async fn serve(&self) -> SocketAddr {
+        let mut service = S3ServiceBuilder::new(s3s_fs::FileSystem::new(self.root.join("s3")).unwrap());
+        service.set_auth(SimpleAuth::from_single("key", "secret"));
+        let service = service.build();
+        let listener = tokio::net::TcpListener::bind(self.address).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = tokio::spawn(async move {
+            // They end with this task.
+            let mut connections = JoinSet::new();
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let service = service.clone();
+                connections.spawn(async move {
+                    let connection = Builder::new(TokioExecutor::new());
+                    // A client that leaves is no failure of the server's.
+                    let _ = connection.serve_connection(TokioIo::new(stream), service).await;
+                });
+            }
+        });
+        *self.server.lock().unwrap() = Some(server.abort_handle());
+        address
+    }
+
+    fn stop(&self) {
+        self.server.lock().unwrap().take().unwrap().abort();
+    }
+
+    /// Another process's view of what lies under `prefix`.
+    fn open(&self, prefix: &str) -> Artifacts {
         let builder = AmazonS3Builder::new()
-            .with_endpoint(format!("http://{address}"))
+            .with_endpoint(format!("http://{}", self.address))
             .with_allow_http(true)
             .with_region("us-east-1")
             .with_access_key_id("key")
             .with_secret_access_key("secret");
         let remote = Remote::bucket(&format!("s3://bucket/{prefix}"), builder).unwrap();
-        let cache = root.join(format!("cache-{}", opened.fetch_add(1, Ordering::Relaxed)));
+        let number = self.caches.fetch_add(1, Ordering::Relaxed);
+        let cache = self.root.join(format!("cache-{number}"));
         Artifacts::with_remote(Folders::make(&cache, Tenancy::Guest).unwrap(), Some(remote))
     }
+}
+
+/// What a request may take to hear that a part is away.
+const SOON: Duration = Duration::from_secs(2);
+
+#[tokio::test]
+async fn a_database_that_goes_is_said_soon_and_comes_back() {
+    let Some(server) = servers::Own::new() else { return };
+    let root = tempfile::tempdir().unwrap();
+    let store = Store::open(&places(root.path(), "a", &server.url()))
+        .await
+        .unwrap();
+    store.insert_job(job("ftjob-x", &[])).await.unwrap();
+    server.stop();
+    // Nobody has noticed yet: the one who asks finds out.
+    let error = tokio::time::timeout(SOON, store.job("ftjob-x"))
+        .await
+        .expect("soon")
+        .unwrap_err();
+    assert_eq!(error.away(), Some(Part::Database), "{error}");
+    // From the next probe on, nothing is tried.
+    store.probe().await;
+    assert_eq!(store.away(), [Part::Database]);
+    for error in [
+        store.job("ftjob-x").await.unwrap_err(),
+        store.insert_job(job("ftjob-y", &[])).await.unwrap_err(),
+    ] {
+        assert!(
+            matches!(
+                error,
+                StoreError::Away {
+                    part: Part::Database,
+                    ..
+                }
+            ),
+            "{error}"
+        );
+    }
+    // An upload leaves no bytes that no row names.
+    let staged = store.staging();
+    fs::write(&staged, "{}").unwrap();
+    store
+        .add_file(&staged, "t.jsonl", "fine-tune", None)
+        .await
+        .unwrap_err();
+    assert_eq!(
+        fs::read_dir(root.path().join("shared/files")).map_or(0, Iterator::count),
+        0
+    );
+    server.start();
+    store.probe().await;
+    assert_eq!(store.away(), []);
+    assert!(store.job("ftjob-x").await.unwrap().is_some());
+    store
+        .add_file(&staged, "t.jsonl", "fine-tune", None)
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn a_bucket_that_goes_is_said_soon_and_a_job_waits_for_it() {
+    let root = tempfile::tempdir().unwrap();
+    let bucket = Bucket::start(root.path()).await;
+    let artifacts = bucket.open("");
+    let digest = artifacts
+        .publish_adapter(&adapter(root.path(), "one"), Placement::Copy)
+        .await
+        .unwrap();
+    bucket.stop();
+    let upload = async || {
+        let staged = artifacts.folders().staging();
+        fs::write(&staged, "{}").unwrap();
+        artifacts.publish_file(&staged, "file-x").await
+    };
+    let error = tokio::time::timeout(SOON, upload())
+        .await
+        .expect("soon")
+        .unwrap_err();
+    assert_eq!(error.away(), Some(Part::Storage), "{error}");
+    artifacts.probe().await;
+    assert!(artifacts.is_away());
+    let error = upload().await.unwrap_err();
+    assert!(
+        matches!(
+            error,
+            StoreError::Away {
+                part: Part::Storage,
+                ..
+            }
+        ),
+        "{error}"
+    );
+    // What is here is served.
+    assert!(artifacts.adapter(digest).await.unwrap().exists());
+    // A job's state is kept as soon as that is possible.
+    let id = JobId("ftjob-x".to_owned());
+    let life = artifacts.folders().life(&id.0, 1);
+    fs::create_dir_all(&life).unwrap();
+    fs::write(life.join(files::STATE), "after 5").unwrap();
+    let back = async {
+        bucket.serve().await;
+        artifacts.probe().await;
+    };
+    let (pushed, ()) = tokio::join!(artifacts.push_job(&id, 1, 5), back);
+    pushed.unwrap();
+    assert!(!artifacts.is_away());
+    upload().await.unwrap();
+    let kept = root.path().join("s3/bucket/jobs/ftjob-x/1/5").join(files::STATE);
+    assert_eq!(fs::read_to_string(kept).unwrap(), "after 5");
 }
 
 #[tokio::test]
 async fn what_one_process_puts_into_a_bucket_another_gets() {
     let root = tempfile::tempdir().unwrap();
-    let open = bucket(root.path()).await;
+    let bucket = Bucket::start(root.path()).await;
+    let open = |prefix| bucket.open(prefix);
     let (a, b) = (open("some/prefix"), open("some/prefix"));
 
     let digest = a
@@ -232,7 +375,8 @@ async fn what_one_process_puts_into_a_bucket_another_gets() {
 #[tokio::test]
 async fn a_job_goes_on_in_another_process() {
     let root = tempfile::tempdir().unwrap();
-    let open = bucket(root.path()).await;
+    let bucket = Bucket::start(root.path()).await;
+    let open = |prefix| bucket.open(prefix);
     let (router, first, second) = (open(""), open(""), open(""));
     let id = JobId("ftjob-x".to_owned());
     fs::create_dir_all(router.job_folder(&id.0)).unwrap();
