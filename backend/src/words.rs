@@ -25,8 +25,19 @@ pub fn device(word: &str) -> Result<Device, LoadError> {
         gpu::gpu_check()?;
     }
     let count = || Cuda::device_count().max(0) as usize;
+    let barred = || match gpu::flavour() {
+        "rocm" => amd::barred(Path::new("/")),
+        _ => None,
+    };
     let index = match word {
-        "auto" if !Cuda::is_available() => return Ok(Device::Cpu),
+        "auto" if !Cuda::is_available() => {
+            return match barred() {
+                None => Ok(Device::Cpu),
+                Some(why) => Err(LoadError::Option(format!(
+                    "device auto would be the CPU: {why}; --device cpu says that this is meant"
+                ))),
+            };
+        }
         "cpu" => return Ok(Device::Cpu),
         "auto" | "cuda" => 0,
         other => {
@@ -37,8 +48,9 @@ pub fn device(word: &str) -> Result<Device, LoadError> {
     match index < count() {
         true => Ok(Device::Cuda(index)),
         false => Err(LoadError::Option(format!(
-            "device {word}: libtorch sees {} GPUs",
-            count()
+            "device {word}: libtorch sees {} GPUs{}",
+            count(),
+            barred().map_or_else(String::new, |why| format!("; {why}"))
         ))),
     }
 }
@@ -132,6 +144,9 @@ pub fn report() -> String {
     say("GPUs seen by libtorch", Cuda::device_count().to_string());
     for gpu in amd::gpus(Path::new("/")) {
         say(&format!("AMD GPU {}", gpu.index), amd_gpu(&gpu));
+    }
+    if let Some(why) = amd::barred(Path::new("/")) {
+        say("AMD GPUs", format!("cannot be used: {why}"));
     }
     let path = match (avx512bf16, avx512f, avx2) {
         (true, ..) => "AVX-512 with bfloat16 dot products",

@@ -3,6 +3,7 @@
 //! computes (libtorch's numbering follows its own environment variables).
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Where the compute driver (KFD) lists its nodes; processors are nodes too.
@@ -132,9 +133,146 @@ fn sensors(device: &Path) -> Sensors {
     }
 }
 
+/// The compute driver's door, and the folder of the GPUs' own.
+const KFD: &str = "dev/kfd";
+const DRI: &str = "dev/dri";
+
+/// Why this process may not use the GPUs that the driver shows: a container that was not given the devices, or a process
+/// outside the groups that may open them. `None`: there are no GPUs, or it may. No device is opened for this.
+pub fn barred(root: &Path) -> Option<String> {
+    let gpus = gpus(root);
+    if gpus.is_empty() {
+        return None;
+    }
+    let who = Identity::of_this_process(root)?;
+    let renderers = gpus.iter().filter_map(|gpu| gpu.render_minor);
+    let renderers = renderers.map(|minor| format!("{DRI}/renderD{minor}"));
+    // A container may be given some GPUs only, so one that may be opened is enough.
+    let (mut missing, mut shut) = (None, None);
+    for device in renderers {
+        match fs::metadata(root.join(&device)) {
+            Err(_) => missing = missing.or(Some(device)),
+            Ok(found) if who.may_open(&found) => {
+                (missing, shut) = (None, None);
+                break;
+            }
+            Ok(found) => shut = shut.or(Some((device, found))),
+        }
+    }
+    match fs::metadata(root.join(KFD)) {
+        Err(_) => missing = Some(KFD.to_owned()),
+        Ok(found) if !who.may_open(&found) => shut = Some((KFD.to_owned(), found)),
+        Ok(_) => {}
+    }
+    let n = gpus.len();
+    if let Some((device, found)) = shut {
+        return Some(format!(
+            "the driver shows {n} AMD GPUs, but /{device} belongs to group {} (mode {:o}) and this process, user {}, is in \
+             groups {:?}: add that group (docker --group-add, RENDER_GID and VIDEO_GID of docker/compose.yaml, \
+             supplementalGroups in Kubernetes, usermod -aG on a machine)",
+            found.gid(),
+            found.mode() & 0o777,
+            who.user,
+            who.groups
+        ));
+    }
+    missing.map(|device| {
+        format!(
+            "the driver shows {n} AMD GPUs, but there is no /{device} here: give the container its devices \
+             (--device /dev/kfd --device /dev/dri)"
+        )
+    })
+}
+
+struct Identity {
+    user: u32,
+    groups: Vec<u32>,
+}
+
+impl Identity {
+    fn of_this_process(root: &Path) -> Option<Identity> {
+        let status = fs::read_to_string(root.join("proc/self/status")).ok()?;
+        let numbers = |name: &str| -> Option<Vec<u32>> {
+            let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+            Some(
+                line.split_whitespace()
+                    .filter_map(|number| number.parse().ok())
+                    .collect(),
+            )
+        };
+        // Real, effective, saved, of the file system.
+        let (user, group) = (*numbers("Uid:")?.get(1)?, *numbers("Gid:")?.get(1)?);
+        let mut groups = numbers("Groups:")?;
+        if !groups.contains(&group) {
+            groups.push(group);
+        }
+        groups.sort_unstable();
+        Some(Identity { user, groups })
+    }
+
+    /// To read and to write.
+    fn may_open(&self, device: &fs::Metadata) -> bool {
+        let allows = |shift: u32| device.mode() >> shift & 0o6 == 0o6;
+        if self.user == 0 {
+            return true;
+        }
+        match (device.uid() == self.user, self.groups.contains(&device.gid())) {
+            (true, _) => allows(6),
+            (_, true) => allows(3),
+            _ => allows(0),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_may_not_open_the_devices_is_told_why() {
+        use std::os::unix::fs::PermissionsExt;
+        let gpu =
+            "sys/class/kfd/kfd/topology/nodes/1/properties gfx_target_version 90402;drm_render_minor 128";
+        let devices = "\ndev/kfd x\ndev/dri/renderD128 x";
+        // Files of a test belong to the one who runs it.
+        let own = tempfile::NamedTempFile::new()
+            .unwrap()
+            .as_file()
+            .metadata()
+            .unwrap();
+        let group = own.gid();
+        let (inside, outside) = (group.to_string(), (group + 1).to_string());
+        let belongs = format!("/dev/kfd belongs to group {group} (mode 660)");
+        for (gpus, user, groups, mode, expected) in [
+            ("", 4242, &outside, 0o660, None),
+            (gpu, 4242, &inside, 0o660, None),
+            (gpu, 4242, &outside, 0o666, None),
+            (gpu, 0, &outside, 0o660, None),
+            (gpu, 4242, &outside, 0o660, Some(belongs.as_str())),
+        ] {
+            let status = format!(
+                "\nproc/self/status Uid:\t{user}\t{user}\t{user}\t{user};Gid:\t4242\t4242\t4242\t4242;Groups:\t44 {groups}"
+            );
+            let root = tree(&format!("{gpus}{devices}{status}"));
+            for device in ["dev/kfd", "dev/dri/renderD128"] {
+                let mode = std::fs::Permissions::from_mode(mode);
+                fs::set_permissions(root.path().join(device), mode).unwrap();
+            }
+            let found = barred(root.path());
+            match expected {
+                None => assert_eq!(found, None),
+                Some(expected) => assert!(
+                    found.as_ref().is_some_and(|why| why.contains(expected)),
+                    "{found:?}"
+                ),
+            }
+        }
+        let none = tree(&format!(
+            "{gpu}\nproc/self/status Uid:\t1\t1\t1\t1;Gid:\t1\t1\t1\t1;Groups:\t"
+        ));
+        let why = barred(none.path()).expect("no device");
+        assert!(why.contains("there is no /dev/kfd here"), "{why}");
+    }
 
     /// A tree of files: `path value` a line, the value to the end of the line, `;` for a line break in it.
     fn tree(files: &str) -> tempfile::TempDir {
