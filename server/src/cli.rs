@@ -167,6 +167,13 @@ pub struct EdgeOptions {
     /// it, or separate by commas. Clients are told apart by their keys when places are few
     #[arg(long, value_name = "KEY", value_delimiter = ',', hide_env_values = true)]
     pub api_key: Vec<String>,
+    /// Keys as of --api-key, one a line, from a file such as a secret of Compose or Kubernetes. /dev/null: none
+    #[arg(long, value_name = "FILE")]
+    pub api_key_file: Option<PathBuf>,
+    /// Where a container's port is published, which --host does not say. Beyond 127.0.0.1 other machines come in: then
+    /// keys are wanted
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub published: Option<String>,
     /// Web pages that may use the server beside its own and those of localhost: a JSON list such as
     /// '["https://chat.example.com"]', or '["*"]' for all
     #[arg(long, value_name = "ORIGINS")]

@@ -6,7 +6,7 @@ use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use tandem_core::message::Fault;
 use tandem_openapi::error::{ErrorObject, ErrorResponse};
-use tandem_router::api::RouterError;
+use tandem_router::api::{Part, RouterError};
 use tracing::error;
 
 /// Characters of a message at most: what a client sent may be part of it.
@@ -136,6 +136,25 @@ impl ApiError {
             ..with(S::SERVICE_UNAVAILABLE, SERVER, None, None)
         };
 
+        let away = |part| {
+            let (code, instead) = match part {
+                Part::Database => (
+                    "database_unavailable",
+                    "The database of this server does not answer now; files, jobs and new models wait for it. Try again.",
+                ),
+                Part::Storage => (
+                    "storage_unavailable",
+                    "The artifact store of this server does not answer now; files, jobs and new models wait for it. Try \
+                     again.",
+                ),
+            };
+            Answer {
+                code: Some(code),
+                instead: Some(instead),
+                ..stopping()
+            }
+        };
+
         let (error, prompt) = match self {
             ApiError::Router(error) => (error, None),
             ApiError::Prompt(error, param) => (error, Some(*param)),
@@ -213,6 +232,7 @@ impl ApiError {
                 ),
                 ..stopping()
             },
+            RouterError::Store(error) if let Some(part) = error.away() => away(part),
             RouterError::Store(_) => failed(
                 Retry::AsStatusSays,
                 Some("The server could not reach its storage."),

@@ -8,6 +8,8 @@ mod convert;
 mod demo;
 mod doctor;
 mod error;
+mod exit;
+mod exposure;
 mod extract;
 mod fields;
 mod foreign;
@@ -43,7 +45,7 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("tandem: {error:#}");
-            ExitCode::FAILURE
+            ExitCode::from(exit::code(&error))
         }
     }
 }

@@ -1,6 +1,8 @@
 //! The API in front of a fleet, whichever fleet it is: what `serve` and `router` share. Not here: routes, the fleet.
 
+use std::fs::File;
 use std::net::{SocketAddr, TcpListener};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -16,7 +18,7 @@ use crate::cli::{ArtifactOptions, EdgeOptions, ProcessOptions, StateOptions};
 use crate::keys::ApiKeys;
 use crate::origins::Origins;
 use crate::values::LoraModule;
-use crate::{convert, listen};
+use crate::{convert, exposure, listen};
 
 /// A socket that is bound, and who may come in by it: what can be wrong with either is found before a model is loaded.
 pub struct Door {
@@ -27,7 +29,9 @@ pub struct Door {
 
 impl Door {
     pub fn open(address: SocketAddr, options: &EdgeOptions) -> Result<Door> {
-        let keys = ApiKeys::new(options.api_key.iter().map(String::as_str)).context("--api-key")?;
+        let keys = exposure::keys(&options.api_key, options.api_key_file.as_deref())?;
+        let keys = ApiKeys::new(keys.iter().map(String::as_str)).context("--api-key")?;
+        exposure::check(options.published.as_deref(), address.ip(), keys.is_some())?;
         let origins = Origins::parse(&options.allowed_origins).context("--allowed-origins")?;
         let listener = listen::bind(address).with_context(|| format!("cannot listen on {address}"))?;
         let address = listener.local_addr().context("the socket has no address")?;
@@ -44,9 +48,29 @@ impl Door {
     }
 }
 
+/// Make it, and see that it can be written: a volume that belongs to somebody else is found at once, by its name.
 pub fn make_data_dir(data_dir: &Path) -> Result<()> {
+    let trial = data_dir.join(format!(".trial-{}", std::process::id()));
     std::fs::create_dir_all(data_dir)
-        .with_context(|| format!("cannot make --data-dir {}", data_dir.display()))
+        .and_then(|()| File::create(&trial))
+        .and_then(|_| std::fs::remove_file(&trial))
+        .with_context(|| match owner(data_dir) {
+            Some(owner) => format!("cannot write to --data-dir {}, {owner}", data_dir.display()),
+            None => format!("cannot make --data-dir {}", data_dir.display()),
+        })
+}
+
+/// Whose a folder is and who we are, for who has to mend it.
+fn owner(folder: &Path) -> Option<String> {
+    let (folder, own) = (folder.metadata().ok()?, Path::new("/proc/self").metadata().ok()?);
+    Some(format!(
+        "which belongs to user {} and group {} (mode {:o}); this process is user {}, group {}",
+        folder.uid(),
+        folder.gid(),
+        folder.mode() & 0o7777,
+        own.uid(),
+        own.gid()
+    ))
 }
 
 /// What `run` serves.
@@ -96,6 +120,8 @@ pub async fn run(edge: Edge) -> Result<()> {
         host: _,
         port: _,
         api_key: _,
+        api_key_file: _,
+        published: _,
         allowed_origins: _,
         generation_config,
         strict_fields,

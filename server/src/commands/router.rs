@@ -13,6 +13,7 @@ use super::edge::{self, Door, Edge};
 use super::{log, replica, runtime};
 use crate::cli::Router;
 use crate::config::Given;
+use crate::exit::WrongSetting;
 use crate::listen::Signals;
 
 pub fn run(options: Router, given: &Given) -> Result<()> {
@@ -31,13 +32,18 @@ pub fn run(options: Router, given: &Given) -> Result<()> {
         .collect();
     ensure!(
         !backends.is_empty(),
-        "--backend is missing: the address of at least one `tandem backend`, such as http://127.0.0.1:8001"
+        WrongSetting(
+            "--backend is missing: the address of at least one `tandem backend`, such as http://127.0.0.1:8001"
+                .to_owned()
+        )
     );
     for url in &backends {
         let known = url.starts_with("http://") && url.len() > "http://".len();
         ensure!(
             known,
-            "--backend {url}: an address such as http://127.0.0.1:8001 is wanted"
+            WrongSetting(format!(
+                "--backend {url}: an address such as http://127.0.0.1:8001 is wanted"
+            ))
         );
     }
     let door = Door::open(SocketAddr::new(options.host, options.port), &options)?;

@@ -6,6 +6,7 @@ use axum::http::header;
 use axum::response::IntoResponse;
 use tandem_openapi::error::Errors;
 use tandem_openapi::server::{Health, Version};
+use tandem_router::Part;
 
 use crate::app::App;
 use crate::error::ApiError;
@@ -14,7 +15,10 @@ use crate::error::ApiError;
 #[utoipa::path(get, path = "/health", tag = "server", security(()), responses((status = 200, body = Health), Errors))]
 pub async fn health(State(app): State<App>) -> Result<Json<Health>, ApiError> {
     match app.router.ready() {
-        true => Ok(Json(Health { status: "ok" })),
+        true => Ok(Json(Health {
+            status: "ok",
+            away: Vec::new(),
+        })),
         false => Err(ApiError::Stopping),
     }
 }
@@ -22,10 +26,12 @@ pub async fn health(State(app): State<App>) -> Result<Json<Health>, ApiError> {
 /// Requests may be sent here: not while the server stops.
 #[utoipa::path(get, path = "/ready", tag = "server", security(()), responses((status = 200, body = Health), Errors))]
 pub async fn ready(State(app): State<App>) -> Result<Json<Health>, ApiError> {
-    match app.router.ready() && !app.is_stopping() {
-        true => Ok(Json(Health { status: "ready" })),
-        false => Err(ApiError::Stopping),
+    if !app.router.ready() || app.is_stopping() {
+        return Err(ApiError::Stopping);
     }
+    let away: Vec<String> = app.router.away().iter().map(Part::to_string).collect();
+    let status = if away.is_empty() { "ready" } else { "degraded" };
+    Ok(Json(Health { status, away }))
 }
 
 /// The version of this server.

@@ -4,6 +4,7 @@
 use std::fmt::{Display, Write};
 
 use tandem_core::histogram::{BOUNDS_US, Counted};
+use tandem_router::Part;
 use tandem_router::fleet::{Report, Standing};
 
 /// A number of a replica.
@@ -68,6 +69,16 @@ pub fn write(text: &mut String, model: &str, admissions: &Counted, replicas: &[R
     }
 }
 
+/// Each part of the store, whether it answered the last probe.
+pub fn write_parts(text: &mut String, model: &str, away: &[Part]) {
+    let (name, model) = ("tandem:store_up", label("model_name", model));
+    head(text, name, "gauge", "1 while this part of the store answers");
+    for part in Part::ALL {
+        let labels = format!("{model},{}", label("part", &part.to_string()));
+        line(text, name, &labels, u8::from(!away.contains(&part)));
+    }
+}
+
 fn histogram(text: &mut String, name: &str, labels: &str, counted: &Counted) {
     let Counted { counts, sum_seconds } = counted;
     let mut below = 0;
@@ -122,6 +133,7 @@ mod tests {
         };
         let mut text = String::new();
         write(&mut text, "m", &Counted::default(), &[report]);
+        write_parts(&mut text, "m", &[Part::Storage]);
         for line in [
             "tandem:replica_up{model_name=\"m\",replica=\"a\\\"b\"} 0",
             "tandem:replica_live{model_name=\"m\",replica=\"a\\\"b\"} 3",
@@ -130,6 +142,8 @@ mod tests {
             "tandem:replica_hop_seconds_bucket{model_name=\"m\",replica=\"a\\\"b\",le=\"+Inf\"} 3",
             "tandem:replica_hop_seconds_sum{model_name=\"m\",replica=\"a\\\"b\"} 5.00004",
             "tandem:admission_seconds_count{model_name=\"m\"} 0",
+            "tandem:store_up{model_name=\"m\",part=\"database\"} 1",
+            "tandem:store_up{model_name=\"m\",part=\"storage\"} 0",
         ] {
             assert!(
                 text.lines().any(|found| found == line),

@@ -472,3 +472,55 @@ fn wrong_starts_are_explained() {
         .unwrap();
     assert!(!taken.status.success() && String::from_utf8_lossy(&taken.stderr).contains("cannot listen"));
 }
+
+#[test]
+fn the_exit_code_says_whether_another_start_can_help() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    let data = data.to_str().unwrap();
+    let empty = tempfile::NamedTempFile::new().unwrap();
+    let empty = empty.path().to_str().unwrap();
+    let server = Server::shared();
+    let port = server.address.port().to_string();
+    let serve = |more: &[&'static str]| [&["serve", "--port", "0"], more].concat();
+    for (args, data, expected) in [
+        (serve(&["--max-num-seqs", "many"]), data, 2),
+        (serve(&["--model", "/nowhere/at/all"]), data, 78),
+        (serve(&["--device", "abacus"]), data, 78),
+        // A folder that cannot be made.
+        (serve(&[]), "/proc/data", 78),
+        (serve(&["--published", "0.0.0.0:8000"]), data, 78),
+        (serve(&["--api-key-file", "/nowhere/keys"]), data, 78),
+        (
+            [&["serve", "--port", "0", "--api-key-file"][..], &[empty]].concat(),
+            data,
+            78,
+        ),
+        (vec!["router", "--port", "0"], data, 78),
+        // Whoever has the port may be about to go.
+        (vec!["serve", "--port", &port], data, 1),
+    ] {
+        let output = command(&args).args(["--data-dir", data]).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(expected), "{args:?}: {text}");
+    }
+}
+
+#[test]
+fn keys_come_from_a_file() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), "first\r\n\n second \n").unwrap();
+    let server = Server::start(&[
+        "--api-key-file",
+        file.path().to_str().unwrap(),
+        "--published",
+        "0.0.0.0:1",
+    ]);
+    for (key, expected) in [("first", 200), ("second", 200), ("third", 401), ("", 401)] {
+        let headers = [("authorization", format!("Bearer {key}"))];
+        let headers = headers.each_ref().map(|(name, value)| (*name, value.as_str()));
+        let reply = client::send(server.address, "GET", "/v1/models", &headers, b"");
+        assert_eq!(reply.status, expected, "{key}");
+    }
+    assert!(!server.log().contains("second"), "a key is in the log");
+}

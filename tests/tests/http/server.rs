@@ -55,7 +55,7 @@ impl Server {
             .chain(model)
             .collect();
         let mut server = Server::spawn(data, "log", variables, &args);
-        if !flags.contains(&"--api-key") {
+        if !flags.iter().any(|flag| flag.starts_with("--api-key")) {
             server.base = client::get(server.address, "/v1/models").ok()["data"][0].clone();
         }
         server

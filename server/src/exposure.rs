@@ -1,0 +1,131 @@
+//! Who may come in: keys that a file holds, and whether the server is open to other machines without any. Not here: what
+//! a key is and how a request shows one.
+
+use std::net::IpAddr;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use tracing::warn;
+
+use crate::exit::WrongSetting;
+
+/// The keys of `--api-key` and those of `--api-key-file`, one a line.
+pub fn keys(given: &[String], file: Option<&Path>) -> Result<Vec<String>> {
+    let mut keys = given.to_vec();
+    let Some(file) = file else { return Ok(keys) };
+    let doing = || {
+        let own = std::os::unix::fs::MetadataExt::uid(&Path::new("/proc/self").metadata().ok()?);
+        Some(format!("--api-key-file {} (as user {own})", file.display()))
+    };
+    let doing = doing().unwrap_or_else(|| format!("--api-key-file {}", file.display()));
+    // The null device says "none" on purpose; an empty file is a secret that nobody filled.
+    if file
+        .metadata()
+        .with_context(|| doing.clone())?
+        .file_type()
+        .is_char_device()
+    {
+        return Ok(keys);
+    }
+    let text = std::fs::read_to_string(file).context(doing)?;
+    let before = keys.len();
+    keys.extend(
+        text.lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty())
+            .map(str::to_owned),
+    );
+    if keys.len() == before {
+        bail!(WrongSetting(format!(
+            "--api-key-file {} holds no key: write one on each line (/dev/null says that none is wanted)",
+            file.display()
+        )));
+    }
+    Ok(keys)
+}
+
+/// Refuses to serve other machines without a key where an operator said that they come in (`published`); inside a
+/// container `host` says nothing about that. Elsewhere it is said aloud.
+pub fn check(published: Option<&str>, host: IpAddr, has_keys: bool) -> Result<()> {
+    let reached = published.map(published_address).transpose()?;
+    if has_keys {
+        return Ok(());
+    }
+    match (published, reached) {
+        (Some(published), Some(address)) if !address.is_loopback() => bail!(WrongSetting(format!(
+            "--published {published} lets other machines in, and there is no key: name a file with keys \
+             (--api-key-file; of docker/compose.yaml: API_KEYS), or publish at 127.0.0.1 (of docker/compose.yaml: PUBLISH)"
+        ))),
+        (None, None) if !host.is_loopback() => {
+            warn!(%host, "whoever reaches this address is served: there is no --api-key or --api-key-file");
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// As Docker reads it: `127.0.0.1:8000`, `[::1]:8000`, or `8000`, which is every network.
+fn published_address(published: &str) -> Result<IpAddr> {
+    let (host, port) = published.rsplit_once(':').unwrap_or(("0.0.0.0", published));
+    let is_port = !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit() || byte == b'-');
+    let host = host.trim_start_matches('[').trim_end_matches(']').parse();
+    match host {
+        Ok(host) if is_port => Ok(host),
+        _ => bail!(WrongSetting(format!(
+            "--published {published} is not an address and a port, such as 127.0.0.1:8000"
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_come_from_a_file_and_an_empty_one_is_refused() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for (text, expected) in [
+            ("one\n", Some(vec!["flag", "one"])),
+            ("one\r\n\n  two \n", Some(vec!["flag", "one", "two"])),
+            ("", None),
+            (" \n\n", None),
+        ] {
+            std::fs::write(file.path(), text).unwrap();
+            let found = keys(&["flag".to_owned()], Some(file.path()));
+            match expected {
+                Some(expected) => assert_eq!(found.unwrap(), expected, "{text:?}"),
+                None => assert!(
+                    found.unwrap_err().to_string().contains("holds no key"),
+                    "{text:?}"
+                ),
+            }
+        }
+        assert!(keys(&[], Some(Path::new("/dev/null"))).unwrap().is_empty());
+        let missing = format!("{:#}", keys(&[], Some(Path::new("/no/such"))).unwrap_err());
+        assert!(missing.contains("--api-key-file /no/such"), "{missing}");
+    }
+
+    #[test]
+    fn others_come_in_with_a_key_alone() {
+        let everywhere = IpAddr::from([0, 0, 0, 0]);
+        for (published, has_keys, expected) in [
+            (Some("127.0.0.1:8000"), false, None),
+            (Some("[::1]:8000"), false, None),
+            (Some("0.0.0.0:8000"), false, Some("lets other machines in")),
+            (Some("8000"), false, Some("lets other machines in")),
+            (Some("10.0.0.7:80"), false, Some("lets other machines in")),
+            (Some("[::]:8000"), false, Some("lets other machines in")),
+            (Some("0.0.0.0:8000"), true, None),
+            (Some("localhost"), true, Some("is not an address")),
+            (Some("somewhere:80"), false, Some("is not an address")),
+            (None, false, None),
+        ] {
+            let found = check(published, everywhere, has_keys).map_err(|error| error.to_string());
+            match expected {
+                None => assert_eq!(found, Ok(()), "{published:?}"),
+                Some(expected) => assert!(found.unwrap_err().contains(expected), "{published:?}"),
+            }
+        }
+    }
+}
