@@ -144,6 +144,11 @@ def test_names_and_labels_refer_to_something(overlay):
         for volume in template["spec"]["volumes"]:
             if claim := at(volume, "persistentVolumeClaim.claimName"):
                 assert ("PersistentVolumeClaim", claim) in named
+            if secret := at(volume, "secret.secretName"):
+                # The operator's own, as docker/README.md says.
+                assert secret == "tandem-api-keys"
+            if "emptyDir" in volume:
+                assert "sizeLimit" in volume["emptyDir"], f"{volume['name']} may fill the node's disk"
         for container in template["spec"]["containers"]:
             assert {mount["name"] for mount in container["volumeMounts"]} == volumes
             for source in container["envFrom"]:
@@ -163,8 +168,11 @@ def test_pods_run_what_the_program_has(overlay):
         spec = template["spec"]
         # A service named tandem would set TANDEM_PORT, which the program reads.
         assert spec["enableServiceLinks"] is False
-        assert spec["securityContext"]["runAsNonRoot"] is True
         for container in spec["containers"]:
+            capabilities = container["securityContext"]["capabilities"]
+            assert capabilities["drop"] == ["ALL"]
+            # A capability reaches processes of user 0 alone: without one there is no reason to be it.
+            assert capabilities.get("add", []) == ([] if spec["securityContext"]["runAsNonRoot"] else ["IPC_LOCK"])
             command, *arguments = container["args"]
             assert command in commands() and not arguments
             names = {variable["name"] for variable in container.get("env", [])}
@@ -175,6 +183,60 @@ def test_pods_run_what_the_program_has(overlay):
             if container["image"] != "tandem:cpu" and command != "router":
                 gpus = [name for name in container["resources"]["limits"] if name.endswith("/gpu")]
                 assert gpus == ["nvidia.com/gpu" if container["image"] == "tandem:cuda" else "amd.com/gpu"]
+
+
+@needs_kubectl
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_prometheus_finds_and_reaches_what_it_scrapes(overlay):
+    documents = render(overlay)
+    labels = [template["metadata"]["labels"] for _, template in pods(documents)]
+    services = [document for document in documents if document["kind"] == "Service"]
+    policies = [document for document in documents if document["kind"] == "NetworkPolicy"]
+    for monitor in (document for document in documents if document["kind"] == "ServiceMonitor"):
+        assert monitor["metadata"]["labels"]["release"], "the operator's chart chooses by this label"
+        wanted = monitor["spec"]["selector"]["matchLabels"].items()
+        for service in (service for service in services if wanted <= service["metadata"].get("labels", {}).items()):
+            scraped = [found for found in labels if service["spec"]["selector"].items() <= found.items()]
+            port = monitor["spec"]["endpoints"][0]["port"]
+            for policy in policies:
+                if not any(policy["spec"]["podSelector"]["matchLabels"].items() <= found.items() for found in scraped):
+                    continue
+                let_in = [
+                    peer
+                    for rule in policy["spec"]["ingress"]
+                    if {"port": port} in rule["ports"]
+                    for peer in rule["from"]
+                    if at(peer, "podSelector.matchLabels") == {"app.kubernetes.io/name": "prometheus"}
+                ]
+                assert let_in and "namespaceSelector" in let_in[0], f"{policy['metadata']['name']} shuts Prometheus out"
+
+
+@needs_kubectl
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_way_in_from_outside_wants_keys(overlay):
+    documents = render(overlay)
+    if not any(document["kind"] == "HTTPRoute" for document in documents):
+        return
+    for _, template in pods(documents):
+        [volume] = [v for v in template["spec"]["volumes"] if "secret" in v]
+        assert "optional" not in volume["secret"], "a pod without the secret must not start"
+        [container] = template["spec"]["containers"]
+        values = {variable["name"]: variable["value"] for variable in container["env"]}
+        [mount] = [mount for mount in container["volumeMounts"] if mount["name"] == volume["name"]]
+        assert values["TANDEM_API_KEY_FILE"] == mount["mountPath"] + "/api-keys"
+
+
+@needs_kubectl
+def test_the_claim_of_the_models_can_be_filled():
+    documents = render("../fill-models")
+    for document in documents:
+        check(document)
+    claims = {document["metadata"]["name"] for document in documents if document["kind"] == "PersistentVolumeClaim"}
+    [pod] = [document for document in documents if document["kind"] == "Pod"]
+    [container] = pod["spec"]["containers"]
+    [mount] = container["volumeMounts"]
+    assert {at(v, "persistentVolumeClaim.claimName") for v in pod["spec"]["volumes"]} == claims
+    assert mount["mountPath"] == "/models" and "readOnly" not in mount
 
 
 @needs_kubectl
