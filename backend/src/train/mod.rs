@@ -149,7 +149,7 @@ enum Subject {
         lora: Lora,
         params: AdapterParams,
         adapter: Adapter,
-        fit: Fit,
+        fit: Box<Fit>,
     },
     /// A decoder of its own.
     Full {
@@ -228,7 +228,7 @@ impl Trainer {
             lora,
             params,
             adapter,
-            fit,
+            fit: Box::new(fit),
         };
         Trainer::new(spec, inputs, subject, grads)
     }
@@ -669,7 +669,7 @@ impl Trainer {
                 },
                 lora: lora.clone(),
                 base_model: self.spec.base_model.clone(),
-                fit: fit.clone(),
+                fit: Fit::clone(fit),
             }),
             _ => None,
         };

@@ -196,7 +196,7 @@ impl Database {
     pub async fn probe(&self) {
         if let Some(pool) = &self.probe_pool {
             let asked = sqlx::query("SELECT 1").execute(pool);
-            self.health.note(async { Ok(drop(asked.await?)) }).await;
+            self.health.note(async { Ok(asked.await.map(|_| ())?) }).await;
         }
     }
 
