@@ -2,8 +2,11 @@
 definitions require, and the references between objects. Without kubectl the files are checked one by one."""
 
 import functools
+import os
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import kubernetes_validate
 import pytest
@@ -14,7 +17,8 @@ from options import ROOT, variables, commands
 KUBERNETES = ROOT / "docker/kubernetes"
 OVERLAYS = sorted(path.name for path in (KUBERNETES / "overlays").iterdir())
 SCHEMAS = "1.34"
-KUBECTL = shutil.which("kubectl")
+# Beside this Python, where requirements.txt puts it: Debian's is too old for components.
+KUBECTL = shutil.which("kubectl", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
 needs_kubectl = pytest.mark.skipif(KUBECTL is None, reason="kubectl, which renders the overlays, is not installed")
 
 # What the definitions of the custom kinds demand: path -> type, along every path that must be there.
