@@ -144,8 +144,8 @@ impl Router {
                 self.0.catalog.insert(row);
                 return self.model(name);
             }
-            // Another router moved the name.
-            self.reread_names().await?;
+            // Another router moved the name, or memory missed a write that was reported as failed.
+            self.take_names().await?;
             if self.0.catalog.row(name).is_some_and(|row| row.digest == digest) {
                 return self.model(name);
             }
@@ -197,10 +197,16 @@ impl Router {
     /// The caller holds `changes`, so that what is read does not overwrite what is written meanwhile. Without other
     /// routers, memory is as the store.
     async fn reread_names(&self) -> Result<(), RouterError> {
-        if self.0.store.is_shared() {
-            let names = self.0.store.names(self.info().base_digest).await?;
-            self.0.catalog.replace(names);
+        match self.0.store.is_shared() {
+            true => self.take_names().await,
+            false => Ok(()),
         }
+    }
+
+    /// Memory becomes what the store has. The caller holds `changes`.
+    async fn take_names(&self) -> Result<(), RouterError> {
+        let names = self.0.store.names(self.info().base_digest).await?;
+        self.0.catalog.replace(names);
         Ok(())
     }
 

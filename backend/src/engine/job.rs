@@ -74,7 +74,10 @@ impl Job {
 
     fn step(&self) -> u64 {
         match &self.stage {
-            Stage::Begins(_) => self.spec.life.saved.map_or(0, |saved| saved.step),
+            Stage::Begins(_) => match (&self.fall, self.spec.life.saved) {
+                (Some(fall), _) => fall.step,
+                (None, saved) => saved.map_or(0, |saved| saved.step),
+            },
             Stage::Trains(trainer) => trainer.step(),
         }
     }

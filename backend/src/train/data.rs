@@ -25,8 +25,8 @@ pub struct DataPlan {
     /// Tokens that a micro-batch is filled to when short examples are packed.
     pack_tokens: Option<usize>,
     accumulation: usize,
-    /// Optimizer steps before each epoch, and before the one after the last. Epochs count whole: the run may end within
-    /// the last.
+    /// Optimizer steps before each epoch that was counted, and before the one after the last of these. Epochs count
+    /// whole: the run may end within the last.
     steps_before: Vec<u64>,
     /// Of the run.
     total: u64,
@@ -63,19 +63,15 @@ impl DataPlan {
             total: 0,
             listed: None,
         };
-        let mut end = 0;
-        for epoch in 0_u64.. {
-            let is_over = match hyper.max_steps {
-                Some(max_steps) => end >= max_steps,
-                None => epoch >= u64::from(hyper.n_epochs),
-            };
-            if is_over {
-                break;
-            }
-            end += plan.steps_of(epoch);
-            plan.steps_before.push(end);
+        // With max_steps the others are counted when they are reached: packed rows are laid out to be counted.
+        let counted = match hyper.max_steps {
+            Some(_) => 1,
+            None => hyper.n_epochs,
+        };
+        for _ in 0..counted {
+            plan.count_epoch();
         }
-        plan.total = hyper.max_steps.unwrap_or(end);
+        plan.total = hyper.max_steps.unwrap_or(plan.counted());
         plan
     }
 
@@ -84,20 +80,29 @@ impl DataPlan {
         self.total
     }
 
-    /// Epochs completed after `step` optimizer steps, with a fraction.
+    /// Counts epochs up to that of optimizer step `step` (0-based). [`DataPlan::step`] does so by itself.
+    pub fn reach(&mut self, step: u64) {
+        let last = self.total.saturating_sub(1);
+        while self.counted() <= step.min(last) {
+            self.count_epoch();
+        }
+    }
+
+    /// Epochs completed after `step` optimizer steps, with a fraction. The step before was reached.
     pub fn epoch(&self, step: u64) -> f64 {
         let epoch = self.epoch_of(step);
         let (start, end) = (self.steps_before[epoch], self.steps_before[epoch + 1]);
         epoch as f64 + (step - start) as f64 / (end - start) as f64
     }
 
-    /// Does an epoch, or the run, end with optimizer step number `step` (1-based)?
+    /// Does an epoch, or the run, end with optimizer step number `step` (1-based), which was reached?
     pub fn ends_epoch(&self, step: u64) -> bool {
         step == self.total || self.steps_before[1..].binary_search(&step).is_ok()
     }
 
     /// Example numbers of optimizer step `step` (0-based), by micro-batch.
     pub fn step(&mut self, step: u64) -> Vec<Vec<usize>> {
+        self.reach(step);
         let epoch = self.epoch_of(step);
         if self
             .listed
@@ -109,6 +114,17 @@ impl DataPlan {
         let (_, batches) = self.listed.as_ref().expect("it was just listed");
         let first = (step - self.steps_before[epoch]) as usize * self.accumulation;
         batches[first..batches.len().min(first + self.accumulation)].to_vec()
+    }
+
+    /// Optimizer steps of the epochs that were counted.
+    fn counted(&self) -> u64 {
+        *self.steps_before.last().expect("it begins with 0")
+    }
+
+    fn count_epoch(&mut self) {
+        let epoch = self.steps_before.len() as u64 - 1;
+        let end = self.counted() + self.steps_of(epoch);
+        self.steps_before.push(end);
     }
 
     /// The epoch in which `step` (0-based) lies; the last one, after the end.
@@ -277,12 +293,21 @@ mod tests {
                 }
             }
         }
-        // Many steps on few examples are counted, not laid out.
-        let hyper = Hyper {
+        // Many steps on few examples are counted, not laid out; epochs of packed rows when they are reached.
+        let hyper = |packing| Hyper {
             max_steps: Some(10_000_000),
+            batch_size: 1000,
+            packing,
             ..hyper()
         };
-        assert_eq!(DataPlan::new(&examples(1), &hyper).epoch(9_999_999), 9_999_999.0);
+        let mut plan = DataPlan::new(&examples(1), &hyper(false));
+        assert_eq!(plan.step(9_999_999), [[0]]);
+        assert_eq!(plan.epoch(9_999_999), 9_999_999.0);
+        let mut plan = DataPlan::new(&examples(1000), &hyper(true));
+        assert_eq!((plan.total(), plan.steps_before.len()), (10_000_000, 2));
+        plan.reach(2);
+        assert_eq!((plan.steps_before.len(), plan.epoch(3)), (4, 3.0));
+        assert!(plan.ends_epoch(3));
     }
 
     #[test]

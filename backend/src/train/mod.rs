@@ -296,6 +296,7 @@ impl Trainer {
             hyper,
             data,
             is_rest_due,
+            order,
         } = progress;
         let state::Tensors {
             params,
@@ -310,6 +311,10 @@ impl Trainer {
         if let Some(other) = other {
             return Err(TrainError::State(format!("its state was written {other}")));
         }
+        if order != state::ORDER && matches!(self.subject, Subject::Full { .. }) {
+            let message = "its state has the model's parameters in the order of another version of this program";
+            return Err(TrainError::State(message.to_owned()));
+        }
         if params.size() != self.grads.flat().size() {
             let (there, here) = (params.size()[0], self.grads.flat().size()[0]);
             return Err(TrainError::State(format!(
@@ -321,6 +326,7 @@ impl Trainer {
         self.moment1.copy_(&moment1);
         self.moment2.copy_(&moment2);
         self.step = step;
+        self.plan.reach(step);
         self.trained_tokens = trained_tokens;
         self.stage = Stage::Announce {
             resumed_from: Some(step),
@@ -681,6 +687,7 @@ impl Trainer {
                 hyper: self.spec.hyper.clone(),
                 data: self.data,
                 is_rest_due,
+                order: state::ORDER,
             };
             let tensors = state::Tensors {
                 params,

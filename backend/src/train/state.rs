@@ -26,7 +26,14 @@ pub struct Progress {
     /// It stopped after the step, before the validation and the checkpoint that are due then.
     #[serde(default)]
     pub is_rest_due: bool,
+    /// [`ORDER`] of the program that wrote it.
+    #[serde(default)]
+    pub order: u32,
 }
+
+/// Of a model's parameters in the tensors: 1 since each norm stands before the linears it feeds. (That of an adapter's
+/// numbers has always been the same.)
+pub const ORDER: u32 = 1;
 
 /// `[P]` float32 each.
 pub struct Tensors {

@@ -310,7 +310,8 @@ impl Layers {
 
     fn have(&self, path: &str) -> bool {
         let number = self.place.iter().find_map(|place| place.captures(path));
-        let number = number.and_then(|found| found["idx"].parse().ok());
+        // With an alternative in the pattern it may fit without a number.
+        let number = number.and_then(|found| found.name("idx")?.as_str().parse().ok());
         number.is_some_and(|number: i64| self.numbers.contains(&number))
     }
 }
