@@ -8,6 +8,7 @@ use std::io;
 use tandem_backend::LoadError;
 use tandem_router::api::RouterError;
 use tandem_store::StoreError;
+use tandem_text::TextError;
 
 use crate::config::ConfigError;
 use crate::keys::BadKey;
@@ -35,6 +36,8 @@ fn lasts(error: &(dyn Error + 'static)) -> Option<bool> {
         || error.is::<ConfigError>()
         || error.is::<BadKey>()
         || error.is::<BadOrigin>()
+        // Of a model's tokenizer: its files do not change by themselves.
+        || error.is::<TextError>()
     {
         return Some(true);
     }
@@ -102,6 +105,10 @@ mod tests {
             (io(io::ErrorKind::AddrInUse).context("cannot listen"), FAILURE),
             (LoadError::Option("dtype".to_owned()).into(), WRONG_SETTING),
             (LoadError::Lost("rank 1".to_owned()).into(), FAILURE),
+            (
+                TextError::Unsupported("decoder".to_owned()).into(),
+                WRONG_SETTING,
+            ),
             (store(StoreError::Locked("/data".into())), FAILURE),
             (store(StoreError::Damaged("a row".to_owned())), WRONG_SETTING),
             (

@@ -10,6 +10,7 @@ use tandem_backend::{Meeting, words};
 
 use crate::cli::{ModelOptions, Rank};
 use crate::commands::replica;
+use crate::exit::WrongSetting;
 
 /// A group that somebody else started.
 pub struct Started {
@@ -41,8 +42,10 @@ pub fn team(options: &ModelOptions, started: Option<Started>) -> Result<Team> {
         let world = meeting.world;
         ensure!(
             asked.is_none_or(|asked| asked == world),
-            "--tensor-parallel-size {}, but the environment has a group of {world} ranks",
-            asked.unwrap_or_default()
+            WrongSetting(format!(
+                "--tensor-parallel-size {}, but the environment has a group of {world} ranks",
+                asked.unwrap_or_default()
+            ))
         );
         return Ok(Team::Meeting { meeting, local_world });
     }

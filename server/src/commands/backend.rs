@@ -23,6 +23,7 @@ use super::greeting::{Door, Greeting};
 use super::{edge, log, replica, runtime};
 use crate::cli::{ArtifactOptions, Backend, ProcessOptions};
 use crate::config::Given;
+use crate::exit::WrongSetting;
 use crate::listen::{self, Signals};
 use crate::metrics::Metrics;
 use crate::ranks::{self, Followed};
@@ -57,10 +58,10 @@ pub fn run(options: Backend, given: &Given) -> Result<()> {
     let artifacts = Artifacts::open(artifact_url.as_deref(), &data_dir).context("the artifact store")?;
     let (folder, names) = replica::model(&model, &data_dir)?;
     let [name] = &names[..] else {
-        bail!(
+        bail!(WrongSetting(format!(
             "--served-model-name {}: a backend has one name; give further ones to `tandem router`",
             names.join(" ")
-        );
+        )));
     };
     let files = ModelFiles::read(&folder).context("the model's files")?;
     let engine = replica::engine_options(&model, &folder, ranks::team(&model, started)?)?;

@@ -15,6 +15,7 @@ use tracing::info;
 use super::greeting::{self, Greeting};
 use crate::app::{self, Access, App};
 use crate::cli::{ArtifactOptions, EdgeOptions, ProcessOptions, StateOptions};
+use crate::exit::WrongSetting;
 use crate::keys::ApiKeys;
 use crate::origins::Origins;
 use crate::values::LoraModule;
@@ -193,7 +194,7 @@ fn defaults(source: &str, fleet: &Fleet) -> Result<Defaults> {
         return Ok(Defaults::default());
     };
     let defaults = Defaults::read(&content)
-        .map_err(anyhow::Error::msg)
+        .map_err(WrongSetting)
         .with_context(|| format!("{place} (--generation-config vllm goes without it)"))?;
     let shown = defaults.to_string();
     if !shown.is_empty() {

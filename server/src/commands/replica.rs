@@ -12,6 +12,7 @@ use tracing::info;
 
 use crate::cli::ModelOptions;
 use crate::demo;
+use crate::exit::WrongSetting;
 
 /// The base model's folder and names. `data_dir` takes the demo model, when none is named.
 pub fn model(options: &ModelOptions, data_dir: &Path) -> Result<(PathBuf, Vec<String>)> {
@@ -19,9 +20,9 @@ pub fn model(options: &ModelOptions, data_dir: &Path) -> Result<(PathBuf, Vec<St
     let Some(folder) = options.folder() else {
         // `--served-model-name a ./model` swallows what was meant to be the model.
         if let Some(folder) = given.iter().find(|name| Path::new(name).is_dir()) {
-            bail!(
+            bail!(WrongSetting(format!(
                 "--served-model-name took {folder:?} for a name: put the model's folder before it, or use --model"
-            );
+            )));
         }
         let folder = demo::materialise(data_dir).context("cannot write the demo model")?;
         return Ok((folder, names(given.clone(), || demo::NAME.to_owned())));
