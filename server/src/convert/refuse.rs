@@ -107,6 +107,10 @@ fn none_or_auto(value: &Given) -> bool {
     matches!(value, Given::Text(text) if text == "none" || text == "auto")
 }
 
+fn plain(value: &Given) -> bool {
+    matches!(value, Given::Text(text) if text == "text" || text == "message")
+}
+
 fn medium(value: &Given) -> bool {
     matches!(value, Given::Text(text) if text == "medium")
 }
@@ -309,6 +313,10 @@ const MESSAGES: &[Rule] = &[
     refused("messages[].refusal", nothing, "put it into content"),
     refused("messages[].annotations", nothing, "put it into content"),
     refused("messages[].audio", nothing, "only text is understood"),
+    // Ollama's, beside content.
+    refused("messages[].images", nothing, "only text is understood"),
+    // lm-eval says of every message that it is a text.
+    refused("messages[].type", plain, "only messages of text are understood"),
     // The prefix cache needs no hints.
     harmless("messages[].cache_control"),
     harmless("messages[].content[].cache_control"),
@@ -483,6 +491,11 @@ mod tests {
                 "",
             ),
             (json!({"messages": [{"refusal": null, "annotations": []}]}), ""),
+            (json!({"messages": [{"type": "text", "images": []}]}), ""),
+            (
+                json!({"messages": [{"images": ["aGk="]}]}),
+                "messages[0].images is not supported",
+            ),
             (
                 json!({"logit_bias": {"17": 1}, "chat_template_kwargs": {"max_new_tokens": 1}}),
                 "",
