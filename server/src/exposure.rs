@@ -2,7 +2,7 @@
 //! a key is and how a request shows one.
 
 use std::net::IpAddr;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
@@ -14,21 +14,16 @@ use crate::exit::WrongSetting;
 pub fn keys(given: &[String], file: Option<&Path>) -> Result<Vec<String>> {
     let mut keys = given.to_vec();
     let Some(file) = file else { return Ok(keys) };
-    let doing = || {
-        let own = std::os::unix::fs::MetadataExt::uid(&Path::new("/proc/self").metadata().ok()?);
-        Some(format!("--api-key-file {} (as user {own})", file.display()))
+    let doing = || match Path::new("/proc/self").metadata() {
+        Ok(own) => format!("--api-key-file {} (as user {})", file.display(), own.uid()),
+        Err(_) => format!("--api-key-file {}", file.display()),
     };
-    let doing = doing().unwrap_or_else(|| format!("--api-key-file {}", file.display()));
+    let kind = file.metadata().with_context(doing)?.file_type();
     // The null device says "none" on purpose; an empty file is a secret that nobody filled.
-    if file
-        .metadata()
-        .with_context(|| doing.clone())?
-        .file_type()
-        .is_char_device()
-    {
+    if kind.is_char_device() {
         return Ok(keys);
     }
-    let text = std::fs::read_to_string(file).context(doing)?;
+    let text = std::fs::read_to_string(file).with_context(doing)?;
     let before = keys.len();
     keys.extend(
         text.lines()

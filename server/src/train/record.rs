@@ -9,6 +9,7 @@ use std::time::UNIX_EPOCH;
 use serde::{Deserialize, Serialize};
 use serde_norway::{Mapping, Value};
 use sha2::{Digest, Sha256};
+use tandem_core::id;
 use tandem_core::job::{Hyper, Lora, Method, files};
 
 const FILE: &str = "run.yaml";
@@ -287,12 +288,7 @@ pub fn show(value: Option<&Value>) -> String {
 }
 
 pub fn digest(bytes: &[u8]) -> Value {
-    let digest = Sha256::digest(bytes);
-    digest
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect::<String>()
-        .into()
+    id::Digest(Sha256::digest(bytes).into()).to_string().into()
 }
 
 /// What stands for a model's content without reading all of it: names, sizes and times of its files.
