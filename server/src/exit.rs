@@ -105,10 +105,7 @@ mod tests {
             (io(io::ErrorKind::AddrInUse).context("cannot listen"), FAILURE),
             (LoadError::Option("dtype".to_owned()).into(), WRONG_SETTING),
             (LoadError::Lost("rank 1".to_owned()).into(), FAILURE),
-            (
-                TextError::Unsupported("decoder".to_owned()).into(),
-                WRONG_SETTING,
-            ),
+            (TextError::Unsupported("decoder".to_owned()).into(), WRONG_SETTING),
             (store(StoreError::Locked("/data".into())), FAILURE),
             (store(StoreError::Damaged("a row".to_owned())), WRONG_SETTING),
             (

@@ -51,7 +51,7 @@ pub(crate) struct Placed {
 }
 
 impl Tokenizer {
-    /// Reads tokenizer.json and what lies beside it (`folder::FILES`).
+    /// Reads tokenizer.json and what lies beside it (`folder`).
     pub fn from_folder(folder: &Path) -> Result<Tokenizer, TextError> {
         Tokenizer::new(Folder::read(folder)?)
     }
