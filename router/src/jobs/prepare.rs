@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tandem_core::dataset::{self, Example};
 use tandem_core::job::files;
-use tandem_store::{JobChange, JobRow};
+use tandem_store::{JobChange, JobRow, StoreError};
 use tandem_text::dataset::{Options, read_rows, tokenize};
 use tandem_text::{TextError, Tokenizer};
 
@@ -27,8 +27,8 @@ pub(crate) async fn run(router: Router) {
         match next(&router).await {
             Ok(true) => {}
             Ok(false) => router.wait_for(&router.0.desk.created).await,
-            // That a part of the store is away was logged when it went.
-            Err(error) if error.away().is_some() => tokio::time::sleep(RETRY).await,
+            // The probe that found a part of the store away logged it.
+            Err(RouterError::Store(StoreError::Away { .. })) => tokio::time::sleep(RETRY).await,
             Err(error) => {
                 tracing::error!(%error, "a job cannot be prepared; trying again");
                 tokio::time::sleep(RETRY).await;

@@ -47,8 +47,8 @@ pub(crate) async fn run(router: Router) {
             Ok(Next::NoJob) => router.wait_for(&router.0.desk.queued).await,
             Ok(Next::NoReplica) => tokio::time::sleep(REPLICA_RETRY).await,
             Err(error) if router.stopping() => tracing::info!(%error, "a job waits for the next start"),
-            // That a part of the store is away was logged when it went.
-            Err(error) if error.away().is_some() => tokio::time::sleep(RETRY).await,
+            // The probe that found a part of the store away logged it.
+            Err(RouterError::Store(StoreError::Away { .. })) => tokio::time::sleep(RETRY).await,
             Err(error) => {
                 tracing::error!(%error, "a job was interrupted; going on from its last state");
                 tokio::time::sleep(RETRY).await;
