@@ -312,7 +312,8 @@ impl Trainer {
             return Err(TrainError::State(format!("its state was written {other}")));
         }
         if order != state::ORDER && matches!(self.subject, Subject::Full { .. }) {
-            let message = "its state has the model's parameters in the order of another version of this program";
+            let message =
+                "its state has the model's parameters in the order of another version of this program";
             return Err(TrainError::State(message.to_owned()));
         }
         if params.size() != self.grads.flat().size() {

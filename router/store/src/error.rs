@@ -85,7 +85,7 @@ fn code_is_away(code: &str) -> bool {
     }
 }
 
-/// Whatever is not an answer about the object itself.
+/// Whatever is not an answer: about the object itself, or about the keys. (Another try with the same keys is refused, too.)
 fn remote_away(error: &object_store::Error) -> bool {
     use object_store::Error as E;
     !matches!(
@@ -97,6 +97,8 @@ fn remote_away(error: &object_store::Error) -> bool {
             | E::NotModified { .. }
             | E::NotImplemented { .. }
             | E::NotSupported { .. }
+            | E::PermissionDenied { .. }
+            | E::Unauthenticated { .. }
     )
 }
 

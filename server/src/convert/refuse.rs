@@ -133,6 +133,8 @@ const EVERYWHERE: &[Rule] = &[
     harmless("trace"),
     // There is one tier.
     harmless("service_tier"),
+    // text-generation-webui's way to render a chat; the template decides it here.
+    harmless("mode"),
     // Settings of clients, which some send along.
     harmless("timeout"),
     harmless("max_retries"),
