@@ -77,7 +77,7 @@ settings! {
             "none", "optimizer steps of the run, in place of n_epochs; -1: not given";
         batch_size: u32, Integer { low: 1, high: 1024, unset: None },
             ["per_device_train_batch_size", "batch_size_training", "micro_batch_size", "train_batch_size"],
-            "rows / 32, from 1 to 8", "rows of a micro-batch";
+            "rows / 128, from 1 to 8", "rows of a micro-batch";
         gradient_accumulation_steps: u32, Integer { low: 1, high: 1_000_000, unset: None },
             ["gradient_accumulation"],
             "1", "micro-batches of an optimizer step";

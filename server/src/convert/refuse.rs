@@ -119,6 +119,7 @@ const MODEL: &str = "name the adapter as model; GET /v1/models lists the names";
 const LOAD: &str = "load the adapter with POST /v1/load_lora_adapter, then name it as model";
 const MAX_TOKENS: &str = "use max_tokens";
 const GRAMMAR: &str = "answers cannot be bound to a grammar here";
+const SCALE: &str = "scale lora_alpha in the adapter's adapter_config.json";
 const HERE: &str = "put its fields into the body itself";
 
 const EVERYWHERE: &[Rule] = &[
@@ -222,6 +223,9 @@ const SAMPLING: &[Rule] = &[
     refused("guided_grammar", never, GRAMMAR),
     refused("guided_json", never, GRAMMAR),
     refused("guided_json_object", nothing, GRAMMAR),
+    refused("guided_schema", never, GRAMMAR),
+    refused("output_schema", never, GRAMMAR),
+    refused("json", nothing, GRAMMAR),
     refused("guided_regex", never, GRAMMAR),
     refused("guided_whitespace_pattern", never, GRAMMAR),
     refused("allowed_token_ids", nothing, "use logit_bias"),
@@ -413,11 +417,16 @@ const LORA: &[Rule] = &[
     // Adapters stay as long as there is room, and come back when they are asked.
     harmless("pinned"),
     refused("is_3d_lora_weight", nothing, ""),
+    refused("scale", one, SCALE),
+    refused("scaling", one, SCALE),
+    refused("weight", one, SCALE),
+    refused("lora_alpha", never, SCALE),
     refused(
-        "lora_scale",
-        one,
-        "scale lora_alpha in the adapter's adapter_config.json",
+        "adapter_config",
+        nothing,
+        "write it into the folder's adapter_config.json",
     ),
+    refused("lora_scale", one, SCALE),
     refused(
         "lora_source",
         nothing,
