@@ -14,7 +14,7 @@ use tandem_router::api::Client;
 use crate::error::ApiError;
 
 /// Asked by supervisors, which hold no key, and pages that ask for one before they ask the server for anything.
-const OPEN_PATHS: [&str; 4] = ["/health", "/ready", "/", "/docs"];
+const KEYLESS_PATHS: [&str; 4] = ["/health", "/ready", "/", "/docs"];
 
 /// Why a text cannot be a key. It never shows the text.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -67,7 +67,7 @@ impl<S: Sync> FromRequestParts<S> for Asker {
 
 /// Around every route, so that none can be forgotten.
 pub async fn auth(State(keys): State<ApiKeys>, request: Request, next: Next) -> Response {
-    if OPEN_PATHS.contains(&request.uri().path()) {
+    if KEYLESS_PATHS.contains(&request.uri().path()) {
         return next.run(request).await;
     }
     match given_key(request.headers()) {

@@ -16,7 +16,7 @@ use crate::error::ApiError;
 
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 /// Supervisors ask under any name.
-const OPEN_PATHS: [&str; 2] = ["/health", "/ready"];
+const PROBED_PATHS: [&str; 2] = ["/health", "/ready"];
 /// Ends of names that nobody can register.
 const PRIVATE: [&str; 4] = [".localhost", ".local", ".internal", ".home.arpa"];
 /// For how long a browser may remember what a preflight said.
@@ -132,7 +132,7 @@ pub struct Guard {
 /// Refuses what a page of elsewhere sends. A request that is no browser's says nothing of a page.
 pub async fn guard(State(guard): State<Guard>, request: Request, next: Next) -> Response {
     let Guard { origins, is_local } = guard;
-    if OPEN_PATHS.contains(&request.uri().path()) {
+    if PROBED_PATHS.contains(&request.uri().path()) {
         return next.run(request).await;
     }
     let headers = request.headers();
