@@ -1,7 +1,8 @@
-//! The gated activation of an MLP, act(gate) * up, and its gradient. Not the projections around it.
+//! The activation of an MLP, gated (act(gate) * up) or plain, and its gradient. Not the projections around it.
 
 use tch::Tensor;
 
+use crate::slice::RowsMut;
 use crate::vector::{exp, in_chunks, rows, rows_mut, uninit, vectorised};
 
 /// The functions config.json calls `hidden_act`.
@@ -9,34 +10,51 @@ use crate::vector::{exp, in_chunks, rows, rows_mut, uninit, vectorised};
 pub enum Activation {
     /// x sigmoid(x) ("silu", "swish").
     Silu,
-    /// The tanh approximation ("gelu_pytorch_tanh", "gelu_new").
+    /// The tanh approximation ("gelu_pytorch_tanh", "gelu_new", "gelu_fast").
     GeluTanh,
     /// x Phi(x) by erf ("gelu").
     Gelu,
+    /// x sigmoid(1.702 x) ("quick_gelu").
+    QuickGelu,
+    /// max(x, 0) ("relu").
+    Relu,
+    /// max(x, 0)^2 ("relu2").
+    SquaredRelu,
 }
 
-/// act(gate) * up. `gate_up` is [T, 2I] with the gate in the first I columns; the result is [T, I].
-pub fn gated(gate_up: &Tensor, activation: Activation) -> Tensor {
+/// How a gate g and its value u become one.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Gate {
+    /// act(g) * u
+    Act(Activation),
+    /// g' sigmoid(alpha g') * (u' + 1) with g' = min(g, limit) and u' = clamp(u, -limit, limit) (gpt-oss).
+    Clamped { alpha: f32, limit: f32 },
+}
+
+impl From<Activation> for Gate {
+    fn from(activation: Activation) -> Gate {
+        Gate::Act(activation)
+    }
+}
+
+/// `gate_up` is [T, 2I] with the gates in the first I columns; the result is [T, I].
+pub fn gated(gate_up: &Tensor, gate: impl Into<Gate>) -> Tensor {
+    let gate = gate.into();
     let Some(from) = rows(gate_up) else {
-        return gated_reference(gate_up, activation);
+        return gated_reference(gate_up, gate);
     };
     let inner = from.width / 2;
-    let mut y = uninit(from.rows, inner);
-    let to = rows_mut(&mut y);
-    in_chunks(from.rows, inner, |rows| {
-        for row in rows {
-            let (gate, up) = from.row(row).split_at(inner);
-            // SAFETY: the row is this task's alone.
-            forward_row(activation, gate, up, unsafe { to.row(row) });
-        }
-    });
-    y
+    map_rows(from.rows, inner, |row, y| {
+        let (gates, up) = from.row(row).split_at(inner);
+        gated_row(gate, gates, up, y);
+    })
 }
 
 /// The gradient of [`gated`]: [T, 2I] from `gate_up` [T, 2I] and `dy` [T, I].
-pub fn gated_backward(gate_up: &Tensor, dy: &Tensor, activation: Activation) -> Tensor {
+pub fn gated_backward(gate_up: &Tensor, dy: &Tensor, gate: impl Into<Gate>) -> Tensor {
+    let gate = gate.into();
     let (Some(from), Some(grad)) = (rows(gate_up), rows(dy)) else {
-        return gated_backward_reference(gate_up, dy, activation);
+        return gated_backward_reference(gate_up, dy, gate);
     };
     let inner = from.width / 2;
     assert_eq!(
@@ -44,116 +62,269 @@ pub fn gated_backward(gate_up: &Tensor, dy: &Tensor, activation: Activation) -> 
         (from.rows, inner),
         "dy does not match gate_up"
     );
-    let mut d = uninit(from.rows, from.width);
-    let to = rows_mut(&mut d);
-    in_chunks(from.rows, from.width, |rows| {
-        for row in rows {
-            let (gate, up) = from.row(row).split_at(inner);
-            // SAFETY: the row is this task's alone.
-            let (d_gate, d_up) = unsafe { to.row(row) }.split_at_mut(inner);
-            backward_row(activation, gate, up, grad.row(row), d_gate, d_up);
-        }
+    map_rows(from.rows, from.width, |row, d| {
+        let (gates, up) = from.row(row).split_at(inner);
+        let (d_gate, d_up) = d.split_at_mut(inner);
+        gated_backward_row(gate, gates, up, grad.row(row), d_gate, d_up);
+    })
+}
+
+/// act(x), [T, I].
+pub fn activate(x: &Tensor, activation: Activation) -> Tensor {
+    let Some(from) = rows(x) else {
+        return activate_reference(x, activation);
+    };
+    map_rows(from.rows, from.width, |row, y| {
+        activate_row(activation, from.row(row), y)
+    })
+}
+
+/// The gradient of [`activate`] from `x` and `dy`, [T, I].
+pub fn activate_backward(x: &Tensor, dy: &Tensor, activation: Activation) -> Tensor {
+    let (Some(from), Some(grad)) = (rows(x), rows(dy)) else {
+        return activate_backward_reference(x, dy, activation);
+    };
+    assert_eq!(
+        (grad.rows, grad.width),
+        (from.rows, from.width),
+        "dy does not match x"
+    );
+    map_rows(from.rows, from.width, |row, d| {
+        activate_backward_row(activation, from.row(row), grad.row(row), d);
+    })
+}
+
+/// A new [n, width], each row written by `write`.
+fn map_rows(n: usize, width: usize, write: impl Fn(usize, &mut [f32]) + Sync) -> Tensor {
+    let mut y = uninit(n, width);
+    let to: RowsMut = rows_mut(&mut y);
+    in_chunks(n, width, |rows| {
+        // SAFETY: the row is this task's alone.
+        rows.for_each(|row| write(row, unsafe { to.row(row) }));
     });
-    d
+    y
 }
 
 /// [`gated`] in plain tch, on any device.
-pub fn gated_reference(gate_up: &Tensor, activation: Activation) -> Tensor {
-    let inner = gate_up.size()[1] / 2;
-    act_reference(activation, &gate_up.narrow(1, 0, inner)) * gate_up.narrow(1, inner, inner)
+pub fn gated_reference(gate_up: &Tensor, gate: impl Into<Gate>) -> Tensor {
+    let (gates, up) = halves(gate_up);
+    match gate.into() {
+        Gate::Act(activation) => activate_reference(&gates, activation) * up,
+        Gate::Clamped { alpha, limit } => {
+            let (gates, up) = clamped(&gates, &up, limit);
+            sigmoid_gate(&gates, alpha.into()).0 * (up + 1.0)
+        }
+    }
 }
 
 /// [`gated_backward`] in plain tch, on any device.
-pub fn gated_backward_reference(gate_up: &Tensor, dy: &Tensor, activation: Activation) -> Tensor {
-    let inner = gate_up.size()[1] / 2;
-    let (gate, up) = (gate_up.narrow(1, 0, inner), gate_up.narrow(1, inner, inner));
-    let derivative = match activation {
-        Activation::Silu => {
-            let s = gate.sigmoid();
-            &s + &gate * &s * (1.0 - &s)
-        }
-        Activation::GeluTanh => {
-            let slope = (gate.square() * (3.0 * CUBIC) + 1.0) * (2.0 * SQRT_2_OVER_PI);
-            let s = ((&gate + gate.pow_tensor_scalar(3) * CUBIC) * (2.0 * SQRT_2_OVER_PI)).sigmoid();
-            &s + &gate * &s * (1.0 - &s) * slope
-        }
-        Activation::Gelu => {
-            let cdf = ((&gate * std::f64::consts::FRAC_1_SQRT_2).erf() + 1.0) * 0.5;
-            cdf + &gate * (gate.square() * -0.5).exp() * INV_SQRT_2PI
+pub fn gated_backward_reference(gate_up: &Tensor, dy: &Tensor, gate: impl Into<Gate>) -> Tensor {
+    let (gates, up) = halves(gate_up);
+    let (d_gate, d_up) = match gate.into() {
+        Gate::Act(activation) => (
+            dy * up * derivative_reference(&gates, activation),
+            dy * activate_reference(&gates, activation),
+        ),
+        Gate::Clamped { alpha, limit } => {
+            let limit64 = f64::from(limit);
+            let (free_gate, free_up) = (gates.le(limit64), up.abs().le(limit64));
+            let (gates, up) = clamped(&gates, &up, limit);
+            let (value, derivative) = sigmoid_gate(&gates, alpha.into());
+            (dy * (up + 1.0) * derivative * free_gate, dy * value * free_up)
         }
     };
-    let d_up = dy * act_reference(activation, &gate);
-    Tensor::cat(&[dy * up * derivative, d_up], 1)
+    Tensor::cat(&[d_gate, d_up], 1)
 }
 
-fn act_reference(activation: Activation, x: &Tensor) -> Tensor {
+/// [`activate`] in plain tch, on any device.
+pub fn activate_reference(x: &Tensor, activation: Activation) -> Tensor {
     match activation {
         Activation::Silu => x.silu(),
         Activation::GeluTanh => x.gelu("tanh"),
         Activation::Gelu => x.gelu("none"),
+        Activation::QuickGelu => sigmoid_gate(x, QUICK).0,
+        Activation::Relu => x.relu(),
+        Activation::SquaredRelu => x.relu().square(),
     }
+}
+
+/// [`activate_backward`] in plain tch, on any device.
+pub fn activate_backward_reference(x: &Tensor, dy: &Tensor, activation: Activation) -> Tensor {
+    dy * derivative_reference(x, activation)
+}
+
+fn derivative_reference(x: &Tensor, activation: Activation) -> Tensor {
+    match activation {
+        Activation::Silu => sigmoid_gate(x, 1.0).1,
+        Activation::GeluTanh => {
+            let slope = (x.square() * (3.0 * CUBIC) + 1.0) * (2.0 * SQRT_2_OVER_PI);
+            let s = ((x + x.pow_tensor_scalar(3) * CUBIC) * (2.0 * SQRT_2_OVER_PI)).sigmoid();
+            &s + x * &s * (1.0 - &s) * slope
+        }
+        Activation::Gelu => {
+            let cdf = ((x * std::f64::consts::FRAC_1_SQRT_2).erf() + 1.0) * 0.5;
+            cdf + x * (x.square() * -0.5).exp() * INV_SQRT_2PI
+        }
+        Activation::QuickGelu => sigmoid_gate(x, QUICK).1,
+        Activation::Relu => x.gt(0.0).to_kind(x.kind()),
+        Activation::SquaredRelu => x.relu() * 2.0,
+    }
+}
+
+/// x sigmoid(alpha x) and its derivative.
+fn sigmoid_gate(x: &Tensor, alpha: f64) -> (Tensor, Tensor) {
+    let s = (x * alpha).sigmoid();
+    let value = x * &s;
+    let derivative = &s + &value * (1.0 - &s) * alpha;
+    (value, derivative)
+}
+
+fn clamped(gates: &Tensor, up: &Tensor, limit: f32) -> (Tensor, Tensor) {
+    let limit = f64::from(limit);
+    (gates.clamp_max(limit), up.clamp(-limit, limit))
+}
+
+fn halves(gate_up: &Tensor) -> (Tensor, Tensor) {
+    let inner = gate_up.size()[1] / 2;
+    (gate_up.narrow(1, 0, inner), gate_up.narrow(1, inner, inner))
 }
 
 const SQRT_2_OVER_PI: f64 = 0.797_884_560_802_865_4;
 const INV_SQRT_2PI: f64 = 0.398_942_280_401_432_7;
 const CUBIC: f64 = 0.044_715;
+/// transformers' QuickGELUActivation.
+const QUICK: f64 = 1.702;
 
-/// One loop per function: the choice stands outside, so each loop is straight-line and vectorises.
-fn forward_row(activation: Activation, gate: &[f32], up: &[f32], y: &mut [f32]) {
-    match activation {
-        Activation::Silu => forward_silu(gate, up, y),
-        Activation::GeluTanh => forward_gelu_tanh(gate, up, y),
-        Activation::Gelu => forward_gelu(gate, up, y),
-    }
+/// `$body` with `$act` standing for the function of `$activation`. The choice stands outside of the body's loop, so each
+/// loop is straight-line and vectorises.
+macro_rules! with_act {
+    ($activation:expr, $act:ident => $body:expr) => {
+        match $activation {
+            Activation::Silu => with_act!(@ silu, $act => $body),
+            Activation::GeluTanh => with_act!(@ gelu_tanh, $act => $body),
+            Activation::Gelu => with_act!(@ gelu, $act => $body),
+            Activation::QuickGelu => with_act!(@ quick_gelu, $act => $body),
+            Activation::Relu => with_act!(@ relu, $act => $body),
+            Activation::SquaredRelu => with_act!(@ squared_relu, $act => $body),
+        }
+    };
+    (@ $function:ident, $act:ident => $body:expr) => {{
+        let $act = $function;
+        $body
+    }};
 }
 
-fn backward_row(
-    activation: Activation,
-    gate: &[f32],
-    up: &[f32],
-    dy: &[f32],
-    d_gate: &mut [f32],
-    d_up: &mut [f32],
-) {
-    match activation {
-        Activation::Silu => backward_silu(gate, up, dy, d_gate, d_up),
-        Activation::GeluTanh => backward_gelu_tanh(gate, up, dy, d_gate, d_up),
-        Activation::Gelu => backward_gelu(gate, up, dy, d_gate, d_up),
-    }
-}
-
-macro_rules! row_loops {
-    ($forward:ident, $backward:ident, $act:ident) => {
-        vectorised!(
-            fn $forward(gate: &[f32], up: &[f32], y: &mut [f32]) {
-                for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
-                    *y = $act(*gate).0 * up;
+vectorised!(
+    fn gated_row(gate: Gate, gates: &[f32], up: &[f32], y: &mut [f32]) {
+        let inputs = gates.iter().zip(up);
+        match gate {
+            Gate::Act(activation) => with_act!(activation, act => {
+                for (y, (gate, up)) in y.iter_mut().zip(inputs) {
+                    *y = act(*gate).0 * up;
+                }
+            }),
+            Gate::Clamped { alpha, limit } => {
+                for (y, (gate, up)) in y.iter_mut().zip(inputs) {
+                    let value = sigmoid_act(at_most(*gate, limit), alpha).0;
+                    *y = value * (at_least(at_most(*up, limit), -limit) + 1.0);
                 }
             }
-        );
-        vectorised!(
-            fn $backward(gate: &[f32], up: &[f32], dy: &[f32], d_gate: &mut [f32], d_up: &mut [f32]) {
-                let inputs = gate.iter().zip(up).zip(dy);
-                for ((d_gate, d_up), ((gate, up), dy)) in d_gate.iter_mut().zip(d_up).zip(inputs) {
-                    let (value, derivative) = $act(*gate);
+        }
+    }
+);
+
+vectorised!(
+    fn gated_backward_row(
+        gate: Gate,
+        gates: &[f32],
+        up: &[f32],
+        dy: &[f32],
+        d_gate: &mut [f32],
+        d_up: &mut [f32],
+    ) {
+        let inputs = gates.iter().zip(up).zip(dy);
+        let outputs = d_gate.iter_mut().zip(d_up);
+        match gate {
+            Gate::Act(activation) => with_act!(activation, act => {
+                for ((d_gate, d_up), ((gate, up), dy)) in outputs.zip(inputs) {
+                    let (value, derivative) = act(*gate);
                     *d_gate = dy * up * derivative;
                     *d_up = dy * value;
                 }
+            }),
+            Gate::Clamped { alpha, limit } => {
+                for ((d_gate, d_up), ((gate, up), dy)) in outputs.zip(inputs) {
+                    let (value, derivative) = sigmoid_act(at_most(*gate, limit), alpha);
+                    let slope = dy * (at_least(at_most(*up, limit), -limit) + 1.0) * derivative;
+                    *d_gate = if *gate <= limit { slope } else { 0.0 };
+                    *d_up = if up.abs() <= limit { dy * value } else { 0.0 };
+                }
             }
-        );
-    };
-}
-row_loops!(forward_silu, backward_silu, silu);
-row_loops!(forward_gelu_tanh, backward_gelu_tanh, gelu_tanh);
-row_loops!(forward_gelu, backward_gelu, gelu);
+        }
+    }
+);
+
+vectorised!(
+    fn activate_row(activation: Activation, x: &[f32], y: &mut [f32]) {
+        with_act!(activation, act => {
+            for (y, x) in y.iter_mut().zip(x) {
+                *y = act(*x).0;
+            }
+        })
+    }
+);
+
+vectorised!(
+    fn activate_backward_row(activation: Activation, x: &[f32], dy: &[f32], d: &mut [f32]) {
+        with_act!(activation, act => {
+            for (d, (x, dy)) in d.iter_mut().zip(x.iter().zip(dy)) {
+                *d = dy * act(*x).1;
+            }
+        })
+    }
+);
 
 // Each gives the value and the derivative; what a loop does not use is not computed.
 
 #[inline(always)]
 fn silu(x: f32) -> (f32, f32) {
-    let s = 1.0 / (1.0 + exp(-x));
+    sigmoid_act(x, 1.0)
+}
+
+#[inline(always)]
+fn quick_gelu(x: f32) -> (f32, f32) {
+    sigmoid_act(x, QUICK as f32)
+}
+
+/// x sigmoid(alpha x).
+#[inline(always)]
+fn sigmoid_act(x: f32, alpha: f32) -> (f32, f32) {
+    let s = 1.0 / (1.0 + exp(-(alpha * x)));
     let y = x * s;
-    (y, y.mul_add(1.0 - s, s))
+    (y, (alpha * y).mul_add(1.0 - s, s))
+}
+
+// Not f32's min and max, which give the other number for a NaN.
+
+#[inline(always)]
+fn at_most(x: f32, limit: f32) -> f32 {
+    if x > limit { limit } else { x }
+}
+
+#[inline(always)]
+fn at_least(x: f32, limit: f32) -> f32 {
+    if x < limit { limit } else { x }
+}
+
+#[inline(always)]
+fn relu(x: f32) -> (f32, f32) {
+    (at_least(x, 0.0), if x > 0.0 { 1.0 } else { 0.0 })
+}
+
+#[inline(always)]
+fn squared_relu(x: f32) -> (f32, f32) {
+    let y = relu(x).0;
+    (y * y, 2.0 * y)
 }
 
 /// 0.5 x (1 + tanh u) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3).
@@ -203,24 +374,44 @@ mod tests {
     use super::*;
     use tch::{Device, Kind};
 
-    const ALL: [Activation; 3] = [Activation::Silu, Activation::GeluTanh, Activation::Gelu];
+    const ALL: [Activation; 6] = [
+        Activation::Silu,
+        Activation::GeluTanh,
+        Activation::Gelu,
+        Activation::QuickGelu,
+        Activation::Relu,
+        Activation::SquaredRelu,
+    ];
+
+    /// The limit lies within the numbers of the tests, on both sides of gate and up.
+    fn gates() -> Vec<Gate> {
+        let clamped = Gate::Clamped {
+            alpha: 1.702,
+            limit: 3.0,
+        };
+        ALL.map(Gate::Act).into_iter().chain([clamped]).collect()
+    }
 
     /// Against float64 tch over a grid of shapes: 1e-6 of the largest value.
     #[test]
     fn agrees_with_the_reference() {
-        for activation in ALL {
-            for (t, inner) in [(1, 1), (1, 7), (3, 64), (5, 100), (40, 1536)] {
-                let wide = Tensor::randn([t, 2 * inner + 3], (Kind::Float, Device::Cpu)) * 4.0;
-                let gate_up = wide.narrow(1, 2, 2 * inner);
-                let dy = Tensor::randn([t, inner], (Kind::Float, Device::Cpu));
-                let want = gated_reference(&gate_up.to_kind(Kind::Double), activation);
-                close(&gated(&gate_up, activation), &want, 1e-6);
-                let want = gated_backward_reference(
-                    &gate_up.to_kind(Kind::Double),
-                    &dy.to_kind(Kind::Double),
-                    activation,
-                );
-                close(&gated_backward(&gate_up, &dy, activation), &want, 2e-6);
+        let double = |x: &Tensor| x.to_kind(Kind::Double);
+        for (t, inner) in [(1, 1), (1, 7), (3, 64), (5, 100), (40, 1536)] {
+            let wide = Tensor::randn([t, 2 * inner + 3], (Kind::Float, Device::Cpu)) * 4.0;
+            let gate_up = wide.narrow(1, 2, 2 * inner);
+            let x = wide.narrow(1, 1, inner);
+            let dy = Tensor::randn([t, inner], (Kind::Float, Device::Cpu));
+            for gate in gates() {
+                let want = gated_reference(&double(&gate_up), gate);
+                close(&gated(&gate_up, gate), &want, 1e-6);
+                let want = gated_backward_reference(&double(&gate_up), &double(&dy), gate);
+                close(&gated_backward(&gate_up, &dy, gate), &want, 2e-6);
+            }
+            for activation in ALL {
+                let want = activate_reference(&double(&x), activation);
+                close(&activate(&x, activation), &want, 1e-6);
+                let want = activate_backward_reference(&double(&x), &double(&dy), activation);
+                close(&activate_backward(&x, &dy, activation), &want, 2e-6);
             }
         }
     }
@@ -228,16 +419,20 @@ mod tests {
     /// The written derivative is the one autograd finds.
     #[test]
     fn reference_backward_is_autograd() {
+        let gate_up = (Tensor::randn([9, 26], (Kind::Double, Device::Cpu)) * 3.0).set_requires_grad(true);
+        let dy = Tensor::randn([9, 13], (Kind::Double, Device::Cpu));
+        let gradient = |y: Tensor| {
+            Tensor::run_backward(&[(y * &dy).sum(Kind::Double)], &[&gate_up], false, false).remove(0)
+        };
+        let plain = gate_up.detach();
+        for gate in gates() {
+            let want = gradient(gated_reference(&gate_up, gate));
+            close(&gated_backward_reference(&plain, &dy, gate), &want, 1e-12);
+        }
         for activation in ALL {
-            let gate_up = Tensor::randn([9, 26], (Kind::Double, Device::Cpu)).set_requires_grad(true);
-            let dy = Tensor::randn([9, 13], (Kind::Double, Device::Cpu));
-            let y = gated_reference(&gate_up, activation);
-            let want = Tensor::run_backward(&[(y * &dy).sum(Kind::Double)], &[&gate_up], false, false);
-            close(
-                &gated_backward_reference(&gate_up.detach(), &dy, activation),
-                &want[0],
-                1e-12,
-            );
+            let want = gradient(activate_reference(&gate_up.narrow(1, 0, 13), activation)).narrow(1, 0, 13);
+            let got = activate_backward_reference(&plain.narrow(1, 0, 13), &dy, activation);
+            close(&got, &want, 1e-12);
         }
     }
 
@@ -245,11 +440,15 @@ mod tests {
     fn extremes_stay_finite() {
         let x = Tensor::from_slice(&[-1e30f32, -100.0, -0.0, 0.0, 100.0, 1e4]).view([6, 1]);
         let gate_up = Tensor::cat(&[&x, &x.ones_like()], 1);
-        for activation in ALL {
-            let want = [0.0, 0.0, 0.0, 0.0, 100.0, 1e4];
-            let got = Vec::<f32>::try_from(gated(&gate_up, activation).view([6])).expect("six floats");
+        for gate in gates() {
+            let want = match gate {
+                Gate::Act(Activation::SquaredRelu) => [0.0, 0.0, 0.0, 0.0, 1e4, 1e8],
+                Gate::Act(_) => [0.0, 0.0, 0.0, 0.0, 100.0, 1e4],
+                Gate::Clamped { .. } => [0.0, 0.0, 0.0, 0.0, 5.963_857, 5.963_857],
+            };
+            let got = Vec::<f32>::try_from(gated(&gate_up, gate).view([6])).expect("six floats");
             for (got, want) in got.iter().zip(want) {
-                assert!((got - want).abs() < 1e-6, "{activation:?}: {got} for {want}");
+                assert!((got - want).abs() < 1e-5, "{gate:?}: {got} for {want}");
             }
         }
     }

@@ -1,9 +1,17 @@
-//! RMS normalisation (Zhang and Sennrich, 2019) and its gradient, in float32. A family whose checkpoint stores
-//! `weight - 1` adds the one at load; a layer norm with mean is not here.
+//! RMS normalisation (Zhang and Sennrich, 2019) and its gradient, in float32; layer normalisation is in [`layer`]. A
+//! family whose checkpoint stores `weight - 1` adds the one at load.
+
+mod layer;
+
+pub use layer::{
+    layer_norm, layer_norm_backward_input, layer_norm_backward_params, layer_norm_backward_reference,
+    layer_norm_reference,
+};
 
 use tch::Tensor;
 
 use crate::pool;
+use crate::slice::Rows;
 use crate::vector::{dot, in_chunks, rows, rows_mut, uninit, vector, vectorised};
 
 /// x / sqrt(mean(x^2) + eps) * weight. `x` is [T, n H] and `weight` [H]: every run of H columns is a norm of its own
@@ -64,34 +72,45 @@ pub fn rms_norm_backward_input(x: &Tensor, weight: &Tensor, eps: f64, dy: &Tenso
     dx
 }
 
-/// dweight [H] alone. Its sum over rows runs in one order: over pieces of a fixed size, then over the pieces.
+/// dweight [H] alone. Its sum over rows runs in one order.
 pub fn rms_norm_backward_weight(x: &Tensor, weight: &Tensor, eps: f64, dy: &Tensor) -> Tensor {
-    const PIECE: usize = 32;
     let (Some(from), Some(weight_row), Some(grad)) = (rows(x), vector(weight), rows(dy)) else {
         return rms_norm_backward_reference(x, weight, eps, dy).1;
     };
-    assert_eq!(
-        (grad.rows, grad.width),
-        (from.rows, from.width),
-        "dy does not match x"
-    );
     let width = group_width(from.width, weight_row.len());
-    let pieces = from.rows.div_ceil(PIECE);
-    let mut partial = uninit(pieces.max(1), width);
+    let eps = eps as f32;
+    sum_over_rows(from, grad, width, width, |x, dy, sum| {
+        add_weight_grad(x, eps, dy, sum)
+    })
+}
+
+/// [sum_width], to which `add` brings each run of `width` columns of `x` and `dy`, in one order: over pieces of a fixed
+/// number of rows, then over the pieces.
+fn sum_over_rows(
+    x: Rows,
+    dy: Rows,
+    width: usize,
+    sum_width: usize,
+    add: impl Fn(&[f32], &[f32], &mut [f32]) + Sync,
+) -> Tensor {
+    const PIECE: usize = 32;
+    assert_eq!((dy.rows, dy.width), (x.rows, x.width), "dy does not match x");
+    let pieces = x.rows.div_ceil(PIECE);
+    let mut partial = uninit(pieces.max(1), sum_width);
     let sums = rows_mut(&mut partial);
     pool::for_each(pieces, |piece| {
         // SAFETY: one task a piece.
         let sum = unsafe { sums.row(piece) };
         sum.fill(0.0);
-        for row in piece * PIECE..((piece + 1) * PIECE).min(from.rows) {
-            let groups = from
+        for row in piece * PIECE..((piece + 1) * PIECE).min(x.rows) {
+            let groups = x
                 .row(row)
                 .chunks_exact(width)
-                .zip(grad.row(row).chunks_exact(width));
-            groups.for_each(|(x, dy)| add_weight_grad(x, eps as f32, dy, sum));
+                .zip(dy.row(row).chunks_exact(width));
+            groups.for_each(|(x, dy)| add(x, dy, sum));
         }
     });
-    let mut total = vec![0.0f32; width];
+    let mut total = vec![0.0f32; sum_width];
     for piece in 0..pieces {
         // SAFETY: the job is over, nothing else looks at the row.
         total

@@ -1,5 +1,10 @@
-//! Rotary position embeddings (Su et al., 2021), half-split as in GPT-NeoX and Llama: the table and its application.
-//! Frequencies as transformers computes them (modeling_rope_utils.py). What a config.json means is read elsewhere.
+//! Rotary position embeddings (Su et al., 2021): the table and its application. Frequencies and attention factors as
+//! transformers computes them (modeling_rope_utils.py, ROPE_INIT_FUNCTIONS). What a config.json means is read elsewhere.
+
+#[cfg(test)]
+mod tests;
+
+use std::f64::consts::PI;
 
 use tch::{Device, Kind, Tensor};
 
@@ -7,16 +12,26 @@ use crate::KernelError;
 use crate::slice::RowsMut;
 use crate::vector::{in_chunks, vector, vectorised};
 
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct RopeSpec {
     pub theta: f64,
     /// The first this many of a head's dimensions turn; even, at most the head's dimension.
     pub rotary_dim: i64,
+    pub layout: RopeLayout,
     pub scaling: RopeScaling,
 }
 
-/// `rope_type` of transformers.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// Which two dimensions turn together by the i-th angle.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RopeLayout {
+    /// i and i + rotary_dim / 2 (GPT-NeoX, Llama).
+    Half,
+    /// 2 i and 2 i + 1 (GPT-J, GLM 4, Cohere 2).
+    Interleaved,
+}
+
+/// `rope_type` of transformers. `dynamic` below the model's own positions is [`RopeScaling::None`].
+#[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
     None,
     Linear {
@@ -28,51 +43,167 @@ pub enum RopeScaling {
         high_freq_factor: f64,
         original_max_position_embeddings: i64,
     },
+    /// YaRN (Peng et al., 2023).
+    Yarn {
+        factor: f64,
+        /// 32 where a config does not say.
+        beta_fast: f64,
+        /// 1 where a config does not say.
+        beta_slow: f64,
+        /// Instead of what follows from `factor`, `mscale` and `mscale_all_dim`.
+        attention_factor: Option<f64>,
+        mscale: Option<f64>,
+        mscale_all_dim: Option<f64>,
+        /// Whether the borders between kept and divided frequencies are whole dimensions; true where a config does not say.
+        truncate: bool,
+        original_max_position_embeddings: i64,
+    },
+    /// LongRoPE (Ding et al., 2024): a divisor per frequency, one list up to the original positions and one beyond.
+    LongRope {
+        /// rotary_dim / 2 each.
+        short_factor: Vec<f64>,
+        long_factor: Vec<f64>,
+        /// How much longer the model is than it was: max_position_embeddings / original_max_position_embeddings where a
+        /// config does not say.
+        factor: f64,
+        /// Instead of what follows from `factor`.
+        attention_factor: Option<f64>,
+        original_max_position_embeddings: i64,
+    },
 }
 
 impl RopeSpec {
-    /// [rotary_dim / 2] float32, operation by operation the arithmetic of transformers.
-    pub fn inv_freq(&self) -> Result<Tensor, KernelError> {
+    /// [rotary_dim / 2] float32, operation by operation the arithmetic of transformers, for a table of `max_positions`.
+    ///
+    /// LongRoPE's list is the long one when the table is longer than the original positions, for every position of it, as
+    /// in vLLM and llama.cpp: keys that are cached must have been turned by the frequencies of the queries that
+    /// come later. (transformers chooses anew at each call, by the longest position in it.)
+    pub fn inv_freq(&self, max_positions: i64) -> Result<Tensor, KernelError> {
         let RopeSpec {
             theta,
             rotary_dim,
+            layout: _,
             scaling,
-        } = *self;
-        let exponents = Tensor::f_arange_start_step(0, rotary_dim, 2, (Kind::Float, Device::Cpu))?;
-        let inv_freq = Tensor::f_pow_scalar(theta, &exponents.f_div_scalar(rotary_dim)?)?.f_reciprocal()?;
+        } = self;
+        let exponents = Tensor::f_arange_start_step(0, *rotary_dim, 2, (Kind::Float, Device::Cpu))?
+            .f_div_scalar(*rotary_dim)?;
+        let wavelength_factor = Tensor::f_pow_scalar(*theta, &exponents)?; // wavelength / 2 pi
+        let inv_freq = wavelength_factor.f_reciprocal()?;
         Ok(match scaling {
             RopeScaling::None => inv_freq,
-            RopeScaling::Linear { factor } => inv_freq.f_div_scalar(factor)?,
+            RopeScaling::Linear { factor } => inv_freq.f_div_scalar(*factor)?,
             RopeScaling::Llama3 {
                 factor,
                 low_freq_factor,
                 high_freq_factor,
                 original_max_position_embeddings,
             } => {
-                let context = original_max_position_embeddings as f64;
-                let wavelength = inv_freq
-                    .f_reciprocal()?
-                    .f_mul_scalar(2.0 * std::f64::consts::PI)?;
+                let context = *original_max_position_embeddings as f64;
+                let wavelength = inv_freq.f_reciprocal()?.f_mul_scalar(2.0 * PI)?;
                 let long = wavelength.f_gt(context / low_freq_factor)?;
                 let short = wavelength.f_lt(context / high_freq_factor)?;
-                let scaled = inv_freq.f_div_scalar(factor)?.f_where_self(&long, &inv_freq)?;
+                let scaled = inv_freq.f_div_scalar(*factor)?.f_where_self(&long, &inv_freq)?;
                 let smooth = wavelength
                     .f_reciprocal()?
                     .f_mul_scalar(context)?
-                    .f_sub_scalar(low_freq_factor)?
+                    .f_sub_scalar(*low_freq_factor)?
                     .f_div_scalar(high_freq_factor - low_freq_factor)?;
-                let smoothed = (smooth.ones_like() - &smooth) * &scaled / factor + &smooth * &scaled;
+                let smoothed = (smooth.ones_like() - &smooth) * &scaled / *factor + &smooth * &scaled;
                 scaled.f_where_self(&long.f_logical_or(&short)?, &smoothed)?
             }
+            RopeScaling::Yarn {
+                factor,
+                beta_fast,
+                beta_slow,
+                truncate,
+                original_max_position_embeddings,
+                ..
+            } => {
+                let dim = *rotary_dim as f64;
+                let context = *original_max_position_embeddings as f64;
+                // The dimension whose frequency turns this often within the original positions.
+                let border = |turns: f64| dim * (context / (turns * 2.0 * PI)).ln() / (2.0 * theta.ln());
+                let (low, high) = (border(*beta_fast), border(*beta_slow));
+                let (low, high) = match truncate {
+                    true => (low.floor(), high.ceil()),
+                    false => (low, high),
+                };
+                let (low, high) = (low.max(0.0), high.min(dim - 1.0));
+                let high = if low == high { high + 0.001 } else { high };
+                let divided = Tensor::f_arange(rotary_dim / 2, (Kind::Float, Device::Cpu))?
+                    .f_sub_scalar(low)?
+                    .f_div_scalar(high - low)?
+                    .f_clamp(0.0, 1.0)?;
+                let kept = 1.0 - divided;
+                let interpolated = wavelength_factor.f_mul_scalar(*factor)?.f_reciprocal()?;
+                interpolated * (1.0 - &kept) + inv_freq * kept
+            }
+            RopeScaling::LongRope {
+                short_factor,
+                long_factor,
+                original_max_position_embeddings,
+                ..
+            } => {
+                let factors = match max_positions > *original_max_position_embeddings {
+                    true => long_factor,
+                    false => short_factor,
+                };
+                if factors.len() as i64 != rotary_dim / 2 {
+                    return Err(KernelError::Shape(format!(
+                        "{} factors of longrope for the {} frequencies of rotary_dim {rotary_dim}",
+                        factors.len(),
+                        rotary_dim / 2
+                    )));
+                }
+                let factors = Tensor::f_from_slice(factors)?.f_to_kind(Kind::Float)?;
+                factors.f_mul(&wavelength_factor)?.f_reciprocal()?
+            }
         })
+    }
+
+    /// What cosines and sines are multiplied by: scores of stretched models are sharpened by its square.
+    pub fn attention_factor(&self) -> f64 {
+        match &self.scaling {
+            RopeScaling::None | RopeScaling::Linear { .. } | RopeScaling::Llama3 { .. } => 1.0,
+            RopeScaling::Yarn {
+                factor,
+                attention_factor,
+                mscale,
+                mscale_all_dim,
+                ..
+            } => {
+                let sharpen = |mscale: f64| match *factor <= 1.0 {
+                    true => 1.0,
+                    false => 0.1 * mscale * factor.ln() + 1.0,
+                };
+                let nonzero = |mscale: &Option<f64>| mscale.filter(|mscale| *mscale != 0.0);
+                match (attention_factor, nonzero(mscale), nonzero(mscale_all_dim)) {
+                    (Some(given), _, _) => *given,
+                    (None, Some(mscale), Some(all)) => sharpen(mscale) / sharpen(all),
+                    (None, _, _) => sharpen(1.0),
+                }
+            }
+            RopeScaling::LongRope {
+                factor,
+                attention_factor,
+                original_max_position_embeddings,
+                ..
+            } => match attention_factor {
+                Some(given) => *given,
+                None if *factor <= 1.0 => 1.0,
+                None => (1.0 + factor.ln() / (*original_max_position_embeddings as f64).ln()).sqrt(),
+            },
+        }
     }
 }
 
 /// Cosines and sines of every position, for one spec and head dimension.
 #[derive(Debug)]
 pub struct Rope {
-    /// [positions, rotary_dim] float32: cosines in the first half of the columns, sines in the second.
+    /// [positions, rotary_dim] float32: cosines in the first half of the columns, sines in the second, both times the
+    /// attention factor.
     table: Tensor,
+    layout: RopeLayout,
     head_dim: usize,
 }
 
@@ -93,11 +224,14 @@ impl Rope {
         // The angle is rounded to float32, as the reference model does; its cosine is then taken exactly.
         let angles = positions
             .f_unsqueeze(1)?
-            .f_mul(&spec.inv_freq()?)?
+            .f_mul(&spec.inv_freq(max_positions)?)?
             .f_to_kind(Kind::Double)?;
-        let table = Tensor::f_cat(&[angles.f_cos()?, angles.f_sin()?], 1)?.f_to_kind(Kind::Float)?;
+        let table = Tensor::f_cat(&[angles.f_cos()?, angles.f_sin()?], 1)?
+            .f_mul_scalar(spec.attention_factor())?
+            .f_to_kind(Kind::Float)?;
         Ok(Rope {
             table: table.f_to_device(device)?,
+            layout: spec.layout,
             head_dim: head_dim as usize,
         })
     }
@@ -115,9 +249,11 @@ impl Rope {
         self.turn(x, positions, Direction::Forward);
     }
 
-    /// Turns back: the gradient of [`Rope::apply`], a rotation being orthogonal.
-    pub fn apply_inverse(&self, x: &Tensor, positions: &[i64]) {
-        self.turn(x, positions, Direction::Inverse);
+    /// The gradient of [`Rope::apply`], in place: the gradient of what it gave becomes the gradient of what it was given.
+    /// Each pair turns back and is multiplied by the attention factor once more, which is the transposed map and, with a
+    /// factor other than 1, not the inverse.
+    pub fn apply_backward(&self, gradient: &Tensor, positions: &[i64]) {
+        self.turn(gradient, positions, Direction::Backward);
     }
 
     fn turn(&self, x: &Tensor, positions: &[i64], direction: Direction) {
@@ -139,16 +275,17 @@ impl Rope {
             return self.turn_reference(x, positions, direction);
         };
         let (rotary_dim, head_dim) = (self.table.size()[1] as usize, self.head_dim);
+        let (layout, sign) = (self.layout, direction.sign());
         in_chunks(rows.rows, rows.width, |range| {
             for row in range {
                 let angles = &table[positions[row] as usize * rotary_dim..][..rotary_dim];
                 let (cos, sin) = angles.split_at(rotary_dim / 2);
                 // SAFETY: the row is this task's alone.
                 for head in unsafe { rows.row(row) }.chunks_exact_mut(head_dim) {
-                    let (first, second) = head[..rotary_dim].split_at_mut(rotary_dim / 2);
-                    match direction {
-                        Direction::Forward => turn_head(first, second, cos, sin, 1.0),
-                        Direction::Inverse => turn_head(first, second, cos, sin, -1.0),
+                    let head = &mut head[..rotary_dim];
+                    match layout {
+                        RopeLayout::Half => turn_halves(head, cos, sin, sign),
+                        RopeLayout::Interleaved => turn_pairs(head, cos, sin, sign),
                     }
                 }
             }
@@ -160,18 +297,23 @@ impl Rope {
         let half = self.table.size()[1] / 2;
         let index = Tensor::from_slice(positions).to_device(self.table.device());
         let angles = self.table.index_select(0, &index).unsqueeze(1).to_kind(x.kind()); // [T, 1, R]
-        let (cos, sin) = (angles.narrow(2, 0, half), angles.narrow(2, half, half));
-        let sin = match direction {
-            Direction::Forward => sin,
-            Direction::Inverse => -sin,
-        };
+        let cos = angles.narrow(2, 0, half);
+        let sin = angles.narrow(2, half, half) * f64::from(direction.sign());
         let heads = x.reshape([x.size()[0], -1, self.head_dim as i64]); // [T, heads, D]
-        let (first, second) = (heads.narrow(2, 0, half), heads.narrow(2, half, half));
+        let turning = heads.narrow(2, 0, 2 * half);
         let rest = heads.narrow(2, 2 * half, self.head_dim as i64 - 2 * half);
-        let turned = Tensor::cat(
-            &[&first * &cos - &second * &sin, second * cos + first * sin, rest],
-            2,
+        // Where the two of a pair stand: [T, heads, 2, half], or [T, heads, half, 2].
+        let (shape, axis): ([i64; 2], i64) = match self.layout {
+            RopeLayout::Half => ([2, half], 2),
+            RopeLayout::Interleaved => ([half, 2], 3),
+        };
+        let pairs = turning.reshape([x.size()[0], -1, shape[0], shape[1]]);
+        let (first, second) = (pairs.select(axis, 0), pairs.select(axis, 1));
+        let turned = Tensor::stack(
+            &[&first * &cos - &second * &sin, second * cos + first * sin],
+            axis,
         );
+        let turned = Tensor::cat(&[turned.reshape(turning.size()), rest], 2);
         x.shallow_clone().copy_(&turned.view([x.size()[0], -1]));
     }
 }
@@ -179,11 +321,21 @@ impl Rope {
 #[derive(Clone, Copy)]
 enum Direction {
     Forward,
-    Inverse,
+    Backward,
+}
+
+impl Direction {
+    fn sign(self) -> f32 {
+        match self {
+            Direction::Forward => 1.0,
+            Direction::Backward => -1.0,
+        }
+    }
 }
 
 vectorised!(
-    fn turn_head(first: &mut [f32], second: &mut [f32], cos: &[f32], sin: &[f32], sign: f32) {
+    fn turn_halves(head: &mut [f32], cos: &[f32], sin: &[f32], sign: f32) {
+        let (first, second) = head.split_at_mut(cos.len());
         for ((a, b), (cos, sin)) in first.iter_mut().zip(second).zip(cos.iter().zip(sin)) {
             let (x, y, sin) = (*a, *b, sin * sign);
             *a = x * cos - y * sin;
@@ -192,94 +344,13 @@ vectorised!(
     }
 );
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
-
-    const NONE: [f32; 8] = [
-        1.0,
-        0.193_922_76,
-        0.037_606_03,
-        0.007_292_665,
-        0.001_414_213_4,
-        0.000_274_248_2,
-        5.318_295_7e-5,
-        1.031_338_5e-5,
-    ];
-    const LLAMA3: [f32; 8] = [
-        1.0,
-        0.193_922_76,
-        0.037_606_03,
-        0.007_292_665,
-        0.000_429_556_7,
-        8.570_256e-6,
-        1.661_967_4e-6,
-        3.222_933e-7,
-    ];
-
-    fn spec(rotary_dim: i64, scaling: RopeScaling) -> RopeSpec {
-        RopeSpec {
-            theta: 500_000.0,
-            rotary_dim,
-            scaling,
+vectorised!(
+    fn turn_pairs(head: &mut [f32], cos: &[f32], sin: &[f32], sign: f32) {
+        let (pairs, _) = head.as_chunks_mut::<2>();
+        for ([a, b], (cos, sin)) in pairs.iter_mut().zip(cos.iter().zip(sin)) {
+            let (x, y, sin) = (*a, *b, sin * sign);
+            *a = x * cos - y * sin;
+            *b = y * cos + x * sin;
         }
     }
-
-    #[test]
-    fn agrees_with_the_reference_and_turns_back() {
-        for (t, heads, head_dim, rotary_dim) in
-            [(1, 1, 2, 2), (5, 3, 64, 64), (40, 12, 64, 32), (9, 2, 80, 20)]
-        {
-            let rope =
-                Rope::new(&spec(rotary_dim, RopeScaling::None), head_dim, 100, Device::Cpu).expect("valid");
-            let positions: Vec<i64> = (0..t).map(|i| (i * 37) % 100).collect();
-            let fused = Tensor::randn([t, heads * head_dim + 7], FLOAT);
-            let untouched = fused.narrow(1, heads * head_dim, 7).copy();
-            let x = fused.narrow(1, 0, heads * head_dim);
-            let (before, want) = (x.copy(), x.copy().to_kind(Kind::Double));
-            rope.apply(&x, &positions);
-            rope.turn_reference(&want, &positions, Direction::Forward);
-            assert!((x.to_kind(Kind::Double) - want).abs().max().double_value(&[]) < 2e-6);
-            assert_eq!(fused.narrow(1, heads * head_dim, 7), untouched);
-            rope.apply_inverse(&x, &positions);
-            assert!((x - before).abs().max().double_value(&[]) < 3e-6);
-        }
-    }
-
-    /// Values printed by transformers 5.23 (ROPE_INIT_FUNCTIONS) for head_dim 16, theta 500000.
-    #[test]
-    fn frequencies_are_those_of_transformers() {
-        let llama3 = RopeScaling::Llama3 {
-            factor: 32.0,
-            low_freq_factor: 1.0,
-            high_freq_factor: 4.0,
-            original_max_position_embeddings: 8192,
-        };
-        let cases: [(RopeScaling, [f32; 8]); 3] = [
-            (RopeScaling::None, NONE),
-            (RopeScaling::Linear { factor: 4.0 }, NONE.map(|x| x / 4.0)),
-            (llama3, LLAMA3),
-        ];
-        for (scaling, want) in cases {
-            let got = Vec::<f32>::try_from(spec(16, scaling).inv_freq().expect("valid")).expect("floats");
-            for (got, want) in got.iter().zip(want) {
-                assert!((got - want).abs() <= 2e-7 * want, "{scaling:?}: {got} for {want}");
-            }
-        }
-    }
-
-    #[test]
-    fn a_position_outside_the_table_panics() {
-        let rope = Rope::new(&spec(4, RopeScaling::None), 4, 8, Device::Cpu).expect("valid");
-        let x = Tensor::zeros([1, 4], FLOAT);
-        for position in [-1, 8] {
-            assert!(
-                std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| rope.apply(&x, &[position])))
-                    .is_err()
-            );
-        }
-        assert!(Rope::new(&spec(6, RopeScaling::None), 4, 8, Device::Cpu).is_err());
-    }
-}
+);

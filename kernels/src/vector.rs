@@ -114,6 +114,27 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     for ((a, b), sum) in a_rest.iter().zip(b_rest).zip(&mut sums) {
         *sum = a.mul_add(*b, *sum);
     }
+    tree(sums)
+}
+
+/// Sum of `term` of each element, in the order of [`dot`].
+#[inline(always)]
+pub(crate) fn sum_of(x: &[f32], term: impl Fn(f32) -> f32) -> f32 {
+    let mut sums = [0.0f32; LANES];
+    let (blocks, rest) = x.as_chunks::<LANES>();
+    for x in blocks {
+        for lane in 0..LANES {
+            sums[lane] += term(x[lane]);
+        }
+    }
+    for (x, sum) in rest.iter().zip(&mut sums) {
+        *sum += term(*x);
+    }
+    tree(sums)
+}
+
+#[inline(always)]
+fn tree(mut sums: [f32; LANES]) -> f32 {
     let mut width = LANES;
     while width > 1 {
         width /= 2;

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 use tandem_kernels::activation::Activation;
-use tandem_kernels::rope::{RopeScaling, RopeSpec};
+use tandem_kernels::rope::{RopeLayout, RopeScaling, RopeSpec};
 
 use super::{Bias, fields};
 use crate::weights::LoadError;
@@ -224,6 +224,7 @@ impl Config {
                 return Ok(RopeSpec {
                     theta: own_theta.unwrap_or(DEFAULT_THETA),
                     rotary_dim: head_dim,
+                    layout: RopeLayout::Half,
                     scaling: RopeScaling::None,
                 });
             }
@@ -303,6 +304,7 @@ impl Config {
         Ok(RopeSpec {
             theta,
             rotary_dim: head_dim,
+            layout: RopeLayout::Half,
             scaling,
         })
     }

@@ -238,7 +238,7 @@ mod tests {
     use crate::family::spec::Projections;
     use crate::family::{NormSpec, Sublayer};
     use tandem_kernels::activation::Activation;
-    use tandem_kernels::rope::{RopeScaling, RopeSpec};
+    use tandem_kernels::rope::{RopeLayout, RopeScaling, RopeSpec};
 
     fn spec(heads: i64, kv_heads: i64, inner: i64, vocab: i64) -> DecoderSpec {
         let (hidden, head_dim) = (64, 16);
@@ -269,6 +269,7 @@ mod tests {
         let rope = RopeSpec {
             theta: 10_000.0,
             rotary_dim: head_dim,
+            layout: RopeLayout::Half,
             scaling: RopeScaling::None,
         };
         DecoderSpec {

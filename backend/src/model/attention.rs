@@ -98,8 +98,8 @@ impl Attention {
             self.options(),
             back.decoder.precision(),
         );
-        rope.apply_inverse(&dq, positions);
-        rope.apply_inverse(&dk, positions);
+        rope.apply_backward(&dq, positions);
+        rope.apply_backward(&dk, positions);
         back.linear(&self.qkv, &x(), &Tensor::cat(&[dq, dk, dv], 1))
     }
 
