@@ -8,7 +8,8 @@ use utoipa::ToSchema;
 pub struct LoadLoraAdapter {
     /// The name to ask for as `model`.
     pub lora_name: String,
-    /// A PEFT folder on the server's machine: adapter_config.json and adapter_model.safetensors.
+    /// A PEFT folder on the server's machine (adapter_config.json and adapter_model.safetensors), or an adapter's name on
+    /// the hub, ORG/NAME.
     pub lora_path: String,
     /// Replace what the name stood for. Without it a name that is taken is a conflict.
     pub load_inplace: Option<bool>,

@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use tandem_backend::ModelLen;
 
 use crate::extract::{FILE_LIMIT_BYTES, JSON_LIMIT_BYTES};
-use crate::values::{LoraModules, address, bytes, count, host, lora_modules, model_len, share};
+use crate::values::{LoraModule, LoraModules, address, bytes, count, host, lora_modules, model_len, share};
 
 /// Serves a language model and fine-tunes it in tandem: one process, one copy of the base weights.
 #[derive(Debug, Parser)]
@@ -21,7 +21,8 @@ pub struct Cli {
 const BEGIN: &str = "\
 To begin:
   tandem serve                          the embedded demo model, with a page to chat on http://127.0.0.1:8000/
-  tandem serve ./Llama-3.2-1B-Instruct  your own: a folder as `hf download NAME --local-dir DIR` makes it
+  tandem serve HuggingFaceTB/SmolLM2-135M-Instruct
+                                        a model by its name on the hub, or the folder of one
   tandem train recipe.yaml              fine-tune without a server; `tandem train help` lists the settings
   tandem COMMAND --help                 every option";
 
@@ -37,6 +38,8 @@ pub enum Command {
     Router(Box<Router>),
     /// Fine-tune without a server, from a YAML file and key=value overrides
     Train(Train),
+    /// Fetch a model or an adapter from the hub, and print its folder
+    Download(Download),
     /// Say what this machine offers and what is missing
     Doctor,
     /// Ask a running server, router or backend how it is; the exit code answers
@@ -100,13 +103,19 @@ pub struct Router {
 /// A replica: the model and how it runs.
 #[derive(Clone, Debug, Args)]
 pub struct ModelOptions {
-    /// Folder with config.json, *.safetensors and tokenizer.json [default: the embedded demo model]
+    /// Folder with config.json, *.safetensors and tokenizer.json, or a name on the hub, ORG/NAME, which is looked for in its
+    /// cache (HF_HOME, HF_HUB_CACHE) and downloaded (HF_TOKEN, HF_ENDPOINT), unless HF_HUB_OFFLINE is 1 [default: the
+    /// embedded demo model]
     #[arg(value_name = "MODEL")]
     pub model_folder: Option<PathBuf>,
     /// The same as MODEL
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "MODEL")]
     pub model: Option<PathBuf>,
-    /// Names of the base model in the API, the first of which answers carry [default: the folder's name]
+    /// Branch, tag or commit of a model on the hub [default: main]
+    #[arg(long, value_name = "REVISION")]
+    pub revision: Option<String>,
+    /// Names of the base model in the API, the first of which answers carry [default: the folder's name, or
+    /// the hub's]
     #[arg(long, value_name = "NAME", num_args = 1.., value_delimiter = ',')]
     pub served_model_name: Vec<String>,
     /// auto, cpu or cuda:N; with several ranks on GPUs, each takes its own
@@ -185,8 +194,8 @@ pub struct EdgeOptions {
     /// Refuse a request that has a field of which nothing is known, instead of logging the field's name once
     #[arg(long)]
     pub strict_fields: bool,
-    /// Adapters to serve from the start: PEFT folders, several of them by spaces or commas; or vLLM's JSON,
-    /// '{"name": "a", "path": "DIR"}'
+    /// Adapters to serve from the start: PEFT folders or names on the hub, several of them by spaces or commas; or vLLM's
+    /// JSON, '{"name": "a", "path": "DIR"}'
     #[arg(long, value_name = "NAME=DIR", num_args = 1.., value_parser = lora_modules)]
     pub lora_modules: Vec<LoraModules>,
     /// Requests that may wait for a place among the running; more are answered 429
@@ -243,6 +252,19 @@ pub struct Train {
 }
 
 #[derive(Clone, Debug, Args)]
+pub struct Download {
+    /// Of a model or an adapter on the hub (HF_ENDPOINT, HF_TOKEN). Safetensors, JSON and templates come, no pickles
+    #[arg(value_name = "ORG/NAME")]
+    pub name: String,
+    /// Branch, tag or commit [default: main]
+    #[arg(long, value_name = "REVISION")]
+    pub revision: Option<String>,
+    /// A folder to put the files into, instead of the hub's cache (HF_HOME, HF_HUB_CACHE)
+    #[arg(long, value_name = "DIR")]
+    pub local_dir: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Args)]
 pub struct Rank {
     /// cpu or cuda
     #[arg(long)]
@@ -282,11 +304,8 @@ impl ModelOptions {
 }
 
 impl EdgeOptions {
-    /// Name and folder of each adapter.
-    pub fn adapters(&self) -> Vec<(String, PathBuf)> {
-        let modules = self.lora_modules.iter().flat_map(|LoraModules(modules)| modules);
-        modules
-            .map(|module| (module.name.clone(), module.path.clone()))
-            .collect()
+    /// Name and folder of each adapter, or its name on the hub.
+    pub fn adapters(&self) -> impl Iterator<Item = &LoraModule> {
+        self.lora_modules.iter().flat_map(|LoraModules(modules)| modules)
     }
 }

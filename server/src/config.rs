@@ -107,8 +107,8 @@ const OTHER_COMMANDS: &[(&[&str], &str)] = &[
         "`tandem train recipe.yaml` fine-tunes without a server, POST /v1/fine_tuning/jobs with one",
     ),
     (
-        &["pull", "download", "fetch", "install", "add"],
-        "fetch a model with `hf download NAME --local-dir DIR`, then `tandem serve DIR`",
+        &["pull", "fetch", "install", "add"],
+        "`tandem download ORG/NAME` fetches a model from the hub, and so does `tandem serve ORG/NAME`",
     ),
     (
         &["list", "ls", "ps", "models", "show", "status"],
@@ -214,7 +214,9 @@ fn check_command(command: &Command, word: Option<&OsString>) -> Result<(), Confi
     };
     let suggestion = match meant {
         Some((_, meant)) => Some((*meant).to_owned()),
-        None if Path::new(&*word).exists() => Some(format!("did you mean `tandem serve {word}`?")),
+        None if Path::new(&*word).exists() || word.contains('/') => {
+            Some(format!("did you mean `tandem serve {word}`?"))
+        }
         None => alike().or_else(|| Some("`tandem --help` lists the commands".to_owned())),
     };
     let name = word.into_owned();
@@ -447,10 +449,12 @@ mod tests {
         assert_eq!((serve.edge.port, serve.model.max_num_seqs), (10, Some(7)));
         assert_eq!(serve.model.kv_cache_memory_bytes, Some(1 << 30));
         assert_eq!(serve.model.served_model_name, ["m", "n"]);
-        assert_eq!(
-            serve.edge.adapters(),
-            [("a".to_owned(), "x".into()), ("b".to_owned(), "y".into())]
-        );
+        let adapters: Vec<_> = serve
+            .edge
+            .adapters()
+            .map(|module| (&*module.name, module.path.as_path()))
+            .collect();
+        assert_eq!(adapters, [("a", Path::new("x")), ("b", Path::new("y"))]);
         let source = |name: &str| {
             let mut options = given.options.iter();
             options
@@ -550,6 +554,9 @@ mod tests {
                 "--model-path m --tp-size 1 --context-length 4K --max-running-requests 8",
                 None,
             ),
+            ("-hf org/name --code-revision x", None),
+            ("--hf-token x", Some("HF_TOKEN")),
+            ("--download-dir x", Some("HF_HUB_CACHE")),
             ("--max-model-len -1", None),
             ("--max-model-len 0", Some("4k (4000)")),
         ] {
@@ -570,6 +577,8 @@ mod tests {
             ("sevre", "did you mean `tandem serve`?"),
             ("finetune", "`tandem train"),
             ("/tmp", "did you mean `tandem serve /tmp`?"),
+            ("org/name", "did you mean `tandem serve org/name`?"),
+            ("pull", "`tandem download"),
             ("zzz", "`tandem --help`"),
         ] {
             let args = ["tandem", word].map(OsString::from);

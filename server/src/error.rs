@@ -9,6 +9,8 @@ use tandem_openapi::error::{ErrorObject, ErrorResponse};
 use tandem_router::api::{Part, RouterError};
 use tracing::error;
 
+use crate::hub::HubError;
+
 /// Characters of a message at most: what a client sent may be part of it.
 const MESSAGE_CHARS: usize = 1000;
 /// The clients of OpenAI obey it, and retry 409 and every 5xx without it.
@@ -64,6 +66,8 @@ pub enum ApiError {
     UnknownUrl(Method, String),
     #[error("Not allowed to {0} on {1}")]
     WrongMethod(Method, String),
+    #[error(transparent)]
+    Hub(#[from] HubError),
     #[error("the server is shutting down")]
     Stopping,
     /// For the log; a client learns only that it happened.
@@ -187,6 +191,27 @@ impl ApiError {
             ApiError::WrongMethod(..) => {
                 return with(S::METHOD_NOT_ALLOWED, INVALID, None, Some("method_not_allowed"));
             }
+            ApiError::Hub(error) if error.is_unknown() => {
+                return with(
+                    S::NOT_FOUND,
+                    INVALID,
+                    Some("lora_path"),
+                    Some("adapter_not_found"),
+                );
+            }
+            ApiError::Hub(HubError::Away { .. } | HubError::Cut { .. }) => {
+                return Answer {
+                    code: Some("hub_unavailable"),
+                    ..stopping()
+                };
+            }
+            ApiError::Hub(HubError::Disk { .. } | HubError::Client(_)) => {
+                return failed(
+                    Retry::AsStatusSays,
+                    Some("The server could not keep the adapter's files."),
+                );
+            }
+            ApiError::Hub(_) => return bad(Some("lora_path"), Some("invalid_adapter")),
             ApiError::Stopping => return stopping(),
             ApiError::Internal(_) => return failed(Retry::AsStatusSays, Some("The server had an error.")),
         };

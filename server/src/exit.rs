@@ -11,6 +11,7 @@ use tandem_store::StoreError;
 use tandem_text::TextError;
 
 use crate::config::ConfigError;
+use crate::hub::HubError;
 use crate::keys::BadKey;
 use crate::origins::BadOrigin;
 
@@ -47,6 +48,13 @@ fn lasts(error: &(dyn Error + 'static)) -> Option<bool> {
             // An adapter that --lora-modules names.
             RouterError::Invalid { .. } | RouterError::Adapter { .. } | RouterError::Conflict(_) => true,
             _ => false,
+        });
+    }
+    if let Some(error) = error.downcast_ref::<HubError>() {
+        return Some(match error {
+            HubError::Disk { error, .. } => io_lasts(error),
+            HubError::Damaged { .. } => false,
+            error => !error.may_pass(),
         });
     }
     if let Some(error) = error.downcast_ref::<StoreError>() {

@@ -52,7 +52,7 @@ const NO_MEDIA: &str = "only text is understood";
 const NO_DATA_PARALLEL: &str = "start a `tandem backend` for each replica and a `tandem router` before them";
 const NO_PIPELINE: &str = "layers are not divided over ranks: use --tensor-parallel-size";
 const NO_TLS: &str = "there is no TLS: put a reverse proxy (nginx, Caddy, Envoy) before the server";
-const NO_HUB: &str = "models are folders: fetch one with `hf download NAME --revision REVISION --local-dir DIR` and use --model DIR";
+const HUB_CACHE: &str = "the hub's cache is said by the variable HF_HUB_CACHE, or HF_HOME";
 const NO_OVERRIDES: &str = "edit the config.json of the model's folder instead";
 const NO_GRAPHS: &str = "no graphs are captured and nothing is compiled here";
 const IN_FOLDER: &str = "the tokenizer is the one in the model's folder; put the files there";
@@ -83,15 +83,18 @@ pub const TABLE: &[Foreign] = &[
         Harmless("no code of a model's folder is ever run"),
     ),
     value(
-        &[
-            "revision",
-            "code-revision",
-            "tokenizer-revision",
-            "hf-token",
-            "download-dir",
-        ],
-        Refused(NO_HUB),
+        &["code-revision"],
+        Harmless("no code of a model's folder is ever run"),
     ),
+    value(
+        &["tokenizer-revision"],
+        Refused("the tokenizer comes with the model: use --revision"),
+    ),
+    value(
+        &["hf-token"],
+        Refused("the hub's token is said by the variable HF_TOKEN, or by `hf auth login`"),
+    ),
+    value(&["download-dir"], Refused(HUB_CACHE)),
     value(
         &["load-format"],
         HarmlessIf(
@@ -588,7 +591,7 @@ pub const TABLE: &[Foreign] = &[
     ),
     value(
         &["huggingface-hub-cache", "weights-cache-override"],
-        Refused(NO_HUB),
+        Refused(HUB_CACHE),
     ),
     value(
         &["speculate"],
@@ -616,7 +619,11 @@ pub const TABLE: &[Foreign] = &[
         &["lora-init-without-apply"],
         Harmless("a request names the adapter it wants"),
     ),
-    value(&["hf-repo", "hf-file", "model-url"], Refused(NO_HUB)),
+    value(&["hf-repo"], SameAs("model")),
+    value(
+        &["hf-file", "model-url"],
+        Refused("use --model ORG/NAME, which holds safetensors"),
+    ),
     switch(
         &[
             "mlock",

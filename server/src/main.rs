@@ -1,6 +1,7 @@
 //! The binary `tandem`: which command. Not here: how anything works.
 
 mod app;
+mod bar;
 mod cli;
 mod commands;
 mod config;
@@ -17,6 +18,7 @@ mod gpu_environment;
 mod gpus;
 mod health;
 mod http;
+mod hub;
 mod id;
 mod keys;
 mod layers;
@@ -65,6 +67,7 @@ fn run() -> Result<ExitCode> {
             ranks::must_be_alone("train")?;
             return Ok(ExitCode::from(train::run(&train.settings)?.code()));
         }
+        Command::Download(download) => commands::download::run(&download)?,
         Command::Doctor => print!("{}", doctor::report()),
         Command::Rank(rank) => ranks::run(&rank)?,
         Command::Openapi => print!("{}", app::document()),

@@ -20,6 +20,7 @@ use tandem_router::hyper::{self, Bounds, Facts, Tuning};
 use tandem_text::dataset::{BadLine, Options, read_rows, tokenize};
 use tandem_text::{TextError, Tokenizer};
 
+use crate::hub::{self, Content, Found, HubError};
 use crate::listen::{SIGINT, Signals};
 use progress::{Progress, thousands};
 use record::{Begin, Record, RecordError};
@@ -31,6 +32,8 @@ pub enum TrainError {
     Settings(#[from] SettingsError),
     #[error(transparent)]
     Model(#[from] RouterError),
+    #[error(transparent)]
+    Hub(#[from] HubError),
     #[error(transparent)]
     Record(#[from] RecordError),
     #[error("{}", path.display())]
@@ -83,6 +86,7 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
     }
     let Recipe {
         model,
+        revision,
         training_file,
         validation_file,
         output_dir,
@@ -97,6 +101,7 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
         let path = path.to_owned();
         |source| TrainError::File { path, source }
     };
+    let Found { folder: model, .. } = hub::find(&model, revision.as_deref(), Content::Model)?;
     tandem_backend::weights::check_folder(&model)?;
     let model = model.canonicalize().map_err(at(&model))?;
     let tokenizer = Tokenizer::from_folder(&model).map_err(TrainError::Tokenizer)?;

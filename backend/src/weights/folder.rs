@@ -13,12 +13,7 @@ const GGUF: &str = "GGUF files are not supported yet. transformers makes a folde
 pub fn check_folder(folder: &Path) -> Result<(), LoadError> {
     let why = match folder {
         _ if folder.join("config.json").exists() => return Ok(()),
-        _ if !folder.exists() && names_a_repository(folder) => format!(
-            "there is no such folder. Names of the hub are not downloaded yet: `hf download {} --local-dir {}` gets it",
-            folder.display(),
-            folder.file_name().unwrap_or_default().display()
-        ),
-        _ if !folder.exists() => "there is no such folder".to_owned(),
+        _ if !folder.exists() => "there is no such folder, and a name on the hub is ORG/NAME".to_owned(),
         _ if is_gguf(folder) => GGUF.to_owned(),
         _ if folder.is_file() => {
             "it is a file: a folder with config.json, tokenizer.json and model.safetensors is wanted"
@@ -79,12 +74,4 @@ fn is_gguf(path: &Path) -> bool {
         && path
             .extension()
             .is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
-}
-
-/// `meta-llama/Llama-3.2-1B`: two names, no path that begins anywhere.
-fn names_a_repository(folder: &Path) -> bool {
-    let text = folder.to_string_lossy();
-    folder.is_relative()
-        && !text.starts_with('.')
-        && text.split('/').filter(|part| !part.is_empty()).count() == 2
 }

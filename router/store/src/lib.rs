@@ -41,6 +41,7 @@ pub use jobs::{
 };
 pub use lease::{LEASE, Lease, Renewal};
 pub use names::{NameRow, NewName, Source};
+pub use remote::use_ring;
 
 use std::fs::File;
 use std::path::PathBuf;

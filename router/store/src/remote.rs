@@ -49,12 +49,17 @@ pub(crate) struct Remote {
     health: Health,
 }
 
+/// Chooses the cryptography of every TLS client of the process (reqwest has none of its own here). That another part of the
+/// process chose before is fine.
+pub fn use_ring() {
+    static PROVIDER: Once = Once::new();
+    PROVIDER.call_once(|| drop(rustls::crypto::ring::default_provider().install_default()));
+}
+
 impl Remote {
     /// `s3://bucket/prefix`; where and who is said by `builder`.
     pub fn bucket(url: &str, builder: AmazonS3Builder) -> Result<Remote, StoreError> {
-        static PROVIDER: Once = Once::new();
-        // The TLS of object_store's client. That another part of the process chose one before is fine.
-        PROVIDER.call_once(|| drop(rustls::crypto::ring::default_provider().install_default()));
+        use_ring();
         let refused = |why: String| StoreError::Url {
             url: url.to_owned(),
             why,

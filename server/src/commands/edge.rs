@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -16,6 +16,7 @@ use super::greeting::{self, Greeting};
 use crate::app::{self, Access, App};
 use crate::cli::{ArtifactOptions, EdgeOptions, ProcessOptions, StateOptions};
 use crate::exit::WrongSetting;
+use crate::hub::{self, Content};
 use crate::keys::ApiKeys;
 use crate::origins::Origins;
 use crate::values::LoraModule;
@@ -81,9 +82,21 @@ pub struct Edge {
     pub tokenizer: Tokenizer,
     /// Of the base model; at least one.
     pub names: Vec<String>,
+    /// Name and folder of each that --lora-modules names.
+    pub adapters: Vec<(String, PathBuf)>,
     pub options: EdgeOptions,
     pub state: StateOptions,
     pub process: ProcessOptions,
+}
+
+/// What --lora-modules names, downloaded where it is the hub's.
+pub fn adapters(options: &EdgeOptions) -> Result<Vec<(String, PathBuf)>> {
+    let found = options.adapters().map(|LoraModule { name, path, .. }| {
+        let found =
+            hub::find(path, None, Content::Adapter).with_context(|| format!("--lora-modules {name}"))?;
+        Ok((name.clone(), found.folder))
+    });
+    found.collect()
 }
 
 /// Until a signal, and the grace after it.
@@ -97,16 +110,16 @@ pub async fn run(edge: Edge) -> Result<()> {
         fleet,
         tokenizer,
         names,
+        adapters: lora_modules,
         options,
         state,
         process,
     } = edge;
-    let lora_modules = options.adapters();
     for LoraModule {
         name,
         base_model_name,
         ..
-    } in options.lora_modules.iter().flat_map(|modules| &modules.0)
+    } in options.adapters()
     {
         if let Some(base) = base_model_name.as_ref().filter(|base| !names.contains(base)) {
             info!(

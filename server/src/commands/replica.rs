@@ -13,6 +13,7 @@ use tracing::info;
 use crate::cli::ModelOptions;
 use crate::demo;
 use crate::exit::WrongSetting;
+use crate::hub::{self, Content, Found};
 
 /// The base model's folder and names. `data_dir` takes the demo model, when none is named.
 pub fn model(options: &ModelOptions, data_dir: &Path) -> Result<(PathBuf, Vec<String>)> {
@@ -27,13 +28,15 @@ pub fn model(options: &ModelOptions, data_dir: &Path) -> Result<(PathBuf, Vec<St
         let folder = demo::materialise(data_dir).context("cannot write the demo model")?;
         return Ok((folder, names(given.clone(), || demo::NAME.to_owned())));
     };
-    tandem_backend::weights::check_folder(folder)?;
+    let Found { folder, name } = hub::find(folder, options.revision.as_deref(), Content::Model)?;
+    tandem_backend::weights::check_folder(&folder)?;
     let whole = folder
         .canonicalize()
         .with_context(|| format!("the model {}", folder.display()))?;
-    let own_name = || {
-        let name = whole.file_name();
-        name.map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+    let own_name = || match (name, whole.file_name()) {
+        (Some(name), _) => name.as_str().to_owned(),
+        (None, Some(name)) => name.to_string_lossy().into_owned(),
+        (None, None) => "model".to_owned(),
     };
     let names = names(given.clone(), own_name);
     Ok((whole, names))

@@ -48,6 +48,7 @@ pub fn run(options: Router, given: &Given) -> Result<()> {
     }
     let door = Door::open(SocketAddr::new(options.host, options.port), &options)?;
     edge::make_data_dir(&state.artifacts.data_dir)?;
+    let adapters = edge::adapters(&options)?;
     let members: Vec<Member> = backends.into_iter().map(Member::remote).collect();
     runtime()?.block_on(async {
         let mut signals = Signals::new()?;
@@ -71,6 +72,7 @@ pub fn run(options: Router, given: &Given) -> Result<()> {
             fleet,
             tokenizer,
             names,
+            adapters,
             options,
             state,
             process,

@@ -27,6 +27,7 @@ pub fn run(options: Serve, given: &Given) -> Result<()> {
     }
     let door = Door::open(SocketAddr::new(options.host, options.port), &options)?;
     edge::make_data_dir(&state.artifacts.data_dir)?;
+    let adapters = edge::adapters(&options)?;
     let (folder, names) = replica::model(&model, &state.artifacts.data_dir)?;
     let tokenizer = Tokenizer::from_folder(&folder).context("the model's tokenizer")?;
     let engine = replica::engine_options(&model, &folder, ranks::team(&model, started)?)?;
@@ -37,6 +38,7 @@ pub fn run(options: Serve, given: &Given) -> Result<()> {
             fleet: Fleet::open(vec![member], Duration::from_secs(options.replica_wait)).await,
             tokenizer,
             names,
+            adapters,
             options,
             state,
             process,

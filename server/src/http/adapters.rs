@@ -11,8 +11,9 @@ use super::to_the_end;
 use crate::app::App;
 use crate::error::ApiError;
 use crate::extract::Json;
+use crate::hub::{self, Content, Found};
 
-/// Serve a PEFT folder of the server's machine under a name.
+/// Serve a PEFT folder of the server's machine, or an adapter's name on the hub, under a name.
 #[utoipa::path(
     post, path = "/v1/load_lora_adapter", tag = "adapters", request_body = LoadLoraAdapter,
     responses((status = 200, body = String, content_type = "text/plain"), Errors)
@@ -28,7 +29,13 @@ pub async fn load(State(app): State<App>, Json(body): Json<LoadLoraAdapter>) -> 
         _ => LoadMode::New,
     };
     let (router, name) = (app.router.clone(), lora_name.clone());
-    to_the_end(async move { router.load_adapter(&name, Path::new(&lora_path), mode).await }).await?;
+    to_the_end(async move {
+        let find = move || hub::find(Path::new(&lora_path), None, Content::Adapter);
+        let found = tokio::task::spawn_blocking(find).await;
+        let Found { folder, .. } = found.map_err(|panic| ApiError::Internal(panic.to_string()))??;
+        Ok::<_, ApiError>(router.load_adapter(&name, &folder, mode).await?)
+    })
+    .await?;
     Ok(format!("Success: LoRA adapter '{lora_name}' added successfully."))
 }
 

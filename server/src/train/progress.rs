@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use tandem_core::job::{JobEvent, StepReport};
 
-const BAR_CHARS: u64 = 24;
+use crate::bar;
 
 pub struct Progress {
     is_terminal: bool,
@@ -92,23 +92,11 @@ fn bar(report: &StepReport, total_steps: u64, left: Duration) -> String {
         tokens_per_second,
         ..
     } = report;
-    let filled = (BAR_CHARS * step / total_steps.max(1)).min(BAR_CHARS) as usize;
-    let empty = BAR_CHARS as usize - filled;
     format!(
-        "[{}{}] {step}/{total_steps} loss {loss:.4} {tokens_per_second:.0} tokens/s {} left",
-        "=".repeat(filled),
-        " ".repeat(empty),
-        clock(left)
+        "{} {step}/{total_steps} loss {loss:.4} {tokens_per_second:.0} tokens/s {} left",
+        bar::drawn(*step, total_steps),
+        bar::clock(left)
     )
-}
-
-fn clock(time: Duration) -> String {
-    let seconds = time.as_secs();
-    let (hours, minutes, seconds) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
-    match hours {
-        0 => format!("{minutes}:{seconds:02}"),
-        _ => format!("{hours}:{minutes:02}:{seconds:02}"),
-    }
 }
 
 fn line(event: &JobEvent, total_steps: u64, frozen: u64) -> String {

@@ -39,7 +39,12 @@ const KEYS: &[Key] = &[
     (
         "model",
         &["model_name_or_path", "base_model"],
-        "folder of the base model (required)",
+        "folder of the base model, or its name on the hub (required)",
+    ),
+    (
+        "revision",
+        &["model_revision"],
+        "branch, tag or commit on the hub",
     ),
     (
         "training_file",
@@ -102,6 +107,7 @@ pub fn help() -> String {
 #[derive(Debug)]
 pub struct Recipe {
     pub model: PathBuf,
+    pub revision: Option<String>,
     pub training_file: PathBuf,
     pub validation_file: Option<PathBuf>,
     pub output_dir: PathBuf,
@@ -117,6 +123,7 @@ pub struct Recipe {
 #[derive(Deserialize)]
 struct Own {
     model: PathBuf,
+    revision: Option<String>,
     training_file: PathBuf,
     validation_file: Option<PathBuf>,
     output_dir: PathBuf,
@@ -225,6 +232,7 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
     let mut settings = settings::read([("", rest)], has_validation_file).map_err(suggested)?;
     let Own {
         model,
+        revision,
         training_file,
         validation_file,
         output_dir,
@@ -250,6 +258,7 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
     settings.seed = Some(settings.seed.unwrap_or(DEFAULT_SEED));
     Ok(Recipe {
         model,
+        revision,
         training_file,
         validation_file,
         output_dir,

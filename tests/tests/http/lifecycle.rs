@@ -369,8 +369,27 @@ fn wrong_starts_are_explained() {
         ),
         (
             &["serve", "--data-dir", data, "--port", "0", "no-such/Model-1B"],
+            Some(("HF_HUB_OFFLINE", "1")),
+            "there is no folder no-such/Model-1B in ",
+        ),
+        (
+            &["serve", "--data-dir", data, "--port", "0", "no-such-model"],
             None,
-            "hf download no-such/Model-1B --local-dir Model-1B",
+            "there is no such folder, and a name on the hub is ORG/NAME",
+        ),
+        (
+            &[
+                "serve",
+                "--data-dir",
+                data,
+                "--port",
+                "0",
+                "--revision",
+                "v1",
+                data,
+            ],
+            None,
+            "--revision v1 is for names of the hub",
         ),
         (
             &["serve", "--data-dir", data, "--port", "0", "--model", config],

@@ -9,12 +9,10 @@ use crate::server::{Server, binary, without_options};
 
 const README: &str = include_str!("../../../README.md");
 /// Of lines that are not run here.
-const LEFT_OUT: [&str; 8] = [
+const LEFT_OUT: [&str; 6] = [
     "./scripts/",
     "export",
     "tandem serve",
-    "pip",
-    "hf",
     "docker",
     "tandem router",
     "HIP_",
