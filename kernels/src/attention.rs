@@ -1,5 +1,5 @@
 //! Causal attention: over the pages of a KV cache for serving ([`paged`]), over packed sequences for training
-//! ([`packed`], [`packed_backward`]). Grouped queries, sliding windows and score caps; no position encoding, no
+//! ([`packed`], [`packed_backward`]). Grouped queries, sliding windows, score caps and sinks; no position encoding, no
 //! projections.
 //!
 //! # One arithmetic
@@ -27,10 +27,12 @@ use std::ops::Range;
 
 use tch::Tensor;
 
-pub use backward::packed_backward;
+use crate::vector::vector;
+
+pub use backward::{packed_backward, sinks_backward};
 pub use cache::{BLOCK_SIZE, CacheShape, KvCache, write};
 pub use forward::{packed, paged};
-pub use reference::{packed_backward_reference, packed_reference, paged_reference};
+pub use reference::{packed_backward_reference, packed_reference, paged_reference, sinks_backward_reference};
 
 /// Keys whose softmax is taken in one piece. 8 blocks: enough to amortise a merge, few enough to split a context of
 /// 1024 over threads; the scores of a tile stay in the second-level cache.
@@ -48,13 +50,24 @@ pub struct Heads {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Options {
+pub struct Options<'a> {
     /// Multiplies q k; positive, usually 1 / sqrt(head_dim).
     pub scale: f64,
     /// A query at position p sees the keys in (p - window, p].
     pub window: Option<i64>,
     /// Scores become cap * tanh(score / cap) (Gemma 2).
     pub cap: Option<f64>,
+    /// [heads] float32: a learned score per query head, neither scaled nor capped, that joins the softmax's denominator
+    /// without a value (gpt-oss).
+    pub sinks: Option<&'a Tensor>,
+}
+
+/// [`Options`] without tensors, for the tasks of a job.
+#[derive(Clone, Copy)]
+struct Scoring {
+    scale: f64,
+    window: Option<i64>,
+    cap: Option<f64>,
 }
 
 /// One sequence of a step: its rows are the last `rows.len()` of `kv_len` positions, whose keys are written already.
@@ -113,7 +126,35 @@ fn regular(head_dim: usize) -> bool {
     head_dim > 0 && head_dim.is_multiple_of(16) && head_dim <= MAX_HEAD_DIM
 }
 
-impl Options {
+impl<'a> Options<'a> {
+    fn scoring(&self) -> Scoring {
+        let Options {
+            scale,
+            window,
+            cap,
+            sinks: _,
+        } = *self;
+        Scoring { scale, window, cap }
+    }
+
+    fn check(&self, heads: Heads) {
+        if let Some(sinks) = self.sinks {
+            let size = sinks.size();
+            assert!(
+                size == [heads.heads as i64],
+                "sinks {size:?} for {} heads",
+                heads.heads
+            );
+        }
+    }
+
+    /// The sinks, if any; None where only the reference can go.
+    fn sink_values(&self) -> Option<Option<&'a [f32]>> {
+        self.sinks.map_or(Some(None), |sinks| vector(sinks).map(Some))
+    }
+}
+
+impl Scoring {
     /// The first key a query at `position` sees.
     fn first_key(&self, position: usize) -> usize {
         match self.window {

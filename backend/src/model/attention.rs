@@ -127,11 +127,12 @@ impl Attention {
         )
     }
 
-    fn options(&self) -> Options {
+    fn options(&self) -> Options<'_> {
         Options {
             scale: self.scale,
             window: None,
             cap: None,
+            sinks: None,
         }
     }
 

@@ -141,6 +141,7 @@ fn attend(device: Device) -> Tensor {
         scale: (HEADS.head_dim as f64).powf(-0.5),
         window: None,
         cap: None,
+        sinks: None,
     };
     attention::paged(&wide(HEADS.heads, 7.0), &cache, 0, &[whole], HEADS, options)
 }

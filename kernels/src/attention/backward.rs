@@ -16,19 +16,20 @@ use tch::Tensor;
 use crate::pool::{self, scratch};
 use crate::simd::{Element, PANEL, Product, Sum, pack, product};
 use crate::slice::{Plain, Rows, RowsMut, Shared};
-use crate::vector::{dot, exp, exp2_nonpositive, rows, rows_mut, uninit, vectorised};
+use crate::vector::{dot, exp, exp2_nonpositive, rows, rows_mut, uninit, vector, vectorised};
 use crate::weight::Precision;
 
 use super::cache::Geometry;
 use super::forward::pack_columns;
-use super::reference::packed_backward_reference;
-use super::{Heads, MAX_HEAD_DIM, Options, PackedOut};
+use super::reference::{packed_backward_reference, sinks_backward_reference};
+use super::{Heads, MAX_HEAD_DIM, Options, PackedOut, Scoring};
 
 /// Keys of a strip. Its scores, probabilities and their gradients are 56 KiB in bfloat16.
 const STRIP: usize = 128;
 
 /// The gradients (dq [T, heads * D], dk and dv [T, kv_heads * D]) of [`super::packed`], whose arguments and result
-/// these are, from `dout` [T, heads * D]. Rows of no sequence are zero.
+/// these are, from `dout` [T, heads * D]. Rows of no sequence are zero. Sinks are in the lse, so nothing here asks for
+/// them; [`sinks_backward`] gives their own gradient.
 #[expect(
     clippy::too_many_arguments,
     reason = "the forward's inputs, its result and its gradient"
@@ -45,6 +46,7 @@ pub fn packed_backward(
     precision: Precision,
 ) -> (Tensor, Tensor, Tensor) {
     heads.check(q);
+    options.check(heads);
     check_packed(q, [k, v], cu_seqlens, heads);
     let PackedOut { out, lse } = attended;
     let inputs = (|| {
@@ -57,7 +59,7 @@ pub fn packed_backward(
             lse,
             dout,
             heads,
-            options,
+            scoring: options.scoring(),
         })
     })();
     let Some(inputs) = inputs else {
@@ -67,6 +69,45 @@ pub fn packed_backward(
         Precision::F32 => backward::<f32>(&inputs, cu_seqlens),
         Precision::Bf16 => backward::<u16>(&inputs, cu_seqlens),
     }
+}
+
+/// The gradient [heads] of the sinks of [`super::packed`], whose result `attended` is, from `dout` [T, heads * D]. A sink
+/// has no value, so its probability only takes from the others: -p (dout out), summed over rows in order.
+pub fn sinks_backward(
+    sinks: &Tensor,
+    attended: &PackedOut,
+    dout: &Tensor,
+    cu_seqlens: &[usize],
+    heads: Heads,
+) -> Tensor {
+    heads.check(dout);
+    let PackedOut { out, lse } = attended;
+    let (Some(sinks_row), Some(out), Some(lse), Some(dout_rows)) =
+        (vector(sinks), rows(out), rows(lse), rows(dout))
+    else {
+        return sinks_backward_reference(sinks, attended, dout, cu_seqlens, heads);
+    };
+    assert_eq!(sinks_row.len(), heads.heads, "one sink for each head");
+    let rows = match cu_seqlens {
+        [first, .., last] => *first..*last,
+        _ => 0..0,
+    };
+    let mut gradient = uninit(heads.heads, 1);
+    let to = rows_mut(&mut gradient);
+    pool::for_each(heads.heads, |head| {
+        let columns = head * heads.head_dim..(head + 1) * heads.head_dim;
+        let mut sum = 0.0;
+        for row in rows.clone() {
+            let delta = row_dot(
+                &dout_rows.row(row)[columns.clone()],
+                &out.row(row)[columns.clone()],
+            );
+            sum -= sink_probability(sinks_row[head], lse.row(row)[head]) * delta;
+        }
+        // SAFETY: one task a head.
+        unsafe { to.row(head)[0] = sum };
+    });
+    gradient.view([heads.heads as i64])
 }
 
 pub(super) fn check_packed(q: &Tensor, kv: [&Tensor; 2], cu_seqlens: &[usize], heads: Heads) {
@@ -90,7 +131,7 @@ struct Inputs<'a> {
     lse: Rows<'a>,
     dout: Rows<'a>,
     heads: Heads,
-    options: Options,
+    scoring: Scoring,
 }
 
 fn backward<T: Element + Plain>(inputs: &Inputs, cu_seqlens: &[usize]) -> (Tensor, Tensor, Tensor) {
@@ -161,7 +202,7 @@ fn backward<T: Element + Plain>(inputs: &Inputs, cu_seqlens: &[usize]) -> (Tenso
 
     let (mut dk, mut dv) = (empty(kv_heads * head_dim), empty(kv_heads * head_dim));
     for (shares, total, factor) in [
-        (&dk_shares, &mut dk, inputs.options.scale as f32),
+        (&dk_shares, &mut dk, inputs.scoring.scale as f32),
         (&dv_shares, &mut dv, 1.0),
     ] {
         let (shares, total) = (rows(shares).expect("made above"), rows_mut(total));
@@ -342,7 +383,7 @@ impl<'a, T: Element + Plain> Head<'a, T> {
         let head_dim = self.inputs.heads.head_dim;
         let columns = self.prepare(queries.clone());
         self.dq.fill(0.0);
-        let first_key = self.inputs.options.first_key(queries.start) / PANEL * PANEL;
+        let first_key = self.inputs.scoring.first_key(queries.start) / PANEL * PANEL;
         for strip in (first_key..queries.end).step_by(STRIP) {
             self.strip(strip..(strip + STRIP).min(queries.end), queries.start, &columns);
         }
@@ -363,7 +404,7 @@ impl<'a, T: Element + Plain> Head<'a, T> {
                     .add((self.tokens.start + query) * dq.stride + self.head * head_dim);
                 std::slice::from_raw_parts_mut(first, head_dim)
             };
-            sum_shares(from, self.inputs.options.scale as f32, to);
+            sum_shares(from, self.inputs.scoring.scale as f32, to);
         }
     }
 
@@ -414,7 +455,7 @@ impl<'a, T: Element + Plain> Head<'a, T> {
     fn strip(&mut self, keys: Range<usize>, query: usize, columns: &Columns) {
         let Inputs {
             heads: Heads { head_dim, .. },
-            options,
+            scoring,
             ..
         } = *self.inputs;
         let m = keys.len();
@@ -442,19 +483,19 @@ impl<'a, T: Element + Plain> Head<'a, T> {
 
         // Keys behind a query and before its window. Most strips need no mask.
         let last_query = query + PANEL - 1;
-        if keys.end > query + 1 || options.first_key(last_query) > keys.start {
+        if keys.end > query + 1 || scoring.first_key(last_query) > keys.start {
             for (key, scores) in keys.clone().zip(self.p.chunks_exact_mut(PANEL)) {
                 for (query, score) in (query..).zip(scores) {
-                    if key > query || key < options.first_key(query) {
+                    if key > query || key < scoring.first_key(query) {
                         *score = f32::NEG_INFINITY;
                     }
                 }
             }
         }
         let (p, ds) = (&mut self.p[..m * PANEL], &mut self.ds[..m * PANEL]);
-        match options.cap {
-            None => score_gradients(p, ds, (options.scale * std::f64::consts::LOG2_E) as f32, columns),
-            Some(cap) => capped_score_gradients(p, ds, (options.scale / cap) as f32, cap as f32, columns),
+        match scoring.cap {
+            None => score_gradients(p, ds, (scoring.scale * std::f64::consts::LOG2_E) as f32, columns),
+            Some(cap) => capped_score_gradients(p, ds, (scoring.scale / cap) as f32, cap as f32, columns),
         }
         T::round(p, &mut self.p_rounded[..m * PANEL]);
         T::round(ds, &mut self.ds_rounded[..m * PANEL]);
@@ -543,6 +584,12 @@ vectorised!(
                 gradients[lane] = p * (gradients[lane] - delta[lane]) * (1.0 - tanh * tanh);
             }
         }
+    }
+);
+
+vectorised!(
+    fn sink_probability(sink: f32, lse: f32) -> f32 {
+        exp(sink - lse)
     }
 );
 

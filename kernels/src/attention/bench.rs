@@ -78,11 +78,12 @@ fn bandwidth() -> f64 {
     size_of_val(&pages[..]) as f64 / time / 1e9
 }
 
-fn options(heads: Heads) -> Options {
+fn options(heads: Heads) -> Options<'static> {
     Options {
         scale: 1.0 / (heads.head_dim as f64).sqrt(),
         window: None,
         cap: None,
+        sinks: None,
     }
 }
 

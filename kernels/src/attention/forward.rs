@@ -27,6 +27,7 @@ pub fn paged(
     options: Options,
 ) -> Tensor {
     heads.check(q);
+    options.check(heads);
     let shape = cache.shape();
     assert_eq!(
         (shape.kv_heads, shape.head_dim),
@@ -58,25 +59,34 @@ pub fn paged(
         }
         None => None,
     };
-    match (cache.store(), from) {
-        (Store::F32(panels), Some(from)) => paged_panels(
-            from,
-            cache.layer(panels, layer),
-            cache.geometry(),
-            seqs,
-            heads,
-            options,
+    let out = |from: &Rows| match seqs.iter().map(|seq| seq.rows.len()).sum::<usize>() == from.rows {
+        true => uninit(from.rows, from.width),
+        false => Tensor::zeros([from.rows as i64, from.width as i64], (Kind::Float, Device::Cpu)),
+    };
+    let geometry = cache.geometry();
+    match (cache.store(), from, options.sink_values()) {
+        (Store::Plain(_), ..) => paged_reference(q, cache, layer, seqs, heads, options),
+        (store, Some(q), Some(sinks)) => {
+            let mut out = out(&q);
+            let call = Call {
+                q,
+                out: rows_mut(&mut out),
+                lse: None,
+                heads,
+                scoring: options.scoring(),
+                sinks,
+            };
+            match store {
+                Store::F32(panels) => paged_panels(&call, cache.layer(panels, layer), geometry, seqs),
+                Store::Bf16(panels) => paged_panels(&call, cache.layer(panels, layer), geometry, seqs),
+                Store::Plain(_) => unreachable!("taken above"),
+            }
+            out
+        }
+        _ => panic!(
+            "q on {:?} or its sinks are not where the cache is, on the CPU",
+            q.device()
         ),
-        (Store::Bf16(panels), Some(from)) => paged_panels(
-            from,
-            cache.layer(panels, layer),
-            cache.geometry(),
-            seqs,
-            heads,
-            options,
-        ),
-        (Store::Plain(_), _) => paged_reference(q, cache, layer, seqs, heads, options),
-        _ => panic!("q is on {:?}, the cache on the CPU", q.device()),
     }
 }
 
@@ -92,27 +102,36 @@ pub fn packed(
     precision: Precision,
 ) -> PackedOut {
     heads.check(q);
+    options.check(heads);
     super::backward::check_packed(q, [k, v], cu_seqlens, heads);
-    let (Some(q_rows), Some(k_rows), Some(v_rows)) = (rows(q), rows(k), rows(v)) else {
+    let (Some(q_rows), Some(k_rows), Some(v_rows), Some(sinks)) =
+        (rows(q), rows(k), rows(v), options.sink_values())
+    else {
         return packed_reference(q, k, v, cu_seqlens, heads, options, precision);
     };
     if !heads.regular() {
         return packed_reference(q, k, v, cu_seqlens, heads, options, precision);
     }
+    let (mut out, mut lse) = (
+        uninit(q_rows.rows, q_rows.width),
+        uninit(q_rows.rows, heads.heads),
+    );
+    let call = Call {
+        q: q_rows,
+        out: rows_mut(&mut out),
+        lse: Some(rows_mut(&mut lse)),
+        heads,
+        scoring: options.scoring(),
+        sinks,
+    };
     match precision {
-        Precision::F32 => packed_panels::<f32>(q_rows, k_rows, v_rows, cu_seqlens, heads, options),
-        Precision::Bf16 => packed_panels::<u16>(q_rows, k_rows, v_rows, cu_seqlens, heads, options),
+        Precision::F32 => packed_panels::<f32>(&call, k_rows, v_rows, cu_seqlens),
+        Precision::Bf16 => packed_panels::<u16>(&call, k_rows, v_rows, cu_seqlens),
     }
+    PackedOut { out, lse }
 }
 
-fn paged_panels<T: Element + Plain>(
-    q: Rows,
-    layer: *mut T,
-    geometry: Geometry,
-    seqs: &[PagedSeq],
-    heads: Heads,
-    options: Options,
-) -> Tensor {
+fn paged_panels<T: Element + Plain>(call: &Call, layer: *mut T, geometry: Geometry, seqs: &[PagedSeq]) {
     let sequences: Vec<Sequence<T>> = seqs
         .iter()
         .map(|PagedSeq { rows, table, kv_len }| Sequence {
@@ -126,30 +145,11 @@ fn paged_panels<T: Element + Plain>(
             },
         })
         .collect();
-    let covered: usize = seqs.iter().map(|seq| seq.rows.len()).sum();
-    let mut out = match covered == q.rows {
-        true => uninit(q.rows, q.width),
-        false => Tensor::zeros([q.rows as i64, q.width as i64], (Kind::Float, Device::Cpu)),
-    };
-    let call = Call {
-        q,
-        out: rows_mut(&mut out),
-        lse: None,
-        heads,
-        options,
-    };
-    attend(&call, &sequences);
-    out
+    attend(call, &sequences);
 }
 
-fn packed_panels<T: Element + Plain>(
-    q: Rows,
-    k: Rows,
-    v: Rows,
-    cu_seqlens: &[usize],
-    heads: Heads,
-    options: Options,
-) -> PackedOut {
+fn packed_panels<T: Element + Plain>(call: &Call, k: Rows, v: Rows, cu_seqlens: &[usize]) {
+    let heads = call.heads;
     let geometry = Geometry::new(heads.kv_heads, heads.head_dim);
     // Block numbers of the sequences in a scratch cache of one layer.
     let mut first_block = vec![0];
@@ -197,16 +197,7 @@ fn packed_panels<T: Element + Plain>(
             },
         })
         .collect();
-    let (mut out, mut lse) = (uninit(q.rows, q.width), uninit(q.rows, heads.heads));
-    let call = Call {
-        q,
-        out: rows_mut(&mut out),
-        lse: Some(rows_mut(&mut lse)),
-        heads,
-        options,
-    };
-    attend(&call, &sequences);
-    PackedOut { out, lse }
+    attend(call, &sequences);
 }
 
 /// Packs up to 32 keys and values of one head as the cache would hold them, with zeroes behind the last.

@@ -143,6 +143,26 @@ pub fn packed_backward_reference(
     (dq, dk, dv)
 }
 
+/// [`super::sinks_backward`] on any device and in any dtype.
+pub fn sinks_backward_reference(
+    sinks: &Tensor,
+    attended: &PackedOut,
+    dout: &Tensor,
+    cu_seqlens: &[usize],
+    heads: Heads,
+) -> Tensor {
+    let (first, end) = match cu_seqlens {
+        [first, .., last] => (*first as i64, *last as i64),
+        _ => return sinks.zeros_like(),
+    };
+    let part = |x: &Tensor| x.narrow(0, first, end - first);
+    let delta = (part(dout) * part(&attended.out))
+        .reshape([end - first, heads.heads as i64, -1])
+        .sum_dim_intlist([-1i64].as_slice(), false, dout.kind());
+    let p = (sinks - part(&attended.lse)).exp();
+    -(p * delta).sum_dim_intlist([0i64].as_slice(), false, dout.kind())
+}
+
 /// One sequence: q [t, heads * D] at the last t of s positions, k and v [s, kv_heads, D] rounded already. Gives
 /// [t, heads * D] and lse [t, heads].
 fn attend(
@@ -161,8 +181,18 @@ fn attend(
         .transpose(0, 1); // [H, t, D]
     let scores = capped(&(q.matmul(&spread(k).transpose(1, 2)) * options.scale), options);
     let scores = scores.masked_fill(&mask(t, s, options, q.device()), f64::NEG_INFINITY); // [H, t, s]
-    let p = round(&scores.softmax(-1, scores.kind()), precision);
-    let out = p.matmul(&spread(v)).transpose(0, 1).reshape([t, -1]);
+    let scores = match options.sinks {
+        Some(sinks) => {
+            let column = sinks.to_kind(scores.kind()).view([-1, 1, 1]);
+            Tensor::cat(&[scores, column.expand([-1, t, 1], false)], -1)
+        }
+        None => scores,
+    };
+    let p = scores.softmax(-1, scores.kind()).narrow(-1, 0, s);
+    let out = round(&p, precision)
+        .matmul(&spread(v))
+        .transpose(0, 1)
+        .reshape([t, -1]);
     (out, scores.logsumexp([-1i64].as_slice(), false).tr().contiguous())
 }
 

@@ -8,12 +8,20 @@ use crate::weight::Precision;
 const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
 const BOTH: [Precision; 2] = [Precision::F32, Precision::Bf16];
 
-fn options(head_dim: usize) -> Options {
+fn options(head_dim: usize) -> Options<'static> {
     Options {
         scale: 1.0 / (head_dim as f64).sqrt(),
         window: None,
         cap: None,
+        sinks: None,
     }
+}
+
+/// Some below and some above what the scores are.
+fn sinks(heads: usize) -> Option<&'static Tensor> {
+    Some(Box::leak(Box::new(
+        Tensor::randn([heads as i64], FLOAT) * 3.0 + 1.0,
+    )))
 }
 
 /// q, k and v as views of one fused tensor, already representable in bfloat16, so that only the rounding of
@@ -77,8 +85,9 @@ fn same(got: &Tensor, want: &Tensor, what: &str) {
     }
 }
 
-/// Heads, lengths, window and cap of the cases: groups 1, 3, 7, 8; D 16 to 128; lengths around blocks and segments.
-fn cases() -> Vec<(Heads, Vec<usize>, Options)> {
+/// Heads, lengths and options of the cases: groups 1, 3, 7, 8; D 16 to 256; lengths around blocks and segments, and
+/// over several segments with windows that end at their borders.
+fn cases() -> Vec<(Heads, Vec<usize>, Options<'static>)> {
     let heads = |heads, kv_heads, head_dim| Heads {
         heads,
         kv_heads,
@@ -93,29 +102,31 @@ fn cases() -> Vec<(Heads, Vec<usize>, Options)> {
         (heads(4, 4, 80), vec![35, 96]),
         (heads(2, 1, 256), vec![50]),
     ] {
-        let plain = options(heads.head_dim);
-        for options in [
-            plain,
-            Options {
-                window: Some(1),
-                ..plain
-            },
-            Options {
-                window: Some(45),
-                ..plain
-            },
-            Options {
-                cap: Some(3.0),
-                ..plain
-            },
-            Options {
-                window: Some(100),
-                cap: Some(20.0),
-                ..plain
-            },
+        for (window, cap, sink) in [
+            (None, None, false),
+            (None, None, true),
+            (Some(1), None, true),
+            (Some(45), None, false),
+            (None, Some(3.0), true),
+            (Some(100), Some(20.0), false),
         ] {
+            let options = Options {
+                window,
+                cap,
+                sinks: sink.then(|| sinks(heads.heads)).flatten(),
+                ..options(heads.head_dim)
+            };
             cases.push((heads, lens.clone(), options));
         }
+    }
+    let (block, segment) = (BLOCK_SIZE as i64, SEGMENT as i64);
+    for window in [block, block + 1, segment - 1, segment, segment + 1, 3 * segment] {
+        let options = Options {
+            window: Some(window),
+            sinks: sinks(2),
+            ..options(16)
+        };
+        cases.push((heads(2, 1, 16), vec![900, 290], options));
     }
     cases
 }
@@ -155,10 +166,17 @@ fn reference_backward_is_autograd() {
         head_dim: 8,
     };
     let ends = [0, 5, 5, 17];
-    for (window, cap) in [(None, None), (Some(4), None), (None, Some(2.0))] {
+    for (window, cap, sink) in [
+        (None, None, false),
+        (Some(4), None, true),
+        (None, Some(2.0), false),
+        (Some(4), Some(2.0), true),
+    ] {
+        let learned = Tensor::randn([6], (Kind::Double, Device::Cpu)).set_requires_grad(true);
         let options = Options {
             window,
             cap,
+            sinks: sink.then_some(&learned),
             ..options(8)
         };
         let inputs = qkv(17, heads).map(|x| x.to_kind(Kind::Double).contiguous().set_requires_grad(true));
@@ -166,7 +184,8 @@ fn reference_backward_is_autograd() {
         let forward = packed_reference(q, k, v, &ends, heads, options, Precision::F32);
         let dout = forward.out.randn_like();
         let loss = (&forward.out * &dout).sum(Kind::Double);
-        let want = Tensor::run_backward(&[loss], &[q, k, v], false, false);
+        let sources = [q, k, v].into_iter().chain(options.sinks).collect::<Vec<_>>();
+        let want = Tensor::run_backward(&[loss], &sources, false, false);
         let [q, k, v] = inputs.each_ref().map(Tensor::detach);
         let attended = PackedOut {
             out: forward.out.detach(),
@@ -176,6 +195,10 @@ fn reference_backward_is_autograd() {
         let got = packed_backward_reference(&q, &k, &v, &attended, &dout, &ends, heads, options, f32);
         for (got, want) in [got.0, got.1, got.2].iter().zip(&want) {
             close(got, want, 1e-12, "reference");
+        }
+        if sink {
+            let got = sinks_backward_reference(&learned.detach(), &attended, &dout, &ends, heads);
+            close(&got, &want[3], 1e-12, "sinks");
         }
     }
 }
@@ -191,13 +214,18 @@ fn packed_backward_agrees_with_the_reference() {
         let dout = dout.to_kind(Kind::BFloat16).to_kind(Kind::Float);
         let [q64, k64, v64, dout64] = [&q, &k, &v, &dout].map(|x| x.to_kind(Kind::Double));
         let f32 = Precision::F32;
-        let attended = packed_reference(&q64, &k64, &v64, &ends, heads, options, f32);
+        let attended64 = packed_reference(&q64, &k64, &v64, &ends, heads, options, f32);
         let want =
-            packed_backward_reference(&q64, &k64, &v64, &attended, &dout64, &ends, heads, options, f32);
+            packed_backward_reference(&q64, &k64, &v64, &attended64, &dout64, &ends, heads, options, f32);
         for precision in BOTH {
             let attended = packed(&q, &k, &v, &ends, heads, options, precision);
             let got = packed_backward(&q, &k, &v, &attended, &dout, &ends, heads, options, precision);
             let tolerance = if precision == f32 { 1e-5 } else { 2e-2 };
+            if let Some(sinks) = options.sinks {
+                let got = sinks_backward(sinks, &attended, &dout, &ends, heads);
+                let want = sinks_backward_reference(sinks, &attended64, &dout64, &ends, heads);
+                close(&got, &want, tolerance, &format!("sinks {heads:?} {precision:?}"));
+            }
             for (name, got, want) in [
                 ("dq", got.0, &want.0),
                 ("dk", got.1, &want.1),
@@ -246,35 +274,31 @@ fn paged_is_packed_bit_for_bit() {
 /// bits. The blocks hold the remains (NaN) of an earlier owner.
 #[test]
 fn chunks_neighbours_and_threads_change_no_bit() {
-    for (heads, options) in [
-        (
-            Heads {
-                heads: 9,
-                kv_heads: 3,
-                head_dim: 64,
-            },
-            options(64),
-        ),
-        (
-            Heads {
-                heads: 9,
-                kv_heads: 3,
-                head_dim: 64,
-            },
-            Options {
-                window: Some(77),
-                ..options(64)
-            },
-        ),
-        (
-            Heads {
-                heads: 2,
-                kv_heads: 2,
-                head_dim: 16,
-            },
-            options(16),
-        ),
+    let (many, two) = (
+        Heads {
+            heads: 9,
+            kv_heads: 3,
+            head_dim: 64,
+        },
+        Heads {
+            heads: 2,
+            kv_heads: 2,
+            head_dim: 16,
+        },
+    );
+    for (heads, window, sink) in [
+        (many, None, false),
+        (many, Some(77), true),
+        (two, None, true),
+        (two, Some(BLOCK_SIZE as i64), false),
+        (two, Some(SEGMENT as i64), true),
+        (two, Some(SEGMENT as i64 + 1), false),
     ] {
+        let options = Options {
+            window,
+            sinks: sink.then(|| sinks(heads.heads)).flatten(),
+            ..options(heads.head_dim)
+        };
         let len = 700;
         let [q, k, v] = qkv(len, heads);
         let table: Vec<u32> = (0..len.div_ceil(BLOCK_SIZE) as u32)
@@ -304,6 +328,42 @@ fn chunks_neighbours_and_threads_change_no_bit() {
                     );
                 }
             }
+        }
+    }
+}
+
+/// Blocks that lie before the window of every row are not read, neither for a decoded token nor for a chunk, whatever
+/// stands in them: time and memory follow the window.
+#[test]
+fn blocks_before_the_window_are_not_read() {
+    let heads = Heads {
+        heads: 6,
+        kv_heads: 2,
+        head_dim: 32,
+    };
+    let (len, window) = (900, 200);
+    let options = Options {
+        window: Some(window as i64),
+        ..options(32)
+    };
+    let [q, k, v] = qkv(len, heads);
+    let table = &tables(&[len])[0];
+    for precision in BOTH {
+        let want = packed(&q, &k, &v, &[0, len], heads, options, precision).out;
+        for rows in [len - 1..len, 860..900, 640..900] {
+            let cache = cache(heads, precision, table.len());
+            write(&cache, 0, &k, &v, &slots(table, 0..len));
+            let unread = (rows.start + 1 - window) / BLOCK_SIZE * BLOCK_SIZE;
+            let nan = Tensor::full([unread as i64, k.size()[1]], f64::NAN, FLOAT);
+            write(&cache, 0, &nan, &nan, &slots(table, 0..unread));
+            let part = |x: &Tensor| x.narrow(0, rows.start as i64, rows.len() as i64);
+            let seq = PagedSeq {
+                rows: 0..rows.len(),
+                table,
+                kv_len: len,
+            };
+            let got = paged(&part(&q), &cache, 0, &[seq], heads, options);
+            same(&got, &part(&want), &format!("rows {rows:?} {precision:?}"));
         }
     }
 }

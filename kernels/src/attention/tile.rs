@@ -10,7 +10,7 @@ use crate::slice::{Plain, Rows, RowsMut, Shared};
 use crate::vector::{exp, exp2_nonpositive, vectorised};
 
 use super::cache::Geometry;
-use super::{Heads, Options, SEGMENT};
+use super::{Heads, SEGMENT, Scoring};
 
 /// Rows of a tile's products (query rows x group): eight of the micro-kernel's tallest register tiles. A key panel read
 /// from memory then serves 96 rows, and the tile's scores take 96 KiB of the second-level cache.
@@ -30,7 +30,9 @@ pub(super) struct Call<'a> {
     pub out: RowsMut<'a>,
     pub lse: Option<RowsMut<'a>>,
     pub heads: Heads,
-    pub options: Options,
+    pub scoring: Scoring,
+    /// [heads]
+    pub sinks: Option<&'a [f32]>,
 }
 
 pub(super) struct Sequence<'a, T> {
@@ -87,7 +89,7 @@ pub(super) fn attend<T: Element + Plain>(call: &Call, sequences: &[Sequence<T>])
             let tile_rows = first..(first + height).min(rows.end);
             let position = kv_len - rows.len() + (first - rows.start);
             let end = position + tile_rows.len();
-            let segments = call.options.first_key(position) / SEGMENT..end.div_ceil(SEGMENT);
+            let segments = call.scoring.first_key(position) / SEGMENT..end.div_ceil(SEGMENT);
             tiles.extend((0..kv_heads).map(|kv_head| Tile {
                 sequence,
                 kv_head,
@@ -262,14 +264,14 @@ impl<'a, T: Element + Plain> Queries<'a, T> {
         } = *self;
         let Call {
             heads: Heads { head_dim, .. },
-            options,
+            scoring,
             ..
         } = *call;
         let group = call.heads.group();
         let m = part.m;
         let keys = &sequence.keys;
         let end_position = tile.position + tile.rows.len();
-        let first_key = options.first_key(tile.position).max(segment * SEGMENT) / PANEL * PANEL;
+        let first_key = scoring.first_key(tile.position).max(segment * SEGMENT) / PANEL * PANEL;
         let end_key = end_position.min((segment + 1) * SEGMENT);
         let blocks = first_key / PANEL..end_key.div_ceil(PANEL);
         // Rows before a block's first key do not see it; rows are in order of position.
@@ -321,15 +323,15 @@ impl<'a, T: Element + Plain> Queries<'a, T> {
         let base_key = blocks.start * PANEL;
         let (maxima, sums, values) = part.parts_mut();
         maxima[..begin].fill(f32::NEG_INFINITY);
-        let scale = match options.cap {
+        let scale = match scoring.cap {
             Some(_) => std::f32::consts::LOG2_E,
-            None => (options.scale * std::f64::consts::LOG2_E) as f32,
+            None => (scoring.scale * std::f64::consts::LOG2_E) as f32,
         };
         for row in begin..m {
             let position = tile.position + row / group;
             let scores = &mut self.scores[row * SCORES_STRIDE..][..width];
             // The mask: keys before the window and after the row itself. Whole blocks of 32 outside are no keys at all.
-            let seen = options.first_key(position).saturating_sub(base_key).min(width)
+            let seen = scoring.first_key(position).saturating_sub(base_key).min(width)
                 ..(position + 1).saturating_sub(base_key).min(width);
             if seen.is_empty() {
                 scores.fill(0.0);
@@ -340,10 +342,10 @@ impl<'a, T: Element + Plain> Queries<'a, T> {
                 scores[whole.start..seen.start].fill(f32::NEG_INFINITY);
                 scores[seen.end..whole.end].fill(f32::NEG_INFINITY);
                 scores[whole.end..].fill(0.0);
-                if let Some(cap) = options.cap {
+                if let Some(cap) = scoring.cap {
                     cap_row(
                         &mut scores[whole.clone()],
-                        (options.scale / cap) as f32,
+                        (scoring.scale / cap) as f32,
                         cap as f32,
                     );
                 }
@@ -416,22 +418,20 @@ fn finish<S: std::ops::DerefMut<Target = [f32]>>(call: &Call, tile: &Tile, whole
                 .add(row * call.out.stride + tile.kv_head * group * head_dim);
             std::slice::from_raw_parts_mut(first, group * head_dim)
         };
-        let micro = i * group..(i + 1) * group;
-        for ((to, from), sum) in out
-            .chunks_exact_mut(head_dim)
-            .zip(values[micro.start * head_dim..].chunks_exact(head_dim))
-            .zip(&sums[micro.clone()])
-        {
-            scale_row(from, 1.0 / sum, to);
-        }
-        if let Some(lse) = call.lse {
-            // SAFETY: as above.
-            let lse = unsafe {
-                let first = lse.ptr.add(row * lse.stride + tile.kv_head * group);
-                std::slice::from_raw_parts_mut(first, group)
-            };
-            for ((to, maximum), sum) in lse.iter_mut().zip(&maxima[micro.clone()]).zip(&sums[micro]) {
-                *to = maximum * std::f32::consts::LN_2 + sum.ln();
+        for (in_group, to) in out.chunks_exact_mut(head_dim).enumerate() {
+            let (head, micro) = (tile.kv_head * group + in_group, i * group + in_group);
+            let (mut maximum, mut sum, mut factor) = (maxima[micro], sums[micro], 1.0 / sums[micro]);
+            if let Some(sinks) = call.sinks {
+                let keep;
+                (maximum, sum, keep) = with_sink(maximum, sum, sinks[head] * std::f32::consts::LOG2_E);
+                factor = keep / sum;
+            }
+            scale_row(&values[micro * head_dim..][..head_dim], factor, to);
+            if let Some(lse) = call.lse {
+                // SAFETY: as above.
+                unsafe {
+                    *lse.ptr.add(row * lse.stride + head) = maximum * std::f32::consts::LN_2 + sum.ln();
+                }
             }
         }
     }
@@ -501,6 +501,16 @@ vectorised!(
             *value = *value * keep + part * add;
         }
         (maximum, old.1 * keep + new.1 * add)
+    }
+);
+
+vectorised!(
+    /// A softmax (maximum, sum) with one score more that has no value: the new two, and what the values so far are
+    /// multiplied by.
+    fn with_sink(maximum: f32, sum: f32, sink: f32) -> (f32, f32, f32) {
+        let new = maximum.max(sink);
+        let keep = exp2_nonpositive(maximum - new);
+        (new, sum * keep + exp2_nonpositive(sink - new), keep)
     }
 );
 
