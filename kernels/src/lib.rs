@@ -18,6 +18,7 @@ pub mod attention;
 pub mod comm;
 pub mod dropout;
 mod error;
+pub mod experts;
 pub mod finite;
 pub mod host;
 pub mod linear;
