@@ -15,6 +15,7 @@
 pub mod activation;
 pub mod adamw;
 pub mod attention;
+pub mod cap;
 pub mod comm;
 pub mod dropout;
 mod error;

@@ -8,12 +8,45 @@ use tch::{Kind, Tensor};
 
 pub use sharded::{Vocabulary, sharded_cross_entropy, sharded_log_probs};
 
+use crate::cap::{soft_cap, soft_cap_backward};
 use crate::linear::{linear, linear_backward};
 use crate::matmul;
 use crate::pool;
 use crate::slice::RowsMut;
 use crate::vector::{available, exp, max, rows_mut, uninit, vectorised};
 use crate::weight::Weight;
+
+/// What makes logits of hidden rows.
+#[derive(Clone, Copy)]
+pub struct Head<'a> {
+    /// [V, H]
+    pub weight: &'a Weight,
+    /// Logits become cap * tanh(logit / cap).
+    pub cap: Option<f64>,
+}
+
+impl Head<'_> {
+    fn logits(&self, hidden: &Tensor) -> Tensor {
+        let mut logits = linear(hidden, self.weight, None, &[]);
+        if let Some(cap) = self.cap {
+            soft_cap(&mut logits, cap);
+        }
+        logits
+    }
+
+    /// What [`Head::before_cap`] will read of `logits`, whose memory is about to be used for their gradient.
+    fn kept(&self, logits: &Tensor) -> Option<Tensor> {
+        self.cap.map(|_| logits.copy())
+    }
+
+    /// The gradient of logits to the gradient of what the product gave.
+    fn before_cap(&self, dlogits: Tensor, kept: Option<Tensor>) -> Tensor {
+        match (self.cap, kept) {
+            (Some(cap), Some(logits)) => soft_cap_backward(&logits, &dlogits, cap),
+            _ => dlogits,
+        }
+    }
+}
 
 pub struct LossOut {
     /// Sum of -weight * log p(label).
@@ -33,14 +66,14 @@ pub struct LogProbs {
     pub correct: usize,
 }
 
-/// Loss and gradient of `hidden` [R, H] through `head` [V, H], row i having the label labels[i] and the weight
+/// Loss and gradient of `hidden` [R, H] through `head`, row i having the label labels[i] and the weight
 /// weights[i]. The gradient of the head is added into `dweight` [V, H] float32, where asked for.
 ///
 /// # Panics
 /// When a label lies outside the vocabulary or the numbers of rows differ.
 pub fn linear_cross_entropy(
     hidden: &Tensor,
-    head: &Weight,
+    head: Head,
     labels: &[u32],
     weights: &[f32],
     mut dweight: Option<&mut Tensor>,
@@ -49,11 +82,13 @@ pub fn linear_cross_entropy(
     let mut dhidden = Vec::new();
     let LogProbs { log_probs, correct } = in_chunks(hidden, head, labels, |hidden, mut logits, start| {
         let end = start + hidden.size()[0] as usize;
+        let kept = head.kept(&logits);
         let out = to_gradient(&mut logits, &labels[start..end], &weights[start..end]);
+        let gradient = head.before_cap(logits, kept);
         if let Some(dweight) = &mut dweight {
-            let _ = dweight.g_add_(&matmul::tn(&logits, hidden));
+            let _ = dweight.g_add_(&matmul::tn(&gradient, hidden));
         }
-        dhidden.push(linear_backward(&logits, head));
+        dhidden.push(linear_backward(&gradient, head.weight));
         out
     });
     let losses = log_probs
@@ -75,7 +110,7 @@ pub fn linear_cross_entropy(
 
 /// log p(label) of each row of `hidden` [R, H], without gradients: validation, and objectives whose weights depend on
 /// the probabilities of a whole sequence.
-pub fn linear_log_probs(hidden: &Tensor, head: &Weight, labels: &[u32]) -> LogProbs {
+pub fn linear_log_probs(hidden: &Tensor, head: Head, labels: &[u32]) -> LogProbs {
     let zero = vec![0.0; labels.len()];
     in_chunks(hidden, head, labels, |hidden, mut logits, start| {
         let range = start..start + hidden.size()[0] as usize;
@@ -98,20 +133,20 @@ fn chunk_rows(columns: i64) -> usize {
 /// depend on how the rows are cut.
 fn in_chunks(
     hidden: &Tensor,
-    head: &Weight,
+    head: Head,
     labels: &[u32],
     mut chunk: impl FnMut(&Tensor, Tensor, usize) -> Vec<Row>,
 ) -> LogProbs {
     let n = hidden.size()[0] as usize;
     assert_eq!(labels.len(), n, "a label for each row");
-    if let Some(label) = labels.iter().find(|label| i64::from(**label) >= head.n()) {
-        panic!("label {label} of a vocabulary of {}", head.n());
+    if let Some(label) = labels.iter().find(|label| i64::from(**label) >= head.weight.n()) {
+        panic!("label {label} of a vocabulary of {}", head.weight.n());
     }
-    let height = chunk_rows(head.n());
+    let height = chunk_rows(head.weight.n());
     let mut rows = Vec::with_capacity(n);
     for start in (0..n).step_by(height) {
         let part = hidden.narrow(0, start as i64, height.min(n - start) as i64);
-        let logits = linear(&part, head, None, &[]);
+        let logits = head.logits(&part);
         rows.extend(chunk(&part, logits, start));
     }
     LogProbs {
@@ -232,16 +267,27 @@ mod tests {
     /// Against autograd in float64: loss 1e-6, gradients 1e-5 of the largest.
     #[test]
     fn agrees_with_autograd() {
-        for (rows, vocabulary, width) in [(1, 2, 4), (5, 1000, 64), (300, 333, 32), (70, 40_000, 16)] {
+        for (rows, vocabulary, width, cap) in [
+            (1, 2, 4, None),
+            (5, 1000, 64, None),
+            (300, 333, 32, Some(2.0)),
+            (300, 333, 32, None),
+            (70, 40_000, 16, None),
+        ] {
             let (x, w, labels, weights) = case(rows, vocabulary, width);
-            let head = Weight::new(&w, Precision::F32, Device::Cpu).expect("a matrix");
+            let weight = &Weight::new(&w, Precision::F32, Device::Cpu).expect("a matrix");
+            let head = Head { weight, cap };
             let mut dweight = Tensor::ones([vocabulary, width], FLOAT);
-            let got = linear_cross_entropy(&x, &head, &labels, &weights, Some(&mut dweight));
+            let got = linear_cross_entropy(&x, head, &labels, &weights, Some(&mut dweight));
 
             let [x64, w64] = [&x, &w].map(|x| x.to_kind(Kind::Double).set_requires_grad(true));
             let index: Vec<i64> = labels.iter().map(|&label| i64::from(label)).collect();
             let index = Tensor::from_slice(&index);
             let logits = x64.matmul(&w64.tr());
+            let logits = match cap {
+                Some(cap) => (logits / cap).tanh() * cap,
+                None => logits,
+            };
             let log_p = logits
                 .log_softmax(-1, Kind::Double)
                 .gather(1, &index.unsqueeze(1), false)
@@ -264,7 +310,7 @@ mod tests {
                 .int64_value(&[]);
             assert_eq!(got.correct as i64, correct);
 
-            let forward = linear_log_probs(&x, &head, &labels);
+            let forward = linear_log_probs(&x, head, &labels);
             assert_eq!((forward.log_probs, forward.correct), (got.log_probs, got.correct));
         }
     }
@@ -289,12 +335,16 @@ mod tests {
         }
         let (x, w, labels, weights) = case(300, 500, 48);
         for precision in [Precision::F32, Precision::Bf16] {
-            let head = Weight::new(&w, precision, Device::Cpu).expect("a matrix");
-            let all = linear_cross_entropy(&x, &head, &labels, &weights, None);
+            let weight = &Weight::new(&w, precision, Device::Cpu).expect("a matrix");
+            let head = Head {
+                weight,
+                cap: Some(5.0),
+            };
+            let all = linear_cross_entropy(&x, head, &labels, &weights, None);
             for row in [0usize, 1, 17, 255, 256, 299] {
                 let range = row..row + 1;
                 let part = x.narrow(0, row as i64, 1);
-                let one = linear_cross_entropy(&part, &head, &labels[range.clone()], &weights[range], None);
+                let one = linear_cross_entropy(&part, head, &labels[range.clone()], &weights[range], None);
                 assert_eq!(one.log_probs[0], all.log_probs[row]);
                 assert_eq!(one.dhidden, all.dhidden.narrow(0, row as i64, 1));
             }

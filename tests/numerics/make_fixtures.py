@@ -1,5 +1,5 @@
-"""Makes tests/numerics/fixtures: tiny random Llama checkpoints and what transformers and peft compute from them; and
-what transformers computes from the demo model.
+"""Makes tests/numerics/fixtures: tiny random checkpoints and what transformers and peft compute from them; and what
+transformers computes from the demo model.
 
 Everything is eager float32 on one thread. Nothing of Tandem runs here; only its random draws (the initial adapter and
 the order of examples) are written down a second time, so that both trainers can start from the same numbers.
@@ -17,8 +17,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, get_scheduler
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 from transformers.utils import logging
+
+from families import FAMILIES, SPLIT, TINY
 
 HERE = pathlib.Path(__file__).parent
 FIXTURES = HERE / "fixtures"
@@ -92,6 +94,8 @@ ADAPTERS = {
 WITH_SOME = ["gqa_tied", "biases", "sharded"]
 
 
+# In a patch: the field is there and null.
+NULL = "null"
 # Folders of fixtures with some fields of one file changed (None: left out), as users change them.
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 PATCHES = {
@@ -130,6 +134,86 @@ PATCHES = {
         "adapter-all/adapter_config.json",
         {"alpha_pattern": {r".*\.1\.mlp\.(gate|up)_proj": 32}},
     ),
+    # What sets a family apart, taken away or written in the other version's words.
+    "mistral: no window": ("mistral", "config.json", {"sliding_window": NULL}),
+    "mistral: a wider window": ("mistral", "config.json", {"sliding_window": 20}),
+    "ministral: windows everywhere": ("ministral", "config.json", {"layer_types": None}),
+    "qwen2: the window switched off": ("qwen2", "config.json", {"use_sliding_window": False, "layer_types": None}),
+    "qwen2: a window in the first layer too": ("qwen2", "config.json", {"max_window_layers": 0, "layer_types": None}),
+    "gemma: the activation's old name": ("gemma", "config.json", {"hidden_act": "gelu"}),
+    "gemma2: no cap on attention": ("gemma2", "config.json", {"attn_logit_softcapping": NULL}),
+    "gemma2: no cap on logits": ("gemma2", "config.json", {"final_logit_softcapping": NULL}),
+    "gemma2: the default caps": (
+        "gemma2",
+        "config.json",
+        {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    ),
+    "gemma2: another scale": ("gemma2", "config.json", {"query_pre_attn_scalar": 16}),
+    "gemma2: the default layers": ("gemma2", "config.json", {"layer_types": None}),
+    "gemma3: rope in the words of transformers 4": (
+        "gemma3",
+        "config.json",
+        {
+            "rope_parameters": None,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "rope_theta": 10000.0,
+            "rope_local_base_freq": 50.0,
+        },
+    ),
+    "gemma3: default ropes": ("gemma3", "config.json", {"rope_parameters": None}),
+    "gemma3: a pattern of windows": ("gemma3", "config.json", {"layer_types": None, "sliding_window_pattern": 2}),
+    "gemma3: a cap on logits": ("gemma3", "config.json", {"final_logit_softcapping": 2.0}),
+    "phi3: whole heads turn": ("phi3", "config.json", {"rope_parameters": None}),
+    "phi3: the share at the top": ("phi3", "config.json", {"rope_parameters": None, "partial_rotary_factor": 0.25}),
+    "longrope: the words of transformers 4": (
+        "longrope",
+        "config.json",
+        {
+            "rope_parameters": None,
+            "partial_rotary_factor": 0.5,
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0, 1.5, 2.0, 3.0],
+                "long_factor": [1.0, 4.0, 6.0, 9.0],
+            },
+        },
+    ),
+    "olmo3: the default layers": ("olmo3", "config.json", {"layer_types": None}),
+    "granite: no factors": (
+        "granite",
+        "config.json",
+        {
+            "embedding_multiplier": None,
+            "attention_multiplier": None,
+            "residual_multiplier": None,
+            "logits_scaling": None,
+        },
+    ),
+    "smollm3: rope everywhere": ("smollm3", "config.json", {"no_rope_layers": [1, 1]}),
+    "smollm3: every second layer without": (
+        "smollm3",
+        "config.json",
+        {"no_rope_layers": None, "no_rope_layer_interval": 2},
+    ),
+    "glm4: the default share": ("glm4", "config.json", {"rope_parameters": None}),
+    "cohere2: the default scale": ("cohere2", "config.json", {"logit_scale": None}),
+    "cohere2: layers without rope": ("cohere2", "config.json", {"layer_types": ["full_attention"] * 2}),
+    "cohere2: the default layers": ("cohere2", "config.json", {"layer_types": None}),
+    "starcoder2: no window": ("starcoder2", "config.json", {"sliding_window": NULL}),
+    "yarn: another ramp": (
+        "yarn",
+        "config.json",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "attention_factor": 1.3,
+            }
+        },
+    ),
+    "dynamic rope below its length": ("yarn", "config.json", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}),
     "a target that the model lacks": (
         "head_dim",
         "adapter-all/adapter_config.json",
@@ -142,11 +226,13 @@ def main(names: list[str]) -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    for name in names or [*VARIANTS, "patches", "demo"]:
+    for name in names or [*VARIANTS, *FAMILIES, "patches", "demo"]:
         if name == "demo":
             demo()
         elif name == "patches":
             patches()
+        elif name in FAMILIES:
+            family(name)
         else:
             variant(name)
     total = sum(f.stat().st_size for f in FIXTURES.rglob("*") if f.is_file())
@@ -192,18 +278,7 @@ def checkpoint(name: str, folder: pathlib.Path) -> None:
     if "rope_parameters" not in options:
         options["rope_parameters"] = dict(rope_type="default", rope_theta=options["rope_theta"])
     del options["rope_theta"]
-    model = LlamaForCausalLM(LlamaConfig(**{"tie_word_embeddings": False, **options}))
-    generator = torch.Generator().manual_seed(sum(name.encode()))
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "norm" in key:
-                parameter.uniform_(0.5, 1.5, generator=generator)
-            elif "bias" in key:
-                parameter.normal_(0.0, 0.3, generator=generator)
-            elif "embed" in key or "lm_head" in key:
-                parameter.normal_(0.0, 0.25, generator=generator)
-            else:
-                parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+    model = drawn(name, "llama", {"tie_word_embeddings": False, **options})
     if dtype:
         model = model.to(dtype)
     model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
@@ -218,6 +293,62 @@ def checkpoint(name: str, folder: pathlib.Path) -> None:
         config["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}
         config["torch_dtype"] = config.pop("dtype")
         write_json(folder / "config.json", config, indent=2)
+
+
+def drawn(name: str, model_type: str, options: dict):
+    """A model whose every part matters in the logits."""
+    config = AutoConfig.for_model(model_type, **options)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    # Gemma's norms hold their weight less one.
+    around = 0.0 if model_type.startswith("gemma") else 1.0
+    generator = torch.Generator().manual_seed(sum(name.encode()))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "bias" in key:
+                parameter.normal_(0.0, 0.3, generator=generator)
+            elif "norm" in key:
+                parameter.uniform_(around - 0.5, around + 0.5, generator=generator)
+            elif "embed" in key or "lm_head" in key:
+                parameter.normal_(0.0, 0.25, generator=generator)
+            else:
+                parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
+    return model
+
+
+def family(name: str) -> None:
+    """One of FAMILIES: logits, a greedy continuation, an adapter on every linear with its gradients, and ten steps."""
+    model_type, options, linears = FAMILIES[name]
+    options = {key: value for key, value in {**TINY, **options}.items() if value is not None}
+    folder = FIXTURES / name
+    shutil.rmtree(folder, ignore_errors=True)
+    drawn(name, model_type, options).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    vocab = model.config.vocab_size
+    draw = numpy.random.default_rng([*name.encode(), 2])
+    prompts = {"short": draw.integers(3, vocab, 5).tolist(), "long": draw.integers(3, vocab, 41).tolist()}
+    examples = [random_example(draw, vocab, length) for length in (12, 33, 7)]
+    tensors: dict[str, torch.Tensor] = {}
+    numbers: dict = {"prompts": prompts, "examples": examples}
+    with torch.no_grad():
+        for prompt, tokens in prompts.items():
+            tensors[f"logits.{prompt}"] = logits(model, tokens)
+        numbers["loss"] = weighted_loss(model, examples).item()
+        numbers["greedy"] = greedy(model, prompts["long"], 12)
+    targets = sorted({part for _, parts in linears for part in parts})
+    lora(name, "all", dict(r=4, lora_alpha=8, target_modules=targets), folder, prompts, examples, tensors, numbers)
+    training = [random_example(draw, vocab, int(n)) for n in draw.integers(4, 40, 8)]
+    lora_training(folder, training, tensors, numbers, linears)
+    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "expected.safetensors")
+    write_json(folder / "expected.json", numbers)
+    print(f"{name}: loss {numbers['loss']:.6f}", flush=True)
+
+
+def greedy(model, tokens: list[int], count: int) -> list[int]:
+    """Without a cache, so that nothing of transformers' caches is judged."""
+    tokens = list(tokens)
+    for _ in range(count):
+        tokens.append(logits(model, tokens)[-1].argmax().item())
+    return tokens[-count:]
 
 
 def random_example(draw: numpy.random.Generator, vocab: int, length: int) -> dict:
@@ -277,7 +408,7 @@ def save_adapter(model, folder: pathlib.Path) -> None:
     write_json(folder / "adapter_config.json", config, indent=2)
 
 
-def lora_training(folder, examples, tensors, numbers) -> None:
+def lora_training(folder, examples, tensors, numbers, linears=SPLIT) -> None:
     """Ten AdamW steps of peft from Tandem's initial adapter in Tandem's order of examples."""
     hyper = dict(
         n_epochs=5,
@@ -293,13 +424,15 @@ def lora_training(folder, examples, tensors, numbers) -> None:
         max_grad_norm=1.0,
         seed=11,
     )
-    config = dict(r=4, lora_alpha=8.0, target_modules=LINEAR)
+    config = dict(r=4, lora_alpha=8.0, target_modules=[part for _, parts in linears for part in parts])
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **config)).train()
-    start_from_tandems_adapter(model, hyper["seed"])
+    start_from_tandems_adapter(model, hyper["seed"], linears)
     trainable = [(key, parameter) for key, parameter in model.named_parameters() if parameter.requires_grad]
     report = adamw(model, trainable, lambda _: True, hyper, examples)
     numbers["lora_training"] = {"hyper": hyper, "lora": config, "examples": examples, **report}
+    if folder.name in FAMILIES:
+        return
     for key, value in get_peft_model_state_dict(model).items():
         tensors[f"lora_training.final.{key}"] = value.detach().clone()
 
@@ -398,18 +531,13 @@ def batches(n: int, hyper: dict) -> list[list[list[int]]]:
     return steps[: hyper.get("max_steps")]
 
 
-def start_from_tandems_adapter(model, seed: int) -> None:
+def start_from_tandems_adapter(model, seed: int, linears) -> None:
     """A uniform in +-1/sqrt(inputs), drawn by place in Tandem's flat buffer; B zero (backend/src/lora/params.rs)."""
     state = get_peft_model_state_dict(model)
     place = 0
     for layer in range(model.config.num_hidden_layers):
         prefix = f"base_model.model.model.layers.{layer}"
-        for module, parts in (
-            ("self_attn", ["q_proj", "k_proj", "v_proj"]),
-            ("self_attn", ["o_proj"]),
-            ("mlp", ["gate_proj", "up_proj"]),
-            ("mlp", ["down_proj"]),
-        ):
+        for module, parts in linears:
             for part in parts:
                 a = state[f"{prefix}.{module}.{part}.lora_A.weight"]
                 bound = 1.0 / math.sqrt(a.shape[1])
@@ -455,6 +583,7 @@ def patches() -> None:
             shutil.copytree(FIXTURES / fixture, folder)
             fields = {**json.loads((folder / file).read_text()), **patch}
             fields = {key: value for key, value in fields.items() if value is not None or key not in patch}
+            fields = {key: None if value == NULL else value for key, value in fields.items()}
             write_json(folder / file, fields)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
             plain = load_file(folder / "expected.safetensors")["logits.long"][-1]

@@ -7,14 +7,13 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 use tandem_kernels::activation::Activation;
-use tandem_kernels::rope::{RopeLayout, RopeScaling, RopeSpec};
 
-use super::{Bias, fields};
+use super::{Bias, Head, fields};
 use crate::weights::LoadError;
 
 /// A JSON object that remembers which of its fields were asked for.
 pub(super) struct Config {
-    file: &'static str,
+    pub file: &'static str,
     /// Where the object stands in the file: empty, or `rope_parameters.`.
     inside: String,
     fields: Map<String, Value>,
@@ -42,7 +41,7 @@ impl Config {
         }
     }
 
-    fn new(file: &'static str, inside: &str, fields: Map<String, Value>) -> Config {
+    pub fn new(file: &'static str, inside: &str, fields: Map<String, Value>) -> Config {
         Config {
             file,
             inside: inside.to_owned(),
@@ -94,7 +93,7 @@ impl Config {
         Ok(self.notes.into_inner())
     }
 
-    fn unread(&self) -> impl Iterator<Item = &String> {
+    pub fn unread(&self) -> impl Iterator<Item = &String> {
         let read = self.read.borrow();
         let unread: Vec<&String> = self
             .fields
@@ -119,6 +118,17 @@ impl Config {
         }
     }
 
+    /// A whole number from 0.
+    pub fn count(&self, field: &str, default: i64) -> Result<i64, LoadError> {
+        match self.get(field) {
+            None => Ok(default),
+            Some(value) => match value.as_i64().filter(|&n| (0..1 << 31).contains(&n)) {
+                Some(n) => Ok(n),
+                None => Err(self.wrong(field, "a whole number from 0 to 2147483647 is needed")),
+            },
+        }
+    }
+
     pub fn number(&self, field: &str) -> Result<Option<f64>, LoadError> {
         match self.get(field) {
             None => Ok(None),
@@ -129,10 +139,18 @@ impl Config {
         }
     }
 
-    fn positive(&self, field: &str) -> Result<Option<f64>, LoadError> {
+    pub fn positive(&self, field: &str) -> Result<Option<f64>, LoadError> {
         match self.number(field)? {
             Some(x) if x <= 0.0 => Err(self.wrong(field, "a number above 0 is needed")),
             other => Ok(other),
+        }
+    }
+
+    /// A number above 0; null is none, absent is the default.
+    pub fn positive_or(&self, field: &str, default: Option<f64>) -> Result<Option<f64>, LoadError> {
+        match self.has(field) {
+            true => self.positive(field),
+            false => Ok(default),
         }
     }
 
@@ -142,6 +160,14 @@ impl Config {
             Some(x) if x < 0.0 => Err(self.wrong(field, "a number from 0 is needed")),
             other => Ok(other.unwrap_or(default)),
         }
+    }
+
+    /// Where logits come from: `tie_word_embeddings`.
+    pub fn head(&self, tied_by_default: bool) -> Result<Head, LoadError> {
+        Ok(match self.flag_or("tie_word_embeddings", tied_by_default)? {
+            true => Head::Tied,
+            false => Head::Own,
+        })
     }
 
     pub fn flag(&self, field: &str) -> Result<bool, LoadError> {
@@ -183,6 +209,50 @@ impl Config {
         }
     }
 
+    /// `true` or `false`, the default where it is absent or null.
+    pub fn flag_or(&self, field: &str, default: bool) -> Result<bool, LoadError> {
+        match self.get(field) {
+            None => Ok(default),
+            Some(_) => self.flag(field),
+        }
+    }
+
+    /// Whether it is there, be it null.
+    pub fn has(&self, field: &str) -> bool {
+        self.fields.contains_key(field)
+    }
+
+    /// `sliding_window`: null is none, absent is the family's default.
+    pub fn window(&self, default: Option<i64>) -> Result<Option<i64>, LoadError> {
+        match self.has("sliding_window") {
+            true => self.size_or_none("sliding_window"),
+            false => Ok(default),
+        }
+    }
+
+    /// Of each layer, whether it attends in a window: `layer_types`, or what the family makes of its absence.
+    pub fn sliding_layers(&self, layers: i64, default: impl Fn(i64) -> bool) -> Result<Vec<bool>, LoadError> {
+        let field = "layer_types";
+        let types = match self.get(field) {
+            None => return Ok((0..layers).map(default).collect()),
+            Some(Value::Array(types)) => types,
+            Some(_) => return Err(self.wrong(field, "a list is needed, a word for each layer")),
+        };
+        if types.len() as i64 != layers {
+            let why = format!("{} words for {layers} layers (`num_hidden_layers`)", types.len());
+            return Err(self.wrong(field, &why));
+        }
+        let sliding = |word: &Value| match word.as_str() {
+            Some("full_attention") => Ok(false),
+            Some("sliding_attention") => Ok(true),
+            _ => {
+                let why = format!("full_attention and sliding_attention are supported, not {word}");
+                Err(self.wrong(field, &why))
+            }
+        };
+        types.iter().map(sliding).collect()
+    }
+
     /// For a family without windows: a window is refused, unless no position that is served can reach its end.
     pub fn no_window(&self, max_positions: i64) -> Result<(), LoadError> {
         let switched_off = self.get("use_sliding_window") == Some(&Value::Bool(false));
@@ -191,143 +261,11 @@ impl Config {
             Some(window) if window < max_positions && !switched_off => Err(self.wrong(
                 "sliding_window",
                 &format!(
-                    "windows are not supported yet; `max_position_embeddings` {window} or less (of {max_positions}) \
-                     serves this model as far as its window reaches"
+                    "this family has no windows; `max_position_embeddings` {window} or less (of {max_positions}) serves \
+                     this model as far as its window reaches"
                 ),
             )),
             _ => Ok(()),
         }
     }
-
-    /// Both spellings: `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5), with the
-    /// precedence of transformers 5. Source: transformers 5.23 modeling_rope_utils.py, convert_rope_params_to_dict and
-    /// standardize_rope_params.
-    pub fn rope(&self, head_dim: i64, max_positions: i64) -> Result<RopeSpec, LoadError> {
-        let own_theta = self.positive("rope_theta")?;
-        let filled = |field: &'static str| match self.get(field) {
-            None => Ok(None),
-            Some(Value::Object(fields)) if fields.is_empty() => Ok(None),
-            Some(Value::Object(fields)) => Ok(Some((field, fields))),
-            Some(_) => Err(self.wrong(field, "an object is needed")),
-        };
-        let (field, nested) = match (filled("rope_scaling")?, filled("rope_parameters")?) {
-            (Some(scaling), Some(parameters)) if scaling.1 != parameters.1 => {
-                self.note(
-                    "`rope_scaling` is taken and `rope_parameters` beside it is not, its rope_theta included, as in \
-                     transformers 5"
-                        .to_owned(),
-                );
-                scaling
-            }
-            (Some(one), _) | (None, Some(one)) => one,
-            (None, None) => {
-                return Ok(RopeSpec {
-                    theta: own_theta.unwrap_or(DEFAULT_THETA),
-                    rotary_dim: head_dim,
-                    layout: RopeLayout::Half,
-                    scaling: RopeScaling::None,
-                });
-            }
-        };
-        let nested = Config::new(self.file, &format!("{field}."), nested.clone());
-        let inner_theta = nested.positive("rope_theta")?;
-        if let (Some(inner), Some(own)) = (inner_theta, own_theta)
-            && inner != own
-        {
-            self.note(format!(
-                "`rope_theta` {own} is not taken: `{field}.rope_theta` {inner} is"
-            ));
-        }
-        let theta = inner_theta.or(own_theta).unwrap_or(DEFAULT_THETA);
-        if nested
-            .number("partial_rotary_factor")?
-            .is_some_and(|factor| factor != 1.0)
-        {
-            return Err(nested.wrong(
-                "partial_rotary_factor",
-                "only whole heads are rotated here; 1.0 is supported",
-            ));
-        }
-        let need = |name: &str| {
-            nested
-                .positive(name)?
-                .ok_or_else(|| self.wrong(field, &format!("`{name}` is missing")))
-        };
-        let scaling = match nested.rope_type()? {
-            Some("default") => RopeScaling::None,
-            None if nested.unread().next().is_none() => RopeScaling::None,
-            None => {
-                return Err(self.wrong(
-                    field,
-                    "`rope_type` is missing: default, linear or llama3 (one object for all layers)",
-                ));
-            }
-            Some("linear") => RopeScaling::Linear {
-                factor: need("factor")?,
-            },
-            Some("llama3") => {
-                let (low, high) = (need("low_freq_factor")?, need("high_freq_factor")?);
-                if high <= low {
-                    return Err(nested.wrong(
-                        "high_freq_factor",
-                        &format!("must be above low_freq_factor {low}"),
-                    ));
-                }
-                // The one beside the object wins, and without any it is the model's own length.
-                let original = "original_max_position_embeddings";
-                let inner = nested.size_or_none(original)?;
-                RopeScaling::Llama3 {
-                    factor: need("factor")?,
-                    low_freq_factor: low,
-                    high_freq_factor: high,
-                    original_max_position_embeddings: self
-                        .size_or_none(original)?
-                        .or(inner)
-                        .unwrap_or(max_positions),
-                }
-            }
-            Some(other) => {
-                let why = format!(
-                    "{other} is not supported yet; default, linear and llama3 are. Without `{field}` the model \
-                     is served as it was before its context was stretched"
-                );
-                return Err(nested.wrong("rope_type", &why));
-            }
-        };
-        let ignored: Vec<String> = nested.unread().map(|name| format!("`{field}.{name}`")).collect();
-        if !ignored.is_empty() {
-            self.note(format!(
-                "without effect on this kind of rope, as in transformers: {}",
-                ignored.join(", ")
-            ));
-        }
-        Ok(RopeSpec {
-            theta,
-            rotary_dim: head_dim,
-            layout: RopeLayout::Half,
-            scaling,
-        })
-    }
-
-    /// transformers 4 lets `type` win, transformers 5 `rope_type`.
-    fn rope_type(&self) -> Result<Option<&str>, LoadError> {
-        let word = |field: &str| match self.get(field) {
-            None => Ok(None),
-            Some(value) => match value.as_str() {
-                Some(word) => Ok(Some(word)),
-                None => Err(self.wrong(field, "a word is needed")),
-            },
-        };
-        match (word("rope_type")?, word("type")?) {
-            (Some(new), Some(old)) if new != old => {
-                let why =
-                    format!("contradicts `rope_type` {new}, and versions of transformers differ; remove one");
-                Err(self.wrong("type", &why))
-            }
-            (new, old) => Ok(new.or(old)),
-        }
-    }
 }
-
-/// transformers' RotaryEmbeddingConfigMixin.default_theta.
-const DEFAULT_THETA: f64 = 10_000.0;

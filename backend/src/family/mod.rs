@@ -2,11 +2,23 @@
 //! (model/) reads nothing else. What is not understood is an error that names the field, never a default.
 
 mod checkpoint;
+mod cohere2;
 mod config;
 mod fields;
+mod gemma;
+mod glm;
+mod granite;
 mod llama;
+mod mistral;
+mod olmo;
+mod phi3;
+mod qwen;
+mod rope;
 pub mod shard;
+mod sizes;
+mod smollm3;
 mod spec;
+mod starcoder2;
 #[cfg(test)]
 mod tests;
 
@@ -17,8 +29,8 @@ use tch::Kind;
 
 pub use checkpoint::open;
 pub use spec::{
-    AttnSpec, Bias, Body, Cut, DecoderSpec, Head, LinearId, LinearSpec, MlpSpec, NormSpec, Param, ParamId,
-    Part, Sublayer,
+    AttnSpec, Bias, Body, Cut, DecoderSpec, Head, LinearId, LinearSpec, Logits, MlpActivation, MlpSpec,
+    NormId, NormKind, NormSpec, Param, ParamId, Part, QkNorm, Section, Sublayer,
 };
 
 use crate::weights::{LoadError, check_folder};
@@ -31,11 +43,26 @@ struct Family {
     spec: fn(&Config) -> Result<DecoderSpec, LoadError>,
 }
 
-const FAMILIES: [Family; 1] = [Family {
-    architecture: "LlamaForCausalLM",
-    model_type: "llama",
-    spec: llama::spec,
-}];
+#[rustfmt::skip] // one family, one line
+const FAMILIES: [Family; 17] = [
+    Family { architecture: "LlamaForCausalLM", model_type: "llama", spec: llama::spec },
+    Family { architecture: "MistralForCausalLM", model_type: "mistral", spec: mistral::mistral },
+    Family { architecture: "MinistralForCausalLM", model_type: "ministral", spec: mistral::ministral },
+    Family { architecture: "Qwen2ForCausalLM", model_type: "qwen2", spec: qwen::qwen2 },
+    Family { architecture: "Qwen3ForCausalLM", model_type: "qwen3", spec: qwen::qwen3 },
+    Family { architecture: "GemmaForCausalLM", model_type: "gemma", spec: gemma::gemma },
+    Family { architecture: "Gemma2ForCausalLM", model_type: "gemma2", spec: gemma::gemma2 },
+    Family { architecture: "Gemma3ForCausalLM", model_type: "gemma3_text", spec: gemma::gemma3 },
+    Family { architecture: "Phi3ForCausalLM", model_type: "phi3", spec: phi3::spec },
+    Family { architecture: "Olmo2ForCausalLM", model_type: "olmo2", spec: olmo::olmo2 },
+    Family { architecture: "Olmo3ForCausalLM", model_type: "olmo3", spec: olmo::olmo3 },
+    Family { architecture: "GraniteForCausalLM", model_type: "granite", spec: granite::spec },
+    Family { architecture: "GlmForCausalLM", model_type: "glm", spec: glm::glm },
+    Family { architecture: "Glm4ForCausalLM", model_type: "glm4", spec: glm::glm4 },
+    Family { architecture: "Cohere2ForCausalLM", model_type: "cohere2", spec: cohere2::spec },
+    Family { architecture: "Starcoder2ForCausalLM", model_type: "starcoder2", spec: starcoder2::spec },
+    Family { architecture: "SmolLM3ForCausalLM", model_type: "smollm3", spec: smollm3::spec },
+];
 
 /// Reads `folder`/config.json (and generation_config.json when there is one).
 pub fn read_spec(folder: &Path) -> Result<DecoderSpec, LoadError> {
@@ -71,11 +98,11 @@ fn family(config: &Config) -> Result<&'static Family, LoadError> {
     };
     let Some(architecture) = architecture else {
         let found = model_type.and_then(|word| FAMILIES.iter().find(|family| family.model_type == word));
-        let why = format!("{} is supported", known(|family| family.model_type));
+        let why = format!("{} are supported", known(|family| family.model_type));
         return found.ok_or_else(|| config.wrong("model_type", &why));
     };
     let Some(family) = FAMILIES.iter().find(|family| family.architecture == architecture) else {
-        let why = format!("only {} is supported", known(|family| family.architecture));
+        let why = format!("only {} are supported", known(|family| family.architecture));
         return Err(config.wrong("architectures", &why));
     };
     match model_type {

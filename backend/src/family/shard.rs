@@ -6,11 +6,17 @@
 //! the same one; each computes a gradient of its own query heads' share, so sums over ranks stay right. The vocabulary
 //! is divided by rows, the last rank's share may be smaller.
 
+use std::collections::HashMap;
 use std::ops::Range;
 
 use tandem_kernels::attention::{CacheShape, Heads};
 
-use super::{AttnSpec, Bias, Body, Cut, DecoderSpec, Head, LinearId, LinearSpec, MlpSpec, Part};
+use tch::Tensor;
+
+use super::{
+    AttnSpec, Bias, Body, Cut, DecoderSpec, Head, LinearId, LinearSpec, MlpSpec, NormId, NormSpec, Part,
+    Section,
+};
 use crate::weights::LoadError;
 
 /// One of the ranks that compute one model together.
@@ -34,6 +40,8 @@ pub struct Layout {
     pub widest: i64,
     /// By [`LinearId`].
     linears: Vec<LinearShard>,
+    /// Norms that ranks hold pieces of, and this rank's.
+    norms: HashMap<NormId, Range<i64>>,
 }
 
 /// What is held of a (fused) linear.
@@ -52,15 +60,40 @@ pub struct PartShard {
     pub path: String,
     /// Output features of the whole part.
     pub width: i64,
-    /// Of those, what is held: rows of its weight, and of an adapter's B.
-    pub rows: Range<i64>,
+    /// Of those, what is held, by section: rows of its weight, and of an adapter's B.
+    pub rows: Vec<Range<i64>>,
     /// Where they stand in this rank's fused output.
     pub columns: Range<i64>,
 }
 
 impl PartShard {
     pub fn n_rows(&self) -> i64 {
-        self.rows.end - self.rows.start
+        self.columns.end - self.columns.start
+    }
+
+    /// The rows held here `[n_rows, ..]` of `whole [width, ..]`; a view where they stand together.
+    pub fn held(&self, whole: &Tensor) -> Tensor {
+        let pieces: Vec<Tensor> = self.views(whole).collect();
+        match &pieces[..] {
+            [one] => one.shallow_clone(),
+            _ => Tensor::cat(&pieces, 0),
+        }
+    }
+
+    /// Adds `of_held [n_rows, ..]` to those rows of `whole`.
+    pub fn add(&self, whole: &Tensor, of_held: &Tensor) {
+        let mut start = 0;
+        for mut view in self.views(whole) {
+            let rows = view.size()[0];
+            let _ = view.g_add_(&of_held.narrow(0, start, rows));
+            start += rows;
+        }
+    }
+
+    fn views(&self, whole: &Tensor) -> impl Iterator<Item = Tensor> {
+        self.rows
+            .iter()
+            .map(|rows| whole.narrow(0, rows.start, rows.end - rows.start))
     }
 }
 
@@ -91,6 +124,10 @@ impl Layout {
             vocabulary: rank * widest..spec.vocab.min((rank + 1) * widest),
             widest,
             linears: spec.linears().map(|(_, linear)| shard.linear(linear)).collect(),
+            norms: spread_norms(spec)
+                .filter(|_| world > 1)
+                .map(|(id, norm)| (id, shard.equal(norm.width)))
+                .collect(),
         })
     }
 
@@ -100,6 +137,11 @@ impl Layout {
 
     pub fn linear(&self, id: LinearId) -> &LinearShard {
         &self.linears[id.0]
+    }
+
+    /// This rank's piece of a norm that stands on several.
+    pub fn spread(&self, id: NormId) -> Option<Range<i64>> {
+        self.norms.get(&id).cloned()
     }
 
     /// The heads that this rank computes.
@@ -152,10 +194,10 @@ impl Shard {
         let part = |part: &Part| {
             let rows = match spec.cut {
                 Cut::Outputs => self.rows(part),
-                Cut::Inputs => 0..part.width(),
+                Cut::Inputs => std::iter::once(0..part.width()).collect(),
             };
             let start = end;
-            end += rows.end - rows.start;
+            end += rows.iter().map(|rows| rows.end - rows.start).sum::<i64>();
             PartShard {
                 width: part.width(),
                 path: part.path.clone(),
@@ -176,17 +218,22 @@ impl Shard {
         }
     }
 
-    fn rows(self, part: &Part) -> Range<i64> {
-        match part.kv_heads {
-            Some(kv_heads) if kv_heads < self.world as i64 => {
-                let (head, head_dim) = (
-                    self.rank as i64 * kv_heads / self.world as i64,
-                    part.width() / kv_heads,
-                );
-                head * head_dim..(head + 1) * head_dim
-            }
-            _ => self.equal(part.width()),
-        }
+    fn rows(self, part: &Part) -> Vec<Range<i64>> {
+        let mut start = 0;
+        let section = |&Section { width, kv_heads }: &Section| {
+            let rows = match kv_heads {
+                Some(kv_heads) if kv_heads < self.world as i64 => {
+                    let head = self.rank as i64 * kv_heads / self.world as i64;
+                    let head_dim = width / kv_heads;
+                    head * head_dim..(head + 1) * head_dim
+                }
+                _ => self.equal(width),
+            };
+            let first = start;
+            start += width;
+            first + rows.start..first + rows.end
+        };
+        part.sections.iter().map(section).collect()
     }
 
     fn equal(self, n: i64) -> Range<i64> {
@@ -195,10 +242,17 @@ impl Shard {
     }
 }
 
+/// Norms of all heads together, whose heads ranks divide.
+fn spread_norms(spec: &DecoderSpec) -> impl Iterator<Item = (NormId, &NormSpec)> {
+    let head_dim = spec.head_dim();
+    spec.norms()
+        .filter(move |(id, norm)| matches!(id, NormId::Query(_) | NormId::Key(_)) && norm.width != head_dim)
+}
+
 fn check(spec: &DecoderSpec, world: i64) -> Result<(), LoadError> {
     let cannot = |why: String| Err(LoadError::Option(format!("tensor-parallel size {world}: {why}")));
-    for sublayer in &spec.sublayers {
-        match &sublayer.body {
+    for body in spec.sublayers.iter().flat_map(|sublayer| &sublayer.bodies) {
+        match body {
             Body::Attention(attn) => {
                 let (AttnSpec { heads, kv_heads, .. }, path) = (attn, &attn.output.parts[0].path);
                 if heads % world != 0 {
@@ -209,6 +263,16 @@ fn check(spec: &DecoderSpec, world: i64) -> Result<(), LoadError> {
                 if kv_heads % world != 0 && world % kv_heads != 0 {
                     return cannot(format!(
                         "the {kv_heads} KV heads before {path} are neither a multiple nor a divisor of it"
+                    ));
+                }
+                if *kv_heads < world
+                    && attn
+                        .qk_norm
+                        .as_ref()
+                        .is_some_and(|norm| norm.key.width != attn.head_dim)
+                {
+                    return cannot(format!(
+                        "the {kv_heads} KV heads before {path} have one norm together, so no two ranks can share one"
                     ));
                 }
             }
@@ -236,7 +300,7 @@ fn check(spec: &DecoderSpec, world: i64) -> Result<(), LoadError> {
 mod tests {
     use super::*;
     use crate::family::spec::Projections;
-    use crate::family::{NormSpec, Sublayer};
+    use crate::family::{Logits, NormKind, NormSpec, Sublayer};
     use tandem_kernels::activation::Activation;
     use tandem_kernels::rope::{RopeLayout, RopeScaling, RopeSpec};
 
@@ -257,15 +321,20 @@ mod tests {
             kv_heads,
             head_dim,
             scale: 0.25,
-            rope: 0,
+            rope: Some(0),
+            window: None,
+            cap: None,
+            qk_norm: None,
             qkv,
             output,
         };
         let norm = || NormSpec {
+            kind: NormKind::Rms,
             path: "n".to_owned(),
+            width: hidden,
             eps: 1e-5,
         };
-        let sublayer = |body| Sublayer { norm: norm(), body };
+        let sublayer = |body| Sublayer::new(norm(), body);
         let rope = RopeSpec {
             theta: 10_000.0,
             rotary_dim: head_dim,
@@ -275,6 +344,7 @@ mod tests {
         DecoderSpec {
             vocab,
             hidden,
+            embed_scale: 1.0,
             sublayers: vec![
                 sublayer(Body::Attention(attn)),
                 sublayer(Body::Mlp(MlpSpec::gated(
@@ -288,6 +358,7 @@ mod tests {
             ropes: vec![rope],
             final_norm: norm(),
             head: Head::Tied,
+            logits: Logits::default(),
             max_positions: 64,
             eos_tokens: vec![],
             notes: vec![],
@@ -322,7 +393,7 @@ mod tests {
                 assert_eq!(inputs, whole.inputs * if by_inputs { 1 } else { world as i64 });
                 for (i, part) in whole.parts.iter().enumerate() {
                     let rows: i64 = ranks.iter().map(|rank| rank.linear(id).parts[i].n_rows()).sum();
-                    let copies = match part.kv_heads {
+                    let copies = match part.sections[0].kv_heads {
                         Some(_) => copies,
                         None if by_inputs => world as i64,
                         None => 1,
@@ -342,7 +413,7 @@ mod tests {
             for (rank, layout) in ranks.iter().enumerate() {
                 let held = layout.heads(attn);
                 let qkv = layout.linear(LinearId(0));
-                let (first_head, kv_row) = (rank * held.heads, qkv.parts[1].rows.start as usize);
+                let (first_head, kv_row) = (rank * held.heads, qkv.parts[1].rows[0].start as usize);
                 assert_eq!(first_head / (heads / kv_heads) as usize, kv_row / held.head_dim);
                 assert_eq!(
                     qkv.n_rows() as usize,

@@ -2,8 +2,6 @@
 //! name in the checkpoint, listed once ([`DecoderSpec::params`]). Families write a spec; loading, training, sharding,
 //! adapters and PEFT's names are derived from it. Not here: what a config.json means (one file per family).
 
-use std::ops::Range;
-
 use tandem_kernels::activation::Activation;
 use tandem_kernels::rope::RopeSpec;
 
@@ -13,12 +11,15 @@ use crate::weights::{EMBED, HEAD};
 pub struct DecoderSpec {
     pub vocab: i64,
     pub hidden: i64,
+    /// Factor on embedded tokens.
+    pub embed_scale: f64,
     /// In the order in which they run.
     pub sublayers: Vec<Sublayer>,
     /// What attentions name by index.
     pub ropes: Vec<RopeSpec>,
     pub final_norm: NormSpec,
     pub head: Head,
+    pub logits: Logits,
     /// Positions the checkpoint was made for.
     pub max_positions: i64,
     /// End-of-sequence tokens: generation_config.json's, else config.json's.
@@ -27,19 +28,34 @@ pub struct DecoderSpec {
     pub notes: Vec<String>,
 }
 
-/// `x + body(norm(x))`. A layer of Llama is two of them: attention, then MLP.
+/// `x + scale * post(body(pre(x)))`. A layer of Llama is two of them: attention, then MLP.
 #[derive(Clone, Debug)]
 pub struct Sublayer {
-    pub norm: NormSpec,
-    pub body: Body,
+    pub pre: Option<NormSpec>,
+    /// What reads the same rows, its outputs summed: mostly one; attention and MLP in Cohere's layers.
+    pub bodies: Vec<Body>,
+    pub post: Option<NormSpec>,
+    pub scale: f64,
 }
 
-/// A root-mean-square norm.
 #[derive(Clone, Debug)]
 pub struct NormSpec {
+    pub kind: NormKind,
     /// `model.layers.0.input_layernorm`
     pub path: String,
+    /// Numbers of its weight.
+    pub width: i64,
     pub eps: f64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormKind {
+    /// By the root mean square.
+    Rms,
+    /// The same, whose checkpoint holds the weight less one.
+    RmsPlusOne,
+    /// By mean and deviation.
+    Layer { bias: Bias },
 }
 
 #[derive(Clone, Debug)]
@@ -55,21 +71,41 @@ pub struct AttnSpec {
     pub head_dim: i64,
     /// Factor on q k before the softmax.
     pub scale: f64,
-    /// Of [`DecoderSpec::ropes`].
-    pub rope: usize,
+    /// Of [`DecoderSpec::ropes`]; `None`: positions are not encoded.
+    pub rope: Option<usize>,
+    /// A query at position p sees the keys in (p - window, p].
+    pub window: Option<i64>,
+    /// Scores become cap * tanh(score / cap).
+    pub cap: Option<f64>,
+    pub qk_norm: Option<QkNorm>,
     /// q, k and v in one product.
     pub qkv: LinearSpec,
     pub output: LinearSpec,
 }
 
-/// `down(act(gate(x)) * up(x))`.
+/// Norms of queries and of keys before their rotation: of each head (their width is a head's), or of all heads together.
+#[derive(Clone, Debug)]
+pub struct QkNorm {
+    pub query: NormSpec,
+    pub key: NormSpec,
+}
+
+/// `down(act(up(x)))`.
 #[derive(Clone, Debug)]
 pub struct MlpSpec {
     pub inner: i64,
-    pub activation: Activation,
-    /// gate and up in one product.
-    pub gate_up: LinearSpec,
+    pub activation: MlpActivation,
+    /// Gate and up in one product where it is gated.
+    pub up: LinearSpec,
     pub down: LinearSpec,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MlpActivation {
+    /// `act(gate) * up`
+    Gated(Activation),
+    /// `act(up)`
+    Plain(Activation),
 }
 
 /// `y [T, columns] = x [T, inputs] Wt`: one product, often of several checkpoint tensors whose outputs stand side by
@@ -89,7 +125,16 @@ pub struct Part {
     pub name: &'static str,
     /// `model.layers.0.self_attn.q_proj`
     pub path: String,
-    pub columns: Range<i64>,
+    /// Where its outputs stand in the linear's.
+    pub start: i64,
+    /// What its outputs are, one behind the other: several in a checkpoint's fused tensor.
+    pub sections: Vec<Section>,
+}
+
+/// Outputs that ranks divide evenly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Section {
+    pub width: i64,
     /// Where these are KV heads: how many. Ranks may share one.
     pub kv_heads: Option<i64>,
 }
@@ -118,6 +163,33 @@ pub enum Head {
     Own,
 }
 
+/// `cap * tanh(logits * scale / cap)`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Logits {
+    pub scale: f64,
+    pub cap: Option<f64>,
+}
+
+/// As the head gives them.
+impl Default for Logits {
+    fn default() -> Logits {
+        Logits {
+            scale: 1.0,
+            cap: None,
+        }
+    }
+}
+
+/// Which norm of the decoder; a number is a sublayer's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum NormId {
+    Pre(usize),
+    Post(usize),
+    Query(usize),
+    Key(usize),
+    Final,
+}
+
 /// Number of a linear in its model, in the order in which they run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LinearId(pub usize);
@@ -126,11 +198,10 @@ pub struct LinearId(pub usize);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ParamId {
     Embed,
-    /// Of a sublayer.
-    Norm(usize),
+    Norm(NormId),
+    NormBias(NormId),
     Linear(LinearId),
     Bias(LinearId),
-    FinalNorm,
     Head,
 }
 
@@ -151,38 +222,17 @@ impl DecoderSpec {
             shape: vec![self.vocab, self.hidden],
             tensors: vec![(name.to_owned(), self.vocab)],
         };
-        let norm = |id, norm: &NormSpec| Param {
-            id,
-            shape: vec![self.hidden],
-            tensors: vec![(format!("{}.weight", norm.path), self.hidden)],
-        };
         let mut params = vec![table(ParamId::Embed, EMBED)];
         let mut linears = self.linears();
         for (i, sublayer) in self.sublayers.iter().enumerate() {
-            params.push(norm(ParamId::Norm(i), &sublayer.norm));
-            for (id, linear) in linears.by_ref().take(sublayer.body.linears().len()) {
-                let rows = linear.columns();
-                let tensors = |what: &str| {
-                    let parts = linear.parts.iter();
-                    parts
-                        .map(|part| (format!("{}.{what}", part.path), part.width()))
-                        .collect()
-                };
-                params.push(Param {
-                    id: ParamId::Linear(id),
-                    shape: vec![rows, linear.inputs],
-                    tensors: tensors("weight"),
-                });
-                if linear.bias == Bias::With {
-                    params.push(Param {
-                        id: ParamId::Bias(id),
-                        shape: vec![rows],
-                        tensors: tensors("bias"),
-                    });
-                }
+            for (id, norm) in sublayer.norms(i) {
+                norm.params(id, &mut params);
+            }
+            for (id, linear) in linears.by_ref().take(sublayer.linears().count()) {
+                linear.params(id, &mut params);
             }
         }
-        params.push(norm(ParamId::FinalNorm, &self.final_norm));
+        self.final_norm.params(NormId::Final, &mut params);
         if self.head == Head::Own {
             params.push(table(ParamId::Head, HEAD));
         }
@@ -190,15 +240,20 @@ impl DecoderSpec {
     }
 
     pub fn linears(&self) -> impl Iterator<Item = (LinearId, &LinearSpec)> {
-        let linears = self.sublayers.iter().flat_map(|sublayer| sublayer.body.linears());
+        let linears = self.sublayers.iter().flat_map(Sublayer::linears);
         linears.enumerate().map(|(i, linear)| (LinearId(i), linear))
     }
 
     pub fn attentions(&self) -> impl Iterator<Item = &AttnSpec> {
-        self.sublayers.iter().filter_map(|sublayer| match &sublayer.body {
-            Body::Attention(attn) => Some(attn),
-            Body::Mlp(_) => None,
-        })
+        self.sublayers.iter().filter_map(Sublayer::attention)
+    }
+
+    /// Every norm.
+    pub fn norms(&self) -> impl Iterator<Item = (NormId, &NormSpec)> {
+        let within = (0..)
+            .zip(&self.sublayers)
+            .flat_map(|(i, sublayer)| sublayer.norms(i));
+        within.chain([(NormId::Final, &self.final_norm)])
     }
 
     /// Of every attention.
@@ -219,35 +274,104 @@ impl DecoderSpec {
     }
 }
 
+impl Sublayer {
+    /// `x + body(norm(x))`.
+    pub(super) fn new(pre: NormSpec, body: Body) -> Sublayer {
+        Sublayer {
+            pre: Some(pre),
+            bodies: vec![body],
+            post: None,
+            scale: 1.0,
+        }
+    }
+
+    /// The attention among its bodies: there is at most one.
+    pub fn attention(&self) -> Option<&AttnSpec> {
+        self.bodies.iter().find_map(|body| match body {
+            Body::Attention(attn) => Some(attn),
+            Body::Mlp(_) => None,
+        })
+    }
+
+    /// In the order in which they run.
+    pub fn linears(&self) -> impl Iterator<Item = &LinearSpec> {
+        self.bodies.iter().flat_map(Body::linears)
+    }
+
+    /// As sublayer `i`.
+    fn norms(&self, i: usize) -> impl Iterator<Item = (NormId, &NormSpec)> {
+        let outer = [
+            (NormId::Pre(i), self.pre.as_ref()),
+            (NormId::Post(i), self.post.as_ref()),
+        ];
+        let qk = self.attention().and_then(|attn| attn.qk_norm.as_ref());
+        let inner = [
+            (NormId::Query(i), qk.map(|qk| &qk.query)),
+            (NormId::Key(i), qk.map(|qk| &qk.key)),
+        ];
+        outer
+            .into_iter()
+            .chain(inner)
+            .filter_map(|(id, norm)| Some((id, norm?)))
+    }
+}
+
+impl NormSpec {
+    pub fn bias(&self) -> Bias {
+        match self.kind {
+            NormKind::Layer { bias } => bias,
+            NormKind::Rms | NormKind::RmsPlusOne => Bias::Without,
+        }
+    }
+
+    fn params(&self, id: NormId, params: &mut Vec<Param>) {
+        let param = |id, what: &str| Param {
+            id,
+            shape: vec![self.width],
+            tensors: vec![(format!("{}.{what}", self.path), self.width)],
+        };
+        params.push(param(ParamId::Norm(id), "weight"));
+        if self.bias() == Bias::With {
+            params.push(param(ParamId::NormBias(id), "bias"));
+        }
+    }
+}
+
 impl Body {
     /// In the order in which they run.
     pub fn linears(&self) -> Vec<&LinearSpec> {
         match self {
             Body::Attention(attn) => vec![&attn.qkv, &attn.output],
-            Body::Mlp(mlp) => vec![&mlp.gate_up, &mlp.down],
+            Body::Mlp(mlp) => vec![&mlp.up, &mlp.down],
         }
     }
 }
 
 impl LinearSpec {
-    /// Parts that all read the same `inputs`, each with its name under `module` and its width.
-    pub fn new(module: &str, inputs: i64, bias: Bias, cut: Cut, parts: &[(&'static str, i64)]) -> LinearSpec {
+    /// Parts that all read the same `inputs`, each with its name under `module` and its sections.
+    pub(super) fn new<const N: usize>(
+        module: &str,
+        inputs: i64,
+        bias: Bias,
+        cut: Cut,
+        parts: [(&'static str, Vec<Section>); N],
+    ) -> LinearSpec {
         let mut end = 0;
-        let part = |&(name, width): &(&'static str, i64)| {
-            let start = end;
-            end += width;
-            Part {
+        let part = |(name, sections): (&'static str, Vec<Section>)| {
+            let part = Part {
                 name,
                 path: format!("{module}.{name}"),
-                columns: start..end,
-                kv_heads: None,
-            }
+                start: end,
+                sections,
+            };
+            end += part.width();
+            part
         };
         LinearSpec {
             inputs,
             bias,
             cut,
-            parts: parts.iter().map(part).collect(),
+            parts: parts.into_iter().map(part).collect(),
         }
     }
 
@@ -255,12 +379,38 @@ impl LinearSpec {
     pub fn columns(&self) -> i64 {
         self.parts.iter().map(Part::width).sum()
     }
+
+    fn params(&self, id: LinearId, params: &mut Vec<Param>) {
+        let rows = self.columns();
+        let param = |id, what: &str, shape| Param {
+            id,
+            shape,
+            tensors: self
+                .parts
+                .iter()
+                .map(|part| (format!("{}.{what}", part.path), part.width()))
+                .collect(),
+        };
+        params.push(param(ParamId::Linear(id), "weight", vec![rows, self.inputs]));
+        if self.bias == Bias::With {
+            params.push(param(ParamId::Bias(id), "bias", vec![rows]));
+        }
+    }
 }
 
 impl Part {
     /// Output features.
     pub fn width(&self) -> i64 {
-        self.columns.end - self.columns.start
+        self.sections.iter().map(|section| section.width).sum()
+    }
+}
+
+impl Section {
+    pub(super) fn of(width: i64) -> Section {
+        Section {
+            width,
+            kv_heads: None,
+        }
     }
 }
 
@@ -280,15 +430,19 @@ impl Projections<'_> {
     /// q, k and v in one product, and the output projection.
     pub fn linears(&self) -> (LinearSpec, LinearSpec) {
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        let parts = [("q_proj", q), ("k_proj", kv), ("v_proj", kv)];
-        let mut qkv = LinearSpec::new(self.module, self.hidden, self.qkv_bias, Cut::Outputs, &parts);
-        for part in &mut qkv.parts[1..] {
-            part.kv_heads = Some(self.kv_heads);
-        }
-        let output = [("o_proj", self.hidden)];
+        let kv = Section {
+            width: kv,
+            kv_heads: Some(self.kv_heads),
+        };
+        let parts = [
+            ("q_proj", vec![Section::of(q)]),
+            ("k_proj", vec![kv]),
+            ("v_proj", vec![kv]),
+        ];
+        let output = [("o_proj", vec![Section::of(self.hidden)])];
         (
-            qkv,
-            LinearSpec::new(self.module, q, self.o_bias, Cut::Inputs, &output),
+            LinearSpec::new(self.module, self.hidden, self.qkv_bias, Cut::Outputs, parts),
+            LinearSpec::new(self.module, q, self.o_bias, Cut::Inputs, output),
         )
     }
 }
@@ -302,12 +456,14 @@ impl MlpSpec {
         activation: Activation,
         bias: Bias,
     ) -> MlpSpec {
-        let parts = [("gate_proj", inner), ("up_proj", inner)];
+        let inner_features = || vec![Section::of(inner)];
+        let parts = [("gate_proj", inner_features()), ("up_proj", inner_features())];
+        let down = [("down_proj", vec![Section::of(hidden)])];
         MlpSpec {
             inner,
-            activation,
-            gate_up: LinearSpec::new(module, hidden, bias, Cut::Outputs, &parts),
-            down: LinearSpec::new(module, inner, bias, Cut::Inputs, &[("down_proj", hidden)]),
+            activation: MlpActivation::Gated(activation),
+            up: LinearSpec::new(module, hidden, bias, Cut::Outputs, parts),
+            down: LinearSpec::new(module, inner, bias, Cut::Inputs, down),
         }
     }
 }

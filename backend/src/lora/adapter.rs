@@ -100,8 +100,7 @@ fn held_a(params: &AdapterParams, shape: &LinearShape, held: &LinearShard) -> Te
 
 /// `[rows held, r]`
 fn held_b(params: &AdapterParams, part: &PartShape, held: &LinearShard) -> Tensor {
-    let rows = held.part(&part.path);
-    params.b(part).narrow(0, rows.rows.start, rows.n_rows())
+    held.part(&part.path).held(&params.b(part))
 }
 
 /// Why taking new numbers over cannot fail.

@@ -75,7 +75,7 @@ impl AdapterShape {
                 let ranks = first..ranks;
                 parts.push(PartShape {
                     path: part.path.clone(),
-                    columns: part.columns.clone(),
+                    columns: part.start..part.start + part.width(),
                     ranks,
                     scale,
                     b_offset: 0,

@@ -7,25 +7,44 @@ use tandem_kernels::weight::Precision;
 use tch::Tensor;
 
 use super::linear::{Backward, Linear, Project};
+use super::norm::Norm;
 use super::{Context, TrainPass};
 
 pub(super) struct Attention {
     /// Of this rank.
     pub heads: Heads,
     pub scale: f64,
+    pub window: Option<i64>,
+    pub cap: Option<f64>,
+    /// `[heads]` float32
+    pub sinks: Option<Tensor>,
     /// Of the decoder's.
-    pub rope: usize,
+    pub rope: Option<usize>,
+    pub qk_norm: Option<QkNorm>,
     /// Of the KV cache's layers.
     pub cache_layer: usize,
     pub qkv: Linear,
     pub output: Linear,
 }
 
+/// Norms before the rotation.
+pub(super) struct QkNorm {
+    pub query: Norm,
+    pub key: Norm,
+}
+
 /// What the backward reads.
 pub(super) struct Saved {
-    /// After rope `[T, (heads + 2 kv_heads) D]`.
-    qkv: Tensor,
+    projected: Projected,
     attended: PackedOut,
+}
+
+/// What is attended.
+struct Projected {
+    /// The product `[T, (heads + 2 kv_heads) D]`; q and k are rotated in it where no norm stands between.
+    qkv: Tensor,
+    /// `[T, heads D]` and `[T, kv_heads D]`, normed and rotated.
+    normed: Option<(Tensor, Tensor)>,
 }
 
 /// Where rows stand in their sequences, and what they see.
@@ -33,14 +52,20 @@ pub(super) struct Rows<'a> {
     /// `[T]`
     pub positions: &'a [i64],
     pub context: &'a Context<'a>,
-    pub rope: &'a Rope,
+    pub rope: Option<&'a Rope>,
     pub precision: Precision,
 }
 
 impl Attention {
     /// `residual + attention(x)` of `x [T, H]`; with several ranks its parts, to be summed.
-    pub fn forward(&self, x: &Tensor, residual: Tensor, rows: &Rows, pass: &mut impl Project) -> Tensor {
-        let (q, k, v) = self.split(&self.rotated(x, rows, pass));
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        residual: Option<Tensor>,
+        rows: &Rows,
+        pass: &mut impl Project,
+    ) -> Tensor {
+        let (q, k, v) = self.attended(&self.project(x, rows, pass));
         let out = match rows.context {
             Context::Packed { cu_seqlens } => {
                 attention::packed(&q, &k, &v, cu_seqlens, self.heads, self.options(), rows.precision).out
@@ -57,16 +82,16 @@ impl Attention {
     pub fn forward_saving(
         &self,
         x: &Tensor,
-        residual: Tensor,
+        residual: Option<Tensor>,
         rows: &Rows,
         cu_seqlens: &[usize],
         pass: &mut impl Project,
     ) -> (Tensor, Saved) {
-        let qkv = self.rotated(x, rows, pass);
-        let (q, k, v) = self.split(&qkv);
+        let projected = self.project(x, rows, pass);
+        let (q, k, v) = self.attended(&projected);
         let attended = attention::packed(&q, &k, &v, cu_seqlens, self.heads, self.options(), rows.precision);
         let output = pass.project_add(&self.output, &attended.out, residual);
-        (output, Saved { qkv, attended })
+        (output, Saved { projected, attended })
     }
 
     /// `doutput [T, H]` to the gradient of `x`; with several ranks its parts, to be summed. `x` is made again when it is
@@ -76,18 +101,18 @@ impl Attention {
         saved: Saved,
         doutput: &Tensor,
         x: impl FnOnce() -> Tensor,
-        rope: &Rope,
+        rope: Option<&Rope>,
         back: &Backward,
     ) -> Tensor {
-        let Saved { qkv, attended } = saved;
+        let Saved { projected, attended } = saved;
         let TrainPass {
             positions,
             cu_seqlens,
             ..
         } = *back.pass;
         let dattended = back.linear(&self.output, &attended.out, doutput);
-        let (q, k, v) = self.split(&qkv);
-        let (dq, dk, dv) = packed_backward(
+        let (q, k, v) = self.attended(&projected);
+        let (mut dq, mut dk, dv) = packed_backward(
             &q,
             &k,
             &v,
@@ -98,18 +123,39 @@ impl Attention {
             self.options(),
             back.decoder.precision(),
         );
-        rope.apply_backward(&dq, positions);
-        rope.apply_backward(&dk, positions);
+        if let Some(rope) = rope {
+            rope.apply_backward(&dq, positions);
+            rope.apply_backward(&dk, positions);
+        }
+        if let Some(QkNorm { query, key }) = &self.qk_norm {
+            let (q, k, _) = self.split(&projected.qkv);
+            dq = query.backward(&q, &dq, back.grads);
+            dk = key.backward(&k, &dk, back.grads);
+        }
         back.linear(&self.qkv, &x(), &Tensor::cat(&[dq, dk, dv], 1))
     }
 
-    /// q, k and v after rope `[T, (heads + 2 kv_heads) D]`.
-    fn rotated(&self, x: &Tensor, rows: &Rows, pass: &mut impl Project) -> Tensor {
+    fn project(&self, x: &Tensor, rows: &Rows, pass: &mut impl Project) -> Projected {
         let qkv = pass.project(&self.qkv, x);
         let (q, k, _) = self.split(&qkv);
-        rows.rope.apply(&q, rows.positions);
-        rows.rope.apply(&k, rows.positions);
-        qkv
+        let normed = self
+            .qk_norm
+            .as_ref()
+            .map(|norm| (norm.query.apply(&q), norm.key.apply(&k)));
+        if let Some(rope) = rows.rope {
+            let (q, k) = normed.as_ref().map_or((&q, &k), |(q, k)| (q, k));
+            rope.apply(q, rows.positions);
+            rope.apply(k, rows.positions);
+        }
+        Projected { qkv, normed }
+    }
+
+    fn attended(&self, Projected { qkv, normed }: &Projected) -> (Tensor, Tensor, Tensor) {
+        let (q, k, v) = self.split(qkv);
+        match normed {
+            None => (q, k, v),
+            Some((q, k)) => (q.shallow_clone(), k.shallow_clone(), v),
+        }
     }
 
     /// Views of the fused projection: q `[T, heads D]`, k and v `[T, kv_heads D]`.
@@ -130,9 +176,9 @@ impl Attention {
     fn options(&self) -> Options<'_> {
         Options {
             scale: self.scale,
-            window: None,
-            cap: None,
-            sinks: None,
+            window: self.window,
+            cap: self.cap,
+            sinks: self.sinks.as_ref(),
         }
     }
 
@@ -143,6 +189,10 @@ impl Attention {
             kv_heads,
             head_dim,
         } = self.heads;
-        2 * (heads + kv_heads) * head_dim
+        let normed = match self.qk_norm {
+            Some(_) => heads + kv_heads,
+            None => 0,
+        };
+        (2 * (heads + kv_heads) + normed) * head_dim
     }
 }

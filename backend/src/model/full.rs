@@ -9,7 +9,7 @@ use safetensors::tensor::TensorView;
 use tandem_core::rng;
 use tch::{Device, Kind, Tensor};
 
-use crate::family::{self, DecoderSpec, Head, Param, ParamId};
+use crate::family::{self, DecoderSpec, Head, NormId, NormKind, Param, ParamId};
 use crate::weights::{Checkpoint, LoadError, has_weights};
 
 /// Matrices decay, norms and biases do not (as torchtune, nanoGPT and transformers' Trainer have it).
@@ -80,13 +80,18 @@ impl FullParams {
     }
 
     /// Matrices normal with deviation 0.02 (transformers' `initializer_range`), norms one, biases zero.
-    pub fn init(shape: FullShape, seed: u64) -> FullParams {
+    pub fn init(spec: &DecoderSpec, seed: u64) -> FullParams {
+        let shape = FullShape::new(spec);
         let mut numbers = vec![0f32; shape.len() as usize];
+        let kinds: HashMap<NormId, NormKind> = spec.norms().map(|(id, norm)| (id, norm.kind)).collect();
         for (id, range) in shape.ranges() {
             for i in range {
                 numbers[i as usize] = match id {
-                    ParamId::Norm(_) | ParamId::FinalNorm => 1.0,
-                    ParamId::Bias(_) => 0.0,
+                    ParamId::Norm(id) => match kinds[&id] {
+                        NormKind::Rms | NormKind::Layer { .. } => 1.0,
+                        NormKind::RmsPlusOne => 0.0,
+                    },
+                    ParamId::Bias(_) | ParamId::NormBias(_) => 0.0,
                     ParamId::Embed | ParamId::Linear(_) | ParamId::Head => {
                         (0.02 * rng::normal(seed, INIT_STREAM, i as u64)) as f32
                     }
@@ -175,7 +180,7 @@ pub fn read_or_init(folder: &Path, seed: u64) -> Result<(DecoderSpec, FullParams
         return Ok((spec, params));
     }
     let spec = family::read_spec(folder)?;
-    let params = FullParams::init(FullShape::new(&spec), seed);
+    let params = FullParams::init(&spec, seed);
     Ok((spec, params))
 }
 

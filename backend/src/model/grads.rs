@@ -1,11 +1,10 @@
-//! Where gradients are added, and those of what stands outside sublayers: norms and the embedding. Checked against
-//! peft's gradients (tests/numerics).
+//! Where gradients are added, and those of what stands outside sublayers. Checked against peft's gradients
+//! (tests/numerics).
 
-use tandem_kernels::norm::{rms_norm_backward_input, rms_norm_backward_weight};
 use tch::Tensor;
 
 use super::full::FullParams;
-use super::{Decoder, Norm};
+use super::{Decoder, scaled};
 use crate::family::ParamId;
 use crate::lora::params::AdapterParams;
 
@@ -33,9 +32,10 @@ impl Grads {
 }
 
 impl Decoder {
-    /// Through the final norm: `d(norm(hidden)) [R, H]` to `dhidden [R, H]`.
+    /// Through [`Decoder::final_norm`]: its gradient `[R, H]` to `dhidden [R, H]`.
     pub fn final_norm_backward(&self, hidden: &Tensor, dnormed: &Tensor, grads: &mut Grads) -> Tensor {
-        self.norm.backward(ParamId::FinalNorm, hidden, dnormed, grads)
+        self.norm
+            .backward(hidden, &scaled(dnormed, self.spec.logits.scale), grads)
     }
 
     /// The embedding's gradient (nothing when it is frozen).
@@ -46,17 +46,9 @@ impl Decoder {
             let _ = embed.index_add_(
                 0,
                 &Tensor::from_slice(&rows).to_device(embed.device()),
-                &dhidden.to_device(embed.device()),
+                &scaled(dhidden, self.embed_scale).to_device(embed.device()),
             );
         }
-    }
-}
-
-impl Norm {
-    /// `d(norm(x))` to `dx`.
-    pub(super) fn backward(&self, id: ParamId, x: &Tensor, dy: &Tensor, grads: &Grads) -> Tensor {
-        grads.add(id, || rms_norm_backward_weight(x, &self.weight, self.eps, dy));
-        rms_norm_backward_input(x, &self.weight, self.eps, dy)
     }
 }
 

@@ -21,13 +21,12 @@ pub(super) struct Linear {
 /// What differs between serving a sublayer and saving it for a backward: LoRA.
 pub(super) trait Project {
     fn project(&mut self, linear: &Linear, x: &Tensor) -> Tensor;
-    /// `residual + project(x)`; with several ranks its parts, to be summed.
-    fn project_add(&mut self, linear: &Linear, x: &Tensor, residual: Tensor) -> Tensor;
+    /// `residual + project(x)`
+    fn project_add(&mut self, linear: &Linear, x: &Tensor, residual: Option<Tensor>) -> Tensor;
 }
 
 /// Some rows have adapters; nothing is kept.
 pub(super) struct Serving<'a> {
-    pub decoder: &'a Decoder,
     pub lora: &'a [AdapterRows<'a>],
 }
 
@@ -66,10 +65,10 @@ impl Project for Serving<'_> {
         linear(x, &of.weight, of.bias.as_ref(), &self.lora_rows(of.id))
     }
 
-    fn project_add(&mut self, of: &Linear, x: &Tensor, mut residual: Tensor) -> Tensor {
-        if !self.decoder.brings_residual() {
+    fn project_add(&mut self, of: &Linear, x: &Tensor, residual: Option<Tensor>) -> Tensor {
+        let Some(mut residual) = residual else {
             return self.project(of, x);
-        }
+        };
         let lora = self.lora_rows(of.id);
         linear_add(x, &of.weight, of.bias.as_ref(), &lora, &mut residual);
         residual
@@ -92,10 +91,11 @@ impl Project for Saving<'_> {
         y
     }
 
-    fn project_add(&mut self, of: &Linear, x: &Tensor, residual: Tensor) -> Tensor {
-        match self.decoder.brings_residual() {
-            true => residual + self.project(of, x),
-            false => self.project(of, x),
+    fn project_add(&mut self, of: &Linear, x: &Tensor, residual: Option<Tensor>) -> Tensor {
+        let y = self.project(of, x);
+        match residual {
+            Some(residual) => residual + y,
+            None => y,
         }
     }
 }
@@ -141,8 +141,8 @@ impl Backward<'_> {
                 let rows = held.part(&shape.path);
                 let dy = dy.narrow(1, rows.columns.start, rows.n_rows());
                 let shrunk = shrunk.narrow(1, shape.ranks.start, shape.rank());
-                let b = grads.b(shape).narrow(0, rows.rows.start, rows.n_rows());
-                add(&b, matmul::tn(&dy, &shrunk) * part.scale);
+                let b = grads.b(shape);
+                rows.add(&b, &(matmul::tn(&dy, &shrunk) * part.scale).to_device(b.device()));
                 linear_backward(&dy, &part.b) * part.scale
             })
             .collect();
@@ -159,11 +159,6 @@ impl Backward<'_> {
 }
 
 impl Decoder {
-    /// A residual is in the sum over ranks once: rank 0 brings it.
-    fn brings_residual(&self) -> bool {
-        self.comm.rank() == 0
-    }
-
     /// A LoRA branch's input, with some elements dropped: each linear drops its own.
     fn dropped(&self, x: &Tensor, dropout: Dropout, id: LinearId) -> Tensor {
         dropout.apply(x, id, self.layout.linear(id).inputs.start)

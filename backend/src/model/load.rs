@@ -10,14 +10,15 @@ use tandem_kernels::rope::Rope;
 use tandem_kernels::weight::{Precision, Weight};
 use tch::{Device, Kind, Tensor};
 
-use super::attention::Attention;
+use super::Decoder;
+use super::attention::{Attention, QkNorm};
 use super::full::FullParams;
 use super::linear::Linear;
 use super::mlp::Mlp;
+use super::norm::{Norm, Spread};
 use super::sublayer::{Body, Sublayer};
-use super::{Decoder, Norm};
 use crate::family::shard::{Layout, Shard};
-use crate::family::{self, Bias, DecoderSpec, Head, LinearId, NormSpec, Param, ParamId};
+use crate::family::{self, Bias, DecoderSpec, Head, LinearId, NormId, NormSpec, Param, ParamId};
 use crate::weights::{Checkpoint, LoadError};
 
 /// Rows and columns that are wanted of a checkpoint's tensor. (A vector has one column.)
@@ -79,11 +80,10 @@ impl Decoder {
         precision: Precision,
     ) -> Result<Decoder, LoadError> {
         let views: std::collections::HashMap<String, Tensor> = params.named().into_iter().collect();
+        let rows =
+            |Piece { name, rows, .. }: &Piece| views[name].narrow(0, rows.start, rows.end - rows.start);
         Decoder::build(spec, precision, Device::Cpu, Comm::solo(), |pieces| {
-            Ok(Tensor::cat(
-                &pieces.iter().map(|piece| &views[&piece.name]).collect::<Vec<_>>(),
-                0,
-            ))
+            Ok(Tensor::cat(&pieces.iter().map(rows).collect::<Vec<_>>(), 0))
         })
     }
 
@@ -108,10 +108,22 @@ impl Decoder {
         };
         let packed =
             |id: ParamId| -> Result<Weight, LoadError> { Ok(Weight::new(&dense(id)?, precision, device)?) };
-        let norm = |id: ParamId, norm: &NormSpec| -> Result<Norm, LoadError> {
+        let norm = |id: NormId, norm: &NormSpec| -> Result<Norm, LoadError> {
+            let width = norm.width;
+            let spread = layout.spread(id).map(|_| Spread {
+                comm: comm.clone(),
+                width,
+            });
             Ok(Norm {
-                weight: float(id)?,
+                id,
+                kind: norm.kind,
+                weight: Norm::weight_of(norm.kind, &float(ParamId::Norm(id))?),
+                bias: match norm.bias() {
+                    Bias::With => Some(float(ParamId::NormBias(id))?),
+                    Bias::Without => None,
+                },
                 eps: norm.eps,
+                spread,
             })
         };
         let mut ids = (0..).map(LinearId);
@@ -127,22 +139,31 @@ impl Decoder {
             })
         };
         let mut cache_layers = 0..;
-        let mut body = |body: &family::Body| -> Result<Body, LoadError> {
+        let mut body = |i: usize, body: &family::Body| -> Result<Body, LoadError> {
             Ok(match body {
-                family::Body::Attention(attn) => Body::Attention(Attention {
+                family::Body::Attention(attn) => Body::Attention(Box::new(Attention {
                     heads: layout.heads(attn),
                     scale: attn.scale,
+                    window: attn.window,
+                    cap: attn.cap,
+                    sinks: None,
                     rope: attn.rope,
+                    qk_norm: match &attn.qk_norm {
+                        None => None,
+                        Some(family::QkNorm { query, key }) => Some(QkNorm {
+                            query: norm(NormId::Query(i), query)?,
+                            key: norm(NormId::Key(i), key)?,
+                        }),
+                    },
                     cache_layer: cache_layers.next().expect("it has no end"),
                     qkv: linear()?,
                     output: linear()?,
-                }),
-                family::Body::Mlp(mlp) => Body::Mlp(Mlp {
+                })),
+                family::Body::Mlp(mlp) => Body::Mlp(Box::new(Mlp {
                     activation: mlp.activation,
-                    inner: mlp.inner as usize / layout.world(),
-                    gate_up: linear()?,
+                    up: linear()?,
                     down: linear()?,
-                }),
+                })),
             })
         };
         let embed = packed(ParamId::Embed)?;
@@ -155,18 +176,29 @@ impl Decoder {
             .iter()
             .enumerate()
             .map(|(i, sublayer)| {
+                let outer =
+                    |id, spec: &Option<NormSpec>| spec.as_ref().map(|spec| norm(id, spec)).transpose();
                 Ok(Sublayer {
-                    norm: norm(ParamId::Norm(i), &sublayer.norm)?,
-                    body: body(&sublayer.body)?,
+                    pre: outer(NormId::Pre(i), &sublayer.pre)?,
+                    bodies: sublayer
+                        .bodies
+                        .iter()
+                        .map(|spec| body(i, spec))
+                        .collect::<Result<_, _>>()?,
+                    post: outer(NormId::Post(i), &sublayer.post)?,
+                    scale: sublayer.scale,
                 })
             })
             .collect::<Result<_, LoadError>>()?;
-        let norm = norm(ParamId::FinalNorm, &spec.final_norm)?;
+        let norm = norm(NormId::Final, &spec.final_norm)?;
         let ropes = spec
             .ropes
             .iter()
             .map(|rope| Ok(Rope::new(rope, spec.head_dim(), spec.max_positions, device)?))
             .collect::<Result<_, LoadError>>()?;
+        let embed_scale = Tensor::from(spec.embed_scale)
+            .to_kind(precision.kind())
+            .double_value(&[]);
         Ok(Decoder {
             spec,
             layout: Arc::new(layout),
@@ -174,6 +206,7 @@ impl Decoder {
             precision,
             device,
             embed,
+            embed_scale,
             sublayers,
             norm,
             head,
@@ -189,10 +222,10 @@ impl Decoder {
         if let Some(head) = &mut self.head {
             head.overwrite(&params.view(ParamId::Head)).expect(SAME_SHAPE);
         }
-        self.norm.weight = params.view(ParamId::FinalNorm).copy();
-        for (i, Sublayer { norm, body }) in self.sublayers.iter_mut().enumerate() {
-            norm.weight = params.view(ParamId::Norm(i)).copy();
-            for Linear { id, weight, bias } in body.linears_mut() {
+        self.norm.update(params);
+        for sublayer in &mut self.sublayers {
+            sublayer.norms_mut().for_each(|norm| norm.update(params));
+            for Linear { id, weight, bias } in sublayer.linears_mut() {
                 weight
                     .overwrite(&params.view(ParamId::Linear(*id)))
                     .expect(SAME_SHAPE);
@@ -213,7 +246,7 @@ impl Decoder {
         let linears = self
             .sublayers
             .iter()
-            .flat_map(|sublayer| sublayer.body.linears())
+            .flat_map(Sublayer::linears)
             .map(|linear| linear.weight.bytes());
         let head = self.head.as_ref().map_or(0, Weight::bytes);
         self.embed.bytes() + head + linears.sum::<u64>()
@@ -234,30 +267,53 @@ impl Layout {
             ParamId::Embed | ParamId::Head => {
                 vec![piece(&tensors[0], self.vocabulary.clone(), 0..shape[1])]
             }
-            ParamId::Norm(_) | ParamId::FinalNorm => vec![piece(&tensors[0], 0..shape[0], 0..1)],
+            ParamId::Norm(id) | ParamId::NormBias(id) => {
+                let rows = self.spread(*id).unwrap_or(0..shape[0]);
+                vec![piece(&tensors[0], rows, 0..1)]
+            }
             ParamId::Linear(id) | ParamId::Bias(id) => {
                 let held = self.linear(*id);
-                let parts = tensors.iter().zip(&held.parts);
-                parts
-                    .map(|(tensor, part)| piece(tensor, part.rows.clone(), held.inputs.clone()))
+                let rows = tensors
+                    .iter()
+                    .zip(&held.parts)
+                    .flat_map(|(tensor, part)| part.rows.iter().map(move |rows| (tensor, rows)));
+                rows.map(|(tensor, rows)| piece(tensor, rows.clone(), held.inputs.clone()))
                     .collect()
             }
         }
     }
 }
 
-impl Body {
-    fn linears(&self) -> [&Linear; 2] {
-        match self {
-            Body::Attention(Attention { qkv, output, .. }) => [qkv, output],
-            Body::Mlp(Mlp { gate_up, down, .. }) => [gate_up, down],
-        }
+impl Sublayer {
+    fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.bodies.iter().flat_map(|body| match body {
+            Body::Attention(attn) => [&attn.qkv, &attn.output],
+            Body::Mlp(mlp) => [&mlp.up, &mlp.down],
+        })
     }
 
-    fn linears_mut(&mut self) -> [&mut Linear; 2] {
-        match self {
-            Body::Attention(Attention { qkv, output, .. }) => [qkv, output],
-            Body::Mlp(Mlp { gate_up, down, .. }) => [gate_up, down],
+    fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+        self.bodies.iter_mut().flat_map(|body| match body {
+            Body::Attention(attn) => [&mut attn.qkv, &mut attn.output],
+            Body::Mlp(mlp) => [&mut mlp.up, &mut mlp.down],
+        })
+    }
+
+    fn norms_mut(&mut self) -> impl Iterator<Item = &mut Norm> {
+        let inner = self.bodies.iter_mut().filter_map(|body| match body {
+            Body::Attention(attn) => attn.qk_norm.as_mut(),
+            Body::Mlp(_) => None,
+        });
+        let inner = inner.flat_map(|QkNorm { query, key }| [query, key]);
+        self.pre.iter_mut().chain(&mut self.post).chain(inner)
+    }
+}
+
+impl Norm {
+    fn update(&mut self, params: &FullParams) {
+        self.weight = Norm::weight_of(self.kind, &params.view(ParamId::Norm(self.id)));
+        if let Some(bias) = &mut self.bias {
+            *bias = params.view(ParamId::NormBias(self.id)).copy();
         }
     }
 }

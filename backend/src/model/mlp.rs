@@ -1,34 +1,29 @@
-//! A gated MLP of the decoder, forward and backward side by side.
+//! An MLP of the decoder, forward and backward side by side.
 
-use tandem_kernels::activation::{Activation, gated, gated_backward};
+use tandem_kernels::activation::{activate, activate_backward, gated, gated_backward};
 use tch::Tensor;
 
 use super::linear::{Backward, Linear, Project};
+use crate::family::MlpActivation;
 
 pub(super) struct Mlp {
-    pub activation: Activation,
-    /// Inner features of this rank.
-    pub inner: usize,
-    pub gate_up: Linear,
+    pub activation: MlpActivation,
+    pub up: Linear,
     pub down: Linear,
 }
 
 /// What the backward reads.
 pub(super) struct Saved {
-    /// `[T, 2 I]`
-    gate_up: Tensor,
+    /// `[T, I]`, `[T, 2 I]` with the gate
+    up: Tensor,
 }
 
 impl Mlp {
-    /// `residual + down(act(gate(x)) * up(x))` of `x [T, H]`, and what the backward reads; with several ranks parts of
-    /// the sum.
-    pub fn forward(&self, x: &Tensor, residual: Tensor, pass: &mut impl Project) -> (Tensor, Saved) {
-        let gate_up = pass.project(&self.gate_up, x); // [T, 2 I]
-        let activated = gated(&gate_up, self.activation); // [T, I]
-        (
-            pass.project_add(&self.down, &activated, residual),
-            Saved { gate_up },
-        )
+    /// `residual + down(act(up(x)))` of `x [T, H]`, and what the backward reads; with several ranks parts of the sum.
+    pub fn forward(&self, x: &Tensor, residual: Option<Tensor>, pass: &mut impl Project) -> (Tensor, Saved) {
+        let up = pass.project(&self.up, x);
+        let output = pass.project_add(&self.down, &self.activated(&up), residual);
+        (output, Saved { up })
     }
 
     /// `doutput [T, H]` to the gradient of `x`; with several ranks its parts, to be summed. `x` is made again when it is
@@ -40,17 +35,28 @@ impl Mlp {
         x: impl FnOnce() -> Tensor,
         back: &Backward,
     ) -> Tensor {
-        let Saved { gate_up } = saved;
-        let activated = gated(&gate_up, self.activation);
+        let Saved { up } = saved;
+        let activated = self.activated(&up);
         let dactivated = back.linear(&self.down, &activated, doutput);
         drop(activated);
-        let dgate_up = gated_backward(&gate_up, &dactivated, self.activation);
-        drop((gate_up, dactivated));
-        back.linear(&self.gate_up, &x(), &dgate_up)
+        let dup = match self.activation {
+            MlpActivation::Gated(activation) => gated_backward(&up, &dactivated, activation),
+            MlpActivation::Plain(activation) => activate_backward(&up, &dactivated, activation),
+        };
+        drop((up, dactivated));
+        back.linear(&self.up, &x(), &dup)
+    }
+
+    /// `[T, I]`
+    fn activated(&self, up: &Tensor) -> Tensor {
+        match self.activation {
+            MlpActivation::Gated(activation) => gated(up, activation),
+            MlpActivation::Plain(activation) => activate(up, activation),
+        }
     }
 
     /// Numbers per token that [`Mlp::forward`] keeps.
     pub fn saved_numbers(&self) -> usize {
-        2 * self.inner
+        self.up.weight.n() as usize
     }
 }

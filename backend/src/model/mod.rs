@@ -10,20 +10,21 @@ mod grads;
 mod linear;
 mod load;
 mod mlp;
+mod norm;
 mod sublayer;
 
 use std::sync::Arc;
 
 use tandem_core::TokenId;
 use tandem_kernels::attention::{KvCache, PagedSeq};
+use tandem_kernels::cap::soft_cap;
 use tandem_kernels::comm::Comm;
 use tandem_kernels::dropout;
 use tandem_kernels::linear::linear;
 use tandem_kernels::loss::{
-    LogProbs, LossOut, Vocabulary, linear_cross_entropy, linear_log_probs, sharded_cross_entropy,
+    self, LogProbs, LossOut, Vocabulary, linear_cross_entropy, linear_log_probs, sharded_cross_entropy,
     sharded_log_probs,
 };
-use tandem_kernels::norm::rms_norm;
 use tandem_kernels::rope::Rope;
 use tandem_kernels::weight::{Precision, Weight};
 use tch::{Device, Kind, Tensor};
@@ -35,6 +36,7 @@ use crate::family::shard::Layout;
 use crate::family::{DecoderSpec, LinearId};
 use crate::lora::adapter::{Adapter, AdapterRows};
 use crate::lora::fit::Fit;
+use norm::Norm;
 use sublayer::Sublayer;
 
 pub struct Decoder {
@@ -46,24 +48,14 @@ pub struct Decoder {
     precision: Precision,
     device: Device,
     embed: Weight,
+    /// In the precision's dtype, as the reference models multiply.
+    embed_scale: f64,
     sublayers: Vec<Sublayer>,
     norm: Norm,
     /// `None`: tied to `embed`.
     head: Option<Weight>,
     /// By [`crate::family::AttnSpec::rope`].
     ropes: Vec<Rope>,
-}
-
-struct Norm {
-    /// `[H]` float32
-    weight: Tensor,
-    eps: f64,
-}
-
-impl Norm {
-    fn apply(&self, x: &Tensor) -> Tensor {
-        rms_norm(x, &self.weight, self.eps)
-    }
 }
 
 /// Rows to compute in one forward.
@@ -151,6 +143,10 @@ impl Decoder {
 
     /// `[T, H]`
     pub fn embed(&self, tokens: &[TokenId]) -> Tensor {
+        scaled(&self.embedded(tokens), self.embed_scale)
+    }
+
+    fn embedded(&self, tokens: &[TokenId]) -> Tensor {
         if self.comm.world() == 1 {
             return self.embed.gather(tokens);
         }
@@ -171,7 +167,10 @@ impl Decoder {
 
     /// Logits `[S, V]` of selected hidden rows `[S, H]`, on every rank.
     pub fn head(&self, hidden: &Tensor) -> Tensor {
-        let logits = linear(&self.final_norm(hidden), self.head_weight(), None, &[]);
+        let mut logits = linear(&self.final_norm(hidden), self.head_weight(), None, &[]);
+        if let Some(cap) = self.spec.logits.cap {
+            soft_cap(&mut logits, cap);
+        }
         let Layout { widest, .. } = *self.layout;
         if self.comm.world() == 1 {
             return logits;
@@ -192,11 +191,12 @@ impl Decoder {
         weights: &[f32],
         dweight: Option<&mut Tensor>,
     ) -> LossOut {
+        let head = self.loss_head();
         match self.vocabulary() {
-            None => linear_cross_entropy(normed, self.head_weight(), labels, weights, dweight),
+            None => linear_cross_entropy(normed, head, labels, weights, dweight),
             Some(vocabulary) => {
                 assert!(dweight.is_none(), "the base is trained by one rank alone");
-                sharded_cross_entropy(normed, self.head_weight(), &vocabulary, labels, weights)
+                sharded_cross_entropy(normed, head, &vocabulary, labels, weights)
             }
         }
     }
@@ -204,8 +204,8 @@ impl Decoder {
     /// log p(label) of rows `[R, H]` behind the final norm, the same on every rank.
     pub fn log_probs(&self, normed: &Tensor, labels: &[TokenId]) -> LogProbs {
         match self.vocabulary() {
-            None => linear_log_probs(normed, self.head_weight(), labels),
-            Some(vocabulary) => sharded_log_probs(normed, self.head_weight(), &vocabulary, labels),
+            None => linear_log_probs(normed, self.loss_head(), labels),
+            Some(vocabulary) => sharded_log_probs(normed, self.loss_head(), &vocabulary, labels),
         }
     }
 
@@ -238,9 +238,16 @@ impl Decoder {
         }
     }
 
-    /// What the head multiplies `[S, H]`.
+    /// What the head multiplies `[S, H]`: the factor on logits is in it.
     pub fn final_norm(&self, hidden: &Tensor) -> Tensor {
-        self.norm.apply(hidden)
+        scaled(&self.norm.apply(hidden), self.spec.logits.scale)
+    }
+
+    fn loss_head(&self) -> loss::Head<'_> {
+        loss::Head {
+            weight: self.head_weight(),
+            cap: self.spec.logits.cap,
+        }
     }
 
     /// `[v, H]`: this rank's rows.
@@ -268,5 +275,13 @@ impl Decoder {
             precision: self.precision,
             device: self.device,
         }
+    }
+}
+
+/// `x * scale`, `x` itself where that is the same.
+fn scaled(x: &Tensor, scale: f64) -> Tensor {
+    match scale {
+        1.0 => x.shallow_clone(),
+        scale => x * scale,
     }
 }

@@ -1,35 +1,63 @@
-//! One sublayer in a pass, `x + body(norm(x))`: the unit in which the decoder runs and trains. Its backward recomputes
-//! what is cheap from its input and keeps what is not.
+//! One sublayer in a pass, `x + scale * post(body(pre(x)))`: the unit in which the decoder runs and trains. Its backward
+//! recomputes what is cheap from its input and keeps what is not.
 
+use tandem_kernels::rope::Rope;
 use tch::Tensor;
 
 use super::attention::{self, Attention};
 use super::linear::{Backward, Saving, Serving, Shrunk};
 use super::mlp::{self, Mlp};
-use super::{Batch, Context, Decoder, Grads, Norm, TrainPass};
-use crate::family::ParamId;
+use super::norm::Norm;
+use super::{Batch, Context, Decoder, Grads, TrainPass, scaled};
 
 pub(super) struct Sublayer {
-    pub norm: Norm,
-    pub body: Body,
+    pub pre: Option<Norm>,
+    pub bodies: Vec<Body>,
+    pub post: Option<Norm>,
+    pub scale: f64,
 }
 
 pub(super) enum Body {
-    Attention(Attention),
-    Mlp(Mlp),
+    Attention(Box<Attention>),
+    Mlp(Box<Mlp>),
 }
 
 /// What the backward of a sublayer reads; everything else is recomputed from these.
 pub struct Saved {
     /// `[T, H]`
     input: Tensor,
-    body: SavedBody,
+    bodies: Vec<SavedBody>,
+    /// The bodies' sum `[T, H]`, where a norm stands behind it.
+    sum: Option<Tensor>,
     shrunk: Shrunk,
 }
 
 enum SavedBody {
     Attention(attention::Saved),
     Mlp(mlp::Saved),
+}
+
+impl Sublayer {
+    fn normed(&self, input: &Tensor) -> Tensor {
+        match &self.pre {
+            Some(norm) => norm.apply(input),
+            None => input.shallow_clone(),
+        }
+    }
+
+    /// Whether the bodies' products can be added to the input as they are made.
+    fn adds_as_it_is(&self) -> bool {
+        self.post.is_none() && self.scale == 1.0
+    }
+
+    /// `input + scale * post(sum)`
+    fn joined(&self, input: Tensor, sum: &Tensor) -> Tensor {
+        let sum = match &self.post {
+            Some(norm) => norm.apply(sum),
+            None => sum.shallow_clone(),
+        };
+        input + scaled(&sum, self.scale)
+    }
 }
 
 impl Decoder {
@@ -39,48 +67,67 @@ impl Decoder {
 
     /// Hidden states `[T, H]` through sublayer `i`.
     pub fn sublayer(&self, i: usize, hidden: Tensor, batch: &Batch) -> Tensor {
-        let Sublayer { norm, body } = &self.sublayers[i];
-        let x = norm.apply(&hidden);
-        let mut pass = Serving {
-            decoder: self,
-            lora: batch.lora,
-        };
-        let output = match body {
-            Body::Attention(attn) => {
-                let rows = self.rows(attn, batch.positions, &batch.context);
-                attn.forward(&x, hidden, &rows, &mut pass)
-            }
-            Body::Mlp(mlp) => mlp.forward(&x, hidden, &mut pass).0,
-        };
-        self.summed(output)
+        let sublayer = &self.sublayers[i];
+        let x = sublayer.normed(&hidden);
+        let mut pass = Serving { lora: batch.lora };
+        let (mut sum, input) = self.residual(sublayer, hidden);
+        for body in &sublayer.bodies {
+            sum = Some(match body {
+                Body::Attention(attn) => {
+                    let rows = self.rows(attn, batch.positions, &batch.context);
+                    attn.forward(&x, sum, &rows, &mut pass)
+                }
+                Body::Mlp(mlp) => mlp.forward(&x, sum, &mut pass).0,
+            });
+        }
+        let sum = self.summed(sum.expect(A_BODY));
+        match input {
+            Some(input) => sublayer.joined(input, &sum),
+            None => sum,
+        }
     }
 
     /// The same, keeping what [`Decoder::sublayer_backward`] reads.
     pub fn sublayer_saving(&self, i: usize, input: Tensor, pass: &TrainPass) -> (Tensor, Saved) {
-        let Sublayer { norm, body } = &self.sublayers[i];
-        let x = norm.apply(&input);
-        let residual = input.shallow_clone();
+        let sublayer = &self.sublayers[i];
+        let x = sublayer.normed(&input);
         let mut saving = Saving {
             decoder: self,
             trainable: pass.trainable,
             shrunk: Shrunk::default(),
         };
-        let (output, body) = match body {
-            Body::Attention(attn) => {
-                let context = Context::Packed {
-                    cu_seqlens: pass.cu_seqlens,
-                };
-                let rows = self.rows(attn, pass.positions, &context);
-                let (output, saved) = attn.forward_saving(&x, residual, &rows, pass.cu_seqlens, &mut saving);
-                (output, SavedBody::Attention(saved))
-            }
-            Body::Mlp(mlp) => {
-                let (output, saved) = mlp.forward(&x, residual, &mut saving);
-                (output, SavedBody::Mlp(saved))
-            }
+        let (mut sum, apart) = self.residual(sublayer, input.shallow_clone());
+        let mut bodies = vec![];
+        for body in &sublayer.bodies {
+            let (output, saved) = match body {
+                Body::Attention(attn) => {
+                    let context = Context::Packed {
+                        cu_seqlens: pass.cu_seqlens,
+                    };
+                    let rows = self.rows(attn, pass.positions, &context);
+                    let (output, saved) = attn.forward_saving(&x, sum, &rows, pass.cu_seqlens, &mut saving);
+                    (output, SavedBody::Attention(saved))
+                }
+                Body::Mlp(mlp) => {
+                    let (output, saved) = mlp.forward(&x, sum, &mut saving);
+                    (output, SavedBody::Mlp(saved))
+                }
+            };
+            sum = Some(output);
+            bodies.push(saved);
+        }
+        let sum = self.summed(sum.expect(A_BODY));
+        let output = match apart {
+            Some(input) => sublayer.joined(input, &sum),
+            None => sum.shallow_clone(),
         };
-        let shrunk = saving.shrunk;
-        (self.summed(output), Saved { input, body, shrunk })
+        let saved = Saved {
+            input,
+            bodies,
+            sum: sublayer.post.is_some().then_some(sum),
+            shrunk: saving.shrunk,
+        };
+        (output, saved)
     }
 
     /// `doutput [T, H]` of sublayer `i` to `dinput [T, H]`; parameters' gradients are added to `grads`.
@@ -92,38 +139,65 @@ impl Decoder {
         pass: &TrainPass,
         grads: &mut Grads,
     ) -> Tensor {
-        let Sublayer { norm, body } = &self.sublayers[i];
+        let sublayer = &self.sublayers[i];
         let Saved {
             input,
-            body: saved,
+            bodies,
+            sum,
             shrunk,
         } = saved;
+        let dsum = scaled(&doutput, sublayer.scale);
+        let dsum = match (&sublayer.post, sum) {
+            (Some(norm), Some(sum)) => norm.backward(&sum, &dsum, grads),
+            _ => dsum,
+        };
         let back = Backward {
             decoder: self,
             pass,
             shrunk,
             grads,
         };
-        let x = || norm.apply(&input);
-        let dx = match (body, saved) {
-            (Body::Attention(attn), SavedBody::Attention(saved)) => {
-                attn.backward(saved, &doutput, x, &self.ropes[attn.rope], &back)
+        let x = || sublayer.normed(&input);
+        let dx = sublayer
+            .bodies
+            .iter()
+            .zip(bodies)
+            .map(|(body, saved)| match (body, saved) {
+                (Body::Attention(attn), SavedBody::Attention(saved)) => {
+                    attn.backward(saved, &dsum, x, self.rope(attn), &back)
+                }
+                (Body::Mlp(mlp), SavedBody::Mlp(saved)) => mlp.backward(saved, &dsum, x, &back),
+                _ => unreachable!("what was saved is of the same sublayer"),
+            });
+        let dx = self.summed(dx.reduce(|a, b| a + b).expect(A_BODY));
+        doutput
+            + match &sublayer.pre {
+                Some(norm) => norm.backward(&input, &dx, grads),
+                None => dx,
             }
-            (Body::Mlp(mlp), SavedBody::Mlp(saved)) => mlp.backward(saved, &doutput, x, &back),
-            _ => unreachable!("what was saved is of the same sublayer"),
-        };
-        let dx = self.summed(dx);
-        doutput + norm.backward(ParamId::Norm(i), &input, &dx, grads)
     }
 
     /// Numbers per token that [`Decoder::sublayer_saving`] keeps, in all sublayers.
     pub fn saved_numbers(&self) -> usize {
-        let inner = |sublayer: &Sublayer| match &sublayer.body {
+        let body = |body: &Body| match body {
             Body::Attention(attn) => attn.saved_numbers(),
             Body::Mlp(mlp) => mlp.saved_numbers(),
         };
-        let inputs = self.n_sublayers() * self.spec.hidden as usize;
-        inputs + self.sublayers.iter().map(inner).sum::<usize>()
+        let sublayer = |sublayer: &Sublayer| {
+            let rows = 1 + usize::from(sublayer.post.is_some());
+            rows * self.spec.hidden as usize + sublayer.bodies.iter().map(body).sum::<usize>()
+        };
+        self.sublayers.iter().map(sublayer).sum()
+    }
+
+    /// What the bodies' products are added to as they are made, and what waits for their sum. Where ranks sum, one of them
+    /// brings the input.
+    fn residual(&self, sublayer: &Sublayer, input: Tensor) -> (Option<Tensor>, Option<Tensor>) {
+        match (sublayer.adds_as_it_is(), self.comm.rank()) {
+            (true, 0) => (Some(input), None),
+            (true, _) => (None, None),
+            (false, _) => (None, Some(input)),
+        }
     }
 
     fn rows<'a>(
@@ -135,8 +209,14 @@ impl Decoder {
         attention::Rows {
             positions,
             context,
-            rope: &self.ropes[attn.rope],
+            rope: self.rope(attn),
             precision: self.precision,
         }
     }
+
+    fn rope(&self, attn: &Attention) -> Option<&Rope> {
+        attn.rope.map(|rope| &self.ropes[rope])
+    }
 }
+
+const A_BODY: &str = "a sublayer has a body";

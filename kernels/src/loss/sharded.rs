@@ -4,10 +4,9 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{LogProbs, LossOut, chunk_rows};
+use super::{Head, LogProbs, LossOut, chunk_rows};
 use crate::comm::Comm;
-use crate::linear::{linear, linear_backward};
-use crate::weight::Weight;
+use crate::linear::linear_backward;
 
 /// Where this rank's rows of the head stand in the vocabulary.
 pub struct Vocabulary<'a> {
@@ -20,14 +19,14 @@ pub struct Vocabulary<'a> {
     pub total: i64,
 }
 
-/// As [`super::linear_cross_entropy`] with a frozen head, of which `shard` `[v, H]` stands here. `hidden` is the same on
+/// As [`super::linear_cross_entropy`] with a frozen head, of which `shard` (a weight `[v, H]`) stands here. `hidden` is the same on
 /// every rank; so is the result.
 ///
 /// # Panics
 /// When a label lies outside the vocabulary, the numbers of rows differ, or a rank is lost.
 pub fn sharded_cross_entropy(
     hidden: &Tensor,
-    shard: &Weight,
+    shard: Head,
     vocabulary: &Vocabulary,
     labels: &[u32],
     weights: &[f32],
@@ -36,7 +35,7 @@ pub fn sharded_cross_entropy(
     let mut dhidden = Vec::new();
     let LogProbs { log_probs, correct } = in_chunks(hidden, shard, vocabulary, labels, |chunk, start| {
         let weights = &weights[start..start + chunk.rows.len()];
-        dhidden.push(linear_backward(&chunk.gradient(weights), shard));
+        dhidden.push(linear_backward(&chunk.gradient(shard, weights), shard.weight));
     });
     let losses = log_probs
         .iter()
@@ -58,12 +57,7 @@ pub fn sharded_cross_entropy(
 }
 
 /// As [`super::linear_log_probs`].
-pub fn sharded_log_probs(
-    hidden: &Tensor,
-    shard: &Weight,
-    vocabulary: &Vocabulary,
-    labels: &[u32],
-) -> LogProbs {
+pub fn sharded_log_probs(hidden: &Tensor, shard: Head, vocabulary: &Vocabulary, labels: &[u32]) -> LogProbs {
     in_chunks(hidden, shard, vocabulary, labels, |_, _| ())
 }
 
@@ -71,6 +65,8 @@ pub fn sharded_log_probs(
 struct Chunk {
     /// exp(logit - largest logit here), `[r, v]`.
     exponentials: Tensor,
+    /// What the gradient through a cap reads.
+    kept: Option<Tensor>,
     /// The label's column here, 0 where it stands elsewhere.
     columns: Vec<i64>,
     rows: Vec<Row>,
@@ -86,8 +82,8 @@ struct Row {
 }
 
 impl Chunk {
-    /// weight * (softmax - onehot(label)) of the columns held here, `[r, v]`.
-    fn gradient(self, weights: &[f32]) -> Tensor {
+    /// weight * (softmax - onehot(label)) of the columns held here, through the cap, `[r, v]`.
+    fn gradient(self, shard: Head, weights: &[f32]) -> Tensor {
         let device = self.exponentials.device();
         let column = |number: &dyn Fn(&Row, f32) -> f32| {
             let numbers = self
@@ -104,13 +100,13 @@ impl Chunk {
         let columns = Tensor::from_slice(&self.columns).to_device(device).unsqueeze(1);
         let mut gradient = self.exponentials;
         gradient *= factors;
-        gradient.scatter_add_(1, &columns, &labels)
+        shard.before_cap(gradient.scatter_add_(1, &columns, &labels), self.kept)
     }
 }
 
 fn in_chunks(
     hidden: &Tensor,
-    shard: &Weight,
+    shard: Head,
     vocabulary: &Vocabulary,
     labels: &[u32],
     mut chunk: impl FnMut(Chunk, usize),
@@ -134,13 +130,14 @@ fn in_chunks(
     LogProbs { log_probs, correct }
 }
 
-fn softmax(hidden: &Tensor, shard: &Weight, vocabulary: &Vocabulary, labels: &[u32]) -> Chunk {
+fn softmax(hidden: &Tensor, shard: Head, vocabulary: &Vocabulary, labels: &[u32]) -> Chunk {
     let Vocabulary { comm, start, .. } = *vocabulary;
-    let logits = linear(hidden, shard, None, &[]); // [r, v]
+    let logits = shard.logits(hidden); // [r, v]
+    let kept = shard.kept(&logits);
     let device = logits.device();
     let places: Vec<Option<i64>> = labels
         .iter()
-        .map(|&label| Some(i64::from(label) - start).filter(|place| (0..shard.n()).contains(place)))
+        .map(|&label| Some(i64::from(label) - start).filter(|place| (0..shard.weight.n()).contains(place)))
         .collect();
     let columns: Vec<i64> = places.iter().map(|place| place.unwrap_or(0)).collect();
     let owned: Vec<bool> = places.iter().map(Option::is_some).collect();
@@ -175,6 +172,7 @@ fn softmax(hidden: &Tensor, shard: &Weight, vocabulary: &Vocabulary, labels: &[u
     };
     Chunk {
         exponentials,
+        kept,
         columns,
         rows: (0..labels.len()).map(row).collect(),
     }
@@ -184,7 +182,7 @@ fn softmax(hidden: &Tensor, shard: &Weight, vocabulary: &Vocabulary, labels: &[u
 mod tests {
     use super::*;
     use crate::loss::{linear_cross_entropy, linear_log_probs};
-    use crate::weight::Precision;
+    use crate::weight::{Precision, Weight};
 
     #[test]
     fn ranks_together_are_one() {
@@ -194,23 +192,26 @@ mod tests {
         let head = Tensor::randn([vocabulary, width], float) * 0.5;
         let labels: Vec<u32> = (0..rows).map(|row| ((row * 7919) % vocabulary) as u32).collect();
         let weights: Vec<f32> = (0..rows).map(|row| (row % 3) as f32 * 0.5).collect();
-        let whole = Weight::new(&head, Precision::F32, Device::Cpu).expect("a matrix");
-        let expected = linear_cross_entropy(&hidden, &whole, &labels, &weights, None);
-        let alone = linear_log_probs(&hidden, &whole, &labels);
+        let weight = &Weight::new(&head, Precision::F32, Device::Cpu).expect("a matrix");
+        let cap = Some(3.0);
+        let whole = Head { weight, cap };
+        let expected = linear_cross_entropy(&hidden, whole, &labels, &weights, None);
+        let alone = linear_log_probs(&hidden, whole, &labels);
         for world in [2, 3, 4] {
             let widest = (vocabulary + world - 1) / world;
             let rank = |comm: Comm, hidden: Tensor, head: Tensor| {
                 let start = comm.rank() as i64 * widest;
                 let held = head.narrow(0, start, widest.min(vocabulary - start));
-                let shard = Weight::new(&held, Precision::F32, Device::Cpu).expect("a matrix");
+                let weight = &Weight::new(&held, Precision::F32, Device::Cpu).expect("a matrix");
+                let shard = Head { weight, cap };
                 let place = Vocabulary {
                     comm: &comm,
                     start,
                     widest,
                     total: vocabulary,
                 };
-                let loss = sharded_cross_entropy(&hidden, &shard, &place, &labels, &weights);
-                (loss, sharded_log_probs(&hidden, &shard, &place, &labels))
+                let loss = sharded_cross_entropy(&hidden, shard, &place, &labels, &weights);
+                (loss, sharded_log_probs(&hidden, shard, &place, &labels))
             };
             let results: Vec<(LossOut, LogProbs)> = std::thread::scope(|scope| {
                 let started: Vec<_> = Comm::threads(world as usize)

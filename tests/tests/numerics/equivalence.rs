@@ -9,7 +9,7 @@ use tandem_kernels::machine;
 use tandem_kernels::weight::Precision;
 use tch::{Kind, Tensor};
 
-use crate::fixture::{Fixture, NAMES, Table, max_difference};
+use crate::fixture::{FAMILIES, Fixture, NAMES, Table, max_difference};
 use crate::run::{Sequence, base, logprobs, packed, paged};
 use crate::training::tensors;
 
@@ -28,7 +28,7 @@ fn limit(decoder: &Decoder, close: f64) -> f64 {
 #[test]
 fn paged_is_packed_and_chunked_is_whole() {
     let mut table = Table::default();
-    for name in NAMES {
+    for name in NAMES.into_iter().chain(FAMILIES) {
         let fixture = Fixture::open(name);
         for (precision, close) in PRECISIONS {
             let decoder = fixture.decoder(precision);
@@ -112,7 +112,7 @@ fn mixed_adapters_answer_as_each_alone() {
 #[test]
 fn merged_weights_answer_as_the_adapter() {
     let mut table = Table::default();
-    for name in NAMES {
+    for name in NAMES.into_iter().chain(FAMILIES) {
         let fixture = Fixture::open(name);
         let decoder = fixture.decoder(Precision::F32);
         let checkpoint = Checkpoint::open(&fixture.folder).expect("the fixture opens");
@@ -156,7 +156,7 @@ fn merged_weights_answer_as_the_adapter() {
 
 #[test]
 fn a_peft_folder_comes_back_as_it_was() {
-    for name in NAMES {
+    for name in NAMES.into_iter().chain(FAMILIES) {
         let fixture = Fixture::open(name);
         let decoder = fixture.decoder(Precision::F32);
         let params = fixture.adapter_params("all", &decoder);

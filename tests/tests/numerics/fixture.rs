@@ -25,6 +25,28 @@ pub const NAMES: [&str; 7] = [
     "bf16",
 ];
 
+/// Of tests/numerics/families.py: each family, and each kind of rope that Llama's fixtures lack.
+pub const FAMILIES: [&str; 18] = [
+    "mistral",
+    "ministral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "longrope",
+    "olmo2",
+    "olmo3",
+    "granite",
+    "glm",
+    "glm4",
+    "cohere2",
+    "starcoder2",
+    "smollm3",
+    "yarn",
+];
+
 pub struct Fixture {
     pub name: &'static str,
     pub folder: PathBuf,
@@ -39,7 +61,7 @@ pub struct Fixture {
 pub struct Patch {
     pub fixture: String,
     pub file: String,
-    /// Null: left out.
+    /// Null: left out; "null": null.
     patch: Map<String, Value>,
     /// Whether it changes answers.
     pub changes: bool,
@@ -49,6 +71,7 @@ impl Patch {
     pub fn apply(&self) -> Fixture {
         let name = NAMES
             .into_iter()
+            .chain(FAMILIES)
             .find(|name| *name == self.fixture)
             .expect("a fixture");
         let place = tempfile::tempdir().expect("a folder");
@@ -60,6 +83,7 @@ impl Patch {
         for (field, value) in &self.patch {
             match value {
                 Value::Null => fields.remove(field),
+                Value::String(word) if word == "null" => fields.insert(field.clone(), Value::Null),
                 value => fields.insert(field.clone(), value.clone()),
             };
         }

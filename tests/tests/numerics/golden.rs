@@ -12,7 +12,9 @@ use tandem_core::dataset::Example;
 use tandem_core::job::{Hyper, Lora, Method};
 use tandem_kernels::weight::Precision;
 
-use crate::fixture::{Fixture, NAMES, Patch, Table, fixtures_folder, max_difference, relative_difference};
+use crate::fixture::{
+    FAMILIES, Fixture, NAMES, Patch, Table, fixtures_folder, max_difference, relative_difference,
+};
 use crate::run::{Sequence, base, logprobs, packed};
 use crate::training::{hyper, tensors};
 
@@ -23,7 +25,7 @@ const GRADIENT: f64 = 1e-4;
 #[test]
 fn logits_and_losses_are_transformers_and_pefts() {
     let mut table = Table::default();
-    for name in NAMES {
+    for name in NAMES.into_iter().chain(FAMILIES) {
         let fixture = Fixture::open(name);
         let decoder = fixture.decoder(Precision::F32);
         for prompt in ["short", "long"] {
@@ -137,7 +139,7 @@ fn loss_difference(fixture: &Fixture, decoder: &Decoder, adapter: Option<&Adapte
 #[test]
 fn gradients_of_a_and_b_are_pefts() {
     let mut table = Table::default();
-    for name in NAMES {
+    for name in NAMES.into_iter().chain(FAMILIES) {
         let fixture = Fixture::open(name);
         let decoder = fixture.decoder(Precision::F32);
         for adapter_name in fixture.adapters() {

@@ -10,7 +10,7 @@ use tandem_backend::lora::adapter::Adapter;
 use tandem_backend::lora::params::{AdapterParams, AdapterShape};
 use tandem_backend::lora::peft::{self, PeftConfig};
 use tandem_backend::model::Decoder;
-use tandem_backend::model::full::{FullParams, FullShape};
+use tandem_backend::model::full::FullParams;
 use tandem_backend::ranks::Team;
 use tandem_backend::train::{Inputs, Trainer};
 use tandem_backend::weights::Checkpoint;
@@ -57,12 +57,12 @@ fn models() -> [Model; 2] {
         });
         std::fs::write(folder.path().join("config.json"), config.to_string()).expect("it is written");
         let spec = read_spec(folder.path()).expect("a config we wrote");
-        let params = FullParams::init(FullShape::new(&spec), 11);
+        let params = FullParams::init(&spec, 11);
         for (id, _) in params.shape.ranges() {
             let mut view = params.view(id);
             match id {
                 ParamId::Embed | ParamId::Linear(_) | ParamId::Head => drop(view.g_mul_scalar_(6.0)),
-                ParamId::Bias(_) | ParamId::Norm(_) | ParamId::FinalNorm => {
+                ParamId::Bias(_) | ParamId::Norm(_) | ParamId::NormBias(_) => {
                     drop(view.g_add_(&(waves(&view.size(), 0.7) * 0.2)));
                 }
             }
