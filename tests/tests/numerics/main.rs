@@ -3,6 +3,7 @@
 
 mod demo;
 mod equivalence;
+mod families;
 mod fixture;
 mod golden;
 mod ranks;

@@ -2,7 +2,7 @@
 //! here, with more heads than the fixtures: 8 query heads over 4 KV heads, and over 2, which four ranks share; a ragged
 //! vocabulary; biases everywhere, or a tied head.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::json;
 use tandem_backend::family::{DecoderSpec, ParamId, read_spec};
@@ -90,33 +90,8 @@ impl Model {
         self.folder.path().to_owned()
     }
 
-    /// What `run` makes of each rank's part of the model, in rank order.
     fn on_ranks<T: Send>(&self, world: usize, run: impl Fn(Decoder) -> T + Sync) -> Vec<T> {
-        let (run, folder) = (&run, self.path());
-        std::thread::scope(|scope| {
-            let ranks: Vec<_> = Comm::threads(world)
-                .into_iter()
-                .map(|comm| {
-                    let (spec, folder) = (self.spec.clone(), folder.clone());
-                    scope.spawn(move || {
-                        let _no_grad = tch::no_grad_guard();
-                        pool::take_share(comm.rank(), world);
-                        let checkpoint = Checkpoint::open(&folder).expect("a checkpoint we wrote");
-                        let end = comm.clone();
-                        let decoder =
-                            Decoder::from_checkpoint(spec, &checkpoint, Precision::F32, Device::Cpu, comm);
-                        let result = run(decoder.expect("it can be divided so"));
-                        // Who leaves earlier is lost to the others.
-                        end.meet();
-                        result
-                    })
-                })
-                .collect();
-            ranks
-                .into_iter()
-                .map(|rank| rank.join().expect("a rank ends well"))
-                .collect()
-        })
+        on_ranks(&self.path(), &self.spec, world, run)
     }
 
     /// Two adapters: every module with ranks that differ, and few modules of one layer.
@@ -133,6 +108,40 @@ impl Model {
             shape,
         })
     }
+}
+
+/// What `run` makes of each rank's part of the model in `folder`, in rank order.
+pub fn on_ranks<T: Send>(
+    folder: &Path,
+    spec: &DecoderSpec,
+    world: usize,
+    run: impl Fn(Decoder) -> T + Sync,
+) -> Vec<T> {
+    let run = &run;
+    std::thread::scope(|scope| {
+        let ranks: Vec<_> = Comm::threads(world)
+            .into_iter()
+            .map(|comm| {
+                let spec = spec.clone();
+                scope.spawn(move || {
+                    let _no_grad = tch::no_grad_guard();
+                    pool::take_share(comm.rank(), world);
+                    let checkpoint = Checkpoint::open(folder).expect("a checkpoint");
+                    let end = comm.clone();
+                    let decoder =
+                        Decoder::from_checkpoint(spec, &checkpoint, Precision::F32, Device::Cpu, comm);
+                    let result = run(decoder.expect("it can be divided so"));
+                    // Who leaves earlier is lost to the others.
+                    end.meet();
+                    result
+                })
+            })
+            .collect();
+        ranks
+            .into_iter()
+            .map(|rank| rank.join().expect("a rank ends well"))
+            .collect()
+    })
 }
 
 #[test]

@@ -24,17 +24,9 @@ const ADAPTER: f64 = 1e-5;
 fn ten_lora_steps_are_pefts() {
     let fixture = Fixture::open("gqa_tied");
     let run = &fixture.numbers["lora_training"];
-    let lora = Lora {
-        r: run["lora"]["r"].as_u64().expect("a rank") as u32,
-        alpha: run["lora"]["lora_alpha"].as_f64().expect("alpha"),
-        dropout: 0.0,
-        target_modules: serde_json::from_value(run["lora"]["target_modules"].clone()).expect("names"),
-        use_rslora: false,
-    };
-    let hyper = hyper_of(&run["hyper"], Method::Lora(lora));
     let decoder = fixture.decoder(Precision::F32);
     let before = packed(&decoder, &[base(&fixture.tokens("long"))]).remove(0);
-    let job = Job::new(&examples(&run["examples"]), hyper);
+    let job = lora_job(run);
     let mut trainer = Trainer::start(job.spec.clone(), &decoder).expect("the job starts");
     let reports = finish(&mut trainer, Some(&decoder));
 
@@ -53,6 +45,21 @@ fn ten_lora_steps_are_pefts() {
 
     let after = packed(&decoder, &[base(&fixture.tokens("long"))]).remove(0);
     assert_eq!(before, after, "training changed the base");
+}
+
+/// What peft trained.
+pub fn lora_job(run: &Value) -> Job {
+    let lora = Lora {
+        r: run["lora"]["r"].as_u64().expect("a rank") as u32,
+        alpha: run["lora"]["lora_alpha"].as_f64().expect("alpha"),
+        dropout: 0.0,
+        target_modules: serde_json::from_value(run["lora"]["target_modules"].clone()).expect("names"),
+        use_rslora: false,
+    };
+    Job::new(
+        &examples(&run["examples"]),
+        hyper_of(&run["hyper"], Method::Lora(lora)),
+    )
 }
 
 #[test]
