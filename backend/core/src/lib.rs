@@ -3,6 +3,7 @@
 
 pub mod blocks;
 pub mod dataset;
+pub mod gguf;
 pub mod histogram;
 pub mod id;
 pub mod job;
