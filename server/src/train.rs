@@ -103,8 +103,8 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
     };
     let Found { folder: model, .. } = hub::find(&model, revision.as_deref(), Content::Model)?;
     tandem_backend::weights::check_folder(&model)?;
-    let model = model.canonicalize().map_err(at(&model))?;
-    let tokenizer = Tokenizer::from_folder(&model).map_err(TrainError::Tokenizer)?;
+    let model = crate::commands::replica::whole_path(&model).map_err(at(&model))?;
+    let tokenizer = Tokenizer::open(&model).map_err(TrainError::Tokenizer)?;
     let spec = tandem_backend::family::read_spec(&model)?;
     let bounds = Bounds {
         hidden_size: u32::try_from(spec.hidden).unwrap_or(u32::MAX),

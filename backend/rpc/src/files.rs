@@ -26,6 +26,11 @@ const TEXT: [&str; 7] = [
 pub struct ModelFiles(Vec<(String, Vec<u8>)>);
 
 impl ModelFiles {
+    /// Of a model without a folder.
+    pub fn made(files: Vec<(String, Vec<u8>)>) -> ModelFiles {
+        ModelFiles(files)
+    }
+
     pub fn read(folder: &Path) -> io::Result<ModelFiles> {
         let mut files = Vec::new();
         for name in MODEL.iter().chain(&TEXT) {

@@ -33,7 +33,7 @@ pub use spec::{
     NormId, NormKind, NormSpec, Param, ParamId, Part, QkNorm, Section, Sublayer,
 };
 
-use crate::weights::{LoadError, check_folder};
+use crate::weights::{LoadError, check_folder, gguf};
 use config::Config;
 
 /// What a config.json may be of. transformers chooses by the type, vLLM by the architecture: they must agree.
@@ -64,10 +64,13 @@ const FAMILIES: [Family; 17] = [
     Family { architecture: "SmolLM3ForCausalLM", model_type: "smollm3", spec: smollm3::spec },
 ];
 
-/// Reads `folder`/config.json (and generation_config.json when there is one).
+/// Reads `folder`/config.json (and generation_config.json when there is one), or what stands for it in a GGUF file.
 pub fn read_spec(folder: &Path) -> Result<DecoderSpec, LoadError> {
     check_folder(folder)?;
-    let config = Config::read(folder, "config.json")?;
+    let config = match gguf::is_gguf(folder) {
+        true => Config::new(gguf::CONFIG, "", gguf::Model::open(folder)?.config()?),
+        false => Config::read(folder, "config.json")?,
+    };
     let generation = match folder.join("generation_config.json").exists() {
         true => Some(Config::read(folder, "generation_config.json")?),
         false => None,

@@ -1,22 +1,24 @@
-//! Is this a model's folder? Says what it is instead, and what to do with that.
+//! Is this a model? Says what it is instead, and what to do with that.
 
 use std::path::Path;
 
 use super::LoadError;
+use super::gguf::is_gguf;
 
 /// How a model is written in the layout that is read here.
 const CONVERT: &str = "transformers writes that layout: AutoModelForCausalLM.from_pretrained(..).save_pretrained(FOLDER), and AutoTokenizer likewise";
-const GGUF: &str = "GGUF files are not supported yet. transformers makes a folder of one: \
-     AutoModelForCausalLM.from_pretrained(DIR, gguf_file=NAME).save_pretrained(FOLDER), and AutoTokenizer likewise";
+const GGUF: &str =
+    "it holds GGUF files: name the one that is wanted (of several parts the first) with --model";
 
-/// A folder with a config.json, or an error that says what was found.
+/// A folder with a config.json or a GGUF file, or an error that says what was found.
 pub fn check_folder(folder: &Path) -> Result<(), LoadError> {
     let why = match folder {
         _ if folder.join("config.json").exists() => return Ok(()),
         _ if !folder.exists() => "there is no such folder, and a name on the hub is ORG/NAME".to_owned(),
-        _ if is_gguf(folder) => GGUF.to_owned(),
+        _ if is_gguf(folder) => return Ok(()),
         _ if folder.is_file() => {
-            "it is a file: a folder with config.json, tokenizer.json and model.safetensors is wanted"
+            "it is a file: a folder with config.json, tokenizer.json and model.safetensors is wanted, or a file that is \
+             called *.gguf"
                 .to_owned()
         }
         _ if folder.join("adapter_config.json").exists() => {
@@ -67,11 +69,4 @@ fn holds(folder: &Path, wanted: impl Fn(&Path) -> bool) -> bool {
     entries
         .map(|entry| entry.path())
         .any(|path| path.is_file() && wanted(&path))
-}
-
-fn is_gguf(path: &Path) -> bool {
-    path.is_file()
-        && path
-            .extension()
-            .is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
 }

@@ -1,5 +1,6 @@
-//! A checkpoint in Hugging Face layout: `model.safetensors`, or shards with `model.safetensors.index.json`. Files are
-//! memory-mapped and a tensor is read when it is asked for. Not here: what the tensors mean.
+//! A checkpoint in Hugging Face layout: `model.safetensors`, or shards with `model.safetensors.index.json`; or a GGUF file
+//! that is read as if it were one (`gguf`). Files are memory-mapped and a tensor is read when it is asked for. Not here:
+//! what the tensors mean.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
@@ -16,6 +17,7 @@ use tch::{Kind, Tensor};
 use crate::family::Head;
 
 mod folder;
+pub mod gguf;
 
 pub use folder::check_folder;
 
@@ -46,13 +48,14 @@ const INDEX: &str = "model.safetensors.index.json";
 /// The embedding table and the output head as checkpoints name them.
 pub const EMBED: &str = "model.embed_tokens.weight";
 pub const HEAD: &str = "lm_head.weight";
-/// Does the folder hold weights at all? (A model to be made has only its config.json and tokenizer.)
-pub fn has_weights(folder: &Path) -> bool {
-    [WEIGHTS, INDEX].iter().any(|file| folder.join(file).exists())
+/// Does the model have weights at all? (One to be made is a folder with only its config.json and tokenizer.)
+pub fn has_weights(model: &Path) -> bool {
+    gguf::is_gguf(model) || [WEIGHTS, INDEX].iter().any(|file| model.join(file).exists())
 }
 
 pub struct Checkpoint {
-    folder: PathBuf,
+    /// A folder, or a GGUF file.
+    path: PathBuf,
     files: Vec<(String, MappedFile)>,
     tensors: HashMap<String, Entry>,
     notes: Vec<String>,
@@ -61,18 +64,38 @@ pub struct Checkpoint {
 #[derive(Clone)]
 struct Entry {
     file: usize,
-    dtype: Dtype,
+    stored: Stored,
     shape: Vec<i64>,
     /// Bytes inside the file.
     start: usize,
     end: usize,
 }
 
+/// How a tensor's numbers are stored.
+#[derive(Clone, PartialEq)]
+enum Stored {
+    Plain(Dtype),
+    Gguf(gguf::Stored),
+}
+
+impl Stored {
+    /// What it is nearest to in torch, if a decoder can be made of it.
+    fn kind(&self) -> Option<Kind> {
+        match self {
+            Stored::Plain(dtype) => kind(*dtype),
+            Stored::Gguf(stored) => Some(stored.torch_kind()),
+        }
+    }
+}
+
 impl Checkpoint {
     /// As transformers: one whole file goes before shards, and of a tensor in two shards the last one is taken.
     pub fn open(folder: &Path) -> Result<Checkpoint, LoadError> {
+        if gguf::is_gguf(folder) {
+            return Checkpoint::of_gguf(folder);
+        }
         let mut checkpoint = Checkpoint {
-            folder: folder.to_owned(),
+            path: folder.to_owned(),
             files: vec![],
             tensors: HashMap::new(),
             notes: vec![],
@@ -97,8 +120,28 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    fn of_gguf(path: &Path) -> Result<Checkpoint, LoadError> {
+        let model = gguf::Model::open(path)?;
+        let tensors = model.tensors()?.into_iter().map(|found| {
+            let entry = Entry {
+                file: found.file,
+                stored: Stored::Gguf(found.stored),
+                shape: found.shape,
+                start: found.bytes.start,
+                end: found.bytes.end,
+            };
+            (found.name, entry)
+        });
+        Ok(Checkpoint {
+            path: path.to_owned(),
+            tensors: tensors.collect(),
+            notes: vec![],
+            files: model.into_files(),
+        })
+    }
+
     fn add(&mut self, name: String) -> Result<(), LoadError> {
-        let path = self.folder.join(&name);
+        let path = self.path.join(&name);
         let mapped = MappedFile::open(&path).map_err(|error| LoadError::Read {
             file: path.display().to_string(),
             error,
@@ -118,7 +161,7 @@ impl Checkpoint {
             let start = view.data().as_ptr() as usize - bytes.as_ptr() as usize;
             let entry = Entry {
                 file: self.files.len(),
-                dtype: view.dtype(),
+                stored: Stored::Plain(view.dtype()),
                 shape: view.shape().iter().map(|&n| n as i64).collect(),
                 start,
                 end: start + view.data().len(),
@@ -173,7 +216,7 @@ impl Checkpoint {
         let bytes = |name| {
             let entry: &Entry = self.tensors.get(name)?;
             let bytes = &self.files[entry.file].1.bytes()[entry.start..entry.end];
-            Some((entry.dtype, bytes))
+            Some((&entry.stored, bytes))
         };
         match (bytes(one), bytes(other)) {
             (Some(one), Some(other)) => one != other,
@@ -194,12 +237,10 @@ impl Checkpoint {
         }
     }
 
-    /// The tensor as stored (bf16, f16 or f32): convert or pack it, do not keep it.
+    /// The tensor as stored (bf16, f16 or f32; of a GGUF in f32): convert or pack it, do not keep it.
     pub fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor, LoadError> {
-        let (entry, mapped, kind) = self.find(name, shape)?;
-        let tensor = mapped.tensor(entry.start..entry.end, kind, shape)?;
-        self.check_finite(name, &tensor)?;
-        Ok(tensor)
+        let (rows, columns) = (shape[0], shape[1..].iter().product());
+        Ok(self.part(name, shape, 0..rows, 0..columns)?.view(shape))
     }
 
     /// Some rows of a vector, or some rows and columns of a matrix, whose whole shape is `shape`; nothing else is read.
@@ -210,14 +251,24 @@ impl Checkpoint {
         rows: Range<i64>,
         columns: Range<i64>,
     ) -> Result<Tensor, LoadError> {
-        let (entry, mapped, kind) = self.find(name, shape)?;
-        let width = shape[1..].iter().product::<i64>();
+        let (entry, mapped) = self.find(name, shape)?;
+        let width = shape[1..].iter().product::<i64>() as usize;
         let columns = if shape.len() == 1 { 0..1 } else { columns };
-        let block = Block {
-            rows: rows.start as usize..rows.end as usize,
-            columns: columns.start as usize..columns.end as usize,
+        let rows = rows.start as usize..rows.end as usize;
+        let columns = columns.start as usize..columns.end as usize;
+        let part = match &entry.stored {
+            Stored::Plain(dtype) => {
+                let kind = kind(*dtype).ok_or_else(|| LoadError::Weights {
+                    file: self.file_of(name).to_owned(),
+                    message: format!("tensor `{name}` is {dtype:?}; BF16, F16 and F32 are supported"),
+                })?;
+                mapped.block(entry.start, kind, width, Block { rows, columns })?
+            }
+            Stored::Gguf(stored) => {
+                let bytes = &mapped.bytes()[entry.start..entry.end];
+                stored.read(bytes, rows, columns, width)
+            }
         };
-        let part = mapped.block(entry.start, kind, width as usize, block)?;
         self.check_finite(name, &part)?;
         Ok(if shape.len() == 1 { part.view([-1]) } else { part })
     }
@@ -237,7 +288,7 @@ impl Checkpoint {
         })
     }
 
-    fn find(&self, name: &str, shape: &[i64]) -> Result<(&Entry, &MappedFile, Kind), LoadError> {
+    fn find(&self, name: &str, shape: &[i64]) -> Result<(&Entry, &MappedFile), LoadError> {
         let Some(entry) = self.tensors.get(name) else {
             let file = self
                 .files
@@ -252,31 +303,27 @@ impl Checkpoint {
             return Err(LoadError::Weights { file, message });
         };
         let (file, mapped) = &self.files[entry.file];
-        let wrong = |message: String| LoadError::Weights {
-            file: file.clone(),
-            message,
-        };
         if entry.shape != shape {
-            let message = format!(
-                "tensor `{name}` has shape {:?}, config.json makes it {shape:?}",
-                entry.shape
-            );
-            return Err(wrong(message));
+            let described = match entry.stored {
+                Stored::Plain(_) => "config.json",
+                Stored::Gguf(_) => "the metadata",
+            };
+            return Err(LoadError::Weights {
+                file: file.clone(),
+                message: format!(
+                    "tensor `{name}` has shape {:?}, {described} makes it {shape:?}",
+                    entry.shape
+                ),
+            });
         }
-        let kind = kind(entry.dtype).ok_or_else(|| {
-            wrong(format!(
-                "tensor `{name}` is {:?}; BF16, F16 and F32 are supported",
-                entry.dtype
-            ))
-        })?;
-        Ok((entry, mapped, kind))
+        Ok((entry, mapped))
     }
 
     /// The dtype most bytes are stored in.
     pub fn main_kind(&self) -> Kind {
         let mut bytes: BTreeMap<&str, (usize, Kind)> = BTreeMap::new();
         for entry in self.tensors.values() {
-            let Some(kind) = kind(entry.dtype) else { continue };
+            let Some(kind) = entry.stored.kind() else { continue };
             let name = match kind {
                 Kind::BFloat16 => "bf16",
                 Kind::Half => "f16",
@@ -290,15 +337,21 @@ impl Checkpoint {
             .map_or(Kind::Float, |(_, kind)| kind)
     }
 
-    /// SHA-256 over config.json and the weight files, each behind its length. The identity of the base.
+    /// SHA-256 over config.json (a GGUF has none beside it) and the weight files, each behind its length. The identity of
+    /// the base.
     pub fn digest(&self) -> Result<Digest, LoadError> {
-        let config = std::fs::read(self.folder.join("config.json")).map_err(|error| LoadError::Read {
-            file: "config.json".to_owned(),
-            error,
-        })?;
+        let config = match gguf::is_gguf(&self.path) {
+            true => None,
+            false => {
+                let config = std::fs::read(self.path.join("config.json"));
+                Some(config.map_err(|error| LoadError::Read {
+                    file: "config.json".to_owned(),
+                    error,
+                })?)
+            }
+        };
         let mut hasher = Sha256::new();
-        for bytes in std::iter::once(config.as_slice()).chain(self.files.iter().map(|(_, file)| file.bytes()))
-        {
+        for bytes in (config.as_deref().into_iter()).chain(self.files.iter().map(|(_, file)| file.bytes())) {
             hasher.update((bytes.len() as u64).to_le_bytes());
             hasher.update(bytes);
         }

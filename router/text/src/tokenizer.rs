@@ -2,6 +2,8 @@
 //! language (`chat`), incremental text (`stream`).
 
 mod folder;
+pub mod gguf;
+mod pretokenizers;
 mod templates;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -11,7 +13,7 @@ use std::sync::Arc;
 use crate::bytes::TokenBytes;
 use crate::chat::{ChatTemplate, Ending, Kwargs, Message};
 use crate::error::TextError;
-use folder::Folder;
+use folder::{Folder, Source};
 use templates::Templates;
 
 /// Cheap to clone, safe to share.
@@ -51,9 +53,17 @@ pub(crate) struct Placed {
 }
 
 impl Tokenizer {
+    /// Of a model's folder or GGUF file.
+    pub fn open(model: &Path) -> Result<Tokenizer, TextError> {
+        match model.is_file() {
+            true => Tokenizer::new(Folder::read(&Source::Made(model, &gguf::files(model)?))?),
+            false => Tokenizer::from_folder(model),
+        }
+    }
+
     /// Reads tokenizer.json and what lies beside it (`folder`).
     pub fn from_folder(folder: &Path) -> Result<Tokenizer, TextError> {
-        Tokenizer::new(Folder::read(folder)?)
+        Tokenizer::new(Folder::read(&Source::Folder(folder))?)
     }
 
     fn new(folder: Folder) -> Result<Tokenizer, TextError> {

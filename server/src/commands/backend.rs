@@ -13,7 +13,7 @@ use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
 use tandem_core::replica::{Command, ReplicaHandle};
-use tandem_rpc::{ModelFiles, Service};
+use tandem_rpc::Service;
 use tandem_store::Artifacts;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -63,7 +63,7 @@ pub fn run(options: Backend, given: &Given) -> Result<()> {
             names.join(" ")
         )));
     };
-    let files = ModelFiles::read(&folder).context("the model's files")?;
+    let files = replica::files(&folder)?;
     let engine = replica::engine_options(&model, &folder, ranks::team(&model, started)?)?;
     let replica =
         tandem_backend::start(engine).with_context(|| format!("the model in {}", folder.display()))?;

@@ -30,16 +30,28 @@ pub fn model(options: &ModelOptions, data_dir: &Path) -> Result<(PathBuf, Vec<St
     };
     let Found { folder, name } = hub::find(folder, options.revision.as_deref(), Content::Model)?;
     tandem_backend::weights::check_folder(&folder)?;
-    let whole = folder
-        .canonicalize()
-        .with_context(|| format!("the model {}", folder.display()))?;
-    let own_name = || match (name, whole.file_name()) {
+    let whole = whole_path(&folder).with_context(|| format!("the model {}", folder.display()))?;
+    let of_path = if whole.is_file() {
+        whole.file_stem()
+    } else {
+        whole.file_name()
+    };
+    let own_name = || match (name, of_path) {
         (Some(name), _) => name.as_str().to_owned(),
         (None, Some(name)) => name.to_string_lossy().into_owned(),
         (None, None) => "model".to_owned(),
     };
     let names = names(given.clone(), own_name);
     Ok((whole, names))
+}
+
+/// From the root on. A file keeps the name that it was given by: where it is a link, what it points to (a blob of the hub's
+/// cache) may be called anything and lie without the other parts.
+pub fn whole_path(model: &Path) -> std::io::Result<PathBuf> {
+    match (model.is_file(), model.parent(), model.file_name()) {
+        (true, Some(parent), Some(name)) => Ok(std::path::absolute(parent)?.canonicalize()?.join(name)),
+        _ => model.canonicalize(),
+    }
 }
 
 /// Each once, in their order.
@@ -54,6 +66,16 @@ pub fn names(given: Vec<String>, own: impl FnOnce() -> String) -> Vec<String> {
         names.push(own());
     }
     names
+}
+
+/// The small files that travel with a replica's description.
+pub fn files(model: &Path) -> Result<ModelFiles> {
+    match model.is_file() {
+        true => Ok(ModelFiles::made(
+            tandem_text::tokenizer::gguf::files(model).context("the model's tokenizer")?,
+        )),
+        false => ModelFiles::read(model).context("the model's files"),
+    }
 }
 
 /// What was not asked is the backend's to choose.
@@ -85,7 +107,7 @@ pub fn engine_options(options: &ModelOptions, folder: &Path, team: Team) -> Resu
 /// The replica of this process. It is started now, so that what is wrong with it is said at once; and again, whenever it
 /// is lost.
 pub fn member(options: tandem_backend::Options, model_name: String) -> Result<Member> {
-    let files = ModelFiles::read(&options.model_folder).context("the model's files")?;
+    let files = files(&options.model_folder)?;
     let place = options.model_folder.display().to_string();
     let first = tandem_backend::start(options.clone()).with_context(|| format!("the model in {place}"))?;
     let first = Mutex::new(Some(first));

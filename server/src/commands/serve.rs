@@ -29,7 +29,7 @@ pub fn run(options: Serve, given: &Given) -> Result<()> {
     edge::make_data_dir(&state.artifacts.data_dir)?;
     let adapters = edge::adapters(&options)?;
     let (folder, names) = replica::model(&model, &state.artifacts.data_dir)?;
-    let tokenizer = Tokenizer::from_folder(&folder).context("the model's tokenizer")?;
+    let tokenizer = Tokenizer::open(&folder).context("the model's tokenizer")?;
     let engine = replica::engine_options(&model, &folder, ranks::team(&model, started)?)?;
     let member = replica::member(engine, names[0].clone())?;
     runtime()?.block_on(async {

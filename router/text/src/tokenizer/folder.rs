@@ -85,11 +85,64 @@ impl Declared {
     }
 }
 
+/// Where the files are.
+pub(super) enum Source<'a> {
+    Folder(&'a Path),
+    /// Of a model without a folder, with the path of what they were made from.
+    Made(&'a Path, &'a [(String, Vec<u8>)]),
+}
+
+impl Source<'_> {
+    /// For errors.
+    fn path(&self, file: &str) -> PathBuf {
+        match self {
+            Source::Folder(folder) | Source::Made(folder, _) => folder.join(file),
+        }
+    }
+
+    /// `None`: there is no such file.
+    fn bytes(&self, file: &str) -> Result<Option<Vec<u8>>, TextError> {
+        match self {
+            Source::Made(_, files) => {
+                let found = files.iter().find(|(name, _)| name == file);
+                Ok(found.map(|(_, content)| content.clone()))
+            }
+            Source::Folder(folder) => match std::fs::read(folder.join(file)) {
+                Ok(bytes) => Ok(Some(bytes)),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+                Err(error) => Err(TextError::Read {
+                    path: self.path(file),
+                    message: error.to_string(),
+                }),
+            },
+        }
+    }
+
+    fn text(&self, file: &str) -> Result<Option<String>, TextError> {
+        let text = self.bytes(file)?.map(String::from_utf8).transpose();
+        text.map_err(|error| TextError::Damaged {
+            path: self.path(file),
+            message: error.to_string(),
+        })
+    }
+
+    fn json<T: for<'de> Deserialize<'de>>(&self, file: &str) -> Result<Option<T>, TextError> {
+        let json = self
+            .bytes(file)?
+            .map(|bytes| serde_json::from_slice(&bytes))
+            .transpose();
+        json.map_err(|error| TextError::Damaged {
+            path: self.path(file),
+            message: error.to_string(),
+        })
+    }
+}
+
 impl Folder {
-    pub fn read(folder: &Path) -> Result<Folder, TextError> {
-        let mut library = read_library(folder)?;
-        let config_path = folder.join(CONFIG);
-        let mut config: Map<String, Json> = read_json(&config_path)?.unwrap_or_default();
+    pub fn read(source: &Source) -> Result<Folder, TextError> {
+        let mut library = read_library(source)?;
+        let config_path = source.path(CONFIG);
+        let mut config: Map<String, Json> = source.json(CONFIG)?.unwrap_or_default();
         let damaged = |key: &str, error: serde_json::Error| TextError::Damaged {
             path: config_path.clone(),
             message: format!("{key}: {error}"),
@@ -102,10 +155,11 @@ impl Folder {
             }
             None => {
                 config.extend(
-                    read_json::<Map<String, Json>>(&folder.join(SPECIAL_TOKENS_MAP))?.unwrap_or_default(),
+                    source
+                        .json::<Map<String, Json>>(SPECIAL_TOKENS_MAP)?
+                        .unwrap_or_default(),
                 );
-                let listed: BTreeMap<String, u32> =
-                    read_json(&folder.join(ADDED_TOKENS))?.unwrap_or_default();
+                let listed: BTreeMap<String, u32> = source.json(ADDED_TOKENS)?.unwrap_or_default();
                 added.extend(listed.into_iter().map(|(text, id)| (id, Declared::Text(text))));
             }
         }
@@ -158,7 +212,7 @@ impl Folder {
             .collect();
         Ok(Folder {
             post_processor: post_processor(&library, &config, &named_tokens)?,
-            templates: templates(folder, config.remove("chat_template"))?,
+            templates: templates(source, config.remove("chat_template"))?,
             library,
             named_tokens,
         })
@@ -200,16 +254,16 @@ fn add_missing(
     Ok(())
 }
 
-fn read_library(folder: &Path) -> Result<tokenizers::Tokenizer, TextError> {
-    let path = folder.join(TOKENIZER);
-    let json = std::fs::read(&path).map_err(|error| {
-        let hint = match folder.join("tokenizer.model").exists() {
+fn read_library(source: &Source) -> Result<tokenizers::Tokenizer, TextError> {
+    let path = source.path(TOKENIZER);
+    let json = source.bytes(TOKENIZER)?.ok_or_else(|| {
+        let hint = match source.path("tokenizer.model").exists() {
             true => "; tokenizer.model alone is not read: save the model once with transformers to get tokenizer.json",
             false => "",
         };
         TextError::Read {
             path: path.clone(),
-            message: format!("{error}{hint}"),
+            message: format!("there is no such file{hint}"),
         }
     })?;
     tokenizers::Tokenizer::from_bytes(json).map_err(|error| TextError::Damaged {
@@ -261,17 +315,21 @@ fn post_processor(
         .map_err(|error| refused(error.to_string()))
 }
 
-fn templates(folder: &Path, configured: Option<Json>) -> Result<BTreeMap<String, String>, TextError> {
+fn templates(source: &Source, configured: Option<Json>) -> Result<BTreeMap<String, String>, TextError> {
     let mut templates = BTreeMap::new();
-    templates.extend(read_text(&folder.join(TEMPLATE))?.map(|source| ("default".to_owned(), source)));
-    let more = folder.join(MORE_TEMPLATES);
+    templates.extend(
+        source
+            .text(TEMPLATE)?
+            .map(|source| ("default".to_owned(), source)),
+    );
+    let more = source.path(MORE_TEMPLATES);
     let unreadable = |error: std::io::Error| TextError::Read {
         path: more.clone(),
         message: error.to_string(),
     };
     let entries = match std::fs::read_dir(&more) {
         Ok(entries) => Some(entries),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+        Err(_) if !more.is_dir() => None,
         Err(error) => return Err(unreadable(error)),
     };
     for entry in entries.into_iter().flatten() {
@@ -279,7 +337,8 @@ fn templates(folder: &Path, configured: Option<Json>) -> Result<BTreeMap<String,
         if let (Some(name), Some("jinja")) = (path.file_stem(), path.extension().and_then(|end| end.to_str()))
         {
             let name = name.to_string_lossy().into_owned();
-            templates.extend(read_text(&path)?.map(|source| (name, source)));
+            let source = std::fs::read_to_string(&path).map_err(unreadable)?;
+            templates.insert(name, source);
         }
     }
     if !templates.is_empty() {
@@ -300,7 +359,7 @@ fn templates(folder: &Path, configured: Option<Json>) -> Result<BTreeMap<String,
     let (path, configured) = match configured.filter(|configured| !configured.is_null()) {
         Some(configured) => (CONFIG, Some(configured)),
         None => {
-            let file: Option<Map<String, Json>> = read_json(&folder.join(PROCESSOR_TEMPLATE))?;
+            let file: Option<Map<String, Json>> = source.json(PROCESSOR_TEMPLATE)?;
             (
                 PROCESSOR_TEMPLATE,
                 file.and_then(|mut file| file.remove("chat_template")),
@@ -312,7 +371,7 @@ fn templates(folder: &Path, configured: Option<Json>) -> Result<BTreeMap<String,
             .map(serde_json::from_value)
             .transpose()
             .map_err(|error| TextError::Damaged {
-                path: folder.join(path),
+                path: source.path(path),
                 message: format!("chat_template: {error}"),
             })?;
     Ok(match configured {
@@ -324,26 +383,4 @@ fn templates(folder: &Path, configured: Option<Json>) -> Result<BTreeMap<String,
             .collect(),
         Some(Configured::Named(named)) => named,
     })
-}
-
-/// `None`: there is no such file.
-fn read_text(path: &Path) -> Result<Option<String>, TextError> {
-    match std::fs::read_to_string(path) {
-        Ok(text) => Ok(Some(text)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(TextError::Read {
-            path: path.to_owned(),
-            message: error.to_string(),
-        }),
-    }
-}
-
-fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<Option<T>, TextError> {
-    let damaged = |error: serde_json::Error| TextError::Damaged {
-        path: PathBuf::from(path),
-        message: error.to_string(),
-    };
-    read_text(path)?
-        .map(|text| serde_json::from_str(&text).map_err(damaged))
-        .transpose()
 }
