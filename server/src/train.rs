@@ -18,6 +18,7 @@ use tandem_core::job::{JobEvent, JobSpec, Life, base_model, files};
 use tandem_router::api::RouterError;
 use tandem_router::hyper::{self, Bounds, Facts, Tuning};
 use tandem_text::dataset::{BadLine, Options, read_rows, tokenize};
+use tandem_text::tokenizer::gguf;
 use tandem_text::{TextError, Tokenizer};
 
 use crate::hub::{self, Content, Found, HubError};
@@ -188,6 +189,13 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
                 output_dir.display()
             );
             return Ok(Outcome::Stopped(signal));
+        }
+    }
+    if tuning == Tuning::Full && model.is_file() {
+        // A folder's other files are copied with it; those of a GGUF are made.
+        for (name, content) in gguf::files(&model).map_err(TrainError::Tokenizer)? {
+            let path = output_dir.join(name);
+            std::fs::write(&path, content).map_err(at(&path))?;
         }
     }
     record.finish(&output_dir)?;

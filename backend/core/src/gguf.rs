@@ -7,7 +7,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 
-pub use head::{Gguf, TensorInfo, is_name, siblings};
+pub use head::{Gguf, MAGIC, TensorInfo, is_name, siblings};
 
 /// What is wrong with a file, with its name, the key or tensor, and numbers.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use serde_json::Value;
 use tandem_core::job::{JobEvent, JobSpec, Method, files};
 use tandem_kernels::weight::Precision;
 use tch::{Device, Kind};
@@ -10,7 +11,7 @@ use tracing::warn;
 use super::{TrainError, Trainer, state};
 use crate::model::Decoder;
 use crate::start;
-use crate::weights::WEIGHTS;
+use crate::weights::{CONFIG, WEIGHTS, gguf};
 
 pub struct RunOptions {
     /// `spec.folder` holds the datasets and receives the results.
@@ -118,6 +119,11 @@ fn copy_configuration(from: &Path, to: &Path) -> Result<(), TrainError> {
         file: file.to_owned(),
         error,
     };
+    if gguf::is_gguf(from) {
+        // The tokenizer's files are the caller's to make: text is not known here.
+        let config = Value::Object(gguf::Model::open(from)?.config()?);
+        return std::fs::write(to.join(CONFIG), config.to_string()).map_err(|error| copied(error, CONFIG));
+    }
     let entries = std::fs::read_dir(from).map_err(|error| copied(error, "the model folder"))?;
     for entry in entries.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();

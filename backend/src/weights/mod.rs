@@ -42,6 +42,8 @@ pub enum LoadError {
     Kernel(#[from] tandem_kernels::KernelError),
 }
 
+/// What a folder's model is.
+pub const CONFIG: &str = "config.json";
 /// The single weight file's name.
 pub const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";

@@ -48,8 +48,9 @@ pub fn model(options: &ModelOptions, data_dir: &Path) -> Result<(PathBuf, Vec<St
 /// From the root on. A file keeps the name that it was given by: where it is a link, what it points to (a blob of the hub's
 /// cache) may be called anything and lie without the other parts.
 pub fn whole_path(model: &Path) -> std::io::Result<PathBuf> {
-    match (model.is_file(), model.parent(), model.file_name()) {
-        (true, Some(parent), Some(name)) => Ok(std::path::absolute(parent)?.canonicalize()?.join(name)),
+    let path = std::path::absolute(model)?;
+    match (path.is_file(), path.parent(), path.file_name()) {
+        (true, Some(parent), Some(name)) => Ok(parent.canonicalize()?.join(name)),
         _ => model.canonicalize(),
     }
 }

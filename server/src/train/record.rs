@@ -9,8 +9,8 @@ use std::time::UNIX_EPOCH;
 use serde::{Deserialize, Serialize};
 use serde_norway::{Mapping, Value};
 use sha2::{Digest, Sha256};
-use tandem_core::id;
 use tandem_core::job::{Hyper, Lora, Method, files};
+use tandem_core::{gguf, id};
 
 const FILE: &str = "run.yaml";
 /// What full training makes, where LoRA makes [`files::ADAPTER`].
@@ -292,15 +292,22 @@ pub fn digest(bytes: &[u8]) -> Value {
 }
 
 /// What stands for a model's content without reading all of it: names, sizes and times of its files.
-pub fn model_digest(folder: &Path) -> io::Result<Value> {
+pub fn model_digest(model: &Path) -> io::Result<Value> {
+    let (folder, first) = match (model.is_file(), model.parent(), model.file_name()) {
+        (true, Some(folder), Some(name)) => (folder, Some(name.to_string_lossy())),
+        _ => (model, None),
+    };
+    let parts = first.map(|first| gguf::siblings(&first).unwrap_or_else(|_| vec![first.into_owned()]));
+    let is_its_own = |name: &String| match &parts {
+        Some(parts) => parts.contains(name),
+        None => name == "config.json" || name.ends_with(".safetensors"),
+    };
     let mut files = Vec::new();
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
-        let (name, about) = (
-            entry.file_name().to_string_lossy().into_owned(),
-            fs::metadata(entry.path())?,
-        );
-        if name == "config.json" || name.ends_with(".safetensors") {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if is_its_own(&name) {
+            let about = fs::metadata(entry.path())?;
             let changed = about.modified()?.duration_since(UNIX_EPOCH).unwrap_or_default();
             files.push((name, about.len(), changed.as_secs()));
         }

@@ -6,7 +6,8 @@ use std::io::Read;
 
 use super::{GgufError, Metadata, Value};
 
-const MAGIC: [u8; 4] = *b"GGUF";
+/// What a file begins with.
+pub const MAGIC: [u8; 4] = *b"GGUF";
 /// docs/gguf.md: keys are at most 2^16 - 1 bytes long.
 const MAX_KEY_BYTES: u64 = 65_535;
 /// ggml.h, GGML_MAX_DIMS.

@@ -7,6 +7,8 @@ mod names;
 #[cfg(test)]
 mod tests;
 
+use std::fs::File;
+use std::io::Read;
 use std::ops::Range;
 use std::path::Path;
 
@@ -29,12 +31,19 @@ impl From<GgufError> for LoadError {
 /// What errors call the configuration that is made of the metadata.
 pub const CONFIG: &str = "the GGUF's metadata as a config.json";
 
-/// Is it a file that is called as GGUF files are? (What is wrong inside is said when it is opened.)
+/// Is it a file that is called as GGUF files are, or that begins as they do (a blob of a cache has no name)? What else is
+/// wrong with it is said when it is opened.
 pub fn is_gguf(path: &Path) -> bool {
-    path.is_file()
-        && path
-            .file_name()
+    let is_named = || {
+        path.file_name()
             .is_some_and(|name| format::is_name(&name.to_string_lossy()))
+    };
+    let begins = || {
+        let mut magic = [0; 4];
+        let read = File::open(path).and_then(|mut file| file.read_exact(&mut magic));
+        read.is_ok() && magic == format::MAGIC
+    };
+    path.is_file() && (is_named() || begins())
 }
 
 /// All parts, the first of which holds the metadata.

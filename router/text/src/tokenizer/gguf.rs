@@ -103,11 +103,12 @@ fn from_metadata(metadata: &Metadata) -> Result<Files, TextError> {
     let config = config(metadata, &vocabulary, adds_bos).map_err(damaged)?;
     let sampling = sampling(metadata).map_err(damaged)?;
     let bytes = |json: &Json| serde_json::to_vec(json).expect("plain JSON has a text");
-    Ok(vec![
+    let mut files = vec![
         ("tokenizer.json".to_owned(), bytes(&tokenizer)),
         ("tokenizer_config.json".to_owned(), bytes(&config)),
-        ("generation_config.json".to_owned(), bytes(&sampling)),
-    ])
+    ];
+    files.extend(sampling.map(|sampling| ("generation_config.json".to_owned(), bytes(&sampling))));
+    Ok(files)
 }
 
 struct Vocabulary<'a> {
@@ -298,16 +299,17 @@ fn merges_of(vocabulary: &Vocabulary, scores: &[f32]) -> Vec<(String, String)> {
         .collect()
 }
 
-fn sampling(metadata: &Metadata) -> Result<Json, GgufError> {
+fn sampling(metadata: &Metadata) -> Result<Option<Json>, GgufError> {
     let mut config = Map::new();
     for (key, name) in SAMPLING {
         let value = match metadata.get(key) {
+            None => continue,
             Some(Value::Whole(_)) => json!(metadata.whole(key)?),
-            _ => json!(metadata.float(key)?),
+            Some(_) => json!(metadata.float(key)?),
         };
         config.insert(name.to_owned(), value);
     }
-    Ok(Json::Object(config))
+    Ok((!config.is_empty()).then_some(Json::Object(config)))
 }
 
 fn config(metadata: &Metadata, vocabulary: &Vocabulary, adds_bos: bool) -> Result<Json, GgufError> {
