@@ -13,10 +13,10 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::matmul::gemm::{Block, Gemm, Left, views};
+use crate::matmul::gemm::{Block, Gemm, Left, Right, views};
 use crate::simd::Element;
 use crate::slice::{Plain, Rows, RowsMut};
-use crate::weight::{Store, Weight};
+use crate::weight::{Precision, Store, Weight};
 pub use backward::linear_backward;
 use branch::{Branch, shrink};
 
@@ -146,7 +146,7 @@ impl<'a> Job<'a> {
         lora: impl Iterator<Item = (&'a LoraRows<'a>, &'a Tensor)>,
     ) -> Option<Job<'a>> {
         let [rows] = views([x])?;
-        if let Store::Plain(_) = w.store() {
+        if let Store::Plain(_) | Store::Held(_) = w.store() {
             return None;
         }
         assert_eq!(
@@ -187,16 +187,18 @@ impl<'a> Job<'a> {
             (self.x.rows, self.w.n() as usize),
             "the output's shape"
         );
-        match self.w.store() {
-            Store::F32(panels) => self.run_in(panels, to, store),
-            Store::Bf16(panels) => self.run_in(panels, to, store),
-            Store::Plain(_) => unreachable!("`new` leaves plain weights to the reference"),
+        match (self.w.store(), self.w.precision()) {
+            (Store::F32(panels), _) => self.run_in::<f32>(Right::Panels(panels), to, store),
+            (Store::Bf16(panels), _) => self.run_in::<u16>(Right::Panels(panels), to, store),
+            (Store::Packed(packed), Precision::F32) => self.run_in::<f32>(Right::Packed(packed), to, store),
+            (Store::Packed(packed), Precision::Bf16) => self.run_in::<u16>(Right::Packed(packed), to, store),
+            (Store::Plain(_) | Store::Held(_), _) => unreachable!("`new` leaves them to the reference"),
         }
     }
 
     fn run_in<T: Element + Plain>(
         &mut self,
-        panels: &[T],
+        right: Right<T>,
         to: RowsMut,
         store: impl Fn(&mut [f32], &[f32]) + Sync,
     ) {
@@ -205,7 +207,7 @@ impl<'a> Job<'a> {
         let (branches, bias) = (&self.branches, self.bias);
         let gemm = Gemm {
             left: &left,
-            panels,
+            right,
             k: self.x.width,
             n: to.width,
         };

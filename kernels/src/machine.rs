@@ -71,7 +71,8 @@ fn choose(word: &str, here: Features) -> Result<Features, String> {
 #[cfg(target_arch = "x86_64")]
 fn detect() -> Features {
     use std::arch::is_x86_feature_detected as has;
-    let avx2 = has!("avx2") && has!("fma");
+    // No CPU with AVX2 lacks F16C.
+    let avx2 = has!("avx2") && has!("fma") && has!("f16c");
     let avx512f = avx2 && has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl");
     Features {
         avx2,

@@ -14,7 +14,7 @@ use crate::simd::pack::{self, Words};
 use crate::simd::{Element, PANEL};
 use crate::slice::{Plain, Rows, RowsMut, Shared};
 use crate::weight::{self, Precision};
-use gemm::{Gemm, Left, left_stride, views};
+use gemm::{Gemm, Left, Right, left_stride, views};
 
 /// `a bt`: a `[M, K]`, b `[N, K]` -> `[M, N]`.
 pub fn nt(a: &Tensor, b: &Tensor) -> Tensor {
@@ -108,7 +108,7 @@ fn fast<T: Element + Plain>(a: Rows, a_side: Side, b: Rows, b_side: Side, to: Ro
             };
             let gemm = Gemm {
                 left: &left,
-                panels: &panels,
+                right: Right::Panels(&panels),
                 k,
                 n: columns.len(),
             };

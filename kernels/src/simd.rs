@@ -18,6 +18,7 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub(crate) mod codes;
 pub(crate) mod pack;
 #[cfg(any(test, not(target_arch = "x86_64")))]
 mod plain;
@@ -25,13 +26,14 @@ mod plain;
 use half::f16;
 
 use crate::machine::features;
+use crate::weight::Grid;
 #[cfg(not(target_arch = "x86_64"))]
 use {plain as avx2, plain as avx512};
 
 /// Columns of a panel.
 pub(crate) const PANEL: usize = 32;
 /// Steps of one pass over all rows, 128 bytes of each panel a step: a piece of a panel is then at hand for all rows.
-const PASS_STEPS: usize = 256;
+pub(crate) const PASS_STEPS: usize = 256;
 /// How far ahead of its use a panel line is asked for. Reaching past a panel's end is right: the next panel follows it
 /// in memory. A prefetch of an unmapped address is ignored.
 const PREFETCH_BYTES: usize = 8192;
@@ -53,6 +55,38 @@ pub(crate) enum Sum {
     Continue,
     /// c = c + sum, the sum being formed alone first (a large c then costs the small terms no bits).
     Add,
+    /// c = c + scale * sum + offset * total of the row's left side: one group of a quantised weight. Its steps are at most
+    /// [`PASS_STEPS`].
+    Scaled(Scaling),
+}
+
+/// What the sums over one group of codes are multiplied with, by column, before they are added to c.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Scaling {
+    /// 32 scales for the columns of the first panel.
+    pub scales: *const f32,
+    /// 32 offsets likewise, or null for none.
+    pub offsets: *const f32,
+    /// Between the scales, and the offsets, of neighbouring panels.
+    pub panel_stride: usize,
+    /// The sum of each row's left side over the group, `totals_stride` apart. Not read without offsets.
+    pub totals: *const f32,
+    pub totals_stride: usize,
+}
+
+impl Scaling {
+    /// For the columns that begin with panel `index`.
+    pub fn from_panel(self, index: usize) -> Scaling {
+        let skipped = index * self.panel_stride;
+        Scaling {
+            scales: self.scales.wrapping_add(skipped),
+            offsets: match self.offsets.is_null() {
+                true => self.offsets,
+                false => self.offsets.wrapping_add(skipped),
+            },
+            ..self
+        }
+    }
 }
 
 /// One product `c[m][n] (+)= a[m][K] * panels`, with `T` the bits of bfloat16 (`u16`) or `f32`.
@@ -108,6 +142,15 @@ pub(crate) trait Element: Copy + Default + Send + Sync + 'static {
         to[from.len()..].fill(Self::default());
     }
 
+    /// As a float32, exactly.
+    fn widen(self) -> f32;
+
+    /// Lines of codes into a panel of levels of this type.
+    ///
+    /// # Safety
+    /// As [`codes::to_bf16`].
+    unsafe fn decode(grid: Grid, from: *const u8, lines: usize, to: *mut Self);
+
     /// The most columns [`Element::pass`] takes for m rows.
     fn pass_columns(m: usize) -> usize;
 
@@ -132,6 +175,15 @@ impl Element for u16 {
         let (to, padding) = to.split_at_mut(from.len());
         to.copy_from_slice(from);
         padding.fill(0);
+    }
+
+    fn widen(self) -> f32 {
+        f32::from_bits(u32::from(self) << 16)
+    }
+
+    unsafe fn decode(grid: Grid, from: *const u8, lines: usize, to: *mut Self) {
+        // SAFETY: the caller's contract.
+        unsafe { codes::to_bf16(grid, from, lines, to) }
     }
 
     fn pass_columns(m: usize) -> usize {
@@ -172,10 +224,17 @@ impl Element for f32 {
 
     fn from_bf16(from: &[u16], to: &mut [Self]) {
         let (to, padding) = to.split_at_mut(from.len());
-        from.iter()
-            .zip(to)
-            .for_each(|(&from, to)| *to = f32::from_bits((from as u32) << 16));
+        from.iter().zip(to).for_each(|(&from, to)| *to = from.widen());
         padding.fill(0.0);
+    }
+
+    fn widen(self) -> f32 {
+        self
+    }
+
+    unsafe fn decode(grid: Grid, from: *const u8, lines: usize, to: *mut Self) {
+        // SAFETY: the caller's contract.
+        unsafe { codes::to_f32(grid, from, lines, to) }
     }
 
     fn pass_columns(m: usize) -> usize {
@@ -235,6 +294,10 @@ pub(crate) unsafe fn product<T: Element>(product: &Product<T>) {
         // SAFETY: the caller's contract.
         return unsafe { add_long(product) };
     }
+    debug_assert!(
+        !matches!(sum, Sum::Scaled(_)) || steps <= PASS_STEPS,
+        "a group's sum is formed in one pass"
+    );
     let group = T::pass_columns(m);
     let (groups, passes) = (n.div_ceil(group), steps.div_ceil(T::pass_steps(m)).max(1));
     for turn in 0..groups * passes {
@@ -252,7 +315,11 @@ pub(crate) unsafe fn product<T: Element>(product: &Product<T>) {
             panels: panels.wrapping_add(column / PANEL * panel_stride + step * T::PER_STEP * PANEL),
             n: group.min(n - column),
             c: c.wrapping_add(column),
-            sum: if pass == 0 { sum } else { Sum::Continue },
+            sum: match sum {
+                _ if pass > 0 => Sum::Continue,
+                Sum::Scaled(scaling) => Sum::Scaled(scaling.from_panel(column / PANEL)),
+                sum => sum,
+            },
             ..*product
         };
         // SAFETY: a part of the rows, panels and columns for which the caller vouches.
@@ -319,4 +386,20 @@ pub(crate) fn round_bf16(from: &[f32], to: &mut [u16]) {
         }
     }
     padding.fill(0);
+}
+
+/// The bits of half precision as float32, exactly.
+///
+/// # Panics
+/// When the slices are not equally long.
+pub(crate) fn widen_f16(from: &[u16], to: &mut [f32]) {
+    assert_eq!(from.len(), to.len());
+    #[cfg(target_arch = "x86_64")]
+    if features().avx2 {
+        // SAFETY: the instruction sets were asked for.
+        return unsafe { avx2::widen_f16(from, to) };
+    }
+    from.iter()
+        .zip(to)
+        .for_each(|(from, to)| *to = f16::from_bits(*from).to_f32());
 }

@@ -1,16 +1,30 @@
 //! A frozen matrix as the kernels want it: packed once, the only resident copy. Not a layer, and nothing autograd sees:
 //! `linear` multiplies with it and, transposing blocks on the way, takes gradients through it.
+//!
+//! How its bytes lie is its [`Format`]; what a multiply rounds its left side to is a [`Precision`]. A dense weight is stored
+//! in the precision it is multiplied in; a quantised one is multiplied in either.
 
+mod held;
+pub(crate) mod packed;
+mod panels;
+mod quantise;
+mod quantised;
+
+use std::fmt;
 use std::sync::OnceLock;
 
 use tch::{Device, Kind, Tensor};
 
 use crate::error::KernelError;
-use crate::pool;
-use crate::simd::{self, Element, PANEL, pack};
-use crate::slice::{Pages, Plain, RowsMut, Shared, Stay};
+use crate::simd::{self, Element, PANEL};
+use crate::slice::{Pages, Stay};
+use held::Held;
+use packed::Packed;
+use panels::{gather, pack, readable, unpack};
+pub use quantise::Recipe;
+pub use quantised::{Grid, Quantised};
 
-/// What a weight is stored in, and so what a multiply rounds its left side to. Sums are float32 with either.
+/// What a multiply rounds its left side to (and what the KV cache stores). Sums are float32 with either.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Precision {
     F32,
@@ -33,6 +47,36 @@ impl Precision {
     }
 }
 
+/// How the numbers of a weight are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Format {
+    F32,
+    Bf16,
+    Quantised {
+        grid: Grid,
+        /// Values of K that share a scale; `None`: all of a row.
+        group: Option<usize>,
+        /// Whether groups have an offset beside their scale.
+        offsets: bool,
+    },
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let Format::Quantised { grid, group, offsets } = self else {
+            return f.write_str(match self {
+                Format::F32 => "float32",
+                _ => "bfloat16",
+            });
+        };
+        match group {
+            Some(group) => write!(f, "{} in groups of {group}", grid.name())?,
+            None => write!(f, "{} by rows", grid.name())?,
+        }
+        f.write_str(if *offsets { " with offsets" } else { "" })
+    }
+}
+
 /// W `[N, K]` of y = x Wt. On a CPU with fast paths: `ceil(N / 32)` panels of 32 output columns (the layout is in
 /// `simd`), N padded with zero columns, an odd K with a zero. Elsewhere: a tensor `[N, K]` of the precision's dtype.
 pub struct Weight {
@@ -47,10 +91,12 @@ pub(crate) enum Store {
     F32(Pages<f32>),
     Bf16(Pages<u16>),
     Plain(Tensor),
+    Packed(Packed),
+    Held(Held),
 }
 
-// SAFETY: the plain tensor is the one field that is not Sync by itself. It is private, not a view of anything, not part
-// of any graph, and changes only through `&mut self`; libtorch allows concurrent reads of such a tensor.
+// SAFETY: plain and held tensors are the fields that are not Sync by themselves. They are private, not views of anything,
+// not part of any graph, and change only through `&mut self`; libtorch allows concurrent reads of such tensors.
 unsafe impl Sync for Weight {}
 
 impl Weight {
@@ -62,6 +108,22 @@ impl Weight {
     /// As [`Weight::new`], for an adapter: its memory is its own and goes with it.
     pub fn passing(dense: &Tensor, precision: Precision, device: Device) -> Result<Weight, KernelError> {
         Weight::placed(dense, precision, device, Stay::Short)
+    }
+
+    /// A quantised matrix, kept in its bits and multiplied in `precision`.
+    pub fn quantised(from: &Quantised, precision: Precision, device: Device) -> Result<Weight, KernelError> {
+        from.check()?;
+        let packed = device == Device::Cpu && simd::available();
+        Ok(Weight {
+            n: from.n() as usize,
+            k: from.k() as usize,
+            precision,
+            device,
+            store: match packed {
+                true => Store::Packed(Packed::new(from)),
+                false => Store::Held(Held::new(from, device)?),
+            },
+        })
     }
 
     fn placed(
@@ -110,12 +172,25 @@ impl Weight {
             Store::F32(panels) => size_of_val(&panels[..]),
             Store::Bf16(panels) => size_of_val(&panels[..]),
             Store::Plain(_) => self.n * self.k * self.precision.value_bytes(),
+            Store::Packed(packed) => packed.bytes(),
+            Store::Held(held) => held.bytes(),
         };
         bytes as u64
     }
 
     pub fn precision(&self) -> Precision {
         self.precision
+    }
+
+    pub fn format(&self) -> Format {
+        let (grid, group, offsets) = match (&self.store, self.precision) {
+            (Store::Packed(packed), _) => (packed.grid, packed.group, packed.has_offsets()),
+            (Store::Held(held), _) => held.format(),
+            (_, Precision::F32) => return Format::F32,
+            (_, Precision::Bf16) => return Format::Bf16,
+        };
+        let group = (group < self.k).then_some(group);
+        Format::Quantised { grid, group, offsets }
     }
 
     pub fn device(&self) -> Device {
@@ -128,7 +203,14 @@ impl Weight {
 
     /// `x Wt` by the precision rule in plain tch, `x` `[T, K]` -> `[T, N]`. For references.
     pub(crate) fn reference_forward(&self, x: &Tensor) -> Tensor {
-        product(x, &self.plain().tr(), self.precision)
+        match &self.store {
+            // Levels are multiplied in the precision, scales in float32.
+            Store::Packed(packed) => {
+                let x = x.to_kind(self.precision.kind()).to_kind(Kind::Float);
+                x.mm(&packed.dense(self.precision).tr())
+            }
+            _ => product(x, &self.plain().tr(), self.precision),
+        }
     }
 
     /// `dy W`, `dy` `[T, N]` -> `[T, K]`. For references.
@@ -136,14 +218,15 @@ impl Weight {
         product(dy, &self.plain(), self.precision)
     }
 
+    /// In the precision's dtype.
     fn plain(&self) -> Tensor {
         match &self.store {
             Store::Plain(tensor) => tensor.shallow_clone(),
-            _ => self.dense(),
+            _ => self.dense().to_kind(self.precision.kind()),
         }
     }
 
-    /// Replaces the values, `[N, K]` as in [`Weight::new`], in the memory already held.
+    /// Replaces the values, `[N, K]` as in [`Weight::new`], in the memory already held. Not of a quantised weight.
     pub fn overwrite(&mut self, dense: &Tensor) -> Result<(), KernelError> {
         if dense.size() != [self.n as i64, self.k as i64] {
             let (n, k) = (self.n, self.k);
@@ -156,16 +239,25 @@ impl Weight {
             Store::F32(panels) => pack(panels, &readable(dense)?),
             Store::Bf16(panels) => pack(panels, &readable(dense)?),
             Store::Plain(tensor) => tensor.f_detach()?.f_copy_(&dense.f_detach()?)?,
+            Store::Packed(_) | Store::Held(_) => {
+                return Err(KernelError::Shape(format!(
+                    "a weight in {} does not change",
+                    self.format()
+                )));
+            }
         }
         Ok(())
     }
 
-    /// All of it, `[N, K]` in the precision's dtype: for export and checks, not for multiplying.
+    /// All of it, `[N, K]` in the precision's dtype, float32 where it is quantised: for export and checks, not for
+    /// multiplying.
     pub fn dense(&self) -> Tensor {
         match &self.store {
             Store::F32(panels) => unpack(panels, self.n, self.k, Kind::Float),
             Store::Bf16(panels) => unpack(panels, self.n, self.k, Kind::BFloat16),
             Store::Plain(tensor) => tensor.copy(),
+            Store::Packed(packed) => packed.dense(Precision::F32),
+            Store::Held(held) => held.dense(),
         }
     }
 
@@ -178,104 +270,18 @@ impl Weight {
             panic!("row {row} of a weight with {} rows", self.n);
         }
         match &self.store {
-            Store::F32(panels) => gather(panels, self.k, rows, |value| value),
-            Store::Bf16(panels) => gather(panels, self.k, rows, |bits| f32::from_bits((bits as u32) << 16)),
-            Store::Plain(tensor) => {
-                let rows: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
-                tensor
-                    .index_select(0, &Tensor::from_slice(&rows).to(self.device))
-                    .to_kind(Kind::Float)
-            }
+            Store::F32(panels) => gather(panels, self.k, rows),
+            Store::Bf16(panels) => gather(panels, self.k, rows),
+            Store::Plain(tensor) => tensor.index_select(0, &self.index(rows)).to_kind(Kind::Float),
+            Store::Packed(packed) => packed.gather(rows),
+            Store::Held(held) => held.gather(&self.index(rows)),
         }
     }
-}
 
-/// A dtype and layout `pack` reads without a copy, where it is one already.
-fn readable(dense: &Tensor) -> Result<Tensor, KernelError> {
-    let dense = dense.f_detach()?.f_to(Device::Cpu)?;
-    let dense = match dense.kind() {
-        Kind::Float | Kind::BFloat16 | Kind::Half => dense,
-        _ => dense.f_to_kind(Kind::Float)?,
-    };
-    Ok(if dense.stride().last() == Some(&1) {
-        dense
-    } else {
-        dense.f_contiguous()?
-    })
-}
-
-/// Packs `dense` `[N, K]`, a panel a task.
-fn pack<T: Element + Plain>(panels: &mut Pages<T>, dense: &Tensor) {
-    let (n, k) = (dense.size()[0] as usize, dense.size()[1] as usize);
-    let (row_stride, kind) = (dense.stride()[0] as usize, dense.kind());
-    let from = Shared(dense.data_ptr() as *mut u8);
-    let (to, panel_len) = (Shared(panels.as_mut_ptr()), T::panel_len(k));
-    let padded = T::steps(k) * T::PER_STEP;
-    pool::for_each(n.div_ceil(PANEL), |panel| {
-        let columns = PANEL.min(n - panel * PANEL);
-        let mut rows = pool::scratch::<T>(columns * padded);
-        for (i, row) in rows.chunks_exact_mut(padded.max(1)).enumerate() {
-            let at = from
-                .get()
-                .wrapping_add((panel * PANEL + i) * row_stride * kind.elt_size_in_bytes());
-            // SAFETY: row `panel * 32 + i < n` of a CPU tensor that lives through the job; any bytes are a value.
-            unsafe {
-                match kind {
-                    Kind::Float => T::round(std::slice::from_raw_parts(at.cast(), k), row),
-                    Kind::BFloat16 => T::from_bf16(std::slice::from_raw_parts(at.cast(), k), row),
-                    _ => T::from_f16(std::slice::from_raw_parts(at.cast(), k), row),
-                }
-            }
-        }
-        // SAFETY: fast paths exist (packed stores are made only then); `rows` are rows of whole steps, and the panel is
-        // this task's alone.
-        unsafe {
-            let panel = to.get().add(panel * panel_len);
-            pack::pack_rows(rows.as_ptr(), padded, columns, T::steps(k), panel);
-        }
-    });
-}
-
-fn unpack<T: Element + Plain>(panels: &Pages<T>, n: usize, k: usize, kind: Kind) -> Tensor {
-    let dense = Tensor::empty([n as i64, k as i64], (kind, Device::Cpu));
-    let to = Shared(dense.data_ptr() as *mut T);
-    let padded = T::steps(k) * T::PER_STEP;
-    pool::for_each(n.div_ceil(PANEL), |panel| {
-        let columns = PANEL.min(n - panel * PANEL);
-        let mut rows = pool::scratch::<T>(columns * padded);
-        let from = panels[panel * T::panel_len(k)..].as_ptr();
-        // SAFETY: one whole panel in, `columns` rows of whole steps out.
-        unsafe { pack::unpack_rows(from, T::steps(k), columns, rows.as_mut_ptr(), padded) };
-        for (i, row) in rows.chunks_exact(padded.max(1)).enumerate() {
-            // SAFETY: row `panel * 32 + i < n` of the new tensor, whose dtype is as wide as T, is this task's alone.
-            let to = unsafe { std::slice::from_raw_parts_mut(to.get().add((panel * PANEL + i) * k), k) };
-            to.copy_from_slice(&row[..k]);
-        }
-    });
-    dense
-}
-
-fn gather<T: Element + Plain>(panels: &Pages<T>, k: usize, rows: &[u32], widen: fn(T) -> f32) -> Tensor {
-    let mut out = Tensor::empty([rows.len() as i64, k as i64], (Kind::Float, Device::Cpu));
-    let to = RowsMut::of(&mut out).expect("a new float CPU tensor");
-    // A row is a cache line of each step; enough of them a task that waking a worker pays.
-    let rows_per_task = 16usize;
-    pool::for_each(rows.len().div_ceil(rows_per_task), |task| {
-        let first = task * rows_per_task;
-        for (i, &row) in rows[first..].iter().take(rows_per_task).enumerate() {
-            let (panel, column) = (row as usize / PANEL, row as usize % PANEL);
-            let panel = &panels[panel * T::panel_len(k)..][..T::panel_len(k)];
-            let steps = panel.chunks_exact(PANEL * T::PER_STEP);
-            // SAFETY: each output row belongs to one task.
-            let to = unsafe { to.row(first + i) };
-            for (to, step) in to.chunks_mut(T::PER_STEP).zip(steps) {
-                for (to, &value) in to.iter_mut().zip(&step[column * T::PER_STEP..]) {
-                    *to = widen(value);
-                }
-            }
-        }
-    });
-    out
+    fn index(&self, rows: &[u32]) -> Tensor {
+        let rows: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
+        Tensor::from_slice(&rows).to(self.device)
+    }
 }
 
 /// Whether products of bfloat16 on this GPU widen the weight to float32 at every call, which takes several times as

@@ -1,16 +1,17 @@
 //! dx = dy W out of the panels packed for y = x Wt: the reduction now runs over N, so blocks of the panels are turned
-//! into panels over N in scratch, a few hundred rows of W at a time. No second copy of W stays resident.
+//! into panels over N in scratch, a few hundred rows of W at a time. No second copy of W stays resident. A quantised W is
+//! decoded on the way, and its numbers, scaled, are rounded to the precision of the multiply.
 
 use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::matmul::gemm::{Left, spread, views};
+use crate::matmul::gemm::{Left, Right, spread, views};
 use crate::pool;
 use crate::simd::pack::{pack_step, unpack_rows};
 use crate::simd::{self, Element, PANEL, Product, Sum};
 use crate::slice::{Plain, RowsMut};
-use crate::weight::{Store, Weight};
+use crate::weight::{Precision, Store, Weight};
 
 /// Columns of dx a task computes side by side.
 const BLOCK_COLUMNS: usize = 4 * PANEL;
@@ -35,14 +36,18 @@ pub fn linear_backward(dy: &Tensor, w: &Weight) -> Tensor {
     let mut dx = Tensor::empty([rows.rows as i64, w.k()], (Kind::Float, Device::Cpu));
     let to = RowsMut::of(&mut dx).expect("a new float CPU tensor");
     match w.store() {
-        Store::F32(panels) => fast(&Left::<f32>::round(rows), panels, rows.width, to),
-        Store::Bf16(panels) => fast(&Left::<u16>::round(rows), panels, rows.width, to),
-        Store::Plain(_) => return w.reference_backward(dy),
+        Store::F32(panels) => fast(&Left::<f32>::round(rows), &Right::Panels(panels), rows.width, to),
+        Store::Bf16(panels) => fast(&Left::<u16>::round(rows), &Right::Panels(panels), rows.width, to),
+        Store::Packed(packed) => match w.precision() {
+            Precision::F32 => fast(&Left::<f32>::round(rows), &Right::Packed(packed), rows.width, to),
+            Precision::Bf16 => fast(&Left::<u16>::round(rows), &Right::Packed(packed), rows.width, to),
+        },
+        Store::Plain(_) | Store::Held(_) => return w.reference_backward(dy),
     }
     dx
 }
 
-fn fast<T: Element + Plain>(dy: &Left<T>, panels: &[T], n: usize, to: RowsMut) {
+fn fast<T: Element + Plain>(dy: &Left<T>, w: &Right<T>, n: usize, to: RowsMut) {
     let (m, k) = (to.rows, to.width);
     let column_blocks = k.div_ceil(BLOCK_COLUMNS);
     // Enough blocks for all threads, though each turns W anew.
@@ -60,7 +65,7 @@ fn fast<T: Element + Plain>(dy: &Left<T>, panels: &[T], n: usize, to: RowsMut) {
         let mut sums = pool::scratch::<f32>(rows.len() * BLOCK_COLUMNS);
         for first in (0..n).step_by(TURN_ROWS) {
             let reduced = first..n.min(first + TURN_ROWS);
-            turn(panels, k, &reduced, &columns, &mut turned);
+            turn(w, k, &reduced, &columns, &mut turned);
             let product = Product {
                 m: rows.len(),
                 steps: T::steps(reduced.len()),
@@ -88,17 +93,29 @@ fn fast<T: Element + Plain>(dy: &Left<T>, panels: &[T], n: usize, to: RowsMut) {
 /// Rows `reduced` and columns `columns` of W, out of its panels over K, into panels over N: `turned[c][n][j] =
 /// W[reduced.start + n][columns.start + 32 c + j]`. A task's share, so not parallel itself.
 fn turn<T: Element + Plain>(
-    panels: &[T],
+    w: &Right<T>,
     k: usize,
     reduced: &Range<usize>,
     columns: &Range<usize>,
     turned: &mut [T],
 ) {
     let (panel_len, turned_len) = (T::panel_len(k), T::panel_len(TURN_ROWS));
+    let block_len = T::panel_len(columns.len());
+    let mut decoded = match w {
+        Right::Panels(_) => pool::scratch::<T>(0),
+        Right::Packed(_) => pool::scratch::<T>(block_len),
+    };
     let mut block = [[[T::default(); PANEL]; BLOCK_COLUMNS / PANEL]; PANEL];
     for first in reduced.clone().step_by(PANEL) {
-        let from =
-            &panels[first / PANEL * panel_len + columns.start * PANEL..][..T::panel_len(columns.len())];
+        let from = match w {
+            Right::Panels(panels) => {
+                &panels[first / PANEL * panel_len + columns.start * PANEL..][..block_len]
+            }
+            Right::Packed(packed) => {
+                packed.panel(first / PANEL, columns.clone(), &mut decoded);
+                &decoded[..]
+            }
+        };
         let at = (first - reduced.start) * PANEL..(first - reduced.start + PANEL) * PANEL;
         let turned = turned
             .chunks_exact_mut(turned_len)

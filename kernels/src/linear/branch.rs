@@ -63,7 +63,8 @@ impl<'a> Branch<'a> {
         );
         let own = x.data_ptr() != input.data_ptr() || a.precision() != w.precision();
         let input = match a.store() {
-            Store::Plain(_) => return None,
+            // Adapters are dense.
+            Store::Plain(_) | Store::Held(_) | Store::Packed(_) => return None,
             _ if !own => Input::Base,
             Store::F32(_) => Input::Float(Left::round(all.part(rows.clone()))),
             Store::Bf16(_) => Input::Bfloat(Left::round(all.part(rows.clone()))),
@@ -92,7 +93,7 @@ impl<'a> Branch<'a> {
                 "{columns:?}, {ranks:?}"
             );
             let width = match b.store() {
-                Store::Plain(_) => return None,
+                Store::Plain(_) | Store::Held(_) | Store::Packed(_) => return None,
                 Store::F32(_) => &mut float,
                 Store::Bf16(_) => &mut bfloat,
             };
@@ -136,7 +137,7 @@ impl<'a> Branch<'a> {
                 Store::Bf16(panels) => {
                     self.expand_part(part, &self.bfloat, panels, rows.clone(), columns, block)
                 }
-                Store::Plain(_) => unreachable!("`new` leaves plain weights to the reference"),
+                _ => unreachable!("`new` leaves other weights to the reference"),
             }
         }
     }

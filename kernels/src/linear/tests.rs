@@ -5,6 +5,7 @@ use tch::{Device, Kind, Tensor};
 use super::*;
 use crate::pool;
 use crate::weight::Precision::{self, Bf16, F32};
+use crate::weight::{Grid, Quantised};
 
 const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
 
@@ -79,6 +80,112 @@ fn linear_is_the_reference() {
                 let mut sum = residual.copy();
                 linear_add(&x, &w, Some(&bias), &[], &mut sum);
                 close(&sum, &(residual + reference(&x, &w, Some(&bias), &[])), k, &what);
+            }
+        }
+    }
+}
+
+/// Every grid, in groups that are whole rows, single lines of codes, longer than a span, or cut short, with offsets and
+/// without.
+fn quantised(n: i64, k: i64) -> Vec<Quantised> {
+    let mut all = vec![];
+    for (i, grid) in Grid::ALL.into_iter().enumerate() {
+        for group in [k, 4, 16, 32, 64, 300] {
+            // Levels of order one.
+            let largest = grid
+                .levels()
+                .iter()
+                .fold(0.0, |most: f32, level| most.max(level.abs()));
+            let size = [n, (k + group - 1) / group];
+            let codes = Tensor::randint(1 << grid.bits(), [n, k], (Kind::Uint8, Device::Cpu));
+            let number = codes.bitwise_and(0x7f).ne(0x7f);
+            let offsets = (i + group as usize / 4).is_multiple_of(2);
+            all.push(Quantised {
+                grid,
+                codes: match grid {
+                    Grid::Fp8 => codes.where_self(&number, &codes.zeros_like()),
+                    _ => codes,
+                },
+                group,
+                scales: (Tensor::rand(size, CPU) + 0.5) / f64::from(largest) * 2.0,
+                offsets: offsets.then(|| Tensor::randn(size, CPU)),
+            });
+        }
+    }
+    all
+}
+
+/// Against the definition in float32: the sum over K of x, rounded to the precision, times level (rounded likewise) times
+/// scale plus offset.
+#[test]
+fn quantised_weights_are_their_definition() {
+    for (n, k) in [
+        (1, 1),
+        (5, 3),
+        (33, 65),
+        (64, 31),
+        (100, 200),
+        (130, 257),
+        (70, 1100),
+    ] {
+        for from in quantised(n, k) {
+            for precision in [F32, Bf16] {
+                let w = Weight::quantised(&from, precision, Device::Cpu).unwrap();
+                let what = format!("{} of {precision:?} [{n}, {k}]", w.format());
+                same_bits(&w.dense(), &from.dense(), &what);
+                let rows: Vec<u32> = (0..20).map(|i| (i * 7 % n) as u32).collect();
+                let index = Tensor::from_slice(&rows.iter().map(|&row| i64::from(row)).collect::<Vec<_>>());
+                same_bits(&w.gather(&rows), &from.dense().index_select(0, &index), &what);
+                let levels = Tensor::from_slice(from.grid.levels()).to_kind(precision.kind());
+                let rounded = from.with_levels(&levels.to_kind(Kind::Float));
+                let bias = random(1, n).view([-1]);
+                for m in [1, 3, 7, 13, 16, 17, 61] {
+                    let (x, dy) = (random(m, k), random(m, n));
+                    let in_precision = |x: &Tensor| x.to_kind(precision.kind()).to_kind(Kind::Float);
+                    let slow = in_precision(&x).mm(&rounded.tr()) + &bias;
+                    close(&linear(&x, &w, Some(&bias), &[]), &slow, 3 * k, &what);
+                    close(&w.reference_forward(&x), &(slow - &bias), 3 * k, &what);
+                    let slow = in_precision(&dy).mm(&in_precision(&from.dense()));
+                    close(&linear_backward(&dy, &w), &slow, 3 * n, &what);
+                    close(&w.reference_backward(&dy), &slow, 3 * n, &what);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn quantised_weights_are_batch_invariant_and_carry_adapters() {
+    let (n, k) = (250, 600);
+    for from in quantised(n, k) {
+        for precision in [F32, Bf16] {
+            let w = Weight::quantised(&from, precision, Device::Cpu).unwrap();
+            let what = format!("{} of {precision:?}", w.format());
+            let (x, dy) = (random(200, k), random(200, n));
+            let module = module(k, [8, 3, 16], precision);
+            let lora = |rows| LoraRows {
+                rows,
+                module: &module,
+            };
+            let (y, adapted) = (linear(&x, &w, None, &[]), linear(&x, &w, None, &[lora(0..200)]));
+            let dx = linear_backward(&dy, &w);
+            for (first, m) in (0..3)
+                .map(|i| (i, 1))
+                .chain([2, 6, 7, 12, 16, 17, 100].map(|m| (50, m)))
+            {
+                let what = format!("{what}, {m} rows from {first}");
+                let part = x.narrow(0, first, m);
+                same_bits(&linear(&part, &w, None, &[]), &y.narrow(0, first, m), &what);
+                same_bits(
+                    &linear(&part, &w, None, &[lora(0..m)]),
+                    &adapted.narrow(0, first, m),
+                    &what,
+                );
+                same_bits(
+                    &linear_backward(&dy.narrow(0, first, m), &w),
+                    &dx.narrow(0, first, m),
+                    &what,
+                );
             }
         }
     }

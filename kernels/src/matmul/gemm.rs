@@ -6,6 +6,7 @@ use std::ops::Range;
 use crate::pool::{self, Scratch};
 use crate::simd::{self, Element, FEW_ROWS, PANEL, Product, Sum};
 use crate::slice::{Plain, Rows, Shared};
+use crate::weight::packed::{self, Packed};
 
 /// The left side of a product in the right side's type: `m` rows of whole steps.
 pub(crate) struct Left<'a, T: Element + Plain> {
@@ -93,10 +94,17 @@ impl<'a, T: Element + Plain> Left<'a, T> {
 /// `left [m, K]` times packed columns.
 pub(crate) struct Gemm<'a, T: Element + Plain> {
     pub left: &'a Left<'a, T>,
-    /// `ceil(n / 32)` panels over K.
-    pub panels: &'a [T],
+    pub right: Right<'a, T>,
     pub k: usize,
     pub n: usize,
+}
+
+/// Columns, 32 a panel.
+pub(crate) enum Right<'a, T> {
+    /// `ceil(n / 32)` panels over K.
+    Panels(&'a [T]),
+    /// Codes, which become panels a piece at a time.
+    Packed(&'a Packed),
 }
 
 /// A block of the result: `sums[i][j]` belongs to row `rows.start + i`, column `columns.start + j`.
@@ -117,13 +125,29 @@ impl Block<'_> {
 impl<T: Element + Plain> Gemm<'_, T> {
     /// Computes all blocks, each on some thread, and calls `finish` with each.
     pub fn run(&self, finish: impl Fn(Block) + Sync) {
-        let Gemm { left, panels, k, n } = *self;
+        let Gemm {
+            left,
+            ref right,
+            k,
+            n,
+        } = *self;
         let panel_len = T::panel_len(k);
-        assert!(
-            panels.len() >= n.div_ceil(PANEL) * panel_len,
-            "{n} columns in {} elements",
-            panels.len()
-        );
+        let (mut totals, mut totals_stride) = (None, 0);
+        match right {
+            Right::Panels(panels) => assert!(
+                panels.len() >= n.div_ceil(PANEL) * panel_len,
+                "{n} columns in {} elements",
+                panels.len()
+            ),
+            Right::Packed(packed) => {
+                assert_eq!((packed.n, packed.k), (n, k), "the right side's shape");
+                if packed.has_offsets() {
+                    totals_stride = packed.n_spans();
+                    totals = Some(packed.totals(left));
+                }
+            }
+        }
+        let totals = totals.as_deref();
         let Plan {
             block_rows,
             task_panels,
@@ -137,21 +161,39 @@ impl<T: Element + Plain> Gemm<'_, T> {
             let mut sums = pool::scratch::<f32>(rows.len() * BLOCK_COLUMNS);
             for column in columns.clone().step_by(BLOCK_COLUMNS) {
                 let columns = column..columns.end.min(column + BLOCK_COLUMNS);
-                let product = Product {
-                    m: rows.len(),
-                    steps: T::steps(k),
-                    a: left.row(rows.start),
-                    lda: left.stride,
-                    panels: panels[column / PANEL * panel_len..].as_ptr(),
-                    panel_stride: panel_len,
-                    n: columns.len(),
-                    c: sums.as_mut_ptr(),
-                    ldc: BLOCK_COLUMNS,
-                    sum: Sum::Set,
-                };
-                // SAFETY: panels and left sides are made only where fast paths are available; rows and columns lie in
-                // them, and the block in its scratch.
-                unsafe { simd::product(&product) };
+                let (m, a) = (rows.len(), left.row(rows.start));
+                // SAFETY: panels, codes and left sides are made only where fast paths are available; rows and columns lie
+                // in them, and the block in its scratch.
+                match right {
+                    Right::Panels(panels) => unsafe {
+                        simd::product(&Product {
+                            m,
+                            steps: T::steps(k),
+                            a,
+                            lda: left.stride,
+                            panels: panels[column / PANEL * panel_len..].as_ptr(),
+                            panel_stride: panel_len,
+                            n: columns.len(),
+                            c: sums.as_mut_ptr(),
+                            ldc: BLOCK_COLUMNS,
+                            sum: Sum::Set,
+                        })
+                    },
+                    Right::Packed(packed) => unsafe {
+                        let rows = packed::Rows {
+                            m,
+                            a,
+                            lda: left.stride,
+                            totals: totals.map_or(std::ptr::null(), |totals| {
+                                totals[rows.start * totals_stride..].as_ptr()
+                            }),
+                            totals_stride,
+                            c: sums.as_mut_ptr(),
+                            ldc: BLOCK_COLUMNS,
+                        };
+                        packed.multiply(&rows, columns.clone())
+                    },
+                }
                 finish(Block {
                     rows: rows.clone(),
                     columns,

@@ -13,7 +13,7 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use super::{PANEL, PASS_STEPS, Product, Sum};
+use super::{PANEL, PASS_STEPS, Product, Scaling, Sum};
 
 /// Rows of the largest register tile.
 const MAX_TILE: usize = 6;
@@ -516,9 +516,9 @@ unsafe fn start<T: Copy, const M: usize, const Y: usize>(
 }
 
 /// # Safety
-/// AVX2; c is readable and writable where the corner says.
+/// AVX2 and FMA; c is readable and writable where the corner says.
 #[inline]
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 unsafe fn finish<T: Copy, const M: usize, const Y: usize>(
     acc: [[__m256; Y]; M],
     product: &Product<T>,
@@ -533,22 +533,46 @@ unsafe fn finish<T: Copy, const M: usize, const Y: usize>(
         for y in 0..Y {
             let c = c.wrapping_add((row + r) * ldc + column + 8 * y);
             let mut value = acc[r][y];
+            let whole = n == 8 * Y;
             // SAFETY: masked-off columns are neither read nor written; the others are the caller's.
             unsafe {
-                // A masked store is some twenty operations on Zen: only where columns are missing.
-                match (n == 8 * Y, sum == Sum::Add) {
-                    (true, true) => _mm256_storeu_ps(c, _mm256_add_ps(_mm256_loadu_ps(c), value)),
-                    (true, false) => _mm256_storeu_ps(c, value),
-                    (false, add) => {
-                        let lanes = lanes(n, y);
-                        if add {
-                            value = _mm256_add_ps(_mm256_maskload_ps(c, lanes), value);
-                        }
-                        _mm256_maskstore_ps(c, lanes, value);
+                // A masked load or store is some twenty operations on Zen: only where columns are missing.
+                let before = || match whole {
+                    true => _mm256_loadu_ps(c),
+                    false => _mm256_maskload_ps(c, lanes(n, y)),
+                };
+                match sum {
+                    Sum::Set | Sum::Continue => (),
+                    Sum::Add => value = _mm256_add_ps(before(), value),
+                    Sum::Scaled(scaling) => {
+                        value = scaled(value, before(), &scaling, row + r, column + 8 * y)
                     }
+                }
+                match whole {
+                    true => _mm256_storeu_ps(c, value),
+                    false => _mm256_maskstore_ps(c, lanes(n, y), value),
                 }
             }
         }
+    }
+}
+
+/// `before + scale * sum + offset * total` of a row's 8 columns from `column`.
+///
+/// # Safety
+/// AVX2 and FMA; the scaling is readable for the row and the columns' panel.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn scaled(sum: __m256, before: __m256, scaling: &Scaling, row: usize, column: usize) -> __m256 {
+    let at = column / PANEL * scaling.panel_stride + column % PANEL;
+    // SAFETY: all 32 columns of a panel have scales, and offsets if there are any: the caller vouches.
+    unsafe {
+        let value = _mm256_fmadd_ps(sum, _mm256_loadu_ps(scaling.scales.add(at)), before);
+        if scaling.offsets.is_null() {
+            return value;
+        }
+        let total = _mm256_set1_ps(*scaling.totals.add(row * scaling.totals_stride));
+        _mm256_fmadd_ps(total, _mm256_loadu_ps(scaling.offsets.add(at)), value)
     }
 }
 
@@ -563,5 +587,23 @@ pub(super) unsafe fn round_bf16(from: &[f32], to: &mut [u16]) {
         let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
         let nan = bits >> 16 | 0x40;
         *to = (if from.is_nan() { nan } else { rounded }) as u16;
+    }
+}
+
+/// # Safety
+/// The CPU has AVX2 and F16C. The slices are equally long.
+#[target_feature(enable = "avx2,f16c")]
+pub(super) unsafe fn widen_f16(from: &[u16], to: &mut [f32]) {
+    let (blocks, rest) = from.as_chunks::<8>();
+    let (to_blocks, to_rest) = to.as_chunks_mut::<8>();
+    for (from, to) in blocks.iter().zip(to_blocks) {
+        // SAFETY: 8 halves are read and 8 floats written, the lengths of the arrays.
+        unsafe {
+            let halves = _mm_loadu_si128(from.as_ptr().cast());
+            _mm256_storeu_ps(to.as_mut_ptr(), _mm256_cvtph_ps(halves));
+        }
+    }
+    for (from, to) in rest.iter().zip(to_rest) {
+        *to = half::f16::from_bits(*from).to_f32();
     }
 }

@@ -6,7 +6,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{PANEL, PASS_STEPS, PREFETCH_BYTES, Product, Sum};
+use super::{PANEL, PASS_STEPS, PREFETCH_BYTES, Product, Scaling, Sum};
 
 /// Rows of the largest register tile.
 const MAX_TILE: usize = 12;
@@ -192,12 +192,36 @@ unsafe fn finish<T: Copy, const M: usize, const Z: usize>(
             let mut value = acc[r][z];
             // SAFETY: masked-off columns are neither read nor written; the others are the caller's.
             unsafe {
-                if sum == Sum::Add {
-                    value = _mm512_add_ps(_mm512_maskz_loadu_ps(lanes(n, z), c), value);
+                match sum {
+                    Sum::Set | Sum::Continue => (),
+                    Sum::Add => value = _mm512_add_ps(_mm512_maskz_loadu_ps(lanes(n, z), c), value),
+                    Sum::Scaled(scaling) => {
+                        let before = _mm512_maskz_loadu_ps(lanes(n, z), c);
+                        value = scaled(value, before, &scaling, row + r, z);
+                    }
                 }
                 _mm512_mask_storeu_ps(c, lanes(n, z), value);
             }
         }
+    }
+}
+
+/// `before + scale * sum + offset * total` of a row's columns in register z.
+///
+/// # Safety
+/// AVX-512F; the scaling is readable for the row and the register's panel.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn scaled(sum: __m512, before: __m512, scaling: &Scaling, row: usize, z: usize) -> __m512 {
+    let at = z / 2 * scaling.panel_stride + z % 2 * 16;
+    // SAFETY: all 32 columns of a panel have scales, and offsets if there are any: the caller vouches.
+    unsafe {
+        let value = _mm512_fmadd_ps(sum, _mm512_loadu_ps(scaling.scales.add(at)), before);
+        if scaling.offsets.is_null() {
+            return value;
+        }
+        let total = _mm512_set1_ps(*scaling.totals.add(row * scaling.totals_stride));
+        _mm512_fmadd_ps(total, _mm512_loadu_ps(scaling.offsets.add(at)), value)
     }
 }
 

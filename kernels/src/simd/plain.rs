@@ -3,7 +3,7 @@
 
 use half::bf16;
 
-use super::{Element, PANEL, Product, Sum};
+use super::{Element, PANEL, Product, Scaling, Sum};
 
 // How a product is cut for these; on x86-64 for the others.
 #[cfg(not(target_arch = "x86_64"))]
@@ -73,9 +73,30 @@ unsafe fn pass<T: Element>(product: &Product<T>, widen: impl Fn(T) -> f32) {
                         total = widen(left).mul_add(widen(right), total);
                     }
                 }
-                *c = if sum == Sum::Add { *c + total } else { total };
+                *c = match sum {
+                    Sum::Set | Sum::Continue => total,
+                    Sum::Add => *c + total,
+                    Sum::Scaled(scaling) => scaled(total, *c, &scaling, row, column),
+                };
             }
         }
+    }
+}
+
+/// `before + scale * sum + offset * total` of one column of a row.
+///
+/// # Safety
+/// The scaling is readable for the row and the column's panel.
+unsafe fn scaled(sum: f32, before: f32, scaling: &Scaling, row: usize, column: usize) -> f32 {
+    let at = column / PANEL * scaling.panel_stride + column % PANEL;
+    // SAFETY: the caller's contract.
+    unsafe {
+        let value = sum.mul_add(*scaling.scales.add(at), before);
+        if scaling.offsets.is_null() {
+            return value;
+        }
+        let total = *scaling.totals.add(row * scaling.totals_stride);
+        total.mul_add(*scaling.offsets.add(at), value)
     }
 }
 
@@ -113,7 +134,27 @@ mod tests {
                     )
                 };
             }
-            for sum in [Sum::Set, Sum::Continue, Sum::Add] {
+            let n_panels = n.div_ceil(PANEL);
+            let (scales, offsets) = (numbers(n_panels * PANEL, 4), numbers(n_panels * PANEL, 5));
+            let totals = numbers(m, 6);
+            let scaling = Scaling {
+                scales: scales.as_ptr(),
+                offsets: std::ptr::null(),
+                panel_stride: PANEL,
+                totals: totals.as_ptr(),
+                totals_stride: 1,
+            };
+            let shifted = Scaling {
+                offsets: offsets.as_ptr(),
+                ..scaling
+            };
+            for sum in [
+                Sum::Set,
+                Sum::Continue,
+                Sum::Add,
+                Sum::Scaled(scaling),
+                Sum::Scaled(shifted),
+            ] {
                 let mut results = [numbers(m * n, 3), numbers(m * n, 3)];
                 for (result, is_plain) in results.iter_mut().zip([true, false]) {
                     let product = Product {

@@ -1,0 +1,376 @@
+//! A quantised matrix beside the micro-kernels: panels of codes (layout in `simd::codes`) and the scales of their groups.
+//! A product goes group by group: codes become levels in scratch, which every operand type holds, the rows are multiplied
+//! with them, and the sums are scaled as they are added up. No number is rounded on the way that is not rounded in a dense
+//! product, and few rows or many, the order of summation is the same.
+
+use std::ops::Range;
+
+use half::{bf16, f16};
+use tch::{Device, Kind, Tensor};
+
+use super::{Grid, Precision, Quantised};
+use crate::matmul::gemm::Left;
+use crate::pool::{self, Scratch};
+use crate::simd::codes::{self, LINE};
+use crate::simd::pack;
+use crate::simd::{self, Element, FEW_ROWS, PANEL, Product, Scaling, Sum};
+use crate::slice::{Pages, Plain, RowsMut, Shared};
+
+/// Values of a longer group that are summed before they are scaled: one pass of the micro-kernels, in any type.
+const SPAN: usize = simd::PASS_STEPS;
+/// Values of a panel decoded at once, at least a span: for few rows they stay in the first-level cache beside everything
+/// else; for many they are what the rows are multiplied with for a while.
+const FEW_ROWS_PIECE: usize = 128;
+const PIECE: usize = SPAN;
+
+pub(crate) struct Packed {
+    pub grid: Grid,
+    pub n: usize,
+    pub k: usize,
+    /// At most K.
+    pub group: usize,
+    /// `ceil(N / 32)` panels.
+    codes: Pages<u8>,
+    scales: Scales,
+    offsets: Option<Scales>,
+}
+
+/// `[panel][group][32]`, in half precision where that holds every one of them exactly.
+enum Scales {
+    F16(Pages<u16>),
+    F32(Pages<f32>),
+}
+
+/// What a block of a product is made of: rows `a` of whole steps, and where the sums go.
+pub(crate) struct Rows<T> {
+    pub m: usize,
+    pub a: *const T,
+    pub lda: usize,
+    /// [`Packed::totals`] of these rows.
+    pub totals: *const f32,
+    pub totals_stride: usize,
+    pub c: *mut f32,
+    pub ldc: usize,
+}
+
+impl Packed {
+    /// `from` is checked.
+    pub fn new(from: &Quantised) -> Packed {
+        let (n, k) = (from.n() as usize, from.k() as usize);
+        let group = (from.group as usize).min(k).max(1);
+        let grid = from.grid;
+        let mut packed = Packed {
+            grid,
+            n,
+            k,
+            group,
+            codes: Pages::zeroed(n.div_ceil(PANEL) * codes::panel_bytes(grid, k)),
+            scales: Scales::new(&from.scales),
+            offsets: from.offsets.as_ref().map(Scales::new),
+        };
+        packed.pack(&from.codes.contiguous());
+        packed
+    }
+
+    fn pack(&mut self, from: &Tensor) {
+        let (n, k, grid) = (self.n, self.k, self.grid);
+        let panel_bytes = codes::panel_bytes(grid, k);
+        let (from, to) = (
+            Shared(from.data_ptr() as *mut u8),
+            Shared(self.codes.as_mut_ptr()),
+        );
+        pool::for_each(n.div_ceil(PANEL), |panel| {
+            // SAFETY: this panel is this task's alone, and zero.
+            let to =
+                unsafe { std::slice::from_raw_parts_mut(to.get().add(panel * panel_bytes), panel_bytes) };
+            for column in 0..PANEL.min(n - panel * PANEL) {
+                // SAFETY: row `panel * 32 + column < n` of a contiguous tensor of bytes that lives through the job.
+                let row =
+                    unsafe { std::slice::from_raw_parts(from.get().add((panel * PANEL + column) * k), k) };
+                for (line, codes) in row.chunks(codes::line_values(grid)).enumerate() {
+                    let to = &mut to[line * LINE..][..LINE];
+                    for (i, code) in codes.iter().enumerate() {
+                        let (byte, shift) = codes::place(grid, i, column);
+                        to[byte] |= code << shift;
+                    }
+                }
+            }
+        });
+    }
+
+    pub fn bytes(&self) -> usize {
+        let offsets = self.offsets.as_ref().map_or(0, Scales::bytes);
+        self.codes.len() + self.scales.bytes() + offsets
+    }
+
+    pub fn has_offsets(&self) -> bool {
+        self.offsets.is_some()
+    }
+
+    fn groups(&self) -> usize {
+        self.k.div_ceil(self.group)
+    }
+
+    /// What is summed before it is scaled, in order: pieces of groups.
+    fn spans(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (group, k) = (self.group, self.k);
+        (0..k).step_by(group).flat_map(move |first| {
+            let end = k.min(first + group);
+            (first..end).step_by(SPAN).map(move |at| at..end.min(at + SPAN))
+        })
+    }
+
+    /// The sum of each row of a left side over each span `[m][spans]`: what offsets are multiplied with.
+    pub fn totals<T: Element + Plain>(&self, left: &Left<T>) -> Scratch<f32> {
+        let spans: Vec<Range<usize>> = self.spans().collect();
+        let mut totals = pool::scratch::<f32>(left.m * spans.len());
+        let to = Shared(totals.as_mut_ptr());
+        pool::for_each(left.m, |row| {
+            for (i, span) in spans.iter().enumerate() {
+                // SAFETY: the row has K values, of which the span are some; row `row` of the totals is this task's alone.
+                unsafe {
+                    let values = std::slice::from_raw_parts(left.row(row).add(span.start), span.len());
+                    *to.get().add(row * spans.len() + i) = values.iter().map(|&value| T::widen(value)).sum();
+                }
+            }
+        });
+        totals
+    }
+
+    pub fn n_spans(&self) -> usize {
+        self.spans().count()
+    }
+
+    /// `c = a Wt` of columns that begin with a panel.
+    ///
+    /// # Safety
+    /// Fast paths are available; `rows` are m rows of whole steps over K, their totals if there are offsets, and room for
+    /// m rows of the columns.
+    pub unsafe fn multiply<T: Element + Plain>(&self, rows: &Rows<T>, columns: Range<usize>) {
+        let Rows {
+            m,
+            a,
+            lda,
+            totals,
+            totals_stride,
+            c,
+            ldc,
+        } = *rows;
+        let width = columns.len();
+        for row in 0..m {
+            // SAFETY: m rows of the columns, for which the caller vouches.
+            unsafe { std::slice::from_raw_parts_mut(c.add(row * ldc), width) }.fill(0.0);
+        }
+        let piece_values = if m <= FEW_ROWS { FEW_ROWS_PIECE } else { PIECE };
+        let pass_columns = T::pass_columns(m);
+        // A span is at most one piece; a piece at most as long as the other limit.
+        let most = piece_values.max(SPAN.min(self.group)).next_multiple_of(4);
+        let panel_stride = T::panel_len(most);
+        let n_panels = pass_columns.min(width.next_multiple_of(PANEL)) / PANEL;
+        let mut levels = pool::scratch::<T>(n_panels * panel_stride);
+        let most_spans = most.div_ceil(self.group.min(SPAN));
+        let mut scales = pool::scratch::<f32>(2 * n_panels * most_spans * PANEL);
+        let (scales, offsets) = scales.split_at_mut(n_panels * most_spans * PANEL);
+        let mut in_piece = Vec::with_capacity(most_spans);
+        for first in (0..width).step_by(pass_columns) {
+            let n = pass_columns.min(width - first);
+            let panels = (columns.start + first) / PANEL..(columns.start + first + n).div_ceil(PANEL);
+            let mut spans = self.spans().enumerate().peekable();
+            while let Some((first_span, span)) = spans.next() {
+                let (first_value, mut piece) = (span.start, span.clone());
+                in_piece.clear();
+                in_piece.push(span);
+                let fits = |next: &Range<usize>, spans: usize| {
+                    next.end - first_value <= piece_values && spans < most_spans
+                };
+                while let Some((_, next)) = spans.next_if(|(_, next)| fits(next, in_piece.len())) {
+                    piece.end = next.end;
+                    in_piece.push(next);
+                }
+                for (i, panel) in panels.clone().enumerate() {
+                    self.decode(panel, piece.clone(), &mut levels[i * panel_stride..]);
+                    for (j, span) in in_piece.iter().enumerate() {
+                        let at = (i * most_spans + j) * PANEL;
+                        let from = panel * self.groups() + span.start / self.group;
+                        self.scales.read(from, &mut scales[at..at + PANEL]);
+                        if let Some(from_offsets) = &self.offsets {
+                            from_offsets.read(from, &mut offsets[at..at + PANEL]);
+                        }
+                    }
+                }
+                for (j, span) in in_piece.iter().enumerate() {
+                    let skipped = T::steps(span.start - piece.start) * T::PER_STEP;
+                    let product = Product {
+                        m,
+                        steps: T::steps(span.len()),
+                        a: a.wrapping_add(span.start),
+                        lda,
+                        panels: levels[skipped * PANEL..].as_ptr(),
+                        panel_stride,
+                        n,
+                        c: c.wrapping_add(first),
+                        ldc,
+                        sum: Sum::Scaled(Scaling {
+                            scales: scales[j * PANEL..].as_ptr(),
+                            offsets: match self.has_offsets() {
+                                true => offsets[j * PANEL..].as_ptr(),
+                                false => std::ptr::null(),
+                            },
+                            panel_stride: most_spans * PANEL,
+                            totals: totals.wrapping_add(first_span + j),
+                            totals_stride,
+                        }),
+                    };
+                    // SAFETY: the span's steps of the caller's rows; `levels`, `scales` and `offsets` hold them for all
+                    // panels of the columns; a span is one pass.
+                    unsafe { simd::product(&product) };
+                }
+            }
+        }
+    }
+
+    /// The levels of a panel over `values`, which begin with a line.
+    fn decode<T: Element>(&self, panel: usize, values: Range<usize>, to: &mut [T]) {
+        let per_line = codes::line_values(self.grid);
+        assert_eq!(values.start % per_line, 0, "codes are decoded by the line");
+        let lines = values.len().div_ceil(per_line);
+        let panel_bytes = codes::panel_bytes(self.grid, self.k);
+        let from = &self.codes[panel * panel_bytes..][..panel_bytes][values.start / per_line * LINE..]
+            [..lines * LINE];
+        assert!(to.len() >= lines * per_line * PANEL, "a panel of {values:?}");
+        // SAFETY: packed only where fast paths are available; the lines are there, and room for their values.
+        unsafe { T::decode(self.grid, from.as_ptr(), lines, to.as_mut_ptr()) };
+    }
+
+    /// Values `values` of a panel as numbers `[values][32]`: the levels, as `precision` has them, scaled in float32. They
+    /// begin with a line, and `to` has room for whole lines.
+    fn numbers(&self, panel: usize, values: Range<usize>, precision: Precision, to: &mut [f32]) {
+        self.decode(panel, values.clone(), to);
+        if precision == Precision::Bf16 {
+            to.iter_mut()
+                .for_each(|level| *level = bf16::from_f32(*level).to_f32());
+        }
+        let [mut scales, mut offsets] = [[0.0; PANEL]; 2];
+        let mut k = values.start;
+        while k < values.end {
+            let group = k / self.group;
+            let end = values.end.min((group + 1) * self.group);
+            self.scales.read(panel * self.groups() + group, &mut scales);
+            if let Some(from) = &self.offsets {
+                from.read(panel * self.groups() + group, &mut offsets);
+            }
+            for row in to[(k - values.start) * PANEL..(end - values.start) * PANEL].chunks_exact_mut(PANEL) {
+                for ((to, scale), offset) in row.iter_mut().zip(&scales).zip(&offsets) {
+                    *to = *to * scale + offset;
+                }
+            }
+            k = end;
+        }
+    }
+
+    /// Values `values` of a panel as a panel of numbers, rounded to the operand type. They begin with a line.
+    pub fn panel<T: Element + Plain>(&self, panel: usize, values: Range<usize>, to: &mut [T]) {
+        let len = values.len();
+        let mut numbers = pool::scratch::<f32>(len.next_multiple_of(4) * PANEL);
+        self.numbers(panel, values, Precision::F32, &mut numbers);
+        // An odd K is padded with zeroes.
+        numbers[len * PANEL..].fill(0.0);
+        let steps = numbers.chunks_exact(PANEL * T::PER_STEP);
+        for (from, to) in steps.zip(to.chunks_exact_mut(PANEL * T::PER_STEP)) {
+            let mut rows = [[T::default(); PANEL]; 2];
+            for (from, row) in from.chunks_exact(PANEL).zip(&mut rows) {
+                T::round(from, row);
+            }
+            pack::pack_step([&rows[0], &rows[1]], to);
+        }
+    }
+
+    /// All of it, `[N, K]` float32, the levels as `precision` has them.
+    pub fn dense(&self, precision: Precision) -> Tensor {
+        let (n, k) = (self.n, self.k);
+        let dense = Tensor::empty([n as i64, k as i64], (Kind::Float, Device::Cpu));
+        let to = Shared(dense.data_ptr() as *mut f32);
+        pool::for_each(n.div_ceil(PANEL), |panel| {
+            let mut numbers = pool::scratch::<f32>(k.next_multiple_of(4) * PANEL);
+            self.numbers(panel, 0..k, precision, &mut numbers);
+            for column in 0..PANEL.min(n - panel * PANEL) {
+                // SAFETY: row `panel * 32 + column < n` of the new tensor is this task's alone.
+                let row =
+                    unsafe { std::slice::from_raw_parts_mut(to.get().add((panel * PANEL + column) * k), k) };
+                let from = numbers.chunks_exact(PANEL).map(|numbers| numbers[column]);
+                row.iter_mut().zip(from).for_each(|(to, from)| *to = from);
+            }
+        });
+        dense
+    }
+
+    /// Rows `[T, K]` float32.
+    pub fn gather(&self, rows: &[u32]) -> Tensor {
+        let mut out = Tensor::empty([rows.len() as i64, self.k as i64], (Kind::Float, Device::Cpu));
+        let to = RowsMut::of(&mut out).expect("a new float CPU tensor");
+        let (panel_bytes, groups) = (codes::panel_bytes(self.grid, self.k), self.groups());
+        let (levels, mask) = (self.grid.levels(), ((1u16 << self.grid.bits()) - 1) as u8);
+        pool::for_each(rows.len(), |i| {
+            let (panel, column) = (rows[i] as usize / PANEL, rows[i] as usize % PANEL);
+            let codes = &self.codes[panel * panel_bytes..][..panel_bytes];
+            // SAFETY: each output row belongs to one task.
+            let to = unsafe { to.row(i) };
+            for (group, to) in to.chunks_mut(self.group).enumerate() {
+                let at = (panel * groups + group) * PANEL + column;
+                let scale = self.scales.get(at);
+                let offset = self.offsets.as_ref().map_or(0.0, |offsets| offsets.get(at));
+                for (k, to) in to.iter_mut().enumerate() {
+                    let (byte, shift) = codes::place(self.grid, group * self.group + k, column);
+                    *to = levels[(codes[byte] >> shift & mask) as usize] * scale + offset;
+                }
+            }
+        });
+        out
+    }
+}
+
+impl Scales {
+    /// Of `[N, groups]` float32.
+    fn new(from: &Tensor) -> Scales {
+        let (n, groups) = (from.size()[0] as usize, from.size()[1] as usize);
+        let from = from.contiguous();
+        // SAFETY: n * groups contiguous floats of a tensor that outlives the borrow.
+        let from = unsafe { std::slice::from_raw_parts(from.data_ptr() as *const f32, n * groups) };
+        let len = n.div_ceil(PANEL) * groups * PANEL;
+        let placed = from.iter().enumerate().map(|(i, number)| {
+            let (row, group) = (i / groups.max(1), i % groups.max(1));
+            ((row / PANEL * groups + group) * PANEL + row % PANEL, *number)
+        });
+        let is_half = |number: &f32| f16::from_f32(*number).to_f32().to_bits() == number.to_bits();
+        if from.iter().all(is_half) {
+            let mut to = Pages::zeroed(len);
+            placed.for_each(|(at, number)| to[at] = f16::from_f32(number).to_bits());
+            return Scales::F16(to);
+        }
+        let mut to = Pages::zeroed(len);
+        placed.for_each(|(at, number)| to[at] = number);
+        Scales::F32(to)
+    }
+
+    /// The 32 numbers of a group.
+    fn read(&self, group: usize, to: &mut [f32]) {
+        match self {
+            Scales::F32(from) => to.copy_from_slice(&from[group * PANEL..][..PANEL]),
+            Scales::F16(from) => simd::widen_f16(&from[group * PANEL..][..PANEL], to),
+        }
+    }
+
+    fn get(&self, at: usize) -> f32 {
+        match self {
+            Scales::F32(from) => from[at],
+            Scales::F16(from) => f16::from_bits(from[at]).to_f32(),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Scales::F32(from) => size_of_val(&from[..]),
+            Scales::F16(from) => size_of_val(&from[..]),
+        }
+    }
+}
