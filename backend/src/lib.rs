@@ -26,5 +26,5 @@ pub use tandem_kernels::machine::check_kernels;
 pub use tandem_kernels::machine::exit_at_once;
 
 pub use start::memory::size;
-pub use start::{Dtype, ModelLen, Options, start};
+pub use start::{Dtype, ModelLen, Options, Quantization, start};
 pub use weights::LoadError;

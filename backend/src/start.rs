@@ -15,7 +15,7 @@ use tandem_core::sched::{Limits, Scheduler};
 use tandem_core::stats::Stats;
 use tandem_kernels::attention::{self, BLOCK_SIZE};
 use tandem_kernels::comm::Comm;
-use tandem_kernels::weight::{self, Precision};
+use tandem_kernels::weight::{self, Format, Precision, Recipe};
 use tandem_kernels::{machine, pool};
 use tch::{Device, Kind};
 use tokio::sync::{mpsc, watch};
@@ -29,7 +29,7 @@ use crate::guard;
 use crate::model::Decoder;
 use crate::pace::{self, Pace};
 use crate::ranks::{self, Assembled, Followers, Plan, Ready, Team};
-use crate::weights::LoadError;
+use crate::weights::{Checkpoint, LoadError};
 use memory::size;
 
 /// Prompt tokens in a step that also continues streams. On a CPU a step's time grows with its tokens, and a quarter
@@ -43,6 +43,7 @@ pub struct Options {
     pub model_folder: PathBuf,
     pub device: Device,
     pub dtype: Dtype,
+    pub quantization: Option<Quantization>,
     /// Default: what the checkpoint was made for.
     pub max_model_len: Option<ModelLen>,
     pub max_num_seqs: u32,
@@ -76,6 +77,35 @@ pub enum Dtype {
     F32,
 }
 
+/// How the linears of a model are stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Quantization {
+    /// Made at the start, of a checkpoint that is not quantised.
+    Make(Recipe),
+    /// As the checkpoint has them, which must be of this kind (`gptq`).
+    OfCheckpoint(String),
+}
+
+impl Quantization {
+    /// What is to be made of this checkpoint, if it is one that it can be made of.
+    pub fn recipe(
+        asked: Option<&Quantization>,
+        checkpoint: &Checkpoint,
+    ) -> Result<Option<Recipe>, LoadError> {
+        match (asked, checkpoint.quantization()) {
+            (None, _) => Ok(None),
+            (Some(Quantization::Make(recipe)), None) => Ok(Some(*recipe)),
+            (Some(Quantization::OfCheckpoint(kind)), Some(own)) if kind == own => Ok(None),
+            (Some(Quantization::OfCheckpoint(kind)), None) => Err(LoadError::Option(format!(
+                "--quantization {kind}: the checkpoint is not quantised; int8, int4 and nf4 can be made of it"
+            ))),
+            (Some(asked), Some(own)) => Err(LoadError::Option(format!(
+                "--quantization {asked}: the checkpoint is quantised already ({own}); leave the option out"
+            ))),
+        }
+    }
+}
+
 impl Options {
     /// The defaults for a CPU.
     pub fn new(model_folder: PathBuf) -> Options {
@@ -83,6 +113,7 @@ impl Options {
             model_folder,
             device: Device::Cpu,
             dtype: Dtype::Auto,
+            quantization: None,
             max_model_len: None,
             max_num_seqs: 64,
             max_num_batched_tokens: 512,
@@ -154,6 +185,7 @@ fn load(
         model_folder,
         device: _,
         dtype,
+        quantization,
         max_model_len,
         max_num_seqs,
         max_num_batched_tokens,
@@ -175,9 +207,11 @@ fn load(
     };
     let is_shorter_if_need_be = max_model_len == Some(ModelLen::Fits);
     let max_model_len = context_length(max_model_len, &spec)?;
+    let recipe = Quantization::recipe(quantization.as_ref(), &checkpoint)?;
     let plan = Plan {
         model_folder,
         bf16: precision == Precision::Bf16,
+        recipe: recipe.map(|recipe| recipe.name().to_owned()),
         max_num_seqs,
         max_model_len,
         is_shorter_if_need_be,
@@ -217,10 +251,7 @@ fn load(
         max_model_len,
         max_num_seqs,
         max_num_batched_tokens,
-        dtype: match precision {
-            Precision::F32 => "float32".to_owned(),
-            Precision::Bf16 => "bfloat16".to_owned(),
-        },
+        dtype: stored_as(&decoder),
         device: device_name(device),
         tensor_parallel_size: team.world() as u32,
         parameters: decoder.parameters(),
@@ -240,7 +271,7 @@ fn load(
         device = info.device,
         ranks = info.tensor_parallel_size,
         threads = pool::threads(),
-        weights = %size(info.weight_bytes),
+        weights = %by_format(&decoder),
         kv_cache = %size(info.kv_bytes),
         kv_tokens = blocks as usize * BLOCK_SIZE,
         load_ms = began.elapsed().as_millis() as u64,
@@ -342,6 +373,32 @@ fn warn_of_slow_paths(decoder: &Decoder) {
         ),
         _ => {}
     }
+}
+
+/// `bfloat16`, or `bfloat16 with weights in int8 by rows`: replicas that differ in it answer differently.
+fn stored_as(decoder: &Decoder) -> String {
+    let precision = match decoder.precision() {
+        Precision::F32 => Format::F32,
+        Precision::Bf16 => Format::Bf16,
+    };
+    let formats = decoder.formats().into_iter().map(|(format, _)| format);
+    let quantised: Vec<String> = formats
+        .filter(|format| *format != precision)
+        .map(|format| format.to_string())
+        .collect();
+    match quantised.is_empty() {
+        true => precision.to_string(),
+        false => format!("{precision} with weights in {}", quantised.join(" and ")),
+    }
+}
+
+/// `60.8 MiB in int4 in groups of 32, 54.0 MiB in bfloat16`, of this rank.
+fn by_format(decoder: &Decoder) -> String {
+    let formats = decoder.formats().into_iter();
+    let formats: Vec<String> = formats
+        .map(|(format, bytes)| format!("{} in {format}", size(bytes)))
+        .collect();
+    formats.join(", ")
 }
 
 fn device_name(device: Device) -> String {

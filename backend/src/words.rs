@@ -1,22 +1,23 @@
 //! Options as the words of a command line, so that who parses one needs no tensor type; and what this machine offers,
 //! in words. Not here: defaults.
 
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use tandem_core::job::JobSpec;
 use tandem_kernels::machine::{self, amd, gpu};
 use tandem_kernels::pool;
-use tandem_kernels::weight::Precision;
+use tandem_kernels::weight::{Precision, Recipe};
 use tch::{Cuda, Device, Kind};
 
 use crate::family::declared_kind;
+use crate::model::WeightOptions;
 use crate::ranks::Team;
-use crate::start::Dtype;
 use crate::start::memory::size;
+use crate::start::{Dtype, Quantization};
 use crate::train::run::RunOptions;
-use crate::weights::{Checkpoint, LoadError, has_weights};
+use crate::weights::{self, Checkpoint, LoadError, has_weights};
 
 /// `auto` (the first GPU, else the CPU), `cpu`, `cuda`, `cuda:N` (under ROCm these are AMD's GPUs). An error where a GPU
 /// may be meant and the program could not use any.
@@ -87,17 +88,55 @@ impl FromStr for Dtype {
     }
 }
 
+impl FromStr for Quantization {
+    type Err = LoadError;
+
+    /// What is made here, and vLLM's names of what checkpoints are.
+    fn from_str(word: &str) -> Result<Quantization, LoadError> {
+        if let Some(recipe) = Recipe::ALL.into_iter().find(|recipe| recipe.name() == word) {
+            return Ok(Quantization::Make(recipe));
+        }
+        let own = weights::QUANTIZATIONS.iter().find(|kind| {
+            // A kernel of vLLM's for the same files.
+            **kind == word || word.strip_suffix("_marlin") == Some(kind)
+        });
+        own.map(|kind| Quantization::OfCheckpoint((*kind).to_owned()))
+            .ok_or_else(|| {
+                LoadError::Option(format!(
+                    "quantization {word:?} is not int8, int4 or nf4, which are made at the start, nor the kind of a \
+                     quantised checkpoint: {}",
+                    weights::QUANTIZATIONS.join(", ")
+                ))
+            })
+    }
+}
+
+impl fmt::Display for Quantization {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            Quantization::Make(recipe) => recipe.name(),
+            Quantization::OfCheckpoint(kind) => kind,
+        })
+    }
+}
+
 impl RunOptions {
     /// Full training stores what the checkpoint was stored in, or what config.json declares when there is none yet.
     pub fn new(
         spec: JobSpec,
         model_folder: PathBuf,
         dtype: &str,
+        quantization: Option<&str>,
         device: &str,
     ) -> Result<RunOptions, LoadError> {
-        let save_kind = match has_weights(&model_folder) {
-            true => Checkpoint::open(&model_folder)?.main_kind(),
-            false => declared_kind(&model_folder)?,
+        let quantization: Option<Quantization> = quantization.map(str::parse).transpose()?;
+        let (save_kind, recipe) = match has_weights(&model_folder) {
+            true => {
+                let checkpoint = Checkpoint::open(&model_folder)?;
+                let recipe = Quantization::recipe(quantization.as_ref(), &checkpoint)?;
+                (checkpoint.main_kind(), recipe)
+            }
+            false => (declared_kind(&model_folder)?, None),
         };
         let precision = match (dtype.parse()?, save_kind) {
             (Dtype::Bf16, _) | (Dtype::Auto, Kind::BFloat16 | Kind::Half) => Precision::Bf16,
@@ -106,8 +145,11 @@ impl RunOptions {
         Ok(RunOptions {
             spec,
             model_folder,
-            precision,
-            device: self::device(device)?,
+            weights: WeightOptions {
+                precision,
+                recipe,
+                device: self::device(device)?,
+            },
             save_kind,
         })
     }

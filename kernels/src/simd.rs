@@ -76,7 +76,7 @@ pub(crate) struct Scaling {
 
 impl Scaling {
     /// For the columns that begin with panel `index`.
-    pub fn from_panel(self, index: usize) -> Scaling {
+    pub fn of_panel(self, index: usize) -> Scaling {
         let skipped = index * self.panel_stride;
         Scaling {
             scales: self.scales.wrapping_add(skipped),
@@ -317,7 +317,7 @@ pub(crate) unsafe fn product<T: Element>(product: &Product<T>) {
             c: c.wrapping_add(column),
             sum: match sum {
                 _ if pass > 0 => Sum::Continue,
-                Sum::Scaled(scaling) => Sum::Scaled(scaling.from_panel(column / PANEL)),
+                Sum::Scaled(scaling) => Sum::Scaled(scaling.of_panel(column / PANEL)),
                 sum => sum,
             },
             ..*product

@@ -532,10 +532,8 @@ mod tests {
         // None: it is taken.
         for (line, expected) in [
             ("--gpu-memory-utilization 0.9", Some("--kv-cache-memory-bytes")),
-            (
-                "--tool-call-parser hermes --quantization awq",
-                Some("weights are not quantised"),
-            ),
+            ("--tool-call-parser hermes --quantization awq", Some("tool calls")),
+            ("-q int8", None),
             ("--no-enable-auto-tool-choice", None),
             ("--enable-auto-tool-choice", Some("tool calls")),
             ("--pipeline-parallel-size 1 --data-parallel-size=1", None),

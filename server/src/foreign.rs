@@ -46,7 +46,6 @@ const ONE: &[&str] = &["1"];
 const AUTO: &[&str] = &["auto"];
 const NO_TOOLS: &str = "tool calls are not built yet";
 const NO_REASONING: &str = "reasoning is not taken out of the answer yet";
-const NO_QUANTISATION: &str = "weights are not quantised yet; --dtype bfloat16 is the smallest";
 const NO_SPECULATION: &str = "speculative decoding is not built yet";
 const NO_MEDIA: &str = "only text is understood";
 const NO_DATA_PARALLEL: &str = "start a `tandem backend` for each replica and a `tandem router` before them";
@@ -148,7 +147,6 @@ pub const TABLE: &[Foreign] = &[
         Refused(NO_OVERRIDES),
     ),
     switch(&["disable-sliding-window"], Refused(NO_OVERRIDES)),
-    value(&["quantization"], Refused(NO_QUANTISATION)),
     value(&["override-generation-config"], Refused(IN_REQUEST)),
     value(
         &["max-logprobs"],
@@ -576,7 +574,7 @@ pub const TABLE: &[Foreign] = &[
     ),
     // ---- TGI
     value(&["hostname"], SameAs("host")),
-    value(&["quantize"], Refused(NO_QUANTISATION)),
+    value(&["quantize"], SameAs("quantization")),
     value(
         &["max-concurrent-requests"],
         Refused("use --max-num-seqs for those that run and --max-waiting for those that wait"),

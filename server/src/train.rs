@@ -95,6 +95,7 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
         save_total_limit,
         tuning,
         dtype,
+        quantization,
         device,
         settings,
     } = settings::read(&as_settings(args))?;
@@ -127,6 +128,9 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
     std::fs::create_dir_all(&output_dir).map_err(at(&output_dir))?;
     let mut settings = Mapping::from_iter([("model".into(), model.display().to_string().into())]);
     settings.insert("dtype".into(), dtype.as_str().into());
+    if let Some(format) = &quantization {
+        settings.insert("quantization".into(), format.as_str().into());
+    }
     settings.extend(record::settings(&hyper));
     let mut inputs = Mapping::from_iter([("training_file".into(), record::digest(&train.bytes))]);
     if let Some(valid) = &valid {
@@ -171,7 +175,13 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
         hyper,
         life: Life::default(),
     };
-    let mut run = Run::start(RunOptions::new(spec, model.clone(), &dtype, &device)?)?;
+    let mut run = Run::start(RunOptions::new(
+        spec,
+        model.clone(),
+        &dtype,
+        quantization.as_deref(),
+        &device,
+    )?)?;
     let signalled = heed_signals().map_err(TrainError::Signals)?;
     let mut progress = Progress::new(run.frozen_parameters());
     while let Some(events) = run.advance()? {

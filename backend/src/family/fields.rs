@@ -31,7 +31,7 @@ pub(super) fn judge(field: &str, value: &Value) -> Judgement {
 }
 
 /// By why they do not matter.
-const HARMLESS: [(&str, &[&str]); 7] = [
+const HARMLESS: [(&str, &[&str]); 8] = [
     (
         "where it came from",
         &[
@@ -74,6 +74,10 @@ const HARMLESS: [(&str, &[&str]); 7] = [
         ],
     ),
     ("the weight files say it themselves", &["dtype", "torch_dtype"]),
+    (
+        "who reads the weights reads it",
+        &["quantization_config", "compression_config"],
+    ),
     ("how weights were drawn before training", &["initializer_range"]),
     (
         "tokens that the tokenizer's files name",
@@ -143,16 +147,11 @@ const TRAINING: [&str; 8] = [
     "dropout",
 ];
 
-const QUANTISED: &str =
-    "quantised weights (take the checkpoint in bfloat16, float16 or float32 that they were made from)";
-
 type Neutral = fn(&Value) -> bool;
 
 /// The field, with which values it changes nothing, and what it says otherwise.
 #[rustfmt::skip] // one field, one line
-const CHANGES: [(&str, Neutral, &str); 48] = [
-    ("quantization_config", off, QUANTISED),
-    ("compression_config", off, QUANTISED),
+const CHANGES: [(&str, Neutral, &str); 46] = [
     ("per_layer_config", off, "layers that differ from each other"),
     ("layer_types", all_full_attention, "layers of different kinds"),
     ("no_rope_layers", all_one, "layers without rope"),

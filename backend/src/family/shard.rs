@@ -14,8 +14,7 @@ use tandem_kernels::attention::{CacheShape, Heads};
 use tch::Tensor;
 
 use super::{
-    AttnSpec, Bias, Body, Cut, DecoderSpec, Head, LinearId, LinearSpec, MlpSpec, NormId, NormSpec, Part,
-    Section,
+    AttnSpec, Bias, Body, Cut, DecoderSpec, LinearId, LinearSpec, MlpSpec, NormId, NormSpec, Part, Section,
 };
 use crate::weights::LoadError;
 
@@ -154,21 +153,6 @@ impl Layout {
         }
     }
 
-    /// Numbers of the matrices that this rank holds: what takes memory.
-    pub fn matrix_numbers(&self, spec: &DecoderSpec) -> u64 {
-        let linears: i64 = self
-            .linears
-            .iter()
-            .map(|linear| linear.n_rows() * linear.n_inputs())
-            .sum();
-        let tables = match spec.head {
-            Head::Tied => 1,
-            Head::Own => 2,
-        };
-        let table = (self.vocabulary.end - self.vocabulary.start) * spec.hidden;
-        (linears + tables * table) as u64
-    }
-
     /// A KV cache of `blocks` blocks for this rank's heads. (Every attention of the supported families is shaped alike.)
     pub fn cache_shape(&self, spec: &DecoderSpec, blocks: usize) -> CacheShape {
         let attn = spec.attentions().next().expect("a decoder attends");
@@ -300,7 +284,7 @@ fn check(spec: &DecoderSpec, world: i64) -> Result<(), LoadError> {
 mod tests {
     use super::*;
     use crate::family::spec::Projections;
-    use crate::family::{Logits, NormKind, NormSpec, Sublayer};
+    use crate::family::{Head, Logits, NormKind, NormSpec, Sublayer};
     use tandem_kernels::activation::Activation;
     use tandem_kernels::rope::{RopeLayout, RopeScaling, RopeSpec};
 

@@ -65,7 +65,6 @@ fn a_field_is_honoured_or_refused_with_what_it_is() {
         (json!({"architectures": "absent", "model_type": "absent"}), "`model_type`: llama, mistral, "),
         (json!({"sliding_window": 64}), "`max_position_embeddings` 64 or less (of 128)"),
         (json!({"sliding_window": 64, "use_sliding_window": true}), "`sliding_window`"),
-        (json!({"quantization_config": {"quant_method": "gptq"}}), "`quantization_config`: quantised weights"),
         (json!({"final_logit_softcapping": 30.0}), "a cap on logits; this family has none here (it is 30.0)"),
         (json!({"logits_scaling": 8.0}), "a factor on logits"),
         (json!({"num_local_experts": 8}), "experts"),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use tandem_kernels::comm::Comm;
 use tandem_kernels::rope::Rope;
-use tandem_kernels::weight::{Precision, Weight};
+use tandem_kernels::weight::{Format, Precision, Recipe, Weight};
 use tch::{Device, Kind, Tensor};
 
 use super::Decoder;
@@ -19,7 +19,7 @@ use super::norm::{Norm, Spread};
 use super::sublayer::{Body, Sublayer};
 use crate::family::shard::{Layout, Shard};
 use crate::family::{self, Bias, DecoderSpec, Head, LinearId, NormId, NormSpec, Param, ParamId};
-use crate::weights::{Checkpoint, LoadError};
+use crate::weights::{Checkpoint, LoadError, Matrix};
 
 /// Rows and columns that are wanted of a checkpoint's tensor. (A vector has one column.)
 struct Piece {
@@ -30,46 +30,68 @@ struct Piece {
     columns: Range<i64>,
 }
 
+impl Piece {
+    /// The same rows, all of their columns.
+    fn whole_rows(&self) -> Piece {
+        Piece {
+            name: self.name.clone(),
+            shape: self.shape.clone(),
+            rows: self.rows.clone(),
+            columns: 0..self.shape[1],
+        }
+    }
+}
+
+/// How weights are stored and multiplied.
+#[derive(Clone, Copy, Debug)]
+pub struct WeightOptions {
+    pub precision: Precision,
+    /// What dense linears become. Embedding and head stay in the precision, norms and biases in float32.
+    pub recipe: Option<Recipe>,
+    pub device: Device,
+}
+
+impl WeightOptions {
+    /// As the checkpoint has them.
+    pub fn new(precision: Precision, device: Device) -> WeightOptions {
+        WeightOptions {
+            precision,
+            recipe: None,
+            device,
+        }
+    }
+}
+
 impl Decoder {
-    /// The whole model.
+    /// The whole model, its weights as the checkpoint has them.
     pub fn load(folder: &Path, precision: Precision, device: Device) -> Result<Decoder, LoadError> {
-        let (spec, checkpoint) = family::open(folder)?;
-        Decoder::from_checkpoint(spec, &checkpoint, precision, device, Comm::solo())
+        Decoder::open(folder, WeightOptions::new(precision, device))
     }
 
-    /// This rank's part of the model, on `device`; nothing else of the checkpoint is read.
+    /// The whole model.
+    pub fn open(folder: &Path, options: WeightOptions) -> Result<Decoder, LoadError> {
+        let (spec, checkpoint) = family::open(folder)?;
+        Decoder::from_checkpoint(spec, &checkpoint, options, Comm::solo())
+    }
+
+    /// This rank's part of the model; nothing else of the checkpoint is read, but for scales that a recipe makes of whole
+    /// rows.
     pub fn from_checkpoint(
         spec: DecoderSpec,
         checkpoint: &Checkpoint,
-        precision: Precision,
-        device: Device,
+        options: WeightOptions,
         comm: Comm,
     ) -> Result<Decoder, LoadError> {
         let head = spec.head;
-        Decoder::build(spec, precision, device, comm, |pieces| {
-            let part = |piece: &Piece| {
-                let Piece {
-                    name,
-                    shape,
-                    rows,
-                    columns,
-                } = piece;
-                checkpoint.part(
-                    checkpoint.stored_name(name, head),
-                    shape,
-                    rows.clone(),
-                    columns.clone(),
-                )
-            };
-            let parts = pieces
-                .iter()
-                .map(part)
-                .collect::<Result<Vec<Tensor>, LoadError>>()?;
-            Ok(if parts.len() == 1 {
-                parts.into_iter().next().expect("one part")
-            } else {
-                Tensor::cat(&parts, 0)
-            })
+        Decoder::build(spec, options, comm, |piece| {
+            let Piece {
+                name,
+                shape,
+                rows,
+                columns,
+            } = piece;
+            let stored = checkpoint.stored_name(name, head);
+            checkpoint.matrix(stored, shape, rows.clone(), columns.clone())
         })
     }
 
@@ -80,21 +102,28 @@ impl Decoder {
         precision: Precision,
     ) -> Result<Decoder, LoadError> {
         let views: std::collections::HashMap<String, Tensor> = params.named().into_iter().collect();
-        let rows =
-            |Piece { name, rows, .. }: &Piece| views[name].narrow(0, rows.start, rows.end - rows.start);
-        Decoder::build(spec, precision, Device::Cpu, Comm::solo(), |pieces| {
-            Ok(Tensor::cat(&pieces.iter().map(rows).collect::<Vec<_>>(), 0))
+        let options = WeightOptions::new(precision, Device::Cpu);
+        Decoder::build(spec, options, Comm::solo(), |piece| {
+            let Piece { name, rows, .. } = piece;
+            Ok(Matrix::Dense(views[name].narrow(
+                0,
+                rows.start,
+                rows.end - rows.start,
+            )))
         })
     }
 
-    /// `read` gives the rows of some pieces, one under the other.
     fn build(
         spec: DecoderSpec,
-        precision: Precision,
-        device: Device,
+        options: WeightOptions,
         comm: Comm,
-        read: impl Fn(&[Piece]) -> Result<Tensor, LoadError>,
+        read: impl Fn(&Piece) -> Result<Matrix, LoadError>,
     ) -> Result<Decoder, LoadError> {
+        let WeightOptions {
+            precision,
+            recipe,
+            device,
+        } = options;
         let shard = Shard {
             rank: comm.rank(),
             world: comm.world(),
@@ -102,12 +131,28 @@ impl Decoder {
         let layout = Layout::new(&spec, shard)?;
         let params: HashMap<ParamId, Param> =
             spec.params().into_iter().map(|param| (param.id, param)).collect();
-        let dense = |id: ParamId| read(&layout.pieces(&params[&id]));
-        let float = |id: ParamId| -> Result<Tensor, LoadError> {
-            Ok(dense(id)?.to_device(device).to_kind(Kind::Float))
+        // The pieces of a parameter one under the other.
+        let stacked = |id: ParamId, read: &dyn Fn(&Piece) -> Result<Matrix, LoadError>| {
+            let pieces = layout.pieces(&params[&id]);
+            let parts: Result<Vec<Matrix>, LoadError> = pieces.iter().map(read).collect();
+            Ok::<_, LoadError>(Matrix::stack(parts?))
         };
-        let packed =
-            |id: ParamId| -> Result<Weight, LoadError> { Ok(Weight::new(&dense(id)?, precision, device)?) };
+        let float = |id: ParamId| -> Result<Tensor, LoadError> {
+            let numbers = stacked(id, &read)?.dense();
+            Ok(numbers.to_device(device).to_kind(Kind::Float))
+        };
+        let packed = |id: ParamId| -> Result<Weight, LoadError> {
+            let matrix = match (id, recipe) {
+                // A row is quantised as a whole, so that it is the same on any number of ranks.
+                (ParamId::Linear(_), Some(recipe)) => stacked(id, &|piece| {
+                    Ok(read(&piece.whole_rows())?
+                        .quantise(recipe)?
+                        .columns(piece.columns.clone()))
+                }),
+                _ => stacked(id, &read),
+            };
+            matrix?.weight(precision, device)
+        };
         let norm = |id: NormId, norm: &NormSpec| -> Result<Norm, LoadError> {
             let width = norm.width;
             let spread = layout.spread(id).map(|_| Spread {
@@ -243,14 +288,55 @@ impl Decoder {
 
     /// Bytes this rank's weights take in memory (padding included; norms and biases are left out as nothing).
     pub fn weight_bytes(&self) -> u64 {
-        let linears = self
-            .sublayers
-            .iter()
-            .flat_map(Sublayer::linears)
-            .map(|linear| linear.weight.bytes());
-        let head = self.head.as_ref().map_or(0, Weight::bytes);
-        self.embed.bytes() + head + linears.sum::<u64>()
+        self.weights().map(Weight::bytes).sum()
     }
+
+    /// Bytes of this rank's weights by how they are stored, most first.
+    pub fn formats(&self) -> Vec<(Format, u64)> {
+        let mut formats: Vec<(Format, u64)> = vec![];
+        for weight in self.weights() {
+            match formats.iter_mut().find(|(format, _)| *format == weight.format()) {
+                Some((_, bytes)) => *bytes += weight.bytes(),
+                None => formats.push((weight.format(), weight.bytes())),
+            }
+        }
+        formats.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
+        formats
+    }
+
+    fn weights(&self) -> impl Iterator<Item = &Weight> {
+        let linears = self.sublayers.iter().flat_map(Sublayer::linears);
+        let linears = linears.map(|linear| &linear.weight);
+        std::iter::once(&self.embed).chain(&self.head).chain(linears)
+    }
+}
+
+/// Bytes of a rank's matrices before they are read. `quantised_bytes`: of the checkpoint's whole parameter of this name.
+pub fn planned_bytes(
+    spec: &DecoderSpec,
+    layout: &Layout,
+    options: WeightOptions,
+    quantised_bytes: impl Fn(&str) -> Option<u64>,
+) -> u64 {
+    let of = |param: Param| -> f64 {
+        if param.shape.len() == 1 {
+            return 0.0;
+        }
+        let bytes = |piece: &Piece| {
+            let (n, k) = (
+                piece.rows.end - piece.rows.start,
+                piece.columns.end - piece.columns.start,
+            );
+            let whole: i64 = piece.shape.iter().product();
+            match (quantised_bytes(&piece.name), options.recipe, param.id) {
+                (Some(bytes), ..) => bytes as f64 * (n * k) as f64 / whole as f64,
+                (None, Some(recipe), ParamId::Linear(_)) => recipe.bytes(n as u64, k as u64) as f64,
+                _ => (n * k) as f64 * options.precision.value_bytes() as f64,
+            }
+        };
+        layout.pieces(&param).iter().map(bytes).sum()
+    };
+    spec.params().into_iter().map(of).sum::<f64>() as u64
 }
 
 impl Layout {

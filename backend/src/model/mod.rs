@@ -30,6 +30,7 @@ use tandem_kernels::weight::{Precision, Weight};
 use tch::{Device, Kind, Tensor};
 
 pub use grads::Grads;
+pub use load::{WeightOptions, planned_bytes};
 pub use sublayer::Saved;
 
 use crate::family::shard::Layout;

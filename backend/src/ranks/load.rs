@@ -8,14 +8,14 @@ use serde::{Deserialize, Serialize};
 use tandem_core::id::Digest;
 use tandem_kernels::attention::KvCache;
 use tandem_kernels::comm::Comm;
-use tandem_kernels::weight::Precision;
+use tandem_kernels::weight::{Precision, Recipe};
 use tch::{Device, Kind, Tensor};
 use tracing::info;
 
 use super::{decode, encode};
 use crate::family::DecoderSpec;
 use crate::family::shard::{Layout, Shard};
-use crate::model::Decoder;
+use crate::model::{Decoder, WeightOptions, planned_bytes};
 use crate::start::memory::{self, Free, KvDemand};
 use crate::start::selftest;
 use crate::weights::{Checkpoint, LoadError};
@@ -26,6 +26,8 @@ pub struct Plan {
     /// Ranks of the same machine read it; others have their own copy.
     pub model_folder: PathBuf,
     pub bf16: bool,
+    /// What dense linears become, by its name.
+    pub recipe: Option<String>,
     pub max_num_seqs: u32,
     pub max_model_len: u32,
     /// A cache that does not hold one sequence of `max_model_len` makes sequences shorter.
@@ -62,11 +64,15 @@ impl Plan {
         decode(&comm.broadcast(vec![]))
     }
 
-    fn precision(&self) -> Precision {
-        if self.bf16 {
-            Precision::Bf16
-        } else {
-            Precision::F32
+    fn weights(&self, device: Device) -> WeightOptions {
+        let named = |name: &String| Recipe::ALL.into_iter().find(|recipe| recipe.name() == name);
+        WeightOptions {
+            precision: match self.bf16 {
+                true => Precision::Bf16,
+                false => Precision::F32,
+            },
+            recipe: self.recipe.as_ref().and_then(named),
+            device,
         }
     }
 }
@@ -106,7 +112,8 @@ pub(super) fn load(
 ) -> Result<Ready, LoadError> {
     let began = Instant::now();
     let Place { device, local_world } = *place;
-    let precision = plan.precision();
+    let weights = plan.weights(device);
+    let precision = weights.precision;
     if device != Device::Cpu {
         selftest::run(device, &comm)?;
     }
@@ -114,16 +121,16 @@ pub(super) fn load(
         rank: comm.rank(),
         world: comm.world(),
     };
-    let numbers = Layout::new(&spec, shard)?.matrix_numbers(&spec);
+    let layout = Layout::new(&spec, shard)?;
     memory::check_plan(
-        numbers * precision.value_bytes() as u64,
+        planned_bytes(&spec, &layout, weights, |name| checkpoint.quantised_bytes(name)),
         plan.kv_cache_bytes,
         Free::on(device).share(local_world),
     )?;
     let (decoder, own_digest) = std::thread::scope(|scope| {
         // Reads every byte once more, on another core than the one that packs them.
         let digest = (copy == Copy::Own).then(|| scope.spawn(|| checkpoint.digest()));
-        let decoder = Decoder::from_checkpoint(spec, checkpoint, precision, device, comm.clone())?;
+        let decoder = Decoder::from_checkpoint(spec, checkpoint, weights, comm.clone())?;
         let digest = digest.map(|digest| digest.join().expect("hashing does not panic"));
         Ok::<_, LoadError>((decoder, digest.transpose()?))
     })?;

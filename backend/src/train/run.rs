@@ -4,12 +4,11 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use tandem_core::job::{JobEvent, JobSpec, Method, files};
-use tandem_kernels::weight::Precision;
-use tch::{Device, Kind};
+use tch::Kind;
 use tracing::warn;
 
 use super::{TrainError, Trainer, state};
-use crate::model::Decoder;
+use crate::model::{Decoder, WeightOptions};
 use crate::start;
 use crate::weights::{CONFIG, WEIGHTS, gguf};
 
@@ -18,8 +17,7 @@ pub struct RunOptions {
     pub spec: JobSpec,
     pub model_folder: PathBuf,
     /// The frozen base's, for LoRA; full training is float32.
-    pub precision: Precision,
-    pub device: Device,
+    pub weights: WeightOptions,
     /// What full training stores.
     pub save_kind: Kind,
 }
@@ -38,13 +36,12 @@ impl Run {
         let RunOptions {
             spec,
             model_folder,
-            precision,
-            device,
+            weights,
             save_kind,
         } = options;
-        start::set_threads(device, None);
+        start::set_threads(weights.device, None);
         let base = match spec.hyper.method {
-            Method::Lora(_) => Some(Decoder::load(&model_folder, precision, device)?),
+            Method::Lora(_) => Some(Decoder::open(&model_folder, weights)?),
             Method::Full => None,
         };
         let trainer = match &base {

@@ -18,8 +18,13 @@ use crate::family::Head;
 
 mod folder;
 pub mod gguf;
+mod matrix;
+mod quantised;
 
 pub use folder::check_folder;
+pub use matrix::Matrix;
+pub use quantised::QUANTIZATIONS;
+use quantised::QuantisedTensors;
 
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
@@ -60,6 +65,8 @@ pub struct Checkpoint {
     path: PathBuf,
     files: Vec<(String, MappedFile)>,
     tensors: HashMap<String, Entry>,
+    /// Which of them are parts of quantised matrices.
+    quantised: Option<QuantisedTensors>,
     notes: Vec<String>,
 }
 
@@ -100,6 +107,7 @@ impl Checkpoint {
             path: folder.to_owned(),
             files: vec![],
             tensors: HashMap::new(),
+            quantised: None,
             notes: vec![],
         };
         let exists = |file: &str| folder.join(file).exists();
@@ -119,6 +127,8 @@ impl Checkpoint {
         for name in names {
             checkpoint.add(name)?;
         }
+        let names: Vec<&str> = checkpoint.tensors.keys().map(String::as_str).collect();
+        checkpoint.quantised = QuantisedTensors::find(folder, &names)?;
         Ok(checkpoint)
     }
 
@@ -137,6 +147,7 @@ impl Checkpoint {
         Ok(Checkpoint {
             path: path.to_owned(),
             tensors: tensors.collect(),
+            quantised: None,
             notes: vec![],
             files: model.into_files(),
         })
@@ -201,16 +212,46 @@ impl Checkpoint {
         &self.notes
     }
 
-    /// In order, so that messages are the same each time.
+    /// Of the parameters that are there: tensors, and what parts of quantised matrices make. In order, so that messages are
+    /// the same each time.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        let mut names: Vec<&str> = self.tensors.keys().map(String::as_str).collect();
+        let mut names: Vec<&str> = match &self.quantised {
+            None => self.tensors.keys().map(String::as_str).collect(),
+            Some(quantised) => {
+                let tensors = self.tensors.keys().map(String::as_str);
+                let whole = tensors.filter(|name| !quantised.is_part(name));
+                whole.chain(quantised.parameters()).collect()
+            }
+        };
         names.sort_unstable();
         names.into_iter()
     }
 
-    /// The file of a tensor that is there.
+    /// The file of a parameter that is there.
     pub fn file_of(&self, name: &str) -> &str {
-        &self.files[self.tensors[name].file].0
+        let part = || {
+            let mut parts = self.quantised.as_ref()?.parts_of(name)?;
+            parts.find_map(|part| self.tensors.get(&part))
+        };
+        let entry = self.tensors.get(name).or_else(part);
+        &self.files[entry.expect("it is there").file].0
+    }
+
+    fn file_names(&self) -> String {
+        let files: Vec<&str> = self.files.iter().map(|(file, _)| file.as_str()).collect();
+        files.join(", ")
+    }
+
+    /// How its matrices are quantised, as `--quantization` names it.
+    pub fn quantization(&self) -> Option<&str> {
+        Some(self.quantised.as_ref()?.kind())
+    }
+
+    /// Bytes of a quantised parameter in its files.
+    pub fn quantised_bytes(&self, name: &str) -> Option<u64> {
+        let parts = self.quantised.as_ref()?.parts_of(name)?;
+        let entries = parts.filter_map(|part| self.tensors.get(&part));
+        Some(entries.map(|entry| (entry.end - entry.start) as u64).sum())
     }
 
     /// Are both there, with different numbers?
@@ -227,7 +268,11 @@ impl Checkpoint {
     }
 
     pub fn has(&self, name: &str) -> bool {
-        self.tensors.contains_key(name)
+        let quantised = self
+            .quantised
+            .as_ref()
+            .and_then(|quantised| quantised.parts_of(name));
+        self.tensors.contains_key(name) || quantised.is_some()
     }
 
     /// Where a parameter stands. Of a tied table, saved once, some savers kept the head's name (safetensors allows one
@@ -275,6 +320,37 @@ impl Checkpoint {
         Ok(if shape.len() == 1 { part.view([-1]) } else { part })
     }
 
+    /// A tensor in the dtype it is stored in, of 8-bit floats the bytes; `None` where there is none of this name.
+    fn stored(&self, name: &str) -> Option<Result<Tensor, LoadError>> {
+        let entry = self.tensors.get(name)?;
+        let (file, mapped) = &self.files[entry.file];
+        let Stored::Plain(dtype) = &entry.stored else {
+            return None;
+        };
+        let kind = match *dtype {
+            Dtype::U8 | Dtype::F8_E4M3 => Kind::Uint8,
+            Dtype::I8 => Kind::Int8,
+            Dtype::I32 => Kind::Int,
+            Dtype::I64 => Kind::Int64,
+            other => match kind(other) {
+                Some(kind) => kind,
+                None => {
+                    return Some(Err(LoadError::Weights {
+                        file: file.clone(),
+                        message: format!(
+                            "tensor `{name}` is {other:?}, which no quantised matrix is made of here"
+                        ),
+                    }));
+                }
+            },
+        };
+        Some(
+            mapped
+                .tensor(entry.start..entry.end, kind, &entry.shape)
+                .map_err(LoadError::Kernel),
+        )
+    }
+
     /// One number that is none makes every answer none.
     fn check_finite(&self, name: &str, tensor: &Tensor) -> Result<(), LoadError> {
         if finite::all(tensor) {
@@ -292,12 +368,7 @@ impl Checkpoint {
 
     fn find(&self, name: &str, shape: &[i64]) -> Result<(&Entry, &MappedFile), LoadError> {
         let Some(entry) = self.tensors.get(name) else {
-            let file = self
-                .files
-                .iter()
-                .map(|(file, _)| file.as_str())
-                .collect::<Vec<_>>()
-                .join(", ");
+            let file = self.file_names();
             let message = format!(
                 "tensor `{name}` of shape {shape:?} is missing ({} tensors are there)",
                 self.tensors.len()

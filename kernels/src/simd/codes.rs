@@ -13,6 +13,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 
+#[cfg(any(test, not(target_arch = "x86_64")))]
 use super::PANEL;
 use crate::machine::features;
 use crate::weight::Grid;

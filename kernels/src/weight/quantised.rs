@@ -290,8 +290,8 @@ impl Quantised {
     /// Matrices over the same K one under the other, the same numbers: parts that a fused product reads as one. Where they
     /// differ in groups, the smallest common ones are taken; integers of 4 bits beside integers of 8 become 8. `None`
     /// where no format holds them all.
-    pub fn cat(parts: &[Quantised]) -> Option<Quantised> {
-        let (first, rest) = parts.split_first()?;
+    pub fn cat(parts: &[&Quantised]) -> Option<Quantised> {
+        let (&first, rest) = parts.split_first()?;
         if rest.is_empty() {
             return first.regrouped(first.group.min(first.k()).max(1));
         }
@@ -437,7 +437,7 @@ mod tests {
         for (grid, group, offsets, expected) in others {
             let other = example(grid, 5, 96, group, offsets);
             let dense = Tensor::cat(&[whole.dense(), other.dense()], 0);
-            let both = Quantised::cat(&[whole.rows(0..6), other]);
+            let both = Quantised::cat(&[&whole, &other]);
             assert_eq!(both.as_ref().map(|both| (both.grid, both.group)), expected);
             if let Some(both) = both {
                 both.check().unwrap();

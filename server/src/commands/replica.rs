@@ -91,6 +91,7 @@ pub fn engine_options(options: &ModelOptions, folder: &Path, team: Team) -> Resu
             "16 bits of a weight are bfloat16 here; --dtype float32 rounds nothing"
         );
     }
+    engine.quantization = options.quantization.as_deref().map(str::parse).transpose()?;
     engine.max_model_len = options.max_model_len;
     engine.kv_cache_bytes = options.kv_cache_memory_bytes;
     engine.threads = options.threads.map(|threads| threads as usize);

@@ -73,6 +73,11 @@ const KEYS: &[Key] = &[
         &["torch_dtype"],
         "of the frozen base: auto (default), bfloat16 or float32",
     ),
+    (
+        "quantization",
+        &[],
+        "the frozen linears in int8, int4 or nf4 (QLoRA); without it as the checkpoint has them",
+    ),
     ("device", &[], "auto (default), cpu or cuda:N"),
 ];
 
@@ -115,6 +120,7 @@ pub struct Recipe {
     pub save_total_limit: Option<NonZero<u32>>,
     pub tuning: Tuning,
     pub dtype: String,
+    pub quantization: Option<String>,
     pub device: String,
     pub settings: Settings,
 }
@@ -131,6 +137,7 @@ struct Own {
     save_total_limit: Option<NonZero<u32>>,
     method: Option<Method>,
     dtype: Option<String>,
+    quantization: Option<String>,
     device: Option<String>,
 }
 
@@ -240,6 +247,7 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
         save_total_limit,
         method,
         dtype,
+        quantization,
         device,
     } = serde_path_to_error::deserialize(Value::Object(own)).map_err(|error| SettingsError::Wrong {
         key: error.path().to_string(),
@@ -253,6 +261,14 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
     let (dtype, mut device) = (dtype.unwrap_or_else(auto), device.unwrap_or_else(auto));
     if tuning == Tuning::Full {
         fits_full(&settings, &dtype, &device)?;
+        if let Some(format) = &quantization {
+            return Err(SettingsError::Wrong {
+                key: "quantization".to_owned(),
+                message: format!(
+                    "method=full changes every weight, which {format} cannot follow: leave it out, or train LoRA on it"
+                ),
+            });
+        }
         device = "cpu".to_owned();
     }
     settings.seed = Some(settings.seed.unwrap_or(DEFAULT_SEED));
@@ -266,6 +282,7 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
         save_total_limit,
         tuning,
         dtype,
+        quantization,
         device,
         settings,
     })

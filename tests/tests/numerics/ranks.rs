@@ -9,8 +9,8 @@ use tandem_backend::family::{DecoderSpec, ParamId, read_spec};
 use tandem_backend::lora::adapter::Adapter;
 use tandem_backend::lora::params::{AdapterParams, AdapterShape};
 use tandem_backend::lora::peft::{self, PeftConfig};
-use tandem_backend::model::Decoder;
 use tandem_backend::model::full::FullParams;
+use tandem_backend::model::{Decoder, WeightOptions};
 use tandem_backend::ranks::Team;
 use tandem_backend::train::{Inputs, Trainer};
 use tandem_backend::weights::Checkpoint;
@@ -128,8 +128,8 @@ pub fn on_ranks<T: Send>(
                     pool::take_share(comm.rank(), world);
                     let checkpoint = Checkpoint::open(folder).expect("a checkpoint");
                     let end = comm.clone();
-                    let decoder =
-                        Decoder::from_checkpoint(spec, &checkpoint, Precision::F32, Device::Cpu, comm);
+                    let options = WeightOptions::new(Precision::F32, Device::Cpu);
+                    let decoder = Decoder::from_checkpoint(spec, &checkpoint, options, comm);
                     let result = run(decoder.expect("it can be divided so"));
                     // Who leaves earlier is lost to the others.
                     end.meet();

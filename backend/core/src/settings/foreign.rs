@@ -75,7 +75,7 @@ const EVENTS: &str = "a job's events and its step_metrics.csv hold the metrics o
 const PRECISION: &str =
     "the base keeps the dtype it is served in, everything else is float32: at least as precise";
 const HUB: &str = "nothing is pushed: take the adapter's folder from the server or from output_dir";
-const QUANTISED: &str = "the base is trained in the dtype it is loaded in; leave it out";
+const QUANTISED: &str = "a job trains on the base as it is served: tandem serve --quantization nf4 (QLoRA), or tandem train quantization=nf4";
 const RANKS: &str = "ranks are the server's: tandem serve --tensor-parallel-size N";
 const LORA_ONLY: &str =
     "a job trains LoRA (lora_r, lora_alpha, ...); `tandem train method=full` trains every parameter";

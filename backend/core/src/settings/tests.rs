@@ -311,7 +311,7 @@ fn what_the_field_asks_is_honoured_harmless_or_refused() {
         ("lora_task_type", json!("CAUSAL_LM"), Harmless),
         ("lora_task_type", json!("SEQ_CLS"), Is::Refused("causal")),
         ("load_in_8bit", json!(false), Harmless),
-        ("load_in_4bit", json!(true), Is::Refused("dtype")),
+        ("load_in_4bit", json!(true), Is::Refused("--quantization nf4")),
         ("bnb_4bit_quant_type", json!("nf4"), Harmless),
         // peft.LoraConfig.
         ("peft_type", json!("LORA"), Harmless),
