@@ -75,7 +75,10 @@ impl Routing {
             let weights = &mut weights[first..];
             match kind {
                 RoutingWeights::OfAll => softmax_of(weights, logits),
-                RoutingWeights::OfChosen => softmax_of(weights, &weights.to_vec()),
+                RoutingWeights::OfChosen => {
+                    let logits = weights.to_vec();
+                    softmax_of(weights, &logits);
+                }
             }
         }
 
