@@ -13,11 +13,10 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::matmul::gemm::{Block, Gemm, Left, Right, views};
-use crate::simd::Element;
-use crate::slice::{Plain, Rows, RowsMut};
-use crate::weight::{Precision, Store, Weight};
-pub use backward::linear_backward;
+use crate::matmul::gemm::{Block, Gemm, Left, Part, views};
+use crate::slice::{Rows, RowsMut};
+use crate::weight::{Multiplied, Precision, Weight};
+pub use backward::{linear_backward, linear_grouped_backward};
 use branch::{Branch, shrink};
 
 /// One projection's share of a LoRA module: `y[:, columns] += scale (x A[ranks]t) Bt`.
@@ -44,22 +43,36 @@ pub struct LoraRows<'a> {
     pub module: &'a LoraModule,
 }
 
+/// Rows of x that are multiplied with a weight of their own: those of one expert.
+pub struct WeightRows<'a> {
+    pub rows: Range<i64>,
+    pub weight: &'a Weight,
+    /// `[N]` float32.
+    pub bias: Option<&'a Tensor>,
+}
+
 /// y `[T, N]` = x Wt + bias, plus the branch of each group on the group's rows. x `[T, K]`, bias `[N]`, float32; groups
 /// are sorted and disjoint.
 pub fn linear(x: &Tensor, w: &Weight, bias: Option<&Tensor>, lora: &[LoraRows]) -> Tensor {
-    match Job::new(x, w, bias, lora.iter().map(|group| (group, x))) {
+    linear_grouped(x, &[all_rows(x, w, bias)], lora)
+}
+
+/// As [`linear`], the rows of each group by its own weight, all in one job: sorted groups that cover the rows, weights of
+/// one shape and precision. No group of `lora` reaches over the end of a group.
+pub fn linear_grouped(x: &Tensor, groups: &[WeightRows], lora: &[LoraRows]) -> Tensor {
+    match Job::new(x, groups, lora, x) {
         Some(job) => job.into_new(),
-        None => reference(x, w, bias, lora),
+        None => reference(x, groups, lora, x).0,
     }
 }
 
 /// As [`linear`], added into `residual` `[T, N]` in place.
 pub fn linear_add(x: &Tensor, w: &Weight, bias: Option<&Tensor>, lora: &[LoraRows], residual: &mut Tensor) {
-    let job = Job::new(x, w, bias, lora.iter().map(|group| (group, x)));
-    match (job, RowsMut::of(residual)) {
+    let groups = [all_rows(x, w, bias)];
+    match (Job::new(x, &groups, lora, x), RowsMut::of(residual)) {
         (Some(job), Some(to)) => job.run(to, |to, y| to.iter_mut().zip(y).for_each(|(to, y)| *to += y)),
         _ => {
-            let _ = residual.g_add_(&reference(x, w, bias, lora));
+            let _ = residual.g_add_(&reference(x, &groups, lora, x).0);
         }
     }
 }
@@ -73,34 +86,107 @@ pub fn linear_training(
     lora: &LoraModule,
     lora_x: &Tensor,
 ) -> (Tensor, Tensor) {
-    assert_eq!(x.size(), lora_x.size(), "the branch reads the same rows");
-    let group = LoraRows {
+    let module = LoraRows {
         rows: 0..x.size()[0],
         module: lora,
     };
-    match Job::new(x, w, bias, std::iter::once((&group, lora_x))) {
+    linear_grouped_training(x, &[all_rows(x, w, bias)], &[module], lora_x)
+}
+
+/// As [`linear_grouped`], the branches reading `lora_x`. The shrunk rows `[T, R]` are as wide as the largest module's
+/// ranks; what belongs to no module is zero.
+pub fn linear_grouped_training(
+    x: &Tensor,
+    groups: &[WeightRows],
+    lora: &[LoraRows],
+    lora_x: &Tensor,
+) -> (Tensor, Tensor) {
+    assert_eq!(x.size(), lora_x.size(), "the branch reads the same rows");
+    match Job::new(x, groups, lora, lora_x) {
         Some(mut job) => {
-            let mut shrunk = Tensor::empty([x.size()[0], lora.a.n()], (Kind::Float, Device::Cpu));
+            let mut shrunk = Tensor::zeros([x.size()[0], most_ranks(lora)], (Kind::Float, Device::Cpu));
             job.shrunk = RowsMut::of(&mut shrunk);
             (job.into_new(), shrunk)
         }
-        None => {
-            let mut y = w.reference_forward(x);
-            let shrunk = lora.a.reference_forward(lora_x);
-            reference_expand(&mut y, &shrunk, lora);
-            (reference_bias(y, bias), shrunk)
-        }
+        None => reference(x, groups, lora, lora_x),
     }
 }
 
-fn reference(x: &Tensor, w: &Weight, bias: Option<&Tensor>, lora: &[LoraRows]) -> Tensor {
-    let y = w.reference_forward(x);
+fn all_rows<'a>(x: &Tensor, weight: &'a Weight, bias: Option<&'a Tensor>) -> WeightRows<'a> {
+    WeightRows {
+        rows: 0..x.size()[0],
+        weight,
+        bias,
+    }
+}
+
+fn most_ranks(lora: &[LoraRows]) -> i64 {
+    lora.iter().map(|group| group.module.a.n()).max().unwrap_or(0)
+}
+
+/// The first of the groups' weights, whose shape and precision are those of all. `width` says which of their sides the
+/// columns of `x` are.
+fn check_groups<'a>(
+    x: &Tensor,
+    groups: &[WeightRows<'a>],
+    name: &str,
+    width: impl Fn(&Weight) -> i64,
+) -> &'a Weight {
+    let first = groups.first().expect("rows have a weight").weight;
+    let (n, k) = (first.n(), first.k());
+    assert_eq!(
+        x.size()[1],
+        width(first),
+        "{name} {:?} and a weight of [{n}, {k}]",
+        x.size()
+    );
+    let mut end = 0;
+    for WeightRows { rows, weight, .. } in groups {
+        assert_eq!(rows.start, end, "groups cover the rows in order");
+        end = rows.end;
+        assert_eq!(
+            (weight.n(), weight.k(), weight.precision()),
+            (n, k, first.precision()),
+            "the shape and precision of the first weight"
+        );
+    }
+    assert_eq!(end, x.size()[0], "groups cover the rows");
+    first
+}
+
+/// The groups as parts of a product in their precision, empty ones left out; None where only the reference can go.
+fn parts<'a, T: Multiplied>(groups: &[WeightRows<'a>]) -> Option<Vec<Part<'a, T>>> {
+    let with_rows = groups.iter().filter(|group| !group.rows.is_empty());
+    let part = |group: &WeightRows<'a>| {
+        Some(Part {
+            rows: group.rows.start as usize..group.rows.end as usize,
+            right: group.weight.right()?,
+        })
+    };
+    with_rows.map(part).collect()
+}
+
+/// y, and the shrunk rows.
+fn reference(x: &Tensor, groups: &[WeightRows], lora: &[LoraRows], lora_x: &Tensor) -> (Tensor, Tensor) {
+    let parts = groups.iter().map(|WeightRows { rows, weight, bias }| {
+        let y = weight.reference_forward(&x.narrow(0, rows.start, rows.end - rows.start));
+        match bias {
+            Some(bias) => y + *bias,
+            None => y,
+        }
+    });
+    let y = Tensor::cat(&parts.collect::<Vec<_>>(), 0);
+    let shrunk = Tensor::zeros([x.size()[0], most_ranks(lora)], (y.kind(), y.device()));
     for LoraRows { rows, module } in lora {
         let n_rows = rows.end - rows.start;
-        let shrunk = module.a.reference_forward(&x.narrow(0, rows.start, n_rows));
-        reference_expand(&mut y.narrow(0, rows.start, n_rows), &shrunk, module);
+        let own = module.a.reference_forward(&lora_x.narrow(0, rows.start, n_rows));
+        reference_expand(&mut y.narrow(0, rows.start, n_rows), &own, module);
+        shrunk
+            .narrow(0, rows.start, n_rows)
+            .narrow(1, 0, module.a.n())
+            .copy_(&own);
     }
-    reference_bias(y, bias)
+    (y, shrunk)
 }
 
 /// `y[:, columns] += (scale shrunk[:, ranks]) Bt` for every part.
@@ -120,18 +206,10 @@ fn reference_expand(y: &mut Tensor, shrunk: &Tensor, module: &LoraModule) {
     }
 }
 
-fn reference_bias(y: Tensor, bias: Option<&Tensor>) -> Tensor {
-    match bias {
-        Some(bias) => y + bias,
-        None => y,
-    }
-}
-
 /// A linear all of whose operands the fast path reads.
 struct Job<'a> {
     x: Rows<'a>,
-    w: &'a Weight,
-    bias: Option<&'a [f32]>,
+    groups: &'a [WeightRows<'a>],
     branches: Vec<Branch<'a>>,
     /// Where the branches' shrunk rows go, if they are wanted.
     shrunk: Option<RowsMut<'a>>,
@@ -141,40 +219,34 @@ impl<'a> Job<'a> {
     /// None where only the reference can go.
     fn new(
         x: &'a Tensor,
-        w: &'a Weight,
-        bias: Option<&'a Tensor>,
-        lora: impl Iterator<Item = (&'a LoraRows<'a>, &'a Tensor)>,
+        groups: &'a [WeightRows<'a>],
+        lora: &'a [LoraRows<'a>],
+        lora_x: &'a Tensor,
     ) -> Option<Job<'a>> {
+        let first = check_groups(x, groups, "x", Weight::k);
         let [rows] = views([x])?;
-        if let Store::Plain(_) | Store::Held(_) = w.store() {
+        let readable = |group: &WeightRows| {
+            let bias = group.bias.map_or(Some(&[][..]), |bias| vector(bias, first.n()));
+            group.weight.is_packed() && bias.is_some()
+        };
+        if !groups.iter().all(readable) {
             return None;
         }
-        assert_eq!(
-            rows.width as i64,
-            w.k(),
-            "x {:?} and a weight of [{}, {}]",
-            x.size(),
-            w.n(),
-            w.k()
-        );
-        let bias = match bias {
-            Some(bias) => Some(vector(bias, w.n())?),
-            None => None,
-        };
         let branches: Option<Vec<Branch>> = lora
-            .map(|(group, input)| Branch::new(group, x, input, w))
+            .iter()
+            .map(|group| Branch::new(group, x, lora_x, first))
             .collect();
         Some(Job {
             x: rows,
-            w,
-            bias,
+            groups,
             branches: branches?,
             shrunk: None,
         })
     }
 
     fn into_new(self) -> Tensor {
-        let mut y = Tensor::empty([self.x.rows as i64, self.w.n()], (Kind::Float, Device::Cpu));
+        let n = self.groups[0].weight.n();
+        let mut y = Tensor::empty([self.x.rows as i64, n], (Kind::Float, Device::Cpu));
         let to = RowsMut::of(&mut y).expect("a new float CPU tensor");
         self.run(to, <[f32]>::copy_from_slice);
         y
@@ -182,40 +254,37 @@ impl<'a> Job<'a> {
 
     /// Computes y and gives each piece of a row of it to `store`, with the same piece of `to`.
     fn run(mut self, to: RowsMut, store: impl Fn(&mut [f32], &[f32]) + Sync) {
+        let first = self.groups[0].weight;
         assert_eq!(
             (to.rows, to.width),
-            (self.x.rows, self.w.n() as usize),
+            (self.x.rows, first.n() as usize),
             "the output's shape"
         );
-        match (self.w.store(), self.w.precision()) {
-            (Store::F32(panels), _) => self.run_in::<f32>(Right::Panels(panels), to, store),
-            (Store::Bf16(panels), _) => self.run_in::<u16>(Right::Panels(panels), to, store),
-            (Store::Packed(packed), Precision::F32) => self.run_in::<f32>(Right::Packed(packed), to, store),
-            (Store::Packed(packed), Precision::Bf16) => self.run_in::<u16>(Right::Packed(packed), to, store),
-            (Store::Plain(_) | Store::Held(_), _) => unreachable!("`new` leaves them to the reference"),
+        match first.precision() {
+            Precision::F32 => self.run_in::<f32>(to, store),
+            Precision::Bf16 => self.run_in::<u16>(to, store),
         }
     }
 
-    fn run_in<T: Element + Plain>(
-        &mut self,
-        right: Right<T>,
-        to: RowsMut,
-        store: impl Fn(&mut [f32], &[f32]) + Sync,
-    ) {
+    fn run_in<T: Multiplied>(&mut self, to: RowsMut, store: impl Fn(&mut [f32], &[f32]) + Sync) {
         let left = Left::<T>::round(self.x);
         shrink(&mut self.branches, &left, self.shrunk);
-        let (branches, bias) = (&self.branches, self.bias);
+        let with_rows = self.groups.iter().filter(|group| !group.rows.is_empty());
+        let biases: Vec<Option<&[f32]>> = with_rows
+            .map(|group| group.bias.and_then(|bias| vector(bias, to.width as i64)))
+            .collect();
+        let branches = &self.branches;
         let gemm = Gemm {
             left: &left,
-            right,
+            parts: &parts(self.groups).expect("`new` leaves other weights to the reference"),
             k: self.x.width,
             n: to.width,
         };
-        gemm.run(|mut block: Block| {
+        gemm.run(|part, mut block: Block| {
             branches.iter().for_each(|branch| branch.expand(&mut block));
             for (i, row) in block.rows.clone().enumerate() {
                 let sums = &mut block.sums[i * block.stride..][..block.columns.len()];
-                if let Some(bias) = bias {
+                if let Some(bias) = biases[part] {
                     sums.iter_mut()
                         .zip(&bias[block.columns.clone()])
                         .for_each(|(sum, bias)| *sum += bias);

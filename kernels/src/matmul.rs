@@ -14,7 +14,7 @@ use crate::simd::pack::{self, Words};
 use crate::simd::{Element, PANEL};
 use crate::slice::{Plain, Rows, RowsMut, Shared};
 use crate::weight::{self, Precision};
-use gemm::{Gemm, Left, Right, left_stride, views};
+use gemm::{Gemm, Left, Part, Right, left_stride, views};
 
 /// `a bt`: a `[M, K]`, b `[N, K]` -> `[M, N]`.
 pub fn nt(a: &Tensor, b: &Tensor) -> Tensor {
@@ -108,11 +108,14 @@ fn fast<T: Element + Plain>(a: Rows, a_side: Side, b: Rows, b_side: Side, to: Ro
             };
             let gemm = Gemm {
                 left: &left,
-                right: Right::Panels(&panels),
+                parts: &[Part {
+                    rows: 0..left.m,
+                    right: Right::Panels(&panels),
+                }],
                 k,
                 n: columns.len(),
             };
-            gemm.run(|block| {
+            gemm.run(|_, block| {
                 let start = first_column + block.columns.start;
                 for (i, row) in block.rows.clone().enumerate() {
                     // SAFETY: a block's columns of a row belong to its task.

@@ -16,8 +16,9 @@ use std::sync::OnceLock;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::KernelError;
+use crate::matmul::gemm::Right;
 use crate::simd::{self, Element, PANEL};
-use crate::slice::{Pages, Stay};
+use crate::slice::{Pages, Plain, Stay};
 use held::Held;
 use packed::Packed;
 use panels::{gather, pack, readable, unpack};
@@ -93,6 +94,35 @@ pub(crate) enum Store {
     Plain(Tensor),
     Packed(Packed),
     Held(Held),
+}
+
+/// The element type of products in a precision.
+pub(crate) trait Multiplied: Element + Plain {
+    const PRECISION: Precision;
+    /// The panels of a dense weight.
+    fn panels(store: &Store) -> Option<&[Self]>;
+}
+
+impl Multiplied for f32 {
+    const PRECISION: Precision = Precision::F32;
+
+    fn panels(store: &Store) -> Option<&[f32]> {
+        match store {
+            Store::F32(panels) => Some(panels),
+            _ => None,
+        }
+    }
+}
+
+impl Multiplied for u16 {
+    const PRECISION: Precision = Precision::Bf16;
+
+    fn panels(store: &Store) -> Option<&[u16]> {
+        match store {
+            Store::Bf16(panels) => Some(panels),
+            _ => None,
+        }
+    }
 }
 
 // SAFETY: plain and held tensors are the fields that are not Sync by themselves. They are private, not views of anything,
@@ -199,6 +229,20 @@ impl Weight {
 
     pub(crate) fn store(&self) -> &Store {
         &self.store
+    }
+
+    /// Whether the fast paths read it.
+    pub(crate) fn is_packed(&self) -> bool {
+        !matches!(self.store, Store::Plain(_) | Store::Held(_))
+    }
+
+    /// As the right side of a product in its precision, whose elements are `T`; None where it is not packed.
+    pub(crate) fn right<T: Multiplied>(&self) -> Option<Right<'_, T>> {
+        assert_eq!(T::PRECISION, self.precision, "a product in another precision");
+        match &self.store {
+            Store::Packed(packed) => Some(Right::Packed(packed)),
+            store => T::panels(store).map(Right::Panels),
+        }
     }
 
     /// `x Wt` by the precision rule in plain tch, `x` `[T, K]` -> `[T, N]`. For references.

@@ -6,12 +6,13 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::matmul::gemm::{Left, Right, spread, views};
+use super::{WeightRows, check_groups, parts};
+use crate::matmul::gemm::{Left, Part, Right, for_each_of, spread, views};
 use crate::pool;
 use crate::simd::pack::{pack_step, unpack_rows};
 use crate::simd::{self, Element, PANEL, Product, Sum};
-use crate::slice::{Plain, RowsMut};
-use crate::weight::{Precision, Store, Weight};
+use crate::slice::{Plain, Rows, RowsMut};
+use crate::weight::{Multiplied, Precision, Weight};
 
 /// Columns of dx a task computes side by side.
 const BLOCK_COLUMNS: usize = 4 * PANEL;
@@ -22,42 +23,62 @@ const BLOCK_ROWS: usize = 256;
 
 /// dx `[T, K]` = dy W, dy `[T, N]` float32 (rounded to W's precision), sums in float32.
 pub fn linear_backward(dy: &Tensor, w: &Weight) -> Tensor {
-    let Some([rows]) = views([dy]) else {
-        return w.reference_backward(dy);
-    };
-    assert_eq!(
-        rows.width as i64,
-        w.n(),
-        "dy {:?} and a weight of [{}, {}]",
-        dy.size(),
-        w.n(),
-        w.k()
-    );
-    let mut dx = Tensor::empty([rows.rows as i64, w.k()], (Kind::Float, Device::Cpu));
-    let to = RowsMut::of(&mut dx).expect("a new float CPU tensor");
-    match w.store() {
-        Store::F32(panels) => fast(&Left::<f32>::round(rows), &Right::Panels(panels), rows.width, to),
-        Store::Bf16(panels) => fast(&Left::<u16>::round(rows), &Right::Panels(panels), rows.width, to),
-        Store::Packed(packed) => match w.precision() {
-            Precision::F32 => fast(&Left::<f32>::round(rows), &Right::Packed(packed), rows.width, to),
-            Precision::Bf16 => fast(&Left::<u16>::round(rows), &Right::Packed(packed), rows.width, to),
-        },
-        Store::Plain(_) | Store::Held(_) => return w.reference_backward(dy),
-    }
-    dx
+    linear_grouped_backward(
+        dy,
+        &[WeightRows {
+            rows: 0..dy.size()[0],
+            weight: w,
+            bias: None,
+        }],
+    )
 }
 
-fn fast<T: Element + Plain>(dy: &Left<T>, w: &Right<T>, n: usize, to: RowsMut) {
-    let (m, k) = (to.rows, to.width);
+/// The same, the rows of each group by its own W: the gradient of [`super::linear_grouped`] without LoRA.
+pub fn linear_grouped_backward(dy: &Tensor, groups: &[WeightRows]) -> Tensor {
+    let first = check_groups(dy, groups, "dy", Weight::n);
+    let Some([rows]) = views([dy]) else {
+        return reference(dy, groups);
+    };
+    let mut dx = Tensor::empty([rows.rows as i64, first.k()], (Kind::Float, Device::Cpu));
+    let to = RowsMut::of(&mut dx).expect("a new float CPU tensor");
+    let done = match first.precision() {
+        Precision::F32 => fast::<f32>(rows, groups, to),
+        Precision::Bf16 => fast::<u16>(rows, groups, to),
+    };
+    match done {
+        Some(()) => dx,
+        None => reference(dy, groups),
+    }
+}
+
+fn reference(dy: &Tensor, groups: &[WeightRows]) -> Tensor {
+    let parts = groups.iter().map(|WeightRows { rows, weight, .. }| {
+        weight.reference_backward(&dy.narrow(0, rows.start, rows.end - rows.start))
+    });
+    Tensor::cat(&parts.collect::<Vec<_>>(), 0)
+}
+
+/// None where only the reference can go.
+fn fast<T: Multiplied>(dy: Rows, groups: &[WeightRows], to: RowsMut) -> Option<()> {
+    let (n, k) = (dy.width, to.width);
+    let parts = parts::<T>(groups)?;
+    let dy = &Left::<T>::round(dy);
     let column_blocks = k.div_ceil(BLOCK_COLUMNS);
-    // Enough blocks for all threads, though each turns W anew.
-    let wanted = (2 * pool::threads())
-        .div_ceil(column_blocks.max(1))
-        .min(m.div_ceil(24));
-    let row_blocks = m.div_ceil(BLOCK_ROWS).max(wanted);
-    pool::for_each(row_blocks * column_blocks, |task| {
+    let row_blocks = |part: &Part<T>| {
+        let m = part.rows.len();
+        // Enough blocks for all threads, though each turns W anew.
+        let wanted = (2 * pool::threads())
+            .div_ceil(column_blocks.max(1))
+            .min(m.div_ceil(24));
+        m.div_ceil(BLOCK_ROWS).max(wanted)
+    };
+    let tasks = |part: &Part<T>| row_blocks(part) * column_blocks;
+    for_each_of(&parts, tasks, |part, task| {
+        let part = &parts[part];
+        let (w, row_blocks) = (&part.right, row_blocks(part));
         let (block, group) = (task % row_blocks, task / row_blocks);
-        let rows = spread(m, row_blocks, block);
+        let rows = spread(part.rows.len(), row_blocks, block);
+        let rows = part.rows.start + rows.start..part.rows.start + rows.end;
         let columns = group * BLOCK_COLUMNS..k.min((group + 1) * BLOCK_COLUMNS);
         let n_panels = columns.len().div_ceil(PANEL);
         let panel_stride = T::panel_len(TURN_ROWS);
@@ -88,6 +109,7 @@ fn fast<T: Element + Plain>(dy: &Left<T>, w: &Right<T>, n: usize, to: RowsMut) {
             to.copy_from_slice(&sums[i * BLOCK_COLUMNS..][..columns.len()]);
         }
     });
+    Some(())
 }
 
 /// Rows `reduced` and columns `columns` of W, out of its panels over K, into panels over N: `turned[c][n][j] =

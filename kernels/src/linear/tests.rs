@@ -17,6 +17,10 @@ fn packed(dense: &Tensor, precision: Precision) -> Weight {
     Weight::new(dense, precision, Device::Cpu).unwrap()
 }
 
+fn reference(x: &Tensor, w: &Weight, bias: Option<&Tensor>, lora: &[LoraRows]) -> Tensor {
+    super::reference(x, &[all_rows(x, w, bias)], lora, x).0
+}
+
 fn max_abs(x: &Tensor) -> f64 {
     if x.numel() == 0 {
         0.0
@@ -301,6 +305,80 @@ fn lora_rows_are_the_reference_and_others_untouched() {
             let before = sum.copy();
             linear_add(&x, &w, Some(&bias), &lora, &mut sum);
             same_bits(&sum, &(before + fast), "into a residual");
+        }
+    }
+}
+
+/// Groups of rows with weights of their own: each has the bits of its own [`linear`], forward and backward, dense or
+/// quantised, whatever the sizes of the groups (none and one among them), with two adapters within a group.
+#[test]
+fn groups_are_linears_of_their_own() {
+    let (n, k) = (250, 131);
+    let sizes = [7, 0, 1, 40, 300, 0, 2];
+    let dense = |precision| move |_| packed(&random(n, k), precision);
+    let codes = |precision| {
+        move |i: usize| {
+            let group = 32;
+            let size = [n, (k + group - 1) / group];
+            let from = Quantised {
+                grid: Grid::ALL[0],
+                codes: Tensor::randint(1 << Grid::ALL[0].bits(), [n, k], (Kind::Uint8, Device::Cpu)),
+                group,
+                scales: Tensor::rand(size, CPU) * 0.1,
+                offsets: (i != 3).then(|| Tensor::randn(size, CPU)),
+            };
+            Weight::quantised(&from, precision, Device::Cpu).unwrap()
+        }
+    };
+    type Make = Box<dyn Fn(usize) -> Weight>;
+    let makes: [Make; 4] = [
+        Box::new(dense(F32)),
+        Box::new(dense(Bf16)),
+        Box::new(codes(F32)),
+        Box::new(codes(Bf16)),
+    ];
+    for make in makes {
+        let weights: Vec<Weight> = (0..sizes.len()).map(make).collect();
+        let bias: Vec<Tensor> = sizes.iter().map(|_| random(1, n).view([-1])).collect();
+        let modules = [module(k, [8, 3, 16], F32), module(k, [1, 64, 5], F32)];
+        let mut groups: Vec<WeightRows> = vec![];
+        let mut lora: Vec<LoraRows> = vec![];
+        let mut end = 0;
+        for (i, size) in sizes.into_iter().enumerate() {
+            let (start, middle) = (end, end + size / 2);
+            end += size;
+            groups.push(WeightRows {
+                rows: start..end,
+                weight: &weights[i],
+                bias: (i != 0).then_some(&bias[i]),
+            });
+            // The second adapter leaves the last row of a group without one.
+            let ranges = [start..middle, middle..(end - 1).max(middle)];
+            for (rows, module) in ranges.into_iter().zip(&modules) {
+                if !rows.is_empty() {
+                    lora.push(LoraRows { rows, module });
+                }
+            }
+        }
+        let (x, dropped, dy) = (random(end, k), random(end, k), random(end, n));
+        let y = linear_grouped(&x, &groups, &lora);
+        let dx = linear_grouped_backward(&dy, &groups);
+        let (trained, shrunk) = linear_grouped_training(&x, &groups, &lora, &dropped);
+        let (slow, slow_shrunk) = super::reference(&x, &groups, &lora, &dropped);
+        close(&trained, &slow, 8 * k, "training");
+        close(&shrunk, &slow_shrunk, k, "shrunk");
+        for WeightRows { rows, weight, bias } in &groups {
+            let part = |x: &Tensor| x.narrow(0, rows.start, rows.end - rows.start);
+            let own: Vec<LoraRows> = (lora.iter())
+                .filter(|group| rows.start <= group.rows.start && group.rows.end <= rows.end)
+                .map(|group| LoraRows {
+                    rows: group.rows.start - rows.start..group.rows.end - rows.start,
+                    module: group.module,
+                })
+                .collect();
+            let what = format!("{} rows {rows:?}", weight.format());
+            same_bits(&part(&y), &linear(&part(&x), weight, *bias, &own), &what);
+            same_bits(&part(&dx), &linear_backward(&part(&dy), weight), &what);
         }
     }
 }

@@ -91,12 +91,18 @@ impl<'a, T: Element + Plain> Left<'a, T> {
     }
 }
 
-/// `left [m, K]` times packed columns.
+/// `left [m, K]` times packed columns, some rows each times columns of their own: all in one job.
 pub(crate) struct Gemm<'a, T: Element + Plain> {
     pub left: &'a Left<'a, T>,
-    pub right: Right<'a, T>,
+    pub parts: &'a [Part<'a, T>],
     pub k: usize,
     pub n: usize,
+}
+
+/// Rows of a left side and what they are multiplied with.
+pub(crate) struct Part<'a, T> {
+    pub rows: Range<usize>,
+    pub right: Right<'a, T>,
 }
 
 /// Columns, 32 a panel.
@@ -123,40 +129,47 @@ impl Block<'_> {
 }
 
 impl<T: Element + Plain> Gemm<'_, T> {
-    /// Computes all blocks, each on some thread, and calls `finish` with each.
-    pub fn run(&self, finish: impl Fn(Block) + Sync) {
-        let Gemm {
-            left,
-            ref right,
-            k,
-            n,
-        } = *self;
+    /// Computes all blocks, each on some thread, and calls `finish` with the number of its part and each.
+    pub fn run(&self, finish: impl Fn(usize, Block) + Sync) {
+        let Gemm { left, parts, k, n } = *self;
         let panel_len = T::panel_len(k);
-        let (mut totals, mut totals_stride) = (None, 0);
-        match right {
-            Right::Panels(panels) => assert!(
-                panels.len() >= n.div_ceil(PANEL) * panel_len,
-                "{n} columns in {} elements",
-                panels.len()
-            ),
-            Right::Packed(packed) => {
-                assert_eq!((packed.n, packed.k), (n, k), "the right side's shape");
-                if packed.has_offsets() {
-                    totals_stride = packed.n_spans();
-                    totals = Some(packed.totals(left));
+        let (mut totals, mut totals_of) = (None, None);
+        for Part { rows, right } in parts {
+            assert!(rows.end <= left.m, "rows {rows:?} of {}", left.m);
+            match right {
+                Right::Panels(panels) => assert!(
+                    panels.len() >= n.div_ceil(PANEL) * panel_len,
+                    "{n} columns in {} elements",
+                    panels.len()
+                ),
+                Right::Packed(packed) => {
+                    assert_eq!((packed.n, packed.k), (n, k), "the right side's shape");
+                    if packed.has_offsets() {
+                        // Sums of the left side over the groups: one set of them for all parts.
+                        let groups = (packed.n_spans(), packed.group);
+                        assert_eq!(*totals_of.get_or_insert(groups), groups, "parts grouped alike");
+                        totals.get_or_insert_with(|| packed.totals(left));
+                    }
                 }
             }
         }
-        let totals = totals.as_deref();
-        let Plan {
-            block_rows,
-            task_panels,
-        } = Plan::new(left.m, n, panel_len * size_of::<T>());
-        let row_blocks = left.m.div_ceil(block_rows);
+        let (totals, totals_stride) = (totals.as_deref(), totals_of.map_or(0, |(n_spans, _)| n_spans));
+        let plan = |part: &Part<T>| Plan::new(part.rows.len(), n, panel_len * size_of::<T>());
+        let tasks = |part: &Part<T>| {
+            let plan = plan(part);
+            part.rows.len().div_ceil(plan.block_rows) * n.div_ceil(plan.task_panels * PANEL)
+        };
         // Rows inside, columns outside: the panels are read from memory once, by all threads at about the same time.
-        pool::for_each(row_blocks * n.div_ceil(task_panels * PANEL), |task| {
+        for_each_of(parts, tasks, |index, task| {
+            let Part { rows, right } = &parts[index];
+            let Plan {
+                block_rows,
+                task_panels,
+            } = plan(&parts[index]);
+            let row_blocks = rows.len().div_ceil(block_rows);
             let (block, group) = (task % row_blocks, task / row_blocks);
-            let rows = spread(left.m, row_blocks, block);
+            let block = spread(rows.len(), row_blocks, block);
+            let rows = rows.start + block.start..rows.start + block.end;
             let columns = group * task_panels * PANEL..n.min((group + 1) * task_panels * PANEL);
             let mut sums = pool::scratch::<f32>(rows.len() * BLOCK_COLUMNS);
             for column in columns.clone().step_by(BLOCK_COLUMNS) {
@@ -194,15 +207,28 @@ impl<T: Element + Plain> Gemm<'_, T> {
                         packed.multiply(&rows, columns.clone())
                     },
                 }
-                finish(Block {
+                let block = Block {
                     rows: rows.clone(),
                     columns,
                     sums: &mut sums,
                     stride: BLOCK_COLUMNS,
-                });
+                };
+                finish(index, block);
             }
         });
     }
+}
+
+/// Calls `task` with each part's number and that of each of its `tasks`, all in one job.
+pub(crate) fn for_each_of<P>(parts: &[P], tasks: impl Fn(&P) -> usize, task: impl Fn(usize, usize) + Sync) {
+    let mut starts = vec![0];
+    for part in parts {
+        starts.push(starts[starts.len() - 1] + tasks(part));
+    }
+    pool::for_each(starts[parts.len()], |i| {
+        let part = starts.partition_point(|start| *start <= i) - 1;
+        task(part, i - starts[part]);
+    });
 }
 
 /// Part `index` of 0..m cut into `parts` nearly equal ones.
