@@ -17,6 +17,7 @@ mod backward;
 #[cfg(test)]
 mod bench;
 mod cache;
+mod codes;
 mod forward;
 mod reference;
 #[cfg(test)]
@@ -30,7 +31,7 @@ use tch::Tensor;
 use crate::vector::vector;
 
 pub use backward::{packed_backward, sinks_backward};
-pub use cache::{BLOCK_SIZE, CacheShape, KvCache, write};
+pub use cache::{BLOCK_SIZE, CacheDtype, CacheShape, KvCache, write};
 pub use forward::{packed, paged};
 pub use reference::{packed_backward_reference, packed_reference, paged_reference, sinks_backward_reference};
 

@@ -126,6 +126,14 @@ fn shape(tensor: &Tensor) -> Option<(usize, usize, usize)> {
 /// A pointer that tasks of one job share, each touching its own part.
 pub(crate) struct Shared<T>(pub *mut T);
 
+impl<T> Clone for Shared<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Shared<T> {}
+
 // SAFETY: a pointer is only a number; every use of it is unsafe and argues for itself.
 unsafe impl<T> Send for Shared<T> {}
 // SAFETY: as above.

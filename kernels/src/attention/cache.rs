@@ -7,7 +7,9 @@
 //! - V: panels of 32 of the D columns, the reduction over keys: `[32 keys / 2][32][2]` or `[32 keys][32]` each.
 //!
 //! A head's block is contiguous (8 KiB for D = 64 in bfloat16), so decode reads it as one stream. On other devices, and
-//! for head dimensions that are no multiple of 16: tensors `[blocks, kv_heads, 32, D]` a layer.
+//! for head dimensions that are no multiple of 16: tensors `[blocks, kv_heads, 32, D]` a layer. 8 bits are in [`codes`].
+
+use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
@@ -18,10 +20,48 @@ use crate::slice::{Pages, Plain, Rows, Shared};
 use crate::vector::rows;
 use crate::weight::Precision;
 
+use super::codes::{self, SCALES_LEN};
 use super::{MAX_HEAD_DIM, regular};
 
 /// Tokens of a block: the columns of a panel.
 pub const BLOCK_SIZE: usize = PANEL;
+
+/// How keys and values are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CacheDtype {
+    F32,
+    Bf16,
+    /// A byte a number and a scale for each token and head.
+    Int8,
+}
+
+impl CacheDtype {
+    /// What queries and probabilities are rounded to.
+    pub fn precision(self) -> Precision {
+        match self {
+            CacheDtype::F32 => Precision::F32,
+            CacheDtype::Bf16 | CacheDtype::Int8 => Precision::Bf16,
+        }
+    }
+
+    /// As vLLM's `--kv-cache-dtype` spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            CacheDtype::F32 => "float32",
+            CacheDtype::Bf16 => "bfloat16",
+            CacheDtype::Int8 => "int8",
+        }
+    }
+}
+
+impl From<Precision> for CacheDtype {
+    fn from(precision: Precision) -> CacheDtype {
+        match precision {
+            Precision::F32 => CacheDtype::F32,
+            Precision::Bf16 => CacheDtype::Bf16,
+        }
+    }
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheShape {
@@ -33,27 +73,42 @@ pub struct CacheShape {
 
 impl CacheShape {
     /// Memory of one block in all layers.
-    pub fn block_bytes(&self, precision: Precision) -> usize {
-        let head = match regular(self.head_dim) {
-            true => Geometry::new(1, self.head_dim).head_len(),
+    pub fn block_bytes(&self, dtype: impl Into<CacheDtype>) -> usize {
+        let numbers = match regular(self.head_dim) {
+            true => Geometry::new(1, self.head_dim).panels_len(),
             false => 2 * BLOCK_SIZE * self.head_dim,
         };
-        self.layers * self.kv_heads * head * precision.value_bytes()
+        let head = match dtype.into() {
+            CacheDtype::F32 => numbers * size_of::<f32>(),
+            CacheDtype::Bf16 => numbers * size_of::<u16>(),
+            CacheDtype::Int8 => numbers + SCALES_LEN,
+        };
+        self.layers * self.kv_heads * head
     }
 }
 
 /// Keys and values of all layers, zero at first. Written through a shared reference by [`write`], hence not `Sync`.
 pub struct KvCache {
     shape: CacheShape,
-    precision: Precision,
+    dtype: CacheDtype,
     store: Store,
 }
 
 pub(super) enum Store {
     F32(Panels<f32>),
     Bf16(Panels<u16>),
-    /// K and V of each layer, `[blocks, kv_heads, 32, D]`.
-    Plain(Vec<(Tensor, Tensor)>),
+    /// Bytes, see [`codes`].
+    Int8(Panels<u8>),
+    /// K and V of each layer.
+    Plain(Vec<[PlainBlocks; 2]>),
+}
+
+/// Keys, or values, as tensors.
+pub(super) struct PlainBlocks {
+    /// `[blocks, kv_heads, 32, D]`
+    pub values: Tensor,
+    /// `[blocks, kv_heads, 32]` float32, where values are codes.
+    pub scales: Option<Tensor>,
 }
 
 /// Pages and their address: only ever touched through the address, since writers hold no `&mut`.
@@ -80,11 +135,17 @@ impl<T: Plain> Panels<T> {
 pub(super) struct Geometry {
     pub kv_heads: usize,
     pub head_dim: usize,
+    /// Elements behind a head's panels.
+    pub scales_len: usize,
 }
 
 impl Geometry {
     pub fn new(kv_heads: usize, head_dim: usize) -> Geometry {
-        Geometry { kv_heads, head_dim }
+        Geometry {
+            kv_heads,
+            head_dim,
+            scales_len: 0,
+        }
     }
 
     /// The K panel; V follows it.
@@ -95,8 +156,12 @@ impl Geometry {
     /// One V panel: 32 keys, 32 columns.
     pub const V_PANEL: usize = PANEL * PANEL;
 
-    pub fn head_len(&self) -> usize {
+    pub fn panels_len(&self) -> usize {
         self.k_len() + self.head_dim.div_ceil(PANEL) * Self::V_PANEL
+    }
+
+    pub fn head_len(&self) -> usize {
+        self.panels_len() + self.scales_len
     }
 
     pub fn block_len(&self) -> usize {
@@ -105,7 +170,12 @@ impl Geometry {
 }
 
 impl KvCache {
-    pub fn new(shape: CacheShape, precision: Precision, device: Device) -> Result<KvCache, KernelError> {
+    pub fn new(
+        shape: CacheShape,
+        dtype: impl Into<CacheDtype>,
+        device: Device,
+    ) -> Result<KvCache, KernelError> {
+        let dtype = dtype.into();
         let CacheShape {
             layers,
             blocks,
@@ -118,35 +188,42 @@ impl KvCache {
             )));
         }
         let fast = crate::simd::available() && device == Device::Cpu && regular(head_dim);
-        let len = layers * blocks * Geometry::new(kv_heads, head_dim).block_len();
-        let store = match precision {
-            Precision::F32 if fast => Store::F32(Panels::zeroed(len)),
-            Precision::Bf16 if fast => Store::Bf16(Panels::zeroed(len)),
+        let len = layers * blocks * geometry(shape, dtype).block_len();
+        let store = match dtype {
+            CacheDtype::F32 if fast => Store::F32(Panels::zeroed(len)),
+            CacheDtype::Bf16 if fast => Store::Bf16(Panels::zeroed(len)),
+            CacheDtype::Int8 if fast => Store::Int8(Panels::zeroed(len)),
             _ => {
                 let size = [blocks, kv_heads, BLOCK_SIZE, head_dim].map(|n| n as i64);
-                let zeros = || Tensor::f_zeros(size, (precision.kind(), device));
-                let layers = (0..layers).map(|_| Ok((zeros()?, zeros()?)));
+                let (kind, has_scales) = match dtype {
+                    CacheDtype::F32 | CacheDtype::Bf16 => (dtype.precision().kind(), false),
+                    CacheDtype::Int8 => (Kind::Int8, true),
+                };
+                let zeros = || {
+                    let scales = has_scales.then(|| Tensor::f_zeros(&size[..3], (Kind::Float, device)));
+                    Ok::<_, tch::TchError>(PlainBlocks {
+                        values: Tensor::f_zeros(size, (kind, device))?,
+                        scales: scales.transpose()?,
+                    })
+                };
+                let layers = (0..layers).map(|_| Ok([zeros()?, zeros()?]));
                 Store::Plain(layers.collect::<Result<_, tch::TchError>>()?)
             }
         };
-        Ok(KvCache {
-            shape,
-            precision,
-            store,
-        })
+        Ok(KvCache { shape, dtype, store })
     }
 
     /// Reserved memory (the system maps a page when it is first written).
     pub fn bytes(&self) -> usize {
-        self.shape.blocks * self.shape.block_bytes(self.precision)
+        self.shape.blocks * self.shape.block_bytes(self.dtype)
     }
 
     pub fn shape(&self) -> CacheShape {
         self.shape
     }
 
-    pub fn precision(&self) -> Precision {
-        self.precision
+    pub fn dtype(&self) -> CacheDtype {
+        self.dtype
     }
 
     pub(super) fn store(&self) -> &Store {
@@ -154,7 +231,7 @@ impl KvCache {
     }
 
     pub(super) fn geometry(&self) -> Geometry {
-        Geometry::new(self.shape.kv_heads, self.shape.head_dim)
+        geometry(self.shape, self.dtype)
     }
 
     /// The first block of a layer.
@@ -167,6 +244,17 @@ impl KvCache {
         panels
             .first
             .wrapping_add(layer * self.shape.blocks * self.geometry().block_len())
+    }
+}
+
+fn geometry(shape: CacheShape, dtype: CacheDtype) -> Geometry {
+    let scales_len = match dtype {
+        CacheDtype::F32 | CacheDtype::Bf16 => 0,
+        CacheDtype::Int8 => SCALES_LEN,
+    };
+    Geometry {
+        scales_len,
+        ..Geometry::new(shape.kv_heads, shape.head_dim)
     }
 }
 
@@ -210,19 +298,48 @@ pub fn write(cache: &KvCache, layer: usize, k: &Tensor, v: &Tensor, slots: &[i64
         (Store::Bf16(panels), Some(k), Some(v)) => {
             write_panels(cache.layer(panels, layer), cache.geometry(), k, v, slots);
         }
+        (Store::Int8(panels), Some(k), Some(v)) => {
+            let geometry = cache.geometry();
+            for_each_head(
+                cache.layer(panels, layer),
+                geometry,
+                slots,
+                |head, key, row, columns| {
+                    // SAFETY: a head's bytes of a block in the layer, this task's alone.
+                    unsafe {
+                        codes::write(
+                            head,
+                            &geometry,
+                            key,
+                            &k.row(row)[columns.clone()],
+                            &v.row(row)[columns],
+                        )
+                    };
+                },
+            );
+        }
         (Store::Plain(layers), ..) => {
-            let (cache_k, cache_v) = &layers[layer];
             let slots = Tensor::from_slice(slots);
             let block = slots
                 .divide_scalar_mode(BLOCK_SIZE as i64, "floor")
                 .to_device(k.device());
             let offset = slots.remainder(BLOCK_SIZE as i64).to_device(k.device());
-            for (to, from) in [(cache_k, k), (cache_v, v)] {
-                let from = from
-                    .reshape([-1, kv_heads as i64, head_dim as i64])
-                    .to_kind(to.kind());
+            let put = |to: &Tensor, from: &Tensor| {
                 let index = [Some(block.shallow_clone()), None, Some(offset.shallow_clone())];
-                let _ = to.shallow_clone().index_put_(&index, &from, false);
+                let _ = to
+                    .shallow_clone()
+                    .index_put_(&index, &from.to_kind(to.kind()), false);
+            };
+            for (PlainBlocks { values, scales }, from) in layers[layer].iter().zip([k, v]) {
+                let from = from.reshape([-1, kv_heads as i64, head_dim as i64]);
+                match scales {
+                    Some(scales) => {
+                        let (codes, own) = codes::encode_reference(&from);
+                        put(values, &codes);
+                        put(scales, &own);
+                    }
+                    None => put(values, &from),
+                }
             }
         }
         _ => panic!("k and v are on {:?}, the cache on the CPU", k.device()),
@@ -230,24 +347,37 @@ pub fn write(cache: &KvCache, layer: usize, k: &Tensor, v: &Tensor, slots: &[i64
 }
 
 fn write_panels<T: Element + Plain>(layer: *mut T, geometry: Geometry, k: Rows, v: Rows, slots: &[i64]) {
-    let Geometry { kv_heads, head_dim } = geometry;
+    for_each_head(layer, geometry, slots, |head, key, row, columns| {
+        let mut rounded = [T::default(); MAX_HEAD_DIM];
+        let rounded = &mut rounded[..geometry.head_dim];
+        // SAFETY: a head's panels of a block in the layer, this task's alone.
+        unsafe {
+            T::round(&k.row(row)[columns.clone()], rounded);
+            put_key(head, key, rounded);
+            T::round(&v.row(row)[columns], rounded);
+            put_value(head.add(geometry.k_len()), key, rounded);
+        }
+    });
+}
+
+/// Calls `write` with a head's part of a block, the key's place in it, and the row and columns it comes from, for each
+/// slot (inside of the layer) in order and each head, of which one task has all.
+fn for_each_head<T: Plain>(
+    layer: *mut T,
+    geometry: Geometry,
+    slots: &[i64],
+    write: impl Fn(*mut T, usize, usize, Range<usize>) + Sync,
+) {
+    let Geometry {
+        kv_heads, head_dim, ..
+    } = geometry;
     let layer = Shared(layer);
     let head = |kv_head: usize| {
-        let mut rounded = [T::default(); MAX_HEAD_DIM];
-        let rounded = &mut rounded[..head_dim];
         for (row, &slot) in slots.iter().enumerate() {
             let (block, key) = (slot as usize / BLOCK_SIZE, slot as usize % BLOCK_SIZE);
+            let at = block * geometry.block_len() + kv_head * geometry.head_len();
             let columns = kv_head * head_dim..(kv_head + 1) * head_dim;
-            // SAFETY: the slot lies in the layer (checked by `write`), and a head's panels are this task's alone.
-            unsafe {
-                let panel = layer
-                    .get()
-                    .add(block * geometry.block_len() + kv_head * geometry.head_len());
-                T::round(&k.row(row)[columns.clone()], rounded);
-                put_key(panel, key, rounded);
-                T::round(&v.row(row)[columns], rounded);
-                put_value(panel.add(geometry.k_len()), key, rounded);
-            }
+            write(layer.get().wrapping_add(at), key, row, columns);
         }
     };
     // A hand-over to another thread is worth some thousand elements.

@@ -12,8 +12,9 @@ use crate::vector::{self, rows, rows_mut, uninit};
 use crate::weight::Precision;
 
 use super::cache::{BLOCK_SIZE, Geometry, KvCache, Store};
+use super::codes;
 use super::reference::{packed_reference, paged_reference};
-use super::tile::{Call, Keys, Sequence, attend};
+use super::tile::{Blocks, Call, Keys, Sequence, attend};
 use super::{Heads, Options, PackedOut, PagedSeq};
 
 /// `q` [T, heads * D] against the cache: [T, heads * D], rows outside of all sequences zero. The keys and values of all
@@ -77,8 +78,18 @@ pub fn paged(
                 sinks,
             };
             match store {
-                Store::F32(panels) => paged_panels(&call, cache.layer(panels, layer), geometry, seqs),
-                Store::Bf16(panels) => paged_panels(&call, cache.layer(panels, layer), geometry, seqs),
+                Store::F32(panels) => {
+                    let blocks = Blocks::Panels(Shared(cache.layer(panels, layer)));
+                    paged_panels(&call, blocks, geometry, seqs)
+                }
+                Store::Bf16(panels) => {
+                    let blocks = Blocks::Panels(Shared(cache.layer(panels, layer)));
+                    paged_panels(&call, blocks, geometry, seqs)
+                }
+                Store::Int8(panels) => {
+                    let blocks = Blocks::Codes(Shared(cache.layer(panels, layer)), codes::decode);
+                    paged_panels(&call, blocks, geometry, seqs)
+                }
                 Store::Plain(_) => unreachable!("taken above"),
             }
             out
@@ -131,16 +142,15 @@ pub fn packed(
     PackedOut { out, lse }
 }
 
-fn paged_panels<T: Element + Plain>(call: &Call, layer: *mut T, geometry: Geometry, seqs: &[PagedSeq]) {
+fn paged_panels<T: Element + Plain>(call: &Call, blocks: Blocks<T>, geometry: Geometry, seqs: &[PagedSeq]) {
     let sequences: Vec<Sequence<T>> = seqs
         .iter()
         .map(|PagedSeq { rows, table, kv_len }| Sequence {
             rows: rows.clone(),
             kv_len: *kv_len,
             keys: Keys {
-                blocks: Shared(layer),
-                block_len: geometry.block_len(),
-                head_len: geometry.head_len(),
+                blocks,
+                geometry,
                 table: Some(table),
             },
         })
@@ -190,9 +200,8 @@ fn packed_panels<T: Element + Plain>(call: &Call, k: Rows, v: Rows, cu_seqlens: 
             rows: seq[0]..seq[1],
             kv_len: seq[1] - seq[0],
             keys: Keys {
-                blocks: Shared(blocks.get().wrapping_add(first * geometry.block_len())),
-                block_len: geometry.block_len(),
-                head_len: geometry.head_len(),
+                blocks: Blocks::Panels(Shared(blocks.get().wrapping_add(first * geometry.block_len()))),
+                geometry,
                 table: None,
             },
         })
@@ -235,7 +244,7 @@ unsafe fn pack_block<T: Element + Plain>(
     let to = unsafe {
         std::slice::from_raw_parts_mut(
             panels.add(geometry.k_len()),
-            geometry.head_len() - geometry.k_len(),
+            geometry.panels_len() - geometry.k_len(),
         )
     };
     pack_columns(&rounded[..tokens.len() * head_dim], head_dim, to);

@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::weight::Precision;
 
-use super::cache::{BLOCK_SIZE, KvCache, Store};
+use super::cache::{BLOCK_SIZE, KvCache, PlainBlocks, Store};
 use super::{Heads, Options, PackedOut, PagedSeq};
 
 /// [`super::paged`] for a cache that keeps plain tensors.
@@ -20,17 +20,22 @@ pub fn paged_reference(
     let Store::Plain(layers) = cache.store() else {
         panic!("this cache is kept in panels")
     };
-    let (k, v) = &layers[layer];
+    let [k, v] = &layers[layer];
     let out = q.zeros_like().contiguous();
     for PagedSeq { rows, table, kv_len } in seqs {
         let blocks: Vec<i64> = table[..kv_len.div_ceil(BLOCK_SIZE)]
             .iter()
             .map(|&block| block as i64)
             .collect();
-        let blocks = Tensor::from_slice(&blocks).to_device(k.device());
+        let blocks = Tensor::from_slice(&blocks).to_device(k.values.device());
         // [blocks, KVH, 32, D] -> [kv_len, KVH, D]
-        let gather = |x: &Tensor| {
-            let x = x.index_select(0, &blocks).transpose(1, 2);
+        let gather = |PlainBlocks { values, scales }: &PlainBlocks| {
+            let values = values.index_select(0, &blocks);
+            let x = match scales {
+                Some(scales) => values.to_kind(q.kind()) * scales.index_select(0, &blocks).unsqueeze(-1),
+                None => values,
+            };
+            let x = x.transpose(1, 2);
             let [_, _, kv_heads, head_dim] = x.size()[..] else {
                 unreachable!("made with four dimensions")
             };
@@ -45,7 +50,7 @@ pub fn paged_reference(
             &gather(v),
             heads,
             options,
-            cache.precision(),
+            cache.dtype().precision(),
         );
         rows(&out).copy_(&y);
     }

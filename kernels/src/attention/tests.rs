@@ -42,7 +42,7 @@ fn qkv(tokens: usize, heads: Heads) -> [Tensor; 3] {
     })
 }
 
-fn cache(heads: Heads, precision: Precision, blocks: usize) -> KvCache {
+fn cache(heads: Heads, dtype: impl Into<CacheDtype>, blocks: usize) -> KvCache {
     let Heads {
         kv_heads, head_dim, ..
     } = heads;
@@ -52,7 +52,7 @@ fn cache(heads: Heads, precision: Precision, blocks: usize) -> KvCache {
         kv_heads,
         head_dim,
     };
-    KvCache::new(shape, precision, Device::Cpu).expect("a small cache")
+    KvCache::new(shape, dtype, Device::Cpu).expect("a small cache")
 }
 
 /// Blocks in a scattered order with a run in it, different for each sequence.
@@ -304,10 +304,13 @@ fn chunks_neighbours_and_threads_change_no_bit() {
         let table: Vec<u32> = (0..len.div_ceil(BLOCK_SIZE) as u32)
             .map(|block| (block * 7) % 22)
             .collect();
-        for precision in BOTH {
-            let want = packed(&q, &k, &v, &[0, len], heads, options, precision).out;
+        for dtype in [CacheDtype::F32, CacheDtype::Bf16, CacheDtype::Int8] {
+            let want = match dtype {
+                CacheDtype::Int8 => whole(&q, &k, &v, heads, options, dtype),
+                _ => packed(&q, &k, &v, &[0, len], heads, options, dtype.precision()).out,
+            };
             for chunk in [1, 37, 256, 700] {
-                let cache = cache(heads, precision, 22);
+                let cache = cache(heads, dtype, 22);
                 let every: Vec<i64> = (0..22 * BLOCK_SIZE as i64).collect();
                 let nan = Tensor::full([every.len() as i64, k.size()[1]], f64::NAN, FLOAT);
                 write(&cache, 0, &nan, &nan, &every);
@@ -324,10 +327,77 @@ fn chunks_neighbours_and_threads_change_no_bit() {
                     same(
                         &got,
                         &part(&want),
-                        &format!("chunk {chunk} rows {rows:?} {options:?} {precision:?}"),
+                        &format!("chunk {chunk} rows {rows:?} {options:?} {dtype:?}"),
                     );
                 }
             }
+        }
+    }
+}
+
+/// One sequence through a cache of its own.
+fn whole(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, options: Options, dtype: CacheDtype) -> Tensor {
+    let len = q.size()[0] as usize;
+    let table = &tables(&[len])[0];
+    let cache = cache(heads, dtype, table.len());
+    write(&cache, 1, k, v, &slots(table, 0..len));
+    let seq = PagedSeq {
+        rows: 0..len,
+        table,
+        kv_len: len,
+    };
+    paged(q, &cache, 1, &[seq], heads, options)
+}
+
+/// `[T, heads * D]` through 8 bits: the largest of each token and head is 127 steps.
+fn through_codes(x: &Tensor, head_dim: usize) -> Tensor {
+    let heads = x.reshape([x.size()[0], -1, head_dim as i64]);
+    let (codes, scales) = super::codes::encode_reference(&heads);
+    let back = codes.to_kind(Kind::Float) * scales.unsqueeze(-1);
+    let step = heads.abs().amax([-1i64].as_slice(), true) / 127.0;
+    let off = ((&back - &heads).abs() / step).max().double_value(&[]);
+    assert!(off < 0.5001, "half a step at most, not {off}");
+    back.reshape(x.size())
+}
+
+/// An int8 cache stands for code times scale, exactly: within the rounding of probabilities to bfloat16 of a float64
+/// reference that is given those. On the plain path too.
+#[test]
+fn int8_is_its_definition() {
+    let irregular = Heads {
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 12,
+    };
+    let plain = (irregular, vec![70], options(12));
+    for (heads, lens, options) in cases().into_iter().chain([plain]) {
+        for len in lens {
+            let [q, k, v] = qkv(len, heads);
+            let got = whole(&q, &k, &v, heads, options, CacheDtype::Int8);
+            let [k, v] = [&k, &v].map(|x| through_codes(x, heads.head_dim).to_kind(Kind::Double));
+            let q = q.to_kind(Kind::Double);
+            let want = packed_reference(&q, &k, &v, &[0, len], heads, options, Precision::F32).out;
+            close(&got, &want, 4e-3, &format!("{heads:?} {len} {options:?}"));
+        }
+    }
+}
+
+/// A value that is no number makes the rows that see it no numbers, as in the other dtypes.
+#[test]
+fn int8_hides_no_nan() {
+    for head_dim in [16, 12] {
+        let heads = Heads {
+            heads: 2,
+            kv_heads: 1,
+            head_dim,
+        };
+        for bad in [f64::NAN, f64::INFINITY] {
+            let [q, k, v] = qkv(40, heads);
+            let v = v.contiguous();
+            let _ = v.narrow(0, 20, 1).narrow(1, 3, 1).fill_(bad);
+            let got = whole(&q, &k, &v, heads, options(head_dim), CacheDtype::Int8).isfinite();
+            let after = bool::try_from(got.narrow(0, 20, 20).any()).expect("a boolean");
+            assert!(!after, "D {head_dim} {bad}");
         }
     }
 }
@@ -452,4 +522,9 @@ fn bytes_are_what_is_stored() {
     let cache = KvCache::new(shape, Precision::Bf16, Device::Cpu).expect("a small cache");
     assert_eq!(cache.bytes(), 2 * 10 * 3 * 64 * 2 * BLOCK_SIZE * 2);
     assert_eq!(shape.block_bytes(Precision::F32) * 10, 2 * cache.bytes());
+    let scales = 2 * 10 * 3 * 2 * BLOCK_SIZE * 4;
+    assert_eq!(
+        shape.block_bytes(CacheDtype::Int8) * 10,
+        cache.bytes() / 2 + scales
+    );
 }

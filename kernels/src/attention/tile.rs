@@ -10,6 +10,7 @@ use crate::slice::{Plain, Rows, RowsMut, Shared};
 use crate::vector::{exp, exp2_nonpositive, vectorised};
 
 use super::cache::Geometry;
+use super::codes;
 use super::{Heads, SEGMENT, Scoring};
 
 /// Rows of a tile's products (query rows x group): eight of the micro-kernel's tallest register tiles. A key panel read
@@ -43,28 +44,98 @@ pub(super) struct Sequence<'a, T> {
 
 /// The panels of one sequence.
 pub(super) struct Keys<'a, T> {
-    pub blocks: Shared<T>,
-    pub block_len: usize,
-    pub head_len: usize,
+    pub blocks: Blocks<T>,
+    pub geometry: Geometry,
     /// None: the blocks follow each other.
     pub table: Option<&'a [u32]>,
 }
 
-impl<T> Keys<'_, T> {
-    /// The K panel of one head of a block of the sequence.
-    fn panel(&self, block: usize, kv_head: usize) -> *const T {
+/// The first of the blocks, and what stands in them.
+#[derive(Clone, Copy)]
+pub(super) enum Blocks<T> {
+    Panels(Shared<T>),
+    /// See [`codes`]; how they become elements of panels.
+    Codes(Shared<u8>, fn(&[u8], &mut [T])),
+}
+
+/// Which of a head's panels.
+#[derive(Clone, Copy)]
+enum Side {
+    Keys,
+    Values,
+}
+
+impl<T: Plain> Keys<'_, T> {
+    /// The panels of one head of a block of the sequence, those of codes made in `decoded`.
+    fn panels(&self, block: usize, kv_head: usize, side: Side, decoded: &mut [T]) -> *const T {
+        let (at, len) = self.place(block, kv_head, side);
+        match self.blocks {
+            Blocks::Panels(first) => first.get().wrapping_add(at),
+            Blocks::Codes(first, decode) => {
+                // SAFETY: the bytes of a head's panels, which nobody writes meanwhile.
+                let codes = unsafe { std::slice::from_raw_parts(first.get().add(at), len) };
+                decode(codes, &mut decoded[..len]);
+                decoded.as_ptr()
+            }
+        }
+    }
+
+    /// Asks for panels to come into the second-level cache.
+    fn prefetch(&self, block: usize, kv_head: usize, side: Side) {
+        let (at, len) = self.place(block, kv_head, side);
+        match self.blocks {
+            Blocks::Panels(first) => prefetch(first.get().wrapping_add(at), len),
+            Blocks::Codes(first, _) => prefetch(first.get().wrapping_add(at), len),
+        }
+    }
+
+    /// Where panels begin, and their length, in elements.
+    fn place(&self, block: usize, kv_head: usize, side: Side) -> (usize, usize) {
+        let geometry = &self.geometry;
         let block = self.table.map_or(block, |table| table[block] as usize);
-        self.blocks
-            .get()
-            .wrapping_add(block * self.block_len + kv_head * self.head_len)
+        let head = block * geometry.block_len() + kv_head * geometry.head_len();
+        match side {
+            Side::Keys => (head, geometry.k_len()),
+            Side::Values => (head + geometry.k_len(), geometry.panels_len() - geometry.k_len()),
+        }
+    }
+
+    /// The scales of codes.
+    fn scales(&self, blocks: Range<usize>, kv_head: usize) -> Option<Scales> {
+        let Blocks::Codes(first, _) = self.blocks else {
+            return None;
+        };
+        let mut scales = Scales {
+            keys: [0.0; SEGMENT],
+            values: [0.0; SEGMENT],
+        };
+        for (i, block) in blocks.enumerate() {
+            let (at, _) = self.place(block, kv_head, Side::Keys);
+            let (keys, values) = codes::scales(first.get().wrapping_add(at), &self.geometry);
+            for (from, to) in [(keys, &mut scales.keys), (values, &mut scales.values)] {
+                // SAFETY: the 32 scales of a head of a block, aligned because panels are whole cache lines.
+                let from = unsafe { std::slice::from_raw_parts(from, PANEL) };
+                to[i * PANEL..][..PANEL].copy_from_slice(from);
+            }
+        }
+        Some(scales)
     }
 
     /// The end of the run of blocks from `block`, at most `end`, that lie one after the other in memory.
     fn run(&self, block: usize, end: usize) -> usize {
+        if let Blocks::Codes(..) = self.blocks {
+            return block + 1; // Decoded one at a time.
+        }
         let Some(table) = self.table else { return end };
         let follows = |next: &usize| table[*next] as usize == table[block] as usize + (next - block);
         (block + 1..end).find(|next| !follows(next)).unwrap_or(end)
     }
+}
+
+/// Of the keys of a segment.
+struct Scales {
+    keys: [f32; SEGMENT],
+    values: [f32; SEGMENT],
 }
 
 /// Some query rows of one sequence and one KV head.
@@ -235,6 +306,8 @@ struct Queries<'a, T: Element + Plain> {
     rounded: pool::Scratch<T>,
     scores: pool::Scratch<f32>,
     probabilities: pool::Scratch<T>,
+    /// Panels of a head made of codes.
+    decoded: pool::Scratch<T>,
 }
 
 impl<'a, T: Element + Plain> Queries<'a, T> {
@@ -247,6 +320,10 @@ impl<'a, T: Element + Plain> Queries<'a, T> {
             T::round(&call.q.row(row)[tile.kv_head * width..][..width], to);
         }
         let (scores, probabilities) = (scratch(m * SCORES_STRIDE), scratch(m * PROBABILITIES_STRIDE));
+        let decoded = match sequence.keys.blocks {
+            Blocks::Panels(_) => 0,
+            Blocks::Codes(..) => head_dim.next_multiple_of(PANEL) * PANEL,
+        };
         Queries {
             call,
             tile,
@@ -254,6 +331,7 @@ impl<'a, T: Element + Plain> Queries<'a, T> {
             rounded,
             scores,
             probabilities,
+            decoded: scratch(decoded),
         }
     }
 
@@ -277,8 +355,8 @@ impl<'a, T: Element + Plain> Queries<'a, T> {
         // Rows before a block's first key do not see it; rows are in order of position.
         let first_row = |block: usize| (block * PANEL).saturating_sub(tile.position) * group;
         let begin = first_row(blocks.start).min(m);
-        let (kv_head, k_len) = (tile.kv_head, PANEL * head_dim);
-        let v_len = keys.head_len - k_len;
+        let kv_head = tile.kv_head;
+        let scales = keys.scales(blocks.clone(), kv_head);
         let few = m <= FEW_ROWS;
 
         let mut block = blocks.start;
@@ -296,8 +374,8 @@ impl<'a, T: Element + Plain> Queries<'a, T> {
                 .unwrap_or(end);
             if few {
                 match end < blocks.end {
-                    true => prefetch(keys.panel(end, kv_head), k_len),
-                    false => prefetch(keys.panel(blocks.start, kv_head).wrapping_add(k_len), v_len),
+                    true => keys.prefetch(end, kv_head, Side::Keys),
+                    false => keys.prefetch(blocks.start, kv_head, Side::Values),
                 }
             }
             let column = (block - blocks.start) * PANEL;
@@ -306,8 +384,8 @@ impl<'a, T: Element + Plain> Queries<'a, T> {
                 steps: T::steps(head_dim),
                 a: self.rounded[row * head_dim..].as_ptr(),
                 lda: head_dim,
-                panels: keys.panel(block, kv_head),
-                panel_stride: keys.block_len,
+                panels: keys.panels(block, kv_head, Side::Keys, &mut self.decoded),
+                panel_stride: keys.geometry.block_len(),
                 n: (end - block) * PANEL,
                 c: self.scores[row * SCORES_STRIDE + column..].as_mut_ptr(),
                 ldc: SCORES_STRIDE,
@@ -337,6 +415,9 @@ impl<'a, T: Element + Plain> Queries<'a, T> {
                 scores.fill(0.0);
                 (maxima[row], sums[row]) = (f32::NEG_INFINITY, 0.0);
             } else {
+                if let Some(scales) = &scales {
+                    multiply(&mut scores[seen.clone()], &scales.keys[seen.clone()]);
+                }
                 let whole = seen.start / PANEL * PANEL..seen.end.next_multiple_of(PANEL);
                 scores[..whole.start].fill(0.0);
                 scores[whole.start..seen.start].fill(f32::NEG_INFINITY);
@@ -350,6 +431,9 @@ impl<'a, T: Element + Plain> Queries<'a, T> {
                     );
                 }
                 (maxima[row], sums[row]) = softmax_row(&mut scores[whole], scale);
+                if let Some(scales) = &scales {
+                    multiply(&mut scores[seen.clone()], &scales.values[seen]);
+                }
             }
             T::round(
                 scores,
@@ -362,9 +446,9 @@ impl<'a, T: Element + Plain> Queries<'a, T> {
             if few {
                 let next_segment = (segment + 1) * SEGMENT / PANEL;
                 match block + 1 < blocks.end {
-                    true => prefetch(keys.panel(block + 1, kv_head).wrapping_add(k_len), v_len),
+                    true => keys.prefetch(block + 1, kv_head, Side::Values),
                     false if next_segment * PANEL < end_position => {
-                        prefetch(keys.panel(next_segment, kv_head), k_len)
+                        keys.prefetch(next_segment, kv_head, Side::Keys)
                     }
                     false => {}
                 }
@@ -375,7 +459,7 @@ impl<'a, T: Element + Plain> Queries<'a, T> {
                 steps: T::steps(PANEL.min(sequence.kv_len - block * PANEL)),
                 a: self.probabilities[row * PROBABILITIES_STRIDE + (block - blocks.start) * PANEL..].as_ptr(),
                 lda: PROBABILITIES_STRIDE,
-                panels: keys.panel(block, kv_head).wrapping_add(k_len),
+                panels: keys.panels(block, kv_head, Side::Values, &mut self.decoded),
                 panel_stride: Geometry::V_PANEL,
                 n: head_dim,
                 c: values[row * head_dim..].as_mut_ptr(),
@@ -485,6 +569,14 @@ vectorised!(
             let masked = *score == f32::NEG_INFINITY;
             let capped = cap - 2.0 * cap / (1.0 + exp(2.0 * scale * *score));
             *score = if masked { *score } else { capped };
+        }
+    }
+);
+
+vectorised!(
+    fn multiply(x: &mut [f32], factors: &[f32]) {
+        for (x, factor) in x.iter_mut().zip(factors) {
+            *x *= factor;
         }
     }
 );
