@@ -94,6 +94,14 @@ pub fn activate_backward(x: &Tensor, dy: &Tensor, activation: Activation) -> Ten
     })
 }
 
+/// 1 / (1 + e^-x), [T, I]: how far a gate is open.
+pub fn sigmoid(x: &Tensor) -> Tensor {
+    let Some(from) = rows(x) else {
+        return x.sigmoid();
+    };
+    map_rows(from.rows, from.width, |row, y| sigmoid_row(from.row(row), y))
+}
+
 /// A new [n, width], each row written by `write`.
 fn map_rows(n: usize, width: usize, write: impl Fn(usize, &mut [f32]) + Sync) -> Tensor {
     let mut y = uninit(n, width);
@@ -265,6 +273,14 @@ vectorised!(
 );
 
 vectorised!(
+    fn sigmoid_row(x: &[f32], y: &mut [f32]) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = 1.0 / (1.0 + exp(-*x));
+        }
+    }
+);
+
+vectorised!(
     fn activate_row(activation: Activation, x: &[f32], y: &mut [f32]) {
         with_act!(activation, act => {
             for (y, x) in y.iter_mut().zip(x) {
@@ -413,6 +429,7 @@ mod tests {
                 let want = activate_backward_reference(&double(&x), &double(&dy), activation);
                 close(&activate_backward(&x, &dy, activation), &want, 2e-6);
             }
+            close(&sigmoid(&x), &double(&x).sigmoid(), 1e-6);
         }
     }
 

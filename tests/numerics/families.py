@@ -26,6 +26,8 @@ SPLIT = [
 FUSED_MLP = [*SPLIT[:2], ("mlp", ["gate_up_proj"]), SPLIT[3]]
 FUSED = [("self_attn", ["qkv_proj"]), *FUSED_MLP[1:]]
 PLAIN = [*SPLIT[:2], ("mlp", ["c_fc"]), ("mlp", ["c_proj"])]
+# peft adapts linears; transformers 5 holds experts and routers as plain parameters.
+ATTENTION = SPLIT[:2]
 
 
 def rope(**options):
@@ -121,7 +123,6 @@ FAMILIES = {
             sliding_window=9,
             layer_types=HALVES,
             logit_scale=0.5,
-            attention_bias=True,
         ),
         SPLIT,
     ),
@@ -129,5 +130,32 @@ FAMILIES = {
         "starcoder2",
         dict(head_dim=None, hidden_size=64, tie_word_embeddings=True, sliding_window=9),
         PLAIN,
+    ),
+    "mixtral": ("mixtral", dict(num_local_experts=5, num_experts_per_tok=2, sliding_window=9), ATTENTION),
+    "qwen2_moe": (
+        "qwen2_moe",
+        dict(
+            head_dim=None,
+            hidden_size=64,
+            num_experts=5,
+            num_experts_per_tok=3,
+            moe_intermediate_size=24,
+            shared_expert_intermediate_size=40,
+            use_sliding_window=True,
+            sliding_window=9,
+        ),
+        ATTENTION,
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        dict(
+            num_hidden_layers=3,
+            num_experts=6,
+            num_experts_per_tok=2,
+            moe_intermediate_size=24,
+            norm_topk_prob=True,
+            mlp_only_layers=[1],
+        ),
+        ATTENTION,
     ),
 }

@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, get_scheduler
 from transformers.utils import logging
 
 from families import FAMILIES, SPLIT, TINY
@@ -226,9 +226,11 @@ def main(names: list[str]) -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    for name in names or [*VARIANTS, *FAMILIES, "patches", "demo"]:
+    for name in names or [*VARIANTS, *FAMILIES, "wrapped", "patches", "demo"]:
         if name == "demo":
             demo()
+        elif name == "wrapped":
+            wrapped()
         elif name == "patches":
             patches()
         elif name in FAMILIES:
@@ -334,6 +336,7 @@ def family(name: str) -> None:
             tensors[f"logits.{prompt}"] = logits(model, tokens)
         numbers["loss"] = weighted_loss(model, examples).item()
         numbers["greedy"] = greedy(model, prompts["long"], 12)
+    full_gradients(model, examples, tensors)
     targets = sorted({part for _, parts in linears for part in parts})
     lora(name, "all", dict(r=4, lora_alpha=8, target_modules=targets), folder, prompts, examples, tensors, numbers)
     training = [random_example(draw, vocab, int(n)) for n in draw.integers(4, 40, 8)]
@@ -341,6 +344,61 @@ def family(name: str) -> None:
     save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "expected.safetensors")
     write_json(folder / "expected.json", numbers)
     print(f"{name}: loss {numbers['loss']:.6f}", flush=True)
+
+
+def full_gradients(model, examples: list[dict], tensors: dict) -> None:
+    """Of every parameter, under the names of a checkpoint: saved as one, for transformers holds some in other shapes."""
+    weighted_loss(model, examples).backward()
+    values = {key: parameter.data for key, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.data = parameter.grad
+    with tempfile.TemporaryDirectory() as place:
+        model.save_pretrained(place)
+        for key, gradient in load_file(pathlib.Path(place, "model.safetensors")).items():
+            tensors[f"full.grad.{key}"] = gradient
+    for key, parameter in model.named_parameters():
+        parameter.data, parameter.grad = values[key], None
+
+
+VISION = dict(
+    model_type="siglip_vision_model",
+    hidden_size=8,
+    intermediate_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=1,
+    image_size=28,
+    patch_size=14,
+)
+
+
+def wrapped() -> None:
+    """The gemma3 fixture as the text part of a model that sees, with an adapter on that part."""
+    folder = FIXTURES / "wrapped"
+    shutil.rmtree(folder, ignore_errors=True)
+    text = AutoModelForCausalLM.from_pretrained(FIXTURES / "gemma3", dtype=torch.float32)
+    config = AutoConfig.for_model("gemma3", text_config=text.config.to_dict(), vision_config=VISION, mm_tokens_per_image=4)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    model.tie_weights()
+    model.save_pretrained(folder)
+    numbers = {"prompts": json.loads((FIXTURES / "gemma3/expected.json").read_text())["prompts"]}
+    tensors = {}
+    with torch.no_grad():
+        tensors["logits.long"] = logits(model, numbers["prompts"]["long"])
+    same = load_file(FIXTURES / "gemma3/expected.safetensors")["logits.long"]
+    assert (tensors["logits.long"] - same).abs().max() < 1e-5
+    options = dict(r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|v_proj|down_proj)")
+    tuned = get_peft_model(model, LoraConfig(**options)).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for key, parameter in tuned.named_parameters():
+            if "lora_" in key:
+                parameter.normal_(0.0, 0.1 if "lora_B" in key else parameter.shape[1] ** -0.5, generator=generator)
+        tensors["all.logits.long"] = logits(tuned, numbers["prompts"]["long"])
+    save_adapter(tuned, folder / "adapter-all")
+    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "expected.safetensors")
+    write_json(folder / "expected.json", numbers)
+    print("wrapped", flush=True)
 
 
 def greedy(model, tokens: list[int], count: int) -> list[int]:

@@ -146,6 +146,27 @@ impl Config {
         }
     }
 
+    /// How many of `experts` a token goes to.
+    pub fn top_k(&self, field: &str, default: i64, experts: i64) -> Result<i64, LoadError> {
+        let top_k = self.size(field, default)?;
+        match top_k <= experts {
+            true => Ok(top_k),
+            false => Err(self.wrong(field, &format!("{top_k} of {experts} experts cannot be chosen"))),
+        }
+    }
+
+    /// A list of layers; none where it is absent.
+    pub fn layer_numbers(&self, field: &str) -> Result<Vec<i64>, LoadError> {
+        let number = |value: &Value| value.as_i64().filter(|&n| n >= 0);
+        let numbers = match self.get(field) {
+            None => return Ok(vec![]),
+            Some(value) => value
+                .as_array()
+                .and_then(|list| list.iter().map(number).collect()),
+        };
+        numbers.ok_or_else(|| self.wrong(field, "a list of layers' numbers is needed"))
+    }
+
     /// A number above 0; null is none, absent is the default.
     pub fn positive_or(&self, field: &str, default: Option<f64>) -> Result<Option<f64>, LoadError> {
         match self.has(field) {

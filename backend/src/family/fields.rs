@@ -31,7 +31,7 @@ pub(super) fn judge(field: &str, value: &Value) -> Judgement {
 }
 
 /// By why they do not matter.
-const HARMLESS: [(&str, &[&str]); 8] = [
+const HARMLESS: [(&str, &[&str]); 9] = [
     (
         "where it came from",
         &[
@@ -77,6 +77,10 @@ const HARMLESS: [(&str, &[&str]); 8] = [
     (
         "who reads the weights reads it",
         &["quantization_config", "compression_config"],
+    ),
+    (
+        "of training routers, which stay as they are here",
+        &["output_router_logits", "router_aux_loss_coef"],
     ),
     ("how weights were drawn before training", &["initializer_range"]),
     (
@@ -136,7 +140,8 @@ const HARMLESS: [(&str, &[&str]); 8] = [
 ];
 
 /// Dropout of transformers' training: answers have none, and LoRA here has its own.
-const TRAINING: [&str; 8] = [
+const TRAINING: [&str; 9] = [
+    "router_jitter_noise",
     "attention_dropout",
     "attn_pdrop",
     "embd_pdrop",

@@ -10,9 +10,11 @@ mod glm;
 mod granite;
 mod llama;
 mod mistral;
+mod mixtral;
 mod olmo;
 mod phi3;
 mod qwen;
+mod qwen_moe;
 mod rope;
 pub mod shard;
 mod sizes;
@@ -29,8 +31,8 @@ use tch::Kind;
 
 pub use checkpoint::open;
 pub use spec::{
-    AttnSpec, Bias, Body, Cut, DecoderSpec, Head, LinearId, LinearSpec, Logits, MlpActivation, MlpSpec,
-    NormId, NormKind, NormSpec, Param, ParamId, Part, QkNorm, Section, Sublayer,
+    AttnSpec, Bias, Body, Cut, DecoderSpec, ExpertsSpec, Head, LinearId, LinearSpec, Logits, MlpActivation,
+    MlpSpec, NormId, NormKind, NormSpec, Param, ParamId, Part, QkNorm, Section, SharedExpert, Sublayer,
 };
 
 use crate::weights::{LoadError, check_folder, gguf};
@@ -44,12 +46,15 @@ struct Family {
 }
 
 #[rustfmt::skip] // one family, one line
-const FAMILIES: [Family; 17] = [
+const FAMILIES: [Family; 20] = [
     Family { architecture: "LlamaForCausalLM", model_type: "llama", spec: llama::spec },
     Family { architecture: "MistralForCausalLM", model_type: "mistral", spec: mistral::mistral },
     Family { architecture: "MinistralForCausalLM", model_type: "ministral", spec: mistral::ministral },
+    Family { architecture: "MixtralForCausalLM", model_type: "mixtral", spec: mixtral::spec },
     Family { architecture: "Qwen2ForCausalLM", model_type: "qwen2", spec: qwen::qwen2 },
     Family { architecture: "Qwen3ForCausalLM", model_type: "qwen3", spec: qwen::qwen3 },
+    Family { architecture: "Qwen2MoeForCausalLM", model_type: "qwen2_moe", spec: qwen_moe::qwen2 },
+    Family { architecture: "Qwen3MoeForCausalLM", model_type: "qwen3_moe", spec: qwen_moe::qwen3 },
     Family { architecture: "GemmaForCausalLM", model_type: "gemma", spec: gemma::gemma },
     Family { architecture: "Gemma2ForCausalLM", model_type: "gemma2", spec: gemma::gemma2 },
     Family { architecture: "Gemma3ForCausalLM", model_type: "gemma3_text", spec: gemma::gemma3 },
@@ -64,6 +69,15 @@ const FAMILIES: [Family; 17] = [
     Family { architecture: "SmolLM3ForCausalLM", model_type: "smollm3", spec: smollm3::spec },
 ];
 
+/// Models of several parts, by architecture and type, whose text part is one of the families: it alone is taken.
+const WRAPPERS: [(&str, &str); 2] = [
+    ("Gemma3ForConditionalGeneration", "gemma3"),
+    ("Mistral3ForConditionalGeneration", "mistral3"),
+];
+
+/// What a wrapper says of its text part beside it.
+const OF_THE_TEXT_PART: [&str; 4] = ["tie_word_embeddings", "eos_token_id", "dtype", "torch_dtype"];
+
 /// Reads `folder`/config.json (and generation_config.json when there is one), or what stands for it in a GGUF file.
 pub fn read_spec(folder: &Path) -> Result<DecoderSpec, LoadError> {
     check_folder(folder)?;
@@ -75,6 +89,10 @@ pub fn read_spec(folder: &Path) -> Result<DecoderSpec, LoadError> {
         true => Some(Config::read(folder, "generation_config.json")?),
         false => None,
     };
+    let (config, wrapped) = match text_part(&config)? {
+        Some(text) => (text, true),
+        None => (config, false),
+    };
     let mut spec = (family(&config)?.spec)(&config)?;
     spec.eos_tokens = match generation.as_ref().and_then(|g| g.get("eos_token_id").map(|_| g)) {
         Some(generation) => generation.token_ids("eos_token_id")?,
@@ -83,7 +101,36 @@ pub fn read_spec(folder: &Path) -> Result<DecoderSpec, LoadError> {
     // Read, though generation_config.json's may stand for it.
     config.get("eos_token_id");
     spec.notes = config.finish()?;
+    if wrapped {
+        let note = "config.json: of this model its text part alone is served; images and sound are not taken";
+        spec.notes.insert(0, note.to_owned());
+    }
     Ok(spec)
+}
+
+/// `text_config` of a wrapper.
+fn text_part(config: &Config) -> Result<Option<Config>, LoadError> {
+    let named = |field: &str, name: &str| match config.get(field) {
+        Some(Value::Array(names)) => names.len() == 1 && names[0].as_str() == Some(name),
+        value => value.and_then(Value::as_str) == Some(name),
+    };
+    let wraps = |(architecture, model_type): &(&str, &str)| match config.get("architectures") {
+        Some(_) => named("architectures", architecture),
+        None => named("model_type", model_type),
+    };
+    if !WRAPPERS.iter().any(wraps) {
+        return Ok(None);
+    }
+    let Some(Value::Object(text)) = config.get("text_config") else {
+        return Err(config.wrong("text_config", "an object is needed: what the text part is"));
+    };
+    let mut fields = text.clone();
+    for field in OF_THE_TEXT_PART {
+        if let Some(value) = config.get(field) {
+            fields.insert(field.to_owned(), value.clone());
+        }
+    }
+    Ok(Some(Config::new(config.file, "text_config.", fields)))
 }
 
 fn family(config: &Config) -> Result<&'static Family, LoadError> {

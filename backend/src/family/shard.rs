@@ -14,7 +14,8 @@ use tandem_kernels::attention::{CacheShape, Heads};
 use tch::Tensor;
 
 use super::{
-    AttnSpec, Bias, Body, Cut, DecoderSpec, LinearId, LinearSpec, MlpSpec, NormId, NormSpec, Part, Section,
+    AttnSpec, Bias, Body, Cut, DecoderSpec, LinearId, LinearSpec, MlpSpec, NormId, NormSpec, Part, QkNorm,
+    Section,
 };
 use crate::weights::LoadError;
 
@@ -178,7 +179,7 @@ impl Shard {
         let part = |part: &Part| {
             let rows = match spec.cut {
                 Cut::Outputs => self.rows(part),
-                Cut::Inputs => std::iter::once(0..part.width()).collect(),
+                Cut::Inputs | Cut::Whole => std::iter::once(0..part.width()).collect(),
             };
             let start = end;
             end += rows.iter().map(|rows| rows.end - rows.start).sum::<i64>();
@@ -192,7 +193,7 @@ impl Shard {
         LinearShard {
             parts: spec.parts.iter().map(part).collect(),
             inputs: match spec.cut {
-                Cut::Outputs => 0..spec.inputs,
+                Cut::Outputs | Cut::Whole => 0..spec.inputs,
                 Cut::Inputs => self.equal(spec.inputs),
             },
             bias: match spec.cut {
@@ -235,39 +236,32 @@ fn spread_norms(spec: &DecoderSpec) -> impl Iterator<Item = (NormId, &NormSpec)>
 
 fn check(spec: &DecoderSpec, world: i64) -> Result<(), LoadError> {
     let cannot = |why: String| Err(LoadError::Option(format!("tensor-parallel size {world}: {why}")));
-    for body in spec.sublayers.iter().flat_map(|sublayer| &sublayer.bodies) {
-        match body {
-            Body::Attention(attn) => {
-                let (AttnSpec { heads, kv_heads, .. }, path) = (attn, &attn.output.parts[0].path);
-                if heads % world != 0 {
-                    return cannot(format!(
-                        "the {heads} attention heads before {path} are no multiple of it"
-                    ));
-                }
-                if kv_heads % world != 0 && world % kv_heads != 0 {
-                    return cannot(format!(
-                        "the {kv_heads} KV heads before {path} are neither a multiple nor a divisor of it"
-                    ));
-                }
-                if *kv_heads < world
-                    && attn
-                        .qk_norm
-                        .as_ref()
-                        .is_some_and(|norm| norm.key.width != attn.head_dim)
-                {
-                    return cannot(format!(
-                        "the {kv_heads} KV heads before {path} have one norm together, so no two ranks can share one"
-                    ));
-                }
-            }
-            Body::Mlp(mlp) => {
-                let (MlpSpec { inner, .. }, path) = (mlp, &mlp.down.parts[0].path);
-                if inner % world != 0 {
-                    return cannot(format!(
-                        "the {inner} inner features before {path} are no multiple of it"
-                    ));
-                }
-            }
+    for attn in spec.attentions() {
+        let (AttnSpec { heads, kv_heads, .. }, path) = (attn, &attn.output.parts[0].path);
+        if heads % world != 0 {
+            return cannot(format!(
+                "the {heads} attention heads before {path} are no multiple of it"
+            ));
+        }
+        if kv_heads % world != 0 && world % kv_heads != 0 {
+            return cannot(format!(
+                "the {kv_heads} KV heads before {path} are neither a multiple nor a divisor of it"
+            ));
+        }
+        let together = |norm: &QkNorm| norm.key.width != attn.head_dim;
+        if *kv_heads < world && attn.qk_norm.as_ref().is_some_and(together) {
+            return cannot(format!(
+                "the {kv_heads} KV heads before {path} have one norm together, so no two ranks can share one"
+            ));
+        }
+    }
+    let bodies = spec.sublayers.iter().flat_map(|sublayer| &sublayer.bodies);
+    for MlpSpec { inner, down, .. } in bodies.flat_map(Body::mlps) {
+        if inner % world != 0 {
+            let path = &down.parts[0].path;
+            return cannot(format!(
+                "the {inner} inner features before {path} are no multiple of it"
+            ));
         }
     }
     let widest = (spec.vocab + world - 1) / world;
@@ -283,7 +277,7 @@ fn check(spec: &DecoderSpec, world: i64) -> Result<(), LoadError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::family::spec::Projections;
+    use crate::family::spec::{GATED, Projections};
     use crate::family::{Head, Logits, NormKind, NormSpec, Sublayer};
     use tandem_kernels::activation::Activation;
     use tandem_kernels::rope::{RopeLayout, RopeScaling, RopeSpec};
@@ -333,8 +327,8 @@ mod tests {
                 sublayer(Body::Attention(attn)),
                 sublayer(Body::Mlp(MlpSpec::gated(
                     "m",
-                    hidden,
-                    inner,
+                    GATED,
+                    [hidden, inner],
                     Activation::Silu,
                     Bias::Without,
                 ))),

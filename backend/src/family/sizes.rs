@@ -5,7 +5,7 @@ use tandem_kernels::activation::Activation;
 use tandem_kernels::rope::RopeSpec;
 
 use super::config::Config;
-use super::spec::{Projections, Section};
+use super::spec::{GATED, Projections, Section};
 use super::{
     AttnSpec, Bias, Body, Cut, DecoderSpec, Head, LinearSpec, Logits, MlpActivation, MlpSpec, NormKind,
     NormSpec, QkNorm, Sublayer,
@@ -119,7 +119,7 @@ impl Sizes {
 
     /// gate_proj, up_proj and down_proj.
     pub fn gated_mlp(&self, module: &str, activation: Activation, bias: Bias) -> MlpSpec {
-        MlpSpec::gated(module, self.hidden, self.inner, activation, bias)
+        MlpSpec::gated(module, GATED, [self.hidden, self.inner], activation, bias)
     }
 
     /// The same with gate and up in one tensor, `gate_up_proj`.
@@ -129,6 +129,12 @@ impl Sizes {
             up: LinearSpec::new(module, self.hidden, Bias::Without, Cut::Outputs, parts),
             ..self.gated_mlp(module, activation, Bias::Without)
         }
+    }
+
+    /// A linear without bias that every rank computes: a router's logits.
+    pub fn router(&self, module: &str, name: &'static str, outputs: i64) -> LinearSpec {
+        let parts = [(name, vec![Section::of(outputs)])];
+        LinearSpec::new(module, self.hidden, Bias::Without, Cut::Whole, parts)
     }
 
     /// up and down by these names.
@@ -199,10 +205,15 @@ impl Sizes {
 
     /// Layer `at` of Llama's kind: a norm before each body.
     pub fn pre_norm_layer(&self, norms: Norms, at: &str, attn: AttnSpec, mlp: MlpSpec) -> [Sublayer; 2] {
+        self.pre_norm_bodies(norms, at, attn, Body::Mlp(mlp))
+    }
+
+    /// The same with any second body.
+    pub fn pre_norm_bodies(&self, norms: Norms, at: &str, attn: AttnSpec, second: Body) -> [Sublayer; 2] {
         let norm = |name: &str| self.norm(norms, format!("{at}.{name}"));
         [
             Sublayer::new(norm("input_layernorm"), Body::Attention(attn)),
-            Sublayer::new(norm("post_attention_layernorm"), Body::Mlp(mlp)),
+            Sublayer::new(norm("post_attention_layernorm"), second),
         ]
     }
 

@@ -3,6 +3,7 @@
 //! adapters and PEFT's names are derived from it. Not here: what a config.json means (one file per family).
 
 use tandem_kernels::activation::Activation;
+use tandem_kernels::experts::RoutingWeights;
 use tandem_kernels::rope::RopeSpec;
 
 use crate::weights::{EMBED, HEAD};
@@ -62,6 +63,7 @@ pub enum NormKind {
 pub enum Body {
     Attention(AttnSpec),
     Mlp(MlpSpec),
+    Experts(ExpertsSpec),
 }
 
 #[derive(Clone, Debug)]
@@ -98,6 +100,27 @@ pub struct MlpSpec {
     /// Gate and up in one product where it is gated.
     pub up: LinearSpec,
     pub down: LinearSpec,
+}
+
+/// `sum over the chosen experts of weight * expert(x)`, and what every token goes through beside them.
+#[derive(Clone, Debug)]
+pub struct ExpertsSpec {
+    /// Experts of a token.
+    pub top_k: i64,
+    pub weights: RoutingWeights,
+    /// Gives a logit for each expert.
+    pub router: LinearSpec,
+    /// Of one shape.
+    pub experts: Vec<MlpSpec>,
+    pub shared: Option<SharedExpert>,
+}
+
+/// `sigmoid(gate(x)) * mlp(x)`.
+#[derive(Clone, Debug)]
+pub struct SharedExpert {
+    /// One output.
+    pub gate: LinearSpec,
+    pub mlp: MlpSpec,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -146,6 +169,8 @@ pub enum Cut {
     Outputs,
     /// Each computes its share of every output from some inputs; the shares are summed.
     Inputs,
+    /// Each computes all of it: it is small, and says what the others are multiplied with.
+    Whole,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -262,10 +287,11 @@ impl DecoderSpec {
         attn.expect("a decoder attends").head_dim
     }
 
-    /// Every name an adapter may target, in order: what `all-linear` means.
+    /// Every name an adapter may target, in order: what `all-linear` means. (Routers stay as they are unless they are named.)
     pub fn lora_targets(&self) -> Vec<String> {
         let mut names: Vec<String> = vec![];
-        for part in self.linears().flat_map(|(_, linear)| &linear.parts) {
+        let linears = self.linears().filter(|(_, linear)| linear.cut != Cut::Whole);
+        for part in linears.flat_map(|(_, linear)| &linear.parts) {
             if !names.iter().any(|name| name == part.name) {
                 names.push(part.name.to_owned());
             }
@@ -289,7 +315,7 @@ impl Sublayer {
     pub fn attention(&self) -> Option<&AttnSpec> {
         self.bodies.iter().find_map(|body| match body {
             Body::Attention(attn) => Some(attn),
-            Body::Mlp(_) => None,
+            Body::Mlp(_) | Body::Experts(_) => None,
         })
     }
 
@@ -343,7 +369,37 @@ impl Body {
         match self {
             Body::Attention(attn) => vec![&attn.qkv, &attn.output],
             Body::Mlp(mlp) => vec![&mlp.up, &mlp.down],
+            Body::Experts(experts) => experts.linears(),
         }
+    }
+
+    /// The MLPs that ranks divide.
+    pub fn mlps(&self) -> Vec<&MlpSpec> {
+        match self {
+            Body::Attention(_) => vec![],
+            Body::Mlp(mlp) => vec![mlp],
+            Body::Experts(ExpertsSpec { experts, shared, .. }) => experts
+                .iter()
+                .chain(shared.iter().map(|shared| &shared.mlp))
+                .collect(),
+        }
+    }
+}
+
+impl ExpertsSpec {
+    fn linears(&self) -> Vec<&LinearSpec> {
+        let ExpertsSpec {
+            router,
+            experts,
+            shared,
+            ..
+        } = self;
+        let mut linears = vec![router];
+        linears.extend(experts.iter().flat_map(|expert| [&expert.up, &expert.down]));
+        if let Some(SharedExpert { gate, mlp }) = shared {
+            linears.extend([gate, &mlp.up, &mlp.down]);
+        }
+        linears
     }
 }
 
@@ -414,6 +470,9 @@ impl Section {
     }
 }
 
+/// What most families call the linears of a gated MLP.
+pub(super) const GATED: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
+
 /// How an attention is shaped, where its four projections are named as in Llama.
 pub(super) struct Projections<'a> {
     /// `model.layers.0.self_attn`
@@ -448,17 +507,17 @@ impl Projections<'_> {
 }
 
 impl MlpSpec {
-    /// gate_proj, up_proj and down_proj under `module`.
+    /// Gate, up and down by these names under `module`.
     pub(super) fn gated(
         module: &str,
-        hidden: i64,
-        inner: i64,
+        [gate, up, down]: [&'static str; 3],
+        [hidden, inner]: [i64; 2],
         activation: Activation,
         bias: Bias,
     ) -> MlpSpec {
         let inner_features = || vec![Section::of(inner)];
-        let parts = [("gate_proj", inner_features()), ("up_proj", inner_features())];
-        let down = [("down_proj", vec![Section::of(hidden)])];
+        let parts = [(gate, inner_features()), (up, inner_features())];
+        let down = [(down, vec![Section::of(hidden)])];
         MlpSpec {
             inner,
             activation: MlpActivation::Gated(activation),

@@ -1,11 +1,17 @@
 //! A linear of the decoder as it runs in a pass: with the adapters of a served batch, or saved for a backward; and that
 //! backward. Not here: which linears there are (family), how they multiply (kernels).
 
-use tandem_kernels::linear::{LoraRows, linear, linear_add, linear_backward, linear_training};
+use std::ops::Range;
+
+use tandem_kernels::linear::{
+    LoraModule, LoraRows, linear, linear_add, linear_backward, linear_grouped, linear_grouped_backward,
+    linear_grouped_training, linear_training,
+};
 use tandem_kernels::matmul;
 use tandem_kernels::weight::Weight;
 use tch::Tensor;
 
+use super::experts::{Group, Grouped};
 use super::grads::{Grads, add};
 use super::{Decoder, Dropout, TrainPass, Trainable};
 use crate::family::{LinearId, ParamId};
@@ -23,6 +29,8 @@ pub(super) trait Project {
     fn project(&mut self, linear: &Linear, x: &Tensor) -> Tensor;
     /// `residual + project(x)`
     fn project_add(&mut self, linear: &Linear, x: &Tensor, residual: Option<Tensor>) -> Tensor;
+    /// Rows laid out by expert, each through its expert's linear.
+    fn project_grouped(&mut self, linears: &Grouped, x: &Tensor) -> Tensor;
 }
 
 /// Some rows have adapters; nothing is kept.
@@ -73,20 +81,22 @@ impl Project for Serving<'_> {
         linear_add(x, &of.weight, of.bias.as_ref(), &lora, &mut residual);
         residual
     }
+
+    fn project_grouped(&mut self, linears: &Grouped, x: &Tensor) -> Tensor {
+        let tokens: Vec<Range<usize>> = self.lora.iter().map(|rows| rows.rows.clone()).collect();
+        let lora = linears.lora(&tokens, |i, of| self.lora[i].adapter.module(of.id));
+        linear_grouped(x, &linears.weights(), &lora)
+    }
 }
 
 impl Project for Saving<'_> {
     fn project(&mut self, of: &Linear, x: &Tensor) -> Tensor {
         let Linear { id, weight, bias } = of;
-        let module = match self.trainable {
-            Trainable::Lora { adapter, dropout } => adapter.module(*id).map(|module| (module, dropout)),
-            Trainable::Full => None,
-        };
-        let Some((module, dropout)) = module else {
+        let Some(module) = self.module(*id) else {
             return linear(x, weight, bias.as_ref(), &[]);
         };
-        let dropped = dropout.map(|dropout| self.decoder.dropped(x, dropout, *id));
-        let (y, shrunk) = linear_training(x, weight, bias.as_ref(), module, dropped.as_ref().unwrap_or(x));
+        let dropped = self.dropped(x, *id);
+        let (y, shrunk) = linear_training(x, weight, bias.as_ref(), module, &dropped);
         self.shrunk.0.push((*id, shrunk));
         y
     }
@@ -96,6 +106,52 @@ impl Project for Saving<'_> {
         match residual {
             Some(residual) => residual + y,
             None => y,
+        }
+    }
+
+    fn project_grouped(&mut self, linears: &Grouped, x: &Tensor) -> Tensor {
+        let everyone = 0..linears.routing.n_tokens();
+        let lora = linears.lora(std::slice::from_ref(&everyone), |_, of| self.module(of.id));
+        if lora.is_empty() {
+            return linear_grouped(x, &linears.weights(), &[]);
+        }
+        let dropped = linears.groups.iter().map(|Group { rows, linear, .. }| {
+            let x = x.narrow(0, rows.start, rows.end - rows.start);
+            self.dropped(&x, linear.id)
+        });
+        let dropped = match self.trainable {
+            Trainable::Lora { dropout: Some(_), .. } => Tensor::cat(&dropped.collect::<Vec<_>>(), 0),
+            _ => x.shallow_clone(),
+        };
+        let (y, shrunk) = linear_grouped_training(x, &linears.weights(), &lora, &dropped);
+        for Group { rows, linear, .. } in &linears.groups {
+            if let Some(module) = self.module(linear.id) {
+                let of_expert = shrunk.narrow(0, rows.start, rows.end - rows.start);
+                self.shrunk
+                    .0
+                    .push((linear.id, of_expert.narrow(1, 0, module.a.n())));
+            }
+        }
+        y
+    }
+}
+
+impl<'a> Saving<'a> {
+    fn module(&self, id: LinearId) -> Option<&'a LoraModule> {
+        match self.trainable {
+            Trainable::Lora { adapter, .. } => adapter.module(id),
+            Trainable::Full => None,
+        }
+    }
+
+    /// What the branch of a linear reads of its input.
+    fn dropped(&self, x: &Tensor, id: LinearId) -> Tensor {
+        match self.trainable {
+            Trainable::Lora {
+                dropout: Some(dropout),
+                ..
+            } => self.decoder.dropped(x, dropout, id),
+            _ => x.shallow_clone(),
         }
     }
 }
@@ -113,25 +169,48 @@ impl Backward<'_> {
     /// dx is this rank's share of a sum where outputs are divided, its own columns where inputs are; gradients are shares
     /// of a sum, zero where another rank is responsible.
     pub fn linear(&self, of: &Linear, x: &Tensor, dy: &Tensor) -> Tensor {
-        let Linear { id, weight, bias } = of;
-        let mut dx = linear_backward(dy, weight);
-        self.grads.add(ParamId::Linear(*id), || matmul::tn(dy, x));
-        if bias.is_some() {
-            let sum = || dy.sum_dim_intlist([0i64].as_slice(), false, None);
-            self.grads.add(ParamId::Bias(*id), sum);
+        let mut dx = linear_backward(dy, &of.weight);
+        self.parameters(of, x, dy);
+        if let Some(of_branch) = self.branch(of.id, x, dy) {
+            dx += of_branch;
         }
+        dx
+    }
+
+    /// The same of rows laid out by expert.
+    pub fn linear_grouped(&self, linears: &Grouped, x: &Tensor, dy: &Tensor) -> Tensor {
+        let dx = linear_grouped_backward(dy, &linears.weights());
+        for Group { rows, linear, .. } in &linears.groups {
+            let part = |x: &Tensor| x.narrow(0, rows.start, rows.end - rows.start);
+            self.parameters(linear, &part(x), &part(dy));
+            if let Some(of_branch) = self.branch(linear.id, &part(x), &part(dy)) {
+                let _ = part(&dx).g_add_(&of_branch);
+            }
+        }
+        dx
+    }
+
+    /// Gradients of the base's own weight and bias, where they are trained.
+    fn parameters(&self, of: &Linear, x: &Tensor, dy: &Tensor) {
+        self.grads.add(ParamId::Linear(of.id), || matmul::tn(dy, x));
+        if of.bias.is_some() {
+            let sum = || dy.sum_dim_intlist([0i64].as_slice(), false, None);
+            self.grads.add(ParamId::Bias(of.id), sum);
+        }
+    }
+
+    /// Gradients of A and B, where there is an adapter, and what goes through them to the input.
+    fn branch(&self, id: LinearId, x: &Tensor, dy: &Tensor) -> Option<Tensor> {
         let (Trainable::Lora { adapter, dropout }, Grads::Lora(grads)) = (self.pass.trainable, self.grads)
         else {
-            return dx;
+            return None;
         };
-        let (Some(module), Some(shrunk)) = (adapter.module(*id), self.shrunk.of(*id)) else {
-            return dx;
-        };
+        let (module, shrunk) = (adapter.module(id)?, self.shrunk.of(id)?);
         let shape = grads
             .shape
-            .linear(*id)
+            .linear(id)
             .expect("gradients are shaped like the adapter");
-        let held = self.decoder.layout().linear(*id);
+        let held = self.decoder.layout().linear(id);
         // dshrunk [T, R]: each part's columns of dy through its B.
         let dshrunk: Vec<Tensor> = module
             .parts
@@ -148,13 +227,12 @@ impl Backward<'_> {
             .collect();
         let dshrunk = Tensor::cat(&dshrunk, 1);
         let dropped = |x: &Tensor| match dropout {
-            Some(dropout) => self.decoder.dropped(x, dropout, *id),
+            Some(dropout) => self.decoder.dropped(x, dropout, id),
             None => x.shallow_clone(),
         };
         let a = grads.a(shape).narrow(1, held.inputs.start, held.n_inputs());
         add(&a, matmul::tn(&dshrunk, &dropped(x)));
-        dx += dropped(&linear_backward(&dshrunk, &module.a));
-        dx
+        Some(dropped(&linear_backward(&dshrunk, &module.a)))
     }
 }
 

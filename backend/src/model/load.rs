@@ -1,6 +1,6 @@
 //! Builds a decoder, or one rank's part of it: from a checkpoint folder, or from parameters in training.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -12,13 +12,16 @@ use tch::{Device, Kind, Tensor};
 
 use super::Decoder;
 use super::attention::{Attention, QkNorm};
+use super::experts::{Experts, Shared};
 use super::full::FullParams;
 use super::linear::Linear;
 use super::mlp::Mlp;
 use super::norm::{Norm, Spread};
 use super::sublayer::{Body, Sublayer};
 use crate::family::shard::{Layout, Shard};
-use crate::family::{self, Bias, DecoderSpec, Head, LinearId, NormId, NormSpec, Param, ParamId};
+use crate::family::{
+    self, Bias, Cut, DecoderSpec, Head, LinearId, MlpSpec, NormId, NormSpec, Param, ParamId,
+};
 use crate::weights::{Checkpoint, LoadError, Matrix};
 
 /// Rows and columns that are wanted of a checkpoint's tensor. (A vector has one column.)
@@ -141,14 +144,22 @@ impl Decoder {
             let numbers = stacked(id, &read)?.dense();
             Ok(numbers.to_device(device).to_kind(Kind::Float))
         };
+        // Which experts a row goes to is too little to save and too much to round.
+        let routers: HashSet<LinearId> = spec
+            .linears()
+            .filter(|(_, linear)| linear.cut == Cut::Whole)
+            .map(|(id, _)| id)
+            .collect();
         let packed = |id: ParamId| -> Result<Weight, LoadError> {
             let matrix = match (id, recipe) {
                 // A row is quantised as a whole, so that it is the same on any number of ranks.
-                (ParamId::Linear(_), Some(recipe)) => stacked(id, &|piece| {
-                    Ok(read(&piece.whole_rows())?
-                        .quantise(recipe)?
-                        .columns(piece.columns.clone()))
-                }),
+                (ParamId::Linear(linear), Some(recipe)) if !routers.contains(&linear) => {
+                    stacked(id, &|piece| {
+                        Ok(read(&piece.whole_rows())?
+                            .quantise(recipe)?
+                            .columns(piece.columns.clone()))
+                    })
+                }
                 _ => stacked(id, &read),
             };
             matrix?.weight(precision, device)
@@ -183,6 +194,15 @@ impl Decoder {
                 },
             })
         };
+        let mlp = |spec: &MlpSpec,
+                   linear: &mut dyn FnMut() -> Result<Linear, LoadError>|
+         -> Result<Mlp, LoadError> {
+            Ok(Mlp {
+                activation: spec.activation,
+                up: linear()?,
+                down: linear()?,
+            })
+        };
         let mut cache_layers = 0..;
         let mut body = |i: usize, body: &family::Body| -> Result<Body, LoadError> {
             Ok(match body {
@@ -204,10 +224,23 @@ impl Decoder {
                     qkv: linear()?,
                     output: linear()?,
                 })),
-                family::Body::Mlp(mlp) => Body::Mlp(Box::new(Mlp {
-                    activation: mlp.activation,
-                    up: linear()?,
-                    down: linear()?,
+                family::Body::Mlp(spec) => Body::Mlp(Box::new(mlp(spec, &mut linear)?)),
+                family::Body::Experts(spec) => Body::Experts(Box::new(Experts {
+                    top_k: spec.top_k as usize,
+                    weights: spec.weights,
+                    router: linear()?,
+                    experts: spec
+                        .experts
+                        .iter()
+                        .map(|expert| mlp(expert, &mut linear))
+                        .collect::<Result<_, _>>()?,
+                    shared: match &spec.shared {
+                        None => None,
+                        Some(shared) => Some(Shared {
+                            gate: linear()?,
+                            mlp: mlp(&shared.mlp, &mut linear)?,
+                        }),
+                    },
                 })),
             })
         };
@@ -373,22 +406,50 @@ impl Layout {
 impl Sublayer {
     fn linears(&self) -> impl Iterator<Item = &Linear> {
         self.bodies.iter().flat_map(|body| match body {
-            Body::Attention(attn) => [&attn.qkv, &attn.output],
-            Body::Mlp(mlp) => [&mlp.up, &mlp.down],
+            Body::Attention(attn) => vec![&attn.qkv, &attn.output],
+            Body::Mlp(mlp) => vec![&mlp.up, &mlp.down],
+            Body::Experts(experts) => {
+                let Experts {
+                    router,
+                    experts,
+                    shared,
+                    ..
+                } = &**experts;
+                let mut linears = vec![router];
+                linears.extend(experts.iter().flat_map(|mlp| [&mlp.up, &mlp.down]));
+                if let Some(Shared { gate, mlp }) = shared {
+                    linears.extend([gate, &mlp.up, &mlp.down]);
+                }
+                linears
+            }
         })
     }
 
     fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
         self.bodies.iter_mut().flat_map(|body| match body {
-            Body::Attention(attn) => [&mut attn.qkv, &mut attn.output],
-            Body::Mlp(mlp) => [&mut mlp.up, &mut mlp.down],
+            Body::Attention(attn) => vec![&mut attn.qkv, &mut attn.output],
+            Body::Mlp(mlp) => vec![&mut mlp.up, &mut mlp.down],
+            Body::Experts(experts) => {
+                let Experts {
+                    router,
+                    experts,
+                    shared,
+                    ..
+                } = &mut **experts;
+                let mut linears = vec![router];
+                linears.extend(experts.iter_mut().flat_map(|mlp| [&mut mlp.up, &mut mlp.down]));
+                if let Some(Shared { gate, mlp }) = shared {
+                    linears.extend([gate, &mut mlp.up, &mut mlp.down]);
+                }
+                linears
+            }
         })
     }
 
     fn norms_mut(&mut self) -> impl Iterator<Item = &mut Norm> {
         let inner = self.bodies.iter_mut().filter_map(|body| match body {
             Body::Attention(attn) => attn.qk_norm.as_mut(),
-            Body::Mlp(_) => None,
+            Body::Mlp(_) | Body::Experts(_) => None,
         });
         let inner = inner.flat_map(|QkNorm { query, key }| [query, key]);
         self.pre.iter_mut().chain(&mut self.post).chain(inner)

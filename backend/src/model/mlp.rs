@@ -39,19 +39,24 @@ impl Mlp {
         let activated = self.activated(&up);
         let dactivated = back.linear(&self.down, &activated, doutput);
         drop(activated);
-        let dup = match self.activation {
-            MlpActivation::Gated(activation) => gated_backward(&up, &dactivated, activation),
-            MlpActivation::Plain(activation) => activate_backward(&up, &dactivated, activation),
-        };
+        let dup = self.up_gradient(&up, &dactivated);
         drop((up, dactivated));
         back.linear(&self.up, &x(), &dup)
     }
 
     /// `[T, I]`
-    fn activated(&self, up: &Tensor) -> Tensor {
+    pub fn activated(&self, up: &Tensor) -> Tensor {
         match self.activation {
             MlpActivation::Gated(activation) => gated(up, activation),
             MlpActivation::Plain(activation) => activate(up, activation),
+        }
+    }
+
+    /// The gradient of what [`Mlp::activated`] gave to that of `up`.
+    pub fn up_gradient(&self, up: &Tensor, dactivated: &Tensor) -> Tensor {
+        match self.activation {
+            MlpActivation::Gated(activation) => gated_backward(up, dactivated, activation),
+            MlpActivation::Plain(activation) => activate_backward(up, dactivated, activation),
         }
     }
 

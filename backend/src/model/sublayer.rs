@@ -5,6 +5,7 @@ use tandem_kernels::rope::Rope;
 use tch::Tensor;
 
 use super::attention::{self, Attention};
+use super::experts::{self, Experts};
 use super::linear::{Backward, Saving, Serving, Shrunk};
 use super::mlp::{self, Mlp};
 use super::norm::Norm;
@@ -20,6 +21,7 @@ pub(super) struct Sublayer {
 pub(super) enum Body {
     Attention(Box<Attention>),
     Mlp(Box<Mlp>),
+    Experts(Box<Experts>),
 }
 
 /// What the backward of a sublayer reads; everything else is recomputed from these.
@@ -35,6 +37,7 @@ pub struct Saved {
 enum SavedBody {
     Attention(attention::Saved),
     Mlp(mlp::Saved),
+    Experts(Box<experts::Saved>),
 }
 
 impl Sublayer {
@@ -78,6 +81,7 @@ impl Decoder {
                     attn.forward(&x, sum, &rows, &mut pass)
                 }
                 Body::Mlp(mlp) => mlp.forward(&x, sum, &mut pass).0,
+                Body::Experts(experts) => experts.forward(&x, sum, &mut pass).0,
             });
         }
         let sum = self.summed(sum.expect(A_BODY));
@@ -111,6 +115,10 @@ impl Decoder {
                 Body::Mlp(mlp) => {
                     let (output, saved) = mlp.forward(&x, sum, &mut saving);
                     (output, SavedBody::Mlp(saved))
+                }
+                Body::Experts(experts) => {
+                    let (output, saved) = experts.forward(&x, sum, &mut saving);
+                    (output, SavedBody::Experts(Box::new(saved)))
                 }
             };
             sum = Some(output);
@@ -167,6 +175,9 @@ impl Decoder {
                     attn.backward(saved, &dsum, x, self.rope(attn), &back)
                 }
                 (Body::Mlp(mlp), SavedBody::Mlp(saved)) => mlp.backward(saved, &dsum, x, &back),
+                (Body::Experts(experts), SavedBody::Experts(saved)) => {
+                    experts.backward(*saved, &dsum, x, &back)
+                }
                 _ => unreachable!("what was saved is of the same sublayer"),
             });
         let dx = self.summed(dx.reduce(|a, b| a + b).expect(A_BODY));
@@ -182,6 +193,7 @@ impl Decoder {
         let body = |body: &Body| match body {
             Body::Attention(attn) => attn.saved_numbers(),
             Body::Mlp(mlp) => mlp.saved_numbers(),
+            Body::Experts(experts) => experts.saved_numbers(),
         };
         let sublayer = |sublayer: &Sublayer| {
             let rows = 1 + usize::from(sublayer.post.is_some());

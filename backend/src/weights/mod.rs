@@ -127,9 +127,24 @@ impl Checkpoint {
         for name in names {
             checkpoint.add(name)?;
         }
+        checkpoint.take_text_part();
         let names: Vec<&str> = checkpoint.tensors.keys().map(String::as_str).collect();
         checkpoint.quantised = QuantisedTensors::find(folder, &names)?;
         Ok(checkpoint)
+    }
+
+    /// Of a model of several parts: its text part, under the names that it has alone.
+    fn take_text_part(&mut self) {
+        if !self.tensors.keys().any(|name| text_name(name).is_some()) {
+            return;
+        }
+        let tensors = std::mem::take(&mut self.tensors).into_iter();
+        self.tensors = tensors
+            .filter_map(|(name, entry)| match name.starts_with("lm_head.") {
+                true => Some((name, entry)),
+                false => Some((text_name(&name)?, entry)),
+            })
+            .collect();
     }
 
     fn of_gguf(path: &Path) -> Result<Checkpoint, LoadError> {
@@ -430,6 +445,14 @@ impl Checkpoint {
         }
         Ok(Digest(hasher.finalize().into()))
     }
+}
+
+/// What a tensor of a text part is called where there is no other part.
+pub fn text_name(name: &str) -> Option<String> {
+    if let Some(rest) = name.strip_prefix("model.language_model.") {
+        return Some(format!("model.{rest}"));
+    }
+    name.strip_prefix("language_model.").map(str::to_owned)
 }
 
 /// What a safetensors dtype is in torch, if a decoder can be made of it.

@@ -164,7 +164,18 @@ fn a_peft_folder_comes_back_as_it_was() {
             tempfile::tempdir().expect("a folder"),
             tempfile::tempdir().expect("a folder"),
         ];
-        let target_modules = decoder.spec.lora_targets();
+        let mut target_modules: Vec<String> = vec![];
+        for part in params.shape.iter().flat_map(|(_, linear)| &linear.parts) {
+            let name = part
+                .path
+                .rsplit('.')
+                .next()
+                .expect("a path has an end")
+                .to_owned();
+            if !target_modules.contains(&name) {
+                target_modules.push(name);
+            }
+        }
         let lora = Lora {
             r: 4,
             alpha: 8.0,

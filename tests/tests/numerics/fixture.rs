@@ -26,7 +26,7 @@ pub const NAMES: [&str; 7] = [
 ];
 
 /// Of tests/numerics/families.py: each family, and each kind of rope that Llama's fixtures lack.
-pub const FAMILIES: [&str; 18] = [
+pub const FAMILIES: [&str; 21] = [
     "mistral",
     "ministral",
     "qwen2",
@@ -45,6 +45,9 @@ pub const FAMILIES: [&str; 18] = [
     "starcoder2",
     "smollm3",
     "yarn",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
 ];
 
 pub struct Fixture {

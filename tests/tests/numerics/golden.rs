@@ -74,6 +74,34 @@ fn logits_and_losses_are_transformers_and_pefts() {
     table.judge("float32 logits and losses against transformers and peft (max abs difference)");
 }
 
+/// The text part of a model that sees: it alone is taken, its adapters are read, and the start says so.
+#[test]
+fn a_text_part_is_transformers() {
+    let fixture = Fixture::open("wrapped");
+    let decoder = fixture.decoder(Precision::F32);
+    assert!(
+        decoder.spec.notes[0].contains("text part alone"),
+        "{:?}",
+        decoder.spec.notes
+    );
+    let (tokens, adapter) = (fixture.tokens("long"), fixture.adapter("all", &decoder));
+    let mut table = Table::default();
+    for (adapter, what) in [(None, "logits.long"), (Some(&adapter), "all.logits.long")] {
+        let sequence = Sequence {
+            tokens: &tokens,
+            adapter,
+        };
+        let logits = packed(&decoder, &[sequence]).remove(0);
+        table.add(
+            "wrapped",
+            what,
+            max_difference(&logits, fixture.tensor(what)),
+            LOGITS,
+        );
+    }
+    table.judge("a text part against transformers and peft (max abs difference)");
+}
+
 /// Folders that a user changed, as transformers and peft take them.
 #[test]
 fn patched_folders_are_transformers_and_pefts() {
@@ -210,30 +238,28 @@ fn gradients_of_a_and_b_are_pefts() {
 
 #[test]
 fn gradients_of_every_parameter_are_torchs() {
-    let fixture = Fixture::open("gqa_tied");
-    let decoder = fixture.decoder(Precision::F32);
-    let mut grads = Grads::Full(FullParams::zeros(FullShape::new(&decoder.spec)));
-    let loss = backward(
-        &decoder,
-        None,
-        &hyper(Method::Full),
-        &fixture.examples(),
-        KEEP_BYTES,
-        &mut grads,
-    );
     let mut table = Table::default();
-    table.add(
-        fixture.name,
-        "loss",
-        (loss - fixture.numbers["loss"].as_f64().expect("a loss")).abs(),
-        LOSS,
-    );
-    let Grads::Full(grads) = grads else {
-        unreachable!("they were full above")
-    };
-    for (name, gradient) in grads.named() {
-        let difference = relative_difference(&gradient, fixture.tensor(&format!("full.grad.{name}")));
-        table.add(name.trim_start_matches("model."), "", difference, GRADIENT);
+    for name in ["gqa_tied"].into_iter().chain(FAMILIES) {
+        let fixture = Fixture::open(name);
+        let decoder = fixture.decoder(Precision::F32);
+        let mut grads = Grads::Full(FullParams::zeros(FullShape::new(&decoder.spec)));
+        let loss = backward(
+            &decoder,
+            None,
+            &hyper(Method::Full),
+            &fixture.examples(),
+            KEEP_BYTES,
+            &mut grads,
+        );
+        let expected = fixture.numbers["loss"].as_f64().expect("a loss");
+        table.add(name, "loss", (loss - expected).abs(), LOSS);
+        let Grads::Full(grads) = grads else {
+            unreachable!("they were full above")
+        };
+        for (tensor, gradient) in grads.named() {
+            let difference = relative_difference(&gradient, fixture.tensor(&format!("full.grad.{tensor}")));
+            table.add(name, tensor.trim_start_matches("model."), difference, GRADIENT);
+        }
     }
     table.judge("full gradients against torch autograd (relative to the largest of each tensor)");
 }

@@ -20,7 +20,7 @@ use tch::{Kind, Tensor};
 
 use super::params::{AdapterParams, AdapterShape};
 use crate::family::DecoderSpec;
-use crate::weights::kind;
+use crate::weights::{kind, text_name};
 use config::Config;
 
 pub const CONFIG: &str = "adapter_config.json";
@@ -138,7 +138,8 @@ pub fn read(folder: &Path, spec: &DecoderSpec, max_rank: u32) -> Result<Loaded, 
 }
 
 /// The file's tensors by the names that peft gives them, and the names they have: where a training script saved the
-/// model's own state, an adapter's name stands in between (`lora_A.default.weight`).
+/// model's own state, an adapter's name stands in between (`lora_A.default.weight`); of a model of several parts, the text
+/// part's.
 fn stored_names(tensors: &SafeTensors) -> Result<BTreeMap<String, String>, PeftError> {
     let mut names = BTreeMap::new();
     let mut adapters: BTreeMap<Option<String>, String> = BTreeMap::new();
@@ -166,6 +167,8 @@ fn without_adapter(stored: &str) -> (String, Option<String>) {
         if let Some((module, rest)) = stored.rsplit_once(matrix)
             && let Some(adapter) = rest.strip_suffix(".weight")
         {
+            let path = module.strip_prefix(PREFIX).and_then(text_name);
+            let module = path.map_or_else(|| module.to_owned(), |path| format!("{PREFIX}{path}"));
             return (format!("{module}{matrix}weight"), Some(adapter.to_owned()));
         }
     }
