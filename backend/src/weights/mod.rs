@@ -449,10 +449,15 @@ impl Checkpoint {
 
 /// What a tensor of a text part is called where there is no other part.
 pub fn text_name(name: &str) -> Option<String> {
-    if let Some(rest) = name.strip_prefix("model.language_model.") {
-        return Some(format!("model.{rest}"));
-    }
-    name.strip_prefix("language_model.").map(str::to_owned)
+    let (prefix, plain) = text_prefix(name)?;
+    Some(name.replacen(prefix, plain, 1))
+}
+
+/// How the name of a text part's tensor begins, and what it begins with where there is no other part: in transformers 5
+/// and in 4.
+pub fn text_prefix(name: &str) -> Option<(&'static str, &'static str)> {
+    let prefixes = [("model.language_model.", "model."), ("language_model.", "")];
+    prefixes.into_iter().find(|(prefix, _)| name.starts_with(prefix))
 }
 
 /// What a safetensors dtype is in torch, if a decoder can be made of it.

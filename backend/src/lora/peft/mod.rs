@@ -20,7 +20,7 @@ use tch::{Kind, Tensor};
 
 use super::params::{AdapterParams, AdapterShape};
 use crate::family::DecoderSpec;
-use crate::weights::{kind, text_name};
+use crate::weights::{kind, text_name, text_prefix};
 use config::Config;
 
 pub const CONFIG: &str = "adapter_config.json";
@@ -77,10 +77,18 @@ pub fn read(folder: &Path, spec: &DecoderSpec, max_rank: u32) -> Result<Loaded, 
     // Config and file must adapt the same modules: peft makes those that the config targets, and fills them by name.
     let mut fault = None;
     let mut without_tensors = vec![];
+    let of_text = stored
+        .values()
+        .find_map(|name| text_prefix(name.strip_prefix(PREFIX)?));
     let shape = AdapterShape::build(spec, |path, _| {
         let names = [a_name(path), b_name(path)];
         let present = names.each_ref().map(|name| unread.remove(name).is_some());
-        let fail = match (present, config.targets.hit(path)) {
+        // The config speaks of modules as peft saw them.
+        let module = of_text.map_or_else(
+            || path.to_owned(),
+            |(prefix, plain)| path.replacen(plain, prefix, 1),
+        );
+        let fail = match (present, config.targets.hit(&module)) {
             ([false, false], true) => {
                 without_tensors.push(path.to_owned());
                 return None;
@@ -93,9 +101,9 @@ pub fn read(folder: &Path, spec: &DecoderSpec, max_rank: u32) -> Result<Loaded, 
                  layers_to_transform): peft would leave them out"
             )),
             ([true, true], true) => {
-                let rank = config.rank(path);
+                let rank = config.rank(&module);
                 if rank <= i64::from(max_rank) {
-                    return Some((rank, config.scale(path)));
+                    return Some((rank, config.scale(&module)));
                 }
                 PeftError::Config(format!(
                     "rank {rank} of {path} is above the server's --max-lora-rank {max_rank}"
@@ -145,6 +153,8 @@ fn stored_names(tensors: &SafeTensors) -> Result<BTreeMap<String, String>, PeftE
     let mut adapters: BTreeMap<Option<String>, String> = BTreeMap::new();
     for stored in tensors.names() {
         let (name, adapter) = without_adapter(stored);
+        let of_text = name.strip_prefix(PREFIX).and_then(text_name);
+        let name = of_text.map_or(name, |path| format!("{PREFIX}{path}"));
         if name.contains(".lora_") {
             adapters.entry(adapter).or_insert_with(|| stored.to_owned());
         }
@@ -167,8 +177,6 @@ fn without_adapter(stored: &str) -> (String, Option<String>) {
         if let Some((module, rest)) = stored.rsplit_once(matrix)
             && let Some(adapter) = rest.strip_suffix(".weight")
         {
-            let path = module.strip_prefix(PREFIX).and_then(text_name);
-            let module = path.map_or_else(|| module.to_owned(), |path| format!("{PREFIX}{path}"));
             return (format!("{module}{matrix}weight"), Some(adapter.to_owned()));
         }
     }
