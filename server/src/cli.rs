@@ -8,7 +8,10 @@ use clap::{Args, Parser, Subcommand};
 use tandem_backend::ModelLen;
 
 use crate::extract::{FILE_LIMIT_BYTES, JSON_LIMIT_BYTES};
-use crate::values::{LoraModule, LoraModules, address, bytes, count, host, lora_modules, model_len, share};
+use crate::values::{
+    ChatTemplate, LoraModule, LoraModules, address, bytes, chat_template, count, host, lora_modules,
+    model_len, share,
+};
 
 /// Serves a language model and fine-tunes it in tandem: one process, one copy of the base weights.
 #[derive(Debug, Parser)]
@@ -195,6 +198,10 @@ pub struct EdgeOptions {
     /// folder with a generation_config.json
     #[arg(long, default_value = "auto", value_name = "auto|vllm|DIR")]
     pub generation_config: String,
+    /// Chat template instead of the model's own: a file with Jinja, or the template itself, in which \n is a new line.
+    /// Requests and fine-tuning jobs use it
+    #[arg(long, value_name = "FILE", value_parser = chat_template)]
+    pub chat_template: Option<ChatTemplate>,
     /// Refuse a request that has a field of which nothing is known, instead of logging the field's name once
     #[arg(long)]
     pub strict_fields: bool,

@@ -371,10 +371,7 @@ pub const TABLE: &[Foreign] = &[
         Refused("only LoRA adapters are served"),
     ),
     // ---- vLLM: the API
-    value(
-        &["chat-template", "chat-template-file"],
-        Refused("put chat_template.jinja into the model's folder instead"),
-    ),
+    value(&["chat-template-file"], SameAs("chat-template")),
     value(
         &["chat-template-content-format"],
         HarmlessIf(
@@ -389,7 +386,7 @@ pub const TABLE: &[Foreign] = &[
     ),
     switch(
         &["trust-request-chat-template"],
-        Refused("templates are the server's: put chat_template.jinja into the model's folder"),
+        Refused("templates are the server's: use --chat-template"),
     ),
     value(
         &["response-role"],

@@ -88,6 +88,7 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
     let Recipe {
         model,
         revision,
+        chat_template,
         training_file,
         validation_file,
         output_dir,
@@ -106,7 +107,18 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
     let Found { folder: model, .. } = hub::find(&model, revision.as_deref(), Content::Model)?;
     tandem_backend::weights::check_folder(&model)?;
     let model = crate::commands::replica::whole_path(&model).map_err(at(&model))?;
-    let tokenizer = Tokenizer::open(&model).map_err(TrainError::Tokenizer)?;
+    let template = chat_template
+        .map(|given| crate::values::chat_template(&given))
+        .transpose();
+    let template = template.map_err(|message| SettingsError::Wrong {
+        key: "chat_template".to_owned(),
+        message,
+    })?;
+    let tokenizer = match &template {
+        Some(template) => Tokenizer::with_chat_template(&model, template.source.clone()),
+        None => Tokenizer::open(&model),
+    };
+    let tokenizer = tokenizer.map_err(TrainError::Tokenizer)?;
     let spec = tandem_backend::family::read_spec(&model)?;
     let bounds = Bounds {
         hidden_size: u32::try_from(spec.hidden).unwrap_or(u32::MAX),
@@ -133,6 +145,9 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
     }
     settings.extend(record::settings(&hyper));
     let mut inputs = Mapping::from_iter([("training_file".into(), record::digest(&train.bytes))]);
+    if let Some(template) = &template {
+        inputs.insert("chat_template".into(), record::digest(template.source.as_bytes()));
+    }
     if let Some(valid) = &valid {
         inputs.insert("validation_file".into(), record::digest(&valid.bytes));
     }

@@ -135,6 +135,49 @@ pub fn lora_modules(text: &str) -> Result<LoraModules, String> {
     modules.collect::<Result<_, _>>().map(LoraModules)
 }
 
+/// The text of a template, and how it was said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChatTemplate {
+    pub given: String,
+    pub source: String,
+}
+
+/// A file, or, as in vLLM, the template itself where there is no such file and the text has braces.
+pub fn chat_template(given: &str) -> Result<ChatTemplate, String> {
+    let source = match std::fs::read_to_string(given) {
+        Ok(source) => source,
+        Err(_) if given.contains(['{', '}', '\n']) => unescaped(given),
+        Err(error) => {
+            return Err(format!(
+                "{error}; without such a file the text must be a template itself, with {{{{ .. }}}} or {{% .. %}}"
+            ));
+        }
+    };
+    Ok(ChatTemplate {
+        given: given.to_owned(),
+        source,
+    })
+}
+
+/// As a shell's word holds it: `\n` is a new line, and so on.
+fn unescaped(text: &str) -> String {
+    let (mut plain, mut chars) = (String::new(), text.chars().peekable());
+    while let Some(c) = chars.next() {
+        let meant = match chars.peek().filter(|_| c == '\\') {
+            Some('n') => Some('\n'),
+            Some('t') => Some('\t'),
+            Some('r') => Some('\r'),
+            Some(&same @ ('\\' | '\'' | '"')) => Some(same),
+            _ => None,
+        };
+        plain.push(meant.unwrap_or(c));
+        if meant.is_some() {
+            chars.next();
+        }
+    }
+    plain
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -183,6 +226,22 @@ mod tests {
         assert_eq!(address("localhost:8001"), Ok((local, 8001).into()));
         assert!(host("no such host").is_err());
         assert!(address("8001").is_err());
+    }
+
+    #[test]
+    fn a_chat_template_is_a_file_or_itself() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "{{ a }}\\n\n").unwrap();
+        let path = file.path().to_str().unwrap();
+        for (given, expected) in [
+            (path, Some("{{ a }}\\n\n")),
+            (r"{{ a }}\n{{ 'b\\' }}\x", Some("{{ a }}\n{{ 'b\\' }}\\x")),
+            ("chatml", None),
+            ("./no-such-file.jinja", None),
+        ] {
+            let got = chat_template(given).map(|template| template.source);
+            assert_eq!(got.ok().as_deref(), expected, "{given}");
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ pub mod gguf;
 pub mod histogram;
 pub mod id;
 pub mod job;
+pub mod lfs;
 pub mod message;
 pub mod replica;
 pub mod rng;

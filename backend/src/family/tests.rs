@@ -350,4 +350,11 @@ fn what_is_no_model_is_named() {
         let shown = folder.display().to_string();
         assert!(error.contains(expected) && error.starts_with(&shown), "{error}");
     }
+    std::fs::write(
+        path("pickled/model.safetensors"),
+        "version https://git-lfs.github.com/spec/v1\noid",
+    )
+    .unwrap();
+    let error = open(&path("pickled")).err().expect("a pointer").to_string();
+    assert!(error.contains("git lfs pull"), "{error}");
 }

@@ -10,6 +10,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 use tandem_core::id::Digest;
+use tandem_core::lfs;
 use tandem_kernels::finite;
 use tandem_kernels::mapped::{Block, MappedFile};
 use tch::{Kind, Tensor};
@@ -179,6 +180,9 @@ impl Checkpoint {
             message,
         };
         let bytes = mapped.bytes();
+        if let Some(pointer) = lfs::pointer(bytes) {
+            return Err(damaged(pointer));
+        }
         let parsed = SafeTensors::deserialize(bytes).map_err(|error| {
             damaged(format!(
                 "not a whole safetensors file ({} bytes): {error}",

@@ -13,11 +13,11 @@ pub enum TextError {
     #[error("unsupported tokenizer: {0}")]
     Unsupported(String),
     /// The chat template itself does not compile.
-    #[error("the model's chat template is broken: {0}")]
+    #[error("the chat template is broken: {0}")]
     BrokenTemplate(String),
     #[error(
-        "this model has no chat template: put a chat_template.jinja into the model's folder, or send a plain prompt to \
-         /v1/completions"
+        "this model has no chat template: start the server with --chat-template FILE, put a chat_template.jinja into the \
+         model's folder, or send a plain prompt to /v1/completions"
     )]
     NoChatTemplate,
     #[error(

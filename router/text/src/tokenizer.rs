@@ -6,6 +6,7 @@ pub mod gguf;
 mod pretokenizers;
 mod templates;
 
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
@@ -55,10 +56,19 @@ pub(crate) struct Placed {
 impl Tokenizer {
     /// Of a model's folder or GGUF file.
     pub fn open(model: &Path) -> Result<Tokenizer, TextError> {
-        match model.is_file() {
-            true => Tokenizer::new(Folder::read(&Source::Made(model, &gguf::files(model)?))?),
-            false => Tokenizer::from_folder(model),
-        }
+        Tokenizer::new(read(model)?)
+    }
+
+    /// With this chat template instead of the model's, with and without tools. One that does not compile is an error
+    /// here, since somebody chose it.
+    pub fn with_chat_template(model: &Path, template: String) -> Result<Tokenizer, TextError> {
+        let folder = Folder {
+            templates: BTreeMap::from([("default".to_owned(), template)]),
+            ..read(model)?
+        };
+        let tokenizer = Tokenizer::new(folder)?;
+        tokenizer.chat_template(&Kwargs::new())?;
+        Ok(tokenizer)
     }
 
     /// Reads tokenizer.json and what lies beside it (`folder`).
@@ -228,6 +238,13 @@ impl Tokenizer {
 
     pub(crate) fn bytes(&self) -> &TokenBytes {
         &self.0.bytes
+    }
+}
+
+fn read(model: &Path) -> Result<Folder, TextError> {
+    match model.is_file() {
+        true => Folder::read(&Source::Made(model, &gguf::files(model)?)),
+        false => Folder::read(&Source::Folder(model)),
     }
 }
 

@@ -19,7 +19,7 @@ use crate::exit::WrongSetting;
 use crate::hub::{self, Content};
 use crate::keys::ApiKeys;
 use crate::origins::Origins;
-use crate::values::LoraModule;
+use crate::values::{ChatTemplate, LoraModule};
 use crate::{convert, exposure, listen};
 
 /// A socket that is bound, and who may come in by it: what can be wrong with either is found before a model is loaded.
@@ -89,6 +89,14 @@ pub struct Edge {
     pub process: ProcessOptions,
 }
 
+/// The model's tokenizer, with the chat template that was asked for.
+pub fn tokenizer(model: &Path, options: &EdgeOptions) -> Result<Tokenizer> {
+    let Some(ChatTemplate { given, source }) = &options.chat_template else {
+        return Tokenizer::open(model).context("the model's tokenizer");
+    };
+    Tokenizer::with_chat_template(model, source.clone()).with_context(|| format!("--chat-template {given}"))
+}
+
 /// What --lora-modules names, downloaded where it is the hub's.
 pub fn adapters(options: &EdgeOptions) -> Result<Vec<(String, PathBuf)>> {
     let found = options.adapters().map(|LoraModule { name, path, .. }| {
@@ -138,6 +146,7 @@ pub async fn run(edge: Edge) -> Result<()> {
         published: _,
         allowed_origins: _,
         generation_config,
+        chat_template: _,
         strict_fields,
         lora_modules: _,
         max_waiting,

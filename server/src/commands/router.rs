@@ -6,7 +6,6 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use tandem_router::Fleet;
 use tandem_router::fleet::Member;
-use tandem_text::Tokenizer;
 use tracing::info;
 
 use super::edge::{self, Door, Edge};
@@ -65,7 +64,7 @@ pub fn run(options: Router, given: &Given) -> Result<()> {
             .files
             .materialise(&state.artifacts.data_dir)
             .context("the model's tokenizer")?;
-        let tokenizer = Tokenizer::from_folder(&folder).context("the model's tokenizer")?;
+        let tokenizer = edge::tokenizer(&folder, &options)?;
         let names = replica::names(served_model_name, || facts.model_name.clone());
         edge::run(Edge {
             door,

@@ -3,9 +3,8 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use tandem_router::Fleet;
-use tandem_text::Tokenizer;
 
 use super::edge::{self, Door, Edge};
 use super::{log, replica, runtime};
@@ -29,7 +28,7 @@ pub fn run(options: Serve, given: &Given) -> Result<()> {
     edge::make_data_dir(&state.artifacts.data_dir)?;
     let adapters = edge::adapters(&options)?;
     let (folder, names) = replica::model(&model, &state.artifacts.data_dir)?;
-    let tokenizer = Tokenizer::open(&folder).context("the model's tokenizer")?;
+    let tokenizer = edge::tokenizer(&folder, &options)?;
     let engine = replica::engine_options(&model, &folder, ranks::team(&model, started)?)?;
     let member = replica::member(engine, names[0].clone())?;
     runtime()?.block_on(async {

@@ -328,7 +328,11 @@ const MESSAGES: &[Rule] = &[
     harmless("messages[].content[].cache_control"),
     harmless("messages[].content[].annotations"),
     refused("messages[].prefix", nothing, "use continue_final_message"),
-    refused("chat_template", never, "the model's own template is used"),
+    refused(
+        "chat_template",
+        never,
+        "the server has one template, its own or the model's: --chat-template",
+    ),
     refused("mm_processor_kwargs", nothing, "only text is understood"),
     refused("media_io_kwargs", nothing, "only text is understood"),
 ];

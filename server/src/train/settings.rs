@@ -47,6 +47,11 @@ const KEYS: &[Key] = &[
         "branch, tag or commit on the hub",
     ),
     (
+        "chat_template",
+        &["chat_template_path"],
+        "file with a Jinja template, or itself, instead of the model's",
+    ),
+    (
         "training_file",
         &["train_file"],
         "JSONL of messages, prompt and completion, or text (required)",
@@ -113,6 +118,7 @@ pub fn help() -> String {
 pub struct Recipe {
     pub model: PathBuf,
     pub revision: Option<String>,
+    pub chat_template: Option<String>,
     pub training_file: PathBuf,
     pub validation_file: Option<PathBuf>,
     pub output_dir: PathBuf,
@@ -130,6 +136,7 @@ pub struct Recipe {
 struct Own {
     model: PathBuf,
     revision: Option<String>,
+    chat_template: Option<String>,
     training_file: PathBuf,
     validation_file: Option<PathBuf>,
     output_dir: PathBuf,
@@ -240,6 +247,7 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
     let Own {
         model,
         revision,
+        chat_template,
         training_file,
         validation_file,
         output_dir,
@@ -275,6 +283,7 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
     Ok(Recipe {
         model,
         revision,
+        chat_template,
         training_file,
         validation_file,
         output_dir,

@@ -49,6 +49,20 @@ fn the_served_document_is_the_committed_one() {
 }
 
 #[test]
+fn a_chat_template_may_be_chosen() {
+    let template = "{% for message in messages %}[{{ message.content }}]\\n{% endfor %}";
+    let server = Server::start(&["--chat-template", template]);
+    let tokens = |body: Value| client::post(server.address, "/tokenize", &body).ok()["tokens"].clone();
+    let messages = json!([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]);
+    assert_eq!(
+        tokens(json!({"messages": messages})),
+        tokens(json!({"prompt": "[Hi]\n[Ho]\n", "add_special_tokens": false}))
+    );
+    let info = client::get(server.address, "/tokenizer_info").ok();
+    assert_eq!(info["chat_template"], json!(template.replace("\\n", "\n")));
+}
+
+#[test]
 fn a_key_guards_every_route() {
     // As a secret's file ends.
     let server = Server::start(&["--api-key", "sekret\n"]);
@@ -371,6 +385,32 @@ fn wrong_starts_are_explained() {
             &["serve", "--data-dir", data, "--port", "0", "no-such/Model-1B"],
             Some(("HF_HUB_OFFLINE", "1")),
             "there is no folder no-such/Model-1B in ",
+        ),
+        (
+            &[
+                "serve",
+                "--data-dir",
+                data,
+                "--port",
+                "0",
+                "--chat-template",
+                "a\\n{% if",
+            ],
+            None,
+            "(line 2 of the template)",
+        ),
+        (
+            &[
+                "serve",
+                "--data-dir",
+                data,
+                "--port",
+                "0",
+                "--chat-template",
+                "chatml",
+            ],
+            None,
+            "without such a file the text must be a template",
         ),
         (
             &["serve", "--data-dir", data, "--port", "0", "no-such-model"],

@@ -313,9 +313,14 @@ const FOREIGN: &[Foreign] = &[
         FILES,
     ),
     row(
-        "chat_template chat_template_path eos_token tokenizer_name",
+        "chat_template chat_template_path",
         off,
-        "the model's folder says it: tokenizer.json and chat_template.jinja there",
+        "a job renders chat as its server does: tandem serve --chat-template",
+    ),
+    row(
+        "eos_token tokenizer_name",
+        off,
+        "the model's folder says it, in its tokenizer.json and tokenizer_config.json",
     ),
     row(
         "label_names",

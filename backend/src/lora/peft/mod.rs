@@ -15,6 +15,7 @@ use safetensors::tensor::TensorView;
 use serde_json::json;
 use tandem_core::id::{AdapterDigest, AdapterHasher};
 use tandem_core::job::Lora;
+use tandem_core::lfs;
 use tandem_kernels::finite;
 use tch::{Kind, Tensor};
 
@@ -64,6 +65,9 @@ pub fn read(folder: &Path, spec: &DecoderSpec, max_rank: u32) -> Result<Loaded, 
     let config = Config::read(folder)?;
     let bytes =
         std::fs::read(folder.join(TENSORS)).map_err(|error| PeftError::Read { file: TENSORS, error })?;
+    if let Some(pointer) = lfs::pointer(&bytes) {
+        return Err(PeftError::Tensors(pointer));
+    }
     let tensors = SafeTensors::deserialize(&bytes).map_err(|error| {
         PeftError::Tensors(format!(
             "not a whole safetensors file ({} bytes): {error}",

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::{Map, Value as Json};
+use tandem_core::lfs;
 use tokenizers::AddedToken;
 use tokenizers::processors::template::TemplateProcessing;
 
@@ -257,18 +258,24 @@ fn add_missing(
 fn read_library(source: &Source) -> Result<tokenizers::Tokenizer, TextError> {
     let path = source.path(TOKENIZER);
     let json = source.bytes(TOKENIZER)?.ok_or_else(|| {
-        let hint = match source.path("tokenizer.model").exists() {
-            true => "; tokenizer.model alone is not read: save the model once with transformers to get tokenizer.json",
-            false => "",
+        let sentencepiece = source.path("tokenizer.model");
+        let hint = match sentencepiece.exists() {
+            true => format!(
+                "; tokenizer.model alone is not read. transformers converts it, with sentencepiece and protobuf installed: \
+                 python -c \"from transformers import AutoTokenizer as T; T.from_pretrained('{0}').save_pretrained('{0}')\"",
+                sentencepiece.parent().unwrap_or(&sentencepiece).display()
+            ),
+            false => String::new(),
         };
         TextError::Read {
             path: path.clone(),
             message: format!("there is no such file{hint}"),
         }
     })?;
+    let pointer = lfs::pointer(&json);
     tokenizers::Tokenizer::from_bytes(json).map_err(|error| TextError::Damaged {
         path,
-        message: error.to_string(),
+        message: pointer.unwrap_or_else(|| error.to_string()),
     })
 }
 

@@ -387,10 +387,17 @@ fn where_a_chat_template_comes_from() {
 
 #[test]
 fn bad_folders_are_named() {
-    let cases: [(&[(&str, String)], &str); 3] = [
+    let cases: [(&[(&str, String)], &str); 4] = [
+        (
+            &[(
+                "tokenizer.json",
+                "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n".to_owned(),
+            )],
+            "git lfs pull",
+        ),
         (
             &[("tokenizer.model", String::new())],
-            "save the model once with transformers",
+            "transformers converts it, with sentencepiece",
         ),
         (
             &[("tokenizer.json", "{}".to_owned())],
