@@ -2,6 +2,7 @@
 //! command lines (server), what the thread does (engine).
 
 pub(crate) mod memory;
+pub(crate) mod progress;
 pub(crate) mod selftest;
 
 use std::path::PathBuf;
@@ -30,7 +31,7 @@ use crate::model::Decoder;
 use crate::pace::{self, Pace};
 use crate::ranks::{self, Assembled, Followers, Plan, Ready, Team};
 use crate::weights::{Checkpoint, LoadError};
-use memory::size;
+use memory::{Free, MemoryPlan, size};
 
 /// Prompt tokens in a step that also continues streams. On a CPU a step's time grows with its tokens, and a quarter
 /// of the whole step already multiplies at 85 % of the machine's rate: small keeps streams fluent, at little cost.
@@ -41,6 +42,8 @@ const MAX_WAITING: usize = 4096;
 #[derive(Clone, Debug)]
 pub struct Options {
     pub model_folder: PathBuf,
+    /// A file for the digests of weight files, so that the next start need not hash them.
+    pub digests: Option<PathBuf>,
     pub device: Device,
     pub dtype: Dtype,
     pub quantization: Option<Quantization>,
@@ -111,6 +114,7 @@ impl Options {
     pub fn new(model_folder: PathBuf) -> Options {
         Options {
             model_folder,
+            digests: None,
             device: Device::Cpu,
             dtype: Dtype::Auto,
             quantization: None,
@@ -183,6 +187,7 @@ fn load(
     let began = Instant::now();
     let Options {
         model_folder,
+        digests,
         device: _,
         dtype,
         quantization,
@@ -205,7 +210,7 @@ fn load(
         (Dtype::Bf16, _) | (Dtype::Auto, Kind::BFloat16 | Kind::Half) => Precision::Bf16,
         (Dtype::F32, _) | (Dtype::Auto, _) => Precision::F32,
     };
-    let is_shorter_if_need_be = max_model_len == Some(ModelLen::Fits);
+    let is_shorter_if_need_be = !matches!(max_model_len, Some(ModelLen::Asked(_)));
     let max_model_len = context_length(max_model_len, &spec)?;
     let recipe = Quantization::recipe(quantization.as_ref(), &checkpoint)?;
     let plan = Plan {
@@ -223,9 +228,18 @@ fn load(
         base_digest,
         blocks,
         weight_bytes,
-    } = ranks::lead(&plan, spec, &checkpoint, device, local_world, comm)?;
+    } = ranks::lead(&plan, spec, &checkpoint, device, local_world, digests, comm)?;
     let Plan { model_folder, .. } = plan;
     let room = u32::try_from(blocks as usize * BLOCK_SIZE).unwrap_or(u32::MAX);
+    if room < max_model_len {
+        warn!(
+            made_for = max_model_len,
+            max_model_len = room,
+            kv_cache = %size((cache.bytes() * team.world()) as u64),
+            "the KV cache does not hold one sequence as long as the model was made for, so sequences are shorter; a larger \
+             --kv-cache-memory-bytes, fewer or smaller weights or more memory would hold it"
+        );
+    }
     let max_model_len = max_model_len.min(room);
 
     let limits = Limits {
@@ -277,6 +291,17 @@ fn load(
         load_ms = began.elapsed().as_millis() as u64,
         "replica ready"
     );
+    let plan = MemoryPlan {
+        weights: info.weight_bytes,
+        kv_cache: info.kv_bytes,
+        kv_tokens: blocks as usize * BLOCK_SIZE,
+        max_loras,
+        max_lora_rank,
+        tokens: max_num_batched_tokens as usize,
+        sequences: max_num_seqs as usize,
+        free: Free::on(device),
+    };
+    info!("memory:\n{}", plan.shown(&decoder));
     let seed = seed.unwrap_or_else(random_seed);
     let engine = Engine::new(Parts {
         decoder,

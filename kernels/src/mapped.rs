@@ -4,7 +4,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 
-use memmap2::Mmap;
+use memmap2::{Advice, Mmap};
 use tch::{Kind, Tensor};
 
 use crate::KernelError;
@@ -31,6 +31,11 @@ impl MappedFile {
 
     pub fn bytes(&self) -> &[u8] {
         &self.map
+    }
+
+    /// Has the operating system begin to read the whole file. Only time is lost where it does not.
+    pub fn read_ahead(&self) {
+        let _ = self.map.advise(Advice::WillNeed);
     }
 
     /// `range` of the file as a CPU tensor. One copy: every weight is packed into another layout right after, and a

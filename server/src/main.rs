@@ -1,7 +1,6 @@
 //! The binary `tandem`: which command. Not here: how anything works.
 
 mod app;
-mod bar;
 mod cli;
 mod commands;
 mod config;

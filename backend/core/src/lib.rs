@@ -1,6 +1,7 @@
 //! The words every other crate shares: ids, requests, events, jobs, the scheduler and the block pool.
 //! Pure data and pure decisions. Not here: tensors, clocks, sockets, files, text.
 
+pub mod bar;
 pub mod blocks;
 pub mod dataset;
 pub mod gguf;

@@ -2,6 +2,7 @@
 //! here: options (start), who started whom (team).
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -17,7 +18,7 @@ use crate::family::DecoderSpec;
 use crate::family::shard::{Layout, Shard};
 use crate::model::{Decoder, WeightOptions, planned_bytes};
 use crate::start::memory::{self, Free, KvDemand};
-use crate::start::selftest;
+use crate::start::{progress, selftest};
 use crate::weights::{Checkpoint, LoadError};
 
 /// What rank 0 decides for all.
@@ -51,6 +52,8 @@ pub(super) struct Place {
     pub device: Device,
     /// Ranks that share this machine's memory.
     pub local_world: usize,
+    /// Where digests of weight files are kept.
+    pub digests: Option<PathBuf>,
 }
 
 impl Plan {
@@ -94,9 +97,14 @@ pub fn lead(
     checkpoint: &Checkpoint,
     device: Device,
     local_world: usize,
+    digests: Option<PathBuf>,
     comm: Comm,
 ) -> Result<Ready, LoadError> {
-    let place = Place { device, local_world };
+    let place = Place {
+        device,
+        local_world,
+        digests,
+    };
     plan.announce(&comm);
     load(plan, spec, checkpoint, &place, Copy::Own, comm)
 }
@@ -111,7 +119,11 @@ pub(super) fn load(
     comm: Comm,
 ) -> Result<Ready, LoadError> {
     let began = Instant::now();
-    let Place { device, local_world } = *place;
+    let Place {
+        device,
+        local_world,
+        ref digests,
+    } = *place;
     let weights = plan.weights(device);
     let precision = weights.precision;
     if device != Device::Cpu {
@@ -127,9 +139,15 @@ pub(super) fn load(
         plan.kv_cache_bytes,
         Free::on(device).share(local_world),
     )?;
+    // Ranks of this machine read all of it together; a part of it is read as it is reached.
+    if comm.world() == local_world && copy == Copy::Own {
+        checkpoint.read_ahead();
+    }
+    let is_loaded = AtomicBool::new(false);
     let (decoder, own_digest) = std::thread::scope(|scope| {
-        // Reads every byte once more, on another core than the one that packs them.
-        let digest = (copy == Copy::Own).then(|| scope.spawn(|| checkpoint.digest()));
+        // Where it is not known it reads every byte once more, on another core than the one that packs them.
+        let digest = (copy == Copy::Own).then(|| scope.spawn(|| checkpoint.digest(digests.as_deref())));
+        let _watch = (comm.rank() == 0).then(|| progress::watch(scope, checkpoint, &is_loaded));
         let decoder = Decoder::from_checkpoint(spec, checkpoint, weights, comm.clone())?;
         let digest = digest.map(|digest| digest.join().expect("hashing does not panic"));
         Ok::<_, LoadError>((decoder, digest.transpose()?))

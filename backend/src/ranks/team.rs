@@ -174,6 +174,7 @@ pub fn follow_parent(meeting: &Meeting, device: Device, threads: Option<usize>) 
     let place = Place {
         device,
         local_world: meeting.world,
+        digests: None,
     };
     live(
         join(meeting, device, Duration::ZERO)?,
@@ -194,7 +195,11 @@ pub fn follow_meeting(
 ) -> Result<(), LoadError> {
     let device = of_rank(device, meeting, local_world)?;
     share_of_threads(device, threads, meeting.local_rank, local_world);
-    let place = Place { device, local_world };
+    let place = Place {
+        device,
+        local_world,
+        digests: None,
+    };
     // One rank of each machine but rank 0's hashes the machine's copy. (Rank 0 is the first of its own.)
     let copy = match meeting.local_rank {
         0 => Copy::Own,
@@ -236,6 +241,7 @@ fn thread_rank(comm: Comm) {
     let place = Place {
         device: Device::Cpu,
         local_world: world,
+        digests: None,
     };
     if let Err(error) = live(comm, &place, Copy::SameAsRank0, None) {
         error!(rank, %error, "a rank ends");

@@ -6,6 +6,10 @@ use tandem_kernels::attention::BLOCK_SIZE;
 use tandem_kernels::machine::gpu;
 use tch::Device;
 
+use crate::lora::params::AdapterShape;
+use crate::model::Decoder;
+use crate::train::data::slice_tokens;
+use crate::train::step::KEEP_BYTES;
 use crate::weights::LoadError;
 
 /// Of the memory that is free after the weights are loaded, the most the KV cache takes by itself. The rest is for
@@ -90,6 +94,84 @@ pub fn check_plan(weights: u64, kv_asked: Option<u64>, free: Free) -> Result<(),
         asked.unwrap_or_default(),
         size(left),
     )))
+}
+
+/// Where a replica's memory goes, for whoever starts it. What grows with use is given at its most.
+pub struct MemoryPlan {
+    /// Of all ranks, as the cache.
+    pub weights: u64,
+    pub kv_cache: u64,
+    pub kv_tokens: usize,
+    pub max_loras: u32,
+    pub max_lora_rank: u32,
+    /// Of a step.
+    pub tokens: usize,
+    pub sequences: usize,
+    /// With weights and cache in place.
+    pub free: Free,
+}
+
+impl MemoryPlan {
+    pub fn shown(&self, decoder: &Decoder) -> String {
+        /// Numbers, gradients and two moments of a parameter in training, in float32.
+        const TRAINED: u64 = 4 * 4;
+        const FLOAT: u64 = 4;
+        /// Of a job that does not say (`core::settings`).
+        const RANK: u32 = 16;
+        let MemoryPlan {
+            weights,
+            kv_cache,
+            kv_tokens,
+            max_loras,
+            max_lora_rank,
+            tokens,
+            sequences,
+            free,
+        } = *self;
+        let spec = &decoder.spec;
+        let numbers = |rank: u32| AdapterShape::build(spec, |_, _| Some((i64::from(rank), 1.0))).len() as u64;
+        let adapters =
+            u64::from(max_loras) * numbers(max_lora_rank) * decoder.precision().value_bytes() as u64;
+        let slice = slice_tokens(decoder.device()) as u64;
+        let saved = FLOAT * slice * decoder.saved_numbers() as u64;
+        // Beyond that every other sublayer's input alone is kept.
+        let inputs = FLOAT * slice * (decoder.n_sublayers() / 2) as u64 * spec.hidden as u64;
+        let activations = if saved <= KEEP_BYTES as u64 { saved } else { inputs };
+        let training = TRAINED * numbers(RANK) + activations;
+        let widest = spec.linears().map(|(_, linear)| {
+            let outputs: i64 = linear.parts.iter().map(|part| part.width()).sum();
+            (linear.inputs + outputs) as u64
+        });
+        let row = 2 * spec.hidden as u64 + widest.max().unwrap_or(0);
+        let workspace = FLOAT * (tokens as u64 * row + sequences as u64 * spec.vocab as u64);
+        let left = match free {
+            Free::Host(bytes) | Free::Gpu(bytes) => size(bytes),
+            Free::Unknown => "unknown".to_owned(),
+        };
+        let lines = [
+            ("weights", size(weights), String::new()),
+            ("KV cache", size(kv_cache), format!("{kv_tokens} tokens")),
+            (
+                "adapters",
+                size(adapters),
+                format!("at most: {max_loras} of rank {max_lora_rank} on every linear"),
+            ),
+            (
+                "training",
+                size(training),
+                format!("about, while a job runs: rank {RANK}, {slice} tokens at once"),
+            ),
+            (
+                "workspace",
+                size(workspace),
+                format!("about: a step of {tokens} tokens, the logits of {sequences} sequences"),
+            ),
+            ("free", left, "now, for the last three and the system".to_owned()),
+        ];
+        let lines = lines
+            .map(|(name, bytes, what)| format!("  {name:<10} {bytes:>10}  {what}").trim_end().to_owned());
+        lines.join("\n")
+    }
 }
 
 /// Bytes this process may still take.

@@ -5,11 +5,10 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
-use sha2::{Digest as _, Sha256};
-use tandem_core::id::Digest;
 use tandem_core::lfs;
 use tandem_kernels::finite;
 use tandem_kernels::mapped::{Block, MappedFile};
@@ -17,6 +16,7 @@ use tch::{Kind, Tensor};
 
 use crate::family::Head;
 
+mod digest;
 mod folder;
 pub mod gguf;
 mod matrix;
@@ -69,6 +69,8 @@ pub struct Checkpoint {
     /// Which of them are parts of quantised matrices.
     quantised: Option<QuantisedTensors>,
     notes: Vec<String>,
+    /// Bytes of tensors that were read so far, for who looks on.
+    read_bytes: AtomicU64,
 }
 
 #[derive(Clone)]
@@ -110,6 +112,7 @@ impl Checkpoint {
             tensors: HashMap::new(),
             quantised: None,
             notes: vec![],
+            read_bytes: AtomicU64::new(0),
         };
         let exists = |file: &str| folder.join(file).exists();
         let names = match (exists(WEIGHTS), exists(INDEX)) {
@@ -165,6 +168,7 @@ impl Checkpoint {
             tensors: tensors.collect(),
             quantised: None,
             notes: vec![],
+            read_bytes: AtomicU64::new(0),
             files: model.into_files(),
         })
     }
@@ -224,6 +228,25 @@ impl Checkpoint {
         }
         self.files.push((name, mapped));
         Ok(())
+    }
+
+    /// Of all tensors, and of those that were read so far.
+    pub fn progress(&self) -> (u64, u64) {
+        let bytes = self
+            .tensors
+            .values()
+            .map(|entry| (entry.end - entry.start) as u64);
+        (bytes.sum(), self.read_bytes.load(Ordering::Relaxed))
+    }
+
+    /// Asks the operating system for all files at once, each by a thread of its own, instead of page by page as tensors
+    /// are reached. Returns when it was asked.
+    pub fn read_ahead(&self) {
+        std::thread::scope(|scope| {
+            for (_, file) in &self.files {
+                scope.spawn(|| file.read_ahead());
+            }
+        });
     }
 
     /// For the log: what is there and not taken.
@@ -335,6 +358,9 @@ impl Checkpoint {
                 stored.read(bytes, rows, columns, width)
             }
         };
+        let share = part.numel() as f64 / shape.iter().product::<i64>().max(1) as f64;
+        let bytes = ((entry.end - entry.start) as f64 * share) as u64;
+        self.read_bytes.fetch_add(bytes, Ordering::Relaxed);
         self.check_finite(name, &part)?;
         Ok(if shape.len() == 1 { part.view([-1]) } else { part })
     }
@@ -363,6 +389,8 @@ impl Checkpoint {
                 }
             },
         };
+        self.read_bytes
+            .fetch_add((entry.end - entry.start) as u64, Ordering::Relaxed);
         Some(
             mapped
                 .tensor(entry.start..entry.end, kind, &entry.shape)
@@ -427,27 +455,6 @@ impl Checkpoint {
             .into_values()
             .max_by_key(|(bytes, _)| *bytes)
             .map_or(Kind::Float, |(_, kind)| kind)
-    }
-
-    /// SHA-256 over config.json (a GGUF has none beside it) and the weight files, each behind its length. The identity of
-    /// the base.
-    pub fn digest(&self) -> Result<Digest, LoadError> {
-        let config = match gguf::is_gguf(&self.path) {
-            true => None,
-            false => {
-                let config = std::fs::read(self.path.join("config.json"));
-                Some(config.map_err(|error| LoadError::Read {
-                    file: "config.json".to_owned(),
-                    error,
-                })?)
-            }
-        };
-        let mut hasher = Sha256::new();
-        for bytes in (config.as_deref().into_iter()).chain(self.files.iter().map(|(_, file)| file.bytes())) {
-            hasher.update((bytes.len() as u64).to_le_bytes());
-            hasher.update(bytes);
-        }
-        Ok(Digest(hasher.finalize().into()))
     }
 }
 

@@ -64,7 +64,7 @@ pub fn run(options: Backend, given: &Given) -> Result<()> {
         )));
     };
     let files = replica::files(&folder)?;
-    let engine = replica::engine_options(&model, &folder, ranks::team(&model, started)?)?;
+    let engine = replica::engine_options(&model, &folder, &data_dir, ranks::team(&model, started)?)?;
     let replica =
         tandem_backend::start(engine).with_context(|| format!("the model in {}", folder.display()))?;
     let metrics = Metrics::new(name, replica.info.max_loras).context("the metrics")?;

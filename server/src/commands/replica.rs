@@ -80,8 +80,14 @@ pub fn files(model: &Path) -> Result<ModelFiles> {
 }
 
 /// What was not asked is the backend's to choose.
-pub fn engine_options(options: &ModelOptions, folder: &Path, team: Team) -> Result<tandem_backend::Options> {
+pub fn engine_options(
+    options: &ModelOptions,
+    folder: &Path,
+    data_dir: &Path,
+    team: Team,
+) -> Result<tandem_backend::Options> {
     let mut engine = tandem_backend::Options::new(folder.to_owned());
+    engine.digests = Some(data_dir.join("weights.json"));
     engine.team = team;
     engine.device = tandem_backend::words::device(&options.device)?;
     engine.dtype = options.dtype.parse()?;

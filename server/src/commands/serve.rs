@@ -29,7 +29,12 @@ pub fn run(options: Serve, given: &Given) -> Result<()> {
     let adapters = edge::adapters(&options)?;
     let (folder, names) = replica::model(&model, &state.artifacts.data_dir)?;
     let tokenizer = edge::tokenizer(&folder, &options)?;
-    let engine = replica::engine_options(&model, &folder, ranks::team(&model, started)?)?;
+    let engine = replica::engine_options(
+        &model,
+        &folder,
+        &state.artifacts.data_dir,
+        ranks::team(&model, started)?,
+    )?;
     let member = replica::member(engine, names[0].clone())?;
     runtime()?.block_on(async {
         edge::run(Edge {

@@ -5,8 +5,7 @@ use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use tandem_backend::size;
-
-use crate::bar;
+use tandem_core::bar;
 
 const REDRAWN: Duration = Duration::from_millis(100);
 const SAID: Duration = Duration::from_secs(10);

@@ -3,9 +3,8 @@
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
+use tandem_core::bar;
 use tandem_core::job::{JobEvent, StepReport};
-
-use crate::bar;
 
 pub struct Progress {
     is_terminal: bool,

@@ -63,6 +63,12 @@ fn a_chat_template_may_be_chosen() {
 }
 
 #[test]
+fn sequences_are_as_long_as_the_cache_holds_unless_it_was_said() {
+    let server = Server::start(&["--kv-cache-memory-bytes", "100K"]);
+    assert_eq!(server.base["max_model_len"], json!(96));
+}
+
+#[test]
 fn a_key_guards_every_route() {
     // As a secret's file ends.
     let server = Server::start(&["--api-key", "sekret\n"]);
@@ -355,6 +361,21 @@ fn wrong_starts_are_explained() {
             ],
             None,
             "not one block of 32 tokens",
+        ),
+        (
+            &[
+                "serve",
+                "--data-dir",
+                data,
+                "--port",
+                "0",
+                "--kv-cache-memory-bytes",
+                "100K",
+                "--max-model-len",
+                "128",
+            ],
+            None,
+            "choose --max-model-len 96 or less",
         ),
         (
             &["serve", "--data-dir", data, "--port", "0", "--device", "abacus"],

@@ -100,7 +100,7 @@ fn adapters_come_when_named_and_touch_nobody_else() {
 fn expected_digest(folder: &Path) -> tandem_core::id::Digest {
     crate::weights::Checkpoint::open(folder)
         .unwrap()
-        .digest()
+        .digest(None)
         .unwrap()
 }
 

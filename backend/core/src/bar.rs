@@ -1,4 +1,4 @@
-//! A progress bar's parts.
+//! A progress bar's parts. Not here: where it is drawn.
 
 use std::time::Duration;
 
@@ -19,5 +19,30 @@ pub fn clock(time: Duration) -> String {
     match hours {
         0 => format!("{minutes}:{seconds:02}"),
         _ => format!("{hours}:{minutes:02}:{seconds:02}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bar_is_as_full_as_the_work_is_done() {
+        for (done, total, filled) in [
+            (0, 0, 0),
+            (0, 9, 0),
+            (1, 2, 12),
+            (5, 5, 24),
+            (9, 5, 24),
+            (u64::MAX, u64::MAX, 24),
+        ] {
+            assert_eq!(
+                drawn(done, total).matches('=').count(),
+                filled,
+                "{done} of {total}"
+            );
+        }
+        assert_eq!(clock(Duration::from_secs(125)), "2:05");
+        assert_eq!(clock(Duration::from_secs(3723)), "1:02:03");
     }
 }
