@@ -48,6 +48,10 @@ pub enum ConfigError {
     },
     #[error("{0} and {1} say the same; give one of them")]
     Twice(String, String),
+    #[error(
+        "{0:?} would be the model's folder: a switch such as --enable-lora takes no word behind it, write --enable-lora={0} or leave the word out"
+    )]
+    Switch(String),
     /// All that other servers take and this one does not.
     #[error("{}", refused.join("\n        "))]
     Foreign { refused: Vec<String> },
@@ -84,6 +88,8 @@ pub struct Given {
     pub options: Vec<Chosen>,
     /// Another server's options that change nothing here: name and reason.
     pub harmless: Vec<(String, &'static str)>,
+    /// Variables that another server, or an older compose file, would read: name and what to use.
+    pub unread: Vec<(String, &'static str)>,
 }
 
 pub struct Parsed {
@@ -138,6 +144,8 @@ pub fn parse(
     variables: impl IntoIterator<Item = String>,
 ) -> Result<Parsed, ConfigError> {
     let args: Vec<OsString> = args.into_iter().collect();
+    let variables: Vec<String> = variables.into_iter().collect();
+    let unread = foreign::unread(&variables);
     let variables: Vec<String> = variables
         .into_iter()
         .filter(|name| name.starts_with(ENV_PREFIX))
@@ -188,7 +196,10 @@ pub fn parse(
     let matches = command.try_get_matches_from(&args)?;
     let (_, given) = matches.subcommand().expect("the first pass found one");
     check_model(given)?;
-    let given = sort(&options, given, &file, &variables)?;
+    let given = Given {
+        unread,
+        ..sort(&options, given, &file, &variables)?
+    };
     Ok(Parsed {
         cli: Cli::from_arg_matches(&matches)?,
         given,
@@ -247,6 +258,9 @@ fn check_model(given: &ArgMatches) -> Result<(), ConfigError> {
             .then(|| given.get_one::<PathBuf>(id))
             .flatten()
     };
+    if let Some(word) = by_flag("model_folder").filter(|word| is_switched(word)) {
+        return Err(ConfigError::Switch(word.display().to_string()));
+    }
     match (by_flag("model_folder"), by_flag("model")) {
         (Some(folder), Some(model)) => Err(ConfigError::Twice(
             folder.display().to_string(),
@@ -254,6 +268,14 @@ fn check_model(given: &ArgMatches) -> Result<(), ConfigError> {
         )),
         _ => Ok(()),
     }
+}
+
+/// `--enable-lora true`: the switch takes no word, so that the model would be called `true`.
+fn is_switched(word: &Path) -> bool {
+    let words = [
+        "true", "false", "True", "False", "on", "off", "yes", "no", "1", "0",
+    ];
+    words.iter().any(|known| word == Path::new(known)) && !word.exists()
 }
 
 /// `--max-loras` -> `TANDEM_MAX_LORAS`
@@ -553,6 +575,9 @@ mod tests {
                 None,
             ),
             ("-hf org/name --code-revision x", None),
+            ("--enable-lora true", Some("takes no word")),
+            ("--enable-lora=true", None),
+            ("--workers 4", Some("tandem backend")),
             ("--hf-token x", Some("HF_TOKEN")),
             ("--download-dir x", Some("HF_HUB_CACHE")),
             ("--max-model-len -1", None),
@@ -565,6 +590,24 @@ mod tests {
                 (Ok(_), Some(part)) => panic!("{line} is taken, not refused with {part}"),
             }
         }
+    }
+
+    #[test]
+    fn variables_of_other_servers_are_named() {
+        let variables = [
+            "VLLM_API_KEY",
+            "VLLM_FLASH_ATTN_VERSION",
+            "DATABASE_URL",
+            "HOME",
+            "TANDEM_PORT",
+        ];
+        let (_, given) = serve("", &variables).unwrap();
+        let unread: Vec<&str> = given.unread.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(
+            unread,
+            ["VLLM_API_KEY", "VLLM_FLASH_ATTN_VERSION", "DATABASE_URL"]
+        );
+        assert!(given.unread[0].1.contains("TANDEM_API_KEY"));
     }
 
     #[test]

@@ -70,6 +70,8 @@ pub enum ApiError {
     Hub(#[from] HubError),
     #[error("the server is shutting down")]
     Stopping,
+    #[error("this router waits for the first of its backends (--backend) to answer; try again")]
+    NoBackend,
     /// For the log; a client learns only that it happened.
     #[error("{0}")]
     Internal(String),
@@ -213,6 +215,12 @@ impl ApiError {
             }
             ApiError::Hub(_) => return bad(Some("lora_path"), Some("invalid_adapter")),
             ApiError::Stopping => return stopping(),
+            ApiError::NoBackend => {
+                return Answer {
+                    code: Some("no_backend"),
+                    ..stopping()
+                };
+            }
             ApiError::Internal(_) => return failed(Retry::AsStatusSays, Some("The server had an error.")),
         };
         match error {

@@ -85,6 +85,8 @@ fn io_lasts(error: &io::Error) -> bool {
             | K::NotADirectory
             | K::IsADirectory
             | K::InvalidInput
+            // Text that is not UTF-8.
+            | K::InvalidData
             | K::AddrNotAvailable
     )
 }

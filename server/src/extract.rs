@@ -9,6 +9,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, header};
 use futures::StreamExt;
 use serde::de::DeserializeOwned;
+use tandem_core::json;
 
 use crate::app::App;
 use crate::convert::fine_tunes::JobName;
@@ -17,6 +18,8 @@ use crate::fields::{Rule, strays};
 
 /// A JSON body at most: a long prompt as token ids, with room.
 pub const JSON_LIMIT_BYTES: u64 = 32 << 20;
+/// Of a field's name in a message.
+const NAME_CHARS: usize = 80;
 /// An uploaded file at most.
 pub const FILE_LIMIT_BYTES: u64 = 512 << 20;
 
@@ -40,6 +43,13 @@ impl<T: Body> FromRequest<App> for Json<T> {
         must_be("application/json", &parts.headers)?;
         let bytes = read(&parts.headers, body, JSON_LIMIT_BYTES).await?;
         let value = from_json(&bytes);
+        if let Some(name) = json::twice(&bytes) {
+            let name: String = name.chars().take(NAME_CHARS).collect();
+            return Err(invalid(
+                &name,
+                format!("'{name}' is there twice in one object: which of them is meant?"),
+            ));
+        }
         // A field that is missing may only be misspelt, which says more.
         if let (Some(rules), Ok(_) | Err(ApiError::Invalid { .. })) = (T::RULES, &value) {
             app.strays.judge_all(strays(T::SCHEMA, &bytes), rules)?;

@@ -9,6 +9,7 @@ use std::sync::{LazyLock, Mutex, PoisonError};
 use prometheus::IntCounter;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
+use tandem_core::suggest::closest;
 use tracing::warn;
 
 use crate::error::ApiError;
@@ -49,6 +50,8 @@ pub enum Given {
     Empty,
     /// A list or an object with something in it.
     Filled,
+    /// An object whose `type` is this text.
+    Tagged(String),
 }
 
 /// A field without a place in the document.
@@ -83,10 +86,17 @@ impl Strays {
     }
 
     pub fn judge_all(&self, strays: Vec<Stray>, rules: &[&[Rule]]) -> Result<(), ApiError> {
-        strays.iter().try_for_each(|stray| self.judge(stray, rules))
+        let mut ignored = Vec::new();
+        for stray in &strays {
+            ignored.extend(self.judge(stray, rules)?);
+        }
+        // Only what is not refused for another of its fields.
+        ignored.into_iter().for_each(|pattern| self.ignore(pattern));
+        Ok(())
     }
 
-    pub fn judge(&self, stray: &Stray, rules: &[&[Rule]]) -> Result<(), ApiError> {
+    /// What becomes of one; `Some`: it is ignored.
+    fn judge<'s>(&self, stray: &'s Stray, rules: &[&[Rule]]) -> Result<Option<&'s str>, ApiError> {
         let Stray {
             path,
             pattern,
@@ -95,13 +105,13 @@ impl Strays {
             siblings,
         } = stray;
         if *value == Given::Null {
-            return Ok(());
+            return Ok(None);
         }
         let rule = rules.iter().copied().flatten().find(|rule| rule.field == pattern);
         if let Some(Rule { kind, .. }) = rule {
             return match kind {
-                Kind::Harmless => Ok(()),
-                Kind::Refused { neutral, .. } if neutral(value) => Ok(()),
+                Kind::Harmless => Ok(None),
+                Kind::Refused { neutral, .. } if neutral(value) => Ok(None),
                 Kind::Refused { instead, .. } => Err(ApiError::NotBuilt {
                     param: path.clone(),
                     hint: match *instead {
@@ -116,7 +126,7 @@ impl Strays {
             code: Some("unknown_parameter"),
             message: format!("Unknown parameter: '{path}'{hint}"),
         };
-        if let Some(meant) = misspelt(name, siblings) {
+        if let Some(meant) = closest(name, siblings.iter().copied()) {
             return Err(refused(&format!("; did you mean '{meant}'?")));
         }
         if self.strict {
@@ -124,36 +134,17 @@ impl Strays {
                 ", and this server refuses what it does not know (--strict-fields).",
             ));
         }
+        Ok(Some(pattern))
+    }
+
+    fn ignore(&self, pattern: &str) {
         self.ignored.inc();
         let shown: String = pattern.chars().take(NAME_CHARS).collect();
         let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
         if logged.len() < MAX_LOGGED && logged.insert(shown.clone()) {
             warn!(field = ?shown, "requests have a field that this server does not know; it is ignored");
         }
-        Ok(())
     }
-}
-
-/// The name that was probably meant: it differs in case or in a letter or two. Short names are too close to each other.
-fn misspelt<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
-    let plain = |text: &str| {
-        let letters = text.chars().filter(|c| *c != '_' && *c != '-');
-        letters.flat_map(char::to_lowercase).collect::<String>()
-    };
-    let given = plain(name);
-    let distances = known.iter().map(|&one| {
-        let one_plain = plain(one);
-        let allowed = match one_plain.len().min(given.len()) {
-            0..=3 => 0,
-            4..=5 => 1,
-            _ => 2,
-        };
-        (strsim::osa_distance(&given, &one_plain), allowed, one)
-    });
-    let (_, _, meant) = distances
-        .filter(|(distance, allowed, _)| distance <= allowed)
-        .min_by_key(|(distance, _, _)| *distance)?;
-    Some(meant)
 }
 
 /// openapi.json, which tests hold against the types that the server reads.
@@ -413,8 +404,13 @@ impl<'de> Visitor<'de> for Glance {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Given, A::Error> {
         let mut given = Given::Empty;
-        while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {
-            given = Given::Filled;
+        while let Some(name) = map.next_key::<String>()? {
+            let value = map.next_value_seed(Glance)?;
+            match (name.as_str(), value, &given) {
+                ("type", Given::Text(kind), _) => given = Given::Tagged(kind),
+                (.., Given::Tagged(_)) => {}
+                _ => given = Given::Filled,
+            }
         }
         Ok(given)
     }
@@ -471,32 +467,13 @@ mod tests {
         ] {
             let stray = stray_in_query(method, path, name, "1");
             assert_eq!(
-                stray.and_then(|stray| misspelt(&stray.name, &stray.siblings)),
-                siblings,
+                stray.and_then(|stray| closest(&stray.name, stray.siblings)),
+                siblings.map(str::to_owned),
                 "{path}?{name}"
             );
         }
         assert!(stray_in_query("post", "/v1/chat/completions", "model", "1").is_some());
         assert!(stray_field("UploadForm", "expires_after[seconds]").is_none());
         assert!(stray_field("UploadForm", "porpose").is_some());
-    }
-
-    #[test]
-    fn what_was_probably_meant() {
-        let known = ["max_tokens", "stop", "top_k", "top_p", "n", "seed", "messages"];
-        for (name, expected) in [
-            ("max_token", Some("max_tokens")),
-            ("maxTokens", Some("max_tokens")),
-            ("mesages", Some("messages")),
-            ("stops", Some("stop")),
-            ("Top-P", Some("top_p")),
-            ("N", Some("n")),
-            ("m", None),
-            ("store", None),
-            ("max_new_tokens", None),
-            ("user", None),
-        ] {
-            assert_eq!(misspelt(name, &known), expected, "{name}");
-        }
     }
 }

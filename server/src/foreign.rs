@@ -290,6 +290,18 @@ pub const TABLE: &[Foreign] = &[
     ),
     // ---- vLLM: ranks
     value(
+        &["workers", "uvicorn-workers", "num-workers", "worker-num"],
+        HarmlessIf(ONE, "there is one process", NO_DATA_PARALLEL),
+    ),
+    value(
+        &["timeout-keep-alive", "backlog", "limit-concurrency"],
+        Harmless("another HTTP server has other limits"),
+    ),
+    switch(
+        &["reload"],
+        Refused("adapters are loaded while it runs; for another model start again"),
+    ),
+    value(
         &["pipeline-parallel-size", "pp-size"],
         HarmlessIf(ONE, "there is one stage", NO_PIPELINE),
     ),
@@ -662,6 +674,49 @@ pub const TABLE: &[Foreign] = &[
         Refused(NO_SPECULATION),
     ),
 ];
+
+/// Variables by which other servers are set, and compose files of earlier versions; a name that ends with `_` is all
+/// that begin so.
+const VARIABLES: &[(&str, &str)] = &[
+    ("VLLM_API_KEY", "use TANDEM_API_KEY"),
+    ("VLLM_PORT", "use TANDEM_PORT"),
+    ("VLLM_LOGGING_LEVEL", "use TANDEM_LOG"),
+    (
+        "VLLM_CPU_KVCACHE_SPACE",
+        "use TANDEM_KV_CACHE_MEMORY_BYTES, in bytes or as 4G",
+    ),
+    ("VLLM_CPU_OMP_THREADS_BIND", "use TANDEM_THREADS"),
+    (
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+        "adapters can always be loaded",
+    ),
+    (
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN",
+        "the context is the model's at most",
+    ),
+    ("VLLM_TARGET_DEVICE", "use TANDEM_DEVICE"),
+    ("VLLM_USE_MODELSCOPE", "HF_ENDPOINT names another hub"),
+    ("VLLM_HOST_IP", "use TANDEM_HOST, or MASTER_ADDR for ranks"),
+    ("VLLM_", "`tandem serve --help` lists what can be set"),
+    ("SGLANG_", "`tandem serve --help` lists what can be set"),
+    ("LLAMA_ARG_", "`tandem serve --help` lists what can be set"),
+    ("DATABASE_URL", "use TANDEM_DATABASE_URL"),
+    ("ARTIFACT_URL", "use TANDEM_ARTIFACT_URL"),
+];
+
+/// Those of `variables` that somebody may believe to be read here, with what to use.
+pub fn unread(variables: &[String]) -> Vec<(String, &'static str)> {
+    let known = |variable: &str| {
+        let meant = |(name, _): &&(&str, &str)| {
+            *name == variable || name.ends_with('_') && variable.starts_with(*name)
+        };
+        VARIABLES.iter().find(meant)
+    };
+    let found = variables
+        .iter()
+        .filter_map(|variable| Some((variable.clone(), known(variable)?.1)));
+    found.collect()
+}
 
 /// One dash, several letters: clap knows none of them, vLLM's and llama.cpp's users type them.
 const SHORT: &[(&str, &str)] = &[

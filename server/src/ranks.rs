@@ -27,8 +27,11 @@ pub fn started() -> Result<Option<Started>> {
         return Ok(None);
     };
     // torchrun says it; elsewhere a machine has as many as the group's local ranks tell: one, unless told.
-    let local_world = variable("LOCAL_WORLD_SIZE").map_or(Ok(1), |value| value.trim().parse());
-    let local_world = local_world.context("LOCAL_WORLD_SIZE is not a number")?;
+    let number = |value: String| {
+        let why = || WrongSetting(format!("LOCAL_WORLD_SIZE {value:?} is not a number of ranks"));
+        value.trim().parse::<usize>().map_err(|_| why())
+    };
+    let local_world = variable("LOCAL_WORLD_SIZE").map_or(Ok(1), number)?;
     Ok(Some(Started {
         local_world: local_world.max(meeting.local_rank + 1),
         meeting,

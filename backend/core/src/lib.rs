@@ -8,6 +8,7 @@ pub mod gguf;
 pub mod histogram;
 pub mod id;
 pub mod job;
+pub mod json;
 pub mod lfs;
 pub mod message;
 pub mod replica;

@@ -150,3 +150,46 @@ fn keep(known: &Known, path: &Path) -> std::io::Result<()> {
     fs::write(&fresh, serde_json::to_vec_pretty(known)?)?;
     fs::rename(fresh, path)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use safetensors::tensor::TensorView;
+    use safetensors::{Dtype, serialize_to_file};
+
+    use super::*;
+
+    fn write(path: &Path, number: f32) {
+        let bytes = number.to_le_bytes();
+        let view = TensorView::new(Dtype::F32, vec![1], &bytes).unwrap();
+        serialize_to_file([("a", view)], None, path).unwrap();
+    }
+
+    #[test]
+    fn a_file_is_hashed_once_until_it_changes() {
+        let folder = tempfile::tempdir().unwrap();
+        let weights = folder.path().join("model.safetensors");
+        fs::write(folder.path().join("config.json"), "{}").unwrap();
+        let kept = folder.path().join("weights.json");
+        let digest = |known: Option<&Path>| Checkpoint::open(folder.path()).unwrap().digest(known).unwrap();
+        write(&weights, 1.0);
+        let first = digest(None);
+        assert_eq!(digest(Some(&kept)), first);
+        // What is kept is believed: that is how one sees that nothing was hashed.
+        let real = fs::read_to_string(&kept).unwrap();
+        let file = sha256(&MappedFile::open(&weights).unwrap()).to_string();
+        fs::write(&kept, real.replace(&file, &"0".repeat(64))).unwrap();
+        assert_ne!(digest(Some(&kept)), first);
+        fs::remove_file(&weights).unwrap();
+        write(&weights, 2.0);
+        assert_eq!(digest(Some(&kept)), digest(None));
+        assert_ne!(digest(None), first);
+        // The hub's cache names a file by its digest.
+        let blob = folder.path().join("blobs").join(&file);
+        fs::create_dir(blob.parent().unwrap()).unwrap();
+        fs::rename(&weights, &blob).unwrap();
+        symlink(Path::new("blobs").join(&file), &weights).unwrap();
+        assert_eq!(digest(None), first);
+    }
+}

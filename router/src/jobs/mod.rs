@@ -19,6 +19,8 @@ pub(crate) mod supervisor;
 use std::time::Duration;
 
 use tandem_store::{JobChange, Lease, NewEvent, NewJob, NewName, Source, ids};
+use tandem_text::TextError;
+use tandem_text::dataset::{Kind, read_rows};
 use tokio::sync::{Notify, mpsc, watch};
 
 use crate::Router;
@@ -96,6 +98,7 @@ impl Router {
         if let Some(id) = &request.validation_file {
             self.check_file("validation_file", id).await?;
         }
+        self.check_prompts(&request).await?;
         let seed = request.settings.seed.unwrap_or_else(ids::seed);
         request.settings.seed = Some(seed);
         let id = ids::job();
@@ -119,6 +122,31 @@ impl Router {
         self.0.desk.created.notify_one();
         tracing::info!(job = %row.id, file = request.training_file, "job created");
         record::job(row)
+    }
+
+    /// A weight of prompts wants files that have some. Their first row says it; the others are checked later.
+    async fn check_prompts(&self, request: &JobRequest) -> Result<(), RouterError> {
+        if request
+            .settings
+            .prompt_loss_weight
+            .is_none_or(|weight| weight == 0.0)
+        {
+            return Ok(());
+        }
+        for id in std::iter::once(&request.training_file).chain(&request.validation_file) {
+            let (_, path) = self.file_content(id).await?;
+            let first = move || {
+                let file = std::fs::File::open(path).ok()?;
+                Some(read_rows(std::io::BufReader::new(file)).next()?.ok()?.1.kind())
+            };
+            // What cannot be read fails the job, with its line.
+            let kind = tokio::task::spawn_blocking(first).await.ok().flatten();
+            if let Some(kind) = kind.filter(|&kind| kind != Kind::Completion) {
+                let error = TextError::NoPrompt { shape: kind.shape() };
+                return Err(RouterError::invalid("prompt_loss_weight", error.to_string()));
+            }
+        }
+        Ok(())
     }
 
     /// Newest first.

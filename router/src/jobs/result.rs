@@ -41,16 +41,11 @@ pub(crate) async fn publish(router: &Router, job: &str) -> Result<FileRow, Route
             break;
         }
     }
-    let staged = router.staging();
-    let written = tokio::fs::write(&staged, steps.csv()).await;
-    written.map_err(|source| {
-        let what = format!("writing {FILENAME}");
-        RouterError::Store(tandem_store::StoreError::Io { what, source })
-    })?;
+    let csv = steps.csv();
     Ok(router
         .0
         .store
-        .publish_file(&staged, FILENAME, PURPOSE, None)
+        .publish_result(csv.as_bytes(), FILENAME, PURPOSE)
         .await?)
 }
 

@@ -234,6 +234,17 @@ impl Artifacts {
         blocking(move || folders.publish_file(&staged, &target)).await
     }
 
+    /// A file that a job made.
+    pub(crate) async fn publish_result(&self, content: &[u8], id: &str) -> Result<u64, StoreError> {
+        patiently(|| async {
+            let staged = self.folders.staging();
+            let written = tokio::fs::write(&staged, content).await;
+            written.map_err(crate::error::io_at("writing", &staged))?;
+            self.publish_file(&staged, id).await
+        })
+        .await
+    }
+
     /// The local path of a file; fetched when it is not here.
     pub(crate) async fn file(&self, id: &str) -> Result<PathBuf, StoreError> {
         let target = self.folders.file(id);

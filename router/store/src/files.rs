@@ -24,6 +24,18 @@ pub enum Order {
     Oldest,
 }
 
+fn published(id: String, bytes: u64, filename: &str, purpose: &str, expires_after_s: Option<u64>) -> FileRow {
+    let created_at = now();
+    FileRow {
+        id,
+        bytes,
+        created_at,
+        expires_at: expires_after_s.map(|s| created_at.saturating_add_unsigned(s)),
+        filename: filename.to_owned(),
+        purpose: purpose.to_owned(),
+    }
+}
+
 impl Store {
     /// Take a staged file in. It exists for others from the moment this returns.
     pub async fn add_file(
@@ -66,16 +78,19 @@ impl Store {
     ) -> Result<FileRow, StoreError> {
         let id = ids::file();
         let bytes = self.artifacts.publish_file(staged, &id).await?;
-        let created_at = now();
-        let expires_at = expires_after_s.map(|s| created_at.saturating_add_unsigned(s));
-        Ok(FileRow {
-            id,
-            bytes,
-            created_at,
-            expires_at,
-            filename: filename.to_owned(),
-            purpose: purpose.to_owned(),
-        })
+        Ok(published(id, bytes, filename, purpose, expires_after_s))
+    }
+
+    /// The same for what a job made: while the artifact store is away, it waits as the job does.
+    pub async fn publish_result(
+        &self,
+        content: &[u8],
+        filename: &str,
+        purpose: &str,
+    ) -> Result<FileRow, StoreError> {
+        let id = ids::file();
+        let bytes = self.artifacts.publish_result(content, &id).await?;
+        Ok(published(id, bytes, filename, purpose, None))
     }
 
     /// Take back what [`Store::publish_file`] did, when no row was committed for it.

@@ -141,6 +141,12 @@ impl Store {
                 .execute(&mut *tx)
                 .await?;
             removed += deleted.rows_affected();
+            // What is gone is no job's model any more.
+            sqlx::query("UPDATE jobs SET fine_tuned_model = NULL WHERE base = $1 AND fine_tuned_model = $2")
+                .bind(base.to_string())
+                .bind(name)
+                .execute(&mut *tx)
+                .await?;
         }
         tx.commit().await?;
         Ok(removed)

@@ -6,6 +6,7 @@ mod keys;
 use std::io::{BufRead, Read};
 
 use serde_json::{Map, Value};
+use tandem_core::json;
 
 use crate::chat::{Content, Message};
 pub use crate::label::{Options, tokenize};
@@ -34,7 +35,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    pub(crate) fn shape(self) -> &'static str {
+    pub fn shape(self) -> &'static str {
         match self {
             Kind::Chat => r#"{"messages": [...]}"#,
             Kind::Completion => r#"{"prompt": ..., "completion": ...}"#,
@@ -190,7 +191,14 @@ pub fn parse_line(line: u64, text: &str) -> Result<Row, BadLine> {
         bad(line, message)
     };
     let object = match serde_json::from_str(text) {
-        Ok(Value::Object(object)) => object,
+        Ok(Value::Object(object)) => {
+            if let Some(name) = json::twice(text.as_bytes()) {
+                let message =
+                    format!("Line {line}: {name:?} is there twice in one object: which of them is meant?");
+                return Err(bad(line, message));
+            }
+            object
+        }
         Ok(Value::Array(_)) => {
             return Err(no_dictionary(
                 " It is a JSON array: write its elements one a line.".to_owned(),

@@ -23,7 +23,6 @@ use super::greeting::{Door, Greeting};
 use super::{edge, log, replica, runtime};
 use crate::cli::{ArtifactOptions, Backend, ProcessOptions};
 use crate::config::Given;
-use crate::exit::WrongSetting;
 use crate::listen::{self, Signals};
 use crate::metrics::Metrics;
 use crate::ranks::{self, Followed};
@@ -57,12 +56,14 @@ pub fn run(options: Backend, given: &Given) -> Result<()> {
     edge::make_data_dir(&data_dir)?;
     let artifacts = Artifacts::open(artifact_url.as_deref(), &data_dir).context("the artifact store")?;
     let (folder, names) = replica::model(&model, &data_dir)?;
-    let [name] = &names[..] else {
-        bail!(WrongSetting(format!(
-            "--served-model-name {}: a backend has one name; give further ones to `tandem router`",
-            names.join(" ")
-        )));
-    };
+    let (name, others) = names.split_first().expect("a model has a name");
+    if !others.is_empty() {
+        info!(
+            name,
+            others = others.join(", "),
+            "a backend has one name; routers serve it by the others, too, if they are told them"
+        );
+    }
     let files = replica::files(&folder)?;
     let engine = replica::engine_options(&model, &folder, &data_dir, ranks::team(&model, started)?)?;
     let replica =

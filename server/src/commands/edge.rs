@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use tandem_router::{Defaults, Fleet, Router};
 use tandem_store::{Places, Store};
 use tandem_text::Tokenizer;
@@ -30,6 +30,10 @@ pub struct Door {
 }
 
 impl Door {
+    pub fn listener(&self) -> &TcpListener {
+        &self.listener
+    }
+
     pub fn open(address: SocketAddr, options: &EdgeOptions) -> Result<Door> {
         let keys = exposure::keys(&options.api_key, options.api_key_file.as_deref())?;
         let keys = ApiKeys::new(keys.iter().map(String::as_str)).context("--api-key")?;
@@ -52,6 +56,12 @@ impl Door {
 
 /// Make it, and see that it can be written: a volume that belongs to somebody else is found at once, by its name.
 pub fn make_data_dir(data_dir: &Path) -> Result<()> {
+    if data_dir.is_file() {
+        bail!(WrongSetting(format!(
+            "--data-dir {} is a file: it must be a folder, or a name that is free",
+            data_dir.display()
+        )));
+    }
     let trial = data_dir.join(format!(".trial-{}", std::process::id()));
     std::fs::create_dir_all(data_dir)
         .and_then(|()| File::create(&trial))

@@ -7,10 +7,11 @@ mod greeting;
 pub mod replica;
 pub mod router;
 pub mod serve;
+mod waiting;
 
 use anyhow::{Context, Result};
 use tokio::runtime::Runtime;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::config::{Chosen, Given, Source};
 
@@ -29,6 +30,16 @@ fn log(given: &Given) {
     }
     for (name, why) in &given.harmless {
         info!(option = name, why, "not needed");
+    }
+    if !given.unread.is_empty() {
+        let each = given
+            .unread
+            .iter()
+            .map(|(name, instead)| format!("{name} ({instead})"));
+        warn!(
+            "variables of other servers are not read: {}",
+            each.collect::<Vec<_>>().join("; ")
+        );
     }
 }
 

@@ -9,6 +9,7 @@ use tandem_router::fleet::Member;
 use tracing::info;
 
 use super::edge::{self, Door, Edge};
+use super::waiting::Waiting;
 use super::{log, replica, runtime};
 use crate::cli::Router;
 use crate::config::Given;
@@ -51,6 +52,7 @@ pub fn run(options: Router, given: &Given) -> Result<()> {
     let members: Vec<Member> = backends.into_iter().map(Member::remote).collect();
     runtime()?.block_on(async {
         let mut signals = Signals::new()?;
+        let waiting = Waiting::begin(door.listener())?;
         let fleet = tokio::select! {
             fleet = Fleet::open(members, Duration::from_secs(options.replica_wait)) => fleet,
             signal = signals.next() => {
@@ -58,6 +60,7 @@ pub fn run(options: Router, given: &Given) -> Result<()> {
                 return Ok(());
             }
         };
+        waiting.end().await;
         drop(signals);
         let facts = fleet.facts();
         let folder = facts

@@ -77,7 +77,7 @@ fn nothing(value: &Given) -> bool {
         Given::Null | Given::Bool(false) | Given::Empty => true,
         Given::Number(number) => *number == 0.0,
         Given::Text(text) => text.is_empty(),
-        Given::Bool(true) | Given::Filled => false,
+        Given::Bool(true) | Given::Filled | Given::Tagged(_) => false,
     }
 }
 
@@ -105,6 +105,11 @@ fn off(value: &Given) -> bool {
 
 fn none_or_auto(value: &Given) -> bool {
     matches!(value, Given::Text(text) if text == "none" || text == "auto")
+}
+
+/// Anthropic's way to say no.
+fn disabled(value: &Given) -> bool {
+    nothing(value) || matches!(value, Given::Tagged(kind) if kind == "disabled")
 }
 
 fn plain(value: &Given) -> bool {
@@ -362,7 +367,7 @@ const CHAT: &[Rule] = &[
     ),
     refused(
         "thinking",
-        nothing,
+        disabled,
         "use chat_template_kwargs, as {\"enable_thinking\": true}",
     ),
     refused("reasoning", nothing, "use chat_template_kwargs"),
@@ -438,12 +443,26 @@ const LORA: &[Rule] = &[
     ),
 ];
 
+const LISTS: &str = "lists are read by the parameters that /docs names; choose among their items yourself";
+
 /// What clients put into queries beside the names of the document.
 pub const QUERY: &[Rule] = &[
     // Azure's clients name the version they were written for.
     harmless("api-version"),
     // Against caches.
     harmless("_"),
+    refused("status", nothing, LISTS),
+    refused("model", nothing, LISTS),
+    refused("before", nothing, LISTS),
+    refused("order", nothing, LISTS),
+    refused("sort", nothing, LISTS),
+    refused("offset", nothing, LISTS),
+    refused("page", nothing, LISTS),
+    refused("filter", nothing, LISTS),
+    refused("search", nothing, LISTS),
+    refused("purpose", nothing, LISTS),
+    refused("created_after", nothing, LISTS),
+    refused("created_before", nothing, LISTS),
     refused(
         "api_key",
         nothing,

@@ -108,9 +108,9 @@ async fn read(app: &App, form: &mut Multipart, staged: &Staged, limit_bytes: u64
                 let seconds = text(field, "expires_after[seconds]").await?;
                 read.expires_after_seconds = Some(files::expiry_seconds(&seconds)?);
             }
-            other => {
-                stray_field("UploadForm", other).map_or(Ok(()), |stray| app.strays.judge(&stray, &[]))?
-            }
+            other => app
+                .strays
+                .judge_all(stray_field("UploadForm", other).into_iter().collect(), &[])?,
         }
     }
     Ok(read)

@@ -19,8 +19,8 @@ const DEFAULT_SEED: u64 = 42;
 pub enum SettingsError {
     #[error("cannot read {path}")]
     Unreadable { path: String, source: std::io::Error },
-    #[error("{0} is not a YAML mapping of settings")]
-    NotYaml(String),
+    #[error("{path} is not YAML of settings, key: value on each line: {why}")]
+    NotYaml { path: String, why: String },
     #[error("{0:?} is neither key=value nor, as the first argument, a YAML file")]
     NotASetting(String),
     #[error("{first} and {second} are the same setting: give one of them")]
@@ -173,11 +173,18 @@ fn file(path: &str) -> Result<Given, SettingsError> {
         path: path.to_owned(),
         source,
     })?;
-    let not_yaml = || SettingsError::NotYaml(path.to_owned());
-    let yaml: serde_norway::Mapping = serde_norway::from_str(&text).map_err(|_| not_yaml())?;
+    let not_yaml = |why: String| SettingsError::NotYaml {
+        path: path.to_owned(),
+        why,
+    };
+    // It says the line, and what it was about.
+    let yaml: serde_norway::Mapping =
+        serde_norway::from_str(&text).map_err(|error| not_yaml(error.to_string()))?;
     let mut given = Given::new();
     for (key, value) in yaml {
-        let key = key.as_str().ok_or_else(not_yaml)?;
+        let key = key
+            .as_str()
+            .ok_or_else(|| not_yaml(format!("{key:?} is no name of a setting")))?;
         insert(&mut given, key, json(key, value)?)?;
     }
     Ok(given)

@@ -2,16 +2,54 @@
 //! order, and a job's adapter answers from both.
 
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use serde_json::json;
 
 use crate::client;
-use crate::server::{Server, wait_for};
+use crate::server::{Server, command, wait_for};
 
 const STREAMS: usize = 12;
+
+#[test]
+fn a_router_without_a_backend_says_so_and_begins_when_there_is_one() {
+    let free = || {
+        std::net::TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+    };
+    let (own, backend) = (free(), free());
+    let data = Arc::new(tempfile::tempdir().unwrap());
+    let url = format!("http://{backend}");
+    let folder = data.path().join("router");
+    let port = own.port().to_string();
+    let mut router = command(&["router", "--port", &port, "--backend", &url, "--data-dir"])
+        .arg(&folder)
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::fs::File::create(data.path().join("router.log")).unwrap())
+        .spawn()
+        .unwrap();
+    wait_for("the router's socket", || std::net::TcpStream::connect(own).ok());
+    assert_eq!(client::get(own, "/health").status, 200);
+    let refused = client::get(own, "/v1/models");
+    assert_eq!(
+        (refused.status, &refused.json()["error"]["code"]),
+        (503, &json!("no_backend"))
+    );
+    assert_eq!(client::get(own, "/ready").status, 503);
+    let _backend = Server::backend(data.clone(), "backend.log", &backend.to_string());
+    let mut line = String::new();
+    BufReader::new(router.stdout.take().unwrap())
+        .read_line(&mut line)
+        .unwrap();
+    assert!(line.contains("listening on"), "{line}");
+    client::get(own, "/v1/models").ok();
+    router.kill().unwrap();
+    router.wait().unwrap();
+}
 
 /// How a stream ended.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]

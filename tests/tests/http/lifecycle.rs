@@ -457,20 +457,6 @@ fn wrong_starts_are_explained() {
             None,
             "is a file: a folder with config.json",
         ),
-        (
-            &[
-                "backend",
-                "--data-dir",
-                data,
-                "--listen",
-                "127.0.0.1:0",
-                "--served-model-name",
-                "a",
-                "b",
-            ],
-            None,
-            "a backend has one name",
-        ),
         (&["chat"], None, "`tandem serve`"),
         (&[], None, "To begin:"),
         (

@@ -74,6 +74,8 @@ const LOGS: &str = "every step is reported, and there is no other log to shape";
 const EVENTS: &str = "a job's events and its step_metrics.csv hold the metrics of every step";
 const PRECISION: &str =
     "the base keeps the dtype it is served in, everything else is float32: at least as precise";
+const HALF: &str = "nothing is computed in float16: the base keeps the dtype it is served in, everything else is float32; \
+                    leave it out";
 const HUB: &str = "nothing is pushed: take the adapter's folder from the server or from output_dir";
 const QUANTISED: &str = "a job trains on the base as it is served: tandem serve --quantization nf4 (QLoRA), or tandem train quantization=nf4";
 const RANKS: &str = "ranks are the server's: tandem serve --tensor-parallel-size N";
@@ -109,10 +111,15 @@ const FOREIGN: &[Foreign] = &[
         SPEED,
     ),
     row(
-        "bf16 fp16 tf32 pure_bf16 use_fp16 mixed_precision bf16_full_eval fp16_full_eval fp16_opt_level
-         half_precision_backend",
+        "bf16 tf32 pure_bf16 bf16_full_eval fp16_opt_level half_precision_backend",
         any,
         PRECISION,
+    ),
+    row("fp16 use_fp16 fp16_full_eval pure_fp16", off, HALF),
+    row(
+        "mixed_precision",
+        |value, beside| off(value, beside) || word(value, &["bf16"]),
+        HALF,
     ),
     row(
         "logging_steps logging_strategy logging_first_step logging_nan_inf_filter logging_dir

@@ -311,8 +311,10 @@ async fn a_bucket_that_goes_is_said_soon_and_a_job_waits_for_it() {
         bucket.serve().await;
         artifacts.probe().await;
     };
-    let (pushed, ()) = tokio::join!(artifacts.push_job(&id, 1, 5), back);
+    let result = artifacts.publish_result(b"step", "file-result");
+    let (pushed, result, ()) = tokio::join!(artifacts.push_job(&id, 1, 5), result, back);
     pushed.unwrap();
+    assert_eq!(result.unwrap(), 4);
     assert!(!artifacts.is_away());
     upload().await.unwrap();
     let kept = root.path().join("s3/bucket/jobs/ftjob-x/1/5").join(files::STATE);

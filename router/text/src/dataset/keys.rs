@@ -75,7 +75,7 @@ const ROW: &[Key] = &[
     key("tools functions", empty, TOOLS),
     key(
         "tool_choice parallel_tool_calls function_call",
-        |value| !value.is_object(),
+        |value| value.is_boolean() || value == "none" || value == "auto",
         TOOLS,
     ),
     key("images image videos video audio audios", empty, TEXT_ONLY),
