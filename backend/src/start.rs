@@ -14,7 +14,7 @@ use tandem_core::replica::{COMMAND_QUEUE, ReplicaHandle, ReplicaInfo};
 use tandem_core::rng;
 use tandem_core::sched::{Limits, Scheduler};
 use tandem_core::stats::Stats;
-use tandem_kernels::attention::{self, BLOCK_SIZE};
+use tandem_kernels::attention::{self, BLOCK_SIZE, CacheDtype};
 use tandem_kernels::comm::Comm;
 use tandem_kernels::weight::{self, Format, Precision, Recipe};
 use tandem_kernels::{machine, pool};
@@ -47,6 +47,8 @@ pub struct Options {
     pub device: Device,
     pub dtype: Dtype,
     pub quantization: Option<Quantization>,
+    /// Default: what weights are multiplied in.
+    pub kv_cache_dtype: Option<CacheDtype>,
     /// Default: what the checkpoint was made for.
     pub max_model_len: Option<ModelLen>,
     pub max_num_seqs: u32,
@@ -118,6 +120,7 @@ impl Options {
             device: Device::Cpu,
             dtype: Dtype::Auto,
             quantization: None,
+            kv_cache_dtype: None,
             max_model_len: None,
             max_num_seqs: 64,
             max_num_batched_tokens: 512,
@@ -191,6 +194,7 @@ fn load(
         device: _,
         dtype,
         quantization,
+        kv_cache_dtype,
         max_model_len,
         max_num_seqs,
         max_num_batched_tokens,
@@ -217,6 +221,7 @@ fn load(
         model_folder,
         bf16: precision == Precision::Bf16,
         recipe: recipe.map(|recipe| recipe.name().to_owned()),
+        kv_cache_dtype: kv_cache_dtype.unwrap_or(precision.into()).name().to_owned(),
         max_num_seqs,
         max_model_len,
         is_shorter_if_need_be,
@@ -265,7 +270,7 @@ fn load(
         max_model_len,
         max_num_seqs,
         max_num_batched_tokens,
-        dtype: stored_as(&decoder),
+        dtype: stored_as(&decoder, cache.dtype()),
         device: device_name(device),
         tensor_parallel_size: team.world() as u32,
         parameters: decoder.parameters(),
@@ -286,7 +291,7 @@ fn load(
         ranks = info.tensor_parallel_size,
         threads = pool::threads(),
         weights = %by_format(&decoder),
-        kv_cache = %size(info.kv_bytes),
+        kv_cache = %format!("{} in {}", size(info.kv_bytes), cache.dtype().name()),
         kv_tokens = blocks as usize * BLOCK_SIZE,
         load_ms = began.elapsed().as_millis() as u64,
         "replica ready"
@@ -400,8 +405,9 @@ fn warn_of_slow_paths(decoder: &Decoder) {
     }
 }
 
-/// `bfloat16`, or `bfloat16 with weights in int8 by rows`: replicas that differ in it answer differently.
-fn stored_as(decoder: &Decoder) -> String {
+/// `bfloat16`, or `bfloat16 with weights in int8 by rows and a KV cache in int8`: replicas that differ in it answer
+/// differently.
+fn stored_as(decoder: &Decoder, cache: CacheDtype) -> String {
     let precision = match decoder.precision() {
         Precision::F32 => Format::F32,
         Precision::Bf16 => Format::Bf16,
@@ -411,9 +417,12 @@ fn stored_as(decoder: &Decoder) -> String {
         .filter(|format| *format != precision)
         .map(|format| format.to_string())
         .collect();
-    match quantised.is_empty() {
+    let weights = (!quantised.is_empty()).then(|| format!("weights in {}", quantised.join(" and ")));
+    let cache = (cache != decoder.precision().into()).then(|| format!("a KV cache in {}", cache.name()));
+    let differing: Vec<String> = weights.into_iter().chain(cache).collect();
+    match differing.is_empty() {
         true => precision.to_string(),
-        false => format!("{precision} with weights in {}", quantised.join(" and ")),
+        false => format!("{precision} with {}", differing.join(" and ")),
     }
 }
 

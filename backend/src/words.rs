@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use tandem_core::job::JobSpec;
+use tandem_kernels::attention::CacheDtype;
 use tandem_kernels::machine::{self, amd, gpu};
 use tandem_kernels::pool;
 use tandem_kernels::weight::{Precision, Recipe};
@@ -85,6 +86,21 @@ impl FromStr for Dtype {
                 "dtype {other:?} is not auto, bfloat16 (half, float16) or float32 (float)"
             ))),
         }
+    }
+}
+
+/// vLLM's `--kv-cache-dtype`. None: what weights are multiplied in.
+pub fn kv_cache_dtype(word: &str) -> Result<Option<CacheDtype>, LoadError> {
+    if word == CacheDtype::Int8.name() {
+        return Ok(Some(CacheDtype::Int8));
+    }
+    match word.parse() {
+        Ok(Dtype::Auto) => Ok(None),
+        Ok(Dtype::Bf16) => Ok(Some(CacheDtype::Bf16)),
+        Ok(Dtype::F32) => Ok(Some(CacheDtype::F32)),
+        Err(_) => Err(LoadError::Option(format!(
+            "kv_cache_dtype {word:?} is not auto, bfloat16, float32 or int8, which is the one of 8 bits"
+        ))),
     }
 }
 

@@ -131,13 +131,16 @@ pub struct ModelOptions {
     /// on the CPU, mp on GPUs]
     #[arg(long, value_name = "KIND", value_parser = ["thread", "mp"])]
     pub distributed_executor_backend: Option<String>,
-    /// Of weights and KV cache: auto (as the checkpoint is stored; float16 becomes bfloat16), bfloat16 or float32
+    /// Of the weights: auto (as the checkpoint is stored; float16 becomes bfloat16), bfloat16 or float32
     #[arg(long, default_value = "auto")]
     pub dtype: String,
     /// The linears in fewer bits, embedding and head as --dtype: int8 (a scale by rows), int4 (groups of 32) or nf4 (groups
     /// of 64, as bitsandbytes) [default: as the checkpoint has them, which may be quantised already]
     #[arg(long, value_name = "FORMAT")]
     pub quantization: Option<String>,
+    /// Of keys and values: auto (as --dtype), bfloat16, float32, or int8, half of bfloat16's memory: twice as many tokens
+    #[arg(long, value_name = "DTYPE", default_value = "auto")]
+    pub kv_cache_dtype: String,
     /// Tokens of prompt and answer together, e.g. 4096, 4K or 4k (4000); auto: as many as the memory allows [default:
     /// what the model was made for]
     #[arg(long, value_name = "TOKENS", value_parser = model_len, allow_negative_numbers = true)]

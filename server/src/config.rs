@@ -564,7 +564,6 @@ mod tests {
                 "--load-format auto --kv-cache-dtype auto --tokenizer-mode auto",
                 None,
             ),
-            ("--kv-cache-dtype fp8", Some("--dtype")),
             (
                 "--trust-remote-code --enforce-eager --disable-log-requests --swap-space 4",
                 None,

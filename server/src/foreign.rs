@@ -199,17 +199,9 @@ pub const TABLE: &[Foreign] = &[
             "weights stay on the device: use --tensor-parallel-size",
         ),
     ),
-    value(
-        &["kv-cache-dtype"],
-        HarmlessIf(
-            AUTO,
-            "it is the weights'",
-            "the KV cache has the dtype of the weights: use --dtype",
-        ),
-    ),
     switch(
         &["calculate-kv-scales"],
-        Harmless("the KV cache is not quantised"),
+        Harmless("each token's own are always taken"),
     ),
     switch(
         &["enable-prefix-caching", "disable-radix-cache"],

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use tandem_core::id::Digest;
-use tandem_kernels::attention::KvCache;
+use tandem_kernels::attention::{CacheDtype, KvCache};
 use tandem_kernels::comm::Comm;
 use tandem_kernels::weight::{Precision, Recipe};
 use tch::{Device, Kind, Tensor};
@@ -29,6 +29,8 @@ pub struct Plan {
     pub bf16: bool,
     /// What dense linears become, by its name.
     pub recipe: Option<String>,
+    /// By its name.
+    pub kv_cache_dtype: String,
     pub max_num_seqs: u32,
     pub max_model_len: u32,
     /// A cache that does not hold one sequence of `max_model_len` makes sequences shorter.
@@ -65,6 +67,12 @@ impl Plan {
 
     pub(super) fn heard(comm: &Comm) -> Plan {
         decode(&comm.broadcast(vec![]))
+    }
+
+    fn kv_cache_dtype(&self) -> CacheDtype {
+        let named = |dtype: &CacheDtype| dtype.name() == self.kv_cache_dtype;
+        let dtype = CacheDtype::ALL.into_iter().find(named);
+        dtype.expect("rank 0 says a dtype that there is")
     }
 
     fn weights(&self, device: Device) -> WeightOptions {
@@ -125,7 +133,6 @@ pub(super) fn load(
         ref digests,
     } = *place;
     let weights = plan.weights(device);
-    let precision = weights.precision;
     if device != Device::Cpu {
         selftest::run(device, &comm)?;
     }
@@ -160,14 +167,14 @@ pub(super) fn load(
         max_num_seqs: plan.max_num_seqs,
         max_model_len: plan.max_model_len,
         is_shorter_if_need_be: plan.is_shorter_if_need_be,
-        block_bytes: cache_shape(1).block_bytes(precision),
+        block_bytes: cache_shape(1).block_bytes(plan.kv_cache_dtype()),
     };
     let fit = demand.blocks(plan.kv_cache_bytes, Free::on(device).share(local_world))?;
     let ours = Tensor::from_slice(&[i64::from(fit), decoder.weight_bytes() as i64]).to_device(device);
     let all = comm.all_gather(&ours).to_device(Device::Cpu).to_kind(Kind::Int64); // [world, 2]
     let blocks = all.select(1, 0).min().int64_value(&[]) as u32;
     let weight_bytes = all.select(1, 1).sum(Kind::Int64).int64_value(&[]) as u64;
-    let cache = KvCache::new(cache_shape(blocks as usize), precision, device)?;
+    let cache = KvCache::new(cache_shape(blocks as usize), plan.kv_cache_dtype(), device)?;
     if comm.world() > 1 {
         info!(
             rank = comm.rank(),

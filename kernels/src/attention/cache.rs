@@ -36,6 +36,8 @@ pub enum CacheDtype {
 }
 
 impl CacheDtype {
+    pub const ALL: [CacheDtype; 3] = [CacheDtype::F32, CacheDtype::Bf16, CacheDtype::Int8];
+
     /// What queries and probabilities are rounded to.
     pub fn precision(self) -> Precision {
         match self {

@@ -98,6 +98,7 @@ pub fn engine_options(
         );
     }
     engine.quantization = options.quantization.as_deref().map(str::parse).transpose()?;
+    engine.kv_cache_dtype = tandem_backend::words::kv_cache_dtype(&options.kv_cache_dtype)?;
     engine.max_model_len = options.max_model_len;
     engine.kv_cache_bytes = options.kv_cache_memory_bytes;
     engine.threads = options.threads.map(|threads| threads as usize);
