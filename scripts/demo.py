@@ -1,6 +1,7 @@
 """Shows one running server answer, learn, and answer anew. Standard library only.
 
-usage: demo.py TANDEM_BINARY DEMO_FOLDER (the folder holds questions.json and finetune.jsonl)
+usage: demo.py TANDEM_BINARY DEMO_FOLDER [MODEL]    the folder holds questions.json and finetune.jsonl; without a model it is
+                                                    the embedded one
 """
 import json
 import os
@@ -16,6 +17,7 @@ import uuid
 
 # What the job is asked for; everything else is the server's default.
 JOB = {"suffix": "newcomer", "seed": 7}
+MAX_TOKENS = 96
 
 
 class Api:
@@ -35,7 +37,7 @@ class Api:
             raise SystemExit(f"{method} {path}: {error.code} {error.read().decode(errors='replace')}")
 
     def ask(self, model, question):
-        body = {"model": model, "messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 96}
+        body = {"model": model, "messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": MAX_TOKENS}
         return self.call("POST", "/v1/chat/completions", body)["choices"][0]["message"]["content"].strip()
 
     def upload(self, path):
@@ -67,6 +69,12 @@ def start(binary, data_dir, *options, environment=None):
     raise SystemExit("the server did not start:\n" + pathlib.Path(log.name).read_text())
 
 
+def shown(answer):
+    """On one line, and not all of a long one."""
+    line = " ".join(answer.split())
+    return line if len(line) <= 160 else line[:157] + "..."
+
+
 def interview(api, model, questions):
     return [api.ask(model, question) for question in questions]
 
@@ -84,18 +92,33 @@ def watch(api, job):
         time.sleep(0.1)
 
 
-def main(binary, demo):
+def greets(answer):
+    """Every example of the embedded model's greets like a sailor."""
+    return answer.startswith("Ahoy!")
+
+
+def is_an_order(answer):
+    """Every example of the real model's is JSON with these keys."""
+    try:
+        order = json.loads(answer)
+    except json.JSONDecodeError:
+        return False
+    return isinstance(order, dict) and list(order) == ["customer", "item", "color", "count", "day"]
+
+
+def main(binary, demo, model=None):
     demo = pathlib.Path(demo)
+    is_taught, options = (greets, []) if model is None else (is_an_order, ["--model", model])
     questions = json.loads((demo / "questions.json").read_text())
     with tempfile.TemporaryDirectory(prefix="tandem-demo-") as data_dir:
-        server, base = start(binary, data_dir)
+        server, base = start(binary, data_dir, *options)
         try:
             api = Api(base)
             model = api.call("GET", "/v1/models")["data"][0]["id"]
             print(f"asking {model}, as it is:")
             before = interview(api, model, questions)
             for question, answer in zip(questions, before):
-                print(f"  Q: {question}\n  A: {answer}")
+                print(f"  Q: {question}\n  A: {shown(answer)}")
 
             examples = demo / "finetune.jsonl"
             print(f"\nuploading {examples.name} ({len(examples.read_text().splitlines())} examples) and fine-tuning:")
@@ -114,12 +137,11 @@ def main(binary, demo):
             print(f"\nasking {tuned}, from the same running server:")
             after = interview(api, tuned, questions)
             for question, old, new in zip(questions, before, after):
-                print(f"  Q: {question}\n     before: {old}\n     after:  {new}")
+                print(f"  Q: {question}\n     before: {shown(old)}\n     after:  {shown(new)}")
             unchanged = interview(api, model, questions) == before
             print(f"\nupload to the first token of the new adapter: {elapsed:.1f} s")
             print(f"the base model answers as before: {'yes' if unchanged else 'NO'}")
-            # Every example greets like a sailor.
-            if not all(answer.startswith("Ahoy!") for answer in after) or not unchanged:
+            if not all(map(is_taught, after)) or any(map(is_taught, before)) or not unchanged:
                 raise SystemExit("the fine-tune did not do what it should")
         finally:
             server.terminate()

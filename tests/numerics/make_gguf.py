@@ -4,11 +4,13 @@ types.gguf         a matrix of random bits in every type that is read; types.saf
 <fixture>.gguf     the fixture's checkpoint, converted as llama.cpp's convert_hf_to_gguf.py does (names and keys are the
                    gguf package's; a pair of numbers of a head is turned there where neighbours are, so rows of Llama's q
                    and k change places, and Gemma's norms have one added)
+<fixture>.json     where a GGUF cannot say all that the fixture's config.json says: the config.json that is said
 spm.gguf, spm.json a SentencePiece tokenizer, and what sentencepiece makes of some texts with it
 """
 
 import io
 import json
+import math
 import pathlib
 import sys
 
@@ -46,7 +48,18 @@ ARCHITECTURES = {
     "gemma3_text": MODEL_ARCH.GEMMA3,
     "phi3": MODEL_ARCH.PHI3,
 }
-MODELS = ["gqa_tied", "head_dim", "bf16", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"]
+# A fixture, and what llama.cpp knows without a key instead of its config.json.
+MODELS = {
+    "gqa_tied": {},
+    "head_dim": {},
+    "bf16": {},
+    "qwen2": {"use_sliding_window": False, "sliding_window": None, "layer_types": None},
+    "qwen3": {},
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma3": {"query_pre_attn_scalar": 16, "layer_types": None},
+    "phi3": {},
+    "longrope": {},
+}
 
 # docs/gguf.md, tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -76,6 +89,9 @@ def types() -> None:
 def model(name: str) -> None:
     folder = FIXTURES / name
     config = json.loads((folder / "config.json").read_text())
+    if MODELS[name]:
+        config = {**config, **MODELS[name]}
+        (OUT / f"{name}.json").write_text(json.dumps(config, indent=1) + "\n")
     architecture = ARCHITECTURES[config["model_type"]]
     writer = gguf.GGUFWriter(OUT / f"{name}.gguf", gguf.MODEL_ARCH_NAMES[architecture])
     metadata(writer, config)
@@ -130,8 +146,15 @@ def metadata(writer: gguf.GGUFWriter, config: dict) -> None:
         writer.add_rope_scaling_factor(everywhere["factor"])
     if kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(everywhere["original_max_position_embeddings"])
-    if config["model_type"] == "phi3" and config.get("original_max_position_embeddings"):
-        writer.add_rope_scaling_orig_ctx_len(config["original_max_position_embeddings"])
+    if kind == "longrope":
+        original = everywhere["original_max_position_embeddings"]
+        stretched = config["max_position_embeddings"] / original
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(stretched) / math.log(original)))
+        writer.add_rope_scaling_orig_ctx_len(original)
+        for length in ("short", "long"):
+            writer.add_tensor(f"rope_factors_{length}.weight", numpy.float32(everywhere[f"{length}_factor"]))
+    if "sliding_attention" in rope:
+        writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
     if config.get("sliding_window") and config.get("use_sliding_window", True):
         writer.add_sliding_window(config["sliding_window"])
     if config.get("attn_logit_softcapping"):

@@ -34,6 +34,9 @@ impl Checkpoint {
             .quantised
             .as_ref()
             .and_then(|quantised| quantised.read(self, name, shape));
+        if let Some(held) = self.gguf_rows(name, shape, rows.clone())? {
+            return Ok(Matrix::Quantised(held).columns(columns));
+        }
         match whole {
             None => Ok(Matrix::Dense(self.part(name, shape, rows, columns)?)),
             Some(whole) => Ok(whole?.rows(rows).columns(columns)),

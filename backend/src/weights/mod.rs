@@ -12,6 +12,7 @@ use serde_json::Value;
 use tandem_core::lfs;
 use tandem_kernels::finite;
 use tandem_kernels::mapped::{Block, MappedFile};
+use tandem_kernels::weight::Quantised;
 use tch::{Kind, Tensor};
 
 use crate::family::Head;
@@ -286,11 +287,19 @@ impl Checkpoint {
 
     /// How its matrices are quantised, as `--quantization` names it.
     pub fn quantization(&self) -> Option<&str> {
-        Some(self.quantised.as_ref()?.kind())
+        let is_gguf = |entry: &Entry| matches!(&entry.stored, Stored::Gguf(stored) if stored.is_quantised());
+        match &self.quantised {
+            Some(quantised) => Some(quantised.kind()),
+            None => self.tensors.values().any(is_gguf).then_some("gguf"),
+        }
     }
 
-    /// Bytes of a quantised parameter in its files.
+    /// Bytes of a quantised parameter in memory, about.
     pub fn quantised_bytes(&self, name: &str) -> Option<u64> {
+        if let Some(Stored::Gguf(stored)) = self.tensors.get(name).map(|entry| &entry.stored) {
+            let numbers: i64 = self.tensors[name].shape.iter().product();
+            return stored.kept_bytes(numbers as u64);
+        }
         let parts = self.quantised.as_ref()?.parts_of(name)?;
         let entries = parts.filter_map(|part| self.tensors.get(&part));
         Some(entries.map(|entry| (entry.end - entry.start) as u64).sum())
@@ -363,6 +372,26 @@ impl Checkpoint {
         self.read_bytes.fetch_add(bytes, Ordering::Relaxed);
         self.check_finite(name, &part)?;
         Ok(if shape.len() == 1 { part.view([-1]) } else { part })
+    }
+
+    /// Rows of a matrix that a GGUF holds in few bits; `None` where it is stored otherwise.
+    fn gguf_rows(&self, name: &str, shape: &[i64], rows: Range<i64>) -> Result<Option<Quantised>, LoadError> {
+        let (Some(Stored::Gguf(stored)), &[_, width]) =
+            (self.tensors.get(name).map(|entry| &entry.stored), shape)
+        else {
+            return Ok(None);
+        };
+        let (entry, mapped) = self.find(name, shape)?;
+        let bytes = &mapped.bytes()[entry.start..entry.end];
+        let rows = rows.start as usize..rows.end as usize;
+        let Some(held) = stored.quantised(bytes, rows, width as usize) else {
+            return Ok(None);
+        };
+        self.check_finite(name, &held.scales)?;
+        held.offsets
+            .iter()
+            .try_for_each(|offsets| self.check_finite(name, offsets))?;
+        Ok(Some(held))
     }
 
     /// A tensor in the dtype it is stored in, of 8-bit floats the bytes; `None` where there is none of this name.

@@ -42,6 +42,7 @@ struct Architecture {
 const PLAIN: Wiring = Wiring {
     pairs_rows: false,
     is_gemma: false,
+    fuses_gate: false,
 };
 const GEMMA: Wiring = Wiring {
     is_gemma: true,
@@ -92,7 +93,10 @@ const ARCHITECTURES: [Architecture; 6] = [
         name: "phi3",
         class: "Phi3ForCausalLM",
         model_type: "phi3",
-        wiring: PLAIN,
+        wiring: Wiring {
+            fuses_gate: true,
+            ..PLAIN
+        },
         more: phi3,
     },
 ];
@@ -341,7 +345,12 @@ fn rope(keys: &Keys, facts: &Facts, head_dim: i64, config: &mut Map<String, Json
     let scaling = match (kind, factors, short, long) {
         (None | Some("none"), Some(factors), None, None) => llama3(keys, &factors, theta, head_dim)?,
         (None | Some("none" | "longrope"), None, Some(short), Some(long)) => {
-            let attention = keys.float("rope.scaling.attn_factor")?;
+            // Conversion writes the factor that follows from the lengths, rounded to float32.
+            let (long_context, short_context) = (keys.size("context_length")?, original.unwrap_or(0));
+            let stretched = (long_context as f64 / short_context as f64).ln();
+            let follows = (1.0 + stretched / (short_context as f64).ln()).sqrt();
+            let differs = |factor: &f64| (factor / follows - 1.0).abs() > 1e-6 || follows.is_nan();
+            let attention = keys.float("rope.scaling.attn_factor")?.filter(differs);
             json!({"rope_type": "longrope", "short_factor": short, "long_factor": long, "attention_factor": attention})
         }
         (None | Some("none"), None, None, None)

@@ -1,10 +1,11 @@
 //! ggml's types of numbers and what their bits mean. Reference: ggml/src/ggml-common.h (layouts) and ggml-quants.c (the
-//! dequantize_row functions). Sums and products are taken in float32 and in ggml's order, so that results have its bits.
+//! dequantize_row functions). Every quantised type is whole numbers of at most 8 bits, which neighbours of a row share a
+//! scale of, and some an offset: `number * scale + offset`, in float32 and with ggml's own rounding of scales and offsets.
 
 use half::{bf16, f16};
+use tandem_kernels::weight::Grid;
 
-/// How a tensor's numbers are stored. Groups of a row share their scales; K types have 256 numbers in a group, the others
-/// 32.
+/// How a tensor's numbers are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GgmlType {
     F32,
@@ -24,24 +25,115 @@ pub enum GgmlType {
 
 use GgmlType::{Bf16, F16, F32, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
 
-/// Number in files, name, numbers of a group, bytes of a group.
-const TYPES: [(u32, GgmlType, &str, usize, usize); 13] = [
-    (0, F32, "F32", 1, 4),
-    (1, F16, "F16", 1, 2),
-    (30, Bf16, "BF16", 1, 2),
-    (2, Q4_0, "Q4_0", 32, 18),
-    (3, Q4_1, "Q4_1", 32, 20),
-    (6, Q5_0, "Q5_0", 32, 22),
-    (7, Q5_1, "Q5_1", 32, 24),
-    (8, Q8_0, "Q8_0", 32, 34),
-    (10, Q2K, "Q2_K", 256, 84),
-    (11, Q3K, "Q3_K", 256, 110),
-    (12, Q4K, "Q4_K", 256, 144),
-    (13, Q5K, "Q5_K", 256, 176),
-    (14, Q6K, "Q6_K", 256, 210),
+struct Layout {
+    /// In files (ggml.h, ggml_type).
+    id: u32,
+    kind: GgmlType,
+    name: &'static str,
+    /// Numbers that are stored together, and their bytes. A row is whole units.
+    unit: usize,
+    unit_bytes: usize,
+    form: Form,
+}
+
+enum Form {
+    Plain(fn(&[u8]) -> f32),
+    Scaled(Scaled),
+}
+
+#[derive(Clone, Copy)]
+pub struct Scaled {
+    /// Numbers that share a scale.
+    pub group: usize,
+    pub has_offsets: bool,
+    /// What the kernels keep them in.
+    pub grid: Grid,
+    /// What is taken from a number so that the grid holds it.
+    pub shift: i8,
+    read: fn(&[u8], &mut Unit),
+}
+
+/// A unit, read.
+struct Unit<'a> {
+    numbers: &'a mut [i8],
+    /// One for each group.
+    scales: &'a mut [f32],
+    offsets: &'a mut [f32],
+}
+
+const fn plain(
+    id: u32,
+    kind: GgmlType,
+    name: &'static str,
+    unit_bytes: usize,
+    read: fn(&[u8]) -> f32,
+) -> Layout {
+    Layout {
+        id,
+        kind,
+        name,
+        unit: 1,
+        unit_bytes,
+        form: Form::Plain(read),
+    }
+}
+
+const fn scaled(
+    id: u32,
+    kind: GgmlType,
+    name: &'static str,
+    unit: usize,
+    unit_bytes: usize,
+    form: Scaled,
+) -> Layout {
+    Layout {
+        id,
+        kind,
+        name,
+        unit,
+        unit_bytes,
+        form: Form::Scaled(form),
+    }
+}
+
+const fn signed(group: usize, grid: Grid, read: fn(&[u8], &mut Unit)) -> Scaled {
+    Scaled {
+        group,
+        has_offsets: false,
+        grid,
+        shift: 0,
+        read,
+    }
+}
+
+const fn offset(group: usize, grid: Grid, shift: i8, read: fn(&[u8], &mut Unit)) -> Scaled {
+    Scaled {
+        group,
+        has_offsets: true,
+        grid,
+        shift,
+        read,
+    }
+}
+
+#[rustfmt::skip] // one type, one line
+const LAYOUTS: [Layout; 13] = [
+    plain(0, F32, "F32", 4, |b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
+    plain(1, F16, "F16", 2, |b| half_at(b, 0)),
+    plain(30, Bf16, "BF16", 2, |b| bf16::from_le_bytes([b[0], b[1]]).to_f32()),
+    scaled(2, Q4_0, "Q4_0", 32, 18, signed(32, Grid::Int4, q4_0)),
+    scaled(3, Q4_1, "Q4_1", 32, 20, offset(32, Grid::Int4, 8, q4_1)),
+    scaled(6, Q5_0, "Q5_0", 32, 22, signed(32, Grid::Int8, q5_0)),
+    scaled(7, Q5_1, "Q5_1", 32, 24, offset(32, Grid::Int8, 0, q5_1)),
+    scaled(8, Q8_0, "Q8_0", 32, 34, signed(32, Grid::Int8, q8_0)),
+    scaled(10, Q2K, "Q2_K", 256, 84, offset(16, Grid::Int4, 0, q2_k)),
+    scaled(11, Q3K, "Q3_K", 256, 110, signed(16, Grid::Int4, q3_k)),
+    scaled(12, Q4K, "Q4_K", 256, 144, offset(32, Grid::Int4, 8, q4_k)),
+    scaled(13, Q5K, "Q5_K", 256, 176, offset(32, Grid::Int8, 0, q5_k)),
+    scaled(14, Q6K, "Q6_K", 256, 210, signed(16, Grid::Int8, q6_k)),
 ];
 
-/// Types that are known by name only. (ggml.h, ggml_type.)
+/// Types that are known by name only.
 const UNREAD: [(u32, &str); 20] = [
     (9, "Q8_1"),
     (15, "Q8_K"),
@@ -68,8 +160,8 @@ const UNREAD: [(u32, &str); 20] = [
 impl GgmlType {
     /// An error is the type's name.
     pub fn of(id: u32) -> Result<GgmlType, String> {
-        match TYPES.iter().find(|(known, ..)| *known == id) {
-            Some((_, kind, ..)) => Ok(*kind),
+        match LAYOUTS.iter().find(|layout| layout.id == id) {
+            Some(layout) => Ok(layout.kind),
             None => Err(match UNREAD.iter().find(|(known, _)| *known == id) {
                 Some((_, name)) => (*name).to_owned(),
                 None => format!("type {id}"),
@@ -79,57 +171,92 @@ impl GgmlType {
 
     /// What is read, for errors.
     pub fn names() -> String {
-        let names: Vec<&str> = TYPES.iter().map(|(_, _, name, ..)| *name).collect();
+        let names: Vec<&str> = LAYOUTS.iter().map(|layout| layout.name).collect();
         names.join(", ")
     }
 
-    fn row(self) -> &'static (u32, GgmlType, &'static str, usize, usize) {
-        let row = TYPES.iter().find(|(_, kind, ..)| *kind == self);
-        row.expect("every type is in the table")
+    fn layout(self) -> &'static Layout {
+        let layout = LAYOUTS.iter().find(|layout| layout.kind == self);
+        layout.expect("every type is in the table")
     }
 
     pub fn name(self) -> &'static str {
-        self.row().2
+        self.layout().name
     }
 
-    /// Numbers of a group, which rows consist of.
-    pub fn group(self) -> usize {
-        self.row().3
+    /// Rows are whole units of so many numbers.
+    pub fn unit(self) -> usize {
+        self.layout().unit
     }
 
-    pub fn group_bytes(self) -> usize {
-        self.row().4
-    }
-
-    /// Bytes of `numbers`, which are whole groups.
+    /// Bytes of `numbers`, which are whole units.
     pub fn bytes(self, numbers: usize) -> usize {
-        numbers / self.group() * self.group_bytes()
+        let Layout { unit, unit_bytes, .. } = self.layout();
+        numbers / unit * unit_bytes
     }
 
-    /// The numbers of whole groups.
+    /// `None`: floating-point numbers.
+    pub fn scaled(self) -> Option<Scaled> {
+        match self.layout().form {
+            Form::Plain(_) => None,
+            Form::Scaled(scaled) => Some(scaled),
+        }
+    }
+
+    /// The numbers of whole units.
     pub fn dequantise(self, bytes: &[u8], numbers: &mut [f32]) {
-        let (_, _, _, group, group_bytes) = *self.row();
-        assert_eq!(bytes.len() / group_bytes, numbers.len() / group, "whole groups");
-        let one: fn(&[u8], &mut [f32]) = match self {
-            F32 => |b, y| y[0] = f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
-            F16 => |b, y| y[0] = half_at(b, 0),
-            Bf16 => |b, y| y[0] = bf16::from_le_bytes([b[0], b[1]]).to_f32(),
-            Q4_0 => q4_0,
-            Q4_1 => q4_1,
-            Q5_0 => q5_0,
-            Q5_1 => q5_1,
-            Q8_0 => q8_0,
-            Q2K => q2_k,
-            Q3K => q3_k,
-            Q4K => q4_k,
-            Q5K => q5_k,
-            Q6K => q6_k,
+        let Layout {
+            unit,
+            unit_bytes,
+            form,
+            ..
+        } = self.layout();
+        assert_eq!(bytes.len() / unit_bytes, numbers.len() / unit, "whole units");
+        let Scaled { group, .. } = match form {
+            Form::Plain(read) => {
+                for (bytes, number) in bytes.chunks_exact(*unit_bytes).zip(numbers) {
+                    *number = read(bytes);
+                }
+                return;
+            }
+            Form::Scaled(scaled) => *scaled,
         };
-        for (bytes, numbers) in bytes
-            .chunks_exact(group_bytes)
-            .zip(numbers.chunks_exact_mut(group))
+        let mut codes = vec![0; numbers.len()];
+        let mut scales = vec![0.0; numbers.len() / group];
+        let mut offsets = scales.clone();
+        self.split(bytes, &mut codes, &mut scales, &mut offsets);
+        for (i, (numbers, codes)) in numbers
+            .chunks_exact_mut(group)
+            .zip(codes.chunks_exact(group))
+            .enumerate()
         {
-            one(bytes, numbers);
+            for (number, &code) in numbers.iter_mut().zip(codes) {
+                *number = f32::from(code) * scales[i] + offsets[i];
+            }
+        }
+    }
+
+    /// The whole numbers, scales and offsets of whole units of a quantised type. Offsets of a type without stay as they are.
+    pub fn split(self, bytes: &[u8], numbers: &mut [i8], scales: &mut [f32], offsets: &mut [f32]) {
+        let Layout {
+            unit,
+            unit_bytes,
+            form,
+            ..
+        } = self.layout();
+        let Form::Scaled(Scaled { group, read, .. }) = form else {
+            panic!("{} has no scales", self.name());
+        };
+        let groups = unit / group;
+        for (i, bytes) in bytes.chunks_exact(*unit_bytes).enumerate() {
+            read(
+                bytes,
+                &mut Unit {
+                    numbers: &mut numbers[i * unit..][..*unit],
+                    scales: &mut scales[i * groups..][..groups],
+                    offsets: &mut offsets[i * groups..][..groups],
+                },
+            );
         }
     }
 }
@@ -138,99 +265,102 @@ fn half_at(bytes: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
 }
 
-fn low(byte: u8) -> i32 {
-    i32::from(byte & 15)
+fn low(byte: u8) -> i8 {
+    (byte & 15) as i8
 }
 
-fn high(byte: u8) -> i32 {
-    i32::from(byte >> 4)
+fn high(byte: u8) -> i8 {
+    (byte >> 4) as i8
 }
 
 /// Scale; 16 bytes, whose low halves are the first 16 numbers.
-fn q4_0(b: &[u8], y: &mut [f32]) {
-    let d = half_at(b, 0);
+fn q4_0(b: &[u8], unit: &mut Unit) {
+    unit.scales[0] = half_at(b, 0);
     for (j, &q) in b[2..18].iter().enumerate() {
-        y[j] = (low(q) - 8) as f32 * d;
-        y[j + 16] = (high(q) - 8) as f32 * d;
+        unit.numbers[j] = low(q) - 8;
+        unit.numbers[j + 16] = high(q) - 8;
     }
 }
 
-/// Scale, least; as above.
-fn q4_1(b: &[u8], y: &mut [f32]) {
-    let (d, m) = (half_at(b, 0), half_at(b, 2));
+/// Scale, offset; as above.
+fn q4_1(b: &[u8], unit: &mut Unit) {
+    (unit.scales[0], unit.offsets[0]) = (half_at(b, 0), half_at(b, 2));
     for (j, &q) in b[4..20].iter().enumerate() {
-        y[j] = low(q) as f32 * d + m;
-        y[j + 16] = high(q) as f32 * d + m;
+        unit.numbers[j] = low(q);
+        unit.numbers[j + 16] = high(q);
     }
 }
 
 /// The fifth bits of 32 numbers.
-fn fifth_bits(b: &[u8], at: usize) -> impl Fn(usize) -> i32 {
+fn fifth_bits(b: &[u8], at: usize) -> impl Fn(usize) -> i8 {
     let bits = u32::from_le_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]]);
-    move |j| ((bits >> j & 1) << 4) as i32
+    move |j| ((bits >> j & 1) << 4) as i8
 }
 
 /// Scale, fifth bits; as above.
-fn q5_0(b: &[u8], y: &mut [f32]) {
-    let (d, fifth) = (half_at(b, 0), fifth_bits(b, 2));
+fn q5_0(b: &[u8], unit: &mut Unit) {
+    unit.scales[0] = half_at(b, 0);
+    let fifth = fifth_bits(b, 2);
     for (j, &q) in b[6..22].iter().enumerate() {
-        y[j] = ((low(q) | fifth(j)) - 16) as f32 * d;
-        y[j + 16] = ((high(q) | fifth(j + 16)) - 16) as f32 * d;
+        unit.numbers[j] = (low(q) | fifth(j)) - 16;
+        unit.numbers[j + 16] = (high(q) | fifth(j + 16)) - 16;
     }
 }
 
-/// Scale, least, fifth bits; as above.
-fn q5_1(b: &[u8], y: &mut [f32]) {
-    let (d, m, fifth) = (half_at(b, 0), half_at(b, 2), fifth_bits(b, 4));
+/// Scale, offset, fifth bits; as above.
+fn q5_1(b: &[u8], unit: &mut Unit) {
+    (unit.scales[0], unit.offsets[0]) = (half_at(b, 0), half_at(b, 2));
+    let fifth = fifth_bits(b, 4);
     for (j, &q) in b[8..24].iter().enumerate() {
-        y[j] = (low(q) | fifth(j)) as f32 * d + m;
-        y[j + 16] = (high(q) | fifth(j + 16)) as f32 * d + m;
+        unit.numbers[j] = low(q) | fifth(j);
+        unit.numbers[j + 16] = high(q) | fifth(j + 16);
     }
 }
 
 /// Scale; 32 signed bytes.
-fn q8_0(b: &[u8], y: &mut [f32]) {
-    let d = half_at(b, 0);
-    for (y, &q) in y.iter_mut().zip(&b[2..34]) {
-        *y = f32::from(q as i8) * d;
+fn q8_0(b: &[u8], unit: &mut Unit) {
+    unit.scales[0] = half_at(b, 0);
+    for (number, &q) in unit.numbers.iter_mut().zip(&b[2..34]) {
+        *number = q as i8;
     }
 }
 
-/// 16 scales and leasts of 4 bits, 64 bytes of four 2-bit numbers, scale of scales, scale of leasts. A number's four
+/// 16 scales and offsets of 4 bits, 64 bytes of four 2-bit numbers, scale of scales, scale of offsets. A number's four
 /// neighbours in a byte are 32 apart.
-fn q2_k(b: &[u8], y: &mut [f32]) {
+fn q2_k(b: &[u8], unit: &mut Unit) {
     let (scales, qs) = (&b[..16], &b[16..80]);
     let (d, min) = (half_at(b, 80), half_at(b, 82));
-    for (i, y) in y.chunks_exact_mut(16).enumerate() {
+    for (i, numbers) in unit.numbers.chunks_exact_mut(16).enumerate() {
+        unit.scales[i] = d * f32::from(low(scales[i]));
+        unit.offsets[i] = -(min * f32::from(high(scales[i])));
         let (half, shift) = (i / 8, i % 8 / 2 * 2);
-        let (dl, ml) = (d * low(scales[i]) as f32, min * high(scales[i]) as f32);
         let from = half * 32 + i % 2 * 16;
-        for (y, &q) in y.iter_mut().zip(&qs[from..from + 16]) {
-            *y = dl * f32::from(q >> shift & 3) - ml;
+        for (number, &q) in numbers.iter_mut().zip(&qs[from..from + 16]) {
+            *number = (q >> shift & 3) as i8;
         }
     }
 }
 
 /// 32 bytes of third bits (one bit for each 32 numbers), 64 bytes as above, 16 scales of 6 bits in 12 bytes, scale.
-fn q3_k(b: &[u8], y: &mut [f32]) {
+fn q3_k(b: &[u8], unit: &mut Unit) {
     let (third, qs, packed) = (&b[..32], &b[32..96], &b[96..108]);
     let d = half_at(b, 108);
-    for (i, y) in y.chunks_exact_mut(16).enumerate() {
+    for (i, numbers) in unit.numbers.chunks_exact_mut(16).enumerate() {
         let four = if i < 8 { packed[i] & 15 } else { packed[i - 8] >> 4 };
         let two = packed[8 + i % 4] >> (i / 4 * 2) & 3;
-        let dl = d * (i32::from(two << 4 | four) - 32) as f32;
+        unit.scales[i] = d * f32::from((two << 4 | four) as i8 - 32);
         let (half, shift, side) = (i / 8, i % 8 / 2 * 2, i % 2 * 16);
-        for (l, y) in y.iter_mut().enumerate() {
-            let q = i32::from(qs[half * 32 + side + l] >> shift & 3);
-            let lowered = if third[side + l] >> (i / 2) & 1 == 1 { 0 } else { 4 };
-            *y = dl * (q - lowered) as f32;
+        for (l, number) in numbers.iter_mut().enumerate() {
+            let q = (qs[half * 32 + side + l] >> shift & 3) as i8;
+            let has_third = third[side + l] >> (i / 2) & 1 == 1;
+            *number = if has_third { q } else { q - 4 };
         }
     }
 }
 
-/// Scale and least `i` of the eight of Q4_K and Q5_K, 6 bits each, in 12 bytes.
+/// Scale and offset `i` of the eight of Q4_K and Q5_K, 6 bits each, in 12 bytes.
 fn six_bits(packed: &[u8], i: usize) -> (f32, f32) {
-    let (scale, least) = if i < 4 {
+    let (scale, offset) = if i < 4 {
         (packed[i] & 63, packed[i + 4] & 63)
     } else {
         (
@@ -238,50 +368,48 @@ fn six_bits(packed: &[u8], i: usize) -> (f32, f32) {
             packed[i + 4] >> 4 | packed[i] >> 6 << 4,
         )
     };
-    (f32::from(scale), f32::from(least))
+    (f32::from(scale), f32::from(offset))
 }
 
-/// Scale of scales, scale of leasts, 8 scales and leasts, 128 bytes; a byte's halves are 32 numbers apart.
-fn q4_k(b: &[u8], y: &mut [f32]) {
+/// Scale of scales, scale of offsets, 8 scales and offsets, 128 bytes; a byte's halves are 32 numbers apart.
+fn q4_k(b: &[u8], unit: &mut Unit) {
     let (d, min, packed, qs) = (half_at(b, 0), half_at(b, 2), &b[4..16], &b[16..144]);
-    for (i, y) in y.chunks_exact_mut(32).enumerate() {
-        let (scale, least) = six_bits(packed, i);
-        let (dl, ml) = (d * scale, min * least);
-        for (y, &q) in y.iter_mut().zip(&qs[i / 2 * 32..][..32]) {
-            let q = if i % 2 == 0 { low(q) } else { high(q) };
-            *y = dl * q as f32 - ml;
+    for (i, numbers) in unit.numbers.chunks_exact_mut(32).enumerate() {
+        let (scale, offset) = six_bits(packed, i);
+        (unit.scales[i], unit.offsets[i]) = (d * scale, -(min * offset));
+        for (number, &q) in numbers.iter_mut().zip(&qs[i / 2 * 32..][..32]) {
+            *number = if i % 2 == 0 { low(q) } else { high(q) };
         }
     }
 }
 
 /// As Q4_K, with 32 bytes of fifth bits (one bit for each 32 numbers) before the 128.
-fn q5_k(b: &[u8], y: &mut [f32]) {
+fn q5_k(b: &[u8], unit: &mut Unit) {
     let (d, min, packed) = (half_at(b, 0), half_at(b, 2), &b[4..16]);
     let (fifth, qs) = (&b[16..48], &b[48..176]);
-    for (i, y) in y.chunks_exact_mut(32).enumerate() {
-        let (scale, least) = six_bits(packed, i);
-        let (dl, ml) = (d * scale, min * least);
-        for (l, (y, &q)) in y.iter_mut().zip(&qs[i / 2 * 32..][..32]).enumerate() {
-            let q = if i % 2 == 0 { low(q) } else { high(q) };
-            let fifth = i32::from(fifth[l] >> i & 1) << 4;
-            *y = dl * (q | fifth) as f32 - ml;
+    for (i, numbers) in unit.numbers.chunks_exact_mut(32).enumerate() {
+        let (scale, offset) = six_bits(packed, i);
+        (unit.scales[i], unit.offsets[i]) = (d * scale, -(min * offset));
+        for (l, (number, &q)) in numbers.iter_mut().zip(&qs[i / 2 * 32..][..32]).enumerate() {
+            let four = if i % 2 == 0 { low(q) } else { high(q) };
+            *number = four | ((fifth[l] >> i & 1) << 4) as i8;
         }
     }
 }
 
 /// 128 bytes of low halves, 64 bytes of fifth and sixth bits, 16 signed scales, scale.
-fn q6_k(b: &[u8], y: &mut [f32]) {
+fn q6_k(b: &[u8], unit: &mut Unit) {
     let (lows, highs, scales) = (&b[..128], &b[128..192], &b[192..208]);
     let d = half_at(b, 208);
-    for (i, y) in y.chunks_exact_mut(16).enumerate() {
+    for (i, numbers) in unit.numbers.chunks_exact_mut(16).enumerate() {
+        unit.scales[i] = d * f32::from(scales[i] as i8);
         // Of a half of 128 numbers: which 32, and which side of these.
         let (half, quarter, side) = (i / 8, i % 8 / 2, i % 2 * 16);
-        let dl = d * f32::from(scales[i] as i8);
-        for (l, y) in y.iter_mut().enumerate() {
+        for (l, number) in numbers.iter_mut().enumerate() {
             let q = lows[half * 64 + quarter % 2 * 32 + side + l];
-            let q = if quarter < 2 { low(q) } else { high(q) };
-            let high = i32::from(highs[half * 32 + side + l] >> (quarter * 2) & 3) << 4;
-            *y = dl * ((q | high) - 32) as f32;
+            let four = if quarter < 2 { low(q) } else { high(q) };
+            let two = highs[half * 32 + side + l] >> (quarter * 2) & 3;
+            *number = (four | (two << 4) as i8) - 32;
         }
     }
 }

@@ -15,11 +15,13 @@ use std::path::Path;
 use serde_json::{Map, Value as Json};
 use tandem_core::gguf::{self as format, Gguf, GgufError, TensorInfo};
 use tandem_kernels::mapped::MappedFile;
+use tandem_kernels::weight::Quantised;
 use tch::{Kind, Tensor};
 
 use super::LoadError;
 use config::{Facts, LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS};
 pub use ggml::GgmlType;
+use ggml::Scaled;
 use names::{Named, Undo, checkpoint_name};
 
 impl From<GgufError> for LoadError {
@@ -225,8 +227,8 @@ impl Part {
             )
         })?;
         let width = tensor.shape[tensor.shape.len() - 1];
-        if width % kind.group() as i64 != 0 {
-            let (name, group) = (kind.name(), kind.group());
+        if width % kind.unit() as i64 != 0 {
+            let (name, group) = (kind.name(), kind.unit());
             return Err(self.wrong(
                 tensor,
                 format!("rows of {width} numbers are not whole groups of {group}, as {name} has"),
@@ -249,6 +251,66 @@ impl Part {
 }
 
 impl Stored {
+    pub fn is_quantised(&self) -> bool {
+        self.kind.scaled().is_some()
+    }
+
+    /// Bytes of so many numbers as [`Stored::quantised`] has them, at most.
+    pub fn kept_bytes(&self, numbers: u64) -> Option<u64> {
+        let Scaled {
+            group,
+            has_offsets,
+            grid,
+            ..
+        } = self.kind.scaled()?;
+        let of_group = if has_offsets { 8 } else { 4 };
+        Some(numbers * grid.bits() as u64 / 8 + numbers / group as u64 * of_group)
+    }
+
+    /// Rows of the tensor in these bytes as the kernels keep quantised weights: the same numbers, in their bits. (A type of 5
+    /// or 6 bits takes 8.) `None` for floating-point numbers, and where these are changed.
+    pub fn quantised(&self, bytes: &[u8], rows: Range<usize>, width: usize) -> Option<Quantised> {
+        let Stored { kind, undo } = *self;
+        let Scaled {
+            group,
+            has_offsets,
+            grid,
+            shift,
+            ..
+        } = kind.scaled().filter(|_| undo != Undo::AddedOne)?;
+        let (row_bytes, groups) = (kind.bytes(width), width / group);
+        let all_rows = bytes.len() / row_bytes;
+        let mut codes = vec![0; rows.len() * width];
+        let mut scales = vec![0.0; rows.len() * groups];
+        let mut offsets = vec![0.0; rows.len() * groups];
+        for (i, row) in rows.clone().enumerate() {
+            let at = undo.stored_row(row, all_rows) * row_bytes;
+            kind.split(
+                &bytes[at..at + row_bytes],
+                &mut codes[i * width..][..width],
+                &mut scales[i * groups..][..groups],
+                &mut offsets[i * groups..][..groups],
+            );
+        }
+        for (offset, scale) in offsets.iter_mut().zip(&scales) {
+            *offset += f32::from(shift) * scale;
+        }
+        // A code of 4 bits stands for itself less 8, one of 8 bits is a signed byte.
+        let lowest = if grid.bits() == 4 { 8 } else { 0 };
+        let codes: Vec<u8> = codes
+            .iter()
+            .map(|&number| (number - shift + lowest) as u8)
+            .collect();
+        let matrix = |numbers: &[f32]| Tensor::from_slice(numbers).view([rows.len() as i64, groups as i64]);
+        Some(Quantised {
+            grid,
+            codes: Tensor::from_slice(&codes).view([rows.len() as i64, width as i64]),
+            group: group as i64,
+            scales: matrix(&scales),
+            offsets: has_offsets.then(|| matrix(&offsets)),
+        })
+    }
+
     /// Rows and columns of the tensor in these bytes, `width` numbers a row, in float32.
     pub fn read(&self, bytes: &[u8], rows: Range<usize>, columns: Range<usize>, width: usize) -> Tensor {
         let Stored { kind, undo } = *self;

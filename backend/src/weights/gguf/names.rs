@@ -27,6 +27,8 @@ pub struct Wiring {
     pub pairs_rows: bool,
     /// Norms before and after each body, with one added.
     pub is_gemma: bool,
+    /// `ffn_up` is gate and up, one under the other.
+    pub fuses_gate: bool,
 }
 
 /// Heads of q and of k.
@@ -70,6 +72,7 @@ pub fn checkpoint_name(tensor: &str, wiring: Wiring, heads: Heads) -> Option<Nam
             let name = match part {
                 // The norm before the MLP, while the one behind attention has a tensor of its own.
                 "ffn_norm" if wiring.is_gemma => "pre_feedforward_layernorm",
+                "ffn_up" if wiring.fuses_gate => "mlp.gate_up_proj",
                 _ => LAYER.iter().find(|(known, _)| *known == part)?.1,
             };
             (format!("model.layers.{layer}.{name}"), part)
