@@ -158,4 +158,16 @@ FAMILIES = {
         ),
         ATTENTION,
     ),
+    "gpt_oss": (
+        "gpt_oss",
+        dict(
+            intermediate_size=64,
+            num_local_experts=5,
+            num_experts_per_tok=2,
+            sliding_window=9,
+            swiglu_limit=1.0,
+            rope_parameters=rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, truncate=False),
+        ),
+        ATTENTION,
+    ),
 }

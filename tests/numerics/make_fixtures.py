@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, get_scheduler
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, Mxfp4Config, get_scheduler
 from transformers.utils import logging
 
 from families import FAMILIES, SPLIT, TINY
@@ -226,11 +226,13 @@ def main(names: list[str]) -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    for name in names or [*VARIANTS, *FAMILIES, "wrapped", "patches", "demo"]:
+    for name in names or [*VARIANTS, *FAMILIES, "wrapped", "gpt_oss_mxfp4", "patches", "demo"]:
         if name == "demo":
             demo()
         elif name == "wrapped":
             wrapped()
+        elif name == "gpt_oss_mxfp4":
+            mxfp4()
         elif name == "patches":
             patches()
         elif name in FAMILIES:
@@ -306,7 +308,7 @@ def drawn(name: str, model_type: str, options: dict):
     generator = torch.Generator().manual_seed(sum(name.encode()))
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if "bias" in key:
+            if "bias" in key or "sinks" in key:
                 parameter.normal_(0.0, 0.3, generator=generator)
             elif "norm" in key:
                 parameter.uniform_(around - 0.5, around + 0.5, generator=generator)
@@ -399,6 +401,35 @@ def wrapped() -> None:
     save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "expected.safetensors")
     write_json(folder / "expected.json", numbers)
     print("wrapped", flush=True)
+
+
+def mxfp4() -> None:
+    """The gpt_oss fixture with its experts in four bits, as gpt-oss is published, and what transformers makes of them."""
+    folder, source = FIXTURES / "gpt_oss_mxfp4", FIXTURES / "gpt_oss"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    tensors = load_file(source / "model.safetensors")
+    levels = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        groups = tensors.pop(name).transpose(1, 2).unflatten(-1, (-1, 32))  # [experts, outputs, groups, 32]
+        exponents = torch.floor(torch.log2(groups.abs().amax(-1))) - 2
+        scaled = groups * 2.0 ** -exponents[..., None]
+        codes = (scaled[..., None] - levels).abs().argmin(-1).to(torch.uint8)
+        tensors[f"{name}_blocks"] = (codes[..., 0::2] | codes[..., 1::2] << 4).contiguous()
+        tensors[f"{name}_scales"] = (exponents + 127).to(torch.uint8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    write_json(folder / "config.json", {**config, "quantization_config": {"quant_method": "mxfp4"}}, indent=2)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", quantization_config=Mxfp4Config(dequantize=True)
+    ).eval()
+    numbers = {"prompts": json.loads((source / "expected.json").read_text())["prompts"]}
+    with torch.no_grad():
+        expected = {"logits.long": logits(model, numbers["prompts"]["long"])}
+    save_file(expected, folder / "expected.safetensors")
+    write_json(folder / "expected.json", numbers)
+    change = (expected["logits.long"] - load_file(source / "expected.safetensors")["logits.long"]).abs().max()
+    print(f"gpt_oss_mxfp4: rounding changes logits by {change:.2g}", flush=True)
 
 
 def greedy(model, tokens: list[int], count: int) -> list[int]:

@@ -29,7 +29,7 @@ const SHOWN: usize = 3;
 fn check_all_read(spec: &DecoderSpec, checkpoint: &Checkpoint) -> Result<(), LoadError> {
     let params = spec.params();
     let tensors = params.iter().flat_map(|param| &param.tensors);
-    let known: HashSet<&str> = tensors.map(|(name, _)| name.as_str()).collect();
+    let known: HashSet<&str> = tensors.map(|source| source.name.as_str()).collect();
     let unread: Vec<&str> = checkpoint
         .names()
         .filter(|name| !known.contains(name) && !is_computed(name))

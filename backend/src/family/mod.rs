@@ -7,6 +7,7 @@ mod config;
 mod fields;
 mod gemma;
 mod glm;
+mod gpt_oss;
 mod granite;
 mod llama;
 mod mistral;
@@ -31,8 +32,9 @@ use tch::Kind;
 
 pub use checkpoint::open;
 pub use spec::{
-    AttnSpec, Bias, Body, Cut, DecoderSpec, ExpertsSpec, Head, LinearId, LinearSpec, Logits, MlpActivation,
-    MlpSpec, NormId, NormKind, NormSpec, Param, ParamId, Part, QkNorm, Section, SharedExpert, Sublayer,
+    Among, AttnSpec, Bias, Body, Cut, DecoderSpec, ExpertsSpec, Head, LinearId, LinearSpec, Logits,
+    MlpActivation, MlpSpec, NormId, NormKind, NormSpec, Param, ParamId, Part, QkNorm, Section, SharedExpert,
+    Source, Sublayer,
 };
 
 use crate::weights::{LoadError, check_folder, gguf};
@@ -46,7 +48,7 @@ struct Family {
 }
 
 #[rustfmt::skip] // one family, one line
-const FAMILIES: [Family; 20] = [
+const FAMILIES: [Family; 21] = [
     Family { architecture: "LlamaForCausalLM", model_type: "llama", spec: llama::spec },
     Family { architecture: "MistralForCausalLM", model_type: "mistral", spec: mistral::mistral },
     Family { architecture: "MinistralForCausalLM", model_type: "ministral", spec: mistral::ministral },
@@ -66,6 +68,7 @@ const FAMILIES: [Family; 20] = [
     Family { architecture: "Glm4ForCausalLM", model_type: "glm4", spec: glm::glm4 },
     Family { architecture: "Cohere2ForCausalLM", model_type: "cohere2", spec: cohere2::spec },
     Family { architecture: "Starcoder2ForCausalLM", model_type: "starcoder2", spec: starcoder2::spec },
+    Family { architecture: "GptOssForCausalLM", model_type: "gpt_oss", spec: gpt_oss::spec },
     Family { architecture: "SmolLM3ForCausalLM", model_type: "smollm3", spec: smollm3::spec },
 ];
 

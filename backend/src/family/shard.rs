@@ -144,6 +144,11 @@ impl Layout {
         self.norms.get(&id).cloned()
     }
 
+    /// This rank's share of `n` equal things.
+    pub fn equal(&self, n: i64) -> Range<i64> {
+        self.shard.equal(n)
+    }
+
     /// The heads that this rank computes.
     pub fn heads(&self, attn: &AttnSpec) -> Heads {
         let world = self.shard.world as i64;
@@ -303,6 +308,7 @@ mod tests {
             window: None,
             cap: None,
             qk_norm: None,
+            sinks: None,
             qkv,
             output,
         };

@@ -98,6 +98,7 @@ impl Sizes {
             window: None,
             cap: None,
             qk_norm: None,
+            sinks: None,
             qkv,
             output,
         }

@@ -2,7 +2,7 @@
 //! name in the checkpoint, listed once ([`DecoderSpec::params`]). Families write a spec; loading, training, sharding,
 //! adapters and PEFT's names are derived from it. Not here: what a config.json means (one file per family).
 
-use tandem_kernels::activation::Activation;
+use tandem_kernels::activation::{Activation, Gate};
 use tandem_kernels::experts::RoutingWeights;
 use tandem_kernels::rope::RopeSpec;
 
@@ -80,6 +80,8 @@ pub struct AttnSpec {
     /// Scores become cap * tanh(score / cap).
     pub cap: Option<f64>,
     pub qk_norm: Option<QkNorm>,
+    /// A learned logit of each head that joins the softmax without a value: the tensor's name.
+    pub sinks: Option<String>,
     /// q, k and v in one product.
     pub qkv: LinearSpec,
     pub output: LinearSpec,
@@ -123,10 +125,10 @@ pub struct SharedExpert {
     pub mlp: MlpSpec,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum MlpActivation {
     /// `act(gate) * up`
-    Gated(Activation),
+    Gated(Gate),
     /// `act(up)`
     Plain(Activation),
 }
@@ -152,6 +154,23 @@ pub struct Part {
     pub start: i64,
     /// What its outputs are, one behind the other: several in a checkpoint's fused tensor.
     pub sections: Vec<Section>,
+    /// Where a checkpoint has its weight and bias, if not under its path.
+    pub among: Option<Among>,
+}
+
+/// Rows of one expert in tensors that hold all of them: `name`, `[experts, outputs, inputs]` or `[experts, inputs, outputs]`,
+/// and `name_bias`, `[experts, outputs]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Among {
+    /// `model.layers.0.mlp.experts.gate_up_proj`
+    pub name: String,
+    pub expert: i64,
+    pub experts: i64,
+    /// Outputs of an expert in it.
+    pub outputs: i64,
+    /// This part's are every `step`-th from `first` on.
+    pub first: i64,
+    pub step: i64,
 }
 
 /// Outputs that ranks divide evenly.
@@ -227,6 +246,8 @@ pub enum ParamId {
     NormBias(NormId),
     Linear(LinearId),
     Bias(LinearId),
+    /// Of a sublayer's attention.
+    Sinks(usize),
     Head,
 }
 
@@ -235,8 +256,26 @@ pub enum ParamId {
 pub struct Param {
     pub id: ParamId,
     pub shape: Vec<i64>,
-    /// Name and rows of each.
-    pub tensors: Vec<(String, i64)>,
+    pub tensors: Vec<Source>,
+}
+
+/// A tensor of a checkpoint, or what of it belongs to one expert.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Source {
+    pub name: String,
+    /// Rows that are taken.
+    pub rows: i64,
+    pub among: Option<Among>,
+}
+
+impl Source {
+    fn own(name: String, rows: i64) -> Source {
+        Source {
+            name,
+            rows,
+            among: None,
+        }
+    }
 }
 
 impl DecoderSpec {
@@ -245,13 +284,22 @@ impl DecoderSpec {
         let table = |id, name: &str| Param {
             id,
             shape: vec![self.vocab, self.hidden],
-            tensors: vec![(name.to_owned(), self.vocab)],
+            tensors: vec![Source::own(name.to_owned(), self.vocab)],
         };
         let mut params = vec![table(ParamId::Embed, EMBED)];
         let mut linears = self.linears();
         for (i, sublayer) in self.sublayers.iter().enumerate() {
             for (id, norm) in sublayer.norms(i) {
                 norm.params(id, &mut params);
+            }
+            if let Some(attn) = sublayer.attention()
+                && let Some(name) = &attn.sinks
+            {
+                params.push(Param {
+                    id: ParamId::Sinks(i),
+                    shape: vec![attn.heads],
+                    tensors: vec![Source::own(name.clone(), attn.heads)],
+                });
             }
             for (id, linear) in linears.by_ref().take(sublayer.linears().count()) {
                 linear.params(id, &mut params);
@@ -354,7 +402,7 @@ impl NormSpec {
         let param = |id, what: &str| Param {
             id,
             shape: vec![self.width],
-            tensors: vec![(format!("{}.{what}", self.path), self.width)],
+            tensors: vec![Source::own(format!("{}.{what}", self.path), self.width)],
         };
         params.push(param(ParamId::Norm(id), "weight"));
         if self.bias() == Bias::With {
@@ -419,6 +467,7 @@ impl LinearSpec {
                 path: format!("{module}.{name}"),
                 start: end,
                 sections,
+                among: None,
             };
             end += part.width();
             part
@@ -441,11 +490,7 @@ impl LinearSpec {
         let param = |id, what: &str, shape| Param {
             id,
             shape,
-            tensors: self
-                .parts
-                .iter()
-                .map(|part| (format!("{}.{what}", part.path), part.width()))
-                .collect(),
+            tensors: self.parts.iter().map(|part| part.source(what)).collect(),
         };
         params.push(param(ParamId::Linear(id), "weight", vec![rows, self.inputs]));
         if self.bias == Bias::With {
@@ -455,6 +500,21 @@ impl LinearSpec {
 }
 
 impl Part {
+    /// Of its "weight" or its "bias".
+    fn source(&self, what: &str) -> Source {
+        let Some(among) = &self.among else {
+            return Source::own(format!("{}.{what}", self.path), self.width());
+        };
+        Source {
+            name: match what {
+                "bias" => format!("{}_bias", among.name),
+                _ => among.name.clone(),
+            },
+            rows: self.width(),
+            among: Some(among.clone()),
+        }
+    }
+
     /// Output features.
     pub fn width(&self) -> i64 {
         self.sections.iter().map(|section| section.width).sum()
@@ -520,7 +580,7 @@ impl MlpSpec {
         let down = [(down, vec![Section::of(hidden)])];
         MlpSpec {
             inner,
-            activation: MlpActivation::Gated(activation),
+            activation: MlpActivation::Gated(Gate::Act(activation)),
             up: LinearSpec::new(module, hidden, bias, Cut::Outputs, parts),
             down: LinearSpec::new(module, inner, bias, Cut::Inputs, down),
         }

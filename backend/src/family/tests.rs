@@ -179,7 +179,7 @@ fn tensors(spec: &DecoderSpec) -> Vec<(String, Vec<i64>)> {
     let each = params.flat_map(|param| {
         let row = param.shape[1..].to_vec();
         let tensors = param.tensors.into_iter();
-        tensors.map(move |(name, rows)| (name, [&[rows], row.as_slice()].concat()))
+        tensors.map(move |source| (source.name, [&[source.rows], row.as_slice()].concat()))
     });
     each.collect()
 }

@@ -1,7 +1,7 @@
 //! An attention of the decoder: what it computes from normed rows, forward and backward side by side. Not here: the
 //! attention of queries to keys itself (kernels).
 
-use tandem_kernels::attention::{self, Heads, Options, PackedOut, packed_backward};
+use tandem_kernels::attention::{self, Heads, Options, PackedOut, packed_backward, sinks_backward};
 use tandem_kernels::rope::Rope;
 use tandem_kernels::weight::Precision;
 use tch::Tensor;
@@ -9,6 +9,7 @@ use tch::Tensor;
 use super::linear::{Backward, Linear, Project};
 use super::norm::Norm;
 use super::{Context, TrainPass};
+use crate::family::ParamId;
 
 pub(super) struct Attention {
     /// Of this rank.
@@ -21,6 +22,8 @@ pub(super) struct Attention {
     /// Of the decoder's.
     pub rope: Option<usize>,
     pub qk_norm: Option<QkNorm>,
+    /// Of the decoder's: whose sinks they are.
+    pub sublayer: usize,
     /// Of the KV cache's layers.
     pub cache_layer: usize,
     pub qkv: Linear,
@@ -111,6 +114,10 @@ impl Attention {
             ..
         } = *back.pass;
         let dattended = back.linear(&self.output, &attended.out, doutput);
+        if let Some(sinks) = &self.sinks {
+            let gradient = || sinks_backward(sinks, &attended, &dattended, cu_seqlens, self.heads);
+            back.grads.add(ParamId::Sinks(self.sublayer), gradient);
+        }
         let (q, k, v) = self.attended(&projected);
         let (mut dq, mut dk, dv) = packed_backward(
             &q,

@@ -9,7 +9,7 @@ use safetensors::tensor::TensorView;
 use tandem_core::rng;
 use tch::{Device, Kind, Tensor};
 
-use crate::family::{self, DecoderSpec, Head, NormId, NormKind, Param, ParamId};
+use crate::family::{self, DecoderSpec, Head, NormId, NormKind, Param, ParamId, Source};
 use crate::weights::{Checkpoint, LoadError, has_weights};
 
 /// Matrices decay, norms and biases do not (as torchtune, nanoGPT and transformers' Trainer have it).
@@ -91,7 +91,7 @@ impl FullParams {
                         NormKind::Rms | NormKind::Layer { .. } => 1.0,
                         NormKind::RmsPlusOne => 0.0,
                     },
-                    ParamId::Bias(_) | ParamId::NormBias(_) => 0.0,
+                    ParamId::Bias(_) | ParamId::NormBias(_) | ParamId::Sinks(_) => 0.0,
                     ParamId::Embed | ParamId::Linear(_) | ParamId::Head => {
                         (0.02 * rng::normal(seed, INIT_STREAM, i as u64)) as f32
                     }
@@ -133,7 +133,7 @@ impl FullParams {
         let tensors = |placed: &(i64, Param)| {
             let view = self.view_of(placed);
             let mut start = 0;
-            let tensor = |(name, rows): &(String, i64)| {
+            let tensor = |Source { name, rows, .. }: &Source| {
                 let first = start;
                 start += rows;
                 (name.clone(), view.narrow(0, first, *rows))
@@ -174,12 +174,26 @@ impl FullParams {
 
 /// The model of a folder and its parameters, drawn when it has no weights (a model to be made from its config.json).
 pub fn read_or_init(folder: &Path, seed: u64) -> Result<(DecoderSpec, FullParams), LoadError> {
+    let trainable = |spec: &DecoderSpec| match spec
+        .params()
+        .iter()
+        .flat_map(|param| &param.tensors)
+        .find(|source| source.among.is_some())
+    {
+        None => Ok(()),
+        Some(source) => Err(LoadError::Option(format!(
+            "method full: all experts stand in one tensor, `{}`, which is not trained; method lora is",
+            source.name
+        ))),
+    };
     if has_weights(folder) {
         let (spec, checkpoint) = family::open(folder)?;
+        trainable(&spec)?;
         let params = FullParams::read(FullShape::new(&spec), &checkpoint)?;
         return Ok((spec, params));
     }
     let spec = family::read_spec(folder)?;
+    trainable(&spec)?;
     let params = FullParams::init(&spec, seed);
     Ok((spec, params))
 }

@@ -12,6 +12,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::Decoder;
 use super::attention::{Attention, QkNorm};
+use super::expert_tensors::ExpertTensors;
 use super::experts::{Experts, Shared};
 use super::full::FullParams;
 use super::linear::Linear;
@@ -20,7 +21,7 @@ use super::norm::{Norm, Spread};
 use super::sublayer::{Body, Sublayer};
 use crate::family::shard::{Layout, Shard};
 use crate::family::{
-    self, Bias, Cut, DecoderSpec, Head, LinearId, MlpSpec, NormId, NormSpec, Param, ParamId,
+    self, Among, Bias, Cut, DecoderSpec, Head, LinearId, MlpSpec, NormId, NormSpec, Param, ParamId, Source,
 };
 use crate::weights::{Checkpoint, LoadError, Matrix};
 
@@ -31,6 +32,7 @@ struct Piece {
     shape: Vec<i64>,
     rows: Range<i64>,
     columns: Range<i64>,
+    among: Option<Among>,
 }
 
 impl Piece {
@@ -41,6 +43,7 @@ impl Piece {
             shape: self.shape.clone(),
             rows: self.rows.clone(),
             columns: 0..self.shape[1],
+            among: self.among.clone(),
         }
     }
 }
@@ -86,13 +89,18 @@ impl Decoder {
         comm: Comm,
     ) -> Result<Decoder, LoadError> {
         let head = spec.head;
+        let experts = ExpertTensors::new(checkpoint);
         Decoder::build(spec, options, comm, |piece| {
             let Piece {
                 name,
                 shape,
                 rows,
                 columns,
+                among,
             } = piece;
+            if let Some(among) = among {
+                return experts.matrix(name, shape, among, rows.clone(), columns.clone());
+            }
             let stored = checkpoint.stored_name(name, head);
             checkpoint.matrix(stored, shape, rows.clone(), columns.clone())
         })
@@ -211,7 +219,12 @@ impl Decoder {
                     scale: attn.scale,
                     window: attn.window,
                     cap: attn.cap,
-                    sinks: None,
+                    sinks: attn
+                        .sinks
+                        .as_ref()
+                        .map(|_| float(ParamId::Sinks(i)))
+                        .transpose()?,
+                    sublayer: i,
                     rope: attn.rope,
                     qk_norm: match &attn.qk_norm {
                         None => None,
@@ -302,6 +315,11 @@ impl Decoder {
         }
         self.norm.update(params);
         for sublayer in &mut self.sublayers {
+            for attn in sublayer.attentions_mut() {
+                if let Some(sinks) = &mut attn.sinks {
+                    *sinks = params.view(ParamId::Sinks(attn.sublayer)).copy();
+                }
+            }
             sublayer.norms_mut().for_each(|norm| norm.update(params));
             for Linear { id, weight, bias } in sublayer.linears_mut() {
                 weight
@@ -376,11 +394,12 @@ impl Layout {
     /// What this rank holds of a parameter, tensor by tensor.
     fn pieces(&self, param: &Param) -> Vec<Piece> {
         let Param { id, shape, tensors } = param;
-        let piece = |(name, rows): &(String, i64), held: Range<i64>, columns: Range<i64>| Piece {
-            name: name.clone(),
-            shape: [&[*rows], &shape[1..]].concat(),
+        let piece = |source: &Source, held: Range<i64>, columns: Range<i64>| Piece {
+            name: source.name.clone(),
+            shape: [&[source.rows], &shape[1..]].concat(),
             rows: held,
             columns,
+            among: source.among.clone(),
         };
         match id {
             ParamId::Embed | ParamId::Head => {
@@ -390,6 +409,7 @@ impl Layout {
                 let rows = self.spread(*id).unwrap_or(0..shape[0]);
                 vec![piece(&tensors[0], rows, 0..1)]
             }
+            ParamId::Sinks(_) => vec![piece(&tensors[0], self.equal(shape[0]), 0..1)],
             ParamId::Linear(id) | ParamId::Bias(id) => {
                 let held = self.linear(*id);
                 let rows = tensors
@@ -443,6 +463,13 @@ impl Sublayer {
                 }
                 linears
             }
+        })
+    }
+
+    fn attentions_mut(&mut self) -> impl Iterator<Item = &mut Attention> {
+        self.bodies.iter_mut().filter_map(|body| match body {
+            Body::Attention(attn) => Some(&mut **attn),
+            Body::Mlp(_) | Body::Experts(_) => None,
         })
     }
 

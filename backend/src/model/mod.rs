@@ -5,6 +5,7 @@
 //! whole everywhere (hidden states, logits, losses) has the same bits everywhere: sums over ranks are taken in rank order.
 
 mod attention;
+mod expert_tensors;
 mod experts;
 pub mod full;
 mod grads;

@@ -22,6 +22,12 @@ pub enum Matrix {
 }
 
 impl Checkpoint {
+    /// Is it stored in codes?
+    pub fn is_quantised(&self, name: &str) -> bool {
+        let quantised = self.quantised.as_ref();
+        quantised.is_some_and(|quantised| quantised.parts_of(name).is_some())
+    }
+
     /// Some rows and columns of a matrix (or rows of a vector, as numbers) whose whole shape is `shape`.
     pub fn matrix(
         &self,
@@ -80,6 +86,20 @@ impl Matrix {
         match self {
             Matrix::Dense(numbers) => Matrix::Dense(numbers.narrow(0, rows.start, rows.end - rows.start)),
             Matrix::Quantised(whole) => Matrix::Quantised(whole.rows(rows)),
+        }
+    }
+
+    /// Every `step`-th row from `first` on, `count` of them.
+    pub fn every(&self, first: i64, step: i64, count: i64) -> Matrix {
+        let of = |tensor: &Tensor| tensor.slice(0, first, first + (count - 1) * step + 1, step);
+        match self {
+            Matrix::Dense(numbers) => Matrix::Dense(of(numbers)),
+            Matrix::Quantised(whole) => Matrix::Quantised(Quantised {
+                codes: of(&whole.codes),
+                scales: of(&whole.scales),
+                offsets: whole.offsets.as_ref().map(of),
+                ..*whole
+            }),
         }
     }
 

@@ -9,7 +9,7 @@ use tandem_kernels::machine;
 use tandem_kernels::weight::Precision;
 use tch::{Kind, Tensor};
 
-use crate::fixture::{FAMILIES, Fixture, NAMES, Table, max_difference};
+use crate::fixture::{FAMILIES, Fixture, NAMES, Table, max_difference, trained_whole};
 use crate::run::{Sequence, base, logprobs, packed, paged};
 use crate::training::tensors;
 
@@ -112,7 +112,7 @@ fn mixed_adapters_answer_as_each_alone() {
 #[test]
 fn merged_weights_answer_as_the_adapter() {
     let mut table = Table::default();
-    for name in NAMES.into_iter().chain(FAMILIES) {
+    for name in NAMES.into_iter().chain(trained_whole()) {
         let fixture = Fixture::open(name);
         let decoder = fixture.decoder(Precision::F32);
         let checkpoint = Checkpoint::open(&fixture.folder).expect("the fixture opens");

@@ -14,6 +14,7 @@ use tandem_kernels::weight::Precision;
 
 use crate::fixture::{
     FAMILIES, Fixture, NAMES, Patch, Table, fixtures_folder, max_difference, relative_difference,
+    trained_whole,
 };
 use crate::run::{Sequence, base, logprobs, packed};
 use crate::training::{hyper, tensors};
@@ -72,6 +73,18 @@ fn logits_and_losses_are_transformers_and_pefts() {
         }
     }
     table.judge("float32 logits and losses against transformers and peft (max abs difference)");
+}
+
+/// As it is published: experts in four bits.
+#[test]
+fn gpt_oss_in_mxfp4_is_transformers() {
+    let fixture = Fixture::open("gpt_oss_mxfp4");
+    let decoder = fixture.decoder(Precision::F32);
+    let logits = packed(&decoder, &[base(&fixture.tokens("long"))]).remove(0);
+    let mut table = Table::default();
+    let difference = max_difference(&logits, fixture.tensor("logits.long"));
+    table.add("gpt_oss_mxfp4", "logits.long", difference, LOGITS);
+    table.judge("experts in MXFP4 against transformers (max abs difference)");
 }
 
 /// The text part of a model that sees: it alone is taken, its adapters are read, and the start says so.
@@ -239,7 +252,7 @@ fn gradients_of_a_and_b_are_pefts() {
 #[test]
 fn gradients_of_every_parameter_are_torchs() {
     let mut table = Table::default();
-    for name in ["gqa_tied"].into_iter().chain(FAMILIES) {
+    for name in ["gqa_tied"].into_iter().chain(trained_whole()) {
         let fixture = Fixture::open(name);
         let decoder = fixture.decoder(Precision::F32);
         let mut grads = Grads::Full(FullParams::zeros(FullShape::new(&decoder.spec)));

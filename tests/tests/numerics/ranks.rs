@@ -62,7 +62,7 @@ fn models() -> [Model; 2] {
             let mut view = params.view(id);
             match id {
                 ParamId::Embed | ParamId::Linear(_) | ParamId::Head => drop(view.g_mul_scalar_(6.0)),
-                ParamId::Bias(_) | ParamId::Norm(_) | ParamId::NormBias(_) => {
+                ParamId::Bias(_) | ParamId::Norm(_) | ParamId::NormBias(_) | ParamId::Sinks(_) => {
                     drop(view.g_add_(&(waves(&view.size(), 0.7) * 0.2)));
                 }
             }

@@ -8,7 +8,7 @@ use tch::{Kind, Tensor};
 
 use super::names::Undo;
 use super::{Model, Stored};
-use crate::family::{self, DecoderSpec};
+use crate::family::{self, DecoderSpec, Source};
 use crate::weights::{Checkpoint, LoadError};
 
 fn fixture(name: &str) -> PathBuf {
@@ -84,7 +84,10 @@ fn a_gguf_is_the_folder_it_was_made_from() {
             assert_eq!(*found, wanted, "{name}");
         }
         for param in spec.params() {
-            for (tensor, rows) in &param.tensors {
+            for Source {
+                name: tensor, rows, ..
+            } in &param.tensors
+            {
                 let shape = [&[*rows], &param.shape[1..]].concat();
                 let read = |checkpoint: &Checkpoint| {
                     let stored = checkpoint.stored_name(tensor, spec.head);
@@ -259,7 +262,10 @@ fn wrong_models_say_what_is_wrong() {
         std::fs::write(&file, bytes).unwrap();
         let (spec, checkpoint) = family::open(&file)?;
         for param in spec.params() {
-            for (tensor, rows) in &param.tensors {
+            for Source {
+                name: tensor, rows, ..
+            } in &param.tensors
+            {
                 let shape = [&[*rows], &param.shape[1..]].concat();
                 drop(checkpoint.tensor(checkpoint.stored_name(tensor, spec.head), &shape)?);
             }

@@ -262,7 +262,7 @@ impl Module<'_> {
         tensor
             .f_copy_data_u8(&mut bytes, tensor.numel())
             .map_err(kernel)?;
-        Ok(Tensor::f_from_data_size(&bytes, &shape, Kind::Uint8).map_err(kernel)?)
+        Tensor::f_from_data_size(&bytes, &shape, Kind::Uint8).map_err(kernel)
     }
 
     /// Codes of `bits` bits, packed from the lowest of 32-bit numbers on, along a new last dimension.
