@@ -34,9 +34,6 @@ use {plain as avx2, plain as avx512};
 pub(crate) const PANEL: usize = 32;
 /// Steps of one pass over all rows, 128 bytes of each panel a step: a piece of a panel is then at hand for all rows.
 pub(crate) const PASS_STEPS: usize = 256;
-/// How far ahead of its use a panel line is asked for. Reaching past a panel's end is right: the next panel follows it
-/// in memory. A prefetch of an unmapped address is ignored.
-const PREFETCH_BYTES: usize = 8192;
 
 /// Up to this many rows a product is bound by reading its panels.
 pub(crate) const FEW_ROWS: usize = 16;

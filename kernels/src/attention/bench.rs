@@ -138,8 +138,15 @@ fn serving() {
         head_dim: 64,
     };
     for (heads, layers) in [(SHAPE_A, 30), (b, 22)] {
-        for precision in [Precision::Bf16, Precision::F32] {
-            for (rows, kv_len) in [(1, 256), (1, 1024), (1, 8192), (8, 512), (16, 1024)] {
+        for dtype in CacheDtype::ALL {
+            for (rows, kv_len, window) in [
+                (1, 256, None),
+                (1, 1024, None),
+                (1, 8192, None),
+                (1, 8192, Some(1024)),
+                (8, 512, None),
+                (16, 1024, None),
+            ] {
                 let blocks = rows * kv_len / BLOCK_SIZE;
                 let Heads {
                     kv_heads, head_dim, ..
@@ -150,7 +157,7 @@ fn serving() {
                     kv_heads,
                     head_dim,
                 };
-                let cache = KvCache::new(shape, precision, Device::Cpu).expect("memory");
+                let cache = KvCache::new(shape, dtype, Device::Cpu).expect("memory");
                 let [_, k, v] = inputs(kv_len, heads);
                 let q = Tensor::randn([rows as i64, (heads.heads * head_dim) as i64], FLOAT);
                 let table: Vec<u32> = (0..blocks as u32).collect();
@@ -168,13 +175,17 @@ fn serving() {
                         kv_len,
                     })
                     .collect();
+                let options = Options {
+                    window,
+                    ..options(heads)
+                };
                 let time = seconds(5, || {
-                    (0..layers)
-                        .for_each(|layer| drop(paged(&q, &cache, layer, &seqs, heads, options(heads))));
+                    (0..layers).for_each(|layer| drop(paged(&q, &cache, layer, &seqs, heads, options)));
                 });
-                let rate = cache.bytes() as f64 / time / 1e9;
+                let seen = window.unwrap_or(kv_len as i64) as f64 / kv_len as f64;
+                let rate = cache.bytes() as f64 * seen / time / 1e9;
                 println!(
-                    "{heads:?} {precision:?} {rows} rows, context {kv_len}: {:.1} us a layer, {rate:.1} GB/s, {:.0} %",
+                    "{heads:?} {dtype:?} {rows} rows, context {kv_len}, window {window:?}: {:.1} us a layer, {rate:.1} GB/s, {:.0} %",
                     time * 1e6 / layers as f64,
                     rate / bandwidth * 100.0
                 );
@@ -186,7 +197,7 @@ fn serving() {
 #[test]
 #[ignore = "a measurement"]
 fn writing() {
-    for precision in [Precision::Bf16, Precision::F32] {
+    for dtype in CacheDtype::ALL {
         for tokens in [1usize, 16, 512] {
             let shape = CacheShape {
                 layers: 1,
@@ -194,11 +205,11 @@ fn writing() {
                 kv_heads: 3,
                 head_dim: 64,
             };
-            let cache = KvCache::new(shape, precision, Device::Cpu).expect("memory");
+            let cache = KvCache::new(shape, dtype, Device::Cpu).expect("memory");
             let [_, k, v] = inputs(tokens, SHAPE_A);
             let slots: Vec<i64> = (0..tokens as i64).collect();
             let time = seconds(99, || write(&cache, 0, &k, &v, &slots));
-            println!("{precision:?} write {tokens} tokens: {:.2} us", time * 1e6);
+            println!("{dtype:?} write {tokens} tokens: {:.2} us", time * 1e6);
         }
     }
 }

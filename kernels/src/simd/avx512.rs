@@ -6,7 +6,11 @@
 
 use std::arch::x86_64::*;
 
-use super::{PANEL, PASS_STEPS, PREFETCH_BYTES, Product, Scaling, Sum};
+use super::{PANEL, PASS_STEPS, Product, Scaling, Sum};
+
+/// How far ahead of its use a panel line is asked for. Reaching past a panel's end is right: the next panel follows it
+/// in memory. A prefetch of an unmapped address is ignored.
+const PREFETCH_BYTES: usize = 8192;
 
 /// Rows of the largest register tile.
 const MAX_TILE: usize = 12;

@@ -15,6 +15,7 @@ mod avx512;
 
 #[cfg(any(test, not(target_arch = "x86_64")))]
 use super::PANEL;
+#[cfg(target_arch = "x86_64")]
 use crate::machine::features;
 use crate::weight::Grid;
 
