@@ -326,7 +326,6 @@ fn what_is_no_model_is_named() {
         std::fs::create_dir(path(folder)).unwrap();
     }
     for file in [
-        "model.gguf",
         "file.txt",
         "adapter/adapter_config.json",
         "gguf/x-Q4_K_M.gguf",
@@ -337,8 +336,7 @@ fn what_is_no_model_is_named() {
     std::fs::write(path("pickled/config.json"), saved().to_string()).unwrap();
     std::fs::write(path("pickled/pytorch_model.bin"), "").unwrap();
     for (folder, expected) in [
-        (path("model.gguf"), "GGUF files are not supported yet"),
-        (path("gguf"), "GGUF files are not supported yet"),
+        (path("gguf"), "it holds GGUF files: name the one that is wanted"),
         (path("file.txt"), "it is a file"),
         (path("adapter"), "--lora-modules NAME=FOLDER"),
         (path("meta"), "convert_llama_weights_to_hf.py"),

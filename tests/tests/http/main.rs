@@ -5,6 +5,7 @@ mod bad_input;
 mod client;
 mod fine_tuning;
 mod fleet;
+mod gguf;
 mod inference;
 mod lifecycle;
 mod ranks;

@@ -61,6 +61,16 @@ impl Server {
         server
     }
 
+    /// On another model than the tests' own.
+    pub fn serving(model: &Path, flags: &[&str]) -> Server {
+        let data = Arc::new(tempfile::tempdir().unwrap());
+        let model = model.to_str().unwrap();
+        let args = [&["serve", model, "--port", "0"], flags].concat();
+        let mut server = Server::spawn(data, "log", &[], &args);
+        server.base = client::get(server.address, "/v1/models").ok()["data"][0].clone();
+        server
+    }
+
     /// One replica. `listen`: its address, or port 0.
     pub fn backend(data: Arc<tempfile::TempDir>, log: &str, listen: &str) -> Server {
         Server::spawn(data, log, &[], &["backend", "--listen", listen])

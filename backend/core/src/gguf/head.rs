@@ -82,6 +82,12 @@ impl Gguf {
             inside: String::new(),
         };
         let magic: [u8; 4] = head.array("the magic number")?;
+        if magic == *b"vers" {
+            return Err(head.wrong(
+                "it is a pointer of git-lfs, not the file itself: `git lfs pull` in its folder fetches that"
+                    .to_owned(),
+            ));
+        }
         if magic != MAGIC {
             return Err(head.wrong(format!(
                 "no GGUF file: it begins with the bytes {magic:02x?} and not with \"GGUF\""

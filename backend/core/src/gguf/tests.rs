@@ -101,6 +101,10 @@ fn wrong_files_say_what_is_wrong_and_where() {
     let huge = u64::MAX.to_le_bytes();
     let alignment = |n: u32| file(3, &[("general.alignment", value(4, &n.to_le_bytes()))], &[]);
     let cases: Vec<(Vec<u8>, &str)> = vec![
+        (
+            b"version https://git-lfs.github.com/spec/v1".to_vec(),
+            "git lfs pull",
+        ),
         (vec![], "ends at byte 0 inside the magic number"),
         (
             b"PK\x03\x04____".to_vec(),
