@@ -43,6 +43,8 @@ pub enum Command {
     Train(Train),
     /// Fetch a model or an adapter from the hub, and print its folder
     Download(Download),
+    /// Write a model anew in fewer bits
+    Quantize(Quantize),
     /// Say what this machine offers and what is missing
     Doctor,
     /// Ask a running server, router or backend how it is; the exit code answers
@@ -53,6 +55,23 @@ pub enum Command {
     /// One rank of a replica: rank 0 starts it
     #[command(hide = true)]
     Rank(Rank),
+}
+
+/// Linears in fewer bits; embedding, head and norms stay as they are. int8 (a scale by rows) and int4 (groups of 32) are
+/// written as compressed-tensors has them, nf4 as bitsandbytes: vLLM and transformers read them, too.
+#[derive(Clone, Debug, Args)]
+pub struct Quantize {
+    /// Folder with config.json and *.safetensors, or a name on the hub
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+    /// Folder to make
+    #[arg(value_name = "OUT")]
+    pub out: PathBuf,
+    #[arg(long, value_name = "FORMAT", value_parser = ["int8", "int4", "nf4"])]
+    pub format: String,
+    /// Branch, tag or commit of a model on the hub [default: main]
+    #[arg(long, value_name = "REVISION")]
+    pub revision: Option<String>,
 }
 
 /// Also by environment (TANDEM_MODEL, TANDEM_PORT, ...) and in the TOML file of --config (same names). A flag wins over

@@ -67,6 +67,7 @@ fn run() -> Result<ExitCode> {
             return Ok(ExitCode::from(train::run(&train.settings)?.code()));
         }
         Command::Download(download) => commands::download::run(&download)?,
+        Command::Quantize(quantize) => commands::quantize::run(&quantize)?,
         Command::Doctor => print!("{}", doctor::report()),
         Command::Rank(rank) => ranks::run(&rank)?,
         Command::Openapi => print!("{}", app::document()),

@@ -18,11 +18,13 @@ use tch::{Kind, Tensor};
 use crate::family::Head;
 
 mod digest;
+mod export;
 mod folder;
 pub mod gguf;
 mod matrix;
 mod quantised;
 
+pub use export::{Exported, quantize};
 pub use folder::check_folder;
 pub use matrix::Matrix;
 pub use quantised::QUANTIZATIONS;

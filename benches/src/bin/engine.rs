@@ -13,7 +13,7 @@ use tandem_backend::Dtype;
 use tandem_backend::family::read_spec;
 use tandem_backend::lora::params::{AdapterParams, AdapterShape};
 use tandem_backend::lora::peft::{self, PeftConfig};
-use tandem_backend::model::Decoder;
+use tandem_backend::model::{Decoder, WeightOptions};
 use tandem_backend::start;
 use tandem_backend::train::Trainer;
 use tandem_backend::words;
@@ -26,7 +26,7 @@ use tandem_core::message::{Event, Generate};
 use tandem_core::replica::{Command, EVENT_QUEUE, ReplicaHandle};
 use tandem_core::sampling::Sampling;
 use tandem_core::{TokenId, rng};
-use tandem_kernels::weight::Precision;
+use tandem_kernels::weight::{Precision, Recipe};
 use tokio::sync::mpsc;
 
 /// Measures the engine without HTTP
@@ -40,6 +40,9 @@ struct Options {
     device: String,
     #[arg(long, value_enum, default_value = "bfloat16")]
     dtype: DtypeName,
+    /// int8, int4 or nf4: the linears
+    #[arg(long)]
+    quantization: Option<String>,
     /// Tokens of each stream's prompt, of which each stream has its own
     #[arg(long, default_value_t = 256)]
     prompt_tokens: usize,
@@ -120,6 +123,7 @@ impl Engine {
         let replica = tandem_backend::start(tandem_backend::Options {
             device: words::device(&options.device)?,
             dtype,
+            quantization: options.quantization.as_deref().map(str::parse).transpose()?,
             max_model_len: Some(tandem_backend::ModelLen::Asked(
                 1024.max(options.prompt_tokens as u32 + options.new_tokens),
             )),
@@ -281,7 +285,13 @@ fn train(options: &Options, report: &mut Map<String, Value>) -> anyhow::Result<(
     };
     let device = words::device(&options.device)?;
     start::set_threads(device, None);
-    let base = Decoder::load(&options.model, precision, device)?;
+    let named = |recipe: &Recipe| Some(recipe.name()) == options.quantization.as_deref();
+    let weights = WeightOptions {
+        precision,
+        recipe: Recipe::ALL.into_iter().find(named),
+        device,
+    };
+    let base = Decoder::open(&options.model, weights)?;
     let vocab = base.spec.vocab as u64;
     let example = |number: u64| Example {
         tokens: (0..EXAMPLE_TOKENS)

@@ -4,6 +4,7 @@ pub mod backend;
 pub mod download;
 pub mod edge;
 mod greeting;
+pub mod quantize;
 pub mod replica;
 pub mod router;
 pub mod serve;

@@ -6,6 +6,7 @@ mod equivalence;
 mod families;
 mod fixture;
 mod golden;
+mod quantised;
 mod ranks;
 mod resume;
 mod run;
