@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tandem_kernels::weight::{Grid, Quantised, Recipe};
 use tch::{Kind, Tensor};
 
-use super::{Checkpoint, LoadError, WEIGHTS};
+use super::{LoadError, WEIGHTS};
 use crate::family::{self, Cut, LinearId, ParamId};
 
 /// What was written.

@@ -1,5 +1,6 @@
 //! Rates of the frozen linear against the ceilings measured in the same run, and against libtorch's own linear:
-//! `cargo bench -p tandem-kernels --bench linear [-- [--threads=N] [FILTER]]`, FILTER a part of a line: `bf16 576x576`.
+//! `cargo bench -p tandem-kernels --bench linear [-- [--threads=N] [FILTER]]`, FILTER a part of a line: `bf16 576x576`; or
+//! `formats`, `"formats int4"`: quantised weights against bfloat16.
 //!
 //! Weights rotate beyond the caches, so M=1 reads memory. Not criterion: what counts is a ratio to a ceiling of the same
 //! minute, and the best of a few short rounds says it even on a machine that is not quiet.
@@ -10,7 +11,7 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use tandem_kernels::linear::{linear, linear_backward};
-use tandem_kernels::weight::{Precision, Weight};
+use tandem_kernels::weight::{Precision, Recipe, Weight};
 use tandem_kernels::{machine, pool};
 use tch::{Device, Kind, Tensor};
 
@@ -40,6 +41,9 @@ fn main() {
     tch::set_num_threads(threads as i32);
     let _guard = tch::no_grad_guard();
     println!("{:?}, {threads} threads", machine::features());
+    if let Some(filter) = filter.strip_prefix("formats") {
+        return formats(filter.trim());
+    }
     for precision in [Precision::Bf16, Precision::F32] {
         let label = if precision == Precision::Bf16 {
             "bf16"
@@ -99,6 +103,51 @@ fn main() {
                     aten / own,
                 );
             }
+        }
+    }
+}
+
+/// Each format against bfloat16 in the same run: how much less time a product takes, and a gradient.
+fn formats(filter: &str) {
+    let (n, k) = (5632, 2048);
+    let dense = Tensor::randn([n, k], (Kind::Float, Device::Cpu));
+    let weights = |recipe: Option<Recipe>| -> Vec<Weight> {
+        let quantised = recipe.map(|recipe| recipe.quantise(&dense).expect("a matrix"));
+        let pack = || match &quantised {
+            None => Weight::new(&dense, Precision::Bf16, Device::Cpu),
+            Some(quantised) => Weight::quantised(quantised, Precision::Bf16, Device::Cpu),
+        };
+        let first = pack().expect("a matrix");
+        let copies = (ROTATED_BYTES / first.bytes() + 1).min(200) as usize;
+        (0..copies).map(|_| pack().expect("a matrix")).collect()
+    };
+    let bf16 = weights(None);
+    println!("format {n}x{k}     M        us    GB/s | bf16's time over it | dx likewise");
+    for recipe in Recipe::ALL
+        .into_iter()
+        .filter(|recipe| filter.is_empty() || recipe.name().contains(filter))
+    {
+        let quantised = weights(Some(recipe));
+        for m in ROWS {
+            let x = Tensor::randn([m, k], (Kind::Float, Device::Cpu));
+            let dy = Tensor::randn([m, n], (Kind::Float, Device::Cpu));
+            let [own, plain] = [&quantised, &bf16].map(|weights| {
+                let forward = best(weights.len(), |i| {
+                    drop(black_box(linear(&x, &weights[i], None, &[])))
+                });
+                let backward = best(weights.len(), |i| {
+                    drop(black_box(linear_backward(&dy, &weights[i])))
+                });
+                (forward, backward)
+            });
+            println!(
+                "{:16} {m:4} {:9.1} {:7.1} | {:.2} x | {:.2} x",
+                recipe.name(),
+                own.0 * 1e6,
+                quantised[0].bytes() as f64 / own.0 / 1e9,
+                plain.0 / own.0,
+                plain.1 / own.1
+            );
         }
     }
 }

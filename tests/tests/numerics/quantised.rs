@@ -146,7 +146,7 @@ fn ten_steps(decoder: &Decoder) -> Vec<f64> {
         target_modules: decoder.spec.lora_targets(),
         use_rslora: false,
     };
-    let example = |seed| Example {
+    let example = |seed: usize| Example {
         tokens: tokens(seed % 2),
         weights: vec![1.0; tokens(0).len()],
     };
