@@ -5,7 +5,8 @@
 //!
 //! # The one precision rule
 //! Activations are float32, always, everywhere: one dtype in every signature. A weight (and the KV cache) has a
-//! [`weight::Precision`]; a multiply rounds its left side to the weight's precision and sums in float32.
+//! [`weight::Precision`]; a multiply rounds its left side to the weight's precision and sums in float32. How a weight's
+//! numbers are stored is its [`weight::Format`]: in the precision, or quantised.
 //! Norms, softmax, rope, logits and loss stay in float32.
 //!
 //! # Batch invariance
