@@ -10,7 +10,7 @@ use tandem_kernels::weight::{Grid, Quantised, Recipe};
 use tch::{Kind, Tensor};
 
 use super::{LoadError, WEIGHTS};
-use crate::family::{self, Cut, LinearId, ParamId};
+use crate::family::{self, Cut, LinearId, ParamId, Source};
 
 /// What was written.
 pub struct Exported {
@@ -38,6 +38,16 @@ pub fn quantize(from: &Path, to: &Path, format: &str) -> Result<Exported, LoadEr
             from.display()
         )));
     }
+    let params = spec.params();
+    let shared = params
+        .iter()
+        .flat_map(|param| &param.tensors)
+        .find(|source| source.among.is_some());
+    if let Some(Source { name, .. }) = shared {
+        return Err(LoadError::Folder(format!(
+            "`{name}` holds all experts in one tensor, which no convention of {format} has: serve with --quantization {format}"
+        )));
+    }
     begin(to)?;
     // Routers of experts stay as they are, as at a start.
     let routers: Vec<LinearId> = spec
@@ -55,8 +65,8 @@ pub fn quantize(from: &Path, to: &Path, format: &str) -> Result<Exported, LoadEr
         quantised: 0,
         dense: vec![],
     };
-    for param in spec.params() {
-        for (name, rows) in &param.tensors {
+    for param in params {
+        for Source { name, rows, .. } in &param.tensors {
             let shape = [&[*rows], &param.shape[1..]].concat();
             let stored = checkpoint.stored_name(name, spec.head);
             let tensor = checkpoint.tensor(stored, &shape)?;

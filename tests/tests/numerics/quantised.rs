@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use tandem_backend::family::read_spec;
+use tandem_backend::family::{Source, read_spec};
 use tandem_backend::model::{Decoder, WeightOptions};
 use tandem_backend::train::Trainer;
 use tandem_backend::weights::{Checkpoint, Matrix, quantize};
@@ -86,7 +86,7 @@ fn dense_copy(from: &Path) -> tempfile::TempDir {
     );
     let mut numbers = vec![];
     for param in spec.params() {
-        for (name, rows) in &param.tensors {
+        for Source { name, rows, .. } in &param.tensors {
             let shape = [&[*rows], &param.shape[1..]].concat();
             let columns = shape.get(1).copied().unwrap_or(1);
             let matrix = checkpoint
