@@ -42,7 +42,8 @@ impl Content {
             }
             Content::Adapter if has(MODEL) => "it is a model: serve it with --model".to_owned(),
             _ if files.iter().any(|file| file.ends_with(".gguf")) => {
-                "it holds GGUF files, and no config.json: download one of them, or take the repository it was made from"
+                "it holds GGUF files, and no config.json: `hf download ORG/NAME FILE.gguf` fetches one, which --model takes; or take \
+                 the repository they were made from"
                     .to_owned()
             }
             Content::Adapter => format!("it has no {ADAPTER}{}", listed(files)),

@@ -131,6 +131,9 @@ fn values() {
         Json("training_file unknown", jobs, job("suffix", json!(null)), 400, Some("training_file"), ""),
         Json("training_file missing", jobs, json!({"model": m}), 400, Some("training_file"), "Missing"),
         Json("job of an unknown model", jobs, job("model", json!("nobody")), 404, Some("model"), "nobody"),
+        Json("fp16", jobs, job("fp16", json!(true)), 400, Some("fp16"), "nothing is computed in float16"),
+        Json("thinking", chat, with("thinking", json!({"type": "enabled"})), 400, Some("thinking"), "chat_template_kwargs"),
+        Json("messages beside a prompt", text, prompt("messages", say.clone()), 400, Some("messages"), "chat/completions"),
         Json("n_epochs", jobs, job("hyperparameters", json!({"n_epochs": 0})), 400, Some("hyperparameters.n_epochs"), "between 1 and 10000"),
         Json("n_epoch", jobs, job("hyperparameters", json!({"n_epoch": 1})), 400, Some("hyperparameters.n_epoch"), "did you mean n_epochs"),
         Json("lora_ran", jobs, job("lora_ran", json!(8)), 400, Some("lora_ran"), "did you mean lora_rank"),
@@ -171,7 +174,12 @@ fn bodies() {
     let server = Server::shared();
     let json = ("content-type", "application/json");
     let deep = [b"{\"model\": ".as_slice(), &b"[".repeat(100_000)].concat();
-    let cases: [(&str, &[u8], &str); 10] = [
+    let cases: [(&str, &[u8], &str); 11] = [
+        (
+            "a key twice",
+            b"{\"model\": \"m\", \"model\": \"n\"}",
+            "twice in one object",
+        ),
         ("empty", b"", "HINT"),
         ("blank", b"  \n", "HINT"),
         ("cut", b"{\"model\": \"m\"", "HINT"),
@@ -339,6 +347,13 @@ fn ignored(server: &Server) -> u64 {
 fn paths_and_methods() {
     let server = Server::shared();
     let cases = [
+        (
+            "GET",
+            "/v1/fine_tuning/jobs?status=failed",
+            400,
+            "choose among their items",
+        ),
+        ("GET", "/v1/fine_tuning/jobs?limti=3", 400, "did you mean 'limit'"),
         ("GET", "/v1/nothing", 404, ""),
         ("GET", "/v2/models", 404, "Invalid URL (GET /v2/models)"),
         ("GET", "/%ff", 404, ""),
@@ -420,7 +435,8 @@ fn files() {
     let good = b"{\"prompt\": \"a\", \"completion\": \" b\"}\n";
     let purpose: Field = ("purpose", None, b"fine-tune");
     #[rustfmt::skip] // one case, one line
-    let cases: [(&str, &[Field], Option<&str>, &str); 13] = [
+    let cases: [(&str, &[Field], Option<&str>, &str); 14] = [
+        ("a key twice", &[purpose, ("file", Some("x.jsonl"), b"{\"text\": \"a\", \"text\": \"b\"}\n")], None, "Line 1: \"text\" is there twice"),
         ("no file", &[purpose], Some("file"), "Missing"),
         ("no purpose", &[("file", Some("x.jsonl"), good)], Some("purpose"), "Missing"),
         ("purpose unknown", &[("purpose", None, b"fun"), ("file", Some("x.jsonl"), good)], Some("purpose"), "fun"),

@@ -334,7 +334,7 @@ fn wrong_starts_are_explained() {
         (
             &["serve", "--data-dir", data, "--port", "0", "--model", gguf],
             None,
-            "GGUF files are not supported yet",
+            "it is cut off",
         ),
         (
             &[
