@@ -224,8 +224,14 @@ impl Config {
             Some(value) => match value.as_str() {
                 Some("silu" | "swish") => Ok(Activation::Silu),
                 Some("gelu") => Ok(Activation::Gelu),
-                Some("gelu_pytorch_tanh" | "gelu_new") => Ok(Activation::GeluTanh),
-                _ => Err(self.wrong(field, "silu, gelu and gelu_pytorch_tanh are supported")),
+                Some("gelu_pytorch_tanh" | "gelu_new" | "gelu_fast") => Ok(Activation::GeluTanh),
+                Some("quick_gelu") => Ok(Activation::QuickGelu),
+                Some("relu") => Ok(Activation::Relu),
+                Some("relu2" | "relu_squared") => Ok(Activation::SquaredRelu),
+                _ => Err(self.wrong(
+                    field,
+                    "silu, gelu, gelu_pytorch_tanh, quick_gelu, relu and relu2 are supported",
+                )),
             },
         }
     }

@@ -72,7 +72,7 @@ fn a_field_is_honoured_or_refused_with_what_it_is() {
         (json!({"per_layer_config": {"0": {"intermediate_size": 8}}}), "layers that differ"),
         (json!({"is_causal": false}), "both directions"),
         (json!({"partial_rotary_factor": 0.5}), "a head rotated in part"),
-        (json!({"hidden_act": "relu"}), "silu, gelu and gelu_pytorch_tanh are supported (it is \"relu\")"),
+        (json!({"hidden_act": "mish"}), "relu and relu2 are supported (it is \"mish\")"),
         (json!({"num_key_value_heads": 3}), "2 attention heads are not a multiple of it"),
         (json!({"head_dim": 7}), "7 is odd"),
         (json!({"hidden_size": 16.5}), "a whole number"),
