@@ -280,7 +280,7 @@ fn what_the_field_asks_is_honoured_harmless_or_refused() {
         // trl.SFTConfig and trl.ModelConfig.
         ("model_init_kwargs", json!({"dtype": "bfloat16"}), Is::Refused("model")),
         ("trust_remote_code", json!(true), Harmless),
-        ("chat_template_path", json!("t.jinja"), Is::Refused("chat_template.jinja")),
+        ("chat_template_path", json!("t.jinja"), Is::Refused("tandem serve --chat-template")),
         ("dataset_text_field", json!("text"), Harmless),
         ("dataset_text_field", json!("content"), Is::Refused("\"text\"")),
         ("dataset_kwargs", json!({"skip_prepare_dataset": true}), Is::Refused("training_file")),
