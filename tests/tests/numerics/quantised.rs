@@ -180,8 +180,13 @@ fn recipes_are_near_the_numbers_and_the_same_on_ranks() {
             .iter()
             .map(|(format, _)| format.to_string())
             .collect();
-        assert_eq!(formats.len(), 2, "{formats:?}");
+        // Embedding and head stay; rows shorter than a group are one.
+        let of_recipe = |format: &String| format.starts_with(recipe.name());
         assert!(formats.contains(&"float32".to_owned()), "{formats:?}");
+        assert!(
+            formats.len() > 1 && formats.iter().all(|format| format == "float32" || of_recipe(format)),
+            "{formats:?}"
+        );
         // Of the largest logit.
         let off = max_difference(&logits(&decoder), &expected) / expected.abs().max().double_value(&[]);
         table.add(recipe.name(), "against the numbers", off, near);
