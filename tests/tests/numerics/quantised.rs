@@ -184,7 +184,10 @@ fn recipes_are_near_the_numbers_and_the_same_on_ranks() {
         let of_recipe = |format: &String| format.starts_with(recipe.name());
         assert!(formats.contains(&"float32".to_owned()), "{formats:?}");
         assert!(
-            formats.len() > 1 && formats.iter().all(|format| format == "float32" || of_recipe(format)),
+            formats.len() > 1
+                && formats
+                    .iter()
+                    .all(|format| format == "float32" || of_recipe(format)),
             "{formats:?}"
         );
         // Of the largest logit.
