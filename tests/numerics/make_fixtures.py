@@ -378,7 +378,9 @@ def wrapped() -> None:
     folder = FIXTURES / "wrapped"
     shutil.rmtree(folder, ignore_errors=True)
     text = AutoModelForCausalLM.from_pretrained(FIXTURES / "gemma3", dtype=torch.float32)
-    config = AutoConfig.for_model("gemma3", text_config=text.config.to_dict(), vision_config=VISION, mm_tokens_per_image=4)
+    parts = text.config.to_dict()
+    parts.pop("_name_or_path", None)
+    config = AutoConfig.for_model("gemma3", text_config=parts, vision_config=VISION, mm_tokens_per_image=4)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     model.model.language_model.load_state_dict(text.model.state_dict())
     model.tie_weights()
