@@ -378,6 +378,7 @@ def wrapped() -> None:
     folder = FIXTURES / "wrapped"
     shutil.rmtree(folder, ignore_errors=True)
     text = AutoModelForCausalLM.from_pretrained(FIXTURES / "gemma3", dtype=torch.float32)
+    torch.manual_seed(0)
     parts = text.config.to_dict()
     parts.pop("_name_or_path", None)
     config = AutoConfig.for_model("gemma3", text_config=parts, vision_config=VISION, mm_tokens_per_image=4)
