@@ -338,7 +338,7 @@ impl DecoderSpec {
     /// Every name an adapter may target, in order: what `all-linear` means. (Routers stay as they are unless they are named.)
     pub fn lora_targets(&self) -> Vec<String> {
         let mut names: Vec<String> = vec![];
-        let linears = self.linears().filter(|(_, linear)| linear.cut != Cut::Whole);
+        let linears = self.linears().filter(|(_, linear)| !linear.routes());
         for part in linears.flat_map(|(_, linear)| &linear.parts) {
             if !names.iter().any(|name| name == part.name) {
                 names.push(part.name.to_owned());
@@ -478,6 +478,11 @@ impl LinearSpec {
             cut,
             parts: parts.into_iter().map(part).collect(),
         }
+    }
+
+    /// Whether it says what others are multiplied with: too little to save bits on, and too much to round.
+    pub fn routes(&self) -> bool {
+        self.cut == Cut::Whole
     }
 
     /// Outputs.

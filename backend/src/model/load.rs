@@ -21,7 +21,7 @@ use super::norm::{Norm, Spread};
 use super::sublayer::{Body, Sublayer};
 use crate::family::shard::{Layout, Shard};
 use crate::family::{
-    self, Among, Bias, Cut, DecoderSpec, Head, LinearId, MlpSpec, NormId, NormSpec, Param, ParamId, Source,
+    self, Among, Bias, DecoderSpec, Head, LinearId, MlpSpec, NormId, NormSpec, Param, ParamId, Source,
 };
 use crate::weights::{Checkpoint, LoadError, Matrix};
 
@@ -152,12 +152,7 @@ impl Decoder {
             let numbers = stacked(id, &read)?.dense();
             Ok(numbers.to_device(device).to_kind(Kind::Float))
         };
-        // Which experts a row goes to is too little to save and too much to round.
-        let routers: HashSet<LinearId> = spec
-            .linears()
-            .filter(|(_, linear)| linear.cut == Cut::Whole)
-            .map(|(id, _)| id)
-            .collect();
+        let routers = routers(&spec);
         let packed = |id: ParamId| -> Result<Weight, LoadError> {
             let matrix = match (id, recipe) {
                 // A row is quantised as a whole, so that it is the same on any number of ranks.
@@ -362,6 +357,12 @@ impl Decoder {
     }
 }
 
+/// What no recipe rounds.
+fn routers(spec: &DecoderSpec) -> HashSet<LinearId> {
+    let routers = spec.linears().filter(|(_, linear)| linear.routes());
+    routers.map(|(id, _)| id).collect()
+}
+
 /// Bytes of a rank's matrices before they are read. `quantised_bytes`: of the checkpoint's whole parameter of this name.
 pub fn planned_bytes(
     spec: &DecoderSpec,
@@ -369,6 +370,7 @@ pub fn planned_bytes(
     options: WeightOptions,
     quantised_bytes: impl Fn(&str) -> Option<u64>,
 ) -> u64 {
+    let routers = routers(spec);
     let of = |param: Param| -> f64 {
         if param.shape.len() == 1 {
             return 0.0;
@@ -378,10 +380,16 @@ pub fn planned_bytes(
                 piece.rows.end - piece.rows.start,
                 piece.columns.end - piece.columns.start,
             );
-            let whole: i64 = piece.shape.iter().product();
+            // Of the tensor, which may hold other experts too.
+            let whole = match &piece.among {
+                None => piece.shape.iter().product(),
+                Some(among) => among.experts * among.outputs * piece.shape[1],
+            };
             match (quantised_bytes(&piece.name), options.recipe, param.id) {
                 (Some(bytes), ..) => bytes as f64 * (n * k) as f64 / whole as f64,
-                (None, Some(recipe), ParamId::Linear(_)) => recipe.bytes(n as u64, k as u64) as f64,
+                (None, Some(recipe), ParamId::Linear(id)) if !routers.contains(&id) => {
+                    recipe.bytes(n as u64, k as u64) as f64
+                }
                 _ => (n * k) as f64 * options.precision.value_bytes() as f64,
             }
         };
