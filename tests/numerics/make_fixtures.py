@@ -248,18 +248,8 @@ def variant(name: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     checkpoint(name, folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    vocab = model.config.vocab_size
-    draw = numpy.random.default_rng([*name.encode(), 2])
-    prompts = {"short": draw.integers(3, vocab, 5).tolist(), "long": draw.integers(3, vocab, 41).tolist()}
-    examples = [random_example(draw, vocab, length) for length in (12, 33, 7)]
-
-    tensors: dict[str, torch.Tensor] = {}
-    numbers: dict = {"prompts": prompts, "examples": examples}
-    with torch.no_grad():
-        for prompt, tokens in prompts.items():
-            tensors[f"logits.{prompt}"] = logits(model, tokens)
-        numbers["loss"] = weighted_loss(model, examples).item()
-
+    draw, tensors, numbers = asked(name, model)
+    vocab, prompts, examples = model.config.vocab_size, numbers["prompts"], numbers["examples"]
     for adapter, config in ADAPTERS.items():
         if adapter == "all" or name in WITH_SOME:
             lora(name, adapter, config, folder, prompts, examples, tensors, numbers)
@@ -272,6 +262,26 @@ def variant(name: str) -> None:
     save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "expected.safetensors")
     write_json(folder / "expected.json", numbers)
     print(f"{name}: loss {numbers['loss']:.6f}", flush=True)
+
+
+def asked(name: str, model) -> tuple[numpy.random.Generator, dict, dict]:
+    """What is drawn to ask a model, and its answers: further draws, tensors, numbers."""
+    vocab = model.config.vocab_size
+    draw = numpy.random.default_rng([*name.encode(), 2])
+    prompts = {"short": draw.integers(3, vocab, 5).tolist(), "long": draw.integers(3, vocab, 41).tolist()}
+    examples = [random_example(draw, vocab, length) for length in (12, 33, 7)]
+    with torch.no_grad():
+        tensors = {f"logits.{prompt}": logits(model, tokens) for prompt, tokens in prompts.items()}
+        loss = weighted_loss(model, examples).item()
+    return draw, tensors, {"prompts": prompts, "examples": examples, "loss": loss}
+
+
+def draw_adapter(model, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.normal_(0.0, 0.1 if "lora_B" in key else parameter.shape[1] ** -0.5, generator=generator)
 
 
 def checkpoint(name: str, folder: pathlib.Path) -> None:
@@ -327,16 +337,9 @@ def family(name: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     drawn(name, model_type, options).save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    vocab = model.config.vocab_size
-    draw = numpy.random.default_rng([*name.encode(), 2])
-    prompts = {"short": draw.integers(3, vocab, 5).tolist(), "long": draw.integers(3, vocab, 41).tolist()}
-    examples = [random_example(draw, vocab, length) for length in (12, 33, 7)]
-    tensors: dict[str, torch.Tensor] = {}
-    numbers: dict = {"prompts": prompts, "examples": examples}
+    draw, tensors, numbers = asked(name, model)
+    vocab, prompts, examples = model.config.vocab_size, numbers["prompts"], numbers["examples"]
     with torch.no_grad():
-        for prompt, tokens in prompts.items():
-            tensors[f"logits.{prompt}"] = logits(model, tokens)
-        numbers["loss"] = weighted_loss(model, examples).item()
         numbers["greedy"] = greedy(model, prompts["long"], 12)
     full_gradients(model, examples, tensors)
     targets = sorted({part for _, parts in linears for part in parts})
@@ -394,11 +397,8 @@ def wrapped() -> None:
     assert (tensors["logits.long"] - same).abs().max() < 1e-5
     options = dict(r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|v_proj|down_proj)")
     tuned = get_peft_model(model, LoraConfig(**options)).eval()
-    generator = torch.Generator().manual_seed(1)
+    draw_adapter(tuned, 1)
     with torch.no_grad():
-        for key, parameter in tuned.named_parameters():
-            if "lora_" in key:
-                parameter.normal_(0.0, 0.1 if "lora_B" in key else parameter.shape[1] ** -0.5, generator=generator)
         tensors["all.logits.long"] = logits(tuned, numbers["prompts"]["long"])
     save_adapter(tuned, folder / "adapter-all")
     save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "expected.safetensors")
@@ -473,11 +473,7 @@ def weighted_loss(model, examples: list[dict]) -> torch.Tensor:
 def lora(name, adapter, config, folder, prompts, examples, tensors, numbers) -> None:
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **config)).eval()
-    generator = torch.Generator().manual_seed(sum((name + adapter).encode()))
-    for key, parameter in model.named_parameters():
-        if "lora_" in key:
-            with torch.no_grad():
-                parameter.normal_(0.0, 0.1 if "lora_B" in key else parameter.shape[1] ** -0.5, generator=generator)
+    draw_adapter(model, sum((name + adapter).encode()))
     save_adapter(model, folder / f"adapter-{adapter}")
     with torch.no_grad():
         tensors[f"{adapter}.logits.long"] = logits(model, prompts["long"])

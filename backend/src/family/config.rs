@@ -200,10 +200,14 @@ impl Config {
     }
 
     pub fn bias(&self, field: &str) -> Result<Bias, LoadError> {
-        Ok(if self.flag(field)? {
-            Bias::With
-        } else {
-            Bias::Without
+        self.bias_or(field, false)
+    }
+
+    /// Whether there are biases where the field is absent or null: `default`.
+    pub fn bias_or(&self, field: &str, default: bool) -> Result<Bias, LoadError> {
+        Ok(match self.flag_or(field, default)? {
+            true => Bias::With,
+            false => Bias::Without,
         })
     }
 

@@ -38,10 +38,7 @@ fn spec(
     finish: impl Fn(&str, Sublayer, &dyn Fn(&str) -> super::NormSpec) -> Sublayer,
 ) -> Result<DecoderSpec, LoadError> {
     let sizes = Sizes::read(config, DEFAULTS)?;
-    let qkv_bias = match config.flag_or("attention_bias", true)? {
-        true => Bias::With,
-        false => Bias::Without,
-    };
+    let qkv_bias = config.bias_or("attention_bias", true)?;
     let activation = config.activation("hidden_act", Activation::Silu)?;
     let norms = Norms {
         kind: NormKind::Rms,

@@ -25,10 +25,7 @@ const DEFAULTS: Defaults = Defaults {
 
 pub(super) fn spec(config: &Config) -> Result<DecoderSpec, LoadError> {
     let sizes = Sizes::read(config, DEFAULTS)?;
-    let bias = match config.flag_or("attention_bias", true)? {
-        true => Bias::With,
-        false => Bias::Without,
-    };
+    let bias = config.bias_or("attention_bias", true)?;
     let window = sizes.seen(config.window(Some(128))?);
     let sliding = config.sliding_layers(sizes.layers, |i| i % 2 == 0)?;
     let experts = config.size("num_local_experts", 128)?;

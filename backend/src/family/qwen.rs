@@ -64,16 +64,19 @@ fn spec(
 }
 
 /// Of each layer: none unless `use_sliding_window`, then from layer `max_window_layers` on.
-pub(super) fn windows(config: &Config, sizes: &Sizes) -> Result<Vec<Option<i64>>, LoadError> {
-    let window = config.window(Some(4096))?;
-    let window = match config.flag("use_sliding_window")? {
-        true => sizes.seen(window),
-        false => None,
-    };
+fn windows(config: &Config, sizes: &Sizes) -> Result<Vec<Option<i64>>, LoadError> {
+    let window = window(config, sizes)?;
     let first = config.count("max_window_layers", 28)?;
     let sliding = config.sliding_layers(sizes.layers, |i| window.is_some() && i >= first)?;
     Ok(sliding
         .into_iter()
         .map(|sliding| window.filter(|_| sliding))
         .collect())
+}
+
+/// None unless `use_sliding_window`.
+pub(super) fn window(config: &Config, sizes: &Sizes) -> Result<Option<i64>, LoadError> {
+    let window = config.window(Some(4096))?;
+    let on = config.flag("use_sliding_window")?;
+    Ok(sizes.seen(window).filter(|_| on))
 }

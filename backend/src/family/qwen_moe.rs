@@ -8,7 +8,7 @@ use super::config::Config;
 use super::rope::RopeDefaults;
 use super::sizes::{Defaults, Norms, Sizes};
 use super::spec::GATED;
-use super::{AttnSpec, Bias, Body, DecoderSpec, ExpertsSpec, MlpSpec, NormKind, SharedExpert};
+use super::{AttnSpec, Bias, Body, DecoderSpec, ExpertsSpec, MlpSpec, NormKind, SharedExpert, qwen};
 use crate::weights::LoadError;
 
 const DEFAULTS: Defaults = Defaults {
@@ -24,14 +24,11 @@ const DEFAULTS: Defaults = Defaults {
 
 pub(super) fn qwen2(config: &Config) -> Result<DecoderSpec, LoadError> {
     let sizes = Sizes::read(config, DEFAULTS)?;
-    let qkv_bias = match config.flag_or("qkv_bias", true)? {
-        true => Bias::With,
-        false => Bias::Without,
-    };
+    let qkv_bias = config.bias_or("qkv_bias", true)?;
     let shared = config.size("shared_expert_intermediate_size", 5632)?;
     let experts = Experts::read(config, &sizes, [60, 4, 1408], Some(shared))?;
     // Every second of the lower layers, not the upper ones as without experts.
-    let window = window(config, &sizes)?;
+    let window = qwen::window(config, &sizes)?;
     let lower = config.count("max_window_layers", 28)?;
     let sliding = config.sliding_layers(sizes.layers, |i| i % 2 == 0 && i < lower)?;
     let attention = |i: i64, _: Norms, module: &str| AttnSpec {
@@ -53,7 +50,7 @@ pub(super) fn qwen3(config: &Config) -> Result<DecoderSpec, LoadError> {
     )?;
     let bias = config.bias("attention_bias")?;
     let experts = Experts::read(config, &sizes, [128, 8, 768], None)?;
-    let window = window(config, &sizes)?;
+    let window = qwen::window(config, &sizes)?;
     config.count("max_window_layers", 0)?;
     let attention = |_, norms, module: &str| AttnSpec {
         window,
@@ -61,12 +58,6 @@ pub(super) fn qwen3(config: &Config) -> Result<DecoderSpec, LoadError> {
         ..sizes.attention(module, bias, bias)
     };
     spec(config, sizes, experts, attention)
-}
-
-fn window(config: &Config, sizes: &Sizes) -> Result<Option<i64>, LoadError> {
-    let window = config.window(Some(4096))?;
-    let on = config.flag("use_sliding_window")?;
-    Ok(sizes.seen(window).filter(|_| on))
 }
 
 fn spec(

@@ -23,10 +23,7 @@ const DEFAULTS: Defaults = Defaults {
 pub(super) fn spec(config: &Config) -> Result<DecoderSpec, LoadError> {
     let sizes = Sizes::read(config, DEFAULTS)?;
     let window = sizes.seen(config.window(None)?);
-    let bias = match config.flag_or("use_bias", true)? {
-        true => Bias::With,
-        false => Bias::Without,
-    };
+    let bias = config.bias_or("use_bias", true)?;
     let activation = config.activation("hidden_act", Activation::GeluTanh)?;
     let norms = Norms {
         kind: NormKind::Layer { bias: Bias::With },

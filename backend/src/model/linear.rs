@@ -147,11 +147,8 @@ impl<'a> Saving<'a> {
     /// What the branch of a linear reads of its input.
     fn dropped(&self, x: &Tensor, id: LinearId) -> Tensor {
         match self.trainable {
-            Trainable::Lora {
-                dropout: Some(dropout),
-                ..
-            } => self.decoder.dropped(x, dropout, id),
-            _ => x.shallow_clone(),
+            Trainable::Lora { dropout, .. } => self.decoder.dropped(x, dropout, id),
+            Trainable::Full => x.shallow_clone(),
         }
     }
 }
@@ -226,10 +223,7 @@ impl Backward<'_> {
             })
             .collect();
         let dshrunk = Tensor::cat(&dshrunk, 1);
-        let dropped = |x: &Tensor| match dropout {
-            Some(dropout) => self.decoder.dropped(x, dropout, id),
-            None => x.shallow_clone(),
-        };
+        let dropped = |x: &Tensor| self.decoder.dropped(x, dropout, id);
         let a = grads.a(shape).narrow(1, held.inputs.start, held.n_inputs());
         add(&a, matmul::tn(&dshrunk, &dropped(x)));
         Some(dropped(&linear_backward(&dshrunk, &module.a)))
@@ -238,7 +232,10 @@ impl Backward<'_> {
 
 impl Decoder {
     /// A LoRA branch's input, with some elements dropped: each linear drops its own.
-    fn dropped(&self, x: &Tensor, dropout: Dropout, id: LinearId) -> Tensor {
-        dropout.apply(x, id, self.layout.linear(id).inputs.start)
+    fn dropped(&self, x: &Tensor, dropout: Option<Dropout>, id: LinearId) -> Tensor {
+        match dropout {
+            Some(dropout) => dropout.apply(x, id, self.layout.linear(id).inputs.start),
+            None => x.shallow_clone(),
+        }
     }
 }
