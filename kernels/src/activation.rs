@@ -2,8 +2,7 @@
 
 use tch::Tensor;
 
-use crate::slice::RowsMut;
-use crate::vector::{exp, in_chunks, rows, rows_mut, uninit, vectorised};
+use crate::vector::{exp, map_rows, rows, vectorised};
 
 /// The functions config.json calls `hidden_act`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,17 +99,6 @@ pub fn sigmoid(x: &Tensor) -> Tensor {
         return x.sigmoid();
     };
     map_rows(from.rows, from.width, |row, y| sigmoid_row(from.row(row), y))
-}
-
-/// A new [n, width], each row written by `write`.
-fn map_rows(n: usize, width: usize, write: impl Fn(usize, &mut [f32]) + Sync) -> Tensor {
-    let mut y = uninit(n, width);
-    let to: RowsMut = rows_mut(&mut y);
-    in_chunks(n, width, |rows| {
-        // SAFETY: the row is this task's alone.
-        rows.for_each(|row| write(row, unsafe { to.row(row) }));
-    });
-    y
 }
 
 /// [`gated`] in plain tch, on any device.

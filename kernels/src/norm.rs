@@ -12,7 +12,7 @@ use tch::Tensor;
 
 use crate::pool;
 use crate::slice::Rows;
-use crate::vector::{dot, in_chunks, rows, rows_mut, uninit, vector, vectorised};
+use crate::vector::{dot, map_rows, rows, rows_mut, uninit, vector, vectorised};
 
 /// x / sqrt(mean(x^2) + eps) * weight. `x` is [T, n H] and `weight` [H]: every run of H columns is a norm of its own
 /// (n = 1 before a block, n = heads for the norm of queries and keys). The result is [T, n H].
@@ -21,18 +21,11 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
         return rms_norm_reference(x, weight, eps);
     };
     let width = group_width(from.width, weight_row.len());
-    let mut y = uninit(from.rows, from.width);
-    let to = rows_mut(&mut y);
-    in_chunks(from.rows, from.width, |rows| {
-        for row in rows {
-            // SAFETY: the row is this task's alone.
-            let y = unsafe { to.row(row) };
-            for (x, y) in from.row(row).chunks_exact(width).zip(y.chunks_exact_mut(width)) {
-                norm_row(x, weight_row, eps as f32, y);
-            }
+    map_rows(from.rows, from.width, |row, y| {
+        for (x, y) in from.row(row).chunks_exact(width).zip(y.chunks_exact_mut(width)) {
+            norm_row(x, weight_row, eps as f32, y);
         }
-    });
-    y
+    })
 }
 
 /// The gradients of [`rms_norm`] from `dy` [T, n H]: dx [T, n H] and dweight [H].
@@ -54,22 +47,15 @@ pub fn rms_norm_backward_input(x: &Tensor, weight: &Tensor, eps: f64, dy: &Tenso
         "dy does not match x"
     );
     let width = group_width(from.width, weight_row.len());
-    let mut dx = uninit(from.rows, from.width);
-    let to = rows_mut(&mut dx);
-    in_chunks(from.rows, from.width, |rows| {
-        for row in rows {
-            // SAFETY: the row is this task's alone.
-            let dx = unsafe { to.row(row) };
-            let groups = from
-                .row(row)
-                .chunks_exact(width)
-                .zip(grad.row(row).chunks_exact(width));
-            for ((x, dy), dx) in groups.zip(dx.chunks_exact_mut(width)) {
-                backward_row(x, weight_row, eps as f32, dy, dx);
-            }
+    map_rows(from.rows, from.width, |row, dx| {
+        let groups = from
+            .row(row)
+            .chunks_exact(width)
+            .zip(grad.row(row).chunks_exact(width));
+        for ((x, dy), dx) in groups.zip(dx.chunks_exact_mut(width)) {
+            backward_row(x, weight_row, eps as f32, dy, dx);
         }
-    });
-    dx
+    })
 }
 
 /// dweight [H] alone. Its sum over rows runs in one order.

@@ -202,6 +202,17 @@ pub(crate) fn in_chunks(n: usize, width: usize, f: impl Fn(Range<usize>) + Sync)
     });
 }
 
+/// A new [n, width], each row written by `write`.
+pub(crate) fn map_rows(n: usize, width: usize, write: impl Fn(usize, &mut [f32]) + Sync) -> Tensor {
+    let mut y = uninit(n, width);
+    let to: RowsMut = rows_mut(&mut y);
+    in_chunks(n, width, |rows| {
+        // SAFETY: the row is this task's alone.
+        rows.for_each(|row| write(row, unsafe { to.row(row) }));
+    });
+    y
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use crate::vector::{dot, in_chunks, rows, rows_mut, sum_of, uninit, vector, vectorised};
+use crate::vector::{dot, in_chunks, map_rows, rows, rows_mut, sum_of, uninit, vector, vectorised};
 
 use super::{group_width, sum_over_rows};
 
@@ -17,18 +17,11 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) 
     if let Some(bias) = bias_row {
         assert_eq!(bias.len(), width, "bias and weight differ in length");
     }
-    let mut y = uninit(from.rows, from.width);
-    let to = rows_mut(&mut y);
-    in_chunks(from.rows, from.width, |rows| {
-        for row in rows {
-            // SAFETY: the row is this task's alone.
-            let y = unsafe { to.row(row) };
-            for (x, y) in from.row(row).chunks_exact(width).zip(y.chunks_exact_mut(width)) {
-                norm_row(x, weight_row, bias_row, eps as f32, y);
-            }
+    map_rows(from.rows, from.width, |row, y| {
+        for (x, y) in from.row(row).chunks_exact(width).zip(y.chunks_exact_mut(width)) {
+            norm_row(x, weight_row, bias_row, eps as f32, y);
         }
-    });
-    y
+    })
 }
 
 /// dx [T, n H] of [`layer_norm`] from `dy` [T, n H]; the bias does not matter.
