@@ -45,6 +45,10 @@ pub enum Command {
     Download(Download),
     /// Write a model anew in fewer bits
     Quantize(Quantize),
+    /// Copy what a server keeps, while it runs
+    Backup(Backup),
+    /// Make a data folder of such a copy
+    Restore(Restore),
     /// Say what this machine offers and what is missing
     Doctor,
     /// Ask a running server, router or backend how it is; the exit code answers
@@ -260,6 +264,50 @@ pub struct StateOptions {
     /// them see [default: SQLite in --data-dir]
     #[arg(long, value_name = "URL", hide_env_values = true)]
     pub database_url: Option<String>,
+    /// Start although the database is new, or older than the files and adapters beside it: what it does not know of moves to
+    /// DATA_DIR/quarantine. Without this such a start is refused
+    #[arg(long)]
+    pub quarantine_strays: bool,
+}
+
+/// Database, files, adapters and the states of running jobs as one folder, with a list of their digests. The server that
+/// uses the data folder may go on. A Postgres is copied by its own tools.
+#[derive(Clone, Debug, Args)]
+pub struct Backup {
+    /// A folder to make
+    #[arg(value_name = "DIR")]
+    pub target: PathBuf,
+    /// That of the server
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "TANDEM_DATA_DIR",
+        default_value = "./tandem-data"
+    )]
+    pub data_dir: PathBuf,
+    /// That of the server: what lies there is fetched into the copy
+    #[arg(long, value_name = "URL", env = "TANDEM_ARTIFACT_URL")]
+    pub artifact_url: Option<String>,
+    /// Refused: pg_dump copies it
+    #[arg(long, value_name = "URL", env = "TANDEM_DATABASE_URL", hide_env_values = true)]
+    pub database_url: Option<String>,
+}
+
+/// Every file is held against the digest in the copy. A server started on the folder answers by the same adapters and goes
+/// on with the jobs; it needs no --artifact-url.
+#[derive(Clone, Debug, Args)]
+pub struct Restore {
+    /// A folder that `tandem backup` made
+    #[arg(value_name = "DIR")]
+    pub source: PathBuf,
+    /// A folder to make: new, or empty
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "TANDEM_DATA_DIR",
+        default_value = "./tandem-data"
+    )]
+    pub data_dir: PathBuf,
 }
 
 /// The process.

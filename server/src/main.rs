@@ -68,6 +68,8 @@ fn run() -> Result<ExitCode> {
         }
         Command::Download(download) => commands::download::run(&download)?,
         Command::Quantize(quantize) => commands::quantize::run(&quantize)?,
+        Command::Backup(options) => commands::backup::backup(options)?,
+        Command::Restore(options) => commands::backup::restore(&options)?,
         Command::Doctor => print!("{}", doctor::report()),
         Command::Rank(rank) => ranks::run(&rank)?,
         Command::Openapi => print!("{}", app::document()),

@@ -14,6 +14,8 @@ pub mod files {
     pub const VALID: &str = "valid.tokens";
     /// Step, cursor, moments and adapter of the last checkpoint; replaced atomically.
     pub const STATE: &str = "state.safetensors";
+    /// The state before that one, for when it is damaged.
+    pub const EARLIER_STATE: &str = "state.earlier.safetensors";
     /// Prefix of checkpoint PEFT folders: `checkpoint-<step>`.
     pub const CHECKPOINT: &str = "checkpoint-";
     /// The finished PEFT folder.

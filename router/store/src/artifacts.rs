@@ -14,7 +14,8 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use crate::blocking;
 use crate::error::StoreError;
-use crate::folders::{self, CONFIG, Folders, Placement, README, TENSORS, Tenancy};
+use crate::folders::{self, CONFIG, Folders, IDENTITY, Placement, README, StagedAdapter, TENSORS, Tenancy};
+use crate::identity::Identity;
 use crate::remote::Remote;
 
 /// Written last, deleted first.
@@ -88,6 +89,9 @@ impl Artifacts {
                     .transpose()?
             }
         };
+        if remote.is_some() && !folders.identity().exists() && folders.is_bare()? {
+            folders.become_cache()?;
+        }
         Ok(Artifacts::with_remote(folders, remote))
     }
 
@@ -102,6 +106,58 @@ impl Artifacts {
     /// Whether other processes see the same artifacts by another way than this folder.
     pub(crate) fn is_cached(&self) -> bool {
         self.remote.is_some()
+    }
+
+    /// Where they lie, for messages.
+    pub(crate) fn place(&self) -> String {
+        match &self.remote {
+            None => self.folders.root().display().to_string(),
+            Some(remote) => remote.url().to_owned(),
+        }
+    }
+
+    /// What the place says of itself.
+    pub(crate) async fn identity(&self) -> Result<Option<Identity>, StoreError> {
+        let text = match &self.remote {
+            Some(remote) => remote.read(&[IDENTITY]).await?,
+            None => match tokio::fs::read(self.folders.identity()).await {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+                read => Some(read.map_err(crate::error::io_at("reading", &self.folders.identity()))?),
+            },
+        };
+        let parse = |text: Vec<u8>| {
+            serde_json::from_slice(&text)
+                .map_err(|error| StoreError::Damaged(format!("{IDENTITY} in {}: {error}", self.place())))
+        };
+        text.map(parse).transpose()
+    }
+
+    pub(crate) async fn identify(&self, identity: &Identity) -> Result<(), StoreError> {
+        let text = serde_json::to_string(identity).expect("plain data are JSON");
+        if let Some(remote) = &self.remote {
+            return remote.mark(&[IDENTITY], &text).await;
+        }
+        let (staged, folders) = (self.folders.staging(), self.folders.clone());
+        blocking(move || {
+            std::fs::write(&staged, text).map_err(crate::error::io_at("writing", &staged))?;
+            folders.publish_file(&staged, &folders.identity()).map(drop)
+        })
+        .await
+    }
+
+    /// Whether the place holds no artifact.
+    pub(crate) async fn is_bare(&self) -> Result<bool, StoreError> {
+        match &self.remote {
+            None => self.folders.is_bare(),
+            Some(remote) => {
+                for kind in Folders::KINDS {
+                    if remote.has_any(&[kind]).await? {
+                        return Ok(false);
+                    }
+                }
+                Ok(true)
+            }
+        }
     }
 
     /// Ask the shared place whether it answers, when there is one.
@@ -173,38 +229,51 @@ impl Artifacts {
         .await
     }
 
-    /// Bring a PEFT folder into the store. The same adapter twice is one.
-    pub async fn publish_adapter(
+    /// Read a PEFT folder, for [`Artifacts::publish_adapter`].
+    pub(crate) async fn stage_adapter(
         &self,
         source: &Path,
         placement: Placement,
-    ) -> Result<AdapterDigest, StoreError> {
+    ) -> Result<StagedAdapter, StoreError> {
         let (folders, source) = (self.folders.clone(), source.to_owned());
-        let digest = blocking(move || folders.publish_adapter(&source, placement)).await?;
+        blocking(move || folders.stage_adapter(&source, placement)).await
+    }
+
+    /// Bring a PEFT folder into the store. The same adapter twice is one.
+    pub(crate) async fn publish_adapter(&self, staged: StagedAdapter) -> Result<AdapterDigest, StoreError> {
+        let digest = staged.digest;
+        let folders = self.folders.clone();
+        let folder = blocking(move || folders.place_adapter(staged.folder(), &digest)).await?;
         if let Some(remote) = &self.remote {
-            let (hex, folder) = (digest.to_string(), self.folders.adapter(&digest));
+            let hex = digest.to_string();
             if !remote.has(&["adapters", &hex, COMPLETE]).await? {
                 for name in [CONFIG, TENSORS, README] {
                     if name != README || folder.join(name).exists() {
                         remote.put(&folder.join(name), &["adapters", &hex, name]).await?;
                     }
                 }
-                remote.mark(&["adapters", &hex, COMPLETE]).await?;
+                remote.mark(&["adapters", &hex, COMPLETE], "complete\n").await?;
             }
         }
         Ok(digest)
     }
 
-    /// See that the store has an adapter that a replica made: it is there already when the replica's process put it
-    /// there, else it is published from the folder it names.
+    /// See that the shared store has an adapter that a replica made. Where the folder is all there is, its owner finds it
+    /// in the job's folder and writes its row first.
     pub async fn keep_adapter(&self, adapter: &AdapterRef) -> Result<AdapterDigest, StoreError> {
-        patiently(|| self.keep_adapter_now(adapter)).await
+        match &self.remote {
+            None => Ok(adapter.digest),
+            Some(_) => patiently(|| self.keep_adapter_now(adapter)).await,
+        }
     }
 
     pub(crate) async fn keep_adapter_now(&self, adapter: &AdapterRef) -> Result<AdapterDigest, StoreError> {
         match self.has_adapter(&adapter.digest).await? {
             true => Ok(adapter.digest),
-            false => self.publish_adapter(&adapter.folder, Placement::Link).await,
+            false => {
+                let staged = self.stage_adapter(&adapter.folder, Placement::Link).await?;
+                self.publish_adapter(staged).await
+            }
         }
     }
 
@@ -333,6 +402,37 @@ impl Artifacts {
     /// Where the router writes the datasets of a job, for [`Artifacts::push_datasets`].
     pub(crate) fn job_folder(&self, id: &str) -> PathBuf {
         self.folders.job(id)
+    }
+
+    /// The files from which a job that has not ended goes on, by their names in its folder: datasets and the last states.
+    pub(crate) async fn job_files(
+        &self,
+        id: &str,
+        saved: Option<(u64, u64)>,
+    ) -> Result<Vec<(PathBuf, PathBuf)>, StoreError> {
+        let job = self.folders.job(id);
+        let Some(remote) = &self.remote else {
+            let folders = self.folders.clone();
+            let id = id.to_owned();
+            return blocking(move || folders.job_files(&id)).await;
+        };
+        let mut found = vec![];
+        for name in [files::TRAIN, files::VALID] {
+            if self.fetch(remote, &["jobs", id, name], &job.join(name)).await? {
+                found.push((name.into(), job.join(name)));
+            }
+        }
+        if let Some((epoch, step)) = saved {
+            let path = self.folders.staging();
+            let (life, epoch, step) = (folders::life_name(epoch), epoch.to_string(), step.to_string());
+            if remote
+                .get(&["jobs", id, &epoch, &step, files::STATE], &path)
+                .await?
+            {
+                found.push((Path::new(&life).join(files::STATE), path));
+            }
+        }
+        Ok(found)
     }
 
     /// Let other processes see the datasets in the job's folder.

@@ -6,19 +6,21 @@ use std::sync::Once;
 use std::time::{Duration, Instant};
 
 use sqlx::any::AnyPoolOptions;
-use sqlx::{Any, AnyPool, Executor, Transaction};
+use sqlx::{Any, AnyConnection, AnyPool, Connection, Executor, Transaction};
 
-use crate::error::StoreError;
+use crate::error::{StoreError, is_corrupt};
 use crate::health::{Health, PROBE_TIMEOUT, Part};
 
 /// In order, forward only: the n-th brings version n - 1 to version n.
 const SQLITE: &[&str] = &[
     include_str!("../migrations/sqlite/0001_first.sql"),
     include_str!("../migrations/sqlite/0002_leases.sql"),
+    include_str!("../migrations/sqlite/0003_identity.sql"),
 ];
 const POSTGRES: &[&str] = &[
     include_str!("../migrations/postgres/0001_first.sql"),
     include_str!("../migrations/postgres/0002_leases.sql"),
+    include_str!("../migrations/postgres/0003_identity.sql"),
 ];
 /// Readers go on while one writes (WAL); writers queue.
 const SQLITE_CONNECTIONS: u32 = 4;
@@ -50,6 +52,8 @@ pub(crate) struct Database {
     /// Only for [`Database::pool`] and for tests.
     pub raw_pool: AnyPool,
     pub dialect: Dialect,
+    /// A path, or a URL without its password.
+    pub name: String,
     pub health: Health,
     /// One connection of its own for the probe of a database elsewhere: requests that wait for each other do not look like
     /// a database that is away.
@@ -86,11 +90,10 @@ impl Database {
     }
 
     async fn open(url: &str, dialect: Dialect, shown: &str) -> Result<Database, StoreError> {
-        static DRIVERS: Once = Once::new();
-        DRIVERS.call_once(|| {
-            sqlx::any::install_drivers(&[sqlx::sqlite::any::DRIVER, sqlx::postgres::any::DRIVER])
-                .expect("only this line installs drivers");
-        });
+        install_drivers();
+        if dialect == Dialect::Sqlite {
+            check_sqlite(url, shown).await?;
+        }
         let (setup, connections, acquire) = match dialect {
             Dialect::Sqlite => (SQLITE_SETUP, SQLITE_CONNECTIONS, SQLITE_ACQUIRE),
             Dialect::Postgres => (POSTGRES_SETUP, POSTGRES_CONNECTIONS, POSTGRES_ACQUIRE),
@@ -101,6 +104,8 @@ impl Database {
             .after_connect(move |connection, _| {
                 Box::pin(async move { connection.execute(setup).await.map(drop) })
             })
+            // Where the end of a transaction failed, as on a full disk, the connection believes itself within one for ever.
+            .before_acquire(|connection, _| Box::pin(async move { Ok(!connection.is_in_transaction()) }))
             .connect(url)
             .await
             .map_err(|source| StoreError::Connect {
@@ -119,6 +124,7 @@ impl Database {
         let database = Database {
             raw_pool,
             dialect,
+            name: shown.to_owned(),
             health: Health::new(Part::Database),
             probe_pool,
         };
@@ -223,6 +229,55 @@ impl Database {
             Dialect::Postgres => "SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT)",
         };
         Ok(sqlx::query_scalar(sql).fetch_one(&mut **tx).await?)
+    }
+}
+
+fn install_drivers() {
+    static DRIVERS: Once = Once::new();
+    DRIVERS.call_once(|| {
+        sqlx::any::install_drivers(&[sqlx::sqlite::any::DRIVER, sqlx::postgres::any::DRIVER])
+            .expect("only this line installs drivers");
+    });
+}
+
+/// A connection to a SQLite file of any version; `mode` as in its URL.
+pub(crate) async fn connect(path: &Path, mode: &str) -> Result<AnyConnection, StoreError> {
+    install_drivers();
+    let url = format!("sqlite://{}?mode={mode}", percent_encoded(path));
+    let connected = async {
+        let mut connection = AnyConnection::connect(&url).await?;
+        connection.execute("PRAGMA busy_timeout = 10000").await?;
+        Ok(connection)
+    };
+    connected.await.map_err(|source| StoreError::Connect {
+        url: path.display().to_string(),
+        source,
+    })
+}
+
+/// Reads the whole file once, with an error that says what is wrong with it. (A pool would try until its time is up.)
+async fn check_sqlite(url: &str, shown: &str) -> Result<(), StoreError> {
+    let checked = async {
+        let mut connection = AnyConnection::connect(url).await?;
+        connection.execute(SQLITE_SETUP).await?;
+        let found: String = sqlx::query_scalar("PRAGMA quick_check(1)")
+            .fetch_one(&mut connection)
+            .await?;
+        connection.close().await?;
+        Ok::<String, sqlx::Error>(found)
+    };
+    let corrupt = |what: String| StoreError::Corrupt {
+        path: shown.to_owned(),
+        what,
+    };
+    match checked.await {
+        Ok(found) if found == "ok" => Ok(()),
+        Ok(found) => Err(corrupt(found)),
+        Err(error) if is_corrupt(&error) => Err(corrupt(error.to_string())),
+        Err(source) => Err(StoreError::Connect {
+            url: shown.to_owned(),
+            source,
+        }),
     }
 }
 

@@ -19,6 +19,25 @@ pub enum StoreError {
         found: i64,
         known: i64,
     },
+    /// Of database and artifacts one is not the other's. `how` continues the sentence "the database ...".
+    #[error(
+        "the database {database} {how}. Nothing was changed. Put back the database that belongs to them, together with its \
+         -wal file (`tandem restore` brings a backup back), or use another --data-dir. To go on with this one, start once \
+         with --quarantine-strays: what it does not know is then moved to {}", quarantine.display()
+    )]
+    Apart {
+        database: String,
+        how: String,
+        quarantine: PathBuf,
+    },
+    #[error(
+        "the database {path} is corrupt: {what}. Nothing was changed. `tandem restore` brings a backup back; without one, \
+         `sqlite3 {path} .recover | sqlite3 recovered.db` saves what can be read"
+    )]
+    Corrupt { path: String, what: String },
+    /// Why there is no copy of a store, or no store of a copy.
+    #[error("{0}")]
+    Backup(String),
     /// `--database-url` or `--artifact-url` is not one.
     #[error("{url}: {why}")]
     Url { url: String, why: String },
@@ -55,6 +74,9 @@ impl StoreError {
             StoreError::Io { source, .. } => disk_away(source).then_some(Part::Storage),
             StoreError::Locked(_)
             | StoreError::Newer { .. }
+            | StoreError::Apart { .. }
+            | StoreError::Corrupt { .. }
+            | StoreError::Backup(_)
             | StoreError::Url { .. }
             | StoreError::Adapter { .. }
             | StoreError::Damaged(_) => None,
@@ -72,6 +94,13 @@ fn sql_away(error: &sqlx::Error) -> bool {
         sqlx::Error::Database(error) => error.code().is_some_and(|code| code_is_away(&code)),
         _ => false,
     }
+}
+
+/// SQLite's "malformed" and "not a database".
+pub(crate) fn is_corrupt(error: &sqlx::Error) -> bool {
+    let code = error.as_database_error().and_then(|error| error.code());
+    let kind = code.and_then(|code| code.parse::<u32>().ok());
+    kind.is_some_and(|kind| matches!(kind & 0xff, 11 | 26))
 }
 
 /// Postgres' codes have five characters: connections (08), resources (53), the operator (57P), the system (58).

@@ -7,6 +7,9 @@ use sqlx::{Any, FromRow, Transaction};
 use crate::jobs::signed;
 use crate::{Rows, Store, StoreError, ids, now};
 
+/// In a place that others share, bytes without a row stay this long: an upload to it takes a while.
+const LOOSE_GRACE_S: i64 = 24 * 3600;
+
 #[derive(Clone, Debug, PartialEq, FromRow)]
 pub struct FileRow {
     pub id: String,
@@ -77,6 +80,7 @@ impl Store {
         expires_after_s: Option<u64>,
     ) -> Result<FileRow, StoreError> {
         let id = ids::file();
+        self.expect_file(&id).await?;
         let bytes = self.artifacts.publish_file(staged, &id).await?;
         Ok(published(id, bytes, filename, purpose, expires_after_s))
     }
@@ -89,13 +93,47 @@ impl Store {
         purpose: &str,
     ) -> Result<FileRow, StoreError> {
         let id = ids::file();
+        self.expect_file(&id).await?;
         let bytes = self.artifacts.publish_result(content, &id).await?;
         Ok(published(id, bytes, filename, purpose, None))
     }
 
     /// Take back what [`Store::publish_file`] did, when no row was committed for it.
     pub async fn discard_file(&self, row: &FileRow) -> Result<(), StoreError> {
-        self.artifacts.remove_file(&row.id).await
+        self.remove_loose_file(&row.id).await
+    }
+
+    /// A start, or who tidies up, now knows of bytes that no row names yet.
+    async fn expect_file(&self, id: &str) -> Result<(), StoreError> {
+        let mut tx = self.db.begin().await?;
+        loosen(&mut tx, id).await?;
+        Ok(tx.commit().await?)
+    }
+
+    async fn remove_loose_file(&self, id: &str) -> Result<(), StoreError> {
+        self.artifacts.remove_file(id).await?;
+        sqlx::query("DELETE FROM loose_files WHERE id = $1")
+            .bind(id)
+            .execute(self.db.pool()?)
+            .await?;
+        Ok(())
+    }
+
+    /// Remove what a kill left of files on their way in or out: of this process's own folder at its start, of a place
+    /// that others share once none of them can be at it any more. Returns how many.
+    pub async fn delete_loose_files(&self) -> Result<usize, StoreError> {
+        let until = match self.is_shared() {
+            true => now() - LOOSE_GRACE_S,
+            false => i64::MAX,
+        };
+        let loose: Vec<String> = sqlx::query_scalar("SELECT id FROM loose_files WHERE created_at <= $1")
+            .bind(until)
+            .fetch_all(self.db.pool()?)
+            .await?;
+        for id in &loose {
+            self.remove_loose_file(id).await?;
+        }
+        Ok(loose.len())
     }
 
     /// `None`: there is none, or it has expired.
@@ -146,14 +184,17 @@ impl Store {
 
     /// Whether there was one. The row goes first: nobody is pointed to missing bytes.
     pub async fn delete_file(&self, id: &str) -> Result<bool, StoreError> {
+        let mut tx = self.db.begin().await?;
         let deleted = sqlx::query("DELETE FROM files WHERE id = $1")
             .bind(id)
-            .execute(self.db.pool()?)
+            .execute(&mut *tx)
             .await?;
         if deleted.rows_affected() == 0 {
             return Ok(false);
         }
-        self.artifacts.remove_file(id).await?;
+        loosen(&mut tx, id).await?;
+        tx.commit().await?;
+        self.remove_loose_file(id).await?;
         Ok(true)
     }
 
@@ -179,6 +220,16 @@ impl<T> Rows<T> {
     }
 }
 
+async fn loosen(tx: &mut Transaction<'static, Any>, id: &str) -> Result<(), StoreError> {
+    sqlx::query("INSERT INTO loose_files (id, created_at) VALUES ($1, $2)")
+        .bind(id)
+        .bind(now())
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+/// The row of a file whose bytes are there: they are loose no longer.
 pub(crate) async fn insert(tx: &mut Transaction<'static, Any>, row: &FileRow) -> Result<(), StoreError> {
     let FileRow {
         id,
@@ -199,5 +250,9 @@ pub(crate) async fn insert(tx: &mut Transaction<'static, Any>, row: &FileRow) ->
     .bind(purpose)
     .execute(&mut **tx)
     .await?;
+    sqlx::query("DELETE FROM loose_files WHERE id = $1")
+        .bind(id)
+        .execute(&mut **tx)
+        .await?;
     Ok(())
 }

@@ -1,7 +1,6 @@
-//! The folders of one data folder: staging, publishing by rename, the lock, and clearing up after a kill. Blocking; no
-//! database, no network.
+//! The folders of one data folder: staging, publishing by rename, the lock. Blocking; no database, no network. What a
+//! kill left in them: `leftovers`.
 
-use std::collections::HashSet;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
@@ -15,12 +14,19 @@ use crate::ids;
 pub(crate) const CONFIG: &str = "adapter_config.json";
 pub(crate) const TENSORS: &str = "adapter_model.safetensors";
 pub(crate) const README: &str = "README.md";
+pub(crate) const ADAPTER_FILES: [&str; 3] = [CONFIG, TENSORS, README];
 /// What PEFT wrote instead of [`TENSORS`] before 2024, and on request.
 const PICKLED: &str = "adapter_model.bin";
 /// Prefix of the folder of one life of a job, inside the job's.
 const LIFE: &str = "life-";
 /// A staging folder with this file in it belongs to a living process as long as the file is locked.
 const HELD: &str = "lock";
+/// Where artifacts go that no database knows.
+pub(crate) const QUARANTINE: &str = "quarantine";
+/// What the place of a store says of itself.
+pub(crate) const IDENTITY: &str = "store.json";
+/// A file in a data folder whose artifacts all lie elsewhere, too.
+const CACHE: &str = "cache";
 /// Real ones are about a kilobyte; a larger "config" is a wrong or hostile file.
 const CONFIG_BYTES: u64 = 1 << 20;
 const COPY_BUFFER_BYTES: usize = 1 << 20;
@@ -51,6 +57,9 @@ pub(crate) enum Tenancy {
 }
 
 impl Folders {
+    /// Folders of artifacts.
+    pub const KINDS: [&str; 3] = ["files", "adapters", "jobs"];
+
     pub fn make(root: &Path, tenancy: Tenancy) -> Result<Folders, StoreError> {
         fs::create_dir_all(root).map_err(io_at("making", root))?;
         // Absolute, because the engine reads adapters and datasets by these paths.
@@ -105,6 +114,34 @@ impl Folders {
         self.root.join("tandem.db")
     }
 
+    pub fn identity(&self) -> PathBuf {
+        self.root.join(IDENTITY)
+    }
+
+    /// Whether there is no artifact.
+    pub fn is_bare(&self) -> Result<bool, StoreError> {
+        let mut n = 0;
+        for kind in Folders::KINDS {
+            n += self.entries(kind)?.len();
+        }
+        Ok(n == 0)
+    }
+
+    /// Whether it was begun as the cache of a place elsewhere: then all of it lies there, too.
+    pub fn is_cache(&self) -> bool {
+        self.root.join(CACHE).exists()
+    }
+
+    /// From here on it is a cache.
+    pub fn become_cache(&self) -> Result<(), StoreError> {
+        let path = self.root.join(CACHE);
+        fs::write(
+            &path,
+            "The artifacts here are copies of those that --artifact-url names.\n",
+        )
+        .map_err(io_at("writing", &path))
+    }
+
     pub fn file(&self, id: &str) -> PathBuf {
         self.root.join("files").join(id)
     }
@@ -123,7 +160,47 @@ impl Folders {
 
     /// The folder of one life of a job.
     pub fn life(&self, id: &str, epoch: u64) -> PathBuf {
-        self.job(id).join(format!("{LIFE}{epoch}"))
+        self.job(id).join(life_name(epoch))
+    }
+
+    /// The folders of a job's lives, the latest first.
+    fn lives(&self, id: &str) -> Result<Vec<(u64, PathBuf)>, StoreError> {
+        let job = self.job(id);
+        let mut lives = vec![];
+        for entry in fs::read_dir(&job).map_err(io_at("reading", &job))? {
+            let entry = entry.map_err(io_at("reading", &job))?;
+            let name = entry.file_name();
+            let epoch = name
+                .to_str()
+                .and_then(|name| name.strip_prefix(LIFE)?.parse().ok());
+            lives.extend(epoch.map(|epoch| (epoch, entry.path())));
+        }
+        lives.sort_by_key(|&(epoch, _)| std::cmp::Reverse(epoch));
+        Ok(lives)
+    }
+
+    /// What a job goes on from, by its name in the job's folder. None when the folder is gone.
+    pub fn job_files(&self, id: &str) -> Result<Vec<(PathBuf, PathBuf)>, StoreError> {
+        let job = self.job(id);
+        if !job.exists() {
+            return Ok(vec![]);
+        }
+        let mut names: Vec<PathBuf> = [files::TRAIN, files::VALID].map(PathBuf::from).into();
+        let mut lives = self.lives(id)?.into_iter();
+        if let Some((epoch, _)) = lives.find(|(_, life)| life.join(files::STATE).exists()) {
+            let life = PathBuf::from(life_name(epoch));
+            names.extend([files::STATE, files::EARLIER_STATE].map(|name| life.join(name)));
+        }
+        let found = names.into_iter().map(|name| (job.join(&name), name));
+        Ok(found
+            .filter(|(path, _)| path.exists())
+            .map(|(path, name)| (name, path))
+            .collect())
+    }
+
+    /// Of this process.
+    pub fn own_staging(&self) -> &Path {
+        &self.staging
     }
 
     /// Make the folder of a life: the datasets that lie in the job's folder, and the newest state of an earlier life.
@@ -134,20 +211,13 @@ impl Folders {
         for name in [files::TRAIN, files::VALID] {
             link(&job.join(name), &life.join(name))?;
         }
-        let mut earlier = vec![];
-        for entry in fs::read_dir(&job).map_err(io_at("reading", &job))? {
-            let entry = entry.map_err(io_at("reading", &job))?;
-            let name = entry.file_name();
-            let other = name
-                .to_str()
-                .and_then(|name| name.strip_prefix(LIFE)?.parse::<u64>().ok());
-            earlier.extend(other.filter(|&other| other < epoch && entry.path().join(files::STATE).exists()));
-        }
-        if let Some(newest) = earlier.into_iter().max() {
-            link(
-                &self.life(id, newest).join(files::STATE),
-                &life.join(files::STATE),
-            )?;
+        let mut lives = self.lives(id)?.into_iter();
+        let earlier = lives.find(|(earlier, folder)| *earlier < epoch && folder.join(files::STATE).exists());
+        if let Some((_, earlier)) = earlier {
+            // The one before as well: it counts when the last is damaged.
+            for name in [files::STATE, files::EARLIER_STATE] {
+                link(&earlier.join(name), &life.join(name))?;
+            }
         }
         Ok(life)
     }
@@ -186,52 +256,38 @@ impl Folders {
         Ok(target)
     }
 
-    /// Read an adapter from `source` into the store. The same adapter twice is one folder.
-    pub fn publish_adapter(&self, source: &Path, placement: Placement) -> Result<AdapterDigest, StoreError> {
-        let staged = self.staging_folder()?;
-        let published = stage_adapter(source, &staged, placement).and_then(|digest| {
-            self.place_adapter(&staged, &digest)?;
-            Ok(digest)
-        });
-        // Gone already when it was renamed.
-        let _ = fs::remove_dir_all(&staged);
-        published
+    /// Read an adapter from `source` into a staging folder, which is gone when what comes back is dropped.
+    pub fn stage_adapter(&self, source: &Path, placement: Placement) -> Result<StagedAdapter, StoreError> {
+        let folder = Staged(self.staging_folder()?);
+        let digest = stage_adapter(source, &folder.0, placement)?;
+        Ok(StagedAdapter { digest, folder })
     }
+}
 
-    /// Remove what no row names: leftovers of a killed process.
-    pub fn sweep(
-        &self,
-        files: &HashSet<String>,
-        adapters: &HashSet<String>,
-        jobs: &HashSet<String>,
-    ) -> Result<(), StoreError> {
-        let none = HashSet::new();
-        for (kind, known) in [
-            ("staging", &none),
-            ("files", files),
-            ("adapters", adapters),
-            ("jobs", jobs),
-        ] {
-            let folder = self.root.join(kind);
-            for entry in fs::read_dir(&folder).map_err(io_at("reading", &folder))? {
-                let entry = entry.map_err(io_at("reading", &folder))?;
-                if entry
-                    .file_name()
-                    .to_str()
-                    .is_some_and(|name| known.contains(name))
-                {
-                    continue;
-                }
-                let path = entry.path();
-                if is_held(&path) {
-                    continue;
-                }
-                tracing::info!(path = %path.display(), "removing a leftover");
-                remove(&path)?;
-            }
-        }
-        Ok(())
+/// An adapter on its way into the store.
+pub(crate) struct StagedAdapter {
+    pub digest: AdapterDigest,
+    folder: Staged,
+}
+
+impl StagedAdapter {
+    pub fn folder(&self) -> &Path {
+        &self.folder.0
     }
+}
+
+struct Staged(PathBuf);
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        // Gone already when it was renamed.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Of the folder of a life, inside the job's.
+pub(crate) fn life_name(epoch: u64) -> String {
+    format!("{LIFE}{epoch}")
 }
 
 /// Remove a file or a folder; that it is gone already is fine.
@@ -248,7 +304,7 @@ pub(crate) fn remove(path: &Path) -> Result<(), StoreError> {
 }
 
 /// Whether this is the staging folder of a process that lives.
-fn is_held(folder: &Path) -> bool {
+pub(crate) fn is_held(folder: &Path) -> bool {
     File::open(folder.join(HELD)).is_ok_and(|file| matches!(file.try_lock(), Err(TryLockError::WouldBlock)))
 }
 

@@ -4,38 +4,46 @@
 //!
 //! ```text
 //! <data_dir>/lock             held while a server uses the folder
+//!            store.json       which database belongs to these artifacts
 //!            tandem.db        SQLite, WAL, synchronous=FULL (not with Postgres)
 //!            files/<id>       uploaded and result files
 //!            adapters/<digest>/   immutable PEFT folders
 //!            jobs/<id>/       datasets of a job that has not ended, and a folder for each of its lives
 //!            staging/         being written; emptied at start
+//!            quarantine/      what no row spoke of at a start that was told to go on
 //! ```
 //! With an artifact store elsewhere (`remote`), files, adapters and jobs here are its cache: all of it may be lost.
 //! Bytes are published (fsync, rename, fsync of the folder) before the row that names them is committed, and a row is
-//! deleted before its bytes: a kill leaves at most bytes without a row, which the next start removes. Of a place that
-//! others share only rows say what may go: adapters without a name, a while after they were last published.
+//! deleted before its bytes; a row of another kind (`loose_files`, an adapter without a name) knows of them before they are
+//! there and until they are gone. So a kill leaves only what the database knows to be half done, which the next start
+//! removes, and bytes that no row speaks of show that the database is not theirs: they are never removed.
 
 mod artifacts;
+mod backup;
 mod changes;
 mod db;
 mod error;
 mod files;
 mod folders;
 mod health;
+mod identity;
 pub mod ids;
 mod jobs;
 mod lease;
+mod leftovers;
 mod names;
 mod remote;
 #[cfg(test)]
 mod tests;
 
 pub use artifacts::Artifacts;
+pub use backup::{Summary, backup, restore};
 pub use changes::Changes;
 pub use error::StoreError;
 pub use files::{FileRow, Order};
 pub use folders::Placement;
 pub use health::{PROBE_PERIOD, Part};
+pub use identity::Strays;
 pub use jobs::{
     Changed, CheckpointRow, EventRow, JobChange, JobRow, MetadataFilter, NewCheckpoint, NewEvent, NewJob,
 };
@@ -50,6 +58,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use db::{Database, Dialect};
 use folders::{Folders, Tenancy};
+use leftovers::Known;
 
 /// Where a server keeps what must survive.
 #[derive(Clone, Debug)]
@@ -61,6 +70,7 @@ pub struct Places {
     pub artifact_url: Option<String>,
     /// How long a holder of a job that died keeps others waiting: [`LEASE`].
     pub lease: Duration,
+    pub strays: Strays,
 }
 
 impl Places {
@@ -71,6 +81,7 @@ impl Places {
             database_url: None,
             artifact_url: None,
             lease: LEASE,
+            strays: Strays::default(),
         }
     }
 }
@@ -102,6 +113,7 @@ impl Store {
             database_url,
             artifact_url,
             lease,
+            strays,
         } = places;
         if let (Some(url), None) = (database_url, artifact_url) {
             return Err(StoreError::Url {
@@ -112,18 +124,20 @@ impl Store {
         }
         let folders = Folders::make(data_dir, Tenancy::Owner)?;
         let lock = Arc::new(folders.lock()?);
+        let artifacts = Artifacts::over(artifact_url.as_deref(), folders)?;
         let db = match database_url {
-            None => Database::file(&folders.database()).await?,
+            None => Database::file(&identity::database_file(&artifacts, *strays).await?).await?,
             Some(url) => Database::server(url).await?,
         };
         let store = Store {
             db,
-            artifacts: Artifacts::over(artifact_url.as_deref(), folders)?,
+            artifacts,
             owner: ids::random(),
             lease_time: *lease,
             _lock: lock,
         };
-        store.sweep().await?;
+        let strays = store.identify(*strays).await?;
+        store.clear_up(strays).await?;
         Ok(store)
     }
 
@@ -165,21 +179,48 @@ impl Store {
         self.artifacts.folders().staging()
     }
 
-    /// The data folder is ours alone. What it holds and no row names goes; a cache keeps what is still named, except for
-    /// jobs, whose states are elsewhere.
-    async fn sweep(&self) -> Result<(), StoreError> {
+    /// What a killed process left half done goes; what no row speaks of is refused, or moved aside.
+    async fn clear_up(&self, strays: Strays) -> Result<(), StoreError> {
+        let folders = self.artifacts.folders().clone();
+        let is_cached = self.artifacts.is_cached();
+        // A folder that began as a store of its own holds what lies nowhere else.
+        let is_cache = is_cached && folders.is_cache();
+        let known = Known {
+            files: self.ids("SELECT id FROM files").await?,
+            loose_files: self.ids("SELECT id FROM loose_files").await?,
+            adapters: self.ids("SELECT digest FROM adapters").await?,
+            jobs: self.ids("SELECT id FROM jobs WHERE finished_at IS NULL").await?,
+            ended_jobs: self
+                .ids("SELECT id FROM jobs WHERE finished_at IS NOT NULL")
+                .await?,
+            is_cache,
+        };
+        let leftovers = blocking({
+            let folders = folders.clone();
+            move || folders.leftovers(&known)
+        })
+        .await?;
+        if !leftovers.strays.is_empty() && strays == Strays::Refuse {
+            let root = folders.root();
+            let (n, shown) = (leftovers.strays.len(), leftovers.strays_shown(root));
+            let how = format!("knows nothing of {n} artifacts in {} ({shown})", root.display());
+            return Err(self.apart(how));
+        }
+        blocking(move || {
+            folders.quarantine(&leftovers.strays)?;
+            leftovers.remove_half_done()?;
+            match is_cached && !is_cache {
+                true => folders.become_cache(),
+                false => Ok(()),
+            }
+        })
+        .await?;
         if !self.is_shared() {
             self.clear_leases().await?;
             self.delete_unnamed_adapters().await?;
+            self.delete_loose_files().await?;
         }
-        let files = self.ids("SELECT id FROM files").await?;
-        let adapters = self.ids("SELECT digest FROM adapters").await?;
-        let jobs = match self.artifacts.is_cached() {
-            true => std::collections::HashSet::new(),
-            false => self.ids("SELECT id FROM jobs WHERE finished_at IS NULL").await?,
-        };
-        let folders = self.artifacts.folders().clone();
-        blocking(move || folders.sweep(&files, &adapters, &jobs)).await
+        Ok(())
     }
 
     async fn ids(&self, sql: &'static str) -> Result<std::collections::HashSet<String>, StoreError> {

@@ -46,19 +46,20 @@ pub struct NameRow {
 }
 
 impl Store {
-    /// Bring a PEFT folder into the store. It stays unnamed, and goes after a while, until a name is written.
+    /// Bring a PEFT folder into the store. It stays unnamed, and goes after a while, until a name is written. A row knows
+    /// of its bytes before they are there: a kill leaves none that nobody knows.
     pub async fn publish_adapter(
         &self,
         source: &Path,
         placement: Placement,
     ) -> Result<AdapterDigest, StoreError> {
-        let digest = self.artifacts.publish_adapter(source, placement).await?;
+        let staged = self.artifacts.stage_adapter(source, placement).await?;
+        let digest = staged.digest;
         self.announce(digest).await?;
-        // Somebody may have been deleting it, unnamed as it was, until it was announced.
-        match self.artifacts.has_adapter(&digest).await? {
-            true => Ok(digest),
-            false => self.artifacts.publish_adapter(source, placement).await,
-        }
+        self.artifacts.publish_adapter(staged).await?;
+        // Whoever deleted it meanwhile, unnamed as it was, took the row.
+        self.announce(digest).await?;
+        Ok(digest)
     }
 
     /// See that the store has an adapter that a job made.

@@ -2,7 +2,8 @@
 //! streams between them and local files. Not here: what the artifacts mean, the local folders.
 //!
 //! ```text
-//! <prefix>/files/<id>
+//! <prefix>/store.json
+//!          files/<id>
 //!          adapters/<digest>/{adapter_config.json, adapter_model.safetensors, README.md, complete}
 //!          jobs/<id>/{train.tokens, valid.tokens}
 //!          jobs/<id>/<epoch>/<step>/state.safetensors
@@ -162,11 +163,36 @@ impl Remote {
     }
 
     /// Write a small object.
-    pub async fn mark(&self, parts: &[&str]) -> Result<(), StoreError> {
+    pub async fn mark(&self, parts: &[&str], text: &str) -> Result<(), StoreError> {
         self.health.check()?;
-        let put = self.store.put(&self.key(parts), "complete\n".into()).await;
+        let put = self.store.put(&self.key(parts), text.to_owned().into()).await;
         put.map(drop)
             .map_err(|error| self.failed("writing", parts, error))
+    }
+
+    /// Read a small object. `None`: there is no such object.
+    pub async fn read(&self, parts: &[&str]) -> Result<Option<Vec<u8>>, StoreError> {
+        self.health.check()?;
+        let read = async { self.store.get(&self.key(parts)).await?.bytes().await };
+        match read.await {
+            Ok(bytes) => Ok(Some(bytes.to_vec())),
+            Err(Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(self.failed("reading", parts, error)),
+        }
+    }
+
+    /// Whether there is an object under `parts`.
+    pub async fn has_any(&self, parts: &[&str]) -> Result<bool, StoreError> {
+        self.health.check()?;
+        match self.store.list(Some(&self.key(parts))).next().await {
+            None => Ok(false),
+            Some(Ok(_)) => Ok(true),
+            Some(Err(error)) => Err(self.failed("listing", parts, error)),
+        }
+    }
+
+    pub fn url(&self) -> &str {
+        &self.url
     }
 
     /// Download an object into a new file, durable. `false`: there is no such object.

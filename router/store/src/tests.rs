@@ -1,5 +1,6 @@
 //! The store on a real file system: locks, versions, sweeps, and what a reopening finds.
 
+mod lost;
 mod servers;
 mod shared;
 
@@ -85,7 +86,7 @@ async fn one_folder_has_one_owner_and_no_future() {
             newer,
             StoreError::Newer {
                 found: 99,
-                known: 2,
+                known: 3,
                 ..
             }
         ),
@@ -114,7 +115,7 @@ async fn what_was_acknowledged_is_there_and_what_was_half_done_is_not() {
             .await
             .unwrap()
             .expect("the name was free");
-        // As a kill leaves them: an upload, a published file and an adapter without rows, a job's folder.
+        // As a kill leaves them: an upload, a published file without a row, an adapter without a name, an ended job's folder.
         fs::write(store.staging(), "half").unwrap();
         let staged = store.staging();
         fs::write(&staged, "result").unwrap();
@@ -126,7 +127,15 @@ async fn what_was_acknowledged_is_there_and_what_was_half_done_is_not() {
             .publish_adapter(&adapter(root.path(), "two"), Placement::Copy)
             .await
             .unwrap();
-        fs::create_dir_all(store.job_folder("ftjob-nobody")).unwrap();
+        store.insert_job(job("ftjob-ended", &[])).await.unwrap();
+        fs::create_dir_all(store.job_folder("ftjob-ended")).unwrap();
+        let ended = JobChange {
+            from: &["queued"],
+            status: Some("failed"),
+            ends: true,
+            ..JobChange::default()
+        };
+        store.change_job("ftjob-ended", ended).await.unwrap();
     }
     let store = Store::open(&Places::local(root.path())).await.unwrap();
     assert_eq!(store.file(&file.id).await.unwrap().as_ref(), Some(&file));

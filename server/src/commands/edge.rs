@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use tandem_router::{Defaults, Fleet, Router};
-use tandem_store::{Places, Store};
+use tandem_store::{Places, Store, Strays};
 use tandem_text::Tokenizer;
 use tracing::info;
 
@@ -168,10 +168,15 @@ pub async fn run(edge: Edge) -> Result<()> {
             artifact_url,
         },
         database_url,
+        quarantine_strays,
     } = state;
     let places = Places {
         database_url,
         artifact_url,
+        strays: match quarantine_strays {
+            true => Strays::Quarantine,
+            false => Strays::Refuse,
+        },
         ..Places::local(data_dir)
     };
     let ProcessOptions {

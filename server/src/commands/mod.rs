@@ -1,6 +1,7 @@
 //! The commands that run until a signal, one file each, and what they share. Not here: how anything works.
 
 pub mod backend;
+pub mod backup;
 pub mod download;
 pub mod edge;
 mod greeting;

@@ -128,7 +128,7 @@ async fn a_newer_database_and_one_without_shared_artifacts_are_refused() {
     for (places, expected) in [
         (
             places(root.path(), "b", &url),
-            "version 99, this program knows versions up to 2",
+            "version 99, this program knows versions up to 3",
         ),
         (alone, "needs an artifact store"),
         (
@@ -210,6 +210,11 @@ impl Bucket {
     }
 }
 
+async fn publish(artifacts: &Artifacts, folder: &Path) -> Digest {
+    let staged = artifacts.stage_adapter(folder, Placement::Copy).await.unwrap();
+    artifacts.publish_adapter(staged).await.unwrap()
+}
+
 /// What a request may take to hear that a part is away.
 const SOON: Duration = Duration::from_secs(2);
 
@@ -272,10 +277,7 @@ async fn a_bucket_that_goes_is_said_soon_and_a_job_waits_for_it() {
     let root = tempfile::tempdir().unwrap();
     let bucket = Bucket::start(root.path()).await;
     let artifacts = bucket.open("");
-    let digest = artifacts
-        .publish_adapter(&adapter(root.path(), "one"), Placement::Copy)
-        .await
-        .unwrap();
+    let digest = publish(&artifacts, &adapter(root.path(), "one")).await;
     bucket.stop();
     let upload = async || {
         let staged = artifacts.folders().staging();
@@ -328,10 +330,7 @@ async fn what_one_process_puts_into_a_bucket_another_gets() {
     let open = |prefix| bucket.open(prefix);
     let (a, b) = (open("some/prefix"), open("some/prefix"));
 
-    let digest = a
-        .publish_adapter(&adapter(root.path(), "one"), Placement::Copy)
-        .await
-        .unwrap();
+    let digest = publish(&a, &adapter(root.path(), "one")).await;
     let folder = b.adapter(digest).await.unwrap();
     assert_eq!(
         fs::read_to_string(folder.join("adapter_model.safetensors")).unwrap(),
