@@ -11,6 +11,7 @@ mod tests;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
+use tandem_core::grammar::Next;
 use tandem_core::message::{Event, Fault, Generate, Scored};
 use tandem_core::replica::Command;
 use tandem_core::sched::{Scheduler, StepPlan};
@@ -22,6 +23,7 @@ use tracing::{error, warn};
 
 use crate::bank::{AdapterBank, Pin};
 use crate::batch::{self, ScoredRow, Step, StepInputs};
+use crate::grammars::{Grammars, Readiness};
 use crate::guard::{self, TorchFault};
 use crate::model::Decoder;
 use crate::pace::{Load, Pace};
@@ -46,6 +48,7 @@ pub struct Engine {
     cache: KvCache,
     scheduler: Scheduler,
     bank: AdapterBank,
+    grammars: Grammars,
     clients: Clients,
     inbox: Inbox,
     files: Files,
@@ -79,6 +82,7 @@ pub struct Parts {
     pub cache: KvCache,
     pub scheduler: Scheduler,
     pub bank: AdapterBank,
+    pub grammars: Grammars,
     pub pace: Pace,
     pub commands: mpsc::Receiver<Command>,
     pub stats: watch::Sender<Stats>,
@@ -101,6 +105,7 @@ impl Engine {
             cache,
             scheduler,
             bank,
+            grammars,
             pace,
             commands,
             stats,
@@ -114,6 +119,7 @@ impl Engine {
             cache,
             scheduler,
             bank,
+            grammars,
             clients: Clients::default(),
             inbox: Inbox::new(commands),
             job: None,
@@ -168,7 +174,10 @@ impl Engine {
                 true => Some(PARKED_POLL),
                 false => self.ranks.are_many().then_some(RANK_CHECK),
             };
-            match self.inbox.wait(&mut self.bank, &mut self.files, patience) {
+            match self
+                .inbox
+                .wait(&mut self.bank, &mut self.grammars, &mut self.files, patience)
+            {
                 Some(word) => self.obey(word)?,
                 None => {
                     if let Err(fault) = guard::torch(|| self.ranks.check()) {
@@ -179,7 +188,10 @@ impl Engine {
                 }
             }
         }
-        while let Some(word) = self.inbox.try_next(&mut self.bank, &mut self.files) {
+        while let Some(word) = self
+            .inbox
+            .try_next(&mut self.bank, &mut self.grammars, &mut self.files)
+        {
             self.obey(word)?;
         }
         ControlFlow::Continue(())
@@ -222,6 +234,15 @@ impl Engine {
                 self.clients.answer_adapter(digest, info);
                 self.bank.begin_loads();
             }
+            Word::Compiled(compiled) => {
+                for (id, readiness) in self.grammars.compiled(compiled) {
+                    match readiness {
+                        Ok(()) if self.clients.adapter(id).is_none() => self.scheduler.release(id),
+                        Ok(()) => {}
+                        Err(fault) => self.fail(id, fault),
+                    }
+                }
+            }
             Word::Filed(done) => self.filed(done),
         }
         ControlFlow::Continue(())
@@ -239,12 +260,18 @@ impl Engine {
             None => Ok(()),
         };
         let client = Client::new(&request, events, self.seed);
-        let adapter = request.adapter.clone();
+        let (adapter, grammar) = (request.adapter.clone(), request.grammar.clone());
+        let ends = self.grammars.ends_among(&request.stop_tokens);
         if let Err(fault) = refused.and_then(|()| self.scheduler.add(request)) {
             client.refuse(fault);
             return;
         }
         self.clients.insert(id, client);
+        match grammar.map(|grammar| self.grammars.admit(id, grammar, ends)) {
+            None | Some(Ok(Readiness::Ready)) => {}
+            Some(Ok(Readiness::Awaited)) => self.scheduler.hold(id),
+            Some(Err(fault)) => return self.fail(id, fault),
+        }
         if let Some(adapter) = adapter {
             match self.bank.pin(&adapter) {
                 Pin::Held => self.clients.pinned(id),
@@ -257,7 +284,9 @@ impl Engine {
         let digest = self.clients.adapter(id).expect("it waits for an adapter").digest;
         self.bank.hold(digest);
         self.clients.pinned(id);
-        self.scheduler.release(id);
+        if !self.grammars.is_awaited_by(id) {
+            self.scheduler.release(id);
+        }
     }
 
     /// The forward of a plan, on every rank, and everything read off its logits.
@@ -283,7 +312,10 @@ impl Engine {
             true => vec![],
             false => {
                 let logits = self.decoder.head(&batch::select(&hidden, &rows)); // [S, V]
-                let asks = plan.rows.iter().filter(|row| row.samples).map(|row| Ask {
+                let sampling = || plan.rows.iter().filter(|row| row.samples);
+                self.grammars.await_masks(sampling().map(|row| row.id));
+                let asks = sampling().map(|row| Ask {
+                    mask: self.grammars.mask(row.id),
                     view: self
                         .scheduler
                         .view(row)
@@ -325,6 +357,7 @@ impl Engine {
     /// Commits a step and tells its clients. A row with broken logits fails alone.
     fn tell(&mut self, plan: StepPlan, output: Output) {
         let Output { sampled, scored } = output;
+        self.follow_grammars(&plan, &sampled);
         let sampling = plan.rows.iter().filter(|row| row.samples).map(|row| row.id);
         let failed: Vec<RequestId> = {
             let sampled = sampling
@@ -377,6 +410,24 @@ impl Engine {
                     },
                 );
                 self.end(id);
+            }
+        }
+    }
+
+    /// Takes the tokens of constrained sequences into their grammars, before they are committed.
+    fn follow_grammars(&mut self, plan: &StepPlan, sampled: &[Result<Scored, NotFinite>]) {
+        let rows = plan.rows.iter().filter(|row| row.samples);
+        for (row, token) in rows.zip(sampled) {
+            let (Ok(scored), Some(view)) = (token, self.scheduler.view(row)) else {
+                continue;
+            };
+            if view.stop_tokens.contains(&scored.token) {
+                continue;
+            }
+            match self.grammars.advance(row.id, scored.token) {
+                None | Some(Ok(Next::Open)) => {}
+                Some(Ok(Next::Complete)) => self.scheduler.complete(row.id),
+                Some(Err(error)) => self.fail(row.id, Fault::Grammar(error.to_string())),
             }
         }
     }
@@ -439,6 +490,7 @@ impl Engine {
 
     /// A request is over; its last events may still wait to be read.
     fn end(&mut self, id: RequestId) {
+        self.grammars.dismiss(id);
         if let Some(digest) = self.clients.end(id) {
             self.bank.unpin(digest);
         }
@@ -473,7 +525,10 @@ impl Engine {
             }
         };
         // What came too late hears it too.
-        while let Some(word) = self.inbox.try_next(&mut self.bank, &mut self.files) {
+        while let Some(word) = self
+            .inbox
+            .try_next(&mut self.bank, &mut self.grammars, &mut self.files)
+        {
             match word {
                 Word::Command(Command::Generate(request, events)) => {
                     Client::new(&request, events, self.seed).refuse(farewell.clone());
@@ -489,6 +544,7 @@ impl Engine {
 
     fn publish(&self) {
         let counts = self.scheduler.counts();
+        let grammars = self.grammars.counts();
         let Counters {
             turns: _,
             steps,
@@ -517,6 +573,12 @@ impl Engine {
             trained_tokens,
             train_steps,
             train_seconds,
+            grammar_requests: grammars.requests,
+            grammar_compiles: grammars.compiles,
+            grammar_compile_seconds: grammars.compile_seconds,
+            grammar_masks: grammars.masks,
+            grammar_mask_seconds: grammars.mask_seconds,
+            grammar_wait_seconds: grammars.wait_seconds,
             job_running: self.job.is_some(),
             draining: false,
         });

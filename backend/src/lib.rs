@@ -5,6 +5,7 @@ pub mod bank;
 pub mod batch;
 pub mod engine;
 pub mod family;
+mod grammars;
 pub mod guard;
 pub mod lora;
 pub mod model;

@@ -1,7 +1,7 @@
 //! Chooses tokens from logits. Not here: which rows are sampled (core), how logits come about (model).
 //!
-//! Processors run in vLLM's order: logit_bias, repetition, frequency and presence penalties, min_tokens, temperature,
-//! min_p, top_k, top_p. Log-probabilities are of the raw logits, before all of them. A draw depends on the request's
+//! Processors run in vLLM's order: the grammar's mask, logit_bias, repetition, frequency and presence penalties, min_tokens, temperature,
+//! min_p, top_k, top_p. Log-probabilities are of the raw logits, before all but the mask. A draw depends on the request's
 //! seed and the token's place in its output only: batching, preemption and restarts do not change a seeded answer.
 
 mod logprob;
@@ -15,6 +15,7 @@ use std::sync::OnceLock;
 use logprob::{exp, maximum, scored};
 use nucleus::draw;
 use process::process;
+use tandem_core::grammar::Mask;
 use tandem_core::message::Scored;
 use tandem_core::sched::View;
 use tandem_core::{TokenId, rng};
@@ -31,6 +32,8 @@ pub struct Ask<'a> {
     pub view: View<'a>,
     /// The request's own, or one drawn for it.
     pub seed: u64,
+    /// Tokens that its grammar allows.
+    pub mask: Option<&'a Mask>,
 }
 
 /// A row with a NaN, or without a finite maximum: its adapter or the model is broken.
@@ -41,8 +44,10 @@ pub struct NotFinite;
 /// The next token of each row of `logits [S, V]`.
 pub fn sample(logits: &Tensor, asks: &[Ask]) -> Vec<Result<Scored, NotFinite>> {
     over_rows(logits, |row, logits| {
-        let Ask { view, seed } = &asks[row];
-        let token = choose(logits, view, *seed)?;
+        let Ask { view, seed, mask } = &asks[row];
+        let masked = mask.map(|mask| mask.apply(logits));
+        let logits = masked.as_deref().unwrap_or(logits);
+        let token = choose(logits, view, *mask, *seed)?;
         match view.sampling.logprobs() {
             Some(n_top) => scored(logits, token, n_top),
             None => Ok(Scored {
@@ -74,9 +79,9 @@ fn over_rows<T: Send + Sync>(logits: &Tensor, of_row: impl Fn(usize, &[f32]) -> 
     })
 }
 
-fn choose(raw: &[f32], view: &View, seed: u64) -> Result<TokenId, NotFinite> {
+fn choose(raw: &[f32], view: &View, mask: Option<&Mask>, seed: u64) -> Result<TokenId, NotFinite> {
     let View { sampling, output, .. } = view;
-    let processed = process(raw, view);
+    let processed = process(raw, view, mask);
     let logits = processed.as_deref().unwrap_or(raw);
     let max = maximum(logits)?;
     if sampling.temperature() < GREEDY_BELOW {

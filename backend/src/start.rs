@@ -6,10 +6,12 @@ pub(crate) mod progress;
 pub(crate) mod selftest;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::mpsc as std_mpsc;
 use std::time::Instant;
 
 use tandem_core::blocks::BlockPool;
+use tandem_core::grammar::Vocabulary;
 use tandem_core::replica::{COMMAND_QUEUE, ReplicaHandle, ReplicaInfo};
 use tandem_core::rng;
 use tandem_core::sched::{Limits, Scheduler};
@@ -26,6 +28,7 @@ use crate::bank::AdapterBank;
 use crate::engine::{Engine, Parts};
 use crate::family::shard::{Layout, Shard};
 use crate::family::{self, AttnSpec, DecoderSpec, read_spec};
+use crate::grammars::Grammars;
 use crate::guard;
 use crate::model::Decoder;
 use crate::pace::{self, Pace};
@@ -64,6 +67,8 @@ pub struct Options {
     /// For requests that bring none. Default: another one at each start.
     pub seed: Option<u64>,
     pub team: Team,
+    /// Without it, requests with a grammar are refused.
+    pub vocabulary: Option<Arc<Vocabulary>>,
 }
 
 /// Tokens of prompt and answer together.
@@ -131,6 +136,7 @@ impl Options {
             threads: None,
             seed: None,
             team: Team::Threads(1),
+            vocabulary: None,
         }
     }
 }
@@ -205,6 +211,7 @@ fn load(
         threads: _,
         seed,
         team,
+        vocabulary,
     } = options.clone();
     let (spec, checkpoint) = family::open(&model_folder)?;
     for note in &spec.notes {
@@ -282,6 +289,7 @@ fn load(
         max_lora_rank,
         lora_targets: decoder.spec.lora_targets(),
         eos_tokens: decoder.spec.eos_tokens.clone(),
+        grammars: vocabulary.is_some(),
     };
     info!(
         model = %info.model_folder.display(),
@@ -308,11 +316,13 @@ fn load(
     };
     info!("memory:\n{}", plan.shown(&decoder));
     let seed = seed.unwrap_or_else(random_seed);
+    let grammars = Grammars::new(vocabulary, &decoder.spec.eos_tokens);
     let engine = Engine::new(Parts {
         decoder,
         cache,
         scheduler,
         bank,
+        grammars,
         pace: Pace::new(training_share),
         commands: inbox,
         stats,

@@ -42,6 +42,7 @@ fn scheduler(criterion: &mut Criterion) {
                 prompt: (0..PROMPT_TOKENS as u32).map(|token| token + i as u32).collect(),
                 adapter: None,
                 sampling: Sampling::greedy(),
+                grammar: None,
                 max_tokens: (MAX_MODEL_LEN - PROMPT_TOKENS) as u32,
                 stop_tokens: vec![],
             };
@@ -104,7 +105,13 @@ fn sampler(criterion: &mut Criterion) {
             stop_tokens: &[],
             uses: None,
         };
-        let asks: Vec<Ask> = (0..8).map(|seed| Ask { view, seed }).collect();
+        let asks: Vec<Ask> = (0..8)
+            .map(|seed| Ask {
+                view,
+                seed,
+                mask: None,
+            })
+            .collect();
         criterion.bench_function(&format!("sampler: 8 rows of 32000, {name}"), |bencher| {
             bencher.iter(|| black_box(sample(&logits, &asks)));
         });

@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::common::{ResponseFormat, Strings};
+use crate::common::Strings;
 use crate::completions::{PromptLogprob, PromptLogprobs};
+use crate::structured::{ResponseFormat, StructuredOutputs};
 use crate::usage::{StreamOptions, Usage};
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
@@ -61,6 +62,18 @@ pub struct ChatRequest {
     pub prompt_logprobs: Option<i64>,
     pub return_token_ids: Option<bool>,
     pub response_format: Option<ResponseFormat>,
+    /// What the answer must be, in vLLM's words.
+    pub structured_outputs: Option<StructuredOutputs>,
+    /// An older name of `structured_outputs.json`; llama.cpp calls it `json_schema`.
+    pub guided_json: Option<serde_json::Value>,
+    pub guided_regex: Option<String>,
+    pub guided_choice: Option<Vec<String>>,
+    /// Lark or GBNF; llama.cpp calls it `grammar`.
+    pub guided_grammar: Option<String>,
+    /// Between the parts of a JSON text.
+    pub guided_whitespace_pattern: Option<String>,
+    pub json_schema: Option<serde_json::Value>,
+    pub grammar: Option<String>,
     /// Only `text` is built.
     pub modalities: Option<Vec<String>>,
 }

@@ -23,17 +23,6 @@ impl Strings {
     }
 }
 
-/// What an answer must look like. Only `text` is built.
-#[derive(Clone, Debug, Deserialize, ToSchema)]
-pub struct ResponseFormat {
-    /// `text`
-    #[serde(rename = "type")]
-    pub kind: String,
-    /// Of the type `json_schema`.
-    #[schema(value_type = Option<std::collections::BTreeMap<String, serde_json::Value>>)]
-    pub json_schema: Option<serde_json::Value>,
-}
-
 /// An integer, or `"auto"`: the server chooses.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(untagged, expecting = "expected \"auto\" or an integer")]

@@ -6,7 +6,8 @@ use serde::ser::SerializeMap;
 use serde::{Deserialize, Serialize, Serializer};
 use utoipa::ToSchema;
 
-use crate::common::{ResponseFormat, Strings};
+use crate::common::Strings;
+use crate::structured::{ResponseFormat, StructuredOutputs};
 use crate::usage::{StreamOptions, Usage};
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
@@ -54,6 +55,18 @@ pub struct CompletionRequest {
     /// As many as `n`.
     pub best_of: Option<i64>,
     pub response_format: Option<ResponseFormat>,
+    /// What the answer must be, in vLLM's words.
+    pub structured_outputs: Option<StructuredOutputs>,
+    /// An older name of `structured_outputs.json`; llama.cpp calls it `json_schema`.
+    pub guided_json: Option<serde_json::Value>,
+    pub guided_regex: Option<String>,
+    pub guided_choice: Option<Vec<String>>,
+    /// Lark or GBNF; llama.cpp calls it `grammar`.
+    pub guided_grammar: Option<String>,
+    /// Between the parts of a JSON text.
+    pub guided_whitespace_pattern: Option<String>,
+    pub json_schema: Option<serde_json::Value>,
+    pub grammar: Option<String>,
 }
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]

@@ -12,6 +12,7 @@ pub mod fine_tunes;
 pub mod fine_tuning;
 pub mod models;
 pub mod server;
+pub mod structured;
 pub mod tokenize;
 pub mod usage;
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use tandem_core::TokenId;
+use tandem_core::grammar::{Format, Grammar};
 use tandem_core::id::{AdapterDigest, Digest, JobId};
 use tandem_core::message::Fault;
 use tandem_core::sampling::{BadSampling, RawSampling};
@@ -67,11 +68,27 @@ pub struct Call {
     /// `None`: all that fits the context.
     pub max_tokens: Option<u32>,
     pub sampling: RawSampling,
+    /// What each answer must be.
+    pub constraint: Option<Constraint>,
     pub stop: Vec<String>,
     pub stop_token_ids: Vec<TokenId>,
     pub include_stop_str_in_output: bool,
     pub ignore_eos: bool,
     pub skip_special_tokens: bool,
+}
+
+/// A grammar, and the field that asked for it.
+#[derive(Clone, Debug)]
+pub struct Constraint {
+    pub param: String,
+    pub form: Form,
+}
+
+#[derive(Clone, Debug)]
+pub enum Form {
+    Grammar(Grammar),
+    /// Its texts may name special tokens, which the tokenizer knows.
+    Format(Format),
 }
 
 #[derive(Clone, Debug)]

@@ -35,6 +35,7 @@ impl Router {
             n,
             max_tokens,
             sampling,
+            constraint,
             stop,
             stop_token_ids,
             include_stop_str_in_output,
@@ -68,6 +69,10 @@ impl Router {
         check_stops(&stop)?;
         check_ids("stop_token_ids", &stop_token_ids, info.vocab_size)?;
         let stop_tokens = self.stop_tokens(stop_token_ids, ignore_eos);
+        let grammar = match constraint {
+            None => None,
+            Some(constraint) => Some(self.checked(constraint).await?),
+        };
 
         let fleet = &self.0.fleet;
         let wish = Wish {
@@ -113,6 +118,7 @@ impl Router {
                 prompt: prompt.clone(),
                 adapter,
                 sampling,
+                grammar,
                 max_tokens,
                 stop_tokens,
             },

@@ -7,6 +7,7 @@ mod defaults;
 mod files;
 pub mod fleet;
 mod generate;
+mod grammars;
 mod jobs;
 mod models;
 mod relay;
@@ -34,6 +35,7 @@ pub use jobs::hyper;
 
 use api::RouterError;
 use catalog::Catalog;
+use grammars::Grammars;
 use jobs::Desk;
 use texts::Texts;
 
@@ -76,6 +78,7 @@ pub struct Router(Arc<Shared>);
 struct Shared {
     store: Store,
     texts: Texts,
+    grammars: Grammars,
     /// Bytes of the longest token: no text has fewer tokens than its bytes over this.
     longest_token_bytes: usize,
     fleet: Fleet,
@@ -122,6 +125,7 @@ impl Router {
         let catalog = Arc::new(Catalog::new(&config, fleet.info(), names));
         let router = Router(Arc::new(Shared {
             store,
+            grammars: Grammars::new(&tokenizer, fleet.info()),
             texts: Texts::new(tokenizer),
             longest_token_bytes,
             fleet,

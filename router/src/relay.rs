@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::task::Poll;
 
 use tandem_core::TokenId;
+use tandem_core::grammar::Grammar;
 use tandem_core::id::{AdapterRef, RequestId};
 use tandem_core::message::{Event, Fault, FinishReason, Generate, Scored};
 use tandem_core::replica::{Command, EVENT_QUEUE};
@@ -38,6 +39,7 @@ pub(crate) struct Order {
     pub prompt: Arc<[TokenId]>,
     pub adapter: Option<AdapterRef>,
     pub sampling: Sampling,
+    pub grammar: Option<Grammar>,
     pub max_tokens: u32,
     pub stop_tokens: Vec<TokenId>,
 }
@@ -150,7 +152,7 @@ impl Choice {
                         text.push_str(&self.stops.flush());
                     }
                     let reason = match reason {
-                        FinishReason::Stop(_) => Finish::Stop,
+                        FinishReason::Stop(_) | FinishReason::Complete => Finish::Stop,
                         FinishReason::Length if stopped => Finish::Stop,
                         FinishReason::Length => Finish::Length,
                     };
@@ -279,6 +281,7 @@ impl Order {
             prompt: self.prompt.clone(),
             adapter: self.adapter.clone(),
             sampling: self.sampling.for_choice(index),
+            grammar: self.grammar.clone(),
             max_tokens: self.max_tokens,
             stop_tokens: self.stop_tokens.clone(),
         }

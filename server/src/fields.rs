@@ -426,7 +426,7 @@ mod tests {
             "stream_options": {"include_usage": true, "include_usge": true}, "stop": ["a", "b"],
             "messages": [{"role": "user", "content": "a"},
                 {"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {"x": 1}}], "extra": []}],
-            "top_a": 0.5, "tools": null, "grammar": "root ::= x"}"#;
+            "top_a": 0.5, "tools": null, "ebnf": "root ::= x"}"#;
         let found: Vec<(String, String, Given)> = strays("ChatRequest", body)
             .into_iter()
             .filter(|stray| stray.name != "tools")
@@ -449,7 +449,7 @@ mod tests {
                 ),
                 stray("messages[1].extra", "messages[].extra", Given::Empty),
                 stray("top_a", "top_a", Given::Number(0.5)),
-                stray("grammar", "grammar", Given::Text("root ::= x".to_owned())),
+                stray("ebnf", "ebnf", Given::Text("root ::= x".to_owned())),
             ]
         );
         // Who reads the body says what is wrong with it.

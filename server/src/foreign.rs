@@ -430,7 +430,9 @@ pub const TABLE: &[Foreign] = &[
             "grammar",
             "json-schema",
         ],
-        Refused("answers by a grammar are not built yet"),
+        Refused(
+            "requests bring their grammars (response_format, structured_outputs), and llguidance follows all of them",
+        ),
     ),
     value(
         &[

@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Instant, SystemTime};
 
 use prometheus::{
-    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
-    TextEncoder,
+    Counter, Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts,
+    Registry, TextEncoder,
 };
 use tandem_core::stats::Stats;
 use tandem_router::Router;
@@ -34,6 +34,7 @@ pub struct Metrics {
     registry: Registry,
     /// From the engine: a number of `Stats` and the counter that follows it.
     counters: Vec<(Number<u64>, IntCounter)>,
+    seconds: Vec<(Number<f64>, Counter)>,
     gauges: Vec<(Number<f64>, Gauge)>,
     lora_info: GaugeVec,
     max_loras: u32,
@@ -59,7 +60,7 @@ type Number<T> = fn(&Stats) -> T;
 /// Name, help, number.
 type Of<T> = (&'static str, &'static str, Number<T>);
 
-const COUNTERS: [Of<u64>; 9] = [
+const COUNTERS: [Of<u64>; 12] = [
     (
         "vllm:prompt_tokens_total",
         "Prompt tokens computed or found cached",
@@ -93,6 +94,35 @@ const COUNTERS: [Of<u64>; 9] = [
         s.trained_tokens
     }),
     ("tandem:train_steps_total", "Optimizer steps", |s| s.train_steps),
+    (
+        "tandem:grammar_requests_total",
+        "Sequences that are bound to a grammar",
+        |s| s.grammar_requests,
+    ),
+    ("tandem:grammar_compiles_total", "Grammars compiled", |s| {
+        s.grammar_compiles
+    }),
+    ("tandem:grammar_masks_total", "Masks of tokens made", |s| {
+        s.grammar_masks
+    }),
+];
+
+const SECONDS: [Of<f64>; 3] = [
+    (
+        "tandem:grammar_compile_seconds_total",
+        "Time that compiling grammars took, beside the engine",
+        |s| s.grammar_compile_seconds,
+    ),
+    (
+        "tandem:grammar_mask_seconds_total",
+        "Time that masks took, beside the engine",
+        |s| s.grammar_mask_seconds,
+    ),
+    (
+        "tandem:grammar_wait_seconds_total",
+        "Time that the engine waited for masks",
+        |s| s.grammar_wait_seconds,
+    ),
 ];
 
 const GAUGES: [Of<f64>; 6] = [
@@ -143,6 +173,12 @@ impl Metrics {
             .iter()
             .map(|&(name, help, of)| Ok((of, counter(name, help)?)));
         let counters = counters.collect::<Result<_, prometheus::Error>>()?;
+        let seconds = SECONDS.iter().map(|&(name, help, of)| {
+            let counter = Counter::new(name, help)?;
+            registry.register(Box::new(counter.clone()))?;
+            Ok((of, counter))
+        });
+        let seconds = seconds.collect::<Result<_, prometheus::Error>>()?;
         let gauges = GAUGES
             .iter()
             .map(|&(name, help, of)| Ok((of, gauge(name, help)?)));
@@ -188,6 +224,7 @@ impl Metrics {
         )?;
         Ok(Metrics {
             counters,
+            seconds,
             gauges,
             lora_info,
             max_loras,
@@ -207,6 +244,9 @@ impl Metrics {
         for (of, counter) in &self.counters {
             // The engine's numbers only grow; the counter follows.
             counter.inc_by(of(stats).saturating_sub(counter.get()));
+        }
+        for (of, counter) in &self.seconds {
+            counter.inc_by((of(stats) - counter.get()).max(0.0));
         }
         for (of, gauge) in &self.gauges {
             gauge.set(of(stats));

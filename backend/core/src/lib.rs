@@ -5,6 +5,7 @@ pub mod bar;
 pub mod blocks;
 pub mod dataset;
 pub mod gguf;
+pub mod grammar;
 pub mod histogram;
 pub mod id;
 pub mod job;

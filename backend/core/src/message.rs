@@ -6,6 +6,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::TokenId;
+use crate::grammar::Grammar;
 use crate::id::{AdapterRef, RequestId};
 use crate::sampling::Sampling;
 
@@ -19,6 +20,8 @@ pub struct Generate {
     /// `None`: the base model.
     pub adapter: Option<AdapterRef>,
     pub sampling: Sampling,
+    /// What the answer must be a sentence of.
+    pub grammar: Option<Grammar>,
     /// Tokens to generate at most; 0 only scores the prompt.
     pub max_tokens: u32,
     /// Generation ends after any of these (EOS among them, unless the client ignores it).
@@ -26,7 +29,7 @@ pub struct Generate {
 }
 
 /// A token with its log-probability under the model (before temperature and penalties, as vLLM reports it) and the
-/// most likely alternatives, best first. Empty and NaN-free when log-probabilities were not asked: `logprob` is 0.
+/// most likely alternatives, best first (under a grammar: among the tokens that it allows). Empty and NaN-free when log-probabilities were not asked: `logprob` is 0.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Scored {
     pub token: TokenId,
@@ -52,6 +55,8 @@ pub enum Event {
 pub enum FinishReason {
     /// One of the stop tokens was generated.
     Stop(TokenId),
+    /// The grammar is at its end: nothing can follow.
+    Complete,
     /// `max_tokens` were generated.
     Length,
 }
@@ -68,6 +73,9 @@ pub enum Fault {
     /// The adapter's folder is missing, damaged, or asks for what is not supported. Says which and why.
     #[error("{0}")]
     Adapter(String),
+    /// The request's grammar does not compile here, or became too complex to follow. Says why.
+    #[error("{0}")]
+    Grammar(String),
     /// A step failed in the tensor library; the request's state is lost, the replica lives.
     #[error("the engine failed a step: {0}")]
     Step(String),

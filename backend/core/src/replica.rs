@@ -72,6 +72,9 @@ pub struct ReplicaInfo {
     pub lora_targets: Vec<String>,
     /// End-of-sequence tokens from generation_config.json or config.json.
     pub eos_tokens: Vec<TokenId>,
+    /// Whether answers can be bound to a grammar: it knows the bytes of its tokens.
+    #[serde(default)]
+    pub grammars: bool,
 }
 
 /// A checked, resident adapter.

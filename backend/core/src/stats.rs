@@ -25,6 +25,21 @@ pub struct Stats {
     pub trained_tokens: u64,
     pub train_steps: u64,
     pub train_seconds: f64,
+    /// Requests with a grammar.
+    #[serde(default)]
+    pub grammar_requests: u64,
+    /// Grammars compiled, and the seconds that took, beside the engine.
+    #[serde(default)]
+    pub grammar_compiles: u64,
+    #[serde(default)]
+    pub grammar_compile_seconds: f64,
+    /// Masks of tokens, the seconds that took beside the engine, and those that the engine waited for them.
+    #[serde(default)]
+    pub grammar_masks: u64,
+    #[serde(default)]
+    pub grammar_mask_seconds: f64,
+    #[serde(default)]
+    pub grammar_wait_seconds: f64,
     pub job_running: bool,
     /// What runs ends; nothing new is taken.
     #[serde(default)]
@@ -53,6 +68,12 @@ impl Stats {
             trained_tokens: _,
             train_steps: _,
             train_seconds: _,
+            grammar_requests: _,
+            grammar_compiles: _,
+            grammar_compile_seconds: _,
+            grammar_masks: _,
+            grammar_mask_seconds: _,
+            grammar_wait_seconds: _,
             job_running,
             draining: _,
         } = other;
@@ -84,5 +105,11 @@ impl Stats {
         self.trained_tokens += other.trained_tokens;
         self.train_steps += other.train_steps;
         self.train_seconds += other.train_seconds;
+        self.grammar_requests += other.grammar_requests;
+        self.grammar_compiles += other.grammar_compiles;
+        self.grammar_compile_seconds += other.grammar_compile_seconds;
+        self.grammar_masks += other.grammar_masks;
+        self.grammar_mask_seconds += other.grammar_mask_seconds;
+        self.grammar_wait_seconds += other.grammar_wait_seconds;
     }
 }

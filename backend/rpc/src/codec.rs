@@ -40,9 +40,10 @@ pub fn event(event: Event) -> wire::Event {
         } => What::Finished(wire::Finished {
             stop: match reason {
                 FinishReason::Stop(token) => Some(token),
-                FinishReason::Length => None,
+                FinishReason::Complete | FinishReason::Length => None,
             },
             cached_tokens,
+            complete: reason == FinishReason::Complete,
         }),
         Event::Failed(fault) => What::FaultJson(json(&fault)),
     };
@@ -60,8 +61,16 @@ pub fn read_event(event: wire::Event) -> Result<Event, Damaged> {
             let rest = scored.into_iter().map(|token| Some(read_scored(token)));
             Event::Prompt([None].into_iter().chain(rest).collect())
         }
-        What::Finished(wire::Finished { stop, cached_tokens }) => Event::Finished {
-            reason: stop.map_or(FinishReason::Length, FinishReason::Stop),
+        What::Finished(wire::Finished {
+            stop,
+            cached_tokens,
+            complete,
+        }) => Event::Finished {
+            reason: match (stop, complete) {
+                (Some(token), _) => FinishReason::Stop(token),
+                (None, true) => FinishReason::Complete,
+                (None, false) => FinishReason::Length,
+            },
             cached_tokens,
         },
         What::FaultJson(fault) => Event::Failed(from_json::<Fault>(&fault)?),

@@ -143,6 +143,7 @@ fn info() -> ReplicaInfo {
         tensor_parallel_size: 1,
         lora_targets: vec!["q_proj".to_owned()],
         eos_tokens: vec![1],
+        grammars: true,
     }
 }
 
@@ -152,6 +153,7 @@ fn request(id: u64) -> Generate {
         prompt: vec![3, 1, 4].into(),
         adapter: None,
         sampling: Sampling::greedy(),
+        grammar: None,
         max_tokens: 10,
         stop_tokens: vec![1, 2],
     }

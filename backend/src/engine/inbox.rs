@@ -1,4 +1,4 @@
-//! What the engine thread waits for: commands, finished adapter loads, files of jobs read and written. Not here: what
+//! What the engine thread waits for: commands, finished adapter loads, compiled grammars, files of jobs read and written. Not here: what
 //! they mean.
 
 use std::sync::Arc;
@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 
 use super::files::{Done, Files};
 use crate::bank::{AdapterBank, Loaded};
+use crate::grammars::{Compiled, Grammars};
 
 pub struct Inbox {
     commands: mpsc::Receiver<Command>,
@@ -19,6 +20,7 @@ pub struct Inbox {
 pub enum Word {
     Command(Command),
     Loaded(Loaded),
+    Compiled(Compiled),
     Filed(Done),
     /// Every handle of this replica is gone.
     NobodyLeft,
@@ -34,8 +36,13 @@ impl Inbox {
         self.commands.is_empty()
     }
 
-    pub fn try_next(&mut self, bank: &mut AdapterBank, files: &mut Files) -> Option<Word> {
-        match self.poll(bank, files, &mut Context::from_waker(Waker::noop())) {
+    pub fn try_next(
+        &mut self,
+        bank: &mut AdapterBank,
+        grammars: &mut Grammars,
+        files: &mut Files,
+    ) -> Option<Word> {
+        match self.poll(bank, grammars, files, &mut Context::from_waker(Waker::noop())) {
             Poll::Ready(word) => Some(word),
             Poll::Pending => None,
         }
@@ -45,6 +52,7 @@ impl Inbox {
     pub fn wait(
         &mut self,
         bank: &mut AdapterBank,
+        grammars: &mut Grammars,
         files: &mut Files,
         patience: Option<Duration>,
     ) -> Option<Word> {
@@ -52,7 +60,7 @@ impl Inbox {
         let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
         let mut context = Context::from_waker(&waker);
         loop {
-            if let Poll::Ready(word) = self.poll(bank, files, &mut context) {
+            if let Poll::Ready(word) = self.poll(bank, grammars, files, &mut context) {
                 return Some(word);
             }
             match until.map(|until| until.saturating_duration_since(Instant::now())) {
@@ -68,9 +76,18 @@ impl Inbox {
         self.commands.close();
     }
 
-    fn poll(&mut self, bank: &mut AdapterBank, files: &mut Files, context: &mut Context) -> Poll<Word> {
+    fn poll(
+        &mut self,
+        bank: &mut AdapterBank,
+        grammars: &mut Grammars,
+        files: &mut Files,
+        context: &mut Context,
+    ) -> Poll<Word> {
         if let Poll::Ready(loaded) = bank.poll_loaded(context) {
             return Poll::Ready(Word::Loaded(loaded));
+        }
+        if let Poll::Ready(compiled) = grammars.poll_compiled(context) {
+            return Poll::Ready(Word::Compiled(compiled));
         }
         if let Poll::Ready(done) = files.poll_done(context) {
             return Poll::Ready(Word::Filed(done));

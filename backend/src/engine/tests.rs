@@ -23,6 +23,7 @@ use crate::start::{Dtype, Options, start};
 mod adapters;
 mod answers;
 mod clients;
+mod grammars;
 mod jobs;
 
 /// The trained model in the repository.
@@ -205,6 +206,7 @@ fn request(prompt: &[TokenId], max_tokens: u32, raw: RawSampling) -> Generate {
         prompt: prompt.into(),
         adapter: None,
         sampling,
+        grammar: None,
         max_tokens,
         stop_tokens: vec![EOS],
     }

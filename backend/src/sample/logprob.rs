@@ -22,12 +22,12 @@ pub(super) fn scored(raw: &[f32], token: TokenId, n_top: u32) -> Result<Scored, 
     })
 }
 
-/// Indices of the `n` largest, best first, the lower index first among equals.
+/// Indices of the `n` largest, best first, the lower index first among equals. What a grammar forbids is none of them.
 fn largest(raw: &[f32], n: usize) -> Vec<TokenId> {
     let mut top: Vec<(f32, TokenId)> = Vec::with_capacity(n + 1);
     let mut least = f32::NEG_INFINITY;
     for (token, &logit) in raw.iter().enumerate() {
-        if n > 0 && (logit > least || top.len() < n) {
+        if n > 0 && (logit > least || top.len() < n) && logit > f32::NEG_INFINITY {
             let place = top.partition_point(|&(better, _)| better >= logit);
             top.insert(place, (logit, token as TokenId));
             top.truncate(n);

@@ -1,11 +1,12 @@
 //! Processors of single logits: logit_bias, penalties, min_tokens. Not here: what looks at all of them (nucleus).
 
+use tandem_core::grammar::Mask;
 use tandem_core::sampling::Sampling;
 use tandem_core::sched::View;
 use tandem_core::uses::Uses;
 
 /// What reads or writes single logits, on a copy; `None` when nothing of it was asked.
-pub(super) fn process(raw: &[f32], view: &View) -> Option<Vec<f32>> {
+pub(super) fn process(raw: &[f32], view: &View, mask: Option<&Mask>) -> Option<Vec<f32>> {
     let View {
         prompt: _,
         output,
@@ -14,7 +15,10 @@ pub(super) fn process(raw: &[f32], view: &View) -> Option<Vec<f32>> {
         uses,
         adapter: _,
     } = view;
-    let too_short = output.len() < sampling.min_tokens() as usize && !stop_tokens.is_empty();
+    let too_short = output.len() < sampling.min_tokens() as usize
+        && !stop_tokens.is_empty()
+        // A text that is whole by its grammar ends.
+        && mask.is_none_or(|mask| mask.allows_beside(stop_tokens));
     if sampling.logit_bias().is_empty() && uses.is_none() && !too_short {
         return None;
     }

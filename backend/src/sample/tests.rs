@@ -157,7 +157,7 @@ fn frequencies_are_the_probabilities() {
         let n = 20_000;
         let mut counts = vec![0.0; logits.len()];
         for seed in 0..n {
-            counts[choose(&logits, &view, seed).unwrap() as usize] += 1.0;
+            counts[choose(&logits, &view, None, seed).unwrap() as usize] += 1.0;
         }
         let (mut chi2, mut cells) = (0.0f64, 0.0f64);
         for (token, (&count, &p)) in counts.iter().zip(&expected).enumerate() {
@@ -196,6 +196,7 @@ fn log_probabilities_are_of_raw_logits_and_equal_among_themselves() {
         .map(|_| Ask {
             view: view(&sampling, &[1], &[]),
             seed: 0,
+            mask: None,
         })
         .collect();
     for (row, scored) in sample(&tensor, &asks).into_iter().enumerate() {
@@ -244,6 +245,7 @@ fn ties_go_to_the_lowest_and_broken_rows_fail_alone() {
         .map(|_| Ask {
             view: view(&sampling, &[1], &[]),
             seed: 0,
+            mask: None,
         })
         .collect();
     let sampled = sample(&tensor, &asks);
@@ -255,7 +257,7 @@ fn ties_go_to_the_lowest_and_broken_rows_fail_alone() {
 fn a_seed_and_a_place_decide() {
     let sampling = Sampling::new(RawSampling::default(), 1000).unwrap();
     let logits = vec![0.0; 1000];
-    let at = |seed, output: &[TokenId]| choose(&logits, &view(&sampling, &[1], output), seed).unwrap();
+    let at = |seed, output: &[TokenId]| choose(&logits, &view(&sampling, &[1], output), None, seed).unwrap();
     assert_eq!(at(5, &[1, 2]), at(5, &[3, 4]));
     assert!((0..20).any(|seed| at(seed, &[]) != at(seed, &[1])));
     assert!((0..20).any(|seed| at(seed, &[]) != at(seed + 1, &[])));

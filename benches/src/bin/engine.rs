@@ -251,6 +251,7 @@ impl Engine {
             prompt: (0..prompt_tokens).map(token).collect(),
             adapter,
             sampling: Sampling::greedy(),
+            grammar: None,
             max_tokens,
             stop_tokens: vec![],
         };

@@ -20,6 +20,7 @@ pub(super) fn call(prompt: &str) -> Call {
         n: 1,
         max_tokens: Some(16),
         sampling: RawSampling::default(),
+        constraint: None,
         stop: Vec::new(),
         stop_token_ids: Vec::new(),
         include_stop_str_in_output: false,

@@ -56,6 +56,7 @@ pub(crate) fn info() -> ReplicaInfo {
         max_lora_rank: 64,
         lora_targets: ["q_proj", "v_proj"].map(str::to_owned).to_vec(),
         eos_tokens: vec![EOS],
+        grammars: true,
     }
 }
 

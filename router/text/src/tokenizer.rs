@@ -11,6 +11,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 
+use tandem_core::grammar::Vocabulary;
+
 use crate::bytes::TokenBytes;
 use crate::chat::{ChatTemplate, Ending, Kwargs, Message};
 use crate::error::TextError;
@@ -216,6 +218,24 @@ impl Tokenizer {
 
     pub fn eos(&self) -> Option<(u32, &str)> {
         self.0.eos.as_ref().map(|(id, text)| (*id, text.as_str()))
+    }
+
+    /// What a grammar is followed by: the bytes of every token.
+    pub fn vocabulary(&self) -> Vocabulary {
+        let ids = 0..self.vocab_size() as u32;
+        Vocabulary {
+            tokens: ids.clone().map(|id| self.token_bytes(id)).collect(),
+            special: ids.map(|id| self.is_special(id)).collect(),
+            ends: self.eos().map(|(id, _)| id).into_iter().collect(),
+        }
+    }
+
+    /// Every special token and its id.
+    pub fn special_tokens(&self) -> Vec<(String, u32)> {
+        let ids = (0..self.vocab_size() as u32).filter(|&id| self.is_special(id));
+        ids.map(|id| (self.token_text(id), id))
+            .filter(|(text, _)| !text.is_empty())
+            .collect()
     }
 
     pub fn chat_template_source(&self) -> Option<&str> {

@@ -15,6 +15,7 @@ use axum::routing::get;
 use tandem_core::replica::{Command, ReplicaHandle};
 use tandem_rpc::Service;
 use tandem_store::Artifacts;
+use tandem_text::Tokenizer;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tracing::{info, warn};
@@ -65,7 +66,9 @@ pub fn run(options: Backend, given: &Given) -> Result<()> {
         );
     }
     let files = replica::files(&folder)?;
-    let engine = replica::engine_options(&model, &folder, &data_dir, ranks::team(&model, started)?)?;
+    let tokenizer = Tokenizer::open(&folder).context("the model's tokenizer")?;
+    let team = ranks::team(&model, started)?;
+    let engine = replica::engine_options(&model, &folder, &data_dir, team, &tokenizer)?;
     let replica =
         tandem_backend::start(engine).with_context(|| format!("the model in {}", folder.display()))?;
     let metrics = Metrics::new(name, replica.info.max_loras).context("the metrics")?;

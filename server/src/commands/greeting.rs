@@ -143,6 +143,7 @@ mod tests {
             max_lora_rank: 1,
             lora_targets: Vec::new(),
             eos_tokens: Vec::new(),
+            grammars: true,
         }
     }
 

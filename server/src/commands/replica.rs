@@ -2,12 +2,13 @@
 //! what starting means (backend).
 
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use tandem_backend::ranks::Team;
 use tandem_router::fleet::{Made, Member};
 use tandem_rpc::ModelFiles;
+use tandem_text::Tokenizer;
 use tracing::info;
 
 use crate::cli::ModelOptions;
@@ -85,10 +86,12 @@ pub fn engine_options(
     folder: &Path,
     data_dir: &Path,
     team: Team,
+    tokenizer: &Tokenizer,
 ) -> Result<tandem_backend::Options> {
     let mut engine = tandem_backend::Options::new(folder.to_owned());
     engine.digests = Some(data_dir.join("weights.json"));
     engine.team = team;
+    engine.vocabulary = Some(Arc::new(tokenizer.vocabulary()));
     engine.device = tandem_backend::words::device(&options.device)?;
     engine.dtype = options.dtype.parse()?;
     if ["half", "float16", "fp16", "f16"].contains(&options.dtype.as_str()) {

@@ -34,6 +34,7 @@ pub fn run(options: Serve, given: &Given) -> Result<()> {
         &folder,
         &state.artifacts.data_dir,
         ranks::team(&model, started)?,
+        &tokenizer,
     )?;
     let member = replica::member(engine, names[0].clone())?;
     runtime()?.block_on(async {

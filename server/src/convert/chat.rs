@@ -6,6 +6,7 @@ use tandem_router::api::{Call, Client, Prompt};
 use tandem_text::chat::{Content, Message, parse_tool_calls};
 
 use super::sampling::{self, Delivery, Fields, Limits};
+use super::structured::{self, Asked};
 use crate::error::{ApiError, invalid};
 
 const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
@@ -55,10 +56,28 @@ pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
         prompt_logprobs,
         return_token_ids,
         response_format,
+        structured_outputs,
+        guided_json,
+        guided_regex,
+        guided_choice,
+        guided_grammar,
+        guided_whitespace_pattern,
+        json_schema,
+        grammar,
         modalities,
     } = request;
     let n = sampling::n(n)?;
-    sampling::response_format(response_format)?;
+    let constraint = structured::constraint(Asked {
+        response_format,
+        structured_outputs,
+        guided_json,
+        guided_regex,
+        guided_choice,
+        guided_grammar,
+        guided_whitespace_pattern,
+        json_schema,
+        grammar,
+    })?;
     if let Some(other) = modalities.unwrap_or_default().iter().find(|one| *one != "text") {
         let hint = format!(": {other:?} is none of it, only \"text\" is built");
         return Err(ApiError::NotBuilt {
@@ -113,6 +132,7 @@ pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
         n,
         max_tokens,
         sampling: sampling::raw_sampling(fields, max_tokens)?,
+        constraint,
         stop: sampling::stop(stop)?,
         stop_token_ids: sampling::stop_token_ids(stop_token_ids)?,
         include_stop_str_in_output: include_stop_str_in_output.unwrap_or(false),

@@ -4,6 +4,7 @@ use tandem_openapi::completions::{CompletionPrompt, CompletionRequest};
 use tandem_router::api::{Call, Client, Prompt};
 
 use super::sampling::{self, Delivery, Fields, Limits, MAX_CHOICES};
+use super::structured::{self, Asked};
 use super::{integer, token_ids};
 use crate::error::{ApiError, invalid};
 
@@ -53,6 +54,14 @@ pub fn calls(request: CompletionRequest, limits: Limits) -> Result<Completions, 
         return_token_ids,
         best_of,
         response_format,
+        structured_outputs,
+        guided_json,
+        guided_regex,
+        guided_choice,
+        guided_grammar,
+        guided_whitespace_pattern,
+        json_schema,
+        grammar,
     } = request;
     let n = sampling::n(n)?;
     if best_of.is_some_and(|best| best != i64::from(n)) {
@@ -61,7 +70,17 @@ pub fn calls(request: CompletionRequest, limits: Limits) -> Result<Completions, 
             hint: format!(", unless it equals n, which is {n}"),
         });
     }
-    sampling::response_format(response_format)?;
+    let constraint = structured::constraint(Asked {
+        response_format,
+        structured_outputs,
+        guided_json,
+        guided_regex,
+        guided_choice,
+        guided_grammar,
+        guided_whitespace_pattern,
+        json_schema,
+        grammar,
+    })?;
     let echo = echo.unwrap_or(false);
     // 0 tokens are an answer only where the prompt comes back.
     let max_tokens = sampling::max_tokens("max_tokens", max_tokens, u32::from(!echo), limits)?;
@@ -105,6 +124,7 @@ pub fn calls(request: CompletionRequest, limits: Limits) -> Result<Completions, 
         n,
         max_tokens,
         sampling: sampling::raw_sampling(fields, max_tokens)?,
+        constraint,
         stop: sampling::stop(stop)?,
         stop_token_ids: sampling::stop_token_ids(stop_token_ids)?,
         include_stop_str_in_output: include_stop_str_in_output.unwrap_or(false),

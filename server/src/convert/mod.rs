@@ -10,6 +10,7 @@ pub mod jobs;
 pub mod models;
 pub mod refuse;
 pub mod sampling;
+pub mod structured;
 pub mod tokens;
 
 use crate::error::{ApiError, invalid};

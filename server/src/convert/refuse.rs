@@ -123,7 +123,8 @@ fn medium(value: &Given) -> bool {
 const MODEL: &str = "name the adapter as model; GET /v1/models lists the names";
 const LOAD: &str = "load the adapter with POST /v1/load_lora_adapter, then name it as model";
 const MAX_TOKENS: &str = "use max_tokens";
-const GRAMMAR: &str = "answers cannot be bound to a grammar here";
+const RESPONSE_FORMAT: &str = "use response_format";
+const STRUCTURED: &str = "use structured_outputs, which has json, regex, choice, grammar and structural_tag";
 const SCALE: &str = "scale lora_alpha in the adapter's adapter_config.json";
 const HERE: &str = "put its fields into the body itself";
 
@@ -214,25 +215,24 @@ const SAMPLING: &[Rule] = &[
     refused("n_keep", nothing, "send a prompt that fits the context"),
     refused("thinking_token_budget", never, ""),
     // Which answers are possible.
-    refused("format", nothing, GRAMMAR),
-    refused("grammar", nothing, GRAMMAR),
-    refused("ebnf", nothing, GRAMMAR),
-    refused("regex", nothing, GRAMMAR),
-    refused("choice", nothing, GRAMMAR),
-    refused("json_schema", never, GRAMMAR),
-    refused("response_schema", never, GRAMMAR),
-    refused("structural_tag", nothing, GRAMMAR),
-    refused("structured_outputs", nothing, GRAMMAR),
-    refused("guided_choice", never, GRAMMAR),
-    refused("guided_decoding_backend", never, GRAMMAR),
-    refused("guided_grammar", never, GRAMMAR),
-    refused("guided_json", never, GRAMMAR),
-    refused("guided_json_object", nothing, GRAMMAR),
-    refused("guided_schema", never, GRAMMAR),
-    refused("output_schema", never, GRAMMAR),
-    refused("json", nothing, GRAMMAR),
-    refused("guided_regex", never, GRAMMAR),
-    refused("guided_whitespace_pattern", never, GRAMMAR),
+    refused("format", nothing, RESPONSE_FORMAT),
+    refused("response_schema", never, RESPONSE_FORMAT),
+    refused("output_schema", never, RESPONSE_FORMAT),
+    refused("guided_schema", never, RESPONSE_FORMAT),
+    refused("guided_json_object", nothing, RESPONSE_FORMAT),
+    refused("json", nothing, RESPONSE_FORMAT),
+    refused("ebnf", nothing, STRUCTURED),
+    refused("grammar_string", nothing, STRUCTURED),
+    refused("regex", nothing, STRUCTURED),
+    refused("choice", nothing, STRUCTURED),
+    refused("structural_tag", nothing, STRUCTURED),
+    // There is one, which honours or refuses.
+    harmless("guided_decoding_backend"),
+    refused(
+        "structured_outputs.disable_additional_properties",
+        nothing,
+        "write additionalProperties: false into the schema",
+    ),
     refused("allowed_token_ids", nothing, "use logit_bias"),
     refused("bad_words", nothing, "use logit_bias"),
     refused("bad_words_ids", nothing, "use logit_bias"),
@@ -280,7 +280,6 @@ const SAMPLING: &[Rule] = &[
     refused("negative_prompt", nothing, ""),
     refused("ban_eos_token", nothing, "use ignore_eos"),
     refused("banned_strings", nothing, "use logit_bias"),
-    refused("grammar_string", nothing, GRAMMAR),
     refused("penalty_alpha", nothing, ""),
     refused("watermark", nothing, ""),
     refused("use_beam_search", no, ""),
@@ -497,7 +496,7 @@ mod tests {
         for (body, expected) in [
             (json!({"tools": [{"type": "function"}]}), "tools is not supported"),
             (json!({"tool_choice": "required"}), "tool_choice is not supported"),
-            (json!({"guided_json": {}}), "grammar"),
+            (json!({"regex": "a"}), "use structured_outputs"),
             (json!({"adapter_id": "nope"}), "name the adapter as model"),
             (json!({"lora_path": "/x"}), "load_lora_adapter"),
             (json!({"max_new_tokens": 0}), "use max_tokens"),

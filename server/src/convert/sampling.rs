@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use tandem_core::TokenId;
 use tandem_core::sampling::{MAX_LOGPROBS, RawSampling};
-use tandem_openapi::common::{ResponseFormat, Strings};
+use tandem_openapi::common::Strings;
 use tandem_openapi::usage::StreamOptions;
 
 use super::{integer, natural, token_ids};
@@ -85,17 +85,6 @@ pub fn raw_sampling(fields: Fields, max_tokens: Option<u32>) -> Result<RawSampli
             .map(|n| natural("min_tokens", n, 0, max_tokens.unwrap_or(u32::MAX)))
             .transpose()?,
     })
-}
-
-/// Free text is the only format.
-pub fn response_format(format: Option<ResponseFormat>) -> Result<(), ApiError> {
-    match format {
-        Some(ResponseFormat { kind, .. }) if kind != "text" => Err(ApiError::NotBuilt {
-            param: "response_format".to_owned(),
-            hint: ": answers cannot be bound to a grammar here".to_owned(),
-        }),
-        _ => Ok(()),
-    }
 }
 
 pub fn n(n: Option<i64>) -> Result<u32, ApiError> {

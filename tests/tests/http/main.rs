@@ -11,4 +11,5 @@ mod lifecycle;
 mod ranks;
 mod readme;
 mod server;
+mod structured;
 mod train;

@@ -377,6 +377,7 @@ fn ask(replica: &ReplicaHandle, requests: &[(Vec<TokenId>, Option<AdapterRef>)])
             prompt: prompt[..].into(),
             adapter: adapter.clone(),
             sampling: Sampling::new(raw, VOCAB as u32).expect("plain sampling"),
+            grammar: None,
             max_tokens: 12,
             stop_tokens: vec![],
         };

@@ -278,6 +278,13 @@ impl Scheduler {
             .try_for_each(|running| running.audit(&self.pool))
     }
 
+    /// The token that is committed next is the last of this sequence: its grammar allows nothing after it.
+    pub fn complete(&mut self, id: RequestId) {
+        if let Some(running) = self.running.iter_mut().find(|running| running.seq.id == id) {
+            running.seq.complete = true;
+        }
+    }
+
     fn sequences(&self) -> impl Iterator<Item = &Sequence> {
         let running = self.running.iter().map(|running| &running.seq);
         running.chain(self.waiting.iter().map(|waiting| &waiting.seq))

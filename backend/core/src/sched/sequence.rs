@@ -27,6 +27,8 @@ pub(super) struct Sequence {
     sampling: Sampling,
     max_tokens: usize,
     stop_tokens: Vec<TokenId>,
+    /// Its grammar allows nothing after the token that is committed next.
+    pub complete: bool,
     /// Identity of each full block of `tokens`, as far as somebody needed it.
     chain: Vec<BlockHash>,
 }
@@ -73,6 +75,8 @@ impl Sequence {
             prompt,
             adapter,
             sampling,
+            // The engine follows it, and says when it is at its end.
+            grammar: _,
             max_tokens,
             stop_tokens,
         } = request;
@@ -89,6 +93,7 @@ impl Sequence {
             sampling,
             max_tokens: max_tokens as usize,
             stop_tokens,
+            complete: false,
             chain: vec![],
         }
     }
@@ -206,6 +211,9 @@ impl Running {
         let generated = self.seq.output.len();
         if self.seq.stop_tokens.contains(&token) {
             return Some(Some(FinishReason::Stop(token)));
+        }
+        if self.seq.complete {
+            return Some(Some(FinishReason::Complete));
         }
         Some((generated >= self.seq.max_tokens).then_some(FinishReason::Length))
     }

@@ -108,6 +108,7 @@ fn request(random: &mut Random, id: u64) -> Generate {
         prompt: prompt.into(),
         adapter,
         sampling,
+        grammar: None,
         max_tokens,
         stop_tokens: vec![STOP],
     }
@@ -421,6 +422,7 @@ fn plain(id: u64, prompt: Vec<TokenId>, max_tokens: u32) -> Generate {
         prompt: prompt.into(),
         adapter: None,
         sampling,
+        grammar: None,
         max_tokens,
         stop_tokens: vec![],
     }

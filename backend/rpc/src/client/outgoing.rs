@@ -46,6 +46,7 @@ impl Outgoing {
                     prompt,
                     adapter,
                     sampling,
+                    grammar,
                     max_tokens,
                     stop_tokens,
                 } = generate;
@@ -58,6 +59,7 @@ impl Outgoing {
                     sampling_json: codec::json(&sampling),
                     max_tokens,
                     stop_tokens,
+                    grammar_json: grammar.as_ref().map(codec::json),
                 })
             }
             Command::Abort(id) => Say::HangUp(table.forget(id)?),

@@ -9,6 +9,7 @@ use std::task::{Context, Poll};
 
 use futures::stream::SelectAll;
 use futures::{FutureExt, Stream, StreamExt};
+use tandem_core::grammar::Grammar;
 use tandem_core::id::{JobId, RequestId};
 use tandem_core::job::{JobEvent, JobSpec};
 use tandem_core::message::{Event, Fault, Generate};
@@ -165,11 +166,13 @@ impl Ear {
             sampling_json,
             max_tokens,
             stop_tokens,
+            grammar_json,
         } = generate;
         let adapter = adapter.as_deref().map(codec::digest).transpose()?;
         let sampling: Sampling = codec::from_json(&sampling_json)?;
         let known = sampling.check_vocabulary(self.shared.replica.info.vocab_size);
         known.map_err(|error| Damaged(error.to_string()))?;
+        let grammar: Option<Grammar> = grammar_json.as_deref().map(codec::from_json).transpose()?;
         let (events, receiver) = mpsc::channel(EVENT_QUEUE);
         let (id, open) = self.shared.open();
         let link = Link::new(credit);
@@ -189,6 +192,7 @@ impl Ear {
             prompt: prompt.into(),
             adapter,
             sampling,
+            grammar,
             max_tokens,
             stop_tokens,
         };
