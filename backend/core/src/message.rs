@@ -29,7 +29,8 @@ pub struct Generate {
 }
 
 /// A token with its log-probability under the model (before temperature and penalties, as vLLM reports it) and the
-/// most likely alternatives, best first (under a grammar: among the tokens that it allows). Empty and NaN-free when log-probabilities were not asked: `logprob` is 0.
+/// most likely alternatives, best first (under a grammar: among the tokens that it allows). Empty and NaN-free when
+/// log-probabilities were not asked: `logprob` is 0.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Scored {
     pub token: TokenId,

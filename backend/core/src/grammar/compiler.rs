@@ -57,7 +57,8 @@ pub struct Compiler {
 
 /// One sequence's place in its grammar.
 pub struct Guide {
-    matcher: Matcher,
+    // 1.4 KB, and guides are handed from thread to thread.
+    matcher: Box<Matcher>,
     /// Tokens that end a text.
     ends: Arc<[TokenId]>,
 }
@@ -153,7 +154,7 @@ impl Compiler {
             .compute_mask_or_eos()
             .map_err(|error| failed(error.to_string()))?;
         Ok(Guide {
-            matcher,
+            matcher: Box::new(matcher),
             ends: self.ends.clone(),
         })
     }
@@ -163,7 +164,7 @@ impl Guide {
     /// Another one at the same place. It shares nothing that grows.
     pub fn fork(&self) -> Guide {
         Guide {
-            matcher: self.matcher.deep_clone(),
+            matcher: Box::new(self.matcher.deep_clone()),
             ends: self.ends.clone(),
         }
     }
