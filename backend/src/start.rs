@@ -27,7 +27,7 @@ use tracing::{info, warn};
 use crate::bank::AdapterBank;
 use crate::engine::{Engine, Parts};
 use crate::family::shard::{Layout, Shard};
-use crate::family::{self, AttnSpec, DecoderSpec, read_spec};
+use crate::family::{self, AttnSpec, DecoderSpec, Param, ParamId, read_spec};
 use crate::grammars::Grammars;
 use crate::guard;
 use crate::model::Decoder;
@@ -266,6 +266,7 @@ fn load(
     };
     let scheduler = Scheduler::new(limits, BlockPool::new(blocks, BLOCK_SIZE));
     warn_of_slow_paths(&decoder);
+    warn_of_unpacked(&decoder, &checkpoint);
     let bank = AdapterBank::new(max_loras as usize, max_lora_rank, decoder.fit());
     let (commands, inbox) = mpsc::channel(COMMAND_QUEUE);
     let (stats, published) = watch::channel(Stats::default());
@@ -412,6 +413,31 @@ fn warn_of_slow_paths(decoder: &Decoder) {
              several times slower"
         ),
         _ => {}
+    }
+}
+
+/// Says which linears the checkpoint stores in codes and that are kept as numbers, in more memory than its files take.
+fn warn_of_unpacked(decoder: &Decoder, checkpoint: &Checkpoint) {
+    let formats = decoder.linear_formats();
+    let unpacked = |param: &&Param| match param.id {
+        ParamId::Linear(id) => {
+            matches!(formats.get(&id), Some(Format::F32 | Format::Bf16))
+                && param
+                    .tensors
+                    .iter()
+                    .any(|tensor| checkpoint.is_quantised(&tensor.name))
+        }
+        _ => false,
+    };
+    let params = decoder.spec.params();
+    let unpacked: Vec<&Param> = params.iter().filter(unpacked).collect();
+    if let Some(first) = unpacked.first() {
+        warn!(
+            linears = unpacked.len(),
+            first = first.tensors[0].name,
+            "stored in codes that are not multiplied as they lie (inputs grouped by an index, or several formats in one \
+             product): kept as numbers, the same answers with more memory"
+        );
     }
 }
 

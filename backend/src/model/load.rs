@@ -350,6 +350,14 @@ impl Decoder {
         formats
     }
 
+    /// How each linear is stored.
+    pub fn linear_formats(&self) -> HashMap<LinearId, Format> {
+        let linears = self.sublayers.iter().flat_map(Sublayer::linears);
+        linears
+            .map(|linear| (linear.id, linear.weight.format()))
+            .collect()
+    }
+
     fn weights(&self) -> impl Iterator<Item = &Weight> {
         let linears = self.sublayers.iter().flat_map(Sublayer::linears);
         let linears = linears.map(|linear| &linear.weight);

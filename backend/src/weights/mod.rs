@@ -137,6 +137,8 @@ impl Checkpoint {
         checkpoint.take_text_part();
         let names: Vec<&str> = checkpoint.tensors.keys().map(String::as_str).collect();
         checkpoint.quantised = QuantisedTensors::find(folder, &names)?;
+        let note = checkpoint.quantised.as_ref().and_then(QuantisedTensors::note);
+        checkpoint.notes.extend(note);
         Ok(checkpoint)
     }
 

@@ -58,6 +58,7 @@ fn matrices_are_what_their_packages_read() {
     let mut table = Table::default();
     for (name, _, rounding) in FOLDERS.into_iter().chain([("mxfp4", "", F32)]) {
         let checkpoint = Checkpoint::open(&folder(name)).unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert!(checkpoint.notes().is_empty(), "{name}: {:?}", checkpoint.notes());
         for (parameter, expected) in tensors(&folder(name).join("expected.safetensors")) {
             let size = expected.size();
             let matrix = checkpoint.matrix(&parameter, &size, 0..size[0], 0..size[1]);
@@ -257,10 +258,44 @@ fn what_is_written_is_what_is_read() {
     table.judge("folders written in few bits, read again");
 }
 
+type Patch = fn(&mut Value);
+
+/// The folder with another `quantization_config`.
+fn patched(name: &str, patch: Patch) -> tempfile::TempDir {
+    let to = tempfile::tempdir().expect("a folder");
+    let text = std::fs::read(folder(name).join("config.json")).expect("a config");
+    let mut config: Value = serde_json::from_slice(&text).expect("JSON");
+    patch(&mut config["quantization_config"]);
+    std::fs::write(to.path().join("config.json"), config.to_string()).expect("it is written");
+    let weights = folder(name).join("model.safetensors");
+    std::fs::copy(weights, to.path().join("model.safetensors")).expect("copied");
+    to
+}
+
+#[test]
+fn fields_that_nobody_reads_are_named_and_both_names_of_a_format_count() {
+    let to = patched("gptq", |config| config["moon"] = json!(1));
+    let checkpoint = Checkpoint::open(to.path()).expect("it opens");
+    let note = "config.json: `quantization_config`: not known here and not honoured: `moon`";
+    assert_eq!(checkpoint.notes(), [note]);
+    // As transformers 5 spells what GPTQModel calls `checkpoint_format`.
+    let to = patched("gptq-v2", |config| {
+        let fields = config.as_object_mut().expect("an object");
+        let version = fields.remove("checkpoint_format").expect("it is said");
+        fields.insert("format".to_owned(), version);
+    });
+    let read = |folder: &Path| {
+        let name = "model.layers.0.self_attn.q_proj.weight";
+        let checkpoint = Checkpoint::open(folder).expect("it opens");
+        let matrix = checkpoint.matrix(name, &[64, 64], 0..64, 0..64);
+        matrix.expect("it is read").dense()
+    };
+    assert!(read(to.path()).equal(&read(&folder("gptq-v2"))));
+}
+
 /// Each wrong folder has a message that names what is wrong.
 #[test]
 fn what_cannot_be_read_is_refused_by_name() {
-    type Patch = fn(&mut Value);
     let cases: [(&str, Patch, &str); 8] = [
         (
             "gptq",
@@ -270,7 +305,7 @@ fn what_cannot_be_read_is_refused_by_name() {
         (
             "gptq",
             |config| config["checkpoint_format"] = json!("marlin"),
-            "`checkpoint_format` marlin is not read",
+            "GPTQ's format marlin is not read",
         ),
         (
             "awq",
@@ -296,16 +331,7 @@ fn what_cannot_be_read_is_refused_by_name() {
         ("gptq", |config| *config = json!("gptq"), "an object is needed"),
     ];
     for (name, patch, expected) in cases {
-        let to = tempfile::tempdir().expect("a folder");
-        let text = std::fs::read(folder(name).join("config.json")).expect("a config");
-        let mut config: Value = serde_json::from_slice(&text).expect("JSON");
-        patch(&mut config["quantization_config"]);
-        std::fs::write(to.path().join("config.json"), config.to_string()).expect("it is written");
-        std::fs::copy(
-            folder(name).join("model.safetensors"),
-            to.path().join("model.safetensors"),
-        )
-        .expect("copied");
+        let to = patched(name, patch);
         let loaded = Decoder::load(to.path(), Precision::F32, Device::Cpu);
         let message = loaded.err().map(|error| error.to_string()).unwrap_or_default();
         assert!(

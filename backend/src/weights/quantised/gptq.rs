@@ -1,6 +1,6 @@
 //! GPTQ as AutoGPTQ and GPTQModel store it: `qweight [K / p, N]` packs p codes of 32 bits along K, `qzeros [groups, N / p]`
 //! packs zero points along N, `scales [groups, N]`, `g_idx [K]` names each input's group. In the first version of the format
-//! (`checkpoint_format: gptq`, also where nothing is said) zero points are stored less one. Source: GPTQModel 5
+//! (`checkpoint_format: gptq`, which transformers 5 calls `format`, also where nothing is said) zero points are stored less one. Source: GPTQModel 5
 //! nn_modules/qlinear/__init__.py and utils/model.py (convert_gptq_v1_to_v2_format).
 
 use serde_json::Value;
@@ -17,13 +17,14 @@ pub(super) const SCHEME: Scheme = Scheme {
 };
 
 fn read(module: &Module) -> Result<Matrix, LoadError> {
-    let format = module.config.get("checkpoint_format").and_then(Value::as_str);
+    let field = |name: &str| module.config.get(name).and_then(Value::as_str);
+    let format = field("checkpoint_format").or_else(|| field("format"));
     let stored_less = match format {
         None | Some("gptq") => 1,
         Some("gptq_v2") => 0,
         Some(other) => {
             return Err(wrong(&format!(
-                "GPTQ's `checkpoint_format` {other} is not read; gptq and gptq_v2 are"
+                "GPTQ's format {other} is not read; gptq and gptq_v2 are"
             )));
         }
     };

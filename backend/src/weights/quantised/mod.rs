@@ -6,6 +6,7 @@ mod awq;
 mod bits;
 mod bitsandbytes;
 mod compressed_tensors;
+mod fields;
 mod fp8;
 mod gptq;
 mod mxfp4;
@@ -131,6 +132,17 @@ impl QuantisedTensors {
             self.parts.extend(there);
             self.parts.insert((*name).to_owned());
         }
+    }
+
+    /// For the log: fields of `quantization_config` that nobody reads and of which it is not known that nothing is lost.
+    pub fn note(&self) -> Option<String> {
+        let unknown = fields::unknown(&self.config);
+        let names: Vec<String> = unknown.iter().map(|field| format!("`{field}`")).collect();
+        let note = format!(
+            "config.json: `quantization_config`: not known here and not honoured: {}",
+            names.join(", ")
+        );
+        (!names.is_empty()).then_some(note)
     }
 
     /// As `--quantization` names it.
