@@ -206,7 +206,7 @@ def rss_kib(pid):
 
 def swap(operations=1000, versions=6, names=4):
     with tempfile.TemporaryDirectory(prefix="tandem-swap-") as data_dir:
-        server, base = start(TANDEM, data_dir)
+        server, base = start(TANDEM, data_dir, "--lora-root", data_dir)
         try:
             api = Api(base)
             config = json.loads((DEMO / "config.json").read_text())

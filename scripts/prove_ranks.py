@@ -27,7 +27,8 @@ class Process:
 
     def __init__(self, folder, name, *args, before=(), variables=None, listens=True):
         self.log, self.data = pathlib.Path(folder) / f"{name}.log", pathlib.Path(folder) / name
-        command = [*before, TANDEM, "serve", "--port", "0", "--data-dir", str(self.data), "--dtype", "float32", *args]
+        command = [*before, TANDEM, "serve", "--port", "0", "--data-dir", str(self.data), "--dtype", "float32",
+                   "--lora-root", "/", *args]
         self.started = time.perf_counter()
         self.process = subprocess.Popen(command, stdout=open(self.log, "w"), stderr=subprocess.STDOUT,
                                         env={**os.environ, **(variables or {})})

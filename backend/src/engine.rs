@@ -557,6 +557,7 @@ impl Engine {
         self.stats.send_replace(Stats {
             running: counts.running as u32,
             waiting: counts.waiting as u32,
+            parked: self.clients.parked() as u32,
             kv_blocks_total: counts.kv_blocks_total as u32,
             kv_blocks_used: counts.kv_blocks_used as u32,
             steps,

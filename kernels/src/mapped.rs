@@ -21,6 +21,10 @@ pub struct MappedFile {
 
 impl MappedFile {
     pub fn open(path: &Path) -> std::io::Result<MappedFile> {
+        // Opening a pipe would wait for who writes it.
+        if !std::fs::metadata(path)?.is_file() {
+            return Err(std::io::Error::other("it is not a regular file"));
+        }
         let file = File::open(path)?;
         // SAFETY: the map is read-only and private to this process; like every program that maps a model we rely on
         // the operator not truncating the file underneath (that would be a SIGBUS, not silent damage).

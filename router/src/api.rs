@@ -54,14 +54,21 @@ pub enum LoadMode {
     Replace,
 }
 
-/// Who asks: clients are told apart when places are few, and by nothing else. A digest of the API key; 0 without one.
+/// Who asks: clients are told apart when places are few, and by nothing else.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Client(pub u64);
+pub struct Client {
+    /// A digest of the API key; 0 without one.
+    pub key: u64,
+    /// Each has its part of its key's share.
+    pub connection: u64,
+}
 
 /// One generation request: one prompt, `n` choices.
 #[derive(Clone, Debug)]
 pub struct Call {
     pub client: Client,
+    /// Sequences of the same request that came in before this call: a request is refused at its beginning or not at all.
+    pub earlier: u32,
     pub model: String,
     pub prompt: Prompt,
     pub n: u32,
@@ -75,6 +82,8 @@ pub struct Call {
     pub include_stop_str_in_output: bool,
     pub ignore_eos: bool,
     pub skip_special_tokens: bool,
+    /// Before a prompt that is plain text: BOS and the like.
+    pub add_special_tokens: bool,
 }
 
 /// A grammar, and the field that asked for it.
@@ -93,7 +102,6 @@ pub enum Form {
 
 #[derive(Clone, Debug)]
 pub enum Prompt {
-    /// Special tokens (BOS) are added as the tokenizer does by default.
     Text(String),
     Tokens(Vec<TokenId>),
     Chat {

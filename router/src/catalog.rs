@@ -2,7 +2,7 @@
 //! the adapter it began with by being live. Decides admission and when an adapter may go. Not here: files, SQL, the
 //! engine.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -11,7 +11,7 @@ use dashmap::DashMap;
 use tandem_core::id::{AdapterDigest, JobId, RequestId};
 use tandem_core::replica::ReplicaInfo;
 use tandem_store::{NameRow, Source};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 
 use crate::Config;
 use crate::api::{AdapterSource, Client, ModelCard, ModelKind, RouterError};
@@ -24,12 +24,18 @@ pub(crate) struct Catalog {
     /// More names of the base.
     other_names: Vec<String>,
     max_waiting: u32,
+    /// Calls that may be parked.
+    max_parked: usize,
     names: RwLock<BTreeMap<String, NameRow>>,
     live: DashMap<RequestId, Option<AdapterDigest>>,
-    /// Length of `live`, counted before the entries are made so that the limit is exact.
+    /// Sequences that hold places: those of `live` that are not parked, counted before the entries are made so that the
+    /// limit is exact.
     admitted: AtomicU32,
-    /// Live requests of each client that has some.
-    clients: DashMap<Client, u32>,
+    /// Those of each key that has some, by its connections.
+    clients: Mutex<Clients>,
+    /// Who reads nothing, from the longest on, and how each is told to give up.
+    parked: Mutex<BTreeMap<u64, oneshot::Sender<()>>>,
+    parkings: AtomicU64,
     next_id: AtomicU64,
     unnamed: Mutex<Unnamed>,
     retiring: Notify,
@@ -89,33 +95,59 @@ pub(crate) struct Wish<'a> {
     pub model: &'a str,
     pub client: Client,
     pub n: u32,
+    /// Sequences of the same request that came in before.
+    pub earlier: u32,
     /// Sequences that the fleet runs at once.
     pub slots: u32,
     /// Sequences that wait, as the fleet last said.
     pub engine_waiting: u32,
 }
 
+/// Sequences that are live: of each key, and there of each connection.
+type Clients = HashMap<u64, HashMap<u64, u32>>;
+
 /// Sequences if a wish were granted.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Crowd {
     all: u32,
-    /// Of the client that asks.
+    /// Of the key that asks, and how many keys have some, that one included.
+    key: Part,
+    /// Of the connection that asks, among those of its key.
+    connection: Part,
+    /// Of the request that asks.
+    request: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Part {
     own: u32,
-    /// That have some, the one that asks included.
-    clients: u32,
+    of: u32,
 }
 
 impl Crowd {
-    /// A client alone may take every place. When others are there and somebody waits, each has its share, and who is
-    /// within its share comes in although others have taken more than theirs: up to twice as many places.
+    /// A key alone may take every place. When others are there and somebody waits, each has its share, and who is within
+    /// its share comes in although others have taken more than theirs: up to twice as many places. So it is among the
+    /// connections of a key, too, which may be all that tells clients apart. A connection that has nothing else under way
+    /// brings one request whatever its size.
     fn fits(self, slots: u32, max_waiting: u32) -> bool {
-        let Crowd { all, own, clients } = self;
+        let Crowd {
+            all,
+            key,
+            connection,
+            request,
+        } = self;
         let places = slots.saturating_add(max_waiting);
-        let most = match clients {
+        let is_first = connection.own == request && all - request <= places;
+        let key_share = places / key.of.max(1);
+        let most = match key.of {
             0 | 1 => places,
             _ => places.saturating_mul(2),
         };
-        all <= slots || own <= places / clients.max(1) && all <= most
+        let of_key = key.own <= key_share && all <= most;
+        let of_connection = connection.of > 1
+            && connection.own <= key_share / connection.of
+            && all <= places.saturating_mul(2);
+        all <= slots || is_first || of_key || of_connection
     }
 }
 
@@ -127,7 +159,55 @@ pub(crate) struct Lease {
     catalog: Arc<Catalog>,
 }
 
+/// Sequences whose client does not read: they keep no place from others until this is dropped.
+pub(crate) struct Parked<'a> {
+    lease: &'a Lease,
+    number: u64,
+    full: oneshot::Receiver<()>,
+}
+
+impl Parked<'_> {
+    /// When too many are parked, and none longer than this.
+    pub async fn crowded_out(&mut self) {
+        // The sender goes only with this, or to tell it.
+        let _ = (&mut self.full).await;
+    }
+}
+
+impl Drop for Parked<'_> {
+    fn drop(&mut self) {
+        let Lease { client, catalog, .. } = self.lease;
+        catalog.parked().remove(&self.number);
+        catalog.join(*client, self.lease.n());
+    }
+}
+
 impl Lease {
+    fn n(&self) -> u32 {
+        u32::try_from(self.ids.end - self.ids.start).expect("n was a u32")
+    }
+
+    pub fn park(&self) -> Parked<'_> {
+        let catalog = &self.catalog;
+        catalog.leave(self.client, self.n());
+        let number = catalog.parkings.fetch_add(1, Ordering::Relaxed);
+        let (tell, full) = oneshot::channel();
+        let mut parked = catalog.parked();
+        parked.insert(number, tell);
+        if parked.len() > catalog.max_parked
+            && let Some((_, longest)) = parked.pop_first()
+        {
+            // It may have gone on just now.
+            let _ = longest.send(());
+        }
+        drop(parked);
+        Parked {
+            lease: self,
+            number,
+            full,
+        }
+    }
+
     pub fn ids(&self) -> impl Iterator<Item = RequestId> + use<> {
         self.ids.clone().map(RequestId)
     }
@@ -138,9 +218,7 @@ impl Drop for Lease {
         for id in self.ids() {
             self.catalog.live.remove(&id);
         }
-        let n = u32::try_from(self.ids.end - self.ids.start).expect("n was a u32");
-        self.catalog.admitted.fetch_sub(n, Ordering::AcqRel);
-        self.catalog.leave(self.client, n);
+        self.catalog.leave(self.client, self.n());
         if self
             .adapter
             .is_some_and(|digest| self.catalog.unnamed().retired.contains(&digest))
@@ -162,10 +240,14 @@ impl Catalog {
             base,
             other_names: config.other_model_names.clone(),
             max_waiting: config.max_waiting,
+            // A request may have as many prompts, all of which are parked while the last of them are let in.
+            max_parked: config.max_waiting.max(2 * config.max_choices) as usize,
             names: RwLock::new(names.into_iter().map(|row| (row.name.clone(), row)).collect()),
             live: DashMap::new(),
             admitted: AtomicU32::new(0),
-            clients: DashMap::new(),
+            clients: Mutex::default(),
+            parked: Mutex::default(),
+            parkings: AtomicU64::new(0),
             next_id: AtomicU64::new(0),
             unnamed: Mutex::default(),
             retiring: Notify::new(),
@@ -234,6 +316,7 @@ impl Catalog {
             model,
             client,
             n,
+            earlier,
             slots,
             engine_waiting,
         } = wish;
@@ -246,18 +329,16 @@ impl Catalog {
                 None => return Err(RouterError::UnknownModel(model.to_owned())),
             },
         };
-        let before = self.admitted.fetch_add(n, Ordering::AcqRel);
-        let own = self.join(client, n);
-        let crowd = Crowd {
-            all: before + n,
-            own,
-            clients: u32::try_from(self.clients.len()).unwrap_or(u32::MAX),
-        };
-        if !crowd.fits(slots, self.max_waiting) || engine_waiting > self.max_waiting {
+        let crowd = self.join(client, n);
+        // Some of the request's earlier sequences may have ended or be parked.
+        let request = (earlier + n).min(crowd.connection.own);
+        let crowd = Crowd { request, ..crowd };
+        // Of other routers.
+        let elsewhere = engine_waiting.saturating_sub(crowd.all);
+        if !crowd.fits(slots, self.max_waiting) || elsewhere > self.max_waiting {
             self.leave(client, n);
-            self.admitted.fetch_sub(n, Ordering::AcqRel);
             return Err(RouterError::Busy {
-                waiting: before.saturating_sub(slots).max(engine_waiting),
+                waiting: (crowd.all - n).saturating_sub(slots).max(engine_waiting),
                 retry_after_s: RETRY_AFTER_S,
             });
         }
@@ -274,18 +355,40 @@ impl Catalog {
         })
     }
 
-    /// Live requests of the client, these included.
-    fn join(&self, client: Client, n: u32) -> u32 {
-        let mut live = self.clients.entry(client).or_default();
-        *live += n;
-        *live
+    /// Who is there once these sequences are.
+    fn join(&self, Client { key, connection }: Client, n: u32) -> Crowd {
+        let all = self.admitted.fetch_add(n, Ordering::AcqRel) + n;
+        let mut clients = self.clients();
+        let connections = clients.entry(key).or_default();
+        *connections.entry(connection).or_default() += n;
+        let part = |own: u32, of: usize| Part {
+            own,
+            of: u32::try_from(of).unwrap_or(u32::MAX),
+        };
+        let (own, of) = (connections[&connection], connections.len());
+        let of_key = connections.values().sum();
+        Crowd {
+            all,
+            key: part(of_key, clients.len()),
+            connection: part(own, of),
+            request: n,
+        }
     }
 
-    fn leave(&self, client: Client, n: u32) {
-        self.clients.remove_if_mut(&client, |_, live| {
-            *live -= n;
-            *live == 0
-        });
+    fn leave(&self, Client { key, connection }: Client, n: u32) {
+        self.admitted.fetch_sub(n, Ordering::AcqRel);
+        let mut clients = self.clients();
+        let connections = clients.get_mut(&key).expect("its sequences are counted");
+        let own = connections
+            .get_mut(&connection)
+            .expect("its sequences are counted");
+        *own -= n;
+        if *own == 0 {
+            connections.remove(&connection);
+        }
+        if connections.is_empty() {
+            clients.remove(&key);
+        }
     }
 
     /// Put a name in its place. An adapter that lost its last name by it retires.
@@ -410,6 +513,14 @@ impl Catalog {
         self.names.write().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn clients(&self) -> MutexGuard<'_, Clients> {
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn parked(&self) -> MutexGuard<'_, BTreeMap<u64, oneshot::Sender<()>>> {
+        self.parked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn unnamed(&self) -> MutexGuard<'_, Unnamed> {
         self.unnamed.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -437,7 +548,7 @@ mod tests {
 
     #[test]
     fn places_are_shared_when_they_are_few() {
-        // all, own, clients with 4 slots and 6 waiting places
+        // all, own, keys with 4 slots and 6 waiting places
         for (all, own, clients, fits) in [
             (10, 10, 1, true),
             (11, 11, 1, false),
@@ -452,11 +563,42 @@ mod tests {
             (20, 3, 3, true),
             (21, 3, 3, false),
         ] {
-            assert_eq!(
-                Crowd { all, own, clients }.fits(4, 6),
-                fits,
-                "{all} {own} {clients}"
-            );
+            let crowd = Crowd {
+                all,
+                key: Part { own, of: clients },
+                connection: Part { own, of: 1 },
+                request: 1,
+            };
+            assert_eq!(crowd.fits(4, 6), fits, "{crowd:?}");
+        }
+    }
+
+    #[test]
+    fn a_connection_has_a_part_of_its_keys_share() {
+        // all, of the key, of the connection, connections, of the request with 4 slots and 6 waiting places and one key
+        for (all, key, own, of, request, fits) in [
+            (10, 10, 10, 1, 1, true),
+            (11, 11, 11, 1, 1, false),
+            // Another connection has taken all places.
+            (11, 11, 1, 2, 1, true),
+            (15, 15, 5, 2, 1, true),
+            (16, 16, 6, 2, 1, false),
+            (21, 21, 5, 2, 1, false),
+            // There is room: nobody is counted.
+            (10, 10, 9, 5, 1, true),
+            // One request of any size, where there is any place, and nothing else on its connection.
+            (100, 100, 100, 1, 100, true),
+            (110, 110, 100, 3, 100, true),
+            (111, 111, 100, 3, 100, false),
+            (100, 100, 100, 1, 99, false),
+        ] {
+            let crowd = Crowd {
+                all,
+                key: Part { own: key, of: 1 },
+                connection: Part { own, of },
+                request,
+            };
+            assert_eq!(crowd.fits(4, 6), fits, "{crowd:?}");
         }
     }
 }

@@ -21,6 +21,9 @@ use crate::{Router, text_error};
 
 /// Stop strings of one call at most; clients send more than OpenAI's 4 (lm-eval does).
 const MAX_STOPS: usize = 64;
+/// Bytes of all stop strings of a call together, and token ids that end it: each choice has its own copy.
+const MAX_STOP_BYTES: usize = 16 << 10;
+const MAX_STOP_TOKENS: usize = 1024;
 /// Pieces that may wait for a slow reader before its sequences are parked.
 const PIECE_QUEUE: usize = 32;
 
@@ -30,6 +33,7 @@ impl Router {
         let began = Instant::now();
         let Call {
             client,
+            earlier,
             model,
             prompt,
             n,
@@ -41,6 +45,7 @@ impl Router {
             include_stop_str_in_output,
             ignore_eos,
             skip_special_tokens,
+            add_special_tokens,
         } = call;
         if self.stopping() {
             return Err(RouterError::Engine(Fault::ShuttingDown));
@@ -67,6 +72,13 @@ impl Router {
             return Err(RouterError::invalid("min_tokens", message));
         }
         check_stops(&stop)?;
+        if stop_token_ids.len() > MAX_STOP_TOKENS {
+            let message = format!(
+                "at most {MAX_STOP_TOKENS} stop_token_ids are allowed, got {}",
+                stop_token_ids.len()
+            );
+            return Err(RouterError::invalid("stop_token_ids", message));
+        }
         check_ids("stop_token_ids", &stop_token_ids, info.vocab_size)?;
         let stop_tokens = self.stop_tokens(stop_token_ids, ignore_eos);
         let grammar = match constraint {
@@ -79,6 +91,7 @@ impl Router {
             model: &model,
             client,
             n,
+            earlier,
             slots: fleet.slots(),
             engine_waiting: fleet.waiting(),
         };
@@ -91,7 +104,11 @@ impl Router {
             admitted => admitted?,
         };
         let is_chat = matches!(prompt, Prompt::Chat { .. });
-        let prompt: Arc<[TokenId]> = self.prompt_tokens(prompt).await?.into();
+        let special = match add_special_tokens {
+            true => SpecialTokens::Add,
+            false => SpecialTokens::Omit,
+        };
+        let prompt: Arc<[TokenId]> = self.prompt_tokens(prompt, special).await?.into();
         let max_tokens = fit(prompt.len(), max_tokens, limit, is_chat)?;
 
         let skip = if skip_special_tokens {
@@ -159,7 +176,11 @@ impl Router {
         asked
     }
 
-    async fn prompt_tokens(&self, prompt: Prompt) -> Result<Vec<TokenId>, RouterError> {
+    async fn prompt_tokens(
+        &self,
+        prompt: Prompt,
+        special: SpecialTokens,
+    ) -> Result<Vec<TokenId>, RouterError> {
         let limit = self.info().max_model_len;
         let least = text_bytes(&prompt) / self.0.longest_token_bytes;
         if least > limit as usize {
@@ -167,7 +188,7 @@ impl Router {
             let is_chat = matches!(prompt, Prompt::Chat { .. });
             return Err(too_long(limit, &format!("at least {least}"), is_chat));
         }
-        let tokens = self.tokenize(prompt, SpecialTokens::Add).await?;
+        let tokens = self.encode(prompt, special).await?;
         if tokens.is_empty() {
             return Err(RouterError::invalid(
                 "prompt",
@@ -247,6 +268,11 @@ fn check_stops(stops: &[String]) -> Result<(), RouterError> {
             "at most {MAX_STOPS} stop strings are allowed, got {}",
             stops.len()
         );
+        return Err(RouterError::invalid("stop", message));
+    }
+    let bytes: usize = stops.iter().map(String::len).sum();
+    if bytes > MAX_STOP_BYTES {
+        let message = format!("stop strings of {bytes} bytes together: at most {MAX_STOP_BYTES} are allowed");
         return Err(RouterError::invalid("stop", message));
     }
     match stops.iter().any(String::is_empty) {

@@ -32,6 +32,7 @@ pub use api::{LoadMode, MetadataFilter, Order, Part};
 pub use defaults::Defaults;
 pub use fleet::Fleet;
 pub use jobs::hyper;
+pub use texts::MAX_TEXT_BYTES;
 
 use api::RouterError;
 use catalog::Catalog;

@@ -229,7 +229,8 @@ impl Relay {
         loop {
             let seat = self.fleet.seat(self.order.ask(n)).await?;
             let commands = seat.commands.clone();
-            let lost = match commands.try_reserve_many(n as usize) {
+            // The queue empties at every turn of the engine, and admission bounds who stands in it.
+            let lost = match commands.reserve_many(n as usize).await {
                 Ok(permits) => {
                     let send = |((id, index), permit): ((RequestId, u64), mpsc::Permit<'_, Command>)| {
                         let (sender, events) = mpsc::channel(EVENT_QUEUE);
@@ -239,11 +240,7 @@ impl Relay {
                     let events = self.lease.ids().zip(0..).zip(permits).map(send).collect();
                     return Ok((seat, events));
                 }
-                Err(mpsc::error::TrySendError::Full(())) => {
-                    let waiting = commands.max_capacity() as u32;
-                    return Err(Fault::Overloaded { waiting });
-                }
-                Err(mpsc::error::TrySendError::Closed(())) => "it went away".to_owned(),
+                Err(mpsc::error::SendError(())) => "it went away".to_owned(),
             };
             places += 1;
             if places == MAX_PLACES {
@@ -299,7 +296,8 @@ async fn abort(choice: Choice) {
 /// Until every choice has ended or nobody reads.
 pub(crate) async fn run(relay: Relay, mut choices: Vec<Choice>, out: mpsc::Sender<Piece>) {
     let (mut events, mut pieces) = (Vec::with_capacity(EVENT_QUEUE), Vec::new());
-    while !choices.is_empty() {
+    let mut crowded_out = false;
+    'calls: while !choices.is_empty() {
         let slot = tokio::select! {
             biased;
             () = out.closed() => break,
@@ -330,8 +328,13 @@ pub(crate) async fn run(relay: Relay, mut choices: Vec<Choice>, out: mpsc::Sende
         }
         let choice = choices[slot].index;
         for what in pieces.drain(..) {
-            if out.send(Piece { choice, what }).await.is_err() {
-                break; // seen by `closed` next
+            match send(&relay.lease, &out, Piece { choice, what }).await {
+                Sent::Done => {}
+                Sent::Nobody => break, // seen by `closed` next
+                Sent::CrowdedOut => {
+                    crowded_out = true;
+                    break 'calls;
+                }
             }
         }
         match state {
@@ -340,10 +343,44 @@ pub(crate) async fn run(relay: Relay, mut choices: Vec<Choice>, out: mpsc::Sende
             State::Cut => abort(choices.remove(slot)).await,
         }
     }
+    let left: Vec<u32> = choices.iter().map(|choice| choice.index).collect();
     for choice in choices {
         abort(choice).await;
     }
-    drop(relay.lease);
+    drop(relay);
+    if crowded_out {
+        // Whoever reads after all is told. This holds nothing but the call's own queue.
+        for choice in left {
+            let what = What::Failed(Fault::Unread);
+            let _ = out.send(Piece { choice, what }).await;
+        }
+    }
+}
+
+enum Sent {
+    Done,
+    /// Nobody reads any more.
+    Nobody,
+    /// The client reads nothing, and too many others do so, too.
+    CrowdedOut,
+}
+
+/// While the client does not read, its sequences keep no place from others.
+async fn send(lease: &Lease, out: &mpsc::Sender<Piece>, piece: Piece) -> Sent {
+    let piece = match out.try_send(piece) {
+        Ok(()) => return Sent::Done,
+        Err(mpsc::error::TrySendError::Closed(_)) => return Sent::Nobody,
+        Err(mpsc::error::TrySendError::Full(piece)) => piece,
+    };
+    let mut parked = lease.park();
+    tokio::select! {
+        biased;
+        sent = out.send(piece) => match sent {
+            Ok(()) => Sent::Done,
+            Err(_) => Sent::Nobody,
+        },
+        () = parked.crowded_out() => Sent::CrowdedOut,
+    }
 }
 
 /// Wait until one of the choices has events and take what is there. Empty: its channel is closed.

@@ -14,6 +14,9 @@ use crate::{Router, generate, text_error};
 /// Up to here a text is worked on where it is: moving it to another thread costs as much.
 const INLINE_TEXT_BYTES: usize = 4 << 10;
 
+/// Of a text that is tokenized for its own sake: two seconds of a core, and many times the context of any model.
+pub const MAX_TEXT_BYTES: usize = 4 << 20;
+
 pub(crate) struct Texts {
     pub tokenizer: Tokenizer,
     /// One for each core: more at once would only take the cores from each other, and from the engine.
@@ -62,11 +65,37 @@ impl Router {
         special: SpecialTokens,
     ) -> Result<Vec<TokenId>, RouterError> {
         let bytes = work_bytes(&prompt);
+        if bytes > MAX_TEXT_BYTES {
+            let param = match &prompt {
+                Prompt::Chat { .. } => "messages",
+                Prompt::Text(_) | Prompt::Tokens(_) => "prompt",
+            };
+            let message =
+                format!("a text of {bytes} bytes is too long: at most {MAX_TEXT_BYTES} are tokenized");
+            return Err(RouterError::invalid(param, message));
+        }
+        self.encode(prompt, special).await
+    }
+
+    /// Whatever its length: who asks has looked at it.
+    pub(crate) async fn encode(
+        &self,
+        prompt: Prompt,
+        special: SpecialTokens,
+    ) -> Result<Vec<TokenId>, RouterError> {
+        let bytes = work_bytes(&prompt);
         let encode = move |tokenizer: &Tokenizer| generate::encode(tokenizer, prompt, special);
         self.0.texts.work(bytes, encode).await
     }
 
     pub async fn detokenize(&self, tokens: Vec<TokenId>) -> Result<String, RouterError> {
+        if tokens.len() > MAX_TEXT_BYTES {
+            let message = format!(
+                "{} tokens are too many: at most {MAX_TEXT_BYTES} become text",
+                tokens.len()
+            );
+            return Err(RouterError::invalid("tokens", message));
+        }
         let bytes = size_of_val(&*tokens);
         let decode = move |tokenizer: &Tokenizer| tokenizer.decode(&tokens, Skip::Nothing);
         let text = self.0.texts.work(bytes, decode).await;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use axum::Router as Routes;
 use axum::body::Bytes;
@@ -26,6 +26,7 @@ use crate::keys::{self, ApiKeys};
 use crate::layers;
 use crate::metrics::Metrics;
 use crate::origins::{self, Guard, Origins};
+use crate::roots::LoraRoots;
 use crate::unread;
 
 #[derive(Clone)]
@@ -35,12 +36,13 @@ pub struct App {
     pub strays: Arc<Strays>,
     /// openapi.json
     pub document: Bytes,
+    pub lora_roots: Arc<LoraRoots>,
     stopping: Arc<AtomicBool>,
 }
 
 impl App {
     /// `strict_fields`: refuse what a request has and nobody knows.
-    pub fn new(router: Router, strict_fields: bool) -> Result<App, prometheus::Error> {
+    pub fn new(router: Router, strict_fields: bool, lora_roots: LoraRoots) -> Result<App, prometheus::Error> {
         let metrics = Metrics::new(&router.config().served_model_name, router.info().max_loras)?;
         let strays = Strays::new(strict_fields, metrics.unknown_fields());
         let document = Bytes::from(document());
@@ -49,6 +51,7 @@ impl App {
             metrics: Arc::new(metrics),
             strays: Arc::new(strays),
             document,
+            lora_roots: Arc::new(lora_roots),
             stopping: Arc::default(),
         })
     }
@@ -176,7 +179,8 @@ pub struct Access {
     pub is_local: bool,
 }
 
-pub fn routes(app: App, access: Access) -> Routes {
+/// `body_patience`: for the next piece of a request's body.
+pub fn routes(app: App, access: Access, body_patience: Duration) -> Routes {
     let Access {
         keys,
         origins,
@@ -202,7 +206,7 @@ pub fn routes(app: App, access: Access) -> Routes {
     routes
         .layer(cors)
         .layer(CatchPanicLayer::custom(layers::panicked))
-        .layer(from_fn(unread::drain))
+        .layer(from_fn_with_state(body_patience, unread::drain))
         .layer(from_fn(layers::request_id))
 }
 

@@ -235,12 +235,38 @@ pub struct EdgeOptions {
     /// JSON, '{"name": "a", "path": "DIR"}'
     #[arg(long, value_name = "NAME=DIR", num_args = 1.., value_parser = lora_modules)]
     pub lora_modules: Vec<LoraModules>,
+    /// Folder below which /v1/load_lora_adapter may read adapters, links resolved; repeat it, or separate by commas. Names
+    /// on the hub need none [default: none but --data-dir and the folders of --lora-modules]
+    #[arg(long, value_name = "DIR", value_delimiter = ',')]
+    pub lora_root: Vec<PathBuf>,
     /// Requests that may wait for a place among the running; more are answered 429
     #[arg(long, value_name = "N", default_value_t = 512)]
     pub max_waiting: u32,
     /// Seconds that a request waits for a replica while none answers; then it is answered 503
     #[arg(long, value_name = "SECONDS", default_value_t = 5)]
     pub replica_wait: u64,
+    #[command(flatten)]
+    pub connections: ConnectionOptions,
+}
+
+/// How many connections, and how long is waited for who holds one.
+#[derive(Clone, Debug, Args)]
+pub struct ConnectionOptions {
+    /// Connections at once, of the API; no more than open files are allowed (ulimit -Hn) less 256. Others wait
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = count(1..=1 << 20))]
+    pub max_connections: u32,
+    /// Connections at once from one address; more are closed. Behind a proxy all come from one
+    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = count(1..=1 << 20))]
+    pub max_connections_per_address: u32,
+    /// Seconds that a connection may be open without a request under way
+    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = count(1..=86_400))]
+    pub idle_timeout: u32,
+    /// Seconds that a new connection has for its first request's headers, and a client for the next piece of a body
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = count(1..=86_400))]
+    pub read_timeout: u32,
+    /// Seconds after which an answer is given up of which the client takes nothing in
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = count(1..=86_400))]
+    pub write_timeout: u32,
 }
 
 /// Where bytes are kept.
@@ -369,11 +395,12 @@ pub struct Health {
 
 fn limits() -> String {
     format!(
-        "Limits of a request: JSON body {} MiB, uploaded file {} MiB, {} choices, {} stop strings.",
+        "Limits of a request: JSON body {} MiB, uploaded file {} MiB, {} choices, {} stop strings, text to /tokenize {} MiB.",
         JSON_LIMIT_BYTES >> 20,
         FILE_LIMIT_BYTES >> 20,
         crate::convert::sampling::MAX_CHOICES,
         crate::convert::sampling::MAX_STOP_STRINGS,
+        tandem_router::MAX_TEXT_BYTES >> 20,
     )
 }
 

@@ -10,6 +10,7 @@ use tandem_router::api::{Part, RouterError};
 use tracing::error;
 
 use crate::hub::HubError;
+use crate::unread::Stalled;
 
 /// Characters of a message at most: what a client sent may be part of it.
 const MESSAGE_CHARS: usize = 1000;
@@ -48,6 +49,8 @@ pub enum ApiError {
     MediaType { wanted: &'static str, given: String },
     #[error("the request body could not be read: {0}")]
     Body(String),
+    #[error("the request body did not go on coming: {0}, and longer is not waited for it")]
+    SlowBody(String),
     #[error("You didn't provide an API key. Send it in the header: Authorization: Bearer YOUR_KEY")]
     NoKey,
     #[error("Incorrect API key provided.")]
@@ -84,6 +87,18 @@ pub fn invalid(param: impl Into<String>, message: impl Into<String>) -> ApiError
         code: Some("invalid_value"),
         message: message.into(),
     }
+}
+
+/// Why no more of a body could be read.
+pub fn unreadable(error: &(dyn std::error::Error + 'static)) -> ApiError {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(stalled) = error.downcast_ref::<Stalled>() {
+            return ApiError::SlowBody(stalled.to_string());
+        }
+        cause = error.source();
+    }
+    ApiError::Body(error.to_string())
 }
 
 fn instead_of(given: &str) -> String {
@@ -167,6 +182,9 @@ impl ApiError {
             ApiError::Invalid { param, code, .. } => return bad(param.as_deref(), *code),
             ApiError::NotBuilt { param, .. } => return bad(Some(param), Some("unsupported_parameter")),
             ApiError::NotJson(_) | ApiError::Body(_) => return bad(None, None),
+            ApiError::SlowBody(_) => {
+                return with(S::REQUEST_TIMEOUT, INVALID, None, Some("request_timeout"));
+            }
             ApiError::TooLarge { .. } => {
                 return with(S::PAYLOAD_TOO_LARGE, INVALID, None, Some("request_too_large"));
             }
@@ -248,7 +266,7 @@ impl ApiError {
             ),
             RouterError::Adapter { not_found: false, .. } => bad(Some("lora_path"), Some("invalid_adapter")),
             RouterError::Busy { retry_after_s, .. } => busy(*retry_after_s),
-            RouterError::Engine(Fault::Overloaded { .. }) => busy(1),
+            RouterError::Engine(Fault::Overloaded { .. } | Fault::Unread) => busy(1),
             RouterError::Engine(Fault::TooLarge(_)) => bad(prompt, Some("request_too_large")),
             RouterError::Engine(Fault::Grammar(_)) => bad(None, Some("invalid_grammar")),
             RouterError::Engine(Fault::Adapter(_)) => failed(Never, Some("The adapter could not be loaded.")),

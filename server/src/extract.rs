@@ -13,7 +13,7 @@ use tandem_core::json;
 
 use crate::app::App;
 use crate::convert::fine_tunes::JobName;
-use crate::error::{ApiError, invalid};
+use crate::error::{ApiError, invalid, unreadable};
 use crate::fields::{Rule, strays};
 
 /// A JSON body at most: a long prompt as token ids, with room.
@@ -81,7 +81,7 @@ async fn read(headers: &HeaderMap, body: body::Body, limit_bytes: u64) -> Result
     }
     let mut bytes = Vec::with_capacity(announced.unwrap_or(0) as usize);
     while let Some(chunk) = chunks.next().await {
-        let chunk: Bytes = chunk.map_err(|error| ApiError::Body(error.to_string()))?;
+        let chunk: Bytes = chunk.map_err(|error| unreadable(&error))?;
         if (bytes.len() + chunk.len()) as u64 > limit_bytes {
             return Err(ApiError::TooLarge { limit_bytes });
         }

@@ -11,6 +11,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use tandem_router::api::Client;
 
+use crate::connection::ConnectionId;
 use crate::error::ApiError;
 
 /// Asked by supervisors, which hold no key, and pages that ask for one before they ask the server for anything.
@@ -61,7 +62,11 @@ impl<S: Sync> FromRequestParts<S> for Asker {
         // Keys of one process's hash maps: a client cannot choose to look like another.
         static KEYS: LazyLock<RandomState> = LazyLock::new(RandomState::new);
         let client = given_key(&parts.headers).map(|key| KEYS.hash_one(key));
-        Ok(Asker(Client(client.unwrap_or_default())))
+        let connection = parts.extensions.get().copied().unwrap_or(ConnectionId(0));
+        Ok(Asker(Client {
+            key: client.unwrap_or_default(),
+            connection: connection.0,
+        }))
     }
 }
 

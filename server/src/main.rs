@@ -4,6 +4,7 @@ mod app;
 mod cli;
 mod commands;
 mod config;
+mod connection;
 mod convert;
 mod demo;
 mod doctor;
@@ -26,6 +27,7 @@ mod metrics;
 mod origins;
 mod process;
 mod ranks;
+mod roots;
 mod sse;
 mod train;
 mod unread;
@@ -58,6 +60,7 @@ fn run() -> Result<ExitCode> {
         parsed => parsed?,
     };
     process::start_log().context("TANDEM_LOG")?;
+    process::raise_descriptors();
     match cli.command {
         Command::Serve(options) => commands::serve::run(*options, &given)?,
         Command::Backend(options) => commands::backend::run(*options, &given)?,

@@ -6,6 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing_subscriber::EnvFilter;
 
 use crate::config::LOG_VARIABLE;
@@ -50,6 +51,25 @@ pub fn check_environment() -> io::Result<()> {
         })
         .and_then(|()| tandem_backend::check_kernels())
         .map_err(io::Error::other)
+}
+
+/// Raises the limit on open files to what the system allows: 1,024, which is what most shells give, are few connections.
+pub fn raise_descriptors() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if limit.current != limit.maximum
+        && let Err(error) = setrlimit(Resource::Nofile, raised)
+    {
+        tracing::warn!(%error, "the limit on open files stays where it is");
+    }
+}
+
+/// How many files, sockets among them, this process may have open.
+pub fn descriptors() -> u64 {
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 
 /// To standard error, filtered by `TANDEM_LOG` (EnvFilter's syntax), `info` without it.

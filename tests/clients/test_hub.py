@@ -179,7 +179,7 @@ def ask(url, path, body=None):
 
 
 def test_serving_by_name(hub, cache, tmp_path):
-    process = Process(tmp_path, "serve", "--port", "0", MODEL, "--lora-modules", f"first={ADAPTER}")
+    process = Process(tmp_path, "serve", "--port", "0", MODEL, "--lora-modules", f"first={ADAPTER}", "--lora-root", str(tmp_path))
     try:
         load = "/v1/load_lora_adapter"
         assert ask(process.url, load, {"lora_name": "second", "lora_path": ADAPTER})[0] == 200

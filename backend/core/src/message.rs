@@ -80,6 +80,9 @@ pub enum Fault {
     /// A step failed in the tensor library; the request's state is lost, the replica lives.
     #[error("the engine failed a step: {0}")]
     Step(String),
+    /// Its client took nothing in while too many others did so, too.
+    #[error("the answer was given up because nothing of it was read while many others waited")]
+    Unread,
     #[error("the replica is shutting down")]
     ShuttingDown,
     /// The replica is gone (a rank died, a connection broke); it comes back, or others answer.

@@ -97,11 +97,13 @@ impl Sampling {
                 "top_p must be above 0 and at most 1, got 0".to_owned(),
             ));
         }
-        let repetition_penalty = repetition_penalty.unwrap_or(1.0);
-        if !(repetition_penalty > 0.0 && repetition_penalty.is_finite()) {
-            let message = format!("repetition_penalty must be above 0, got {repetition_penalty}");
-            return Err(bad("repetition_penalty", message));
-        }
+        // Beyond these, logits that are multiplied and divided by it leave the range of float32.
+        let repetition_penalty = within(
+            "repetition_penalty",
+            repetition_penalty.unwrap_or(1.0),
+            0.01,
+            100.0,
+        )?;
         let sampling = Sampling {
             temperature: within("temperature", temperature.unwrap_or(1.0), 0.0, 2.0)?,
             top_p,

@@ -8,6 +8,9 @@ use crate::id::AdapterDigest;
 pub struct Stats {
     pub running: u32,
     pub waiting: u32,
+    /// Of both: their clients do not read, and nothing is computed for them.
+    #[serde(default)]
+    pub parked: u32,
     pub kv_blocks_total: u32,
     /// Held by sequences (cached but free blocks are not).
     pub kv_blocks_used: u32,
@@ -52,6 +55,7 @@ impl Stats {
         let Stats {
             running,
             waiting,
+            parked,
             kv_blocks_total,
             kv_blocks_used,
             steps: _,
@@ -80,6 +84,7 @@ impl Stats {
         self.add_counters(other);
         self.running += running;
         self.waiting += waiting;
+        self.parked += parked;
         self.kv_blocks_total += kv_blocks_total;
         self.kv_blocks_used += kv_blocks_used;
         self.adapter_bytes += adapter_bytes;

@@ -151,6 +151,10 @@ impl Clients {
         !self.parked.is_empty()
     }
 
+    pub fn parked(&self) -> usize {
+        self.parked.len()
+    }
+
     /// Requests whose clients no longer listen.
     pub fn left(&self) -> Vec<RequestId> {
         let left = self.all.iter().filter(|(_, client)| client.events.is_closed());

@@ -11,6 +11,9 @@ use tandem_kernels::activation::Activation;
 use super::{Bias, Head, fields};
 use crate::weights::LoadError;
 
+/// The deepest models have some hundred.
+const MAX_LAYERS: i64 = 10_000;
+
 /// A JSON object that remembers which of its fields were asked for.
 pub(super) struct Config {
     pub file: &'static str,
@@ -115,6 +118,15 @@ impl Config {
                 Some(n) => Ok(Some(n)),
                 None => Err(self.wrong(field, "a whole number from 1 to 2147483647 is needed")),
             },
+        }
+    }
+
+    /// How many layers: each is a few names and shapes before a weight is looked at.
+    pub fn layers(&self, default: i64) -> Result<i64, LoadError> {
+        const FIELD: &str = "num_hidden_layers";
+        match self.size(FIELD, default)? {
+            layers if layers <= MAX_LAYERS => Ok(layers),
+            _ => Err(self.wrong(FIELD, &format!("at most {MAX_LAYERS} layers are read"))),
         }
     }
 

@@ -69,7 +69,7 @@ impl Sizes {
             vocab: config.size("vocab_size", defaults.vocab)?,
             hidden,
             inner: config.size("intermediate_size", defaults.inner)?,
-            layers: config.size("num_hidden_layers", defaults.layers)?,
+            layers: config.layers(defaults.layers)?,
             heads,
             kv_heads,
             head_dim,

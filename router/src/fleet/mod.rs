@@ -259,10 +259,11 @@ impl Fleet {
         self.usable().map(|(_, replica)| replica.info.max_num_seqs).sum()
     }
 
-    /// Sequences that wait, as the members last said.
+    /// Sequences that wait for a place, as the members last said: not those whose clients do not read.
     pub fn waiting(&self) -> u32 {
+        let waiting = |stats: &Stats| stats.waiting.saturating_sub(stats.parked);
         self.usable()
-            .map(|(_, replica)| replica.stats.borrow().waiting)
+            .map(|(_, replica)| waiting(&replica.stats.borrow()))
             .sum()
     }
 

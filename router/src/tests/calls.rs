@@ -14,7 +14,11 @@ use crate::api::{Call, Client, Finish, Generation, Prompt, What};
 
 pub(super) fn call(prompt: &str) -> Call {
     Call {
-        client: Client(1),
+        client: Client {
+            key: 1,
+            connection: 1,
+        },
+        earlier: 0,
         model: BASE.to_owned(),
         prompt: Prompt::Text(prompt.to_owned()),
         n: 1,
@@ -26,6 +30,7 @@ pub(super) fn call(prompt: &str) -> Call {
         include_stop_str_in_output: false,
         ignore_eos: false,
         skip_special_tokens: true,
+        add_special_tokens: true,
     }
 }
 
@@ -244,7 +249,10 @@ async fn a_full_house_refuses_until_somebody_leaves() {
     );
     // Another client finds its share of the places kept.
     let newcomer = Call {
-        client: Client(2),
+        client: Client {
+            key: 2,
+            connection: 2,
+        },
         ..call("y")
     };
     drop(router.generate(newcomer).await.expect("within its share"));

@@ -1,8 +1,5 @@
 //! Random public ids: 24 letters and digits (142 bits) after a prefix that says what they name.
 
-use std::fs::File;
-use std::io::Read;
-
 const LENGTH: usize = 24;
 const ALPHABET: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 
@@ -45,9 +42,8 @@ pub(crate) fn random() -> String {
 }
 
 fn entropy(bytes: &mut [u8]) {
-    File::open("/dev/urandom")
-        .and_then(|mut file| file.read_exact(bytes))
-        .expect("a Unix system has /dev/urandom");
+    // A system call: it needs no descriptor, of which there may be none left.
+    getrandom::fill(bytes).expect("the system has random bytes");
 }
 
 #[cfg(test)]

@@ -14,11 +14,14 @@ use tracing::info;
 
 use super::greeting::{self, Greeting};
 use crate::app::{self, Access, App};
-use crate::cli::{ArtifactOptions, EdgeOptions, ProcessOptions, StateOptions};
+use crate::cli::{ArtifactOptions, ConnectionOptions, EdgeOptions, ProcessOptions, StateOptions};
+use crate::connection::Patience;
 use crate::exit::WrongSetting;
 use crate::hub::{self, Content};
 use crate::keys::ApiKeys;
+use crate::listen::Limits;
 use crate::origins::Origins;
+use crate::roots::LoraRoots;
 use crate::values::{ChatTemplate, LoraModule};
 use crate::{convert, exposure, listen};
 
@@ -159,9 +162,28 @@ pub async fn run(edge: Edge) -> Result<()> {
         chat_template: _,
         strict_fields,
         lora_modules: _,
+        lora_root,
         max_waiting,
         replica_wait: _,
+        connections:
+            ConnectionOptions {
+                max_connections,
+                max_connections_per_address,
+                idle_timeout,
+                read_timeout,
+                write_timeout,
+            },
     } = options;
+    let seconds = |n: u32| Duration::from_secs(n.into());
+    let patience = Patience {
+        idle: seconds(idle_timeout),
+        read: seconds(read_timeout),
+        write: seconds(write_timeout),
+    };
+    let limits = Limits {
+        all: max_connections,
+        per_address: max_connections_per_address,
+    };
     let StateOptions {
         artifacts: ArtifactOptions {
             data_dir,
@@ -170,6 +192,8 @@ pub async fn run(edge: Edge) -> Result<()> {
         database_url,
         quarantine_strays,
     } = state;
+    let named = lora_modules.iter().map(|(_, folder)| folder.as_path());
+    let lora_roots = LoraRoots::new(&lora_root, named.chain([data_dir.as_path()])).context("--lora-root")?;
     let places = Places {
         database_url,
         artifact_url,
@@ -195,7 +219,7 @@ pub async fn run(edge: Edge) -> Result<()> {
     };
     let store = Store::open(&places).await.context("the store")?;
     let router = Router::open(store, tokenizer, fleet, config).await?;
-    let app = App::new(router, strict_fields).context("the metrics")?;
+    let app = App::new(router, strict_fields, lora_roots).context("the metrics")?;
     let greeting = Greeting {
         address,
         names: &names,
@@ -204,9 +228,10 @@ pub async fn run(edge: Edge) -> Result<()> {
             wants_key: access.keys.is_some(),
         },
     };
-    let routes = app::routes(app.clone(), access);
+    let routes = app::routes(app.clone(), access, patience.read);
     greeting.say();
-    listen::serve(listener, routes, app, Duration::from_secs(shutdown_grace)).await?;
+    let grace = Duration::from_secs(shutdown_grace);
+    listen::serve(listener, routes, app, limits, patience, grace).await?;
     info!("stopped");
     Ok(())
 }

@@ -127,6 +127,7 @@ pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
     };
     let call = Call {
         client: Client::default(),
+        earlier: 0,
         model,
         prompt,
         n,
@@ -138,6 +139,8 @@ pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
         include_stop_str_in_output: include_stop_str_in_output.unwrap_or(false),
         ignore_eos: ignore_eos.unwrap_or(false),
         skip_special_tokens: skip_special_tokens.unwrap_or(true),
+        // The template writes them.
+        add_special_tokens: true,
     };
     let return_token_ids = return_token_ids.unwrap_or(false);
     Ok(Chat {

@@ -20,8 +20,6 @@ pub struct Completions {
     /// vLLM's own field, apart from `echo`.
     pub prompt_logprobs: Option<u32>,
     pub return_token_ids: bool,
-    /// Special tokens in front of text prompts.
-    pub add_special_tokens: bool,
 }
 
 pub fn calls(request: CompletionRequest, limits: Limits) -> Result<Completions, ApiError> {
@@ -119,6 +117,7 @@ pub fn calls(request: CompletionRequest, limits: Limits) -> Result<Completions, 
     })?;
     let template = Call {
         client: Client::default(),
+        earlier: 0,
         model,
         prompt: Prompt::Tokens(Vec::new()),
         n,
@@ -130,6 +129,7 @@ pub fn calls(request: CompletionRequest, limits: Limits) -> Result<Completions, 
         include_stop_str_in_output: include_stop_str_in_output.unwrap_or(false),
         ignore_eos: ignore_eos.unwrap_or(false),
         skip_special_tokens: skip_special_tokens.unwrap_or(true),
+        add_special_tokens: add_special_tokens.unwrap_or(true),
     };
     Ok(Completions {
         calls: prompts
@@ -145,7 +145,6 @@ pub fn calls(request: CompletionRequest, limits: Limits) -> Result<Completions, 
         logprobs,
         prompt_logprobs,
         return_token_ids: return_token_ids.unwrap_or(false),
-        add_special_tokens: add_special_tokens.unwrap_or(true),
     })
 }
 

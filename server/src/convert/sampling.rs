@@ -17,6 +17,9 @@ const MAX_N: u32 = 128;
 /// OpenAI takes 4; lm-eval sends more.
 pub const MAX_STOP_STRINGS: usize = 64;
 
+/// Tokens that have a bias: each choice has its own copy.
+const MAX_BIASES: usize = 4096;
+
 /// What a replica allows.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -55,6 +58,13 @@ pub fn raw_sampling(fields: Fields, max_tokens: Option<u32>) -> Result<RawSampli
         logprobs,
         prompt_logprobs,
     } = fields;
+    let biases = logit_bias.as_ref().map_or(0, BTreeMap::len);
+    if biases > MAX_BIASES {
+        return Err(invalid(
+            "logit_bias",
+            format!("logit_bias has {biases} tokens, at most {MAX_BIASES} are allowed"),
+        ));
+    }
     let bias = |(token, bias): (String, f64)| match token.parse::<TokenId>() {
         Ok(token) => Ok((token, bias)),
         Err(_) => Err(invalid(

@@ -28,11 +28,17 @@ pub async fn load(State(app): State<App>, Json(body): Json<LoadLoraAdapter>) -> 
         Some(true) => LoadMode::Replace,
         _ => LoadMode::New,
     };
-    let (router, name) = (app.router.clone(), lora_name.clone());
+    let (router, roots, name) = (app.router.clone(), app.lora_roots.clone(), lora_name.clone());
     to_the_end(async move {
-        let find = move || hub::find(Path::new(&lora_path), None, Content::Adapter);
+        let find = move || match hub::find(Path::new(&lora_path), None, Content::Adapter)? {
+            Found {
+                folder,
+                name: Some(_),
+            } => Ok(folder),
+            Found { folder, name: None } => roots.resolve(&folder),
+        };
         let found = tokio::task::spawn_blocking(find).await;
-        let Found { folder, .. } = found.map_err(|panic| ApiError::Internal(panic.to_string()))??;
+        let folder = found.map_err(|panic| ApiError::Internal(panic.to_string()))??;
         Ok::<_, ApiError>(router.load_adapter(&name, &folder, mode).await?)
     })
     .await?;

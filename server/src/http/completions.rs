@@ -6,8 +6,7 @@ use axum::response::{IntoResponse, Response};
 use tandem_core::TokenId;
 use tandem_openapi::completions::{Completion, CompletionChoice, CompletionLogprobs, CompletionRequest};
 use tandem_openapi::error::Errors;
-use tandem_router::api::{Call, Piece, Prompt, TokenText, What};
-use tandem_text::SpecialTokens;
+use tandem_router::api::{Piece, Prompt, TokenText, What};
 
 use super::feed::{self, Admitted, Gathered, Placed, finish_reason};
 use super::stream::{self, Choices, Sink};
@@ -36,21 +35,15 @@ pub async fn create(
 ) -> Result<Response, ApiError> {
     let model = request.model.clone();
     let Completions {
-        mut calls,
+        calls,
         n,
         delivery,
         echo,
         logprobs,
         prompt_logprobs,
         return_token_ids,
-        add_special_tokens,
     } = convert::completions::calls(request, app.limits())?;
     let texts: Vec<Option<String>> = calls.iter().map(|call| given_text(&call.prompt, echo)).collect();
-    if !add_special_tokens {
-        for call in &mut calls {
-            bare(&app, call).await?;
-        }
-    }
     let admitted = feed::admit(&app, client, calls, "prompt").await?;
     let mut echoes = Vec::new();
     if echo {
@@ -81,15 +74,6 @@ fn given_text(prompt: &Prompt, echo: bool) -> Option<String> {
         Prompt::Text(text) if echo => Some(text.clone()),
         _ => None,
     }
-}
-
-/// Without BOS and the like.
-async fn bare(app: &App, call: &mut Call) -> Result<(), ApiError> {
-    if let Prompt::Text(_) = &call.prompt {
-        let prompt = std::mem::replace(&mut call.prompt, Prompt::Tokens(Vec::new()));
-        call.prompt = Prompt::Tokens(app.router.tokenize(prompt, SpecialTokens::Omit).await?);
-    }
-    Ok(())
 }
 
 fn envelope(admitted: &Admitted, model: String) -> Completion {

@@ -78,10 +78,15 @@ pub async fn admit(
         RouterError::Invalid { .. } | RouterError::UnknownModel(_) => ApiError::Router(error),
         error => ApiError::Prompt(error, prompt_param),
     };
-    let mut admitted: Option<Admitted> = None;
+    let (mut admitted, mut earlier): (Option<Admitted>, u32) = (None, 0);
     for call in calls {
         let (n, model) = (call.n, call.model.clone());
-        let call = Call { client, ..call };
+        let call = Call {
+            client,
+            earlier,
+            ..call
+        };
+        earlier += n;
         let generation = app.router.generate(call).await.map_err(refused)?;
         let Generation {
             prompt_tokens,

@@ -18,7 +18,7 @@ use tokio_util::io::ReaderStream;
 
 use crate::app::App;
 use crate::convert::files;
-use crate::error::{ApiError, invalid};
+use crate::error::{ApiError, invalid, unreadable};
 use crate::extract::{FILE_LIMIT_BYTES, Pairs, Segment, announced_bytes, must_be};
 use crate::fields::stray_field;
 
@@ -146,7 +146,10 @@ async fn text(mut field: Field<'_>, param: &'static str) -> Result<String, ApiEr
 }
 
 fn broken(error: MultipartError) -> ApiError {
-    ApiError::Body(error.body_text())
+    match unreadable(&error) {
+        ApiError::Body(_) => ApiError::Body(error.body_text()),
+        slow => slow,
+    }
 }
 
 /// Files, newest first unless asked otherwise.

@@ -41,7 +41,12 @@ fn its_commands_run_as_written() {
     let server = Server::start_with(
         Arc::new(tempfile::tempdir().unwrap()),
         &[],
-        &["--served-model-name", "tandem-demo"],
+        &[
+            "--served-model-name",
+            "tandem-demo",
+            "--lora-root",
+            folder.path().to_str().unwrap(),
+        ],
     );
     let binary = binary().canonicalize().unwrap();
     let path = format!(

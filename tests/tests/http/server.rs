@@ -26,7 +26,10 @@ impl Server {
         static SHARED: Mutex<Weak<Server>> = Mutex::new(Weak::new());
         let mut shared = SHARED.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         shared.upgrade().unwrap_or_else(|| {
-            let server = Arc::new(Server::start(&[]));
+            let server = Arc::new(Server::start(&[
+                "--lora-root",
+                std::env::temp_dir().to_str().unwrap(),
+            ]));
             *shared = Arc::downgrade(&server);
             server
         })
