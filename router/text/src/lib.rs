@@ -9,9 +9,11 @@ pub mod error;
 mod fixture;
 mod label;
 mod python;
+pub mod reasoning;
 pub mod stop;
 pub mod stream;
 pub mod tokenizer;
+pub mod tools;
 
 pub use chat::{ChatTemplate, Content, Ending, Message};
 pub use error::TextError;

@@ -1,11 +1,15 @@
 //! Text while it is generated: each token gives the characters it completes. Not here: where to stop (`stop`).
 
+use std::collections::BTreeSet;
+
 use crate::tokenizer::{Skip, Tokenizer};
 
 /// All that was returned, `flush` included, equals `Tokenizer::decode` of all tokens.
 pub struct TextStream {
     tokenizer: Tokenizer,
     skip: Skip,
+    /// Tokens that are shown though they are special: who reads the text needs them.
+    shown: BTreeSet<u32>,
     /// The next byte is the first of the text, where a decoder may drop a space.
     at_start: bool,
     /// Less than one character: the beginning of a UTF-8 sequence.
@@ -18,6 +22,7 @@ impl TextStream {
         TextStream {
             tokenizer,
             skip,
+            shown: BTreeSet::new(),
             at_start: true,
             pending: Vec::new(),
         }
@@ -43,6 +48,7 @@ impl TextStream {
         let mut stream = TextStream {
             tokenizer,
             skip,
+            shown: BTreeSet::new(),
             at_start: tail.is_empty(),
             pending: tail,
         };
@@ -51,10 +57,20 @@ impl TextStream {
         stream
     }
 
+    /// These, even if they are special.
+    pub fn showing(mut self, tokens: BTreeSet<u32>) -> TextStream {
+        self.shown = tokens;
+        self
+    }
+
     /// Text that `token` completes; often empty inside a multi-byte character. Ids outside the vocabulary (a padded
     /// model can sample one) have no text.
     pub fn push(&mut self, token: u32) -> String {
-        let mut bytes = self.tokenizer.visible_bytes(token, self.skip).unwrap_or_default();
+        let skip = match self.shown.contains(&token) {
+            true => Skip::Nothing,
+            false => self.skip,
+        };
+        let mut bytes = self.tokenizer.visible_bytes(token, skip).unwrap_or_default();
         if self.at_start && !bytes.is_empty() {
             self.at_start = false;
             if self.tokenizer.bytes().strips_leading_space {
