@@ -259,10 +259,10 @@ impl Reader {
 
     /// What is no call is read again: by another layout, or as content.
     fn end_attempt(&mut self, delta: &mut Delta) {
-        let State::Calls(Attempt { calls, layout }) = std::mem::replace(&mut self.state, State::Content)
-        else {
+        let State::Calls(attempt) = std::mem::replace(&mut self.state, State::Content) else {
             return;
         };
+        let Attempt { calls, layout } = *attempt;
         let (n_calls, end) = (calls.n_calls(), calls.end());
         self.unread(&calls.into_pending());
         if n_calls > self.n_calls {
