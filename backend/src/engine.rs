@@ -249,15 +249,13 @@ impl Engine {
     }
 
     fn admit(&mut self, request: Generate, events: mpsc::Sender<Event>) {
-        let (id, vocab) = (request.id, self.decoder.spec.vocab);
-        // Whoever sends it has checked it; but one wrong id would cost a whole step's requests.
-        let foreign = request.prompt.iter().find(|&&token| i64::from(token) >= vocab);
-        let refused = match foreign {
-            Some(token) => Err(Fault::TooLarge(format!(
-                "token {token} is not in the vocabulary of {vocab}"
-            ))),
-            None if self.clients.has(id) => Err(Fault::TooLarge(format!("request {} is already here", id.0))),
-            None => Ok(()),
+        let id = request.id;
+        let refused = match self.clients.has(id) {
+            true => Err(Fault::Refused(format!("request {} is already here", id.0))),
+            false => request.check(
+                self.decoder.spec.vocab as u32,
+                self.scheduler.max_model_len() as u32,
+            ),
         };
         let client = Client::new(&request, events, self.seed);
         let (adapter, grammar) = (request.adapter.clone(), request.grammar.clone());

@@ -12,7 +12,7 @@ use tandem_backend::sample::{Ask, sample};
 use tandem_backend::train::Trainer;
 use tandem_core::blocks::BlockPool;
 use tandem_core::dataset::{self, Example};
-use tandem_core::id::{JobId, RequestId};
+use tandem_core::id::RequestId;
 use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Schedule, files};
 use tandem_core::message::{Generate, Scored};
 use tandem_core::sampling::{RawSampling, Sampling};
@@ -212,7 +212,7 @@ fn train_step(criterion: &mut Criterion) {
         })
         .collect();
     std::fs::write(folder.path().join(files::TRAIN), dataset::encode(&examples)).expect("it is written");
-    let id = JobId("ftjob-bench".to_owned());
+    let id = "ftjob-bench".parse().expect("a job\'s id");
     let spec = JobSpec {
         id,
         folder: folder.path().to_owned(),

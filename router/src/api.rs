@@ -42,7 +42,7 @@ pub enum AdapterSource {
     /// `--lora-modules` or `/v1/load_lora_adapter`.
     Loaded,
     /// Made by a job; `step` when it is a checkpoint.
-    Job { job: JobId, step: Option<u64> },
+    Job { job: String, step: Option<u64> },
 }
 
 /// What a load does with a name that is taken.

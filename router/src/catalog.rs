@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use dashmap::DashMap;
-use tandem_core::id::{AdapterDigest, JobId, RequestId};
+use tandem_core::id::{AdapterDigest, RequestId};
 use tandem_core::replica::ReplicaInfo;
 use tandem_store::{NameRow, Source};
 use tokio::sync::{Notify, oneshot};
@@ -486,10 +486,7 @@ impl Catalog {
         } = row.clone();
         let source = match source {
             Source::Loaded | Source::Flag => AdapterSource::Loaded,
-            Source::Job { job, step } => AdapterSource::Job {
-                job: JobId(job),
-                step,
-            },
+            Source::Job { job, step } => AdapterSource::Job { job, step },
         };
         let kind = ModelKind::Adapter {
             digest,

@@ -171,6 +171,8 @@ impl Router {
             asked.extend(&self.info().eos_tokens);
             asked.extend(self.tokenizer().eos().map(|(id, _)| id));
         }
+        // A tokenizer may know more tokens than the model can say.
+        asked.retain(|&token| token < self.info().vocab_size);
         asked.sort_unstable();
         asked.dedup();
         asked

@@ -267,7 +267,7 @@ impl ApiError {
             RouterError::Adapter { not_found: false, .. } => bad(Some("lora_path"), Some("invalid_adapter")),
             RouterError::Busy { retry_after_s, .. } => busy(*retry_after_s),
             RouterError::Engine(Fault::Overloaded { .. } | Fault::Unread) => busy(1),
-            RouterError::Engine(Fault::TooLarge(_)) => bad(prompt, Some("request_too_large")),
+            RouterError::Engine(Fault::Refused(_)) => bad(prompt, Some("request_too_large")),
             RouterError::Engine(Fault::Grammar(_)) => bad(None, Some("invalid_grammar")),
             RouterError::Engine(Fault::Adapter(_)) => failed(Never, Some("The adapter could not be loaded.")),
             // The text is libtorch's, with its source lines.

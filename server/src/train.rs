@@ -13,7 +13,6 @@ use std::sync::{Arc, OnceLock};
 use serde_norway::Mapping;
 use tandem_backend::train::run::{Run, RunOptions};
 use tandem_core::dataset::{self, Example};
-use tandem_core::id::JobId;
 use tandem_core::job::{JobEvent, JobSpec, Life, base_model, files};
 use tandem_router::api::RouterError;
 use tandem_router::hyper::{self, Bounds, Facts, Tuning};
@@ -184,7 +183,7 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
     }
 
     let spec = JobSpec {
-        id: JobId("train".to_owned()),
+        id: "train".parse().expect("a job\'s id"),
         folder: output_dir.clone(),
         base_model: base_model(&model),
         hyper,

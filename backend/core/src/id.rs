@@ -11,14 +11,20 @@ use sha2::Digest as _;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct RequestId(pub u64);
 
-/// A fine-tuning job, `ftjob-...`. It names folders and keys, so one that arrives from elsewhere is looked at.
+/// A fine-tuning job, `ftjob-...`. It names folders and keys, so there is none that is a path.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String")]
-pub struct JobId(pub String);
+pub struct JobId(String);
+
+impl JobId {
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
 
 #[derive(Debug, thiserror::Error)]
 #[error("{0:?} is no job's id: those are letters, digits, `-` and `_`, 128 at most")]
-pub struct NotAJobId(pub String);
+pub struct NotAJobId(String);
 
 impl TryFrom<String> for JobId {
     type Error = NotAJobId;
@@ -27,8 +33,17 @@ impl TryFrom<String> for JobId {
         let is_plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
         match (1..=128).contains(&text.len()) && text.chars().all(is_plain) {
             true => Ok(JobId(text)),
-            false => Err(NotAJobId(text)),
+            // As much of it as a message should repeat.
+            false => Err(NotAJobId(text.chars().take(128).collect())),
         }
+    }
+}
+
+impl FromStr for JobId {
+    type Err = NotAJobId;
+
+    fn from_str(text: &str) -> Result<JobId, NotAJobId> {
+        JobId::try_from(text.to_owned())
     }
 }
 
@@ -178,7 +193,7 @@ mod tests {
     fn a_job_that_arrives_names_no_path() {
         let read = |id: &str| serde_json::from_value::<JobId>(id.into());
         for good in ["ftjob-a1_B", "train"] {
-            assert_eq!(read(good).unwrap().0, good);
+            assert_eq!(read(good).unwrap().as_str(), good);
         }
         for bad in ["", "..", "a/b", "a.b", "a\0", "é", &"x".repeat(129)] {
             assert!(read(bad).is_err(), "{bad:?}");

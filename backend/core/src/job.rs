@@ -5,6 +5,13 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::id::{AdapterRef, JobId};
+use crate::replica::ReplicaInfo;
+use crate::settings::{Kind, setting};
+
+/// Of a run, by epochs and data: far beyond any, and safe to add and multiply.
+const MOST_STEPS: u64 = 1 << 48;
+/// Of a base's name at most.
+const MOST_NAME_BYTES: usize = 4096;
 
 /// File names inside a job's folder. The router writes the datasets, the engine the rest.
 pub mod files {
@@ -31,6 +38,20 @@ pub struct JobSpec {
     pub base_model: String,
     pub hyper: Hyper,
     pub life: Life,
+}
+
+impl JobSpec {
+    /// What whoever takes a job in asks, however it came.
+    pub fn check(&self, replica: &ReplicaInfo) -> Result<(), String> {
+        if self.base_model.len() > MOST_NAME_BYTES {
+            let bytes = self.base_model.len();
+            return Err(format!(
+                "a base's name of {bytes} bytes: at most {MOST_NAME_BYTES} are allowed"
+            ));
+        }
+        self.hyper.check()?;
+        self.hyper.fits(replica)
+    }
 }
 
 /// What peft can find a base by: the name on the hub where the folder lies in the hub's cache
@@ -103,8 +124,13 @@ impl Hyper {
     pub fn check(&self) -> Result<(), String> {
         let Hyper {
             n_epochs,
+            max_steps,
             batch_size,
             gradient_accumulation_steps,
+            warmup_steps,
+            max_seq_length,
+            save_steps,
+            eval_steps,
             learning_rate,
             weight_decay,
             adam_beta1,
@@ -114,22 +140,45 @@ impl Hyper {
             method,
             ..
         } = self;
-        let whole = [
-            ("n_epochs", *n_epochs),
-            ("batch_size", *batch_size),
-            ("gradient_accumulation_steps", *gradient_accumulation_steps),
-        ];
-        if let Some((name, _)) = whole.into_iter().find(|(_, value)| *value == 0) {
-            return Err(format!("{name} must be at least 1, got 0"));
-        }
         let (r, alpha, dropout) = match method {
             Method::Lora(Lora {
                 r, alpha, dropout, ..
             }) => (*r, *alpha, *dropout),
             Method::Full => (1, 1.0, 0.0),
         };
-        if r == 0 {
-            return Err("lora_r must be at least 1, got 0".to_owned());
+        let asked = |name: &str| match setting(name).map(|setting| setting.kind) {
+            Some(Kind::Integer { low, high, .. }) => low.unsigned_abs()..=high.unsigned_abs(),
+            _ => unreachable!("{name} is a setting that is an integer"),
+        };
+        let n_epochs_most = match max_steps {
+            // As many as the steps need.
+            Some(_) => asked("max_steps"),
+            None => asked("n_epochs"),
+        };
+        let whole = [
+            ("n_epochs", u64::from(*n_epochs), n_epochs_most),
+            ("max_steps", max_steps.unwrap_or(1), asked("max_steps")),
+            ("batch_size", u64::from(*batch_size), asked("batch_size")),
+            (
+                "gradient_accumulation_steps",
+                u64::from(*gradient_accumulation_steps),
+                asked("gradient_accumulation_steps"),
+            ),
+            (
+                "max_seq_length",
+                u64::from(*max_seq_length),
+                asked("max_seq_length"),
+            ),
+            ("lora_r", u64::from(r), asked("lora_r")),
+            // Chosen as parts of the run, whose length is that of the data.
+            ("warmup_steps", *warmup_steps, 0..=MOST_STEPS),
+            ("save_steps", *save_steps, 0..=MOST_STEPS),
+            ("eval_steps", *eval_steps, 0..=MOST_STEPS),
+        ];
+        if let Some((name, value, range)) = whole.into_iter().find(|(_, value, range)| !range.contains(value))
+        {
+            let (low, high) = (range.start(), range.end());
+            return Err(format!("{name} must be between {low} and {high}, got {value}"));
         }
         // NaN is in no range.
         let ranges = [
@@ -139,7 +188,7 @@ impl Hyper {
             ("adam_beta2", *adam_beta2, 0.0..=1.0 - f64::EPSILON),
             ("adam_epsilon", *adam_epsilon, f64::MIN_POSITIVE..=1.0),
             ("max_grad_norm", *max_grad_norm, 0.0..=f64::MAX),
-            ("lora_alpha", alpha, f64::MIN_POSITIVE..=f64::MAX),
+            ("lora_alpha", alpha, f64::MIN_POSITIVE..=1e6),
             ("lora_dropout", dropout, 0.0..=1.0 - f64::EPSILON),
         ];
         match ranges
@@ -152,6 +201,42 @@ impl Hyper {
                 range.start(),
                 range.end()
             )),
+        }
+    }
+
+    /// Whether this replica can train so.
+    pub fn fits(&self, replica: &ReplicaInfo) -> Result<(), String> {
+        if self.max_seq_length > replica.max_model_len {
+            let (asked, most) = (self.max_seq_length, replica.max_model_len);
+            return Err(format!(
+                "max_seq_length must be at most {most}, the context length, got {asked}"
+            ));
+        }
+        let Method::Lora(Lora {
+            r, target_modules, ..
+        }) = &self.method
+        else {
+            return Err("a replica that serves trains adapters only, not every parameter".to_owned());
+        };
+        if *r > replica.max_lora_rank {
+            let most = replica.max_lora_rank;
+            return Err(format!(
+                "lora_r must be at most {most} (--max-lora-rank), got {r}"
+            ));
+        }
+        let known = &replica.lora_targets;
+        match target_modules.iter().find(|module| !known.contains(module)) {
+            Some(module) => {
+                let shown: String = module.chars().take(80).collect();
+                Err(format!(
+                    "lora_target_modules has {shown:?}, which is none of {}",
+                    known.join(", ")
+                ))
+            }
+            None if target_modules.len() > known.len() => {
+                Err("lora_target_modules names a module twice".to_owned())
+            }
+            None => Ok(()),
         }
     }
 }

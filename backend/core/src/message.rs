@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::TokenId;
-use crate::grammar::Grammar;
+use crate::grammar::{self, Grammar};
 use crate::id::{AdapterRef, RequestId};
 use crate::sampling::Sampling;
 
@@ -26,6 +26,54 @@ pub struct Generate {
     pub max_tokens: u32,
     /// Generation ends after any of these (EOS among them, unless the client ignores it).
     pub stop_tokens: Vec<TokenId>,
+}
+
+/// Stop tokens of one request at most: each step looks through them.
+pub const MAX_STOP_TOKENS: usize = 2048;
+
+impl Generate {
+    /// Whether a model with these sizes can be asked this. Who sends a request has checked it; whoever takes one in does
+    /// so again, because one wrong token would cost a whole step's requests.
+    pub fn check(&self, vocab_size: u32, max_model_len: u32) -> Result<(), Fault> {
+        let Generate {
+            id: _,
+            prompt,
+            adapter: _,
+            sampling,
+            grammar,
+            max_tokens,
+            stop_tokens,
+        } = self;
+        let refused = |why: String| Err(Fault::Refused(why));
+        let n = prompt.len();
+        if n == 0 {
+            return refused("a prompt of 0 tokens cannot be continued".to_owned());
+        }
+        if n as u64 + u64::from(*max_tokens) > u64::from(max_model_len) {
+            return refused(format!(
+                "a prompt of {n} tokens and {max_tokens} more exceed {max_model_len}"
+            ));
+        }
+        if stop_tokens.len() > MAX_STOP_TOKENS {
+            return refused(format!(
+                "at most {MAX_STOP_TOKENS} stop tokens are allowed, got {}",
+                stop_tokens.len()
+            ));
+        }
+        if let Some(token) = prompt.iter().chain(stop_tokens).find(|&&id| id >= vocab_size) {
+            return refused(format!("token {token} is not in the vocabulary of {vocab_size}"));
+        }
+        if let Some(bytes) = grammar.as_ref().map(|grammar| grammar.text().len())
+            && bytes > grammar::MAX_BYTES
+        {
+            return refused(format!(
+                "a grammar of {bytes} bytes: at most {} are allowed",
+                grammar::MAX_BYTES
+            ));
+        }
+        let known = sampling.check_vocabulary(vocab_size);
+        known.map_err(|error| Fault::Refused(error.to_string()))
+    }
 }
 
 /// A token with its log-probability under the model (before temperature and penalties, as vLLM reports it) and the
@@ -68,9 +116,9 @@ pub enum Fault {
     /// Try again later, or elsewhere.
     #[error("the replica's waiting queue is full: {waiting} requests wait")]
     Overloaded { waiting: u32 },
-    /// The request can never fit this replica.
+    /// This replica can never serve the request: it is too long, or has a value that no request may have.
     #[error("{0}")]
-    TooLarge(String),
+    Refused(String),
     /// The adapter's folder is missing, damaged, or asks for what is not supported. Says which and why.
     #[error("{0}")]
     Adapter(String),

@@ -25,6 +25,8 @@ mod wire {
 
 /// Bytes of one message at most: a model's tokenizer files, or a prompt with its log-probabilities.
 const MESSAGE_BYTES: usize = 64 << 20;
+/// Of one command: a prompt's tokens, a grammar, biases.
+const UP_BYTES: usize = 16 << 20;
 /// Bytes that may be under way on a stream and on a connection. Fixed: the adaptive window costs pings of its own.
 const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;

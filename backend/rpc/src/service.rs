@@ -26,7 +26,7 @@ use crate::wire::replica_server::{Replica, ReplicaServer};
 use crate::wire::{DescribeRequest, Description, File, Up};
 use crate::{
     CONNECTION_WINDOW_BYTES, KEEP_ALIVE_PATIENCE, KEEP_ALIVE_PERIOD, MESSAGE_BYTES, STREAM_WINDOW_BYTES,
-    codec,
+    UP_BYTES, codec,
 };
 
 /// Between two looks at the engine's numbers.
@@ -155,7 +155,7 @@ impl Replica for Service {
             .map(|peer| peer.to_string())
             .unwrap_or_default();
         tracing::info!(peer, "a router came");
-        let (notes, inbox) = mpsc::unbounded_channel();
+        let (notes, inbox) = mpsc::channel(session::NOTES);
         let links = session::Links::default();
         tokio::spawn(session::hear(
             self.0.clone(),
@@ -181,7 +181,7 @@ pub async fn serve(
     until: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
     let replica = ReplicaServer::new(service)
-        .max_decoding_message_size(MESSAGE_BYTES)
+        .max_decoding_message_size(UP_BYTES)
         .max_encoding_message_size(MESSAGE_BYTES);
     tonic::transport::Server::builder()
         .accept_http1(true)

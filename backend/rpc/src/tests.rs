@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use futures::FutureExt;
 use futures::future::BoxFuture;
-use tandem_core::id::{AdapterDigest, AdapterRef, Digest, JobId, RequestId};
+use futures::{FutureExt, StreamExt};
+use tandem_core::id::{AdapterDigest, AdapterRef, Digest, RequestId};
 use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Schedule};
 use tandem_core::message::{Event, Fault, FinishReason, Generate, Scored};
 use tandem_core::replica::{AdapterInfo, COMMAND_QUEUE, Command, EVENT_QUEUE, ReplicaHandle, ReplicaInfo};
@@ -14,6 +14,9 @@ use tandem_core::stats::Stats;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::wire::replica_client::ReplicaClient;
+use crate::wire::up::Say;
+use crate::wire::{self, Up};
 use crate::{Hooks, ModelFiles, Remote, Service, connect};
 
 /// Nothing here waits this long unless it is broken.
@@ -41,7 +44,7 @@ impl Hooks for Machine {
 
     fn job(&self, spec: JobSpec) -> BoxFuture<'static, Result<JobSpec, String>> {
         async move {
-            let folder = local(&spec.id.0);
+            let folder = local(spec.id.as_str());
             Ok(JobSpec { folder, ..spec })
         }
         .boxed()
@@ -408,7 +411,7 @@ async fn a_backend_that_drains_says_so_and_takes_nothing_new() {
 
 fn job(id: &str) -> JobSpec {
     JobSpec {
-        id: JobId(id.to_owned()),
+        id: id.parse().unwrap(),
         folder: "/here".into(),
         base_model: "base".to_owned(),
         hyper: Hyper {
@@ -466,13 +469,13 @@ async fn a_job_runs_in_a_folder_of_its_machine() {
         remote
             .replica
             .commands
-            .send(Command::CancelJob(JobId("one".to_owned())))
+            .send(Command::CancelJob("one".parse().unwrap()))
             .await,
     );
     let (spec, events) = loop {
         match backend.next().await {
             Command::StartJob(spec, events) => break (*spec, events),
-            Command::CancelJob(id) => assert_eq!(id.0, "one"),
+            Command::CancelJob(id) => assert_eq!(id.as_str(), "one"),
             _ => panic!("a StartJob was expected"),
         }
     };
@@ -481,7 +484,7 @@ async fn a_job_runs_in_a_folder_of_its_machine() {
         ..job("one")
     };
     assert_eq!(spec, expected, "every bit of every number");
-    assert!(matches!(backend.next().await, Command::CancelJob(id) if id.0 == "one"));
+    assert!(matches!(backend.next().await, Command::CancelJob(id) if id.as_str() == "one"));
     let mut second = start(&remote, job("two")).await;
     assert!(matches!(
         soon(second.recv()).await,
@@ -514,7 +517,7 @@ async fn a_job_runs_in_a_folder_of_its_machine() {
         match backend.next().await {
             Command::StartJob(_, events) => break events,
             // The first job's, once more.
-            Command::CancelJob(id) if id.0 == "one" => {}
+            Command::CancelJob(id) if id.as_str() == "one" => {}
             _ => panic!("a StartJob was expected"),
         }
     };
@@ -567,4 +570,333 @@ async fn adapters_load_and_go() {
             .await,
     );
     assert!(matches!(backend.next().await, Command::UnloadAdapter(UNKNOWN)));
+}
+
+/// What a client says that is not a router of ours.
+async fn say(url: &str, ups: Vec<Say>) -> Result<Vec<wire::Down>, tonic::Status> {
+    let endpoint = tonic::transport::Endpoint::from_shared(url.to_owned()).unwrap();
+    let mut client = ReplicaClient::new(soon(endpoint.connect()).await.unwrap());
+    let ups: Vec<Up> = ups.into_iter().map(|say| Up { say: Some(say) }).collect();
+    // The session stays open until it is answered.
+    let ups = futures::stream::iter(ups).chain(futures::stream::pending());
+    let mut inbound = soon(client.session(ups)).await?.into_inner();
+    let mut downs = Vec::new();
+    loop {
+        match soon(inbound.message()).await? {
+            Some(down)
+                if down.stats_json.is_some() && down.events.is_empty() && down.job_events.is_empty() => {}
+            Some(down) => {
+                downs.push(down);
+                return Ok(downs);
+            }
+            None => return Ok(downs),
+        }
+    }
+}
+
+fn generate() -> wire::Generate {
+    wire::Generate {
+        stream: 1,
+        credit: 8,
+        prompt: vec![3, 1, 4],
+        adapter: None,
+        sampling_json: b"{\"logit_bias\": []}".to_vec(),
+        max_tokens: 10,
+        stop_tokens: vec![1, 2],
+        grammar_json: None,
+    }
+}
+
+fn start_job(change: impl FnOnce(&mut serde_json::Value)) -> Say {
+    let mut spec = serde_json::to_value(job("ftjob-one")).unwrap();
+    change(&mut spec);
+    Say::StartJob(wire::StartJob {
+        stream: 1,
+        credit: 8,
+        spec_json: serde_json::to_vec(&spec).unwrap(),
+    })
+}
+
+/// Whoever reaches the port may say anything: each is refused, with a reason, and costs nobody else anything.
+#[tokio::test]
+async fn what_no_router_says_is_refused() {
+    let sampling = |json: &str| wire::Generate {
+        sampling_json: json.as_bytes().to_vec(),
+        ..generate()
+    };
+    let hyper = |name: &'static str, value: serde_json::Value| start_job(|spec| spec["hyper"][name] = value);
+    let lora = |name: &'static str, value: serde_json::Value| {
+        start_job(|spec| spec["hyper"]["method"]["Lora"][name] = value)
+    };
+    let named = |id: &str| start_job(|spec| spec["id"] = id.into());
+    let many = 4_000_000_000_u32;
+    // Cannot be read: the session ends.
+    let ids = "is no job's id";
+    let unreadable = [
+        ("a job that is a path", named("../../x"), ids),
+        ("a job that is a whole path", named("/etc"), ids),
+        ("a job with a NUL", named("ftjob-\0"), ids),
+        ("a job without a name", named(""), ids),
+        ("a cancel of a path", Say::CancelJob("../x".to_owned()), ids),
+        ("a long name", Say::CancelJob("x".repeat(1 << 20)), ids),
+        ("no JSON", Say::Generate(sampling("{")), "cannot read"),
+        (
+            "a number that is none",
+            Say::Generate(sampling(r#"{"logprobs": -1, "logit_bias": []}"#)),
+            "cannot read",
+        ),
+        (
+            "a job that is a list",
+            Say::StartJob(wire::StartJob {
+                stream: 1,
+                credit: 1,
+                spec_json: b"[]".to_vec(),
+            }),
+            "cannot read",
+        ),
+        (
+            "half a digest",
+            Say::UnloadAdapter(vec![9; 16]),
+            "a digest of 16 bytes",
+        ),
+        (
+            "a path for a digest",
+            Say::LoadAdapter(wire::LoadAdapter {
+                stream: 1,
+                adapter: b"../../x".to_vec(),
+            }),
+            "a digest of 7 bytes",
+        ),
+        (
+            "an adapter that is a path",
+            Say::Generate(wire::Generate {
+                adapter: Some(b"/etc".to_vec()),
+                ..generate()
+            }),
+            "a digest of 4 bytes",
+        ),
+        (
+            "a grammar of an unknown kind",
+            Say::Generate(wire::Generate {
+                grammar_json: Some(b"{\"kind\": \"x\", \"text\": \"\"}".to_vec()),
+                ..generate()
+            }),
+            "cannot read",
+        ),
+        (
+            "more than a message holds",
+            Say::Generate(wire::Generate {
+                prompt: vec![u32::MAX; 4 << 20],
+                ..generate()
+            }),
+            "message",
+        ),
+    ];
+    // Can be read and not be done: one stream fails.
+    let refused = [
+        (
+            "logprobs",
+            Say::Generate(sampling(&format!(r#"{{"logprobs": {many}, "logit_bias": []}}"#))),
+            "logprobs must be at most 20",
+        ),
+        (
+            "prompt_logprobs",
+            Say::Generate(sampling(&format!(
+                r#"{{"prompt_logprobs": {many}, "logit_bias": []}}"#
+            ))),
+            "prompt_logprobs must be",
+        ),
+        (
+            "temperature",
+            Say::Generate(sampling(r#"{"temperature": 1e300, "logit_bias": []}"#)),
+            "temperature must be",
+        ),
+        (
+            "repetition_penalty",
+            Say::Generate(sampling(r#"{"repetition_penalty": 1e-308, "logit_bias": []}"#)),
+            "repetition_penalty must be",
+        ),
+        (
+            "logit_bias",
+            Say::Generate(sampling(r#"{"logit_bias": [[100, 0.0]]}"#)),
+            "token 100",
+        ),
+        (
+            "an empty prompt",
+            Say::Generate(wire::Generate {
+                prompt: vec![],
+                ..generate()
+            }),
+            "0 tokens",
+        ),
+        (
+            "a token that is none",
+            Say::Generate(wire::Generate {
+                prompt: vec![3, many],
+                ..generate()
+            }),
+            "vocabulary of 100",
+        ),
+        (
+            "a stop token that is none",
+            Say::Generate(wire::Generate {
+                stop_tokens: vec![100],
+                ..generate()
+            }),
+            "vocabulary of 100",
+        ),
+        (
+            "stop tokens",
+            Say::Generate(wire::Generate {
+                stop_tokens: vec![1; 1 << 20],
+                ..generate()
+            }),
+            "stop tokens",
+        ),
+        (
+            "max_tokens",
+            Say::Generate(wire::Generate {
+                max_tokens: u32::MAX,
+                ..generate()
+            }),
+            "exceed 512",
+        ),
+        (
+            "a prompt beyond the context",
+            Say::Generate(wire::Generate {
+                prompt: vec![3; 1 << 20],
+                ..generate()
+            }),
+            "exceed 512",
+        ),
+        (
+            "n_epochs",
+            hyper("n_epochs", many.into()),
+            "n_epochs must be between 1 and 10000",
+        ),
+        (
+            "max_steps",
+            hyper("max_steps", u64::MAX.into()),
+            "max_steps must be",
+        ),
+        (
+            "batch_size",
+            hyper("batch_size", many.into()),
+            "batch_size must be",
+        ),
+        (
+            "gradient_accumulation_steps",
+            hyper("gradient_accumulation_steps", many.into()),
+            "gradient_accumulation_steps must be",
+        ),
+        (
+            "warmup_steps",
+            hyper("warmup_steps", u64::MAX.into()),
+            "warmup_steps must be",
+        ),
+        (
+            "save_steps",
+            hyper("save_steps", u64::MAX.into()),
+            "save_steps must be",
+        ),
+        (
+            "eval_steps",
+            hyper("eval_steps", u64::MAX.into()),
+            "eval_steps must be",
+        ),
+        (
+            "learning_rate",
+            hyper("learning_rate", 1e300.into()),
+            "learning_rate must be",
+        ),
+        (
+            "max_seq_length",
+            hyper("max_seq_length", 513.into()),
+            "at most 512",
+        ),
+        (
+            "no max_seq_length",
+            hyper("max_seq_length", 0.into()),
+            "max_seq_length must be",
+        ),
+        ("lora_r", lora("r", 65.into()), "lora_r must be at most 64"),
+        ("lora_alpha", lora("alpha", 1e39.into()), "lora_alpha must be"),
+        (
+            "lora_target_modules",
+            lora("target_modules", serde_json::json!(["q_proj", "../x"])),
+            "which is none of q_proj",
+        ),
+        (
+            "modules twice",
+            lora("target_modules", serde_json::json!(["q_proj", "q_proj"])),
+            "a module twice",
+        ),
+        (
+            "every parameter",
+            hyper("method", "Full".into()),
+            "trains adapters only",
+        ),
+        (
+            "a long base",
+            start_job(|spec| spec["base_model"] = "x".repeat(5000).into()),
+            "a base's name",
+        ),
+    ];
+    let mut backend = Backend::start().await;
+    let remote = backend.connect().await;
+    for (name, evil, text) in unreadable {
+        let status = say(&backend.url, vec![evil]).await.expect_err(name);
+        assert!(status.message().contains(text), "{name}: {status:?}");
+    }
+    for (name, evil, text) in refused {
+        let downs = say(&backend.url, vec![evil])
+            .await
+            .unwrap_or_else(|status| panic!("{name}: {status:?}"));
+        let said: Vec<String> = downs
+            .iter()
+            .flat_map(|down| {
+                let requests = down
+                    .events
+                    .iter()
+                    .flat_map(|events| &events.events)
+                    .map(|event| match &event.what {
+                        Some(wire::event::What::FaultJson(fault)) => {
+                            String::from_utf8_lossy(fault).into_owned()
+                        }
+                        other => panic!("{name}: {other:?}"),
+                    });
+                let jobs = down.job_events.iter().flat_map(|events| &events.events_json);
+                requests
+                    .chain(jobs.map(|event| String::from_utf8_lossy(event).into_owned()))
+                    .collect::<Vec<_>>()
+            })
+            .collect();
+        assert!(
+            matches!(&said[..], [one] if one.contains(text)),
+            "{name}: {said:?}"
+        );
+    }
+    let twice = say(
+        &backend.url,
+        vec![Say::Generate(generate()), Say::Generate(generate())],
+    )
+    .await;
+    assert!(
+        twice
+            .expect_err("one stream, two requests")
+            .message()
+            .contains("is open already")
+    );
+    // The one of them that came first; then nothing but what a router asks.
+    backend.generate().await;
+    let mut answer = ask(&remote, request(1)).await;
+    let (_, events) = loop {
+        match backend.next().await {
+            Command::Generate(generate, events) => break (generate, events),
+            Command::Abort(_) => {}
+            _ => panic!("nothing evil reaches the engine"),
+        }
+    };
+    events.send(token(7)).await.unwrap();
+    assert_eq!(soon(answer.recv()).await, Some(token(7)));
 }

@@ -20,7 +20,7 @@ use tandem_backend::words;
 use tandem_benches::machine;
 use tandem_benches::percentile::median;
 use tandem_core::dataset::{self, Example};
-use tandem_core::id::{AdapterRef, JobId, RequestId};
+use tandem_core::id::{AdapterRef, RequestId};
 use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Schedule, files};
 use tandem_core::message::{Event, Generate};
 use tandem_core::replica::{Command, EVENT_QUEUE, ReplicaHandle};
@@ -305,7 +305,7 @@ fn train(options: &Options, report: &mut Map<String, Value>) -> anyhow::Result<(
     std::fs::write(folder.path().join(files::TRAIN), dataset::encode(&examples))?;
     let hyper = hyper(EXAMPLES as u32, lora(base.spec.lora_targets()));
     let spec = JobSpec {
-        id: JobId("ftjob-bench".to_owned()),
+        id: "ftjob-bench".parse().expect("a job\'s id"),
         folder: folder.path().to_owned(),
         base_model: "bench".to_owned(),
         hyper,

@@ -14,7 +14,6 @@ use tandem_backend::start;
 use tandem_backend::train::Trainer;
 use tandem_core::TokenId;
 use tandem_core::dataset::{self, Example};
-use tandem_core::id::JobId;
 use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Schedule, files};
 use tandem_kernels::weight::{Precision, Recipe};
 use tch::{Device, Kind, Tensor};
@@ -161,7 +160,7 @@ fn losses(decoder: &Decoder, tokens: &[TokenId], options: &Options) -> anyhow::R
         use_rslora: false,
     };
     let spec = JobSpec {
-        id: JobId("ftjob-bench".to_owned()),
+        id: "ftjob-bench".parse().expect("a job\'s id"),
         folder: folder.path().to_owned(),
         base_model: "bench".to_owned(),
         hyper: Hyper {

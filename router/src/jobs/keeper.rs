@@ -3,7 +3,6 @@
 
 use std::time::Instant;
 
-use tandem_core::id::JobId;
 use tandem_core::replica::Command;
 use tandem_store::{Lease, Renewal};
 use tokio::sync::{mpsc, watch};
@@ -54,9 +53,9 @@ async fn keep(router: Router, id: String, lease: Lease, replica: Option<mpsc::Se
         match store.renew_lease(&id, lease).await {
             Ok(Renewal::Held { cancel_requested }) => {
                 held_until = asked + store.lease_time();
-                if let (true, Some(replica)) = (cancel_requested, &replica) {
+                if let (true, Some(replica), Ok(id)) = (cancel_requested, &replica, id.parse()) {
                     // A replica that is gone trains nothing. One that has not begun yet is told again.
-                    let _ = replica.send(Command::CancelJob(JobId(id.clone()))).await;
+                    let _ = replica.send(Command::CancelJob(id)).await;
                 }
             }
             Ok(Renewal::Lost) => {

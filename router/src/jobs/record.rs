@@ -7,6 +7,11 @@ use tandem_store::{CheckpointRow, EventRow, JobRow, Rows, StoreError};
 
 use crate::api::{Checkpoint, Job, JobEventRecord, JobStatus, Level, Page, RouterError};
 
+/// The database's own.
+pub(crate) fn job_id(id: String) -> Result<JobId, RouterError> {
+    JobId::try_from(id).map_err(|error| RouterError::Store(StoreError::Damaged(error.to_string())))
+}
+
 pub(crate) fn job(row: JobRow) -> Result<Job, RouterError> {
     let JobRow {
         seq: _,
@@ -38,7 +43,7 @@ pub(crate) fn job(row: JobRow) -> Result<Job, RouterError> {
         trained_tokens,
         result_files: from_json(&result_files)?,
         error: error.as_deref().map(from_json).transpose()?,
-        id: JobId(id),
+        id: job_id(id)?,
     })
 }
 

@@ -186,13 +186,13 @@ impl<'a> Run<'a> {
             Method::Lora(lora) => lora.r,
             Method::Full => 0,
         };
-        let id = JobId(row.id);
+        let id = record::job_id(row.id)?;
         let life = Life {
             epoch: lease.epoch(),
             saved: row.saved,
         };
         // From here on: fetching a state may take longer than a lease.
-        let keeper = Keeper::new(router, &id.0, lease, Some(replica.commands.clone()));
+        let keeper = Keeper::new(router, id.as_str(), lease, Some(replica.commands.clone()));
         let spec = JobSpec {
             id: id.clone(),
             folder: router.0.store.artifacts().pull_job(&id, life).await?,
@@ -287,7 +287,7 @@ impl<'a> Run<'a> {
             holder: Some(self.lease),
             ..change
         };
-        Ok(match self.router.change_job(&self.id.0, change).await? {
+        Ok(match self.router.change_job(self.id.as_str(), change).await? {
             true => ControlFlow::Continue(()),
             false => ControlFlow::Break(()),
         })
@@ -437,7 +437,7 @@ impl<'a> Run<'a> {
             }
             Turn::Failed { message } => {
                 self.router
-                    .fail_job(&self.id.0, self.lease, server_error(message))
+                    .fail_job(self.id.as_str(), self.lease, server_error(message))
                     .await?;
                 ControlFlow::Continue(())
             }
@@ -459,7 +459,7 @@ impl<'a> Run<'a> {
                 };
                 let done = self.change(cancelled).await?;
                 if done.is_continue() {
-                    self.router.0.store.remove_job_folder(&self.id.0).await?;
+                    self.router.0.store.remove_job_folder(self.id.as_str()).await?;
                 }
                 done
             }
@@ -495,7 +495,7 @@ impl<'a> Run<'a> {
                 metrics: record::to_json(&self.latest),
             }),
             saved: Some(saved),
-            name: Some(self.router.job_name(&self.id.0, model, Some(step), made)),
+            name: Some(self.router.job_name(self.id.as_str(), model, Some(step), made)),
             ..JobChange::default()
         };
         let done = self.rename(change).await?;
@@ -513,7 +513,7 @@ impl<'a> Run<'a> {
         adapter: AdapterRef,
         trained_tokens: u64,
     ) -> Result<ControlFlow<()>, RouterError> {
-        let result_file = result::publish(self.router, &self.id.0).await?;
+        let result_file = result::publish(self.router, self.id.as_str()).await?;
         let kept = self.router.keep_adapter(&adapter).await?;
         let made = self.made(&kept);
         let change = JobChange {
@@ -529,7 +529,10 @@ impl<'a> Run<'a> {
                 ),
                 event(Level::Info, "Fine tuning job successfully completed".to_owned()),
             ],
-            name: Some(self.router.job_name(&self.id.0, self.model.clone(), None, made)),
+            name: Some(
+                self.router
+                    .job_name(self.id.as_str(), self.model.clone(), None, made),
+            ),
             result_file: Some(result_file.clone()),
             ..JobChange::default()
         };
@@ -539,7 +542,7 @@ impl<'a> Run<'a> {
             return Ok(done);
         }
         tracing::info!(job = %self.id, model = self.model, trained_tokens, "job succeeded");
-        self.router.0.store.remove_job_folder(&self.id.0).await?;
+        self.router.0.store.remove_job_folder(self.id.as_str()).await?;
         Ok(done)
     }
 

@@ -96,7 +96,7 @@ async fn a_job_becomes_a_model_that_answers() {
     let created = std::time::Instant::now();
     let job = router.create_job(asked).await.unwrap();
     assert_eq!(job.status, JobStatus::ValidatingFiles);
-    let id = job.id.0.clone();
+    let id = job.id.to_string();
     let mut followed = router.follow_job(&id).await.unwrap();
 
     let (spec, events) = engine.started().await;
@@ -172,7 +172,7 @@ async fn a_job_becomes_a_model_that_answers() {
         (
             adapter.digest,
             AdapterSource::Job {
-                job: job.id.clone(),
+                job: job.id.to_string(),
                 step: None
             }
         )
@@ -257,7 +257,7 @@ fn a_killed_job_goes_on_at_the_next_start() {
             let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
                 .await
                 .unwrap();
-            let id = router.create_job(request(&file)).await.unwrap().id.0;
+            let id = router.create_job(request(&file)).await.unwrap().id.to_string();
             if kill_after == 0 {
                 return (id, None);
             }
@@ -282,7 +282,7 @@ fn a_killed_job_goes_on_at_the_next_start() {
         runtime().block_on(async {
             let (router, mut engine) = house.open().await;
             let (spec, events) = engine.started().await;
-            assert_eq!(spec.id.0, id);
+            assert_eq!(spec.id.as_str(), id);
             assert!(hyper.is_none_or(|hyper| hyper == spec.hyper));
             let _ = std::fs::remove_dir_all(spec.folder.join("checkpoint-2"));
             let checkpoint = house.trained(&spec, "checkpoint-2", "two");
@@ -323,7 +323,7 @@ async fn a_stop_leaves_the_job_for_the_next_start() {
     let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
         .await
         .unwrap();
-    let id = router.create_job(request(&file)).await.unwrap().id.0;
+    let id = router.create_job(request(&file)).await.unwrap().id.to_string();
     let (spec, events) = engine.started().await;
     events.send(started(None)).await.unwrap();
     let stopping = async {
@@ -357,9 +357,9 @@ async fn a_cancel_ends_a_job_wherever_it_is() {
     let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
         .await
         .unwrap();
-    let running = router.create_job(request(&file)).await.unwrap().id.0;
+    let running = router.create_job(request(&file)).await.unwrap().id.to_string();
     let (_, events) = engine.started().await;
-    let queued = router.create_job(request(&file)).await.unwrap().id.0;
+    let queued = router.create_job(request(&file)).await.unwrap().id.to_string();
     wait(&router, &queued, |job| job.status == JobStatus::Queued).await;
     assert_eq!(
         router.cancel_job(&queued).await.unwrap().status,
@@ -370,7 +370,7 @@ async fn a_cancel_ends_a_job_wherever_it_is() {
         let Command::CancelJob(id) = engine.next().await else {
             panic!("a CancelJob was expected")
         };
-        assert_eq!(id.0, running);
+        assert_eq!(id.as_str(), running);
         events.send(JobEvent::Cancelled { step: 1 }).await.unwrap();
     };
     let (job, ()) = tokio::join!(router.cancel_job(&running), answer);
@@ -385,7 +385,7 @@ async fn a_cancel_ends_a_job_wherever_it_is() {
         "UnknownJob"
     );
     let page = router.jobs(None, 1, MetadataFilter::Any).await.unwrap();
-    assert!(page.has_more && page.data[0].id.0 == queued);
+    assert!(page.has_more && page.data[0].id.as_str() == queued);
 }
 
 #[tokio::test]
@@ -404,14 +404,14 @@ async fn a_job_fails_with_the_reason() {
         },
         ..request(&file)
     };
-    let id = router.create_job(cut).await.unwrap().id.0;
+    let id = router.create_job(cut).await.unwrap().id.to_string();
     let error = wait(&router, &id, |job| job.status.ended()).await.error.unwrap();
     assert_eq!(
         (error.code.as_str(), error.param.as_deref()),
         ("invalid_n_examples", Some("training_file"))
     );
 
-    let id = router.create_job(request(&file)).await.unwrap().id.0;
+    let id = router.create_job(request(&file)).await.unwrap().id.to_string();
     let (_, events) = engine.started().await;
     events
         .send(JobEvent::Failed {

@@ -115,7 +115,7 @@ async fn a_load_that_waits_for_a_slot_waits_alone() {
     let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
         .await
         .unwrap();
-    let id = router.create_job(request(&file)).await.unwrap().id.0;
+    let id = router.create_job(request(&file)).await.unwrap().id.to_string();
     let (spec, events) = engine.started().await;
     let (checkpoint, adapter) = (
         house.trained(&spec, "checkpoint-1", "one"),

@@ -85,7 +85,12 @@ async fn a_job_whose_router_dies_ends_once_on_the_other() {
     let file = upload(&first_router, "t.jsonl", "fine-tune", &chat_rows(4))
         .await
         .unwrap();
-    let id = first_router.create_job(request(&file)).await.unwrap().id.0;
+    let id = first_router
+        .create_job(request(&file))
+        .await
+        .unwrap()
+        .id
+        .to_string();
     let (was_first, spec, events) = either(&mut first, &mut second).await;
     let (holder, other, mut heir) = match was_first {
         true => (first_router, second_router, second),
@@ -228,7 +233,7 @@ async fn names_files_and_cancels_cross_from_router_to_router() {
         .unwrap();
     let (_, path) = second.file_content(&file).await.unwrap();
     assert_eq!(std::fs::read_to_string(path).unwrap(), chat_rows(2));
-    let id = second.create_job(request(&file)).await.unwrap().id.0;
+    let id = second.create_job(request(&file)).await.unwrap().id.to_string();
     let (on_first, _, events) = either(&mut first_engine, &mut second_engine).await;
     events.send(started(None)).await.unwrap();
     let (elsewhere, engine) = match on_first {
@@ -238,7 +243,7 @@ async fn names_files_and_cancels_cross_from_router_to_router() {
     let answer = async {
         loop {
             if let Command::CancelJob(cancelled) = engine.next().await {
-                assert_eq!(cancelled.0, id);
+                assert_eq!(cancelled.as_str(), id);
                 break;
             }
         }
@@ -310,7 +315,7 @@ async fn what_needs_no_database_goes_on_without_it() {
         .await
         .expect("the next probe sees it");
     // And the job loops are alive.
-    let id = router.create_job(request(&file)).await.unwrap().id.0;
+    let id = router.create_job(request(&file)).await.unwrap().id.to_string();
     let (spec, _) = begun(&mut engine).await;
-    assert_eq!(spec.id.0, id);
+    assert_eq!(spec.id.as_str(), id);
 }

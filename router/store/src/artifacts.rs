@@ -348,30 +348,41 @@ impl Artifacts {
     async fn pull_job_now(&self, id: &JobId, life: Life) -> Result<PathBuf, StoreError> {
         let Life { epoch, saved } = life;
         if let Some(remote) = &self.remote {
-            let (job, folder) = (self.folders.job(&id.0), self.folders.life(&id.0, epoch));
+            let (job, folder) = (
+                self.folders.job(id.as_str()),
+                self.folders.life(id.as_str(), epoch),
+            );
             tokio::fs::create_dir_all(&folder)
                 .await
                 .map_err(crate::error::io_at("making", &folder))?;
             if !self
-                .fetch(remote, &["jobs", &id.0, files::TRAIN], &job.join(files::TRAIN))
+                .fetch(
+                    remote,
+                    &["jobs", id.as_str(), files::TRAIN],
+                    &job.join(files::TRAIN),
+                )
                 .await?
             {
                 return Err(StoreError::Damaged(format!(
                     "the artifact store has no datasets of {id}"
                 )));
             }
-            self.fetch(remote, &["jobs", &id.0, files::VALID], &job.join(files::VALID))
-                .await?;
+            self.fetch(
+                remote,
+                &["jobs", id.as_str(), files::VALID],
+                &job.join(files::VALID),
+            )
+            .await?;
             if let Some(Saved { epoch, step }) = saved {
                 let (epoch, step) = (epoch.to_string(), step.to_string());
-                let key = ["jobs", &id.0, &epoch, &step, files::STATE];
+                let key = ["jobs", id.as_str(), &epoch, &step, files::STATE];
                 if !self.fetch(remote, &key, &folder.join(files::STATE)).await? {
                     // Its numbers are a function of seed and step: the job only takes longer.
                     tracing::warn!(job = %id, epoch, step, "the artifact store lost a state; the job begins again");
                 }
             }
         }
-        let (folders, id) = (self.folders.clone(), id.0.clone());
+        let (folders, id) = (self.folders.clone(), id.to_string());
         blocking(move || folders.begin_life(&id, epoch)).await
     }
 
@@ -379,9 +390,9 @@ impl Artifacts {
     /// kept already is fine.
     pub async fn push_job(&self, id: &JobId, epoch: u64, step: u64) -> Result<(), StoreError> {
         let Some(remote) = &self.remote else { return Ok(()) };
-        let state = self.folders.life(&id.0, epoch).join(files::STATE);
+        let state = self.folders.life(id.as_str(), epoch).join(files::STATE);
         let (epoch, step) = (epoch.to_string(), step.to_string());
-        let key = ["jobs", &id.0, &epoch, &step, files::STATE];
+        let key = ["jobs", id.as_str(), &epoch, &step, files::STATE];
         patiently(|| async {
             if !remote.has(&key).await? {
                 remote.put(&state, &key).await?;
@@ -395,7 +406,7 @@ impl Artifacts {
     pub async fn drop_state(&self, id: &JobId, saved: Saved) -> Result<(), StoreError> {
         let Some(remote) = &self.remote else { return Ok(()) };
         let (epoch, step) = (saved.epoch.to_string(), saved.step.to_string());
-        let key = ["jobs", &id.0, &epoch, &step, files::STATE];
+        let key = ["jobs", id.as_str(), &epoch, &step, files::STATE];
         patiently(|| remote.delete(&key)).await
     }
 
@@ -452,7 +463,7 @@ impl Artifacts {
     pub async fn forget_job(&self, id: &JobId) -> Result<(), StoreError> {
         match &self.remote {
             None => Ok(()),
-            Some(_) => self.remove_job_folder(&id.0).await,
+            Some(_) => self.remove_job_folder(id.as_str()).await,
         }
     }
 

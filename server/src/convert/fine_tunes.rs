@@ -90,7 +90,10 @@ pub fn fine_tune(job: Job, organization: &str, files: Files, events: Option<Vec<
     } = files;
     let hyper = hyper.as_ref();
     FineTune {
-        id: format!("{PREFIX}{}", id.0.strip_prefix(JOB_PREFIX).unwrap_or(&id.0)),
+        id: format!(
+            "{PREFIX}{}",
+            id.as_str().strip_prefix(JOB_PREFIX).unwrap_or(id.as_str())
+        ),
         object: "fine-tune",
         created_at,
         updated_at,

@@ -32,7 +32,7 @@ pub fn job(job: api::Job, organization: &str) -> Job {
         .or(request.settings.seed)
         .unwrap_or(0);
     Job {
-        id: id.0,
+        id: id.to_string(),
         object: "fine_tuning.job",
         created_at,
         finished_at,

@@ -34,7 +34,7 @@ pub fn model(card: ModelCard) -> Model {
         model.parent = Some(parent);
         model.lora_rank = Some(rank);
         if let AdapterSource::Job { job, step } = source {
-            model.fine_tuning_job_id = Some(job.0);
+            model.fine_tuning_job_id = Some(job);
             model.step_number = step;
         }
     }

@@ -150,7 +150,7 @@ async fn all_events(app: &App, id: &str) -> Result<Vec<FineTuneEvent>, RouterErr
 }
 
 async fn whole(app: &App, job: Job) -> Result<Answer<FineTune>, ApiError> {
-    let events = all_events(app, &job.id.0).await?;
+    let events = all_events(app, job.id.as_str()).await?;
     Ok(Answer(shape(app, job, Some(events)).await))
 }
 

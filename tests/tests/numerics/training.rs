@@ -7,7 +7,6 @@ use tandem_backend::model::Decoder;
 use tandem_backend::train::data::DataPlan;
 use tandem_backend::train::{Quantum, Trainer};
 use tandem_core::dataset::{self, Example};
-use tandem_core::id::JobId;
 use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Schedule, StepReport, files};
 use tandem_kernels::weight::Precision;
 use tch::{Kind, Tensor};
@@ -135,7 +134,7 @@ impl Job {
     pub fn new(examples: &[Example], hyper: Hyper) -> Job {
         let folder = tempfile::tempdir().expect("a folder");
         std::fs::write(folder.path().join(files::TRAIN), dataset::encode(examples)).expect("it is written");
-        let id = JobId("ftjob-numerics".to_owned());
+        let id = "ftjob-numerics".parse().unwrap();
         let spec = JobSpec {
             id,
             folder: folder.path().to_owned(),

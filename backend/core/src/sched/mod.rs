@@ -103,10 +103,14 @@ impl Scheduler {
         }
     }
 
+    pub fn max_model_len(&self) -> usize {
+        self.limits.max_model_len
+    }
+
     pub fn add(&mut self, request: Generate) -> Result<(), Fault> {
         let (prompt, asked) = (request.prompt.len(), request.max_tokens as usize);
         if prompt == 0 {
-            return Err(Fault::TooLarge(
+            return Err(Fault::Refused(
                 "a prompt of 0 tokens cannot be continued".to_owned(),
             ));
         }
@@ -117,7 +121,7 @@ impl Scheduler {
         } = self.limits;
         if prompt + asked > max_model_len {
             let message = format!("a prompt of {prompt} tokens and {asked} more exceed {max_model_len}");
-            return Err(Fault::TooLarge(message));
+            return Err(Fault::Refused(message));
         }
         // The last token is never computed, except of a prompt that is only scored.
         let needed = self.pool.blocks_for(prompt + asked.max(1) - 1);
@@ -125,7 +129,7 @@ impl Scheduler {
             let total = self.pool.total();
             let message =
                 format!("a prompt of {prompt} tokens and {asked} more need {needed} KV blocks of {total}");
-            return Err(Fault::TooLarge(message));
+            return Err(Fault::Refused(message));
         }
         if self.waiting.len() >= max_waiting {
             return Err(Fault::Overloaded {

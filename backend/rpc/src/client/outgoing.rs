@@ -81,7 +81,7 @@ impl Outgoing {
                     spec_json: codec::json(&spec),
                 })
             }
-            Command::CancelJob(id) => Say::CancelJob(id.0),
+            Command::CancelJob(id) => Say::CancelJob(id.to_string()),
             Command::Stop => return None,
         })
     }

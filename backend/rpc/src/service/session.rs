@@ -2,6 +2,8 @@
 //! other sessions, gRPC's set-up.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,7 +16,7 @@ use tandem_core::id::{JobId, RequestId};
 use tandem_core::job::{JobEvent, JobSpec};
 use tandem_core::message::{Event, Fault, Generate};
 use tandem_core::replica::{Command, EVENT_QUEUE, JOB_EVENT_QUEUE};
-use tandem_core::sampling::Sampling;
+use tandem_core::sampling::{RawSampling, Sampling};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Interval, MissedTickBehavior};
 use tonic::{Status, Streaming};
@@ -27,11 +29,17 @@ use crate::wire::up::Say;
 
 /// Events of one message at most; what is left goes in the next.
 const MESSAGE_EVENTS: usize = 1024;
+/// Notes that may wait for a router that takes in nothing; then nothing more is heard of it.
+pub const NOTES: usize = 1024;
+/// Streams of one session that have not ended.
+const MAX_STREAMS: usize = 1 << 16;
 
 /// From the session's reader to its writer.
 pub enum Note {
     Source(Source),
     Pong(u64),
+    /// The last word: what the router said cannot be obeyed.
+    Refused(Status),
 }
 
 /// Streams that have not ended, by number, and the engine's ids of those that are requests.
@@ -57,7 +65,7 @@ pub async fn hear(
     shared: Arc<Shared>,
     mut inbound: Streaming<wire::Up>,
     links: Links,
-    notes: mpsc::UnboundedSender<Note>,
+    notes: mpsc::Sender<Note>,
     peer: String,
 ) {
     let mut ear = Ear {
@@ -66,16 +74,24 @@ pub async fn hear(
         notes,
         jobs: HashMap::new(),
     };
-    let why = loop {
+    let refused = loop {
         match inbound.message().await {
             Ok(Some(up)) => match ear.obey(up).await {
                 Ok(()) => {}
-                Err(error) => break error.to_string(),
+                Err(error) => break Some(Status::invalid_argument(error.to_string())),
             },
-            Ok(None) => break "it said goodbye".to_owned(),
-            Err(status) => break status.message().to_owned(),
+            Ok(None) => break None,
+            Err(status) => break Some(status),
         }
     };
+    let why = match &refused {
+        Some(status) => status.message().to_owned(),
+        None => "it said goodbye".to_owned(),
+    };
+    if let Some(status) = refused {
+        // A writer that is gone tells nobody.
+        drop(ear.notes.send(Note::Refused(status)).await);
+    }
     // The writer sees the closed channel, drops its sources, and the engine aborts what nobody reads.
     tracing::info!(peer, why, "a router left");
 }
@@ -83,7 +99,7 @@ pub async fn hear(
 struct Ear {
     shared: Arc<Shared>,
     links: Links,
-    notes: mpsc::UnboundedSender<Note>,
+    notes: mpsc::Sender<Note>,
     jobs: HashMap<JobId, Job>,
 }
 
@@ -112,7 +128,8 @@ impl Ear {
             Say::LoadAdapter(wire::LoadAdapter { stream, adapter }) => {
                 let digest = codec::digest(&adapter)?;
                 let (reply, answer) = oneshot::channel();
-                self.open(stream, Link::new(1), None, Kind::Adapter(answer));
+                self.open(stream, Link::new(1), None, Kind::Adapter(answer))
+                    .await?;
                 let shared = self.shared.clone();
                 tokio::spawn(async move {
                     match shared.hooks.adapter(digest).await {
@@ -135,8 +152,19 @@ impl Ear {
                 spec_json,
             }) => {
                 let spec: JobSpec = codec::from_json(&spec_json)?;
+                // Folders are this machine's to choose.
+                let spec = JobSpec {
+                    folder: PathBuf::new(),
+                    ..spec
+                };
                 let (sender, events) = mpsc::channel(1);
-                self.open(stream, Link::new(credit), None, Kind::Job(events));
+                self.open(stream, Link::new(credit), None, Kind::Job(events))
+                    .await?;
+                if let Err(message) = spec.check(&self.shared.replica.info) {
+                    // The channel is empty.
+                    let _ = sender.try_send(codec::json(&JobEvent::Failed { message }));
+                    return Ok(());
+                }
                 let cancelled = Arc::new(AtomicBool::new(false));
                 let job = Job {
                     cancelled: cancelled.clone(),
@@ -145,14 +173,14 @@ impl Ear {
                 tokio::spawn(run_job(self.shared.clone(), spec, cancelled, sender));
             }
             Say::CancelJob(id) => {
-                let id = JobId(id);
+                let id = JobId::try_from(id).map_err(|error| Damaged(error.to_string()))?;
                 if let Some(job) = self.jobs.get(&id) {
                     job.cancelled.store(true, Ordering::Release);
                 }
                 self.command(Command::CancelJob(id)).await;
             }
             // A writer that is gone answers nothing.
-            Say::Ping(number) => drop(self.notes.send(Note::Pong(number))),
+            Say::Ping(number) => drop(self.notes.send(Note::Pong(number)).await),
         }
         Ok(())
     }
@@ -169,9 +197,7 @@ impl Ear {
             grammar_json,
         } = generate;
         let adapter = adapter.as_deref().map(codec::digest).transpose()?;
-        let sampling: Sampling = codec::from_json(&sampling_json)?;
-        let known = sampling.check_vocabulary(self.shared.replica.info.vocab_size);
-        known.map_err(|error| Damaged(error.to_string()))?;
+        let sampling: RawSampling = codec::from_json(&sampling_json)?;
         let grammar: Option<Grammar> = grammar_json.as_deref().map(codec::from_json).transpose()?;
         let (events, receiver) = mpsc::channel(EVENT_QUEUE);
         let (id, open) = self.shared.open();
@@ -180,22 +206,37 @@ impl Ear {
             events: receiver,
             _open: open,
         };
-        self.open(stream, link.clone(), Some(id), kind);
+        self.open(stream, link.clone(), Some(id), kind).await?;
         // An engine that is gone is as good as one that stops: the next request goes elsewhere, or waits.
         if self.shared.draining.load(Ordering::Acquire) || self.shared.replica.commands.is_closed() {
             // The channel is empty.
             let _ = events.try_send(Event::Failed(Fault::ShuttingDown));
             return Ok(());
         }
-        let request = |adapter| Generate {
-            id,
-            prompt: prompt.into(),
-            adapter,
-            sampling,
-            grammar,
-            max_tokens,
-            stop_tokens,
+        let info = &self.shared.replica.info;
+        let checked = Sampling::new(sampling, info.vocab_size)
+            .map_err(|error| Fault::Refused(error.to_string()))
+            .and_then(|sampling| {
+                let request = Generate {
+                    id,
+                    prompt: prompt.into(),
+                    adapter: None,
+                    sampling,
+                    grammar,
+                    max_tokens,
+                    stop_tokens,
+                };
+                request.check(info.vocab_size, info.max_model_len)?;
+                Ok(request)
+            });
+        let request = match checked {
+            Ok(request) => request,
+            Err(fault) => {
+                let _ = events.try_send(Event::Failed(fault));
+                return Ok(());
+            }
         };
+        let request = |adapter| Generate { adapter, ..request };
         let Some(digest) = adapter else {
             self.command(Command::Generate(request(None), events)).await;
             return Ok(());
@@ -229,10 +270,26 @@ impl Ear {
         Ok(())
     }
 
-    fn open(&self, stream: u64, link: Arc<Link>, request: Option<RequestId>, kind: Kind) {
-        self.links.lock().insert(stream, (link.clone(), request));
+    async fn open(
+        &self,
+        stream: u64,
+        link: Arc<Link>,
+        request: Option<RequestId>,
+        kind: Kind,
+    ) -> Result<(), Damaged> {
+        {
+            let mut links = self.links.lock();
+            if links.len() >= MAX_STREAMS {
+                return Err(Damaged(format!("more than {MAX_STREAMS} open streams")));
+            }
+            match links.entry(stream) {
+                Entry::Occupied(_) => return Err(Damaged(format!("stream {stream} is open already"))),
+                Entry::Vacant(place) => place.insert((link.clone(), request)),
+            };
+        }
         // A writer that is gone drops the source, and with it the request.
-        drop(self.notes.send(Note::Source(Source { stream, link, kind })));
+        drop(self.notes.send(Note::Source(Source { stream, link, kind })).await);
+        Ok(())
     }
 
     /// An engine that is gone drops the command, and with it the sender of its events: the stream closes.
@@ -292,7 +349,7 @@ async fn run_job(shared: Arc<Shared>, spec: JobSpec, cancelled: Arc<AtomicBool>,
 /// The session's messages to its router. Dropped, it aborts all that the session asked for.
 pub struct Outgoing {
     shared: Arc<Shared>,
-    inbox: mpsc::UnboundedReceiver<Note>,
+    inbox: mpsc::Receiver<Note>,
     links: Links,
     sources: SelectAll<Source>,
     look: Interval,
@@ -309,7 +366,7 @@ enum Life {
 }
 
 impl Outgoing {
-    pub fn new(shared: Arc<Shared>, inbox: mpsc::UnboundedReceiver<Note>, links: Links) -> Outgoing {
+    pub fn new(shared: Arc<Shared>, inbox: mpsc::Receiver<Note>, links: Links) -> Outgoing {
         let mut look = tokio::time::interval(STATS_PERIOD);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Outgoing {
@@ -379,6 +436,7 @@ impl Stream for Outgoing {
             match this.inbox.poll_recv(context) {
                 Poll::Ready(Some(Note::Source(source))) => this.sources.push(source),
                 Poll::Ready(Some(Note::Pong(number))) => down.pong.push(number),
+                Poll::Ready(Some(Note::Refused(status))) => return Poll::Ready(Some(Err(status))),
                 Poll::Ready(None) => return Poll::Ready(None),
                 Poll::Pending => break,
             }

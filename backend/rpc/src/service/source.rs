@@ -34,7 +34,10 @@ impl Link {
     }
 
     pub fn grant(&self, events: u32) {
-        self.credit.fetch_add(events, Ordering::AcqRel);
+        let more = |credit: u32| Some(credit.saturating_add(events));
+        let _ = self
+            .credit
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, more);
         self.waker.wake();
     }
 

@@ -38,7 +38,7 @@ fn job(folder: &Path, cases: &[Case], max_steps: u64) -> JobSpec {
         method: Method::Lora(lora(8)),
     };
     JobSpec {
-        id: JobId("ftjob-test".to_owned()),
+        id: "ftjob-test".parse().unwrap(),
         folder: folder.to_owned(),
         base_model: "demo".to_owned(),
         hyper,
@@ -127,8 +127,8 @@ fn a_job_is_cancelled_or_kept_at_stop() {
     let rig = Rig::new(options(&folder));
     let mut events = train(&rig, job(&directory.path().join("cancelled"), &cases, 100_000));
     started(&mut events);
-    rig.command(Command::CancelJob(JobId("ftjob-other".to_owned())));
-    rig.command(Command::CancelJob(JobId("ftjob-test".to_owned())));
+    rig.command(Command::CancelJob("ftjob-other".parse().unwrap()));
+    rig.command(Command::CancelJob("ftjob-test".parse().unwrap()));
     let heard = to_the_end(&mut events);
     assert!(
         matches!(heard.last(), Some(JobEvent::Cancelled { step }) if *step >= 3),

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeSet;
 
-use tandem_core::id::JobId;
 use tandem_core::job::{Life, files};
 
 use super::*;
@@ -35,11 +34,15 @@ async fn fill(store: &Store, root: &Path, content: &str) -> (FileRow, Digest) {
     };
     let folder = store
         .artifacts()
-        .pull_job(&JobId(id.clone()), life)
+        .pull_job(&id.parse().unwrap(), life)
         .await
         .unwrap();
     fs::write(folder.join(files::STATE), content).unwrap();
-    store.artifacts().push_job(&JobId(id), 1, 5).await.unwrap();
+    store
+        .artifacts()
+        .push_job(&id.parse().unwrap(), 1, 5)
+        .await
+        .unwrap();
     (file, digest)
 }
 
@@ -309,7 +312,11 @@ async fn a_copy_of_a_store_in_use_is_a_store() {
             epoch: lease.epoch() + 1,
             saved: row.saved,
         };
-        let folder = store.artifacts().pull_job(&JobId(row.id), life).await.unwrap();
+        let folder = store
+            .artifacts()
+            .pull_job(&row.id.parse().unwrap(), life)
+            .await
+            .unwrap();
         assert_eq!(fs::read_to_string(folder.join(files::TRAIN)).unwrap(), "one");
         if kind == "alone" {
             assert_eq!(fs::read_to_string(folder.join(files::STATE)).unwrap(), "one");

@@ -305,8 +305,8 @@ async fn a_bucket_that_goes_is_said_soon_and_a_job_waits_for_it() {
     // What is here is served.
     assert!(artifacts.adapter(digest).await.unwrap().exists());
     // A job's state is kept as soon as that is possible.
-    let id = JobId("ftjob-x".to_owned());
-    let life = artifacts.folders().life(&id.0, 1);
+    let id: JobId = "ftjob-x".parse().unwrap();
+    let life = artifacts.folders().life(id.as_str(), 1);
     fs::create_dir_all(&life).unwrap();
     fs::write(life.join(files::STATE), "after 5").unwrap();
     let back = async {
@@ -379,10 +379,10 @@ async fn a_job_goes_on_in_another_process() {
     let bucket = Bucket::start(root.path()).await;
     let open = |prefix| bucket.open(prefix);
     let (router, first, second) = (open(""), open(""), open(""));
-    let id = JobId("ftjob-x".to_owned());
-    fs::create_dir_all(router.job_folder(&id.0)).unwrap();
-    fs::write(router.job_folder(&id.0).join(files::TRAIN), "tokens").unwrap();
-    router.push_datasets(&id.0).await.unwrap();
+    let id: JobId = "ftjob-x".parse().unwrap();
+    fs::create_dir_all(router.job_folder(id.as_str())).unwrap();
+    fs::write(router.job_folder(id.as_str()).join(files::TRAIN), "tokens").unwrap();
+    router.push_datasets(id.as_str()).await.unwrap();
 
     let folder = first
         .pull_job(
@@ -419,7 +419,7 @@ async fn a_job_goes_on_in_another_process() {
         state(&third.pull_job(&id, Life { epoch: 3, saved }).await.unwrap()),
         "after 5"
     );
-    router.remove_job(&id.0).await.unwrap();
+    router.remove_job(id.as_str()).await.unwrap();
     second.forget_job(&id).await.unwrap();
     assert!(open("").pull_job(&id, Life::default()).await.is_err() && !folder.exists());
 }
