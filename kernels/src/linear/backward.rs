@@ -64,12 +64,12 @@ fn fast<T: Multiplied>(dy: Rows, groups: &[WeightRows], to: RowsMut) -> Option<(
     let parts = parts::<T>(groups)?;
     let dy = &Left::<T>::round(dy);
     let column_blocks = k.div_ceil(BLOCK_COLUMNS);
+    // Asked once: the blocks must be the same for each of their tasks.
+    let threads = pool::threads();
     let row_blocks = |part: &Part<T>| {
         let m = part.rows.len();
         // Enough blocks for all threads, though each turns W anew.
-        let wanted = (2 * pool::threads())
-            .div_ceil(column_blocks.max(1))
-            .min(m.div_ceil(24));
+        let wanted = (2 * threads).div_ceil(column_blocks.max(1)).min(m.div_ceil(24));
         m.div_ceil(BLOCK_ROWS).max(wanted)
     };
     let tasks = |part: &Part<T>| row_blocks(part) * column_blocks;

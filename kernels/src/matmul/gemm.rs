@@ -154,7 +154,9 @@ impl<T: Element + Plain> Gemm<'_, T> {
             }
         }
         let (totals, totals_stride) = (totals.as_deref(), totals_of.map_or(0, |(n_spans, _)| n_spans));
-        let plan = |part: &Part<T>| Plan::new(part.rows.len(), n, panel_len * size_of::<T>());
+        // Asked once: a plan must be the same for each of its tasks.
+        let threads = pool::threads();
+        let plan = |part: &Part<T>| Plan::new(part.rows.len(), n, panel_len * size_of::<T>(), threads);
         let tasks = |part: &Part<T>| {
             let plan = plan(part);
             part.rows.len().div_ceil(plan.block_rows) * n.div_ceil(plan.task_panels * PANEL)
@@ -242,8 +244,8 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(m: usize, n: usize, panel_bytes: usize) -> Plan {
-        let (n_panels, wanted) = (n.div_ceil(PANEL), pool::threads() * TASKS_PER_THREAD);
+    fn new(m: usize, n: usize, panel_bytes: usize, threads: usize) -> Plan {
+        let (n_panels, wanted) = (n.div_ceil(PANEL), threads * TASKS_PER_THREAD);
         let mut block_rows = m;
         if m > FEW_ROWS {
             // Few columns (an adapter's ranks): rows are then all there is to share out.

@@ -249,3 +249,29 @@ fn seeds_decide_draws() {
         "without a seed each request draws its own"
     );
 }
+
+/// Engines of one process share the pool: that one of them changes its threads disturbs no other's step.
+#[test]
+fn an_engine_that_starts_with_other_threads_disturbs_nobody() {
+    let folder = demo();
+    let requests = varied(&cases());
+    let with = |threads| Options {
+        threads: Some(threads),
+        ..options(&folder)
+    };
+    let expected = Rig::new(with(2)).ask_all(&requests);
+    std::thread::scope(|scope| {
+        for engine in 0..3 {
+            let (requests, expected) = (&requests, &expected);
+            let with = &with;
+            scope.spawn(move || {
+                for round in 0..4 {
+                    let answers = Rig::new(with(1 + (engine + round) % 2)).ask_all(requests);
+                    for (i, (answer, expected)) in answers.iter().zip(expected).enumerate() {
+                        answer.assert_same(expected, &format!("request {i}, engine {engine}, round {round}"));
+                    }
+                }
+            });
+        }
+    });
+}
