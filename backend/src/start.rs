@@ -299,6 +299,7 @@ fn load(
         device = info.device,
         ranks = info.tensor_parallel_size,
         threads = pool::threads(),
+        cpu_kernels = %machine::features(),
         weights = %by_format(&decoder),
         kv_cache = %format!("{} in {}", size(info.kv_bytes), cache.dtype().name()),
         kv_tokens = blocks as usize * BLOCK_SIZE,

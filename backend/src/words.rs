@@ -178,6 +178,7 @@ pub fn report() -> String {
         avx512f,
         avx512bf16,
         avx512vnni,
+        amx,
     } = *machine::features();
     let mut text = String::new();
     let mut say =
@@ -193,6 +194,7 @@ pub fn report() -> String {
     say("avx512", yes(avx512f));
     say("avx512-bf16", yes(avx512bf16));
     say("avx512-vnni", yes(avx512vnni));
+    say("amx-bf16", yes(amx));
     say("libtorch built for", gpu::flavour().to_owned());
     let registered = match gpu::gpu_check() {
         Ok(()) => yes(gpu::registered()),
@@ -206,13 +208,7 @@ pub fn report() -> String {
     if let Some(why) = amd::barred(Path::new("/")) {
         say("AMD GPUs", format!("cannot be used: {why}"));
     }
-    let path = match (avx512bf16, avx512f, avx2) {
-        (true, ..) => "AVX-512 with bfloat16 dot products",
-        (_, true, _) => "AVX-512",
-        (_, _, true) => "AVX2",
-        _ => "reference (libtorch): works, slower",
-    };
-    say("CPU kernels", path.to_owned());
+    say("CPU kernels", machine::features().to_string());
     text
 }
 

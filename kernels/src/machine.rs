@@ -5,7 +5,10 @@ pub mod amd;
 pub mod ceilings;
 mod cores;
 pub mod gpu;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod tiles;
 
+use std::fmt;
 use std::sync::OnceLock;
 
 pub use cores::compute_threads;
@@ -22,7 +25,8 @@ pub const KERNELS_VARIABLE: &str = "TANDEM_CPU_KERNELS";
 
 /// The instruction sets the fast paths are written for. All false off x86-64 and under
 /// `TANDEM_CPU_KERNELS=reference` (tests, diagnosis): every op then runs its reference.
-/// `TANDEM_CPU_KERNELS=avx2` hides AVX-512, to test the narrower paths on a wider machine.
+/// `TANDEM_CPU_KERNELS=avx512` hides AMX and `avx2` hides AVX-512 too, to test the narrower paths on a wider machine; `amx`
+/// insists on it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Features {
     /// AVX2 with FMA. A hypervisor may well hide AVX-512 on a CPU that has it, so this is a path of its own.
@@ -31,6 +35,21 @@ pub struct Features {
     pub avx512f: bool,
     pub avx512bf16: bool,
     pub avx512vnni: bool,
+    /// Tiles with products of bfloat16, beside AVX-512 with BF16, and the system's permission to use them.
+    pub amx: bool,
+}
+
+impl fmt::Display for Features {
+    /// What the kernels are written in here.
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match *self {
+            Features { amx: true, .. } => "AMX with bfloat16, AVX-512",
+            Features { avx512bf16: true, .. } => "AVX-512 with bfloat16 dot products",
+            Features { avx512f: true, .. } => "AVX-512",
+            Features { avx2: true, .. } => "AVX2",
+            _ => "reference (libtorch): works, slower",
+        })
+    }
 }
 
 /// # Panics
@@ -59,11 +78,19 @@ fn choose(word: &str, here: Features) -> Result<Features, String> {
             avx2: true,
             ..Features::default()
         }),
+        "avx512" if here.avx512f => Ok(Features { amx: false, ..here }),
+        "amx" if here.amx => Ok(here),
         "avx2" => Err(format!(
             "{KERNELS_VARIABLE} is avx2, and this processor has no AVX2 with FMA"
         )),
+        "avx512" => Err(format!(
+            "{KERNELS_VARIABLE} is avx512, and this processor has no AVX-512 (F, BW, DQ and VL)"
+        )),
+        "amx" => Err(format!(
+            "{KERNELS_VARIABLE} is amx, and this processor has no AMX with bfloat16, or the system keeps it from programs"
+        )),
         other => Err(format!(
-            "{KERNELS_VARIABLE} is {other:?}: it takes avx2 or reference, and unset it means the best there is"
+            "{KERNELS_VARIABLE} is {other:?}: it takes amx, avx512, avx2 or reference, and unset it means the best there is"
         )),
     }
 }
@@ -74,11 +101,13 @@ fn detect() -> Features {
     // No CPU with AVX2 lacks F16C.
     let avx2 = has!("avx2") && has!("fma") && has!("f16c");
     let avx512f = avx2 && has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl");
+    let avx512bf16 = avx512f && has!("avx512bf16");
     Features {
         avx2,
         avx512f,
-        avx512bf16: avx512f && has!("avx512bf16"),
+        avx512bf16,
         avx512vnni: avx512f && has!("avx512vnni"),
+        amx: avx512bf16 && tiles::permitted(),
     }
 }
 
@@ -98,18 +127,25 @@ mod tests {
             avx512f: true,
             avx512bf16: true,
             avx512vnni: true,
+            amx: true,
         };
+        let avx512 = Features { amx: false, ..wide };
         let avx2 = Features {
             avx2: true,
             ..Features::default()
         };
         for (word, here, expected) in [
             ("", wide, Ok(wide)),
+            ("amx", wide, Ok(wide)),
+            ("avx512", wide, Ok(avx512)),
+            ("avx512", avx512, Ok(avx512)),
             ("avx2", wide, Ok(avx2)),
+            ("amx", avx512, Err("no AMX")),
+            ("avx512", avx2, Err("no AVX-512")),
             ("reference", wide, Ok(Features::default())),
             ("avx2", Features::default(), Err("no AVX2")),
-            ("avx3", wide, Err("it takes avx2 or reference")),
-            ("Reference", wide, Err("it takes avx2 or reference")),
+            ("avx3", wide, Err("it takes amx, avx512, avx2 or reference")),
+            ("Reference", wide, Err("it takes amx, avx512, avx2 or reference")),
         ] {
             match (choose(word, here), expected) {
                 (Ok(got), Ok(expected)) => assert_eq!(got, expected, "{word:?}"),

@@ -14,8 +14,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
-use crate::machine;
 use crate::slice::{Pages, Plain};
+use crate::{machine, simd};
 
 /// How long an idle worker looks for the next job before it sleeps: the gap between two ops of a layer is shorter, and
 /// waking a sleeper costs several microseconds, on the caller too.
@@ -66,14 +66,21 @@ pub fn take_share(index: usize, of: usize) {
 
 /// From now on this thread's jobs run on itself alone: work behind the threads that serve leaves the pool to them.
 pub fn stand_aside() {
-    INSIDE.set(true);
+    ALONE.set(true);
 }
 
 /// Runs `task(0) .. task(n_tasks - 1)`, in any order and on any thread, and returns when all are done. A panic of a task
 /// is raised here once no task runs any more. Inside a task, or while another thread's job runs, tasks run inline.
 pub fn for_each(n_tasks: usize, task: impl Fn(usize) + Sync) {
-    let helpers = threads().min(n_tasks).saturating_sub(1);
-    if helpers == 0 || INSIDE.get() {
+    if INSIDE.get() {
+        return (0..n_tasks).for_each(task);
+    }
+    let inside = Inside::enter();
+    let helpers = match ALONE.get() {
+        true => 0,
+        false => threads().min(n_tasks).saturating_sub(1),
+    };
+    if helpers == 0 {
         return (0..n_tasks).for_each(task);
     }
     let pool = MINE.get();
@@ -85,10 +92,9 @@ pub fn for_each(n_tasks: usize, task: impl Fn(usize) + Sync) {
         workers.push(worker);
     }
     let epoch = pool.publish(&task, n_tasks, &workers[..helpers]);
-    INSIDE.set(true);
     pool.work(epoch);
+    drop(inside);
     pool.await_finished(n_tasks);
-    INSIDE.set(false);
     drop(workers);
     let panic = pool.panic.lock().expect("held only to move a value").take();
     if let Some(panic) = panic {
@@ -97,10 +103,29 @@ pub fn for_each(n_tasks: usize, task: impl Fn(usize) + Sync) {
 }
 
 thread_local! {
-    /// Whether this thread runs its jobs inline: inside a task, or always ([`stand_aside`]).
+    /// Whether this thread is inside a job, and runs those of its tasks inline.
     static INSIDE: Cell<bool> = const { Cell::new(false) };
+    /// Whether this thread asks nobody for help ([`stand_aside`]).
+    static ALONE: Cell<bool> = const { Cell::new(false) };
     /// The pool of this thread's jobs.
     static MINE: Cell<&'static Pool> = const { Cell::new(&POOL) };
+}
+
+/// This thread's part in a job.
+struct Inside;
+
+impl Inside {
+    fn enter() -> Inside {
+        INSIDE.set(true);
+        Inside
+    }
+}
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        INSIDE.set(false);
+        simd::rest();
+    }
 }
 
 /// Of every thread that took no share.
@@ -258,7 +283,6 @@ fn spawn(pool: &'static Pool, index: usize) -> Worker {
 }
 
 fn run_worker(pool: &'static Pool, index: usize, mut seen: u32, asleep: &AtomicBool) {
-    INSIDE.set(true);
     MINE.set(pool);
     loop {
         let mut spinning = Instant::now();
@@ -281,6 +305,7 @@ fn run_worker(pool: &'static Pool, index: usize, mut seen: u32, asleep: &AtomicB
         };
         seen = epoch;
         if index < pool.job.helpers.load(Acquire) {
+            let _inside = Inside::enter();
             pool.work(epoch);
         }
     }

@@ -9,11 +9,13 @@
 //! # One order of summation
 //! Every output element is one accumulator that runs over K from first to last, whatever the number of rows or
 //! columns of the call, so a row's bits do not depend on its neighbours. A reduction cut into pieces
-//! ([`Sum::Continue`]) gives the same bits as one in a single call, and this file cuts long ones itself, to keep the
-//! piece of the panel in the nearest cache for all rows. The latency of the chain is hidden by more columns when rows
-//! are few, never by splitting K. (AVX2 and AVX-512 round differently from one another: the dot of a pair is one
-//! instruction there and two here. A machine uses one of them.)
+//! ([`Sum::Continue`]) at multiples of [`GRAIN`] steps gives the same bits as one in a single call, and this file cuts long
+//! ones itself, to keep the piece of the panel in the nearest cache for all rows. The latency of the chain is hidden by
+//! more columns when rows are few, never by splitting K. (AVX2, AVX-512 and AMX round differently from one another: what
+//! one instruction sums is a product, a pair, sixteen pairs. A machine uses one of them, for any number of rows.)
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -28,12 +30,15 @@ use half::f16;
 use crate::machine::features;
 use crate::weight::Grid;
 #[cfg(not(target_arch = "x86_64"))]
-use {plain as avx2, plain as avx512};
+use {plain as amx, plain as avx2, plain as avx512};
 
 /// Columns of a panel.
 pub(crate) const PANEL: usize = 32;
 /// Steps of one pass over all rows, 128 bytes of each panel a step: a piece of a panel is then at hand for all rows.
 pub(crate) const PASS_STEPS: usize = 256;
+
+/// Steps that AMX sums apart from those before: cuts of K are at multiples of it, counted from the first value.
+pub(crate) const GRAIN: usize = 16;
 
 /// Up to this many rows a product is bound by reading its panels.
 pub(crate) const FEW_ROWS: usize = 16;
@@ -52,21 +57,23 @@ pub(crate) enum Sum {
     Continue,
     /// c = c + sum, the sum being formed alone first (a large c then costs the small terms no bits).
     Add,
-    /// c = c + scale * sum + offset * total of the row's left side: one group of a quantised weight. Its steps are at most
-    /// [`PASS_STEPS`].
+    /// c = c + scale * sum + offset * total of the row's left side, for each group of a quantised weight in turn. The steps
+    /// of all groups are at most [`PASS_STEPS`].
     Scaled(Scaling),
 }
 
 /// What the sums over one group of codes are multiplied with, by column, before they are added to c.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Scaling {
-    /// 32 scales for the columns of the first panel.
+    /// Steps of a group; those of the product are as many groups.
+    pub group_steps: usize,
+    /// 32 scales for the columns of the first panel, then those of the following groups.
     pub scales: *const f32,
     /// 32 offsets likewise, or null for none.
     pub offsets: *const f32,
     /// Between the scales, and the offsets, of neighbouring panels.
     pub panel_stride: usize,
-    /// The sum of each row's left side over the group, `totals_stride` apart. Not read without offsets.
+    /// The sums of each row's left side over the groups, rows `totals_stride` apart. Not read without offsets.
     pub totals: *const f32,
     pub totals_stride: usize,
 }
@@ -74,7 +81,18 @@ pub(crate) struct Scaling {
 impl Scaling {
     /// For the columns that begin with panel `index`.
     pub fn of_panel(self, index: usize) -> Scaling {
-        let skipped = index * self.panel_stride;
+        self.skipping(index * self.panel_stride)
+    }
+
+    /// For the groups that begin with `index`.
+    pub fn of_group(self, index: usize) -> Scaling {
+        Scaling {
+            totals: self.totals.wrapping_add(index),
+            ..self.skipping(index * PANEL)
+        }
+    }
+
+    fn skipping(self, skipped: usize) -> Scaling {
         Scaling {
             scales: self.scales.wrapping_add(skipped),
             offsets: match self.offsets.is_null() {
@@ -105,6 +123,29 @@ pub(crate) struct Product<T> {
     /// Elements between rows of `c`.
     pub ldc: usize,
     pub sum: Sum,
+}
+
+/// What multiplies bfloat16.
+#[derive(Clone, Copy)]
+enum Unit {
+    Amx,
+    Avx512,
+    Avx2,
+}
+
+fn bf16_unit() -> Unit {
+    let features = features();
+    match (features.amx, features.avx512bf16) {
+        (true, _) => Unit::Amx,
+        (_, true) => Unit::Avx512,
+        _ => Unit::Avx2,
+    }
+}
+
+/// Gives back what products hold of this thread's processor: behind a job, before other code computes.
+pub(crate) fn rest() {
+    #[cfg(target_arch = "x86_64")]
+    amx::rest();
 }
 
 /// An operand type of the micro-kernels.
@@ -154,6 +195,9 @@ pub(crate) trait Element: Copy + Default + Send + Sync + 'static {
     /// The most steps it takes.
     fn pass_steps(m: usize) -> usize;
 
+    /// Whether it takes several groups of as many steps, [`Sum::Scaled`].
+    fn pass_groups(group_steps: usize) -> bool;
+
     /// All rows times a few panels in one pass over K, each panel's piece staying in the nearest caches.
     ///
     /// # Safety
@@ -184,27 +228,34 @@ impl Element for u16 {
     }
 
     fn pass_columns(m: usize) -> usize {
-        match features().avx512bf16 {
-            true => avx512::pass_columns(m),
+        match bf16_unit() {
+            Unit::Amx => amx::pass_columns(m),
+            Unit::Avx512 => avx512::pass_columns(m),
             // Rows are widened once for all columns of a pass; few rows rather leave the panels one stream of memory.
-            false if m <= FEW_ROWS => PANEL,
-            false => 4 * PANEL,
+            Unit::Avx2 if m <= FEW_ROWS => PANEL,
+            Unit::Avx2 => 4 * PANEL,
         }
     }
 
     fn pass_steps(m: usize) -> usize {
-        match features().avx512bf16 {
-            true => avx512::pass_steps(m),
-            false => PASS_STEPS,
+        match bf16_unit() {
+            Unit::Amx => amx::pass_steps(m),
+            Unit::Avx512 => avx512::pass_steps(m),
+            Unit::Avx2 => PASS_STEPS,
         }
+    }
+
+    fn pass_groups(group_steps: usize) -> bool {
+        matches!(bf16_unit(), Unit::Amx) && group_steps.is_multiple_of(GRAIN)
     }
 
     unsafe fn pass(product: &Product<Self>) {
         // SAFETY: the instruction sets were asked for; the rest is the caller's contract.
         unsafe {
-            match features().avx512bf16 {
-                true => avx512::pass_bf16(product),
-                false => avx2::pass_bf16(product),
+            match bf16_unit() {
+                Unit::Amx => amx::pass_bf16(product),
+                Unit::Avx512 => avx512::pass_bf16(product),
+                Unit::Avx2 => avx2::pass_bf16(product),
             }
         }
     }
@@ -256,6 +307,10 @@ impl Element for f32 {
         }
     }
 
+    fn pass_groups(_group_steps: usize) -> bool {
+        false
+    }
+
     unsafe fn pass(product: &Product<Self>) {
         // SAFETY: the instruction sets were asked for; the rest is the caller's contract.
         unsafe {
@@ -291,10 +346,29 @@ pub(crate) unsafe fn product<T: Element>(product: &Product<T>) {
         // SAFETY: the caller's contract.
         return unsafe { add_long(product) };
     }
-    debug_assert!(
-        !matches!(sum, Sum::Scaled(_)) || steps <= PASS_STEPS,
-        "a group's sum is formed in one pass"
-    );
+    if let Sum::Scaled(scaling) = sum {
+        let group_steps = scaling.group_steps;
+        debug_assert!(
+            steps <= PASS_STEPS && steps.is_multiple_of(group_steps),
+            "{steps} steps are groups of {group_steps} for one pass"
+        );
+        if steps > group_steps && !T::pass_groups(group_steps) {
+            for group in 0..steps / group_steps {
+                let skipped = group * group_steps * T::PER_STEP;
+                // SAFETY: a part of the steps for which the caller vouches.
+                unsafe {
+                    self::product(&Product {
+                        steps: group_steps,
+                        a: a.wrapping_add(skipped),
+                        panels: panels.wrapping_add(skipped * PANEL),
+                        sum: Sum::Scaled(scaling.of_group(group)),
+                        ..*product
+                    });
+                }
+            }
+            return;
+        }
+    }
     let group = T::pass_columns(m);
     let (groups, passes) = (n.div_ceil(group), steps.div_ceil(T::pass_steps(m)).max(1));
     for turn in 0..groups * passes {
@@ -305,9 +379,10 @@ pub(crate) unsafe fn product<T: Element>(product: &Product<T>) {
             false => (turn % groups * group, turn / groups),
         };
         // Nearly equal passes: a short last one would cost as much around its loop as a long one.
-        let step = pass * steps / passes;
+        let [step, end] =
+            [pass, pass + 1].map(|pass| (pass * steps / passes).next_multiple_of(GRAIN).min(steps));
         let part = Product {
-            steps: (pass + 1) * steps / passes - step,
+            steps: end - step,
             a: a.wrapping_add(step * T::PER_STEP),
             panels: panels.wrapping_add(column / PANEL * panel_stride + step * T::PER_STEP * PANEL),
             n: group.min(n - column),

@@ -63,28 +63,30 @@ impl fmt::Display for Ceilings {
 }
 
 const ROUNDS: usize = 8;
-const DOT_STEPS: usize = 1_000_000;
-const ACCUMULATORS: usize = 12;
 const READ_BYTES: usize = 256 << 20;
 const READ_TASK_BYTES: usize = 1 << 20;
 
 impl Ceilings {
     pub fn measure(precision: Precision) -> Ceilings {
         let threads = pool::threads();
-        let (dot, flop_per_step): (unsafe fn() -> f32, usize) = match (precision, machine::features()) {
-            (Precision::Bf16, features) if features.avx512bf16 => (dots_bf16, 64),
-            (_, features) if features.avx512f => (dots_avx512, 32),
-            _ => (dots_avx2, 16),
+        let features = machine::features();
+        let name = match precision {
+            Precision::Bf16 if features.amx => "tdpbf16",
+            Precision::Bf16 if features.avx512bf16 => "dpbf16",
+            _ if features.avx512f => "f32_avx512",
+            _ => "f32_avx2",
         };
+        let loops = machine::ceilings::multiply_adds();
+        let dot = loops
+            .iter()
+            .find(|one| one.name == name)
+            .expect("a loop for each feature");
         let buffer = Buffer::new();
         let (mut dot_flops, mut read_bytes, mut read_bytes_one_thread) = (0.0f64, 0.0f64, 0.0f64);
         for _ in 0..ROUNDS {
             let begin = Stopwatch::start();
-            // SAFETY: chosen by the features of this CPU.
-            pool::for_each(threads, |_| {
-                black_box(unsafe { dot() });
-            });
-            let flop = (threads * DOT_STEPS * ACCUMULATORS * flop_per_step) as f64;
+            pool::for_each(threads, |_| (dot.run)());
+            let flop = (threads * dot.operations) as f64;
             dot_flops = dot_flops.max(flop / begin.elapsed().as_secs_f64());
             let begin = Stopwatch::start();
             pool::for_each(READ_BYTES / READ_TASK_BYTES, |task| buffer.read(task));
@@ -101,38 +103,6 @@ impl Ceilings {
             threads,
         }
     }
-}
-
-#[target_feature(enable = "avx512f,avx512bf16")]
-fn dots_bf16() -> f32 {
-    let mut sums = [_mm512_setzero_ps(); ACCUMULATORS];
-    // SAFETY: 64 plain bytes either way.
-    let x: __m512bh = unsafe { std::mem::transmute(_mm512_set1_epi32(black_box(0x3f80_3f80))) };
-    for _ in 0..DOT_STEPS {
-        sums.iter_mut()
-            .for_each(|sum| *sum = _mm512_dpbf16_ps(*sum, x, x));
-    }
-    sums.iter().map(|&sum| _mm512_reduce_add_ps(sum)).sum()
-}
-
-#[target_feature(enable = "avx512f")]
-fn dots_avx512() -> f32 {
-    let mut sums = [_mm512_setzero_ps(); ACCUMULATORS];
-    let x = _mm512_set1_ps(black_box(1.0));
-    for _ in 0..DOT_STEPS {
-        sums.iter_mut().for_each(|sum| *sum = _mm512_fmadd_ps(*sum, x, x));
-    }
-    sums.iter().map(|&sum| _mm512_reduce_add_ps(sum)).sum()
-}
-
-#[target_feature(enable = "avx2,fma")]
-fn dots_avx2() -> f32 {
-    let mut sums = [_mm256_setzero_ps(); ACCUMULATORS];
-    let x = _mm256_set1_ps(black_box(1.0));
-    for _ in 0..DOT_STEPS {
-        sums.iter_mut().for_each(|sum| *sum = _mm256_fmadd_ps(*sum, x, x));
-    }
-    sums.iter().map(|&sum| _mm256_cvtss_f32(sum)).sum()
 }
 
 /// Memory on huge pages, where the system has them.

@@ -7,7 +7,7 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use super::{WeightRows, check_groups, parts};
-use crate::matmul::gemm::{Left, Part, Right, for_each_of, spread, views};
+use crate::matmul::gemm::{Left, Part, ROWS_TOGETHER, Right, for_each_of, spread, views};
 use crate::pool;
 use crate::simd::pack::{pack_step, unpack_rows};
 use crate::simd::{self, Element, PANEL, Product, Sum};
@@ -69,7 +69,9 @@ fn fast<T: Multiplied>(dy: Rows, groups: &[WeightRows], to: RowsMut) -> Option<(
     let row_blocks = |part: &Part<T>| {
         let m = part.rows.len();
         // Enough blocks for all threads, though each turns W anew.
-        let wanted = (2 * threads).div_ceil(column_blocks.max(1)).min(m.div_ceil(24));
+        let wanted = (2 * threads)
+            .div_ceil(column_blocks.max(1))
+            .min(m.div_ceil(ROWS_TOGETHER));
         m.div_ceil(BLOCK_ROWS).max(wanted)
     };
     let tasks = |part: &Part<T>| row_blocks(part) * column_blocks;

@@ -1,5 +1,5 @@
 //! Loops that only read, or only multiply and add: what a processor can do at most. For measuring, no op uses them.
-//! x86-64 with AVX2 at least; bf16 and int8 dot products where the processor shows AVX-512 BF16 and VNNI.
+//! x86-64 with AVX2 at least; bf16 and int8 dot products where the processor shows AVX-512 BF16, AMX and VNNI.
 
 use crate::slice::Pages;
 
@@ -55,6 +55,8 @@ mod x86 {
     use std::hint::black_box;
 
     use super::Loop;
+    use crate::machine::tiles;
+    use crate::simd::amx;
 
     /// Independent sums: a latency of 4 in 2 units needs 8; AVX2 has 16 registers, two of them hold the factors.
     const ACCUMULATORS: usize = 12;
@@ -85,6 +87,12 @@ mod x86 {
                 || {
                     let _ = black_box(unsafe { dpbf16() });
                 },
+            ),
+            (
+                tiles::permitted(),
+                // Twelve accumulators take as long as the four that there are tiles for.
+                ("tdpbf16", "GFLOP/s", 2 * 16 * 16 * 32),
+                || amx::multiply(ACCUMULATORS * ROUNDS / 4),
             ),
             (
                 is_x86_feature_detected!("avx512vnni"),

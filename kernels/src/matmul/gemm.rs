@@ -24,8 +24,10 @@ enum LeftRows<'a, T: Element + Plain> {
 /// Rows a task rounds.
 const ROUND_ROWS: usize = 32;
 /// Rows of a task: a pass of the micro-kernels over them (1 KiB a row), their sums and the panels' pieces fit the
-/// second-level cache, and each panel is read once for all of them. A multiple of every tile's height.
+/// second-level cache, and each panel is read once for all of them.
 const BLOCK_ROWS: usize = 192;
+/// Blocks begin at multiples of it: whole tiles of AMX, and as good as any for the others.
+pub(crate) const ROWS_TOGETHER: usize = 32;
 /// Columns summed in scratch at once.
 const BLOCK_COLUMNS: usize = 4 * PANEL;
 /// Tasks a thread, so that one that starts late or loses its core is made good by the others.
@@ -233,9 +235,11 @@ pub(crate) fn for_each_of<P>(parts: &[P], tasks: impl Fn(&P) -> usize, task: imp
     });
 }
 
-/// Part `index` of 0..m cut into `parts` nearly equal ones.
+/// Part `index` of 0..m cut into `parts` nearly equal ones, where there is more than one, at whole tiles.
 pub(crate) fn spread(m: usize, parts: usize, index: usize) -> Range<usize> {
-    index * m / parts..(index + 1) * m / parts
+    let [start, end] =
+        [index, index + 1].map(|part| (part * m / parts).next_multiple_of(ROWS_TOGETHER).min(m));
+    start..end
 }
 
 struct Plan {
@@ -249,8 +253,8 @@ impl Plan {
         let mut block_rows = m;
         if m > FEW_ROWS {
             // Few columns (an adapter's ranks): rows are then all there is to share out.
-            let shared = (m * n_panels).div_ceil(wanted).next_multiple_of(12);
-            block_rows = BLOCK_ROWS.min(shared.max(24));
+            let shared = (m * n_panels).div_ceil(wanted).next_multiple_of(ROWS_TOGETHER);
+            block_rows = BLOCK_ROWS.min(shared);
         }
         let tasks = n_panels * m.div_ceil(block_rows.max(1)).max(1);
         let cached = (PANEL_BYTES / panel_bytes.max(1)).max(1);

@@ -154,7 +154,7 @@ unsafe fn tile_f32<const M: usize, const Z: usize>(product: &Product<f32>, row: 
 
 /// The lanes of register z that are columns of c.
 #[inline]
-fn lanes(n: usize, z: usize) -> u16 {
+pub(super) fn lanes(n: usize, z: usize) -> u16 {
     ((1u32 << n.saturating_sub(16 * z).min(16)) - 1) as u16
 }
 

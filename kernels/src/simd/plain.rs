@@ -103,6 +103,7 @@ unsafe fn scaled(sum: f32, before: f32, scaling: &Scaling, row: usize, column: u
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::simd::GRAIN;
 
     /// Small whole numbers: every order of summation gives the same.
     fn numbers(n: usize, seed: usize) -> Vec<f32> {
@@ -110,7 +111,15 @@ mod tests {
     }
 
     fn agrees<T: Element>(plain: unsafe fn(&Product<T>)) {
-        for (m, k, n) in [(1, 1, 1), (3, 16, 32), (7, 33, 40), (20, 64, 96)] {
+        for (m, k, n) in [
+            (1, 1, 1),
+            (3, 16, 32),
+            (7, 33, 40),
+            (20, 64, 96),
+            (16, 224, 70),
+            (33, 96, 130),
+            (75, 160, 40),
+        ] {
             let (steps, lda) = (T::steps(k), T::steps(k) * T::PER_STEP);
             let rounded = |rows: usize, seed: usize| -> Vec<T> {
                 let mut all = vec![T::default(); rows * lda];
@@ -135,14 +144,21 @@ mod tests {
                 };
             }
             let n_panels = n.div_ceil(PANEL);
-            let (scales, offsets) = (numbers(n_panels * PANEL, 4), numbers(n_panels * PANEL, 5));
-            let totals = numbers(m, 6);
+            // One group, or several that may be multiplied at once.
+            let groups = if steps.is_multiple_of(GRAIN) {
+                steps / GRAIN
+            } else {
+                1
+            };
+            let [scales, offsets] = [4, 5].map(|seed| numbers(n_panels * groups * PANEL, seed));
+            let totals = numbers(m * groups, 6);
             let scaling = Scaling {
+                group_steps: steps / groups,
                 scales: scales.as_ptr(),
                 offsets: std::ptr::null(),
-                panel_stride: PANEL,
+                panel_stride: groups * PANEL,
                 totals: totals.as_ptr(),
-                totals_stride: 1,
+                totals_stride: groups,
             };
             let shifted = Scaling {
                 offsets: offsets.as_ptr(),
@@ -172,7 +188,19 @@ mod tests {
                     // SAFETY: all of it as long as it says.
                     unsafe {
                         match is_plain {
-                            true => plain(&product),
+                            true => match sum {
+                                Sum::Scaled(scaling) => (0..groups).for_each(|group| {
+                                    let skipped = group * scaling.group_steps * T::PER_STEP;
+                                    plain(&Product {
+                                        steps: scaling.group_steps,
+                                        a: product.a.add(skipped),
+                                        panels: product.panels.add(skipped * PANEL),
+                                        sum: Sum::Scaled(scaling.of_group(group)),
+                                        ..product
+                                    })
+                                }),
+                                _ => plain(&product),
+                            },
                             false => super::super::product(&product),
                         }
                     }

@@ -198,12 +198,15 @@ impl Packed {
                         }
                     }
                 }
-                for (j, span) in in_piece.iter().enumerate() {
-                    let skipped = T::steps(span.start - piece.start) * T::PER_STEP;
+                // Groups of one length go together.
+                let mut j = 0;
+                for alike in in_piece.chunk_by(|one, next| one.len() == next.len()) {
+                    let (start, group_steps) = (alike[0].start, T::steps(alike[0].len()));
+                    let skipped = T::steps(start - piece.start) * T::PER_STEP;
                     let product = Product {
                         m,
-                        steps: T::steps(span.len()),
-                        a: a.wrapping_add(span.start),
+                        steps: group_steps * alike.len(),
+                        a: a.wrapping_add(start),
                         lda,
                         panels: levels[skipped * PANEL..].as_ptr(),
                         panel_stride,
@@ -211,6 +214,7 @@ impl Packed {
                         c: c.wrapping_add(first),
                         ldc,
                         sum: Sum::Scaled(Scaling {
+                            group_steps,
                             scales: scales[j * PANEL..].as_ptr(),
                             offsets: match self.has_offsets() {
                                 true => offsets[j * PANEL..].as_ptr(),
@@ -221,8 +225,9 @@ impl Packed {
                             totals_stride,
                         }),
                     };
-                    // SAFETY: the span's steps of the caller's rows; `levels`, `scales` and `offsets` hold them for all
-                    // panels of the columns; a span is one pass.
+                    j += alike.len();
+                    // SAFETY: the spans' steps of the caller's rows; `levels`, `scales` and `offsets` hold them for all
+                    // panels of the columns; a piece is one pass.
                     unsafe { simd::product(&product) };
                 }
             }
