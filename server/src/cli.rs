@@ -96,10 +96,12 @@ pub struct Serve {
 /// the environment, the environment over the file.
 #[derive(Clone, Debug, Args)]
 pub struct Backend {
-    /// gRPC for routers, and GET /health, /ready and /metrics. There is no key: only routers should reach it. Port 0: any
-    /// free one; the line "listening" says which
+    /// gRPC for routers, which show a token (--backend-token), and GET /health, /ready and /metrics for everybody. Port 0:
+    /// any free one; the line "listening" says which
     #[arg(long, default_value = "127.0.0.1:8001", value_name = "ADDRESS:PORT", value_parser = address)]
     pub listen: SocketAddr,
+    #[command(flatten)]
+    pub token: TokenOptions,
     #[command(flatten)]
     pub model: ModelOptions,
     #[command(flatten)]
@@ -115,6 +117,8 @@ pub struct Router {
     /// A backend's address, e.g. http://10.0.0.7:8001; repeat it, or separate by commas
     #[arg(long, value_name = "URL", value_delimiter = ',')]
     pub backend: Vec<String>,
+    #[command(flatten)]
+    pub token: TokenOptions,
     /// Names of the base model in the API, the first of which answers carry [default: what the first backend calls it]
     #[arg(long, value_name = "NAME", num_args = 1.., value_delimiter = ',')]
     pub served_model_name: Vec<String>,
@@ -124,6 +128,18 @@ pub struct Router {
     pub state: StateOptions,
     #[command(flatten)]
     pub process: ProcessOptions,
+}
+
+/// What router and backend both know.
+#[derive(Clone, Debug, Args)]
+pub struct TokenOptions {
+    /// The same for routers and backends, 16 characters or more: a backend that has one obeys nobody else, and one that
+    /// listens beyond this machine needs one
+    #[arg(long, value_name = "TOKEN", hide_env_values = true)]
+    pub backend_token: Option<String>,
+    /// The token from a file, such as a secret of Compose or Kubernetes; it wins over --backend-token
+    #[arg(long, value_name = "FILE")]
+    pub backend_token_file: Option<PathBuf>,
 }
 
 /// A replica: the model and how it runs.

@@ -1,13 +1,15 @@
 //! Who may come in: keys that a file holds, and whether the server is open to other machines without any. Not here: what
 //! a key is and how a request shows one.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use tandem_rpc::Token;
 use tracing::warn;
 
+use crate::cli::TokenOptions;
 use crate::exit::WrongSetting;
 
 /// The keys of `--api-key` and those of `--api-key-file`, one a line.
@@ -38,6 +40,38 @@ pub fn keys(given: &[String], file: Option<&Path>) -> Result<Vec<String>> {
         )));
     }
     Ok(keys)
+}
+
+/// The token of `--backend-token`, or of the file.
+pub fn token(options: &TokenOptions) -> Result<Option<Token>> {
+    let TokenOptions {
+        backend_token,
+        backend_token_file,
+    } = options;
+    let (name, text) = match (backend_token, backend_token_file) {
+        (None, None) => return Ok(None),
+        (Some(token), None) => ("--backend-token".to_owned(), token.clone()),
+        (_, Some(file)) => {
+            let name = format!("--backend-token-file {}", file.display());
+            let text = std::fs::read_to_string(file).with_context(|| name.clone())?;
+            (name, text)
+        }
+    };
+    match Token::new(&text) {
+        Ok(token) => Ok(Some(token)),
+        Err(error) => bail!(WrongSetting(format!("{name} {error}"))),
+    }
+}
+
+/// A backend obeys whoever reaches it: other machines only with a token.
+pub fn check_backend(listen: SocketAddr, has_token: bool) -> Result<()> {
+    if has_token || listen.ip().is_loopback() {
+        return Ok(());
+    }
+    bail!(WrongSetting(format!(
+        "--listen {listen} lets other machines command this backend, and there is no token: give it and its routers the \
+         same --backend-token-file (or the variable TANDEM_BACKEND_TOKEN), or listen at 127.0.0.1"
+    )))
 }
 
 /// Refuses to serve other machines without a key where an operator said that they come in (`published`); inside a
@@ -99,6 +133,52 @@ mod tests {
         assert!(keys(&[], Some(Path::new("/dev/null"))).unwrap().is_empty());
         let missing = format!("{:#}", keys(&[], Some(Path::new("/no/such"))).unwrap_err());
         assert!(missing.contains("--api-key-file /no/such"), "{missing}");
+    }
+
+    #[test]
+    fn a_backend_beyond_this_machine_needs_a_token() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "0123456789abcdef\n").unwrap();
+        let path = || Some(file.path().to_owned());
+        let text = |text: &str| Some(text.to_owned());
+        for (backend_token, backend_token_file, expected) in [
+            (None, None, Ok(false)),
+            (text("0123456789abcdef"), None, Ok(true)),
+            (None, path(), Ok(true)),
+            (text("short"), path(), Ok(true)),
+            (text(""), None, Err("--backend-token has 0 characters")),
+            (text("short"), None, Err("--backend-token has 5 characters")),
+            (
+                None,
+                Some("/dev/null".into()),
+                Err("--backend-token-file /dev/null has 0"),
+            ),
+            (
+                None,
+                Some("/no/such".into()),
+                Err("--backend-token-file /no/such"),
+            ),
+        ] {
+            let options = TokenOptions {
+                backend_token,
+                backend_token_file,
+            };
+            match (token(&options), expected) {
+                (Ok(token), Ok(expected)) => assert_eq!(token.is_some(), expected),
+                (Err(error), Err(text)) => assert!(error.to_string().contains(text), "{error}"),
+                (found, expected) => panic!("{:?}, expected {expected:?}", found.map(|_| ())),
+            }
+        }
+        for (listen, has_token, fits) in [
+            ("127.0.0.1:8001", false, true),
+            ("[::1]:8001", false, true),
+            ("0.0.0.0:8001", false, false),
+            ("10.0.0.7:8001", false, false),
+            ("0.0.0.0:8001", true, true),
+        ] {
+            let checked = check_backend(listen.parse().unwrap(), has_token);
+            assert_eq!(checked.is_ok(), fits, "{listen}");
+        }
     }
 
     #[test]

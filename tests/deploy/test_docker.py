@@ -122,7 +122,9 @@ def test_services_take_every_option_that_exists(name):
 def test_who_may_come_and_with_which_key(name):
     service = SERVICES[name]
     if service.get("command") == ["backend"]:
-        assert "ports" not in service, "backends have no key: only routers reach them"
+        assert "ports" not in service, "the token is a default that everybody knows: only this network reaches backends"
+        [token] = {SERVICES[other]["environment"]["TANDEM_BACKEND_TOKEN"] for other in TANDEM if "backend" in other or "router" in other}
+        assert service["environment"]["TANDEM_BACKEND_TOKEN"] == token
         return
     assert service["ports"] == ["${PUBLISH:-127.0.0.1:8000}:8000"]
     environment = service["environment"]

@@ -160,7 +160,7 @@ def test_names_and_labels_refer_to_something(overlay):
                     assert ("ConfigMap", source["configMapRef"]["name"]) in named
                 else:
                     # The operator's own, as docker/README.md says.
-                    own = [{"name": "tandem-state"}, {"name": "tandem-hub", "optional": True}]
+                    own = [{"name": "tandem-state"}, {"name": "tandem-hub", "optional": True}, {"name": "tandem-backend"}]
                     assert source["secretRef"] in own
 
 

@@ -14,10 +14,11 @@ use tandem_core::stats::Stats;
 use tokio::sync::{mpsc, watch};
 use tokio::time::MissedTickBehavior;
 use tonic::transport::Endpoint;
-use tonic::{Status, Streaming};
+use tonic::{Request, Status, Streaming};
 
 use crate::codec::{self, Damaged};
 use crate::files::ModelFiles;
+use crate::token::Token;
 use crate::wire::replica_client::ReplicaClient;
 use crate::wire::up::Say;
 use crate::wire::{DescribeRequest, Description, Down, Up};
@@ -52,9 +53,9 @@ pub struct ConnectError {
     pub message: String,
 }
 
-/// Opens a session with the backend at `url` (`http://host:port`).
-pub async fn connect(url: &str) -> Result<Remote, ConnectError> {
-    let opened = tokio::time::timeout(CONNECT_PATIENCE + OPEN_PATIENCE, open(url)).await;
+/// Opens a session with the backend at `url` (`http://host:port`), showing it the token.
+pub async fn connect(url: &str, token: Option<&Token>) -> Result<Remote, ConnectError> {
+    let opened = tokio::time::timeout(CONNECT_PATIENCE + OPEN_PATIENCE, open(url, token.cloned())).await;
     let opened = opened.unwrap_or_else(|_| Err(format!("no session after {OPEN_PATIENCE:?}")));
     opened.map_err(|message| ConnectError {
         url: url.to_owned(),
@@ -62,7 +63,7 @@ pub async fn connect(url: &str) -> Result<Remote, ConnectError> {
     })
 }
 
-async fn open(url: &str) -> Result<Remote, String> {
+async fn open(url: &str, token: Option<Token>) -> Result<Remote, String> {
     let channel = Endpoint::from_shared(url.to_owned())
         .map_err(|error| chain(&error))?
         .connect_timeout(CONNECT_PATIENCE)
@@ -75,7 +76,13 @@ async fn open(url: &str) -> Result<Remote, String> {
         .connect()
         .await
         .map_err(|error| chain(&error))?;
-    let mut client = ReplicaClient::new(channel)
+    let show = move |mut request: Request<()>| {
+        if let Some(token) = &token {
+            token.show(&mut request);
+        }
+        Ok(request)
+    };
+    let mut client = ReplicaClient::with_interceptor(channel, show)
         .max_decoding_message_size(MESSAGE_BYTES)
         .max_encoding_message_size(MESSAGE_BYTES);
     let description = client.describe(DescribeRequest {}).await.map_err(said)?;

@@ -10,10 +10,12 @@ mod files;
 mod service;
 #[cfg(test)]
 mod tests;
+mod token;
 
 pub use client::{ConnectError, Remote, connect};
 pub use files::ModelFiles;
 pub use service::{Hooks, Service, serve};
+pub use token::{BadToken, Token};
 
 use std::time::Duration;
 

@@ -18,10 +18,12 @@ use tandem_core::stats::Stats;
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, mpsc};
 use tonic::service::Routes;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::files::ModelFiles;
+use crate::token::Token;
 use crate::wire::replica_server::{Replica, ReplicaServer};
 use crate::wire::{DescribeRequest, Description, File, Up};
 use crate::{
@@ -173,16 +175,21 @@ impl Replica for Service {
 }
 
 /// Serves until `until`, then until all sessions have ended; they do when the engine is gone. `pages` answer plain HTTP
-/// on the same port.
+/// on the same port, to everybody; who shows no `token` where there is one cannot do more.
 pub async fn serve(
     listener: TcpListener,
     service: Service,
+    token: Option<Token>,
     pages: axum::Router,
     until: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
     let replica = ReplicaServer::new(service)
         .max_decoding_message_size(UP_BYTES)
         .max_encoding_message_size(MESSAGE_BYTES);
+    let replica = InterceptedService::new(replica, move |request: Request<()>| {
+        token.as_ref().map_or(Ok(()), |token| token.check(&request))?;
+        Ok(request)
+    });
     tonic::transport::Server::builder()
         .accept_http1(true)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)

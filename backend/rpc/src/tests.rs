@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::wire::replica_client::ReplicaClient;
 use crate::wire::up::Say;
 use crate::wire::{self, Up};
-use crate::{Hooks, ModelFiles, Remote, Service, connect};
+use crate::{BadToken, Hooks, ModelFiles, Remote, Service, Token, connect};
 
 /// Nothing here waits this long unless it is broken.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -74,6 +74,10 @@ struct Backend {
 
 impl Backend {
     async fn start() -> Backend {
+        Backend::with(None).await
+    }
+
+    async fn with(token: Option<Token>) -> Backend {
         let (sender, commands) = mpsc::channel(COMMAND_QUEUE);
         let (stats, published) = watch::channel(Stats::default());
         let replica = ReplicaHandle {
@@ -91,6 +95,7 @@ impl Backend {
         let serve = crate::serve(
             listener,
             service.clone(),
+            token,
             axum::Router::new(),
             std::future::pending(),
         );
@@ -104,7 +109,7 @@ impl Backend {
     }
 
     async fn connect(&self) -> Remote {
-        connect(&self.url).await.unwrap()
+        connect(&self.url, None).await.unwrap()
     }
 
     async fn next(&mut self) -> Command {
@@ -374,7 +379,7 @@ async fn what_a_lost_session_carried_is_lost() {
         "{last:?}"
     );
     soon(remote.replica.commands.closed()).await;
-    assert!(connect(&backend.url).await.is_err());
+    assert!(connect(&backend.url, None).await.is_err());
 }
 
 #[tokio::test]
@@ -899,4 +904,43 @@ async fn what_no_router_says_is_refused() {
     };
     events.send(token(7)).await.unwrap();
     assert_eq!(soon(answer.recv()).await, Some(token(7)));
+}
+
+#[tokio::test]
+async fn who_does_not_know_the_token_learns_and_does_nothing() {
+    let token = |text: &str| Token::new(text).unwrap();
+    let mut backend = Backend::with(Some(token("0123456789abcdef\n"))).await;
+    for (shown, text) in [
+        (None, "wants a token"),
+        (Some("0123456789abcdeF"), "not the backend's"),
+        (Some("0123456789abcdef0"), "not the backend's"),
+    ] {
+        let shown = shown.map(token);
+        let refused = connect(&backend.url, shown.as_ref())
+            .await
+            .err()
+            .expect("no session");
+        assert!(refused.message.contains(text), "{}", refused.message);
+    }
+    let status = say(&backend.url, vec![Say::Generate(generate())])
+        .await
+        .unwrap_err();
+    assert_eq!(status.code(), tonic::Code::Unauthenticated);
+    let remote = connect(&backend.url, Some(&token("0123456789abcdef")))
+        .await
+        .unwrap();
+    let _answer = ask(&remote, request(1)).await;
+    backend.generate().await;
+    // A backend without one takes any.
+    let open = Backend::start().await;
+    assert!(connect(&open.url, Some(&token("0123456789abcdef"))).await.is_ok());
+    for (text, expected) in [
+        ("0123456789abcde", BadToken::Short(15)),
+        ("", BadToken::Short(0)),
+        ("0123456789 abcdef", BadToken::Unprintable),
+        ("0123456789abcdef\n0123456789abcdef", BadToken::Unprintable),
+        ("0123456789abcdeé", BadToken::Unprintable),
+    ] {
+        assert_eq!(Token::new(text).err(), Some(expected), "{text:?}");
+    }
 }

@@ -16,7 +16,7 @@ use tandem_core::id::AdapterDigest;
 use tandem_core::message::Fault;
 use tandem_core::replica::{Command, ReplicaHandle, ReplicaInfo};
 use tandem_core::stats::Stats;
-use tandem_rpc::ModelFiles;
+use tandem_rpc::{ModelFiles, Token};
 use tokio::sync::{mpsc, watch};
 
 use affinity::Memory;
@@ -60,13 +60,13 @@ impl Member {
         }
     }
 
-    /// The backend at `url`.
-    pub fn remote(url: &str) -> Member {
+    /// The backend at `url`, which is shown the token.
+    pub fn remote(url: &str, token: Option<Token>) -> Member {
         let address = url.to_owned();
         Member::new(url, move || {
-            let address = address.clone();
+            let (address, token) = (address.clone(), token.clone());
             async move {
-                let remote = tandem_rpc::connect(&address).await;
+                let remote = tandem_rpc::connect(&address, token.as_ref()).await;
                 let tandem_rpc::Remote {
                     replica,
                     files,

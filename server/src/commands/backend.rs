@@ -24,6 +24,7 @@ use super::greeting::{Door, Greeting};
 use super::{edge, log, replica, runtime};
 use crate::cli::{ArtifactOptions, Backend, ProcessOptions};
 use crate::config::Given;
+use crate::exposure;
 use crate::listen::{self, Signals};
 use crate::metrics::Metrics;
 use crate::ranks::{self, Followed};
@@ -38,6 +39,7 @@ pub fn run(options: Backend, given: &Given) -> Result<()> {
     log(given);
     let Backend {
         listen: address,
+        token,
         model,
         artifacts: ArtifactOptions {
             data_dir,
@@ -48,6 +50,8 @@ pub fn run(options: Backend, given: &Given) -> Result<()> {
             config: _,
         },
     } = options;
+    let token = exposure::token(&token)?;
+    exposure::check_backend(address, token.is_some())?;
     let started = ranks::started()?;
     if let Followed::ToTheEnd = ranks::followed(&model, &started, &data_dir)? {
         return Ok(());
@@ -78,7 +82,9 @@ pub fn run(options: Backend, given: &Given) -> Result<()> {
         let listener = TcpListener::from_std(listener)?;
         let (stop, stopped) = oneshot::channel::<()>();
         let pages = pages(service.clone(), metrics);
-        let server = tandem_rpc::serve(listener, service.clone(), pages, async { drop(stopped.await) });
+        let server = tandem_rpc::serve(listener, service.clone(), token, pages, async {
+            drop(stopped.await)
+        });
         let mut server = tokio::spawn(server);
         let greeting = Greeting {
             address,

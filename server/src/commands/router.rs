@@ -14,12 +14,14 @@ use super::{log, replica, runtime};
 use crate::cli::Router;
 use crate::config::Given;
 use crate::exit::WrongSetting;
+use crate::exposure;
 use crate::listen::Signals;
 
 pub fn run(options: Router, given: &Given) -> Result<()> {
     log(given);
     let Router {
         backend,
+        token,
         served_model_name,
         edge: options,
         state,
@@ -46,10 +48,14 @@ pub fn run(options: Router, given: &Given) -> Result<()> {
             ))
         );
     }
+    let token = exposure::token(&token)?;
     let door = Door::open(SocketAddr::new(options.host, options.port), &options)?;
     edge::make_data_dir(&state.artifacts.data_dir)?;
     let adapters = edge::adapters(&options)?;
-    let members: Vec<Member> = backends.into_iter().map(Member::remote).collect();
+    let members: Vec<Member> = backends
+        .into_iter()
+        .map(|url| Member::remote(url, token.clone()))
+        .collect();
     runtime()?.block_on(async {
         let mut signals = Signals::new()?;
         let waiting = Waiting::begin(door.listener())?;
