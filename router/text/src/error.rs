@@ -50,4 +50,10 @@ pub enum TextError {
          found; set \"weight\": 0 on it or use another template"
     )]
     UnstableTemplate { message: usize },
+    /// Such a template, and more turns than can be found one by one.
+    #[error(
+        "{turns} assistant turns are too many for this chat template, whose text for a message depends on what comes before: \
+         split the conversation, or set \"weight\": 0 on most of them"
+    )]
+    TooManyTurns { turns: usize },
 }

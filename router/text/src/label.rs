@@ -21,6 +21,11 @@ pub struct Options {
     pub prompt_loss_weight: f32,
 }
 
+/// What finding the turns of one row may render at most, where each turn takes all before it: some seconds.
+const MAX_RENDERED_BYTES: usize = 1 << 30;
+/// What rendering a message costs beside its text, as so many bytes of it.
+const MESSAGE_COST_BYTES: usize = 512;
+
 /// `NoLabels` when nothing with a weight is left: callers skip and count it. Other errors concern the whole file.
 pub fn tokenize(row: &Row, tokenizer: &Tokenizer, options: &Options) -> Result<Example, TextError> {
     let Options {
@@ -120,8 +125,10 @@ fn chat(messages: &[Message], tokenizer: &Tokenizer) -> Result<Weighted, TextErr
     let placed = tokenizer.encode_placed(&text, SpecialTokens::Omit)?;
     let mut tokens: Vec<u32> = placed.iter().map(|token| token.id).collect();
     let mut weights = vec![0.0; tokens.len()];
+    let mut reached = 0;
     for turn in assistant_turns(messages, template, &text)? {
-        let span = labelled(&placed, turn, &text, tokenizer);
+        let span = labelled(&placed, reached, turn, &text, tokenizer);
+        reached = span.start;
         weights[span].fill(1.0);
     }
     // A template that never closes the last turn would teach to go on for ever.
@@ -134,15 +141,38 @@ fn chat(messages: &[Message], tokenizer: &Tokenizer) -> Result<Weighted, TextErr
     Ok((tokens, weights))
 }
 
-/// The bytes of `text` that each learned assistant turn adds to the prompt it answers. Found by rendering the
-/// conversation up to it, with and without it: no knowledge of the template's markers is needed.
+/// The bytes of `text` that each learned assistant turn adds to the prompt it answers, in their order. Found by rendering
+/// the conversation up to it, with and without it: no knowledge of the template's markers is needed.
 fn assistant_turns(
     messages: &[Message],
     template: &ChatTemplate,
     text: &str,
 ) -> Result<Vec<Range<usize>>, TextError> {
-    let learned = messages.iter().enumerate();
-    let learned = learned.filter(|(_, message)| message.role == "assistant" && message.weight != Some(0.0));
+    match turns_behind_a_stub(messages, template, text) {
+        Some(turns) => Ok(turns),
+        None => turns_behind_all(messages, template, text),
+    }
+}
+
+fn is_learned(message: &Message) -> bool {
+    message.role == "assistant" && message.weight != Some(0.0)
+}
+
+/// The whole conversation before a turn is rendered: what counts, and takes a time that is quadratic in the turns.
+fn turns_behind_all(
+    messages: &[Message],
+    template: &ChatTemplate,
+    text: &str,
+) -> Result<Vec<Range<usize>>, TextError> {
+    let turns = messages.iter().filter(|message| is_learned(message)).count();
+    let bytes = turns.saturating_mul(text.len() + MESSAGE_COST_BYTES * messages.len());
+    if turns > 1 && bytes > MAX_RENDERED_BYTES {
+        return Err(TextError::TooManyTurns { turns });
+    }
+    let learned = messages
+        .iter()
+        .enumerate()
+        .filter(|(_, message)| is_learned(message));
     learned
         .map(|(i, _)| {
             let prompt = prompt(&messages[..=i], template)?;
@@ -153,6 +183,50 @@ fn assistant_turns(
             }
         })
         .collect()
+}
+
+/// The same for a template whose messages only add text of their own, in linear time: a turn and what came since the one
+/// before are rendered behind a short conversation of the roles that the real one begins with. `None` where what is
+/// rendered so is not what stands in `text`, each turn right behind the one before.
+fn turns_behind_a_stub(
+    messages: &[Message],
+    template: &ChatTemplate,
+    text: &str,
+) -> Option<Vec<Range<usize>>> {
+    let render = |messages: &[Message], ending| template.render(messages, ending, &Kwargs::new()).ok();
+    let first = messages.iter().position(|message| message.role == "assistant")?;
+    let (opening, rest) = messages.split_at(first + 1);
+    let closed = render(opening, Ending::Closed).filter(|closed| text.starts_with(closed))?;
+    let mut turns = vec![];
+    if is_learned(&messages[first]) {
+        let prompt = prompt(opening, template).ok()?;
+        closed
+            .starts_with(&prompt)
+            .then(|| turns.push(prompt.len()..closed.len()))?;
+    }
+    let stub: Vec<Message> = opening
+        .iter()
+        .map(|message| Message::new(&message.role, "x"))
+        .collect();
+    let before = render(&stub, Ending::Closed)?;
+    let added = |messages: &[Message], ending| {
+        let rendered = render(&[&stub, messages].concat(), ending)?;
+        rendered.strip_prefix(&before).map(str::to_owned)
+    };
+    let mut end = closed.len();
+    for exchange in rest.split_inclusive(|message| message.role == "assistant") {
+        let Some((answer, asked)) = exchange.split_last().filter(|(last, _)| last.role == "assistant") else {
+            break; // Nobody answered what comes last.
+        };
+        let closed = added(exchange, Ending::Closed).filter(|closed| text[end..].starts_with(closed))?;
+        if is_learned(answer) {
+            let prompt =
+                added(asked, Ending::GenerationPrompt).filter(|prompt| closed.starts_with(prompt))?;
+            turns.push(end + prompt.len()..end + closed.len());
+        }
+        end += closed.len();
+    }
+    Some(turns)
 }
 
 /// What the model reads before it writes the last message.
@@ -168,12 +242,19 @@ fn prompt(messages: &[Message], template: &ChatTemplate) -> Result<String, TextE
     }
 }
 
-/// Tokens of a turn. One that begins before it and ends in it counts: the model must write it.
-fn labelled(placed: &[Placed], turn: Range<usize>, text: &str, tokenizer: &Tokenizer) -> Range<usize> {
-    let first = placed
+/// Tokens of a turn, looked for from the token `reached` on. One that begins before the turn and ends in it counts: the
+/// model must write it.
+fn labelled(
+    placed: &[Placed],
+    reached: usize,
+    turn: Range<usize>,
+    text: &str,
+    tokenizer: &Tokenizer,
+) -> Range<usize> {
+    let first = placed[reached..]
         .iter()
         .position(|token| token.end > turn.start)
-        .unwrap_or(placed.len());
+        .map_or(placed.len(), |n| reached + n);
     let last = first
         + placed[first..]
             .iter()

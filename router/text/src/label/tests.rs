@@ -144,6 +144,85 @@ fn a_template_that_rewrites_history_is_refused() {
     assert_eq!(learned(&example, &tokenizer), ["d</assistant></s>"]);
 }
 
+/// Alternating after a system message, or not, with turns left out, doubled, empty and unanswered.
+fn conversation(random: &mut fixture::Random, strict: bool) -> Vec<Message> {
+    let texts = ["", "the fox", " spaced ", "Größe 👋🏽\n", "<|im_end|>", "user: a"];
+    let mut messages = vec![];
+    if random.below(2) == 0 {
+        messages.push(Message::new("system", texts[1 + random.below(5)]));
+    }
+    for turn in 0..random.below(9) {
+        let role = match strict || random.below(4) > 0 {
+            true => ["user", "assistant"][turn % 2],
+            false => ["user", "assistant"][random.below(2)],
+        };
+        let weight = [None, None, Some(1.0), Some(0.0)][random.below(4)].filter(|_| role == "assistant");
+        messages.push(Message {
+            weight,
+            ..Message::new(role, texts[random.below(6)])
+        });
+    }
+    messages
+}
+
+#[test]
+fn turns_are_found_in_linear_time_where_the_slow_way_finds_the_same() {
+    let mut random = fixture::Random(7);
+    for (template, strict) in [
+        (CHATML, false),
+        (LLAMA2, true),
+        (LLAMA3, false),
+        (ZEPHYR, false),
+        (THINKING, false),
+        (OPEN, false),
+    ] {
+        let tokenizer = fixture::byte_level(template);
+        let template = tokenizer.chat_template(&Kwargs::new()).unwrap();
+        let (mut found, mut both) = (0, 0);
+        for _ in 0..300 {
+            let messages = conversation(&mut random, strict);
+            let Ok(text) = template.render(&messages, Ending::Closed, &Kwargs::new()) else {
+                continue;
+            };
+            let slow = turns_behind_all(&messages, template, &text);
+            let fast = turns_behind_a_stub(&messages, template, &text);
+            found += usize::from(slow.as_ref().is_ok_and(|turns| !turns.is_empty()));
+            if let Some(fast) = fast {
+                both += usize::from(!fast.is_empty());
+                assert_eq!(Ok(fast), slow, "{messages:?}");
+            }
+        }
+        assert!(found > 50 && both * 10 >= found * 9, "{both} of {found} rows");
+    }
+}
+
+#[test]
+fn thousands_of_turns_are_no_trouble_and_where_they_would_be_it_is_said() {
+    let conversation = |n: usize| -> Vec<Message> {
+        let pair = ["user", "assistant"].map(|role| Message::new(role, "It is 4."));
+        std::iter::repeat_n(pair, n).flatten().collect()
+    };
+    let options = Options {
+        max_seq_length: u32::MAX,
+        ..OPTIONS
+    };
+    let learn = |template: &str| {
+        let tokenizer = fixture::byte_level(template);
+        let row = Row::Chat {
+            messages: conversation(4000),
+        };
+        tokenize(&row, &tokenizer, &options).map(|example| learned(&example, &tokenizer))
+    };
+    // Each way would refuse so many, if it were the slow one.
+    let turns = learn(CHATML).unwrap();
+    assert_eq!(turns.len(), 4000);
+    assert!(turns.iter().all(|turn| turn == "It is 4.<|im_end|>"));
+    // Each message knows how many come before it.
+    let numbered = "{% for m in messages %}{{ loop.index }} {{ m.role }}: {{ m.content }}\n{% endfor %}\
+                    {% if add_generation_prompt %}{{ messages|length + 1 }} assistant: {% endif %}";
+    assert_eq!(learn(numbered), Err(TextError::TooManyTurns { turns: 4000 }));
+}
+
 #[test]
 fn completions_and_texts() {
     let byte_level = fixture::byte_level("");
