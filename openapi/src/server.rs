@@ -12,7 +12,8 @@ pub struct Version {
 pub struct Health {
     /// `ok`; of `/ready`: `ready`, or `degraded` while something is away
     pub status: &'static str,
-    /// What does not answer now: `database`, `storage`. Requests that need it are refused with 503
+    /// What does not answer now: `database`, `storage`; requests that need it are refused with 503. `room`: the disk is
+    /// full, and what is large is refused with 507. Tasks of the server that failed and are about to be begun again
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub away: Vec<String>,
 }

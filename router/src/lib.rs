@@ -11,6 +11,7 @@ mod grammars;
 mod jobs;
 mod models;
 mod relay;
+mod tasks;
 #[cfg(test)]
 mod tests;
 mod texts;
@@ -38,6 +39,7 @@ use api::RouterError;
 use catalog::Catalog;
 use grammars::Grammars;
 use jobs::Desk;
+use tasks::Down;
 use texts::Texts;
 
 #[derive(Clone, Debug)]
@@ -93,13 +95,22 @@ struct Shared {
     admission: Histogram,
     stopping: AtomicBool,
     tasks: Mutex<Option<Tasks>>,
+    down: Down,
+    /// Tasks that are to panic at their next turn.
+    #[cfg(test)]
+    to_panic: Mutex<Vec<&'static str>>,
 }
+
+const SUPERVISOR: &str = "jobs";
+const PREPARER: &str = "preparation of jobs";
+const HOUSEKEEPING: &str = "housekeeping";
+const WATCH: &str = "watch";
 
 struct Tasks {
     supervisor: JoinHandle<()>,
     preparer: JoinHandle<()>,
     housekeeping: JoinHandle<()>,
-    /// When others write to the database too, and when a part of the store is elsewhere.
+    /// Of the disk; of a database that others write to, and of parts of the store that are elsewhere.
     watches: Vec<JoinHandle<()>>,
 }
 
@@ -137,12 +148,15 @@ impl Router {
             admission: Histogram::default(),
             stopping: AtomicBool::new(false),
             tasks: Mutex::new(None),
+            down: Down::default(),
+            #[cfg(test)]
+            to_panic: Mutex::default(),
         }));
         router.restore_flags().await?;
         let tasks = Tasks {
-            supervisor: tokio::spawn(jobs::supervisor::run(router.clone())),
-            preparer: tokio::spawn(jobs::prepare::run(router.clone())),
-            housekeeping: tokio::spawn(models::housekeeping(router.clone())),
+            supervisor: router.task(SUPERVISOR, jobs::supervisor::run),
+            preparer: router.task(PREPARER, jobs::prepare::run),
+            housekeeping: router.task(HOUSEKEEPING, models::housekeeping),
             watches: router.watches(),
         };
         *router.tasks() = Some(tasks);
@@ -220,13 +234,48 @@ impl Router {
         self.0.store.away()
     }
 
+    /// Before something large is taken in: an error while the disk is full.
+    pub fn check_room(&self) -> Result<(), RouterError> {
+        Ok(self.0.store.check_room()?)
+    }
+
+    /// A disk that somebody found full.
+    pub fn note(&self, error: &RouterError) {
+        if let RouterError::Store(error) = error {
+            self.0.store.note(error);
+        }
+    }
+
     fn watches(&self) -> Vec<JoinHandle<()>> {
         let store = &self.0.store;
-        let others = store.is_shared().then(|| tokio::spawn(watch::run(self.clone())));
-        let parts = store
-            .is_remote()
-            .then(|| tokio::spawn(watch::probe(store.clone())));
-        others.into_iter().chain(parts).collect()
+        let room = self.task(WATCH, watch::room);
+        let others = store.is_shared().then(|| self.task(WATCH, watch::run));
+        let parts = store.is_remote().then(|| self.task(WATCH, watch::probe));
+        [room].into_iter().chain(others).chain(parts).collect()
+    }
+
+    /// Tasks of the router that panicked and are to be begun again.
+    pub fn down(&self) -> Vec<&'static str> {
+        self.0.down.names()
+    }
+
+    fn task<F>(&self, name: &'static str, run: fn(Router) -> F) -> JoinHandle<()>
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let router = self.clone();
+        self.0.down.supervise(name, move || run(router.clone()))
+    }
+
+    /// A fault of a task's own, once, where a test asked for it.
+    #[cfg(test)]
+    fn panic_if_told(&self, task: &'static str) {
+        let mut to_panic = self.0.to_panic.lock().unwrap();
+        if let Some(place) = to_panic.iter().position(|told| *told == task) {
+            to_panic.remove(place);
+            drop(to_panic);
+            panic!("a test told {task} to");
+        }
     }
 
     /// The replica that a job should train on now. `None`: none has room.

@@ -16,6 +16,8 @@ use crate::fleet::Ask;
 use crate::{Router, Shared};
 
 const MAX_NAME_CHARS: usize = 200;
+/// What any adapter may have.
+const SMALL_ADAPTER_BYTES: u64 = 256 << 20;
 /// How often files are looked over for those that have expired (reads never show them).
 const EXPIRY_PERIOD: Duration = Duration::from_secs(60);
 
@@ -167,13 +169,21 @@ impl Router {
     async fn publish(&self, folder: &Path) -> Result<Hold, RouterError> {
         let Shared { store, catalog, .. } = &*self.0;
         loop {
-            let published = store.publish_adapter(folder, Placement::Copy).await;
+            let published = store
+                .publish_adapter(folder, Placement::Copy, self.adapter_limit_bytes())
+                .await;
             let hold = catalog.hold(published.map_err(adapter_error)?).await;
             // The same adapter may have been there, and on its way out.
             if store.has_adapter(hold.digest).await? {
                 return Ok(hold);
             }
         }
+    }
+
+    /// An adapter in float32 has fewer numbers than twice the base, unless the base is tiny: what is larger is not copied
+    /// to find out what it is.
+    fn adapter_limit_bytes(&self) -> u64 {
+        SMALL_ADAPTER_BYTES.saturating_add(self.info().parameters.saturating_mul(8))
     }
 
     /// Sees that the store has an adapter that a replica made.
@@ -319,6 +329,11 @@ pub(crate) async fn housekeeping(router: Router) {
                     Err(error) => tracing::warn!(%error, "expired files were not deleted"),
                 }
                 if router.0.store.is_shared() {
+                    match router.0.store.delete_loose_files().await {
+                        Ok(0) => {}
+                        Ok(files) => tracing::info!(files, "bytes that no file names deleted"),
+                        Err(error) => tracing::warn!(%error, "bytes that no file names were not deleted"),
+                    }
                     match router.0.store.delete_unnamed_adapters().await {
                         Ok(0) => {}
                         Ok(adapters) => tracing::info!(adapters, "adapters without a name deleted"),

@@ -3,12 +3,15 @@
 
 use std::time::Duration;
 
-use tandem_store::{Changes, PROBE_PERIOD, Store};
+use tandem_store::{Changes, PROBE_PERIOD, Part};
 
 use crate::Router;
 
 /// How long a name or a job's event of another router may stay unseen. A name that is asked for is looked up at once.
 const PERIOD: Duration = Duration::from_secs(1);
+
+/// How often a disk that was full is looked at.
+const ROOM_PERIOD: Duration = Duration::from_secs(2);
 
 /// As long as the router lives.
 pub(crate) async fn run(router: Router) {
@@ -26,10 +29,21 @@ pub(crate) async fn run(router: Router) {
 }
 
 /// Asks the parts of the store that are elsewhere whether they answer, as long as the router lives.
-pub(crate) async fn probe(store: Store) {
+pub(crate) async fn probe(router: Router) {
     loop {
-        store.probe().await;
+        router.0.store.probe().await;
         tokio::time::sleep(PROBE_PERIOD).await;
+    }
+}
+
+/// Looks for room on the disk while there is none, as long as the router lives.
+pub(crate) async fn room(router: Router) {
+    let store = &router.0.store;
+    loop {
+        tokio::time::sleep(ROOM_PERIOD).await;
+        if store.away().contains(&Part::Room) {
+            store.look_for_room().await;
+        }
     }
 }
 

@@ -159,6 +159,16 @@ impl ApiError {
 
         let away = |part| {
             let (code, instead) = match part {
+                Part::Room => {
+                    return Answer {
+                        retry: AfterSeconds(5),
+                        instead: Some(
+                            "This server's disk is full; files, jobs and new models wait for room. Delete files or models, or \
+                             make room, and try again.",
+                        ),
+                        ..with(S::INSUFFICIENT_STORAGE, SERVER, None, Some("storage_full"))
+                    };
+                }
                 Part::Database => (
                     "database_unavailable",
                     "The database of this server does not answer now; files, jobs and new models wait for it. Try again.",

@@ -18,13 +18,15 @@ use crate::fields::{Rule, strays};
 
 /// A JSON body at most: a long prompt as token ids, with room.
 pub const JSON_LIMIT_BYTES: u64 = 32 << 20;
+/// What is read on a worker, in a few milliseconds; more has a thread of its own.
+const AT_ONCE_BYTES: usize = 256 << 10;
 /// Of a field's name in a message.
 const NAME_CHARS: usize = 80;
 /// An uploaded file at most.
 pub const FILE_LIMIT_BYTES: u64 = 512 << 20;
 
 /// A type that a JSON body is read into.
-pub trait Body: DeserializeOwned {
+pub trait Body: DeserializeOwned + Send + 'static {
     /// Its name in the document.
     const SCHEMA: &'static str;
     /// What is known of fields that the document does not have. `None`: the type keeps them, and its conversion looks
@@ -42,20 +44,31 @@ impl<T: Body> FromRequest<App> for Json<T> {
         let (parts, body) = request.into_parts();
         must_be("application/json", &parts.headers)?;
         let bytes = read(&parts.headers, body, JSON_LIMIT_BYTES).await?;
-        let value = from_json(&bytes);
-        if let Some(name) = json::twice(&bytes) {
-            let name: String = name.chars().take(NAME_CHARS).collect();
-            return Err(invalid(
-                &name,
-                format!("'{name}' is there twice in one object: which of them is meant?"),
-            ));
+        if bytes.len() <= AT_ONCE_BYTES {
+            return judged(&bytes, app).map(Json);
         }
-        // A field that is missing may only be misspelt, which says more.
-        if let (Some(rules), Ok(_) | Err(ApiError::Invalid { .. })) = (T::RULES, &value) {
-            app.strays.judge_all(strays(T::SCHEMA, &bytes), rules)?;
-        }
-        value.map(Json)
+        // The workers have other requests to answer meanwhile.
+        let app = app.clone();
+        let judged = tokio::task::spawn_blocking(move || judged(&bytes, &app)).await;
+        let judged = judged.map_err(|error| ApiError::Internal(format!("a body was not read: {error}")))?;
+        judged.map(Json)
     }
+}
+
+fn judged<T: Body>(bytes: &[u8], app: &App) -> Result<T, ApiError> {
+    let value = from_json(bytes);
+    if let Some(name) = json::twice(bytes) {
+        let name: String = name.chars().take(NAME_CHARS).collect();
+        return Err(invalid(
+            &name,
+            format!("'{name}' is there twice in one object: which of them is meant?"),
+        ));
+    }
+    // A field that is missing may only be misspelt, which says more.
+    if let (Some(rules), Ok(_) | Err(ApiError::Invalid { .. })) = (T::RULES, &value) {
+        app.strays.judge_all(strays(T::SCHEMA, bytes), rules)?;
+    }
+    value
 }
 
 /// The media type without its parameters.

@@ -1,11 +1,14 @@
 //! Tokenised training examples as bytes: what the router hands to the engine. Not here: JSON, text, templates.
 //!
-//! Layout, little-endian: magic `TNDMDS01`, u64 count, then per example u32 length, length x u32 token ids,
-//! length x f32 weights.
+//! Layout, little-endian: magic `TNDMDS02`, SHA-256 of what follows, u64 count, then per example u32 length, length x u32
+//! token ids, length x f32 weights.
+
+use sha2::{Digest, Sha256};
 
 use crate::TokenId;
 
-const MAGIC: &[u8; 8] = b"TNDMDS01";
+const MAGIC: &[u8; 8] = b"TNDMDS02";
+const DIGEST_BYTES: usize = 32;
 
 /// One example. `weights[i]` is the loss weight of *predicting* `tokens[i]` from the tokens before it (the first is
 /// never predicted, its weight is ignored).
@@ -32,8 +35,9 @@ pub struct Damaged(pub String);
 
 pub fn encode(examples: &[Example]) -> Vec<u8> {
     let tokens: usize = examples.iter().map(|example| example.tokens.len()).sum();
-    let mut bytes = Vec::with_capacity(16 + 4 * examples.len() + 8 * tokens);
+    let mut bytes = Vec::with_capacity(16 + DIGEST_BYTES + 4 * examples.len() + 8 * tokens);
     bytes.extend(MAGIC);
+    bytes.extend([0; DIGEST_BYTES]);
     bytes.extend((examples.len() as u64).to_le_bytes());
     for Example { tokens, weights } in examples {
         assert_eq!(tokens.len(), weights.len(), "one weight per token");
@@ -41,13 +45,30 @@ pub fn encode(examples: &[Example]) -> Vec<u8> {
         bytes.extend(tokens.iter().flat_map(|token| token.to_le_bytes()));
         bytes.extend(weights.iter().flat_map(|weight| weight.to_le_bytes()));
     }
+    let (head, content) = bytes.split_at_mut(MAGIC.len() + DIGEST_BYTES);
+    head[MAGIC.len()..].copy_from_slice(&Sha256::digest(content));
     bytes
 }
 
-pub fn decode(bytes: &[u8]) -> Result<Vec<Example>, Damaged> {
-    let mut rest = bytes
+/// What the digest is of, when it is right.
+pub fn check(bytes: &[u8]) -> Result<&[u8], Damaged> {
+    let sealed = bytes
         .strip_prefix(MAGIC)
-        .ok_or_else(|| Damaged("the first 8 bytes are not TNDMDS01".to_owned()))?;
+        .ok_or_else(|| Damaged("the first 8 bytes are not TNDMDS02".to_owned()))?;
+    let (digest, content) = sealed
+        .split_at_checked(DIGEST_BYTES)
+        .ok_or_else(|| Damaged(format!("it ends after {} bytes", bytes.len())))?;
+    match Sha256::digest(content)[..] == *digest {
+        true => Ok(content),
+        false => Err(Damaged(format!(
+            "its {} bytes are not those that were written",
+            bytes.len()
+        ))),
+    }
+}
+
+pub fn decode(bytes: &[u8]) -> Result<Vec<Example>, Damaged> {
+    let mut rest = check(bytes)?;
     let mut take = |n: usize| {
         let (head, tail) = rest.split_at_checked(n).ok_or_else(|| {
             Damaged(format!(
@@ -104,8 +125,11 @@ mod tests {
         let bytes = encode(&examples);
         assert_eq!(decode(&bytes).unwrap(), examples);
         assert_eq!(examples[0].label_tokens(), 2);
-        for cut in 0..bytes.len() {
-            assert!(decode(&bytes[..cut]).is_err(), "cut at {cut}");
+        for at in 0..bytes.len() {
+            assert!(decode(&bytes[..at]).is_err(), "cut at {at}");
+            let mut flipped = bytes.clone();
+            flipped[at] ^= 1;
+            assert!(decode(&flipped).is_err(), "another bit at {at}");
         }
         assert!(decode(&[bytes, vec![0]].concat()).is_err());
     }

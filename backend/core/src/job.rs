@@ -19,9 +19,9 @@ pub mod files {
     pub const TRAIN: &str = "train.tokens";
     /// Validation examples; absent when there is no validation file.
     pub const VALID: &str = "valid.tokens";
-    /// Step, cursor, moments and adapter of the last checkpoint; replaced atomically.
+    /// Step, cursor, moments and adapter of the last checkpoint, with a digest of them; replaced atomically.
     pub const STATE: &str = "state.safetensors";
-    /// The state before that one, for when it is damaged.
+    /// The state before that one: where a job goes on when the last is damaged or gone.
     pub const EARLIER_STATE: &str = "state.earlier.safetensors";
     /// Prefix of checkpoint PEFT folders: `checkpoint-<step>`.
     pub const CHECKPOINT: &str = "checkpoint-";
@@ -311,7 +311,7 @@ impl Schedule {
     }
 }
 
-/// What a job tells its supervisor. Ends with `Finished`, `Failed`, `Refused` or `Cancelled`; a channel that closes
+/// What a job tells its supervisor. Ends with `Finished`, `Failed`, `Damaged`, `Refused` or `Cancelled`; a channel that closes
 /// without one of them means that the replica went or stopped: the job goes on elsewhere from its last state.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum JobEvent {
@@ -319,6 +319,9 @@ pub enum JobEvent {
         total_steps: u64,
         /// The step of the state it goes on from.
         resumed_from: Option<u64>,
+        /// What of the job's folder was damaged, and what is done without it.
+        #[serde(default)]
+        notes: Vec<String>,
         examples: u64,
         /// Tokens of one epoch, and those of them with loss.
         epoch_tokens: u64,
@@ -336,11 +339,19 @@ pub enum JobEvent {
         step: u64,
         adapter: AdapterRef,
     },
+    /// There is no room on the disk for what the job is to keep. It is written as soon as there is, and told then.
+    NoRoom {
+        message: String,
+    },
     Finished {
         adapter: AdapterRef,
         trained_tokens: u64,
     },
     Failed {
+        message: String,
+    },
+    /// The examples in the job's folder are not those that were written: they must be prepared again.
+    Damaged {
         message: String,
     },
     /// The replica stops. The state after `step` is written: the job goes on from there some other time.
@@ -492,6 +503,14 @@ mod tests {
             ),
             ("lora_r", hyper(Lora { r: 0, ..lora() })),
             ("lora_alpha", hyper(Lora { alpha: 0.0, ..lora() })),
+            // Infinite as a float32, which is what multiplies.
+            (
+                "lora_alpha",
+                hyper(Lora {
+                    alpha: 1e39,
+                    ..lora()
+                }),
+            ),
             (
                 "lora_dropout",
                 hyper(Lora {

@@ -1,7 +1,11 @@
 //! The thread that reads and writes the files of jobs, so that no stream waits for a disk. It does one thing at a time,
-//! in the order it was asked: what a job wrote is there when the job is begun again. Not here: what is written (train).
+//! in the order it was asked: what a job wrote is there when the job is begun again. What finds the disk full is written
+//! again until there is room. Not here: what is written (train).
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use tandem_core::job::JobSpec;
 use tandem_kernels::pool;
@@ -20,6 +24,8 @@ pub struct Files {
     orders: mpsc::UnboundedSender<(Ticket, Order)>,
     done: mpsc::UnboundedReceiver<Done>,
     tickets: u64,
+    /// Whether what finds the disk full is to wait for room.
+    patient: Arc<AtomicBool>,
     /// Snapshots ordered and not yet durable.
     writing: usize,
 }
@@ -31,9 +37,15 @@ enum Order {
 
 pub enum Done {
     /// The job can train; or why not.
-    Begun(Ticket, Result<Begun, String>),
+    Begun(Ticket, Result<Begun, TrainError>),
     Written(Ticket, Occasion, Result<Written, TrainError>),
+    /// It waits for room on the disk; said once.
+    NoRoom(Ticket, String),
 }
+
+/// How often what found the disk full is tried again, and how soon it gives up when nobody waits for it any more.
+const ROOM_RETRY: Duration = Duration::from_secs(2);
+const GIVE_UP: Duration = Duration::from_millis(50);
 
 pub struct Begun {
     pub trainer: Box<Trainer>,
@@ -45,25 +57,37 @@ impl Files {
     pub fn new(fit: Fit) -> Files {
         let (orders, ordered) = mpsc::unbounded_channel();
         let (report, done) = mpsc::unbounded_channel();
+        let patient = Arc::new(AtomicBool::new(true));
         let thread = std::thread::Builder::new().name("tandem-files".to_owned());
+        let desk = Desk {
+            report,
+            patient: patient.clone(),
+        };
         thread
-            .spawn(move || obey_all(ordered, report, &fit))
+            .spawn(move || obey_all(ordered, &desk, &fit))
             .expect("the system starts a thread");
         Files {
             orders,
             done,
             tickets: 0,
+            patient,
             writing: 0,
         }
     }
 
     pub fn begin(&mut self, spec: JobSpec) -> Ticket {
+        self.patient.store(true, Ordering::Release);
         self.order(Order::Begin(Box::new(spec)))
     }
 
     pub fn write(&mut self, snapshot: Snapshot) -> Ticket {
         self.writing += 1;
         self.order(Order::Write(Box::new(snapshot)))
+    }
+
+    /// Nobody waits for room: what finds none fails, until another job begins.
+    pub fn give_up_waiting(&self) {
+        self.patient.store(false, Ordering::Release);
     }
 
     /// A job saves again only when this is over: so a slow disk makes it wait, and no more than one copy of its numbers.
@@ -103,29 +127,55 @@ impl Files {
     }
 }
 
-fn obey_all(
-    mut orders: mpsc::UnboundedReceiver<(Ticket, Order)>,
+/// The thread's way back.
+struct Desk {
     report: mpsc::UnboundedSender<Done>,
-    fit: &Fit,
-) {
+    patient: Arc<AtomicBool>,
+}
+
+impl Desk {
+    fn write(&self, ticket: Ticket, snapshot: &Snapshot) -> Result<Written, TrainError> {
+        let mut told = false;
+        loop {
+            let written = guard::torch(|| snapshot.write());
+            let written = written.unwrap_or_else(|fault| Err(TrainError::Fault(fault)));
+            match &written {
+                // Who stops goes on from the state before.
+                Err(error) if error.is_no_room() && snapshot.occasion() != Occasion::Stop => {
+                    if !std::mem::replace(&mut told, true) {
+                        // An engine that is gone hears nothing.
+                        let _ = self.report.send(Done::NoRoom(ticket, error.to_string()));
+                    }
+                }
+                _ => return written,
+            }
+            let tried = Instant::now();
+            while tried.elapsed() < ROOM_RETRY {
+                if !self.patient.load(Ordering::Acquire) {
+                    return written;
+                }
+                std::thread::sleep(GIVE_UP);
+            }
+        }
+    }
+}
+
+fn obey_all(mut orders: mpsc::UnboundedReceiver<(Ticket, Order)>, desk: &Desk, fit: &Fit) {
     pool::stand_aside();
     while let Some((ticket, order)) = orders.blocking_recv() {
         let done = match order {
             Order::Begin(spec) => {
-                let begun = guard::torch(|| begin(*spec, fit).map_err(|error| error.to_string()));
-                Done::Begun(ticket, begun.unwrap_or_else(|fault| Err(fault.to_string())))
-            }
-            Order::Write(snapshot) => {
-                let occasion = snapshot.occasion();
-                let written = guard::torch(|| snapshot.write());
-                Done::Written(
+                let begun = guard::torch(|| begin(*spec, fit));
+                Done::Begun(
                     ticket,
-                    occasion,
-                    written.unwrap_or_else(|fault| Err(TrainError::Fault(fault))),
+                    begun.unwrap_or_else(|fault| Err(TrainError::Fault(fault))),
                 )
             }
+            Order::Write(snapshot) => {
+                Done::Written(ticket, snapshot.occasion(), desk.write(ticket, &snapshot))
+            }
         };
-        if report.send(done).is_err() {
+        if desk.report.send(done).is_err() {
             return;
         }
     }

@@ -43,6 +43,9 @@ struct Fall {
 
 /// Who hears a job's events, in the order of its steps.
 pub struct Supervisor {
+    job: JobId,
+    /// The last that was reported.
+    step: u64,
     events: mpsc::Sender<JobEvent>,
     unheard: VecDeque<Notice>,
 }
@@ -51,6 +54,12 @@ enum Notice {
     Event(JobEvent),
     /// An event may come when this is written. What happened since waits behind it.
     Due(Ticket),
+}
+
+impl Notice {
+    fn is_due(&self, ticket: Ticket) -> bool {
+        matches!(self, Notice::Due(due) if *due == ticket)
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -84,15 +93,35 @@ impl Job {
 }
 
 impl Supervisor {
-    fn new(events: mpsc::Sender<JobEvent>) -> Supervisor {
+    fn new(job: JobId, events: mpsc::Sender<JobEvent>) -> Supervisor {
         Supervisor {
+            job,
+            step: 0,
             events,
             unheard: VecDeque::new(),
         }
     }
 
     fn tell(&mut self, event: JobEvent) {
+        if let JobEvent::Step(report) = &event {
+            self.step = report.step;
+        }
         self.unheard.push_back(Notice::Event(event));
+    }
+
+    /// In the place of what is due and does not come yet.
+    fn tell_before(&mut self, ticket: Ticket, event: JobEvent) {
+        if let Some(place) = self.unheard.iter().position(|notice| notice.is_due(ticket)) {
+            self.unheard.insert(place, Notice::Event(event));
+            self.deliver();
+        }
+    }
+
+    /// Whether something was.
+    fn forget_what_is_due(&mut self) -> bool {
+        let before = self.unheard.len();
+        self.unheard.retain(|notice| matches!(notice, Notice::Event(_)));
+        self.unheard.len() < before
     }
 
     /// `Done`: all that is not behind something due.
@@ -136,8 +165,7 @@ impl Supervisor {
 
     /// What was due is there, or will never be. Whether it was due here.
     fn settle(&mut self, ticket: Ticket, event: Option<JobEvent>) -> bool {
-        let is_it = |notice: &Notice| matches!(notice, Notice::Due(due) if *due == ticket);
-        let Some(place) = self.unheard.iter().position(is_it) else {
+        let Some(place) = self.unheard.iter().position(|notice| notice.is_due(ticket)) else {
             return false;
         };
         match event {
@@ -157,8 +185,8 @@ impl Engine {
         }
         self.job = Some(Job {
             stage: Stage::Begins(self.files.begin(spec.clone())),
+            supervisor: Supervisor::new(spec.id.clone(), events),
             spec,
-            supervisor: Supervisor::new(events),
             trained_tokens: None,
             fall: None,
         });
@@ -169,10 +197,22 @@ impl Engine {
         match done {
             Done::Begun(ticket, begun) => self.begun(ticket, begun),
             Done::Written(ticket, occasion, written) => self.written(ticket, occasion, written),
+            Done::NoRoom(ticket, message) => {
+                warn!(message, "a job's numbers wait for room on the disk");
+                let supervisors = self.job.iter_mut().map(|job| &mut job.supervisor);
+                for supervisor in supervisors.chain(&mut self.farewells) {
+                    supervisor.tell_before(
+                        ticket,
+                        JobEvent::NoRoom {
+                            message: message.clone(),
+                        },
+                    );
+                }
+            }
         }
     }
 
-    fn begun(&mut self, ticket: Ticket, begun: Result<Begun, String>) {
+    fn begun(&mut self, ticket: Ticket, begun: Result<Begun, TrainError>) {
         let is_it = |job: &&mut Job| matches!(job.stage, Stage::Begins(awaited) if awaited == ticket);
         // It may have been cancelled meanwhile.
         let Some(job) = self.job.as_mut().filter(is_it) else {
@@ -187,9 +227,10 @@ impl Engine {
                 self.ranks
                     .order(|| Order::StartJob(Box::new(spec.clone()), inputs));
             }
+            Err(TrainError::Damaged(message)) => self.end_job(Some(JobEvent::Damaged { message })),
             Err(error) => {
                 let message = match &job.fall {
-                    None => error,
+                    None => error.to_string(),
                     Some(Fall { step, fault }) => {
                         format!("step {step}: {fault}; going back to the last state: {error}")
                     }
@@ -208,7 +249,8 @@ impl Engine {
                 }
                 (event, None)
             }
-            Err(error) if occasion == Occasion::End => {
+            // Nobody waited for room: the job goes on from its last state some other time.
+            Err(error) if occasion == Occasion::End && !error.is_no_room() => {
                 let message = error.to_string();
                 (Some(JobEvent::Failed { message }), Some(error))
             }
@@ -221,9 +263,8 @@ impl Engine {
             && job.supervisor.settle(ticket, event.clone())
         {
             if let Some(error) = error {
-                self.end_job(Some(JobEvent::Failed {
-                    message: error.to_string(),
-                }));
+                let message = error.to_string();
+                self.end_job((!error.is_no_room()).then_some(JobEvent::Failed { message }));
             } else {
                 job.supervisor.deliver();
             }
@@ -238,10 +279,25 @@ impl Engine {
     }
 
     pub(super) fn cancel_job(&mut self, id: &JobId) {
-        if let Some(job) = self.job.as_ref().filter(|job| job.spec.id == *id) {
+        if let Some(job) = self.job.as_mut().filter(|job| job.spec.id == *id) {
             let step = job.step();
+            job.supervisor.forget_what_is_due();
+            self.files.give_up_waiting();
             self.end_job(Some(JobEvent::Cancelled { step }));
         }
+        // One that is through may still wait for room for its result.
+        for supervisor in self
+            .farewells
+            .iter_mut()
+            .filter(|supervisor| supervisor.job == *id)
+        {
+            if supervisor.forget_what_is_due() {
+                self.files.give_up_waiting();
+                let step = supervisor.step;
+                supervisor.tell(JobEvent::Cancelled { step });
+            }
+        }
+        self.farewells.retain_mut(Supervisor::is_to_hear_more);
     }
 
     /// As many quanta as the pace allows. Alone, one a turn: a turn costs microseconds and hears what was said.
@@ -347,6 +403,8 @@ impl Engine {
 
     /// Has the job's state written, so that a later start goes on from here, and lets it go.
     pub(super) fn keep_job(&mut self) {
+        // What waits for room would make the stop wait.
+        self.files.give_up_waiting();
         let Some(job) = &mut self.job else { return };
         if let Stage::Trains(trainer) = &job.stage {
             match guard::torch(|| trainer.snapshot()) {

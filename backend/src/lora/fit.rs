@@ -3,9 +3,9 @@
 
 use std::sync::Arc;
 
-use tandem_kernels::KernelError;
 use tandem_kernels::weight::Precision;
-use tch::Device;
+use tandem_kernels::{KernelError, finite};
+use tch::{Device, Kind};
 
 use super::adapter::Adapter;
 use super::params::AdapterParams;
@@ -21,9 +21,40 @@ pub struct Fit {
     pub device: Device,
 }
 
+#[derive(Debug, thiserror::Error)]
+pub enum PackError {
+    #[error(
+        "the adapter has numbers that are infinite or not a number (NaN) {place}: it would answer nothing"
+    )]
+    NotFinite { place: String },
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+}
+
 impl Fit {
-    /// The form that answers, of what this rank holds.
-    pub fn pack(&self, params: &AdapterParams) -> Result<Adapter, KernelError> {
-        Adapter::new(params, &self.layout, self.precision, self.device)
+    /// The form that answers, of what this rank holds. Whatever is to answer comes through here, loaded or trained, and
+    /// numbers that multiply to nothing do not.
+    pub fn pack(&self, params: &AdapterParams) -> Result<Adapter, PackError> {
+        self.check(params)?;
+        Ok(Adapter::new(params, &self.layout, self.precision, self.device)?)
+    }
+
+    fn check(&self, params: &AdapterParams) -> Result<(), PackError> {
+        let not_finite = |place: String| Err(PackError::NotFinite { place });
+        let is_finite = match self.precision {
+            Precision::F32 => finite::all(&params.flat),
+            // What is large may round to infinity.
+            Precision::Bf16 => finite::all(&params.flat.to_kind(Kind::BFloat16)),
+        };
+        if !is_finite {
+            return not_finite(format!("in {:?}", self.precision.kind()));
+        }
+        let parts = params.shape.iter().flat_map(|(_, linear)| &linear.parts);
+        for part in parts {
+            if !(part.scale as f32).is_finite() {
+                return not_finite(format!("as the scale of {} ({:e})", part.path, part.scale));
+            }
+        }
+        Ok(())
     }
 }

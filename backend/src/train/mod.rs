@@ -26,12 +26,13 @@ use tandem_core::dataset::{self, Example};
 use tandem_core::id::Digest;
 use tandem_core::job::{Hyper, JobEvent, JobSpec, Lora, Method, StepReport, files};
 use tandem_kernels::adamw::{self, AdamW};
+use tandem_kernels::finite;
 use tch::{Device, Kind, Tensor};
 
 use crate::family::DecoderSpec;
 use crate::guard::TorchFault;
 use crate::lora::adapter::Adapter;
-use crate::lora::fit::Fit;
+use crate::lora::fit::{Fit, PackError};
 use crate::lora::params::{AdapterParams, AdapterShape};
 use crate::lora::peft;
 use crate::model::full::{self, FullParams};
@@ -47,7 +48,10 @@ pub enum TrainError {
     File { file: String, error: std::io::Error },
     #[error("{0}")]
     Data(String),
-    /// A damaged state, or one of another run.
+    /// Examples that are not those that were written.
+    #[error("{0}")]
+    Damaged(String),
+    /// A state of another run.
     #[error("cannot resume: {0}")]
     State(String),
     #[error("step {step}: the {what} is {value}; a lower learning rate may help")]
@@ -56,14 +60,34 @@ pub enum TrainError {
         what: &'static str,
         value: f64,
     },
+    #[error(
+        "step {step}: with a loss of {loss}, it made numbers that are infinite or not a number (NaN); a lower learning rate \
+         may help"
+    )]
+    Overflowed { step: u64, loss: f64 },
     #[error(transparent)]
     Fault(TorchFault),
     #[error(transparent)]
     Load(#[from] LoadError),
     #[error(transparent)]
+    Pack(#[from] PackError),
+    #[error(transparent)]
     Kernel(#[from] tandem_kernels::KernelError),
     #[error(transparent)]
     Peft(#[from] peft::PeftError),
+}
+
+impl TrainError {
+    /// The disk is full, or a quota used up: another time it may not be.
+    pub fn is_no_room(&self) -> bool {
+        use std::io::ErrorKind as K;
+        let kind = match self {
+            TrainError::File { error, .. } => error.kind(),
+            TrainError::Peft(peft::PeftError::Write { error, .. }) => error.kind(),
+            _ => return false,
+        };
+        matches!(kind, K::StorageFull | K::QuotaExceeded)
+    }
 }
 
 /// What one quantum did.
@@ -92,6 +116,8 @@ pub struct Inputs {
     train: Vec<u8>,
     valid: Option<Vec<u8>>,
     state: Option<Vec<u8>>,
+    /// What was damaged.
+    notes: Vec<String>,
 }
 
 impl Inputs {
@@ -103,10 +129,12 @@ impl Inputs {
             })
         };
         let read_if_there = |file: &str| folder.join(file).exists().then(|| read(file)).transpose();
+        let state::Found { state, notes } = state::read(folder)?;
         Ok(Inputs {
             train: read(files::TRAIN)?,
             valid: read_if_there(files::VALID)?,
-            state: read_if_there(files::STATE)?,
+            state,
+            notes,
         })
     }
 
@@ -132,6 +160,8 @@ pub struct Trainer {
     data: Digest,
     /// Cut once: validation never changes.
     valid: Vec<Slice>,
+    /// An example that an adapter is tried on before it is published.
+    trial: Slice,
     plan: DataPlan,
     /// Of the passes. Numbers that are trained, their gradients and moments lie on the CPU.
     device: Device,
@@ -162,6 +192,7 @@ enum Subject {
 enum Stage {
     Announce {
         resumed_from: Option<u64>,
+        notes: Vec<String>,
         /// The validation and the checkpoint of the last step come first.
         is_rest_due: bool,
     },
@@ -174,6 +205,12 @@ enum Stage {
     /// `next`: slice of the validation set; `look` goes through it.
     Validate {
         next: usize,
+        look: Option<Look>,
+        scores: Scores,
+    },
+    /// The adapter is tried before it is published: finite numbers may still multiply to infinities.
+    Try {
+        occasion: Occasion,
         look: Option<Look>,
         scores: Scores,
     },
@@ -262,6 +299,8 @@ impl Trainer {
                 train.len()
             )));
         }
+        let learned = train.iter().filter(|example| example.label_tokens() > 0);
+        let trial = data::slices(learned.take(1), device).pop();
         let plan = DataPlan::new(&train, &spec.hyper);
         let mut trainer = Trainer {
             moment1: grads.flat().zeros_like(),
@@ -269,12 +308,14 @@ impl Trainer {
             subject,
             grads,
             valid: data::slices(valid.iter(), device),
+            trial: trial.expect("an example has a token to learn"),
             plan,
             device,
             step: 0,
             trained_tokens: 0,
             stage: Stage::Announce {
                 resumed_from: None,
+                notes: inputs.notes.clone(),
                 is_rest_due: false,
             },
             step_began: Instant::now(),
@@ -284,12 +325,17 @@ impl Trainer {
         };
         if let Some(bytes) = &inputs.state {
             let (progress, tensors) = state::parse(bytes)?;
-            trainer.resume(progress, tensors)?;
+            trainer.resume(progress, tensors, inputs.notes.clone())?;
         }
         Ok(trainer)
     }
 
-    fn resume(&mut self, progress: state::Progress, tensors: state::Tensors) -> Result<(), TrainError> {
+    fn resume(
+        &mut self,
+        progress: state::Progress,
+        tensors: state::Tensors,
+        notes: Vec<String>,
+    ) -> Result<(), TrainError> {
         let state::Progress {
             step,
             trained_tokens,
@@ -331,6 +377,7 @@ impl Trainer {
         self.trained_tokens = trained_tokens;
         self.stage = Stage::Announce {
             resumed_from: Some(step),
+            notes,
             is_rest_due,
         };
         Ok(())
@@ -361,9 +408,10 @@ impl Trainer {
         self.stage = match std::mem::replace(&mut self.stage, Stage::Begin) {
             Stage::Announce {
                 resumed_from,
+                notes,
                 is_rest_due,
             } => {
-                quantum.events.push(self.started(resumed_from));
+                quantum.events.push(self.started(resumed_from, notes));
                 match is_rest_due {
                     true => self.after_step(),
                     false => Stage::Begin,
@@ -408,6 +456,25 @@ impl Trainer {
                     }
                 }
             }
+            Stage::Try {
+                occasion,
+                look,
+                mut scores,
+            } => {
+                let (decoder, adapter) = self.subject.parts(base);
+                let look = match look {
+                    None => Some(Look::enter(&self.trial, decoder)),
+                    Some(look) => look.advance(&self.trial, decoder, adapter, &mut scores),
+                };
+                match look {
+                    Some(look) => Stage::Try {
+                        occasion,
+                        look: Some(look),
+                        scores,
+                    },
+                    None => self.tried(occasion, &scores)?,
+                }
+            }
             Stage::Save => self.copy(Occasion::Checkpoint),
             Stage::Finish => match self.subject {
                 Subject::Lora { .. } => self.copy(Occasion::End),
@@ -429,11 +496,12 @@ impl Trainer {
         Ok(quantum)
     }
 
-    fn started(&self, resumed_from: Option<u64>) -> JobEvent {
+    fn started(&self, resumed_from: Option<u64>, notes: Vec<String>) -> JobEvent {
         let labels = self.train.iter().map(Example::label_tokens).sum::<usize>();
         JobEvent::Started {
             total_steps: self.plan.total(),
             resumed_from,
+            notes,
             examples: self.train.len() as u64,
             epoch_tokens: self.train.iter().map(|example| example.tokens.len() as u64).sum(),
             epoch_label_tokens: labels as u64,
@@ -441,10 +509,32 @@ impl Trainer {
         }
     }
 
+    fn try_before(&self, occasion: Occasion) -> Stage {
+        Stage::Try {
+            occasion,
+            look: None,
+            scores: Scores::default(),
+        }
+    }
+
+    fn tried(&self, occasion: Occasion, scores: &Scores) -> Result<Stage, TrainError> {
+        if !scores.loss.is_finite() {
+            return Err(TrainError::Diverged {
+                step: self.step,
+                what: "loss of the adapter that it made",
+                value: scores.loss,
+            });
+        }
+        Ok(match occasion {
+            Occasion::End => Stage::Finish,
+            Occasion::Checkpoint | Occasion::Stop => Stage::Save,
+        })
+    }
+
     /// Takes the examples of the next optimizer step.
     fn begin(&mut self) -> Stage {
         if self.step >= self.plan.total() {
-            return Stage::Finish;
+            return self.try_before(Occasion::End);
         }
         self.step_began = Instant::now();
         let _ = self.grads.flat().shallow_clone().zero_();
@@ -519,6 +609,9 @@ impl Trainer {
         }
         let learning_rate = learning_rate * lr_scheduler.factor(self.step, warmup_steps, self.plan.total());
         self.update(learning_rate, step);
+        if !finite::all(&self.flat()) {
+            return Err(TrainError::Overflowed { step, loss });
+        }
         self.step = step;
         self.trained_tokens += tokens;
         Ok(StepReport {
@@ -612,7 +705,7 @@ impl Trainer {
         let every = self.spec.hyper.save_steps;
         // The last step's adapter is the job's result: no checkpoint of it beside.
         match every > 0 && self.step.is_multiple_of(every) && self.step < self.plan.total() {
-            true => Stage::Save,
+            true => self.try_before(Occasion::Checkpoint),
             false => Stage::Begin,
         }
     }
@@ -622,6 +715,10 @@ impl Trainer {
         let is_rest_due = matches!(
             self.stage,
             Stage::Validate { .. }
+                | Stage::Try {
+                    occasion: Occasion::Checkpoint,
+                    ..
+                }
                 | Stage::Save
                 | Stage::Copy {
                     occasion: Occasion::Checkpoint,
@@ -731,7 +828,7 @@ impl Subject {
 }
 
 fn examples(bytes: &[u8], file: &str, spec: &DecoderSpec) -> Result<Vec<Example>, TrainError> {
-    let examples = dataset::decode(bytes).map_err(|error| TrainError::Data(format!("{file}: {error}")))?;
+    let examples = dataset::decode(bytes).map_err(|error| TrainError::Damaged(format!("{file}: {error}")))?;
     for (number, example) in examples.iter().enumerate() {
         if let Some(token) = example
             .tokens

@@ -74,18 +74,21 @@ impl Snapshot {
 
     /// The PEFT folder, then the state that names its step: each appears whole and durable, in this order, so that a kill
     /// at any moment leaves a state to go on from.
-    pub fn write(self) -> Result<Written, TrainError> {
-        let Snapshot {
-            folder,
+    pub fn write(&self) -> Result<Written, TrainError> {
+        let &Snapshot {
+            ref folder,
             occasion,
-            adapter,
-            state,
+            ref adapter,
+            ref state,
             step,
             trained_tokens,
         } = self;
-        let published = adapter.map(|adapter| adapter.write(&folder)).transpose()?;
+        let published = adapter
+            .as_ref()
+            .map(|adapter| adapter.write(folder))
+            .transpose()?;
         if let Some((progress, tensors)) = state {
-            state::write(&folder, &progress, &tensors)?;
+            state::write(folder, progress, tensors)?;
         }
         let version = published.as_ref().map(|published| published.version.clone());
         let event = match occasion {
@@ -101,11 +104,12 @@ impl Snapshot {
 }
 
 impl AdapterCopy {
+    /// Only what answers is written: see [`Fit::pack`].
     fn packed(&self) -> Result<Arc<Adapter>, TrainError> {
         Ok(Arc::new(self.fit.pack(&self.params)?))
     }
 
-    fn write(self, parent: &std::path::Path) -> Result<Published, TrainError> {
+    fn write(&self, parent: &std::path::Path) -> Result<Published, TrainError> {
         let adapter = self.packed()?;
         let AdapterCopy {
             name,
@@ -114,11 +118,8 @@ impl AdapterCopy {
             base_model,
             fit: _,
         } = self;
-        let config = PeftConfig {
-            base_model: &base_model,
-            lora: &lora,
-        };
-        state::replace_folder(parent, &name, |folder| Ok(peft::write(folder, &params, &config)?))?;
+        let config = PeftConfig { base_model, lora };
+        state::replace_folder(parent, name, |folder| Ok(peft::write(folder, params, &config)?))?;
         let folder = parent.join(name);
         let digest = peft::digest(&folder)?;
         Ok(Published {

@@ -1,13 +1,15 @@
-//! What a job must remember to go on as if it had never stopped: numbers, moments, step. One file, replaced whole.
-//! (The data cursor and every random draw are functions of the step, see data.rs and core's rng.)
+//! What a job must remember to go on as if it had never stopped: numbers, moments, step. One file with a digest, replaced
+//! whole, and the one before it. (The data cursor and every random draw are functions of the step, see data.rs and core's
+//! rng.)
 
 use std::fs::{self, File};
-use std::io::Write;
-use std::path::Path;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 use tandem_core::id::Digest;
 use tandem_core::job::{Hyper, files};
 use tch::{Kind, Tensor};
@@ -44,8 +46,11 @@ pub struct Tensors {
 
 const TENSORS: [&str; 3] = ["params", "moment1", "moment2"];
 const METADATA: &str = "tandem";
+/// Of the progress and the tensors.
+const DIGEST: &str = "sha256";
 
-/// Writes `folder`/state.safetensors so that a kill leaves either the old file or the new one.
+/// Writes `folder`/state.safetensors, and keeps the one that was there as the earlier state. A kill leaves at least one of
+/// the two.
 pub fn write(folder: &Path, progress: &Progress, tensors: &Tensors) -> Result<(), TrainError> {
     let Tensors {
         params,
@@ -61,12 +66,88 @@ pub fn write(folder: &Path, progress: &Progress, tensors: &Tensors) -> Result<()
         (*name, view.expect("bytes are float32"))
     });
     let progress = serde_json::to_string(progress).expect("plain data serialises");
-    let file = safetensors::serialize(views, Some([(METADATA.to_owned(), progress)].into()))
-        .expect("float32 views serialise");
-    replace(folder, files::STATE, &file)
+    let digest = digest(&progress, bytes.iter().map(|(_, bytes)| bytes.as_slice()));
+    let metadata = [(METADATA.to_owned(), progress), (DIGEST.to_owned(), digest)];
+    let file = safetensors::serialize(views, Some(metadata.into())).expect("float32 views serialise");
+    let failed = |error| TrainError::File {
+        file: files::STATE.to_owned(),
+        error,
+    };
+    let partial = write_partial(folder, files::STATE, &file).map_err(failed)?;
+    match fs::rename(folder.join(files::STATE), folder.join(files::EARLIER_STATE)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
+    publish(&partial, folder, files::STATE).map_err(failed)
 }
 
-/// The bytes of a state.safetensors.
+/// A state that a job can go on from, and what else was found.
+#[derive(Default)]
+pub struct Found {
+    /// The bytes of an undamaged state, for [`parse`].
+    pub state: Option<Vec<u8>>,
+    /// What was damaged, for the job's supervisor.
+    pub notes: Vec<String>,
+}
+
+/// The last state of `folder` that is undamaged. A damaged one is removed, so that it never takes a good one's place.
+pub fn read(folder: &Path) -> Result<Found, TrainError> {
+    let mut found = Found::default();
+    for (name, without) in [
+        (files::STATE, "the job goes on from the state before it"),
+        (files::EARLIER_STATE, "the job begins again"),
+    ] {
+        let path = folder.join(name);
+        let failed = |error| TrainError::File {
+            file: name.to_owned(),
+            error,
+        };
+        let bytes = match fs::read(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            read => read.map_err(failed)?,
+        };
+        match verify(&bytes) {
+            Ok(()) => {
+                found.state = Some(bytes);
+                break;
+            }
+            Err(why) => {
+                let is_last = name == files::STATE && !folder.join(files::EARLIER_STATE).exists();
+                let without = if is_last { "the job begins again" } else { without };
+                found.notes.push(format!("{name} is damaged ({why}): {without}"));
+                fs::remove_file(&path).map_err(failed)?;
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Whether they are the bytes that [`write`] wrote.
+fn verify(bytes: &[u8]) -> Result<(), String> {
+    let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| error.to_string())?;
+    let said = |name| metadata.metadata().as_ref().and_then(|map| map.get(name));
+    let (Some(progress), Some(expected)) = (said(METADATA), said(DIGEST)) else {
+        return Err("it has no digest".to_owned());
+    };
+    let tensors = SafeTensors::deserialize(bytes).map_err(|error| error.to_string())?;
+    let data = TENSORS.map(|name| tensors.tensor(name).map(|view| view.data()));
+    let data: Result<Vec<&[u8]>, _> = data.into_iter().collect();
+    match digest(progress, data.map_err(|error| error.to_string())?.into_iter()) == *expected {
+        true => Ok(()),
+        false => Err("its content does not have its digest".to_owned()),
+    }
+}
+
+fn digest<'a>(progress: &'a str, tensors: impl Iterator<Item = &'a [u8]>) -> String {
+    let mut hasher = Sha256::new();
+    for part in std::iter::once(progress.as_bytes()).chain(tensors) {
+        hasher.update((part.len() as u64).to_le_bytes());
+        hasher.update(part);
+    }
+    Digest(hasher.finalize().into()).to_string()
+}
+
+/// The bytes of a state.safetensors, from [`read`].
 pub fn parse(bytes: &[u8]) -> Result<(Progress, Tensors), TrainError> {
     let damaged = |why: String| TrainError::State(format!("{}: {why}", files::STATE));
     let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| damaged(error.to_string()))?;
@@ -91,18 +172,31 @@ pub fn parse(bytes: &[u8]) -> Result<(Progress, Tensors), TrainError> {
 
 /// Replaces `folder`/`name` whole: temporary file, sync, rename, sync of the folder.
 pub fn replace(folder: &Path, name: &str, bytes: &[u8]) -> Result<(), TrainError> {
-    let temporary = folder.join(format!(".{name}.partial"));
-    let written = File::create(&temporary)
-        .and_then(|mut file| {
-            file.write_all(bytes)?;
-            file.sync_all()
+    write_partial(folder, name, bytes)
+        .and_then(|partial| publish(&partial, folder, name))
+        .map_err(|error| TrainError::File {
+            file: name.to_owned(),
+            error,
         })
-        .and_then(|()| fs::rename(&temporary, folder.join(name)))
-        .and_then(|()| File::open(folder)?.sync_all());
-    written.map_err(|error| TrainError::File {
-        file: name.to_owned(),
-        error,
-    })
+}
+
+/// What will be `folder`/`name`, durable. Nothing is left of it when there is no room.
+fn write_partial(folder: &Path, name: &str, bytes: &[u8]) -> io::Result<PathBuf> {
+    let partial = folder.join(format!(".{name}.partial"));
+    let written = File::create(&partial).and_then(|mut file| {
+        file.write_all(bytes)?;
+        file.sync_all()
+    });
+    if written.is_err() {
+        // It takes room that others may need.
+        let _ = fs::remove_file(&partial);
+    }
+    written.map(|()| partial)
+}
+
+fn publish(partial: &Path, folder: &Path, name: &str) -> io::Result<()> {
+    fs::rename(partial, folder.join(name))?;
+    File::open(folder)?.sync_all()
 }
 
 /// Replaces the folder `parent`/`name` by what `fill` writes (and syncs) into a temporary one. A kill leaves the old
@@ -128,7 +222,11 @@ pub fn replace_folder(
     clear(&temporary)
         .and_then(|()| fs::create_dir(&temporary))
         .map_err(failed)?;
-    fill(&temporary)?;
+    if let Err(error) = fill(&temporary) {
+        // It takes room that others may need.
+        let _ = fs::remove_dir_all(&temporary);
+        return Err(error);
+    }
     File::open(&temporary)
         .and_then(|folder| folder.sync_all())
         .and_then(|()| clear(&target))

@@ -178,11 +178,12 @@ impl Router {
         }
         // Before it is looked at again: whoever starts it from here on sees this.
         self.0.store.request_cancel(id).await?;
-        if self.cancel_at_once(id, &[VALIDATING, QUEUED], None).await? {
+        let ended = self.cancel_at_once(id, &[VALIDATING, QUEUED], None).await?;
+        // Its keeper, here or in another router, stops who prepares it, or tells the replica.
+        self.0.desk.cancels.send_replace(());
+        if ended {
             return self.job(id).await;
         }
-        // Its keeper, here or in another router, tells the replica.
-        self.0.desk.cancels.send_replace(());
         let ended = async {
             loop {
                 let job = self.job(id).await?;

@@ -4,13 +4,18 @@
 use std::fs::{self, File};
 use std::io::{self, BufReader, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use tandem_core::dataset::{self, Example};
 use tandem_core::job::files;
-use tandem_store::{JobChange, JobRow, StoreError};
+use tandem_store::{JobChange, JobRow, Lease, Part, StoreError};
 use tandem_text::dataset::{Options, read_rows, tokenize};
 use tandem_text::{TextError, Tokenizer};
+use tokio::time::Sleep;
 
 use crate::Router;
 use crate::api::{JobError, JobRequest, Level, RouterError};
@@ -20,36 +25,81 @@ use crate::jobs::{QUEUED, VALIDATING, event, record};
 
 /// After the store failed: it may be a full disk, which passes.
 const RETRY: Duration = Duration::from_secs(5);
+/// Jobs that are prepared at once: one with large files keeps no other waiting.
+const AT_ONCE: usize = 2;
 
 /// As long as the router lives.
 pub(crate) async fn run(router: Router) {
+    let mut underway = FuturesUnordered::new();
+    let mut ids: Vec<String> = vec![];
     loop {
-        match next(&router).await {
-            Ok(true) => {}
-            Ok(false) => router.wait_for(&router.0.desk.created).await,
-            // The probe that found a part of the store away logged it.
-            Err(RouterError::Store(StoreError::Away { .. })) => tokio::time::sleep(RETRY).await,
-            Err(error) => {
-                tracing::error!(%error, "a job cannot be prepared; trying again");
-                tokio::time::sleep(RETRY).await;
+        let has_place = ids.len() < AT_ONCE;
+        let claimed = match has_place {
+            true => claim(&router, ids.first().map(String::as_str)).await,
+            false => Ok(None),
+        };
+        let pause = match claimed {
+            Ok(Some((row, lease))) => {
+                ids.push(row.id.clone());
+                underway.push(one(&router, row, lease));
+                continue;
             }
+            Ok(None) => None,
+            Err(error) => Some(trouble(&router, &error)),
+        };
+        let woken = async {
+            match pause {
+                Some(pause) => pause.await,
+                None => router.wait_for(&router.0.desk.created).await,
+            }
+        };
+        tokio::select! {
+            Some(done) = underway.next() => ids.retain(|id| *id != done),
+            () = woken, if has_place => {}
         }
     }
 }
 
-/// Whether there was a job to prepare.
-async fn next(router: &Router) -> Result<bool, RouterError> {
-    let claimed = router
-        .0
-        .store
-        .claim_job(router.info().base_digest, &[VALIDATING])
-        .await?;
-    let Some((row, lease)) = claimed else {
-        return Ok(false);
-    };
-    let _keeper = Keeper::new(router, &row.id, lease, None);
+fn trouble(router: &Router, error: &RouterError) -> Sleep {
+    match error {
+        // Who found a part of the store away, or the disk full, logged it.
+        RouterError::Store(StoreError::Away { .. } | StoreError::Full(_)) => {}
+        error => {
+            router.note(error);
+            tracing::error!(%error, "a job cannot be prepared; trying again");
+        }
+    }
+    tokio::time::sleep(RETRY)
+}
+
+async fn claim(router: &Router, except: Option<&str>) -> Result<Option<(JobRow, Lease)>, RouterError> {
+    #[cfg(test)]
+    router.panic_if_told(crate::PREPARER);
+    let store = &router.0.store;
+    store.check_room()?;
+    Ok(store
+        .claim_job(router.info().base_digest, &[VALIDATING], except)
+        .await?)
+}
+
+/// Prepares a job. Its id, when it may be claimed again.
+async fn one(router: &Router, row: JobRow, lease: Lease) -> String {
+    if let Err(error) = queue(router, &row, lease).await {
+        trouble(router, &error).await;
+    }
+    row.id
+}
+
+async fn queue(router: &Router, row: &JobRow, lease: Lease) -> Result<(), RouterError> {
+    let mut keeper = Keeper::new(router, &row.id, lease, None);
     let request: JobRequest = record::from_json(&row.request)?;
-    match prepare(router, &row, &request).await {
+    let prepared = tokio::select! {
+        biased;
+        // It was cancelled, or is another's.
+        () = keeper.lost() => return router.clear_if_ended(&row.id).await,
+        prepared = prepare(router, row, &request) => prepared,
+    };
+    match prepared {
         Ok(prepared) => {
             let hyper = hyper::choose(&request.settings, Tuning::Lora, router.info(), prepared.facts);
             let mut events = prepared.notes;
@@ -73,9 +123,23 @@ async fn next(router: &Router) -> Result<bool, RouterError> {
             }
         }
         Err(Unfit::Job(error)) => router.fail_job(&row.id, lease, error).await?,
-        Err(Unfit::Router(error)) => return Err(error),
+        Err(Unfit::Router(error)) => {
+            if error.away() == Some(Part::Room) {
+                let message = format!("The job waits for room on the disk: {error}");
+                let waits = JobChange {
+                    from: &[VALIDATING],
+                    holder: Some(lease),
+                    events: vec![event(Level::Warn, message)],
+                    ..JobChange::default()
+                };
+                router.change_job(&row.id, waits).await?;
+            }
+            return Err(error);
+        }
+        // Whoever gave up does not ask any more.
+        Err(Unfit::GivenUp) => {}
     }
-    Ok(true)
+    Ok(())
 }
 
 struct Prepared {
@@ -88,6 +152,17 @@ enum Unfit {
     /// The job fails by this.
     Job(JobError),
     Router(RouterError),
+    /// Nobody waits for it.
+    GivenUp,
+}
+
+/// Tells the thread that reads a job's files, between two rows, that nobody waits for it any more.
+struct Waiting(Arc<AtomicBool>);
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
 }
 
 async fn prepare(router: &Router, row: &JobRow, request: &JobRequest) -> Result<Prepared, Unfit> {
@@ -101,13 +176,15 @@ async fn prepare(router: &Router, row: &JobRow, request: &JobRequest) -> Result<
         prompt_loss_weight: request.settings.prompt_loss_weight.unwrap_or(0.0) as f32,
     };
     let (tokenizer, folder) = (router.tokenizer().clone(), router.0.store.job_folder(&row.id));
+    let given_up = Arc::new(AtomicBool::new(false));
+    let _waiting = Waiting(given_up.clone());
     let work = move || {
-        let trouble = |source| Unfit::Job(server_error(format!("The datasets cannot be written: {source}")));
-        fs::create_dir_all(&folder).map_err(trouble)?;
-        let (facts, note) = convert(&training, &tokenizer, &options, &folder.join(files::TRAIN))?;
+        fs::create_dir_all(&folder).map_err(unwritten)?;
+        let convert = |upload, name| convert(upload, &tokenizer, &options, &folder.join(name), &given_up);
+        let (facts, note) = convert(&training, files::TRAIN)?;
         let mut notes = vec![note];
-        if let Some(validation) = validation {
-            notes.push(convert(&validation, &tokenizer, &options, &folder.join(files::VALID))?.1);
+        if let Some(validation) = &validation {
+            notes.push(convert(validation, files::VALID)?.1);
         }
         Ok(Prepared { facts, notes })
     };
@@ -145,6 +222,7 @@ fn convert(
     tokenizer: &Tokenizer,
     options: &Options,
     target: &Path,
+    given_up: &AtomicBool,
 ) -> Result<(Facts, String), Unfit> {
     let Upload { param, path } = upload;
     let kind = param.replace('_', " ");
@@ -155,6 +233,9 @@ fn convert(
     let file = File::open(path).map_err(|error| bad(&format!("It cannot be read: {error}")))?;
     let (mut examples, mut left_out) = (Vec::<Example>::new(), 0_u64);
     for row in read_rows(BufReader::new(file)) {
+        if given_up.load(Ordering::Acquire) {
+            return Err(Unfit::GivenUp);
+        }
         let (line, row) = row.map_err(|error| bad(&error))?;
         match tokenize(&row, tokenizer, options) {
             Ok(example) => examples.push(example),
@@ -178,8 +259,7 @@ fn convert(
     }
     let tokens: u64 = examples.iter().map(|example| example.tokens.len() as u64).sum();
     let labels: u64 = examples.iter().map(|example| example.label_tokens() as u64).sum();
-    write(target, &dataset::encode(&examples))
-        .map_err(|error| Unfit::Job(server_error(format!("The datasets cannot be written: {error}"))))?;
+    write(target, &dataset::encode(&examples)).map_err(unwritten)?;
     let left_out = match left_out {
         0 => String::new(),
         n => format!(
@@ -194,11 +274,27 @@ fn convert(
 /// Durable or absent.
 fn write(target: &Path, bytes: &[u8]) -> io::Result<()> {
     let partial = target.with_extension("partial");
-    let mut file = File::create(&partial)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
+    let written = File::create(&partial).and_then(|mut file| {
+        file.write_all(bytes)?;
+        file.sync_all()
+    });
+    if let Err(error) = written {
+        // It takes room that others may need.
+        let _ = fs::remove_file(&partial);
+        return Err(error);
+    }
     fs::rename(&partial, target)?;
     File::open(target.parent().expect("a dataset lies in its job's folder"))?.sync_all()
+}
+
+/// A full disk passes; whatever else a disk says does not.
+fn unwritten(source: io::Error) -> Unfit {
+    let what = "writing the datasets of a job".to_owned();
+    let error = StoreError::Io { what, source };
+    match error.away() {
+        Some(_) => Unfit::Router(error.into()),
+        None => Unfit::Job(server_error(format!("The datasets cannot be written: {error}"))),
+    }
 }
 
 fn invalid(param: &str, message: String) -> JobError {

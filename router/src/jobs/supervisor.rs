@@ -16,7 +16,7 @@ use crate::Router;
 use crate::api::{JobError, Level, RouterError};
 use crate::catalog::{Hold, checkpoint_name};
 use crate::jobs::keeper::Keeper;
-use crate::jobs::{Made, QUEUED, RUNNING, event, metrics, record, result};
+use crate::jobs::{Made, QUEUED, RUNNING, VALIDATING, event, metrics, record, result};
 
 /// After the store failed: it may be a full disk, which passes. The job goes on from its last state.
 const RETRY: Duration = Duration::from_secs(5);
@@ -47,9 +47,12 @@ pub(crate) async fn run(router: Router) {
             Ok(Next::NoJob) => router.wait_for(&router.0.desk.queued).await,
             Ok(Next::NoReplica) => tokio::time::sleep(REPLICA_RETRY).await,
             Err(error) if router.stopping() => tracing::info!(%error, "a job waits for the next start"),
-            // The probe that found a part of the store away logged it.
-            Err(RouterError::Store(StoreError::Away { .. })) => tokio::time::sleep(RETRY).await,
+            // Who found a part of the store away, or the disk full, logged it.
+            Err(RouterError::Store(StoreError::Away { .. } | StoreError::Full(_))) => {
+                tokio::time::sleep(RETRY).await
+            }
             Err(error) => {
+                router.note(&error);
                 tracing::error!(%error, "a job was interrupted; going on from its last state");
                 tokio::time::sleep(RETRY).await;
             }
@@ -72,14 +75,17 @@ struct Stumbles {
 }
 
 async fn next(router: &Router, stumbles: &mut Stumbles) -> Result<Next, RouterError> {
+    #[cfg(test)]
+    router.panic_if_told(crate::SUPERVISOR);
     let Some(replica) = router.job_replica() else {
         return Ok(Next::NoReplica);
     };
     let (base, store) = (router.info().base_digest, &router.0.store);
+    store.check_room()?;
     // What ran before a restart first, then in order of creation.
-    let claimed = match store.claim_job(base, &[RUNNING]).await? {
+    let claimed = match store.claim_job(base, &[RUNNING], None).await? {
         Some(claimed) => Some(claimed),
-        None => store.claim_job(base, &[QUEUED]).await?,
+        None => store.claim_job(base, &[QUEUED], None).await?,
     };
     let Some((row, lease)) = claimed else {
         return Ok(Next::NoJob);
@@ -294,16 +300,21 @@ impl<'a> Run<'a> {
     }
 
     /// Events that only tell become records; others come back.
-    fn tell(&mut self, event: JobEvent, told: &mut Told) -> Option<Turn> {
-        match event {
+    fn tell(&mut self, said: JobEvent, told: &mut Told) -> Option<Turn> {
+        match said {
             JobEvent::Started {
                 total_steps,
                 resumed_from,
+                notes,
                 examples,
                 epoch_tokens,
                 epoch_label_tokens,
                 trainable_parameters,
             } => {
+                for note in notes {
+                    tracing::warn!(job = %self.id, "{note}");
+                    told.events.push(event(Level::Warn, note));
+                }
                 self.total_steps = total_steps;
                 let from = resumed_from
                     .map(|step| format!(" from step {step}"))
@@ -335,6 +346,12 @@ impl<'a> Run<'a> {
                     data,
                 ));
             }
+            JobEvent::NoRoom { message } => {
+                let message = format!("The job waits for room on the disk: {message}");
+                tracing::warn!(job = %self.id, "{message}");
+                told.events.push(event(Level::Warn, message));
+                told.no_room = true;
+            }
             JobEvent::Checkpoint { step, adapter } => return Some(Turn::Checkpoint { step, adapter }),
             JobEvent::Finished {
                 adapter,
@@ -346,6 +363,7 @@ impl<'a> Run<'a> {
                 });
             }
             JobEvent::Failed { message } => return Some(Turn::Failed { message }),
+            JobEvent::Damaged { message } => return Some(Turn::Damaged { message }),
             JobEvent::Kept { step } => return Some(Turn::Kept { step }),
             JobEvent::Refused { message } => return Some(Turn::Refused { message }),
             JobEvent::Cancelled { step } => return Some(Turn::Cancelled { step }),
@@ -405,7 +423,12 @@ impl<'a> Run<'a> {
             events,
             trained_tokens,
             estimated_finish,
+            no_room,
         } = told;
+        if no_room {
+            // It may be the disk of this data folder.
+            self.router.0.store.look_for_room().await;
+        }
         if events.is_empty() {
             return Ok(ControlFlow::Continue(()));
         }
@@ -440,6 +463,22 @@ impl<'a> Run<'a> {
                     .fail_job(self.id.as_str(), self.lease, server_error(message))
                     .await?;
                 ControlFlow::Continue(())
+            }
+            Turn::Damaged { message } => {
+                tracing::warn!(job = %self.id, message, "the job's examples are prepared again");
+                let again = JobChange {
+                    from: &[RUNNING],
+                    status: Some(VALIDATING),
+                    lets_go: true,
+                    events: vec![event(
+                        Level::Warn,
+                        format!("{message}: the examples are prepared again from the job's files"),
+                    )],
+                    ..JobChange::default()
+                };
+                let done = self.change(again).await?;
+                self.router.0.desk.created.notify_one();
+                done
             }
             Turn::Kept { step } => return Ok(ControlFlow::Break(self.wait_from(step).await?)),
             Turn::Refused { message } => {
@@ -574,6 +613,8 @@ struct Told {
     events: Vec<NewEvent>,
     trained_tokens: Option<u64>,
     estimated_finish: Option<i64>,
+    /// The replica found its disk full.
+    no_room: bool,
 }
 
 /// An event that changes more than the record.
@@ -587,6 +628,9 @@ enum Turn {
         trained_tokens: u64,
     },
     Failed {
+        message: String,
+    },
+    Damaged {
         message: String,
     },
     Kept {

@@ -34,6 +34,7 @@ pub(super) fn started(resumed_from: Option<u64>) -> JobEvent {
     JobEvent::Started {
         total_steps: 4,
         resumed_from,
+        notes: vec![],
         examples: 4,
         epoch_tokens: 40,
         epoch_label_tokens: 20,
@@ -350,6 +351,191 @@ async fn a_stop_leaves_the_job_for_the_next_start() {
     assert_eq!(router.checkpoints(&id, None, 10).await.unwrap().data.len(), 1);
 }
 
+fn full() -> RouterError {
+    let source = std::io::ErrorKind::StorageFull.into();
+    let what = "writing something".to_owned();
+    RouterError::Store(StoreError::Io { what, source })
+}
+
+#[tokio::test]
+async fn on_a_full_disk_jobs_wait_and_what_makes_room_is_done() {
+    let house = House::new();
+    let (router, mut engine) = house.open().await;
+    let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
+        .await
+        .unwrap();
+    let other = upload(&router, "u.jsonl", "fine-tune", &chat_rows(4))
+        .await
+        .unwrap();
+    assert!(house.data().join("reserve").exists());
+    router.note(&full());
+    assert_eq!(router.away(), [tandem_store::Part::Room]);
+    assert!(!house.data().join("reserve").exists(), "it is the database's now");
+    let refused = upload(&router, "v.jsonl", "fine-tune", &chat_rows(4)).await;
+    assert_eq!(refused.unwrap_err().away(), Some(tandem_store::Part::Room));
+    let waits = router
+        .create_job(request(&file))
+        .await
+        .unwrap()
+        .id
+        .as_str()
+        .to_owned();
+    let cancelled = router
+        .create_job(request(&file))
+        .await
+        .unwrap()
+        .id
+        .as_str()
+        .to_owned();
+    assert_eq!(
+        router.cancel_job(&cancelled).await.unwrap().status,
+        JobStatus::Cancelled
+    );
+    router.delete_file(&other).await.unwrap();
+    assert_eq!(
+        router.job(&waits).await.unwrap().status,
+        JobStatus::ValidatingFiles
+    );
+    // There is room in fact: it is found, and the job goes on.
+    let (spec, _events) = engine.started().await;
+    assert_eq!(spec.id.as_str(), waits);
+    assert!(router.away().is_empty() && house.data().join("reserve").exists());
+    upload(&router, "v.jsonl", "fine-tune", &chat_rows(4))
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn a_task_that_panics_is_begun_again_and_it_is_said() {
+    let house = House::new();
+    let (router, mut engine) = house.open().await;
+    let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
+        .await
+        .unwrap();
+    for task in [crate::PREPARER, crate::SUPERVISOR] {
+        router.0.to_panic.lock().unwrap().push(task);
+        let id = router
+            .create_job(request(&file))
+            .await
+            .unwrap()
+            .id
+            .as_str()
+            .to_owned();
+        let down = async {
+            while router.down() != [task] {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, down).await.expect("it is said");
+        let (spec, events) = engine.started().await;
+        assert_eq!(spec.id.as_str(), id);
+        assert!(router.down().is_empty(), "it runs again");
+        events.send(JobEvent::Cancelled { step: 0 }).await.unwrap();
+        wait(&router, &id, |job| job.status.ended()).await;
+    }
+}
+
+#[tokio::test]
+async fn a_large_file_keeps_no_other_job_waiting_and_is_given_up() {
+    let house = House::new();
+    let (router, mut engine) = house.open().await;
+    let small = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
+        .await
+        .unwrap();
+    // Whoever opens it waits for a writer, as for a file that takes for ever.
+    let large = upload(&router, "u.jsonl", "fine-tune", &chat_rows(4))
+        .await
+        .unwrap();
+    let path = house.data().join("files").join(&large);
+    std::fs::remove_file(&path).unwrap();
+    let made = std::process::Command::new("mkfifo").arg(&path).status().unwrap();
+    assert!(made.success());
+    let stuck = router
+        .create_job(request(&large))
+        .await
+        .unwrap()
+        .id
+        .as_str()
+        .to_owned();
+    let id = router
+        .create_job(request(&small))
+        .await
+        .unwrap()
+        .id
+        .as_str()
+        .to_owned();
+    let (spec, _events) = engine.started().await;
+    assert_eq!(spec.id.as_str(), id);
+    assert_eq!(
+        router.cancel_job(&stuck).await.unwrap().status,
+        JobStatus::Cancelled
+    );
+    // Its rows end where nobody waits for them: a row after the cancel is the last that is read.
+    let mut writer = std::fs::File::options().write(true).open(&path).unwrap();
+    let rows = chat_rows(20_000);
+    let written =
+        tokio::task::spawn_blocking(move || std::io::Write::write_all(&mut writer, rows.as_bytes()));
+    let error = written.await.unwrap().expect_err("the reader has gone");
+    assert_eq!(error.kind(), std::io::ErrorKind::BrokenPipe);
+    assert!(!router.0.store.job_folder(&stuck).join(files::TRAIN).exists());
+}
+
+#[tokio::test]
+async fn damaged_examples_are_prepared_again_from_the_file() {
+    let house = House::new();
+    let (router, mut engine) = house.open().await;
+    let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
+        .await
+        .unwrap();
+    let id = router
+        .create_job(request(&file))
+        .await
+        .unwrap()
+        .id
+        .as_str()
+        .to_owned();
+    let (first, events) = engine.started().await;
+    let train = router.0.store.job_folder(&id).join(files::TRAIN);
+    let good = std::fs::read(&train).unwrap();
+    std::fs::write(&train, "damaged").unwrap();
+    let message = "train.tokens: damaged dataset".to_owned();
+    events.send(JobEvent::Damaged { message }).await.unwrap();
+    drop(events);
+    let (again, events) = engine.started().await;
+    assert_eq!((&again.id, &again.hyper), (&first.id, &first.hyper));
+    assert_eq!(std::fs::read(again.folder.join(files::TRAIN)).unwrap(), good);
+    let note = "state.safetensors is damaged".to_owned();
+    let JobEvent::Started { total_steps, .. } = started(None) else {
+        unreachable!()
+    };
+    let started = JobEvent::Started {
+        total_steps,
+        resumed_from: None,
+        notes: vec![note.clone()],
+        examples: 4,
+        epoch_tokens: 40,
+        epoch_label_tokens: 20,
+        trainable_parameters: 1000,
+    };
+    events.send(started).await.unwrap();
+    let told = async {
+        loop {
+            let said = router.job_events(&id, None, 100).await.unwrap().data;
+            let has = |text: &str| {
+                let warns = |event: &&crate::api::JobEventRecord| event.level == crate::api::Level::Warn;
+                said.iter()
+                    .filter(warns)
+                    .any(|event| event.message.contains(text))
+            };
+            if has("prepared again from the job's files") && has(&note) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, told).await.expect("both are said");
+}
+
 #[tokio::test]
 async fn a_cancel_ends_a_job_wherever_it_is() {
     let house = House::new();
@@ -554,7 +740,11 @@ async fn bad_jobs_are_refused_by_name() {
             .is_empty()
     );
     let missing = house.root.path().join("nowhere");
-    let unpublished = router.0.store.publish_adapter(&missing, Placement::Link).await;
+    let unpublished = router
+        .0
+        .store
+        .publish_adapter(&missing, Placement::Link, u64::MAX)
+        .await;
     assert!(matches!(
         unpublished,
         Err(StoreError::Adapter { missing: true, .. })

@@ -207,6 +207,18 @@ async fn names_and_folders_that_cannot_be_are_refused() {
         );
         assert!(error.to_string().starts_with("No adapter found for"), "{error}");
     }
+    // A file of 200 GB takes no room where it has holes, and would all the same be copied for an hour.
+    let huge = house.adapter("huge", "1");
+    let tensors = std::fs::File::options()
+        .write(true)
+        .open(huge.join("adapter_model.safetensors"))
+        .unwrap();
+    tensors.set_len(200 << 30).unwrap();
+    let error = router.load_adapter("x", &huge, LoadMode::New).await.unwrap_err();
+    assert!(
+        error.to_string().contains("an adapter of this model has at most"),
+        "{error}"
+    );
     assert_eq!(kind(&router.delete_model(BASE).await.unwrap_err()), "Conflict");
     assert_eq!(
         kind(&router.delete_model("nobody").await.unwrap_err()),

@@ -234,9 +234,10 @@ impl Artifacts {
         &self,
         source: &Path,
         placement: Placement,
+        limit_bytes: u64,
     ) -> Result<StagedAdapter, StoreError> {
         let (folders, source) = (self.folders.clone(), source.to_owned());
-        blocking(move || folders.stage_adapter(&source, placement)).await
+        blocking(move || folders.stage_adapter(&source, placement, limit_bytes)).await
     }
 
     /// Bring a PEFT folder into the store. The same adapter twice is one.
@@ -263,15 +264,24 @@ impl Artifacts {
     pub async fn keep_adapter(&self, adapter: &AdapterRef) -> Result<AdapterDigest, StoreError> {
         match &self.remote {
             None => Ok(adapter.digest),
-            Some(_) => patiently(|| self.keep_adapter_now(adapter)).await,
+            Some(_) => self.keep_adapter_patiently(adapter).await,
         }
     }
 
-    pub(crate) async fn keep_adapter_now(&self, adapter: &AdapterRef) -> Result<AdapterDigest, StoreError> {
+    pub(crate) async fn keep_adapter_patiently(
+        &self,
+        adapter: &AdapterRef,
+    ) -> Result<AdapterDigest, StoreError> {
+        patiently(|| self.keep_adapter_now(adapter)).await
+    }
+
+    async fn keep_adapter_now(&self, adapter: &AdapterRef) -> Result<AdapterDigest, StoreError> {
         match self.has_adapter(&adapter.digest).await? {
             true => Ok(adapter.digest),
             false => {
-                let staged = self.stage_adapter(&adapter.folder, Placement::Link).await?;
+                let staged = self
+                    .stage_adapter(&adapter.folder, Placement::Link, u64::MAX)
+                    .await?;
                 self.publish_adapter(staged).await
             }
         }
@@ -355,6 +365,8 @@ impl Artifacts {
             tokio::fs::create_dir_all(&folder)
                 .await
                 .map_err(crate::error::io_at("making", &folder))?;
+            let (folders, job_id) = (self.folders.clone(), id.as_str().to_owned());
+            blocking(move || folders.drop_damaged_datasets(&job_id)).await?;
             if !self
                 .fetch(
                     remote,

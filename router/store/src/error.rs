@@ -55,6 +55,9 @@ pub enum StoreError {
     },
     #[error("database: {0}")]
     Sql(#[from] sqlx::Error),
+    /// The disk was found full, and there is no room yet.
+    #[error("there is no room on the disk: {0}")]
+    Full(String),
     /// The last probe got no answer, so nothing was tried.
     #[error("the {part} does not answer: {why}")]
     Away { part: Part, why: String },
@@ -68,10 +71,19 @@ impl StoreError {
     pub fn away(&self) -> Option<Part> {
         match self {
             StoreError::Away { part, .. } => Some(*part),
-            StoreError::Sql(error) => sql_away(error).then_some(Part::Database),
-            StoreError::Connect { source, .. } => sql_away(source).then_some(Part::Database),
-            StoreError::Remote { source, .. } => remote_away(source).then_some(Part::Storage),
-            StoreError::Io { source, .. } => disk_away(source).then_some(Part::Storage),
+            StoreError::Full(_) => Some(Part::Room),
+            StoreError::Sql(error) | StoreError::Connect { source: error, .. } => match sql_full(error) {
+                true => Some(Part::Room),
+                false => sql_away(error).then_some(Part::Database),
+            },
+            StoreError::Remote { source, .. } => match remote_full(source) {
+                true => Some(Part::Room),
+                false => remote_away(source).then_some(Part::Storage),
+            },
+            StoreError::Io { source, .. } => match io_full(source) {
+                true => Some(Part::Room),
+                false => disk_away(source).then_some(Part::Storage),
+            },
             StoreError::Locked(_)
             | StoreError::Newer { .. }
             | StoreError::Apart { .. }
@@ -82,6 +94,49 @@ impl StoreError {
             | StoreError::Damaged(_) => None,
         }
     }
+}
+
+/// The disk, or what is left of a quota.
+fn io_full(error: &io::Error) -> bool {
+    use io::ErrorKind as K;
+    matches!(error.kind(), K::StorageFull | K::QuotaExceeded)
+}
+
+/// SQLite's "database or disk is full", Postgres' "disk full".
+fn sql_full(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(error) => io_full(error),
+        sqlx::Error::Database(error) => error.code().is_some_and(|code| code_is_full(&code)),
+        _ => false,
+    }
+}
+
+fn code_is_full(code: &str) -> bool {
+    match code.parse::<u32>() {
+        Ok(number) if code.len() < 5 => number & 0xff == 13,
+        _ => code == "53100",
+    }
+}
+
+/// Of a folder an error of the system; of servers that speak S3, which have no code of their own for it, MinIO's, Ceph's
+/// and the status 507.
+fn remote_full(error: &object_store::Error) -> bool {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if error.downcast_ref::<io::Error>().is_some_and(io_full) {
+            return true;
+        }
+        cause = error.source();
+    }
+    let text = error.to_string();
+    [
+        "507 Insufficient Storage",
+        "XMinioStorageFull",
+        "XMinioAdminBucketQuotaExceeded",
+        "<Code>QuotaExceeded</Code>",
+    ]
+    .iter()
+    .any(|said| text.contains(said))
 }
 
 fn sql_away(error: &sqlx::Error) -> bool {
@@ -104,10 +159,10 @@ pub(crate) fn is_corrupt(error: &sqlx::Error) -> bool {
 }
 
 /// Postgres' codes have five characters: connections (08), resources (53), the operator (57P), the system (58).
-/// SQLite's are numbers, the kind in the lowest byte: busy, locked, read-only, I/O, full, cannot open.
+/// SQLite's are numbers, the kind in the lowest byte: busy, locked, read-only, I/O, cannot open.
 fn code_is_away(code: &str) -> bool {
     match code.parse::<u32>() {
-        Ok(number) if code.len() < 5 => matches!(number & 0xff, 5 | 6 | 8 | 10 | 13 | 14),
+        Ok(number) if code.len() < 5 => matches!(number & 0xff, 5 | 6 | 8 | 10 | 14),
         _ => ["08", "53", "57P", "58"]
             .iter()
             .any(|class| code.starts_with(class)),
@@ -131,13 +186,9 @@ fn remote_away(error: &object_store::Error) -> bool {
     )
 }
 
-/// Of the data folder: a disk that is full, or was made read-only.
+/// Of the data folder: a disk that was made read-only.
 fn disk_away(error: &io::Error) -> bool {
-    use io::ErrorKind as K;
-    matches!(
-        error.kind(),
-        K::StorageFull | K::QuotaExceeded | K::ReadOnlyFilesystem
-    )
+    error.kind() == io::ErrorKind::ReadOnlyFilesystem
 }
 
 /// For `map_err`: what was done to which path.
@@ -163,18 +214,46 @@ mod tests {
             ("42P01", false),
             ("42601", false),
             ("57014", false),
-            // SQLite: busy, busy snapshot, full, constraint, unique constraint, corrupt.
+            // SQLite: busy, busy snapshot, constraint, unique constraint, corrupt.
             ("5", true),
             ("517", true),
-            ("13", true),
             ("19", false),
             ("2067", false),
             ("11", false),
         ] {
             assert_eq!(code_is_away(code), away, "{code}");
         }
-        let full = io_at("writing", Path::new("/data/x"))(io::ErrorKind::StorageFull.into());
-        assert_eq!(full.away(), Some(Part::Storage));
+        for (code, full) in [
+            ("13", true),
+            ("53100", true),
+            ("10", false),
+            ("53200", false),
+            ("13000", false),
+        ] {
+            assert_eq!(code_is_full(code), full, "{code}");
+        }
+        let at_x = |error| io_at("writing", Path::new("/data/x"))(error).away();
+        assert_eq!(at_x(io::ErrorKind::StorageFull.into()), Some(Part::Room));
+        assert_eq!(at_x(io::ErrorKind::QuotaExceeded.into()), Some(Part::Room));
+        assert_eq!(
+            at_x(io::ErrorKind::ReadOnlyFilesystem.into()),
+            Some(Part::Storage)
+        );
+        let remote = |source: Box<dyn std::error::Error + Send + Sync>| {
+            let what = "writing x".to_owned();
+            let source = object_store::Error::Generic { store: "S3", source };
+            StoreError::Remote { what, source }.away()
+        };
+        let inner = object_store::Error::Generic {
+            store: "LocalFileSystem",
+            source: Box::new(io::Error::from(io::ErrorKind::StorageFull)),
+        };
+        assert_eq!(remote(Box::new(inner)), Some(Part::Room));
+        assert_eq!(
+            remote("<Error><Code>XMinioStorageFull</Code>".into()),
+            Some(Part::Room)
+        );
+        assert_eq!(remote("connection refused".into()), Some(Part::Storage));
         let missing = io_at("opening", Path::new("/data/x"))(io::ErrorKind::NotFound.into());
         assert_eq!(missing.away(), None);
         assert_eq!(StoreError::Sql(sqlx::Error::RowNotFound).away(), None);

@@ -50,9 +50,11 @@ impl Store {
     ) -> Result<FileRow, StoreError> {
         // Before the long part: an upload that no row can name is in vain.
         self.db.health.check()?;
+        self.check_room()?;
         let row = self
             .publish_file(staged, filename, purpose, expires_after_s)
-            .await?;
+            .await
+            .inspect_err(|error| self.note(error))?;
         let written = async {
             let mut tx = self.db.begin().await?;
             insert(&mut tx, &row).await?;
@@ -61,6 +63,7 @@ impl Store {
         match written.await {
             Ok(()) => Ok(row),
             Err(error) => {
+                self.note(&error);
                 // Nobody names these bytes. When they cannot be taken back either, they only take room.
                 if let Err(left) = self.discard_file(&row).await {
                     tracing::warn!(file = %row.id, error = %left, "bytes without a row were left");
@@ -184,6 +187,17 @@ impl Store {
 
     /// Whether there was one. The row goes first: nobody is pointed to missing bytes.
     pub async fn delete_file(&self, id: &str) -> Result<bool, StoreError> {
+        match self.on_reserve(|| self.unlist_file(id)).await? {
+            true => self
+                .on_reserve(|| self.remove_loose_file(id))
+                .await
+                .map(|()| true),
+            false => Ok(false),
+        }
+    }
+
+    /// From here on the next start, or who tidies up, removes its bytes.
+    async fn unlist_file(&self, id: &str) -> Result<bool, StoreError> {
         let mut tx = self.db.begin().await?;
         let deleted = sqlx::query("DELETE FROM files WHERE id = $1")
             .bind(id)
@@ -194,7 +208,6 @@ impl Store {
         }
         loosen(&mut tx, id).await?;
         tx.commit().await?;
-        self.remove_loose_file(id).await?;
         Ok(true)
     }
 

@@ -5,6 +5,7 @@ use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
+use tandem_core::dataset;
 use tandem_core::id::{AdapterDigest, AdapterHasher};
 use tandem_core::job::files;
 
@@ -30,6 +31,8 @@ const CACHE: &str = "cache";
 /// Real ones are about a kilobyte; a larger "config" is a wrong or hostile file.
 const CONFIG_BYTES: u64 = 1 << 20;
 const COPY_BUFFER_BYTES: usize = 1 << 20;
+/// What a life goes on from: the one before counts when the last is damaged or gone.
+const STATES: [&str; 2] = [files::STATE, files::EARLIER_STATE];
 
 /// How an adapter's files come into the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -187,15 +190,31 @@ impl Folders {
         }
         let mut names: Vec<PathBuf> = [files::TRAIN, files::VALID].map(PathBuf::from).into();
         let mut lives = self.lives(id)?.into_iter();
-        if let Some((epoch, _)) = lives.find(|(_, life)| life.join(files::STATE).exists()) {
+        if let Some((epoch, _)) = lives.find(|(_, life)| has_state(life)) {
             let life = PathBuf::from(life_name(epoch));
-            names.extend([files::STATE, files::EARLIER_STATE].map(|name| life.join(name)));
+            names.extend(STATES.map(|name| life.join(name)));
         }
         let found = names.into_iter().map(|name| (job.join(&name), name));
         Ok(found
             .filter(|(path, _)| path.exists())
             .map(|(path, name)| (name, path))
             .collect())
+    }
+
+    /// Remove datasets that are not as they were written: of a cache, they are fetched again.
+    pub fn drop_damaged_datasets(&self, id: &str) -> Result<(), StoreError> {
+        for name in [files::TRAIN, files::VALID] {
+            let path = self.job(id).join(name);
+            let bytes = match fs::read(&path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                read => read.map_err(io_at("reading", &path))?,
+            };
+            if let Err(error) = dataset::check(&bytes) {
+                tracing::warn!(path = %path.display(), %error, "fetching it again");
+                remove(&path)?;
+            }
+        }
+        Ok(())
     }
 
     /// Of this process.
@@ -212,10 +231,9 @@ impl Folders {
             link(&job.join(name), &life.join(name))?;
         }
         let mut lives = self.lives(id)?.into_iter();
-        let earlier = lives.find(|(earlier, folder)| *earlier < epoch && folder.join(files::STATE).exists());
+        let earlier = lives.find(|(earlier, folder)| *earlier < epoch && has_state(folder));
         if let Some((_, earlier)) = earlier {
-            // The one before as well: it counts when the last is damaged.
-            for name in [files::STATE, files::EARLIER_STATE] {
+            for name in STATES {
                 link(&earlier.join(name), &life.join(name))?;
             }
         }
@@ -257,9 +275,14 @@ impl Folders {
     }
 
     /// Read an adapter from `source` into a staging folder, which is gone when what comes back is dropped.
-    pub fn stage_adapter(&self, source: &Path, placement: Placement) -> Result<StagedAdapter, StoreError> {
+    pub fn stage_adapter(
+        &self,
+        source: &Path,
+        placement: Placement,
+        limit_bytes: u64,
+    ) -> Result<StagedAdapter, StoreError> {
         let folder = Staged(self.staging_folder()?);
-        let digest = stage_adapter(source, &folder.0, placement)?;
+        let digest = stage_adapter(source, &folder.0, placement, limit_bytes)?;
         Ok(StagedAdapter { digest, folder })
     }
 }
@@ -283,6 +306,11 @@ impl Drop for Staged {
         // Gone already when it was renamed.
         let _ = fs::remove_dir_all(&self.0);
     }
+}
+
+/// Between the two, a kill leaves the earlier one alone.
+fn has_state(life: &Path) -> bool {
+    STATES.iter().any(|name| life.join(name).exists())
 }
 
 /// Of the folder of a life, inside the job's.
@@ -384,7 +412,12 @@ fn no_adapter(source: &Path) -> Option<String> {
     }
 }
 
-fn stage_adapter(source: &Path, staged: &Path, placement: Placement) -> Result<AdapterDigest, StoreError> {
+fn stage_adapter(
+    source: &Path,
+    staged: &Path,
+    placement: Placement,
+    limit_bytes: u64,
+) -> Result<AdapterDigest, StoreError> {
     let missing = |message| StoreError::Adapter {
         missing: true,
         message,
@@ -415,6 +448,14 @@ fn stage_adapter(source: &Path, staged: &Path, placement: Placement) -> Result<A
         });
     }
     let tensors_len = length(TENSORS)?;
+    if tensors_len > limit_bytes {
+        let message =
+            format!("{TENSORS} has {tensors_len} bytes, an adapter of this model has at most {limit_bytes}");
+        return Err(StoreError::Adapter {
+            missing: false,
+            message,
+        });
+    }
     let mut hasher = AdapterHasher::new(config_len, tensors_len);
     for (name, len) in [(CONFIG, config_len), (TENSORS, tensors_len)] {
         place(&source.join(name), &staged.join(name), placement, len, |bytes| {

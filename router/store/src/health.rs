@@ -19,10 +19,12 @@ pub enum Part {
     Database,
     /// Bytes: `--artifact-url`.
     Storage,
+    /// Space for either.
+    Room,
 }
 
 impl Part {
-    pub const ALL: [Part; 2] = [Part::Database, Part::Storage];
+    pub const ALL: [Part; 3] = [Part::Database, Part::Storage, Part::Room];
 }
 
 impl fmt::Display for Part {
@@ -30,6 +32,7 @@ impl fmt::Display for Part {
         f.write_str(match self {
             Part::Database => "database",
             Part::Storage => "storage",
+            Part::Room => "room",
         })
     }
 }

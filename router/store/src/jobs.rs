@@ -205,6 +205,10 @@ impl Store {
     /// All of `change`, or nothing and `None` when the job is not in one of `change.from` or not its holder's any more.
     /// The name, if there is one in the change, comes back as written.
     pub async fn change_job(&self, id: &str, change: JobChange) -> Result<Option<Changed>, StoreError> {
+        self.on_reserve(|| self.change_job_now(id, &change)).await
+    }
+
+    async fn change_job_now(&self, id: &str, change: &JobChange) -> Result<Option<Changed>, StoreError> {
         let JobChange {
             from,
             holder,
@@ -222,6 +226,7 @@ impl Store {
             name,
             result_file,
         } = change;
+        let (status, ends, lets_go, saved, holder) = (*status, *ends, *lets_go, *saved, *holder);
         let mut tx = self.db.begin().await?;
         let [from_1, from_2, from_3] = three(from);
         let changed = sqlx::query(
@@ -237,11 +242,11 @@ impl Store {
         .bind(now())
         .bind(status)
         .bind(ends)
-        .bind(estimated_finish)
-        .bind(hyper)
+        .bind(*estimated_finish)
+        .bind(hyper.as_deref())
         .bind(trained_tokens.map(signed))
-        .bind(fine_tuned_model)
-        .bind(error)
+        .bind(fine_tuned_model.as_deref())
+        .bind(error.as_deref())
         .bind(ends || lets_go)
         .bind(saved.map(|saved| signed(saved.epoch)))
         .bind(saved.map(|saved| signed(saved.step)))
@@ -255,7 +260,7 @@ impl Store {
         if changed.rows_affected() == 0 {
             return Ok(None);
         }
-        insert_events(&mut tx, id, &events).await?;
+        insert_events(&mut tx, id, events).await?;
         if let Some(NewCheckpoint { step, model, metrics }) = checkpoint {
             // A job that goes on from an earlier step makes later checkpoints again.
             sqlx::query(
@@ -265,13 +270,13 @@ impl Store {
             .bind(ids::checkpoint())
             .bind(id)
             .bind(now())
-            .bind(signed(step))
+            .bind(signed(*step))
             .bind(model)
             .bind(metrics)
             .execute(&mut *tx)
             .await?;
         }
-        if let Some(file) = &result_file {
+        if let Some(file) = result_file {
             files::insert(&mut tx, file).await?;
             // The row is this transaction's since the update above.
             let sql = "SELECT result_files FROM jobs WHERE id = $1";
@@ -286,7 +291,7 @@ impl Store {
                 .await?;
         }
         changes::note(&mut tx, Kind::Jobs).await?;
-        let name = match &name {
+        let name = match name {
             Some(name) => {
                 changes::note(&mut tx, Kind::Names).await?;
                 Some(names::write(&mut tx, name).await?)
@@ -299,6 +304,10 @@ impl Store {
 
     /// Remember, across restarts, that a running job is to be cancelled.
     pub async fn request_cancel(&self, id: &str) -> Result<(), StoreError> {
+        self.on_reserve(|| self.request_cancel_now(id)).await
+    }
+
+    async fn request_cancel_now(&self, id: &str) -> Result<(), StoreError> {
         let mut tx = self.db.begin().await?;
         sqlx::query("UPDATE jobs SET cancel_requested = 1 WHERE id = $1")
             .bind(id)

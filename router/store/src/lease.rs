@@ -40,22 +40,24 @@ pub enum Renewal {
 
 impl Store {
     /// Claim the oldest job for `base` in one of `statuses` (at most three) that nobody holds, or that this process
-    /// holds from an earlier try.
+    /// holds from an earlier try; but not `except`, which it works on.
     pub async fn claim_job(
         &self,
         base: Digest,
         statuses: &[&str],
+        except: Option<&str>,
     ) -> Result<Option<(JobRow, Lease)>, StoreError> {
         let candidate = match self.db.dialect {
             Dialect::Sqlite => {
                 "SELECT id FROM jobs WHERE base = $1 AND status IN ($2, $3, $4)
-                 AND (lease_until IS NULL OR lease_until <= $5 OR lease_owner = $6) ORDER BY seq LIMIT 1"
+                 AND (lease_until IS NULL OR lease_until <= $5 OR lease_owner = $6) AND ($7 IS NULL OR id <> $7)
+                 ORDER BY seq LIMIT 1"
             }
             // Routers that claim at the same moment take different jobs.
             Dialect::Postgres => {
                 "SELECT id FROM jobs WHERE base = $1 AND status IN ($2, $3, $4)
-                 AND (lease_until IS NULL OR lease_until <= $5 OR lease_owner = $6) ORDER BY seq LIMIT 1
-                 FOR UPDATE SKIP LOCKED"
+                 AND (lease_until IS NULL OR lease_until <= $5 OR lease_owner = $6) AND ($7 IS NULL OR id <> $7)
+                 ORDER BY seq LIMIT 1 FOR UPDATE SKIP LOCKED"
             }
         };
         let [status_1, status_2, status_3] = three(statuses);
@@ -68,6 +70,7 @@ impl Store {
             .bind(status_3)
             .bind(now_ms)
             .bind(&self.owner)
+            .bind(except)
             .fetch_optional(&mut *tx)
             .await?;
         let Some(id) = id else { return Ok(None) };

@@ -10,6 +10,7 @@
 //!            adapters/<digest>/   immutable PEFT folders
 //!            jobs/<id>/       datasets of a job that has not ended, and a folder for each of its lives
 //!            staging/         being written; emptied at start
+//!            reserve          room for the database, given to it when the disk is full
 //!            quarantine/      what no row spoke of at a start that was told to go on
 //! ```
 //! With an artifact store elsewhere (`remote`), files, adapters and jobs here are its cache: all of it may be lost.
@@ -33,6 +34,7 @@ mod lease;
 mod leftovers;
 mod names;
 mod remote;
+mod room;
 #[cfg(test)]
 mod tests;
 
@@ -59,6 +61,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use db::{Database, Dialect};
 use folders::{Folders, Tenancy};
 use leftovers::Known;
+use room::Room;
 
 /// Where a server keeps what must survive.
 #[derive(Clone, Debug)]
@@ -86,11 +89,16 @@ impl Places {
     }
 }
 
+/// How often, and after how long, what is to be written on a full disk is tried again.
+const RESERVE_TRIES: u32 = 10;
+const RESERVE_RETRY: Duration = Duration::from_millis(100);
+
 /// One open store. Cheap to clone.
 #[derive(Clone)]
 pub struct Store {
     db: Database,
     artifacts: Artifacts,
+    room: Room,
     /// This process, among those that hold leases.
     owner: String,
     lease_time: Duration,
@@ -124,6 +132,12 @@ impl Store {
         }
         let folders = Folders::make(data_dir, Tenancy::Owner)?;
         let lock = Arc::new(folders.lock()?);
+        let room = Room::of(folders.root());
+        blocking({
+            let room = room.clone();
+            move || room.look()
+        })
+        .await;
         let artifacts = Artifacts::over(artifact_url.as_deref(), folders)?;
         let db = match database_url {
             None => Database::file(&identity::database_file(&artifacts, *strays).await?).await?,
@@ -132,6 +146,7 @@ impl Store {
         let store = Store {
             db,
             artifacts,
+            room,
             owner: ids::random(),
             lease_time: *lease,
             _lock: lock,
@@ -166,8 +181,40 @@ impl Store {
         let away = |&part: &Part| match part {
             Part::Database => self.db.health.why().is_some(),
             Part::Storage => self.artifacts.is_away(),
+            Part::Room => self.room.why().is_some(),
         };
         Part::ALL.into_iter().filter(away).collect()
+    }
+
+    /// Before something large is written: an error while the disk is full.
+    pub fn check_room(&self) -> Result<(), StoreError> {
+        self.room.check()
+    }
+
+    /// Where an error says that the disk is full, what was kept for the database is given to it.
+    pub fn note(&self, error: &StoreError) {
+        self.room.note(error);
+    }
+
+    /// Whether there is room again, or still.
+    pub async fn look_for_room(&self) {
+        let room = self.room.clone();
+        blocking(move || room.look()).await;
+    }
+
+    /// For what ends something or makes room: it is written on a full disk, too, in what was kept for it.
+    pub(crate) async fn on_reserve<T, F: Future<Output = Result<T, StoreError>>>(
+        &self,
+        attempt: impl Fn() -> F,
+    ) -> Result<T, StoreError> {
+        // Somebody else may be filling what was given free, and give it back when it is not enough.
+        for _ in 0..RESERVE_TRIES {
+            match attempt().await {
+                Err(error) if self.room.note(&error) => tokio::time::sleep(RESERVE_RETRY).await,
+                done => return done,
+            }
+        }
+        attempt().await
     }
 
     pub fn artifacts(&self) -> &Artifacts {

@@ -47,25 +47,36 @@ pub struct NameRow {
 
 impl Store {
     /// Bring a PEFT folder into the store. It stays unnamed, and goes after a while, until a name is written. A row knows
-    /// of its bytes before they are there: a kill leaves none that nobody knows.
+    /// of its bytes before they are there: a kill leaves none that nobody knows. More than `limit_bytes` are not read.
     pub async fn publish_adapter(
         &self,
         source: &Path,
         placement: Placement,
+        limit_bytes: u64,
     ) -> Result<AdapterDigest, StoreError> {
-        let staged = self.artifacts.stage_adapter(source, placement).await?;
-        let digest = staged.digest;
-        self.announce(digest).await?;
-        self.artifacts.publish_adapter(staged).await?;
-        // Whoever deleted it meanwhile, unnamed as it was, took the row.
-        self.announce(digest).await?;
-        Ok(digest)
+        self.check_room()?;
+        let published = async {
+            let staged = self
+                .artifacts
+                .stage_adapter(source, placement, limit_bytes)
+                .await?;
+            let digest = staged.digest;
+            self.announce(digest).await?;
+            self.artifacts.publish_adapter(staged).await?;
+            // Whoever deleted it meanwhile, unnamed as it was, took the row.
+            self.announce(digest).await?;
+            Ok(digest)
+        };
+        published.await.inspect_err(|error| self.note(error))
     }
 
     /// See that the store has an adapter that a job made.
     pub async fn keep_adapter(&self, adapter: &AdapterRef) -> Result<AdapterDigest, StoreError> {
         self.announce(adapter.digest).await?;
-        self.artifacts.keep_adapter_now(adapter).await
+        let digest = self.artifacts.keep_adapter_patiently(adapter).await?;
+        // It may have waited longer than an adapter without a name is left alone.
+        self.announce(adapter.digest).await?;
+        Ok(digest)
     }
 
     /// Whether the bytes of an adapter are in the store.
@@ -131,10 +142,15 @@ impl Store {
         base: Digest,
         names: impl IntoIterator<Item = &str>,
     ) -> Result<u64, StoreError> {
+        let names: Vec<&str> = names.into_iter().collect();
+        self.on_reserve(|| self.remove_names_now(base, &names)).await
+    }
+
+    async fn remove_names_now(&self, base: Digest, names: &[&str]) -> Result<u64, StoreError> {
         let mut tx = self.db.begin().await?;
         changes::note(&mut tx, Kind::Names).await?;
         let mut removed = 0;
-        for name in names {
+        for &name in names {
             lose(&mut tx, &base, name, now()).await?;
             let deleted = sqlx::query("DELETE FROM names WHERE base = $1 AND name = $2")
                 .bind(base.to_string())
@@ -156,6 +172,11 @@ impl Store {
     /// Delete an adapter that no name (of any base) points to, and that nobody is about to name. The caller knows that
     /// nothing here reads it.
     pub async fn remove_adapter_if_unnamed(&self, digest: AdapterDigest) -> Result<bool, StoreError> {
+        self.on_reserve(|| self.remove_adapter_if_unnamed_now(digest))
+            .await
+    }
+
+    async fn remove_adapter_if_unnamed_now(&self, digest: AdapterDigest) -> Result<bool, StoreError> {
         let mut tx = self.db.begin().await?;
         let removed = sqlx::query(
             "DELETE FROM adapters WHERE digest = $1 AND created_at <= $2

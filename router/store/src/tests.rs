@@ -1,5 +1,6 @@
 //! The store on a real file system: locks, versions, sweeps, and what a reopening finds.
 
+mod full;
 mod lost;
 mod servers;
 mod shared;
@@ -107,7 +108,7 @@ async fn what_was_acknowledged_is_there_and_what_was_half_done_is_not() {
             .await
             .unwrap();
         digest = store
-            .publish_adapter(&adapter(root.path(), "one"), Placement::Copy)
+            .publish_adapter(&adapter(root.path(), "one"), Placement::Copy, u64::MAX)
             .await
             .unwrap();
         store
@@ -124,7 +125,7 @@ async fn what_was_acknowledged_is_there_and_what_was_half_done_is_not() {
             .await
             .unwrap();
         store
-            .publish_adapter(&adapter(root.path(), "two"), Placement::Copy)
+            .publish_adapter(&adapter(root.path(), "two"), Placement::Copy, u64::MAX)
             .await
             .unwrap();
         store.insert_job(job("ftjob-ended", &[])).await.unwrap();
@@ -158,15 +159,15 @@ async fn a_name_moves_only_from_where_it_is_expected() {
     let root = tempfile::tempdir().unwrap();
     for store in each_kind(root.path()).await {
         let one = store
-            .publish_adapter(&adapter(root.path(), "one"), Placement::Copy)
+            .publish_adapter(&adapter(root.path(), "one"), Placement::Copy, u64::MAX)
             .await
             .unwrap();
         let two = store
-            .publish_adapter(&adapter(root.path(), "two"), Placement::Link)
+            .publish_adapter(&adapter(root.path(), "two"), Placement::Link, u64::MAX)
             .await
             .unwrap();
         let again = store
-            .publish_adapter(&adapter(root.path(), "one"), Placement::Copy)
+            .publish_adapter(&adapter(root.path(), "one"), Placement::Copy, u64::MAX)
             .await
             .unwrap();
         assert_eq!(one, again);
@@ -203,7 +204,7 @@ async fn a_change_is_whole_or_not_at_all() {
     for store in each_kind(root.path()).await {
         store.insert_job(job("ftjob-a", &[])).await.unwrap();
         let digest = store
-            .publish_adapter(&adapter(root.path(), "one"), Placement::Copy)
+            .publish_adapter(&adapter(root.path(), "one"), Placement::Copy, u64::MAX)
             .await
             .unwrap();
         let success = |from| JobChange {
@@ -246,7 +247,7 @@ async fn a_change_is_whole_or_not_at_all() {
         assert!(job.status == "succeeded" && job.finished_at.is_some());
         assert!(
             store
-                .claim_job(BASE, &["queued", "running"])
+                .claim_job(BASE, &["queued", "running"], None)
                 .await
                 .unwrap()
                 .is_none()
@@ -290,7 +291,13 @@ async fn jobs_are_found_by_their_metadata_and_paged() {
             assert_eq!((ids.as_str(), page.has_more), (expected, has_more), "{filter:?}");
         }
         assert_eq!(
-            store.claim_job(BASE, &["queued"]).await.unwrap().unwrap().0.id,
+            store
+                .claim_job(BASE, &["queued"], None)
+                .await
+                .unwrap()
+                .unwrap()
+                .0
+                .id,
             "a",
             "the oldest first"
         );

@@ -21,7 +21,7 @@ use tokio::sync::oneshot;
 use tracing::{info, warn};
 
 use super::greeting::{Door, Greeting};
-use super::{edge, log, replica, runtime};
+use super::{block_on, edge, log, replica};
 use crate::cli::{ArtifactOptions, Backend, ProcessOptions};
 use crate::config::Given;
 use crate::exposure;
@@ -77,7 +77,7 @@ pub fn run(options: Backend, given: &Given) -> Result<()> {
         tandem_backend::start(engine).with_context(|| format!("the model in {}", folder.display()))?;
     let metrics = Metrics::new(name, replica.info.max_loras).context("the metrics")?;
     let service = Service::new(replica.clone(), Kept(artifacts), &files, name);
-    runtime()?.block_on(async {
+    block_on(async {
         let signals = Signals::new()?;
         let listener = TcpListener::from_std(listener)?;
         let (stop, stopped) = oneshot::channel::<()>();

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use tandem_store::{Places, Summary};
 
-use super::runtime;
+use super::block_on;
 use crate::cli::{Backup, Restore};
 
 pub fn backup(options: Backup) -> Result<()> {
@@ -18,9 +18,12 @@ pub fn backup(options: Backup) -> Result<()> {
         database_url,
         ..Places::local(data_dir)
     };
-    let summary = runtime()?
-        .block_on(tandem_store::backup(&places, &target))
-        .context("no backup was made")?;
+    let backup = async {
+        tandem_store::backup(&places, &target)
+            .await
+            .context("no backup was made")
+    };
+    let summary = block_on(backup)?;
     say("copied", &summary, &target);
     Ok(())
 }

@@ -11,14 +11,17 @@ pub mod router;
 pub mod serve;
 mod waiting;
 
+use std::time::Duration;
+
 use anyhow::{Context, Result};
-use tokio::runtime::Runtime;
 use tracing::{info, warn};
 
 use crate::config::{Chosen, Given, Source};
 
 /// The edge is light; more workers would take cores from the engine.
 const TOKIO_WORKERS: usize = 2;
+/// What threads at work on a file or a text may take to end, once nobody waits for them.
+const BLOCKED_GRACE: Duration = Duration::from_secs(1);
 
 /// What was given, where it differs from the defaults.
 fn log(given: &Given) {
@@ -45,12 +48,15 @@ fn log(given: &Given) {
     }
 }
 
-fn runtime() -> Result<Runtime> {
-    let mut builder = tokio::runtime::Builder::new_multi_thread();
-    builder
+/// Runs `future` to its end. A thread that blocks then, at a large text or a template without an end, ends with the process.
+fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(TOKIO_WORKERS)
         .thread_name("tandem-edge")
         .enable_all()
         .build()
-        .context("the async runtime")
+        .context("the async runtime")?;
+    let done = runtime.block_on(future);
+    runtime.shutdown_timeout(BLOCKED_GRACE);
+    done
 }

@@ -10,7 +10,7 @@ use tracing::info;
 
 use super::edge::{self, Door, Edge};
 use super::waiting::Waiting;
-use super::{log, replica, runtime};
+use super::{block_on, log, replica};
 use crate::cli::Router;
 use crate::config::Given;
 use crate::exit::WrongSetting;
@@ -56,7 +56,7 @@ pub fn run(options: Router, given: &Given) -> Result<()> {
         .into_iter()
         .map(|url| Member::remote(url, token.clone()))
         .collect();
-    runtime()?.block_on(async {
+    block_on(async {
         let mut signals = Signals::new()?;
         let waiting = Waiting::begin(door.listener())?;
         let fleet = tokio::select! {

@@ -7,7 +7,7 @@ use anyhow::Result;
 use tandem_router::Fleet;
 
 use super::edge::{self, Door, Edge};
-use super::{log, replica, runtime};
+use super::{block_on, log, replica};
 use crate::cli::Serve;
 use crate::config::Given;
 use crate::ranks::{self, Followed};
@@ -37,7 +37,7 @@ pub fn run(options: Serve, given: &Given) -> Result<()> {
         &tokenizer,
     )?;
     let member = replica::member(engine, names[0].clone())?;
-    runtime()?.block_on(async {
+    block_on(async {
         edge::run(Edge {
             door,
             fleet: Fleet::open(vec![member], Duration::from_secs(options.replica_wait)).await,

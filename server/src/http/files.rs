@@ -12,7 +12,8 @@ use tandem_openapi::common::{CursorList, Deleted};
 use tandem_openapi::error::Errors;
 use tandem_openapi::files::{File, UploadForm};
 use tandem_router::Order;
-use tandem_router::api::Upload;
+use tandem_router::api::{RouterError, Upload};
+use tandem_store::StoreError;
 use tokio::io::AsyncWriteExt;
 use tokio_util::io::ReaderStream;
 
@@ -40,6 +41,7 @@ pub async fn create(State(app): State<App>, request: Request) -> Result<Json<Fil
         return Err(ApiError::TooLarge { limit_bytes });
     }
     must_be("multipart/form-data", request.headers())?;
+    app.router.check_room()?;
     let mut form = Multipart::from_request(request, &()).await.map_err(|rejection| {
         invalid(
             "file",
@@ -92,7 +94,11 @@ async fn read(app: &App, form: &mut Multipart, staged: &Staged, limit_bytes: u64
             "file" if read.file.is_some() => return Err(invalid("file", "the form has two files")),
             "file" => {
                 let name = files::filename(field.file_name());
-                read.file = Some((name, write(field, staged, limit_bytes).await?));
+                let written = write(field, staged, limit_bytes).await;
+                if let Err(ApiError::Router(error)) = &written {
+                    app.router.note(error);
+                }
+                read.file = Some((name, written?));
             }
             "purpose" => read.purpose = Some(text(field, "purpose").await?),
             "expires_after[anchor]" => {
@@ -117,7 +123,10 @@ async fn read(app: &App, form: &mut Multipart, staged: &Staged, limit_bytes: u64
 }
 
 async fn write(mut field: Field<'_>, staged: &Staged, limit_bytes: u64) -> Result<u64, ApiError> {
-    let failed = |error: std::io::Error| ApiError::Internal(format!("cannot write an upload: {error}"));
+    let failed = |source: std::io::Error| {
+        let what = "writing an upload".to_owned();
+        ApiError::Router(RouterError::Store(StoreError::Io { what, source }))
+    };
     let mut file = tokio::fs::File::create(&staged.0).await.map_err(failed)?;
     let mut bytes = 0;
     while let Some(chunk) = field.chunk().await.map_err(broken)? {

@@ -29,7 +29,9 @@ pub async fn ready(State(app): State<App>) -> Result<Json<Health>, ApiError> {
     if !app.router.ready() || app.is_stopping() {
         return Err(ApiError::Stopping);
     }
-    let away: Vec<String> = app.router.away().iter().map(Part::to_string).collect();
+    let parts = app.router.away();
+    let tasks = app.router.down().into_iter().map(str::to_owned);
+    let away: Vec<String> = parts.iter().map(Part::to_string).chain(tasks).collect();
     let status = if away.is_empty() { "ready" } else { "degraded" };
     Ok(Json(Health { status, away }))
 }

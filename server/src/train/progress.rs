@@ -103,6 +103,7 @@ fn line(event: &JobEvent, total_steps: u64, frozen: u64) -> String {
         JobEvent::Started {
             total_steps,
             resumed_from,
+            notes,
             examples,
             epoch_tokens,
             trainable_parameters,
@@ -111,8 +112,9 @@ fn line(event: &JobEvent, total_steps: u64, frozen: u64) -> String {
             let resumed =
                 resumed_from.map_or_else(String::new, |step| format!(", going on from step {step}"));
             let all = frozen + trainable_parameters;
+            let notes: String = notes.iter().map(|note| format!("warning: {note}\n")).collect();
             format!(
-                "trainable params: {} || all params: {} || trainable%: {:.4}\n\
+                "{notes}trainable params: {} || all params: {} || trainable%: {:.4}\n\
                  {total_steps} steps, {examples} examples, {epoch_tokens} tokens an epoch{resumed}",
                 thousands(*trainable_parameters),
                 thousands(all),
@@ -140,7 +142,8 @@ fn line(event: &JobEvent, total_steps: u64, frozen: u64) -> String {
         JobEvent::Finished { trained_tokens, .. } => {
             format!("finished after {} tokens", thousands(*trained_tokens))
         }
-        JobEvent::Failed { message } => format!("failed: {message}"),
+        JobEvent::Failed { message } | JobEvent::Damaged { message } => format!("failed: {message}"),
+        JobEvent::NoRoom { message } => format!("waiting for room on the disk: {message}"),
         JobEvent::Refused { message } => format!("not begun: {message}"),
         JobEvent::Cancelled { step } => format!("cancelled at step {step}"),
         JobEvent::Kept { step } => format!("stopped after step {step}"),
@@ -183,6 +186,7 @@ mod tests {
         let started = JobEvent::Started {
             total_steps: 60,
             resumed_from: Some(12),
+            notes: vec![],
             examples: 9,
             epoch_tokens: 100,
             epoch_label_tokens: 50,

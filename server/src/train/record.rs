@@ -143,7 +143,7 @@ fn read(folder: &Path) -> Result<Option<Record>, RecordError> {
 
 /// What a run writes beside its record.
 fn traces(folder: &Path) -> Result<Vec<PathBuf>, RecordError> {
-    let fixed = [files::STATE, files::ADAPTER].map(|name| folder.join(name));
+    let fixed = [files::STATE, files::EARLIER_STATE, files::ADAPTER].map(|name| folder.join(name));
     let mut traces: Vec<PathBuf> = fixed.into_iter().filter(|path| path.exists()).collect();
     traces.extend(checkpoints(folder)?.into_iter().map(|(_, path)| path));
     Ok(traces)

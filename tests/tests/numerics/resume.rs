@@ -51,6 +51,22 @@ fn adapter_bytes(job: &Job) -> Vec<u8> {
     fs::read(job.spec.folder.join(files::ADAPTER).join(peft::TENSORS)).expect("the adapter is there")
 }
 
+fn flip(bytes: &mut [u8], at: usize) {
+    bytes[at] ^= 4;
+}
+
+fn flip_last(bytes: &mut [u8]) {
+    flip(bytes, bytes.len() - 1);
+}
+
+/// Of a file, if it is there.
+fn damage(path: &Path, change: impl Fn(&mut Vec<u8>)) {
+    if let Ok(mut bytes) = fs::read(path) {
+        change(&mut bytes);
+        fs::write(path, bytes).expect("it is written");
+    }
+}
+
 /// What a kill does to the folder between two quanta.
 type Wreck = fn(&Path);
 
@@ -85,12 +101,32 @@ fn a_killed_job_ends_with_the_same_bytes() {
             }
         }
     };
+    // The disk gives another byte back, half of a file, or only what was there before.
+    let flipped: Wreck = |folder| damage(&folder.join(files::STATE), |bytes| flip_last(bytes));
+    let cut: Wreck = |folder| {
+        damage(&folder.join(files::STATE), |bytes| {
+            bytes.truncate(bytes.len() / 2)
+        })
+    };
+    let without_the_last: Wreck = |folder| {
+        // It may not have been written yet.
+        let _ = fs::remove_file(folder.join(files::STATE));
+    };
+    let both: Wreck = |folder| {
+        for name in [files::STATE, files::EARLIER_STATE] {
+            damage(&folder.join(name), |bytes| flip(bytes, 9));
+        }
+    };
     for (seed, wreck) in [
         (1, nothing),
         (2, nothing),
         (3, half_written),
         (4, half_written),
         (5, between_two),
+        (6, flipped),
+        (7, cut),
+        (8, without_the_last),
+        (9, both),
     ] {
         let job = job(&fixture, &decoder);
         let mut lives = 0;
@@ -220,20 +256,77 @@ fn another_runs_state_is_refused() {
         fs::write(&path, bytes).expect("it is written");
     }
 
-    let state = job.spec.folder.join(files::STATE);
-    let bytes = fs::read(&state).expect("it was written");
-    for cut in [0, 7, 100, bytes.len() / 2, bytes.len() - 1] {
-        fs::write(&state, &bytes[..cut]).expect("it is written");
+    assert!(Trainer::start(job.spec.clone(), &decoder).is_ok());
+}
+
+/// What a job says of where it begins: the step, and notes.
+fn begins(job: &Job, decoder: &Decoder) -> (Option<u64>, Vec<String>) {
+    let mut trainer = Trainer::start(job.spec.clone(), decoder).expect("it starts");
+    match quantum(&mut trainer, Some(decoder)).events.remove(0) {
+        JobEvent::Started {
+            resumed_from, notes, ..
+        } => (resumed_from, notes),
+        event => panic!("{event:?}"),
+    }
+}
+
+#[test]
+fn a_damaged_state_is_noticed_and_the_one_before_it_counts() {
+    let fixture = Fixture::open("gqa_tied");
+    let decoder = fixture.decoder(Precision::F32);
+    let job = job(&fixture, &decoder);
+    let mut trainer = Trainer::start(job.spec.clone(), &decoder).expect("it starts");
+    while trainer.step() < 7 {
+        quantum(&mut trainer, Some(&decoder));
+    }
+    let [last, earlier] = [files::STATE, files::EARLIER_STATE].map(|name| job.spec.folder.join(name));
+    let read = |path: &Path| fs::read(path).expect("it was written");
+    let (last_bytes, earlier_bytes) = (read(&last), read(&earlier));
+    let restore = || {
+        fs::write(&last, &last_bytes).expect("it is written");
+        fs::write(&earlier, &earlier_bytes).expect("it is written");
+    };
+    assert_eq!(begins(&job, &decoder), (Some(6), vec![]));
+    let header = 8 + u64::from_le_bytes(last_bytes[..8].try_into().expect("8 bytes")) as usize;
+    // Every byte of the header, some of the numbers.
+    let flips = (0..header).chain((header..last_bytes.len()).step_by(last_bytes.len() / 20));
+    let flips = flips.map(|at| {
+        let mut bytes = last_bytes.clone();
+        flip(&mut bytes, at);
+        (format!("another bit at {at}"), bytes)
+    });
+    let cuts = [0, 7, 100, last_bytes.len() / 2, last_bytes.len() - 1];
+    let cuts = cuts.map(|at| (format!("cut at {at}"), last_bytes[..at].to_vec()));
+    for (what, bytes) in flips.chain(cuts) {
+        restore();
+        fs::write(&last, bytes).expect("it is written");
+        let (from, notes) = begins(&job, &decoder);
+        // A header of another spelling that says the same is no damage.
+        if (from, notes.len()) == (Some(6), 0) {
+            assert!(what.starts_with("another bit"), "{what}");
+            continue;
+        }
+        assert_eq!(from, Some(3), "{what}");
+        let [note] = &notes[..] else {
+            panic!("{what}: {notes:?}")
+        };
         assert!(
-            matches!(
-                Trainer::start(job.spec.clone(), &decoder),
-                Err(TrainError::State(_))
-            ),
-            "cut at {cut}"
+            note.starts_with("state.safetensors is damaged") && note.ends_with("from the state before it"),
+            "{what}: {note}"
+        );
+        assert!(
+            !last.exists(),
+            "{what}: a damaged state never takes a good one's place"
         );
     }
-    fs::write(&state, &bytes).expect("it is written");
-    assert!(Trainer::start(job.spec.clone(), &decoder).is_ok());
+    restore();
+    for path in [&last, &earlier] {
+        damage(path, |bytes| flip(bytes, header));
+    }
+    let (from, notes) = begins(&job, &decoder);
+    assert_eq!((from, notes.len()), (None, 2), "{notes:?}");
+    assert!(notes[1].ends_with("the job begins again"), "{notes:?}");
+    assert_eq!(begins(&job, &decoder), (None, vec![]), "as with a missing one");
 }
 
 /// What a job says between its steps, until it has finished or `stops` is true of an event.

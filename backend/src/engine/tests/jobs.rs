@@ -195,6 +195,114 @@ fn a_checkpoint_is_told_in_its_place_and_when_it_is_durable() {
     assert_eq!((step, &checkpoints[..]), (7, &[2, 4, 6][..]));
 }
 
+#[test]
+fn a_job_that_diverges_publishes_nothing() {
+    let (folder, cases) = (demo(), cases());
+    let directory = tempfile::tempdir().unwrap();
+    let rig = Rig::new(options(&folder));
+    // Numbers that are finite and multiply to none, after one step; then numbers that are none.
+    for (name, alpha, learning_rate, weight_decay) in
+        [("products", 1e6, 1e3, 0.0), ("decayed", 16.0, 1e3, 1e3)]
+    {
+        let mut spec = saved_job(&directory.path().join(name), &cases, 30);
+        spec.hyper.learning_rate = learning_rate;
+        spec.hyper.weight_decay = weight_decay;
+        spec.hyper.save_steps = 1;
+        spec.hyper.method = Method::Lora(Lora { alpha, ..lora(8) });
+        let heard = to_the_end(&mut train(&rig, spec.clone()));
+        let Some(JobEvent::Failed { message }) = heard.last() else {
+            panic!("{heard:?}")
+        };
+        println!("{message}");
+        assert!(
+            message.starts_with("step ") && message.contains(name),
+            "{message}"
+        );
+        // What was published before answers.
+        for event in &heard {
+            if let JobEvent::Checkpoint { adapter, .. } = event {
+                let asked = Generate {
+                    adapter: Some(adapter.clone()),
+                    ..request(&cases[0].prompt, 4, greedy())
+                };
+                let mut fresh = Rig::new(options(&folder));
+                assert!(matches!(fresh.ask(asked).end, Some(Ok(_))));
+            }
+        }
+        assert!(!spec.folder.join(files::ADAPTER).exists());
+    }
+}
+
+/// Where a state is to be written lies a device that is always full.
+fn full_disk(spec: &JobSpec) {
+    std::os::unix::fs::symlink("/dev/full", spec.folder.join(".state.safetensors.partial")).unwrap();
+}
+
+#[test]
+fn a_job_waits_for_room_on_the_disk_and_goes_on() {
+    let (folder, cases) = (demo(), cases());
+    let directory = tempfile::tempdir().unwrap();
+    let rig = Rig::new(options(&folder));
+    let spec = saved_job(&directory.path().join("job"), &cases, 5);
+    full_disk(&spec);
+    let heard = to_the_end(&mut train(&rig, spec.clone()));
+    let steps = heard.iter().filter_map(|event| match event {
+        JobEvent::NoRoom { message } => {
+            assert!(message.contains(files::STATE), "{message}");
+            Some("no room")
+        }
+        JobEvent::Checkpoint { .. } => Some("checkpoint"),
+        JobEvent::Finished { .. } => Some("finished"),
+        _ => None,
+    });
+    let expected = ["no room", "checkpoint", "checkpoint", "finished"];
+    assert_eq!(steps.collect::<Vec<_>>(), expected, "{heard:?}");
+}
+
+#[test]
+fn a_job_that_waits_for_room_can_be_cancelled_and_stopped() {
+    let (folder, cases) = (demo(), cases());
+    let directory = tempfile::tempdir().unwrap();
+    for name in ["cancelled", "stopped"] {
+        let rig = Rig::new(options(&folder));
+        let spec = saved_job(&directory.path().join(name), &cases, 1000);
+        full_disk(&spec);
+        let mut events = train(&rig, spec.clone());
+        while !matches!(events.blocking_recv(), Some(JobEvent::NoRoom { .. })) {}
+        match name {
+            "cancelled" => rig.command(Command::CancelJob(spec.id.clone())),
+            _ => rig.command(Command::Stop),
+        }
+        let heard = to_the_end(&mut events);
+        let checkpoint = |event: &JobEvent| matches!(event, JobEvent::Checkpoint { .. });
+        assert!(!heard.iter().any(checkpoint), "{name}: {heard:?}");
+        match (name, heard.last()) {
+            ("cancelled", Some(JobEvent::Cancelled { step })) => assert!(*step >= 2),
+            // There was room for the state that it stops with.
+            ("stopped", Some(JobEvent::Kept { step })) => assert!(*step >= 2),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn damaged_examples_are_told_apart_from_a_job_that_fails() {
+    let (folder, cases) = (demo(), cases());
+    let directory = tempfile::tempdir().unwrap();
+    let rig = Rig::new(options(&folder));
+    let spec = job(&directory.path().join("job"), &cases, 1);
+    let path = spec.folder.join(files::TRAIN);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    let heard = to_the_end(&mut train(&rig, spec));
+    assert!(
+        matches!(&heard[..], [JobEvent::Damaged { message }] if message.contains(files::TRAIN)),
+        "{heard:?}"
+    );
+}
+
 /// A disk that takes nothing: opening a pipe that nobody reads waits for ever.
 #[test]
 fn a_slow_disk_stops_no_stream_and_holds_one_copy() {

@@ -70,6 +70,8 @@ const HARMLESS: [(&str, &[&str]); 4] = [
     ),
 ];
 
+const SHOWN_CHARS: usize = 60;
+
 /// peft's defaults of `r` and `lora_alpha`.
 const DEFAULT: i64 = 8;
 
@@ -102,9 +104,8 @@ impl Config {
                         rank.ok_or_else(|| wrong(field, value, "a positive whole number is needed"))?;
                 }
                 ("lora_alpha", _) => {
-                    config.alpha = value
-                        .as_f64()
-                        .ok_or_else(|| wrong(field, value, "a number is needed"))?;
+                    config.alpha =
+                        factor(value).ok_or_else(|| wrong(field, value, "a number that float32 holds is needed"))?;
                 }
                 ("use_rslora", Value::Bool(flag)) => config.rslora = *flag,
                 ("rank_pattern", Value::Object(map)) => config.rank_pattern = patterns(field, map)?,
@@ -317,7 +318,21 @@ impl Layers {
 }
 
 fn wrong(field: &str, value: &Value, why: &str) -> PeftError {
-    PeftError::Config(format!("`{field}` is {value}: {why}"))
+    PeftError::Config(format!("`{field}` is {}: {why}", shown(value)))
+}
+
+/// As much of a value as says which one it is: it is from somebody's file.
+fn shown(value: &Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(SHOWN_CHARS) {
+        None => text,
+        Some((end, _)) => format!("{}...", &text[..end]),
+    }
+}
+
+/// A number that is one in float32, too, which is what multiplies.
+fn factor(value: &Value) -> Option<f64> {
+    value.as_f64().filter(|&number| (number as f32).is_finite())
 }
 
 /// The path, or its end behind a dot.
@@ -331,16 +346,17 @@ fn patterns(field: &str, map: &Map<String, Value>) -> Result<Vec<(Regex, f64)>, 
         let regex = pattern::ending(key).map_err(|why| PeftError::Config(format!("`{field}`: {why}")))?;
         let is_rank = field == "rank_pattern";
         let fits = |&number: &f64| !is_rank || number > 0.0 && number.fract() == 0.0;
-        match value.as_f64().filter(fits) {
+        match factor(value).filter(fits) {
             Some(number) => Ok((regex, number)),
             None => {
                 let needed = if is_rank {
                     "a positive whole number"
                 } else {
-                    "a number"
+                    "a number that float32 holds"
                 };
                 Err(PeftError::Config(format!(
-                    "`{field}`: {key} is {value}; {needed} is needed"
+                    "`{field}`: {key} is {}; {needed} is needed",
+                    shown(value)
                 )))
             }
         }

@@ -17,7 +17,10 @@ async fn fill(store: &Store, root: &Path, content: &str) -> (FileRow, Digest) {
         .await
         .unwrap();
     let source = adapter(root, content);
-    let digest = store.publish_adapter(&source, Placement::Copy).await.unwrap();
+    let digest = store
+        .publish_adapter(&source, Placement::Copy, u64::MAX)
+        .await
+        .unwrap();
     store
         .swap_name(&name(content, digest), None)
         .await
@@ -306,7 +309,7 @@ async fn a_copy_of_a_store_in_use_is_a_store() {
         for row in store.files(None, None, 100, Order::Oldest).await.unwrap().rows {
             assert!(store.file_path(&row).await.unwrap().exists());
         }
-        let (row, lease) = store.claim_job(BASE, &["queued"]).await.unwrap().unwrap();
+        let (row, lease) = store.claim_job(BASE, &["queued"], None).await.unwrap().unwrap();
         assert_eq!(row.id, "ftjob-one");
         let life = Life {
             epoch: lease.epoch() + 1,

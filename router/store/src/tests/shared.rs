@@ -36,9 +36,9 @@ async fn a_lease_has_one_holder_and_who_slept_writes_nothing() {
     let open = async |name| Store::open(&places(root.path(), name, &url)).await.unwrap();
     let (a, b) = tokio::join!(open("a"), open("b"));
     a.insert_job(job("ftjob-x", &[])).await.unwrap();
-    let (_, lease) = a.claim_job(BASE, &["queued"]).await.unwrap().unwrap();
+    let (_, lease) = a.claim_job(BASE, &["queued"], None).await.unwrap().unwrap();
     assert_eq!(lease.epoch(), 1);
-    assert!(b.claim_job(BASE, &["queued"]).await.unwrap().is_none());
+    assert!(b.claim_job(BASE, &["queued"], None).await.unwrap().is_none());
     assert_eq!(
         a.renew_lease("ftjob-x", lease).await.unwrap(),
         Renewal::Held {
@@ -56,7 +56,7 @@ async fn a_lease_has_one_holder_and_who_slept_writes_nothing() {
     );
     // `a` sleeps until `b` may.
     let (row, next) = loop {
-        if let Some(claimed) = b.claim_job(BASE, &["queued", "running"]).await.unwrap() {
+        if let Some(claimed) = b.claim_job(BASE, &["queued", "running"], None).await.unwrap() {
             break claimed;
         }
         tokio::time::sleep(SHORT_LEASE / 10).await;
@@ -64,7 +64,7 @@ async fn a_lease_has_one_holder_and_who_slept_writes_nothing() {
     assert_eq!((row.id.as_str(), next.epoch()), ("ftjob-x", 2));
     assert_eq!(a.renew_lease("ftjob-x", lease).await.unwrap(), Renewal::Lost);
     let digest = a
-        .publish_adapter(&adapter(root.path(), "one"), Placement::Copy)
+        .publish_adapter(&adapter(root.path(), "one"), Placement::Copy, u64::MAX)
         .await
         .unwrap();
     let ended = |holder, name| JobChange {
@@ -104,9 +104,15 @@ async fn claims_at_the_same_moment_take_different_jobs() {
         store.insert_job(job(name, &[])).await.unwrap();
         stores.push(store);
     }
-    let claims = stores
-        .iter()
-        .map(|store| async { store.claim_job(BASE, &["queued"]).await.unwrap().unwrap().0.id });
+    let claims = stores.iter().map(|store| async {
+        store
+            .claim_job(BASE, &["queued"], None)
+            .await
+            .unwrap()
+            .unwrap()
+            .0
+            .id
+    });
     let mut claimed = futures::future::join_all(claims).await;
     claimed.sort();
     assert_eq!(claimed, ["a", "b", "c", "d"]);
@@ -211,7 +217,10 @@ impl Bucket {
 }
 
 async fn publish(artifacts: &Artifacts, folder: &Path) -> Digest {
-    let staged = artifacts.stage_adapter(folder, Placement::Copy).await.unwrap();
+    let staged = artifacts
+        .stage_adapter(folder, Placement::Copy, u64::MAX)
+        .await
+        .unwrap();
     artifacts.publish_adapter(staged).await.unwrap()
 }
 
@@ -400,6 +409,12 @@ async fn a_job_goes_on_in_another_process() {
     first.push_job(&id, 1, 5).await.unwrap();
     fs::write(folder.join(files::STATE), "after 10").unwrap();
     first.push_job(&id, 1, 10).await.unwrap();
+
+    // A copy that is damaged is fetched again.
+    fs::write(first.job_folder(id.as_str()).join(files::TRAIN), "tokans").unwrap();
+    let life = |epoch| Life { epoch, saved: None };
+    let again = first.pull_job(&id, life(9)).await.unwrap();
+    assert_eq!(fs::read_to_string(again.join(files::TRAIN)).unwrap(), "tokens");
 
     let saved = Some(Saved { epoch: 1, step: 5 });
     let folder = second.pull_job(&id, Life { epoch: 2, saved }).await.unwrap();

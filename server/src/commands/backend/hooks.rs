@@ -50,12 +50,13 @@ impl Hooks for Kept {
                     artifacts.keep_adapter(adapter).await.map_err(said)?;
                     artifacts.forget_job(&id).await.map_err(said)?;
                 }
-                JobEvent::Failed { .. } | JobEvent::Cancelled { .. } => {
+                JobEvent::Failed { .. } | JobEvent::Damaged { .. } | JobEvent::Cancelled { .. } => {
                     artifacts.forget_job(&id).await.map_err(said)?;
                 }
                 JobEvent::Started { .. }
                 | JobEvent::Step(_)
                 | JobEvent::Validated { .. }
+                | JobEvent::NoRoom { .. }
                 | JobEvent::Refused { .. } => {}
             }
             Ok(event)
