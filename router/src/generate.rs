@@ -228,6 +228,7 @@ pub(crate) fn encode(
                 .encode_chat(&messages, ending, &kwargs)
                 .map_err(|error| match &error {
                     TextError::UnreadVariable { name, .. } => text_error(&name.clone(), error),
+                    TextError::NoTools => text_error("tools", error),
                     _ => text_error("messages", error),
                 })
         }

@@ -1,6 +1,9 @@
 //! A conversation as one text: the model's own Jinja template, rendered as transformers renders it. Serving and
 //! training both come through here. Not here: Python's methods and filters (`python`), tokens (`tokenizer`).
 
+mod calls;
+mod offers;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::Arc;
@@ -11,6 +14,9 @@ use serde_json::{Map, Value as Json, json};
 
 use crate::error::TextError;
 use crate::python;
+use calls::CallStyle;
+pub use calls::{CallIds, calls_of, modernise};
+pub use offers::{BadTool, Offer, parse_tools};
 
 /// One turn. `weight` is for training only (0: no loss on this turn); templates do not see it.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -37,6 +43,13 @@ impl Message {
             content: Some(Content::Text(content.into())),
             ..Message::default()
         }
+    }
+
+    /// What was thought before the content, under whichever name.
+    pub fn reasoning(&self) -> Option<&str> {
+        REASONING
+            .into_iter()
+            .find_map(|name| self.fields.get(name)?.as_str())
     }
 
     /// Bytes of the content.
@@ -72,6 +85,7 @@ const RESERVED: [&str; 2] = ["messages", "add_generation_prompt"];
 pub const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 const EFFORT: &str = "reasoning_effort";
 const ENABLE_THINKING: &str = "enable_thinking";
+const TOOLS: &str = "tools";
 const NAME: &str = "chat_template";
 
 /// A compiled template with the model's special tokens. Cheap to clone.
@@ -86,6 +100,8 @@ pub struct ChatTemplate {
     reads_parts: Arc<BTreeSet<&'static str>>,
     /// The template knows OpenAI's newer name of the system role.
     knows_developer: bool,
+    /// `None`: it wrote none, however they were given.
+    calls: Option<CallStyle>,
 }
 
 impl ChatTemplate {
@@ -115,6 +131,7 @@ impl ChatTemplate {
             reads_text: Arc::default(),
             reads_parts: Arc::default(),
             knows_developer: source.contains("developer"),
+            calls: None,
         };
         let roles = ["system", "user", "assistant", "tool"].into_iter();
         let (text, parts) = (roles.clone(), roles);
@@ -124,7 +141,22 @@ impl ChatTemplate {
         );
         let probe = PROBE.map(part).to_vec();
         template.reads_parts = Arc::new(parts.filter(|role| template.shows(role, &json!(probe))).collect());
+        if source.contains("tool_calls") {
+            let render =
+                |messages: &[Json], kwargs: &Kwargs| template.render_visible(messages, false, kwargs).ok();
+            template.calls = CallStyle::asked(render);
+        }
         Ok(template)
+    }
+
+    /// Which ids the calls of an answer must have, so that they can come back as history.
+    pub fn call_ids(&self) -> CallIds {
+        self.calls.unwrap_or_default().ids()
+    }
+
+    /// Whether the template writes tools into the prompt.
+    pub fn reads_tools(&self) -> bool {
+        self.variables.contains(TOOLS)
     }
 
     pub fn render(&self, messages: &[Message], ending: Ending, kwargs: &Kwargs) -> Result<String, TextError> {
@@ -139,7 +171,13 @@ impl ChatTemplate {
             Ending::Closed => self.render_visible(&visible, false, kwargs),
             Ending::GenerationPrompt => self.render_visible(&visible, true, kwargs),
             Ending::OpenMessage => self.render_open(visible, kwargs),
-        }?;
+        };
+        let text = match text {
+            Err(TextError::Refused(why)) if self.calls.is_none() && messages.iter().any(has_calls) => {
+                return Err(TextError::Refused(format!("{NO_CALLS} (its own error: {why})")));
+            }
+            text => text?,
+        };
         for message in messages {
             shows_calls(message, &text)?;
         }
@@ -189,6 +227,7 @@ impl ChatTemplate {
         let unread = |(name, value): &(&String, &Json)| !self.variables.contains(*name) && !says_no(value);
         match kwargs.iter().find(unread) {
             None => Ok(kwargs),
+            Some((name, _)) if name == TOOLS => Err(TextError::NoTools),
             Some((name, _)) => {
                 let reads: Vec<&str> = self.variables.iter().map(String::as_str).collect();
                 Err(TextError::UnreadVariable {
@@ -233,6 +272,7 @@ impl ChatTemplate {
         };
         let reads =
             |roles: &BTreeSet<&str>| roles.contains(if role == "developer" { "system" } else { role });
+        let is_silent = content.is_none();
         let content = content.as_ref().map(|content| match content {
             Content::Text(text) if !reads(&self.reads_text) && reads(&self.reads_parts) => {
                 json!([part(text)])
@@ -247,8 +287,15 @@ impl ChatTemplate {
         visible.insert("role".to_owned(), json!(role));
         visible.extend(content.map(|content| ("content".to_owned(), content)));
         // An absent field and one that is null are the same to clients, not to templates.
-        let given = fields.iter().filter(|(_, value)| !value.is_null());
+        let style = self.calls.unwrap_or_default();
+        let given = fields
+            .iter()
+            .filter(|(name, value)| !value.is_null() && *name != "tool_calls");
         visible.extend(given.map(|(name, value)| (name.clone(), value.clone())));
+        if let Some(Json::String(id)) = visible.get_mut("tool_call_id") {
+            *id = style.id(id);
+        }
+        style.write(&mut visible, fields.get("tool_calls"), is_silent);
         if let Some(reasoning) = REASONING.into_iter().find_map(|name| visible.get(name)).cloned() {
             for name in REASONING {
                 visible.entry(name).or_insert(reasoning.clone());
@@ -290,35 +337,11 @@ fn part(text: &str) -> Json {
     json!({"type": "text", "text": text})
 }
 
-/// Calls as OpenAI writes them, with arguments as JSON text, become calls as templates read them, with arguments as a
-/// dictionary. Errors continue the sentence "tool_calls".
-pub fn parse_tool_calls(mut calls: Json) -> Result<Json, String> {
-    let Some(list) = calls.as_array_mut() else {
-        return Err(" must be an array".to_owned());
-    };
-    for (i, call) in list.iter_mut().enumerate() {
-        if call.get("type").is_some_and(|kind| kind != "function") {
-            return Err(format!("[{i}].type must be \"function\""));
-        }
-        let function = call.get_mut("function").and_then(Json::as_object_mut);
-        let Some(function) = function.filter(|function| function.get("name").is_some_and(Json::is_string))
-        else {
-            return Err(format!("[{i}].function.name is missing"));
-        };
-        let arguments = function.entry("arguments").or_insert(Json::Null);
-        let parsed = match arguments.take() {
-            Json::Null => json!({}),
-            Json::String(text) if text.trim().is_empty() => json!({}),
-            Json::String(text) => serde_json::from_str(&text)
-                .map_err(|error| format!("[{i}].function.arguments is not JSON: {error}"))?,
-            other => other,
-        };
-        match parsed.is_object() {
-            true => *arguments = parsed,
-            false => return Err(format!("[{i}].function.arguments must be a JSON object")),
-        }
-    }
-    Ok(calls)
+const NO_CALLS: &str = "this model's template does not write tool calls: start the server with --chat-template FILE, one \
+                        that does";
+
+fn has_calls(message: &Message) -> bool {
+    message.fields.contains_key("tool_calls")
 }
 
 /// A template without tools would leave calls out of the prompt, and the model would not know what it asked for.
@@ -330,9 +353,10 @@ fn shows_calls(message: &Message, text: &str) -> Result<(), TextError> {
         .filter_map(|call| call["function"]["name"].as_str());
     match names.find(|name| !text.contains(name)) {
         None => Ok(()),
-        Some(name) => Err(TextError::Refused(format!(
-            "it leaves the tool call {name:?} out of the prompt: this model's template does not write tool calls"
-        ))),
+        Some(name) => {
+            let why = format!("it leaves the tool call {name:?} out of the prompt: {NO_CALLS}");
+            Err(TextError::Refused(why))
+        }
     }
 }
 

@@ -5,22 +5,25 @@ mod keys;
 
 use std::io::{BufRead, Read};
 
-use serde_json::{Map, Value};
-use tandem_core::json;
+use serde_json::{Map, Value, json};
 
-use crate::chat::{Content, Message};
+use crate::chat::{BadTool, Content, Message, REASONING, calls_of, modernise, parse_tools};
 pub use crate::label::{Options, tokenize};
 
 /// Bytes of one line at most: about four million tokens, more than any context.
 pub const MAX_LINE_BYTES: usize = 16 << 20;
 const HINT_CHARS: usize = 20;
-const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
+const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
 
 /// One training example.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Row {
-    /// Loss on the assistant's turns, those with `weight` 0 excepted.
-    Chat { messages: Vec<Message> },
+    /// Loss on the assistant's turns, their calls included, those with `weight` 0 excepted. `tools` are as the template gets
+    /// them.
+    Chat {
+        messages: Vec<Message>,
+        tools: Vec<Value>,
+    },
     /// Loss on the completion (and on the prompt, by `prompt_loss_weight`).
     Completion { prompt: String, completion: String },
     /// Loss on every token.
@@ -192,7 +195,7 @@ pub fn parse_line(line: u64, text: &str) -> Result<Row, BadLine> {
     };
     let object = match serde_json::from_str(text) {
         Ok(Value::Object(object)) => {
-            if let Some(name) = json::twice(text.as_bytes()) {
+            if let Some(name) = tandem_core::json::twice(text.as_bytes()) {
                 let message =
                     format!("Line {line}: {name:?} is there twice in one object: which of them is meant?");
                 return Err(bad(line, message));
@@ -226,12 +229,18 @@ fn bad(line: u64, message: String) -> BadLine {
 fn row(mut object: Map<String, Value>) -> Result<Row, String> {
     let named = |problem: String| format!(": {problem}");
     keys::check_row(&object).map_err(named)?;
+    let is_chat = object.contains_key("messages");
+    let tools = tools_of(&mut object)?;
+    if !tools.is_empty() && !is_chat {
+        return Err(": tools go with messages.".to_owned());
+    }
     let has = |key: &str| object.contains_key(key);
-    let row = match (has("messages"), has("prompt") || has("completion"), has("text")) {
+    let row = match (is_chat, has("prompt") || has("completion"), has("text")) {
         (true, false, false) => {
             let messages = object.remove("messages").expect("it was there");
             Ok(Row::Chat {
                 messages: messages_of(messages)?,
+                tools,
             })
         }
         (false, true, false) => {
@@ -264,6 +273,29 @@ fn row(mut object: Map<String, Value>) -> Result<Row, String> {
     Ok(row)
 }
 
+/// `tools`, or `functions` of the older form.
+fn tools_of(row: &mut Map<String, Value>) -> Result<Vec<Value>, String> {
+    let mut listed = |key: &str| match row.remove(key) {
+        None | Some(Value::Null) => Ok(Vec::new()),
+        Some(Value::Array(list)) => Ok(list),
+        Some(other) => Err(format!(": {key} must be an array, got {}.", type_name(&other))),
+    };
+    let (tools, functions) = (listed("tools")?, listed("functions")?);
+    let (key, tools) = match (tools.is_empty(), functions.is_empty()) {
+        (_, true) => ("tools", tools),
+        (true, false) => {
+            let tool = |function| json!({"type": "function", "function": function});
+            ("functions", functions.into_iter().map(tool).collect())
+        }
+        (false, false) => {
+            return Err(": functions are the older form of tools: only one of them is allowed.".to_owned());
+        }
+    };
+    let offers =
+        parse_tools(tools).map_err(|BadTool { place, problem }| format!(": {key}{place}{problem}."))?;
+    Ok(offers.into_iter().map(|offer| offer.given).collect())
+}
+
 fn messages_of(messages: Value) -> Result<Vec<Message>, String> {
     let Value::Array(messages) = messages else {
         return Err(format!(
@@ -272,9 +304,10 @@ fn messages_of(messages: Value) -> Result<Vec<Message>, String> {
         ));
     };
     let numbered = messages.into_iter().enumerate();
-    let messages = numbered
+    let mut messages = numbered
         .map(|(i, message)| message_of(message).map_err(|problem| format!(", message {}: {problem}", i + 1)))
         .collect::<Result<Vec<_>, _>>()?;
+    modernise(&mut messages);
     match messages
         .iter()
         .any(|message| message.role == "assistant" && message.weight != Some(0.0))
@@ -305,11 +338,34 @@ fn message_of(message: Value) -> Result<Message, String> {
             ));
         }
     };
-    let content = match message.remove("content") {
-        Some(Value::String(text)) => Content::Text(text),
-        Some(Value::Array(parts)) => {
-            Content::Parts(parts.into_iter().map(text_part).collect::<Result<_, _>>()?)
+    let mut fields = Map::new();
+    let calls = calls_of(
+        &role,
+        message.remove("tool_calls"),
+        message.remove("function_call"),
+    );
+    let calls = calls.map_err(|(field, problem)| format!("{field}{problem}."))?;
+    fields.extend(calls.map(|(field, calls)| (field.to_owned(), calls)));
+    for name in ["name", "tool_call_id"].into_iter().chain(REASONING) {
+        let of = match name {
+            "name" => role.as_str(),
+            "tool_call_id" => "tool",
+            _ => "assistant",
+        };
+        match message.remove(name) {
+            None | Some(Value::Null) => {}
+            Some(_) if of != role => return Err(format!("{name} is for {of} messages, not for {role}.")),
+            Some(text @ Value::String(_)) => drop(fields.insert(name.to_owned(), text)),
+            Some(other) => return Err(format!("{name} must be a string, got {}.", type_name(&other))),
         }
+    }
+    let speaks = role == "assistant" && fields.keys().any(|name| name != "name");
+    let content = match message.remove("content") {
+        Some(Value::String(text)) => Some(Content::Text(text)),
+        Some(Value::Array(parts)) => Some(Content::Parts(
+            parts.into_iter().map(text_part).collect::<Result<_, _>>()?,
+        )),
+        None | Some(Value::Null) if speaks => None,
         None => return Err("content is missing.".to_owned()),
         Some(other) => {
             return Err(format!(
@@ -335,18 +391,13 @@ fn message_of(message: Value) -> Result<Message, String> {
             }
         },
     };
-    let name = match message.remove("name") {
-        None | Some(Value::Null) => None,
-        Some(name @ Value::String(_)) => Some(("name".to_owned(), name)),
-        Some(other) => return Err(format!("name must be a string, got {}.", type_name(&other))),
-    };
     let is_learned = role == "assistant" && weight != Some(0.0);
     keys::rest_of_message(message, is_learned)?;
     Ok(Message {
         role,
-        content: Some(content),
+        content,
         weight,
-        fields: name.into_iter().collect(),
+        fields,
     })
 }
 

@@ -33,6 +33,11 @@ pub enum TextError {
         "{name} has no effect: this model's chat template does not read it; it reads {reads}. Leave {name} out"
     )]
     UnreadVariable { name: String, reads: String },
+    #[error(
+        "this model's chat template does not write tools into the prompt: start the server with --chat-template FILE, one that \
+         does (and with --tool-call-parser NAME, where the template does not show how the model writes calls)"
+    )]
+    NoTools,
     #[error("token {id} is not in the vocabulary of {vocab_size} tokens")]
     UnknownToken { id: u32, vocab_size: usize },
     #[error("this text cannot be tokenized: {0}")]
@@ -56,4 +61,9 @@ pub enum TextError {
          split the conversation, or set \"weight\": 0 on most of them"
     )]
     TooManyTurns { turns: usize },
+    #[error(
+        "message {message}: the chat template leaves its reasoning out, so it would not be learned; write it into content, as the \
+         model is to write it, or use another template"
+    )]
+    UnreadReasoning { message: usize },
 }

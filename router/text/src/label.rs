@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use serde_json::Value as Json;
 use tandem_core::dataset::Example;
 
 use crate::chat::{ChatTemplate, Ending, Kwargs, Message};
@@ -38,7 +39,7 @@ pub fn tokenize(row: &Row, tokenizer: &Tokenizer, options: &Options) -> Result<E
         });
     }
     let (mut tokens, mut weights) = match row {
-        Row::Chat { messages } => chat(messages, tokenizer)?,
+        Row::Chat { messages, tools } => chat(messages, tools, tokenizer)?,
         Row::Completion { prompt, completion } => {
             completion_row(prompt, completion, tokenizer, prompt_loss_weight)?
         }
@@ -119,14 +120,16 @@ fn without_end(mut tokens: Vec<u32>, tokenizer: &Tokenizer) -> Vec<u32> {
     tokens
 }
 
-fn chat(messages: &[Message], tokenizer: &Tokenizer) -> Result<Weighted, TextError> {
-    let template = tokenizer.chat_template(&Kwargs::new())?;
-    let text = template.render(messages, Ending::Closed, &Kwargs::new())?;
+fn chat(messages: &[Message], tools: &[Json], tokenizer: &Tokenizer) -> Result<Weighted, TextError> {
+    let tools = (!tools.is_empty()).then(|| ("tools".to_owned(), Json::from(tools)));
+    let kwargs = &Kwargs::from_iter(tools);
+    let template = tokenizer.chat_template(kwargs)?;
+    let text = template.render(messages, Ending::Closed, kwargs)?;
     let placed = tokenizer.encode_placed(&text, SpecialTokens::Omit)?;
     let mut tokens: Vec<u32> = placed.iter().map(|token| token.id).collect();
     let mut weights = vec![0.0; tokens.len()];
     let mut reached = 0;
-    for turn in assistant_turns(messages, template, &text)? {
+    for turn in assistant_turns(messages, template, kwargs, &text)? {
         let span = labelled(&placed, reached, turn, &text, tokenizer);
         reached = span.start;
         weights[span].fill(1.0);
@@ -146,12 +149,24 @@ fn chat(messages: &[Message], tokenizer: &Tokenizer) -> Result<Weighted, TextErr
 fn assistant_turns(
     messages: &[Message],
     template: &ChatTemplate,
+    kwargs: &Kwargs,
     text: &str,
 ) -> Result<Vec<Range<usize>>, TextError> {
-    match turns_behind_a_stub(messages, template, text) {
-        Some(turns) => Ok(turns),
-        None => turns_behind_all(messages, template, text),
+    let turns = match turns_behind_a_stub(messages, template, kwargs, text) {
+        Some(turns) => turns,
+        None => turns_behind_all(messages, template, kwargs, text)?,
+    };
+    let learned = messages
+        .iter()
+        .enumerate()
+        .filter(|(_, message)| is_learned(message));
+    for ((i, message), turn) in learned.zip(&turns) {
+        let reasoning = message.reasoning().unwrap_or_default().trim();
+        if !text[turn.clone()].contains(reasoning) {
+            return Err(TextError::UnreadReasoning { message: i + 1 });
+        }
     }
+    Ok(turns)
 }
 
 fn is_learned(message: &Message) -> bool {
@@ -162,6 +177,7 @@ fn is_learned(message: &Message) -> bool {
 fn turns_behind_all(
     messages: &[Message],
     template: &ChatTemplate,
+    kwargs: &Kwargs,
     text: &str,
 ) -> Result<Vec<Range<usize>>, TextError> {
     let turns = messages.iter().filter(|message| is_learned(message)).count();
@@ -175,8 +191,8 @@ fn turns_behind_all(
         .filter(|(_, message)| is_learned(message));
     learned
         .map(|(i, _)| {
-            let prompt = prompt(&messages[..=i], template)?;
-            let closed = template.render(&messages[..=i], Ending::Closed, &Kwargs::new())?;
+            let prompt = prompt(&messages[..=i], template, kwargs)?;
+            let closed = template.render(&messages[..=i], Ending::Closed, kwargs)?;
             match closed.starts_with(&prompt) && text.starts_with(&closed) {
                 true => Ok(prompt.len()..closed.len()),
                 false => Err(TextError::UnstableTemplate { message: i + 1 }),
@@ -191,15 +207,16 @@ fn turns_behind_all(
 fn turns_behind_a_stub(
     messages: &[Message],
     template: &ChatTemplate,
+    kwargs: &Kwargs,
     text: &str,
 ) -> Option<Vec<Range<usize>>> {
-    let render = |messages: &[Message], ending| template.render(messages, ending, &Kwargs::new()).ok();
+    let render = |messages: &[Message], ending| template.render(messages, ending, kwargs).ok();
     let first = messages.iter().position(|message| message.role == "assistant")?;
     let (opening, rest) = messages.split_at(first + 1);
     let closed = render(opening, Ending::Closed).filter(|closed| text.starts_with(closed))?;
     let mut turns = vec![];
     if is_learned(&messages[first]) {
-        let prompt = prompt(opening, template).ok()?;
+        let prompt = prompt(opening, template, kwargs).ok()?;
         closed
             .starts_with(&prompt)
             .then(|| turns.push(prompt.len()..closed.len()))?;
@@ -230,14 +247,14 @@ fn turns_behind_a_stub(
 }
 
 /// What the model reads before it writes the last message.
-fn prompt(messages: &[Message], template: &ChatTemplate) -> Result<String, TextError> {
+fn prompt(messages: &[Message], template: &ChatTemplate, kwargs: &Kwargs) -> Result<String, TextError> {
     match messages {
         // Templates cannot open a conversation that has no message; they can open the assistant's own.
         [opening] => {
             let empty = Message::new(&opening.role, "");
-            template.render(&[empty], Ending::OpenMessage, &Kwargs::new())
+            template.render(&[empty], Ending::OpenMessage, kwargs)
         }
-        [before @ .., _] => template.render(before, Ending::GenerationPrompt, &Kwargs::new()),
+        [before @ .., _] => template.render(before, Ending::GenerationPrompt, kwargs),
         [] => Ok(String::new()),
     }
 }

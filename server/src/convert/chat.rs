@@ -3,13 +3,13 @@
 use serde_json::{Map, Value, json};
 use tandem_openapi::chat::{ChatContent, ChatMessage, ChatPart, ChatRequest};
 use tandem_router::api::{Call, Client, Prompt};
-use tandem_text::chat::{Content, Message, parse_tool_calls};
+use tandem_text::chat::{Content, Message, calls_of, modernise};
 
 use super::sampling::{self, Delivery, Fields, Limits};
 use super::structured::{self, Asked};
 use crate::error::{ApiError, invalid};
 
-const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
+const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
 const EFFORTS: [&str; 7] = ["none", "minimal", "low", "medium", "high", "xhigh", "max"];
 
 /// A checked request: what to generate and how to send it.
@@ -190,11 +190,12 @@ pub fn prompt(conversation: Conversation) -> Result<Prompt, ApiError> {
         }
         (asked, continued) => asked.unwrap_or(!continued),
     };
-    let messages = messages
+    let mut messages = messages
         .into_iter()
         .enumerate()
         .map(|(i, one)| message(i, one))
-        .collect::<Result<_, _>>()?;
+        .collect::<Result<Vec<_>, _>>()?;
+    modernise(&mut messages);
     if let Some(effort) = reasoning_effort
         .as_deref()
         .filter(|effort| !EFFORTS.contains(effort))
@@ -249,12 +250,6 @@ fn message(i: usize, message: ChatMessage) -> Result<Message, ApiError> {
         let text = format!("{role:?} is not a role; the roles are {}", ROLES.join(", "));
         return Err(invalid(format!("messages[{i}].role"), text));
     }
-    if function_call.is_some_and(|call| !call.is_null()) {
-        return Err(ApiError::NotBuilt {
-            param: format!("messages[{i}].function_call"),
-            hint: "; use tool_calls".to_owned(),
-        });
-    }
     let content = match content {
         None => None,
         Some(ChatContent::Text(text)) => Some(Content::Text(text)),
@@ -263,21 +258,11 @@ fn message(i: usize, message: ChatMessage) -> Result<Message, ApiError> {
             Some(Content::Parts(parts.collect::<Result<_, _>>()?))
         }
     };
-    let is_empty = |value: &Value| value.is_null() || value.as_array().is_some_and(Vec::is_empty);
-    let tool_calls = match tool_calls.filter(|calls| !is_empty(calls)) {
-        None => None,
-        Some(_) if role != "assistant" => {
-            let text = format!("tool_calls are for assistant messages, not for {role}");
-            return Err(invalid(format!("messages[{i}].tool_calls"), text));
-        }
-        Some(calls) => Some(parse_tool_calls(calls).map_err(|problem| {
-            invalid(
-                format!("messages[{i}].tool_calls"),
-                format!("messages[{i}].tool_calls{problem}"),
-            )
-        })?),
-    };
-    let speaks = tool_calls.is_some()
+    let calls = calls_of(&role, tool_calls, function_call).map_err(|(field, problem)| {
+        let param = format!("messages[{i}].{field}");
+        invalid(param.clone(), format!("{param}{problem}"))
+    })?;
+    let speaks = calls.is_some()
         || [&reasoning_content, &reasoning, &thinking]
             .iter()
             .any(|text| text.is_some());
@@ -291,7 +276,7 @@ fn message(i: usize, message: ChatMessage) -> Result<Message, ApiError> {
     let texts = texts
         .into_iter()
         .filter_map(|(key, text)| Some((key, Value::String(text?))));
-    let given = texts.chain(tool_calls.map(|calls| ("tool_calls", calls)));
+    let given = texts.chain(calls);
     let fields = given.map(|(key, value)| (key.to_owned(), value)).collect();
     if content.is_none() && !(role == "assistant" && speaks) {
         return Err(invalid(
@@ -359,7 +344,7 @@ mod tests {
         assert_eq!(messages[1].fields["reasoning"], "hm");
         assert_eq!(
             messages[1].fields["tool_calls"][0]["function"]["arguments"],
-            json!({"x": 1e-7})
+            "{\"x\": 1e-7}"
         );
         assert_eq!(messages[2].fields["tool_call_id"], "1");
         let expected =
@@ -387,7 +372,15 @@ mod tests {
                 "messages[0].tool_calls",
             ),
             (
-                json!({"messages": [{"role": "assistant", "content": "a", "function_call": {}}]}),
+                json!({"messages": [{"role": "assistant", "content": "a", "function_call": {"arguments": "{}"}}]}),
+                "messages[0].function_call",
+            ),
+            (
+                json!({"messages": [{"role": "user", "content": "a", "function_call": {"name": "f"}}]}),
+                "messages[0].function_call",
+            ),
+            (
+                json!({"messages": [{"role": "assistant", "function_call": {"name": "f"}, "tool_calls": [{"function": {"name": "f"}}]}]}),
                 "messages[0].function_call",
             ),
             (

@@ -1,5 +1,6 @@
 //! Templates against Jinja2's own output, open messages, refusals.
 
+use super::calls::parse_tool_calls;
 use super::*;
 
 const LLAMA2: &str = include_str!("../fixture/llama2.jinja");
@@ -205,7 +206,7 @@ fn what_the_template_does_not_read_is_refused() {
         (
             ZEPHYR,
             json!({"tools": [{"function": {"name": "f"}}]}),
-            "tools has no effect",
+            "does not write tools into the prompt: start the server with --chat-template",
         ),
         (
             ZEPHYR,
@@ -274,9 +275,9 @@ fn reasoning_is_read_under_each_of_its_names() {
 fn tool_calls_are_parsed() {
     let call = |arguments: Json| json!([{"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}]);
     for (arguments, parsed) in [
-        (json!("{\"a\": 1}"), json!({"a": 1})),
+        (json!("{\"a\": 1}"), json!("{\"a\": 1}")),
         (json!({"a": 1}), json!({"a": 1})),
-        (json!(""), json!({})),
+        (json!(" "), json!({})),
         (json!(null), json!({})),
     ] {
         assert_eq!(parse_tool_calls(call(arguments)).unwrap(), call(parsed));
@@ -285,6 +286,10 @@ fn tool_calls_are_parsed() {
         (json!({}), "must be an array"),
         (json!([{"function": {}}]), "[0].function.name is missing"),
         (json!([{"type": "custom", "function": {"name": "f"}}]), "[0].type"),
+        (
+            json!([{"id": 7, "function": {"name": "f"}}]),
+            "[0].id must be a text",
+        ),
         (call(json!("{")), "[0].function.arguments is not JSON"),
         (call(json!("[1]")), "must be a JSON object"),
         (call(json!(3)), "must be a JSON object"),
@@ -292,6 +297,72 @@ fn tool_calls_are_parsed() {
         let error = parse_tool_calls(calls).unwrap_err();
         assert!(error.contains(expected), "{error}");
     }
+}
+
+/// Whatever a client writes, each template gets what it can write.
+#[test]
+fn calls_are_given_as_the_template_reads_them() {
+    let each = |inside: &str| {
+        format!(
+            "{{% for m in messages %}}{{{{ m.role }}}}:{{% if m.tool_calls %}}{{% for c in m.tool_calls %}}{inside}{{% endfor %}}\
+             {{% else %}}{{{{ m.content }}}}{{% endif %}};{{% endfor %}}"
+        )
+    };
+    let indexes = each("{{ c.function.name }}({{ c.function.arguments | tojson }})");
+    let prints = each("{{ c.function.name ~ '(' ~ c.function.arguments ~ ')' }}");
+    let adds = each("{{ c.function.name + '(' + c.function.arguments + ')' }}");
+    let items = each(
+        "{{ c.function.name }}({% for k, v in c.function.arguments.items() %}{{ k }}={{ v }}{% endfor %})",
+    );
+    let nine = each(
+        "{{ raise_exception('nine') if c.id | length != 9 }}{{ c.id }}{{ c.function.name }}{{ c.function.arguments | tojson }}",
+    );
+    let null =
+        each("{% if m.content is none %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endif %}");
+    let text = each("{{ '' + m.content }}{{ c.function.name }}{{ c.function.arguments | tojson }}");
+    let cases = [
+        (&indexes, "user:x;assistant:f({\"a\": 1e-07});tool:y;"),
+        (&prints, "user:x;assistant:f({\"a\":1e-7});tool:y;"),
+        (&adds, "user:x;assistant:f({\"a\":1e-7});tool:y;"),
+        (&items, "user:x;assistant:f(a=1e-07);tool:y;"),
+        (&nine, "user:x;assistant:123456789f{\"a\": 1e-07};tool:y;"),
+        (&null, "user:x;assistant:f{\"a\": 1e-07};tool:y;"),
+        (&text, "user:x;assistant:f{\"a\": 1e-07};tool:y;"),
+    ];
+    let call = json!({"role": "assistant", "content": null, "tool_calls": [
+        {"type": "function", "id": "call_123456789", "function": {"name": "f", "arguments": "{\"a\":1e-7}"}}]});
+    let messages = [
+        Message::new("user", "x"),
+        message(&call),
+        message(&json!({"role": "tool", "content": "y", "tool_call_id": "call_123456789"})),
+    ];
+    for (source, expected) in cases {
+        let template = template(source);
+        let rendered = template.render(&messages, Ending::Closed, &Kwargs::new());
+        assert_eq!(rendered.as_deref(), Ok(expected), "{source}");
+        let wants_nine = template.call_ids() == CallIds::NineCharacters;
+        assert_eq!(wants_nine, source == &nine, "{source}");
+    }
+}
+
+#[test]
+fn functions_of_the_older_form_become_tools() {
+    let mut messages = [
+        Message::new("user", "x"),
+        message(&json!({"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}})),
+        message(&json!({"role": "function", "name": "f", "content": "y"})),
+    ];
+    modernise(&mut messages);
+    let id = &messages[1].fields["tool_calls"][0]["id"];
+    assert_eq!(
+        (id, &messages[2].fields["tool_call_id"]),
+        (&json!("call00001"), id)
+    );
+    assert_eq!(messages[2].role, "tool");
+    let text = template(TOOLS)
+        .render(&messages, Ending::Closed, &Kwargs::new())
+        .unwrap();
+    assert!(text.contains("<call f></call>"), "{text}");
 }
 
 #[test]

@@ -44,8 +44,7 @@ fn empty(value: &Value) -> bool {
 
 const PREFERENCES: &str = "preference (DPO) training is not supported";
 const TEXT_ONLY: &str = "only text is trained";
-const TOOLS: &str = "training on tool definitions is not supported";
-const CALLS: &str = "tool calls are not supported in training rows";
+const AS_WRITTEN: &str = "it binds the answer to a request; a row is learned as it is written";
 const WHOLE: &str = "a row counts once and whole: leave the line out of the file to leave it out";
 const TOKENS: &str = "tokens and their weights are made here, from messages, prompt and completion, or text";
 
@@ -72,12 +71,12 @@ const ROW: &[Key] = &[
         WHOLE,
     ),
     key("masked mask ignore skip", empty, WHOLE),
-    key("tools functions", empty, TOOLS),
     key(
-        "tool_choice parallel_tool_calls function_call",
-        |value| value.is_boolean() || value == "none" || value == "auto",
-        TOOLS,
+        "tool_choice function_call",
+        |value| value == "none" || value == "auto",
+        AS_WRITTEN,
     ),
+    key("parallel_tool_calls", Value::is_boolean, AS_WRITTEN),
     key("images image videos video audio audios", empty, TEXT_ONLY),
     key(
         "chat_template_kwargs documents enable_thinking",
@@ -97,12 +96,6 @@ const ROW: &[Key] = &[
 ];
 
 const MESSAGE: &[Key] = &[
-    key("tool_calls function_call tool_call_id", empty, CALLS),
-    key(
-        "reasoning_content reasoning thinking",
-        empty,
-        "write it into content, as the model is to write it",
-    ),
     key("refusal audio annotations images image videos", empty, TEXT_ONLY),
     key("prefix partial", empty, "a turn is learned whole"),
     key("from value", never, "a message has role and content"),
@@ -124,7 +117,7 @@ pub(super) fn check_message(message: &Map<String, Value>) -> Result<(), String> 
 
 /// `rest`: what was not read.
 pub(super) fn rest_of_row(rest: &Map<String, Value>) -> Result<(), String> {
-    unread(rest, ROW, &["messages", "prompt", "completion", "text"])
+    unread(rest, ROW, &["messages", "tools", "prompt", "completion", "text"])
 }
 
 /// `is_learned`: whether this turn carries loss.
@@ -147,7 +140,19 @@ pub(super) fn rest_of_message(mut rest: Map<String, Value>, is_learned: bool) ->
             }
         }
     }
-    unread(&rest, MESSAGE, &["role", "content", "weight", "name"])
+    unread(
+        &rest,
+        MESSAGE,
+        &[
+            "role",
+            "content",
+            "tool_calls",
+            "tool_call_id",
+            "reasoning_content",
+            "weight",
+            "name",
+        ],
+    )
 }
 
 /// Of a content part, beside type and text.

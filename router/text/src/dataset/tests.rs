@@ -9,6 +9,26 @@ fn message(role: &str, content: &str, weight: Option<f32>) -> Message {
     }
 }
 
+fn called(id: &str, more: Value) -> Message {
+    let call = json!([{"id": id, "type": "function", "function": {"name": "f", "arguments": "{\"a\":1}"}}]);
+    let mut fields = more.as_object().unwrap().clone();
+    fields.insert("tool_calls".to_owned(), call);
+    Message {
+        content: None,
+        fields,
+        ..message("assistant", "", None)
+    }
+}
+
+fn answered(id: &str, more: Value) -> Message {
+    let mut fields = more.as_object().unwrap().clone();
+    fields.insert("tool_call_id".to_owned(), json!(id));
+    Message {
+        fields,
+        ..message("tool", "7", None)
+    }
+}
+
 #[test]
 fn rows_of_each_shape() {
     let cases = [
@@ -24,6 +44,27 @@ fn rows_of_each_shape() {
                     message("assistant", "c", Some(0.0)),
                     message("assistant", "d", Some(1.0)),
                 ],
+                tools: vec![],
+            },
+        ),
+        (
+            r#"{"tools": [{"type": "function", "function": {"name": "f", "strict": true}}], "parallel_tool_calls": false, "messages": [{"role": "assistant", "content": null, "reasoning_content": "hm", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{\"a\":1}"}}]}, {"role": "tool", "tool_call_id": "1", "content": "7"}]}"#,
+            Row::Chat {
+                messages: vec![
+                    called("1", json!({"reasoning_content": "hm"})),
+                    answered("1", json!({})),
+                ],
+                tools: vec![json!({"type": "function", "function": {"name": "f"}})],
+            },
+        ),
+        (
+            r#"{"functions": [{"name": "f"}], "messages": [{"role": "assistant", "content": null, "function_call": {"name": "f", "arguments": "{\"a\":1}"}}, {"role": "function", "name": "f", "content": "7"}]}"#,
+            Row::Chat {
+                messages: vec![
+                    called("call00000", json!({})),
+                    answered("call00000", json!({"name": "f"})),
+                ],
+                tools: vec![json!({"type": "function", "function": {"name": "f"}})],
             },
         ),
         (
@@ -73,8 +114,8 @@ fn what_is_wrong_is_said_with_its_place() {
         (r#"{"text": "a", "prompt": "b"}"#, "mixes shapes"),
         (r#"{"input": {}, "preferred_output": []}"#, "preference (DPO)"),
         (
-            r#"{"messages": [], "tools": [{}]}"#,
-            "tools: training on tool definitions",
+            r#"{"messages": [{"role": "assistant", "content": "a"}], "tools": [{}]}"#,
+            "Line 7: tools[0].function is missing.",
         ),
         (r#"{"messages": "hi"}"#, "messages must be an array, got a string"),
         (r#"{"messages": []}"#, "at least one from the assistant"),
@@ -92,7 +133,7 @@ fn what_is_wrong_is_said_with_its_place() {
         ),
         (
             r#"{"messages": [{"role":"bot","content":"a"}]}"#,
-            "role must be one of system, developer, user, assistant, tool, got \"bot\"",
+            "role must be one of system, developer, user, assistant, tool, function, got \"bot\"",
         ),
         (r#"{"messages": [{"role":"assistant"}]}"#, "content is missing"),
         (
@@ -101,7 +142,7 @@ fn what_is_wrong_is_said_with_its_place() {
         ),
         (
             r#"{"messages": [{"role":"assistant","tool_calls":[{}]}]}"#,
-            "message 1: tool_calls: tool calls are not supported",
+            "message 1: tool_calls[0].function.name is missing.",
         ),
         (
             r#"{"messages": [{"role":"user","content":[{"type":"image_url"}]}]}"#,
@@ -201,14 +242,51 @@ fn every_key_is_honoured_harmless_or_refused() {
             "train: this turn is not learned",
         ),
         (turn(r#""weigth": 0"#), "did you mean weight?"),
-        (turn(r#""tool_calls": [{}]"#), "tool calls are not supported"),
-        (turn(r#""reasoning_content": "hm""#), "write it into content"),
+        (
+            turn(r#""tool_calls": [{}]"#),
+            "tool_calls[0].function.name is missing",
+        ),
+        (
+            turn(r#""tool_calls": [{"function": {"name": "f"}}], "function_call": {"name": "f"}"#),
+            "one of them is allowed",
+        ),
+        (
+            turn(r#""function_call": {"name": "f", "arguments": "{"}"#),
+            "function_call.arguments is not JSON",
+        ),
+        (
+            turn(r#""reasoning_content": 7"#),
+            "reasoning_content must be a string",
+        ),
+        (
+            turn(r#""tool_call_id": "x""#),
+            "tool_call_id is for tool messages, not for assistant",
+        ),
+        (
+            row(r#""tool_choice": "required""#),
+            "tool_choice: it binds the answer to a request",
+        ),
+        (
+            row(r#""tools": [], "functions": {}"#),
+            "functions must be an array",
+        ),
+        (
+            row(r#""tools": [{"function": {"name": "f"}}], "functions": [{"name": "f"}]"#),
+            "only one of them is allowed",
+        ),
         (turn(r#""refusal": "no""#), "refusal: only text"),
         (
             asked(r#""train": true"#),
             "message 1: train: this turn is not learned",
         ),
-        (asked(r#""tool_call_id": "x""#), "tool calls are not supported"),
+        (
+            asked(r#""tool_calls": [{"function": {"name": "f"}}]"#),
+            "tool_calls is for assistant messages, not for user",
+        ),
+        (
+            asked(r#""reasoning_content": "x""#),
+            "reasoning_content is for assistant messages, not for user",
+        ),
         (
             part(r#""weight": 0"#),
             "in a text part, nothing reads the key \"weight\"",

@@ -13,6 +13,7 @@ const LLAMA2: &str = include_str!("../fixture/llama2.jinja");
 const LLAMA3: &str = include_str!("../fixture/llama3.jinja");
 const CHATML: &str = include_str!("../fixture/chatml.jinja");
 const ZEPHYR: &str = include_str!("../fixture/zephyr.jinja");
+const TOOLS: &str = include_str!("../fixture/tools.jinja");
 const THINKING: &str = include_str!("../fixture/thinking.jinja");
 /// Writes no end of turn at all.
 const OPEN: &str = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}\
@@ -68,7 +69,7 @@ fn loss_is_on_assistant_turns_with_their_end() {
 /// Before each learned turn stand exactly the tokens that a chat request gets as its prompt.
 #[test]
 fn the_prompt_is_what_serving_sends() {
-    let Row::Chat { messages } = row(
+    let Row::Chat { messages, .. } = row(
         r#"{"messages":[{"role":"user","content":"What is 2+2?"},{"role":"assistant","content":"It is 4."},
             {"role":"user","content":"And the fox?"},{"role":"assistant","content":"The fox laughs"}]}"#,
     ) else {
@@ -79,6 +80,7 @@ fn the_prompt_is_what_serving_sends() {
         let Example { tokens, weights } = tokenize(
             &Row::Chat {
                 messages: messages.clone(),
+                tools: vec![],
             },
             &tokenizer,
             &OPTIONS,
@@ -96,6 +98,52 @@ fn the_prompt_is_what_serving_sends() {
             );
         }
     }
+}
+
+/// The loss is on what the model writes: calls as the template writes them, reasoning before them.
+#[test]
+fn calls_and_reasoning_are_learned() {
+    let tool = r#"{"type":"function","function":{"name":"look","parameters":{"type":"object","properties":{"at":{"type":"string"}}}}}"#;
+    let call = |n: u32| {
+        format!(
+            r#"{{"id":"c{n}","type":"function","function":{{"name":"look","arguments":"{{\"at\":\"fox {n}\"}}"}}}}"#
+        )
+    };
+    let json = format!(
+        r#"{{"tools":[{tool}],"messages":[{{"role":"user","content":"Look!"}},
+        {{"role":"assistant","content":null,"reasoning_content":"hm","tool_calls":[{},{}]}},
+        {{"role":"tool","tool_call_id":"c1","content":"a fox"}},{{"role":"tool","tool_call_id":"c2","content":"no"}},
+        {{"role":"assistant","content":"One fox."}}]}}"#,
+        call(1),
+        call(2)
+    );
+    let tokenizer = fixture::byte_level(TOOLS);
+    let example = tokenize(&row(&json), &tokenizer, &OPTIONS).unwrap();
+    let expected = [
+        "<think>hm</think>\n<call look>\n  at=fox 1</call>\n<call look>\n  at=fox 2</call></assistant>\n",
+        "One fox.</assistant>\n</s>",
+    ];
+    assert_eq!(learned(&example, &tokenizer), expected);
+    let text = tokenizer.decode(&example.tokens, Skip::Nothing).unwrap();
+    assert!(text.starts_with("<system>\n<tool name=\"look\">"), "{text}");
+    // What the template cannot write would be left out in silence.
+    let refused =
+        |template: &str, row: &Row| tokenize(row, &fixture::byte_level(template), &OPTIONS).unwrap_err();
+    assert_eq!(refused(CHATML, &row(&json)), TextError::NoTools);
+    let thought = r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b","reasoning_content":"hm"}]}"#;
+    assert_eq!(
+        refused(CHATML, &row(thought)),
+        TextError::UnreadReasoning { message: 2 }
+    );
+    let called = format!(
+        r#"{{"messages":[{{"role":"user","content":"a"}},{{"role":"assistant","tool_calls":[{}]}}]}}"#,
+        call(1)
+    );
+    let error = refused(ZEPHYR, &row(&called)).to_string();
+    assert!(
+        error.contains("does not write tool calls: start the server"),
+        "{error}"
+    );
 }
 
 /// Templates that look at the first message cannot render a conversation without one.

@@ -56,6 +56,23 @@ pub fn to_json(
     Ok(writer.out)
 }
 
+/// `json.dumps` without options, of a value from JSON.
+pub fn dumped(value: &serde_json::Value) -> String {
+    let mut writer = Writer {
+        out: String::new(),
+        indent: None,
+        between: ", ".to_owned(),
+        colon: ": ".to_owned(),
+        ensure_ascii: false,
+        sort_keys: false,
+    };
+    match writer.value(&shown::value(value), 0) {
+        Ok(()) => writer.out,
+        // Too deep or too long for a template.
+        Err(_) => value.to_string(),
+    }
+}
+
 struct Writer {
     out: String,
     indent: Option<String>,

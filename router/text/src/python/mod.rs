@@ -11,6 +11,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Value, ValueKind, from_args};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, escape_formatter, filters};
 
+pub use json::dumped;
 use shown::Float;
 pub use shown::value;
 
