@@ -8,6 +8,9 @@ use utoipa::ToSchema;
 use crate::common::Strings;
 use crate::completions::{PromptLogprob, PromptLogprobs};
 use crate::structured::{ResponseFormat, StructuredOutputs};
+use crate::tools::{
+    FunctionCall, FunctionChoice, FunctionDelta, OfferedFunction, Tool, ToolCall, ToolCallDelta, ToolChoice,
+};
 use crate::usage::{StreamOptions, Usage};
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
@@ -74,13 +77,30 @@ pub struct ChatRequest {
     pub guided_whitespace_pattern: Option<String>,
     pub json_schema: Option<serde_json::Value>,
     pub grammar: Option<String>,
+    /// Functions that the model may call. The model's chat template must know tools.
+    pub tools: Option<Vec<Tool>>,
+    /// `auto` (default), `none`, `required`, or the function to call. Where the model must call, what it writes is bound to the
+    /// functions' schemas.
+    pub tool_choice: Option<ToolChoice>,
+    /// Whether an answer may hold several calls (default true).
+    pub parallel_tool_calls: Option<bool>,
+    /// The older form of `tools`; the answer then has `function_call` in place of `tool_calls`.
+    #[schema(value_type = Option<Vec<OfferedFunction>>)]
+    pub functions: Option<Vec<serde_json::Map<String, serde_json::Value>>>,
+    /// The older form of `tool_choice`.
+    pub function_call: Option<FunctionChoice>,
+    /// false: the model's reasoning is left out of the answer (and with it log-probabilities and token ids, which would show
+    /// it).
+    pub include_reasoning: Option<bool>,
+    /// false: the model's reasoning stays in the content, as the model wrote it.
+    pub separate_reasoning: Option<bool>,
     /// Only `text` is built.
     pub modalities: Option<Vec<String>>,
 }
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
 pub struct ChatMessage {
-    /// `system`, `developer`, `user`, `assistant` or `tool`
+    /// `system`, `developer`, `user`, `assistant` or `tool`, or the older `function`
     pub role: String,
     /// May be null beside `tool_calls` or `reasoning_content`.
     pub content: Option<ChatContent>,
@@ -94,6 +114,7 @@ pub struct ChatMessage {
     pub tool_calls: Option<serde_json::Value>,
     /// Of a `tool` message: the call it answers.
     pub tool_call_id: Option<String>,
+    /// The older form of `tool_calls`.
     #[schema(value_type = Option<BTreeMap<String, serde_json::Value>>)]
     pub function_call: Option<serde_json::Value>,
 }
@@ -138,7 +159,8 @@ pub struct ChatChoice {
     pub message: AssistantMessage,
     #[schema(required)]
     pub logprobs: Option<ChatLogprobs>,
-    /// `stop` or `length`
+    /// `stop`, `length`, `tool_calls`, or `function_call` where `functions` were sent. A call of the one function that was named
+    /// ends with `stop`, as OpenAI's do.
     pub finish_reason: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token_ids: Option<Vec<u32>>,
@@ -148,12 +170,26 @@ pub struct ChatChoice {
 pub struct AssistantMessage {
     /// `assistant`
     pub role: &'static str,
-    pub content: String,
+    /// Null where there are only calls or reasoning.
+    #[schema(required)]
+    pub content: Option<String>,
     /// Always null: nothing here refuses.
     #[schema(required)]
     pub refusal: Option<String>,
     /// Always empty.
     pub annotations: Vec<serde_json::Value>,
+    /// What the model thought before it answered. It stands here under two names: vLLM's older clients (and DeepSeek's) read
+    /// `reasoning_content`, the newer ones `reasoning`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reasoning_content: Option<String>,
+    /// The same.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reasoning: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tool_calls: Option<Vec<ToolCall>>,
+    /// Where `functions` were sent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub function_call: Option<FunctionCall>,
 }
 
 #[derive(Clone, Debug, Default, Serialize, ToSchema)]
@@ -212,6 +248,16 @@ pub struct ChatChunkChoice {
 pub struct ChatDelta {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub role: Option<&'static str>,
+    /// In the first chunk null where the answer may be calls or begin with reasoning.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub content: Option<String>,
+    pub content: Option<Option<String>>,
+    /// Under two names, as in a whole answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reasoning_content: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reasoning: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<ToolCallDelta>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub function_call: Option<FunctionDelta>,
 }

@@ -14,6 +14,7 @@ pub mod models;
 pub mod server;
 pub mod structured;
 pub mod tokenize;
+pub mod tools;
 pub mod usage;
 
 /// The generated document, committed so that a change of the contract shows in review.

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::chat::ChatMessage;
+use crate::tools::Tool;
 
 /// Either `prompt` or `messages`.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
@@ -19,8 +20,7 @@ pub struct TokenizeRequest {
     /// Only with `messages` (default false).
     pub continue_final_message: Option<bool>,
     /// Only with `messages`: definitions of functions, for chat templates that write them into the prompt.
-    #[schema(value_type = Option<Vec<std::collections::BTreeMap<String, serde_json::Value>>>)]
-    pub tools: Option<Vec<serde_json::Map<String, serde_json::Value>>>,
+    pub tools: Option<Vec<Tool>>,
     /// Only with `messages`: for chat templates that read them (retrieval).
     #[schema(value_type = Option<Vec<std::collections::BTreeMap<String, serde_json::Value>>>)]
     pub documents: Option<Vec<serde_json::Map<String, serde_json::Value>>>,

@@ -13,6 +13,7 @@ use tandem_core::message::Fault;
 use tandem_core::sampling::{BadSampling, RawSampling};
 use tandem_core::settings::Settings;
 use tandem_text::chat::Message;
+pub use tandem_text::tools::{CallDelta, Delta, Tool};
 
 pub use tandem_store::{MetadataFilter, Order, Part};
 
@@ -77,6 +78,8 @@ pub struct Call {
     pub sampling: RawSampling,
     /// What each answer must be.
     pub constraint: Option<Constraint>,
+    /// How the answer of a chat is read; without it all of its text is content.
+    pub answer: Option<Answer>,
     pub stop: Vec<String>,
     pub stop_token_ids: Vec<TokenId>,
     pub include_stop_str_in_output: bool,
@@ -84,6 +87,28 @@ pub struct Call {
     pub skip_special_tokens: bool,
     /// Before a prompt that is plain text: BOS and the like.
     pub add_special_tokens: bool,
+}
+
+/// How a chat's answer is taken apart.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// Functions that the prompt offers.
+    pub tools: Arc<[Tool]>,
+    pub choice: ToolChoice,
+    /// Several calls may be in one answer.
+    pub parallel: bool,
+    /// Reasoning is no part of the content.
+    pub separate_reasoning: bool,
+}
+
+/// Whether the model calls.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ToolChoice {
+    /// What looks like a call is content.
+    None,
+    Auto,
+    Required,
+    Named(String),
 }
 
 /// A grammar, and the field that asked for it.
@@ -132,10 +157,10 @@ pub struct Piece {
 pub enum What {
     /// Prompt log-probabilities, one entry per prompt token; the first is `None`.
     Prompt(Vec<Option<TokenText>>),
-    /// New text that is safe to show (no half UTF-8, no possible beginning of a stop string), and the tokens it came
-    /// from. Text may be empty while tokens are not. A stop token is listed with empty text.
+    /// New text that is safe to show (no half UTF-8, no possible beginning of a stop string), taken apart, and the tokens it
+    /// came from. Text may be empty while tokens are not. A stop token is listed with empty text.
     Text {
-        text: String,
+        text: Delta,
         tokens: Vec<TokenText>,
     },
     Finished {
@@ -150,6 +175,8 @@ pub enum What {
 pub enum Finish {
     Stop,
     Length,
+    /// It ended by itself, and holds calls.
+    Calls,
 }
 
 /// A token as people and OpenAI's logprobs shapes want it.

@@ -13,9 +13,10 @@ use tandem_text::stream::TextStream;
 use tandem_text::{Skip, SpecialTokens, TextError, Tokenizer};
 use tokio::sync::mpsc;
 
+use crate::answer::Plan;
 use crate::api::{Call, Generation, Prompt, RouterError};
 use crate::catalog::Wish;
-use crate::relay::{self, Choice, Order, Relay};
+use crate::relay::{self, Choice, Order, Path, Relay};
 use crate::texts::text_bytes;
 use crate::{Router, text_error};
 
@@ -40,6 +41,7 @@ impl Router {
             max_tokens,
             sampling,
             constraint,
+            answer,
             stop,
             stop_token_ids,
             include_stop_str_in_output,
@@ -81,10 +83,6 @@ impl Router {
         }
         check_ids("stop_token_ids", &stop_token_ids, info.vocab_size)?;
         let stop_tokens = self.stop_tokens(stop_token_ids, ignore_eos);
-        let grammar = match constraint {
-            None => None,
-            Some(constraint) => Some(self.checked(constraint).await?),
-        };
 
         let fleet = &self.0.fleet;
         let wish = Wish {
@@ -110,6 +108,14 @@ impl Router {
         };
         let prompt: Arc<[TokenId]> = self.prompt_tokens(prompt, special).await?.into();
         let max_tokens = fit(prompt.len(), max_tokens, limit, is_chat)?;
+        let (plan, grammar) = match (answer, constraint) {
+            (Some(answer), constraint) => {
+                let (plan, grammar) = self.plan(answer, &prompt, constraint).await?;
+                (Some(plan), grammar)
+            }
+            (None, Some(constraint)) => (None, Some(self.checked(constraint).await?)),
+            (None, None) => (None, None),
+        };
 
         let skip = if skip_special_tokens {
             Skip::Special
@@ -141,6 +147,7 @@ impl Router {
             },
             skip,
             matched,
+            one_call: plan.as_ref().is_some_and(|plan| !plan.parallel),
             lease,
         };
         let (seat, events) = relay.place_all(n).await.map_err(RouterError::Engine)?;
@@ -149,9 +156,16 @@ impl Router {
         let choices = relay.lease.ids().zip(0..n).zip(seats.zip(events));
         let choices = choices
             .map(|((id, index), (seat, events))| {
-                let text = TextStream::after(self.tokenizer().clone(), &prompt, skip);
-                let stops = StopStrings::new(stop.iter().cloned(), matched);
-                Choice::new(index, id, seat, events, text, stops)
+                let mut text = TextStream::after(self.tokenizer().clone(), &prompt, skip);
+                if let Some(plan) = &plan {
+                    text = text.showing(plan.shown.clone());
+                }
+                let path = Path {
+                    text,
+                    stops: StopStrings::new(stop.iter().cloned(), matched),
+                    reader: plan.as_ref().map(Plan::reader),
+                };
+                Choice::new(index, id, seat, events, path)
             })
             .collect();
         let (sender, pieces) = mpsc::channel(PIECE_QUEUE);

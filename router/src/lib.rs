@@ -1,6 +1,7 @@
 //! Names to adapters, text to tokens and back, admission, choice of replica, files and jobs. The edge calls [`Router`];
 //! engines sit behind `tandem_core::replica::ReplicaHandle`s, which a [`Fleet`] keeps. Not here: HTTP, tensors, SQL.
 
+mod answer;
 pub mod api;
 mod catalog;
 mod defaults;
@@ -26,6 +27,8 @@ use tandem_core::histogram::{Counted, Histogram};
 use tandem_core::replica::{Command, ReplicaHandle, ReplicaInfo};
 use tandem_core::stats::Stats;
 use tandem_store::Store;
+use tandem_text::reasoning::ReasoningFormat;
+use tandem_text::tools::ToolFormat;
 use tandem_text::{TextError, Tokenizer};
 use tokio::task::JoinHandle;
 
@@ -35,6 +38,7 @@ pub use fleet::Fleet;
 pub use jobs::hyper;
 pub use texts::MAX_TEXT_BYTES;
 
+use answer::Formats;
 use api::RouterError;
 use catalog::Catalog;
 use grammars::Grammars;
@@ -58,6 +62,11 @@ pub struct Config {
     pub lora_modules: Vec<(String, PathBuf)>,
     /// For requests that do not say.
     pub defaults: Defaults,
+    /// What the model writes for calls and for reasoning. `None`: it is content.
+    pub tool_format: Option<&'static ToolFormat>,
+    pub reasoning_format: Option<&'static ReasoningFormat>,
+    /// Tools are offered though no format reads calls.
+    pub calls_as_content: bool,
 }
 
 impl Default for Config {
@@ -70,6 +79,9 @@ impl Default for Config {
             max_choices: 128,
             lora_modules: Vec::new(),
             defaults: Defaults::default(),
+            tool_format: None,
+            reasoning_format: None,
+            calls_as_content: false,
         }
     }
 }
@@ -82,6 +94,7 @@ struct Shared {
     store: Store,
     texts: Texts,
     grammars: Grammars,
+    formats: Formats,
     /// Bytes of the longest token: no text has fewer tokens than its bytes over this.
     longest_token_bytes: usize,
     fleet: Fleet,
@@ -138,6 +151,7 @@ impl Router {
         let router = Router(Arc::new(Shared {
             store,
             grammars: Grammars::new(&tokenizer, fleet.info()),
+            formats: Formats::new(config.tool_format, config.reasoning_format, &tokenizer),
             texts: Texts::new(tokenizer),
             longest_token_bytes,
             fleet,

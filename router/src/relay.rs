@@ -13,10 +13,11 @@ use tandem_core::replica::{Command, EVENT_QUEUE};
 use tandem_core::sampling::Sampling;
 use tandem_text::stop::{Matched, Passed, StopStrings};
 use tandem_text::stream::TextStream;
+use tandem_text::tools::Reader;
 use tandem_text::{Skip, Tokenizer};
 use tokio::sync::mpsc;
 
-use crate::api::{Finish, Piece, TokenText, What};
+use crate::api::{Delta, Finish, Piece, TokenText, What};
 use crate::catalog::Lease;
 use crate::fleet::{Ask, Fleet, Seat};
 
@@ -30,6 +31,8 @@ pub(crate) struct Relay {
     pub order: Order,
     pub skip: Skip,
     pub matched: Matched,
+    /// An answer ends before its second call (`parallel_tool_calls: false`).
+    pub one_call: bool,
     /// Held to the end: the sequences are live and their adapter is pinned.
     pub lease: Lease,
 }
@@ -53,9 +56,17 @@ pub(crate) struct Choice {
     /// Replicas it was given to.
     places: u32,
     life: Life,
-    text: TextStream,
-    stops: StopStrings,
+    path: Path,
+    has_calls: bool,
     completion_tokens: u32,
+}
+
+/// What tokens go through on their way to the client, in this order.
+pub(crate) struct Path {
+    pub text: TextStream,
+    pub stops: StopStrings,
+    /// Of a chat.
+    pub reader: Option<Reader>,
 }
 
 /// Whether the engine has said anything: what has begun cannot begin again elsewhere.
@@ -75,14 +86,7 @@ enum State {
 }
 
 impl Choice {
-    pub fn new(
-        index: u32,
-        id: RequestId,
-        seat: Seat,
-        events: mpsc::Receiver<Event>,
-        text: TextStream,
-        stops: StopStrings,
-    ) -> Choice {
+    pub fn new(index: u32, id: RequestId, seat: Seat, events: mpsc::Receiver<Event>, path: Path) -> Choice {
         Choice {
             index,
             id,
@@ -90,8 +94,8 @@ impl Choice {
             events,
             places: 1,
             life: Life::Placed,
-            text,
-            stops,
+            path,
+            has_calls: false,
             completion_tokens: 0,
         }
     }
@@ -125,7 +129,7 @@ impl Choice {
                     let new = if ends {
                         String::new()
                     } else {
-                        self.text.push(scored.token)
+                        self.path.text.push(scored.token)
                     };
                     self.completion_tokens += 1;
                     tokens.push(relay.name(scored));
@@ -146,10 +150,10 @@ impl Choice {
                     reason,
                     cached_tokens,
                 } => {
-                    let rest = self.text.flush();
+                    let rest = self.path.text.flush();
                     let stopped = self.pass(relay, &rest, &mut text);
                     if !stopped {
-                        text.push_str(&self.stops.flush());
+                        text.push_str(&self.path.stops.flush());
                     }
                     let reason = match reason {
                         FinishReason::Stop(_) | FinishReason::Complete => Finish::Stop,
@@ -173,16 +177,57 @@ impl Choice {
                 }
             }
         }
-        if !text.is_empty() || !tokens.is_empty() {
-            pieces.push(What::Text { text, tokens });
+        let mut delta = self.read(&text, end.is_some());
+        if relay.one_call && delta.calls.iter().any(|call| call.index > 0) {
+            delta.calls.retain(|call| call.index == 0);
+            end.get_or_insert_with(|| {
+                let last = What::Finished {
+                    reason: Finish::Calls,
+                    completion_tokens: self.completion_tokens,
+                    cached_tokens: 0,
+                };
+                (State::Cut, last)
+            });
+        }
+        self.has_calls |= !delta.calls.is_empty();
+        if !delta.is_empty() || !tokens.is_empty() {
+            pieces.push(What::Text { text: delta, tokens });
         }
         match end {
             None => State::Running,
-            Some((state, last)) => {
+            Some((state, mut last)) => {
+                if let What::Finished { reason, .. } = &mut last
+                    && *reason == Finish::Stop
+                    && self.has_calls
+                {
+                    *reason = Finish::Calls;
+                }
                 pieces.push(last);
                 state
             }
         }
+    }
+
+    /// `is_over`: no more comes.
+    fn read(&mut self, text: &str, is_over: bool) -> Delta {
+        let Some(reader) = &mut self.path.reader else {
+            return Delta {
+                content: text.to_owned(),
+                ..Delta::default()
+            };
+        };
+        let mut delta = reader.push(text);
+        if is_over {
+            let Delta {
+                reasoning,
+                content,
+                calls,
+            } = reader.finish();
+            delta.reasoning.push_str(&reasoning);
+            delta.content.push_str(&content);
+            delta.calls.extend(calls);
+        }
+        delta
     }
 
     /// Move what may be shown to `out`. Whether a stop string ended it.
@@ -191,7 +236,7 @@ impl Choice {
             out.push_str(new);
             return false;
         }
-        match self.stops.push(new) {
+        match self.path.stops.push(new) {
             Passed::Text(text) => {
                 out.push_str(&text);
                 false

@@ -6,11 +6,13 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand};
 use tandem_backend::ModelLen;
+use tandem_text::reasoning::ReasoningFormat;
+use tandem_text::tools::ToolFormat;
 
 use crate::extract::{FILE_LIMIT_BYTES, JSON_LIMIT_BYTES};
 use crate::values::{
-    ChatTemplate, LoraModule, LoraModules, address, bytes, chat_template, count, host, lora_modules,
-    model_len, share,
+    ChatTemplate, LoraModule, LoraModules, Parser as Format, address, bytes, chat_template, count, host,
+    lora_modules, model_len, reasoning_parser, share, tool_call_parser,
 };
 
 /// Serves a language model and fine-tunes it in tandem: one process, one copy of the base weights.
@@ -244,6 +246,14 @@ pub struct EdgeOptions {
     /// Requests and fine-tuning jobs use it
     #[arg(long, value_name = "FILE", value_parser = chat_template)]
     pub chat_template: Option<ChatTemplate>,
+    /// How the model writes tool calls, by vLLM's names (hermes, llama3_json, mistral, ...), or none: they stay in the text
+    /// [default: what the chat template shows]
+    #[arg(long, value_name = "NAME", value_parser = tool_call_parser)]
+    pub tool_call_parser: Option<Format<ToolFormat>>,
+    /// How the model writes its reasoning, by vLLM's names (qwen3, deepseek_r1, ...), or none: it stays in the text [default:
+    /// what the chat template shows]
+    #[arg(long, value_name = "NAME", value_parser = reasoning_parser)]
+    pub reasoning_parser: Option<Format<ReasoningFormat>>,
     /// Refuse a request that has a field of which nothing is known, instead of logging the field's name once
     #[arg(long)]
     pub strict_fields: bool,

@@ -554,10 +554,11 @@ mod tests {
         // None: it is taken.
         for (line, expected) in [
             ("--gpu-memory-utilization 0.9", Some("--kv-cache-memory-bytes")),
-            ("--tool-call-parser hermes --quantization awq", Some("tool calls")),
+            ("--tool-call-parser hermes --reasoning-parser none", None),
+            ("--tool-parser-plugin x.py", Some("--tool-call-parser")),
             ("-q int8", None),
             ("--no-enable-auto-tool-choice", None),
-            ("--enable-auto-tool-choice", Some("tool calls")),
+            ("--enable-auto-tool-choice", None),
             ("--pipeline-parallel-size 1 --data-parallel-size=1", None),
             ("-pp 2", Some("--tensor-parallel-size")),
             (

@@ -44,8 +44,6 @@ const fn switch(names: &'static [&'static str], says: Says) -> Foreign {
 
 const ONE: &[&str] = &["1"];
 const AUTO: &[&str] = &["auto"];
-const NO_TOOLS: &str = "tool calls are not built yet";
-const NO_REASONING: &str = "reasoning is not taken out of the answer yet";
 const NO_SPECULATION: &str = "speculative decoding is not built yet";
 const NO_MEDIA: &str = "only text is understood";
 const NO_DATA_PARALLEL: &str = "start a `tandem backend` for each replica and a `tandem router` before them";
@@ -405,23 +403,25 @@ pub const TABLE: &[Foreign] = &[
         Refused("it is not a field of answers here"),
     ),
     switch(
-        &["enable-auto-tool-choice", "exclude-tools-when-tool-choice-none"],
-        Refused(NO_TOOLS),
+        &["enable-auto-tool-choice"],
+        Harmless("the model may always choose to call the tools of a request"),
+    ),
+    switch(
+        &["exclude-tools-when-tool-choice-none"],
+        Refused("send such a request without tools"),
     ),
     value(
-        &[
-            "tool-call-parser",
-            "tool-parser-plugin",
-            "tool-server",
-            "tool-parser",
-        ],
-        Refused(NO_TOOLS),
+        &["tool-parser-plugin", "tool-server", "tool-parser"],
+        Refused("the formats of calls are this program's own: use --tool-call-parser"),
     ),
     value(
-        &["reasoning-parser", "reasoning-format", "reasoning-parser-plugin"],
-        Refused(NO_REASONING),
+        &["reasoning-format", "reasoning-parser-plugin"],
+        Refused("the formats of reasoning are this program's own: use --reasoning-parser"),
     ),
-    value(&["reasoning-budget"], Refused(NO_REASONING)),
+    value(
+        &["reasoning-budget"],
+        Refused("reasoning has no length of its own: use max_tokens"),
+    ),
     value(
         &[
             "guided-decoding-backend",

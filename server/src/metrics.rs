@@ -351,6 +351,10 @@ impl Meter {
                 reason: Finish::Stop, ..
             } => "stop",
             What::Finished {
+                reason: Finish::Calls,
+                ..
+            } => "tool_calls",
+            What::Finished {
                 reason: Finish::Length,
                 ..
             } => "length",

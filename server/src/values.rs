@@ -7,6 +7,8 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 use tandem_backend::ModelLen;
+use tandem_text::reasoning::ReasoningFormat;
+use tandem_text::tools::ToolFormat;
 
 /// `auto` and -1 are what fits into the memory, as in vLLM.
 pub fn model_len(text: &str) -> Result<ModelLen, String> {
@@ -140,6 +142,37 @@ pub fn lora_modules(text: &str) -> Result<LoraModules, String> {
 pub struct ChatTemplate {
     pub given: String,
     pub source: String,
+}
+
+/// A format by its name; `none` is no format.
+#[derive(Debug)]
+pub enum Parser<F: 'static> {
+    None,
+    Named(&'static F),
+}
+
+impl<F> Clone for Parser<F> {
+    fn clone(&self) -> Parser<F> {
+        *self
+    }
+}
+
+impl<F> Copy for Parser<F> {}
+
+pub fn tool_call_parser(name: &str) -> Result<Parser<ToolFormat>, String> {
+    parser(name, ToolFormat::named, &ToolFormat::all_names())
+}
+
+pub fn reasoning_parser(name: &str) -> Result<Parser<ReasoningFormat>, String> {
+    parser(name, ReasoningFormat::named, &ReasoningFormat::all_names())
+}
+
+fn parser<F>(name: &str, named: fn(&str) -> Option<&'static F>, known: &[&str]) -> Result<Parser<F>, String> {
+    match (name, named(name)) {
+        ("none", _) => Ok(Parser::None),
+        (_, Some(format)) => Ok(Parser::Named(format)),
+        (_, None) => Err(format!("it must be none or one of {}", known.join(", "))),
+    }
 }
 
 /// A file, or, as in vLLM, the template itself where there is no such file and the text has braces.

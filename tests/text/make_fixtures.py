@@ -229,6 +229,20 @@ WEATHER = [
     {"role": "assistant", "tool_calls": [CALL], "reasoning_content": "look"},
     turn("tool", '{"t": 3}', tool_call_id="call_1"),
 ]
+# As OpenAI's clients send them.
+CALLED = [
+    turn("user", "Weather?"),
+    turn("assistant", None, tool_calls=[
+        {"id": f"call1234{n}", "type": "function", "function": {"name": "get_weather", "arguments": '{"place":"%s","deep":1e-7,"é":[1, 2.50]}' % place}}
+        for n, place in enumerate(["Bern", "Rome"])
+    ]),
+    turn("tool", "3 °C", tool_call_id="call12340"),
+    turn("tool", '{"t": 9}', tool_call_id="call12341"),
+    turn("assistant", "3 and 9."),
+    turn("user", "And now?"),
+]
+# Templates that print arguments get the text; all others the dictionary that it says.
+PRINTED = ["printed"]
 OPENED = [turn("assistant", "Welcome"), turn("user", "Hi")]
 
 
@@ -255,6 +269,8 @@ CONVERSATIONS = [
     ("tools", [turn("system", " s "), *WEATHER], {"tools": [TOOL, TOOL]}, "prompt"),
     ("tools", WEATHER, {"tools": [TOOL]}, "prompt"),
     ("tools", WEATHER, {}, "closed"),
+    *[(name, CALLED[:n], {"tools": [TOOL]}, "prompt") for name in ["tools", "nine"] for n in [2, 3, 4, 6]],
+    *[("printed", CALLED[:n], {}, "prompt") for n in [2, 4, 6]],
     ("llama3", HELLO, {"tools": [TOOL], "date_string": "1 May"}, "prompt"),
     ("chatml", [turn("user", "Hi", name="Ann")], {"enable_thinking": False}, "prompt"),
 ]
@@ -264,6 +280,18 @@ def tokenizer():
     """Chat templates are rendered by a tokenizer; of this one only the special tokens matter."""
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>"))
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")
+
+
+def as_read(name, messages):
+    """What transformers' users give a template: clients send the arguments of calls as texts."""
+    if name in PRINTED:
+        return messages
+    messages = json.loads(json.dumps(messages))
+    for message in messages:
+        for call in message.get("tool_calls") or []:
+            if isinstance(call["function"]["arguments"], str):
+                call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+    return messages
 
 
 def rendered(source, messages, ending, **variables):
@@ -289,7 +317,7 @@ def main():
         "templates": [{"source": source, "text": rendered(source, HELLO, "closed", schema=SCHEMA)} for source in sources],
         "conversations": [
             {"template": name, "messages": messages, "variables": variables, "ending": ending,
-             "text": rendered((FIXTURES / f"{name}.jinja").read_text(), messages, ending, **variables)}
+             "text": rendered((FIXTURES / f"{name}.jinja").read_text(), as_read(name, messages), ending, **variables)}
             for name, messages, variables, ending in CONVERSATIONS
         ],
     }

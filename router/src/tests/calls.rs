@@ -6,11 +6,13 @@ use tandem_core::id::RequestId;
 use tandem_core::message::{Event, Fault, FinishReason, Generate, Scored};
 use tandem_core::replica::Command;
 use tandem_core::sampling::RawSampling;
+use tandem_text::reasoning::ReasoningFormat;
+use tandem_text::tools::ToolFormat;
 use tandem_text::{Message, SpecialTokens};
 use tokio::sync::mpsc;
 
 use super::*;
-use crate::api::{Call, Client, Finish, Generation, Prompt, What};
+use crate::api::{Answer, Call, Client, Delta, Finish, Generation, Piece, Prompt, Tool, ToolChoice, What};
 
 pub(super) fn call(prompt: &str) -> Call {
     Call {
@@ -25,6 +27,7 @@ pub(super) fn call(prompt: &str) -> Call {
         max_tokens: Some(16),
         sampling: RawSampling::default(),
         constraint: None,
+        answer: None,
         stop: Vec::new(),
         stop_token_ids: Vec::new(),
         include_stop_str_in_output: false,
@@ -87,7 +90,7 @@ pub(super) async fn read(
         assert!(choice.2.is_none(), "nothing follows the end");
         match piece.what {
             What::Text { text, tokens } => {
-                choice.0.push_str(&text);
+                choice.0.push_str(&text.content);
                 choice.1 += tokens.len();
             }
             What::Finished {
@@ -174,6 +177,133 @@ async fn text_comes_back_up_to_where_it_must_end() {
         );
         if aborted {
             assert_eq!(engine.aborted().await, generate.id);
+        }
+    }
+}
+
+/// Content, reasoning, calls and the end of an answer, however it ended.
+#[tokio::test]
+async fn an_answer_is_taken_apart() {
+    let house = House::new();
+    let (replica, mut engine) = replica();
+    let config = Config {
+        tool_format: ToolFormat::named("hermes"),
+        reasoning_format: ReasoningFormat::named("qwen3"),
+        ..Config::default()
+    };
+    let router = house.open_with(config, replica).await.unwrap();
+    let call_of =
+        |n: u32| format!("<tool_call>\n{{\"name\": \"f\", \"arguments\": {{\"n\": {n}}}}}\n</tool_call>\n");
+    let two = format!("<think>hm</think>so {}{}", call_of(1), call_of(2));
+    let (eos, length) = (FinishReason::Stop(EOS), FinishReason::Length);
+    let cut = two.split("}}").next().unwrap();
+    // choice, parallel, stop, said, end; content, reasoning, calls, finish
+    let cases = [
+        (
+            ToolChoice::Auto,
+            true,
+            None,
+            two.as_str(),
+            eos,
+            ("so", "hm", vec!["{\"n\": 1}", "{\"n\": 2}"], Finish::Calls),
+        ),
+        (
+            ToolChoice::Auto,
+            false,
+            None,
+            &two,
+            eos,
+            ("so", "hm", vec!["{\"n\": 1}"], Finish::Calls),
+        ),
+        (
+            ToolChoice::Auto,
+            true,
+            None,
+            &two,
+            length,
+            ("so", "hm", vec!["{\"n\": 1}", "{\"n\": 2}"], Finish::Length),
+        ),
+        (
+            ToolChoice::Auto,
+            true,
+            None,
+            cut,
+            length,
+            ("so", "hm", vec!["{\"n\": 1"], Finish::Length),
+        ),
+        (
+            ToolChoice::Auto,
+            true,
+            Some("1}"),
+            &two,
+            eos,
+            ("so", "hm", vec!["{\"n\": "], Finish::Calls),
+        ),
+        (
+            ToolChoice::Auto,
+            true,
+            None,
+            "no call",
+            eos,
+            ("no call", "", vec![], Finish::Stop),
+        ),
+        (
+            ToolChoice::None,
+            true,
+            None,
+            "<tool_call>",
+            eos,
+            ("<tool_call>", "", vec![], Finish::Stop),
+        ),
+    ];
+    for (choice, parallel, stop, said, reason, (content, reasoning, calls, finish)) in cases {
+        let answer = Answer {
+            tools: [Tool {
+                name: "f".to_owned(),
+                ..Tool::default()
+            }]
+            .into(),
+            choice,
+            parallel,
+            separate_reasoning: true,
+        };
+        let asked = Call {
+            answer: Some(answer),
+            stop: stop.into_iter().map(str::to_owned).collect(),
+            ..call("go")
+        };
+        let mut generation = router.generate(asked).await.unwrap();
+        let (_, events) = engine.generate().await;
+        say(&events, said).await;
+        end(&events, reason).await;
+        let (mut whole, mut last) = (Delta::default(), None);
+        let mut arguments: Vec<String> = vec![];
+        while let Some(Piece { what, .. }) = generation.pieces.recv().await {
+            match what {
+                What::Text { text, .. } => {
+                    whole.content.push_str(&text.content);
+                    whole.reasoning.push_str(&text.reasoning);
+                    for call in text.calls {
+                        arguments.resize(arguments.len().max(call.index + 1), String::new());
+                        arguments[call.index].push_str(&call.arguments);
+                    }
+                }
+                What::Finished { reason, .. } => last = Some(reason),
+                _ => panic!("only text and its end"),
+            }
+        }
+        assert_eq!(
+            (whole.content.trim_end(), whole.reasoning.as_str()),
+            (content, reasoning),
+            "{said}"
+        );
+        assert_eq!(
+            (arguments, last),
+            (calls.into_iter().map(str::to_owned).collect(), Some(finish)),
+            "{said}"
+        );
+        if stop.is_some() || !parallel {
+            engine.aborted().await;
         }
     }
 }

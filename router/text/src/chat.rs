@@ -16,7 +16,7 @@ use crate::error::TextError;
 use crate::python;
 use calls::CallStyle;
 pub use calls::{CallIds, calls_of, modernise};
-pub use offers::{BadTool, Offer, parse_tools};
+pub use offers::{BadTool, parse_tools};
 
 /// One turn. `weight` is for training only (0: no loss on this turn); templates do not see it.
 #[derive(Clone, Debug, Default, PartialEq)]

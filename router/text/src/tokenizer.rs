@@ -242,6 +242,11 @@ impl Tokenizer {
         self.0.templates.source()
     }
 
+    /// Of the template for requests with tools.
+    pub fn tool_template_source(&self) -> Option<&str> {
+        self.0.templates.tool_source()
+    }
+
     /// The template for these variables. `NoChatTemplate` or `BrokenTemplate` where chat is impossible; everything else
     /// works without.
     pub fn chat_template(&self, kwargs: &Kwargs) -> Result<&ChatTemplate, TextError> {

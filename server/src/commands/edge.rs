@@ -10,6 +10,8 @@ use anyhow::{Context, Result, bail};
 use tandem_router::{Defaults, Fleet, Router};
 use tandem_store::{Places, Store, Strays};
 use tandem_text::Tokenizer;
+use tandem_text::reasoning::ReasoningFormat;
+use tandem_text::tools::ToolFormat;
 use tracing::info;
 
 use super::greeting::{self, Greeting};
@@ -22,7 +24,7 @@ use crate::keys::ApiKeys;
 use crate::listen::Limits;
 use crate::origins::Origins;
 use crate::roots::LoraRoots;
-use crate::values::{ChatTemplate, LoraModule};
+use crate::values::{ChatTemplate, LoraModule, Parser};
 use crate::{convert, exposure, listen};
 
 /// A socket that is bound, and who may come in by it: what can be wrong with either is found before a model is loaded.
@@ -160,6 +162,8 @@ pub async fn run(edge: Edge) -> Result<()> {
         allowed_origins: _,
         generation_config,
         chat_template: _,
+        tool_call_parser,
+        reasoning_parser,
         strict_fields,
         lora_modules: _,
         lora_root,
@@ -208,7 +212,37 @@ pub async fn run(edge: Edge) -> Result<()> {
         config: _,
     } = process;
     let defaults = defaults(&generation_config, &fleet)?;
+    let tool_format = match tool_call_parser {
+        Some(Parser::None) => None,
+        Some(Parser::Named(format)) => Some(format),
+        None => tokenizer.tool_template_source().and_then(ToolFormat::of_template),
+    };
+    let reasoning_format = match reasoning_parser {
+        Some(Parser::None) => None,
+        Some(Parser::Named(format)) => Some(format),
+        None => tokenizer
+            .chat_template_source()
+            .and_then(ReasoningFormat::of_template),
+    };
+    info!(
+        tool_calls = tool_format.map_or("none", |format| format.names[0]),
+        tool_calls_by = if tool_call_parser.is_some() {
+            "--tool-call-parser"
+        } else {
+            "the chat template"
+        },
+        reasoning = reasoning_format.map_or("none", |format| format.names[0]),
+        reasoning_by = if reasoning_parser.is_some() {
+            "--reasoning-parser"
+        } else {
+            "the chat template"
+        },
+        "how answers are read"
+    );
     let config = tandem_router::Config {
+        tool_format,
+        reasoning_format,
+        calls_as_content: matches!(tool_call_parser, Some(Parser::None)),
         served_model_name: names[0].clone(),
         other_model_names: names[1..].to_vec(),
         max_waiting,

@@ -2,11 +2,12 @@
 
 use serde_json::{Map, Value, json};
 use tandem_openapi::chat::{ChatContent, ChatMessage, ChatPart, ChatRequest};
-use tandem_router::api::{Call, Client, Prompt};
+use tandem_router::api::{Answer, Call, Client, Prompt, ToolChoice};
 use tandem_text::chat::{Content, Message, calls_of, modernise};
 
 use super::sampling::{self, Delivery, Fields, Limits};
-use super::structured::{self, Asked};
+use super::structured;
+use super::tools::{self, Asked, Form, Offered};
 use crate::error::{ApiError, invalid};
 
 const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
@@ -20,6 +21,10 @@ pub struct Chat {
     pub top_logprobs: Option<u32>,
     pub prompt_logprobs: Option<u32>,
     pub return_token_ids: bool,
+    pub form: Form,
+    /// The function that is called was named in the request.
+    pub is_named: bool,
+    pub shows_reasoning: bool,
 }
 
 pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
@@ -64,10 +69,17 @@ pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
         guided_whitespace_pattern,
         json_schema,
         grammar,
+        tools,
+        tool_choice,
+        parallel_tool_calls,
+        functions,
+        function_call,
+        include_reasoning,
+        separate_reasoning,
         modalities,
     } = request;
     let n = sampling::n(n)?;
-    let constraint = structured::constraint(Asked {
+    let constraint = structured::constraint(structured::Asked {
         response_format,
         structured_outputs,
         guided_json,
@@ -78,6 +90,23 @@ pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
         json_schema,
         grammar,
     })?;
+    let Offered {
+        tools,
+        choice,
+        parallel,
+        form,
+    } = tools::offered(Asked {
+        tools,
+        tool_choice,
+        parallel_tool_calls,
+        functions,
+        function_call,
+    })?;
+    if let (ToolChoice::Required | ToolChoice::Named(_), Some(constraint)) = (&choice, &constraint) {
+        let param = &constraint.param;
+        let text = format!("{param} and tool_choice both say what the answer must be; send one of them");
+        return Err(invalid(param.clone(), text));
+    }
     if let Some(other) = modalities.unwrap_or_default().iter().find(|one| *one != "text") {
         let hint = format!(": {other:?} is none of it, only \"text\" is built");
         return Err(ApiError::NotBuilt {
@@ -106,7 +135,7 @@ pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
         messages,
         add_generation_prompt,
         continue_final_message,
-        tools: None,
+        tools: tools.iter().map(|tool| tool.given.clone()).collect(),
         documents,
         reasoning_effort,
         chat_template_kwargs,
@@ -125,6 +154,13 @@ pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
         logprobs: top_logprobs,
         prompt_logprobs,
     };
+    let is_named = matches!(choice, ToolChoice::Named(_));
+    let answer = Answer {
+        tools: tools.into(),
+        choice,
+        parallel,
+        separate_reasoning: separate_reasoning.unwrap_or(true),
+    };
     let call = Call {
         client: Client::default(),
         earlier: 0,
@@ -134,6 +170,7 @@ pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
         max_tokens,
         sampling: sampling::raw_sampling(fields, max_tokens)?,
         constraint,
+        answer: Some(answer),
         stop: sampling::stop(stop)?,
         stop_token_ids: sampling::stop_token_ids(stop_token_ids)?,
         include_stop_str_in_output: include_stop_str_in_output.unwrap_or(false),
@@ -142,13 +179,17 @@ pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
         // The template writes them.
         add_special_tokens: true,
     };
-    let return_token_ids = return_token_ids.unwrap_or(false);
+    let shows_reasoning = include_reasoning.unwrap_or(true);
     Ok(Chat {
         call,
         delivery,
-        top_logprobs,
+        // They would show it.
+        top_logprobs: top_logprobs.filter(|_| shows_reasoning),
         prompt_logprobs,
-        return_token_ids,
+        return_token_ids: return_token_ids.unwrap_or(false) && shows_reasoning,
+        form,
+        is_named,
+        shows_reasoning,
     })
 }
 
@@ -157,7 +198,8 @@ pub struct Conversation {
     pub messages: Vec<ChatMessage>,
     pub add_generation_prompt: Option<bool>,
     pub continue_final_message: Option<bool>,
-    pub tools: Option<Vec<Map<String, Value>>>,
+    /// As the template gets them.
+    pub tools: Vec<Value>,
     pub documents: Option<Vec<Map<String, Value>>>,
     pub reasoning_effort: Option<String>,
     pub chat_template_kwargs: Option<Map<String, Value>>,
@@ -206,11 +248,10 @@ pub fn prompt(conversation: Conversation) -> Result<Prompt, ApiError> {
         );
         return Err(invalid("reasoning_effort", text));
     }
-    let listed =
-        |list: Option<Vec<Map<String, Value>>>| list.filter(|list| !list.is_empty()).map(|list| json!(list));
+    let documents = documents.filter(|documents| !documents.is_empty());
     let fields = [
-        ("tools", listed(tools)),
-        ("documents", listed(documents)),
+        ("tools", (!tools.is_empty()).then(|| json!(tools))),
+        ("documents", documents.map(|documents| json!(documents))),
         ("reasoning_effort", reasoning_effort.map(Value::String)),
     ];
     let mut kwargs = chat_template_kwargs.unwrap_or_default();

@@ -12,6 +12,7 @@ pub mod refuse;
 pub mod sampling;
 pub mod structured;
 pub mod tokens;
+pub mod tools;
 
 use crate::error::{ApiError, invalid};
 

@@ -103,10 +103,6 @@ fn off(value: &Given) -> bool {
     nothing(value) || *value == Given::Number(-1.0)
 }
 
-fn none_or_auto(value: &Given) -> bool {
-    matches!(value, Given::Text(text) if text == "none" || text == "auto")
-}
-
 /// Anthropic's way to say no.
 fn disabled(value: &Given) -> bool {
     nothing(value) || matches!(value, Given::Tagged(kind) if kind == "disabled")
@@ -126,6 +122,7 @@ const MAX_TOKENS: &str = "use max_tokens";
 const RESPONSE_FORMAT: &str = "use response_format";
 const STRUCTURED: &str = "use structured_outputs, which has json, regex, choice, grammar and structural_tag";
 const SCALE: &str = "scale lora_alpha in the adapter's adapter_config.json";
+const FUNCTION: &str = "name, description and parameters stand in the tool's function";
 const HERE: &str = "put its fields into the body itself";
 
 const EVERYWHERE: &[Rule] = &[
@@ -370,18 +367,27 @@ const CHAT: &[Rule] = &[
         "use chat_template_kwargs, as {\"enable_thinking\": true}",
     ),
     refused("reasoning", nothing, "use chat_template_kwargs"),
-    refused("include_reasoning", yes, ""),
     refused("verbosity", medium, "ask for it in a message"),
     refused("web_search_options", never, ""),
-    refused("function_call", none_or_auto, ""),
-    refused("functions", nothing, ""),
-    refused("tool_choice", none_or_auto, ""),
-    refused("tools", nothing, ""),
-    // Without tools there are no calls.
-    harmless("parallel_tool_calls"),
-    // Nothing is read out of an answer.
-    harmless("separate_reasoning"),
-    harmless("stream_reasoning"),
+    refused(
+        "stream_reasoning",
+        yes,
+        "an answer that is not streamed brings it whole",
+    ),
+    refused("tools[].name", never, FUNCTION),
+    refused("tools[].description", never, FUNCTION),
+    refused("tools[].parameters", never, FUNCTION),
+    refused("tools[].strict", never, FUNCTION),
+    refused("tools[].input_schema", never, FUNCTION),
+    // The prefix cache needs no hints.
+    harmless("tools[].cache_control"),
+    harmless("functions[].cache_control"),
+    refused("tool_choice.name", never, "put it into function"),
+    refused(
+        "tool_choice.disable_parallel_tool_use",
+        nothing,
+        "use parallel_tool_calls",
+    ),
 ];
 
 const COMPLETIONS: &[Rule] = &[
@@ -494,8 +500,14 @@ mod tests {
         let judge = Strays::new(false, ignored.clone());
         // The field, and a part of the refusal; "" passes.
         for (body, expected) in [
-            (json!({"tools": [{"type": "function"}]}), "tools is not supported"),
-            (json!({"tool_choice": "required"}), "tool_choice is not supported"),
+            (
+                json!({"tools": [{"type": "function", "name": "f"}]}),
+                "tools[0].name is not supported",
+            ),
+            (
+                json!({"stream_reasoning": false}),
+                "stream_reasoning is not supported",
+            ),
             (json!({"regex": "a"}), "use structured_outputs"),
             (json!({"adapter_id": "nope"}), "name the adapter as model"),
             (json!({"lora_path": "/x"}), "load_lora_adapter"),

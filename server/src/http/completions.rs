@@ -182,7 +182,7 @@ fn choice(index: usize, one: Gathered, prompts: &[Vec<TokenId>], show: &Show) ->
         index: index as u32,
         text: echo.map_or_else(String::new, |echo| echo.text.clone()) + &one.text,
         logprobs,
-        finish_reason: Some(one.finish_reason),
+        finish_reason: one.finish.map(finish_reason),
         prompt_logprobs,
         token_ids,
         prompt_token_ids: show.return_token_ids.then(|| prompts[prompt].clone()),
@@ -239,6 +239,7 @@ impl Choices for Chunks {
         }
         match what {
             What::Text { text, tokens } => {
+                let text = text.content;
                 let with_tokens = !tokens.is_empty() && (show.logprobs.is_some() || show.return_token_ids);
                 if text.is_empty() && !with_tokens {
                     return;

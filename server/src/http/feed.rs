@@ -9,7 +9,9 @@ use tandem_core::TokenId;
 use tandem_core::id::{AdapterDigest, Digest};
 use tandem_core::message::Fault;
 use tandem_openapi::usage::Usage;
-use tandem_router::api::{Call, Client, Finish, Generation, ModelKind, Piece, RouterError, TokenText, What};
+use tandem_router::api::{
+    Call, CallDelta, Client, Delta, Finish, Generation, ModelKind, Piece, RouterError, TokenText, What,
+};
 use tokio::sync::mpsc;
 
 use crate::app::App;
@@ -166,14 +168,46 @@ impl Feed {
 #[derive(Debug, Default)]
 pub struct Gathered {
     pub text: String,
+    pub reasoning: String,
+    pub calls: Vec<Called>,
     pub tokens: Vec<TokenText>,
     pub prompt: Option<Vec<Option<TokenText>>>,
-    pub finish_reason: &'static str,
+    pub finish: Option<Finish>,
     pub completion_tokens: u32,
     pub cached_tokens: u32,
 }
 
+/// A call, whole.
+#[derive(Debug, Default)]
+pub struct Called {
+    pub name: String,
+    pub arguments: String,
+}
+
 impl Gathered {
+    fn add(&mut self, delta: Delta) {
+        let Delta {
+            reasoning,
+            content,
+            calls,
+        } = delta;
+        self.text.push_str(&content);
+        self.reasoning.push_str(&reasoning);
+        for CallDelta {
+            index,
+            name,
+            arguments,
+        } in calls
+        {
+            if self.calls.len() <= index {
+                self.calls.resize_with(index + 1, Called::default);
+            }
+            let call = &mut self.calls[index];
+            call.name.extend(name);
+            call.arguments.push_str(&arguments);
+        }
+    }
+
     pub fn token_ids(&self) -> Vec<TokenId> {
         self.tokens.iter().map(|token| token.id).collect()
     }
@@ -194,7 +228,7 @@ pub async fn gather(feed: &mut Feed, n: u32) -> Result<Vec<Gathered>, ApiError> 
             match what {
                 What::Prompt(tokens) => one.prompt = Some(tokens),
                 What::Text { text, tokens } => {
-                    one.text.push_str(&text);
+                    one.add(text);
                     one.tokens.extend(tokens);
                 }
                 What::Finished {
@@ -202,7 +236,7 @@ pub async fn gather(feed: &mut Feed, n: u32) -> Result<Vec<Gathered>, ApiError> 
                     completion_tokens,
                     cached_tokens,
                 } => {
-                    one.finish_reason = finish_reason(reason);
+                    one.finish = Some(reason);
                     (one.completion_tokens, one.cached_tokens) = (completion_tokens, cached_tokens);
                 }
                 What::Failed(fault) => return Err(ApiError::Router(RouterError::Engine(fault))),
@@ -228,5 +262,6 @@ pub fn finish_reason(reason: Finish) -> &'static str {
     match reason {
         Finish::Stop => "stop",
         Finish::Length => "length",
+        Finish::Calls => "tool_calls",
     }
 }

@@ -13,6 +13,7 @@ use crate::app::App;
 use crate::convert;
 use crate::convert::chat::Conversation;
 use crate::convert::files::missing;
+use crate::convert::tools::definitions;
 use crate::error::{ApiError, invalid};
 use crate::extract::Json;
 
@@ -54,7 +55,7 @@ pub async fn tokenize(
             messages,
             add_generation_prompt,
             continue_final_message,
-            tools,
+            tools: definitions(tools)?.into_iter().map(|tool| tool.given).collect(),
             documents,
             reasoning_effort,
             chat_template_kwargs,

@@ -115,7 +115,7 @@ fn values() {
         Json("stop_token_ids", chat, with("stop_token_ids", json!([-1])), 400, Some("stop_token_ids"), "-1"),
         Json("stream_options alone", chat, with("stream_options", json!({})), 400, Some("stream_options"), "stream"),
         Json("stream a string", chat, with("stream", json!("yes")), 400, Some("stream"), "Invalid type"),
-        Json("tools", chat, with("tools", json!([{"type": "function"}])), 400, Some("tools"), "not supported"),
+        Json("tools", chat, with("tools", json!([{"type": "function"}])), 400, Some("tools[0].function"), "is missing"),
         Json("audio", chat, with("modalities", json!(["audio"])), 400, Some("modalities"), "not supported"),
         Json("min_tokens", chat, with("min_tokens", json!(5)), 400, Some("min_tokens"), "at most 4"),
         Json("prompt missing", text, json!({"model": m}), 400, Some("prompt"), "Missing"),

@@ -12,4 +12,5 @@ mod ranks;
 mod readme;
 mod server;
 mod structured;
+mod tools;
 mod train;

@@ -127,6 +127,14 @@ impl Grammar {
         Grammar(Arc::new(Text { kind, text, digest }))
     }
 
+    /// As a part of another one.
+    pub fn as_format(&self) -> Format {
+        Format::Lark(match self.kind() {
+            Kind::Lark => self.text().to_owned(),
+            Kind::JsonSchema => format!("start: %json {}", self.text()),
+        })
+    }
+
     pub fn kind(&self) -> Kind {
         self.0.kind
     }

@@ -26,8 +26,8 @@ enum Arguments {
 /// Of a message that has none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum NoContent {
-    Null,
     Absent,
+    Null,
     Empty,
 }
 
@@ -64,7 +64,8 @@ impl CallStyle {
             "parameters": {"type": "object", "properties": {KEY: {"type": "string", "description": "d"}}, "required": [KEY]}}});
         let tools = Kwargs::from([("tools".to_owned(), json!([tool]))]);
         for ids in [CallIds::Any, CallIds::NineCharacters] {
-            for content in [NoContent::Null, NoContent::Absent, NoContent::Empty] {
+            // transformers leaves out what is null.
+            for content in [NoContent::Absent, NoContent::Null, NoContent::Empty] {
                 for arguments in [Arguments::Object, Arguments::Text] {
                     let style = CallStyle {
                         arguments,

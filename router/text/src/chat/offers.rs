@@ -3,6 +3,8 @@
 
 use serde_json::{Map, Value as Json, json};
 
+use crate::tools::Tool;
+
 /// Of one request or row.
 const MAX_TOOLS: usize = 512;
 const MAX_NAME_CHARS: usize = 128;
@@ -16,26 +18,14 @@ pub struct BadTool {
     pub problem: String,
 }
 
-/// A function that is offered.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Offer {
-    pub name: String,
-    pub description: Option<String>,
-    /// A JSON Schema of an object.
-    pub parameters: Option<Json>,
-    pub strict: bool,
-    /// `{"type": "function", "function": {...}}` as the template gets it: as it was written, but for `strict`, which is for
-    /// the server, and for what is null.
-    pub given: Json,
-}
-
 /// The functions of `tools`, or of the older `functions`.
-pub fn parse_tools(tools: Vec<Json>) -> Result<Vec<Offer>, BadTool> {
+/// `given` is what was written, but for `strict`, which is for the server, and for what is null.
+pub fn parse_tools(tools: Vec<Json>) -> Result<Vec<Tool>, BadTool> {
     if tools.len() > MAX_TOOLS {
         let problem = format!(" has {} tools, {MAX_TOOLS} are taken at most", tools.len());
         return Err(bad(String::new(), problem));
     }
-    let mut offers: Vec<Offer> = Vec::with_capacity(tools.len());
+    let mut offers: Vec<Tool> = Vec::with_capacity(tools.len());
     for (i, tool) in tools.into_iter().enumerate() {
         let offer =
             parse_tool(tool).map_err(|BadTool { place, problem }| bad(format!("[{i}]{place}"), problem))?;
@@ -55,7 +45,7 @@ fn bad(place: impl Into<String>, problem: impl Into<String>) -> BadTool {
     }
 }
 
-fn parse_tool(tool: Json) -> Result<Offer, BadTool> {
+fn parse_tool(tool: Json) -> Result<Tool, BadTool> {
     let Json::Object(mut tool) = tool else {
         return Err(bad("", " must be an object"));
     };
@@ -112,7 +102,7 @@ fn parse_tool(tool: Json) -> Result<Offer, BadTool> {
         Some(_) => return Err(bad(".function.parameters", " must be a JSON Schema of an object")),
     };
     tool.retain(|_, value| !value.is_null());
-    Ok(Offer {
+    Ok(Tool {
         name,
         description,
         parameters,

@@ -9,6 +9,8 @@ const CHATML: &str = include_str!("../fixture/chatml.jinja");
 const ZEPHYR: &str = include_str!("../fixture/zephyr.jinja");
 const THINKING: &str = include_str!("../fixture/thinking.jinja");
 const PARTS: &str = include_str!("../fixture/parts.jinja");
+const NINE: &str = include_str!("../fixture/nine.jinja");
+const PRINTS: &str = include_str!("../fixture/printed.jinja");
 const TOOLS: &str = include_str!("../fixture/tools.jinja");
 
 fn template(source: &str) -> ChatTemplate {
@@ -65,7 +67,9 @@ fn conversations_render_as_in_transformers() {
             "chatml" => CHATML,
             "llama2" => LLAMA2,
             "llama3" => LLAMA3,
+            "nine" => NINE,
             "parts" => PARTS,
+            "printed" => PRINTS,
             "thinking" => THINKING,
             "tools" => TOOLS,
             "zephyr" => ZEPHYR,

@@ -225,15 +225,16 @@ fn turns_are_found_in_linear_time_where_the_slow_way_finds_the_same() {
         (OPEN, false),
     ] {
         let tokenizer = fixture::byte_level(template);
-        let template = tokenizer.chat_template(&Kwargs::new()).unwrap();
+        let kwargs = &Kwargs::new();
+        let template = tokenizer.chat_template(kwargs).unwrap();
         let (mut found, mut both) = (0, 0);
         for _ in 0..300 {
             let messages = conversation(&mut random, strict);
-            let Ok(text) = template.render(&messages, Ending::Closed, &Kwargs::new()) else {
+            let Ok(text) = template.render(&messages, Ending::Closed, kwargs) else {
                 continue;
             };
-            let slow = turns_behind_all(&messages, template, &text);
-            let fast = turns_behind_a_stub(&messages, template, &text);
+            let slow = turns_behind_all(&messages, template, kwargs, &text);
+            let fast = turns_behind_a_stub(&messages, template, kwargs, &text);
             found += usize::from(slow.as_ref().is_ok_and(|turns| !turns.is_empty()));
             if let Some(fast) = fast {
                 both += usize::from(!fast.is_empty());
@@ -258,6 +259,7 @@ fn thousands_of_turns_are_no_trouble_and_where_they_would_be_it_is_said() {
         let tokenizer = fixture::byte_level(template);
         let row = Row::Chat {
             messages: conversation(4000),
+            tools: vec![],
         };
         tokenize(&row, &tokenizer, &options).map(|example| learned(&example, &tokenizer))
     };

@@ -7,6 +7,7 @@ use crate::error::TextError;
 
 pub(super) struct Templates {
     source: Option<String>,
+    tool_source: Option<String>,
     default: Result<ChatTemplate, TextError>,
     tool_use: Option<Result<ChatTemplate, TextError>>,
 }
@@ -20,15 +21,17 @@ impl Templates {
             let source = sources.remove(name)?;
             Some((ChatTemplate::new(&source, named_tokens.clone()), source))
         };
-        let tool_use = take("tool_use").map(|(template, _)| template);
+        let (tool_use, tool_source) = take("tool_use").unzip();
         match take("default") {
             Some((default, source)) => Templates {
                 source: Some(source),
+                tool_source,
                 default,
                 tool_use,
             },
             None => Templates {
                 source: None,
+                tool_source,
                 default: Err(match names.is_empty() {
                     true => TextError::NoChatTemplate,
                     false => TextError::NoDefaultTemplate(names.join(", ")),
@@ -40,6 +43,10 @@ impl Templates {
 
     pub fn source(&self) -> Option<&str> {
         self.source.as_deref()
+    }
+
+    pub fn tool_source(&self) -> Option<&str> {
+        self.tool_source.as_deref().or(self.source())
     }
 
     pub fn choose(&self, kwargs: &Kwargs) -> Result<&ChatTemplate, TextError> {
