@@ -1,6 +1,8 @@
 //! Why a request was not served, and the only place that chooses a status code. Every error a client sees, on any
 //! route and inside a stream, is made here. Not here: the checks that find the errors.
 
+use std::io::ErrorKind;
+
 use axum::Json;
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -157,18 +159,17 @@ impl ApiError {
             ..with(S::SERVICE_UNAVAILABLE, SERVER, None, None)
         };
 
+        let full = || Answer {
+            retry: AfterSeconds(5),
+            instead: Some(
+                "This server's disk is full; files, jobs and new models wait for room. Delete files or models, or make \
+                 room, and try again.",
+            ),
+            ..with(S::INSUFFICIENT_STORAGE, SERVER, None, Some("storage_full"))
+        };
         let away = |part| {
             let (code, instead) = match part {
-                Part::Room => {
-                    return Answer {
-                        retry: AfterSeconds(5),
-                        instead: Some(
-                            "This server's disk is full; files, jobs and new models wait for room. Delete files or models, or \
-                             make room, and try again.",
-                        ),
-                        ..with(S::INSUFFICIENT_STORAGE, SERVER, None, Some("storage_full"))
-                    };
-                }
+                Part::Room => return full(),
                 Part::Database => (
                     "database_unavailable",
                     "The database of this server does not answer now; files, jobs and new models wait for it. Try again.",
@@ -234,6 +235,11 @@ impl ApiError {
                     code: Some("hub_unavailable"),
                     ..stopping()
                 };
+            }
+            ApiError::Hub(HubError::Disk { error, .. })
+                if matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) =>
+            {
+                return full();
             }
             ApiError::Hub(HubError::Disk { .. } | HubError::Client(_)) => {
                 return failed(
