@@ -390,6 +390,9 @@ pub fn set_threads(device: Device, threads: Option<usize>) {
     if let Some(threads) = threads {
         pool::set_threads(threads);
     }
+    if device == Device::Cpu {
+        machine::keep_freed_memory();
+    }
     let ours = device == Device::Cpu && *machine::features() != machine::Features::default();
     tch::set_num_threads(if ours { 1 } else { pool::threads() as i32 });
 }

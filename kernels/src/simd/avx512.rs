@@ -231,7 +231,7 @@ pub(super) unsafe fn scaled(sum: __m512, before: __m512, scaling: &Scaling, row:
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
-fn as_bf16(bits: __m512i) -> __m512bh {
+pub(super) fn as_bf16(bits: __m512i) -> __m512bh {
     // SAFETY: both are 64 plain bytes; std::arch has no cast between them.
     unsafe { std::mem::transmute(bits) }
 }

@@ -12,6 +12,8 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod few;
 
 #[cfg(any(test, not(target_arch = "x86_64")))]
 use super::PANEL;

@@ -1,6 +1,7 @@
 //! A quantised matrix beside the micro-kernels: panels of codes (layout in `simd::codes`) and the scales of their groups.
 //! A product goes group by group: codes become levels in scratch, which every operand type holds, the rows are multiplied
-//! with them, and the sums are scaled as they are added up. No number is rounded on the way that is not rounded in a dense
+//! with them, and the sums are scaled as they are added up. For few rows of bfloat16 AVX-512 makes levels in registers, in
+//! the same order. No number is rounded on the way that is not rounded in a dense
 //! product, and few rows or many, the order of summation is the same.
 
 use std::ops::Range;
@@ -11,6 +12,8 @@ use tch::{Device, Kind, Tensor};
 use super::{Grid, Precision, Quantised};
 use crate::matmul::gemm::Left;
 use crate::pool::{self, Scratch};
+#[cfg(target_arch = "x86_64")]
+use crate::simd::codes::few::{self, FewRows};
 use crate::simd::codes::{self, LINE};
 use crate::simd::pack;
 use crate::simd::{self, Element, FEW_ROWS, PANEL, Product, Scaling, Sum};
@@ -161,6 +164,11 @@ impl Packed {
             // SAFETY: m rows of the columns, for which the caller vouches.
             unsafe { std::slice::from_raw_parts_mut(c.add(row * ldc), width) }.fill(0.0);
         }
+        #[cfg(target_arch = "x86_64")]
+        if T::PER_STEP == 2 && m <= few::most_rows() {
+            // SAFETY: the caller's contract; two values a step are bfloat16.
+            return unsafe { self.multiply_few(rows, columns) };
+        }
         let piece_values = if m <= FEW_ROWS { FEW_ROWS_PIECE } else { PIECE };
         let pass_columns = T::pass_columns(m);
         // A span is at most one piece; a piece at most as long as the other limit.
@@ -231,6 +239,57 @@ impl Packed {
                     unsafe { simd::product(&product) };
                 }
             }
+        }
+    }
+
+    /// [`Packed::multiply`] of few rows of bfloat16, added to c.
+    ///
+    /// # Safety
+    /// As there; at most [`few::most_rows`].
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn multiply_few<T: Plain>(&self, rows: &Rows<T>, columns: Range<usize>) {
+        let (a, wide_stride) = (rows.a.cast::<u16>(), few::wide_stride(self.k));
+        let mut wide = pool::scratch::<f32>(rows.m * wide_stride);
+        let of_panel = self.groups() * PANEL;
+        let mut scales = pool::scratch::<f32>(2 * of_panel);
+        let (scales, offsets) = scales.split_at_mut(of_panel);
+        let panel_bytes = codes::panel_bytes(self.grid, self.k);
+        // SAFETY: rows and columns are the caller's; codes and scales those of whole panels.
+        unsafe { few::widen_rows(a, rows.lda, rows.m, self.k, wide.as_mut_ptr()) };
+        for first in (0..columns.len()).step_by(PANEL) {
+            let panel = (columns.start + first) / PANEL;
+            self.scales.read(panel * self.groups(), scales);
+            if let Some(from) = &self.offsets {
+                from.read(panel * self.groups(), offsets);
+            }
+            let product = FewRows {
+                grid: self.grid,
+                m: rows.m,
+                a,
+                lda: rows.lda,
+                wide: wide.as_ptr(),
+                wide_stride,
+                codes: self.codes[panel * panel_bytes..][..panel_bytes].as_ptr(),
+                k: self.k,
+                group: self.group,
+                span: SPAN,
+                scaling: Scaling {
+                    group_steps: 0,
+                    scales: scales.as_ptr(),
+                    offsets: match self.has_offsets() {
+                        true => offsets.as_ptr(),
+                        false => std::ptr::null(),
+                    },
+                    panel_stride: 0,
+                    totals: rows.totals,
+                    totals_stride: rows.totals_stride,
+                },
+                c: rows.c.wrapping_add(first),
+                ldc: rows.ldc,
+                n: PANEL.min(columns.len() - first),
+            };
+            // SAFETY: as above.
+            unsafe { product.multiply() };
         }
     }
 
@@ -357,11 +416,11 @@ impl Scales {
         Scales::F32(to)
     }
 
-    /// The 32 numbers of a group.
+    /// The numbers of groups from `group` on, 32 each.
     fn read(&self, group: usize, to: &mut [f32]) {
         match self {
-            Scales::F32(from) => to.copy_from_slice(&from[group * PANEL..][..PANEL]),
-            Scales::F16(from) => simd::widen_f16(&from[group * PANEL..][..PANEL], to),
+            Scales::F32(from) => to.copy_from_slice(&from[group * PANEL..][..to.len()]),
+            Scales::F16(from) => simd::widen_f16(&from[group * PANEL..][..to.len()], to),
         }
     }
 

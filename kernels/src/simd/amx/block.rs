@@ -1,12 +1,13 @@
 //! One block of tiles of a pass: its assembly, and the way of its sums to c.
 
+#![allow(clippy::needless_range_loop)] // Registers are indexed by group.
+
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::mem::offset_of;
-use std::ops::Range;
 
 use super::{Aligned, GRAIN, PANEL, PIECE, PREFETCH_BYTES, TILE};
-use crate::simd::avx512::{lanes, scaled};
+use crate::simd::avx512::lanes;
 use crate::simd::{Product, Scaling, Sum};
 
 /// A last, shorter piece of K, padded; null where there is none.
@@ -176,17 +177,25 @@ impl Block {
                         ..counts
                     };
                     self.tiles(product, group * group_pieces, place(), counts);
+                    let scaling = scaling.of_group(group).of_panel(panel);
                     for ((rows, first), sums) in new.clone() {
-                        for row in rows {
-                            let from = sums.wrapping_add((row - first) * width);
-                            scale(
-                                product,
-                                &scaling,
-                                row,
-                                column..column + columns,
-                                from,
-                                group..group + waiting,
-                            );
+                        let part = Waiting {
+                            from: sums.wrapping_add((rows.start - first) * width),
+                            stride: width,
+                            to: c.wrapping_add(rows.start * ldc + column),
+                            ldc,
+                            columns,
+                            scaling: Scaling {
+                                totals: scaling.totals.wrapping_add(rows.start * scaling.totals_stride),
+                                ..scaling
+                            },
+                            rows: rows.len(),
+                        };
+                        match waiting {
+                            1 => part.scale::<1>(),
+                            2 => part.scale::<2>(),
+                            3 => part.scale::<3>(),
+                            _ => part.scale::<GROUPS>(),
                         }
                     }
                 }
@@ -229,10 +238,9 @@ impl Block {
             .panels
             .wrapping_add(self.panel * product.panel_stride + skipped * PIECE);
         let two_panels = product.n > (self.panel + 1) * PANEL;
-        // SAFETY: the caller's contract; the steps of a tail lie in buffers of whole pieces.
-        unsafe {
-            match (self.two_tiles, two_panels) {
-                (true, _) => tiles!(
+        macro_rules! two_by_two {
+            ([$($ask:tt)*], $($operands:tt)*) => {
+                tiles!(
                     counts,
                     load [
                         "tileloadd tmm0, [{c0} + {c_stride}]", "tileloadd tmm1, [{c0} + {c_stride} + 64]",
@@ -240,6 +248,7 @@ impl Block {
                     ],
                     zero ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"],
                     step [
+                        $($ask)*
                         "tileloadd tmm4, [{a0} + {a_stride}]",
                         "tileloadd tmm6, [{b} + {b_stride}]",
                         "tdpbf16ps tmm0, tmm4, tmm6",
@@ -266,7 +275,16 @@ impl Block {
                     c0 = inout(reg) tiles[0] => _,
                     c1 = inout(reg) tiles[1] => _,
                     c_stride = in(reg) 4 * stride,
-                ),
+                    $($operands)*
+                )
+            };
+        }
+        // SAFETY: the caller's contract; the steps of a tail lie in buffers of whole pieces.
+        unsafe {
+            match (self.two_tiles, two_panels) {
+                // The first rows find the panel in memory, those after them in a cache.
+                (true, _) if self.row == 0 => two_by_two!([ask_for!("b"),], ahead = const PREFETCH_BYTES,),
+                (true, _) => two_by_two!([],),
                 (_, true) => tiles!(
                     counts,
                     load [
@@ -371,31 +389,47 @@ unsafe fn give(from: *const f32, to: *mut f32, n: usize, add: bool) {
     }
 }
 
-/// A row's sums over some groups, scaled and added to its columns of c. They lie [`SUMS`] apart.
-///
-/// # Safety
-/// AVX-512; the columns are readable and writable, and the scaling is readable for them and the groups.
-#[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn scale(
-    product: &Product<u16>,
-    scaling: &Scaling,
-    row: usize,
-    columns: Range<usize>,
+/// Sums over groups, [`SUMS`] apart, and where they are added to, scaled.
+struct Waiting {
     from: *const f32,
-    groups: Range<usize>,
-) {
-    let to = product.c.wrapping_add(row * product.ldc + columns.start);
-    for z in 0..columns.len().div_ceil(16) {
-        // SAFETY: masked-off columns are neither read nor written; a panel has 32 scales of each group.
-        unsafe {
-            let (to, lanes) = (to.wrapping_add(16 * z), lanes(columns.len(), z));
-            let mut value = _mm512_maskz_loadu_ps(lanes, to);
-            for (i, group) in groups.clone().enumerate() {
-                let sum = _mm512_loadu_ps(from.add(i * SUMS + 16 * z));
-                value = scaled(sum, value, &scaling.of_group(group), row, columns.start / 16 + z);
+    stride: usize,
+    rows: usize,
+    to: *mut f32,
+    ldc: usize,
+    columns: usize,
+    /// Of the first group and row.
+    scaling: Scaling,
+}
+
+impl Waiting {
+    /// # Safety
+    /// AVX-512; the columns are readable and writable, and the scaling is readable for them and N groups.
+    #[target_feature(enable = "avx512f")]
+    unsafe fn scale<const N: usize>(&self) {
+        let Waiting { scaling, .. } = *self;
+        for z in 0..self.columns.div_ceil(16) {
+            let lanes = lanes(self.columns, z);
+            // SAFETY: masked-off columns are neither read nor written; a panel has 32 scales of each group.
+            unsafe {
+                let at = z / 2 * scaling.panel_stride + z % 2 * 16;
+                let scales: [__m512; N] =
+                    std::array::from_fn(|group| _mm512_loadu_ps(scaling.scales.add(at + group * PANEL)));
+                for row in 0..self.rows {
+                    let from = self.from.wrapping_add(row * self.stride + 16 * z);
+                    let to = self.to.wrapping_add(row * self.ldc + 16 * z);
+                    let mut value = _mm512_maskz_loadu_ps(lanes, to);
+                    for group in 0..N {
+                        let sum = _mm512_loadu_ps(from.wrapping_add(group * SUMS));
+                        value = _mm512_fmadd_ps(sum, scales[group], value);
+                        if !scaling.offsets.is_null() {
+                            let offsets = _mm512_loadu_ps(scaling.offsets.add(at + group * PANEL));
+                            let total = *scaling.totals.add(row * scaling.totals_stride + group);
+                            value = _mm512_fmadd_ps(_mm512_set1_ps(total), offsets, value);
+                        }
+                    }
+                    _mm512_mask_storeu_ps(to, lanes, value);
+                }
             }
-            _mm512_mask_storeu_ps(to, lanes, value);
         }
     }
 }
