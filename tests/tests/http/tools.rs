@@ -26,7 +26,7 @@ fn nap() -> Value {
 
 fn body(server: &Server, extra: Value) -> Value {
     let messages = json!([{"role": "user", "content": "Paint!"}]);
-    let mut body = json!({"model": server.model(), "messages": messages, "max_tokens": 120, "temperature": 1, "seed": 3,
+    let mut body = json!({"model": server.model(), "messages": messages, "max_tokens": 260, "temperature": 1, "seed": 3,
         "tools": [paint(), nap()]});
     body.as_object_mut()
         .unwrap()
