@@ -15,7 +15,7 @@ use tandem_core::settings::Settings;
 use tandem_text::chat::Message;
 pub use tandem_text::tools::{CallDelta, Delta, Tool};
 
-pub use tandem_store::{MetadataFilter, Order, Part};
+pub use tandem_store::{MetadataFilter, Order, Part, Tenant};
 
 /// A model name as clients see it.
 #[derive(Clone, Debug, PartialEq)]
@@ -55,13 +55,39 @@ pub enum LoadMode {
     Replace,
 }
 
-/// Who asks: clients are told apart when places are few, and by nothing else.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+/// Who asks: whose things it sees and changes, to whom belongs what it makes, and which clients are told apart when
+/// places are few.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Client {
+    pub tenant: Tenant,
+    pub reach: Reach,
     /// A digest of the API key; 0 without one.
     pub key: u64,
     /// Each has its part of its key's share.
     pub connection: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reach {
+    /// What its tenant has.
+    #[default]
+    Own,
+    /// What any tenant has.
+    All,
+}
+
+impl Client {
+    pub fn sees(&self, tenant: &str) -> bool {
+        self.reach == Reach::All || self.tenant.as_str() == tenant
+    }
+
+    /// Whose rows a list has; `None`: everybody's.
+    pub(crate) fn only(&self) -> Option<&Tenant> {
+        match self.reach {
+            Reach::Own => Some(&self.tenant),
+            Reach::All => None,
+        }
+    }
 }
 
 /// One generation request: one prompt, `n` choices.

@@ -93,7 +93,7 @@ impl Drop for Leaving {
 #[derive(Clone, Copy)]
 pub(crate) struct Wish<'a> {
     pub model: &'a str,
-    pub client: Client,
+    pub client: &'a Client,
     pub n: u32,
     /// Sequences of the same request that came in before.
     pub earlier: u32,
@@ -178,7 +178,7 @@ impl Drop for Parked<'_> {
     fn drop(&mut self) {
         let Lease { client, catalog, .. } = self.lease;
         catalog.parked().remove(&self.number);
-        catalog.join(*client, self.lease.n());
+        catalog.join(client, self.lease.n());
     }
 }
 
@@ -189,7 +189,7 @@ impl Lease {
 
     pub fn park(&self) -> Parked<'_> {
         let catalog = &self.catalog;
-        catalog.leave(self.client, self.n());
+        catalog.leave(&self.client, self.n());
         let number = catalog.parkings.fetch_add(1, Ordering::Relaxed);
         let (tell, full) = oneshot::channel();
         let mut parked = catalog.parked();
@@ -218,7 +218,7 @@ impl Drop for Lease {
         for id in self.ids() {
             self.catalog.live.remove(&id);
         }
-        self.catalog.leave(self.client, self.n());
+        self.catalog.leave(&self.client, self.n());
         if self
             .adapter
             .is_some_and(|digest| self.catalog.unnamed().retired.contains(&digest))
@@ -267,10 +267,10 @@ impl Catalog {
         }
     }
 
-    /// The base first, by each of its names, then adapters from the oldest on.
-    pub fn cards(&self) -> Vec<ModelCard> {
+    /// The base first, by each of its names, then the client's adapters from the oldest on.
+    pub fn cards(&self, client: &Client) -> Vec<ModelCard> {
         let names = self.read();
-        let mut rows: Vec<&NameRow> = names.values().collect();
+        let mut rows: Vec<&NameRow> = names.values().filter(|row| is_seen(row, client)).collect();
         rows.sort_by_key(|row| row.created_at);
         let others = self.other_names.iter().map(|name| self.base_card(name));
         [self.base.clone()]
@@ -280,10 +280,13 @@ impl Catalog {
             .collect()
     }
 
-    pub fn find(&self, name: &str) -> Option<ModelCard> {
+    pub fn find(&self, client: &Client, name: &str) -> Option<ModelCard> {
         match self.is_base(name) {
             true => Some(self.base_card(name)),
-            false => self.row(name).map(|row| self.card(&row)),
+            false => {
+                let row = self.row(name).filter(|row| is_seen(row, client));
+                row.map(|row| self.card(&row))
+            }
         }
     }
 
@@ -325,8 +328,8 @@ impl Catalog {
         let adapter = match self.is_base(model) {
             true => None,
             false => match lookup(&names, model) {
-                Some(row) => Some(row.digest),
-                None => return Err(RouterError::UnknownModel(model.to_owned())),
+                Some(row) if is_seen(row, client) => Some(row.digest),
+                _ => return Err(RouterError::UnknownModel(model.to_owned())),
             },
         };
         let crowd = self.join(client, n);
@@ -349,14 +352,15 @@ impl Catalog {
         }
         Ok(Lease {
             adapter,
-            client,
+            client: client.clone(),
             ids,
             catalog: self.clone(),
         })
     }
 
     /// Who is there once these sequences are.
-    fn join(&self, Client { key, connection }: Client, n: u32) -> Crowd {
+    fn join(&self, client: &Client, n: u32) -> Crowd {
+        let &Client { key, connection, .. } = client;
         let all = self.admitted.fetch_add(n, Ordering::AcqRel) + n;
         let mut clients = self.clients();
         let connections = clients.entry(key).or_default();
@@ -375,7 +379,8 @@ impl Catalog {
         }
     }
 
-    fn leave(&self, Client { key, connection }: Client, n: u32) {
+    fn leave(&self, client: &Client, n: u32) {
+        let &Client { key, connection, .. } = client;
         self.admitted.fetch_sub(n, Ordering::AcqRel);
         let mut clients = self.clients();
         let connections = clients.get_mut(&key).expect("its sequences are counted");
@@ -483,6 +488,7 @@ impl Catalog {
             rank,
             source,
             created_at,
+            tenant: _,
         } = row.clone();
         let source = match source {
             Source::Loaded | Source::Flag => AdapterSource::Loaded,
@@ -526,6 +532,11 @@ impl Catalog {
 /// Name of the checkpoint of a job whose model is, or will be, `model`.
 pub(crate) fn checkpoint_name(model: &str, step: u64) -> String {
     format!("{model}:ckpt-step-{step}")
+}
+
+/// What the command line names is served to everybody, as the base is.
+fn is_seen(row: &NameRow, client: &Client) -> bool {
+    row.source == Source::Flag || client.sees(&row.tenant)
 }
 
 fn is_named(names: &BTreeMap<String, NameRow>, digest: AdapterDigest) -> bool {

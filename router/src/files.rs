@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::BufReader;
 use std::path::PathBuf;
 
-use tandem_store::FileRow;
+use tandem_store::{FileRow, NewFile, Tenant};
 use tandem_text::dataset;
 
 use crate::Router;
@@ -22,10 +22,9 @@ impl Router {
         self.0.store.staging()
     }
 
-    /// Takes the staged file over: published, or removed on an error.
-    pub async fn create_file(&self, upload: Upload) -> Result<FileInfo, RouterError> {
+    pub(crate) async fn create_file(&self, upload: Upload, tenant: &Tenant) -> Result<FileInfo, RouterError> {
         let staged = upload.staged.clone();
-        let created = self.take_upload(upload).await;
+        let created = self.take_upload(upload, tenant).await;
         if created.is_err() {
             // That it is gone already is fine.
             let _ = tokio::fs::remove_file(&staged).await;
@@ -33,7 +32,7 @@ impl Router {
         created
     }
 
-    async fn take_upload(&self, upload: Upload) -> Result<FileInfo, RouterError> {
+    async fn take_upload(&self, upload: Upload, tenant: &Tenant) -> Result<FileInfo, RouterError> {
         let Upload {
             staged,
             bytes,
@@ -58,38 +57,37 @@ impl Router {
         if purpose == FINE_TUNE {
             check_training_file(staged.clone()).await?;
         }
-        let row = self
-            .0
-            .store
-            .add_file(&staged, &filename, &purpose, expires_after_seconds)
-            .await?;
+        let file = NewFile {
+            filename: &filename,
+            purpose: &purpose,
+            expires_after_s: expires_after_seconds,
+            tenant,
+        };
+        let row = self.0.store.add_file(&staged, file).await?;
         tracing::info!(file = %row.id, bytes, purpose, "file stored");
         Ok(info(row))
     }
 
-    pub async fn files(
+    pub(crate) async fn files(
         &self,
+        tenant: Option<&Tenant>,
         purpose: Option<&str>,
         after: Option<&str>,
         limit: u32,
         order: Order,
     ) -> Result<Page<FileInfo>, RouterError> {
-        if let Some(id) = after {
-            self.file(id).await?;
-        }
-        let rows = self.0.store.files(purpose, after, limit, order).await?;
+        let rows = self.0.store.files(tenant, purpose, after, limit, order).await?;
         Ok(Page {
             data: rows.rows.into_iter().map(info).collect(),
             has_more: rows.has_more,
         })
     }
 
-    pub async fn file(&self, id: &str) -> Result<FileInfo, RouterError> {
+    pub(crate) async fn file(&self, id: &str) -> Result<FileInfo, RouterError> {
         Ok(info(self.file_row(id).await?))
     }
 
-    /// Jobs whose training has begun keep their tokens; one that still validates this file fails.
-    pub async fn delete_file(&self, id: &str) -> Result<(), RouterError> {
+    pub(crate) async fn delete_file(&self, id: &str) -> Result<(), RouterError> {
         self.file_row(id).await?;
         match self.0.store.delete_file(id).await? {
             true => Ok(()),
@@ -97,7 +95,7 @@ impl Router {
         }
     }
 
-    pub async fn file_content(&self, id: &str) -> Result<(FileInfo, PathBuf), RouterError> {
+    pub(crate) async fn file_content(&self, id: &str) -> Result<(FileInfo, PathBuf), RouterError> {
         let row = self.file_row(id).await?;
         let path = self.0.store.file_path(&row).await?;
         Ok((info(row), path))
@@ -160,6 +158,7 @@ fn info(row: FileRow) -> FileInfo {
         expires_at,
         filename,
         purpose,
+        tenant: _,
     } = row;
     FileInfo {
         id,

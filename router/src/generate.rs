@@ -87,7 +87,7 @@ impl Router {
         let fleet = &self.0.fleet;
         let wish = Wish {
             model: &model,
-            client,
+            client: &client,
             n,
             earlier,
             slots: fleet.slots(),

@@ -16,6 +16,7 @@ mod tasks;
 #[cfg(test)]
 mod tests;
 mod texts;
+mod view;
 mod watch;
 
 use std::path::PathBuf;
@@ -37,6 +38,7 @@ pub use defaults::Defaults;
 pub use fleet::Fleet;
 pub use jobs::hyper;
 pub use texts::MAX_TEXT_BYTES;
+pub use view::View;
 
 use answer::Formats;
 use api::RouterError;

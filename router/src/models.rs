@@ -10,7 +10,7 @@ use tandem_core::replica::{AdapterInfo, Command};
 use tandem_store::{NameRow, NewName, Placement, Source, StoreError};
 use tokio::sync::oneshot;
 
-use crate::api::{LoadMode, ModelCard, RouterError};
+use crate::api::{Client, LoadMode, ModelCard, RouterError};
 use crate::catalog::Hold;
 use crate::fleet::Ask;
 use crate::{Router, Shared};
@@ -22,21 +22,7 @@ const SMALL_ADAPTER_BYTES: u64 = 256 << 20;
 const EXPIRY_PERIOD: Duration = Duration::from_secs(60);
 
 impl Router {
-    /// The base first, then adapters from the oldest on.
-    pub fn models(&self) -> Vec<ModelCard> {
-        self.0.catalog.cards()
-    }
-
-    pub fn model(&self, name: &str) -> Result<ModelCard, RouterError> {
-        self.0
-            .catalog
-            .find(name)
-            .ok_or_else(|| RouterError::UnknownModel(name.to_owned()))
-    }
-
-    /// The name goes now, and with a job's model the names of its checkpoints; what they named goes when no other name
-    /// and no running request needs it.
-    pub async fn delete_model(&self, name: &str) -> Result<(), RouterError> {
+    pub(crate) async fn delete_model(&self, name: &str) -> Result<(), RouterError> {
         if self.0.catalog.is_base(name) {
             return Err(RouterError::Conflict(format!(
                 "The base model `{name}` cannot be deleted."
@@ -52,8 +38,7 @@ impl Router {
         self.remove(row).await
     }
 
-    /// As [`Router::delete_model`] for what a job made. The job itself stays on record.
-    pub async fn delete_models_of(&self, job: &str) -> Result<(), RouterError> {
+    pub(crate) async fn delete_models_of(&self, job: &str) -> Result<(), RouterError> {
         if !self.job(job).await?.status.ended() {
             let message = format!("The job `{job}` has not ended; cancel it first.");
             return Err(RouterError::Conflict(message));
@@ -63,26 +48,11 @@ impl Router {
         self.remove_names(self.0.catalog.names_of_job(job)).await
     }
 
-    /// Serve the PEFT folder `folder` as `name`. Requests that run keep the version they began with.
-    pub async fn load_adapter(
-        &self,
-        name: &str,
-        folder: &Path,
-        mode: LoadMode,
-    ) -> Result<ModelCard, RouterError> {
-        self.load(name, folder, mode, Source::Loaded).await
-    }
-
-    /// As [`Router::delete_model`], with the error of the adapter routes.
-    pub async fn unload_adapter(&self, name: &str) -> Result<(), RouterError> {
+    pub(crate) async fn unload_adapter(&self, name: &str) -> Result<(), RouterError> {
         let _one_at_a_time = self.0.changes.lock().await;
         self.reread_names().await?;
         let Some(row) = self.0.catalog.row(name) else {
-            let message = format!("The lora adapter '{name}' cannot be found.");
-            return Err(RouterError::Adapter {
-                not_found: true,
-                message,
-            });
+            return Err(unknown_adapter(name));
         };
         self.remove(row).await
     }
@@ -90,7 +60,9 @@ impl Router {
     /// Names of flags of an earlier start go, those of this one come.
     pub(crate) async fn restore_flags(&self) -> Result<(), RouterError> {
         for (name, folder) in &self.0.config.lora_modules {
-            self.load(name, folder, LoadMode::Replace, Source::Flag).await?;
+            // A name that a tenant has is not taken away from it.
+            self.load(name, folder, LoadMode::Replace, Source::Flag, &Client::default())
+                .await?;
         }
         if self.0.store.is_shared() {
             // Another router's flags may differ, and it may be serving by them.
@@ -105,16 +77,17 @@ impl Router {
         Ok(())
     }
 
-    async fn load(
+    pub(crate) async fn load(
         &self,
         name: &str,
         folder: &Path,
         mode: LoadMode,
         source: Source,
+        client: &Client,
     ) -> Result<ModelCard, RouterError> {
         self.check_name(name)?;
         self.refresh_names().await?;
-        self.replaceable(name, mode)?;
+        self.replaceable(name, mode, client)?;
         let hold = self.publish(folder).await?;
         let digest = hold.digest;
         // As long as it takes until an adapter's slot is free: nobody else waits for it.
@@ -135,29 +108,43 @@ impl Router {
         };
         let _one_at_a_time = self.0.changes.lock().await;
         loop {
-            let current = self.replaceable(name, mode)?;
+            let current = self.replaceable(name, mode, client)?;
+            // Who replaces another's name by its reach leaves it to its owner.
+            let tenant = current
+                .as_ref()
+                .map_or(client.tenant.as_str(), |row| &row.tenant)
+                .to_owned();
             let written = self
                 .0
                 .store
-                .swap_name(&new, current.map(|row| row.digest))
+                .swap_name(&new, &tenant, current.map(|row| row.digest))
                 .await?;
             if let Some(row) = written {
                 tracing::info!(model = name, adapter = %digest.short(), rank = row.rank, "adapter loaded");
                 self.0.catalog.insert(row);
-                return self.model(name);
+                return self.of(client).model(name);
             }
             // Another router moved the name, or memory missed a write that was reported as failed.
             self.take_names().await?;
-            if self.0.catalog.row(name).is_some_and(|row| row.digest == digest) {
-                return self.model(name);
+            let is_there = |row: NameRow| row.digest == digest && client.sees(&row.tenant);
+            if self.0.catalog.row(name).is_some_and(is_there) {
+                return self.of(client).model(name);
             }
         }
     }
 
     /// What `name` points to now, if it may be replaced.
-    fn replaceable(&self, name: &str, mode: LoadMode) -> Result<Option<NameRow>, RouterError> {
+    fn replaceable(
+        &self,
+        name: &str,
+        mode: LoadMode,
+        client: &Client,
+    ) -> Result<Option<NameRow>, RouterError> {
         let current = self.0.catalog.row(name).filter(|row| row.name == name);
         match (mode, &current) {
+            (_, Some(row)) if !client.sees(&row.tenant) => Err(RouterError::Conflict(format!(
+                "The name '{name}' is taken: choose another."
+            ))),
             (LoadMode::New, Some(_)) => Err(RouterError::Conflict(format!(
                 "The lora adapter '{name}' has already been loaded. To replace it, set 'load_inplace' to true."
             ))),
@@ -303,6 +290,13 @@ impl Router {
             }
         }
         Ok(())
+    }
+}
+
+pub(crate) fn unknown_adapter(name: &str) -> RouterError {
+    RouterError::Adapter {
+        not_found: true,
+        message: format!("The lora adapter '{name}' cannot be found."),
     }
 }
 

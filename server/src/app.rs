@@ -12,20 +12,23 @@ use axum::routing::get;
 use tandem_openapi::error::ErrorResponse;
 use tandem_router::Router;
 use tower_http::catch_panic::CatchPanicLayer;
+use utoipa::openapi::extensions::ExtensionsBuilder;
 use utoipa::openapi::path::PathItem;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::{Modify, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use crate::access::{self, Gate};
+use crate::audit::Audit;
 use crate::convert::fine_tuning;
 use crate::convert::sampling::Limits;
 use crate::fields::Strays;
 use crate::http;
-use crate::keys::{self, ApiKeys};
+use crate::keys::Ring;
 use crate::layers;
 use crate::metrics::Metrics;
-use crate::origins::{self, Guard, Origins};
+use crate::origins::{Guard, Origins};
 use crate::roots::LoraRoots;
 use crate::unread;
 
@@ -97,7 +100,9 @@ impl Modify for Key {
     fn modify(&self, document: &mut utoipa::openapi::OpenApi) {
         let bearer = HttpBuilder::new()
             .scheme(HttpAuthScheme::Bearer)
-            .description(Some("--api-key"))
+            .description(Some(
+                "One of --api-key, or of `tandem keys`; x-least-role says what its role must be",
+            ))
             .build();
         let components = document.components.get_or_insert_default();
         components.add_security_scheme("key", SecurityScheme::Http(bearer));
@@ -145,9 +150,7 @@ pub fn document() -> String {
         .insert("TrainingSettings".to_owned(), fine_tuning::schema());
     // axum's wildcard is a plain parameter to everybody else, and an operation's id must be unique.
     let paths = std::mem::take(&mut document.paths.paths).into_iter();
-    document.paths.paths = paths
-        .map(|(path, item)| named(path.replace("{*", "{"), item))
-        .collect();
+    document.paths.paths = paths.map(|(path, item)| named(path, item)).collect();
     document
         .to_pretty_json()
         .expect("the document has string keys only")
@@ -166,25 +169,30 @@ fn named(path: String, mut item: PathItem) -> (String, PathItem) {
     ] {
         if let Some(operation) = operation {
             operation.operation_id = Some(format!("{method}_{name}"));
+            let least = access::least(method, &path);
+            let extension = ExtensionsBuilder::new().add("x-least-role", least.name()).build();
+            operation.extensions = Some(extension);
         }
     }
-    (path, item)
+    (path.replace("{*", "{"), item)
 }
 
 /// Who may use the server.
 pub struct Access {
-    pub keys: Option<ApiKeys>,
+    pub ring: Ring,
     pub origins: Origins,
     /// It listens on a loopback address.
     pub is_local: bool,
+    pub audit: Audit,
 }
 
 /// `body_patience`: for the next piece of a request's body.
 pub fn routes(app: App, access: Access, body_patience: Duration) -> Routes {
     let Access {
-        keys,
+        ring,
         origins,
         is_local,
+        audit,
     } = access;
     let cors = origins.cors();
     let (routes, _) = documented().split_for_parts();
@@ -199,11 +207,13 @@ pub fn routes(app: App, access: Access, body_patience: Duration) -> Routes {
         // Each extractor has its own limit, named in extract.rs.
         .layer(DefaultBodyLimit::disable())
         .with_state(app);
-    let routes = match keys {
-        Some(keys) => routes.layer(from_fn_with_state(keys, keys::auth)),
-        None => routes.layer(from_fn_with_state(Guard { origins, is_local }, origins::guard)),
+    let gate = Gate {
+        ring,
+        guard: Guard { origins, is_local },
+        audit,
     };
     routes
+        .layer(from_fn_with_state(gate, access::gate))
         .layer(cors)
         .layer(CatchPanicLayer::custom(layers::panicked))
         .layer(from_fn_with_state(body_patience, unread::drain))

@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use tandem_backend::ModelLen;
 use tandem_text::reasoning::ReasoningFormat;
 use tandem_text::tools::ToolFormat;
+use tandem_store::{Role, Tenant};
 
 use crate::extract::{FILE_LIMIT_BYTES, JSON_LIMIT_BYTES};
 use crate::values::{
@@ -51,6 +52,8 @@ pub enum Command {
     Backup(Backup),
     /// Make a data folder of such a copy
     Restore(Restore),
+    /// Make, list, revoke and rotate API keys
+    Keys(KeyOptions),
     /// Say what this machine offers and what is missing
     Doctor,
     /// Ask a running server, router or backend how it is; the exit code answers
@@ -224,12 +227,16 @@ pub struct EdgeOptions {
     #[arg(long, default_value_t = 8000)]
     pub port: u16,
     /// Every route but /health, /ready and the two pages then wants one of them, as a bearer token or x-api-key; repeat
-    /// it, or separate by commas. Clients are told apart by their keys when places are few
+    /// it, or separate by commas. These open everything; `tandem keys` makes others, with roles and tenants
     #[arg(long, value_name = "KEY", value_delimiter = ',', hide_env_values = true)]
     pub api_key: Vec<String>,
     /// Keys as of --api-key, one a line, from a file such as a secret of Compose or Kubernetes. /dev/null: none
     #[arg(long, value_name = "FILE")]
     pub api_key_file: Option<PathBuf>,
+    /// A file to which a line of JSON is appended for everything that changes something: who, what, and what came of it.
+    /// The log has the same lines (target audit)
+    #[arg(long, value_name = "FILE")]
+    pub audit_log: Option<PathBuf>,
     /// Where a container's port is published, which --host does not say. Beyond 127.0.0.1 other machines come in: then
     /// keys are wanted
     #[arg(long, value_name = "ADDRESS:PORT")]
@@ -360,6 +367,70 @@ pub struct Restore {
         default_value = "./tandem-data"
     )]
     pub data_dir: PathBuf,
+}
+
+/// A running server takes changes within seconds, and once there was a key nobody comes in without one. Of a key only its
+/// SHA-256 is kept.
+#[derive(Clone, Debug, Args)]
+pub struct KeyOptions {
+    #[command(subcommand)]
+    pub command: KeyCommand,
+}
+
+#[derive(Clone, Debug, Subcommand)]
+pub enum KeyCommand {
+    /// Make a key and print it, this once
+    Create {
+        /// Whose files, jobs and models it sees: letters, digits, -, _ and .
+        #[arg(long, default_value = Tenant::DEFAULT)]
+        tenant: Tenant,
+        /// infer (ask models), train (files, jobs and models, too) or admin (everything, of every tenant)
+        #[arg(long)]
+        role: Role,
+        /// For people
+        #[arg(long, default_value = "")]
+        name: String,
+        /// Days until it opens nothing any more [default: never]
+        #[arg(long, value_name = "DAYS", value_parser = count(1..=36_500))]
+        expires_days: Option<u32>,
+        #[command(flatten)]
+        place: KeyPlace,
+    },
+    /// Id, state, role, tenant, name, and when each was made and ends, by tabs
+    List {
+        #[command(flatten)]
+        place: KeyPlace,
+    },
+    /// A key opens nothing any more
+    Revoke {
+        id: String,
+        #[command(flatten)]
+        place: KeyPlace,
+    },
+    /// Make another key with the same tenant, role and name in place of one
+    Rotate {
+        id: String,
+        /// For which the old one goes on
+        #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+        overlap_seconds: u64,
+        #[command(flatten)]
+        place: KeyPlace,
+    },
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct KeyPlace {
+    /// That of the server
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "TANDEM_DATA_DIR",
+        default_value = "./tandem-data"
+    )]
+    pub data_dir: PathBuf,
+    /// That of the servers
+    #[arg(long, value_name = "URL", env = "TANDEM_DATABASE_URL", hide_env_values = true)]
+    pub database_url: Option<String>,
 }
 
 /// The process.

@@ -430,7 +430,7 @@ fn sort(
 
 fn chosen(id: &str, long: &str, source: Source, texts: &[String]) -> Chosen {
     let value = match id {
-        "api_key" | "database_url" => "(hidden)".to_owned(),
+        "api_key" | "backend_token" | "database_url" => "(hidden)".to_owned(),
         _ => texts.join(" "),
     };
     Chosen {

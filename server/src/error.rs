@@ -9,6 +9,7 @@ use axum::response::{IntoResponse, Response};
 use tandem_core::message::Fault;
 use tandem_openapi::error::{ErrorObject, ErrorResponse};
 use tandem_router::api::{Part, RouterError};
+use tandem_store::Role;
 use tracing::error;
 
 use crate::hub::HubError;
@@ -57,6 +58,10 @@ pub enum ApiError {
     NoKey,
     #[error("Incorrect API key provided.")]
     WrongKey,
+    #[error(
+        "You have insufficient permissions for this operation: this key's role is {role}, {wanted} is needed."
+    )]
+    Forbidden { role: Role, wanted: Role },
     #[error(
         "A page of {0} may not use this server, which has no API key. If it should: --allowed-origins '[\"{0}\"]', or \
          --api-key"
@@ -214,6 +219,9 @@ impl ApiError {
                     None,
                     Some("invalid_api_key"),
                 );
+            }
+            ApiError::Forbidden { .. } => {
+                return with(S::FORBIDDEN, INVALID, None, Some("insufficient_permissions"));
             }
             ApiError::ForeignPage(_) | ApiError::UnknownHost(_) => {
                 return with(S::FORBIDDEN, INVALID, None, Some("origin_not_allowed"));

@@ -1,21 +1,26 @@
-//! API keys: what may be one, and whether a request shows one that fits. Not here: where keys are read from.
+//! Who asks: the keys that open this server, and whether a request shows one of them. Keys come from the command line (of
+//! the default tenant, with every right) and from the database (`tandem keys`), which is looked at again and again, so that
+//! a key that is made or revoked counts within [`PERIOD`]. Not here: what a key opens (access), where options are read from.
 
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::hash::{BuildHasher, RandomState};
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, PoisonError, RwLock};
+use std::time::Duration;
 
-use axum::extract::{FromRequestParts, Request, State};
+use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, header};
-use axum::middleware::Next;
-use axum::response::{IntoResponse, Response};
-use tandem_router::api::Client;
+use tandem_core::id::Digest;
+use tandem_router::View;
+use tandem_router::api::{Client, Reach};
+use tandem_store::{KeyRow, Keys, Role, StoreError, Tenant, key_hash};
 
+use crate::app::{App, now};
 use crate::connection::ConnectionId;
-use crate::error::ApiError;
 
-/// Asked by supervisors, which hold no key, and pages that ask for one before they ask the server for anything.
-const KEYLESS_PATHS: [&str; 4] = ["/health", "/ready", "/", "/docs"];
+/// How long a change of the database's keys may stay unseen. While the database is away, the keys of before count.
+pub const PERIOD: Duration = Duration::from_secs(2);
 
 /// Why a text cannot be a key. It never shows the text.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -28,27 +33,125 @@ pub enum BadKey {
     Control,
 }
 
-/// The keys that open every route.
-#[derive(Clone)]
-pub struct ApiKeys(Arc<[String]>);
+/// What a key is known by, and what it may do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Grant {
+    pub id: String,
+    pub name: String,
+    pub tenant: Tenant,
+    pub role: Role,
+    expires_at: Option<i64>,
+}
 
-impl ApiKeys {
-    /// Space around a key goes, and the newline with which files and secrets end. No keys at all: every route is open.
-    pub fn new<'a>(keys: impl IntoIterator<Item = &'a str>) -> Result<Option<ApiKeys>, BadKey> {
-        let keys = keys.into_iter().map(|key| match key.trim() {
-            "" => Err(BadKey::Empty),
-            key if key.chars().any(char::is_control) => Err(BadKey::Control),
-            key => Ok(key.to_owned()),
-        });
-        let keys: Arc<[String]> = keys.collect::<Result<_, _>>()?;
-        Ok((!keys.is_empty()).then_some(ApiKeys(keys)))
+/// The keys that open something. Keys are looked up by their SHA-256, so that how long it takes says nothing of a key.
+#[derive(Clone)]
+pub struct Ring(Arc<Inner>);
+
+struct Inner {
+    given: HashMap<Digest, Grant>,
+    stored: RwLock<Stored>,
+}
+
+#[derive(Default)]
+struct Stored {
+    /// There are rows, though perhaps none that opens: a server whose last key was revoked is not open to all.
+    any: bool,
+    grants: HashMap<Digest, Grant>,
+}
+
+impl Ring {
+    /// Space around a key goes, and the newline with which files and secrets end.
+    pub fn new<'a>(keys: impl IntoIterator<Item = &'a str>) -> Result<Ring, BadKey> {
+        let mut given = HashMap::new();
+        for (i, key) in keys.into_iter().enumerate() {
+            let key = match key.trim() {
+                "" => return Err(BadKey::Empty),
+                key if key.chars().any(char::is_control) => return Err(BadKey::Control),
+                key => key,
+            };
+            let grant = Grant {
+                id: format!("given-{}", i + 1),
+                name: "--api-key".to_owned(),
+                tenant: Tenant::default(),
+                role: Role::Admin,
+                expires_at: None,
+            };
+            given.insert(key_hash(key.as_bytes()), grant);
+        }
+        Ok(Ring(Arc::new(Inner {
+            given,
+            stored: RwLock::default(),
+        })))
     }
 
-    /// Looks at all of them, whichever fits.
-    fn fit(&self, given: &[u8]) -> bool {
-        self.0
-            .iter()
-            .fold(false, |fits, key| fits | same(given, key.as_bytes()))
+    /// Whether a request must show a key. Without one, whoever comes is the default tenant and may do everything.
+    pub fn is_wanted(&self) -> bool {
+        !self.0.given.is_empty() || self.stored().any
+    }
+
+    pub fn find(&self, key: &[u8]) -> Option<Grant> {
+        let hash = key_hash(key);
+        let stored = self.stored();
+        let grant = self.0.given.get(&hash).or_else(|| stored.grants.get(&hash))?;
+        let ended = grant.expires_at.is_some_and(|end| end <= now());
+        (!ended).then(|| grant.clone())
+    }
+
+    fn stored(&self) -> std::sync::RwLockReadGuard<'_, Stored> {
+        self.0.stored.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The database's keys as they are now.
+    pub async fn take(&self, keys: &Keys) -> Result<(), StoreError> {
+        let rows = keys.list().await?;
+        let any = !rows.is_empty();
+        let grant = |row: KeyRow| {
+            let KeyRow {
+                id,
+                hash,
+                name,
+                tenant,
+                role,
+                created_at: _,
+                expires_at,
+                revoked_at: _,
+            } = row;
+            let grant = Grant {
+                id,
+                name,
+                tenant,
+                role,
+                expires_at,
+            };
+            (hash, grant)
+        };
+        let opening = rows.into_iter().filter(|row| row.revoked_at.is_none());
+        let grants = opening.map(grant).collect();
+        *self.0.stored.write().unwrap_or_else(PoisonError::into_inner) = Stored { any, grants };
+        Ok(())
+    }
+
+    /// As long as the server runs.
+    pub async fn follow(self, keys: Keys) {
+        let mut seen = None;
+        let mut quiet = false;
+        loop {
+            let looked = async {
+                let changes = keys.changes().await?;
+                if seen != Some(changes) {
+                    self.take(&keys).await?;
+                    seen = Some(changes);
+                }
+                Ok::<_, StoreError>(())
+            };
+            let looked = looked.await;
+            // Once per outage.
+            if let (Err(error), false) = (&looked, quiet) {
+                tracing::warn!(%error, "cannot see whether keys changed; those of before count");
+            }
+            quiet = looked.is_err();
+            tokio::time::sleep(PERIOD).await;
+        }
     }
 }
 
@@ -61,40 +164,44 @@ impl<S: Sync> FromRequestParts<S> for Asker {
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Asker, Infallible> {
         // Keys of one process's hash maps: a client cannot choose to look like another.
         static KEYS: LazyLock<RandomState> = LazyLock::new(RandomState::new);
-        let client = given_key(&parts.headers).map(|key| KEYS.hash_one(key));
+        let key = given_key(&parts.headers).map(|key| KEYS.hash_one(key));
         let connection = parts.extensions.get().copied().unwrap_or(ConnectionId(0));
+        let (tenant, role) = match parts.extensions.get::<Grant>() {
+            Some(grant) => (grant.tenant.clone(), grant.role),
+            // No key is wanted.
+            None => (Tenant::default(), Role::Admin),
+        };
         Ok(Asker(Client {
-            key: client.unwrap_or_default(),
+            tenant,
+            reach: match role {
+                Role::Admin => Reach::All,
+                Role::Infer | Role::Train => Reach::Own,
+            },
+            key: key.unwrap_or_default(),
             connection: connection.0,
         }))
     }
 }
 
-/// Around every route, so that none can be forgotten.
-pub async fn auth(State(keys): State<ApiKeys>, request: Request, next: Next) -> Response {
-    if KEYLESS_PATHS.contains(&request.uri().path()) {
-        return next.run(request).await;
-    }
-    match given_key(request.headers()) {
-        None => ApiError::NoKey.into_response(),
-        Some(given) if !keys.fit(given) => ApiError::WrongKey.into_response(),
-        Some(_) => next.run(request).await,
+/// Files, jobs and models of whoever asks.
+pub struct Own(pub View);
+
+impl FromRequestParts<App> for Own {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Own, Infallible> {
+        let Asker(client) = Asker::from_request_parts(parts, app).await?;
+        Ok(Own(app.router.of(&client)))
     }
 }
 
 /// OpenAI's clients send a bearer token, Anthropic's older ones `x-api-key`.
-fn given_key(headers: &HeaderMap) -> Option<&[u8]> {
+pub fn given_key(headers: &HeaderMap) -> Option<&[u8]> {
     let bearer = headers.get(header::AUTHORIZATION).and_then(|value| {
         let (scheme, key) = value.as_bytes().split_at_checked(7)?;
         scheme.eq_ignore_ascii_case(b"bearer ").then(|| key.trim_ascii())
     });
     bearer.or_else(|| headers.get("x-api-key").map(HeaderValue::as_bytes))
-}
-
-/// Takes as long for a wrong key as for the right one; only the length can be learnt.
-fn same(given: &[u8], key: &[u8]) -> bool {
-    let difference = given.iter().zip(key).fold(0, |bits, (a, b)| bits | (a ^ b));
-    std::hint::black_box(difference) == 0 && given.len() == key.len()
 }
 
 #[cfg(test)]
@@ -104,16 +211,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_key_opens() {
-        for (given, expected) in [
-            ("sekret", true),
-            ("sekre", false),
-            ("sekrets", false),
-            ("", false),
-            ("tekret", false),
-        ] {
-            assert_eq!(same(given.as_bytes(), b"sekret"), expected, "{given:?}");
-        }
+    fn a_key_is_read_where_clients_put_it() {
         let headers = |name: &'static str, value: &'static str| {
             HeaderMap::from_iter([(HeaderName::from_static(name), HeaderValue::from_static(value))])
         };
@@ -133,6 +231,9 @@ mod tests {
         for (keys, given, expected) in [
             (&["one", "two"][..], "two", Ok(true)),
             (&["one", "two"], "three", Ok(false)),
+            (&["sekret"], "sekre", Ok(false)),
+            (&["sekret"], "sekrets", Ok(false)),
+            (&["sekret"], "", Ok(false)),
             // As a secret's file ends.
             (&["one\n"], "one", Ok(true)),
             (&[" one\r\n"], "one", Ok(true)),
@@ -141,10 +242,10 @@ mod tests {
             (&["one", " "], "one", Err(BadKey::Empty)),
             (&["one\ntwo"], "one", Err(BadKey::Control)),
         ] {
-            let fits =
-                ApiKeys::new(keys.iter().copied()).map(|keys| keys.expect("keys").fit(given.as_bytes()));
+            let ring = Ring::new(keys.iter().copied());
+            let fits = ring.map(|ring| ring.is_wanted() && ring.find(given.as_bytes()).is_some());
             assert_eq!(fits, expected, "{keys:?}");
         }
-        assert!(ApiKeys::new([]).expect("no keys are no mistake").is_none());
+        assert!(!Ring::new([]).expect("no keys are no mistake").is_wanted());
     }
 }

@@ -15,7 +15,7 @@ use crate::error::ApiError;
 use crate::fields::stray_in_query;
 use crate::id;
 
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// A client's own request id at most; a longer one is replaced.
 const REQUEST_ID_BYTES: usize = 128;
 

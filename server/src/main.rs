@@ -1,6 +1,8 @@
 //! The binary `tandem`: which command. Not here: how anything works.
 
+mod access;
 mod app;
+mod audit;
 mod cli;
 mod commands;
 mod config;
@@ -73,6 +75,7 @@ fn run() -> Result<ExitCode> {
         Command::Quantize(quantize) => commands::quantize::run(&quantize)?,
         Command::Backup(options) => commands::backup::backup(options)?,
         Command::Restore(options) => commands::backup::restore(&options)?,
+        Command::Keys(options) => commands::keys::run(options)?,
         Command::Doctor => print!("{}", doctor::report()),
         Command::Rank(rank) => ranks::run(&rank)?,
         Command::Openapi => print!("{}", app::document()),

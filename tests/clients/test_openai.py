@@ -1,9 +1,12 @@
 """Today's client of OpenAI, end to end."""
 
+import os
+import subprocess
 import time
 
 import openai
 import pytest
+from conftest import ROOT, Process
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +165,54 @@ def test_too_long(client, model):
     with pytest.raises(openai.BadRequestError) as raised:
         client.completions.create(model=model, prompt=[1] * (length + 1))
     assert raised.value.code == "context_length_exceeded" and f"maximum context length is {length}" in raised.value.message
+
+
+def test_keys_with_roles_and_owners(tmp_path, training_file):
+    """The client's own exceptions: what a key's role may not, and what is another's."""
+    server = Process(tmp_path, "serve", "--port", "0", "--api-key", "an-admin")
+    try:
+        clients = {"admin": client_with(server, "an-admin")}
+        for tenant, role in [("acme", "infer"), ("acme", "train"), ("other", "train")]:
+            clients[tenant, role] = client_with(server, made(tmp_path, tenant, role))
+        admin, asks, trains, other = clients.values()
+        for client in (asks, trains, other):
+            wait_until_known(client)
+        model = asks.models.list().data[0].id
+        assert asks.completions.create(model=model, prompt="Hi", max_tokens=1).choices
+        with pytest.raises(openai.PermissionDeniedError) as refused:
+            asks.files.list()
+        assert refused.value.code == "insufficient_permissions"
+        with open(training_file, "rb") as rows:
+            file = trains.files.create(file=rows, purpose="fine-tune")
+        job = trains.fine_tuning.jobs.create(model=model, training_file=file.id, extra_body={"max_steps": 1, "lora_r": 2})
+        for look in (
+            lambda client: client.files.retrieve(file.id),
+            lambda client: client.fine_tuning.jobs.retrieve(job.id),
+        ):
+            assert look(trains).id == look(admin).id
+            with pytest.raises(openai.NotFoundError):
+                look(other)
+        assert other.files.list().data == [] and list(other.fine_tuning.jobs.list()) == []
+        with pytest.raises(openai.AuthenticationError):
+            client_with(server, "nobody's").models.list()
+    finally:
+        server.end()
+
+
+def client_with(server, key):
+    return openai.OpenAI(base_url=server.url + "/v1", api_key=key, max_retries=0)
+
+
+def made(folder, tenant, role):
+    binary = os.environ.get("TANDEM_BINARY", ROOT / "target/release/tandem")
+    command = [binary, "keys", "create", "--tenant", tenant, "--role", role, "--data-dir", folder / "data"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def wait_until_known(client):
+    for _ in range(100):
+        try:
+            return client.models.list()
+        except openai.AuthenticationError:
+            time.sleep(0.1)
+    raise AssertionError("the server did not look at its keys")

@@ -18,14 +18,14 @@ pub(crate) mod supervisor;
 
 use std::time::Duration;
 
-use tandem_store::{JobChange, Lease, NewEvent, NewJob, NewName, Source, ids};
+use tandem_store::{JobChange, Lease, NewEvent, NewJob, NewName, Source, Tenant, ids};
 use tandem_text::TextError;
 use tandem_text::dataset::{Kind, read_rows};
 use tokio::sync::{Notify, mpsc, watch};
 
 use crate::Router;
 use crate::api::{
-    Checkpoint, Job, JobError, JobEventRecord, JobRequest, JobStatus, Level, MetadataFilter, Page,
+    Checkpoint, Client, Job, JobError, JobEventRecord, JobRequest, JobStatus, Level, MetadataFilter, Page,
     RouterError,
 };
 
@@ -78,11 +78,14 @@ impl Desk {
 }
 
 impl Router {
-    /// Checked and durable when this returns; files are validated after it.
-    pub async fn create_job(&self, mut request: JobRequest) -> Result<Job, RouterError> {
+    pub(crate) async fn create_job(
+        &self,
+        mut request: JobRequest,
+        client: &Client,
+    ) -> Result<Job, RouterError> {
         let config = self.config();
         if !self.0.catalog.is_base(&request.model) {
-            return Err(match self.0.catalog.row(&request.model) {
+            return Err(match self.0.catalog.find(client, &request.model) {
                 None => RouterError::UnknownModel(request.model),
                 Some(_) => RouterError::invalid(
                     "model",
@@ -94,9 +97,10 @@ impl Router {
             });
         }
         check::request(&request, self.info())?;
-        self.check_file("training_file", &request.training_file).await?;
+        self.check_file("training_file", &request.training_file, client)
+            .await?;
         if let Some(id) = &request.validation_file {
-            self.check_file("validation_file", id).await?;
+            self.check_file("validation_file", id, client).await?;
         }
         self.check_prompts(&request).await?;
         let seed = request.settings.seed.unwrap_or_else(ids::seed);
@@ -105,6 +109,7 @@ impl Router {
         let model_names = name::candidates(&request, config, &id, tandem_store::now());
         let job = NewJob {
             base: self.info().base_digest,
+            tenant: client.tenant.clone(),
             status: VALIDATING.to_owned(),
             request: record::to_json(&request),
             metadata: request.metadata.clone(),
@@ -149,28 +154,23 @@ impl Router {
         Ok(())
     }
 
-    /// Newest first.
-    pub async fn jobs(
+    pub(crate) async fn jobs(
         &self,
+        tenant: Option<&Tenant>,
         after: Option<&str>,
         limit: u32,
         metadata: MetadataFilter,
     ) -> Result<Page<Job>, RouterError> {
-        if let Some(id) = after {
-            self.job(id).await?;
-        }
-        let rows = self.0.store.jobs(after, limit, &metadata).await?;
+        let rows = self.0.store.jobs(tenant, after, limit, &metadata).await?;
         record::page(rows, record::job)
     }
 
-    pub async fn job(&self, id: &str) -> Result<Job, RouterError> {
+    pub(crate) async fn job(&self, id: &str) -> Result<Job, RouterError> {
         let row = self.0.store.job(id).await?;
         record::job(row.ok_or_else(|| RouterError::UnknownJob(id.to_owned()))?)
     }
 
-    /// A waiting job ends at once, a running one when the engine says so. If that takes long, the job comes back as it
-    /// is and ends later.
-    pub async fn cancel_job(&self, id: &str) -> Result<Job, RouterError> {
+    pub(crate) async fn cancel_job(&self, id: &str) -> Result<Job, RouterError> {
         let mut changed = self.0.desk.watch();
         let job = self.job(id).await?;
         if job.status.ended() {
@@ -200,8 +200,7 @@ impl Router {
         }
     }
 
-    /// Newest first.
-    pub async fn job_events(
+    pub(crate) async fn job_events(
         &self,
         id: &str,
         after: Option<&str>,
@@ -212,8 +211,7 @@ impl Router {
         record::page(rows, record::event)
     }
 
-    /// From the first event on, then as they come; the channel closes when the job has ended.
-    pub async fn follow_job(&self, id: &str) -> Result<mpsc::Receiver<JobEventRecord>, RouterError> {
+    pub(crate) async fn follow_job(&self, id: &str) -> Result<mpsc::Receiver<JobEventRecord>, RouterError> {
         self.job(id).await?;
         let (sender, receiver) = mpsc::channel(FOLLOW_PAGE as usize);
         let (router, id) = (self.clone(), id.to_owned());
@@ -253,8 +251,7 @@ impl Router {
         }
     }
 
-    /// Newest first.
-    pub async fn checkpoints(
+    pub(crate) async fn checkpoints(
         &self,
         id: &str,
         after: Option<&str>,
@@ -265,8 +262,8 @@ impl Router {
         record::page(rows, record::checkpoint)
     }
 
-    async fn check_file(&self, param: &str, id: &str) -> Result<(), RouterError> {
-        match self.file(id).await {
+    async fn check_file(&self, param: &str, id: &str, client: &Client) -> Result<(), RouterError> {
+        match self.of(client).file(id).await {
             Ok(file) if file.purpose == crate::files::FINE_TUNE => Ok(()),
             Ok(file) => {
                 let message = format!(

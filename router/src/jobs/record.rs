@@ -15,6 +15,7 @@ pub(crate) fn job_id(id: String) -> Result<JobId, RouterError> {
 pub(crate) fn job(row: JobRow) -> Result<Job, RouterError> {
     let JobRow {
         seq: _,
+        tenant: _,
         id,
         created_at,
         updated_at,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use serde_json::Value;
-use tandem_store::{EventRow, FileRow};
+use tandem_store::{EventRow, FileRow, NewFile, Tenant};
 
 use crate::Router;
 use crate::api::RouterError;
@@ -42,11 +42,14 @@ pub(crate) async fn publish(router: &Router, job: &str) -> Result<FileRow, Route
         }
     }
     let csv = steps.csv();
-    Ok(router
-        .0
-        .store
-        .publish_result(csv.as_bytes(), FILENAME, PURPOSE)
-        .await?)
+    let file = NewFile {
+        filename: FILENAME,
+        purpose: PURPOSE,
+        expires_after_s: None,
+        // The change makes it the job's tenant's.
+        tenant: &Tenant::default(),
+    };
+    Ok(router.0.store.publish_result(csv.as_bytes(), file).await?)
 }
 
 /// The metrics of each step. A job that went on from a checkpoint reports steps again: the later report counts.

@@ -19,6 +19,7 @@ pub(super) fn call(prompt: &str) -> Call {
         client: Client {
             key: 1,
             connection: 1,
+            ..Client::default()
         },
         earlier: 0,
         model: BASE.to_owned(),
@@ -382,6 +383,7 @@ async fn a_full_house_refuses_until_somebody_leaves() {
         client: Client {
             key: 2,
             connection: 2,
+            ..Client::default()
         },
         ..call("y")
     };

@@ -209,7 +209,7 @@ async fn a_request_goes_where_its_beginning_or_its_adapter_is() {
     );
 
     let folder = house.adapter("one", "tensors");
-    let load = router.load_adapter("tuned", &folder, crate::LoadMode::New);
+    let load = router.own().load_adapter("tuned", &folder, crate::LoadMode::New);
     let loaded = async {
         let [a, b] = &mut engines;
         tokio::select! {

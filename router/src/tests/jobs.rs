@@ -70,7 +70,7 @@ pub(super) async fn wait(router: &Router, id: &str, wanted: impl Fn(&Job) -> boo
     let waited = async {
         let mut changed = router.0.desk.watch();
         loop {
-            let job = router.job(id).await.unwrap();
+            let job = router.own().job(id).await.unwrap();
             if wanted(&job) {
                 return job;
             }
@@ -95,10 +95,10 @@ async fn a_job_becomes_a_model_that_answers() {
         ..request(&file)
     };
     let created = std::time::Instant::now();
-    let job = router.create_job(asked).await.unwrap();
+    let job = router.own().create_job(asked).await.unwrap();
     assert_eq!(job.status, JobStatus::ValidatingFiles);
     let id = job.id.to_string();
-    let mut followed = router.follow_job(&id).await.unwrap();
+    let mut followed = router.own().follow_job(&id).await.unwrap();
 
     let (spec, events) = engine.started().await;
     println!("from the request to StartJob: {:?}", created.elapsed());
@@ -110,7 +110,10 @@ async fn a_job_becomes_a_model_that_answers() {
         panic!("a served base is never changed")
     };
     assert_eq!((lora.r, lora.target_modules.len()), (16, 2));
-    assert_eq!(router.job(&id).await.unwrap().hyper, Some(spec.hyper.clone()));
+    assert_eq!(
+        router.own().job(&id).await.unwrap().hyper,
+        Some(spec.hyper.clone())
+    );
 
     let checkpoint = house.trained(&spec, "checkpoint-2", "two");
     let adapter = house.trained(&spec, "adapter", "four");
@@ -164,7 +167,7 @@ async fn a_job_becomes_a_model_that_answers() {
         source,
         rank: 16,
         ..
-    } = router.model(&name).unwrap().kind
+    } = router.own().model(&name).unwrap().kind
     else {
         panic!()
     };
@@ -178,7 +181,7 @@ async fn a_job_becomes_a_model_that_answers() {
             }
         )
     );
-    let (info, path) = router.file_content(&job.result_files[0]).await.unwrap();
+    let (info, path) = router.own().file_content(&job.result_files[0]).await.unwrap();
     assert_eq!(
         (info.filename.as_str(), info.purpose.as_str()),
         ("step_metrics.csv", "fine-tune-results")
@@ -210,11 +213,15 @@ async fn a_job_becomes_a_model_that_answers() {
         messages[messages.len() - 1],
         "Fine tuning job successfully completed"
     );
-    let page = router.job_events(&id, None, 2).await.unwrap();
+    let page = router.own().job_events(&id, None, 2).await.unwrap();
     assert!(page.has_more && page.data[0].message == messages[messages.len() - 1]);
-    let rest = router.job_events(&id, Some(&page.data[1].id), 100).await.unwrap();
+    let rest = router
+        .own()
+        .job_events(&id, Some(&page.data[1].id), 100)
+        .await
+        .unwrap();
     assert_eq!(rest.data.len(), messages.len() - 2);
-    let checkpoints = router.checkpoints(&id, None, 10).await.unwrap().data;
+    let checkpoints = router.own().checkpoints(&id, None, 10).await.unwrap().data;
     assert_eq!(
         (checkpoints.len(), checkpoints[0].model.as_str()),
         (1, &*format!("{name}:ckpt-step-2"))
@@ -226,11 +233,11 @@ async fn a_job_becomes_a_model_that_answers() {
         )
     );
     // With the model go its checkpoints; the job stays on record.
-    assert!(router.model(&checkpoints[0].model).is_ok());
-    router.delete_model(&name).await.unwrap();
-    assert_eq!(router.models().len(), 1);
-    router.delete_models_of(&id).await.unwrap();
-    assert_eq!(router.job(&id).await.unwrap().fine_tuned_model, None);
+    assert!(router.own().model(&checkpoints[0].model).is_ok());
+    router.own().delete_model(&name).await.unwrap();
+    assert_eq!(router.own().models().len(), 1);
+    router.own().delete_models_of(&id).await.unwrap();
+    assert_eq!(router.own().job(&id).await.unwrap().fine_tuned_model, None);
     for _ in 0..400 {
         if !spec.folder.exists() {
             return;
@@ -258,7 +265,13 @@ fn a_killed_job_goes_on_at_the_next_start() {
             let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
                 .await
                 .unwrap();
-            let id = router.create_job(request(&file)).await.unwrap().id.to_string();
+            let id = router
+                .own()
+                .create_job(request(&file))
+                .await
+                .unwrap()
+                .id
+                .to_string();
             if kill_after == 0 {
                 return (id, None);
             }
@@ -306,8 +319,11 @@ fn a_killed_job_goes_on_at_the_next_start() {
             }
             let job = wait(&router, &id, |job| job.status.ended()).await;
             assert_eq!(job.status, JobStatus::Succeeded, "{:?}", job.error);
-            assert_eq!(router.checkpoints(&id, None, 10).await.unwrap().data.len(), 1);
-            let (_, csv) = router.file_content(&job.result_files[0]).await.unwrap();
+            assert_eq!(
+                router.own().checkpoints(&id, None, 10).await.unwrap().data.len(),
+                1
+            );
+            let (_, csv) = router.own().file_content(&job.result_files[0]).await.unwrap();
             assert_eq!(
                 std::fs::read_to_string(csv).unwrap().lines().count(),
                 3,
@@ -324,7 +340,13 @@ async fn a_stop_leaves_the_job_for_the_next_start() {
     let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
         .await
         .unwrap();
-    let id = router.create_job(request(&file)).await.unwrap().id.to_string();
+    let id = router
+        .own()
+        .create_job(request(&file))
+        .await
+        .unwrap()
+        .id
+        .to_string();
     let (spec, events) = engine.started().await;
     events.send(started(None)).await.unwrap();
     let stopping = async {
@@ -347,8 +369,11 @@ async fn a_stop_leaves_the_job_for_the_next_start() {
     };
     tokio::join!(router.shutdown(), stopping);
     assert!(!router.ready());
-    assert_eq!(router.job(&id).await.unwrap().status, JobStatus::Running);
-    assert_eq!(router.checkpoints(&id, None, 10).await.unwrap().data.len(), 1);
+    assert_eq!(router.own().job(&id).await.unwrap().status, JobStatus::Running);
+    assert_eq!(
+        router.own().checkpoints(&id, None, 10).await.unwrap().data.len(),
+        1
+    );
 }
 
 fn full() -> RouterError {
@@ -543,12 +568,24 @@ async fn a_cancel_ends_a_job_wherever_it_is() {
     let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
         .await
         .unwrap();
-    let running = router.create_job(request(&file)).await.unwrap().id.to_string();
+    let running = router
+        .own()
+        .create_job(request(&file))
+        .await
+        .unwrap()
+        .id
+        .to_string();
     let (_, events) = engine.started().await;
-    let queued = router.create_job(request(&file)).await.unwrap().id.to_string();
+    let queued = router
+        .own()
+        .create_job(request(&file))
+        .await
+        .unwrap()
+        .id
+        .to_string();
     wait(&router, &queued, |job| job.status == JobStatus::Queued).await;
     assert_eq!(
-        router.cancel_job(&queued).await.unwrap().status,
+        router.own().cancel_job(&queued).await.unwrap().status,
         JobStatus::Cancelled
     );
     events.send(started(None)).await.unwrap();
@@ -559,18 +596,18 @@ async fn a_cancel_ends_a_job_wherever_it_is() {
         assert_eq!(id.as_str(), running);
         events.send(JobEvent::Cancelled { step: 1 }).await.unwrap();
     };
-    let (job, ()) = tokio::join!(router.cancel_job(&running), answer);
+    let (job, ()) = tokio::join!(router.own().cancel_job(&running), answer);
     assert_eq!(job.unwrap().status, JobStatus::Cancelled);
-    let again = router.cancel_job(&running).await.unwrap_err();
+    let again = router.own().cancel_job(&running).await.unwrap_err();
     assert_eq!(
         again.to_string(),
         format!("Job {running} has already ended: it is cancelled.")
     );
     assert_eq!(
-        kind(&router.cancel_job("ftjob-nobody").await.unwrap_err()),
+        kind(&router.own().cancel_job("ftjob-nobody").await.unwrap_err()),
         "UnknownJob"
     );
-    let page = router.jobs(None, 1, MetadataFilter::Any).await.unwrap();
+    let page = router.own().jobs(None, 1, MetadataFilter::Any).await.unwrap();
     assert!(page.has_more && page.data[0].id.as_str() == queued);
 }
 
@@ -590,14 +627,20 @@ async fn a_job_fails_with_the_reason() {
         },
         ..request(&file)
     };
-    let id = router.create_job(cut).await.unwrap().id.to_string();
+    let id = router.own().create_job(cut).await.unwrap().id.to_string();
     let error = wait(&router, &id, |job| job.status.ended()).await.error.unwrap();
     assert_eq!(
         (error.code.as_str(), error.param.as_deref()),
         ("invalid_n_examples", Some("training_file"))
     );
 
-    let id = router.create_job(request(&file)).await.unwrap().id.to_string();
+    let id = router
+        .own()
+        .create_job(request(&file))
+        .await
+        .unwrap()
+        .id
+        .to_string();
     let (_, events) = engine.started().await;
     events
         .send(JobEvent::Failed {
@@ -608,7 +651,7 @@ async fn a_job_fails_with_the_reason() {
     let job = wait(&router, &id, |job| job.status.ended()).await;
     assert_eq!(job.status, JobStatus::Failed);
     assert_eq!(job.error.unwrap().message, "loss is not a number at step 1");
-    let last = &router.job_events(&id, None, 1).await.unwrap().data[0];
+    let last = &router.own().job_events(&id, None, 1).await.unwrap().data[0];
     assert_eq!(
         (last.level, last.message.as_str()),
         (crate::api::Level::Error, "loss is not a number at step 1")
@@ -625,7 +668,7 @@ async fn bad_jobs_are_refused_by_name() {
     let other = upload(&router, "x", "user_data", "x").await.unwrap();
     let folder = house.adapter("pet", "1");
     let (card, _) = tokio::join!(
-        router.load_adapter("pet", &folder, crate::LoadMode::New),
+        router.own().load_adapter("pet", &folder, crate::LoadMode::New),
         engine.answer_load(Ok(1))
     );
     card.unwrap();
@@ -728,11 +771,12 @@ async fn bad_jobs_are_refused_by_name() {
         ),
     ];
     for (request, expected) in cases {
-        let error = router.create_job(request).await.unwrap_err();
+        let error = router.own().create_job(request).await.unwrap_err();
         assert_eq!(kind(&error), expected, "{error}");
     }
     assert!(
         router
+            .own()
             .jobs(None, 10, MetadataFilter::Any)
             .await
             .unwrap()

@@ -22,9 +22,9 @@ use tandem_text::Tokenizer;
 use tempfile::TempDir;
 use tokio::sync::{mpsc, watch};
 
-use crate::api::{RouterError, Upload};
+use crate::api::{Client, RouterError, Upload};
 use crate::fleet::{Made, Member};
-use crate::{Config, Fleet, Router};
+use crate::{Config, Fleet, Router, View};
 
 pub(crate) const BASE: &str = "base";
 const BOS: u32 = 0;
@@ -61,6 +61,13 @@ pub(crate) fn info() -> ReplicaInfo {
 }
 
 /// A token per byte, BOS before a text, and a chat template.
+impl Router {
+    /// As the default tenant sees it.
+    pub fn own(&self) -> View {
+        self.of(&Client::default())
+    }
+}
+
 fn tokenizer(folder: &Path) -> Tokenizer {
     // GPT-2's printable stand-ins for bytes.
     let printable = |byte: u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
@@ -253,7 +260,7 @@ async fn upload(
         purpose: purpose.to_owned(),
         expires_after_seconds: None,
     };
-    let created = router.create_file(upload).await.map(|file| file.id);
+    let created = router.own().create_file(upload).await.map(|file| file.id);
     assert!(!staged.exists(), "an upload is taken over or removed");
     created
 }

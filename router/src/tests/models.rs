@@ -27,14 +27,18 @@ async fn a_request_keeps_its_version_while_the_name_moves_on() {
     let (old, new) = (house.adapter("old", "1"), house.adapter("new", "2"));
 
     let (card, first) = tokio::join!(
-        router.load_adapter("pet", &old, LoadMode::New),
+        router.own().load_adapter("pet", &old, LoadMode::New),
         engine.answer_load(Ok(8))
     );
     assert!(
         matches!(card.unwrap().kind, ModelKind::Adapter { rank: 8, digest, .. } if digest == first.digest)
     );
     assert!(first.folder.join("adapter_model.safetensors").exists());
-    let taken = router.load_adapter("pet", &new, LoadMode::New).await.unwrap_err();
+    let taken = router
+        .own()
+        .load_adapter("pet", &new, LoadMode::New)
+        .await
+        .unwrap_err();
     assert_eq!(kind(&taken), "Conflict");
 
     let mut generation = router
@@ -47,7 +51,7 @@ async fn a_request_keeps_its_version_while_the_name_moves_on() {
     let (generate, events) = engine.generate().await;
     assert_eq!(generate.adapter.as_ref(), Some(&first));
     let (card, second) = tokio::join!(
-        router.load_adapter("pet", &new, LoadMode::Replace),
+        router.own().load_adapter("pet", &new, LoadMode::Replace),
         engine.answer_load(Ok(4))
     );
     card.unwrap();
@@ -64,7 +68,7 @@ async fn a_request_keeps_its_version_while_the_name_moves_on() {
     assert_eq!(digest, first.digest);
     gone(&first.folder).await;
 
-    router.unload_adapter("pet").await.unwrap();
+    router.own().unload_adapter("pet").await.unwrap();
     assert_eq!(
         kind(
             &router
@@ -79,7 +83,10 @@ async fn a_request_keeps_its_version_while_the_name_moves_on() {
         "UnknownModel"
     );
     gone(&second.folder).await;
-    assert_eq!(kind(&router.unload_adapter("pet").await.unwrap_err()), "Adapter");
+    assert_eq!(
+        kind(&router.own().unload_adapter("pet").await.unwrap_err()),
+        "Adapter"
+    );
 }
 
 /// The engine has no slot for an adapter as long as the only one is held by a client that does not read.
@@ -90,7 +97,7 @@ async fn a_load_that_waits_for_a_slot_waits_alone() {
     let load = async |engine: &mut Engine, name: &str| {
         let folder = house.adapter(name, name);
         let (card, adapter) = tokio::join!(
-            router.load_adapter(name, &folder, LoadMode::New),
+            router.own().load_adapter(name, &folder, LoadMode::New),
             engine.answer_load(Ok(8))
         );
         card.unwrap();
@@ -99,23 +106,29 @@ async fn a_load_that_waits_for_a_slot_waits_alone() {
     let (busy, idle) = (load(&mut engine, "busy").await, load(&mut engine, "idle").await);
     let waiting = {
         let (router, folder) = (router.clone(), house.adapter("late", "late"));
-        tokio::spawn(async move { router.load_adapter("late", &folder, LoadMode::New).await })
+        tokio::spawn(async move { router.own().load_adapter("late", &folder, LoadMode::New).await })
     };
     let Command::LoadAdapter(late, reply) = engine.next().await else {
         panic!("a LoadAdapter was expected")
     };
 
     // Whatever else changes names goes on: deletes, another load, a job's checkpoint and its end.
-    router.delete_model("idle").await.unwrap();
+    router.own().delete_model("idle").await.unwrap();
     assert!(matches!(engine.next().await, Command::UnloadAdapter(digest) if digest == idle.digest));
     gone(&idle.folder).await;
     load(&mut engine, "another").await;
-    router.unload_adapter("another").await.unwrap();
+    router.own().unload_adapter("another").await.unwrap();
     assert!(matches!(engine.next().await, Command::UnloadAdapter(_)));
     let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
         .await
         .unwrap();
-    let id = router.create_job(request(&file)).await.unwrap().id.to_string();
+    let id = router
+        .own()
+        .create_job(request(&file))
+        .await
+        .unwrap()
+        .id
+        .to_string();
     let (spec, events) = engine.started().await;
     let (checkpoint, adapter) = (
         house.trained(&spec, "checkpoint-1", "one"),
@@ -152,7 +165,7 @@ async fn what_the_engine_refuses_leaves_no_trace() {
     let folder = house.adapter("bad", "junk");
     let fault = Fault::Adapter("rank 128 exceeds 64".to_owned());
     let (refused, _) = tokio::join!(
-        router.load_adapter("bad", &folder, LoadMode::New),
+        router.own().load_adapter("bad", &folder, LoadMode::New),
         engine.answer_load(Err(fault))
     );
     let place = folder.display();
@@ -160,7 +173,7 @@ async fn what_the_engine_refuses_leaves_no_trace() {
         refused.unwrap_err().to_string(),
         format!("The adapter in {place} cannot be loaded: rank 128 exceeds 64")
     );
-    assert_eq!(router.models().len(), 1);
+    assert_eq!(router.own().models().len(), 1);
     let Command::UnloadAdapter(_) = engine.next().await else {
         panic!("an UnloadAdapter was expected")
     };
@@ -181,6 +194,7 @@ async fn names_and_folders_that_cannot_be_are_refused() {
     let names = ["", BASE, "a\nb", " x", &"x".repeat(201)];
     for name in names {
         let error = router
+            .own()
             .load_adapter(name, &good, LoadMode::Replace)
             .await
             .unwrap_err();
@@ -200,7 +214,11 @@ async fn names_and_folders_that_cannot_be_are_refused() {
         &circle,
         &folder_as_file,
     ] {
-        let error = router.load_adapter("x", folder, LoadMode::New).await.unwrap_err();
+        let error = router
+            .own()
+            .load_adapter("x", folder, LoadMode::New)
+            .await
+            .unwrap_err();
         assert!(
             matches!(error, RouterError::Adapter { not_found: true, .. }),
             "{error}"
@@ -214,14 +232,17 @@ async fn names_and_folders_that_cannot_be_are_refused() {
         .open(huge.join("adapter_model.safetensors"))
         .unwrap();
     tensors.set_len(200 << 30).unwrap();
-    let error = router.load_adapter("x", &huge, LoadMode::New).await.unwrap_err();
+    let error = router.own().load_adapter("x", &huge, LoadMode::New).await.unwrap_err();
     assert!(
         error.to_string().contains("an adapter of this model has at most"),
         "{error}"
     );
-    assert_eq!(kind(&router.delete_model(BASE).await.unwrap_err()), "Conflict");
     assert_eq!(
-        kind(&router.delete_model("nobody").await.unwrap_err()),
+        kind(&router.own().delete_model(BASE).await.unwrap_err()),
+        "Conflict"
+    );
+    assert_eq!(
+        kind(&router.own().delete_model("nobody").await.unwrap_err()),
         "UnknownModel"
     );
     assert_eq!(
@@ -249,7 +270,7 @@ async fn names_outlive_the_process_and_flags_do_not() {
             let (router, _) = tokio::join!(house.open_with(config, replica), engine.answer_load(Ok(2)));
             let router = router.unwrap();
             let (card, _) = tokio::join!(
-                router.load_adapter("pet", &loaded, LoadMode::New),
+                router.own().load_adapter("pet", &loaded, LoadMode::New),
                 engine.answer_load(Ok(8))
             );
             card.unwrap();
@@ -257,7 +278,7 @@ async fn names_outlive_the_process_and_flags_do_not() {
         } else {
             house.open_with(config, replica).await.unwrap()
         };
-        let names: Vec<String> = router.models().into_iter().map(|card| card.name).collect();
+        let names: Vec<String> = router.own().models().into_iter().map(|card| card.name).collect();
         match round {
             0 => assert!(
                 names == [BASE, "flag", "pet"] || names == [BASE, "pet", "flag"],
@@ -290,13 +311,13 @@ async fn files_are_checked_listed_and_deleted() {
         .await
         .unwrap();
     let second = upload(&router, "two", "user_data", "anything").await.unwrap();
-    let (info, path) = router.file_content(&first).await.unwrap();
+    let (info, path) = router.own().file_content(&first).await.unwrap();
     assert_eq!(
         (info.filename.as_str(), info.bytes),
         ("one.jsonl", std::fs::metadata(path).unwrap().len())
     );
     let ids = async |purpose, after, limit, order| {
-        let page = router.files(purpose, after, limit, order).await.unwrap();
+        let page = router.own().files(purpose, after, limit, order).await.unwrap();
         (
             page.data.into_iter().map(|file| file.id).collect::<Vec<_>>(),
             page.has_more,
@@ -318,9 +339,12 @@ async fn files_are_checked_listed_and_deleted() {
         ids(Some("fine-tune"), None, 10, Order::Newest).await,
         (vec![first.clone()], false)
     );
-    router.delete_file(&second).await.unwrap();
+    router.own().delete_file(&second).await.unwrap();
     for id in [second.as_str(), "file-nobody", "../tandem.db"] {
-        assert_eq!(kind(&router.file(id).await.unwrap_err()), "UnknownFile");
-        assert_eq!(kind(&router.delete_file(id).await.unwrap_err()), "UnknownFile");
+        assert_eq!(kind(&router.own().file(id).await.unwrap_err()), "UnknownFile");
+        assert_eq!(
+            kind(&router.own().delete_file(id).await.unwrap_err()),
+            "UnknownFile"
+        );
     }
 }

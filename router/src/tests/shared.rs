@@ -86,6 +86,7 @@ async fn a_job_whose_router_dies_ends_once_on_the_other() {
         .await
         .unwrap();
     let id = first_router
+        .own()
         .create_job(request(&file))
         .await
         .unwrap()
@@ -114,7 +115,7 @@ async fn a_job_whose_router_dies_ends_once_on_the_other() {
     let job = wait(&other, &id, |job| job.trained_tokens == Some(20)).await;
     assert_eq!(job.status, JobStatus::Running);
     wait_for_checkpoint(&other, &id).await;
-    let checkpoint_model = other.checkpoints(&id, None, 1).await.unwrap().data[0]
+    let checkpoint_model = other.own().checkpoints(&id, None, 1).await.unwrap().data[0]
         .model
         .clone();
     let generation = other.generate(Call {
@@ -159,13 +160,13 @@ async fn a_job_whose_router_dies_ends_once_on_the_other() {
     }
     let job = wait(&other, &id, |job| job.status.ended()).await;
     assert_eq!(job.status, JobStatus::Succeeded, "{:?}", job.error);
-    let page = other.job_events(&id, None, 100).await.unwrap().data;
+    let page = other.own().job_events(&id, None, 100).await.unwrap().data;
     let ends = page
         .iter()
         .filter(|event| event.message.contains("successfully"))
         .count();
     assert_eq!(ends, 1);
-    let (_, csv) = other.file_content(&job.result_files[0]).await.unwrap();
+    let (_, csv) = other.own().file_content(&job.result_files[0]).await.unwrap();
     assert_eq!(
         std::fs::read_to_string(csv).unwrap().lines().count(),
         5,
@@ -176,7 +177,14 @@ async fn a_job_whose_router_dies_ends_once_on_the_other() {
 async fn wait_for_checkpoint(router: &Router, id: &str) {
     let waited = async {
         let mut changed = router.0.desk.watch();
-        while router.checkpoints(id, None, 1).await.unwrap().data.is_empty() {
+        while router
+            .own()
+            .checkpoints(id, None, 1)
+            .await
+            .unwrap()
+            .data
+            .is_empty()
+        {
             changed.changed().await.unwrap();
         }
     };
@@ -192,7 +200,7 @@ async fn names_files_and_cancels_cross_from_router_to_router() {
     let (second, mut second_engine) = street.open("second").await;
     let folder = street.house.adapter("pet", "1");
     let (card, loaded) = tokio::join!(
-        first.load_adapter("pet", &folder, LoadMode::New),
+        first.own().load_adapter("pet", &folder, LoadMode::New),
         first_engine.answer_load(Ok(8))
     );
     card.unwrap();
@@ -212,17 +220,18 @@ async fn names_files_and_cancels_cross_from_router_to_router() {
             .exists()
     );
     assert!(matches!(
-        second.model("pet").unwrap().kind,
+        second.own().model("pet").unwrap().kind,
         ModelKind::Adapter { rank: 8, .. }
     ));
     let taken = second
+        .own()
         .load_adapter("pet", &folder, LoadMode::New)
         .await
         .unwrap_err();
     assert_eq!(kind(&taken), "Conflict");
-    second.unload_adapter("pet").await.unwrap();
+    second.own().unload_adapter("pet").await.unwrap();
     let gone = tokio::time::timeout(PATIENCE, async {
-        while first.model("pet").is_ok() {
+        while first.own().model("pet").is_ok() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     });
@@ -231,9 +240,15 @@ async fn names_files_and_cancels_cross_from_router_to_router() {
     let file = upload(&first, "t.jsonl", "fine-tune", &chat_rows(2))
         .await
         .unwrap();
-    let (_, path) = second.file_content(&file).await.unwrap();
+    let (_, path) = second.own().file_content(&file).await.unwrap();
     assert_eq!(std::fs::read_to_string(path).unwrap(), chat_rows(2));
-    let id = second.create_job(request(&file)).await.unwrap().id.to_string();
+    let id = second
+        .own()
+        .create_job(request(&file))
+        .await
+        .unwrap()
+        .id
+        .to_string();
     let (on_first, _, events) = either(&mut first_engine, &mut second_engine).await;
     events.send(started(None)).await.unwrap();
     let (elsewhere, engine) = match on_first {
@@ -260,7 +275,7 @@ async fn what_needs_no_database_goes_on_without_it() {
     let (router, mut engine) = street.open("only").await;
     let folder = street.house.adapter("pet", "1");
     let (card, _) = tokio::join!(
-        router.load_adapter("pet", &folder, LoadMode::New),
+        router.own().load_adapter("pet", &folder, LoadMode::New),
         engine.answer_load(Ok(8))
     );
     card.unwrap();
@@ -288,7 +303,7 @@ async fn what_needs_no_database_goes_on_without_it() {
         end(&said, FinishReason::Length).await;
         while generation.pieces.recv().await.is_some() {}
     }
-    assert_eq!(router.models().len(), 2);
+    assert_eq!(router.own().models().len(), 2);
     // What needs it is refused by name: another router may know the model.
     let unknown = Call {
         model: "other".to_owned(),
@@ -296,9 +311,9 @@ async fn what_needs_no_database_goes_on_without_it() {
     };
     for error in [
         router.generate(unknown).await.err().expect("nobody can say"),
-        router.file(&file).await.unwrap_err(),
-        router.create_job(request(&file)).await.unwrap_err(),
-        router.unload_adapter("pet").await.unwrap_err(),
+        router.own().file(&file).await.unwrap_err(),
+        router.own().create_job(request(&file)).await.unwrap_err(),
+        router.own().unload_adapter("pet").await.unwrap_err(),
         upload(&router, "u.jsonl", "fine-tune", &chat_rows(2))
             .await
             .unwrap_err(),
@@ -315,7 +330,13 @@ async fn what_needs_no_database_goes_on_without_it() {
         .await
         .expect("the next probe sees it");
     // And the job loops are alive.
-    let id = router.create_job(request(&file)).await.unwrap().id.to_string();
+    let id = router
+        .own()
+        .create_job(request(&file))
+        .await
+        .unwrap()
+        .id
+        .to_string();
     let (spec, _) = begun(&mut engine).await;
     assert_eq!(spec.id.as_str(), id);
 }

@@ -9,6 +9,7 @@ use crate::{Store, StoreError};
 pub(crate) enum Kind {
     Jobs,
     Names,
+    Keys,
 }
 
 /// How often jobs and names have changed.
@@ -36,6 +37,7 @@ pub(crate) async fn note(tx: &mut Transaction<'static, Any>, kind: Kind) -> Resu
     let kind = match kind {
         Kind::Jobs => "jobs",
         Kind::Names => "names",
+        Kind::Keys => "keys",
     };
     sqlx::query("UPDATE changes SET n = n + 1 WHERE kind = $1")
         .bind(kind)

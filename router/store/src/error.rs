@@ -35,6 +35,9 @@ pub enum StoreError {
          `sqlite3 {path} .recover | sqlite3 recovered.db` saves what can be read"
     )]
     Corrupt { path: String, what: String },
+    /// What cannot be a key.
+    #[error("{0}")]
+    Key(String),
     /// Why there is no copy of a store, or no store of a copy.
     #[error("{0}")]
     Backup(String),
@@ -88,6 +91,7 @@ impl StoreError {
             | StoreError::Newer { .. }
             | StoreError::Apart { .. }
             | StoreError::Corrupt { .. }
+            | StoreError::Key(_)
             | StoreError::Backup(_)
             | StoreError::Url { .. }
             | StoreError::Adapter { .. }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use sqlx::{Any, FromRow, Transaction};
 
 use crate::jobs::signed;
-use crate::{Rows, Store, StoreError, ids, now};
+use crate::{Rows, Store, StoreError, Tenant, ids, now};
 
 /// In a place that others share, bytes without a row stay this long: an upload to it takes a while.
 const LOOSE_GRACE_S: i64 = 24 * 3600;
@@ -19,6 +19,16 @@ pub struct FileRow {
     pub expires_at: Option<i64>,
     pub filename: String,
     pub purpose: String,
+    pub tenant: String,
+}
+
+/// A file to take in.
+#[derive(Clone, Copy, Debug)]
+pub struct NewFile<'a> {
+    pub filename: &'a str,
+    pub purpose: &'a str,
+    pub expires_after_s: Option<u64>,
+    pub tenant: &'a Tenant,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,7 +37,13 @@ pub enum Order {
     Oldest,
 }
 
-fn published(id: String, bytes: u64, filename: &str, purpose: &str, expires_after_s: Option<u64>) -> FileRow {
+fn published(id: String, bytes: u64, file: NewFile<'_>) -> FileRow {
+    let NewFile {
+        filename,
+        purpose,
+        expires_after_s,
+        tenant,
+    } = file;
     let created_at = now();
     FileRow {
         id,
@@ -36,23 +52,18 @@ fn published(id: String, bytes: u64, filename: &str, purpose: &str, expires_afte
         expires_at: expires_after_s.map(|s| created_at.saturating_add_unsigned(s)),
         filename: filename.to_owned(),
         purpose: purpose.to_owned(),
+        tenant: tenant.to_string(),
     }
 }
 
 impl Store {
     /// Take a staged file in. It exists for others from the moment this returns.
-    pub async fn add_file(
-        &self,
-        staged: &Path,
-        filename: &str,
-        purpose: &str,
-        expires_after_s: Option<u64>,
-    ) -> Result<FileRow, StoreError> {
+    pub async fn add_file(&self, staged: &Path, file: NewFile<'_>) -> Result<FileRow, StoreError> {
         // Before the long part: an upload that no row can name is in vain.
         self.db.health.check()?;
         self.check_room()?;
         let row = self
-            .publish_file(staged, filename, purpose, expires_after_s)
+            .publish_file(staged, file)
             .await
             .inspect_err(|error| self.note(error))?;
         let written = async {
@@ -75,30 +86,19 @@ impl Store {
 
     /// The first half of [`Store::add_file`]: durable bytes, and the row for them that a later transaction commits
     /// (see [`crate::JobChange::result_file`]).
-    pub async fn publish_file(
-        &self,
-        staged: &Path,
-        filename: &str,
-        purpose: &str,
-        expires_after_s: Option<u64>,
-    ) -> Result<FileRow, StoreError> {
+    pub async fn publish_file(&self, staged: &Path, file: NewFile<'_>) -> Result<FileRow, StoreError> {
         let id = ids::file();
         self.expect_file(&id).await?;
         let bytes = self.artifacts.publish_file(staged, &id).await?;
-        Ok(published(id, bytes, filename, purpose, expires_after_s))
+        Ok(published(id, bytes, file))
     }
 
     /// The same for what a job made: while the artifact store is away, it waits as the job does.
-    pub async fn publish_result(
-        &self,
-        content: &[u8],
-        filename: &str,
-        purpose: &str,
-    ) -> Result<FileRow, StoreError> {
+    pub async fn publish_result(&self, content: &[u8], file: NewFile<'_>) -> Result<FileRow, StoreError> {
         let id = ids::file();
         self.expect_file(&id).await?;
         let bytes = self.artifacts.publish_result(content, &id).await?;
-        Ok(published(id, bytes, filename, purpose, None))
+        Ok(published(id, bytes, file))
     }
 
     /// Take back what [`Store::publish_file`] did, when no row was committed for it.
@@ -145,7 +145,8 @@ impl Store {
             // Postgres would not take it for a text.
             return Ok(None);
         }
-        let sql = "SELECT id, bytes, created_at, expires_at, filename, purpose FROM files WHERE id = $1
+        let sql =
+            "SELECT id, bytes, created_at, expires_at, filename, purpose, tenant FROM files WHERE id = $1
                    AND (expires_at IS NULL OR expires_at > $2)";
         Ok(sqlx::query_as(sql)
             .bind(id)
@@ -159,9 +160,10 @@ impl Store {
         self.artifacts.file(&row.id).await
     }
 
-    /// A page of the files that have not expired, those after the file `after` in this order.
+    /// A page of the files that have not expired, those after the file `after` in this order; of one tenant, or of all.
     pub async fn files(
         &self,
+        tenant: Option<&Tenant>,
         purpose: Option<&str>,
         after: Option<&str>,
         limit: u32,
@@ -169,19 +171,22 @@ impl Store {
     ) -> Result<Rows<FileRow>, StoreError> {
         let sql = match order {
             Order::Newest => {
-                "SELECT id, bytes, created_at, expires_at, filename, purpose FROM files WHERE ($1 IS NULL OR purpose = $1) AND (expires_at IS NULL OR expires_at > $2)
-                 AND ($3 IS NULL OR seq < (SELECT seq FROM files WHERE id = $3)) ORDER BY seq DESC LIMIT $4"
+                "SELECT id, bytes, created_at, expires_at, filename, purpose, tenant FROM files WHERE ($1 IS NULL OR purpose = $1) AND (expires_at IS NULL OR expires_at > $2)
+                 AND ($3 IS NULL OR seq < (SELECT seq FROM files WHERE id = $3))
+                 AND ($5 IS NULL OR tenant = $5) ORDER BY seq DESC LIMIT $4"
             }
             Order::Oldest => {
-                "SELECT id, bytes, created_at, expires_at, filename, purpose FROM files WHERE ($1 IS NULL OR purpose = $1) AND (expires_at IS NULL OR expires_at > $2)
-                 AND ($3 IS NULL OR seq > (SELECT seq FROM files WHERE id = $3)) ORDER BY seq LIMIT $4"
+                "SELECT id, bytes, created_at, expires_at, filename, purpose, tenant FROM files WHERE ($1 IS NULL OR purpose = $1) AND (expires_at IS NULL OR expires_at > $2)
+                 AND ($3 IS NULL OR seq > (SELECT seq FROM files WHERE id = $3))
+                 AND ($5 IS NULL OR tenant = $5) ORDER BY seq LIMIT $4"
             }
         };
         let query = sqlx::query_as(sql)
             .bind(purpose)
             .bind(now())
             .bind(after)
-            .bind(i64::from(limit) + 1);
+            .bind(i64::from(limit) + 1)
+            .bind(tenant.map(Tenant::as_str));
         Ok(Rows::cut(query.fetch_all(self.db.pool()?).await?, limit))
     }
 
@@ -251,9 +256,11 @@ pub(crate) async fn insert(tx: &mut Transaction<'static, Any>, row: &FileRow) ->
         expires_at,
         filename,
         purpose,
+        tenant,
     } = row;
     sqlx::query(
-        "INSERT INTO files (id, bytes, created_at, expires_at, filename, purpose) VALUES ($1, $2, $3, $4, $5, $6)",
+        "INSERT INTO files (id, bytes, created_at, expires_at, filename, purpose, tenant)
+         VALUES ($1, $2, $3, $4, $5, $6, $7)",
     )
     .bind(id)
     .bind(signed(*bytes))
@@ -261,6 +268,7 @@ pub(crate) async fn insert(tx: &mut Transaction<'static, Any>, row: &FileRow) ->
     .bind(*expires_at)
     .bind(filename)
     .bind(purpose)
+    .bind(tenant)
     .execute(&mut **tx)
     .await?;
     sqlx::query("DELETE FROM loose_files WHERE id = $1")

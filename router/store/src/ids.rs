@@ -11,6 +11,17 @@ pub fn job() -> String {
     format!("ftjob-{}", random())
 }
 
+pub(crate) fn key() -> String {
+    format!("key-{}", random())
+}
+
+/// What nobody guesses.
+pub(crate) fn secret() -> [u8; 32] {
+    let mut bytes = [0; 32];
+    entropy(&mut bytes);
+    bytes
+}
+
 pub(crate) fn event() -> String {
     format!("ftevent-{}", random())
 }

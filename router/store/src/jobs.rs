@@ -15,13 +15,13 @@ use crate::db::Dialect;
 use crate::files::{self, FileRow};
 use crate::lease::Lease;
 use crate::names::{self, NameRow, NewName};
-use crate::{Rows, Store, StoreError, ids, now, unsigned};
+use crate::{Rows, Store, StoreError, Tenant, ids, now, unsigned};
 
 /// By name: a newer program may have added others meanwhile.
 macro_rules! columns {
     () => {
         "seq, id, created_at, updated_at, finished_at, estimated_finish, status, cancel_requested, request, hyper, \
-         model_name, fine_tuned_model, trained_tokens, result_files, error, state_epoch, state_step"
+         model_name, fine_tuned_model, trained_tokens, result_files, error, state_epoch, state_step, tenant"
     };
 }
 pub(crate) use columns;
@@ -31,6 +31,7 @@ pub struct NewJob {
     /// From [`ids::job`].
     pub id: String,
     pub base: Digest,
+    pub tenant: Tenant,
     pub status: String,
     pub request: String,
     pub metadata: BTreeMap<String, String>,
@@ -43,6 +44,7 @@ pub struct NewJob {
 pub struct JobRow {
     pub seq: i64,
     pub id: String,
+    pub tenant: String,
     pub created_at: i64,
     pub updated_at: i64,
     pub finished_at: Option<i64>,
@@ -69,6 +71,7 @@ impl<'r> FromRow<'r, AnyRow> for JobRow {
         Ok(JobRow {
             seq: row.try_get("seq")?,
             id: row.try_get("id")?,
+            tenant: row.try_get("tenant")?,
             created_at: row.try_get("created_at")?,
             updated_at: row.try_get("updated_at")?,
             finished_at: row.try_get("finished_at")?,
@@ -166,6 +169,7 @@ impl Store {
         let NewJob {
             id,
             base,
+            tenant,
             status,
             request,
             metadata,
@@ -175,8 +179,8 @@ impl Store {
         let mut tx = self.db.begin().await?;
         for name in &model_names {
             let inserted = sqlx::query(
-                "INSERT INTO jobs (id, base, created_at, updated_at, status, request, metadata, model_name)
-                 VALUES ($1, $2, $3, $3, $4, $5, $6, $7) ON CONFLICT (model_name) DO NOTHING",
+                "INSERT INTO jobs (id, base, created_at, updated_at, status, request, metadata, model_name, tenant)
+                 VALUES ($1, $2, $3, $3, $4, $5, $6, $7, $8) ON CONFLICT (model_name) DO NOTHING",
             )
             .bind(&id)
             .bind(base.to_string())
@@ -185,6 +189,7 @@ impl Store {
             .bind(&request)
             .bind(as_json(&metadata))
             .bind(name)
+            .bind(tenant.as_str())
             .execute(&mut *tx)
             .await?;
             if inserted.rows_affected() == 0 {
@@ -260,6 +265,11 @@ impl Store {
         if changed.rows_affected() == 0 {
             return Ok(None);
         }
+        // What a job makes is its tenant's.
+        let tenant: String = sqlx::query_scalar("SELECT tenant FROM jobs WHERE id = $1")
+            .bind(id)
+            .fetch_one(&mut *tx)
+            .await?;
         insert_events(&mut tx, id, events).await?;
         if let Some(NewCheckpoint { step, model, metrics }) = checkpoint {
             // A job that goes on from an earlier step makes later checkpoints again.
@@ -277,7 +287,11 @@ impl Store {
             .await?;
         }
         if let Some(file) = result_file {
-            files::insert(&mut tx, file).await?;
+            let file = FileRow {
+                tenant: tenant.clone(),
+                ..file.clone()
+            };
+            files::insert(&mut tx, &file).await?;
             // The row is this transaction's since the update above.
             let sql = "SELECT result_files FROM jobs WHERE id = $1";
             let list: String = sqlx::query_scalar(sql).bind(id).fetch_one(&mut *tx).await?;
@@ -294,7 +308,7 @@ impl Store {
         let name = match name {
             Some(name) => {
                 changes::note(&mut tx, Kind::Names).await?;
-                Some(names::write(&mut tx, name).await?)
+                Some(names::write(&mut tx, name, &tenant).await?)
             }
             None => None,
         };
@@ -335,9 +349,10 @@ impl Store {
         Ok(unsigned(count))
     }
 
-    /// Newest first, those made before the job `after`.
+    /// Newest first, those made before the job `after`; of one tenant, or of all.
     pub async fn jobs(
         &self,
+        tenant: Option<&Tenant>,
         after: Option<&str>,
         limit: u32,
         metadata: &MetadataFilter,
@@ -345,7 +360,7 @@ impl Store {
         let mut sql = concat!(
             "SELECT ",
             columns!(),
-            " FROM jobs WHERE ($1 IS NULL OR seq < (SELECT seq FROM jobs WHERE id = $1))"
+            " FROM jobs WHERE ($1 IS NULL OR seq < (SELECT seq FROM jobs WHERE id = $1)) AND ($3 IS NULL OR tenant = $3)"
         )
         .to_owned();
         let mut pairs = vec![];
@@ -354,7 +369,7 @@ impl Store {
             MetadataFilter::None => sql.push_str(" AND metadata = '{}'"),
             MetadataFilter::Pairs(asked) => {
                 for (i, pair) in asked.iter().enumerate() {
-                    let (key, value) = (3 + 2 * i, 4 + 2 * i);
+                    let (key, value) = (4 + 2 * i, 5 + 2 * i);
                     sql.push_str(&match self.db.dialect {
                         Dialect::Sqlite => format!(
                             " AND EXISTS (SELECT 1 FROM json_each(jobs.metadata) AS had
@@ -370,7 +385,8 @@ impl Store {
         // Safe: only numbers were put into the text.
         let mut query = sqlx::query_as(sqlx::AssertSqlSafe(sql))
             .bind(after)
-            .bind(i64::from(limit) + 1);
+            .bind(i64::from(limit) + 1)
+            .bind(tenant.map(Tenant::as_str));
         for (key, value) in pairs {
             query = query.bind(key).bind(value);
         }

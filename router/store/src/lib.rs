@@ -30,6 +30,7 @@ mod health;
 mod identity;
 pub mod ids;
 mod jobs;
+mod keys;
 mod lease;
 mod leftovers;
 mod names;
@@ -42,13 +43,14 @@ pub use artifacts::Artifacts;
 pub use backup::{Summary, backup, restore};
 pub use changes::Changes;
 pub use error::StoreError;
-pub use files::{FileRow, Order};
+pub use files::{FileRow, NewFile, Order};
 pub use folders::Placement;
 pub use health::{PROBE_PERIOD, Part};
 pub use identity::Strays;
 pub use jobs::{
     Changed, CheckpointRow, EventRow, JobChange, JobRow, MetadataFilter, NewCheckpoint, NewEvent, NewJob,
 };
+pub use keys::{KeyRow, Keys, NewKey, NotARole, NotATenant, Role, Tenant, hash as key_hash};
 pub use lease::{LEASE, Lease, Renewal};
 pub use names::{NameRow, NewName, Source};
 pub use remote::use_ring;

@@ -43,6 +43,7 @@ pub struct NameRow {
     pub rank: u32,
     pub source: Source,
     pub created_at: i64,
+    pub tenant: String,
 }
 
 impl Store {
@@ -103,7 +104,7 @@ impl Store {
 
     /// All names for one base model.
     pub async fn names(&self, base: Digest) -> Result<Vec<NameRow>, StoreError> {
-        let sql = "SELECT name, digest, rank, source, job, step, names.created_at AS created_at
+        let sql = "SELECT name, digest, rank, source, job, step, names.created_at AS created_at, names.tenant AS tenant
                    FROM names JOIN adapters USING (digest) WHERE base = $1 ORDER BY names.created_at, name";
         let rows: Vec<RawName> = sqlx::query_as(sql)
             .bind(base.to_string())
@@ -112,11 +113,12 @@ impl Store {
         rows.into_iter().map(RawName::parse).collect()
     }
 
-    /// Point a name to an adapter if it points to `expected` now (`None`: if it is free). Returns whether it did, and
-    /// when.
+    /// Point a name of a tenant to an adapter if it points to `expected` now (`None`: if it is free). Returns whether it
+    /// did, and when.
     pub async fn swap_name(
         &self,
         name: &NewName,
+        tenant: &str,
         expected: Option<AdapterDigest>,
     ) -> Result<Option<NameRow>, StoreError> {
         let mut tx = self.db.begin().await?;
@@ -131,7 +133,7 @@ impl Store {
         if current != expected.map(|digest| digest.to_string()) {
             return Ok(None);
         }
-        let row = write(&mut tx, name).await?;
+        let row = write(&mut tx, name, tenant).await?;
         tx.commit().await?;
         Ok(Some(row))
     }
@@ -243,7 +245,11 @@ async fn lose(
 }
 
 /// Insert or replace. The caller has noted the change of names in the same transaction.
-pub(crate) async fn write(tx: &mut Transaction<'static, Any>, name: &NewName) -> Result<NameRow, StoreError> {
+pub(crate) async fn write(
+    tx: &mut Transaction<'static, Any>,
+    name: &NewName,
+    tenant: &str,
+) -> Result<NameRow, StoreError> {
     let NewName {
         base,
         name,
@@ -268,9 +274,10 @@ pub(crate) async fn write(tx: &mut Transaction<'static, Any>, name: &NewName) ->
     .execute(&mut **tx)
     .await?;
     sqlx::query(
-        "INSERT INTO names (base, name, digest, source, job, step, created_at) VALUES ($1, $2, $3, $4, $5, $6, $7)
+        "INSERT INTO names (base, name, digest, source, job, step, created_at, tenant)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
          ON CONFLICT (base, name) DO UPDATE SET digest = excluded.digest, source = excluded.source,
-         job = excluded.job, step = excluded.step, created_at = excluded.created_at",
+         job = excluded.job, step = excluded.step, created_at = excluded.created_at, tenant = excluded.tenant",
     )
     .bind(base.to_string())
     .bind(name)
@@ -279,6 +286,7 @@ pub(crate) async fn write(tx: &mut Transaction<'static, Any>, name: &NewName) ->
     .bind(job)
     .bind(step)
     .bind(created_at)
+    .bind(tenant)
     .execute(&mut **tx)
     .await?;
     Ok(NameRow {
@@ -287,6 +295,7 @@ pub(crate) async fn write(tx: &mut Transaction<'static, Any>, name: &NewName) ->
         rank: *rank,
         source: source.clone(),
         created_at,
+        tenant: tenant.to_owned(),
     })
 }
 
@@ -299,6 +308,7 @@ struct RawName {
     job: Option<String>,
     step: Option<i64>,
     created_at: i64,
+    tenant: String,
 }
 
 impl RawName {
@@ -311,6 +321,7 @@ impl RawName {
             job,
             step,
             created_at,
+            tenant,
         } = self;
         let digest = digest
             .parse()
@@ -334,6 +345,7 @@ impl RawName {
             rank: u32::try_from(rank).unwrap_or(u32::MAX),
             source,
             created_at,
+            tenant,
         })
     }
 }

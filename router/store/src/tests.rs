@@ -48,10 +48,21 @@ async fn each_kind(root: &Path) -> Vec<Store> {
     stores
 }
 
+fn new_file(filename: &'static str, purpose: &'static str, expires_after_s: Option<u64>) -> NewFile<'static> {
+    static TENANT: std::sync::LazyLock<Tenant> = std::sync::LazyLock::new(Tenant::default);
+    NewFile {
+        filename,
+        purpose,
+        expires_after_s,
+        tenant: &TENANT,
+    }
+}
+
 fn job(id: &str, metadata: &[(&str, &str)]) -> NewJob {
     NewJob {
         id: id.to_owned(),
         base: BASE,
+        tenant: Tenant::default(),
         status: "queued".to_owned(),
         request: "{}".to_owned(),
         metadata: metadata
@@ -104,7 +115,7 @@ async fn what_was_acknowledged_is_there_and_what_was_half_done_is_not() {
         let staged = store.staging();
         fs::write(&staged, "rows").unwrap();
         file = store
-            .add_file(&staged, "rows.jsonl", "fine-tune", None)
+            .add_file(&staged, new_file("rows.jsonl", "fine-tune", None))
             .await
             .unwrap();
         digest = store
@@ -112,7 +123,7 @@ async fn what_was_acknowledged_is_there_and_what_was_half_done_is_not() {
             .await
             .unwrap();
         store
-            .swap_name(&name("pet", digest), None)
+            .swap_name(&name("pet", digest), Tenant::DEFAULT, None)
             .await
             .unwrap()
             .expect("the name was free");
@@ -121,7 +132,7 @@ async fn what_was_acknowledged_is_there_and_what_was_half_done_is_not() {
         let staged = store.staging();
         fs::write(&staged, "result").unwrap();
         store
-            .publish_file(&staged, "r.csv", "fine-tune-results", None)
+            .publish_file(&staged, new_file("r.csv", "fine-tune-results", None))
             .await
             .unwrap();
         store
@@ -177,7 +188,10 @@ async fn a_name_moves_only_from_where_it_is_expected() {
             (Some(two), two, false),
             (Some(one), two, true),
         ] {
-            let row = store.swap_name(&name("pet", digest), expected).await.unwrap();
+            let row = store
+                .swap_name(&name("pet", digest), Tenant::DEFAULT, expected)
+                .await
+                .unwrap();
             assert_eq!(row.is_some(), moved, "{expected:?} -> {digest}");
         }
         assert!(!store.remove_adapter_if_unnamed(two).await.unwrap());
@@ -286,7 +300,7 @@ async fn jobs_are_found_by_their_metadata_and_paged() {
             (None, 10, MetadataFilter::Pairs(BTreeMap::new()), "dcba", false),
         ];
         for (after, limit, filter, expected, has_more) in cases {
-            let page = store.jobs(after, limit, &filter).await.unwrap();
+            let page = store.jobs(None, after, limit, &filter).await.unwrap();
             let ids: String = page.rows.into_iter().map(|row| row.id).collect();
             assert_eq!((ids.as_str(), page.has_more), (expected, has_more), "{filter:?}");
         }
@@ -311,11 +325,14 @@ async fn expired_files_are_not_there() {
     for store in each_kind(root.path()).await {
         let staged = store.staging();
         fs::write(&staged, "x").unwrap();
-        let row = store.add_file(&staged, "x", "user_data", Some(0)).await.unwrap();
+        let row = store
+            .add_file(&staged, new_file("x", "user_data", Some(0)))
+            .await
+            .unwrap();
         assert_eq!(store.file(&row.id).await.unwrap(), None);
         assert!(
             store
-                .files(None, None, 10, Order::Newest)
+                .files(None, None, None, 10, Order::Newest)
                 .await
                 .unwrap()
                 .rows
@@ -323,5 +340,60 @@ async fn expired_files_are_not_there() {
         );
         assert_eq!(store.delete_expired_files().await.unwrap(), 1);
         assert!(!store.artifacts().folders().file(&row.id).exists());
+    }
+}
+
+/// Whoever opens the database, as `tandem keys` does beside a server, sees and makes the same keys.
+#[tokio::test]
+async fn keys_are_kept_as_hashes_and_end() {
+    let root = tempfile::tempdir().unwrap();
+    for store in each_kind(root.path()).await {
+        let keys = store.keys();
+        // Databases of tests that ran before may have some.
+        let (before, changes) = (keys.list().await.unwrap().len(), keys.changes().await.unwrap());
+        let new = |name: &str, expires_after_s| NewKey {
+            name: name.to_owned(),
+            tenant: "acme".parse().unwrap(),
+            role: Role::Train,
+            expires_after_s,
+        };
+        let (one, secret) = keys.create(new("ci", Some(3600))).await.unwrap();
+        assert!(secret.starts_with("sk-tandem-") && secret.len() > 64, "{secret}");
+        assert_eq!(one.hash, key_hash(secret.as_bytes()));
+        let listed = keys.list().await.unwrap();
+        assert_eq!(listed.last(), Some(&one));
+        assert_eq!(
+            (&listed[before].name[..], listed[before].role),
+            ("ci", Role::Train)
+        );
+        assert!(one.opens(one.created_at) && !one.opens(one.created_at + 3600));
+
+        // The old one goes on for a while, then not; its end is the new one's, too.
+        let (two, other) = keys.rotate(&one.id, 60).await.unwrap().unwrap();
+        assert_ne!(secret, other);
+        assert_eq!(
+            (&two.tenant, two.role, two.name.as_str()),
+            (&one.tenant, one.role, "ci")
+        );
+        let row = |id: &str, rows: &[KeyRow]| rows.iter().find(|row| row.id == id).unwrap().clone();
+        let rows = keys.list().await.unwrap();
+        assert!(row(&one.id, &rows).opens(now()) && !row(&one.id, &rows).opens(now() + 61));
+        let (three, _) = keys.rotate(&two.id, 0).await.unwrap().unwrap();
+        assert!(!row(&two.id, &keys.list().await.unwrap()).opens(now()));
+        assert!(keys.rotate(&two.id, 0).await.unwrap().is_none());
+        assert!(keys.revoke(&three.id).await.unwrap());
+        assert!(!keys.revoke(&three.id).await.unwrap(), "it was");
+        assert!(!keys.revoke("key-none").await.unwrap());
+        assert!(!row(&three.id, &keys.list().await.unwrap()).opens(now()));
+        assert!(keys.changes().await.unwrap() > changes);
+        assert_eq!(keys.list().await.unwrap().len(), before + 3);
+        assert!(matches!(
+            keys.create(new("a\x1b[2J", None)).await,
+            Err(StoreError::Key(_))
+        ));
+        store.close().await;
+    }
+    for bad in ["", "a/b", "a b", "\0", "é", &"x".repeat(65)] {
+        assert!(bad.parse::<Tenant>().is_err(), "{bad:?}");
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use tandem_router::{Defaults, Fleet, Router};
-use tandem_store::{Places, Store, Strays};
+use tandem_store::{Keys, Places, Store, Strays};
 use tandem_text::Tokenizer;
 use tandem_text::reasoning::ReasoningFormat;
 use tandem_text::tools::ToolFormat;
@@ -16,11 +16,12 @@ use tracing::info;
 
 use super::greeting::{self, Greeting};
 use crate::app::{self, Access, App};
+use crate::audit::Audit;
 use crate::cli::{ArtifactOptions, ConnectionOptions, EdgeOptions, ProcessOptions, StateOptions};
 use crate::connection::Patience;
 use crate::exit::WrongSetting;
 use crate::hub::{self, Content};
-use crate::keys::ApiKeys;
+use crate::keys::Ring;
 use crate::listen::Limits;
 use crate::origins::Origins;
 use crate::roots::LoraRoots;
@@ -39,17 +40,26 @@ impl Door {
         &self.listener
     }
 
-    pub fn open(address: SocketAddr, options: &EdgeOptions) -> Result<Door> {
+    pub fn open(address: SocketAddr, options: &EdgeOptions, state: &StateOptions) -> Result<Door> {
         let keys = exposure::keys(&options.api_key, options.api_key_file.as_deref())?;
-        let keys = ApiKeys::new(keys.iter().map(String::as_str)).context("--api-key")?;
-        exposure::check(options.published.as_deref(), address.ip(), keys.is_some())?;
+        let ring = Ring::new(keys.iter().map(String::as_str))
+            .map_err(|error| WrongSetting(format!("--api-key: {error}")))?;
+        // Those of the database are seen when it is opened, and this is looked at again.
+        let may_have_keys = state.database_url.is_some() || Keys::may_lie_in(&state.artifacts.data_dir);
+        exposure::check(
+            options.published.as_deref(),
+            address.ip(),
+            ring.is_wanted() || may_have_keys,
+        )?;
+        let audit = Audit::open(options.audit_log.as_deref()).context("--audit-log")?;
         let origins = Origins::parse(&options.allowed_origins).context("--allowed-origins")?;
         let listener = listen::bind(address).with_context(|| format!("cannot listen on {address}"))?;
         let address = listener.local_addr().context("the socket has no address")?;
         let access = Access {
-            keys,
+            ring,
             origins,
             is_local: address.ip().is_loopback(),
+            audit,
         };
         Ok(Door {
             listener,
@@ -158,7 +168,8 @@ pub async fn run(edge: Edge) -> Result<()> {
         port: _,
         api_key: _,
         api_key_file: _,
-        published: _,
+        audit_log: _,
+        published,
         allowed_origins: _,
         generation_config,
         chat_template: _,
@@ -252,6 +263,10 @@ pub async fn run(edge: Edge) -> Result<()> {
         ..tandem_router::Config::default()
     };
     let store = Store::open(&places).await.context("the store")?;
+    let (ring, keys) = (access.ring.clone(), store.keys());
+    ring.take(&keys).await.context("the keys")?;
+    exposure::check(published.as_deref(), address.ip(), ring.is_wanted())?;
+    tokio::spawn(ring.follow(keys));
     let router = Router::open(store, tokenizer, fleet, config).await?;
     let app = App::new(router, strict_fields, lora_roots).context("the metrics")?;
     let greeting = Greeting {
@@ -259,7 +274,7 @@ pub async fn run(edge: Edge) -> Result<()> {
         names: &names,
         replica: app.router.info(),
         door: greeting::Door::Api {
-            wants_key: access.keys.is_some(),
+            wants_key: access.ring.is_wanted(),
         },
     };
     let routes = app::routes(app.clone(), access, patience.read);

@@ -5,6 +5,7 @@ pub mod backup;
 pub mod download;
 pub mod edge;
 mod greeting;
+pub mod keys;
 pub mod quantize;
 pub mod replica;
 pub mod router;

@@ -49,7 +49,7 @@ pub fn run(options: Router, given: &Given) -> Result<()> {
         );
     }
     let token = exposure::token(&token)?;
-    let door = Door::open(SocketAddr::new(options.host, options.port), &options)?;
+    let door = Door::open(SocketAddr::new(options.host, options.port), &options, &state)?;
     edge::make_data_dir(&state.artifacts.data_dir)?;
     let adapters = edge::adapters(&options)?;
     let members: Vec<Member> = backends

@@ -24,7 +24,7 @@ pub fn run(options: Serve, given: &Given) -> Result<()> {
     if let Followed::ToTheEnd = ranks::followed(&model, &started, &state.artifacts.data_dir)? {
         return Ok(());
     }
-    let door = Door::open(SocketAddr::new(options.host, options.port), &options)?;
+    let door = Door::open(SocketAddr::new(options.host, options.port), &options, &state)?;
     edge::make_data_dir(&state.artifacts.data_dir)?;
     let adapters = edge::adapters(&options)?;
     let (folder, names) = replica::model(&model, &state.artifacts.data_dir)?;

@@ -84,7 +84,7 @@ pub async fn admit(
     for call in calls {
         let (n, model) = (call.n, call.model.clone());
         let call = Call {
-            client,
+            client: client.clone(),
             earlier,
             ..call
         };
@@ -96,7 +96,10 @@ pub async fn admit(
             base,
             pieces,
         } = generation;
-        let name = match (adapter, app.router.model(&model).map(|card| card.kind)) {
+        let name = match (
+            adapter,
+            app.router.of(&client).model(&model).map(|card| card.kind),
+        ) {
             (Some(_), Ok(ModelKind::Adapter { .. }) | Err(_)) => Some(model),
             _ => None,
         };

@@ -2,12 +2,12 @@
 
 use std::path::PathBuf;
 
-use axum::Json;
 use axum::body::Body;
 use axum::extract::multipart::{Field, MultipartError};
 use axum::extract::{FromRequest, Multipart, Request, State};
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use tandem_openapi::common::{CursorList, Deleted};
 use tandem_openapi::error::Errors;
 use tandem_openapi::files::{File, UploadForm};
@@ -18,10 +18,12 @@ use tokio::io::AsyncWriteExt;
 use tokio_util::io::ReaderStream;
 
 use crate::app::App;
+use crate::audit::Object;
 use crate::convert::files;
 use crate::error::{ApiError, invalid, unreadable};
 use crate::extract::{FILE_LIMIT_BYTES, Pairs, Segment, announced_bytes, must_be};
 use crate::fields::stray_field;
+use crate::keys::Own;
 
 /// Boundaries, headers and the small fields of a form.
 const FORM_OVERHEAD_BYTES: u64 = 1 << 20;
@@ -35,7 +37,11 @@ const LIST_LIMIT: u32 = 10_000;
     request_body(content = UploadForm, content_type = "multipart/form-data"),
     responses((status = 200, body = File), Errors)
 )]
-pub async fn create(State(app): State<App>, request: Request) -> Result<Json<File>, ApiError> {
+pub async fn create(
+    State(app): State<App>,
+    Own(own): Own,
+    request: Request,
+) -> Result<(Extension<Object>, Json<File>), ApiError> {
     let limit_bytes = FILE_LIMIT_BYTES;
     if announced_bytes(request.headers()).is_some_and(|bytes| bytes > limit_bytes + FORM_OVERHEAD_BYTES) {
         return Err(ApiError::TooLarge { limit_bytes });
@@ -63,9 +69,9 @@ pub async fn create(State(app): State<App>, request: Request) -> Result<Json<Fil
         purpose,
         expires_after_seconds,
     };
-    let info = app.router.create_file(upload).await?;
+    let info = own.create_file(upload).await?;
     app.metrics.uploaded(bytes);
-    Ok(Json(files::file(info)))
+    Ok((Extension(Object(info.id.clone())), Json(files::file(info))))
 }
 
 /// An upload's file on its way; what is left of it goes when the upload ends, however it ends.
@@ -170,7 +176,7 @@ fn broken(error: MultipartError) -> ApiError {
     ),
     responses((status = 200, body = CursorList<File>), Errors)
 )]
-pub async fn list(State(app): State<App>, query: Pairs) -> Result<Json<CursorList<File>>, ApiError> {
+pub async fn list(Own(own): Own, query: Pairs) -> Result<Json<CursorList<File>>, ApiError> {
     let limit = query.integer("limit", 1..=LIST_LIMIT, LIST_LIMIT)?;
     let order = match query.text("order") {
         None | Some("desc") => Order::Newest,
@@ -182,8 +188,7 @@ pub async fn list(State(app): State<App>, query: Pairs) -> Result<Json<CursorLis
             ));
         }
     };
-    let page = app
-        .router
+    let page = own
         .files(query.text("purpose"), query.text("after"), limit, order)
         .await?;
     let data: Vec<File> = page.data.into_iter().map(files::file).collect();
@@ -201,8 +206,8 @@ pub async fn list(State(app): State<App>, query: Pairs) -> Result<Json<CursorLis
     get, path = "/v1/files/{id}", tag = "files", params(("id" = String, Path)),
     responses((status = 200, body = File), Errors)
 )]
-pub async fn retrieve(State(app): State<App>, Segment(id): Segment) -> Result<Json<File>, ApiError> {
-    Ok(Json(files::file(app.router.file(&id).await?)))
+pub async fn retrieve(Own(own): Own, Segment(id): Segment) -> Result<Json<File>, ApiError> {
+    Ok(Json(files::file(own.file(&id).await?)))
 }
 
 /// Delete a file.
@@ -210,8 +215,8 @@ pub async fn retrieve(State(app): State<App>, Segment(id): Segment) -> Result<Js
     delete, path = "/v1/files/{id}", tag = "files", params(("id" = String, Path)),
     responses((status = 200, body = Deleted), Errors)
 )]
-pub async fn delete(State(app): State<App>, Segment(id): Segment) -> Result<Json<Deleted>, ApiError> {
-    app.router.delete_file(&id).await?;
+pub async fn delete(Own(own): Own, Segment(id): Segment) -> Result<Json<Deleted>, ApiError> {
+    own.delete_file(&id).await?;
     Ok(Json(Deleted {
         id,
         object: "file",
@@ -224,8 +229,8 @@ pub async fn delete(State(app): State<App>, Segment(id): Segment) -> Result<Json
     get, path = "/v1/files/{id}/content", tag = "files", params(("id" = String, Path)),
     responses((status = 200, body = Vec<u8>, content_type = "application/octet-stream"), Errors)
 )]
-pub async fn content(State(app): State<App>, Segment(id): Segment) -> Result<Response, ApiError> {
-    let (info, path) = app.router.file_content(&id).await?;
+pub async fn content(Own(own): Own, Segment(id): Segment) -> Result<Response, ApiError> {
+    let (info, path) = own.file_content(&id).await?;
     let file = tokio::fs::File::open(path).await;
     let file = file.map_err(|error| ApiError::Internal(format!("cannot open file {id}: {error}")))?;
     let chunks: ReaderStream<_> = ReaderStream::new(file);

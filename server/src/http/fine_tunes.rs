@@ -1,5 +1,6 @@
 //! /v1/fine-tunes, the API of 2021 to 2023, under both spellings of its path.
 
+use axum::Extension;
 use axum::Json as Answer;
 use axum::Router;
 use axum::body::Bytes;
@@ -11,15 +12,17 @@ use tandem_openapi::common::{Deleted, List};
 use tandem_openapi::error::Errors;
 use tandem_openapi::files::File;
 use tandem_openapi::fine_tunes::{CreateFineTune, FineTune, FineTuneEvent};
-use tandem_router::MetadataFilter;
 use tandem_router::api::{Job, RouterError};
+use tandem_router::{MetadataFilter, View};
 
 use super::to_the_end;
 use crate::app::App;
+use crate::audit::Object;
 use crate::convert::files::file;
 use crate::convert::fine_tunes::{self as convert, Files, JobName};
 use crate::error::ApiError;
 use crate::extract::{JobSegment, Json, Pairs, Segment};
+use crate::keys::Own;
 use crate::sse;
 
 /// The legacy lists have no pages; this is where they end.
@@ -41,12 +44,14 @@ pub fn second_spelling() -> Router<App> {
 )]
 pub async fn create(
     State(app): State<App>,
+    Own(own): Own,
     Json(body): Json<CreateFineTune>,
-) -> Result<Answer<FineTune>, ApiError> {
+) -> Result<(Extension<Object>, Answer<FineTune>), ApiError> {
     let request = convert::request(body, &app.router.config().served_model_name)?;
-    let router = app.router.clone();
-    let job = to_the_end(async move { router.create_job(request).await }).await?;
-    whole(&app, job).await
+    let maker = own.clone();
+    let job = to_the_end(async move { maker.create_job(request).await }).await?;
+    let made = Object(job.id.to_string());
+    Ok((Extension(made), whole(&app, &own, job).await?))
 }
 
 /// All jobs, newest first.
@@ -54,11 +59,11 @@ pub async fn create(
     get, path = "/v1/fine-tunes", tag = "fine-tuning (legacy)",
     responses((status = 200, body = List<FineTune>), Errors)
 )]
-pub async fn list(State(app): State<App>) -> Result<Answer<List<FineTune>>, ApiError> {
-    let page = app.router.jobs(None, LIST_LIMIT, MetadataFilter::Any).await?;
+pub async fn list(State(app): State<App>, Own(own): Own) -> Result<Answer<List<FineTune>>, ApiError> {
+    let page = own.clone().jobs(None, LIST_LIMIT, MetadataFilter::Any).await?;
     let mut data = Vec::with_capacity(page.data.len());
     for job in page.data {
-        data.push(shape(&app, job, None).await);
+        data.push(shape(&app, &own, job, None).await);
     }
     Ok(Answer(List::new(data)))
 }
@@ -70,10 +75,11 @@ pub async fn list(State(app): State<App>) -> Result<Answer<List<FineTune>>, ApiE
 )]
 pub async fn retrieve(
     State(app): State<App>,
+    Own(own): Own,
     JobSegment(job): JobSegment,
 ) -> Result<Answer<FineTune>, ApiError> {
-    let job = job.found(app.router.job(&job.id).await)?;
-    whole(&app, job).await
+    let job = job.found(own.clone().job(&job.id).await)?;
+    whole(&app, &own, job).await
 }
 
 /// Forget what a job made: its model and its checkpoints. The job stays on record. Takes the model's name, too.
@@ -81,13 +87,13 @@ pub async fn retrieve(
     delete, path = "/v1/fine-tunes/{id}", tag = "fine-tuning (legacy)", params(("id" = String, Path)),
     responses((status = 200, body = Deleted), Errors)
 )]
-pub async fn delete(State(app): State<App>, Segment(name): Segment) -> Result<Answer<Deleted>, ApiError> {
-    let (router, job) = (app.router.clone(), JobName::new(name.clone()));
+pub async fn delete(Own(own): Own, Segment(name): Segment) -> Result<Answer<Deleted>, ApiError> {
+    let job = JobName::new(name.clone());
     let (model, id) = (name.clone(), job.id.clone());
     let deleted = to_the_end(async move {
-        match router.model(&model) {
-            Ok(_) => router.delete_model(&model).await,
-            Err(_) => router.delete_models_of(&id).await,
+        match own.clone().model(&model) {
+            Ok(_) => own.delete_model(&model).await,
+            Err(_) => own.delete_models_of(&id).await,
         }
     });
     job.found(deleted.await)?;
@@ -105,10 +111,11 @@ pub async fn delete(State(app): State<App>, Segment(name): Segment) -> Result<An
 )]
 pub async fn cancel(
     State(app): State<App>,
+    Own(own): Own,
     JobSegment(job): JobSegment,
 ) -> Result<Answer<FineTune>, ApiError> {
-    let job = job.found(app.router.cancel_job(&job.id).await)?;
-    whole(&app, job).await
+    let job = job.found(own.clone().cancel_job(&job.id).await)?;
+    whole(&app, &own, job).await
 }
 
 /// What happened, oldest first; with `stream=true` as server-sent events until the job ends.
@@ -120,16 +127,12 @@ pub async fn cancel(
         Errors,
     )
 )]
-pub async fn events(
-    State(app): State<App>,
-    JobSegment(job): JobSegment,
-    query: Pairs,
-) -> Result<Response, ApiError> {
+pub async fn events(Own(own): Own, JobSegment(job): JobSegment, query: Pairs) -> Result<Response, ApiError> {
     if !query.flag("stream")? {
-        let events = job.found(all_events(&app, &job.id).await)?;
+        let events = job.found(all_events(own, &job.id).await)?;
         return Ok(Answer(List::new(events)).into_response());
     }
-    let records = job.found(app.router.follow_job(&job.id).await)?;
+    let records = job.found(own.follow_job(&job.id).await)?;
     let frames = unfold(Some(records), |records| async {
         let mut records = records?;
         let mut out = Vec::new();
@@ -144,30 +147,30 @@ pub async fn events(
     Ok(sse::response(frames))
 }
 
-async fn all_events(app: &App, id: &str) -> Result<Vec<FineTuneEvent>, RouterError> {
-    let page = app.router.job_events(id, None, LIST_LIMIT).await?;
+async fn all_events(own: View, id: &str) -> Result<Vec<FineTuneEvent>, RouterError> {
+    let page = own.job_events(id, None, LIST_LIMIT).await?;
     Ok(page.data.into_iter().rev().map(convert::event).collect())
 }
 
-async fn whole(app: &App, job: Job) -> Result<Answer<FineTune>, ApiError> {
-    let events = all_events(app, job.id.as_str()).await?;
-    Ok(Answer(shape(app, job, Some(events)).await))
+async fn whole(app: &App, own: &View, job: Job) -> Result<Answer<FineTune>, ApiError> {
+    let events = all_events(own.clone(), job.id.as_str()).await?;
+    Ok(Answer(shape(app, own, job, Some(events)).await))
 }
 
-async fn shape(app: &App, job: Job, events: Option<Vec<FineTuneEvent>>) -> FineTune {
+async fn shape(app: &App, own: &View, job: Job, events: Option<Vec<FineTuneEvent>>) -> FineTune {
     let files = Files {
-        training: objects(app, [&job.request.training_file]).await,
-        validation: objects(app, &job.request.validation_file).await,
-        results: objects(app, &job.result_files).await,
+        training: objects(own, [&job.request.training_file]).await,
+        validation: objects(own, &job.request.validation_file).await,
+        results: objects(own, &job.result_files).await,
     };
     convert::fine_tune(job, app.organization(), files, events)
 }
 
 /// A file that was deleted since is left out.
-async fn objects(app: &App, ids: impl IntoIterator<Item = &String>) -> Vec<File> {
+async fn objects(own: &View, ids: impl IntoIterator<Item = &String>) -> Vec<File> {
     let mut files = Vec::new();
     for id in ids {
-        files.extend(app.router.file(id).await.ok().map(file));
+        files.extend(own.clone().file(id).await.ok().map(file));
     }
     files
 }

@@ -2,19 +2,22 @@
 
 use std::collections::BTreeMap;
 
+use axum::Extension;
 use axum::Json as Answer;
 use axum::extract::State;
 use tandem_openapi::common::{CursorList, PageList};
 use tandem_openapi::error::Errors;
 use tandem_openapi::fine_tuning::{Checkpoint, CreateJob, Job, JobEvent};
-use tandem_router::MetadataFilter;
+use tandem_router::{MetadataFilter, View};
 
 use super::to_the_end;
 use crate::app::App;
+use crate::audit::Object;
 use crate::convert::fine_tunes::JobName;
 use crate::convert::{fine_tuning, jobs};
 use crate::error::ApiError;
 use crate::extract::{JobSegment, Json, Pairs};
+use crate::keys::Own;
 
 const LIST_LIMIT: u32 = 100;
 const EVENTS_LIMIT: u32 = 1000;
@@ -24,10 +27,15 @@ const EVENTS_LIMIT: u32 = 1000;
     post, path = "/v1/fine_tuning/jobs", tag = "fine-tuning", request_body = CreateJob,
     responses((status = 200, body = Job), Errors)
 )]
-pub async fn create(State(app): State<App>, Json(body): Json<CreateJob>) -> Result<Answer<Job>, ApiError> {
-    let (request, router) = (fine_tuning::request(body)?, app.router.clone());
-    let job = to_the_end(async move { router.create_job(request).await }).await?;
-    Ok(Answer(jobs::job(job, app.organization())))
+pub async fn create(
+    State(app): State<App>,
+    Own(own): Own,
+    Json(body): Json<CreateJob>,
+) -> Result<(Extension<Object>, Answer<Job>), ApiError> {
+    let request = fine_tuning::request(body)?;
+    let job = to_the_end(async move { own.create_job(request).await }).await?;
+    let made = Object(job.id.to_string());
+    Ok((Extension(made), Answer(jobs::job(job, app.organization()))))
 }
 
 /// Jobs, newest first. `metadata[key]=value` picks some.
@@ -39,7 +47,11 @@ pub async fn create(State(app): State<App>, Json(body): Json<CreateJob>) -> Resu
     ),
     responses((status = 200, body = PageList<Job>), Errors)
 )]
-pub async fn list(State(app): State<App>, query: Pairs) -> Result<Answer<PageList<Job>>, ApiError> {
+pub async fn list(
+    State(app): State<App>,
+    Own(own): Own,
+    query: Pairs,
+) -> Result<Answer<PageList<Job>>, ApiError> {
     let limit = query.integer("limit", 1..=LIST_LIMIT, 20)?;
     let pairs: BTreeMap<String, String> = query.map("metadata").into_iter().collect();
     let filter = match query.text("metadata") {
@@ -47,7 +59,7 @@ pub async fn list(State(app): State<App>, query: Pairs) -> Result<Answer<PageLis
         _ if pairs.is_empty() => MetadataFilter::Any,
         _ => MetadataFilter::Pairs(pairs),
     };
-    let page = app.router.jobs(query.text("after"), limit, filter).await?;
+    let page = own.jobs(query.text("after"), limit, filter).await?;
     let data = page
         .data
         .into_iter()
@@ -65,8 +77,12 @@ pub async fn list(State(app): State<App>, query: Pairs) -> Result<Answer<PageLis
     get, path = "/v1/fine_tuning/jobs/{id}", tag = "fine-tuning", params(("id" = String, Path)),
     responses((status = 200, body = Job), Errors)
 )]
-pub async fn retrieve(State(app): State<App>, JobSegment(job): JobSegment) -> Result<Answer<Job>, ApiError> {
-    let found = job.found(app.router.job(&job.id).await)?;
+pub async fn retrieve(
+    State(app): State<App>,
+    Own(own): Own,
+    JobSegment(job): JobSegment,
+) -> Result<Answer<Job>, ApiError> {
+    let found = job.found(own.job(&job.id).await)?;
     Ok(Answer(jobs::job(found, app.organization())))
 }
 
@@ -75,8 +91,12 @@ pub async fn retrieve(State(app): State<App>, JobSegment(job): JobSegment) -> Re
     post, path = "/v1/fine_tuning/jobs/{id}/cancel", tag = "fine-tuning", params(("id" = String, Path)),
     responses((status = 200, body = Job), Errors)
 )]
-pub async fn cancel(State(app): State<App>, JobSegment(job): JobSegment) -> Result<Answer<Job>, ApiError> {
-    let cancelled = job.found(app.router.cancel_job(&job.id).await)?;
+pub async fn cancel(
+    State(app): State<App>,
+    Own(own): Own,
+    JobSegment(job): JobSegment,
+) -> Result<Answer<Job>, ApiError> {
+    let cancelled = job.found(own.cancel_job(&job.id).await)?;
     Ok(Answer(jobs::job(cancelled, app.organization())))
 }
 
@@ -85,8 +105,8 @@ pub async fn cancel(State(app): State<App>, JobSegment(job): JobSegment) -> Resu
     post, path = "/v1/fine_tuning/jobs/{id}/pause", tag = "fine-tuning", params(("id" = String, Path)),
     responses(Errors)
 )]
-pub async fn pause(State(app): State<App>, JobSegment(job): JobSegment) -> Result<Answer<Job>, ApiError> {
-    not_built(&app, &job, "pause").await
+pub async fn pause(Own(own): Own, JobSegment(job): JobSegment) -> Result<Answer<Job>, ApiError> {
+    not_built(own, &job, "pause").await
 }
 
 /// Not built: a job runs or is cancelled.
@@ -94,12 +114,12 @@ pub async fn pause(State(app): State<App>, JobSegment(job): JobSegment) -> Resul
     post, path = "/v1/fine_tuning/jobs/{id}/resume", tag = "fine-tuning", params(("id" = String, Path)),
     responses(Errors)
 )]
-pub async fn resume(State(app): State<App>, JobSegment(job): JobSegment) -> Result<Answer<Job>, ApiError> {
-    not_built(&app, &job, "resume").await
+pub async fn resume(Own(own): Own, JobSegment(job): JobSegment) -> Result<Answer<Job>, ApiError> {
+    not_built(own, &job, "resume").await
 }
 
-async fn not_built(app: &App, job: &JobName, what: &str) -> Result<Answer<Job>, ApiError> {
-    job.found(app.router.job(&job.id).await)?;
+async fn not_built(own: View, job: &JobName, what: &str) -> Result<Answer<Job>, ApiError> {
+    job.found(own.job(&job.id).await)?;
     Err(ApiError::NotBuilt {
         param: what.to_owned(),
         hint: ": a job can only be cancelled".to_owned(),
@@ -116,12 +136,12 @@ async fn not_built(app: &App, job: &JobName, what: &str) -> Result<Answer<Job>, 
     responses((status = 200, body = PageList<JobEvent>), Errors)
 )]
 pub async fn events(
-    State(app): State<App>,
+    Own(own): Own,
     JobSegment(job): JobSegment,
     query: Pairs,
 ) -> Result<Answer<PageList<JobEvent>>, ApiError> {
     let limit = query.integer("limit", 1..=EVENTS_LIMIT, 20)?;
-    let page = app.router.job_events(&job.id, query.text("after"), limit).await;
+    let page = own.job_events(&job.id, query.text("after"), limit).await;
     let page = job.found(page)?;
     let data = page.data.into_iter().map(jobs::event).collect();
     Ok(Answer(PageList {
@@ -141,12 +161,12 @@ pub async fn events(
     responses((status = 200, body = CursorList<Checkpoint>), Errors)
 )]
 pub async fn checkpoints(
-    State(app): State<App>,
+    Own(own): Own,
     JobSegment(job): JobSegment,
     query: Pairs,
 ) -> Result<Answer<CursorList<Checkpoint>>, ApiError> {
     let limit = query.integer("limit", 1..=LIST_LIMIT, 10)?;
-    let page = app.router.checkpoints(&job.id, query.text("after"), limit).await;
+    let page = own.checkpoints(&job.id, query.text("after"), limit).await;
     let page = job.found(page)?;
     let data: Vec<Checkpoint> = page
         .data

@@ -1,16 +1,15 @@
 //! /v1/models. Names hold `:` and `/`, so a name is the rest of the path.
 
 use axum::Json;
-use axum::extract::State;
 use tandem_openapi::common::{Deleted, List};
 use tandem_openapi::error::Errors;
 use tandem_openapi::models::Model;
 
 use super::to_the_end;
-use crate::app::App;
 use crate::convert;
 use crate::error::ApiError;
 use crate::extract::{Pairs, Segment};
+use crate::keys::Own;
 
 /// The base model and the adapters. Checkpoints of jobs can be named as well; a job lists its own.
 #[utoipa::path(
@@ -18,9 +17,9 @@ use crate::extract::{Pairs, Segment};
     params(("include_checkpoints" = Option<bool>, Query, description = "List the checkpoints of all jobs, too")),
     responses((status = 200, body = List<Model>), Errors)
 )]
-pub async fn list(State(app): State<App>, query: Pairs) -> Result<Json<List<Model>>, ApiError> {
+pub async fn list(Own(own): Own, query: Pairs) -> Result<Json<List<Model>>, ApiError> {
     let with_checkpoints = query.flag("include_checkpoints")?;
-    let models = app.router.models().into_iter().map(convert::models::model);
+    let models = own.models().into_iter().map(convert::models::model);
     let models = models.filter(|model| with_checkpoints || model.step_number.is_none());
     Ok(Json(List::new(models.collect())))
 }
@@ -30,8 +29,8 @@ pub async fn list(State(app): State<App>, query: Pairs) -> Result<Json<List<Mode
     get, path = "/v1/models/{*id}", tag = "models", params(("id" = String, Path)),
     responses((status = 200, body = Model), Errors)
 )]
-pub async fn retrieve(State(app): State<App>, Segment(id): Segment) -> Result<Json<Model>, ApiError> {
-    Ok(Json(convert::models::model(app.router.model(&id)?)))
+pub async fn retrieve(Own(own): Own, Segment(id): Segment) -> Result<Json<Model>, ApiError> {
+    Ok(Json(convert::models::model(own.model(&id)?)))
 }
 
 /// Forget a fine-tuned model. Requests that run keep what they started with.
@@ -39,9 +38,9 @@ pub async fn retrieve(State(app): State<App>, Segment(id): Segment) -> Result<Js
     delete, path = "/v1/models/{*id}", tag = "models", params(("id" = String, Path)),
     responses((status = 200, body = Deleted), Errors)
 )]
-pub async fn delete(State(app): State<App>, Segment(id): Segment) -> Result<Json<Deleted>, ApiError> {
-    let (router, name) = (app.router.clone(), id.clone());
-    to_the_end(async move { router.delete_model(&name).await }).await?;
+pub async fn delete(Own(own): Own, Segment(id): Segment) -> Result<Json<Deleted>, ApiError> {
+    let name = id.clone();
+    to_the_end(async move { own.delete_model(&name).await }).await?;
     Ok(Json(Deleted {
         id,
         object: "model",

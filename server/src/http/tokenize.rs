@@ -16,6 +16,7 @@ use crate::convert::files::missing;
 use crate::convert::tools::definitions;
 use crate::error::{ApiError, invalid};
 use crate::extract::Json;
+use crate::keys::Own;
 
 /// The token ids of a prompt, or of a conversation as the chat template renders it.
 #[utoipa::path(
@@ -24,6 +25,7 @@ use crate::extract::Json;
 )]
 pub async fn tokenize(
     State(app): State<App>,
+    Own(own): Own,
     Json(body): Json<TokenizeRequest>,
 ) -> Result<Answer<TokenizeResponse>, ApiError> {
     let TokenizeRequest {
@@ -39,7 +41,7 @@ pub async fn tokenize(
         chat_template_kwargs,
         return_token_strs,
     } = body;
-    model.map(|model| app.router.model(&model)).transpose()?;
+    model.map(|model| own.model(&model)).transpose()?;
     let prompt = match (prompt, messages) {
         (Some(text), None) => {
             let given = [("tools", tools.is_some()), ("documents", documents.is_some())];
@@ -88,10 +90,11 @@ pub async fn tokenize(
 )]
 pub async fn detokenize(
     State(app): State<App>,
+    Own(own): Own,
     Json(body): Json<DetokenizeRequest>,
 ) -> Result<Answer<DetokenizeResponse>, ApiError> {
     let DetokenizeRequest { model, tokens } = body;
-    model.map(|model| app.router.model(&model)).transpose()?;
+    model.map(|model| own.model(&model)).transpose()?;
     let prompt = app
         .router
         .detokenize(convert::token_ids("tokens", tokens)?)

@@ -1,6 +1,7 @@
 //! Black-box tests: the real binary on a free port, spoken to over TCP. Modules mirror the API's paths. Not here:
 //! anything that looks inside.
 
+mod access;
 mod bad_input;
 mod client;
 mod fine_tuning;

@@ -13,7 +13,7 @@ async fn fill(store: &Store, root: &Path, content: &str) -> (FileRow, Digest) {
     let staged = store.staging();
     fs::write(&staged, content).unwrap();
     let file = store
-        .add_file(&staged, "rows.jsonl", "fine-tune", None)
+        .add_file(&staged, new_file("rows.jsonl", "fine-tune", None))
         .await
         .unwrap();
     let source = adapter(root, content);
@@ -22,7 +22,7 @@ async fn fill(store: &Store, root: &Path, content: &str) -> (FileRow, Digest) {
         .await
         .unwrap();
     store
-        .swap_name(&name(content, digest), None)
+        .swap_name(&name(content, digest), Tenant::DEFAULT, None)
         .await
         .unwrap()
         .unwrap();
@@ -284,7 +284,10 @@ async fn a_copy_of_a_store_in_use_is_a_store() {
             for n in 0..20 {
                 let staged = store.staging();
                 fs::write(&staged, "x").unwrap();
-                let row = store.add_file(&staged, "x", "user_data", None).await.unwrap();
+                let row = store
+                    .add_file(&staged, new_file("x", "user_data", None))
+                    .await
+                    .unwrap();
                 if n % 2 == 0 {
                     store.delete_file(&row.id).await.unwrap();
                 }
@@ -306,7 +309,12 @@ async fn a_copy_of_a_store_in_use_is_a_store() {
         assert_eq!(fs::read_to_string(path).unwrap(), "one");
         assert!(store.has_adapter(digest).await.unwrap());
         assert_eq!(store.names(BASE).await.unwrap()[0].digest, digest);
-        for row in store.files(None, None, 100, Order::Oldest).await.unwrap().rows {
+        for row in store
+            .files(None, None, None, 100, Order::Oldest)
+            .await
+            .unwrap()
+            .rows
+        {
             assert!(store.file_path(&row).await.unwrap().exists());
         }
         let (row, lease) = store.claim_job(BASE, &["queued"], None).await.unwrap().unwrap();

@@ -264,7 +264,7 @@ async fn a_database_that_goes_is_said_soon_and_comes_back() {
     let staged = store.staging();
     fs::write(&staged, "{}").unwrap();
     store
-        .add_file(&staged, "t.jsonl", "fine-tune", None)
+        .add_file(&staged, new_file("t.jsonl", "fine-tune", None))
         .await
         .unwrap_err();
     assert_eq!(
@@ -276,7 +276,7 @@ async fn a_database_that_goes_is_said_soon_and_comes_back() {
     assert_eq!(store.away(), []);
     assert!(store.job("ftjob-x").await.unwrap().is_some());
     store
-        .add_file(&staged, "t.jsonl", "fine-tune", None)
+        .add_file(&staged, new_file("t.jsonl", "fine-tune", None))
         .await
         .unwrap();
 }

@@ -1,0 +1,200 @@
+//! Files, jobs and models as one client may use them: what is another tenant's does not exist for it, and what it makes
+//! is its own. This is the only way to them from outside, so that nobody forgets who asks. Not here: what is done.
+
+use std::path::{Path, PathBuf};
+
+use tandem_store::Source;
+use tokio::sync::mpsc;
+
+use crate::Router;
+use crate::api::{
+    Checkpoint, Client, FileInfo, Job, JobEventRecord, JobRequest, LoadMode, MetadataFilter, ModelCard,
+    Order, Page, RouterError, Upload,
+};
+
+/// Cheap to make: one for each use.
+#[derive(Clone)]
+pub struct View {
+    router: Router,
+    client: Client,
+}
+
+impl Router {
+    pub fn of(&self, client: &Client) -> View {
+        View {
+            router: self.clone(),
+            client: client.clone(),
+        }
+    }
+}
+
+impl View {
+    /// Takes the staged file over: published, or removed on an error.
+    pub async fn create_file(self, upload: Upload) -> Result<FileInfo, RouterError> {
+        self.router.create_file(upload, &self.client.tenant).await
+    }
+
+    pub async fn files(
+        self,
+        purpose: Option<&str>,
+        after: Option<&str>,
+        limit: u32,
+        order: Order,
+    ) -> Result<Page<FileInfo>, RouterError> {
+        if let Some(id) = after {
+            self.see_file(id).await?;
+        }
+        self.router
+            .files(self.client.only(), purpose, after, limit, order)
+            .await
+    }
+
+    pub async fn file(self, id: &str) -> Result<FileInfo, RouterError> {
+        self.see_file(id).await?;
+        self.router.file(id).await
+    }
+
+    /// Jobs whose training has begun keep their tokens; one that still validates this file fails.
+    pub async fn delete_file(self, id: &str) -> Result<(), RouterError> {
+        self.see_file(id).await?;
+        self.router.delete_file(id).await
+    }
+
+    pub async fn file_content(self, id: &str) -> Result<(FileInfo, PathBuf), RouterError> {
+        self.see_file(id).await?;
+        self.router.file_content(id).await
+    }
+
+    /// Checked and durable when this returns; files are validated after it.
+    pub async fn create_job(self, request: JobRequest) -> Result<Job, RouterError> {
+        self.router.create_job(request, &self.client).await
+    }
+
+    /// Newest first.
+    pub async fn jobs(
+        self,
+        after: Option<&str>,
+        limit: u32,
+        metadata: MetadataFilter,
+    ) -> Result<Page<Job>, RouterError> {
+        if let Some(id) = after {
+            self.see_job(id).await?;
+        }
+        self.router.jobs(self.client.only(), after, limit, metadata).await
+    }
+
+    pub async fn job(self, id: &str) -> Result<Job, RouterError> {
+        self.see_job(id).await?;
+        self.router.job(id).await
+    }
+
+    /// A waiting job ends at once, a running one when the engine says so. If that takes long, the job comes back as it
+    /// is and ends later.
+    pub async fn cancel_job(self, id: &str) -> Result<Job, RouterError> {
+        self.see_job(id).await?;
+        self.router.cancel_job(id).await
+    }
+
+    /// Newest first.
+    pub async fn job_events(
+        self,
+        id: &str,
+        after: Option<&str>,
+        limit: u32,
+    ) -> Result<Page<JobEventRecord>, RouterError> {
+        self.see_job(id).await?;
+        self.router.job_events(id, after, limit).await
+    }
+
+    /// From the first event on, then as they come; the channel closes when the job has ended.
+    pub async fn follow_job(self, id: &str) -> Result<mpsc::Receiver<JobEventRecord>, RouterError> {
+        self.see_job(id).await?;
+        self.router.follow_job(id).await
+    }
+
+    /// Newest first.
+    pub async fn checkpoints(
+        self,
+        id: &str,
+        after: Option<&str>,
+        limit: u32,
+    ) -> Result<Page<Checkpoint>, RouterError> {
+        self.see_job(id).await?;
+        self.router.checkpoints(id, after, limit).await
+    }
+
+    /// The base first, then adapters from the oldest on.
+    pub fn models(self) -> Vec<ModelCard> {
+        self.router.0.catalog.cards(&self.client)
+    }
+
+    pub fn model(self, name: &str) -> Result<ModelCard, RouterError> {
+        let found = self.router.0.catalog.find(&self.client, name);
+        found.ok_or_else(|| RouterError::UnknownModel(name.to_owned()))
+    }
+
+    /// The name goes now, and with a job's model the names of its checkpoints; what they named goes when no other name
+    /// and no running request needs it.
+    pub async fn delete_model(self, name: &str) -> Result<(), RouterError> {
+        self.change_model(name).await?;
+        self.router.delete_model(name).await
+    }
+
+    /// As [`View::delete_model`] for what a job made. The job itself stays on record.
+    pub async fn delete_models_of(self, job: &str) -> Result<(), RouterError> {
+        self.see_job(job).await?;
+        self.router.delete_models_of(job).await
+    }
+
+    /// Serve the PEFT folder `folder` as `name`. Requests that run keep the version they began with.
+    pub async fn load_adapter(
+        self,
+        name: &str,
+        folder: &Path,
+        mode: LoadMode,
+    ) -> Result<ModelCard, RouterError> {
+        self.router
+            .load(name, folder, mode, Source::Loaded, &self.client)
+            .await
+    }
+
+    /// As [`View::delete_model`], with the error of the adapter routes.
+    pub async fn unload_adapter(self, name: &str) -> Result<(), RouterError> {
+        match self.change_model(name).await {
+            Ok(()) => self.router.unload_adapter(name).await,
+            Err(RouterError::UnknownModel(_)) => Err(crate::models::unknown_adapter(name)),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn see_file(&self, id: &str) -> Result<(), RouterError> {
+        let row = self.router.file_row(id).await?;
+        match self.client.sees(&row.tenant) {
+            true => Ok(()),
+            false => Err(RouterError::UnknownFile(id.to_owned())),
+        }
+    }
+
+    async fn see_job(&self, id: &str) -> Result<(), RouterError> {
+        let tenant = self.router.0.store.job(id).await?.map(|row| row.tenant);
+        match tenant.is_some_and(|tenant| self.client.sees(&tenant)) {
+            true => Ok(()),
+            false => Err(RouterError::UnknownJob(id.to_owned())),
+        }
+    }
+
+    /// What the command line names all see, but only who has it changes it.
+    async fn change_model(&self, name: &str) -> Result<(), RouterError> {
+        // Another router may have made the name a moment ago.
+        self.router.refresh_names().await?;
+        match self.router.0.catalog.row(name) {
+            Some(row) if self.client.sees(&row.tenant) => Ok(()),
+            Some(row) if row.source == Source::Flag => Err(RouterError::Conflict(format!(
+                "The model `{name}` is served to everybody; only its owner can remove it."
+            ))),
+            Some(_) => Err(RouterError::UnknownModel(name.to_owned())),
+            // Of the base or of nothing, the router says what holds.
+            None => Ok(()),
+        }
+    }
+}

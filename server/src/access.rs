@@ -1,0 +1,278 @@
+//! Who may do what: the least role of each route, and what of it is written down. Around every route, so that none can be
+//! forgotten; a route that the table does not have is for admins alone. Not here: whose a thing is (router's `View`).
+
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::{HeaderValue, Method};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use tandem_store::Role;
+
+use crate::audit::{Audit, Object, Record};
+use crate::error::ApiError;
+use crate::keys::{Grant, Ring, given_key};
+use crate::layers::REQUEST_ID;
+use crate::origins::{self, Guard};
+
+/// The least that a route asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Least {
+    /// Asked by supervisors, which hold no key, and pages that ask for one before they ask the server for anything.
+    Nothing,
+    A(Role),
+}
+
+impl Least {
+    pub fn name(self) -> &'static str {
+        match self {
+            Least::Nothing => "none",
+            Least::A(role) => role.name(),
+        }
+    }
+}
+
+/// A route, the least role, and for what changes something its name in the audit log.
+type Row = (&'static str, &'static str, Least, Option<&'static str>);
+
+const NOTHING: Least = Least::Nothing;
+const INFER: Least = Least::A(Role::Infer);
+const TRAIN: Least = Least::A(Role::Train);
+const ADMIN: Least = Least::A(Role::Admin);
+
+/// Of the two spellings of the API of 2021 the official one.
+pub const TABLE: &[Row] = &[
+    ("GET", "/", NOTHING, None),
+    ("GET", "/docs", NOTHING, None),
+    ("GET", "/health", NOTHING, None),
+    ("GET", "/ready", NOTHING, None),
+    ("GET", "/version", INFER, None),
+    ("GET", "/openapi.json", INFER, None),
+    ("GET", "/metrics", ADMIN, None),
+    ("POST", "/v1/chat/completions", INFER, None),
+    ("POST", "/v1/completions", INFER, None),
+    ("POST", "/tokenize", INFER, None),
+    ("POST", "/detokenize", INFER, None),
+    ("GET", "/tokenizer_info", INFER, None),
+    ("GET", "/v1/models", INFER, None),
+    ("GET", "/v1/models/{*id}", INFER, None),
+    ("DELETE", "/v1/models/{*id}", TRAIN, Some("model.delete")),
+    ("POST", "/v1/load_lora_adapter", ADMIN, Some("adapter.load")),
+    ("POST", "/v1/unload_lora_adapter", ADMIN, Some("adapter.unload")),
+    ("GET", "/v1/files", TRAIN, None),
+    ("POST", "/v1/files", TRAIN, Some("file.create")),
+    ("GET", "/v1/files/{id}", TRAIN, None),
+    ("DELETE", "/v1/files/{id}", TRAIN, Some("file.delete")),
+    ("GET", "/v1/files/{id}/content", TRAIN, None),
+    ("GET", "/v1/fine_tuning/jobs", TRAIN, None),
+    ("POST", "/v1/fine_tuning/jobs", TRAIN, Some("job.create")),
+    ("GET", "/v1/fine_tuning/jobs/{id}", TRAIN, None),
+    (
+        "POST",
+        "/v1/fine_tuning/jobs/{id}/cancel",
+        TRAIN,
+        Some("job.cancel"),
+    ),
+    (
+        "POST",
+        "/v1/fine_tuning/jobs/{id}/pause",
+        TRAIN,
+        Some("job.pause"),
+    ),
+    (
+        "POST",
+        "/v1/fine_tuning/jobs/{id}/resume",
+        TRAIN,
+        Some("job.resume"),
+    ),
+    ("GET", "/v1/fine_tuning/jobs/{id}/events", TRAIN, None),
+    ("GET", "/v1/fine_tuning/jobs/{id}/checkpoints", TRAIN, None),
+    ("GET", "/v1/fine-tunes", TRAIN, None),
+    ("POST", "/v1/fine-tunes", TRAIN, Some("job.create")),
+    ("GET", "/v1/fine-tunes/{id}", TRAIN, None),
+    ("DELETE", "/v1/fine-tunes/{id}", TRAIN, Some("model.delete")),
+    ("POST", "/v1/fine-tunes/{id}/cancel", TRAIN, Some("job.cancel")),
+    ("GET", "/v1/fine-tunes/{id}/events", TRAIN, None),
+];
+
+/// What a request to a route needs, and what it is called when it changes something.
+fn rule(method: &Method, path: Option<&str>) -> (Least, Option<&'static str>) {
+    // No route: whoever may come in hears so.
+    let Some(path) = path else { return (INFER, None) };
+    let path = path.replace("/fine_tunes", "/fine-tunes");
+    let method = match method {
+        &Method::HEAD => "GET",
+        other => other.as_str(),
+    };
+    let mut rows = TABLE.iter().filter(|(_, known, ..)| *known == path).peekable();
+    // A wrong method on a route that is known is answered with that.
+    let otherwise = match rows.peek() {
+        Some(_) => INFER,
+        None => ADMIN,
+    };
+    let row = rows.find(|(known, ..)| *known == method);
+    row.map_or((otherwise, None), |&(_, _, least, action)| (least, action))
+}
+
+/// Of a route of the document.
+pub fn least(method: &str, path: &str) -> Least {
+    let method = method.to_ascii_uppercase();
+    let mut rows = TABLE.iter();
+    let row = rows.find(|(known, route, ..)| *known == method && *route == path);
+    row.map_or(ADMIN, |&(_, _, least, _)| least)
+}
+
+/// In Markdown, as ARCHITECTURE.md has it.
+#[cfg(test)]
+fn table() -> String {
+    let mut text = "| route | least role | audit |\n|---|---|---|\n".to_owned();
+    for (method, path, least, action) in TABLE {
+        let action = action.map_or_else(String::new, |action| format!("`{action}`"));
+        text.push_str(&format!("| `{method} {path}` | {} | {action} |\n", least.name()));
+    }
+    text
+}
+
+#[derive(Clone)]
+pub struct Gate {
+    pub ring: Ring,
+    /// For a server without keys.
+    pub guard: Guard,
+    pub audit: Audit,
+}
+
+pub async fn gate(State(gate): State<Gate>, mut request: Request, next: Next) -> Response {
+    let Gate { ring, guard, audit } = gate;
+    let path = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
+    let (least, action) = rule(request.method(), path);
+    let mut record = action.map(|action| Record {
+        action,
+        path: request.uri().path().to_owned(),
+        request_id: text(request.headers().get(&REQUEST_ID)),
+        grant: None,
+    });
+    let response = if !ring.is_wanted() {
+        origins::guard(State(guard), request, next).await
+    } else {
+        match admitted(&ring, least, &request) {
+            Ok(grant) => {
+                if let Some(record) = &mut record {
+                    record.grant = grant.clone();
+                }
+                if let Some(grant) = grant {
+                    request.extensions_mut().insert(grant);
+                }
+                next.run(request).await
+            }
+            Err((error, grant)) => {
+                if let Some(record) = &mut record {
+                    record.grant = grant;
+                }
+                error.into_response()
+            }
+        }
+    };
+    if let Some(record) = record {
+        let object = response.extensions().get::<Object>();
+        audit.note(&record, object, response.status());
+    }
+    response
+}
+
+/// By which key the request comes in; `None`: by none, where none is wanted.
+fn admitted(
+    ring: &Ring,
+    least: Least,
+    request: &Request,
+) -> Result<Option<Grant>, (ApiError, Option<Grant>)> {
+    let Least::A(role) = least else { return Ok(None) };
+    let given = given_key(request.headers()).ok_or((ApiError::NoKey, None))?;
+    let grant = ring.find(given).ok_or((ApiError::WrongKey, None))?;
+    match grant.role >= role {
+        true => Ok(Some(grant)),
+        false => Err((
+            ApiError::Forbidden {
+                role: grant.role,
+                wanted: role,
+            },
+            Some(grant),
+        )),
+    }
+}
+
+fn text(value: Option<&HeaderValue>) -> String {
+    let bytes = value.map(HeaderValue::as_bytes).unwrap_or_default();
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::*;
+
+    #[test]
+    fn every_route_of_the_document_has_a_row() {
+        let document: Value = serde_json::from_str(tandem_openapi::COMMITTED).expect("JSON");
+        let mut routes = Vec::new();
+        for (path, item) in document["paths"].as_object().expect("paths") {
+            for (method, operation) in item.as_object().expect("operations") {
+                let (method, path) = (
+                    method.to_ascii_uppercase(),
+                    path.replace("/v1/models/{id}", "/v1/models/{*id}"),
+                );
+                let (least, _) = rule(&method.parse().expect("a method"), Some(&path));
+                assert_eq!(operation["x-least-role"], least.name(), "{method} {path}");
+                routes.push((method, path));
+            }
+        }
+        for (method, path, least, action) in TABLE {
+            let is_documented = routes.iter().any(|(m, p)| m == method && p == path);
+            let is_page = ["/", "/docs", "/openapi.json"].contains(path);
+            assert!(is_documented || is_page, "{method} {path} is no route");
+            // What changes something is written down, and is more than asking a model.
+            let asks = [
+                "/v1/chat/completions",
+                "/v1/completions",
+                "/tokenize",
+                "/detokenize",
+            ]
+            .contains(path);
+            assert_eq!(action.is_some(), *method != "GET" && !asks, "{method} {path}");
+            assert!(
+                action.is_none() || ![NOTHING, INFER].contains(least),
+                "{method} {path}"
+            );
+        }
+        assert_eq!(routes.len() + 3, TABLE.len());
+    }
+
+    #[test]
+    fn what_the_table_does_not_have_is_closed() {
+        for (method, path, expected) in [
+            ("GET", Some("/v1/new"), ADMIN),
+            ("GET", None, INFER),
+            ("PUT", Some("/v1/files"), INFER),
+            ("HEAD", Some("/v1/files"), TRAIN),
+            ("POST", Some("/v1/fine_tunes"), TRAIN),
+            ("DELETE", Some("/v1/fine_tunes/{id}"), TRAIN),
+            ("GET", Some("/health"), NOTHING),
+            ("POST", Some("/v1/load_lora_adapter"), ADMIN),
+        ] {
+            assert_eq!(
+                rule(&method.parse().unwrap(), path).0,
+                expected,
+                "{method} {path:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_documents_have_the_table() {
+        let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../ARCHITECTURE.md");
+        let document = std::fs::read_to_string(root).expect("ARCHITECTURE.md");
+        assert!(
+            document.contains(&table()),
+            "ARCHITECTURE.md wants this:\n{}",
+            table()
+        );
+    }
+}
