@@ -43,6 +43,7 @@ fn scheduler(criterion: &mut Criterion) {
                 adapter: None,
                 sampling: Sampling::greedy(),
                 grammar: None,
+                salt: None,
                 max_tokens: (MAX_MODEL_LEN - PROMPT_TOKENS) as u32,
                 stop_tokens: vec![],
             };

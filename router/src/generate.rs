@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use tandem_core::TokenId;
-use tandem_core::id::AdapterRef;
+use tandem_core::id::{AdapterRef, Digest};
 use tandem_core::message::Fault;
 use tandem_core::sampling::Sampling;
 use tandem_text::chat::Ending;
@@ -14,7 +14,7 @@ use tandem_text::{Skip, SpecialTokens, TextError, Tokenizer};
 use tokio::sync::mpsc;
 
 use crate::answer::Plan;
-use crate::api::{Call, Generation, Prompt, RouterError};
+use crate::api::{Call, Generation, Prompt, RouterError, Tenant};
 use crate::catalog::Wish;
 use crate::relay::{self, Choice, Order, Path, Relay};
 use crate::texts::text_bytes;
@@ -134,6 +134,9 @@ impl Router {
                 folder: self.0.store.adapter_folder(digest).await?,
             }),
         };
+        // What another tenant has in the cache is not to be seen by what a prompt costs.
+        let salt =
+            (client.tenant != Tenant::default()).then(|| Digest::of(client.tenant.as_str().as_bytes()));
         let relay = Relay {
             fleet: fleet.clone(),
             tokenizer: self.tokenizer().clone(),
@@ -142,6 +145,7 @@ impl Router {
                 adapter,
                 sampling,
                 grammar,
+                salt,
                 max_tokens,
                 stop_tokens,
             },

@@ -7,7 +7,7 @@ use std::task::Poll;
 
 use tandem_core::TokenId;
 use tandem_core::grammar::Grammar;
-use tandem_core::id::{AdapterRef, RequestId};
+use tandem_core::id::{AdapterRef, Digest, RequestId};
 use tandem_core::message::{Event, Fault, FinishReason, Generate, Scored};
 use tandem_core::replica::{Command, EVENT_QUEUE};
 use tandem_core::sampling::Sampling;
@@ -43,6 +43,7 @@ pub(crate) struct Order {
     pub adapter: Option<AdapterRef>,
     pub sampling: Sampling,
     pub grammar: Option<Grammar>,
+    pub salt: Option<Digest>,
     pub max_tokens: u32,
     pub stop_tokens: Vec<TokenId>,
 }
@@ -324,6 +325,7 @@ impl Order {
             adapter: self.adapter.clone(),
             sampling: self.sampling.for_choice(index),
             grammar: self.grammar.clone(),
+            salt: self.salt,
             max_tokens: self.max_tokens,
             stop_tokens: self.stop_tokens.clone(),
         }

@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use sha2::{Digest as _, Sha256};
 
 use crate::TokenId;
-use crate::id::AdapterDigest;
+use crate::id::{AdapterDigest, Digest};
 
 /// Index of a block in the KV cache.
 pub type BlockId = u32;
@@ -20,12 +20,16 @@ pub type BlockId = u32;
 pub struct BlockHash([u8; 32]);
 
 impl BlockHash {
-    /// Where the chain of a sequence begins. KV of another adapter, or of another version of it, can never match.
-    pub fn seed(adapter: Option<AdapterDigest>) -> BlockHash {
+    /// Where the chain of a sequence begins. KV of another adapter, of another version of it, or of another salt can never
+    /// match.
+    pub fn seed(adapter: Option<AdapterDigest>, salt: Option<Digest>) -> BlockHash {
         let mut hasher = Sha256::new();
         match adapter {
             None => hasher.update(b"base"),
             Some(digest) => hasher.update(digest.0),
+        }
+        if let Some(salt) = salt {
+            hasher.update(salt.0);
         }
         BlockHash(hasher.finalize().into())
     }
@@ -292,11 +296,10 @@ impl Prefix {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::id::Digest;
     use crate::rng;
 
     fn chain(adapter: Option<AdapterDigest>, tokens: &[TokenId], block_size: usize) -> Vec<BlockHash> {
-        let mut last = BlockHash::seed(adapter);
+        let mut last = BlockHash::seed(adapter, None);
         let next = |block: &[TokenId]| {
             last = last.then(block);
             last
@@ -307,6 +310,14 @@ mod tests {
     #[test]
     fn a_prefix_is_found_only_under_its_own_adapter_and_past() {
         let mut pool = BlockPool::new(8, 2);
+        let salts = [None, Some(Digest([1; 32])), Some(Digest([2; 32]))];
+        for (i, one) in salts.iter().enumerate() {
+            for other in &salts[..i] {
+                assert_ne!(BlockHash::seed(None, *one), BlockHash::seed(None, *other));
+                let adapter = Some(Digest([1; 32]));
+                assert_ne!(BlockHash::seed(adapter, *one), BlockHash::seed(adapter, *other));
+            }
+        }
         let hashes = chain(None, &[1, 2, 3, 4], 2);
         let table = pool.allocate(Prefix::default(), 2).unwrap();
         table

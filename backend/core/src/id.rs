@@ -60,6 +60,10 @@ pub struct Digest(pub [u8; 32]);
 pub type AdapterDigest = Digest;
 
 impl Digest {
+    pub fn of(bytes: &[u8]) -> Digest {
+        Digest(sha2::Sha256::digest(bytes).into())
+    }
+
     /// The first 12 hexadecimal digits, for people.
     pub fn short(&self) -> String {
         self.to_string()[..12].to_owned()

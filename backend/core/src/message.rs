@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::TokenId;
 use crate::grammar::{self, Grammar};
-use crate::id::{AdapterRef, RequestId};
+use crate::id::{AdapterRef, Digest, RequestId};
 use crate::sampling::Sampling;
 
 /// Continue one token sequence. Everything in it is checked: the prompt is not empty, its ids are below the
@@ -22,6 +22,8 @@ pub struct Generate {
     pub sampling: Sampling,
     /// What the answer must be a sentence of.
     pub grammar: Option<Grammar>,
+    /// Whose KV blocks it may find, and who may find its own: those with the same salt alone.
+    pub salt: Option<Digest>,
     /// Tokens to generate at most; 0 only scores the prompt.
     pub max_tokens: u32,
     /// Generation ends after any of these (EOS among them, unless the client ignores it).
@@ -41,6 +43,7 @@ impl Generate {
             adapter: _,
             sampling,
             grammar,
+            salt: _,
             max_tokens,
             stop_tokens,
         } = self;

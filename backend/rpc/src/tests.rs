@@ -162,6 +162,7 @@ fn request(id: u64) -> Generate {
         adapter: None,
         sampling: Sampling::greedy(),
         grammar: None,
+        salt: None,
         max_tokens: 10,
         stop_tokens: vec![1, 2],
     }
@@ -217,6 +218,7 @@ async fn a_request_and_its_answer_travel_whole() {
             folder: "/here/not/there".into(),
         }),
         sampling: Sampling::new(raw, 100).unwrap(),
+        salt: Some(Digest([8; 32])),
         ..request(77)
     };
     let mut answer = ask(&remote, asked.clone()).await;
@@ -609,6 +611,7 @@ fn generate() -> wire::Generate {
         max_tokens: 10,
         stop_tokens: vec![1, 2],
         grammar_json: None,
+        salt: None,
     }
 }
 

@@ -207,6 +207,7 @@ fn request(prompt: &[TokenId], max_tokens: u32, raw: RawSampling) -> Generate {
         adapter: None,
         sampling,
         grammar: None,
+        salt: None,
         max_tokens,
         stop_tokens: vec![EOS],
     }

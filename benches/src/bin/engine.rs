@@ -256,6 +256,7 @@ impl Engine {
             adapter,
             sampling: Sampling::greedy(),
             grammar: None,
+            salt: None,
             max_tokens,
             stop_tokens: vec![],
         };

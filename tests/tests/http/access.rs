@@ -221,6 +221,19 @@ fn what_is_anothers_does_not_exist() {
         200
     );
 
+    // What a prompt finds in the cache tells nothing of what others asked.
+    let long = "Once upon a time there was a baker who baked bread for everybody in the town. ".repeat(4);
+    let cached = |key: &str| {
+        let body = json!({"model": model, "prompt": long, "max_tokens": 1});
+        let reply = ask(&server, "POST", "/v1/completions", Some(key), &body).ok();
+        reply["usage"]["prompt_tokens_details"]["cached_tokens"]
+            .as_u64()
+            .unwrap()
+    };
+    assert_eq!(cached(&acme), 0);
+    assert!(cached(&acme) > 0);
+    assert_eq!((cached(&other), cached(ADMIN)), (0, 0));
+
     // A key that is revoked, and then nobody without one.
     let revoked = command(&["keys", "revoke", &acme_id, "--data-dir"])
         .arg(server.data.path().join("data"))

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::TokenId;
 use crate::blocks::{BlockHash, BlockId, BlockPool};
-use crate::id::{AdapterRef, RequestId};
+use crate::id::{AdapterRef, Digest, RequestId};
 use crate::message::{FinishReason, Generate};
 use crate::sampling::Sampling;
 use crate::uses::Uses;
@@ -24,6 +24,7 @@ pub(super) struct Sequence {
     pub cached: Option<usize>,
     pub flow: Flow,
     adapter: Option<AdapterRef>,
+    salt: Option<Digest>,
     sampling: Sampling,
     max_tokens: usize,
     stop_tokens: Vec<TokenId>,
@@ -77,6 +78,7 @@ impl Sequence {
             sampling,
             // The engine follows it, and says when it is at its end.
             grammar: _,
+            salt,
             max_tokens,
             stop_tokens,
         } = request;
@@ -90,6 +92,7 @@ impl Sequence {
             cached: None,
             flow: Flow::Free,
             adapter,
+            salt,
             sampling,
             max_tokens: max_tokens as usize,
             stop_tokens,
@@ -170,8 +173,9 @@ impl Sequence {
         let mut block = Vec::with_capacity(block_size);
         for i in self.chain.len()..n_blocks {
             let before = self.chain.last().copied();
-            let before = before
-                .unwrap_or_else(|| BlockHash::seed(self.adapter.as_ref().map(|adapter| adapter.digest)));
+            let before = before.unwrap_or_else(|| {
+                BlockHash::seed(self.adapter.as_ref().map(|adapter| adapter.digest), self.salt)
+            });
             block.clear();
             self.copy_tokens(i * block_size..(i + 1) * block_size, &mut block);
             self.chain.push(before.then(&block));

@@ -109,6 +109,7 @@ fn request(random: &mut Random, id: u64) -> Generate {
         adapter,
         sampling,
         grammar: None,
+        salt: None,
         max_tokens,
         stop_tokens: vec![STOP],
     }
@@ -423,6 +424,7 @@ fn plain(id: u64, prompt: Vec<TokenId>, max_tokens: u32) -> Generate {
         adapter: None,
         sampling,
         grammar: None,
+        salt: None,
         max_tokens,
         stop_tokens: vec![],
     }

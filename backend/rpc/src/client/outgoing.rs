@@ -47,6 +47,7 @@ impl Outgoing {
                     adapter,
                     sampling,
                     grammar,
+                    salt,
                     max_tokens,
                     stop_tokens,
                 } = generate;
@@ -60,6 +61,7 @@ impl Outgoing {
                     max_tokens,
                     stop_tokens,
                     grammar_json: grammar.as_ref().map(codec::json),
+                    salt: salt.map(|salt| salt.0.to_vec()),
                 })
             }
             Command::Abort(id) => Say::HangUp(table.forget(id)?),

@@ -195,8 +195,10 @@ impl Ear {
             max_tokens,
             stop_tokens,
             grammar_json,
+            salt,
         } = generate;
         let adapter = adapter.as_deref().map(codec::digest).transpose()?;
+        let salt = salt.as_deref().map(codec::digest).transpose()?;
         let sampling: RawSampling = codec::from_json(&sampling_json)?;
         let grammar: Option<Grammar> = grammar_json.as_deref().map(codec::from_json).transpose()?;
         let (events, receiver) = mpsc::channel(EVENT_QUEUE);
@@ -223,6 +225,7 @@ impl Ear {
                     adapter: None,
                     sampling,
                     grammar,
+                    salt,
                     max_tokens,
                     stop_tokens,
                 };
