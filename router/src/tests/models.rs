@@ -232,7 +232,11 @@ async fn names_and_folders_that_cannot_be_are_refused() {
         .open(huge.join("adapter_model.safetensors"))
         .unwrap();
     tensors.set_len(200 << 30).unwrap();
-    let error = router.own().load_adapter("x", &huge, LoadMode::New).await.unwrap_err();
+    let error = router
+        .own()
+        .load_adapter("x", &huge, LoadMode::New)
+        .await
+        .unwrap_err();
     assert!(
         error.to_string().contains("an adapter of this model has at most"),
         "{error}"
