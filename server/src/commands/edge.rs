@@ -33,6 +33,8 @@ pub struct Door {
     listener: TcpListener,
     address: SocketAddr,
     access: Access,
+    /// Whether other machines come in without a key is known; else once the database has been opened.
+    is_judged: bool,
 }
 
 impl Door {
@@ -46,11 +48,10 @@ impl Door {
             .map_err(|error| WrongSetting(format!("--api-key: {error}")))?;
         // Those of the database are seen when it is opened, and this is looked at again.
         let may_have_keys = state.database_url.is_some() || Keys::may_lie_in(&state.artifacts.data_dir);
-        exposure::check(
-            options.published.as_deref(),
-            address.ip(),
-            ring.is_wanted() || may_have_keys,
-        )?;
+        let is_judged = ring.is_wanted() || !may_have_keys;
+        if is_judged {
+            exposure::check(options.published.as_deref(), address.ip(), ring.is_wanted())?;
+        }
         let audit = Audit::open(options.audit_log.as_deref()).context("--audit-log")?;
         let origins = Origins::parse(&options.allowed_origins).context("--allowed-origins")?;
         let listener = listen::bind(address).with_context(|| format!("cannot listen on {address}"))?;
@@ -65,6 +66,7 @@ impl Door {
             listener,
             address,
             access,
+            is_judged,
         })
     }
 }
@@ -135,11 +137,13 @@ pub fn adapters(options: &EdgeOptions) -> Result<Vec<(String, PathBuf)>> {
 /// Until a signal, and the grace after it.
 pub async fn run(edge: Edge) -> Result<()> {
     let Edge {
-        door: Door {
-            listener,
-            address,
-            access,
-        },
+        door:
+            Door {
+                listener,
+                address,
+                access,
+                is_judged,
+            },
         fleet,
         tokenizer,
         names,
@@ -265,7 +269,9 @@ pub async fn run(edge: Edge) -> Result<()> {
     let store = Store::open(&places).await.context("the store")?;
     let (ring, keys) = (access.ring.clone(), store.keys());
     ring.take(&keys).await.context("the keys")?;
-    exposure::check(published.as_deref(), address.ip(), ring.is_wanted())?;
+    if !is_judged {
+        exposure::check(published.as_deref(), address.ip(), ring.is_wanted())?;
+    }
     tokio::spawn(ring.follow(keys));
     let router = Router::open(store, tokenizer, fleet, config).await?;
     let app = App::new(router, strict_fields, lora_roots).context("the metrics")?;
