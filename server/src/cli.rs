@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand};
 use tandem_backend::ModelLen;
+use tandem_store::{Role, Tenant};
 use tandem_text::reasoning::ReasoningFormat;
 use tandem_text::tools::ToolFormat;
-use tandem_store::{Role, Tenant};
 
 use crate::extract::{FILE_LIMIT_BYTES, JSON_LIMIT_BYTES};
 use crate::values::{

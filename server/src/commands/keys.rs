@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail};
 use tandem_store::{KeyRow, Keys, NewKey, Places};
 
-use super::runtime;
+use super::block_on;
 use crate::app::now;
 use crate::cli::{KeyCommand, KeyOptions, KeyPlace};
 use crate::exit::WrongSetting;
@@ -12,7 +12,7 @@ const DAY_S: u64 = 24 * 3600;
 
 pub fn run(options: KeyOptions) -> Result<()> {
     let KeyOptions { command } = options;
-    runtime()?.block_on(async {
+    block_on(async {
         match command {
             KeyCommand::Create {
                 tenant,
