@@ -399,6 +399,7 @@ async fn on_a_full_disk_jobs_wait_and_what_makes_room_is_done() {
     let refused = upload(&router, "v.jsonl", "fine-tune", &chat_rows(4)).await;
     assert_eq!(refused.unwrap_err().away(), Some(tandem_store::Part::Room));
     let waits = router
+        .own()
         .create_job(request(&file))
         .await
         .unwrap()
@@ -406,6 +407,7 @@ async fn on_a_full_disk_jobs_wait_and_what_makes_room_is_done() {
         .as_str()
         .to_owned();
     let cancelled = router
+        .own()
         .create_job(request(&file))
         .await
         .unwrap()
@@ -440,6 +442,7 @@ async fn a_task_that_panics_is_begun_again_and_it_is_said() {
     for task in [crate::PREPARER, crate::SUPERVISOR] {
         router.0.to_panic.lock().unwrap().push(task);
         let id = router
+            .own()
             .create_job(request(&file))
             .await
             .unwrap()
@@ -476,6 +479,7 @@ async fn a_large_file_keeps_no_other_job_waiting_and_is_given_up() {
     let made = std::process::Command::new("mkfifo").arg(&path).status().unwrap();
     assert!(made.success());
     let stuck = router
+        .own()
         .create_job(request(&large))
         .await
         .unwrap()
@@ -483,6 +487,7 @@ async fn a_large_file_keeps_no_other_job_waiting_and_is_given_up() {
         .as_str()
         .to_owned();
     let id = router
+        .own()
         .create_job(request(&small))
         .await
         .unwrap()
@@ -513,6 +518,7 @@ async fn damaged_examples_are_prepared_again_from_the_file() {
         .await
         .unwrap();
     let id = router
+        .own()
         .create_job(request(&file))
         .await
         .unwrap()
