@@ -162,6 +162,17 @@ mod tests {
     }
 
     #[test]
+    fn some_special_tokens_are_shown() {
+        let tokenizer = fixture::demo();
+        let special = tokenizer.special_tokens();
+        let (first, second) = (&special[0], &special[1]);
+        let ids = [first.1, second.1];
+        let stream = || TextStream::new(tokenizer.clone(), Skip::Special);
+        assert_eq!(streamed(stream(), &ids), "");
+        assert_eq!(streamed(stream().showing([second.1].into()), &ids), second.0);
+    }
+
+    #[test]
     fn characters_come_when_they_are_complete() {
         let tokenizer = fixture::pieces("");
         let byte = |byte: u8| 3 + u32::from(byte);

@@ -38,6 +38,17 @@ pub enum Format {
         at_least_one: bool,
         stop_after_first: bool,
     },
+    /// Those of the fields that are there, in this order, with the separator between them.
+    Fields {
+        fields: Vec<Field>,
+        separator: String,
+    },
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Field {
+    pub format: Format,
+    pub is_required: bool,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -138,7 +149,28 @@ impl Writer<'_> {
                     false => format!("({all})?"),
                 }
             }
+            Format::Fields { fields, separator } => self.fields(fields, separator)?,
         })
+    }
+
+    /// From the last to the first: what comes where none was written yet, and where one was. So the rules grow with the
+    /// number of fields, not with that of their choices.
+    fn fields(&mut self, fields: &[Field], separator: &str) -> Result<String, BadGrammar> {
+        let separator = self.text(separator);
+        let (mut first, mut behind) = ("\"\"".to_owned(), "\"\"".to_owned());
+        for Field { format, is_required } in fields.iter().rev() {
+            let field = self.named(format)?;
+            let begin = format!("{field} {behind}");
+            (first, behind) = match is_required {
+                true => (begin, format!("{separator} {field} {behind}")),
+                false => (
+                    format!("{begin} | {first}"),
+                    format!("({separator} {field})? {behind}"),
+                ),
+            };
+            (first, behind) = (self.rule("", &first), self.rule("", &behind));
+        }
+        Ok(first)
     }
 
     /// The name of a rule of its own.

@@ -16,7 +16,7 @@ use sha2::Digest as _;
 use crate::id::Digest;
 
 pub use compiler::{Compiler, Guide, GuideError, Mask, Next, STACK_BYTES, Vocabulary};
-pub use format::{Format, Tag};
+pub use format::{Field, Format, Tag};
 
 /// Of a grammar's text. (The largest schemas in use, as FHIR's, have some megabytes; those of requests kilobytes.)
 pub const MAX_BYTES: usize = 512 << 10;

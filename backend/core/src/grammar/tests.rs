@@ -181,6 +181,32 @@ fn texts_of_which_parts_are_bound() {
         &["", "<call a>3</call>"],
         &["<call a>3</call>, <call a>3</call>"],
     );
+    let field = |text: &str, is_required| Field {
+        format: Format::Text(text.to_owned()),
+        is_required,
+    };
+    let fields = |fields| {
+        format(Format::Fields {
+            fields,
+            separator: ",".to_owned(),
+        })
+    };
+    check(
+        fields(vec![
+            field("a", false),
+            field("b", true),
+            field("c", false),
+            field("d", false),
+        ]),
+        &["b", "a,b", "b,d", "a,b,c,d"],
+        &["", "a", ",b", "a,b,", "b,a", "a,c", "bd"],
+    );
+    check(
+        fields(vec![field("a", false), field("b", false)]),
+        &["", "a", "b", "a,b"],
+        &["ab", ",b"],
+    );
+    check(fields(vec![]), &[""], &["a"]);
     check(
         format(Format::Sequence(vec![
             Format::Tag(Box::new(Tag {

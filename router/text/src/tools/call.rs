@@ -2,9 +2,14 @@
 
 use std::sync::Arc;
 
-use super::json::{JsonText, JsonValue};
+use super::literal::Literal;
+use super::object::{Arguments, Object};
 use super::reader::Delta;
-use super::{Layout, Piece, Tool};
+use super::tagged::Tagged;
+use super::value::Parameters;
+use super::{Layout, Piece, Separator, Tool};
+
+const MAX_NAME_BYTES: usize = 256;
 
 /// What became of a character.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -31,8 +36,8 @@ pub(super) struct Calls {
 enum At {
     Begin(Fixed),
     Piece(usize, Part),
-    /// Behind a call: the separator, the end.
-    Behind(Option<Fixed>, Fixed),
+    /// Behind a call: the separator, the end, and what was read of either.
+    Behind(Option<Fixed>, Fixed, String),
 }
 
 /// The call that is read.
@@ -50,8 +55,11 @@ struct Call {
 enum Part {
     Text(Fixed),
     Name(String),
+    Id { has_begun: bool },
     Arguments(Arguments),
     Object(Object),
+    Tagged(Tagged),
+    Literal(Literal),
 }
 
 impl Calls {
@@ -76,25 +84,46 @@ impl Calls {
 
     pub fn take(&mut self, c: char, delta: &mut Delta) -> Taken {
         self.pending.push(c);
+        self.step(c, delta)
+    }
+
+    fn step(&mut self, c: char, delta: &mut Delta) -> Taken {
         loop {
             let taken = match &mut self.at {
                 At::Begin(text) => text.take(c),
                 At::Piece(_, part) => {
+                    let name = self.call.name.as_deref();
+                    let tool = name.and_then(|name| self.tools.iter().find(|tool| tool.name == name));
                     let mut out = String::new();
-                    let taken = part.take(c, &mut self.call, &mut out);
+                    let taken = part.take(c, &Parameters::new(tool), &mut self.call.name, &mut out);
                     match self.argue(&out, delta) {
                         true => taken,
                         false => Taken::Failed,
                     }
                 }
-                At::Behind(separator, end) => {
+                At::Behind(separator, end, read) => {
                     let ended = end.take(c);
-                    match separator.as_mut().map_or(Taken::Failed, |text| text.take(c)) {
-                        Taken::Failed => {
-                            *separator = None;
-                            return ended;
+                    let is_blank = separator.as_ref().is_some_and(Fixed::is_empty);
+                    let separated = match separator {
+                        Some(text) if !is_blank => text.take(c),
+                        _ => Taken::Failed,
+                    };
+                    read.push(c);
+                    match (separated, ended) {
+                        (Taken::Done | Taken::Before, _) => separated,
+                        (_, Taken::Done) => return Taken::Done,
+                        (Taken::More, _) | (_, Taken::More) => return Taken::More,
+                        (_, Taken::Before) => return Taken::Before,
+                        // It was not the end, so it begins the next call.
+                        _ if is_blank => {
+                            let read = std::mem::take(read);
+                            self.go_on(delta);
+                            return read.chars().fold(Taken::More, |taken, c| match taken {
+                                Taken::Failed => taken,
+                                _ => self.step(c, delta),
+                            });
                         }
-                        taken => taken,
+                        _ => return Taken::Failed,
                     }
                 }
             };
@@ -104,7 +133,7 @@ impl Calls {
             if !self.go_on(delta) {
                 return Taken::Failed;
             }
-            if let At::Behind(separator, end) = &self.at {
+            if let At::Behind(separator, end, _) = &self.at {
                 self.pending.clear();
                 if taken == Taken::Before {
                     self.pending.push(c);
@@ -125,15 +154,17 @@ impl Calls {
     }
 
     /// The answer ended here. What no call came of is left pending.
-    pub fn finish(&mut self) {
+    pub fn finish(&mut self, delta: &mut Delta) {
+        if let At::Piece(_, part) = &mut self.at
+            && self.call.has_begun
+        {
+            let mut out = String::new();
+            part.finish(&mut out);
+            self.argue(&out, delta);
+        }
         if self.call.has_begun || matches!(self.at, At::Behind(..)) {
             self.pending.clear();
         }
-    }
-
-    /// What ends these calls, should they not go on as they ought to.
-    pub fn end(&self) -> &'static str {
-        self.layout.end.trim()
     }
 
     /// To the next part. `false`: the call is none.
@@ -155,8 +186,11 @@ impl Calls {
             index: self.call.index + 1,
             ..Call::default()
         };
-        let separator = self.layout.separator.map(Fixed::new);
-        self.at = At::Behind(separator, Fixed::new(self.layout.end));
+        let separator = match self.layout.separator {
+            Separator::Within(text) => Some(Fixed::new(text)),
+            Separator::Between(_) => None,
+        };
+        self.at = At::Behind(separator, Fixed::new(self.layout.end), String::new());
         true
     }
 
@@ -190,194 +224,110 @@ impl Part {
         match piece {
             Piece::Text(text) => Part::Text(Fixed::new(text)),
             Piece::Name => Part::Name(String::new()),
+            Piece::Id(_) => Part::Id { has_begun: false },
             Piece::Arguments => Part::Arguments(Arguments::default()),
-            Piece::Object { name, arguments } => Part::Object(Object {
-                name,
-                arguments,
-                at: InObject::Before,
-            }),
+            Piece::Object { name, arguments } => Part::Object(Object::new(name, arguments)),
+            Piece::Tagged {
+                open,
+                middle,
+                close,
+                end,
+            } => Part::Tagged(Tagged::new(open, middle, close, end)),
+            Piece::Python => Part::Literal(Literal::arguments(None)),
+            Piece::Marked(mark) => Part::Literal(Literal::arguments(Some(mark))),
         }
     }
 
     /// `out`: what it adds to the arguments.
-    fn take(&mut self, c: char, call: &mut Call, out: &mut String) -> Taken {
+    fn take(
+        &mut self,
+        c: char,
+        parameters: &Parameters,
+        name: &mut Option<String>,
+        out: &mut String,
+    ) -> Taken {
         match self {
             Part::Text(text) => text.take(c),
-            Part::Name(name) => match c {
-                c if c.is_alphanumeric() || "_-./".contains(c) => {
-                    name.push(c);
+            Part::Name(said) => match c {
+                _ if said.len() > MAX_NAME_BYTES => Taken::Failed,
+                c if is_named(c) => {
+                    said.push(c);
                     Taken::More
                 }
-                c if c.is_whitespace() && name.is_empty() => Taken::More,
-                _ if name.is_empty() => Taken::Failed,
+                c if c.is_whitespace() && said.is_empty() => Taken::More,
+                _ if said.is_empty() => Taken::Failed,
                 _ => {
-                    call.name = Some(std::mem::take(name));
+                    *name = Some(std::mem::take(said));
                     Taken::Before
                 }
             },
+            Part::Id { has_begun } => match c {
+                c if is_named(c) => {
+                    *has_begun = true;
+                    Taken::More
+                }
+                _ if *has_begun => Taken::Before,
+                _ => Taken::Failed,
+            },
+            // Anything but an object is no call where nothing else says that it is one.
+            Part::Arguments(Arguments::Before) if c != '{' && !c.is_whitespace() => Taken::Failed,
             Part::Arguments(arguments) => arguments.take(c, out),
-            Part::Object(object) => object.take(c, call, out),
+            Part::Object(object) => object.take(c, name, out),
+            Part::Tagged(tagged) => tagged.take(c, parameters, out),
+            Part::Literal(literal) => literal.take(c, parameters, out),
+        }
+    }
+
+    /// What is held back, at the end of the answer.
+    fn finish(&mut self, out: &mut String) {
+        match self {
+            Part::Tagged(tagged) => tagged.finish(out),
+            Part::Literal(literal) => literal.finish(out),
+            Part::Text(_) | Part::Name(_) | Part::Id { .. } | Part::Arguments(_) | Part::Object(_) => {}
         }
     }
 }
 
+fn is_named(c: char) -> bool {
+    c.is_alphanumeric() || matches!(c, '_' | '-' | '.' | '/')
+}
+
 /// A text that is expected. White space before it and where it has some may be any or none.
-struct Fixed {
-    rest: &'static str,
+pub(super) struct Fixed {
+    /// `None`: something else came.
+    rest: Option<&'static str>,
     has_begun: bool,
 }
 
 impl Fixed {
-    fn new(text: &'static str) -> Fixed {
+    pub fn new(text: &'static str) -> Fixed {
         Fixed {
-            rest: text.trim(),
+            rest: Some(text.trim()),
             has_begun: false,
         }
     }
 
-    fn is_empty(&self) -> bool {
-        self.rest.is_empty()
+    pub fn is_empty(&self) -> bool {
+        self.rest == Some("")
     }
 
-    fn take(&mut self, c: char) -> Taken {
-        let rest = self.rest.trim_start();
+    pub fn take(&mut self, c: char) -> Taken {
+        let Some(text) = self.rest else {
+            return Taken::Failed;
+        };
+        let rest = text.trim_start();
         if rest.is_empty() {
             return Taken::Before;
         }
-        if c.is_whitespace() && (!self.has_begun || rest.len() < self.rest.len()) {
+        if c.is_whitespace() && (!self.has_begun || rest.len() < text.len()) {
             return Taken::More;
         }
-        match rest.strip_prefix(c) {
+        self.has_begun = true;
+        self.rest = rest.strip_prefix(c);
+        match self.rest {
             None => Taken::Failed,
-            Some(rest) => {
-                self.has_begun = true;
-                self.rest = rest;
-                match rest.is_empty() {
-                    true => Taken::Done,
-                    false => Taken::More,
-                }
-            }
-        }
-    }
-}
-
-/// The arguments as JSON, or as a string that holds JSON, as OpenAI writes them. Instead of null there are none.
-#[derive(Default)]
-enum Arguments {
-    #[default]
-    Before,
-    Json(JsonValue),
-    Literal(JsonValue, String),
-    Text(JsonText),
-}
-
-impl Arguments {
-    fn take(&mut self, c: char, out: &mut String) -> Taken {
-        match self {
-            Arguments::Before => match c {
-                c if c.is_whitespace() => Taken::More,
-                '"' => {
-                    *self = Arguments::Text(JsonText::default());
-                    Taken::More
-                }
-                '{' | '[' => {
-                    *self = Arguments::Json(JsonValue::default());
-                    self.take(c, out)
-                }
-                _ => {
-                    *self = Arguments::Literal(JsonValue::default(), String::new());
-                    self.take(c, out)
-                }
-            },
-            Arguments::Json(value) => value.take(c, out),
-            Arguments::Text(text) => text.take(c, out),
-            Arguments::Literal(value, text) => {
-                let taken = value.take(c, text);
-                if taken == Taken::Before {
-                    out.push_str(if text == "null" { "{}" } else { text });
-                }
-                taken
-            }
-        }
-    }
-}
-
-/// A JSON object with the name and the arguments of a call.
-struct Object {
-    name: &'static [&'static str],
-    arguments: &'static [&'static str],
-    at: InObject,
-}
-
-enum InObject {
-    Before,
-    /// Before a key, or the end.
-    Key,
-    InKey(JsonText, String),
-    Colon(String),
-    Name(Option<JsonText>, String),
-    Arguments(Arguments),
-    Other(JsonValue),
-    /// Behind a value.
-    Behind,
-}
-
-impl Object {
-    fn take(&mut self, c: char, call: &mut Call, out: &mut String) -> Taken {
-        match &mut self.at {
-            InObject::InKey(text, key) => match text.take(c, key) {
-                Taken::Done => self.at = InObject::Colon(std::mem::take(key)),
-                Taken::More => {}
-                _ => return Taken::Failed,
-            },
-            InObject::Name(Some(text), name) => match text.take(c, name) {
-                Taken::Done => {
-                    call.name = Some(std::mem::take(name));
-                    self.at = InObject::Behind;
-                }
-                Taken::More => {}
-                _ => return Taken::Failed,
-            },
-            InObject::Arguments(arguments) => {
-                let taken = arguments.take(c, out);
-                return self.after(taken, c, call, out);
-            }
-            InObject::Other(value) => {
-                let taken = value.take(c, &mut String::new());
-                return self.after(taken, c, call, out);
-            }
-            _ if c.is_whitespace() => {}
-            InObject::Before if c == '{' => self.at = InObject::Key,
-            InObject::Key if c == '"' => self.at = InObject::InKey(JsonText::default(), String::new()),
-            InObject::Colon(key) if c == ':' => {
-                let key = key.as_str();
-                self.at = if self.name.contains(&key) && call.name.is_none() {
-                    InObject::Name(None, String::new())
-                } else if self.arguments.contains(&key) {
-                    InObject::Arguments(Arguments::default())
-                } else {
-                    InObject::Other(JsonValue::default())
-                };
-            }
-            InObject::Name(text @ None, _) if c == '"' => *text = Some(JsonText::default()),
-            InObject::Behind if c == ',' => self.at = InObject::Key,
-            InObject::Behind | InObject::Key if c == '}' => return Taken::Done,
-            _ => return Taken::Failed,
-        }
-        Taken::More
-    }
-
-    fn after(&mut self, taken: Taken, c: char, call: &mut Call, out: &mut String) -> Taken {
-        match taken {
-            Taken::More | Taken::Failed => taken,
-            Taken::Done => {
-                self.at = InObject::Behind;
-                Taken::More
-            }
-            Taken::Before => {
-                self.at = InObject::Behind;
-                self.take(c, call, out)
-            }
+            Some("") => Taken::Done,
+            Some(_) => Taken::More,
         }
     }
 }

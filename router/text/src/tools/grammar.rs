@@ -1,109 +1,326 @@
 //! Binds what a model writes to calls: its own format, with the tools' schemas inside. Made of the same table as reading.
 
 use serde_json::{Value as Json, json};
-use tandem_core::grammar::{Format, Tag};
+use tandem_core::grammar::{Field, Format, Tag};
 
-use super::{Layout, Piece, Reading, Syntax, Tool, ToolFormat};
+use super::value::{Kinds, resolved};
+use super::{Layout, Piece, Reading, Separator, Syntax, Tool};
+
+/// Schemas in schemas that are written as their own format writes them.
+const MAX_DEPTH: usize = 8;
 
 /// Which calls an answer must be.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Choice<'a> {
+    /// Text or calls. Where a tool is strict, what begins as a call is one.
+    Auto,
     /// One or more.
     Required,
     Named(&'a str),
 }
 
-/// What an answer of calls is. `reading` says what comes before: reasoning may.
+/// What an answer is. Reasoning may come before. `None`: nothing is bound; with `Required` or `Named` that is because
+/// there is no format.
 pub fn bind(reading: Reading, tools: &[Tool], choice: Choice, parallel: bool) -> Option<Format> {
-    let format: &ToolFormat = reading.tools?;
-    let Syntax::Layouts(layouts) = &format.syntax;
-    let layout = layouts.first()?;
-    let chosen = tools.iter().filter(|tool| match choice {
-        Choice::Required => true,
-        Choice::Named(name) => tool.name == name,
-    });
-    let calls: Vec<Tag> = chosen.map(|tool| call(layout, tool)).collect();
-    let stop_after_first = !parallel || choice != Choice::Required;
-    let calls = match layout.separator {
-        Some(separator) => Format::Sequence(vec![
-            Format::Text(layout.open.to_owned() + layout.begin),
-            Format::Separated {
-                tags: calls,
-                separator: separator.to_owned(),
-                at_least_one: true,
-                stop_after_first,
-            },
-            Format::Text(layout.end.to_owned()),
-        ]),
-        None => Format::Separated {
-            tags: calls
-                .into_iter()
-                .map(|tag| Tag {
-                    begin: format!("{}{}{}", layout.open, layout.begin, tag.begin),
-                    end: tag.end + layout.end,
-                    ..tag
-                })
-                .collect(),
-            separator: "\n".to_owned(),
-            at_least_one: true,
-            stop_after_first,
-        },
+    let format = reading.tools?;
+    let chosen: Vec<&Tool> = tools
+        .iter()
+        .filter(|tool| match choice {
+            Choice::Auto | Choice::Required => true,
+            Choice::Named(name) => tool.name == name,
+        })
+        .collect();
+    let one = !parallel || matches!(choice, Choice::Named(_));
+    let answer = match (format.first_layout(), choice) {
+        (None, Choice::Auto) => return None,
+        (None, _) => Format::Or(chosen.into_iter().map(message).collect()),
+        (Some(layout), Choice::Auto) => triggered(layout, &chosen, one)?,
+        (Some(layout), _) => required(layout, &chosen, one),
     };
-    Some(match reading.reasoning {
-        None => calls,
-        Some(reasoning) => {
-            let close = Tag {
-                begin: String::new(),
-                content: Format::AnyText,
-                end: reasoning.close.to_owned(),
-            };
-            let behind = Format::Regex(r"\s{0,4}".to_owned());
-            let thought = match reading.is_opened {
-                true => Format::Sequence(vec![Format::Tag(Box::new(close)), behind]),
-                false => Format::Or(vec![
-                    Format::Text(String::new()),
-                    Format::Sequence(vec![
-                        Format::Text(reasoning.open.to_owned()),
-                        Format::Tag(Box::new(close)),
-                        behind,
-                    ]),
-                ]),
-            };
-            Format::Sequence(vec![thought, calls])
+    Some(behind_reasoning(reading, answer))
+}
+
+/// An answer of a form, with the reasoning that may come before it.
+pub fn after_reasoning(reading: Reading, answer: Format) -> Format {
+    match reading.has_channels() {
+        true => behind_reasoning(
+            reading,
+            Format::Sequence(vec![text("<|channel|>final<|message|>"), answer]),
+        ),
+        false => behind_reasoning(reading, answer),
+    }
+}
+
+fn behind_reasoning(reading: Reading, answer: Format) -> Format {
+    let thought = |begin: &str, end: &str| tag(begin, Format::AnyText, end);
+    let blank = || Format::Regex(r"\s{0,4}".to_owned());
+    let thought = match reading.reasoning {
+        _ if reading.has_channels() => thought("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),
+        None => return answer,
+        Some(format) if reading.is_opened => {
+            return Format::Sequence(vec![thought("", format.close[0]), blank(), answer]);
         }
+        Some(format) => Format::Sequence(vec![thought(format.open[0], format.close[0]), blank()]),
+    };
+    Format::Sequence(vec![Format::Or(vec![text(""), thought]), answer])
+}
+
+impl super::ToolFormat {
+    /// How the model's template writes calls. `None`: on channels.
+    fn first_layout(&self) -> Option<&'static Layout> {
+        match self.syntax {
+            Syntax::Layouts { layouts, .. } => layouts.first(),
+            Syntax::Channels => None,
+        }
+    }
+}
+
+fn required(layout: &'static Layout, tools: &[&Tool], one: bool) -> Format {
+    match layout.separator {
+        Separator::Within(separator) => Format::Sequence(vec![
+            text(format!("{}{}", layout.open, layout.begin)),
+            separated(calls(layout, tools, Schemas::All), separator, one),
+            text(layout.end),
+        ]),
+        Separator::Between(separator) => separated(sections(layout, tools, Schemas::All), separator, one),
+    }
+}
+
+/// Text, in which calls are bound once they were opened.
+fn triggered(layout: &'static Layout, tools: &[&Tool], one: bool) -> Option<Format> {
+    let is_json = |piece: &Piece| !matches!(piece, Piece::Tagged { .. } | Piece::Python | Piece::Marked(_));
+    let all_strict = tools.iter().all(|tool| tool.strict);
+    let is_bound = tools.iter().any(|tool| tool.strict)
+        && !layout.open.is_empty()
+        // What is not strict is not to be bound by its schema, and other formats than JSON have no arguments without one.
+        && (all_strict || layout.call.iter().all(is_json));
+    let tags = match layout.separator {
+        Separator::Within(separator) => vec![Tag {
+            begin: format!("{}{}", layout.open, layout.begin),
+            content: separated(calls(layout, tools, Schemas::Strict), separator, one),
+            end: layout.end.to_owned(),
+        }],
+        Separator::Between(_) => sections(layout, tools, Schemas::Strict),
+    };
+    is_bound.then(|| Format::Triggered {
+        triggers: vec![layout.open.to_owned()],
+        tags,
+        at_least_one: false,
+        stop_after_first: one,
     })
 }
 
-fn parameters(tool: &Tool) -> Json {
-    tool.parameters
-        .clone()
-        .unwrap_or_else(|| json!({"type": "object"}))
+/// Whose schemas bind.
+#[derive(Clone, Copy, PartialEq)]
+enum Schemas {
+    All,
+    Strict,
 }
 
-fn call(layout: &Layout, tool: &Tool) -> Tag {
-    let mut tag = Tag {
+/// Each call with an opening and an end of its own.
+fn sections(layout: &'static Layout, tools: &[&Tool], schemas: Schemas) -> Vec<Tag> {
+    let section = |tag: Tag| Tag {
+        begin: format!("{}{}", layout.open, layout.begin),
+        content: tag.content,
+        end: layout.end.to_owned(),
+    };
+    calls(layout, tools, schemas).into_iter().map(section).collect()
+}
+
+fn calls(layout: &'static Layout, tools: &[&Tool], schemas: Schemas) -> Vec<Tag> {
+    let call = |tool: &&Tool| Tag {
         begin: String::new(),
-        content: Format::Text(String::new()),
+        content: call(layout, tool, schemas == Schemas::All || tool.strict),
         end: String::new(),
+    };
+    tools.iter().map(call).collect()
+}
+
+fn call(layout: &'static Layout, tool: &Tool, is_bound: bool) -> Format {
+    let parameters = match is_bound {
+        true => parameters(tool),
+        false => json!({"type": "object"}),
     };
     let mut parts = vec![];
     for piece in layout.call {
-        match piece {
-            Piece::Text(text) => parts.push(Format::Text((*text).to_owned())),
-            Piece::Name => parts.push(Format::Text(tool.name.clone())),
-            Piece::Arguments => parts.push(Format::Schema(parameters(tool))),
-            Piece::Object { name, arguments } => parts.extend([
-                Format::Text(format!(
-                    "{{\"{}\": {}, \"{}\": ",
-                    name[0],
-                    Json::from(tool.name.as_str()),
-                    arguments[0]
-                )),
-                Format::Schema(parameters(tool)),
-                Format::Text("}".to_owned()),
-            ]),
+        match *piece {
+            Piece::Text(part) => parts.push(text(part)),
+            Piece::Name => parts.push(text(&tool.name)),
+            Piece::Id(pattern) => parts.push(Format::Regex(pattern.to_owned())),
+            Piece::Arguments => parts.push(Format::Schema(parameters.clone())),
+            Piece::Object { name, arguments } => {
+                let (key, said) = (Json::from(name[0]), Json::from(tool.name.as_str()));
+                parts.push(text(format!("{{{key}: {said}, {}: ", Json::from(arguments[0]))));
+                parts.push(Format::Schema(parameters.clone()));
+                parts.push(text("}"));
+            }
+            Piece::Python => {
+                let value = |name: &str, schema: &Json| {
+                    Format::Sequence(vec![
+                        text(format!("{name}=")),
+                        Format::Schema(whole(schema, &parameters)),
+                    ])
+                };
+                parts.extend([text("("), fields(&parameters, ", ", value), text(")")]);
+            }
+            Piece::Marked(mark) => {
+                parts.extend([
+                    text("{"),
+                    marked_fields(&parameters, &parameters, mark, 0),
+                    text("}"),
+                ]);
+            }
+            Piece::Tagged {
+                open,
+                middle,
+                close,
+                end,
+            } => {
+                let value = |name: &str, schema: &Json| {
+                    let begin = format!("{open}{name}{middle}");
+                    // Free text ends with the first mark, whether or not a line ends before it.
+                    let (mark, behind) = (close.trim(), &close[close.trim_end().len()..]);
+                    let words = words(resolved(schema, &parameters));
+                    let kinds = Kinds::of(schema, &parameters);
+                    match (words, kinds.is_text() || kinds.string) {
+                        (Some(words), _) => {
+                            tag(&begin, Format::Or(words.into_iter().map(text).collect()), close)
+                        }
+                        (None, true) => {
+                            Format::Sequence(vec![tag(&begin, Format::AnyText, mark), text(behind)])
+                        }
+                        (None, false) => tag(&begin, Format::Schema(whole(schema, &parameters)), close),
+                    }
+                };
+                parts.extend([fields(&parameters, "", value), text(end)]);
+            }
         }
     }
-    tag.content = Format::Sequence(parts);
-    tag
+    Format::Sequence(parts)
+}
+
+/// As gpt-oss writes a call. What ends it, `<|call|>`, is an end of the text.
+fn message(tool: &Tool) -> Format {
+    let begin = format!(
+        "<|channel|>commentary to=functions.{} <|constrain|>json<|message|>",
+        tool.name
+    );
+    tag(&begin, Format::Schema(parameters(tool)), "")
+}
+
+fn parameters(tool: &Tool) -> Json {
+    match &tool.parameters {
+        Some(Json::Object(schema)) => {
+            let mut schema = schema.clone();
+            schema.entry("type").or_insert(json!("object"));
+            Json::Object(schema)
+        }
+        _ => json!({"type": "object"}),
+    }
+}
+
+/// The properties of an object in their order, those that are not required or not.
+fn fields(schema: &Json, separator: &str, value: impl Fn(&str, &Json) -> Format) -> Format {
+    let required = schema["required"].as_array();
+    let is_required = |name: &str| required.is_some_and(|names| names.iter().any(|one| one == name));
+    let properties = schema["properties"].as_object().into_iter().flatten();
+    Format::Fields {
+        fields: properties
+            .map(|(name, schema)| Field {
+                format: value(name, schema),
+                is_required: is_required(name),
+            })
+            .collect(),
+        separator: separator.to_owned(),
+    }
+}
+
+fn marked_fields(schema: &Json, root: &Json, mark: &str, depth: usize) -> Format {
+    fields(schema, ",", |name, schema| {
+        Format::Sequence(vec![text(format!("{name}:")), marked(schema, root, mark, depth)])
+    })
+}
+
+/// A value between marks, or with marks in it.
+fn marked(schema: &Json, root: &Json, mark: &str, depth: usize) -> Format {
+    let schema = resolved(schema, root);
+    let kinds = Kinds::of(schema, root);
+    let has_parts = schema["properties"].is_object() || schema["items"].is_object();
+    if let Some(words) = words(schema) {
+        let word = |word: String| text(format!("{mark}{word}{mark}"));
+        return Format::Or(words.into_iter().map(word).collect());
+    }
+    if kinds.is_text() || kinds.string {
+        return tag(mark, Format::AnyText, mark);
+    }
+    if depth < MAX_DEPTH && kinds.object && schema["properties"].is_object() {
+        return Format::Sequence(vec![
+            text("{"),
+            marked_fields(schema, root, mark, depth + 1),
+            text("}"),
+        ]);
+    }
+    if depth < MAX_DEPTH && kinds.array && schema["items"].is_object() {
+        let items = Format::Separated {
+            tags: vec![Tag {
+                begin: String::new(),
+                content: marked(&schema["items"], root, mark, depth + 1),
+                end: String::new(),
+            }],
+            separator: ",".to_owned(),
+            at_least_one: false,
+            stop_after_first: false,
+        };
+        return Format::Sequence(vec![text("["), items, text("]")]);
+    }
+    let json = Format::Schema(whole(schema, root));
+    match has_parts || kinds.object || kinds.array {
+        // JSON's strings would end at no mark.
+        true => Format::Sequence(vec![text(mark), json, text(mark)]),
+        false => json,
+    }
+}
+
+/// A part of a schema with what it may refer to.
+fn whole(schema: &Json, root: &Json) -> Json {
+    let mut schema = schema.clone();
+    if let Some(schema) = schema.as_object_mut() {
+        for key in ["$defs", "definitions"] {
+            if let Some(shared) = root.get(key) {
+                schema.entry(key).or_insert_with(|| shared.clone());
+            }
+        }
+    }
+    schema
+}
+
+/// The strings that a schema lists, if it lists strings alone.
+fn words(schema: &Json) -> Option<Vec<String>> {
+    let one = schema.get("const").map(std::slice::from_ref);
+    let values = schema["enum"].as_array().map(Vec::as_slice).or(one)?;
+    values
+        .iter()
+        .map(|value| value.as_str().map(str::to_owned))
+        .collect()
+}
+
+fn text(text: impl Into<String>) -> Format {
+    Format::Text(text.into())
+}
+
+fn tag(begin: &str, content: Format, end: &str) -> Format {
+    Format::Tag(Box::new(Tag {
+        begin: begin.to_owned(),
+        content,
+        end: end.to_owned(),
+    }))
+}
+
+fn separated(tags: Vec<Tag>, separator: &str, one: bool) -> Format {
+    Format::Separated {
+        tags,
+        separator: separator.to_owned(),
+        at_least_one: true,
+        stop_after_first: one,
+    }
 }

@@ -84,6 +84,27 @@ impl JsonValue {
     }
 }
 
+/// A text as JSON's string.
+pub(super) fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
+
+/// A text as the inside of JSON's string.
+pub(super) fn escape(text: &str, out: &mut String) {
+    let quoted = quoted(text);
+    out.push_str(&quoted[1..quoted.len() - 1]);
+}
+
+/// Where one of the marks may begin at the end of the text; the text's length if none may.
+pub(super) fn beginning(text: &str, marks: &[&str]) -> usize {
+    let longest = marks.iter().map(|mark| mark.len()).max().unwrap_or(0);
+    let begins = |&(at, _): &(usize, char)| {
+        let rest = &text[at..];
+        rest.len() < longest && marks.iter().any(|mark| mark.starts_with(rest))
+    };
+    text.char_indices().find(begins).map_or(text.len(), |(at, _)| at)
+}
+
 fn is_literal(c: char) -> bool {
     c.is_alphanumeric() || matches!(c, '-' | '+' | '.')
 }

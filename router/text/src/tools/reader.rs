@@ -2,38 +2,17 @@
 //! join to the same whatever the pieces were. Only what may be the beginning of a marker, or may turn out to be no call,
 //! is held back.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::call::{Calls, Taken};
-use super::{Layout, Syntax, Tool, ToolFormat};
-use crate::reasoning::ReasoningFormat;
-use crate::tokenizer::Tokenizer;
+use super::channels::Channels;
+use super::json::beginning;
+use super::{Layout, Reading, Tool, ToolFormat};
 
-/// How an answer is read.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Reading {
-    /// `None`: calls are content (a request without tools, or with `tool_choice: none`).
-    pub tools: Option<&'static ToolFormat>,
-    pub reasoning: Option<&'static ReasoningFormat>,
-    /// The prompt ended within reasoning.
-    pub is_opened: bool,
-}
-
-impl Reading {
-    /// Special tokens that the text must show (`TextStream::showing`), or what they mark is not seen.
-    pub fn shown(&self, tokenizer: &Tokenizer) -> BTreeSet<u32> {
-        let mut markers = self.tools.map(ToolFormat::markers).unwrap_or_default();
-        markers.extend(
-            self.reasoning
-                .into_iter()
-                .flat_map(|format| [format.open, format.close]),
-        );
-        let tokens = tokenizer.special_tokens().into_iter();
-        let marks = tokens.filter(|(text, _)| markers.iter().any(|marker| marker.contains(text.as_str())));
-        marks.map(|(_, id)| id).collect()
-    }
-}
+/// Of what was taken for a call and is none: calls are looked for in that much of it. Who begins a call in a call in a call
+/// would have all of it read again for each.
+const MAX_READ_AGAIN_BYTES: usize = 1024;
 
 /// What a piece of text added.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -80,14 +59,23 @@ impl Delta {
 }
 
 /// Of one choice. Stands behind detokenisation and stop strings.
-pub struct Reader {
+pub struct Reader(Kind);
+
+enum Kind {
+    Texts(Box<Texts>),
+    Channels(Channels),
+}
+
+/// Content with reasoning before it and calls in it.
+struct Texts {
     reading: Reading,
     tools: Arc<[Tool]>,
     state: State,
     /// To be read before what comes next.
     input: VecDeque<char>,
-    /// Not given out yet: a marker may begin in it.
+    /// Not given out yet: a mark may begin in it.
     held: String,
+    is_reasoning: bool,
     /// White space behind content. Before a call it is the format's, not the content's.
     blank: String,
     /// Calls without an opening can begin here: nothing but white space stood before.
@@ -102,8 +90,7 @@ pub struct Reader {
 enum State {
     /// Where reasoning may open.
     Start,
-    Reasoning,
-    Content,
+    Text,
     Calls(Box<Attempt>),
 }
 
@@ -116,17 +103,47 @@ struct Attempt {
 
 impl Reader {
     pub fn new(reading: Reading, tools: Arc<[Tool]>) -> Reader {
-        let state = match reading.reasoning {
-            Some(format) if reading.is_opened || format.always => State::Reasoning,
-            Some(_) => State::Start,
-            None => State::Content,
-        };
-        Reader {
+        Reader(match reading.has_channels() {
+            true => Kind::Channels(Channels::new(reading, tools)),
+            false => Kind::Texts(Box::new(Texts::new(reading, tools))),
+        })
+    }
+
+    pub fn push(&mut self, text: &str) -> Delta {
+        let mut delta = Delta::default();
+        match &mut self.0 {
+            Kind::Texts(texts) => {
+                texts.input.extend(text.chars());
+                texts.read(&mut delta);
+            }
+            Kind::Channels(channels) => text.chars().for_each(|c| channels.take(c, &mut delta)),
+        }
+        delta
+    }
+
+    /// At the end of the answer: what was held back. Push no more.
+    pub fn finish(&mut self) -> Delta {
+        let mut delta = Delta::default();
+        match &mut self.0 {
+            Kind::Texts(texts) => texts.finish(&mut delta),
+            Kind::Channels(channels) => channels.finish(&mut delta),
+        }
+        delta
+    }
+}
+
+impl Texts {
+    fn new(reading: Reading, tools: Arc<[Tool]>) -> Texts {
+        Texts {
             reading,
             tools,
-            state,
+            state: match reading.reasoning {
+                Some(_) => State::Start,
+                None => State::Text,
+            },
             input: VecDeque::new(),
             held: String::new(),
+            is_reasoning: reading.reasoning.is_some() && reading.is_opened,
             blank: String::new(),
             is_start: true,
             closing: None,
@@ -135,121 +152,119 @@ impl Reader {
         }
     }
 
-    pub fn push(&mut self, text: &str) -> Delta {
-        let mut delta = Delta::default();
-        self.input.extend(text.chars());
-        self.read(&mut delta);
-        delta
-    }
-
-    /// At the end of the answer: what was held back. Push no more.
-    pub fn finish(&mut self) -> Delta {
-        let mut delta = Delta::default();
-        while let State::Calls(attempt) = &mut self.state {
-            attempt.calls.finish();
-            self.end_attempt(&mut delta);
-            self.read(&mut delta);
-        }
-        let held = std::mem::take(&mut self.held);
-        match self.state {
-            State::Reasoning => delta.reasoning.push_str(&held),
-            _ => self.show(&held, &mut delta),
-        }
-        if !self.is_behind_call {
-            delta.content.push_str(&std::mem::take(&mut self.blank));
-        }
-        delta
-    }
-
     fn read(&mut self, delta: &mut Delta) {
         while let Some(c) = self.input.pop_front() {
             match &mut self.state {
                 State::Start => self.take_start(c),
-                State::Reasoning => self.take_reasoning(c, delta),
-                State::Content => self.take_content(c, delta),
-                State::Calls(_) => self.take_call(c, delta),
+                State::Text => self.take_text(c, delta),
+                State::Calls(attempt) => match attempt.calls.take(c, delta) {
+                    Taken::More => {}
+                    Taken::Done => {
+                        attempt.calls.finish(delta);
+                        self.end_attempt(delta);
+                        self.closing = None;
+                    }
+                    Taken::Before | Taken::Failed => self.end_attempt(delta),
+                },
             }
         }
     }
 
-    fn unread(&mut self, text: &str) {
-        for c in text.chars().rev() {
-            self.input.push_front(c);
+    fn finish(&mut self, delta: &mut Delta) {
+        loop {
+            match &mut self.state {
+                State::Text => break,
+                State::Start => self.begin_text(),
+                State::Calls(attempt) => {
+                    attempt.calls.finish(delta);
+                    self.end_attempt(delta);
+                }
+            }
+            self.read(delta);
         }
+        let held = std::mem::take(&mut self.held);
+        self.show(&held, delta);
+        if !self.is_behind_call {
+            delta.content.push_str(&std::mem::take(&mut self.blank));
+        }
+    }
+
+    fn unread(&mut self, text: &str) {
+        text.chars().rev().for_each(|c| self.input.push_front(c));
     }
 
     fn take_start(&mut self, c: char) {
-        let open = self.reading.reasoning.map_or("", |format| format.open);
+        let open = self.reading.reasoning.map_or(&[][..], |format| format.open);
         self.held.push(c);
         let begun = self.held.trim_start();
-        if begun == open {
+        if open.contains(&begun) {
             self.held.clear();
-            self.state = State::Reasoning;
-        } else if !open.starts_with(begun) {
-            self.state = State::Content;
-            let held = std::mem::take(&mut self.held);
-            self.unread(&held);
+            self.is_reasoning = true;
+            self.state = State::Text;
+        } else if !open.iter().any(|open| open.starts_with(begun)) {
+            self.begin_text();
         }
     }
 
-    fn take_reasoning(&mut self, c: char, delta: &mut Delta) {
-        let close = self.reading.reasoning.map_or("", |format| format.close);
-        self.held.push(c);
-        if self.held.ends_with(close) {
-            self.held.truncate(self.held.len() - close.len());
-            self.state = State::Content;
-        }
-        delta.reasoning.push_str(&self.free(&[close]));
+    /// Nothing opens reasoning.
+    fn begin_text(&mut self) {
+        self.state = State::Text;
+        let held = std::mem::take(&mut self.held);
+        self.unread(&held);
     }
 
-    fn take_content(&mut self, c: char, delta: &mut Delta) {
-        if self.is_start && !c.is_whitespace() {
+    fn take_text(&mut self, c: char, delta: &mut Delta) {
+        if self.is_start && !self.is_reasoning && !c.is_whitespace() {
             self.is_start = false;
             if let Some(layout) = self.layouts().iter().position(|layout| layout.open.is_empty()) {
                 self.attempt(layout);
                 return self.input.push_front(c);
             }
         }
+        let marks = self.marks();
         self.held.push(c);
-        let layouts = self.layouts().iter().map(|layout| layout.open);
-        let markers: Vec<&str> = layouts
-            .chain(self.closing)
-            .filter(|marker| !marker.is_empty())
-            .collect();
-        let Some(marker) = markers.iter().find(|marker| self.held.ends_with(**marker)) else {
-            let free = self.free(&markers);
+        let Some(mark) = marks.iter().find(|mark| self.held.ends_with(**mark)) else {
+            let free = beginning(&self.held, &marks);
+            let rest = self.held.split_off(free);
+            let free = std::mem::replace(&mut self.held, rest);
             return self.show(&free, delta);
         };
-        let before = self.held[..self.held.len() - marker.len()].to_owned();
-        self.held.clear();
+        self.held.truncate(self.held.len() - mark.len());
+        let before = std::mem::take(&mut self.held);
         self.show(&before, delta);
-        match self.layouts().iter().position(|layout| layout.open == *marker) {
-            Some(layout) => self.attempt(layout),
-            None => self.closing = None,
+        let closes = |mark| {
+            self.reading
+                .reasoning
+                .is_some_and(|format| format.close.contains(mark))
+        };
+        if self.is_reasoning && closes(mark) {
+            self.is_reasoning = false;
+        } else if let Some(layout) = self.layouts().iter().position(|layout| layout.open == *mark) {
+            self.attempt(layout);
+        } else if self.closing == Some(mark) {
+            self.closing = None;
         }
     }
 
-    fn take_call(&mut self, c: char, delta: &mut Delta) {
-        let State::Calls(attempt) = &mut self.state else {
-            return;
-        };
-        let calls = &mut attempt.calls;
-        match calls.take(c, delta) {
-            Taken::More => {}
-            Taken::Done => {
-                calls.finish();
-                self.end_attempt(delta);
-                self.closing = None;
-            }
-            Taken::Before | Taken::Failed => self.end_attempt(delta),
+    /// What may end the text here.
+    fn marks(&self) -> Vec<&'static str> {
+        let mut marks = vec![];
+        let reasoning = self.reading.reasoning.filter(|_| self.is_reasoning);
+        if let Some(format) = reasoning {
+            marks.extend(format.close);
+        } else {
+            marks.extend(self.closing);
+            marks.extend(self.reading.tools.map_or(&[][..], ToolFormat::around));
         }
+        if reasoning.is_none_or(|format| format.ends_with_call) {
+            marks.extend(self.layouts().iter().map(|layout| layout.open));
+        }
+        marks.retain(|mark| !mark.is_empty());
+        marks
     }
 
     fn layouts(&self) -> &'static [Layout] {
-        match self.reading.tools.map(|format| &format.syntax) {
-            Some(Syntax::Layouts(layouts)) => layouts,
-            None => &[],
-        }
+        self.reading.tools.map_or(&[], ToolFormat::layouts)
     }
 
     fn attempt(&mut self, layout: usize) {
@@ -257,43 +272,39 @@ impl Reader {
         self.state = State::Calls(Box::new(Attempt { calls, layout }));
     }
 
-    /// What is no call is read again: by another layout, or as content.
+    /// What is no call is read again: by another layout, or as text.
     fn end_attempt(&mut self, delta: &mut Delta) {
-        let State::Calls(attempt) = std::mem::replace(&mut self.state, State::Content) else {
+        let State::Calls(attempt) = std::mem::replace(&mut self.state, State::Text) else {
             return;
         };
         let Attempt { calls, layout } = *attempt;
-        let (n_calls, end) = (calls.n_calls(), calls.end());
-        self.unread(&calls.into_pending());
+        let (n_calls, pending) = (calls.n_calls(), calls.into_pending());
+        let Layout { open, .. } = self.layouts()[layout];
         if n_calls > self.n_calls {
             self.n_calls = n_calls;
-            self.closing = Some(end);
+            self.closing = Some(self.layouts()[layout].closing());
             self.is_behind_call = true;
+            self.is_reasoning = false;
             self.blank.clear();
-            return;
+            return self.unread(&pending);
         }
-        let open = self.layouts()[layout].open;
         let others = &self.layouts()[layout + 1..];
         match others.iter().position(|other| other.open == open) {
             Some(other) => self.attempt(layout + 1 + other),
-            None => self.show(open, delta),
+            None => {
+                self.show(open, delta);
+                if pending.len() > MAX_READ_AGAIN_BYTES {
+                    return self.show(&pending, delta);
+                }
+            }
         }
-    }
-
-    /// Takes from what is held what no marker begins in.
-    fn free(&mut self, markers: &[&str]) -> String {
-        let begins =
-            |&(at, _): &(usize, char)| markers.iter().any(|marker| marker.starts_with(&self.held[at..]));
-        let at = self
-            .held
-            .char_indices()
-            .find(begins)
-            .map_or(self.held.len(), |(at, _)| at);
-        let rest = self.held.split_off(at);
-        std::mem::replace(&mut self.held, rest)
+        self.unread(&pending);
     }
 
     fn show(&mut self, text: &str, delta: &mut Delta) {
+        if self.is_reasoning {
+            return delta.reasoning.push_str(text);
+        }
         let shown = match self.layouts().is_empty() {
             true => text.len(),
             false => text.trim_end().len(),
@@ -304,34 +315,5 @@ impl Reader {
             self.is_behind_call = false;
         }
         self.blank.push_str(&text[shown..]);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_answer_is_taken_apart() {
-        let reading = Reading {
-            tools: ToolFormat::named("hermes"),
-            reasoning: ReasoningFormat::named("qwen3"),
-            is_opened: false,
-        };
-        let text = "<think>\nhm</think>Look:\n<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": \"</tool_call>\"}}\n\
-                    </tool_call>\n<tool_call>\n{\"name\": \"g\", \"arguments\": {}}\n</tool_call>";
-        let mut reader = Reader::new(reading, Arc::new([]));
-        let all = reader.push(text);
-        assert_eq!(reader.finish(), Delta::default());
-        assert_eq!((all.reasoning.as_str(), all.content.as_str()), ("\nhm", "Look:"));
-        let call = |index, name: &str, arguments: &str| CallDelta {
-            index,
-            name: Some(name.to_owned()),
-            arguments: arguments.to_owned(),
-        };
-        assert_eq!(
-            all.calls,
-            [call(0, "f", r#"{"a": "</tool_call>"}"#), call(1, "g", "{}")]
-        );
     }
 }
