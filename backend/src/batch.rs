@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use tandem_core::TokenId;
 use tandem_core::blocks::BlockId;
 use tandem_core::id::{AdapterDigest, RequestId};
+use tandem_core::message::Scored;
 use tandem_core::sched::{Row, StepPlan};
 use tandem_kernels::attention::{KvCache, PagedSeq};
 use tch::Tensor;
@@ -112,13 +113,33 @@ impl<'a> StepInputs<'a> {
     }
 }
 
-/// Flat indices of the rows that choose a next token, in the plan's order.
+/// The rows that choose tokens.
+pub fn sampling(plan: &StepPlan) -> impl Iterator<Item = &Row> {
+    plan.rows.iter().filter(|row| row.samples > 0)
+}
+
+/// Flat indices of the rows that choose a next token, in the plan's order: those of a sequence follow each other.
 pub fn sampled_rows(plan: &StepPlan) -> Vec<i64> {
-    plan.rows
-        .iter()
-        .filter(|row| row.samples)
-        .map(|row| row.tokens.end as i64 - 1)
-        .collect()
+    let last = |row: &Row| row.tokens.end - row.samples..row.tokens.end;
+    plan.rows.iter().flat_map(last).map(|row| row as i64).collect()
+}
+
+/// Of the tokens chosen at a sequence's end and after each of its guesses: those up to the first that is not the guess.
+/// What comes after it was chosen after a text that is not there.
+pub fn until_wrong<E>(
+    chosen: impl IntoIterator<Item = Result<Scored, E>>,
+    guesses: &[TokenId],
+) -> Result<Vec<Scored>, E> {
+    let mut told = Vec::with_capacity(1 + guesses.len());
+    for token in chosen {
+        let token = token?;
+        let held = guesses.get(told.len()) == Some(&token.token);
+        told.push(token);
+        if !held {
+            break;
+        }
+    }
+    Ok(told)
 }
 
 /// A prompt position whose logits score the prompt token after it.

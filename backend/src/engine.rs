@@ -14,10 +14,12 @@ use std::time::{Duration, Instant};
 use tandem_core::grammar::Next;
 use tandem_core::message::{Event, Fault, Generate, Scored};
 use tandem_core::replica::Command;
-use tandem_core::sched::{Scheduler, StepPlan};
+use tandem_core::sched::{Scheduler, StepPlan, View};
 use tandem_core::stats::Stats;
+use tandem_core::uses::Uses;
 use tandem_core::{TokenId, id::RequestId};
 use tandem_kernels::attention::KvCache;
+use tch::Tensor;
 use tokio::sync::{mpsc, watch};
 use tracing::{error, warn};
 
@@ -92,8 +94,8 @@ pub struct Parts {
 
 /// What a step computed.
 struct Output {
-    /// For each row that samples, in the plan's order.
-    sampled: Vec<Result<Scored, NotFinite>>,
+    /// For each row that samples, in the plan's order: what it says, right guesses first.
+    sampled: Vec<Result<Vec<Scored>, NotFinite>>,
     /// In the plan's order, positions ascending.
     scored: Vec<(RequestId, Result<Scored, NotFinite>)>,
 }
@@ -310,17 +312,8 @@ impl Engine {
             true => vec![],
             false => {
                 let logits = self.decoder.head(&batch::select(&hidden, &rows)); // [S, V]
-                let sampling = || plan.rows.iter().filter(|row| row.samples);
-                self.grammars.await_masks(sampling().map(|row| row.id));
-                let asks = sampling().map(|row| Ask {
-                    mask: self.grammars.mask(row.id),
-                    view: self
-                        .scheduler
-                        .view(row)
-                        .expect("nothing was aborted since the plan"),
-                    seed: self.clients.seed(row.id),
-                });
-                sample::sample(&logits, &asks.collect::<Vec<_>>())
+                self.grammars.await_masks(batch::sampling(plan).map(|row| row.id));
+                self.choose(plan, &logits)
             }
         };
         let mut scored = Vec::with_capacity(wanted.len());
@@ -335,6 +328,56 @@ impl Engine {
         // What a GPU computed beside a lost rank is only known to be wrong now.
         self.ranks.check();
         Output { sampled, scored }
+    }
+
+    /// The tokens of each row that samples from `logits [S, V]`, as far as its guesses are right.
+    fn choose(&self, plan: &StepPlan, logits: &Tensor) -> Vec<Result<Vec<Scored>, NotFinite>> {
+        let view = |row| {
+            self.scheduler
+                .view(row)
+                .expect("nothing was aborted since the plan")
+        };
+        // Penalties after a guess count it.
+        let used: Vec<Vec<Uses>> = batch::sampling(plan)
+            .map(|row| {
+                let guesses = plan.guesses(row).iter();
+                let uses = view(row).uses.cloned();
+                guesses
+                    .scan(uses, |uses, &guess| {
+                        uses.as_mut()?.generated(guess);
+                        uses.clone()
+                    })
+                    .collect()
+            })
+            .collect();
+        let asks: Vec<Ask> = batch::sampling(plan)
+            .zip(&used)
+            .flat_map(|(row, used)| {
+                let (view, mask, seed) = (view(row), self.grammars.mask(row.id), self.clients.seed(row.id));
+                let after = move |guesses: usize| match guesses {
+                    0 => view,
+                    _ => View {
+                        generated: view.generated + guesses,
+                        uses: used.get(guesses - 1),
+                        ..view
+                    },
+                };
+                (0..row.samples).map(move |guesses| Ask {
+                    view: after(guesses),
+                    seed,
+                    mask,
+                })
+            })
+            .collect();
+        let mut chosen = sample::sample(logits, &asks).into_iter();
+        batch::sampling(plan)
+            .map(|row| {
+                batch::until_wrong(
+                    chosen.by_ref().take(row.samples).collect::<Vec<_>>(),
+                    plan.guesses(row),
+                )
+            })
+            .collect()
     }
 
     /// Prompt positions of a plan whose next tokens are to be scored.
@@ -356,7 +399,7 @@ impl Engine {
     fn tell(&mut self, plan: StepPlan, output: Output) {
         let Output { sampled, scored } = output;
         self.follow_grammars(&plan, &sampled);
-        let sampling = plan.rows.iter().filter(|row| row.samples).map(|row| row.id);
+        let sampling = batch::sampling(&plan).map(|row| row.id);
         let failed: Vec<RequestId> = {
             let sampled = sampling
                 .zip(&sampled)
@@ -379,15 +422,7 @@ impl Engine {
         }
         let ids: Vec<RequestId> = plan.rows.iter().map(|row| row.id).collect();
         // The scheduler skips the rows of those that failed; it only needs their places taken.
-        let nothing = || Scored {
-            token: 0,
-            logprob: 0.0,
-            top: vec![],
-        };
-        let sampled = sampled
-            .into_iter()
-            .map(|token| token.unwrap_or_else(|NotFinite| nothing()))
-            .collect();
+        let sampled = sampled.into_iter().map(Result::unwrap_or_default).collect();
         let progress = self.scheduler.commit(plan, sampled);
         for id in ids {
             if let Some(prompt) = self.clients.whole_prompt(id) {
@@ -396,7 +431,7 @@ impl Engine {
         }
         for progress in progress {
             let id = progress.id;
-            if let Some(token) = progress.token {
+            for token in progress.tokens {
                 self.send(id, Event::Token(token));
             }
             if let Some(end) = progress.end {
@@ -413,12 +448,13 @@ impl Engine {
     }
 
     /// Takes the tokens of constrained sequences into their grammars, before they are committed.
-    fn follow_grammars(&mut self, plan: &StepPlan, sampled: &[Result<Scored, NotFinite>]) {
-        let rows = plan.rows.iter().filter(|row| row.samples);
-        for (row, token) in rows.zip(sampled) {
-            let (Ok(scored), Some(view)) = (token, self.scheduler.view(row)) else {
+    fn follow_grammars(&mut self, plan: &StepPlan, sampled: &[Result<Vec<Scored>, NotFinite>]) {
+        for (row, tokens) in batch::sampling(plan).zip(sampled) {
+            let (Ok(tokens), Some(view)) = (tokens, self.scheduler.view(row)) else {
                 continue;
             };
+            // Nothing is guessed under a grammar.
+            let [scored] = &tokens[..] else { continue };
             if view.stop_tokens.contains(&scored.token) {
                 continue;
             }
@@ -564,6 +600,8 @@ impl Engine {
             prefix_queried_tokens: counts.totals.prefix_queried_tokens,
             prefix_hit_tokens: counts.totals.prefix_hit_tokens,
             preemptions: counts.totals.preemptions,
+            guessed_tokens: counts.totals.guessed_tokens,
+            accepted_tokens: counts.totals.accepted_tokens,
             failed_steps,
             step_seconds,
             resident_adapters: self.bank.residents(),

@@ -80,7 +80,9 @@ fn over_rows<T: Send + Sync>(logits: &Tensor, of_row: impl Fn(usize, &[f32]) -> 
 }
 
 fn choose(raw: &[f32], view: &View, mask: Option<&Mask>, seed: u64) -> Result<TokenId, NotFinite> {
-    let View { sampling, output, .. } = view;
+    let View {
+        sampling, generated, ..
+    } = view;
     let processed = process(raw, view, mask);
     let logits = processed.as_deref().unwrap_or(raw);
     let max = maximum(logits)?;
@@ -108,6 +110,6 @@ fn choose(raw: &[f32], view: &View, mask: Option<&Mask>, seed: u64) -> Result<To
         &weights,
         top_k,
         sampling.top_p(),
-        rng::uniform(seed, DRAWS, output.len() as u64),
+        rng::uniform(seed, DRAWS, *generated as u64),
     ))
 }

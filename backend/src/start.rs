@@ -14,7 +14,7 @@ use tandem_core::blocks::BlockPool;
 use tandem_core::grammar::Vocabulary;
 use tandem_core::replica::{COMMAND_QUEUE, ReplicaHandle, ReplicaInfo};
 use tandem_core::rng;
-use tandem_core::sched::{Limits, Scheduler};
+use tandem_core::sched::{Limits, Lookup, Scheduler};
 use tandem_core::stats::Stats;
 use tandem_kernels::attention::{self, BLOCK_SIZE, CacheDtype};
 use tandem_kernels::comm::Comm;
@@ -52,6 +52,8 @@ pub struct Options {
     pub quantization: Option<Quantization>,
     /// Default: what weights are multiplied in.
     pub kv_cache_dtype: Option<CacheDtype>,
+    /// How tokens are guessed, if they are.
+    pub lookup: Option<Lookup>,
     /// Default: what the checkpoint was made for.
     pub max_model_len: Option<ModelLen>,
     pub max_num_seqs: u32,
@@ -126,6 +128,7 @@ impl Options {
             dtype: Dtype::Auto,
             quantization: None,
             kv_cache_dtype: None,
+            lookup: None,
             max_model_len: None,
             max_num_seqs: 64,
             max_num_batched_tokens: 512,
@@ -201,6 +204,7 @@ fn load(
         dtype,
         quantization,
         kv_cache_dtype,
+        lookup,
         max_model_len,
         max_num_seqs,
         max_num_batched_tokens,
@@ -263,6 +267,7 @@ fn load(
         },
         max_waiting: MAX_WAITING,
         max_model_len: max_model_len as usize,
+        lookup,
     };
     let scheduler = Scheduler::new(limits, BlockPool::new(blocks, BLOCK_SIZE));
     warn_of_slow_paths(&decoder);

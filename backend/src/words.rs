@@ -5,7 +5,9 @@ use std::fmt::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use serde::Deserialize;
 use tandem_core::job::JobSpec;
+use tandem_core::sched::Lookup;
 use tandem_kernels::attention::CacheDtype;
 use tandem_kernels::machine::{self, amd, gpu};
 use tandem_kernels::pool;
@@ -100,6 +102,56 @@ pub fn kv_cache_dtype(word: &str) -> Result<Option<CacheDtype>, LoadError> {
         Ok(Dtype::F32) => Ok(Some(CacheDtype::F32)),
         Err(_) => Err(LoadError::Option(format!(
             "kv_cache_dtype {word:?} is not auto, bfloat16, float32 or int8, which is the one of 8 bits"
+        ))),
+    }
+}
+
+/// vLLM's `speculative_config`, a JSON object.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SpeculativeConfig {
+    method: Option<String>,
+    /// Its older place, as "[ngram]".
+    model: Option<String>,
+    num_speculative_tokens: Option<usize>,
+    prompt_lookup_max: Option<usize>,
+    prompt_lookup_min: Option<usize>,
+    disable_by_batch_size: Option<usize>,
+}
+
+/// vLLM's `--speculative-config`: only `ngram` is built.
+pub fn speculative_config(json: &str) -> Result<Lookup, LoadError> {
+    let bad = |message: String| LoadError::Option(format!("speculative_config: {message}"));
+    let config: SpeculativeConfig = serde_json::from_str(json).map_err(|error| {
+        bad(format!(
+            "{error}; it is a JSON object as {{\"method\": \"ngram\", \"num_speculative_tokens\": 5, \"prompt_lookup_max\": 4, \
+             \"prompt_lookup_min\": 2}}, with disable_by_batch_size if wanted"
+        ))
+    })?;
+    let method = config.method.or(config.model).unwrap_or_default();
+    if !["ngram", "[ngram]"].contains(&method.as_str()) {
+        return Err(bad(format!("method {method:?} is not built, only \"ngram\" is")));
+    }
+    let between = |name: &str, value: usize, most: usize| match (1..=most).contains(&value) {
+        true => Ok(value),
+        false => Err(bad(format!("{name} must be between 1 and {most}, got {value}"))),
+    };
+    let tokens = config
+        .num_speculative_tokens
+        .ok_or_else(|| bad("num_speculative_tokens is missing: tokens to guess in a step".to_owned()))?;
+    let max = config.prompt_lookup_max.or(config.prompt_lookup_min).unwrap_or(5);
+    let min = config.prompt_lookup_min.unwrap_or(max);
+    let lookup = Lookup {
+        tokens: between("num_speculative_tokens", tokens, 64)?,
+        max: between("prompt_lookup_max", max, 64)?,
+        min: between("prompt_lookup_min", min, 64)?,
+        max_sequences: config.disable_by_batch_size.unwrap_or(usize::MAX),
+    };
+    match lookup.min <= lookup.max {
+        true => Ok(lookup),
+        false => Err(bad(format!(
+            "prompt_lookup_min {} is above prompt_lookup_max {}",
+            lookup.min, lookup.max
         ))),
     }
 }

@@ -32,6 +32,7 @@ fn scheduler(criterion: &mut Criterion) {
         max_prefill_beside_decode: 512,
         max_waiting: 4096,
         max_model_len: MAX_MODEL_LEN,
+        lookup: None,
     };
     let fresh = || {
         let blocks = (STREAMS * MAX_MODEL_LEN / BLOCK_SIZE) as u32;
@@ -61,12 +62,14 @@ fn scheduler(criterion: &mut Criterion) {
                     scheduler.plan().expect("fresh requests run")
                 }
             };
-            let sampled = plan.rows.iter().filter(|row| row.samples);
+            let sampled = plan.rows.iter().filter(|row| row.samples > 0);
             let sampled = sampled
-                .map(|_| Scored {
-                    token: 9,
-                    logprob: 0.0,
-                    top: vec![],
+                .map(|_| {
+                    vec![Scored {
+                        token: 9,
+                        logprob: 0.0,
+                        top: vec![],
+                    }]
                 })
                 .collect();
             black_box(scheduler.commit(plan, sampled));
@@ -100,7 +103,7 @@ fn sampler(criterion: &mut Criterion) {
     ] {
         let view = View {
             prompt: &[1, 2, 3],
-            output: &[4, 5],
+            generated: 2,
             adapter: None,
             sampling: &sampling,
             stop_tokens: &[],

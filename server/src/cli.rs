@@ -185,6 +185,10 @@ pub struct ModelOptions {
     /// Of keys and values: auto (as --dtype), bfloat16, float32, or int8, half of bfloat16's memory: twice as many tokens
     #[arg(long, value_name = "DTYPE", default_value = "auto")]
     pub kv_cache_dtype: String,
+    /// Guess tokens by what followed the last ones before (prompt lookup); right guesses cost nothing and change no answer,
+    /// e.g. '{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4, "prompt_lookup_min": 2}'
+    #[arg(long, value_name = "JSON")]
+    pub speculative_config: Option<String>,
     /// Tokens of prompt and answer together, e.g. 4096, 4K or 4k (4000); auto: as many as the memory allows [default:
     /// what the model was made for]
     #[arg(long, value_name = "TOKENS", value_parser = model_len, allow_negative_numbers = true)]

@@ -44,7 +44,7 @@ const fn switch(names: &'static [&'static str], says: Says) -> Foreign {
 
 const ONE: &[&str] = &["1"];
 const AUTO: &[&str] = &["auto"];
-const NO_SPECULATION: &str = "speculative decoding is not built yet";
+const NO_SPECULATION: &str = "--speculative-config '{\"method\": \"ngram\", \"num_speculative_tokens\": N}' guesses from the text itself";
 const NO_MEDIA: &str = "only text is understood";
 const NO_DATA_PARALLEL: &str = "start a `tandem backend` for each replica and a `tandem router` before them";
 const NO_PIPELINE: &str = "layers are not divided over ranks: use --tensor-parallel-size";
@@ -260,12 +260,7 @@ pub const TABLE: &[Foreign] = &[
         Refused("no code of yours runs in the server"),
     ),
     value(
-        &[
-            "speculative-config",
-            "speculative-model",
-            "num-speculative-tokens",
-            "spec-method",
-        ],
+        &["speculative-model", "num-speculative-tokens", "spec-method"],
         Refused(NO_SPECULATION),
     ),
     switch(&["disable-hybrid-kv-cache-manager"], Harmless(OWN_BLOCKS)),
@@ -661,7 +656,7 @@ pub const TABLE: &[Foreign] = &[
     ),
     value(
         &["cache-type-k", "cache-type-v"],
-        Refused("the KV cache has the dtype of the weights: use --dtype"),
+        Refused("keys and values share one dtype: use --kv-cache-dtype"),
     ),
     value(
         &["draft-model", "model-draft", "draft-max"],

@@ -60,7 +60,7 @@ type Number<T> = fn(&Stats) -> T;
 /// Name, help, number.
 type Of<T> = (&'static str, &'static str, Number<T>);
 
-const COUNTERS: [Of<u64>; 12] = [
+const COUNTERS: [Of<u64>; 14] = [
     (
         "vllm:prompt_tokens_total",
         "Prompt tokens computed or found cached",
@@ -83,6 +83,16 @@ const COUNTERS: [Of<u64>; 12] = [
         "vllm:num_preemptions_total",
         "Sequences that lost their cache blocks and started over",
         |s| s.preemptions,
+    ),
+    (
+        "vllm:spec_decode_num_draft_tokens_total",
+        "Tokens guessed by --speculative-config",
+        |s| s.guessed_tokens,
+    ),
+    (
+        "vllm:spec_decode_num_accepted_tokens_total",
+        "Of them, those that were right",
+        |s| s.accepted_tokens,
     ),
     ("tandem:engine_steps_total", "Steps of the engine", |s| s.steps),
     (

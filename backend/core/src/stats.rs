@@ -20,6 +20,11 @@ pub struct Stats {
     pub prefix_queried_tokens: u64,
     pub prefix_hit_tokens: u64,
     pub preemptions: u64,
+    /// Tokens that were guessed, and those of them that were right.
+    #[serde(default)]
+    pub guessed_tokens: u64,
+    #[serde(default)]
+    pub accepted_tokens: u64,
     pub failed_steps: u64,
     pub step_seconds: f64,
     pub resident_adapters: Vec<AdapterDigest>,
@@ -64,6 +69,8 @@ impl Stats {
             prefix_queried_tokens: _,
             prefix_hit_tokens: _,
             preemptions: _,
+            guessed_tokens: _,
+            accepted_tokens: _,
             failed_steps: _,
             step_seconds: _,
             resident_adapters,
@@ -104,6 +111,8 @@ impl Stats {
         self.prefix_queried_tokens += other.prefix_queried_tokens;
         self.prefix_hit_tokens += other.prefix_hit_tokens;
         self.preemptions += other.preemptions;
+        self.guessed_tokens += other.guessed_tokens;
+        self.accepted_tokens += other.accepted_tokens;
         self.failed_steps += other.failed_steps;
         self.step_seconds += other.step_seconds;
         self.adapter_loads += other.adapter_loads;

@@ -9,13 +9,13 @@ use tandem_core::uses::Uses;
 pub(super) fn process(raw: &[f32], view: &View, mask: Option<&Mask>) -> Option<Vec<f32>> {
     let View {
         prompt: _,
-        output,
+        generated,
         sampling,
         stop_tokens,
         uses,
         adapter: _,
     } = view;
-    let too_short = output.len() < sampling.min_tokens() as usize
+    let too_short = *generated < sampling.min_tokens() as usize
         && !stop_tokens.is_empty()
         // A text that is whole by its grammar ends.
         && mask.is_none_or(|mask| mask.allows_beside(stop_tokens));

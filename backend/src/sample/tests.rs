@@ -9,7 +9,7 @@ use tch::{Device, Kind};
 fn view<'a>(sampling: &'a Sampling, prompt: &'a [TokenId], output: &'a [TokenId]) -> View<'a> {
     View {
         prompt,
-        output,
+        generated: output.len(),
         adapter: None,
         sampling,
         stop_tokens: &[2, 5],
@@ -29,10 +29,9 @@ fn noise(seed: u64, n: usize) -> Vec<f32> {
 }
 
 /// The processors, one after the other, in double.
-fn reference(raw: &[f32], view: &View) -> Vec<f64> {
+fn reference(raw: &[f32], view: &View, output: &[TokenId]) -> Vec<f64> {
     let View {
         prompt,
-        output,
         sampling,
         stop_tokens,
         ..
@@ -153,7 +152,7 @@ fn frequencies_are_the_probabilities() {
         let logits = noise(case as u64, 40);
         let output = [7, 7, 9];
         let view = view(&sampling, &[1, 9], &output);
-        let expected = reference(&logits, &view);
+        let expected = reference(&logits, &view, &output);
         let n = 20_000;
         let mut counts = vec![0.0; logits.len()];
         for seed in 0..n {

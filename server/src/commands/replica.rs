@@ -102,6 +102,10 @@ pub fn engine_options(
     }
     engine.quantization = options.quantization.as_deref().map(str::parse).transpose()?;
     engine.kv_cache_dtype = tandem_backend::words::kv_cache_dtype(&options.kv_cache_dtype)?;
+    let lookup = options.speculative_config.as_deref();
+    engine.lookup = lookup
+        .map(tandem_backend::words::speculative_config)
+        .transpose()?;
     engine.max_model_len = options.max_model_len;
     engine.kv_cache_bytes = options.kv_cache_memory_bytes;
     engine.threads = options.threads.map(|threads| threads as usize);

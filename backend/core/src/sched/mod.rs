@@ -4,6 +4,7 @@
 //! the step's token budget. A chunk of a prompt, a prefix hit, one more generated token and a recomputation after
 //! preemption are the same move. First come, first served: an older sequence never waits for a younger one's blocks.
 
+mod lookup;
 mod plan;
 mod sequence;
 #[cfg(test)]
@@ -11,9 +12,10 @@ mod simulation;
 
 use std::collections::VecDeque;
 
+pub use lookup::Lookup;
 pub use plan::{Row, StepPlan};
-pub use sequence::View;
 use sequence::{Flow, Running, Sequence, Waiting};
+pub use sequence::{Guessed, View};
 
 use crate::blocks::{BlockPool, Prefix};
 use crate::id::RequestId;
@@ -31,6 +33,8 @@ pub struct Limits {
     /// Requests that may wait for a place.
     pub max_waiting: usize,
     pub max_model_len: usize,
+    /// How tokens are guessed, if they are.
+    pub lookup: Option<Lookup>,
 }
 
 pub struct Scheduler {
@@ -51,6 +55,8 @@ pub struct Totals {
     pub prefix_queried_tokens: u64,
     pub prefix_hit_tokens: u64,
     pub preemptions: u64,
+    pub guessed_tokens: u64,
+    pub accepted_tokens: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -68,7 +74,8 @@ pub struct Counts {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Progress {
     pub id: RequestId,
-    pub token: Option<Scored>,
+    /// In order: the guesses that were right, and the token after them.
+    pub tokens: Vec<Scored>,
     /// The sequence is gone from the scheduler.
     pub end: Option<End>,
 }
@@ -78,6 +85,7 @@ pub struct End {
     pub reason: FinishReason,
     /// Prompt tokens that were not computed, thanks to a known prefix.
     pub cached_tokens: u32,
+    pub guessed: Guessed,
 }
 
 impl Scheduler {
@@ -177,7 +185,11 @@ impl Scheduler {
 
     /// The next step, or `None` when nothing can run. A plan that is dropped instead of committed changes nothing.
     pub fn plan(&mut self) -> Option<StepPlan> {
-        self.running.iter_mut().for_each(|running| running.planned = 0);
+        for running in &mut self.running {
+            running.planned = 0;
+            // Of a plan that was dropped.
+            running.drop_guesses(&mut self.pool);
+        }
         self.grow();
         let mut budget = self.limits.max_num_batched_tokens;
         let free = |running: &&mut Running| running.seq.flow == Flow::Free;
@@ -203,37 +215,62 @@ impl Scheduler {
             running.planned = running.pending().min(budget);
             budget -= running.planned;
         }
-        self.admit(budget);
+        let budget = self.admit(budget);
+        self.guess(budget);
         StepPlan::new(&self.running, self.pool.block_size())
     }
 
-    /// Takes a step's outcome: one token for each row that samples, in the plan's order.
-    pub fn commit(&mut self, plan: StepPlan, sampled: Vec<Scored>) -> Vec<Progress> {
+    /// Takes a step's outcome, in the plan's order for each row that samples: the guesses that were right, as far as the
+    /// first that was not, and the token that was chosen after them.
+    pub fn commit(&mut self, plan: StepPlan, sampled: Vec<Vec<Scored>>) -> Vec<Progress> {
         let mut sampled = sampled.into_iter();
         let mut progress = Vec::with_capacity(sampled.len());
-        for row in plan.rows {
-            let token = row
-                .samples
-                .then(|| sampled.next().expect("one token for each row that samples"));
-            let Some(seat) = self.seat_of(&row) else { continue };
-            let running = &mut self.running[seat];
-            running.advance(row.tokens.len(), &mut self.pool);
-            let Some(end) = running.append(token.as_ref().map(|scored| scored.token)) else {
-                continue;
+        for row in &plan.rows {
+            let chosen = match row.samples {
+                0 => vec![],
+                _ => sampled.next().expect("tokens for each row that samples"),
             };
-            self.totals.generated_tokens += u64::from(token.is_some());
-            let end = end.map(|reason| End {
+            let Some(seat) = self.seat_of(row) else { continue };
+            let running = &mut self.running[seat];
+            let guesses = plan.guesses(row);
+            running.advance(row.tokens.len() - guesses.len(), &mut self.pool);
+            let mut told = Progress {
+                id: row.id,
+                tokens: vec![],
+                end: None,
+            };
+            let mut reason = None;
+            if row.samples == 0 {
+                reason = running.ends_unsampled();
+            }
+            for token in chosen {
+                // The one before it was a guess, and is in the cache.
+                if !told.tokens.is_empty() {
+                    running.advance(1, &mut self.pool);
+                }
+                reason = running.append(token.token);
+                told.tokens.push(token);
+                if reason.is_some() {
+                    break;
+                }
+            }
+            let accepted = told.tokens.len().saturating_sub(1);
+            running.seq.judge_guesses(guesses.len(), accepted);
+            running.drop_guesses(&mut self.pool);
+            self.totals.generated_tokens += told.tokens.len() as u64;
+            self.totals.guessed_tokens += guesses.len() as u64;
+            self.totals.accepted_tokens += accepted as u64;
+            told.end = reason.map(|reason| End {
                 reason,
                 cached_tokens: running.seq.cached.unwrap_or(0) as u32,
+                guessed: running.seq.guessed,
             });
-            progress.push(Progress {
-                id: row.id,
-                token,
-                end,
-            });
-            if end.is_some() {
+            if told.end.is_some() {
                 let Running { table, .. } = self.running.remove(seat);
                 self.pool.release(&table);
+            }
+            if told.end.is_some() || !told.tokens.is_empty() {
+                progress.push(told);
             }
         }
         debug_assert_eq!(sampled.next(), None, "no token is left over");
@@ -334,9 +371,35 @@ impl Scheduler {
         }
     }
 
+    /// Guesses for sequences that decode, oldest first, with what is left of the step's tokens and of the blocks: a guess
+    /// takes nothing from anybody.
+    fn guess(&mut self, mut budget: usize) {
+        let Some(lookup) = self.limits.lookup else { return };
+        let decodes = |running: &Running| running.planned == 1 && running.pending() == 1;
+        if self.running.iter().filter(|running| decodes(running)).count() > lookup.max_sequences {
+            return;
+        }
+        let pool = &mut self.pool;
+        let guessable = |running: &&mut Running| decodes(running) && running.seq.is_guessable;
+        for running in self.running.iter_mut().filter(guessable) {
+            let mut guesses = running.seq.guess(&lookup);
+            guesses.truncate(budget);
+            let len = running.seq.len();
+            while running.table.len() < pool.blocks_for(len + guesses.len()) {
+                match pool.allocate_one() {
+                    Some(id) => running.table.push(id),
+                    None => guesses.truncate(running.table.len() * pool.block_size() - len),
+                }
+            }
+            budget -= guesses.len();
+            running.planned += guesses.len();
+            running.guesses = guesses;
+        }
+    }
+
     /// Lets waiting requests in, oldest first, while there are places, blocks and budget. Nobody overtakes the
-    /// oldest, so it cannot starve.
-    fn admit(&mut self, mut budget: usize) {
+    /// oldest, so it cannot starve. Returns what is left of the budget.
+    fn admit(&mut self, mut budget: usize) -> usize {
         let mut place = 0;
         while budget > 0 && place < self.waiting.len() {
             if self.waiting[place].seq.flow == Flow::Held {
@@ -345,7 +408,7 @@ impl Scheduler {
             }
             let Some((table, computed)) = self.make_place(place) else {
                 // A parked sequence must not keep out one that could run.
-                let Some(parked) = self.parked() else { return };
+                let Some(parked) = self.parked() else { break };
                 place += usize::from(self.preempt(parked) <= place);
                 continue;
             };
@@ -370,9 +433,11 @@ impl Scheduler {
                     computed,
                     named,
                     planned,
+                    guesses: vec![],
                 },
             );
         }
+        budget
     }
 
     /// Blocks for all tokens a waiting sequence has, and how many of those tokens a known prefix covers.

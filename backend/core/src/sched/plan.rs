@@ -35,8 +35,9 @@ pub struct Row {
     pub kv_len: usize,
     /// Positions in the sequence whose logits must score the prompt token after them; all lie in this slice.
     pub scores: Range<usize>,
-    /// The slice reaches the sequence's end: its last logits choose the next token.
-    pub samples: bool,
+    /// How many of its last logits choose tokens: none before the sequence's end, one there, and one more for each
+    /// guess behind it.
+    pub samples: usize,
     pub(super) seat: usize,
 }
 
@@ -48,6 +49,12 @@ impl Row {
 }
 
 impl StepPlan {
+    /// What a row computes beyond its sequence's own tokens.
+    pub fn guesses(&self, row: &Row) -> &[TokenId] {
+        let tokens = &self.tokens[row.tokens.clone()];
+        &tokens[tokens.len() - row.samples.saturating_sub(1)..]
+    }
+
     pub(super) fn new(running: &[Running], block_size: usize) -> Option<StepPlan> {
         let mut seats: Vec<usize> = (0..running.len())
             .filter(|&seat| running[seat].planned > 0)
@@ -68,11 +75,13 @@ impl StepPlan {
                 table,
                 computed,
                 planned,
+                guesses,
                 ..
             } = &running[seat];
             let (start, kv_len) = (*computed, computed + planned);
             let (first_token, first_block) = (plan.tokens.len(), plan.tables.len());
-            seq.copy_tokens(start..kv_len, &mut plan.tokens);
+            seq.copy_tokens(start..kv_len - guesses.len(), &mut plan.tokens);
+            plan.tokens.extend(guesses);
             plan.positions
                 .extend((start..kv_len).map(|position| position as i64));
             let slot =
@@ -89,7 +98,10 @@ impl StepPlan {
                 table: first_block..plan.tables.len(),
                 kv_len,
                 scores: owed_from.min(owed_to)..owed_to,
-                samples: kv_len == seq.len() && seq.samples(),
+                samples: match kv_len >= seq.len() && seq.samples() {
+                    true => 1 + guesses.len(),
+                    false => 0,
+                },
                 seat,
             });
         }

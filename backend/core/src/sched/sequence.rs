@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::lookup::Lookup;
 use crate::TokenId;
 use crate::blocks::{BlockHash, BlockId, BlockPool};
 use crate::id::{AdapterRef, Digest, RequestId};
@@ -30,8 +31,20 @@ pub(super) struct Sequence {
     stop_tokens: Vec<TokenId>,
     /// Its grammar allows nothing after the token that is committed next.
     pub complete: bool,
+    /// Whether its next tokens may be guessed: not under a grammar, whose masks are made one after the other.
+    pub is_guessable: bool,
+    /// Guesses of the next step, at most: twice as many as held last time, and one.
+    reach: usize,
+    pub guessed: Guessed,
     /// Identity of each full block of `tokens`, as far as somebody needed it.
     chain: Vec<BlockHash>,
+}
+
+/// How many tokens were guessed, and how many of them were right.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Guessed {
+    pub tokens: usize,
+    pub accepted: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,15 +66,18 @@ pub(super) struct Running {
     pub computed: usize,
     /// Blocks of the table that others can find.
     pub named: usize,
-    /// Tokens of it in the step being planned.
+    /// Tokens of it in the step being planned, the guesses among them.
     pub planned: usize,
+    /// What may come after all its tokens, to be computed in the same step.
+    pub guesses: Vec<TokenId>,
 }
 
 /// A request as the sampler and the engine look at it.
 #[derive(Clone, Copy, Debug)]
 pub struct View<'a> {
     pub prompt: &'a [TokenId],
-    pub output: &'a [TokenId],
+    /// Tokens before the one to choose, the prompt's not counted.
+    pub generated: usize,
     pub adapter: Option<&'a AdapterRef>,
     pub sampling: &'a Sampling,
     pub stop_tokens: &'a [TokenId],
@@ -77,7 +93,7 @@ impl Sequence {
             adapter,
             sampling,
             // The engine follows it, and says when it is at its end.
-            grammar: _,
+            grammar,
             salt,
             max_tokens,
             stop_tokens,
@@ -97,6 +113,9 @@ impl Sequence {
             max_tokens: max_tokens as usize,
             stop_tokens,
             complete: false,
+            is_guessable: grammar.is_none(),
+            reach: usize::MAX,
+            guessed: Guessed::default(),
             chain: vec![],
         }
     }
@@ -132,7 +151,7 @@ impl Sequence {
         } = self;
         View {
             prompt,
-            output,
+            generated: output.len(),
             adapter: adapter.as_ref(),
             sampling,
             stop_tokens,
@@ -169,6 +188,25 @@ impl Sequence {
         self.max_tokens > 0
     }
 
+    /// Guesses at the tokens after the one that the next step chooses.
+    pub fn guess(&self, lookup: &Lookup) -> Vec<TokenId> {
+        // The last token is chosen, never computed.
+        let left = self.max_tokens.saturating_sub(self.output.len() + 1);
+        match lookup.tokens.min(left).min(self.reach) {
+            0 => vec![],
+            n => lookup.guess(&self.prompt, &self.output, n),
+        }
+    }
+
+    /// Of `tokens` guesses the first `accepted` were right.
+    pub fn judge_guesses(&mut self, tokens: usize, accepted: usize) {
+        if tokens > 0 {
+            self.guessed.tokens += tokens;
+            self.guessed.accepted += accepted;
+            self.reach = 2 * accepted + 1;
+        }
+    }
+
     fn chain_to(&mut self, n_blocks: usize, block_size: usize) -> &[BlockHash] {
         let mut block = Vec::with_capacity(block_size);
         for i in self.chain.len()..n_blocks {
@@ -202,24 +240,35 @@ impl Running {
         self.named = full;
     }
 
-    /// Takes a sampled token. `None`: this step said nothing; `Some(None)`: a token, and more to come.
-    pub fn append(&mut self, token: Option<TokenId>) -> Option<Option<FinishReason>> {
-        let Some(token) = token else {
-            let ends = self.pending() == 0 && !self.seq.samples();
-            return ends.then_some(Some(FinishReason::Length));
-        };
+    /// A prompt that is only scored ends with its last token.
+    pub fn ends_unsampled(&self) -> Option<FinishReason> {
+        (self.pending() == 0 && !self.seq.samples()).then_some(FinishReason::Length)
+    }
+
+    /// Takes a sampled token. Says whether it is the last.
+    pub fn append(&mut self, token: TokenId) -> Option<FinishReason> {
         self.seq.output.push(token);
         if let Some(uses) = &mut self.seq.uses {
             uses.generated(token);
         }
         let generated = self.seq.output.len();
         if self.seq.stop_tokens.contains(&token) {
-            return Some(Some(FinishReason::Stop(token)));
+            return Some(FinishReason::Stop(token));
         }
         if self.seq.complete {
-            return Some(Some(FinishReason::Complete));
+            return Some(FinishReason::Complete);
         }
-        Some((generated >= self.seq.max_tokens).then_some(FinishReason::Length))
+        (generated >= self.seq.max_tokens).then_some(FinishReason::Length)
+    }
+
+    /// Gives back blocks that only guesses needed.
+    pub fn drop_guesses(&mut self, pool: &mut BlockPool) {
+        if self.guesses.is_empty() {
+            return;
+        }
+        self.guesses.clear();
+        let needed = pool.blocks_for(self.seq.len()).min(self.table.len());
+        pool.release(&self.table.split_off(needed));
     }
 
     pub fn audit(&self, pool: &BlockPool) -> Result<(), String> {
@@ -229,9 +278,11 @@ impl Running {
             computed,
             named,
             planned: _,
+            guesses,
         } = self;
         let (id, len, n) = (seq.id, seq.len(), table.len());
-        let blocks = pool.blocks_for(len - 1).max(pool.blocks_for(*computed))..=pool.blocks_for(len);
+        let blocks =
+            pool.blocks_for(len - 1).max(pool.blocks_for(*computed))..=pool.blocks_for(len + guesses.len());
         if *computed >= len || !blocks.contains(&n) || *named != computed / pool.block_size() {
             return Err(format!(
                 "{id:?}: {len} tokens, {computed} computed, {n} blocks, {named} of them named"

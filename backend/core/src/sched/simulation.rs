@@ -25,8 +25,15 @@ struct World {
     abort: usize,
     hold: usize,
     fail: usize,
+    lookup: Option<Lookup>,
 }
 
+const LOOKUP: Lookup = Lookup {
+    tokens: 4,
+    min: 1,
+    max: 3,
+    max_sequences: 8,
+};
 const MAX_MODEL_LEN: usize = 60;
 const CALM: World = World {
     n_blocks: 64,
@@ -37,6 +44,7 @@ const CALM: World = World {
     abort: 0,
     hold: 0,
     fail: 0,
+    lookup: None,
 };
 
 struct Random {
@@ -54,13 +62,17 @@ impl Random {
     }
 }
 
-/// The world's language model: the next token is a function of the adapter and all tokens before it.
+/// The world's language model: the next token is a function of the adapter and all tokens before it. It repeats itself
+/// often.
 fn model(adapter: Option<AdapterDigest>, context: &[TokenId]) -> TokenId {
     let stream = adapter.map_or(0, |digest| u64::from(digest.0[0]));
     let key = context
         .iter()
         .fold(stream, |key, &token| rng::bits(key, stream, u64::from(token)));
-    (key % u64::from(VOCAB)) as TokenId
+    match context.len().checked_sub(3) {
+        Some(before) if key % 4 > 0 => context[before],
+        _ => (key / 4 % u64::from(VOCAB)) as TokenId,
+    }
 }
 
 fn answer(request: &Generate) -> (Vec<TokenId>, FinishReason) {
@@ -143,6 +155,7 @@ impl Simulation {
             max_prefill_beside_decode: world.max_prefill_beside_decode,
             max_waiting: 1000,
             max_model_len: MAX_MODEL_LEN,
+            lookup: world.lookup,
         };
         Simulation {
             scheduler: Scheduler::new(limits, BlockPool::new(world.n_blocks, world.block_size)),
@@ -213,7 +226,7 @@ impl Simulation {
     }
 
     /// The forward pass: writes the cache, and reads back what each row would attend to.
-    fn run(&mut self, plan: &StepPlan) -> Vec<Scored> {
+    fn run(&mut self, plan: &StepPlan) -> Vec<Vec<Scored>> {
         let World {
             block_size,
             max_num_batched_tokens,
@@ -224,15 +237,20 @@ impl Simulation {
         for row in &plan.rows {
             assert!(!self.held.contains(&row.id), "{:?} is parked", row.id);
             let client = &self.clients[&row.id];
-            let context = [&client.request.prompt[..], &client.output[..]].concat();
+            let known = [&client.request.prompt[..], &client.output[..]].concat();
+            let context = [&known[..], plan.guesses(row)].concat();
             assert_eq!(
                 row.adapter,
                 client.request.adapter.as_ref().map(|adapter| adapter.digest)
             );
             assert_eq!(context[row.start()..row.kv_len], plan.tokens[row.tokens.clone()]);
             assert_eq!(
-                row.samples,
+                row.samples > 0,
                 row.kv_len == context.len() && client.request.max_tokens > 0
+            );
+            // No guess takes a place that its sequence will never have.
+            assert!(
+                context.len() < client.request.prompt.len() + (client.request.max_tokens as usize).max(1)
             );
             for (position, flat) in (row.start()..row.kv_len).zip(row.tokens.clone()) {
                 assert_eq!(plan.positions[flat], position as i64);
@@ -247,7 +265,8 @@ impl Simulation {
         let mut sampled = vec![];
         for row in &plan.rows {
             let client = self.clients.get_mut(&row.id).unwrap();
-            let context = [&client.request.prompt[..], &client.output[..]].concat();
+            let known = [&client.request.prompt[..], &client.output[..]].concat();
+            let context = [&known[..], plan.guesses(row)].concat();
             for position in 0..row.kv_len {
                 let slot = plan.tables[row.table.clone()][position / block_size] as usize * block_size
                     + position % block_size;
@@ -266,23 +285,32 @@ impl Simulation {
             } else {
                 assert!(row.scores.is_empty());
             }
-            if row.samples {
-                sampled.push(Scored {
-                    token: model(row.adapter, &context),
-                    logprob: 0.0,
-                    top: vec![],
-                });
+            if row.samples > 0 {
+                let mut told = vec![];
+                for end in known.len()..=context.len() {
+                    let token = model(row.adapter, &context[..end]);
+                    told.push(Scored {
+                        token,
+                        logprob: 0.0,
+                        top: vec![],
+                    });
+                    if context.get(end) != Some(&token) {
+                        break;
+                    }
+                }
+                sampled.push(told);
             }
         }
         sampled
     }
 
-    fn tell(&mut self, Progress { id, token, end }: Progress) {
+    fn tell(&mut self, Progress { id, tokens, end }: Progress) {
         let client = self.clients.get_mut(&id).unwrap();
-        client.output.extend(token.map(|scored| scored.token));
+        client.output.extend(tokens.iter().map(|scored| scored.token));
         let Some(End {
             reason,
             cached_tokens,
+            guessed: _,
         }) = end
         else {
             return;
@@ -337,9 +365,14 @@ fn every_request_ends_once_with_its_own_answer() {
             ..CALM
         },
     ];
+    let guessing = worlds.map(|world| World {
+        lookup: Some(LOOKUP),
+        ..world
+    });
+    let worlds = worlds.into_iter().chain(guessing);
     let n_requests = 150;
     let mut totals = vec![];
-    for (number, world) in worlds.into_iter().enumerate() {
+    for (number, world) in worlds.enumerate() {
         for seed in 0..8 {
             let mut simulation = Simulation::new(world, seed);
             let mut turns = 0;
@@ -384,6 +417,14 @@ fn every_request_ends_once_with_its_own_answer() {
         preemptions > 300 && hits > 5000,
         "{preemptions} preemptions, {hits} tokens of prefix hits"
     );
+    let (guessed, accepted) = (
+        sum(|totals| totals.guessed_tokens),
+        sum(|totals| totals.accepted_tokens),
+    );
+    assert!(
+        accepted > 1000 && guessed > accepted + 1000,
+        "{accepted} of {guessed} guesses were right"
+    );
 }
 
 #[test]
@@ -393,6 +434,7 @@ fn the_same_seed_is_the_same_trace() {
         abort: 7,
         hold: 3,
         fail: 50,
+        lookup: Some(LOOKUP),
         ..CALM
     };
     let trace = |seed| {
@@ -437,6 +479,7 @@ fn scheduler(n_blocks: u32, max_waiting: usize) -> Scheduler {
         max_prefill_beside_decode: 8,
         max_waiting,
         max_model_len: 50,
+        lookup: None,
     };
     Scheduler::new(limits, BlockPool::new(n_blocks, 4))
 }
@@ -444,12 +487,19 @@ fn scheduler(n_blocks: u32, max_waiting: usize) -> Scheduler {
 fn step(scheduler: &mut Scheduler) -> Vec<(u64, usize)> {
     let plan = scheduler.plan().unwrap();
     let shape = plan.rows.iter().map(|row| (row.id.0, row.tokens.len())).collect();
-    let sample = |_| Scored {
-        token: 1,
-        logprob: 0.0,
-        top: vec![],
+    let sample = |_| {
+        vec![Scored {
+            token: 1,
+            logprob: 0.0,
+            top: vec![],
+        }]
     };
-    let sampled = plan.rows.iter().filter(|row| row.samples).map(sample).collect();
+    let sampled = plan
+        .rows
+        .iter()
+        .filter(|row| row.samples > 0)
+        .map(sample)
+        .collect();
     scheduler.commit(plan, sampled);
     shape
 }

@@ -1,5 +1,6 @@
 //! What is said: right, and the same bits whatever runs beside it.
 
+use tandem_core::sched::Lookup;
 use tandem_kernels::attention::CacheDtype;
 
 use super::*;
@@ -174,6 +175,12 @@ fn answers_are_the_same_bits_whatever_runs_beside_them() {
         })
         .collect();
     let block_bytes = alone.handle.info.kv_bytes / u64::from(alone.handle.info.kv_blocks);
+    let lookup = Lookup {
+        tokens: 5,
+        min: 1,
+        max: 4,
+        max_sequences: 64,
+    };
     let worlds = [
         ("batched", options(&folder)),
         (
@@ -205,6 +212,22 @@ fn answers_are_the_same_bits_whatever_runs_beside_them() {
                 ..options(&folder)
             },
         ),
+        (
+            "guessing",
+            Options {
+                lookup: Some(lookup),
+                ..options(&folder)
+            },
+        ),
+        (
+            "guessing in few blocks",
+            Options {
+                lookup: Some(lookup),
+                kv_cache_bytes: Some(4 * block_bytes),
+                max_model_len: Some(crate::ModelLen::Asked(128)),
+                ..options(&folder)
+            },
+        ),
     ];
     for (world, options) in worlds {
         let mut rig = Rig::new(options);
@@ -216,6 +239,10 @@ fn answers_are_the_same_bits_whatever_runs_beside_them() {
         }
         let stats = rig.stats();
         assert!(world != "preempted" || stats.preemptions > 0, "{stats:?}");
+        assert!(
+            !world.starts_with("guessing") || (100..stats.guessed_tokens).contains(&stats.accepted_tokens),
+            "{stats:?}"
+        );
         assert!(stats.prefix_hit_tokens > 0, "{world}: {stats:?}");
         rig.wait_until("free again", |stats| {
             stats.kv_blocks_used == 0 && stats.running == 0

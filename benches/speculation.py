@@ -1,0 +1,87 @@
+#!/usr/bin/env python3
+"""Prompt lookup beside none: the same answers, and how much sooner.
+
+usage: speculation.py PLAIN_URL GUESSING_URL [COUNT]
+(two running servers of one instruct model, the second with --speculative-config; wants openai)
+
+COUNT prompts, half of them to edit a text that they hold, half to write one; each in turn greedy and with a seed at
+temperature 1. Every answer must be the same on both servers, to the last log-probability. Prints the ratio of their times,
+by kind, and of the guesses those that were right.
+"""
+import inspect
+import statistics
+import sys
+import time
+import urllib.request
+
+import openai
+
+URLS, COUNT = sys.argv[1:3], int((sys.argv[3:] or ["100"])[0])
+CLIENTS = [openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=600) for url in URLS]
+MODEL = CLIENTS[0].models.list().data[0].id
+
+
+def sources():
+    """Functions of the standard library: texts that are on every machine."""
+    import argparse, csv, difflib, heapq, json.decoder, shutil, statistics, textwrap, urllib.parse
+
+    for module in [argparse, csv, difflib, heapq, json.decoder, shutil, statistics, textwrap, urllib.parse]:
+        for _, one in sorted(inspect.getmembers(module, inspect.isfunction)):
+            if one.__module__ == module.__name__ and 200 < len(source := inspect.getsource(one)) < 900:
+                yield source
+
+
+EDITS = ["Rename the first parameter to `value` and write the whole function again:", "Add a docstring, keep the rest:"]
+TOPICS = ["a lighthouse", "bread", "the tide", "a lost key", "snow", "an orchard", "a clock", "trains", "honey", "a map"]
+FORMS = ["Write a short story about", "Explain to a child", "List five facts about", "Write a poem about", "Describe"]
+
+
+def ask(client, prompt, number):
+    greedy = number % 2 == 0
+    began = time.monotonic()
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": prompt}],
+        max_tokens=200,
+        temperature=0 if greedy else 1,
+        seed=number,
+        logprobs=True,
+    )
+    took = time.monotonic() - began
+    tokens = [(one.token, one.logprob) for one in answer.choices[0].logprobs.content]
+    return tokens, took
+
+
+def counters(url):
+    lines = urllib.request.urlopen(url + "/metrics").read().decode().splitlines()
+    wanted = {"draft": "spec_decode_num_draft_tokens", "accepted": "spec_decode_num_accepted_tokens"}
+    wanted |= {"steps": "tandem:engine_steps_total", "tokens": "generation_tokens_total"}
+    value = lambda part: next(float(line.rsplit(" ", 1)[1]) for line in lines if part in line and line[0] != "#")
+    return {name: value(part) for name, part in wanted.items()}
+
+
+def main():
+    code = [f"{EDITS[i % len(EDITS)]}\n\n{source}" for i, source in enumerate(sources())]
+    free = [f"{form} {topic}." for topic in TOPICS for form in FORMS]
+    different = 0
+    for kind, prompts in [("edits", code), ("free", free)]:
+        before, ratios, ours = counters(URLS[1]), [], 0
+        for number, prompt in enumerate(prompts[: COUNT // 2]):
+            order = [0, 1] if number % 4 < 2 else [1, 0]
+            answers = {which: ask(CLIENTS[which], prompt, number) for which in order}
+            ratios.append(answers[0][1] / answers[1][1])
+            ours += len(answers[1][0])
+            different += answers[0][0] != answers[1][0]
+        after = counters(URLS[1])
+        spent = {name: after[name] - before[name] for name in after}
+        quarters = statistics.quantiles(ratios, n=4)
+        print(
+            f"{kind}: {len(ratios)} prompts, {ours} tokens; {spent['tokens'] / spent['steps']:.2f} tokens a step, "
+            f"{spent['accepted']:.0f} of {spent['draft']:.0f} guesses right; time without / with: "
+            f"median {quarters[1]:.2f}, quartiles {quarters[0]:.2f} to {quarters[2]:.2f}"
+        )
+    print(f"answers that differ: {different}")
+    sys.exit(different > 0)
+
+
+main()
