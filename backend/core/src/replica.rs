@@ -19,6 +19,7 @@ pub const EVENT_QUEUE: usize = 64;
 /// Events that may wait for one job's supervisor before the job pauses.
 pub const JOB_EVENT_QUEUE: usize = 256;
 
+#[expect(clippy::large_enum_variant, reason = "nearly all of them are the largest")]
 pub enum Command {
     /// A closed event channel aborts the request; a full one parks it. A channel that the replica closes without an end
     /// is a replica that was lost.
