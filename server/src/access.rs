@@ -152,22 +152,18 @@ pub async fn gate(State(gate): State<Gate>, mut request: Request, next: Next) ->
     let response = if !ring.is_wanted() {
         origins::guard(State(guard), request, next).await
     } else {
-        match admitted(&ring, least, &request) {
-            Ok(grant) => {
-                if let Some(record) = &mut record {
-                    record.grant = grant.clone();
-                }
+        let (grant, refusal) = admitted(&ring, least, &request);
+        if let Some(record) = &mut record {
+            record.grant = grant.clone();
+        }
+        match refusal {
+            None => {
                 if let Some(grant) = grant {
                     request.extensions_mut().insert(grant);
                 }
                 next.run(request).await
             }
-            Err((error, grant)) => {
-                if let Some(record) = &mut record {
-                    record.grant = grant;
-                }
-                error.into_response()
-            }
+            Some(error) => error.into_response(),
         }
     };
     if let Some(record) = record {
@@ -177,25 +173,20 @@ pub async fn gate(State(gate): State<Gate>, mut request: Request, next: Next) ->
     response
 }
 
-/// By which key the request comes in; `None`: by none, where none is wanted.
-fn admitted(
-    ring: &Ring,
-    least: Least,
-    request: &Request,
-) -> Result<Option<Grant>, (ApiError, Option<Grant>)> {
-    let Least::A(role) = least else { return Ok(None) };
-    let given = given_key(request.headers()).ok_or((ApiError::NoKey, None))?;
-    let grant = ring.find(given).ok_or((ApiError::WrongKey, None))?;
-    match grant.role >= role {
-        true => Ok(Some(grant)),
-        false => Err((
-            ApiError::Forbidden {
-                role: grant.role,
-                wanted: role,
-            },
-            Some(grant),
-        )),
-    }
+/// By which key the request comes (`None`: by none that is known), and why it does not come in.
+fn admitted(ring: &Ring, least: Least, request: &Request) -> (Option<Grant>, Option<ApiError>) {
+    let Least::A(wanted) = least else {
+        return (None, None);
+    };
+    let Some(given) = given_key(request.headers()) else {
+        return (None, Some(ApiError::NoKey));
+    };
+    let Some(grant) = ring.find(given) else {
+        return (None, Some(ApiError::WrongKey));
+    };
+    let role = grant.role;
+    let refusal = (role < wanted).then_some(ApiError::Forbidden { role, wanted });
+    (Some(grant), refusal)
 }
 
 fn text(value: Option<&HeaderValue>) -> String {

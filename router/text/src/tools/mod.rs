@@ -142,7 +142,7 @@ impl ToolFormat {
 
     fn is_shown_by(&self, template: &str) -> bool {
         let all = |texts: &&[&str]| texts.iter().all(|text| template.contains(text));
-        self.shows.iter().any(|texts| all(&texts))
+        self.shows.iter().any(all)
     }
 
     fn layouts(&self) -> &'static [Layout] {

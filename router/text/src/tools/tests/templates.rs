@@ -3,7 +3,14 @@
 use super::*;
 
 /// What real templates hold that sets them apart, and the formats of tool calls and of reasoning.
-const TEMPLATES: &[(&str, &[&str], Option<&str>, Option<&str>)] = &[
+type Row = (
+    &'static str,
+    &'static [&'static str],
+    Option<&'static str>,
+    Option<&'static str>,
+);
+
+const TEMPLATES: &[Row] = &[
     (
         "Qwen 2.5",
         &["<tools>", "<tool_call>\n{\"name\": <function-name>"],
