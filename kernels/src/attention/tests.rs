@@ -224,7 +224,13 @@ fn packed_backward_agrees_with_the_reference() {
             if let Some(sinks) = options.sinks {
                 let got = sinks_backward(sinks, &attended, &dout, &ends, heads);
                 let want = sinks_backward_reference(sinks, &attended64, &dout64, &ends, heads);
-                close(&got, &want, tolerance, &format!("sinks {heads:?} {precision:?}"));
+                // A sum over all rows, so their roundings add up.
+                close(
+                    &got,
+                    &want,
+                    3.0 * tolerance,
+                    &format!("sinks {heads:?} {precision:?}"),
+                );
             }
             for (name, got, want) in [
                 ("dq", got.0, &want.0),

@@ -215,8 +215,8 @@ fn a_job_that_diverges_publishes_nothing() {
         };
         println!("{message}");
         assert!(
-            message.starts_with("step ") && message.contains(name),
-            "{message}"
+            message.starts_with("step ") && message.contains("a lower learning rate may help"),
+            "{name}: {message}"
         );
         // What was published before answers.
         for event in &heard {

@@ -68,7 +68,7 @@ fn a_field_is_honoured_harmless_or_refused() {
         (json!({"init_lora_weights": "olora"}), "changes the base's weights"),
         (json!({"something_new": 3}), "`something_new` is 3: not supported"),
         (json!({"rank_pattern": {"q_proj": 1.5}}), "a positive whole number is needed"),
-        (json!({"alpha_pattern": {"q_proj": "x"}}), "a number is needed"),
+        (json!({"alpha_pattern": {"q_proj": "x"}}), "a number that float32 holds is needed"),
         (json!({"alpha_pattern": {"(?=q)q_proj": 1}}), "the regular expression \"(?=q)q_proj\" is not supported: error: look-around"),
         (json!({"rank_pattern": {"q_proj++": 1}}), "has \"++\", which is not supported"),
         (json!({"target_modules": "model.(q_proj"}), "`target_modules`: the regular expression"),
