@@ -217,7 +217,9 @@ fn what_is_bound_is_read() {
             ] {
                 let grammar = bound.grammar(&bind(reading, &tools(), choice, parallel).expect("a format"));
                 for _ in 0..8 {
-                    let Some(text) = bound.writes(&grammar, &ends(format), &mut random) else {
+                    let text = bound.writes(&grammar, &ends(format), &mut random);
+                    // JSON's grammar bounds no exponent, and no number holds such.
+                    let Some(text) = text.filter(|text| !has_long_exponent(text)) else {
                         continue;
                     };
                     let answer = read(reading, &tools(), &[&text]);
@@ -247,6 +249,14 @@ fn what_is_bound_is_read() {
         }
     }
     assert!(n_texts > 1000, "{n_texts}");
+}
+
+fn has_long_exponent(text: &str) -> bool {
+    let digits = |rest: &str| {
+        let digits = rest.trim_start_matches(['+', '-']);
+        digits.bytes().take_while(u8::is_ascii_digit).count()
+    };
+    text.split(['e', 'E']).skip(1).any(|rest| digits(rest) > 2)
 }
 
 /// Of the schemas of these tests.
