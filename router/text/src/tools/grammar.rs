@@ -82,7 +82,11 @@ fn required(layout: &'static Layout, tools: &[&Tool], one: bool) -> Format {
             separated(calls(layout, tools, Schemas::All), separator, one),
             text(layout.end),
         ]),
-        Separator::Between(separator) => separated(sections(layout, tools, Schemas::All), separator, one),
+        Separator::Between(separator) => {
+            // Only the answer's beginning opens a call that has no opening.
+            let one = one || layout.open.is_empty();
+            separated(sections(layout, tools, Schemas::All), separator, one)
+        }
     }
 }
 
