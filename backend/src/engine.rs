@@ -340,14 +340,16 @@ impl Engine {
         // Penalties after a guess count it.
         let used: Vec<Vec<Uses>> = batch::sampling(plan)
             .map(|row| {
-                let guesses = plan.guesses(row).iter();
-                let uses = view(row).uses.cloned();
-                guesses
-                    .scan(uses, |uses, &guess| {
-                        uses.as_mut()?.generated(guess);
-                        uses.clone()
-                    })
-                    .collect()
+                let mut used: Vec<Uses> = vec![];
+                for &guess in plan.guesses(row) {
+                    let Some(before) = used.last().or(view(row).uses) else {
+                        break;
+                    };
+                    let mut uses = before.clone();
+                    uses.generated(guess);
+                    used.push(uses);
+                }
+                used
             })
             .collect();
         let asks: Vec<Ask> = batch::sampling(plan)

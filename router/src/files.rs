@@ -83,10 +83,6 @@ impl Router {
         })
     }
 
-    pub(crate) async fn file(&self, id: &str) -> Result<FileInfo, RouterError> {
-        Ok(info(self.file_row(id).await?))
-    }
-
     pub(crate) async fn delete_file(&self, id: &str) -> Result<(), RouterError> {
         self.file_row(id).await?;
         match self.0.store.delete_file(id).await? {
@@ -150,7 +146,7 @@ fn plain_name(filename: &str) -> Result<String, RouterError> {
     ))
 }
 
-fn info(row: FileRow) -> FileInfo {
+pub(crate) fn info(row: FileRow) -> FileInfo {
     let FileRow {
         id,
         bytes,

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use tandem_store::Source;
+use tandem_store::{FileRow, JobRow, Source};
 use tokio::sync::mpsc;
 
 use crate::Router;
@@ -11,6 +11,8 @@ use crate::api::{
     Checkpoint, Client, FileInfo, Job, JobEventRecord, JobRequest, LoadMode, MetadataFilter, ModelCard,
     Order, Page, RouterError, Upload,
 };
+use crate::files;
+use crate::jobs::record;
 
 /// Cheap to make: one for each use.
 #[derive(Clone)]
@@ -50,8 +52,7 @@ impl View {
     }
 
     pub async fn file(self, id: &str) -> Result<FileInfo, RouterError> {
-        self.see_file(id).await?;
-        self.router.file(id).await
+        Ok(files::info(self.see_file(id).await?))
     }
 
     /// Jobs whose training has begun keep their tokens; one that still validates this file fails.
@@ -84,8 +85,7 @@ impl View {
     }
 
     pub async fn job(self, id: &str) -> Result<Job, RouterError> {
-        self.see_job(id).await?;
-        self.router.job(id).await
+        record::job(self.see_job(id).await?)
     }
 
     /// A waiting job ends at once, a running one when the engine says so. If that takes long, the job comes back as it
@@ -167,20 +167,18 @@ impl View {
         }
     }
 
-    async fn see_file(&self, id: &str) -> Result<(), RouterError> {
+    async fn see_file(&self, id: &str) -> Result<FileRow, RouterError> {
         let row = self.router.file_row(id).await?;
         match self.client.sees(&row.tenant) {
-            true => Ok(()),
+            true => Ok(row),
             false => Err(RouterError::UnknownFile(id.to_owned())),
         }
     }
 
-    async fn see_job(&self, id: &str) -> Result<(), RouterError> {
-        let tenant = self.router.0.store.job(id).await?.map(|row| row.tenant);
-        match tenant.is_some_and(|tenant| self.client.sees(&tenant)) {
-            true => Ok(()),
-            false => Err(RouterError::UnknownJob(id.to_owned())),
-        }
+    async fn see_job(&self, id: &str) -> Result<JobRow, RouterError> {
+        let row = self.router.0.store.job(id).await?;
+        let seen = row.filter(|row| self.client.sees(&row.tenant));
+        seen.ok_or_else(|| RouterError::UnknownJob(id.to_owned()))
     }
 
     /// What the command line names all see, but only who has it changes it.

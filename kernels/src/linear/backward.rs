@@ -64,20 +64,18 @@ fn fast<T: Multiplied>(dy: Rows, groups: &[WeightRows], to: RowsMut) -> Option<(
     let parts = parts::<T>(groups)?;
     let dy = &Left::<T>::round(dy);
     let column_blocks = k.div_ceil(BLOCK_COLUMNS);
-    // Asked once: the blocks must be the same for each of their tasks.
-    let threads = pool::threads();
-    let row_blocks = |part: &Part<T>| {
+    let cut = |part: &Part<T>| {
         let m = part.rows.len();
         // Enough blocks for all threads, though each turns W anew.
-        let wanted = (2 * threads)
+        let wanted = (2 * pool::threads())
             .div_ceil(column_blocks.max(1))
             .min(m.div_ceil(ROWS_TOGETHER));
-        m.div_ceil(BLOCK_ROWS).max(wanted)
+        let row_blocks = m.div_ceil(BLOCK_ROWS).max(wanted);
+        (row_blocks, row_blocks * column_blocks)
     };
-    let tasks = |part: &Part<T>| row_blocks(part) * column_blocks;
-    for_each_of(&parts, tasks, |part, task| {
+    for_each_of(&parts, cut, |part, &row_blocks, task| {
         let part = &parts[part];
-        let (w, row_blocks) = (&part.right, row_blocks(part));
+        let w = &part.right;
         let (block, group) = (task % row_blocks, task / row_blocks);
         let rows = spread(part.rows.len(), row_blocks, block);
         let rows = part.rows.start + rows.start..part.rows.start + rows.end;

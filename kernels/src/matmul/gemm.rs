@@ -156,20 +156,18 @@ impl<T: Element + Plain> Gemm<'_, T> {
             }
         }
         let (totals, totals_stride) = (totals.as_deref(), totals_of.map_or(0, |(n_spans, _)| n_spans));
-        // Asked once: a plan must be the same for each of its tasks.
-        let threads = pool::threads();
-        let plan = |part: &Part<T>| Plan::new(part.rows.len(), n, panel_len * size_of::<T>(), threads);
-        let tasks = |part: &Part<T>| {
-            let plan = plan(part);
-            part.rows.len().div_ceil(plan.block_rows) * n.div_ceil(plan.task_panels * PANEL)
+        let cut = |part: &Part<T>| {
+            let plan = Plan::new(part.rows.len(), n, panel_len * size_of::<T>());
+            let tasks = part.rows.len().div_ceil(plan.block_rows) * n.div_ceil(plan.task_panels * PANEL);
+            (plan, tasks)
         };
         // Rows inside, columns outside: the panels are read from memory once, by all threads at about the same time.
-        for_each_of(parts, tasks, |index, task| {
+        for_each_of(parts, cut, |index, plan, task| {
             let Part { rows, right } = &parts[index];
-            let Plan {
+            let &Plan {
                 block_rows,
                 task_panels,
-            } = plan(&parts[index]);
+            } = plan;
             let row_blocks = rows.len().div_ceil(block_rows);
             let (block, group) = (task % row_blocks, task / row_blocks);
             let block = spread(rows.len(), row_blocks, block);
@@ -223,15 +221,22 @@ impl<T: Element + Plain> Gemm<'_, T> {
     }
 }
 
-/// Calls `task` with each part's number and that of each of its `tasks`, all in one job.
-pub(crate) fn for_each_of<P>(parts: &[P], tasks: impl Fn(&P) -> usize, task: impl Fn(usize, usize) + Sync) {
+/// Calls `task` with each part's number, how the part is cut and the number of each task of it, all in one job. `cut`
+/// says how, and into how many tasks: once for each part, before any runs, for what it looks at (the pool's threads) may
+/// change meanwhile.
+pub(crate) fn for_each_of<P, C: Sync>(
+    parts: &[P],
+    cut: impl Fn(&P) -> (C, usize),
+    task: impl Fn(usize, &C, usize) + Sync,
+) {
+    let (cuts, tasks): (Vec<C>, Vec<usize>) = parts.iter().map(cut).unzip();
     let mut starts = vec![0];
-    for part in parts {
-        starts.push(starts[starts.len() - 1] + tasks(part));
+    for tasks in tasks {
+        starts.push(starts[starts.len() - 1] + tasks);
     }
     pool::for_each(starts[parts.len()], |i| {
         let part = starts.partition_point(|start| *start <= i) - 1;
-        task(part, i - starts[part]);
+        task(part, &cuts[part], i - starts[part]);
     });
 }
 
@@ -248,8 +253,8 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(m: usize, n: usize, panel_bytes: usize, threads: usize) -> Plan {
-        let (n_panels, wanted) = (n.div_ceil(PANEL), threads * TASKS_PER_THREAD);
+    fn new(m: usize, n: usize, panel_bytes: usize) -> Plan {
+        let (n_panels, wanted) = (n.div_ceil(PANEL), pool::threads() * TASKS_PER_THREAD);
         let mut block_rows = m;
         if m > FEW_ROWS {
             // Few columns (an adapter's ranks): rows are then all there is to share out.

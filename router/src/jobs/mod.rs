@@ -12,7 +12,7 @@ pub mod hyper;
 mod keeper;
 mod name;
 pub(crate) mod prepare;
-mod record;
+pub(crate) mod record;
 mod result;
 pub(crate) mod supervisor;
 

@@ -17,6 +17,11 @@ pub(super) fn request(training_file: &str) -> JobRequest {
     }
 }
 
+/// The id of a new job.
+pub(super) async fn create_job(router: &Router, request: JobRequest) -> String {
+    router.own().create_job(request).await.unwrap().id.to_string()
+}
+
 pub(super) fn step(step: u64, loss: f64) -> JobEvent {
     JobEvent::Step(StepReport {
         step,
@@ -265,13 +270,7 @@ fn a_killed_job_goes_on_at_the_next_start() {
             let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
                 .await
                 .unwrap();
-            let id = router
-                .own()
-                .create_job(request(&file))
-                .await
-                .unwrap()
-                .id
-                .to_string();
+            let id = create_job(&router, request(&file)).await;
             if kill_after == 0 {
                 return (id, None);
             }
@@ -340,13 +339,7 @@ async fn a_stop_leaves_the_job_for_the_next_start() {
     let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
         .await
         .unwrap();
-    let id = router
-        .own()
-        .create_job(request(&file))
-        .await
-        .unwrap()
-        .id
-        .to_string();
+    let id = create_job(&router, request(&file)).await;
     let (spec, events) = engine.started().await;
     events.send(started(None)).await.unwrap();
     let stopping = async {
@@ -398,22 +391,8 @@ async fn on_a_full_disk_jobs_wait_and_what_makes_room_is_done() {
     assert!(!house.data().join("reserve").exists(), "it is the database's now");
     let refused = upload(&router, "v.jsonl", "fine-tune", &chat_rows(4)).await;
     assert_eq!(refused.unwrap_err().away(), Some(tandem_store::Part::Room));
-    let waits = router
-        .own()
-        .create_job(request(&file))
-        .await
-        .unwrap()
-        .id
-        .as_str()
-        .to_owned();
-    let cancelled = router
-        .own()
-        .create_job(request(&file))
-        .await
-        .unwrap()
-        .id
-        .as_str()
-        .to_owned();
+    let waits = create_job(&router, request(&file)).await;
+    let cancelled = create_job(&router, request(&file)).await;
     assert_eq!(
         router.cancel_job(&cancelled).await.unwrap().status,
         JobStatus::Cancelled
@@ -441,14 +420,7 @@ async fn a_task_that_panics_is_begun_again_and_it_is_said() {
         .unwrap();
     for task in [crate::PREPARER, crate::SUPERVISOR] {
         router.0.to_panic.lock().unwrap().push(task);
-        let id = router
-            .own()
-            .create_job(request(&file))
-            .await
-            .unwrap()
-            .id
-            .as_str()
-            .to_owned();
+        let id = create_job(&router, request(&file)).await;
         let down = async {
             while router.down() != [task] {
                 tokio::time::sleep(Duration::from_millis(5)).await;
@@ -478,22 +450,8 @@ async fn a_large_file_keeps_no_other_job_waiting_and_is_given_up() {
     std::fs::remove_file(&path).unwrap();
     let made = std::process::Command::new("mkfifo").arg(&path).status().unwrap();
     assert!(made.success());
-    let stuck = router
-        .own()
-        .create_job(request(&large))
-        .await
-        .unwrap()
-        .id
-        .as_str()
-        .to_owned();
-    let id = router
-        .own()
-        .create_job(request(&small))
-        .await
-        .unwrap()
-        .id
-        .as_str()
-        .to_owned();
+    let stuck = create_job(&router, request(&large)).await;
+    let id = create_job(&router, request(&small)).await;
     let (spec, _events) = engine.started().await;
     assert_eq!(spec.id.as_str(), id);
     assert_eq!(
@@ -517,14 +475,7 @@ async fn damaged_examples_are_prepared_again_from_the_file() {
     let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
         .await
         .unwrap();
-    let id = router
-        .own()
-        .create_job(request(&file))
-        .await
-        .unwrap()
-        .id
-        .as_str()
-        .to_owned();
+    let id = create_job(&router, request(&file)).await;
     let (first, events) = engine.started().await;
     let train = router.0.store.job_folder(&id).join(files::TRAIN);
     let good = std::fs::read(&train).unwrap();
@@ -574,21 +525,9 @@ async fn a_cancel_ends_a_job_wherever_it_is() {
     let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
         .await
         .unwrap();
-    let running = router
-        .own()
-        .create_job(request(&file))
-        .await
-        .unwrap()
-        .id
-        .to_string();
+    let running = create_job(&router, request(&file)).await;
     let (_, events) = engine.started().await;
-    let queued = router
-        .own()
-        .create_job(request(&file))
-        .await
-        .unwrap()
-        .id
-        .to_string();
+    let queued = create_job(&router, request(&file)).await;
     wait(&router, &queued, |job| job.status == JobStatus::Queued).await;
     assert_eq!(
         router.own().cancel_job(&queued).await.unwrap().status,
@@ -633,20 +572,14 @@ async fn a_job_fails_with_the_reason() {
         },
         ..request(&file)
     };
-    let id = router.own().create_job(cut).await.unwrap().id.to_string();
+    let id = create_job(&router, cut).await;
     let error = wait(&router, &id, |job| job.status.ended()).await.error.unwrap();
     assert_eq!(
         (error.code.as_str(), error.param.as_deref()),
         ("invalid_n_examples", Some("training_file"))
     );
 
-    let id = router
-        .own()
-        .create_job(request(&file))
-        .await
-        .unwrap()
-        .id
-        .to_string();
+    let id = create_job(&router, request(&file)).await;
     let (_, events) = engine.started().await;
     events
         .send(JobEvent::Failed {

@@ -6,7 +6,7 @@ use tandem_core::job::JobEvent;
 use tandem_core::message::FinishReason;
 
 use super::calls::{call, end};
-use super::jobs::{request, started, step, wait};
+use super::jobs::{create_job, request, started, step, wait};
 use super::*;
 use crate::api::{Call, LoadMode, ModelKind, Order};
 
@@ -122,13 +122,7 @@ async fn a_load_that_waits_for_a_slot_waits_alone() {
     let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
         .await
         .unwrap();
-    let id = router
-        .own()
-        .create_job(request(&file))
-        .await
-        .unwrap()
-        .id
-        .to_string();
+    let id = create_job(&router, request(&file)).await;
     let (spec, events) = engine.started().await;
     let (checkpoint, adapter) = (
         house.trained(&spec, "checkpoint-1", "one"),

@@ -7,7 +7,7 @@ use tandem_core::job::{JobEvent, JobSpec, Saved, files};
 use tandem_core::message::FinishReason;
 
 use super::calls::{call, end};
-use super::jobs::{request, started, step, wait};
+use super::jobs::{create_job, request, started, step, wait};
 use super::*;
 use crate::api::{Call, JobStatus, LoadMode, ModelKind, Part};
 
@@ -85,13 +85,7 @@ async fn a_job_whose_router_dies_ends_once_on_the_other() {
     let file = upload(&first_router, "t.jsonl", "fine-tune", &chat_rows(4))
         .await
         .unwrap();
-    let id = first_router
-        .own()
-        .create_job(request(&file))
-        .await
-        .unwrap()
-        .id
-        .to_string();
+    let id = create_job(&first_router, request(&file)).await;
     let (was_first, spec, events) = either(&mut first, &mut second).await;
     let (holder, other, mut heir) = match was_first {
         true => (first_router, second_router, second),
@@ -242,13 +236,7 @@ async fn names_files_and_cancels_cross_from_router_to_router() {
         .unwrap();
     let (_, path) = second.own().file_content(&file).await.unwrap();
     assert_eq!(std::fs::read_to_string(path).unwrap(), chat_rows(2));
-    let id = second
-        .own()
-        .create_job(request(&file))
-        .await
-        .unwrap()
-        .id
-        .to_string();
+    let id = create_job(&second, request(&file)).await;
     let (on_first, _, events) = either(&mut first_engine, &mut second_engine).await;
     events.send(started(None)).await.unwrap();
     let (elsewhere, engine) = match on_first {
@@ -330,13 +318,7 @@ async fn what_needs_no_database_goes_on_without_it() {
         .await
         .expect("the next probe sees it");
     // And the job loops are alive.
-    let id = router
-        .own()
-        .create_job(request(&file))
-        .await
-        .unwrap()
-        .id
-        .to_string();
+    let id = create_job(&router, request(&file)).await;
     let (spec, _) = begun(&mut engine).await;
     assert_eq!(spec.id.as_str(), id);
 }

@@ -53,10 +53,7 @@ impl Room {
         if !matches!(error, StoreError::Full(_)) {
             // That it is gone already is fine.
             let _ = fs::remove_file(&self.reserve);
-            let before = self.set(Some(error.to_string()));
-            if before.is_none() {
-                tracing::error!(%error, "there is no room on the disk; what is large is refused until there is");
-            }
+            self.fill(error);
         }
         true
     }
@@ -80,8 +77,8 @@ impl Room {
                 if error.away() != Some(Part::Room) {
                     tracing::warn!(%error, "no room is kept for the database");
                     self.set(None);
-                } else if self.set(Some(error.to_string())).is_none() {
-                    tracing::error!(%error, "there is no room on the disk; what is large is refused until there is");
+                } else {
+                    self.fill(&error);
                 }
             }
         }
@@ -96,6 +93,13 @@ impl Room {
         file.sync_all()?;
         file.set_len(RESERVE_BYTES as u64)?;
         file.sync_all()
+    }
+
+    /// The disk is full, by this error; said once.
+    fn fill(&self, error: &StoreError) {
+        if self.set(Some(error.to_string())).is_none() {
+            tracing::error!(%error, "there is no room on the disk; what is large is refused until there is");
+        }
     }
 
     fn set(&self, full: Option<String>) -> Option<String> {
