@@ -9,7 +9,7 @@ use tch::Device;
 use crate::lora::params::AdapterShape;
 use crate::model::Decoder;
 use crate::train::data::slice_tokens;
-use crate::train::step::KEEP_BYTES;
+use crate::train::pass::KEEP_BYTES;
 use crate::weights::LoadError;
 
 /// Of the memory that is free after the weights are loaded, the most the KV cache takes by itself. The rest is for

@@ -1,6 +1,8 @@
 //! Which examples make which optimizer step. A function of the dataset, the seed and the step alone: a resumed job
 //! needs no cursor, and the pace of training cannot change what is learned.
 
+use std::ops::Range;
+
 use tandem_core::TokenId;
 use tandem_core::dataset::Example;
 use tandem_core::job::Hyper;
@@ -34,18 +36,46 @@ pub struct DataPlan {
     listed: Option<(u64, Vec<Vec<usize>>)>,
 }
 
-/// Examples that go through the layers together, packed side by side.
+/// Sequences that go through the layers together, packed side by side.
+#[derive(Clone, Default)]
 pub struct Slice {
+    /// Inputs of all sequences.
     pub tokens: Vec<TokenId>,
-    /// Within each example.
+    /// Within each sequence.
     pub positions: Vec<i64>,
+    /// Where sequences begin, and the end of the last.
     pub cu_seqlens: Vec<usize>,
-    /// Of the rows that predict a token with weight.
+    /// Of all sequences, in order of their rows.
     pub labels: Vec<Label>,
+    /// The labels of each sequence: a range of `labels`.
+    pub sequences: Vec<Range<usize>>,
 }
 
-/// Row, predicted token, weight.
+/// A row of the slice, a token whose log-probability behind that row is wanted, its weight. A row may have several.
 pub type Label = (i64, TokenId, f32);
+
+impl Slice {
+    /// Whether a sequence of so many inputs may join: as many as fit [`slice_tokens`], or one that is longer.
+    pub fn has_room(&self, inputs: usize, device: Device) -> bool {
+        self.tokens.is_empty() || self.tokens.len() + inputs <= slice_tokens(device)
+    }
+
+    /// `inputs` has a token; labels have their row within the sequence, in ascending order.
+    pub fn push(&mut self, inputs: &[TokenId], labels: impl IntoIterator<Item = Label>) {
+        let (start, first) = (self.tokens.len(), self.labels.len());
+        self.tokens.extend(inputs);
+        self.positions.extend(0..inputs.len() as i64);
+        if start == 0 {
+            self.cu_seqlens.push(0);
+        }
+        self.cu_seqlens.push(start + inputs.len());
+        let placed = labels
+            .into_iter()
+            .map(|(row, token, weight)| (start as i64 + row, token, weight));
+        self.labels.extend(placed);
+        self.sequences.push(first..self.labels.len());
+    }
+}
 
 impl DataPlan {
     /// There is an example.
@@ -167,38 +197,22 @@ impl DataPlan {
 /// Cuts examples into slices of at most [`slice_tokens`], in order. The last token of an example is never an input:
 /// nothing is predicted after it.
 pub fn slices<'a>(examples: impl Iterator<Item = &'a Example>, device: Device) -> Vec<Slice> {
-    let most = slice_tokens(device);
     let mut slices: Vec<Slice> = vec![];
     for Example { tokens, weights } in examples {
         let inputs = tokens.len().saturating_sub(1);
         if inputs == 0 {
             continue;
         }
-        let fits = slices
-            .last()
-            .is_some_and(|slice| slice.tokens.len() + inputs <= most);
-        if !fits {
-            slices.push(Slice {
-                tokens: vec![],
-                positions: vec![],
-                cu_seqlens: vec![0],
-                labels: vec![],
-            });
+        if !slices.last().is_some_and(|slice| slice.has_room(inputs, device)) {
+            slices.push(Slice::default());
         }
+        let predicted = tokens.iter().zip(weights).skip(1);
+        let labels = (0..)
+            .zip(predicted)
+            .filter(|(_, (_, weight))| **weight != 0.0)
+            .map(|(row, (&token, &weight))| (row, token, weight));
         let slice = slices.last_mut().expect("there is one now");
-        let start = slice.tokens.len();
-        slice.tokens.extend(&tokens[..inputs]);
-        slice.positions.extend(0..inputs as i64);
-        slice.cu_seqlens.push(start + inputs);
-        let predicted = tokens
-            .iter()
-            .zip(weights)
-            .enumerate()
-            .skip(1)
-            .filter(|(_, (_, weight))| **weight != 0.0);
-        slice
-            .labels
-            .extend(predicted.map(|(i, (&token, &weight))| ((start + i - 1) as i64, token, weight)));
+        slice.push(&tokens[..inputs], labels);
     }
     slices
 }

@@ -12,10 +12,12 @@
 //! Not here: when to train (pace), jobs' queue and names (router).
 
 pub mod data;
+pub mod learner;
+pub mod objective;
+pub mod pass;
 pub mod run;
 pub mod snapshot;
 pub mod state;
-pub mod step;
 
 use std::path::Path;
 use std::time::Instant;
@@ -24,23 +26,22 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use tandem_core::dataset::{self, Example};
 use tandem_core::id::Digest;
-use tandem_core::job::{Hyper, JobEvent, JobSpec, Lora, Method, StepReport, files};
-use tandem_kernels::adamw::{self, AdamW};
-use tandem_kernels::finite;
-use tch::{Device, Kind, Tensor};
+use tandem_core::job::{Hyper, JobEvent, JobSpec, Method, StepReport, files};
+use tandem_kernels::adamw::AdamW;
+use tch::{Kind, Tensor};
 
 use crate::family::DecoderSpec;
 use crate::guard::TorchFault;
-use crate::lora::adapter::Adapter;
 use crate::lora::fit::{Fit, PackError};
-use crate::lora::params::{AdapterParams, AdapterShape};
+use crate::lora::params::AdapterParams;
 use crate::lora::peft;
-use crate::model::full::{self, FullParams};
-use crate::model::{Decoder, Grads};
+use crate::model::{Decoder, Dropout, full};
 use crate::weights::LoadError;
 use data::{DataPlan, Slice};
+use learner::{Learner, LoraView, Unusable, Update};
+use objective::Scores;
+use pass::{Advanced, KEEP_BYTES, Look, Pass};
 use snapshot::{AdapterCopy, Copying, Occasion, Snapshot};
-use step::{Look, Pass, Scores};
 
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
@@ -151,10 +152,7 @@ impl Inputs {
 
 pub struct Trainer {
     spec: JobSpec,
-    subject: Subject,
-    grads: Grads,
-    moment1: Tensor,
-    moment2: Tensor,
+    learner: Learner,
     train: Vec<Example>,
     /// Of the bytes that `train` and `valid` were read from.
     data: Digest,
@@ -163,29 +161,11 @@ pub struct Trainer {
     /// An example that an adapter is tried on before it is published.
     trial: Slice,
     plan: DataPlan,
-    /// Of the passes. Numbers that are trained, their gradients and moments lie on the CPU.
-    device: Device,
     /// Optimizer steps done.
     step: u64,
     trained_tokens: u64,
     stage: Stage,
     step_began: Instant,
-}
-
-/// What is trained.
-enum Subject {
-    /// The base is the served decoder, handed in with each quantum.
-    Lora {
-        lora: Lora,
-        params: AdapterParams,
-        adapter: Adapter,
-        fit: Box<Fit>,
-    },
-    /// A decoder of its own.
-    Full {
-        params: FullParams,
-        decoder: Box<Decoder>,
-    },
 }
 
 /// Where in a step the next quantum goes on.
@@ -197,7 +177,7 @@ enum Stage {
         is_rest_due: bool,
     },
     Begin,
-    Accumulate(Accumulation),
+    Accumulate(Box<Accumulation>),
     Optimize {
         scores: Scores,
         tokens: u64,
@@ -212,7 +192,6 @@ enum Stage {
     Try {
         occasion: Occasion,
         look: Option<Look>,
-        scores: Scores,
     },
     Save,
     Finish,
@@ -231,8 +210,6 @@ struct Accumulation {
     /// Tokens of the slices before the next.
     rows_before: u64,
     scores: Scores,
-    /// Of all labels of the step.
-    weight: f64,
 }
 
 impl Trainer {
@@ -249,43 +226,20 @@ impl Trainer {
                 "full training changes the base; only `tandem train` does it".to_owned(),
             ));
         };
-        let shape = AdapterShape::new(&fit.spec, &lora);
-        if shape.is_empty() {
-            let message = format!(
-                "no module to train: {:?} are asked, {:?} exist",
-                lora.target_modules,
-                fit.spec.lora_targets()
-            );
-            return Err(TrainError::Data(message));
-        }
-        let params = AdapterParams::init(shape, spec.hyper.seed);
-        let adapter = fit.pack(&params)?;
-        let grads = Grads::Lora(AdapterParams::zeros(params.shape.clone()));
-        let subject = Subject::Lora {
-            lora,
-            params,
-            adapter,
-            fit: Box::new(fit),
-        };
-        Trainer::new(spec, inputs, subject, grads)
+        let learner = Learner::lora(lora, fit, spec.hyper.seed)?;
+        Trainer::new(spec, inputs, learner)
     }
 
     /// Trains every parameter of the model in `model_folder` (drawn at random when it has no weights), in float32.
     pub fn start_full(spec: JobSpec, model_folder: &Path) -> Result<Trainer, TrainError> {
         let (decoder_spec, params) = full::read_or_init(model_folder, spec.hyper.seed)?;
-        let precision = tandem_kernels::weight::Precision::F32;
-        let decoder = Box::new(Decoder::from_params(decoder_spec, &params, precision)?);
-        let grads = Grads::Full(FullParams::zeros(params.shape.clone()));
+        let learner = Learner::full(decoder_spec, params)?;
         let inputs = Inputs::read(&spec.folder)?;
-        let subject = Subject::Full { params, decoder };
-        Trainer::new(spec, &inputs, subject, grads)
+        Trainer::new(spec, &inputs, learner)
     }
 
-    fn new(spec: JobSpec, inputs: &Inputs, subject: Subject, grads: Grads) -> Result<Trainer, TrainError> {
-        let (model, device) = match &subject {
-            Subject::Lora { fit, .. } => (&fit.spec, fit.device),
-            Subject::Full { decoder, .. } => (&decoder.spec, decoder.device()),
-        };
+    fn new(spec: JobSpec, inputs: &Inputs, learner: Learner) -> Result<Trainer, TrainError> {
+        let (model, device) = (learner.spec(), learner.device());
         // It may come from another machine.
         spec.hyper.check().map_err(TrainError::Data)?;
         let train = examples(&inputs.train, files::TRAIN, model)?;
@@ -303,14 +257,10 @@ impl Trainer {
         let trial = data::slices(learned.take(1), device).pop();
         let plan = DataPlan::new(&train, &spec.hyper);
         let mut trainer = Trainer {
-            moment1: grads.flat().zeros_like(),
-            moment2: grads.flat().zeros_like(),
-            subject,
-            grads,
             valid: data::slices(valid.iter(), device),
             trial: trial.expect("an example has a token to learn"),
+            learner,
             plan,
-            device,
             step: 0,
             trained_tokens: 0,
             stage: Stage::Announce {
@@ -357,21 +307,12 @@ impl Trainer {
         if let Some(other) = other {
             return Err(TrainError::State(format!("its state was written {other}")));
         }
-        if order != state::ORDER && matches!(self.subject, Subject::Full { .. }) {
+        if order != state::ORDER && self.learner.as_lora().is_none() {
             let message =
                 "its state has the model's parameters in the order of another version of this program";
             return Err(TrainError::State(message.to_owned()));
         }
-        if params.size() != self.grads.flat().size() {
-            let (there, here) = (params.size()[0], self.grads.flat().size()[0]);
-            return Err(TrainError::State(format!(
-                "its state has {there} numbers, this model makes it {here}"
-            )));
-        }
-        self.flat().copy_(&params);
-        self.refresh();
-        self.moment1.copy_(&moment1);
-        self.moment2.copy_(&moment2);
+        self.learner.resume(&params, &moment1, &moment2)?;
         self.step = step;
         self.plan.reach(step);
         self.trained_tokens = trained_tokens;
@@ -418,20 +359,17 @@ impl Trainer {
                 }
             }
             Stage::Begin => self.begin(),
-            Stage::Accumulate(step) => self.accumulate(base, step),
+            Stage::Accumulate(step) => self.accumulate(base, *step),
             Stage::Optimize { scores, tokens } => {
-                if let Some(base) = base {
-                    base.sum_over_ranks(self.grads.flat());
-                }
                 quantum
                     .events
-                    .push(JobEvent::Step(self.optimize(&scores, tokens)?));
+                    .push(JobEvent::Step(self.optimize(base, &scores, tokens)?));
                 self.after_step()
             }
             Stage::Validate { next, scores, .. } if next == self.valid.len() => {
                 quantum.events.push(JobEvent::Validated {
                     step: self.step,
-                    loss: scores.loss / scores.weight.max(f64::MIN_POSITIVE),
+                    loss: scores.loss(),
                     token_accuracy: scores.accuracy(),
                 });
                 self.after_validation()
@@ -441,45 +379,45 @@ impl Trainer {
                 look,
                 mut scores,
             } => {
-                let (decoder, adapter) = self.subject.parts(base);
+                let (decoder, adapter) = self.learner.parts(base);
                 let slice = &self.valid[next];
-                match look {
-                    None => Stage::Validate {
+                let look = look.unwrap_or_else(|| Look::enter(slice, decoder));
+                match look.advance(slice, decoder, adapter) {
+                    Err(look) => Stage::Validate {
                         next,
-                        look: Some(Look::enter(slice, decoder)),
-                        scores,
-                    },
-                    Some(look) => {
-                        let look = look.advance(slice, decoder, adapter, &mut scores);
-                        let next = if look.is_none() { next + 1 } else { next };
-                        Stage::Validate { next, look, scores }
-                    }
-                }
-            }
-            Stage::Try {
-                occasion,
-                look,
-                mut scores,
-            } => {
-                let (decoder, adapter) = self.subject.parts(base);
-                let look = match look {
-                    None => Some(Look::enter(&self.trial, decoder)),
-                    Some(look) => look.advance(&self.trial, decoder, adapter, &mut scores),
-                };
-                match look {
-                    Some(look) => Stage::Try {
-                        occasion,
                         look: Some(look),
                         scores,
                     },
-                    None => self.tried(occasion, &scores)?,
+                    Ok(found) => {
+                        scores.add(&slice.labels, &found);
+                        Stage::Validate {
+                            next: next + 1,
+                            look: None,
+                            scores,
+                        }
+                    }
+                }
+            }
+            Stage::Try { occasion, look } => {
+                let (decoder, adapter) = self.learner.parts(base);
+                let look = look.unwrap_or_else(|| Look::enter(&self.trial, decoder));
+                match look.advance(&self.trial, decoder, adapter) {
+                    Err(look) => Stage::Try {
+                        occasion,
+                        look: Some(look),
+                    },
+                    Ok(found) => {
+                        let mut scores = Scores::default();
+                        scores.add(&self.trial.labels, &found);
+                        self.tried(occasion, &scores)?
+                    }
                 }
             }
             Stage::Save => self.copy(Occasion::Checkpoint),
-            Stage::Finish => match self.subject {
-                Subject::Lora { .. } => self.copy(Occasion::End),
+            Stage::Finish => match self.learner.as_lora() {
+                Some(_) => self.copy(Occasion::End),
                 // Its weights are the caller's to take.
-                Subject::Full { .. } => {
+                None => {
                     quantum.finished = true;
                     Stage::Finish
                 }
@@ -505,24 +443,20 @@ impl Trainer {
             examples: self.train.len() as u64,
             epoch_tokens: self.train.iter().map(|example| example.tokens.len() as u64).sum(),
             epoch_label_tokens: labels as u64,
-            trainable_parameters: self.grads.flat().size()[0] as u64,
+            trainable_parameters: self.learner.len(),
         }
     }
 
     fn try_before(&self, occasion: Occasion) -> Stage {
-        Stage::Try {
-            occasion,
-            look: None,
-            scores: Scores::default(),
-        }
+        Stage::Try { occasion, look: None }
     }
 
     fn tried(&self, occasion: Occasion, scores: &Scores) -> Result<Stage, TrainError> {
-        if !scores.loss.is_finite() {
+        if !scores.loss().is_finite() {
             return Err(TrainError::Diverged {
                 step: self.step,
                 what: "loss of the adapter that it made",
-                value: scores.loss,
+                value: scores.loss(),
             });
         }
         Ok(match occasion {
@@ -537,81 +471,122 @@ impl Trainer {
             return self.try_before(Occasion::End);
         }
         self.step_began = Instant::now();
-        let _ = self.grads.flat().shallow_clone().zero_();
+        self.learner.forget_gradient();
         let mut slices = vec![];
         for micro_batch in self.plan.step(self.step) {
             let examples = micro_batch.iter().map(|&example| &self.train[example]);
-            slices.extend(data::slices(examples, self.device));
+            slices.extend(data::slices(examples, self.learner.device()));
         }
-        let weight = slices
-            .iter()
-            .flat_map(|slice| &slice.labels)
-            .map(|&(_, _, weight)| f64::from(weight))
-            .sum();
+        objective::to_mean(&mut slices);
         slices.reverse(); // taken from the end
-        Stage::Accumulate(Accumulation {
+        Stage::Accumulate(Box::new(Accumulation {
             slices,
             pass: None,
             rows_before: 0,
             scores: Scores::default(),
-            weight,
-        })
+        }))
     }
 
-    fn accumulate(&mut self, base: Option<&Decoder>, mut step: Accumulation) -> Stage {
-        let (decoder, adapter) = self.subject.parts(base);
-        let context = step::Context {
+    fn accumulate(&mut self, base: Option<&Decoder>, step: Accumulation) -> Stage {
+        let dropout = self.dropout();
+        let Accumulation {
+            mut slices,
+            pass,
+            mut rows_before,
+            mut scores,
+        } = step;
+        let (decoder, adapter, grads) = self.learner.parts_mut(base);
+        let context = pass::Context {
             decoder,
             adapter,
-            hyper: &self.spec.hyper,
-            step: self.step,
-            weight: step.weight,
-            keep_bytes: step::KEEP_BYTES,
+            dropout,
+            keep_bytes: KEEP_BYTES,
         };
-        step.pass = match step.pass {
-            Some(pass) => pass.advance(&context, &mut step.scores, &mut self.grads),
-            None => match step.slices.pop() {
-                Some(slice) => {
-                    let rows_before = step.rows_before;
-                    step.rows_before += slice.tokens.len() as u64;
-                    Some(Pass::enter(slice, rows_before, &context))
+        let pass = match (pass, slices.pop()) {
+            (Some(pass), next) => {
+                slices.extend(next);
+                match pass.advance(&context, grads) {
+                    Advanced::On(pass) => Some(pass),
+                    Advanced::Through(slice, found) => {
+                        scores.add(&slice.labels, &found);
+                        None
+                    }
+                    Advanced::Scored(_) => unreachable!("its weights are known"),
                 }
-                None => {
-                    return Stage::Optimize {
-                        scores: step.scores,
-                        tokens: step.rows_before,
-                    };
-                }
-            },
+            }
+            (None, Some(slice)) => {
+                let pass_rows_before = rows_before;
+                rows_before += slice.tokens.len() as u64;
+                Some(Pass::enter(slice, pass_rows_before, &context))
+            }
+            (None, None) => {
+                return Stage::Optimize {
+                    scores,
+                    tokens: rows_before,
+                };
+            }
         };
-        Stage::Accumulate(step)
+        Stage::Accumulate(Box::new(Accumulation {
+            slices,
+            pass,
+            rows_before,
+            scores,
+        }))
     }
 
-    fn optimize(&mut self, scores: &Scores, tokens: u64) -> Result<StepReport, TrainError> {
+    fn dropout(&self) -> Option<Dropout> {
+        match &self.spec.hyper.method {
+            Method::Lora(lora) if lora.dropout > 0.0 => Some(Dropout {
+                p: lora.dropout,
+                seed: self.spec.hyper.seed,
+                step: self.step,
+                row0: 0,
+            }),
+            _ => None,
+        }
+    }
+
+    fn optimize(
+        &mut self,
+        base: Option<&Decoder>,
+        scores: &Scores,
+        tokens: u64,
+    ) -> Result<StepReport, TrainError> {
         let Hyper {
             learning_rate,
             lr_scheduler,
             warmup_steps,
             max_grad_norm,
+            adam_beta1,
+            adam_beta2,
+            adam_epsilon,
+            weight_decay,
             ..
         } = self.spec.hyper;
         let step = self.step + 1;
-        let loss = scores.loss / scores.weight.max(f64::MIN_POSITIVE);
-        let grad_norm = adamw::global_norm(self.grads.flat());
-        for (what, value) in [("loss", loss), ("gradient norm", grad_norm)] {
-            if !value.is_finite() {
-                return Err(TrainError::Diverged { step, what, value });
-            }
+        let loss = scores.loss();
+        let diverged = |what, value| TrainError::Diverged { step, what, value };
+        if !loss.is_finite() {
+            return Err(diverged("loss", loss));
         }
-        if max_grad_norm > 0.0 && grad_norm > max_grad_norm {
-            // torch.nn.utils.clip_grad_norm_
-            adamw::scale(self.grads.flat(), max_grad_norm / (grad_norm + 1e-6));
-        }
-        let learning_rate = learning_rate * lr_scheduler.factor(self.step, warmup_steps, self.plan.total());
-        self.update(learning_rate, step);
-        if !finite::all(&self.flat()) {
-            return Err(TrainError::Overflowed { step, loss });
-        }
+        let update = Update {
+            learning_rate: learning_rate * lr_scheduler.factor(self.step, warmup_steps, self.plan.total()),
+            adamw: AdamW {
+                beta1: adam_beta1,
+                beta2: adam_beta2,
+                epsilon: adam_epsilon,
+                weight_decay,
+            },
+            max_grad_norm,
+            step,
+        };
+        let grad_norm = self
+            .learner
+            .update(base, &update)
+            .map_err(|unusable| match unusable {
+                Unusable::GradNorm(norm) => diverged("gradient norm", norm),
+                Unusable::Numbers => TrainError::Overflowed { step, loss },
+            })?;
         self.step = step;
         self.trained_tokens += tokens;
         Ok(StepReport {
@@ -620,66 +595,10 @@ impl Trainer {
             loss,
             token_accuracy: scores.accuracy(),
             grad_norm,
-            learning_rate,
+            learning_rate: update.learning_rate,
             trained_tokens: self.trained_tokens,
             tokens_per_second: tokens as f64 / self.step_began.elapsed().as_secs_f64().max(1e-9),
         })
-    }
-
-    /// One AdamW step over the flat buffer; norms and biases do not decay.
-    fn update(&mut self, learning_rate: f64, step: u64) {
-        let Hyper {
-            adam_beta1,
-            adam_beta2,
-            adam_epsilon,
-            weight_decay,
-            ..
-        } = self.spec.hyper;
-        let adamw = |weight_decay| AdamW {
-            beta1: adam_beta1,
-            beta2: adam_beta2,
-            epsilon: adam_epsilon,
-            weight_decay,
-        };
-        let ranges = match &self.subject {
-            Subject::Lora { params, .. } => vec![(0..params.shape.len(), weight_decay)],
-            Subject::Full { params, .. } => {
-                let decay = |id| if full::decays(id) { weight_decay } else { 0.0 };
-                params
-                    .shape
-                    .ranges()
-                    .map(|(id, range)| (range, decay(id)))
-                    .collect()
-            }
-        };
-        for (range, weight_decay) in ranges {
-            let part = |tensor: &Tensor| tensor.narrow(0, range.start, range.end - range.start);
-            adamw(weight_decay).step(
-                &part(&self.flat()),
-                &part(self.grads.flat()),
-                &part(&self.moment1),
-                &part(&self.moment2),
-                learning_rate,
-                step,
-            );
-        }
-        self.refresh();
-    }
-
-    /// The trained numbers, `[P]` float32, shared storage.
-    fn flat(&self) -> Tensor {
-        match &self.subject {
-            Subject::Lora { params, .. } => params.flat.shallow_clone(),
-            Subject::Full { params, .. } => params.flat.shallow_clone(),
-        }
-    }
-
-    /// The forward reads packed copies: bring them up to date.
-    fn refresh(&mut self) {
-        match &mut self.subject {
-            Subject::Lora { params, adapter, .. } => adapter.update(params),
-            Subject::Full { params, decoder } => decoder.update_full(params),
-        }
     }
 
     fn validates(&self) -> bool {
@@ -740,9 +659,9 @@ impl Trainer {
 
     /// What is copied: the trained numbers, and their moments where the job is to go on from them.
     fn numbers(&self, occasion: Occasion) -> Vec<Tensor> {
-        let mut numbers = vec![self.flat()];
+        let mut numbers = vec![self.learner.flat()];
         if occasion != Occasion::End {
-            numbers.extend([&self.moment1, &self.moment2].map(Tensor::shallow_clone));
+            numbers.extend(self.learner.moments());
         }
         numbers
     }
@@ -756,27 +675,23 @@ impl Trainer {
             Occasion::End => Some(files::ADAPTER.to_owned()),
             Occasion::Stop => None,
         };
-        let adapter = match (&self.subject, name) {
-            (
-                Subject::Lora {
-                    lora,
-                    params: AdapterParams { shape, .. },
-                    fit,
-                    ..
-                },
-                Some(name),
-            ) => Some(AdapterCopy {
+        let adapter = self.learner.as_lora().zip(name).map(|(of, name)| {
+            let LoraView {
+                lora,
+                params: own,
+                fit,
+            } = of;
+            AdapterCopy {
                 name,
                 params: AdapterParams {
                     flat: params.shallow_clone(),
-                    shape: shape.clone(),
+                    shape: own.shape.clone(),
                 },
                 lora: lora.clone(),
                 base_model: self.spec.base_model.clone(),
-                fit: Fit::clone(fit),
-            }),
-            _ => None,
-        };
+                fit: fit.clone(),
+            }
+        });
         let moments = copies.next().zip(copies.next());
         let state = moments.map(|(moment1, moment2)| {
             let progress = state::Progress {
@@ -806,24 +721,12 @@ impl Trainer {
 
     /// What the model's own notes say.
     pub fn notes<'a>(&'a self, base: Option<&'a Decoder>) -> &'a [String] {
-        &self.subject.parts(base).0.spec.notes
+        &self.learner.parts(base).0.spec.notes
     }
 
     /// The bytes of the trained model's model.safetensors, after full training.
     pub fn full_weights(&self, kind: Kind) -> Option<Vec<u8>> {
-        match &self.subject {
-            Subject::Full { params, .. } => Some(params.serialise(kind)),
-            Subject::Lora { .. } => None,
-        }
-    }
-}
-
-impl Subject {
-    fn parts<'a>(&'a self, base: Option<&'a Decoder>) -> (&'a Decoder, Option<&'a Adapter>) {
-        match self {
-            Subject::Lora { adapter, .. } => (base.expect("LoRA trains beside a base"), Some(adapter)),
-            Subject::Full { decoder, .. } => (decoder, None),
-        }
+        self.learner.full_weights(kind)
     }
 }
 

@@ -7,9 +7,9 @@ use tandem_backend::lora::params::AdapterParams;
 use tandem_backend::model::full::{FullParams, FullShape};
 use tandem_backend::model::{Decoder, Grads};
 use tandem_backend::train::data;
-use tandem_backend::train::step::{Context, KEEP_BYTES, Pass, Scores};
+use tandem_backend::train::objective::{self, Scores};
+use tandem_backend::train::pass::{Advanced, Context, KEEP_BYTES, Pass};
 use tandem_core::dataset::Example;
-use tandem_core::job::{Hyper, Lora, Method};
 use tandem_kernels::weight::Precision;
 
 use crate::fixture::{
@@ -17,7 +17,7 @@ use crate::fixture::{
     trained_whole,
 };
 use crate::run::{Sequence, base, logprobs, packed};
-use crate::training::{hyper, tensors};
+use crate::training::tensors;
 
 const LOGITS: f64 = 2e-5;
 const LOSS: f64 = 1e-5;
@@ -186,33 +186,17 @@ fn gradients_of_a_and_b_are_pefts() {
         for adapter_name in fixture.adapters() {
             let params = fixture.adapter_params(adapter_name, &decoder);
             let adapter = fixture.adapter(adapter_name, &decoder);
-            let lora = Lora {
-                r: 1,
-                alpha: 1.0,
-                dropout: 0.0,
-                target_modules: vec![],
-                use_rslora: false,
-            };
             let mut grads = Grads::Lora(AdapterParams::zeros(params.shape.clone()));
-            let hyper = hyper(Method::Lora(lora));
             let loss = backward(
                 &decoder,
                 Some(&adapter),
-                &hyper,
                 &fixture.examples(),
                 KEEP_BYTES,
                 &mut grads,
             );
             // Layers that run again give the same bits.
             let mut again = Grads::Lora(AdapterParams::zeros(params.shape.clone()));
-            backward(
-                &decoder,
-                Some(&adapter),
-                &hyper,
-                &fixture.examples(),
-                0,
-                &mut again,
-            );
+            backward(&decoder, Some(&adapter), &fixture.examples(), 0, &mut again);
             assert!(again.flat().equal(grads.flat()), "{name}, {adapter_name}");
             let expected = fixture.numbers[format!("{adapter_name}.loss")]
                 .as_f64()
@@ -256,14 +240,7 @@ fn gradients_of_every_parameter_are_torchs() {
         let fixture = Fixture::open(name);
         let decoder = fixture.decoder(Precision::F32);
         let mut grads = Grads::Full(FullParams::zeros(FullShape::new(&decoder.spec)));
-        let loss = backward(
-            &decoder,
-            None,
-            &hyper(Method::Full),
-            &fixture.examples(),
-            KEEP_BYTES,
-            &mut grads,
-        );
+        let loss = backward(&decoder, None, &fixture.examples(), KEEP_BYTES, &mut grads);
         let expected = fixture.numbers["loss"].as_f64().expect("a loss");
         table.add(name, "loss", (loss - expected).abs(), LOSS);
         let Grads::Full(grads) = grads else {
@@ -281,33 +258,34 @@ fn gradients_of_every_parameter_are_torchs() {
 fn backward(
     decoder: &Decoder,
     adapter: Option<&Adapter>,
-    hyper: &Hyper,
     examples: &[Example],
     keep_bytes: i64,
     grads: &mut Grads,
 ) -> f64 {
     let _no_grad = tch::no_grad_guard();
-    let weight = examples
-        .iter()
-        .flat_map(|example| &example.weights[1..])
-        .map(|&weight| f64::from(weight))
-        .sum();
     let context = Context {
         decoder,
         adapter,
-        hyper,
-        step: 0,
-        weight,
+        dropout: None,
         keep_bytes,
     };
+    let mut slices = data::slices(examples.iter(), decoder.device());
+    objective::to_mean(&mut slices);
     let (mut scores, mut rows) = (Scores::default(), 0);
-    for slice in data::slices(examples.iter(), decoder.device()) {
-        let tokens = slice.tokens.len() as u64;
-        let mut pass = Some(Pass::enter(slice, rows, &context));
-        while let Some(under_way) = pass {
-            pass = under_way.advance(&context, &mut scores, grads);
+    for slice in slices {
+        let rows_before = rows;
+        rows += slice.tokens.len() as u64;
+        let mut pass = Pass::enter(slice, rows_before, &context);
+        loop {
+            pass = match pass.advance(&context, grads) {
+                Advanced::On(pass) => pass,
+                Advanced::Through(slice, found) => {
+                    scores.add(&slice.labels, &found);
+                    break;
+                }
+                Advanced::Scored(_) => unreachable!("its weights are known"),
+            };
         }
-        rows += tokens;
     }
-    scores.loss / scores.weight
+    scores.loss()
 }

@@ -4,10 +4,14 @@ use std::path::Path;
 
 use serde_json::Value;
 use tandem_backend::model::Decoder;
-use tandem_backend::train::data::DataPlan;
+use tandem_backend::train::data::{self, DataPlan, Slice};
+use tandem_backend::train::learner::{Learner, Update};
+use tandem_backend::train::pass::{Advanced, Context, Look, Pass};
 use tandem_backend::train::{Quantum, Trainer};
 use tandem_core::dataset::{self, Example};
 use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Schedule, StepReport, files};
+use tandem_kernels::adamw::AdamW;
+use tandem_kernels::loss::LogProbs;
 use tandem_kernels::weight::Precision;
 use tch::{Kind, Tensor};
 
@@ -90,6 +94,95 @@ fn five_full_steps_are_torchs() {
         max_difference(&logits[0], &logits[1]) > 0.1,
         "five steps changed nothing"
     );
+}
+
+/// What a client does that drives training call by call: passes whose weights come after their forward add up to the
+/// bits of passes whose weights are known, and a token that is wanted twice behind one row counts twice.
+#[test]
+fn weights_that_come_later_make_the_same_gradient() {
+    let fixture = Fixture::open("gqa_tied");
+    let decoder = fixture.decoder(Precision::F32);
+    let run = &fixture.numbers["lora_training"];
+    let Method::Lora(lora) = lora_job(run).spec.hyper.method else {
+        unreachable!("it trains an adapter")
+    };
+    let _no_grad = tch::no_grad_guard();
+    let mut learner = Learner::lora(lora, decoder.fit(), 3).expect("it starts");
+    let mut slices = data::slices(examples(&run["examples"]).iter(), tch::Device::Cpu);
+    slices.truncate(2);
+    let update = Update {
+        learning_rate: 1e-2,
+        adamw: AdamW {
+            beta1: 0.9,
+            beta2: 0.95,
+            epsilon: 1e-8,
+            weight_decay: 0.0,
+        },
+        max_grad_norm: 0.0,
+        step: 1,
+    };
+    // So that B is not zero.
+    through(&mut learner, &decoder, &slices[0], false);
+    learner.update(Some(&decoder), &update).expect("a step");
+
+    let mut gradient = |slices: &[Slice], is_later: bool| {
+        learner.forget_gradient();
+        let found: Vec<LogProbs> = slices
+            .iter()
+            .map(|slice| through(&mut learner, &decoder, slice, is_later))
+            .collect();
+        let (_, adapter, grads) = learner.parts_mut(Some(&decoder));
+        for (slice, found) in slices.iter().zip(&found) {
+            let mut look = Look::enter(slice, &decoder);
+            let looked = loop {
+                match look.advance(slice, &decoder, adapter) {
+                    Ok(found) => break found,
+                    Err(next) => look = next,
+                }
+            };
+            assert_eq!(looked.log_probs, found.log_probs);
+        }
+        grads.flat().copy()
+    };
+    let known = gradient(&slices, false);
+    assert!(known.abs().max().double_value(&[]) > 0.0);
+    assert_eq!(known, gradient(&slices, true));
+
+    let mut halves = slices.clone();
+    for slice in &mut halves {
+        let half = |&(row, token, weight): &data::Label| [(row, token, 0.5 * weight); 2];
+        slice.labels = slice.labels.iter().flat_map(half).collect();
+    }
+    let twice = gradient(&halves, true);
+    let far = max_difference(&twice, &known) / known.abs().max().double_value(&[]);
+    assert!(far < 1e-6, "{far}");
+}
+
+/// Forward and back; adds to the gradient.
+fn through(learner: &mut Learner, decoder: &Decoder, slice: &Slice, is_later: bool) -> LogProbs {
+    let (decoder, adapter, grads) = learner.parts_mut(Some(decoder));
+    let context = Context {
+        decoder,
+        adapter,
+        dropout: None,
+        // The second slice's layers run again.
+        keep_bytes: (4 * decoder.saved_numbers() * slice.tokens.len()) as i64 - i64::from(is_later),
+    };
+    let mut pass = match is_later {
+        false => Pass::enter(slice.clone(), 0, &context),
+        true => Pass::enter_to_be_weighed(slice.clone(), 0, &context),
+    };
+    loop {
+        pass = match pass.advance(&context, grads) {
+            Advanced::On(pass) => pass,
+            Advanced::Scored(scored) => {
+                let labels = &scored.slice().labels;
+                let dlogp: Vec<f32> = labels.iter().map(|&(_, _, weight)| -weight).collect();
+                scored.weighed(&dlogp)
+            }
+            Advanced::Through(_, found) => return found,
+        };
+    }
 }
 
 fn compare_steps(who: &str, run: &Value, job: &Job, reports: &[StepReport]) -> Table {

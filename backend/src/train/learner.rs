@@ -1,0 +1,276 @@
+//! The numbers that are trained, with their gradient and AdamW's moments: an adapter beside the served base, or every
+//! parameter of a decoder of its own. A fine-tune job has one ([`super::Trainer`]); so may a client that drives training
+//! call by call:
+//!
+//! ```text
+//! let mut learner = Learner::lora(lora, decoder.fit(), seed)?;        // or Learner::resume on numbers kept before
+//! learner.forget_gradient();
+//! for each call { let (decoder, adapter, grads) = learner.parts_mut(base); .. passes add to `grads` .. }
+//! let grad_norm = learner.update(base, &Update { .. })?;              // sums over ranks, clips, steps, repacks
+//! learner.forget_gradient();                                          // the update leaves it as it was
+//! ```
+//!
+//! Not here: what the gradient is of (pass, objective), files (snapshot, state).
+
+use tandem_core::job::Lora;
+use tandem_kernels::adamw::{self, AdamW};
+use tandem_kernels::finite;
+use tch::{Device, Kind, Tensor};
+
+use super::TrainError;
+use crate::family::DecoderSpec;
+use crate::lora::adapter::Adapter;
+use crate::lora::fit::Fit;
+use crate::lora::params::{AdapterParams, AdapterShape};
+use crate::model::full::{self, FullParams};
+use crate::model::{Decoder, Grads};
+
+pub struct Learner {
+    subject: Subject,
+    grads: Grads,
+    moment1: Tensor,
+    moment2: Tensor,
+}
+
+/// What is trained.
+enum Subject {
+    /// The base is the served decoder, handed in with each call.
+    Lora {
+        lora: Lora,
+        params: AdapterParams,
+        /// What the forward reads.
+        adapter: Adapter,
+        fit: Box<Fit>,
+    },
+    /// A decoder of its own.
+    Full {
+        params: FullParams,
+        decoder: Box<Decoder>,
+    },
+}
+
+/// One optimizer step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Update {
+    pub learning_rate: f64,
+    /// Norms and biases of a model do not decay, whatever it says; an adapter decays whole.
+    pub adamw: AdamW,
+    /// 0: no clipping.
+    pub max_grad_norm: f64,
+    /// The updates of this learner with this one, from 1: for the corrections of the moments.
+    pub step: u64,
+}
+
+/// Why an update was not what it should be.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Unusable {
+    /// Nothing was changed.
+    GradNorm(f64),
+    /// The numbers are infinite or NaN now.
+    Numbers,
+}
+
+/// An adapter as a learner has it, and what is needed to write and pack it elsewhere.
+pub struct LoraView<'a> {
+    pub lora: &'a Lora,
+    pub params: &'a AdapterParams,
+    pub fit: &'a Fit,
+}
+
+impl Learner {
+    /// A new adapter: A drawn by `seed`, B zero.
+    pub fn lora(lora: Lora, fit: Fit, seed: u64) -> Result<Learner, TrainError> {
+        let shape = AdapterShape::new(&fit.spec, &lora);
+        if shape.is_empty() {
+            let message = format!(
+                "no module to train: {:?} are asked, {:?} exist",
+                lora.target_modules,
+                fit.spec.lora_targets()
+            );
+            return Err(TrainError::Data(message));
+        }
+        let params = AdapterParams::init(shape, seed);
+        let adapter = fit.pack(&params)?;
+        let grads = Grads::Lora(AdapterParams::zeros(params.shape.clone()));
+        let subject = Subject::Lora {
+            lora,
+            params,
+            adapter,
+            fit: Box::new(fit),
+        };
+        Ok(Learner::new(subject, grads))
+    }
+
+    /// Every parameter of a model, in float32.
+    pub fn full(spec: DecoderSpec, params: FullParams) -> Result<Learner, TrainError> {
+        let precision = tandem_kernels::weight::Precision::F32;
+        let decoder = Box::new(Decoder::from_params(spec, &params, precision)?);
+        let grads = Grads::Full(FullParams::zeros(params.shape.clone()));
+        Ok(Learner::new(Subject::Full { params, decoder }, grads))
+    }
+
+    fn new(subject: Subject, grads: Grads) -> Learner {
+        Learner {
+            moment1: grads.flat().zeros_like(),
+            moment2: grads.flat().zeros_like(),
+            subject,
+            grads,
+        }
+    }
+
+    /// Goes on with numbers and moments that were kept, `[P]` each.
+    pub fn resume(&mut self, params: &Tensor, moment1: &Tensor, moment2: &Tensor) -> Result<(), TrainError> {
+        if params.numel() as u64 != self.len() {
+            let (there, here) = (params.numel(), self.len());
+            return Err(TrainError::State(format!(
+                "its state has {there} numbers, this model makes it {here}"
+            )));
+        }
+        self.flat().copy_(params);
+        self.moment1.copy_(moment1);
+        self.moment2.copy_(moment2);
+        self.repack();
+        Ok(())
+    }
+
+    /// Numbers that are trained.
+    pub fn len(&self) -> u64 {
+        self.grads.flat().numel() as u64
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The numbers, `[P]` float32 on the CPU, shared storage.
+    pub fn flat(&self) -> Tensor {
+        match &self.subject {
+            Subject::Lora { params, .. } => params.flat.shallow_clone(),
+            Subject::Full { params, .. } => params.flat.shallow_clone(),
+        }
+    }
+
+    /// The first and the second moment, as the numbers.
+    pub fn moments(&self) -> [Tensor; 2] {
+        [&self.moment1, &self.moment2].map(Tensor::shallow_clone)
+    }
+
+    /// Where the passes run.
+    pub fn device(&self) -> Device {
+        match &self.subject {
+            Subject::Lora { fit, .. } => fit.device,
+            Subject::Full { decoder, .. } => decoder.device(),
+        }
+    }
+
+    pub fn spec(&self) -> &DecoderSpec {
+        match &self.subject {
+            Subject::Lora { fit, .. } => &fit.spec,
+            Subject::Full { decoder, .. } => &decoder.spec,
+        }
+    }
+
+    /// `None` where every parameter is trained.
+    pub fn as_lora(&self) -> Option<LoraView<'_>> {
+        match &self.subject {
+            Subject::Lora {
+                lora, params, fit, ..
+            } => Some(LoraView { lora, params, fit }),
+            Subject::Full { .. } => None,
+        }
+    }
+
+    /// What runs: the decoder, and the adapter as it is now. `base`: the decoder that serves, which an adapter needs.
+    pub fn parts<'a>(&'a self, base: Option<&'a Decoder>) -> (&'a Decoder, Option<&'a Adapter>) {
+        parts(&self.subject, base)
+    }
+
+    /// The same, and where passes add their gradient.
+    pub fn parts_mut<'a>(
+        &'a mut self,
+        base: Option<&'a Decoder>,
+    ) -> (&'a Decoder, Option<&'a Adapter>, &'a mut Grads) {
+        let (decoder, adapter) = parts(&self.subject, base);
+        (decoder, adapter, &mut self.grads)
+    }
+
+    pub fn forget_gradient(&mut self) {
+        let _ = self.grads.flat().shallow_clone().zero_();
+    }
+
+    /// Sums the gradient over ranks, clips it, takes an AdamW step, and has the forward read the new numbers. The norm of
+    /// the gradient before clipping.
+    pub fn update(&mut self, base: Option<&Decoder>, update: &Update) -> Result<f64, Unusable> {
+        let &Update {
+            learning_rate,
+            adamw,
+            max_grad_norm,
+            step,
+        } = update;
+        if let Some(base) = base {
+            base.sum_over_ranks(self.grads.flat());
+        }
+        let norm = adamw::global_norm(self.grads.flat());
+        if !norm.is_finite() {
+            return Err(Unusable::GradNorm(norm));
+        }
+        if max_grad_norm > 0.0 && norm > max_grad_norm {
+            // torch.nn.utils.clip_grad_norm_
+            adamw::scale(self.grads.flat(), max_grad_norm / (norm + 1e-6));
+        }
+        let ranges = match &self.subject {
+            Subject::Lora { params, .. } => vec![(0..params.shape.len(), adamw.weight_decay)],
+            Subject::Full { params, .. } => {
+                let decay = |id| if full::decays(id) { adamw.weight_decay } else { 0.0 };
+                params
+                    .shape
+                    .ranges()
+                    .map(|(id, range)| (range, decay(id)))
+                    .collect()
+            }
+        };
+        for (range, weight_decay) in ranges {
+            let part = |tensor: &Tensor| tensor.narrow(0, range.start, range.end - range.start);
+            AdamW {
+                weight_decay,
+                ..adamw
+            }
+            .step(
+                &part(&self.flat()),
+                &part(self.grads.flat()),
+                &part(&self.moment1),
+                &part(&self.moment2),
+                learning_rate,
+                step,
+            );
+        }
+        self.repack();
+        match finite::all(&self.flat()) {
+            true => Ok(norm),
+            false => Err(Unusable::Numbers),
+        }
+    }
+
+    /// The forward reads packed copies: bring them up to date.
+    fn repack(&mut self) {
+        match &mut self.subject {
+            Subject::Lora { params, adapter, .. } => adapter.update(params),
+            Subject::Full { params, decoder } => decoder.update_full(params),
+        }
+    }
+
+    /// The bytes of the trained model's model.safetensors, where every parameter is trained.
+    pub fn full_weights(&self, kind: Kind) -> Option<Vec<u8>> {
+        match &self.subject {
+            Subject::Full { params, .. } => Some(params.serialise(kind)),
+            Subject::Lora { .. } => None,
+        }
+    }
+}
+
+fn parts<'a>(subject: &'a Subject, base: Option<&'a Decoder>) -> (&'a Decoder, Option<&'a Adapter>) {
+    match subject {
+        Subject::Lora { adapter, .. } => (base.expect("LoRA trains beside a base"), Some(adapter)),
+        Subject::Full { decoder, .. } => (decoder, None),
+    }
+}
