@@ -13,7 +13,7 @@ use crate::tools::{
 };
 use crate::usage::{StreamOptions, Usage};
 
-#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
 #[schema(example = json!({"model": "tandem-demo", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64}))]
 pub struct ChatRequest {
     pub model: String,
@@ -98,7 +98,7 @@ pub struct ChatRequest {
     pub modalities: Option<Vec<String>>,
 }
 
-#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
 pub struct ChatMessage {
     /// `system`, `developer`, `user`, `assistant` or `tool`, or the older `function`
     pub role: String,

@@ -1,4 +1,4 @@
-//! The error body, the same for every route and status.
+//! The error body, the same for every route and status, but for the routes of other APIs than OpenAI's.
 
 use std::collections::BTreeMap;
 
@@ -50,18 +50,31 @@ const STATUSES: [(&str, &str); 11] = [
 
 impl IntoResponses for Errors {
     fn responses() -> BTreeMap<String, RefOr<Response>> {
-        let response = |description: &str| {
-            let body = ContentBuilder::new()
-                .schema(Some(Ref::from_schema_name("ErrorResponse")))
-                .build();
-            ResponseBuilder::new()
-                .description(description)
-                .content("application/json", body)
-                .build()
-        };
-        STATUSES
-            .iter()
-            .map(|(status, text)| ((*status).to_owned(), RefOr::T(response(text))))
-            .collect()
+        all_with("ErrorResponse")
     }
+}
+
+/// The same in Anthropic's shape.
+pub struct AnthropicErrors;
+
+impl IntoResponses for AnthropicErrors {
+    fn responses() -> BTreeMap<String, RefOr<Response>> {
+        all_with("AnthropicError")
+    }
+}
+
+fn all_with(schema: &str) -> BTreeMap<String, RefOr<Response>> {
+    let response = |description: &str| {
+        let body = ContentBuilder::new()
+            .schema(Some(Ref::from_schema_name(schema)))
+            .build();
+        ResponseBuilder::new()
+            .description(description)
+            .content("application/json", body)
+            .build()
+    };
+    STATUSES
+        .iter()
+        .map(|(status, text)| ((*status).to_owned(), RefOr::T(response(text))))
+        .collect()
 }

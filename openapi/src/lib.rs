@@ -10,6 +10,7 @@ pub mod error;
 pub mod files;
 pub mod fine_tunes;
 pub mod fine_tuning;
+pub mod messages;
 pub mod models;
 pub mod server;
 pub mod structured;

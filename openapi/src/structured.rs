@@ -22,7 +22,7 @@ pub struct ResponseFormat {
     pub triggers: Option<Vec<String>>,
 }
 
-#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
 pub struct NamedSchema {
     /// For the sender's own books, as the description.
     pub name: Option<String>,

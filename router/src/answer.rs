@@ -12,7 +12,7 @@ use tandem_text::tools::{self, Choice, Reader, Reading, Tool, ToolFormat};
 use tandem_text::{Skip, Tokenizer};
 
 use crate::Router;
-use crate::api::{Answer, Constraint, Form, RouterError, ToolChoice};
+use crate::api::{Answer, Constraint, Form, Reasoning, RouterError, ToolChoice};
 
 /// Tokens at the end of a prompt that say whether it opened reasoning.
 const TAIL: usize = 16;
@@ -73,6 +73,15 @@ impl Router {
     /// Which ids calls must have.
     pub fn call_ids(&self) -> CallIds {
         self.0.formats.call_ids
+    }
+
+    pub fn reasoning(&self) -> Reasoning {
+        let template = self.tokenizer().chat_template(&Kwargs::new());
+        match (template, self.config().reasoning_format) {
+            (Ok(template), _) if template.switches_thinking() => Reasoning::Switched,
+            (_, Some(_)) => Reasoning::Always,
+            (_, None) => Reasoning::None,
+        }
     }
 
     /// Of an answer to `prompt`: how it is read, and what it must be.

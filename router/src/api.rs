@@ -137,6 +137,16 @@ pub enum ToolChoice {
     Named(String),
 }
 
+/// Whether the model reasons before it answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reasoning {
+    /// As far as is known.
+    None,
+    Always,
+    /// Its chat template has a variable that says so: `enable_thinking`.
+    Switched,
+}
+
 /// A grammar, and the field that asked for it.
 #[derive(Clone, Debug)]
 pub struct Constraint {
@@ -191,6 +201,8 @@ pub enum What {
     },
     Finished {
         reason: Finish,
+        /// The one of `Call::stop` that ended it.
+        stop_string: Option<String>,
         completion_tokens: u32,
         cached_tokens: u32,
     },

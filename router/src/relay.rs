@@ -134,11 +134,12 @@ impl Choice {
                     };
                     self.completion_tokens += 1;
                     tokens.push(relay.name(scored));
-                    if self.pass(relay, &new, &mut text) {
+                    if let Some(stop) = self.pass(relay, &new, &mut text) {
                         end = Some((
                             State::Cut,
                             What::Finished {
                                 reason: Finish::Stop,
+                                stop_string: Some(stop),
                                 completion_tokens: self.completion_tokens,
                                 // Only the end of a sequence says it, and this one is cut before its end.
                                 cached_tokens: 0,
@@ -153,12 +154,12 @@ impl Choice {
                 } => {
                     let rest = self.path.text.flush();
                     let stopped = self.pass(relay, &rest, &mut text);
-                    if !stopped {
+                    if stopped.is_none() {
                         text.push_str(&self.path.stops.flush());
                     }
                     let reason = match reason {
                         FinishReason::Stop(_) | FinishReason::Complete => Finish::Stop,
-                        FinishReason::Length if stopped => Finish::Stop,
+                        FinishReason::Length if stopped.is_some() => Finish::Stop,
                         FinishReason::Length => Finish::Length,
                     };
                     let completion_tokens = self.completion_tokens;
@@ -166,6 +167,7 @@ impl Choice {
                         State::Ended,
                         What::Finished {
                             reason,
+                            stop_string: stopped,
                             completion_tokens,
                             cached_tokens,
                         },
@@ -178,21 +180,27 @@ impl Choice {
                 }
             }
         }
-        let mut delta = self.read(&text, end.is_some());
-        if relay.one_call && delta.calls.iter().any(|call| call.index > 0) {
-            delta.calls.retain(|call| call.index == 0);
+        let mut deltas = self.read(&text, end.is_some());
+        let second = |delta: &Delta| delta.calls.iter().any(|call| call.index > 0);
+        if let Some(last) = deltas.iter().position(second).filter(|_| relay.one_call) {
+            deltas.truncate(last + 1);
+            deltas[last].calls.retain(|call| call.index == 0);
             end.get_or_insert_with(|| {
                 let last = What::Finished {
                     reason: Finish::Calls,
+                    stop_string: None,
                     completion_tokens: self.completion_tokens,
                     cached_tokens: 0,
                 };
                 (State::Cut, last)
             });
         }
-        self.has_calls |= !delta.calls.is_empty();
-        if !delta.is_empty() || !tokens.is_empty() {
-            pieces.push(What::Text { text: delta, tokens });
+        self.has_calls |= deltas.iter().any(|delta| !delta.calls.is_empty());
+        // The tokens go with the last of what they say.
+        let last = deltas.pop().unwrap_or_default();
+        pieces.extend(deltas.into_iter().map(|text| What::Text { text, tokens: vec![] }));
+        if !last.is_empty() || !tokens.is_empty() {
+            pieces.push(What::Text { text: last, tokens });
         }
         match end {
             None => State::Running,
@@ -210,41 +218,34 @@ impl Choice {
     }
 
     /// `is_over`: no more comes.
-    fn read(&mut self, text: &str, is_over: bool) -> Delta {
+    fn read(&mut self, text: &str, is_over: bool) -> Vec<Delta> {
         let Some(reader) = &mut self.path.reader else {
-            return Delta {
+            return vec![Delta {
                 content: text.to_owned(),
                 ..Delta::default()
-            };
+            }];
         };
-        let mut delta = reader.push(text);
+        let mut deltas = reader.push(text);
         if is_over {
-            let Delta {
-                reasoning,
-                content,
-                calls,
-            } = reader.finish();
-            delta.reasoning.push_str(&reasoning);
-            delta.content.push_str(&content);
-            delta.calls.extend(calls);
+            deltas.extend(reader.finish());
         }
-        delta
+        deltas
     }
 
-    /// Move what may be shown to `out`. Whether a stop string ended it.
-    fn pass(&mut self, relay: &Relay, new: &str, out: &mut String) -> bool {
+    /// Move what may be shown to `out`. The stop string that ended it.
+    fn pass(&mut self, relay: &Relay, new: &str, out: &mut String) -> Option<String> {
         if self.completion_tokens < relay.order.sampling.min_tokens() {
             out.push_str(new);
-            return false;
+            return None;
         }
         match self.path.stops.push(new) {
             Passed::Text(text) => {
                 out.push_str(&text);
-                false
+                None
             }
-            Passed::Stopped { text, .. } => {
+            Passed::Stopped { text, stop } => {
                 out.push_str(&text);
-                true
+                Some(stop)
             }
         }
     }

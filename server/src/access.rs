@@ -49,6 +49,8 @@ pub const TABLE: &[Row] = &[
     ("GET", "/metrics", ADMIN, None),
     ("POST", "/v1/chat/completions", INFER, None),
     ("POST", "/v1/completions", INFER, None),
+    ("POST", "/v1/messages", INFER, None),
+    ("POST", "/v1/messages/count_tokens", INFER, None),
     ("POST", "/tokenize", INFER, None),
     ("POST", "/detokenize", INFER, None),
     ("GET", "/tokenizer_info", INFER, None),
@@ -223,6 +225,8 @@ mod tests {
             let asks = [
                 "/v1/chat/completions",
                 "/v1/completions",
+                "/v1/messages",
+                "/v1/messages/count_tokens",
                 "/tokenize",
                 "/detokenize",
             ]

@@ -23,6 +23,7 @@ use crate::access::{self, Gate};
 use crate::audit::Audit;
 use crate::convert::fine_tuning;
 use crate::convert::sampling::Limits;
+use crate::dialect;
 use crate::fields::Strays;
 use crate::http;
 use crate::keys::Ring;
@@ -88,7 +89,11 @@ pub fn now() -> i64 {
 #[derive(OpenApi)]
 #[openapi(
     info(title = "Tandem", description = "Serves a language model and fine-tunes it in tandem."),
-    components(schemas(ErrorResponse, tandem_openapi::chat::ChatChunk)),
+    components(schemas(
+        ErrorResponse,
+        tandem_openapi::chat::ChatChunk,
+        tandem_openapi::messages::AnthropicError
+    )),
     modifiers(&Key),
     security((), ("key" = [])),
 )]
@@ -110,10 +115,14 @@ impl Modify for Key {
 }
 
 fn documented() -> OpenApiRouter<App> {
-    use http::{adapters, chat, completions, files, fine_tunes, fine_tuning, models, server, tokenize};
+    use http::{
+        adapters, chat, completions, files, fine_tunes, fine_tuning, messages, models, server, tokenize,
+    };
     OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(chat::create))
         .routes(routes!(completions::create))
+        .routes(routes!(messages::create))
+        .routes(routes!(messages::count_tokens))
         .routes(routes!(models::list))
         .routes(routes!(models::retrieve, models::delete))
         .routes(routes!(files::list, files::create))
@@ -217,6 +226,7 @@ pub fn routes(app: App, access: Access, body_patience: Duration) -> Routes {
         .layer(cors)
         .layer(CatchPanicLayer::custom(layers::panicked))
         .layer(from_fn_with_state(body_patience, unread::drain))
+        .layer(from_fn(dialect::translate))
         .layer(from_fn(layers::request_id))
 }
 
@@ -264,6 +274,6 @@ mod tests {
             assert_eq!(strays(name, example.to_string().as_bytes()), [], "{name}");
             bodies += 1;
         }
-        assert_eq!(bodies, 8);
+        assert_eq!(bodies, 10);
     }
 }

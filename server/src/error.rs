@@ -96,6 +96,31 @@ pub fn invalid(param: impl Into<String>, message: impl Into<String>) -> ApiError
     }
 }
 
+impl ApiError {
+    /// In the words of an API that chat answers under other names: each `(chat's, its)` is replaced, in the field's path and in
+    /// the text.
+    pub fn in_words(mut self, words: &[(&str, &str)]) -> ApiError {
+        let say = |text: &mut String| {
+            for (ours, theirs) in words {
+                *text = text.replace(ours, theirs);
+            }
+        };
+        match &mut self {
+            ApiError::Invalid { param, message, .. }
+            | ApiError::Router(RouterError::Invalid { param, message, .. }) => {
+                param.iter_mut().for_each(say);
+                say(message);
+            }
+            ApiError::NotBuilt { param, hint } => {
+                say(param);
+                say(hint);
+            }
+            _ => {}
+        }
+        self
+    }
+}
+
 /// Why no more of a body could be read.
 pub fn unreadable(error: &(dyn std::error::Error + 'static)) -> ApiError {
     let mut cause = Some(error);
@@ -316,6 +341,10 @@ impl ApiError {
         }
     }
 
+    pub fn status(&self) -> StatusCode {
+        self.answer().status
+    }
+
     /// What a stream sends when it cannot go on.
     pub fn body(&self) -> ErrorResponse {
         let Answer {
@@ -348,7 +377,10 @@ impl ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let Answer { status, retry, .. } = self.answer();
-        let mut response = (status, Json(self.body())).into_response();
+        let body = self.body();
+        let mut response = (status, Json(&body)).into_response();
+        // Some routes speak another dialect.
+        response.extensions_mut().insert(body.error);
         let headers = response.headers_mut();
         match retry {
             Retry::AsStatusSays => {}

@@ -3,6 +3,8 @@
 
 use std::hash::{BuildHasher, RandomState};
 
+use tandem_text::chat::CallIds;
+
 /// `prefix` and 24 characters of base 36. Unique, not secret.
 pub fn fresh(prefix: &str) -> String {
     const DIGITS: &[u8; 36] = b"0123456789abcdefghijklmnopqrstuvwxyz";
@@ -17,6 +19,14 @@ pub fn fresh(prefix: &str) -> String {
         }
     }
     id
+}
+
+/// Of a tool call: as the model's chat template takes it back.
+pub fn of_call(prefix: &str, ids: CallIds) -> String {
+    match ids {
+        CallIds::Any => fresh(prefix),
+        CallIds::NineCharacters => fresh("").split_off(15),
+    }
 }
 
 #[cfg(test)]

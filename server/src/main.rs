@@ -9,6 +9,7 @@ mod config;
 mod connection;
 mod convert;
 mod demo;
+mod dialect;
 mod doctor;
 mod error;
 mod exit;

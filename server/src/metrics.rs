@@ -435,6 +435,7 @@ mod tests {
         let mut meter = Meter::new(metrics.clone(), Some("a".to_owned()), 2);
         let finished = What::Finished {
             reason: Finish::Length,
+            stop_string: None,
             completion_tokens: 1,
             cached_tokens: 0,
         };

@@ -79,6 +79,14 @@ pub fn event(out: &mut Vec<u8>, data: &impl Serialize) {
     out.extend_from_slice(b"\n\n");
 }
 
+/// One event with a name, as Anthropic's API and the Responses API have them.
+pub fn named(out: &mut Vec<u8>, name: &str, data: &impl Serialize) {
+    out.extend_from_slice(b"event: ");
+    out.extend_from_slice(name.as_bytes());
+    out.push(b'\n');
+    event(out, data);
+}
+
 /// The status is sent; all that is left is to say it in the stream, where OpenAI's clients raise it.
 pub fn error(out: &mut Vec<u8>, error: &ApiError) {
     event(out, &error.body());

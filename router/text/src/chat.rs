@@ -159,6 +159,11 @@ impl ChatTemplate {
         self.variables.contains(TOOLS)
     }
 
+    /// Whether it has a variable that turns thinking on and off.
+    pub fn switches_thinking(&self) -> bool {
+        self.variables.contains(ENABLE_THINKING)
+    }
+
     pub fn render(&self, messages: &[Message], ending: Ending, kwargs: &Kwargs) -> Result<String, TextError> {
         if let Some(name) = RESERVED.into_iter().find(|name| kwargs.contains_key(*name)) {
             return Err(TextError::Refused(format!(

@@ -7,12 +7,14 @@ pub mod files;
 pub mod fine_tunes;
 pub mod fine_tuning;
 pub mod jobs;
+pub mod messages;
 pub mod models;
 pub mod refuse;
 pub mod sampling;
 pub mod structured;
 pub mod tokens;
 pub mod tools;
+pub mod turns;
 
 use crate::error::{ApiError, invalid};
 

@@ -7,6 +7,7 @@ use tandem_openapi::chat::ChatRequest;
 use tandem_openapi::completions::CompletionRequest;
 use tandem_openapi::fine_tunes::CreateFineTune;
 use tandem_openapi::fine_tuning::CreateJob;
+use tandem_openapi::messages::{CountTokensRequest, MessagesRequest};
 use tandem_openapi::tokenize::{DetokenizeRequest, TokenizeRequest};
 
 use crate::extract::Body;
@@ -20,6 +21,16 @@ impl Body for ChatRequest {
 impl Body for CompletionRequest {
     const SCHEMA: &'static str = "CompletionRequest";
     const RULES: Option<&'static [&'static [Rule]]> = Some(&[EVERYWHERE, SAMPLING, COMPLETIONS]);
+}
+
+impl Body for MessagesRequest {
+    const SCHEMA: &'static str = "MessagesRequest";
+    const RULES: Option<&'static [&'static [Rule]]> = Some(&[ANTHROPIC, EVERYWHERE, SAMPLING]);
+}
+
+impl Body for CountTokensRequest {
+    const SCHEMA: &'static str = "CountTokensRequest";
+    const RULES: Option<&'static [&'static [Rule]]> = Some(&[ANTHROPIC, COUNT, EVERYWHERE]);
 }
 
 impl Body for TokenizeRequest {
@@ -110,6 +121,10 @@ fn disabled(value: &Given) -> bool {
 
 fn plain(value: &Given) -> bool {
     matches!(value, Given::Text(text) if text == "text" || text == "message")
+}
+
+fn standard(value: &Given) -> bool {
+    matches!(value, Given::Text(text) if text == "standard")
 }
 
 fn medium(value: &Given) -> bool {
@@ -411,6 +426,91 @@ const COMPLETIONS: &[Rule] = &[
         nothing,
         "put it into the prompt, or use POST /v1/chat/completions",
     ),
+];
+
+/// Anthropic's, of /v1/messages and /v1/messages/count_tokens.
+const ANTHROPIC: &[Rule] = &[
+    // The prefix cache needs no hints.
+    harmless("cache_control"),
+    harmless("system[].cache_control"),
+    harmless("messages[].content[].cache_control"),
+    harmless("messages[].content[].content[].cache_control"),
+    harmless("tools[].cache_control"),
+    // Where the sender runs, and how its answers are found to differ.
+    harmless("inference_geo"),
+    harmless("diagnostics"),
+    harmless("user_profile_id"),
+    harmless("workspace_id"),
+    // What an answer's blocks had, when they come back.
+    refused(
+        "messages[].content[].citations",
+        nothing,
+        "put them into the text",
+    ),
+    refused("system[].citations", nothing, "put them into the text"),
+    refused(
+        "messages[].content[].source",
+        nothing,
+        "images and documents are not understood, only text",
+    ),
+    harmless("messages[].content[].caller"),
+    refused("messages[].content[].toolset_name", nothing, ""),
+    // Arguments come as they are written.
+    harmless("tools[].eager_input_streaming"),
+    refused(
+        "tools[].defer_loading",
+        nothing,
+        "offer the tools that the model may need",
+    ),
+    refused("tools[].allowed_callers", nothing, "only the model calls"),
+    refused("tools[].input_examples", nothing, "put them into description"),
+    refused("tools[].parameters", never, "it is called input_schema here"),
+    refused(
+        "tools[].function",
+        never,
+        "name, description and input_schema stand in the tool itself",
+    ),
+    refused("tool_choice.function", never, "use name"),
+    refused("container", nothing, ""),
+    refused(
+        "mcp_servers",
+        nothing,
+        "call the servers yourself, and offer what they do as tools",
+    ),
+    refused(
+        "context_management",
+        nothing,
+        "send the messages that are to be read",
+    ),
+    refused("output_format", nothing, "use output_config.format"),
+    refused("task_budget", never, "use max_tokens"),
+    refused("output_config.task_budget", never, "use max_tokens"),
+    refused("speed", standard, "there is one speed"),
+    refused("stop", nothing, "use stop_sequences"),
+    refused("n", one, "send the request again"),
+    refused("max_completion_tokens", never, MAX_TOKENS),
+    refused("response_format", nothing, "use output_config.format"),
+    refused("reasoning_effort", nothing, "use output_config.effort"),
+    refused(
+        "parallel_tool_calls",
+        yes,
+        "use tool_choice.disable_parallel_tool_use",
+    ),
+    refused("prompt", nothing, "use messages"),
+    refused("betas", nothing, "what is built needs no header"),
+    refused("anthropic_beta", nothing, "what is built needs no header"),
+    // Of the body where the API is another cloud's.
+    harmless("anthropic_version"),
+];
+
+/// Of a prompt that is only counted.
+const COUNT: &[Rule] = &[
+    harmless("max_tokens"),
+    harmless("stream"),
+    harmless("temperature"),
+    harmless("top_p"),
+    harmless("top_k"),
+    harmless("stop_sequences"),
 ];
 
 const TOKENIZE: &[Rule] = &[

@@ -95,10 +95,7 @@ struct Show {
 
 impl Show {
     fn call_id(self) -> String {
-        match self.call_ids {
-            CallIds::Any => id::fresh("call_"),
-            CallIds::NineCharacters => id::fresh("").split_off(15),
-        }
+        id::of_call("call_", self.call_ids)
     }
 
     /// A call of the function that was named ends with `stop`, as OpenAI's and vLLM's do.

@@ -238,6 +238,7 @@ pub async fn gather(feed: &mut Feed, n: u32) -> Result<Vec<Gathered>, ApiError> 
                     reason,
                     completion_tokens,
                     cached_tokens,
+                    stop_string: _,
                 } => {
                     one.finish = Some(reason);
                     (one.completion_tokens, one.cached_tokens) = (completion_tokens, cached_tokens);

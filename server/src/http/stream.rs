@@ -1,5 +1,5 @@
-//! A streamed answer: pieces in, chunks out, then usage and `[DONE]`. What a chunk's choice looks like is the caller's
-//! [`Choices`]. Not here: admission.
+//! A streamed answer: pieces in, frames out. Each API has its [`Writer`]; chat and completions share one, whose chunks end with
+//! usage and `[DONE]`, and what a chunk's choice looks like is the caller's [`Choices`]. Not here: admission.
 
 use std::time::Duration;
 
@@ -17,6 +17,21 @@ use crate::sse::{self, Envelope, UsageKey};
 /// How long a stream's status waits for its first piece. Clients and proxies give up on a silent connection.
 const FIRST_PIECE: Duration = Duration::from_millis(500);
 
+/// How an API writes a stream. `usage` is what has been generated so far.
+pub trait Writer: Send + 'static {
+    /// Before the first piece.
+    fn begin(&mut self, _usage: Usage, _out: &mut Vec<u8>) {}
+
+    /// Failures do not come here.
+    fn show(&mut self, piece: Placed, usage: Usage, out: &mut Vec<u8>);
+
+    /// Every choice has ended.
+    fn end(&mut self, usage: Usage, out: &mut Vec<u8>) -> impl Future<Output = ()> + Send;
+
+    /// In place of the end.
+    fn fail(&mut self, error: &ApiError, usage: Usage, out: &mut Vec<u8>);
+}
+
 /// Chat's and completions' way to show a piece.
 pub trait Choices: Send + 'static {
     /// Writes none, one or several chunks. Failures do not come here.
@@ -27,12 +42,41 @@ pub trait Choices: Send + 'static {
 pub struct Sink<'a> {
     envelope: &'a Envelope,
     usage: Option<Usage>,
-    out: Vec<u8>,
+    out: &'a mut Vec<u8>,
 }
 
 impl Sink<'_> {
     pub fn choice(&mut self, choice: &impl Serialize) {
-        self.envelope.choice(&mut self.out, choice, self.usage);
+        self.envelope.choice(self.out, choice, self.usage);
+    }
+}
+
+struct Chunks<C> {
+    envelope: Envelope,
+    usage: StreamUsage,
+    choices: C,
+}
+
+impl<C: Choices> Writer for Chunks<C> {
+    fn show(&mut self, piece: Placed, usage: Usage, out: &mut Vec<u8>) {
+        let mut sink = Sink {
+            envelope: &self.envelope,
+            usage: (self.usage == StreamUsage::Every).then_some(usage),
+            out,
+        };
+        self.choices.show(piece, &mut sink);
+    }
+
+    async fn end(&mut self, usage: Usage, out: &mut Vec<u8>) {
+        if self.usage != StreamUsage::None {
+            self.envelope.usage(out, usage);
+        }
+        out.extend_from_slice(sse::DONE);
+    }
+
+    fn fail(&mut self, error: &ApiError, _usage: Usage, out: &mut Vec<u8>) {
+        sse::error(out, error);
+        out.extend_from_slice(sse::DONE);
     }
 }
 
@@ -66,30 +110,43 @@ enum FirstChoice {
     No,
 }
 
-struct Stream<C> {
+struct Stream<W> {
     feed: Feed,
     news: Vec<Placed>,
-    choices: C,
-    envelope: Envelope,
-    usage: StreamUsage,
+    writer: W,
     tally: Tally,
     state: State,
 }
 
 #[derive(PartialEq, Eq)]
 enum State {
+    Starting,
     Running,
     Over,
 }
 
-/// `chunk` is the envelope without choices. The status waits a moment for the first piece: what fails before it is an
-/// error like any other, with its own status.
+/// Chunks: `chunk` is the envelope without choices.
 pub async fn respond(
     admitted: Admitted,
     chunk: &impl Serialize,
     usage: StreamUsage,
     choices: impl Choices,
 ) -> Result<Response, ApiError> {
+    let key = match usage {
+        StreamUsage::None => UsageKey::Absent,
+        StreamUsage::Last | StreamUsage::Every => UsageKey::Present,
+    };
+    let envelope = Envelope::new(chunk, key);
+    let chunks = Chunks {
+        envelope,
+        usage,
+        choices,
+    };
+    run(admitted, chunks).await
+}
+
+/// The status waits a moment for the first piece: what fails before it is an error like any other, with its own status.
+pub async fn run(admitted: Admitted, writer: impl Writer) -> Result<Response, ApiError> {
     let Admitted {
         identity,
         prompts,
@@ -108,24 +165,17 @@ pub async fn respond(
     {
         return Err(ApiError::Router(RouterError::Engine(fault.clone())));
     }
-    let key = match usage {
-        StreamUsage::None => UsageKey::Absent,
-        StreamUsage::Last | StreamUsage::Every => UsageKey::Present,
-    };
     let tally = Tally {
         prompt_tokens: prompts.iter().map(|prompt| prompt.len() as u64).sum(),
         completion_tokens: 0,
         cached_tokens: 0,
     };
-    let envelope = Envelope::new(chunk, key);
     let stream = Stream {
         feed,
         news,
-        choices,
-        envelope,
-        usage,
+        writer,
         tally,
-        state: State::Running,
+        state: State::Starting,
     };
     let frames = futures::stream::unfold(stream, |mut stream| async move {
         Some((stream.frame().await?, stream))
@@ -135,42 +185,40 @@ pub async fn respond(
     Ok(response)
 }
 
-impl<C: Choices> Stream<C> {
+impl<W: Writer> Stream<W> {
     /// All that is ready, as one write.
     async fn frame(&mut self) -> Option<Bytes> {
-        while self.state == State::Running {
-            if self.news.is_empty() && !self.feed.next(&mut self.news).await {
-                self.state = State::Over;
-                return Some(self.end());
-            }
-            let frame = self.show_news();
-            // A token whose text is still held back (half a character, a possible stop string) makes no chunk.
-            if !frame.is_empty() {
-                return Some(Bytes::from(frame));
+        let mut out = Vec::new();
+        if self.state == State::Starting {
+            self.state = State::Running;
+            self.writer.begin(self.tally.usage(), &mut out);
+            self.show_news(&mut out);
+        }
+        // A token whose text is still held back (half a character, a possible stop string) makes no chunk.
+        while out.is_empty() && self.state == State::Running {
+            match self.feed.next(&mut self.news).await {
+                true => self.show_news(&mut out),
+                false => {
+                    self.state = State::Over;
+                    self.writer.end(self.tally.usage(), &mut out).await;
+                }
             }
         }
-        None
+        (!out.is_empty()).then(|| Bytes::from(out))
     }
 
-    fn show_news(&mut self) -> Vec<u8> {
+    fn show_news(&mut self, out: &mut Vec<u8>) {
         let Stream {
             news,
-            choices,
-            envelope,
-            usage,
+            writer,
             tally,
             state,
             ..
         } = self;
-        let mut sink = Sink {
-            envelope,
-            usage: None,
-            out: Vec::new(),
-        };
         for (prompt, piece) in news.drain(..) {
             if let What::Failed(fault) = piece.what {
-                sse::error(&mut sink.out, &ApiError::Router(RouterError::Engine(fault)));
-                sink.out.extend_from_slice(sse::DONE);
+                let error = ApiError::Router(RouterError::Engine(fault));
+                writer.fail(&error, tally.usage(), out);
                 *state = State::Over;
                 break;
             }
@@ -180,18 +228,7 @@ impl<C: Choices> Stream<C> {
                 FirstChoice::No
             };
             tally.count(&piece.what, first_choice);
-            sink.usage = (*usage == StreamUsage::Every).then(|| tally.usage());
-            choices.show((prompt, piece), &mut sink);
+            writer.show((prompt, piece), tally.usage(), out);
         }
-        sink.out
-    }
-
-    fn end(&self) -> Bytes {
-        let mut out = Vec::new();
-        if self.usage != StreamUsage::None {
-            self.envelope.usage(&mut out, self.tally.usage());
-        }
-        out.extend_from_slice(sse::DONE);
-        Bytes::from(out)
     }
 }

@@ -60,6 +60,25 @@ impl Reply {
     }
 }
 
+impl Reply {
+    /// The data of a stream whose events have names, which the data says as well.
+    pub fn named_events(&self) -> Vec<Value> {
+        assert_eq!(self.status, 200, "{}", self.text());
+        assert_eq!(self.header("content-type"), Some("text/event-stream"));
+        let text = self.text();
+        let events = text
+            .split("\n\n")
+            .filter(|event| !event.is_empty() && !event.starts_with(':'));
+        let event = |event: &str| {
+            let (name, data) = event.split_once('\n').unwrap_or_else(|| panic!("{event:?}"));
+            let data: Value = serde_json::from_str(data.strip_prefix("data: ").unwrap()).unwrap();
+            assert_eq!(name, format!("event: {}", data["type"].as_str().unwrap()));
+            data
+        };
+        events.map(event).collect()
+    }
+}
+
 pub fn get(address: SocketAddr, path: &str) -> Reply {
     send(address, "GET", path, &[], b"")
 }

@@ -11,6 +11,7 @@ mod inference;
 mod lifecycle;
 mod ranks;
 mod readme;
+mod routes;
 mod server;
 mod structured;
 mod tools;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::literal::Literal;
 use super::object::{Arguments, Object};
-use super::reader::Delta;
+use super::reader::Deltas;
 use super::tagged::Tagged;
 use super::value::Parameters;
 use super::{Layout, Piece, Separator, Tool};
@@ -82,12 +82,12 @@ impl Calls {
         self.call.index + usize::from(self.call.has_begun)
     }
 
-    pub fn take(&mut self, c: char, delta: &mut Delta) -> Taken {
+    pub fn take(&mut self, c: char, delta: &mut Deltas) -> Taken {
         self.pending.push(c);
         self.step(c, delta)
     }
 
-    fn step(&mut self, c: char, delta: &mut Delta) -> Taken {
+    fn step(&mut self, c: char, delta: &mut Deltas) -> Taken {
         loop {
             let taken = match &mut self.at {
                 At::Begin(text) => text.take(c),
@@ -154,7 +154,7 @@ impl Calls {
     }
 
     /// The answer ended here. What no call came of is left pending.
-    pub fn finish(&mut self, delta: &mut Delta) {
+    pub fn finish(&mut self, delta: &mut Deltas) {
         if let At::Piece(_, part) = &mut self.at
             && self.call.has_begun
         {
@@ -168,7 +168,7 @@ impl Calls {
     }
 
     /// To the next part. `false`: the call is none.
-    fn go_on(&mut self, delta: &mut Delta) -> bool {
+    fn go_on(&mut self, delta: &mut Deltas) -> bool {
         let next = match self.at {
             At::Begin(_) | At::Behind(..) => 0,
             At::Piece(i, _) => i + 1,
@@ -195,7 +195,7 @@ impl Calls {
     }
 
     /// Gives arguments out, and before the first of them the name. `false`: there is no such tool.
-    fn argue(&mut self, text: &str, delta: &mut Delta) -> bool {
+    fn argue(&mut self, text: &str, delta: &mut Deltas) -> bool {
         let call = &mut self.call;
         if call.has_begun {
             delta.argue(call.index, text);

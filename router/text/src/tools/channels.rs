@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::json::beginning;
-use super::reader::Delta;
+use super::reader::Deltas;
 use super::{Reading, Syntax, Tool};
 
 pub(super) const MARKS: [&str; 7] = [
@@ -65,7 +65,7 @@ impl Channels {
         }
     }
 
-    pub fn take(&mut self, c: char, delta: &mut Delta) {
+    pub fn take(&mut self, c: char, delta: &mut Deltas) {
         match &mut self.at {
             At::Header(text) => {
                 text.push(c);
@@ -116,7 +116,7 @@ impl Channels {
         }
     }
 
-    pub fn finish(&mut self, delta: &mut Delta) {
+    pub fn finish(&mut self, delta: &mut Deltas) {
         match &mut self.at {
             At::Header(text) => {
                 let text = std::mem::take(text);
@@ -129,7 +129,7 @@ impl Channels {
         }
     }
 
-    fn begin(&mut self, header: &str, delta: &mut Delta) {
+    fn begin(&mut self, header: &str, delta: &mut Deltas) {
         let word_behind = |mark: &str| {
             let rest = header.split_once(mark)?.1.trim_start();
             let end = rest
@@ -160,7 +160,7 @@ impl Channels {
     }
 
     /// A header without a message. Text without any mark is what a model says that knows of no channels.
-    fn drop_header(&mut self, text: &str, delta: &mut Delta) {
+    fn drop_header(&mut self, text: &str, delta: &mut Deltas) {
         self.at = At::Message {
             kind: Kind::Content,
             held: String::new(),
@@ -172,7 +172,7 @@ impl Channels {
         self.at = At::Header(String::new());
     }
 
-    fn end(&mut self, delta: &mut Delta) {
+    fn end(&mut self, delta: &mut Deltas) {
         if let At::Message {
             kind: Kind::Call(index),
             is_empty: true,
@@ -183,7 +183,7 @@ impl Channels {
         }
     }
 
-    fn show(&mut self, text: &str, delta: &mut Delta) {
+    fn show(&mut self, text: &str, delta: &mut Deltas) {
         let At::Message { kind, is_empty, .. } = &mut self.at else {
             return;
         };
@@ -199,15 +199,15 @@ impl Channels {
             Kind::Call(index) => delta.argue(index, text),
             Kind::Reasoning => {
                 if is_first && std::mem::replace(&mut self.has_reasoning, true) {
-                    delta.reasoning.push('\n');
+                    delta.think("\n");
                 }
-                delta.reasoning.push_str(text);
+                delta.think(text);
             }
             Kind::Content => {
                 if is_first && std::mem::replace(&mut self.has_content, true) {
-                    delta.content.push('\n');
+                    delta.say("\n");
                 }
-                delta.content.push_str(text);
+                delta.say(text);
             }
         }
     }

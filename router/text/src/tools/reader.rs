@@ -14,7 +14,7 @@ use super::{Layout, Reading, Tool, ToolFormat};
 /// would have all of it read again for each.
 const MAX_READ_AGAIN_BYTES: usize = 1024;
 
-/// What a piece of text added.
+/// What a piece of text added: reasoning, then content, then calls. What stands in another order is several of these.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Delta {
     pub reasoning: String,
@@ -36,20 +36,50 @@ impl Delta {
     pub fn is_empty(&self) -> bool {
         self.reasoning.is_empty() && self.content.is_empty() && self.calls.is_empty()
     }
+}
 
-    pub(super) fn begin(&mut self, index: usize, name: String) {
-        self.calls.push(CallDelta {
+/// In the order of the text.
+#[derive(Default)]
+pub(super) struct Deltas(Vec<Delta>);
+
+impl Deltas {
+    /// The one to add to. `may_follow`: what is added may stand behind all that is in it.
+    fn last(&mut self, may_follow: impl Fn(&Delta) -> bool) -> &mut Delta {
+        if !self.0.last().is_some_and(may_follow) {
+            self.0.push(Delta::default());
+        }
+        self.0.last_mut().expect("just pushed")
+    }
+
+    pub fn think(&mut self, text: &str) {
+        if !text.is_empty() {
+            let follows = |delta: &Delta| delta.content.is_empty() && delta.calls.is_empty();
+            self.last(follows).reasoning.push_str(text);
+        }
+    }
+
+    pub fn say(&mut self, text: &str) {
+        if !text.is_empty() {
+            self.last(|delta| delta.calls.is_empty()).content.push_str(text);
+        }
+    }
+
+    pub fn begin(&mut self, index: usize, name: String) {
+        self.last(|_| true).calls.push(CallDelta {
             index,
             name: Some(name),
             arguments: String::new(),
         });
     }
 
-    pub(super) fn argue(&mut self, index: usize, text: &str) {
-        match self.calls.last_mut().filter(|call| call.index == index) {
-            _ if text.is_empty() => {}
+    pub fn argue(&mut self, index: usize, text: &str) {
+        if text.is_empty() {
+            return;
+        }
+        let calls = &mut self.last(|_| true).calls;
+        match calls.last_mut().filter(|call| call.index == index) {
             Some(call) => call.arguments.push_str(text),
-            None => self.calls.push(CallDelta {
+            None => calls.push(CallDelta {
                 index,
                 name: None,
                 arguments: text.to_owned(),
@@ -109,8 +139,9 @@ impl Reader {
         })
     }
 
-    pub fn push(&mut self, text: &str) -> Delta {
-        let mut delta = Delta::default();
+    /// In the order of the text.
+    pub fn push(&mut self, text: &str) -> Vec<Delta> {
+        let mut delta = Deltas::default();
         match &mut self.0 {
             Kind::Texts(texts) => {
                 texts.input.extend(text.chars());
@@ -118,17 +149,17 @@ impl Reader {
             }
             Kind::Channels(channels) => text.chars().for_each(|c| channels.take(c, &mut delta)),
         }
-        delta
+        delta.0
     }
 
     /// At the end of the answer: what was held back. Push no more.
-    pub fn finish(&mut self) -> Delta {
-        let mut delta = Delta::default();
+    pub fn finish(&mut self) -> Vec<Delta> {
+        let mut delta = Deltas::default();
         match &mut self.0 {
             Kind::Texts(texts) => texts.finish(&mut delta),
             Kind::Channels(channels) => channels.finish(&mut delta),
         }
-        delta
+        delta.0
     }
 }
 
@@ -152,7 +183,7 @@ impl Texts {
         }
     }
 
-    fn read(&mut self, delta: &mut Delta) {
+    fn read(&mut self, delta: &mut Deltas) {
         while let Some(c) = self.input.pop_front() {
             match &mut self.state {
                 State::Start => self.take_start(c),
@@ -170,7 +201,7 @@ impl Texts {
         }
     }
 
-    fn finish(&mut self, delta: &mut Delta) {
+    fn finish(&mut self, delta: &mut Deltas) {
         loop {
             match &mut self.state {
                 State::Text => break,
@@ -185,7 +216,7 @@ impl Texts {
         let held = std::mem::take(&mut self.held);
         self.show(&held, delta);
         if !self.is_behind_call {
-            delta.content.push_str(&std::mem::take(&mut self.blank));
+            delta.say(&std::mem::take(&mut self.blank));
         }
     }
 
@@ -213,7 +244,7 @@ impl Texts {
         self.unread(&held);
     }
 
-    fn take_text(&mut self, c: char, delta: &mut Delta) {
+    fn take_text(&mut self, c: char, delta: &mut Deltas) {
         if self.is_start && !self.is_reasoning && !c.is_whitespace() {
             self.is_start = false;
             if let Some(layout) = self.layouts().iter().position(|layout| layout.open.is_empty()) {
@@ -273,7 +304,7 @@ impl Texts {
     }
 
     /// What is no call is read again: by another layout, or as text.
-    fn end_attempt(&mut self, delta: &mut Delta) {
+    fn end_attempt(&mut self, delta: &mut Deltas) {
         let State::Calls(attempt) = std::mem::replace(&mut self.state, State::Text) else {
             return;
         };
@@ -301,17 +332,17 @@ impl Texts {
         self.unread(&pending);
     }
 
-    fn show(&mut self, text: &str, delta: &mut Delta) {
+    fn show(&mut self, text: &str, delta: &mut Deltas) {
         if self.is_reasoning {
-            return delta.reasoning.push_str(text);
+            return delta.think(text);
         }
         let shown = match self.layouts().is_empty() {
             true => text.len(),
             false => text.trim_end().len(),
         };
         if shown > 0 {
-            delta.content.push_str(&std::mem::take(&mut self.blank));
-            delta.content.push_str(&text[..shown]);
+            delta.say(&std::mem::take(&mut self.blank));
+            delta.say(&text[..shown]);
             self.is_behind_call = false;
         }
         self.blank.push_str(&text[shown..]);

@@ -77,8 +77,10 @@ fn read(reading: Reading, tools: &Arc<[Tool]>, pieces: &[&str]) -> Answer {
             }
         }
     };
-    pieces.iter().for_each(|piece| add(reader.push(piece)));
-    add(reader.finish());
+    for piece in pieces {
+        reader.push(piece).into_iter().for_each(&mut add);
+    }
+    reader.finish().into_iter().for_each(&mut add);
     answer
 }
 

@@ -708,7 +708,8 @@ fn deltas_come_at_once() {
         ("\n", said("", "")),
         ("x", said("", " \nx".trim_start_matches(' '))),
     ] {
-        assert_eq!(reader.push(piece), delta, "{piece:?}");
+        let expected: Vec<Delta> = [delta].into_iter().filter(|delta| !delta.is_empty()).collect();
+        assert_eq!(reader.push(piece), expected, "{piece:?}");
     }
     let reading = Reading {
         tools: ToolFormat::named("qwen3_coder"),
@@ -727,8 +728,36 @@ fn deltas_come_at_once() {
         ("\n</parameter>", argued(0, None, ", \"days\": 3")),
         ("\n</function>", argued(0, None, "}")),
     ] {
-        assert_eq!(reader.push(piece), delta, "{piece:?}");
+        let expected: Vec<Delta> = [delta].into_iter().filter(|delta| !delta.is_empty()).collect();
+        assert_eq!(reader.push(piece), expected, "{piece:?}");
     }
+}
+
+/// Content behind a call stands behind it, however much is read at once.
+#[test]
+fn deltas_keep_the_order_of_the_text() {
+    let reading = Reading {
+        tools: ToolFormat::named("hermes"),
+        reasoning: ReasoningFormat::named("qwen3"),
+        is_opened: true,
+    };
+    let call = "<tool_call>{\"name\": \"now\", \"arguments\": {}}</tool_call>";
+    let text = format!("so</think>Well {call}and then {call}");
+    let shown = |deltas: Vec<Delta>| {
+        let parts = deltas.into_iter().map(
+            |Delta {
+                 reasoning,
+                 content,
+                 calls,
+             }| {
+                let calls: String = calls.iter().map(|call| format!("[{}]", call.arguments)).collect();
+                format!("{reasoning}|{content}{calls}")
+            },
+        );
+        parts.collect::<Vec<_>>()
+    };
+    let whole = shown(Reader::new(reading, tools()).push(&text));
+    assert_eq!(whole, ["so|Well[{}]", "|and then[{}]"]);
 }
 
 pub(super) fn written() -> Vec<(&'static ToolFormat, &'static str)> {
