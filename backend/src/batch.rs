@@ -153,12 +153,15 @@ pub struct ScoredRow {
     pub n_top: u32,
 }
 
-/// `next(row, position)`: the prompt token after `position`, and how many alternatives its client wants.
-pub fn scored_rows(plan: &StepPlan, next: impl Fn(&Row, usize) -> (TokenId, u32)) -> Vec<ScoredRow> {
+/// `next(row, position)`: the prompt token after `position`, and how many alternatives its client wants; `None` for a prompt
+/// that is not scored.
+pub fn scored_rows(plan: &StepPlan, next: impl Fn(&Row, usize) -> Option<(TokenId, u32)>) -> Vec<ScoredRow> {
     let mut scored = vec![];
     for row in &plan.rows {
-        for position in row.scores.clone() {
-            let (target, n_top) = next(row, position);
+        for position in row.wanted.clone() {
+            let Some((target, n_top)) = next(row, position) else {
+                break;
+            };
             let flat = row.tokens.start + position - row.start();
             scored.push(ScoredRow {
                 id: row.id,

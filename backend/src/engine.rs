@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use tandem_core::grammar::Next;
 use tandem_core::message::{Event, Fault, Generate, Scored};
 use tandem_core::replica::Command;
-use tandem_core::sched::{Scheduler, StepPlan, View};
+use tandem_core::sched::{Row, Scheduler, StepPlan, View};
 use tandem_core::stats::Stats;
 use tandem_core::uses::Uses;
 use tandem_core::{TokenId, id::RequestId};
@@ -29,6 +29,7 @@ use crate::grammars::{Grammars, Readiness};
 use crate::guard::{self, TorchFault};
 use crate::model::Decoder;
 use crate::pace::{Load, Pace};
+use crate::pool::{self, Share};
 use crate::ranks::Ranks;
 use crate::sample::{self, Ask, NotFinite};
 use clients::{Client, Clients, Delivery};
@@ -98,6 +99,7 @@ struct Output {
     sampled: Vec<Result<Vec<Scored>, NotFinite>>,
     /// In the plan's order, positions ascending.
     scored: Vec<(RequestId, Result<Scored, NotFinite>)>,
+    pooled: Vec<Share>,
 }
 
 impl Engine {
@@ -325,18 +327,24 @@ impl Engine {
             let ids = chunk.iter().map(|&ScoredRow { id, .. }| id);
             scored.extend(ids.zip(sample::score(&logits, &targets)));
         }
+        let pooled = pool::shares(
+            plan,
+            &hidden,
+            |row| self.view(row).pooling.is_some(),
+            |hidden| self.decoder.normed(hidden),
+        );
         // What a GPU computed beside a lost rank is only known to be wrong now.
         self.ranks.check();
-        Output { sampled, scored }
+        Output {
+            sampled,
+            scored,
+            pooled,
+        }
     }
 
     /// The tokens of each row that samples from `logits [S, V]`, as far as its guesses are right.
     fn choose(&self, plan: &StepPlan, logits: &Tensor) -> Vec<Result<Vec<Scored>, NotFinite>> {
-        let view = |row| {
-            self.scheduler
-                .view(row)
-                .expect("nothing was aborted since the plan")
-        };
+        let view = |row| self.view(row);
         // Penalties after a guess count it.
         let used: Vec<Vec<Uses>> = batch::sampling(plan)
             .map(|row| {
@@ -385,21 +393,25 @@ impl Engine {
     /// Prompt positions of a plan whose next tokens are to be scored.
     fn scored_rows(&self, plan: &StepPlan) -> Vec<ScoredRow> {
         batch::scored_rows(plan, |row, position| {
-            let view = self
-                .scheduler
-                .view(row)
-                .expect("nothing was aborted since the plan");
-            let n_top = view
-                .sampling
-                .prompt_logprobs()
-                .expect("only such prompts are scored");
-            (view.prompt[position + 1], n_top)
+            let view = self.view(row);
+            let n_top = view.sampling.prompt_logprobs()?;
+            Some((view.prompt[position + 1], n_top))
         })
+    }
+
+    /// A planned row's request, before anything can abort it.
+    fn view(&self, row: &Row) -> View<'_> {
+        let view = self.scheduler.view(row);
+        view.expect("nothing was aborted since the plan")
     }
 
     /// Commits a step and tells its clients. A row with broken logits fails alone.
     fn tell(&mut self, plan: StepPlan, output: Output) {
-        let Output { sampled, scored } = output;
+        let Output {
+            sampled,
+            scored,
+            pooled,
+        } = output;
         self.follow_grammars(&plan, &sampled);
         let sampling = batch::sampling(&plan).map(|row| row.id);
         let failed: Vec<RequestId> = {
@@ -411,7 +423,11 @@ impl Engine {
                 .iter()
                 .filter(|(_, score)| score.is_err())
                 .map(|(id, _)| *id);
-            sampled.chain(scored).collect()
+            let pooled = pooled
+                .iter()
+                .filter(|share| share.sum.is_err())
+                .map(|share| share.id);
+            sampled.chain(scored).chain(pooled).collect()
         };
         for id in failed {
             self.fail(id, Fault::Step(NotFinite.to_string()));
@@ -422,13 +438,18 @@ impl Engine {
         {
             self.clients.scored(id, score);
         }
+        for Share { id, tokens, sum } in pooled {
+            if let Ok(sum) = sum {
+                self.clients.pooled(id, sum, tokens);
+            }
+        }
         let ids: Vec<RequestId> = plan.rows.iter().map(|row| row.id).collect();
         // The scheduler skips the rows of those that failed; it only needs their places taken.
         let sampled = sampled.into_iter().map(Result::unwrap_or_default).collect();
         let progress = self.scheduler.commit(plan, sampled);
         for id in ids {
-            if let Some(prompt) = self.clients.whole_prompt(id) {
-                self.send(id, Event::Prompt(prompt));
+            if let Some(event) = self.clients.whole_prompt(id) {
+                self.send(id, event);
             }
         }
         for progress in progress {
@@ -442,6 +463,7 @@ impl Engine {
                     Event::Finished {
                         reason: end.reason,
                         cached_tokens: end.cached_tokens,
+                        guessed: end.guessed,
                     },
                 );
                 self.end(id);

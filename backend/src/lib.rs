@@ -10,6 +10,7 @@ pub mod guard;
 pub mod lora;
 pub mod model;
 pub mod pace;
+mod pool;
 pub mod ranks;
 pub mod sample;
 pub mod start;

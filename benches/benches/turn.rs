@@ -46,6 +46,7 @@ fn scheduler(criterion: &mut Criterion) {
                 grammar: None,
                 salt: None,
                 max_tokens: (MAX_MODEL_LEN - PROMPT_TOKENS) as u32,
+                pooling: None,
                 stop_tokens: vec![],
             };
             scheduler.add(request).expect("it fits");
@@ -106,6 +107,7 @@ fn sampler(criterion: &mut Criterion) {
             generated: 2,
             adapter: None,
             sampling: &sampling,
+            pooling: None,
             stop_tokens: &[],
             uses: None,
         };

@@ -6,6 +6,7 @@ pub mod adapters;
 pub mod chat;
 pub mod common;
 pub mod completions;
+pub mod embeddings;
 pub mod error;
 pub mod files;
 pub mod fine_tunes;

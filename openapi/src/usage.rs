@@ -9,12 +9,21 @@ pub struct Usage {
     pub completion_tokens: u64,
     pub total_tokens: u64,
     pub prompt_tokens_details: PromptTokensDetails,
+    pub completion_tokens_details: CompletionTokensDetails,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, ToSchema)]
 pub struct PromptTokensDetails {
     /// Prompt tokens whose keys and values were found in the prefix cache.
     pub cached_tokens: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, ToSchema)]
+pub struct CompletionTokensDetails {
+    /// Tokens of the answer that were guessed before they were computed (--speculative-config), and guesses that were wrong.
+    /// Unknown, and 0, of an answer that a stop string ended.
+    pub accepted_prediction_tokens: u64,
+    pub rejected_prediction_tokens: u64,
 }
 
 impl Usage {
@@ -24,6 +33,19 @@ impl Usage {
             completion_tokens,
             total_tokens: prompt_tokens + completion_tokens,
             prompt_tokens_details: PromptTokensDetails { cached_tokens },
+            completion_tokens_details: CompletionTokensDetails::default(),
+        }
+    }
+
+    /// So many tokens were guessed, and so many of the guesses were right.
+    pub fn guessing(self, guessed: u64, accepted: u64) -> Usage {
+        let completion_tokens_details = CompletionTokensDetails {
+            accepted_prediction_tokens: accepted,
+            rejected_prediction_tokens: guessed - accepted,
+        };
+        Usage {
+            completion_tokens_details,
+            ..self
         }
     }
 }

@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 use tandem_core::TokenId;
 use tandem_core::grammar::{Format, Grammar};
 use tandem_core::id::{AdapterDigest, Digest, JobId};
-use tandem_core::message::Fault;
+use tandem_core::message::{Fault, Guessed};
+use tandem_core::pooling::Pooling;
 use tandem_core::sampling::{BadSampling, RawSampling};
 use tandem_core::settings::Settings;
 use tandem_text::chat::Message;
@@ -101,6 +102,8 @@ pub struct Call {
     pub n: u32,
     /// `None`: all that fits the context.
     pub max_tokens: Option<u32>,
+    /// The prompt becomes a vector; nothing is generated.
+    pub pooling: Option<Pooling>,
     pub sampling: RawSampling,
     /// What each answer must be.
     pub constraint: Option<Constraint>,
@@ -193,6 +196,8 @@ pub struct Piece {
 pub enum What {
     /// Prompt log-probabilities, one entry per prompt token; the first is `None`.
     Prompt(Vec<Option<TokenText>>),
+    /// `[H]`, the prompt's vector as [`Call::pooling`] asks.
+    Pooled(Vec<f32>),
     /// New text that is safe to show (no half UTF-8, no possible beginning of a stop string), taken apart, and the tokens it
     /// came from. Text may be empty while tokens are not. A stop token is listed with empty text.
     Text {
@@ -205,6 +210,7 @@ pub enum What {
         stop_string: Option<String>,
         completion_tokens: u32,
         cached_tokens: u32,
+        guessed: Guessed,
     },
     Failed(Fault),
 }

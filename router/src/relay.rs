@@ -8,7 +8,8 @@ use std::task::Poll;
 use tandem_core::TokenId;
 use tandem_core::grammar::Grammar;
 use tandem_core::id::{AdapterRef, Digest, RequestId};
-use tandem_core::message::{Event, Fault, FinishReason, Generate, Scored};
+use tandem_core::message::{Event, Fault, FinishReason, Generate, Guessed, Scored};
+use tandem_core::pooling::Pooling;
 use tandem_core::replica::{Command, EVENT_QUEUE};
 use tandem_core::sampling::Sampling;
 use tandem_text::stop::{Matched, Passed, StopStrings};
@@ -45,6 +46,7 @@ pub(crate) struct Order {
     pub grammar: Option<Grammar>,
     pub salt: Option<Digest>,
     pub max_tokens: u32,
+    pub pooling: Option<Pooling>,
     pub stop_tokens: Vec<TokenId>,
 }
 
@@ -141,16 +143,19 @@ impl Choice {
                                 reason: Finish::Stop,
                                 stop_string: Some(stop),
                                 completion_tokens: self.completion_tokens,
-                                // Only the end of a sequence says it, and this one is cut before its end.
+                                // Only the end of a sequence says these, and this one is cut before its end.
                                 cached_tokens: 0,
+                                guessed: Guessed::default(),
                             },
                         ));
                         break;
                     }
                 }
+                Event::Pooled(vector) => pieces.push(What::Pooled(vector)),
                 Event::Finished {
                     reason,
                     cached_tokens,
+                    guessed,
                 } => {
                     let rest = self.path.text.flush();
                     let stopped = self.pass(relay, &rest, &mut text);
@@ -170,6 +175,7 @@ impl Choice {
                             stop_string: stopped,
                             completion_tokens,
                             cached_tokens,
+                            guessed,
                         },
                     ));
                     break;
@@ -191,6 +197,7 @@ impl Choice {
                     stop_string: None,
                     completion_tokens: self.completion_tokens,
                     cached_tokens: 0,
+                    guessed: Guessed::default(),
                 };
                 (State::Cut, last)
             });
@@ -328,6 +335,7 @@ impl Order {
             grammar: self.grammar.clone(),
             salt: self.salt,
             max_tokens: self.max_tokens,
+            pooling: self.pooling,
             stop_tokens: self.stop_tokens.clone(),
         }
     }

@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use crate::Router;
 use crate::api::{
     Checkpoint, Client, FileInfo, Job, JobEventRecord, JobRequest, LoadMode, MetadataFilter, ModelCard,
-    Order, Page, RouterError, Upload,
+    ModelKind, Order, Page, RouterError, Upload,
 };
 use crate::files;
 use crate::jobs::record;
@@ -131,6 +131,20 @@ impl View {
     pub fn model(self, name: &str) -> Result<ModelCard, RouterError> {
         let found = self.router.0.catalog.find(&self.client, name);
         found.ok_or_else(|| RouterError::UnknownModel(name.to_owned()))
+    }
+
+    /// An adapter's card, and its PEFT folder on this machine.
+    pub async fn adapter_folder(self, name: &str) -> Result<(ModelCard, PathBuf), RouterError> {
+        let router = self.router.clone();
+        let card = self.model(name)?;
+        let ModelKind::Adapter { digest, .. } = card.kind else {
+            return Err(RouterError::invalid(
+                "name",
+                format!("`{name}` is the base model, no adapter"),
+            ));
+        };
+        let folder = router.0.store.adapter_folder(digest).await?;
+        Ok((card, folder))
     }
 
     /// The name goes now, and with a job's model the names of its checkpoints; what they named goes when no other name

@@ -51,6 +51,7 @@ pub const TABLE: &[Row] = &[
     ("POST", "/v1/completions", INFER, None),
     ("POST", "/v1/messages", INFER, None),
     ("POST", "/v1/messages/count_tokens", INFER, None),
+    ("POST", "/v1/embeddings", INFER, None),
     ("POST", "/tokenize", INFER, None),
     ("POST", "/detokenize", INFER, None),
     ("GET", "/tokenizer_info", INFER, None),
@@ -59,6 +60,7 @@ pub const TABLE: &[Row] = &[
     ("DELETE", "/v1/models/{*id}", TRAIN, Some("model.delete")),
     ("POST", "/v1/load_lora_adapter", ADMIN, Some("adapter.load")),
     ("POST", "/v1/unload_lora_adapter", ADMIN, Some("adapter.unload")),
+    ("GET", "/v1/adapters/{name}/download", TRAIN, None),
     ("GET", "/v1/files", TRAIN, None),
     ("POST", "/v1/files", TRAIN, Some("file.create")),
     ("GET", "/v1/files/{id}", TRAIN, None),
@@ -227,6 +229,7 @@ mod tests {
                 "/v1/completions",
                 "/v1/messages",
                 "/v1/messages/count_tokens",
+                "/v1/embeddings",
                 "/tokenize",
                 "/detokenize",
             ]

@@ -116,13 +116,15 @@ impl Modify for Key {
 
 fn documented() -> OpenApiRouter<App> {
     use http::{
-        adapters, chat, completions, files, fine_tunes, fine_tuning, messages, models, server, tokenize,
+        adapters, chat, completions, embeddings, files, fine_tunes, fine_tuning, messages, models, server,
+        tokenize,
     };
     OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(chat::create))
         .routes(routes!(completions::create))
         .routes(routes!(messages::create))
         .routes(routes!(messages::count_tokens))
+        .routes(routes!(embeddings::create))
         .routes(routes!(models::list))
         .routes(routes!(models::retrieve, models::delete))
         .routes(routes!(files::list, files::create))
@@ -141,6 +143,7 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(fine_tunes::events))
         .routes(routes!(adapters::load))
         .routes(routes!(adapters::unload))
+        .routes(routes!(adapters::download))
         .routes(routes!(tokenize::tokenize))
         .routes(routes!(tokenize::detokenize))
         .routes(routes!(tokenize::info))

@@ -48,6 +48,8 @@ pub enum Command {
     Download(Download),
     /// Write a model anew in fewer bits
     Quantize(Quantize),
+    /// Write a model anew with an adapter in it
+    Merge(Merge),
     /// Copy what a server keeps, while it runs
     Backup(Backup),
     /// Make a data folder of such a copy
@@ -78,6 +80,24 @@ pub struct Quantize {
     pub out: PathBuf,
     #[arg(long, value_name = "FORMAT", value_parser = ["int8", "int4", "nf4"])]
     pub format: String,
+    /// Branch, tag or commit of a model on the hub [default: main]
+    #[arg(long, value_name = "REVISION")]
+    pub revision: Option<String>,
+}
+
+/// The base's files under their names, each matrix that the adapter changes as W + scale B A; tokenizer and configuration are
+/// copied. What comes out is a model like any other.
+#[derive(Clone, Debug, Args)]
+pub struct Merge {
+    /// The base: a folder with config.json and *.safetensors, or a name on the hub
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+    /// A PEFT folder, or a name on the hub
+    #[arg(value_name = "ADAPTER")]
+    pub adapter: PathBuf,
+    /// Folder to make
+    #[arg(value_name = "OUT")]
+    pub out: PathBuf,
     /// Branch, tag or commit of a model on the hub [default: main]
     #[arg(long, value_name = "REVISION")]
     pub revision: Option<String>,

@@ -73,6 +73,7 @@ fn run() -> Result<ExitCode> {
             return Ok(ExitCode::from(train::run(&train.settings)?.code()));
         }
         Command::Download(download) => commands::download::run(&download)?,
+        Command::Merge(merge) => commands::merge::run(&merge)?,
         Command::Quantize(quantize) => commands::quantize::run(&quantize)?,
         Command::Backup(options) => commands::backup::backup(options)?,
         Command::Restore(options) => commands::backup::restore(&options)?,

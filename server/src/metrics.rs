@@ -356,7 +356,7 @@ impl Meter {
             What::Text { tokens, .. } if !tokens.is_empty() => {
                 return self.tokens(piece.choice, tokens.len());
             }
-            What::Text { .. } | What::Prompt(_) => return,
+            What::Text { .. } | What::Prompt(_) | What::Pooled(_) => return,
             What::Finished {
                 reason: Finish::Stop, ..
             } => "stop",
@@ -421,6 +421,8 @@ impl Drop for Meter {
 
 #[cfg(test)]
 mod tests {
+    use tandem_core::message::Guessed;
+
     use super::*;
 
     #[test]
@@ -438,6 +440,7 @@ mod tests {
             stop_string: None,
             completion_tokens: 1,
             cached_tokens: 0,
+            guessed: Guessed::default(),
         };
         meter.see(&Piece {
             choice: 0,

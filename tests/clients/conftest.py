@@ -34,11 +34,13 @@ def server(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tandem")
     model = os.environ.get("TANDEM_TEST_MODEL")
     model = ["--model", model] if model else []
+    # Whatever a test has below its own folder may be loaded.
+    edge = ["--port", "0", "--lora-root", str(tmp_path_factory.getbasetemp())]
     if request.param == "serve":
-        processes = [Process(folder, "serve", "--port", "0", *model)]
+        processes = [Process(folder, "serve", *edge, *model)]
     else:
         backend = Process(folder, "backend", "--listen", "127.0.0.1:0", *model)
-        processes = [Process(folder, "router", "--port", "0", "--backend", backend.url), backend]
+        processes = [Process(folder, "router", *edge, "--backend", backend.url), backend]
     yield processes[0].url
     for process in processes:
         process.end()

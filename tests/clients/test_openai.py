@@ -1,8 +1,13 @@
 """Today's client of OpenAI, end to end."""
 
+import json
 import os
 import subprocess
+import tarfile
 import time
+import urllib.error
+import urllib.parse
+import urllib.request
 
 import openai
 import pytest
@@ -21,9 +26,6 @@ def model(client):
 
 @pytest.fixture(scope="module")
 def can_chat(server):
-    import json
-    import urllib.request
-
     with urllib.request.urlopen(server + "/tokenizer_info") as answer:
         if json.load(answer)["chat_template"] is None:
             pytest.skip("the model has no chat template")
@@ -50,6 +52,19 @@ def test_completion_stream(client, model):
     chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == whole
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens > 0
+
+
+def test_embeddings(client, model):
+    texts = ["Once upon a time", "The end"]
+    # The client asks for base64 unless it is told not to.
+    packed = client.embeddings.create(model=model, input=texts)
+    plain = client.embeddings.create(model=model, input=texts, encoding_format="float")
+    for ours, theirs in zip(packed.data, plain.data, strict=True):
+        assert ours.embedding == pytest.approx(theirs.embedding)
+    assert sum(x * x for x in plain.data[0].embedding) == pytest.approx(1, abs=1e-5)
+    short = client.embeddings.create(model=model, input="The end", dimensions=5).data[0].embedding
+    assert len(short) == 5
+    assert packed.usage.prompt_tokens == packed.usage.total_tokens > 0
 
 
 def test_chat(client, model, can_chat):
@@ -134,6 +149,35 @@ def test_chat_with_a_tuned_model(client, model, training_file, can_chat):
         time.sleep(0.2)
     answer = client.chat.completions.create(model=job.fine_tuned_model, messages=HELLO, max_tokens=4)
     assert answer.model == job.fine_tuned_model
+
+
+def test_an_adapter_goes_out_and_comes_back(server, client, model, training_file, tmp_path):
+    """As a PEFT folder in a tar archive, with a card of what made it; loaded again it answers the same."""
+    file = client.files.create(file=training_file.open("rb"), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(model=model, training_file=file.id, extra_body={"max_steps": 2, "seed": 3})
+    while (job := client.fine_tuning.jobs.retrieve(job.id)).status not in ("succeeded", "failed"):
+        time.sleep(0.2)
+    tuned = job.fine_tuned_model
+    route = server + "/v1/adapters/%s/download"
+    with urllib.request.urlopen(route % urllib.parse.quote(tuned, safe="")) as answer:
+        assert answer.headers["Content-Type"] == "application/x-tar"
+        tarfile.open(fileobj=answer, mode="r|").extractall(tmp_path, filter="data")
+    [folder] = tmp_path.iterdir()
+    assert sorted(one.name for one in folder.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    card = (folder / "README.md").read_text()
+    for expected in [tuned, job.id, file.id, f"| r | {config['r']} |", "| seed | 3 |", "| max_steps | 2 |", "train_loss"]:
+        assert expected in card, card
+    load = {"lora_name": "came-back", "lora_path": str(folder)}
+    client.post("/load_lora_adapter", body=load, cast_to=str)
+    asked = dict(prompt="Question 1: ", max_tokens=8, temperature=0, logprobs=1)
+    first, again = (client.completions.create(model=name, **asked).choices[0] for name in (tuned, "came-back"))
+    assert first.logprobs == again.logprobs
+    client.models.delete("came-back")
+    for name, status in [(model, 400), ("nobody", 404)]:
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(route % urllib.parse.quote(name, safe=""))
+        assert refused.value.code == status
 
 
 def test_cancel(client, model, training_file):

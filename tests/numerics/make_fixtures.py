@@ -713,6 +713,7 @@ def demo() -> None:
         ids, greedy = list(prompt_ids), []
         with torch.no_grad():
             scores = [torch.log_softmax(logits(m, prompt_ids), -1) for m in (model, rounded)]
+            states = model.model(torch.tensor([prompt_ids])).last_hidden_state[0]
             # On past the end of its answer: what is compared is the model, not where it stops.
             while len(greedy) < DEMO_TOKENS:
                 best = logits(model, ids)[-1].topk(2)
@@ -726,7 +727,10 @@ def demo() -> None:
             "full_text": tokenizer.decode(ids, skip_special_tokens=True),
         }
         numbers = {"prompt_ids": prompt_ids, "prompt_logprobs": [None, *(round(x, 5) for x in exact)], "greedy_ids": greedy}
-        cases.append({"prompt": prompt, **numbers, **texts})
+        # As sentence-transformers pools them.
+        pooled = {"mean": states.mean(0), "last": states[-1], "cls": states[0]}
+        pooled = {pooling: [round(x, 5) for x in state.tolist()] for pooling, state in pooled.items()}
+        cases.append({"prompt": prompt, **numbers, **texts, "pooled": pooled})
     # A greedy text is only a golden where no other token is as likely up to rounding.
     assert closest > 1e-3, f"two tokens are only {closest} apart: choose another prompt"
     write_json(FIXTURES / "demo.json", {"cases": cases, "bf16_max_abs_error": worst})

@@ -12,6 +12,7 @@ pub mod job;
 pub mod json;
 pub mod lfs;
 pub mod message;
+pub mod pooling;
 pub mod replica;
 pub mod rng;
 pub mod sampling;

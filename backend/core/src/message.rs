@@ -1,6 +1,7 @@
 //! What is said to a replica and what it says back. The same messages cross a channel in one process and gRPC
 //! between machines; senders of replies are added by the transport (see [`crate::replica`]).
 
+use std::ops::AddAssign;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -8,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::TokenId;
 use crate::grammar::{self, Grammar};
 use crate::id::{AdapterRef, Digest, RequestId};
+use crate::pooling::Pooling;
 use crate::sampling::Sampling;
 
 /// Continue one token sequence. Everything in it is checked: the prompt is not empty, its ids are below the
@@ -24,8 +26,10 @@ pub struct Generate {
     pub grammar: Option<Grammar>,
     /// Whose KV blocks it may find, and who may find its own: those with the same salt alone.
     pub salt: Option<Digest>,
-    /// Tokens to generate at most; 0 only scores the prompt.
+    /// Tokens to generate at most; 0 only scores the prompt, or pools it.
     pub max_tokens: u32,
+    /// The prompt becomes a vector.
+    pub pooling: Option<Pooling>,
     /// Generation ends after any of these (EOS among them, unless the client ignores it).
     pub stop_tokens: Vec<TokenId>,
 }
@@ -45,6 +49,7 @@ impl Generate {
             grammar,
             salt: _,
             max_tokens,
+            pooling,
             stop_tokens,
         } = self;
         let refused = |why: String| Err(Fault::Refused(why));
@@ -56,6 +61,9 @@ impl Generate {
             return refused(format!(
                 "a prompt of {n} tokens and {max_tokens} more exceed {max_model_len}"
             ));
+        }
+        if pooling.is_some() && (*max_tokens > 0 || sampling.prompt_logprobs().is_some()) {
+            return refused("a prompt that is pooled is neither continued nor scored".to_owned());
         }
         if stop_tokens.len() > MAX_STOP_TOKENS {
             return refused(format!(
@@ -89,18 +97,35 @@ pub struct Scored {
     pub top: Vec<(TokenId, f32)>,
 }
 
-/// What a sequence tells its client, in this order: `Prompt` at most once, `Token`s, then one of the two ends.
+/// What a sequence tells its client, in this order: `Prompt` or `Pooled` at most once, `Token`s, then one of the two ends.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Event {
     /// One entry per prompt token; the first has none. Sent once, when prompt log-probabilities were asked.
     Prompt(Vec<Option<Scored>>),
+    /// `[H]`, of [`Generate::pooling`].
+    Pooled(Vec<f32>),
     /// A generated token, a final stop token included.
     Token(Scored),
     Finished {
         reason: FinishReason,
         cached_tokens: u32,
+        guessed: Guessed,
     },
     Failed(Fault),
+}
+
+/// How many tokens of an answer were guessed before they were computed, and how many of the guesses were right.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Guessed {
+    pub tokens: u32,
+    pub accepted: u32,
+}
+
+impl AddAssign for Guessed {
+    fn add_assign(&mut self, Guessed { tokens, accepted }: Guessed) {
+        self.tokens += tokens;
+        self.accepted += accepted;
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -3,7 +3,7 @@
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tandem_core::id::{AdapterDigest, Digest};
-use tandem_core::message::{Event, Fault, FinishReason, Scored};
+use tandem_core::message::{Event, Fault, FinishReason, Guessed, Scored};
 
 use crate::wire;
 
@@ -34,9 +34,11 @@ pub fn event(event: Event) -> wire::Event {
         Event::Prompt(tokens) => What::Prompt(wire::Prompt {
             scored: tokens.into_iter().flatten().map(scored).collect(),
         }),
+        Event::Pooled(vector) => What::Pooled(wire::Pooled { vector }),
         Event::Finished {
             reason,
             cached_tokens,
+            guessed: Guessed { tokens, accepted },
         } => What::Finished(wire::Finished {
             stop: match reason {
                 FinishReason::Stop(token) => Some(token),
@@ -44,6 +46,8 @@ pub fn event(event: Event) -> wire::Event {
             },
             cached_tokens,
             complete: reason == FinishReason::Complete,
+            guessed_tokens: tokens,
+            accepted_tokens: accepted,
         }),
         Event::Failed(fault) => What::FaultJson(json(&fault)),
     };
@@ -65,6 +69,8 @@ pub fn read_event(event: wire::Event) -> Result<Event, Damaged> {
             stop,
             cached_tokens,
             complete,
+            guessed_tokens,
+            accepted_tokens,
         }) => Event::Finished {
             reason: match (stop, complete) {
                 (Some(token), _) => FinishReason::Stop(token),
@@ -72,7 +78,12 @@ pub fn read_event(event: wire::Event) -> Result<Event, Damaged> {
                 (None, false) => FinishReason::Length,
             },
             cached_tokens,
+            guessed: Guessed {
+                tokens: guessed_tokens,
+                accepted: accepted_tokens,
+            },
         },
+        What::Pooled(wire::Pooled { vector }) => Event::Pooled(vector),
         What::FaultJson(fault) => Event::Failed(from_json::<Fault>(&fault)?),
     })
 }

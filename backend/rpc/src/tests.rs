@@ -7,7 +7,8 @@ use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
 use tandem_core::id::{AdapterDigest, AdapterRef, Digest, RequestId};
 use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Schedule};
-use tandem_core::message::{Event, Fault, FinishReason, Generate, Scored};
+use tandem_core::message::{Event, Fault, FinishReason, Generate, Guessed, Scored};
+use tandem_core::pooling::Pooling;
 use tandem_core::replica::{AdapterInfo, COMMAND_QUEUE, Command, EVENT_QUEUE, ReplicaHandle, ReplicaInfo};
 use tandem_core::sampling::{RawSampling, Sampling};
 use tandem_core::stats::Stats;
@@ -164,6 +165,7 @@ fn request(id: u64) -> Generate {
         grammar: None,
         salt: None,
         max_tokens: 10,
+        pooling: None,
         stop_tokens: vec![1, 2],
     }
 }
@@ -239,10 +241,15 @@ async fn a_request_and_its_answer_travel_whole() {
     };
     let said = [
         Event::Prompt(vec![None, Some(scored(1)), Some(scored(4))]),
+        Event::Pooled(vec![0.5, f32::MIN_POSITIVE]),
         Event::Token(scored(8)),
         Event::Finished {
             reason: FinishReason::Stop(8),
             cached_tokens: 16,
+            guessed: Guessed {
+                tokens: 5,
+                accepted: 3,
+            },
         },
     ];
     for event in &said {
@@ -253,6 +260,21 @@ async fn a_request_and_its_answer_travel_whole() {
     }
     assert_eq!(soon(answer.recv()).await, None);
     soon(backend.service.idle()).await;
+
+    let pooled = Generate {
+        max_tokens: 0,
+        pooling: Some(Pooling::Mean),
+        ..request(79)
+    };
+    let _answer = ask(&remote, pooled.clone()).await;
+    let (heard, _events) = backend.generate().await;
+    assert_eq!(
+        heard,
+        Generate {
+            id: heard.id,
+            ..pooled
+        }
+    );
 
     let unknown = Generate {
         adapter: Some(AdapterRef {
@@ -410,6 +432,7 @@ async fn a_backend_that_drains_says_so_and_takes_nothing_new() {
     let end = Event::Finished {
         reason: FinishReason::Length,
         cached_tokens: 0,
+        guessed: Guessed::default(),
     };
     events.send(end.clone()).await.unwrap();
     assert_eq!(soon(running.recv()).await, Some(end));
@@ -612,6 +635,7 @@ fn generate() -> wire::Generate {
         stop_tokens: vec![1, 2],
         grammar_json: None,
         salt: None,
+        pooling_json: None,
     }
 }
 

@@ -10,6 +10,8 @@ use tandem_core::rng;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::pool::Pool;
+
 /// Stream of [`rng`] that seeds of requests without one are drawn from.
 const SEEDS: u64 = 1;
 
@@ -21,6 +23,8 @@ pub struct Client {
     /// Prompt log-probabilities so far, when they were asked and not yet sent.
     prompt: Option<Vec<Option<Scored>>>,
     prompt_tokens: usize,
+    /// Of a prompt that becomes a vector, until it is one.
+    pool: Option<Pool>,
     seed: u64,
     life: Life,
 }
@@ -62,6 +66,9 @@ impl Client {
             // The first token has nothing before it.
             prompt: sampling.prompt_logprobs().map(|_| vec![None]),
             prompt_tokens: request.prompt.len(),
+            pool: request
+                .pooling
+                .map(|pooling| Pool::new(pooling, request.prompt.len())),
             seed: sampling
                 .seed()
                 .unwrap_or_else(|| rng::bits(engine_seed, SEEDS, request.id.0)),
@@ -233,12 +240,24 @@ impl Clients {
         }
     }
 
-    /// The prompt's log-probabilities, once: when the last of them is there.
-    pub fn whole_prompt(&mut self, id: RequestId) -> Option<Vec<Option<Scored>>> {
+    /// The sum of states of so many more prompt tokens.
+    pub fn pooled(&mut self, id: RequestId, sum: Vec<f64>, tokens: usize) {
+        if let Some(pool) = self.all.get_mut(&id).and_then(|client| client.pool.as_mut()) {
+            pool.add(sum, tokens);
+        }
+    }
+
+    /// The prompt's log-probabilities, or its vector, once: when all of its tokens are through.
+    pub fn whole_prompt(&mut self, id: RequestId) -> Option<Event> {
         let client = self.all.get_mut(&id)?;
-        client
+        if let Some(vector) = client.pool.as_ref().and_then(Pool::whole) {
+            client.pool = None;
+            return Some(Event::Pooled(vector));
+        }
+        let prompt = client
             .prompt
-            .take_if(|prompt| prompt.len() == client.prompt_tokens)
+            .take_if(|prompt| prompt.len() == client.prompt_tokens);
+        prompt.map(Event::Prompt)
     }
 
     /// Tells everybody why it ends, as far as they read.

@@ -9,6 +9,7 @@ use tandem_core::dataset::{self, Example};
 use tandem_core::id::{AdapterRef, RequestId};
 use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Schedule, files};
 use tandem_core::message::{Event, Fault, FinishReason, Generate, Scored};
+use tandem_core::pooling::Pooling;
 use tandem_core::replica::{Command, EVENT_QUEUE, JOB_EVENT_QUEUE, ReplicaHandle};
 use tandem_core::sampling::{RawSampling, Sampling};
 use tandem_core::stats::Stats;
@@ -47,6 +48,7 @@ struct Case {
     prompt: Vec<TokenId>,
     prompt_logprobs: Vec<f64>,
     greedy: Vec<TokenId>,
+    pooled: Vec<(Pooling, Vec<f32>)>,
 }
 
 /// What transformers says of the demo model (scripts/fixtures).
@@ -62,6 +64,10 @@ fn cases() -> Vec<Case> {
             .map(|id| id.as_u64().unwrap() as TokenId)
             .collect()
     };
+    let floats = |value: &Value| -> Vec<f32> {
+        let numbers = value.as_array().unwrap().iter();
+        numbers.map(|x| x.as_f64().unwrap() as f32).collect()
+    };
     let case = |case: &Value| Case {
         prompt: ids(&case["prompt_ids"]),
         prompt_logprobs: case["prompt_logprobs"]
@@ -71,6 +77,9 @@ fn cases() -> Vec<Case> {
             .filter_map(Value::as_f64)
             .collect(),
         greedy: ids(&case["greedy_ids"]),
+        pooled: Pooling::ALL
+            .map(|pooling| (pooling, floats(&case["pooled"][pooling.name()])))
+            .to_vec(),
     };
     expected["cases"].as_array().unwrap().iter().map(case).collect()
 }
@@ -85,6 +94,7 @@ struct Rig {
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Answer {
     prompt: Option<Vec<Option<Scored>>>,
+    vector: Option<Vec<f32>>,
     tokens: Vec<Scored>,
     end: Option<Result<(FinishReason, u32), Fault>>,
 }
@@ -128,10 +138,12 @@ fn read(events: &mut mpsc::Receiver<Event>) -> Answer {
             Event::Prompt(prompt) => {
                 assert!(answer.prompt.replace(prompt).is_none() && answer.tokens.is_empty());
             }
+            Event::Pooled(vector) => assert!(answer.vector.replace(vector).is_none()),
             Event::Token(token) => answer.tokens.push(token),
             Event::Finished {
                 reason,
                 cached_tokens,
+                ..
             } => answer.end = Some(Ok((reason, cached_tokens))),
             Event::Failed(fault) => answer.end = Some(Err(fault)),
         }
@@ -209,6 +221,7 @@ fn request(prompt: &[TokenId], max_tokens: u32, raw: RawSampling) -> Generate {
         grammar: None,
         salt: None,
         max_tokens,
+        pooling: None,
         stop_tokens: vec![EOS],
     }
 }

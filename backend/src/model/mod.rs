@@ -243,7 +243,12 @@ impl Decoder {
 
     /// What the head multiplies `[S, H]`: the factor on logits is in it.
     pub fn final_norm(&self, hidden: &Tensor) -> Tensor {
-        scaled(&self.norm.apply(hidden), self.spec.logits.scale)
+        scaled(&self.normed(hidden), self.spec.logits.scale)
+    }
+
+    /// What transformers calls the last hidden state `[S, H]`.
+    pub fn normed(&self, hidden: &Tensor) -> Tensor {
+        self.norm.apply(hidden)
     }
 
     fn loss_head(&self) -> loss::Head<'_> {

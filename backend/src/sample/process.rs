@@ -10,6 +10,7 @@ pub(super) fn process(raw: &[f32], view: &View, mask: Option<&Mask>) -> Option<V
     let View {
         prompt: _,
         generated,
+        pooling: _,
         sampling,
         stop_tokens,
         uses,

@@ -12,6 +12,7 @@ fn view<'a>(sampling: &'a Sampling, prompt: &'a [TokenId], output: &'a [TokenId]
         generated: output.len(),
         adapter: None,
         sampling,
+        pooling: None,
         stop_tokens: &[2, 5],
         uses: sampling.has_penalties().then(|| {
             let mut uses = Uses::of(prompt);

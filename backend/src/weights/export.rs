@@ -91,14 +91,14 @@ pub fn quantize(from: &Path, to: &Path, format: &str) -> Result<Exported, LoadEr
         .chain(["lm_head"])
         .chain(routers)
         .collect();
-    copy_others(from, to, &configuration(recipe, file.dtype, &skipped))?;
+    copy_others(from, to, Some(&configuration(recipe, file.dtype, &skipped)))?;
     let bytes = file.serialise();
     exported.bytes = bytes.len() as u64;
     std::fs::write(to.join(WEIGHTS), bytes).map_err(|error| cannot(&to.join(WEIGHTS), error))?;
     Ok(exported)
 }
 
-fn cannot(path: &Path, error: std::io::Error) -> LoadError {
+pub(super) fn cannot(path: &Path, error: std::io::Error) -> LoadError {
     LoadError::Read {
         file: path.display().to_string(),
         error,
@@ -106,7 +106,7 @@ fn cannot(path: &Path, error: std::io::Error) -> LoadError {
 }
 
 /// A folder of our own: nothing that is there is overwritten.
-fn begin(to: &Path) -> Result<(), LoadError> {
+pub(super) fn begin(to: &Path) -> Result<(), LoadError> {
     std::fs::create_dir_all(to).map_err(|error| cannot(to, error))?;
     let mut entries = to.read_dir().map_err(|error| cannot(to, error))?;
     match entries.next() {
@@ -118,8 +118,8 @@ fn begin(to: &Path) -> Result<(), LoadError> {
     }
 }
 
-/// config.json with what is quantised, and all that is no weight.
-fn copy_others(from: &Path, to: &Path, quantization: &Value) -> Result<(), LoadError> {
+/// All that is no weight; config.json with what is quantised, if something is.
+pub(super) fn copy_others(from: &Path, to: &Path, quantization: Option<&Value>) -> Result<(), LoadError> {
     for entry in from.read_dir().map_err(|error| cannot(from, error))?.flatten() {
         let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
         let is_weight = [".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json"]
@@ -128,10 +128,10 @@ fn copy_others(from: &Path, to: &Path, quantization: &Value) -> Result<(), LoadE
         if is_weight || !path.is_file() {
             continue;
         }
-        if name != "config.json" {
+        let Some(quantization) = quantization.filter(|_| name == "config.json") else {
             std::fs::copy(&path, to.join(&name)).map_err(|error| cannot(&path, error))?;
             continue;
-        }
+        };
         let text = std::fs::read(&path).map_err(|error| cannot(&path, error))?;
         let mut config: Value = serde_json::from_slice(&text).map_err(|error| LoadError::Config {
             file: name.clone(),

@@ -22,11 +22,13 @@ mod export;
 mod folder;
 pub mod gguf;
 mod matrix;
+mod merge;
 mod quantised;
 
 pub use export::{Exported, quantize};
 pub use folder::check_folder;
 pub use matrix::Matrix;
+pub use merge::{Merged, merge};
 pub use quantised::QUANTIZATIONS;
 use quantised::QuantisedTensors;
 

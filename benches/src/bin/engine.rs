@@ -258,6 +258,7 @@ impl Engine {
             grammar: None,
             salt: None,
             max_tokens,
+            pooling: None,
             stop_tokens: vec![],
         };
         let commands = self.replica.commands.clone();
@@ -273,7 +274,7 @@ impl Engine {
                     Event::Token(_) => times.push(Instant::now()),
                     Event::Finished { .. } => return Ok(times),
                     Event::Failed(fault) => bail!("a request failed: {fault}"),
-                    Event::Prompt(_) => {}
+                    Event::Prompt(_) | Event::Pooled(_) => {}
                 }
             }
         }

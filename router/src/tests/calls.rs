@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use tandem_core::id::RequestId;
-use tandem_core::message::{Event, Fault, FinishReason, Generate, Scored};
+use tandem_core::message::{Event, Fault, FinishReason, Generate, Guessed, Scored};
 use tandem_core::replica::Command;
 use tandem_core::sampling::RawSampling;
 use tandem_text::reasoning::ReasoningFormat;
@@ -26,6 +26,7 @@ pub(super) fn call(prompt: &str) -> Call {
         prompt: Prompt::Text(prompt.to_owned()),
         n: 1,
         max_tokens: Some(16),
+        pooling: None,
         sampling: RawSampling::default(),
         constraint: None,
         answer: None,
@@ -74,6 +75,7 @@ pub(super) async fn end(events: &mpsc::Sender<Event>, reason: FinishReason) {
         .send(Event::Finished {
             reason,
             cached_tokens: 3,
+            guessed: Guessed::default(),
         })
         .await;
 }
@@ -99,7 +101,7 @@ pub(super) async fn read(
                 completion_tokens,
                 ..
             } => choice.2 = Some((reason, completion_tokens)),
-            What::Prompt(_) => {}
+            What::Prompt(_) | What::Pooled(_) => {}
             What::Failed(fault) => panic!("{fault}"),
         }
     }

@@ -6,6 +6,7 @@ pub mod download;
 pub mod edge;
 mod greeting;
 pub mod keys;
+pub mod merge;
 pub mod quantize;
 pub mod replica;
 pub mod router;

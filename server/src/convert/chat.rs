@@ -168,6 +168,7 @@ pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
         prompt,
         n,
         max_tokens,
+        pooling: None,
         sampling: sampling::raw_sampling(fields, max_tokens)?,
         constraint,
         answer: Some(answer),

@@ -104,7 +104,7 @@ pub fn calls(request: CompletionRequest, limits: Limits) -> Result<Completions, 
         logprobs,
         prompt_logprobs: prompt_logprobs.max(echoed),
     };
-    let prompts = prompts(prompt)?;
+    let prompts = prompts("prompt", prompt)?;
     let choices = integer("prompt", prompts.len() as i64, 1, i64::from(MAX_CHOICES / n));
     choices.map_err(|_| {
         invalid(
@@ -122,6 +122,7 @@ pub fn calls(request: CompletionRequest, limits: Limits) -> Result<Completions, 
         prompt: Prompt::Tokens(Vec::new()),
         n,
         max_tokens,
+        pooling: None,
         sampling: sampling::raw_sampling(fields, max_tokens)?,
         constraint,
         answer: None,
@@ -149,21 +150,22 @@ pub fn calls(request: CompletionRequest, limits: Limits) -> Result<Completions, 
     })
 }
 
-fn prompts(prompt: CompletionPrompt) -> Result<Vec<Prompt>, ApiError> {
+/// One or more, of the field `param`.
+pub fn prompts(param: &str, prompt: CompletionPrompt) -> Result<Vec<Prompt>, ApiError> {
     let prompts: Vec<Prompt> = match prompt {
         CompletionPrompt::Text(text) => vec![Prompt::Text(text)],
         // An empty list is a list of texts to serde.
         CompletionPrompt::Texts(texts) => texts.into_iter().map(Prompt::Text).collect(),
-        CompletionPrompt::Tokens(ids) => vec![Prompt::Tokens(token_ids("prompt", ids)?)],
+        CompletionPrompt::Tokens(ids) => vec![Prompt::Tokens(token_ids(param, ids)?)],
         CompletionPrompt::ManyTokens(lists) => lists
             .into_iter()
-            .map(|ids| Ok(Prompt::Tokens(token_ids("prompt", ids)?)))
+            .map(|ids| Ok(Prompt::Tokens(token_ids(param, ids)?)))
             .collect::<Result<_, ApiError>>()?,
     };
     match prompts.is_empty() {
         true => Err(invalid(
-            "prompt",
-            "prompt is an empty list; at least one prompt is needed",
+            param,
+            format!("{param} is an empty list; at least one text is needed"),
         )),
         false => Ok(prompts),
     }

@@ -1,8 +1,10 @@
 //! Wire types to domain types and back. Invalid input cannot pass: what comes out of here is in range, and what is not
 //! built was refused by name. Not here: status codes, HTTP.
 
+pub mod card;
 pub mod chat;
 pub mod completions;
+pub mod embeddings;
 pub mod files;
 pub mod fine_tunes;
 pub mod fine_tuning;

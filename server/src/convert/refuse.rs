@@ -5,6 +5,7 @@
 use tandem_openapi::adapters::{LoadLoraAdapter, UnloadLoraAdapter};
 use tandem_openapi::chat::ChatRequest;
 use tandem_openapi::completions::CompletionRequest;
+use tandem_openapi::embeddings::EmbeddingRequest;
 use tandem_openapi::fine_tunes::CreateFineTune;
 use tandem_openapi::fine_tuning::CreateJob;
 use tandem_openapi::messages::{CountTokensRequest, MessagesRequest};
@@ -31,6 +32,11 @@ impl Body for MessagesRequest {
 impl Body for CountTokensRequest {
     const SCHEMA: &'static str = "CountTokensRequest";
     const RULES: Option<&'static [&'static [Rule]]> = Some(&[ANTHROPIC, COUNT, EVERYWHERE]);
+}
+
+impl Body for EmbeddingRequest {
+    const SCHEMA: &'static str = "EmbeddingRequest";
+    const RULES: Option<&'static [&'static [Rule]]> = Some(&[EVERYWHERE, EMBEDDINGS]);
 }
 
 impl Body for TokenizeRequest {
@@ -328,6 +334,31 @@ const SAMPLING: &[Rule] = &[
     refused("options", nothing, HERE),
     refused("sampling_params", nothing, HERE),
     refused("generation_config", nothing, HERE),
+];
+
+/// Of vLLM, text-embeddings-inference and hosted services.
+const EMBEDDINGS: &[Rule] = &[
+    refused("adapter_id", nothing, MODEL),
+    refused("lora_path", nothing, LOAD),
+    refused("inputs", never, "use input"),
+    refused("texts", never, "use input"),
+    refused(
+        "messages",
+        never,
+        "send the rendered text, or its token ids, as input",
+    ),
+    refused("truncate", nothing, "send texts that fit the context"),
+    refused("truncate_prompt_tokens", never, "send texts that fit the context"),
+    refused("truncation_direction", nothing, "send texts that fit the context"),
+    refused("input_type", nothing, "put the instruction into the text"),
+    refused("task", nothing, "put the instruction into the text"),
+    refused("prompt_name", nothing, "put the prompt into the text"),
+    refused("pooling_type", never, "use pooling"),
+    refused("use_activation", never, "use normalize"),
+    refused("embd_normalize", never, "use normalize"),
+    refused("embed_dtype", never, "vectors are float32"),
+    refused("output_dtype", never, "vectors are float32"),
+    refused("priority", nothing, "clients share places by their API keys"),
 ];
 
 const MESSAGES: &[Rule] = &[

@@ -1,18 +1,29 @@
-//! Adapters at run time, vLLM's two routes. Success is plain text.
+//! Adapters at run time: vLLM's two routes, whose success is plain text, and the way out.
 
+use std::io::{self, Write};
 use std::path::Path;
 
 use axum::Extension;
+use axum::body::Body;
 use axum::extract::State;
+use axum::http::{HeaderMap, HeaderValue, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::Value;
 use tandem_openapi::adapters::{LoadLoraAdapter, UnloadLoraAdapter};
 use tandem_openapi::error::Errors;
 use tandem_router::LoadMode;
+use tandem_router::View;
+use tandem_router::api::{AdapterSource, Checkpoint, Job, ModelKind, RouterError};
+use tokio_util::io::{ReaderStream, SyncIoBridge};
+use tracing::warn;
 
+use super::files::attachment;
 use super::to_the_end;
 use crate::app::App;
 use crate::audit::Object;
+use crate::convert::card::{self, Origin};
 use crate::error::ApiError;
-use crate::extract::Json;
+use crate::extract::{Json, Segment};
 use crate::hub::{self, Content, Found};
 use crate::keys::Own;
 
@@ -67,4 +78,115 @@ pub async fn unload(
     to_the_end(async move { own.unload_adapter(&name).await }).await?;
     let said = format!("Success: LoRA adapter '{lora_name}' removed successfully.");
     Ok((Extension(Object(lora_name)), said))
+}
+
+const CONFIG: &str = "adapter_config.json";
+const TENSORS: &str = "adapter_model.safetensors";
+/// Of the archive, on its way from the thread that writes it.
+const PIPE_BYTES: usize = 256 << 10;
+/// Checkpoints that are looked at in one go.
+const PAGE: u32 = 100;
+
+/// An adapter's PEFT folder as a tar archive, with a model card of what is on record of it. A name that holds `/` is
+/// percent-encoded.
+#[utoipa::path(
+    get, path = "/v1/adapters/{name}/download", tag = "adapters", params(("name" = String, Path)),
+    responses((status = 200, body = Vec<u8>, content_type = "application/x-tar"), Errors)
+)]
+pub async fn download(Own(own): Own, Segment(name): Segment) -> Result<Response, ApiError> {
+    let (card, folder) = own.clone().adapter_folder(&name).await?;
+    let origin = match &card.kind {
+        ModelKind::Adapter {
+            source: AdapterSource::Job { job, step },
+            ..
+        } => match own.clone().job(job).await {
+            Ok(job) => {
+                let training_file = own.clone().file(&job.request.training_file).await.ok();
+                let checkpoint = checkpoint(own, &job, *step).await?;
+                Some(Origin {
+                    job,
+                    training_file,
+                    checkpoint,
+                })
+            }
+            Err(RouterError::UnknownJob(_)) => None,
+            Err(error) => return Err(error.into()),
+        },
+        _ => None,
+    };
+    // What is open can be read to its end, whoever deletes the adapter meanwhile.
+    let open = move || {
+        let config = std::fs::read(folder.join(CONFIG))?;
+        Ok((config, std::fs::File::open(folder.join(TENSORS))?))
+    };
+    let opened = tokio::task::spawn_blocking(open).await;
+    let opened: io::Result<_> = opened.map_err(|panic| ApiError::Internal(panic.to_string()))?;
+    let (config, tensors) =
+        opened.map_err(|error| ApiError::Internal(format!("cannot open adapter {name}: {error}")))?;
+    let readme = card::readme(
+        &card,
+        &serde_json::from_slice(&config).unwrap_or(Value::Null),
+        origin.as_ref(),
+    );
+    let (reader, writer) = tokio::io::duplex(PIPE_BYTES);
+    let writer = SyncIoBridge::new(writer);
+    let (file, made) = (name.replace('/', "--"), card.created_at);
+    let top = file.clone();
+    tokio::task::spawn_blocking(move || {
+        let archived = archive(writer, &top, made, readme.as_bytes(), &config, tensors);
+        // A client that goes away is no fault.
+        if let Err(error) = archived.or_else(|error| match error.kind() {
+            io::ErrorKind::BrokenPipe => Ok(()),
+            _ => Err(error),
+        }) {
+            warn!(%error, "an adapter's archive breaks off");
+        }
+    });
+    let mut headers = HeaderMap::new();
+    let kind = HeaderValue::from_static("application/x-tar");
+    headers.insert(header::CONTENT_TYPE, kind);
+    headers.insert(header::CONTENT_DISPOSITION, attachment(&format!("{file}.tar")));
+    Ok((headers, Body::from_stream(ReaderStream::new(reader))).into_response())
+}
+
+/// That of `step`, or a job's last.
+async fn checkpoint(own: View, job: &Job, step: Option<u64>) -> Result<Option<Checkpoint>, RouterError> {
+    let mut after = None;
+    loop {
+        // Newest first.
+        let page = own
+            .clone()
+            .checkpoints(job.id.as_str(), after.as_deref(), PAGE)
+            .await?;
+        let last = page.data.last().map(|checkpoint| checkpoint.id.clone());
+        let is_it = |checkpoint: &Checkpoint| step.is_none_or(|step| step == checkpoint.step);
+        let found = page.data.into_iter().find(is_it);
+        if found.is_some() || !page.has_more {
+            return Ok(found);
+        }
+        after = last;
+    }
+}
+
+/// The folder `top`, made at `made` (Unix seconds).
+fn archive(
+    out: impl Write,
+    top: &str,
+    made: i64,
+    readme: &[u8],
+    config: &[u8],
+    tensors: std::fs::File,
+) -> io::Result<()> {
+    let mut archive = tar::Builder::new(out);
+    let mut add = |name: &str, bytes: u64, content: &mut dyn io::Read| {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(bytes);
+        header.set_mode(0o644);
+        header.set_mtime(made.max(0) as u64);
+        archive.append_data(&mut header, format!("{top}/{name}"), content)
+    };
+    add("README.md", readme.len() as u64, &mut { readme })?;
+    add(CONFIG, config.len() as u64, &mut { config })?;
+    add(TENSORS, tensors.metadata()?.len(), &mut { tensors })?;
+    archive.into_inner()?.flush()
 }

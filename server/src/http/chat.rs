@@ -301,7 +301,7 @@ impl Choices for Chunks {
                     })
                 });
             }
-            What::Prompt(_) | What::Failed(_) => {}
+            What::Prompt(_) | What::Pooled(_) | What::Failed(_) => {}
         }
     }
 }

@@ -260,7 +260,7 @@ impl Choices for Chunks {
                     ..chunk
                 });
             }
-            What::Prompt(_) | What::Failed(_) => {}
+            What::Prompt(_) | What::Pooled(_) | What::Failed(_) => {}
         }
     }
 }

@@ -7,7 +7,7 @@ use std::task::Poll;
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use tandem_core::TokenId;
 use tandem_core::id::{AdapterDigest, Digest};
-use tandem_core::message::Fault;
+use tandem_core::message::{Fault, Guessed};
 use tandem_openapi::usage::Usage;
 use tandem_router::api::{
     Call, CallDelta, Client, Delta, Finish, Generation, ModelKind, Piece, RouterError, TokenText, What,
@@ -77,6 +77,15 @@ pub async fn admit(
     prompt_param: &'static str,
 ) -> Result<Admitted, ApiError> {
     let refused = |error: RouterError| match error {
+        RouterError::Invalid {
+            param: Some(param),
+            code,
+            message,
+        } if param == "prompt" => ApiError::Router(RouterError::Invalid {
+            param: Some(prompt_param.to_owned()),
+            code,
+            message,
+        }),
         RouterError::Invalid { .. } | RouterError::UnknownModel(_) => ApiError::Router(error),
         error => ApiError::Prompt(error, prompt_param),
     };
@@ -175,9 +184,11 @@ pub struct Gathered {
     pub calls: Vec<Called>,
     pub tokens: Vec<TokenText>,
     pub prompt: Option<Vec<Option<TokenText>>>,
+    pub vector: Option<Vec<f32>>,
     pub finish: Option<Finish>,
     pub completion_tokens: u32,
     pub cached_tokens: u32,
+    pub guessed: Guessed,
 }
 
 /// A call, whole.
@@ -230,6 +241,7 @@ pub async fn gather(feed: &mut Feed, n: u32) -> Result<Vec<Gathered>, ApiError> 
                 .ok_or_else(|| ApiError::Internal(format!("a piece of choice {index}")))?;
             match what {
                 What::Prompt(tokens) => one.prompt = Some(tokens),
+                What::Pooled(vector) => one.vector = Some(vector),
                 What::Text { text, tokens } => {
                     one.add(text);
                     one.tokens.extend(tokens);
@@ -239,9 +251,11 @@ pub async fn gather(feed: &mut Feed, n: u32) -> Result<Vec<Gathered>, ApiError> 
                     completion_tokens,
                     cached_tokens,
                     stop_string: _,
+                    guessed,
                 } => {
                     one.finish = Some(reason);
                     (one.completion_tokens, one.cached_tokens) = (completion_tokens, cached_tokens);
+                    one.guessed = guessed;
                 }
                 What::Failed(fault) => return Err(ApiError::Router(RouterError::Engine(fault))),
             }
@@ -259,7 +273,10 @@ pub fn usage(prompts: &[Vec<TokenId>], gathered: &[Gathered], n: u32) -> Usage {
         .step_by(n as usize)
         .map(|one| u64::from(one.cached_tokens))
         .sum();
+    let mut guessed = Guessed::default();
+    gathered.iter().for_each(|one| guessed += one.guessed);
     Usage::new(prompt_tokens, completion_tokens, cached_tokens)
+        .guessing(guessed.tokens.into(), guessed.accepted.into())
 }
 
 pub fn finish_reason(reason: Finish) -> &'static str {

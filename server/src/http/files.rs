@@ -249,7 +249,7 @@ pub async fn content(Own(own): Own, Segment(id): Segment) -> Result<Response, Ap
 }
 
 /// RFC 6266: any name, percent-encoded.
-fn attachment(filename: &str) -> HeaderValue {
+pub fn attachment(filename: &str) -> HeaderValue {
     let mut text = String::from("attachment; filename*=UTF-8''");
     for byte in filename.bytes() {
         match byte {

@@ -230,7 +230,7 @@ impl Writer for Events {
                 self.parts.finish(&mut steps);
                 self.ending = Some(Ending { reason, stop_string });
             }
-            What::Prompt(_) | What::Failed(_) => {}
+            What::Prompt(_) | What::Pooled(_) | What::Failed(_) => {}
         }
         steps.into_iter().for_each(|step| self.write(step, out));
     }

@@ -4,6 +4,7 @@
 pub mod adapters;
 pub mod chat;
 pub mod completions;
+pub mod embeddings;
 pub mod feed;
 pub mod files;
 pub mod fine_tunes;

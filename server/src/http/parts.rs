@@ -160,13 +160,14 @@ pub async fn gather(admitted: Admitted, mut taking: Parts) -> Result<(Vec<Part>,
     while feed.next(&mut news).await {
         for (_, Piece { what, .. }) in news.drain(..) {
             match what {
-                What::Prompt(_) => {}
+                What::Prompt(_) | What::Pooled(_) => {}
                 What::Text { text, tokens } => taking.take(text, tokens, &mut steps),
                 What::Finished {
                     reason,
                     stop_string,
                     completion_tokens,
                     cached_tokens,
+                    guessed,
                 } => {
                     taking.finish(&mut steps);
                     let prompt_tokens = prompts.iter().map(|prompt| prompt.len() as u64).sum();
@@ -174,7 +175,8 @@ pub async fn gather(admitted: Admitted, mut taking: Parts) -> Result<(Vec<Part>,
                         prompt_tokens,
                         u64::from(completion_tokens),
                         u64::from(cached_tokens),
-                    );
+                    )
+                    .guessing(guessed.tokens.into(), guessed.accepted.into());
                     end = Some((Ending { reason, stop_string }, usage));
                 }
                 What::Failed(fault) => return Err(ApiError::Router(RouterError::Engine(fault))),

@@ -6,6 +6,7 @@ use std::time::Duration;
 use axum::body::Bytes;
 use axum::response::Response;
 use serde::Serialize;
+use tandem_core::message::Guessed;
 use tandem_openapi::usage::Usage;
 use tandem_router::api::{Piece, RouterError, What};
 
@@ -85,14 +86,22 @@ struct Tally {
     prompt_tokens: u64,
     completion_tokens: u64,
     cached_tokens: u64,
+    guessed: Guessed,
 }
 
 impl Tally {
     fn count(&mut self, what: &What, first_choice: FirstChoice) {
         match what {
             What::Text { tokens, .. } => self.completion_tokens += tokens.len() as u64,
-            What::Finished { cached_tokens, .. } if first_choice == FirstChoice::Yes => {
-                self.cached_tokens += u64::from(*cached_tokens);
+            What::Finished {
+                cached_tokens,
+                guessed,
+                ..
+            } => {
+                self.guessed += *guessed;
+                if first_choice == FirstChoice::Yes {
+                    self.cached_tokens += u64::from(*cached_tokens);
+                }
             }
             _ => {}
         }
@@ -100,6 +109,7 @@ impl Tally {
 
     fn usage(&self) -> Usage {
         Usage::new(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
+            .guessing(self.guessed.tokens.into(), self.guessed.accepted.into())
     }
 }
 
@@ -169,6 +179,7 @@ pub async fn run(admitted: Admitted, writer: impl Writer) -> Result<Response, Ap
         prompt_tokens: prompts.iter().map(|prompt| prompt.len() as u64).sum(),
         completion_tokens: 0,
         cached_tokens: 0,
+        guessed: Guessed::default(),
     };
     let stream = Stream {
         feed,

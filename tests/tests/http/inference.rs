@@ -397,3 +397,68 @@ fn what_nobody_reads_is_stopped() {
         idle.then_some(())
     });
 }
+
+/// Lists and base64 hold the same numbers, each text its own, whatever stands beside it.
+#[test]
+fn texts_become_vectors() {
+    let server = Server::shared();
+    let embed = |change: Value| {
+        let mut body = json!({"model": server.model(), "input": ["Once upon a time", "The end"]});
+        body.as_object_mut()
+            .unwrap()
+            .extend(change.as_object().unwrap().clone());
+        client::post(server.address, "/v1/embeddings", &body).ok()
+    };
+    let floats = |reply: &Value, index: usize| -> Vec<f64> {
+        let vector = reply["data"][index]["embedding"]
+            .as_array()
+            .expect("a list of numbers");
+        vector.iter().map(|x| x.as_f64().unwrap()).collect()
+    };
+    let length = |vector: &[f64]| vector.iter().map(|x| x * x).sum::<f64>().sqrt();
+    let reply = embed(json!({}));
+    assert_eq!(
+        (&reply["object"], &reply["model"]),
+        (&json!("list"), &json!(server.model()))
+    );
+    assert_eq!(reply["data"][1]["index"], 1);
+    let tokens = (ids(&server, "Once upon a time").len() + ids(&server, "The end").len()) as u64;
+    assert_eq!(
+        reply["usage"],
+        json!({"prompt_tokens": tokens, "total_tokens": tokens})
+    );
+    let (first, second) = (floats(&reply, 0), floats(&reply, 1));
+    assert!(first != second && (length(&first) - 1.0).abs() < 1e-5);
+    for input in [
+        json!("Once upon a time"),
+        json!(ids(&server, "Once upon a time")),
+        json!([ids(&server, "Once upon a time")]),
+    ] {
+        assert_eq!(floats(&embed(json!({"input": input})), 0), first, "{input}");
+    }
+    let base64 = embed(json!({"encoding_format": "base64"}));
+    assert_eq!(
+        base64["data"][0]["embedding"].as_str().unwrap().len(),
+        (first.len() * 4).div_ceil(3) * 4
+    );
+    let raw = floats(&embed(json!({"normalize": false})), 0);
+    let scale = length(&raw);
+    assert!(
+        raw.iter()
+            .zip(&first)
+            .all(|(raw, unit)| (raw / scale - unit).abs() < 1e-5)
+    );
+    let short = floats(&embed(json!({"dimensions": 8})), 0);
+    let scale = length(&first[..8]);
+    assert!(
+        short.len() == 8
+            && short
+                .iter()
+                .zip(&first)
+                .all(|(short, long)| (short - long / scale).abs() < 1e-5)
+    );
+    let others = ["mean", "cls"].map(|pooling| floats(&embed(json!({"pooling": pooling})), 0));
+    assert!(others[0] != first && others[1] != first && others[0] != others[1]);
+    // vLLM's spelling.
+    assert_eq!(floats(&embed(json!({"pooling": "LAST"})), 0), first);
+}

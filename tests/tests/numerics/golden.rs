@@ -9,11 +9,12 @@ use tandem_backend::model::{Decoder, Grads};
 use tandem_backend::train::data;
 use tandem_backend::train::objective::{self, Scores};
 use tandem_backend::train::pass::{Advanced, Context, KEEP_BYTES, Pass};
+use tandem_backend::weights::merge;
 use tandem_core::dataset::Example;
 use tandem_kernels::weight::Precision;
 
 use crate::fixture::{
-    FAMILIES, Fixture, NAMES, Patch, Table, fixtures_folder, max_difference, relative_difference,
+    FAMILIES, Fixture, NAMES, Patch, Table, device, fixtures_folder, max_difference, relative_difference,
     trained_whole,
 };
 use crate::run::{Sequence, base, logprobs, packed};
@@ -22,6 +23,38 @@ use crate::training::tensors;
 const LOGITS: f64 = 2e-5;
 const LOSS: f64 = 1e-5;
 const GRADIENT: f64 = 1e-4;
+
+/// A model with its adapter in it says what peft says of the two; stacks of experts hold no matrix to merge into.
+#[test]
+fn merged_models_are_the_two_in_one() {
+    let mut table = Table::default();
+    let mut refused = vec![];
+    for name in NAMES.into_iter().chain(FAMILIES) {
+        let fixture = Fixture::open(name);
+        for adapter_name in fixture.adapters() {
+            let out = tempfile::tempdir().expect("a folder");
+            match merge(&fixture.folder, &fixture.adapter_folder(adapter_name), out.path()) {
+                Err(error) => refused.push(format!("{name}: {error}")),
+                Ok(_) => {
+                    let decoder = Decoder::load(out.path(), Precision::F32, device()).expect("it loads");
+                    let logits = packed(&decoder, &[base(&fixture.tokens("long"))]).remove(0);
+                    let what = format!("{adapter_name}.logits.long");
+                    let difference = max_difference(&logits, fixture.tensor(&what));
+                    // Sums are rounded to what the base is stored in: the eight bits of bfloat16.
+                    let limit = if name == "bf16" { 0.2 } else { LOGITS };
+                    table.add(name, &what, difference, limit);
+                }
+            }
+        }
+    }
+    assert!(
+        refused
+            .iter()
+            .all(|error| error.contains("inside another tensor")),
+        "{refused:?}"
+    );
+    table.judge("merged models against peft");
+}
 
 #[test]
 fn logits_and_losses_are_transformers_and_pefts() {

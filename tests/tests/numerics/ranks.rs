@@ -380,6 +380,7 @@ fn ask(replica: &ReplicaHandle, requests: &[(Vec<TokenId>, Option<AdapterRef>)])
             grammar: None,
             salt: None,
             max_tokens: 12,
+            pooling: None,
             stop_tokens: vec![],
         };
         let sent = replica
@@ -394,6 +395,7 @@ fn ask(replica: &ReplicaHandle, requests: &[(Vec<TokenId>, Option<AdapterRef>)])
             match event {
                 Event::Prompt(prompt) => answer.extend(prompt.into_iter().flatten()),
                 Event::Token(token) => answer.push(token),
+                Event::Pooled(_) => panic!("nothing was to be pooled"),
                 Event::Finished { .. } => return answer,
                 Event::Failed(fault) => panic!("{fault}"),
             }

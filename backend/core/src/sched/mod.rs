@@ -14,12 +14,12 @@ use std::collections::VecDeque;
 
 pub use lookup::Lookup;
 pub use plan::{Row, StepPlan};
+pub use sequence::View;
 use sequence::{Flow, Running, Sequence, Waiting};
-pub use sequence::{Guessed, View};
 
 use crate::blocks::{BlockPool, Prefix};
 use crate::id::RequestId;
-use crate::message::{Fault, FinishReason, Generate, Scored};
+use crate::message::{Fault, FinishReason, Generate, Guessed, Scored};
 
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -131,7 +131,7 @@ impl Scheduler {
             let message = format!("a prompt of {prompt} tokens and {asked} more exceed {max_model_len}");
             return Err(Fault::Refused(message));
         }
-        // The last token is never computed, except of a prompt that is only scored.
+        // The last token is never computed, except of a prompt that is only scored or pooled.
         let needed = self.pool.blocks_for(prompt + asked.max(1) - 1);
         if needed > self.pool.total() {
             let total = self.pool.total();

@@ -33,8 +33,9 @@ pub struct Row {
     pub table: Range<usize>,
     /// Tokens in the cache after this step.
     pub kv_len: usize,
-    /// Positions in the sequence whose logits must score the prompt token after them; all lie in this slice.
-    pub scores: Range<usize>,
+    /// Positions in the sequence whose outputs are asked for, to score the prompt token after each or to be pooled; all lie
+    /// in this slice.
+    pub wanted: Range<usize>,
     /// How many of its last logits choose tokens: none before the sequence's end, one there, and one more for each
     /// guess behind it.
     pub samples: usize,
@@ -89,7 +90,7 @@ impl StepPlan {
             plan.slots
                 .extend((start..kv_len).map(|position| slot(position) as i64));
             plan.tables.extend(&table[..kv_len.div_ceil(block_size)]);
-            let owed = seq.unscored();
+            let owed = seq.owed();
             let (owed_from, owed_to) = (owed.start.max(start), owed.end.min(kv_len));
             plan.rows.push(Row {
                 id: seq.id,
@@ -97,7 +98,7 @@ impl StepPlan {
                 tokens: first_token..plan.tokens.len(),
                 table: first_block..plan.tables.len(),
                 kv_len,
-                scores: owed_from.min(owed_to)..owed_to,
+                wanted: owed_from.min(owed_to)..owed_to,
                 samples: match kv_len >= seq.len() && seq.samples() {
                     true => 1 + guesses.len(),
                     false => 0,

@@ -7,7 +7,8 @@ use super::lookup::Lookup;
 use crate::TokenId;
 use crate::blocks::{BlockHash, BlockId, BlockPool};
 use crate::id::{AdapterRef, Digest, RequestId};
-use crate::message::{FinishReason, Generate};
+use crate::message::{FinishReason, Generate, Guessed};
+use crate::pooling::Pooling;
 use crate::sampling::Sampling;
 use crate::uses::Uses;
 
@@ -19,14 +20,17 @@ pub(super) struct Sequence {
     output: Vec<TokenId>,
     /// Of prompt and output, where penalties ask for them.
     uses: Option<Uses>,
-    /// Prompt positions whose logits were delivered, from 0 on; only counted when they are asked for.
-    scored: usize,
+    /// Prompt positions whose outputs are asked for: to score the token after each, or to be pooled.
+    wanted: Range<usize>,
+    /// Of those, the ones before this were delivered.
+    delivered: usize,
     /// Prompt tokens found in the cache when it was first admitted.
     pub cached: Option<usize>,
     pub flow: Flow,
     adapter: Option<AdapterRef>,
     salt: Option<Digest>,
     sampling: Sampling,
+    pooling: Option<Pooling>,
     max_tokens: usize,
     stop_tokens: Vec<TokenId>,
     /// Its grammar allows nothing after the token that is committed next.
@@ -38,13 +42,6 @@ pub(super) struct Sequence {
     pub guessed: Guessed,
     /// Identity of each full block of `tokens`, as far as somebody needed it.
     chain: Vec<BlockHash>,
-}
-
-/// How many tokens were guessed, and how many of them were right.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Guessed {
-    pub tokens: usize,
-    pub accepted: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,6 +77,7 @@ pub struct View<'a> {
     pub generated: usize,
     pub adapter: Option<&'a AdapterRef>,
     pub sampling: &'a Sampling,
+    pub pooling: Option<Pooling>,
     pub stop_tokens: &'a [TokenId],
     /// Where [`Sampling::has_penalties`].
     pub uses: Option<&'a Uses>,
@@ -96,20 +94,29 @@ impl Sequence {
             grammar,
             salt,
             max_tokens,
+            pooling,
             stop_tokens,
         } = request;
+        let wanted = match (pooling, sampling.prompt_logprobs()) {
+            (Some(pooling), _) => pooling.positions(prompt.len()),
+            // Nothing comes after the last.
+            (None, Some(_)) => 0..prompt.len() - 1,
+            (None, None) => 0..0,
+        };
         Sequence {
             id,
             arrival,
             uses: sampling.has_penalties().then(|| Uses::of(&prompt)),
             prompt,
             output: vec![],
-            scored: 0,
+            delivered: wanted.start,
+            wanted,
             cached: None,
             flow: Flow::Free,
             adapter,
             salt,
             sampling,
+            pooling,
             max_tokens: max_tokens as usize,
             stop_tokens,
             complete: false,
@@ -145,6 +152,7 @@ impl Sequence {
             output,
             adapter,
             sampling,
+            pooling,
             stop_tokens,
             uses,
             ..
@@ -154,33 +162,27 @@ impl Sequence {
             generated: output.len(),
             adapter: adapter.as_ref(),
             sampling,
+            pooling: *pooling,
             stop_tokens,
             uses: uses.as_ref(),
         }
     }
 
     /// Full blocks that may come from the cache: not the last token, whose logits are needed, and nothing whose
-    /// prompt log-probabilities are still owed.
+    /// outputs are still owed.
     pub fn reusable(&mut self, block_size: usize) -> &[BlockHash] {
         let last = self.len() - 1;
-        let tokens = if self.owes_scores() {
-            last.min(self.scored)
-        } else {
-            last
+        let owed = self.owed();
+        let tokens = match owed.is_empty() {
+            true => last,
+            false => last.min(owed.start),
         };
         self.chain_to(tokens / block_size, block_size)
     }
 
-    /// Prompt positions whose logits are still owed: each predicts the token after it.
-    pub fn unscored(&self) -> std::ops::Range<usize> {
-        match self.owes_scores() {
-            true => self.scored..self.prompt.len() - 1,
-            false => 0..0,
-        }
-    }
-
-    fn owes_scores(&self) -> bool {
-        self.sampling.prompt_logprobs().is_some() && self.scored + 1 < self.prompt.len()
+    /// Prompt positions whose outputs are still owed.
+    pub fn owed(&self) -> Range<usize> {
+        self.delivered..self.wanted.end
     }
 
     /// Does the last token's step end with a new token?
@@ -201,8 +203,8 @@ impl Sequence {
     /// Of `tokens` guesses the first `accepted` were right.
     pub fn judge_guesses(&mut self, tokens: usize, accepted: usize) {
         if tokens > 0 {
-            self.guessed.tokens += tokens;
-            self.guessed.accepted += accepted;
+            self.guessed.tokens += tokens as u32;
+            self.guessed.accepted += accepted as u32;
             self.reach = 2 * accepted + 1;
         }
     }
@@ -231,7 +233,7 @@ impl Running {
     /// `n` more tokens are in the cache; blocks they filled become findable.
     pub fn advance(&mut self, n: usize, pool: &mut BlockPool) {
         self.computed += n;
-        self.seq.scored = self.seq.scored.max(self.computed.min(self.seq.prompt_len() - 1));
+        self.seq.delivered = self.seq.delivered.max(self.computed.min(self.seq.wanted.end));
         let full = self.computed / pool.block_size();
         let chain = self.seq.chain_to(full, pool.block_size());
         for (&id, &hash) in self.table.iter().zip(chain).skip(self.named) {
@@ -240,7 +242,7 @@ impl Running {
         self.named = full;
     }
 
-    /// A prompt that is only scored ends with its last token.
+    /// A prompt that is only scored or pooled ends with its last token.
     pub fn ends_unsampled(&self) -> Option<FinishReason> {
         (self.pending() == 0 && !self.seq.samples()).then_some(FinishReason::Length)
     }

@@ -2,11 +2,13 @@
 //! every row attends to exactly what it should. Same seed, same trace.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::PathBuf;
 
 use super::*;
 use crate::TokenId;
 use crate::id::{AdapterDigest, AdapterRef, Digest};
+use crate::pooling::Pooling;
 use crate::rng;
 use crate::sampling::{RawSampling, Sampling};
 
@@ -108,13 +110,18 @@ fn request(random: &mut Random, id: u64) -> Generate {
         folder: PathBuf::new(),
     });
     let prompt_logprobs = random.one_in(5).then_some(0);
+    let pooled = random.one_in(8) && prompt_logprobs.is_none();
+    let pooling = pooled.then(|| Pooling::ALL[random.below(3)]);
     let raw = RawSampling {
         temperature: Some(0.0),
         prompt_logprobs,
         ..RawSampling::default()
     };
     let sampling = Sampling::new(raw, VOCAB).unwrap();
-    let max_tokens = random.below(20.min(MAX_MODEL_LEN - prompt_len)) as u32;
+    let max_tokens = match pooling {
+        Some(_) => 0,
+        None => random.below(20.min(MAX_MODEL_LEN - prompt_len)) as u32,
+    };
     Generate {
         id: RequestId(id),
         prompt: prompt.into(),
@@ -123,6 +130,7 @@ fn request(random: &mut Random, id: u64) -> Generate {
         grammar: None,
         salt: None,
         max_tokens,
+        pooling,
         stop_tokens: vec![STOP],
     }
 }
@@ -131,7 +139,17 @@ fn request(random: &mut Random, id: u64) -> Generate {
 struct Client {
     request: Generate,
     output: Vec<TokenId>,
-    scored: usize,
+    /// Prompt positions whose outputs it was owed and has.
+    delivered: usize,
+}
+
+/// What it is owed.
+fn wanted(request: &Generate) -> Range<usize> {
+    match request.pooling {
+        Some(pooling) => pooling.positions(request.prompt.len()),
+        None if request.sampling.prompt_logprobs().is_some() => 0..request.prompt.len() - 1,
+        None => 0..0,
+    }
 }
 
 struct Simulation {
@@ -278,12 +296,11 @@ impl Simulation {
                     row.id
                 );
             }
-            if client.request.sampling.prompt_logprobs().is_some() {
-                let inside = row.start() <= row.scores.start && row.scores.end <= row.kv_len;
-                assert!(row.scores.is_empty() || (inside && row.scores.start == client.scored));
-                client.scored += row.scores.len();
-            } else {
-                assert!(row.scores.is_empty());
+            if !row.wanted.is_empty() {
+                let inside = row.start() <= row.wanted.start && row.wanted.end <= row.kv_len;
+                let next = wanted(&client.request).start + client.delivered;
+                assert!(inside && row.wanted.start == next);
+                client.delivered += row.wanted.len();
             }
             if row.samples > 0 {
                 let mut told = vec![];
@@ -318,13 +335,13 @@ impl Simulation {
         let Client {
             request,
             output,
-            scored,
+            delivered,
         } = self.clients.remove(&id).unwrap();
         assert_eq!((output, reason), answer(&request), "disturbed");
         assert!((cached_tokens as usize) < request.prompt.len());
-        if request.sampling.prompt_logprobs().is_some() {
-            assert_eq!((scored, cached_tokens), (request.prompt.len() - 1, 0));
-        }
+        let wanted = wanted(&request);
+        assert_eq!(delivered, wanted.len());
+        assert!(wanted.is_empty() || cached_tokens as usize <= wanted.start);
         self.finished += 1;
     }
 }
@@ -387,7 +404,7 @@ fn every_request_ends_once_with_its_own_answer() {
                             Client {
                                 request,
                                 output: vec![],
-                                scored: 0,
+                                delivered: 0,
                             },
                         );
                         id += 1;
@@ -447,7 +464,7 @@ fn the_same_seed_is_the_same_trace() {
                 Client {
                     request,
                     output: vec![],
-                    scored: 0,
+                    delivered: 0,
                 },
             );
             simulation.turn();
@@ -468,6 +485,7 @@ fn plain(id: u64, prompt: Vec<TokenId>, max_tokens: u32) -> Generate {
         grammar: None,
         salt: None,
         max_tokens,
+        pooling: None,
         stop_tokens: vec![],
     }
 }

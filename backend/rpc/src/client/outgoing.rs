@@ -49,6 +49,7 @@ impl Outgoing {
                     grammar,
                     salt,
                     max_tokens,
+                    pooling,
                     stop_tokens,
                 } = generate;
                 let (stream, credit) = table.request(id, events)?;
@@ -62,6 +63,7 @@ impl Outgoing {
                     stop_tokens,
                     grammar_json: grammar.as_ref().map(codec::json),
                     salt: salt.map(|salt| salt.0.to_vec()),
+                    pooling_json: pooling.as_ref().map(codec::json),
                 })
             }
             Command::Abort(id) => Say::HangUp(table.forget(id)?),

@@ -15,6 +15,7 @@ use tandem_core::grammar::Grammar;
 use tandem_core::id::{JobId, RequestId};
 use tandem_core::job::{JobEvent, JobSpec};
 use tandem_core::message::{Event, Fault, Generate};
+use tandem_core::pooling::Pooling;
 use tandem_core::replica::{Command, EVENT_QUEUE, JOB_EVENT_QUEUE};
 use tandem_core::sampling::{RawSampling, Sampling};
 use tokio::sync::{mpsc, oneshot};
@@ -196,11 +197,13 @@ impl Ear {
             stop_tokens,
             grammar_json,
             salt,
+            pooling_json,
         } = generate;
         let adapter = adapter.as_deref().map(codec::digest).transpose()?;
         let salt = salt.as_deref().map(codec::digest).transpose()?;
         let sampling: RawSampling = codec::from_json(&sampling_json)?;
         let grammar: Option<Grammar> = grammar_json.as_deref().map(codec::from_json).transpose()?;
+        let pooling: Option<Pooling> = pooling_json.as_deref().map(codec::from_json).transpose()?;
         let (events, receiver) = mpsc::channel(EVENT_QUEUE);
         let (id, open) = self.shared.open();
         let link = Link::new(credit);
@@ -227,6 +230,7 @@ impl Ear {
                     grammar,
                     salt,
                     max_tokens,
+                    pooling,
                     stop_tokens,
                 };
                 request.check(info.vocab_size, info.max_model_len)?;

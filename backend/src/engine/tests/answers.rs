@@ -68,6 +68,7 @@ fn it_says_what_transformers_says() {
         prompt,
         prompt_logprobs,
         greedy: expected,
+        ..
     } in cases()
     {
         let raw = RawSampling {
@@ -301,4 +302,82 @@ fn an_engine_that_starts_with_other_threads_disturbs_nobody() {
             });
         }
     });
+}
+
+/// As transformers has them, and the same bits of a prompt that came in chunks, whose beginning was in the cache, or that
+/// gave up its blocks in between.
+#[test]
+fn vectors_are_averages_of_the_last_hidden_states() {
+    let folder = demo();
+    let cases = cases();
+    let asked: Vec<(Generate, &Vec<f32>)> = cases
+        .iter()
+        .flat_map(|case| {
+            case.pooled
+                .iter()
+                .map(|(pooling, vector)| (&case.prompt, *pooling, vector))
+        })
+        .map(|(prompt, pooling, vector)| {
+            let asked = Generate {
+                pooling: Some(pooling),
+                ..request(prompt, 0, RawSampling::default())
+            };
+            (asked, vector)
+        })
+        .collect();
+    let requests: Vec<Generate> = asked.iter().map(|(request, _)| request.clone()).collect();
+    let mut rig = Rig::new(options(&folder));
+    let answers = rig.ask_all(&requests);
+    for (answer, (request, expected)) in answers.iter().zip(&asked) {
+        assert!(
+            matches!(answer.end, Some(Ok((FinishReason::Length, _)))),
+            "{:?}",
+            answer.end
+        );
+        let vector = answer.vector.as_ref().unwrap();
+        assert_eq!(vector.len(), expected.len());
+        for (ours, theirs) in vector.iter().zip(*expected) {
+            assert!(
+                (ours - theirs).abs() < 1e-4,
+                "{:?}: {ours} is not {theirs}",
+                request.pooling
+            );
+        }
+    }
+    let small = |options: Options| Options {
+        max_num_batched_tokens: 7,
+        kv_cache_bytes: Some(1 << 20),
+        ..options
+    };
+    for mut other in [rig, Rig::new(small(options(&folder)))] {
+        for (again, first) in other.ask_all(&requests).iter().zip(&answers) {
+            assert_eq!(again.vector, first.vector);
+        }
+    }
+}
+
+#[test]
+fn a_prompt_is_not_pooled_and_continued() {
+    let folder = demo();
+    let mut rig = Rig::new(options(&folder));
+    for (max_tokens, raw) in [
+        (1, greedy()),
+        (
+            0,
+            RawSampling {
+                prompt_logprobs: Some(0),
+                ..greedy()
+            },
+        ),
+    ] {
+        let answer = rig.ask(Generate {
+            pooling: Some(Pooling::Last),
+            ..request(&[1, 2], max_tokens, raw)
+        });
+        assert!(
+            matches!(answer.end, Some(Err(Fault::Refused(_)))),
+            "{:?}",
+            answer.end
+        );
+    }
 }
