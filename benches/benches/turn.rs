@@ -11,9 +11,9 @@ use tandem_backend::model::{Batch, Context, Decoder};
 use tandem_backend::sample::{Ask, sample};
 use tandem_backend::train::Trainer;
 use tandem_core::blocks::BlockPool;
-use tandem_core::dataset::{self, Example};
+use tandem_core::dataset::{self, Example, Group};
 use tandem_core::id::RequestId;
-use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Schedule, files};
+use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Objective, Schedule, files};
 use tandem_core::message::{Generate, Scored};
 use tandem_core::sampling::{RawSampling, Sampling};
 use tandem_core::sched::{Limits, Scheduler, View};
@@ -208,14 +208,16 @@ fn train_step(criterion: &mut Criterion) {
         packing: false,
         save_steps: 0,
         eval_steps: 0,
+        objective: Objective::default(),
         method: Method::Lora(lora),
     };
     let folder = tempfile::tempdir().expect("a folder");
-    let examples: Vec<Example> = (0..4)
+    let examples: Vec<Group> = (0..4)
         .map(|i| Example {
             tokens: (i..i + 33).collect(),
             weights: vec![1.0; 33],
         })
+        .map(Group::from)
         .collect();
     std::fs::write(folder.path().join(files::TRAIN), dataset::encode(&examples)).expect("it is written");
     let id = "ftjob-bench".parse().expect("a job\'s id");

@@ -29,19 +29,26 @@ pub struct CreateJob {
     pub settings: Unknown,
 }
 
-/// Only `supervised` is built.
+/// OpenAI's `supervised` and `dpo`, and the other objectives in the same form. `reinforcement` is not built.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
 pub struct Method {
+    /// `supervised`, `dpo`, `kto`, `orpo`, `cpo`, `simpo` or `reward_weighted`
     #[serde(rename = "type")]
     pub kind: String,
-    pub supervised: Option<Supervised>,
+    pub supervised: Option<MethodSettings>,
+    pub dpo: Option<MethodSettings>,
+    pub kto: Option<MethodSettings>,
+    pub orpo: Option<MethodSettings>,
+    pub cpo: Option<MethodSettings>,
+    pub simpo: Option<MethodSettings>,
+    pub reward_weighted: Option<MethodSettings>,
     #[serde(flatten)]
     #[schema(ignore)]
     pub unknown: Unknown,
 }
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
-pub struct Supervised {
+pub struct MethodSettings {
     #[schema(value_type = Option<TrainingSettings>)]
     pub hyperparameters: Option<Unknown>,
     #[serde(flatten)]
@@ -100,15 +107,26 @@ pub struct JobError {
 
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct ChosenMethod {
-    /// `supervised`
+    /// `supervised`, `dpo`, `kto`, `orpo`, `cpo`, `simpo` or `reward_weighted`
     #[serde(rename = "type")]
-    pub kind: &'static str,
-    pub supervised: ChosenSupervised,
+    pub kind: String,
+    /// Under the name of its type.
+    #[serde(flatten)]
+    pub of_type: BTreeMap<String, ChosenMethodSettings>,
 }
 
 #[derive(Clone, Debug, Serialize, ToSchema)]
-pub struct ChosenSupervised {
-    pub hyperparameters: CommonHyperparameters,
+pub struct ChosenMethodSettings {
+    pub hyperparameters: MethodHyperparameters,
+}
+
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct MethodHyperparameters {
+    #[serde(flatten)]
+    pub common: CommonHyperparameters,
+    /// Of the methods that read it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub beta: Option<f64>,
 }
 
 /// OpenAI's three. `auto` until the training file has been read.
@@ -147,7 +165,19 @@ pub struct RunHyperparameters {
     pub save_steps: u64,
     pub eval_steps: u64,
     #[serde(flatten)]
+    pub objective: RunObjective,
+    #[serde(flatten)]
     pub lora: Option<RunLora>,
+}
+
+/// What is minimised, and the numbers that it reads.
+#[derive(Clone, Debug, Default, Serialize, ToSchema)]
+pub struct RunObjective {
+    pub objective: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss_type: Option<String>,
+    #[serde(flatten)]
+    pub numbers: BTreeMap<String, f64>,
 }
 
 #[derive(Clone, Debug, Serialize, ToSchema)]

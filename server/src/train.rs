@@ -12,11 +12,11 @@ use std::sync::{Arc, OnceLock};
 
 use serde_norway::Mapping;
 use tandem_backend::train::run::{Run, RunOptions};
-use tandem_core::dataset::{self, Example};
+use tandem_core::dataset::{self, Group};
 use tandem_core::job::{JobEvent, JobSpec, Life, base_model, files};
 use tandem_router::api::RouterError;
 use tandem_router::hyper::{self, Bounds, Facts, Tuning};
-use tandem_text::dataset::{BadLine, Options, read_rows, tokenize};
+use tandem_text::dataset::{BadLine, Options, group, read_rows};
 use tandem_text::tokenizer::gguf;
 use tandem_text::{TextError, Tokenizer};
 
@@ -129,6 +129,7 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
     let options = Options {
         max_seq_length: hyper::max_seq_length(&settings, bounds),
         prompt_loss_weight: settings.prompt_loss_weight.unwrap_or(0.0) as f32,
+        rows: hyper::objective(&settings).rows(),
     };
     let train = Dataset::read(&training_file, &tokenizer, &options)?;
     let valid = validation_file
@@ -302,10 +303,10 @@ impl Dataset {
     fn read(source: &Path, tokenizer: &Tokenizer, options: &Options) -> Result<Dataset, TrainError> {
         let path = || source.to_owned();
         let file = File::open(source).map_err(|source| TrainError::File { path: path(), source })?;
-        let (mut examples, mut left_out) = (Vec::<Example>::new(), 0_u64);
+        let (mut examples, mut left_out) = (Vec::<Group>::new(), 0_u64);
         for row in read_rows(BufReader::new(file)) {
             let (line, row) = row.map_err(|source| TrainError::Row { path: path(), source })?;
-            match tokenize(&row, tokenizer, options) {
+            match group(&row, tokenizer, options) {
                 Ok(example) => examples.push(example),
                 Err(TextError::NoLabels { .. }) => left_out += 1,
                 Err(source) => {
@@ -325,7 +326,7 @@ impl Dataset {
         }
         let facts = Facts {
             examples: examples.len() as u64,
-            tokens: examples.iter().map(|example| example.tokens.len() as u64).sum(),
+            tokens: examples.iter().map(|group| group.tokens() as u64).sum(),
         };
         let left_out = match left_out {
             0 => String::new(),

@@ -1,7 +1,8 @@
 //! Tokenised training examples as bytes: what the router hands to the engine. Not here: JSON, text, templates.
 //!
 //! Layout, little-endian: magic `TNDMDS02`, SHA-256 of what follows, u64 count, then per example u32 length, length x u32
-//! token ids, length x f32 weights.
+//! token ids, length x f32 weights. Where an example does not stand alone or has a value, what follows says of each group,
+//! until the end: u32 examples, f32 value.
 
 use sha2::{Digest, Sha256};
 
@@ -29,21 +30,61 @@ impl Example {
     }
 }
 
+/// Examples that stay together: what one row of a training file says. What there are of them, and what the value means, is
+/// the job's objective's ([`crate::job::Rows`]): a pair is the preferred answer and the other; a judged example has 1 where
+/// it is desirable and 0 where not; a rewarded one its reward.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Group {
+    pub examples: Vec<Example>,
+    pub value: f32,
+}
+
+impl Group {
+    pub fn tokens(&self) -> usize {
+        self.examples.iter().map(|example| example.tokens.len()).sum()
+    }
+
+    pub fn label_tokens(&self) -> usize {
+        self.examples.iter().map(Example::label_tokens).sum()
+    }
+}
+
+impl From<Example> for Group {
+    /// Alone.
+    fn from(example: Example) -> Group {
+        Group {
+            examples: vec![example],
+            value: 0.0,
+        }
+    }
+}
+
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("damaged dataset: {0}")]
 pub struct Damaged(pub String);
 
-pub fn encode(examples: &[Example]) -> Vec<u8> {
-    let tokens: usize = examples.iter().map(|example| example.tokens.len()).sum();
-    let mut bytes = Vec::with_capacity(16 + DIGEST_BYTES + 4 * examples.len() + 8 * tokens);
+pub fn encode(groups: &[Group]) -> Vec<u8> {
+    let examples = || groups.iter().flat_map(|group| &group.examples);
+    let tokens: usize = groups.iter().map(Group::tokens).sum();
+    let count = examples().count();
+    let mut bytes = Vec::with_capacity(16 + DIGEST_BYTES + 4 * count + 8 * tokens + 8 * groups.len());
     bytes.extend(MAGIC);
     bytes.extend([0; DIGEST_BYTES]);
-    bytes.extend((examples.len() as u64).to_le_bytes());
-    for Example { tokens, weights } in examples {
+    bytes.extend((count as u64).to_le_bytes());
+    for Example { tokens, weights } in examples() {
         assert_eq!(tokens.len(), weights.len(), "one weight per token");
         bytes.extend((tokens.len() as u32).to_le_bytes());
         bytes.extend(tokens.iter().flat_map(|token| token.to_le_bytes()));
         bytes.extend(weights.iter().flat_map(|weight| weight.to_le_bytes()));
+    }
+    if groups
+        .iter()
+        .any(|group| group.examples.len() != 1 || group.value != 0.0)
+    {
+        for Group { examples, value } in groups {
+            bytes.extend((examples.len() as u32).to_le_bytes());
+            bytes.extend(value.to_le_bytes());
+        }
     }
     let (head, content) = bytes.split_at_mut(MAGIC.len() + DIGEST_BYTES);
     head[MAGIC.len()..].copy_from_slice(&Sha256::digest(content));
@@ -67,7 +108,7 @@ pub fn check(bytes: &[u8]) -> Result<&[u8], Damaged> {
     }
 }
 
-pub fn decode(bytes: &[u8]) -> Result<Vec<Example>, Damaged> {
+pub fn decode(bytes: &[u8]) -> Result<Vec<Group>, Damaged> {
     let mut rest = check(bytes)?;
     let mut take = |n: usize| {
         let (head, tail) = rest.split_at_checked(n).ok_or_else(|| {
@@ -100,9 +141,29 @@ pub fn decode(bytes: &[u8]) -> Result<Vec<Example>, Damaged> {
             .collect();
         examples.push(Example { tokens, weights });
     }
-    match rest.len() {
-        0 => Ok(examples),
-        n => Err(Damaged(format!("{n} bytes after the last example"))),
+    let (sizes, surplus) = rest.as_chunks::<8>();
+    if !surplus.is_empty() {
+        return Err(Damaged(format!("{} bytes after the last example", rest.len())));
+    }
+    if sizes.is_empty() {
+        return Ok(examples.into_iter().map(Group::from).collect());
+    }
+    let mut examples = examples.into_iter();
+    let mut groups = Vec::with_capacity(sizes.len());
+    for &[a, b, c, d, e, f, g, h] in sizes {
+        let size = u32::from_le_bytes([a, b, c, d]) as usize;
+        let group = Group {
+            examples: examples.by_ref().take(size).collect(),
+            value: f32::from_le_bytes([e, f, g, h]),
+        };
+        if group.examples.len() < size {
+            return Err(Damaged("its groups have more examples than there are".to_owned()));
+        }
+        groups.push(group);
+    }
+    match examples.len() {
+        0 => Ok(groups),
+        n => Err(Damaged(format!("{n} examples are in no group"))),
     }
 }
 
@@ -111,20 +172,43 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bytes_come_back_and_damage_is_noticed() {
-        let examples = vec![
-            Example {
-                tokens: vec![1, 2, 3],
-                weights: vec![0.0, 0.5, 1.0],
-            },
-            Example {
-                tokens: vec![],
-                weights: vec![],
-            },
-        ];
-        let bytes = encode(&examples);
-        assert_eq!(decode(&bytes).unwrap(), examples);
-        assert_eq!(examples[0].label_tokens(), 2);
+    fn bytes_come_back() {
+        let example = Example {
+            tokens: vec![1, 2, 3],
+            weights: vec![0.0, 0.5, 1.0],
+        };
+        let empty = Example {
+            tokens: vec![],
+            weights: vec![],
+        };
+        let alone = vec![Group::from(example.clone()), Group::from(empty.clone())];
+        assert_eq!(alone[0].label_tokens(), 2);
+        let judged = Group {
+            value: 1.0,
+            ..Group::from(example.clone())
+        };
+        let pair = Group {
+            examples: vec![example, empty],
+            value: 0.0,
+        };
+        for groups in [alone, vec![judged, pair]] {
+            assert_eq!(decode(&encode(&groups)).unwrap(), groups);
+        }
+        let bytes = encode(&[]);
+        assert_eq!(decode(&bytes).unwrap(), []);
+    }
+
+    #[test]
+    fn damage_is_noticed() {
+        let example = Example {
+            tokens: vec![1, 2, 3],
+            weights: vec![0.0, 0.5, 1.0],
+        };
+        let pair = Group {
+            examples: vec![example.clone(), example],
+            value: 0.5,
+        };
+        let bytes = encode(&[pair]);
         for at in 0..bytes.len() {
             assert!(decode(&bytes[..at]).is_err(), "cut at {at}");
             let mut flipped = bytes.clone();

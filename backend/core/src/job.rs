@@ -1,5 +1,8 @@
 //! A fine-tuning job as the engine sees it: tokens and numbers. Files' text, names and queues are the router's.
 
+mod objective;
+
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -7,6 +10,8 @@ use serde::{Deserialize, Serialize};
 use crate::id::{AdapterRef, JobId};
 use crate::replica::ReplicaInfo;
 use crate::settings::{Kind, setting};
+
+pub use objective::{CpoLoss, DpoLoss, Objective, Rows};
 
 /// Of a run, by epochs and data: far beyond any, and safe to add and multiply.
 const MOST_STEPS: u64 = 1 << 48;
@@ -115,6 +120,8 @@ pub struct Hyper {
     pub save_steps: u64,
     /// Optimizer steps between validations; 0: at each epoch's end.
     pub eval_steps: u64,
+    #[serde(default)]
+    pub objective: Objective,
     pub method: Method,
 }
 
@@ -137,9 +144,18 @@ impl Hyper {
             adam_beta2,
             adam_epsilon,
             max_grad_norm,
+            objective,
             method,
             ..
         } = self;
+        objective.check()?;
+        if objective.has_reference() && *method == Method::Full {
+            let name = objective.name();
+            return Err(format!(
+                "{name} compares with the model as it was, of which full training keeps no copy: train LoRA, or an objective \
+                 without a reference (orpo, cpo, simpo)"
+            ));
+        }
         let (r, alpha, dropout) = match method {
             Method::Lora(Lora {
                 r, alpha, dropout, ..
@@ -333,6 +349,9 @@ pub enum JobEvent {
         step: u64,
         loss: f64,
         token_accuracy: f64,
+        /// As [`StepReport::metrics`].
+        #[serde(default)]
+        metrics: BTreeMap<String, f64>,
     },
     /// The adapter after `step` is on disk and resident.
     Checkpoint {
@@ -373,9 +392,12 @@ pub struct StepReport {
     /// 1-based.
     pub step: u64,
     pub epoch: f64,
-    /// Mean over the step's label tokens, in nats.
+    /// Mean over the step's label tokens, in nats; of preferences, over its rows.
     pub loss: f64,
     pub token_accuracy: f64,
+    /// What else the objective reports, under TRL's names: `rewards/chosen`, `rewards/margins`, ...
+    #[serde(default)]
+    pub metrics: BTreeMap<String, f64>,
     /// Before clipping.
     pub grad_norm: f64,
     pub learning_rate: f64,
@@ -429,6 +451,7 @@ mod tests {
             packing: false,
             save_steps: 0,
             eval_steps: 0,
+            objective: Objective::default(),
             method: Method::Lora(lora),
         }
     }

@@ -5,6 +5,7 @@
 
 mod foreign;
 mod kind;
+mod objective;
 
 use std::collections::BTreeMap;
 
@@ -12,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 pub use kind::{Kind, Range};
+pub use objective::readers;
 
 use crate::job::Schedule;
 use crate::suggest::closest;
@@ -40,6 +42,8 @@ pub enum Group {
     Optimizer,
     Data,
     Saving,
+    /// Each is read by some objectives.
+    Objective,
     /// Means nothing when every parameter is trained.
     Lora,
 }
@@ -128,6 +132,32 @@ settings! {
             ["data_seed", "random_state"],
             "drawn by a server, 42 for `tandem train`", "of the order of rows, dropout and the adapter's first numbers";
     }
+    Objective {
+        objective: String, Word(&OBJECTIVES),
+            ["stage", "training_method", "method_type", "rl"],
+            "sft", "what is minimised, of rows that suit it: sft, reward_weighted, of pairs dpo, orpo, cpo, simpo, of judged rows kto";
+        loss_type: String, Word(&LOSSES),
+            ["pref_loss"],
+            "sigmoid; simpo for simpo", "of dpo and cpo, TRL's names; of dpo also a method whose name it is";
+        beta: f64, Real(Above(0.0, 1000.0)),
+            ["dpo_beta", "kto_beta", "rl_beta", "pref_beta"],
+            "0.1; 2 for simpo, 1 for reward_weighted", "how near the reference stays (dpo, kto), the margin's scale (cpo, simpo), the odds ratio's weight (orpo), the rewards' temperature (reward_weighted)";
+        label_smoothing: f64, Real(Below(0.0, 0.5)),
+            ["dpo_label_smoothing"],
+            "0; 0.001 for exo_pair", "share of pairs that may be the wrong way round (dpo: sigmoid, robust, exo_pair; cpo, simpo: sigmoid, simpo)";
+        simpo_gamma: f64, Real(Closed(0.0, 1000.0)),
+            [],
+            "1 for simpo, 0.5 for cpo", "the margin that simpo asks for";
+        cpo_alpha: f64, Real(Closed(0.0, 1000.0)),
+            [],
+            "1; 0 for simpo", "weight of the preferred answers' own likelihood (cpo, simpo)";
+        desirable_weight: f64, Real(Closed(0.0, 1000.0)),
+            ["kto_desirable_weight", "kto_chosen_weight"],
+            "1", "of kto's desirable rows";
+        undesirable_weight: f64, Real(Closed(0.0, 1000.0)),
+            ["kto_undesirable_weight", "kto_rejected_weight"],
+            "1", "of kto's undesirable rows";
+    }
     Saving {
         save_steps: u64, Integer { low: 0, high: MOST_STEPS, unset: None },
             [],
@@ -154,6 +184,27 @@ settings! {
             "false", "scale by alpha / sqrt(r) instead of alpha / r";
     }
 }
+
+/// Of `objective`. `simpo` is cpo with its loss of that name and without the likelihood.
+const OBJECTIVES: [&str; 7] = ["sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward_weighted"];
+/// Of `loss_type`, for all objectives.
+const LOSSES: [&str; 15] = [
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "sigmoid_norm",
+    "simpo",
+    "kto",
+    "nll",
+    "chunked_nll",
+];
 
 /// Pairs of which one makes the other meaningless.
 const EXCLUSIVE: [(&str, &str); 2] = [
@@ -239,6 +290,7 @@ pub fn read<'a>(
         }
     }
     warms_up(&settings)?;
+    settings.objective()?;
     let beside = Beside {
         settings: &settings,
         has_validation_file,

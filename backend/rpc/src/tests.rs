@@ -1,12 +1,13 @@
 //! A real session over loopback, with the test in the engine's place at the command channel.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
 use tandem_core::id::{AdapterDigest, AdapterRef, Digest, RequestId};
-use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Schedule};
+use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Objective, Schedule};
 use tandem_core::message::{Event, Fault, FinishReason, Generate, Guessed, Scored};
 use tandem_core::pooling::Pooling;
 use tandem_core::replica::{AdapterInfo, COMMAND_QUEUE, Command, EVENT_QUEUE, ReplicaHandle, ReplicaInfo};
@@ -462,6 +463,7 @@ fn job(id: &str) -> JobSpec {
             packing: false,
             save_steps: 0,
             eval_steps: 0,
+            objective: Objective::default(),
             method: Method::Lora(Lora {
                 r: 4,
                 alpha: 8.0,
@@ -525,6 +527,7 @@ async fn a_job_runs_in_a_folder_of_its_machine() {
         step,
         loss: 0.1 + 0.2,
         token_accuracy: 1.0,
+        metrics: BTreeMap::new(),
     };
     // More than either side's queue holds, read slowly.
     let writer = tokio::spawn(async move {

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tandem_core::TokenId;
-use tandem_core::dataset::{self, Example};
+use tandem_core::dataset::{self, Example, Group};
 use tandem_core::id::{AdapterRef, RequestId};
-use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Schedule, files};
+use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Objective, Schedule, files};
 use tandem_core::message::{Event, Fault, FinishReason, Generate, Scored};
 use tandem_core::pooling::Pooling;
 use tandem_core::replica::{Command, EVENT_QUEUE, JOB_EVENT_QUEUE, ReplicaHandle};

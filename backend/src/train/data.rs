@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use tandem_core::TokenId;
-use tandem_core::dataset::Example;
+use tandem_core::dataset::{Example, Group};
 use tandem_core::job::Hyper;
 use tandem_core::rng;
 use tch::Device;
@@ -78,11 +78,11 @@ impl Slice {
 }
 
 impl DataPlan {
-    /// There is an example.
-    pub fn new(examples: &[Example], hyper: &Hyper) -> DataPlan {
-        assert!(!examples.is_empty(), "a plan needs data");
+    /// `lengths`: tokens of each group, of which there is one.
+    pub fn new(lengths: Vec<usize>, hyper: &Hyper) -> DataPlan {
+        assert!(!lengths.is_empty(), "a plan needs data");
         let mut plan = DataPlan {
-            lengths: examples.iter().map(|example| example.tokens.len()).collect(),
+            lengths,
             seed: hyper.seed,
             batch_size: hyper.batch_size.max(1) as usize,
             pack_tokens: hyper
@@ -130,7 +130,7 @@ impl DataPlan {
         step == self.total || self.steps_before[1..].binary_search(&step).is_ok()
     }
 
-    /// Example numbers of optimizer step `step` (0-based), by micro-batch.
+    /// Numbers of the groups of optimizer step `step` (0-based), by micro-batch.
     pub fn step(&mut self, step: u64) -> Vec<Vec<usize>> {
         self.reach(step);
         let epoch = self.epoch_of(step);
@@ -197,24 +197,69 @@ impl DataPlan {
 /// Cuts examples into slices of at most [`slice_tokens`], in order. The last token of an example is never an input:
 /// nothing is predicted after it.
 pub fn slices<'a>(examples: impl Iterator<Item = &'a Example>, device: Device) -> Vec<Slice> {
-    let mut slices: Vec<Slice> = vec![];
-    for Example { tokens, weights } in examples {
-        let inputs = tokens.len().saturating_sub(1);
-        if inputs == 0 {
-            continue;
-        }
-        if !slices.last().is_some_and(|slice| slice.has_room(inputs, device)) {
-            slices.push(Slice::default());
-        }
-        let predicted = tokens.iter().zip(weights).skip(1);
-        let labels = (0..)
-            .zip(predicted)
-            .filter(|(_, (_, weight))| **weight != 0.0)
-            .map(|(row, (&token, &weight))| (row, token, weight));
-        let slice = slices.last_mut().expect("there is one now");
-        slice.push(&tokens[..inputs], labels);
+    let mut slices = vec![];
+    for example in examples {
+        place(example, Labelled::Weighted, device, &mut slices);
     }
     slices
+}
+
+/// Into the last slice, or a new one.
+fn place(example: &Example, labelled: Labelled, device: Device, slices: &mut Vec<Slice>) {
+    let Example { tokens, weights } = example;
+    let inputs = tokens.len().saturating_sub(1);
+    if inputs == 0 {
+        return;
+    }
+    if !slices.last().is_some_and(|slice| slice.has_room(inputs, device)) {
+        slices.push(Slice::default());
+    }
+    let predicted = tokens.iter().zip(weights).skip(1);
+    let labels = (0..)
+        .zip(predicted)
+        .filter(|(_, (_, weight))| labelled == Labelled::All || **weight != 0.0)
+        .map(|(row, (&token, &weight))| (row, token, weight));
+    let slice = slices.last_mut().expect("there is one now");
+    slice.push(&tokens[..inputs], labels);
+}
+
+/// Which tokens of an example are labels.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Labelled {
+    /// Those with a weight.
+    Weighted,
+    All,
+}
+
+/// Slices whose sequences are weighed together: several groups that fit one slice, or one group.
+pub struct Bundle {
+    /// The sequences of all groups, in order.
+    pub slices: Vec<Slice>,
+    /// Of each group.
+    pub values: Vec<f32>,
+}
+
+/// Groups in order, whole. All have as many examples, each of two tokens at least; `labelled`: by its number in the group.
+pub fn bundles(groups: &[&Group], labelled: impl Fn(usize) -> Labelled, device: Device) -> Vec<Bundle> {
+    let mut bundles: Vec<Bundle> = vec![];
+    for Group { examples, value } in groups {
+        let inputs = examples.iter().map(|example| example.tokens.len() - 1).sum();
+        let fits = bundles
+            .last()
+            .is_some_and(|bundle| bundle.slices.len() == 1 && bundle.slices[0].has_room(inputs, device));
+        if !fits {
+            bundles.push(Bundle {
+                slices: vec![],
+                values: vec![],
+            });
+        }
+        let bundle = bundles.last_mut().expect("there is one now");
+        for (i, example) in examples.iter().enumerate() {
+            place(example, labelled(i), device, &mut bundle.slices);
+        }
+        bundle.values.push(*value);
+    }
+    bundles
 }
 
 /// Keeps the draws of shuffling apart from those of initialisation and dropout.
@@ -223,7 +268,7 @@ const SHUFFLE_STREAM: u64 = 0x5_f1e0_0000;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tandem_core::job::{Lora, Method, Schedule};
+    use tandem_core::job::{Lora, Method, Objective, Schedule};
 
     fn hyper() -> Hyper {
         Hyper {
@@ -244,6 +289,7 @@ mod tests {
             packing: false,
             save_steps: 0,
             eval_steps: 0,
+            objective: Objective::default(),
             method: Method::Lora(Lora {
                 r: 4,
                 alpha: 8.0,
@@ -254,20 +300,14 @@ mod tests {
         }
     }
 
-    fn examples(n: usize) -> Vec<Example> {
-        (0..n)
-            .map(|i| Example {
-                tokens: vec![1; 5 + i % 30],
-                weights: vec![1.0; 5 + i % 30],
-            })
-            .collect()
+    fn lengths(n: usize) -> Vec<usize> {
+        (0..n).map(|i| 5 + i % 30).collect()
     }
 
     #[test]
     fn every_epoch_visits_every_example_once_in_a_new_order() {
         for (packing, n) in [(false, 21), (true, 21), (true, 1), (false, 8)] {
-            let examples = examples(n);
-            let mut plan = DataPlan::new(&examples, &Hyper { packing, ..hyper() });
+            let mut plan = DataPlan::new(lengths(n), &Hyper { packing, ..hyper() });
             let mut seen: Vec<Vec<usize>> = vec![vec![]; 3];
             for step in 0..plan.total() {
                 let epoch = plan.epoch(step) as usize;
@@ -299,7 +339,7 @@ mod tests {
                     packing,
                     ..hyper()
                 };
-                let mut plan = DataPlan::new(&examples(21), &hyper);
+                let mut plan = DataPlan::new(lengths(21), &hyper);
                 assert_eq!(plan.total(), max_steps);
                 assert!(plan.ends_epoch(max_steps) && !plan.step(max_steps - 1).is_empty());
                 if !packing {
@@ -314,14 +354,43 @@ mod tests {
             packing,
             ..hyper()
         };
-        let mut plan = DataPlan::new(&examples(1), &hyper(false));
+        let mut plan = DataPlan::new(lengths(1), &hyper(false));
         assert_eq!(plan.step(9_999_999), [[0]]);
         assert_eq!(plan.epoch(9_999_999), 9_999_999.0);
-        let mut plan = DataPlan::new(&examples(1000), &hyper(true));
+        let mut plan = DataPlan::new(lengths(1000), &hyper(true));
         assert_eq!((plan.total(), plan.steps_before.len()), (10_000_000, 2));
         plan.reach(2);
         assert_eq!((plan.steps_before.len(), plan.epoch(3)), (4, 3.0));
         assert!(plan.ends_epoch(3));
+    }
+
+    #[test]
+    fn bundles_hold_whole_groups() {
+        let example = |tokens: usize| Example {
+            tokens: vec![1; tokens],
+            weights: vec![1.0; tokens],
+        };
+        let group = |lengths: [usize; 2]| Group {
+            examples: lengths.map(example).into(),
+            value: lengths[0] as f32,
+        };
+        let groups = [[50, 70], [60, 60], [60, 100], [200, 90], [20, 10]].map(group);
+        let groups: Vec<&Group> = groups.iter().collect();
+        let bundles = bundles(&groups, |_| Labelled::Weighted, Device::Cpu);
+        let got: Vec<_> = bundles
+            .iter()
+            .map(|Bundle { slices, values }| {
+                let rows = slices.iter().map(|slice| slice.tokens.len());
+                (rows.collect::<Vec<_>>(), values.as_slice())
+            })
+            .collect();
+        let expected: [(Vec<usize>, &[f32]); 4] = [
+            (vec![236], &[50.0, 60.0]),
+            (vec![158], &[60.0]),
+            (vec![199, 89], &[200.0]),
+            (vec![28], &[20.0]),
+        ];
+        assert_eq!(got, expected);
     }
 
     #[test]

@@ -11,6 +11,7 @@
 //!
 //! Not here: when to train (pace), jobs' queue and names (router).
 
+pub mod batch;
 pub mod data;
 pub mod learner;
 pub mod objective;
@@ -24,19 +25,21 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
-use tandem_core::dataset::{self, Example};
+use tandem_core::dataset::{self, Example, Group};
 use tandem_core::id::Digest;
-use tandem_core::job::{Hyper, JobEvent, JobSpec, Method, StepReport, files};
+use tandem_core::job::{Hyper, JobEvent, JobSpec, Method, Objective, Rows, StepReport, files};
 use tandem_kernels::adamw::AdamW;
 use tch::{Kind, Tensor};
 
 use crate::family::DecoderSpec;
 use crate::guard::TorchFault;
+use crate::lora::adapter::Adapter;
 use crate::lora::fit::{Fit, PackError};
 use crate::lora::params::AdapterParams;
 use crate::lora::peft;
 use crate::model::{Decoder, Dropout, full};
 use crate::weights::LoadError;
+use batch::{MicroBatch, Models, Place};
 use data::{DataPlan, Slice};
 use learner::{Learner, LoraView, Unusable, Update};
 use objective::Scores;
@@ -153,11 +156,16 @@ impl Inputs {
 pub struct Trainer {
     spec: JobSpec,
     learner: Learner,
-    train: Vec<Example>,
+    train: Vec<Group>,
+    /// Of each group, where rewards weigh it.
+    factors: Option<Vec<f64>>,
     /// Of the bytes that `train` and `valid` were read from.
     data: Digest,
-    /// Cut once: validation never changes.
-    valid: Vec<Slice>,
+    valid: Vec<Group>,
+    /// Of `valid`, where weights are known. Cut once: validation never changes.
+    valid_slices: Vec<Slice>,
+    /// What the job started from, where its objective compares with that. `None`: the base.
+    reference: Option<Adapter>,
     /// An example that an adapter is tried on before it is published.
     trial: Slice,
     plan: DataPlan,
@@ -182,12 +190,7 @@ enum Stage {
         scores: Scores,
         tokens: u64,
     },
-    /// `next`: slice of the validation set; `look` goes through it.
-    Validate {
-        next: usize,
-        look: Option<Look>,
-        scores: Scores,
-    },
+    Validate(Box<Validation>),
     /// The adapter is tried before it is published: finite numbers may still multiply to infinities.
     Try {
         occasion: Occasion,
@@ -202,14 +205,38 @@ enum Stage {
     },
 }
 
-/// The slices of one step on their way through the layers.
+/// What one step learns on its way through the layers.
 struct Accumulation {
-    /// Still to go, the next at the end.
-    slices: Vec<Slice>,
-    pass: Option<Pass>,
-    /// Tokens of the slices before the next.
-    rows_before: u64,
+    work: Work,
     scores: Scores,
+    /// That are trained.
+    tokens: u64,
+}
+
+enum Work {
+    /// Weights are known. `slices` are still to go, the next at the end.
+    Slices {
+        slices: Vec<Slice>,
+        pass: Option<Box<Pass>>,
+        /// Tokens of the slices before the next.
+        rows_before: u64,
+    },
+    /// Still to go, the next at the end.
+    MicroBatches(Vec<MicroBatch>),
+}
+
+struct Validation {
+    work: Looking,
+    scores: Scores,
+}
+
+enum Looking {
+    /// `next`: slice of the validation set; `look` goes through it.
+    Slices {
+        next: usize,
+        look: Option<Look>,
+    },
+    MicroBatches(Vec<MicroBatch>),
 }
 
 impl Trainer {
@@ -242,23 +269,39 @@ impl Trainer {
         let (model, device) = (learner.spec(), learner.device());
         // It may come from another machine.
         spec.hyper.check().map_err(TrainError::Data)?;
-        let train = examples(&inputs.train, files::TRAIN, model)?;
+        let objective = spec.hyper.objective;
+        let train = groups(&inputs.train, files::TRAIN, model, &objective)?;
         let valid = match &inputs.valid {
-            Some(bytes) => examples(bytes, files::VALID, model)?,
+            Some(bytes) => groups(bytes, files::VALID, model, &objective)?,
             None => vec![],
         };
-        if train.iter().all(|example| example.label_tokens() == 0) {
+        let learned = train.iter().flat_map(|group| &group.examples);
+        let learned = learned.filter(|example| example.label_tokens() > 0);
+        let Some(trial) = data::slices(learned.take(1), device).pop() else {
             return Err(TrainError::Data(format!(
                 "none of {} examples has a token to learn",
                 train.len()
             )));
+        };
+        let plan = DataPlan::new(train.iter().map(Group::tokens).collect(), &spec.hyper);
+        let factors = |groups: &[Group]| match objective {
+            Objective::RewardWeighted { beta } => {
+                let rewards: Vec<f32> = groups.iter().map(|group| group.value).collect();
+                Some(objective::factors(&rewards, beta))
+            }
+            _ => None,
+        };
+        let mut valid_slices = vec![];
+        if objective::is_known(&objective) {
+            valid_slices = data::slices(valid.iter().flat_map(|group| &group.examples), device);
+            objective::by_reward(&mut valid_slices, factors(&valid).into_iter().flatten());
         }
-        let learned = train.iter().filter(|example| example.label_tokens() > 0);
-        let trial = data::slices(learned.take(1), device).pop();
-        let plan = DataPlan::new(&train, &spec.hyper);
         let mut trainer = Trainer {
-            valid: data::slices(valid.iter(), device),
-            trial: trial.expect("an example has a token to learn"),
+            factors: factors(&train),
+            valid,
+            valid_slices,
+            reference: None,
+            trial,
             learner,
             plan,
             step: 0,
@@ -366,38 +409,18 @@ impl Trainer {
                     .push(JobEvent::Step(self.optimize(base, &scores, tokens)?));
                 self.after_step()
             }
-            Stage::Validate { next, scores, .. } if next == self.valid.len() => {
-                quantum.events.push(JobEvent::Validated {
-                    step: self.step,
-                    loss: scores.loss(),
-                    token_accuracy: scores.accuracy(),
-                });
-                self.after_validation()
-            }
-            Stage::Validate {
-                next,
-                look,
-                mut scores,
-            } => {
-                let (decoder, adapter) = self.learner.parts(base);
-                let slice = &self.valid[next];
-                let look = look.unwrap_or_else(|| Look::enter(slice, decoder));
-                match look.advance(slice, decoder, adapter) {
-                    Err(look) => Stage::Validate {
-                        next,
-                        look: Some(look),
-                        scores,
-                    },
-                    Ok(found) => {
-                        scores.add(&slice.labels, &found);
-                        Stage::Validate {
-                            next: next + 1,
-                            look: None,
-                            scores,
-                        }
-                    }
+            Stage::Validate(validation) => match self.validate(base, *validation) {
+                Ok(validation) => Stage::Validate(Box::new(validation)),
+                Err(scores) => {
+                    quantum.events.push(JobEvent::Validated {
+                        step: self.step,
+                        loss: scores.loss(),
+                        token_accuracy: scores.accuracy(),
+                        metrics: scores.metrics(),
+                    });
+                    self.after_validation()
                 }
-            }
+            },
             Stage::Try { occasion, look } => {
                 let (decoder, adapter) = self.learner.parts(base);
                 let look = look.unwrap_or_else(|| Look::enter(&self.trial, decoder));
@@ -435,13 +458,13 @@ impl Trainer {
     }
 
     fn started(&self, resumed_from: Option<u64>, notes: Vec<String>) -> JobEvent {
-        let labels = self.train.iter().map(Example::label_tokens).sum::<usize>();
+        let labels = self.train.iter().map(Group::label_tokens).sum::<usize>();
         JobEvent::Started {
             total_steps: self.plan.total(),
             resumed_from,
             notes,
             examples: self.train.len() as u64,
-            epoch_tokens: self.train.iter().map(|example| example.tokens.len() as u64).sum(),
+            epoch_tokens: self.train.iter().map(|group| group.tokens() as u64).sum(),
             epoch_label_tokens: labels as u64,
             trainable_parameters: self.learner.len(),
         }
@@ -472,65 +495,180 @@ impl Trainer {
         }
         self.step_began = Instant::now();
         self.learner.forget_gradient();
-        let mut slices = vec![];
-        for micro_batch in self.plan.step(self.step) {
-            let examples = micro_batch.iter().map(|&example| &self.train[example]);
-            slices.extend(data::slices(examples, self.learner.device()));
-        }
-        objective::to_mean(&mut slices);
-        slices.reverse(); // taken from the end
+        let micro_batches = self.plan.step(self.step);
+        let device = self.learner.device();
+        let (work, tokens) = if objective::is_known(&self.spec.hyper.objective) {
+            let mut slices = vec![];
+            for micro_batch in &micro_batches {
+                let groups = micro_batch.iter().map(|&group| &self.train[group]);
+                slices.extend(data::slices(groups.flat_map(|group| &group.examples), device));
+            }
+            objective::to_mean(&mut slices);
+            if let Some(factors) = &self.factors {
+                let of_step = micro_batches.iter().flatten().map(|&group| factors[group]);
+                objective::by_reward(&mut slices, of_step);
+            }
+            let tokens = slices.iter().map(|slice| slice.tokens.len() as u64).sum();
+            slices.reverse(); // taken from the end
+            let work = Work::Slices {
+                slices,
+                pass: None,
+                rows_before: 0,
+            };
+            (work, tokens)
+        } else {
+            let mut tokens = 0;
+            let n = micro_batches.len();
+            let place = |micro_batch: &Vec<usize>| {
+                let groups: Vec<&Group> = micro_batch.iter().map(|&group| &self.train[group]).collect();
+                let made = self.micro_batch(&groups, n, tokens);
+                tokens += made.rows();
+                made
+            };
+            let mut micro_batches: Vec<MicroBatch> = micro_batches.iter().map(place).collect();
+            micro_batches.reverse();
+            (Work::MicroBatches(micro_batches), tokens)
+        };
         Stage::Accumulate(Box::new(Accumulation {
-            slices,
-            pass: None,
-            rows_before: 0,
+            work,
             scores: Scores::default(),
+            tokens,
         }))
+    }
+
+    fn micro_batch(&self, groups: &[&Group], micro_batches: usize, rows_before: u64) -> MicroBatch {
+        let Hyper {
+            objective,
+            max_seq_length,
+            ..
+        } = self.spec.hyper;
+        let place = Place {
+            micro_batches,
+            rows_before,
+            max_seq_length: max_seq_length as usize,
+        };
+        MicroBatch::new(groups, objective, place, self.learner.device())
     }
 
     fn accumulate(&mut self, base: Option<&Decoder>, step: Accumulation) -> Stage {
         let dropout = self.dropout();
         let Accumulation {
-            mut slices,
-            pass,
-            mut rows_before,
+            work,
             mut scores,
+            tokens,
         } = step;
         let (decoder, adapter, grads) = self.learner.parts_mut(base);
-        let context = pass::Context {
-            decoder,
-            adapter,
-            dropout,
-            keep_bytes: KEEP_BYTES,
-        };
-        let pass = match (pass, slices.pop()) {
-            (Some(pass), next) => {
-                slices.extend(next);
-                match pass.advance(&context, grads) {
-                    Advanced::On(pass) => Some(pass),
-                    Advanced::Through(slice, found) => {
-                        scores.add(&slice.labels, &found);
-                        None
+        let work = match work {
+            Work::Slices {
+                mut slices,
+                pass,
+                mut rows_before,
+            } => {
+                let context = pass::Context {
+                    decoder,
+                    adapter,
+                    dropout,
+                    keep_bytes: KEEP_BYTES,
+                };
+                let pass = match (pass, slices.pop()) {
+                    (Some(pass), next) => {
+                        slices.extend(next);
+                        match pass.advance(&context, grads) {
+                            Advanced::On(pass) => Some(Box::new(pass)),
+                            Advanced::Through(slice, found) => {
+                                scores.add(&slice.labels, &found);
+                                None
+                            }
+                            Advanced::Scored(_) => unreachable!("its weights are known"),
+                        }
                     }
-                    Advanced::Scored(_) => unreachable!("its weights are known"),
+                    (None, Some(slice)) => {
+                        let pass_rows_before = rows_before;
+                        rows_before += slice.tokens.len() as u64;
+                        Some(Box::new(Pass::enter(slice, pass_rows_before, &context)))
+                    }
+                    (None, None) => return Stage::Optimize { scores, tokens },
+                };
+                Work::Slices {
+                    slices,
+                    pass,
+                    rows_before,
                 }
             }
-            (None, Some(slice)) => {
-                let pass_rows_before = rows_before;
-                rows_before += slice.tokens.len() as u64;
-                Some(Pass::enter(slice, pass_rows_before, &context))
-            }
-            (None, None) => {
-                return Stage::Optimize {
-                    scores,
-                    tokens: rows_before,
+            Work::MicroBatches(mut micro_batches) => {
+                let models = Models {
+                    decoder,
+                    adapter,
+                    reference: self.reference.as_ref(),
+                    dropout,
                 };
+                match micro_batches.pop() {
+                    Some(now) => micro_batches.extend(now.advance(&models, Some(grads), &mut scores)),
+                    None => return Stage::Optimize { scores, tokens },
+                }
+                Work::MicroBatches(micro_batches)
             }
         };
-        Stage::Accumulate(Box::new(Accumulation {
-            slices,
-            pass,
-            rows_before,
-            scores,
+        Stage::Accumulate(Box::new(Accumulation { work, scores, tokens }))
+    }
+
+    /// A quantum of a validation further. Its scores when it is through.
+    fn validate(&self, base: Option<&Decoder>, validation: Validation) -> Result<Validation, Scores> {
+        let (decoder, adapter) = self.learner.parts(base);
+        let Validation { work, mut scores } = validation;
+        let work = match work {
+            Looking::Slices { next, .. } if next == self.valid_slices.len() => return Err(scores),
+            Looking::Slices { next, look } => {
+                let slice = &self.valid_slices[next];
+                let look = look.unwrap_or_else(|| Look::enter(slice, decoder));
+                match look.advance(slice, decoder, adapter) {
+                    Err(look) => Looking::Slices {
+                        next,
+                        look: Some(look),
+                    },
+                    Ok(found) => {
+                        scores.add(&slice.labels, &found);
+                        Looking::Slices {
+                            next: next + 1,
+                            look: None,
+                        }
+                    }
+                }
+            }
+            Looking::MicroBatches(mut micro_batches) => {
+                let models = Models {
+                    decoder,
+                    adapter,
+                    reference: self.reference.as_ref(),
+                    dropout: None,
+                };
+                match micro_batches.pop() {
+                    Some(now) => micro_batches.extend(now.advance(&models, None, &mut scores)),
+                    None => return Err(scores),
+                }
+                Looking::MicroBatches(micro_batches)
+            }
+        };
+        Ok(Validation { work, scores })
+    }
+
+    fn begin_validation(&self) -> Stage {
+        let work = if objective::is_known(&self.spec.hyper.objective) {
+            Looking::Slices { next: 0, look: None }
+        } else {
+            let groups: Vec<&Group> = self.valid.iter().collect();
+            let batch_size = self.spec.hyper.batch_size.max(1) as usize;
+            // Each as heavy as its groups, so that the result is their mean.
+            let micro_batches = groups.chunks(batch_size).rev();
+            Looking::MicroBatches(
+                micro_batches
+                    .map(|groups| self.micro_batch(groups, 1, 0).weighing(groups.len()))
+                    .collect(),
+            )
+        };
+        Stage::Validate(Box::new(Validation {
+            work,
+            scores: Scores::default(),
         }))
     }
 
@@ -594,6 +732,7 @@ impl Trainer {
             epoch: self.plan.epoch(step),
             loss,
             token_accuracy: scores.accuracy(),
+            metrics: scores.metrics(),
             grad_norm,
             learning_rate: update.learning_rate,
             trained_tokens: self.trained_tokens,
@@ -611,11 +750,7 @@ impl Trainer {
 
     fn after_step(&self) -> Stage {
         match self.validates() {
-            true => Stage::Validate {
-                next: 0,
-                look: None,
-                scores: Scores::default(),
-            },
+            true => self.begin_validation(),
             false => self.after_validation(),
         }
     }
@@ -633,7 +768,7 @@ impl Trainer {
     pub fn snapshot(&self) -> Snapshot {
         let is_rest_due = matches!(
             self.stage,
-            Stage::Validate { .. }
+            Stage::Validate(_)
                 | Stage::Try {
                     occasion: Occasion::Checkpoint,
                     ..
@@ -730,25 +865,48 @@ impl Trainer {
     }
 }
 
-fn examples(bytes: &[u8], file: &str, spec: &DecoderSpec) -> Result<Vec<Example>, TrainError> {
-    let examples = dataset::decode(bytes).map_err(|error| TrainError::Damaged(format!("{file}: {error}")))?;
-    for (number, example) in examples.iter().enumerate() {
-        if let Some(token) = example
-            .tokens
-            .iter()
-            .find(|&&token| i64::from(token) >= spec.vocab)
-        {
-            let vocab = spec.vocab;
+fn groups(
+    bytes: &[u8],
+    file: &str,
+    spec: &DecoderSpec,
+    objective: &Objective,
+) -> Result<Vec<Group>, TrainError> {
+    let groups = dataset::decode(bytes).map_err(|error| TrainError::Damaged(format!("{file}: {error}")))?;
+    let size = match objective.rows() {
+        Rows::Pairs => 2,
+        Rows::Examples | Rows::Judged | Rows::Rewarded => 1,
+    };
+    for (number, group) in groups.iter().enumerate() {
+        if group.examples.len() != size {
+            let (n, name) = (group.examples.len(), objective.name());
             return Err(TrainError::Data(format!(
-                "{file}: example {number} has token {token}, the model has {vocab}"
+                "{file}: row {number} has {n} sequences, {name} takes {size}"
             )));
         }
-        if example.tokens.len() as i64 > spec.max_positions {
-            let (n, most) = (example.tokens.len(), spec.max_positions);
+        let is_learned = |example: &Example| example.label_tokens() > 0;
+        if *objective != Objective::Sft && !group.examples.iter().all(is_learned) {
             return Err(TrainError::Data(format!(
-                "{file}: example {number} has {n} tokens, the model takes {most}"
+                "{file}: row {number} has a sequence without a token to learn"
             )));
+        }
+        for example in &group.examples {
+            if let Some(token) = example
+                .tokens
+                .iter()
+                .find(|&&token| i64::from(token) >= spec.vocab)
+            {
+                let vocab = spec.vocab;
+                return Err(TrainError::Data(format!(
+                    "{file}: example {number} has token {token}, the model has {vocab}"
+                )));
+            }
+            if example.tokens.len() as i64 > spec.max_positions {
+                let (n, most) = (example.tokens.len(), spec.max_positions);
+                return Err(TrainError::Data(format!(
+                    "{file}: example {number} has {n} tokens, the model takes {most}"
+                )));
+            }
         }
     }
-    Ok(examples)
+    Ok(groups)
 }

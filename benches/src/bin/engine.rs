@@ -19,9 +19,9 @@ use tandem_backend::train::Trainer;
 use tandem_backend::words;
 use tandem_benches::machine;
 use tandem_benches::percentile::median;
-use tandem_core::dataset::{self, Example};
+use tandem_core::dataset::{self, Example, Group};
 use tandem_core::id::{AdapterRef, RequestId};
-use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Schedule, files};
+use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Objective, Schedule, files};
 use tandem_core::message::{Event, Generate};
 use tandem_core::replica::{Command, EVENT_QUEUE, ReplicaHandle};
 use tandem_core::sampling::Sampling;
@@ -307,7 +307,10 @@ fn train(options: &Options, report: &mut Map<String, Value>) -> anyhow::Result<(
         weights: vec![1.0; EXAMPLE_TOKENS],
     };
     let steps = options.train_steps + 1;
-    let examples: Vec<Example> = (0..steps * EXAMPLES as u64).map(example).collect();
+    let examples: Vec<Group> = (0..steps * EXAMPLES as u64)
+        .map(example)
+        .map(Group::from)
+        .collect();
     std::fs::write(folder.path().join(files::TRAIN), dataset::encode(&examples))?;
     let hyper = hyper(EXAMPLES as u32, lora(base.spec.lora_targets()));
     let spec = JobSpec {
@@ -384,6 +387,7 @@ fn hyper(batch_size: u32, lora: Lora) -> Hyper {
         packing: false,
         save_steps: 0,
         eval_steps: 0,
+        objective: Objective::default(),
         method: Method::Lora(lora),
     }
 }

@@ -13,8 +13,8 @@ use tandem_backend::model::{Batch, Decoder, WeightOptions};
 use tandem_backend::start;
 use tandem_backend::train::Trainer;
 use tandem_core::TokenId;
-use tandem_core::dataset::{self, Example};
-use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Schedule, files};
+use tandem_core::dataset::{self, Example, Group};
+use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Objective, Schedule, files};
 use tandem_kernels::weight::{Precision, Recipe};
 use tch::{Device, Kind, Tensor};
 
@@ -142,7 +142,7 @@ fn losses(decoder: &Decoder, tokens: &[TokenId], options: &Options) -> anyhow::R
         return Ok(vec![]);
     }
     let folder = tempfile::tempdir()?;
-    let examples: Vec<Example> = tokens
+    let examples: Vec<Group> = tokens
         .chunks_exact(LEN)
         .cycle()
         .take(options.train_steps as usize * BATCH as usize)
@@ -150,6 +150,7 @@ fn losses(decoder: &Decoder, tokens: &[TokenId], options: &Options) -> anyhow::R
             tokens: tokens.to_vec(),
             weights: vec![1.0; LEN],
         })
+        .map(Group::from)
         .collect();
     std::fs::write(folder.path().join(files::TRAIN), dataset::encode(&examples))?;
     let lora = Lora {
@@ -181,6 +182,7 @@ fn losses(decoder: &Decoder, tokens: &[TokenId], options: &Options) -> anyhow::R
             packing: false,
             save_steps: 0,
             eval_steps: 0,
+            objective: Objective::default(),
             method: Method::Lora(lora),
         },
         life: Life::default(),

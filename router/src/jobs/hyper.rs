@@ -5,13 +5,14 @@
 //! | n_epochs | 3; up to 25 for small files, 1 for huge ones | the rule OpenAI documents for its "auto": see examples at least 100 times in all, at most 25 000 |
 //! | batch_size | rows / 128, from 1 to 8 | a small file is learnt by many small steps: the demo's 599 rows, three times, at 4 rows a step and not at 8 |
 //! | learning_rate | by the width, x learning_rate_multiplier | see `learning_rate` |
+//! | the same of preferences | a twentieth (orpo: a quarter) | alignment-handbook's DPO, KTO and CPO recipes beside its SFT, ORPO's beside them |
 //! | lr_scheduler_type, warmup | linear, 3 % of the steps | transformers; QLoRA |
 //! | weight_decay, max_grad_norm | 0, 1.0 | TRL |
 //! | r, alpha, dropout | 16, 2 r, 0 | alpha = 2 r is the common choice; all linear layers matter more than r (QLoRA) |
 //! | packing | no | TRL: a batch of 4 rows is 4 rows |
 //! | save_steps | a fifth of the run | a kill costs a fifth at most |
 
-use tandem_core::job::{Hyper, Lora, Method, Schedule};
+use tandem_core::job::{Hyper, Lora, Method, Objective, Schedule};
 use tandem_core::replica::ReplicaInfo;
 use tandem_core::settings::{ALL_LINEAR, Settings};
 
@@ -79,6 +80,13 @@ pub fn max_seq_length<'a>(settings: &Settings, bounds: impl Into<Bounds<'a>>) ->
         .unwrap_or(bounds.into().max_model_len.min(MAX_AUTO_SEQ_LENGTH))
 }
 
+/// `settings` were read, and so have one.
+pub fn objective(settings: &Settings) -> Objective {
+    settings
+        .objective()
+        .expect("settings are read with their objective")
+}
+
 /// `settings` have a seed and fit (`fits`).
 pub fn choose<'a>(settings: &Settings, tuning: Tuning, bounds: impl Into<Bounds<'a>>, facts: Facts) -> Hyper {
     let bounds = bounds.into();
@@ -97,9 +105,15 @@ pub fn choose<'a>(settings: &Settings, tuning: Tuning, bounds: impl Into<Bounds<
             .n_epochs
             .unwrap_or_else(|| small(auto_epochs(facts.examples))),
     );
+    let objective = objective(settings);
+    let least_batch = match objective {
+        // A row is held against another's answer.
+        Objective::Kto { .. } => 2,
+        _ => 1,
+    };
     let batch_size = settings
         .batch_size
-        .unwrap_or_else(|| small((rows / STEPS_PER_EPOCH).clamp(1, MAX_AUTO_BATCH)));
+        .unwrap_or_else(|| small((rows / STEPS_PER_EPOCH).clamp(least_batch, MAX_AUTO_BATCH)));
     let gradient_accumulation_steps = settings.gradient_accumulation_steps.unwrap_or(1);
 
     let step_rows = u64::from(batch_size) * u64::from(gradient_accumulation_steps);
@@ -122,9 +136,9 @@ pub fn choose<'a>(settings: &Settings, tuning: Tuning, bounds: impl Into<Bounds<
         max_steps: settings.max_steps,
         batch_size,
         gradient_accumulation_steps,
-        learning_rate: settings
-            .learning_rate
-            .unwrap_or_else(|| multiplier * learning_rate(tuning, bounds.hidden_size)),
+        learning_rate: settings.learning_rate.unwrap_or_else(|| {
+            multiplier * of_objective(objective) * learning_rate(tuning, bounds.hidden_size)
+        }),
         lr_scheduler,
         warmup_steps,
         weight_decay: settings.weight_decay.unwrap_or(0.0),
@@ -137,6 +151,7 @@ pub fn choose<'a>(settings: &Settings, tuning: Tuning, bounds: impl Into<Bounds<
         packing,
         save_steps: settings.save_steps.unwrap_or(total_steps.div_ceil(CHECKPOINTS)),
         eval_steps: settings.eval_steps.unwrap_or(0),
+        objective,
         method: match tuning {
             Tuning::Lora => Method::Lora(lora(settings, bounds)),
             Tuning::Full => Method::Full,
@@ -175,6 +190,15 @@ fn learning_rate(tuning: Tuning, hidden_size: u32) -> f64 {
     match tuning {
         Tuning::Lora => lora,
         Tuning::Full => lora * FULL_TO_LORA,
+    }
+}
+
+/// Factor on the learning rate: preferences say little of each token and are soon overdone.
+fn of_objective(objective: Objective) -> f64 {
+    match objective {
+        Objective::Sft | Objective::RewardWeighted { .. } => 1.0,
+        Objective::Orpo { .. } => 0.25,
+        Objective::Dpo { .. } | Objective::Kto { .. } | Objective::Cpo { .. } => 0.05,
     }
 }
 

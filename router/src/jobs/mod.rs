@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use tandem_store::{JobChange, Lease, NewEvent, NewJob, NewName, Source, Tenant, ids};
 use tandem_text::TextError;
-use tandem_text::dataset::{Kind, read_rows};
+use tandem_text::dataset::{Kind, read_rows, suits};
 use tokio::sync::{Notify, mpsc, watch};
 
 use crate::Router;
@@ -102,7 +102,7 @@ impl Router {
         if let Some(id) = &request.validation_file {
             self.check_file("validation_file", id, client).await?;
         }
-        self.check_prompts(&request).await?;
+        self.check_rows(&request).await?;
         let seed = request.settings.seed.unwrap_or_else(ids::seed);
         request.settings.seed = Some(seed);
         let id = ids::job();
@@ -129,24 +129,33 @@ impl Router {
         record::job(row)
     }
 
-    /// A weight of prompts wants files that have some. Their first row says it; the others are checked later.
-    async fn check_prompts(&self, request: &JobRequest) -> Result<(), RouterError> {
-        if request
+    /// An objective wants files of its rows, a weight of prompts such that have some. Their first row says it; the others
+    /// are checked later.
+    async fn check_rows(&self, request: &JobRequest) -> Result<(), RouterError> {
+        let rows = hyper::objective(&request.settings).rows();
+        let weighs_prompts = request
             .settings
             .prompt_loss_weight
-            .is_none_or(|weight| weight == 0.0)
-        {
-            return Ok(());
-        }
-        for id in std::iter::once(&request.training_file).chain(&request.validation_file) {
+            .is_some_and(|weight| weight != 0.0);
+        let files = [
+            ("training_file", Some(&request.training_file)),
+            ("validation_file", request.validation_file.as_ref()),
+        ];
+        for (param, id) in files.into_iter().filter_map(|(param, id)| Some((param, id?))) {
             let (_, path) = self.file_content(id).await?;
             let first = move || {
                 let file = std::fs::File::open(path).ok()?;
-                Some(read_rows(std::io::BufReader::new(file)).next()?.ok()?.1.kind())
+                Some(read_rows(std::io::BufReader::new(file)).next()?.ok()?.1)
             };
             // What cannot be read fails the job, with its line.
-            let kind = tokio::task::spawn_blocking(first).await.ok().flatten();
-            if let Some(kind) = kind.filter(|&kind| kind != Kind::Completion) {
+            let Some(sample) = tokio::task::spawn_blocking(first).await.ok().flatten() else {
+                continue;
+            };
+            if let Err(error) = suits(&sample, rows) {
+                return Err(RouterError::invalid(param, format!("{param}, line 1: {error}")));
+            }
+            let kind = sample.kind();
+            if weighs_prompts && kind != Kind::Completion {
                 let error = TextError::NoPrompt { shape: kind.shape() };
                 return Err(RouterError::invalid("prompt_loss_weight", error.to_string()));
             }

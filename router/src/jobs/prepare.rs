@@ -10,10 +10,10 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
-use tandem_core::dataset::{self, Example};
+use tandem_core::dataset::{self, Group};
 use tandem_core::job::files;
 use tandem_store::{JobChange, JobRow, Lease, Part, StoreError};
-use tandem_text::dataset::{Options, read_rows, tokenize};
+use tandem_text::dataset::{Options, group, read_rows};
 use tandem_text::{TextError, Tokenizer};
 use tokio::time::Sleep;
 
@@ -174,6 +174,7 @@ async fn prepare(router: &Router, row: &JobRow, request: &JobRequest) -> Result<
     let options = Options {
         max_seq_length: hyper::max_seq_length(&request.settings, router.info()),
         prompt_loss_weight: request.settings.prompt_loss_weight.unwrap_or(0.0) as f32,
+        rows: hyper::objective(&request.settings).rows(),
     };
     let (tokenizer, folder) = (router.tokenizer().clone(), router.0.store.job_folder(&row.id));
     let given_up = Arc::new(AtomicBool::new(false));
@@ -231,13 +232,13 @@ fn convert(
         Unfit::Job(invalid(param, message))
     };
     let file = File::open(path).map_err(|error| bad(&format!("It cannot be read: {error}")))?;
-    let (mut examples, mut left_out) = (Vec::<Example>::new(), 0_u64);
+    let (mut examples, mut left_out) = (Vec::<Group>::new(), 0_u64);
     for row in read_rows(BufReader::new(file)) {
         if given_up.load(Ordering::Acquire) {
             return Err(Unfit::GivenUp);
         }
         let (line, row) = row.map_err(|error| bad(&error))?;
-        match tokenize(&row, tokenizer, options) {
+        match group(&row, tokenizer, options) {
             Ok(example) => examples.push(example),
             Err(TextError::NoLabels { .. }) => left_out += 1,
             Err(error) => return Err(bad(&format!("Example {line}: {error}"))),
@@ -257,8 +258,8 @@ fn convert(
         };
         return Err(Unfit::Job(error));
     }
-    let tokens: u64 = examples.iter().map(|example| example.tokens.len() as u64).sum();
-    let labels: u64 = examples.iter().map(|example| example.label_tokens() as u64).sum();
+    let tokens: u64 = examples.iter().map(|group| group.tokens() as u64).sum();
+    let labels: u64 = examples.iter().map(|group| group.label_tokens() as u64).sum();
     write(target, &dataset::encode(&examples)).map_err(unwritten)?;
     let left_out = match left_out {
         0 => String::new(),

@@ -12,7 +12,7 @@ use crate::jobs::record;
 
 pub(crate) const FILENAME: &str = "step_metrics.csv";
 pub(crate) const PURPOSE: &str = "fine-tune-results";
-/// OpenAI's columns, then ours; each names a key of the events' data.
+/// OpenAI's columns, then ours; each names a key of the events' data. Behind them stands what the objective reports.
 const COLUMNS: [(&str, &str); 10] = [
     ("step", "step"),
     ("train_loss", "train_loss"),
@@ -62,12 +62,25 @@ impl Steps {
         let (Value::Object(data), Some(step)) = (&data, data.get("step").and_then(Value::as_u64)) else {
             return Ok(());
         };
-        self.0.entry(step).or_default().extend(data.clone());
+        if data.contains_key("train_loss") || data.contains_key("valid_loss") {
+            self.0.entry(step).or_default().extend(data.clone());
+        }
         Ok(())
     }
 
     fn csv(&self) -> String {
-        let mut csv = COLUMNS.map(|(title, _)| title).join(",");
+        let known = |key: &str| COLUMNS.iter().any(|(_, known)| *known == key) || key == "total_steps";
+        let mut others: Vec<&str> = self
+            .0
+            .values()
+            .flat_map(|metrics| metrics.keys())
+            .map(String::as_str)
+            .collect();
+        others.retain(|key| !known(key));
+        others.sort_unstable();
+        others.dedup();
+        let columns = || COLUMNS.into_iter().chain(others.iter().map(|key| (*key, *key)));
+        let mut csv = columns().map(|(title, _)| title).collect::<Vec<_>>().join(",");
         csv.push('\n');
         for metrics in self
             .0
@@ -75,7 +88,8 @@ impl Steps {
             .filter(|metrics| metrics.contains_key("train_loss"))
         {
             let cell = |key| metrics.get(key).map(Value::to_string).unwrap_or_default();
-            writeln!(csv, "{}", COLUMNS.map(|(_, key)| cell(key)).join(",")).expect("a String takes all");
+            let cells: Vec<String> = columns().map(|(_, key)| cell(key)).collect();
+            writeln!(csv, "{}", cells.join(",")).expect("a String takes all");
         }
         csv
     }
@@ -94,6 +108,7 @@ mod tests {
             "null",
             r#"{"step":2,"train_loss":2.0,"train_mean_token_accuracy":0.5}"#,
             r#"{"step":2,"valid_loss":2.25}"#,
+            r#"{"step":2,"valid_loss":2.25,"valid_rewards/margins":0.5}"#,
             r#"{"step":9,"model":"a checkpoint without a step"}"#,
         ] {
             let data = data.to_owned();
@@ -110,6 +125,7 @@ mod tests {
         let csv = steps.csv();
         let lines: Vec<&str> = csv.lines().collect();
         assert!(lines[0].starts_with("step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy,"));
-        assert_eq!(lines[1..], ["1,3.0,,,,,,,,", "2,2.0,0.5,2.25,,,,,,"]);
+        assert!(lines[0].ends_with(",valid_rewards/margins"));
+        assert_eq!(lines[1..], ["1,3.0,,,,,,,,,", "2,2.0,0.5,2.25,,,,,,,0.5"]);
     }
 }

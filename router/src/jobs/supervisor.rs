@@ -335,9 +335,13 @@ impl<'a> Run<'a> {
                 step,
                 loss,
                 token_accuracy,
+                metrics: of_objective,
             } => {
-                let data =
+                let mut data =
                     json!({ "step": step, "valid_loss": loss, "valid_mean_token_accuracy": token_accuracy });
+                for (name, value) in of_objective {
+                    data[format!("valid_{name}")] = value.into();
+                }
                 self.remember(&data);
                 let total = self.total_steps;
                 told.events.push(metrics(
@@ -377,6 +381,7 @@ impl<'a> Run<'a> {
             epoch,
             loss,
             token_accuracy,
+            metrics: of_objective,
             grad_norm,
             learning_rate,
             trained_tokens,
@@ -393,11 +398,14 @@ impl<'a> Run<'a> {
         self.latest.remove("valid_loss");
         self.latest.remove("valid_mean_token_accuracy");
         told.trained_tokens = Some(trained_tokens);
-        let data = json!({
+        let mut data = json!({
             "step": step, "train_loss": loss, "train_mean_token_accuracy": token_accuracy, "epoch": epoch,
             "grad_norm": grad_norm, "learning_rate": learning_rate, "trained_tokens": trained_tokens,
             "tokens_per_second": tokens_per_second, "total_steps": self.total_steps,
         });
+        for (name, value) in of_objective {
+            data[name] = value.into();
+        }
         self.remember(&data);
         let message = format!("Step {step}/{}: training loss={loss:.2}", self.total_steps);
         told.events.push(metrics(Level::Info, message, data));

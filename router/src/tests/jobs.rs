@@ -1,5 +1,7 @@
 //! Jobs from the request to the served model, with the test as the engine; kills and restarts between.
 
+use std::collections::BTreeMap;
+
 use tandem_core::dataset;
 use tandem_core::job::{JobEvent, JobSpec, Method, StepReport, files};
 use tandem_core::settings::Settings;
@@ -28,6 +30,7 @@ pub(super) fn step(step: u64, loss: f64) -> JobEvent {
         epoch: 1.0,
         loss,
         token_accuracy: 0.5,
+        metrics: BTreeMap::new(),
         grad_norm: 1.0,
         learning_rate: 1e-4,
         trained_tokens: 10 * step,
@@ -109,7 +112,10 @@ async fn a_job_becomes_a_model_that_answers() {
     println!("from the request to StartJob: {:?}", created.elapsed());
     let examples = dataset::decode(&std::fs::read(spec.folder.join(files::TRAIN)).unwrap()).unwrap();
     assert_eq!(examples.len(), 4);
-    assert_eq!(examples[0].tokens[..5], [vec![BOS], ids("u:hi")].concat()[..5]);
+    assert_eq!(
+        examples[0].examples[0].tokens[..5],
+        [vec![BOS], ids("u:hi")].concat()[..5]
+    );
     assert!(spec.folder.join(files::VALID).exists());
     let Method::Lora(lora) = &spec.hyper.method else {
         panic!("a served base is never changed")
@@ -126,6 +132,7 @@ async fn a_job_becomes_a_model_that_answers() {
         step: 2,
         loss: 2.5,
         token_accuracy: 0.25,
+        metrics: BTreeMap::new(),
     };
     let said = [
         started(None),

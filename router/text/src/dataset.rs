@@ -2,20 +2,22 @@
 //! form the engine reads (`tandem_core::dataset`), where files come from.
 
 mod keys;
+mod sample;
 
 use std::io::{BufRead, Read};
 
 use serde_json::{Map, Value, json};
 
 use crate::chat::{BadTool, Content, Message, REASONING, calls_of, modernise, parse_tools};
-pub use crate::label::{Options, tokenize};
+pub use crate::label::{Options, group, suits};
+pub use sample::Sample;
 
 /// Bytes of one line at most: about four million tokens, more than any context.
 pub const MAX_LINE_BYTES: usize = 16 << 20;
 const HINT_CHARS: usize = 20;
 const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
 
-/// One training example.
+/// One example to learn.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Row {
     /// Loss on the assistant's turns, their calls included, those with `weight` 0 excepted. `tools` are as the template gets
@@ -35,6 +37,9 @@ pub enum Kind {
     Chat,
     Completion,
     Text,
+    Pair,
+    Judged,
+    Rewarded,
 }
 
 impl Kind {
@@ -43,6 +48,9 @@ impl Kind {
             Kind::Chat => r#"{"messages": [...]}"#,
             Kind::Completion => r#"{"prompt": ..., "completion": ...}"#,
             Kind::Text => r#"{"text": ...}"#,
+            Kind::Pair => r#"{"prompt": ..., "chosen": ..., "rejected": ...}"#,
+            Kind::Judged => r#"{"prompt": ..., "completion": ..., "label": ...}"#,
+            Kind::Rewarded => r#"{"prompt": ..., "completion": ..., "reward": ...}"#,
         }
     }
 }
@@ -110,7 +118,7 @@ pub struct Rows<R> {
 }
 
 impl<R: BufRead> Iterator for Rows<R> {
-    type Item = Result<(u64, Row), BadLine>;
+    type Item = Result<(u64, Sample), BadLine>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if self.ended {
@@ -123,7 +131,7 @@ impl<R: BufRead> Iterator for Rows<R> {
 }
 
 impl<R: BufRead> Rows<R> {
-    fn read(&mut self) -> Result<Option<(u64, Row)>, BadLine> {
+    fn read(&mut self) -> Result<Option<(u64, Sample)>, BadLine> {
         loop {
             self.line += 1;
             let line = self.line;
@@ -180,7 +188,7 @@ impl<R: BufRead> Rows<R> {
     }
 }
 
-pub fn parse_line(line: u64, text: &str) -> Result<Row, BadLine> {
+pub fn parse_line(line: u64, text: &str) -> Result<Sample, BadLine> {
     let no_dictionary = |detail: String| {
         let start: String = text.trim().chars().take(HINT_CHARS).collect();
         let start: String = start
@@ -218,7 +226,7 @@ pub fn parse_line(line: u64, text: &str) -> Result<Row, BadLine> {
             return Err(no_dictionary(hint));
         }
     };
-    row(object).map_err(|problem| bad(line, format!("Invalid file format. Line {line}{problem}")))
+    sample::sample(object).map_err(|problem| bad(line, format!("Invalid file format. Line {line}{problem}")))
 }
 
 fn bad(line: u64, message: String) -> BadLine {
@@ -230,8 +238,9 @@ fn row(mut object: Map<String, Value>) -> Result<Row, String> {
     let named = |problem: String| format!(": {problem}");
     keys::check_row(&object).map_err(named)?;
     let is_chat = object.contains_key("messages");
+    let is_list = object.get("completion").is_some_and(Value::is_array);
     let tools = tools_of(&mut object)?;
-    if !tools.is_empty() && !is_chat {
+    if !tools.is_empty() && !is_chat && !is_list {
         return Err(": tools go with messages.".to_owned());
     }
     let has = |key: &str| object.contains_key(key);
@@ -242,6 +251,17 @@ fn row(mut object: Map<String, Value>) -> Result<Row, String> {
                 messages: messages_of(messages)?,
                 tools,
             })
+        }
+        (false, true, false) if object.get("completion").is_some_and(Value::is_array) => {
+            match (object.remove("prompt"), object.remove("completion")) {
+                (Some(Value::Array(prompt)), Some(Value::Array(answer))) => {
+                    sample::answered(prompt, answer, tools)
+                }
+                (prompt, _) => Err(format!(
+                    ": prompt must be a list of messages like completion, got {}.",
+                    prompt.as_ref().map_or("nothing", type_name)
+                )),
+            }
         }
         (false, true, false) => {
             let prompt = text_field(&mut object, "prompt")?;

@@ -49,6 +49,15 @@ pub enum TextError {
         "prompt_loss_weight weighs the prompt of {{\"prompt\": ..., \"completion\": ...}}, but the file has {shape}: leave it out"
     )]
     NoPrompt { shape: &'static str },
+    /// Rows of another objective.
+    #[error(
+        "it is a row like {shape}, the job learns from {wanted}: give objective {suits}, or another file"
+    )]
+    OtherRows {
+        shape: &'static str,
+        wanted: &'static str,
+        suits: &'static str,
+    },
     /// The template rewrites earlier turns, so what an assistant turn adds cannot be told apart.
     #[error(
         "message {message}: the chat template changes earlier text when this message is added, so its tokens cannot be \

@@ -7,10 +7,11 @@
 use std::ops::Range;
 
 use serde_json::Value as Json;
-use tandem_core::dataset::Example;
+use tandem_core::dataset::{Example, Group};
+use tandem_core::job::Rows;
 
 use crate::chat::{ChatTemplate, Ending, Kwargs, Message};
-use crate::dataset::{Kind, Row};
+use crate::dataset::{Kind, Row, Sample};
 use crate::error::TextError;
 use crate::tokenizer::{Placed, SpecialTokens, Tokenizer};
 
@@ -20,6 +21,8 @@ pub struct Options {
     pub max_seq_length: u32,
     /// Loss weight of the prompt of prompt/completion rows; 0 for other rows, which have none.
     pub prompt_loss_weight: f32,
+    /// What the job's objective learns from.
+    pub rows: Rows,
 }
 
 /// What finding the turns of one row may render at most, where each turn takes all before it: some seconds.
@@ -27,11 +30,58 @@ const MAX_RENDERED_BYTES: usize = 1 << 30;
 /// What rendering a message costs beside its text, as so many bytes of it.
 const MESSAGE_COST_BYTES: usize = 512;
 
+/// What the objective gets of a row of the file; errors as [`tokenize`].
+pub fn group(sample: &Sample, tokenizer: &Tokenizer, options: &Options) -> Result<Group, TextError> {
+    suits(sample, options.rows)?;
+    let example = |row: &Row| tokenize(row, tokenizer, options);
+    let (examples, value) = match sample {
+        Sample::Example(row) => (vec![example(row)?], 0.0),
+        Sample::Pair { chosen, rejected } => (vec![example(chosen)?, example(rejected)?], 0.0),
+        Sample::Judged { row, is_desirable } => {
+            let value = match options.rows {
+                Rows::Judged => f32::from(u8::from(*is_desirable)),
+                _ => 0.0,
+            };
+            (vec![example(row)?], value)
+        }
+        Sample::Rewarded { row, reward } => (vec![example(row)?], *reward),
+    };
+    Ok(Group { examples, value })
+}
+
+/// Whether an objective learns from such a row.
+pub fn suits(sample: &Sample, rows: Rows) -> Result<(), TextError> {
+    match (rows, sample) {
+        (Rows::Examples, Sample::Example(_))
+        // It asks for what is done anyway.
+        | (Rows::Examples, Sample::Judged { is_desirable: true, .. })
+        | (Rows::Pairs, Sample::Pair { .. })
+        | (Rows::Judged, Sample::Judged { .. })
+        | (Rows::Rewarded, Sample::Rewarded { .. }) => Ok(()),
+        (wanted, sample) => Err(TextError::OtherRows {
+            shape: sample.kind().shape(),
+            wanted: match wanted {
+                Rows::Examples => "examples without label and reward (objective sft)",
+                Rows::Pairs => "prompt, chosen and rejected (objectives dpo, orpo, cpo, simpo)",
+                Rows::Judged => "examples with label (objective kto)",
+                Rows::Rewarded => "examples with reward (objective reward_weighted)",
+            },
+            suits: match sample.kind() {
+                Kind::Chat | Kind::Completion | Kind::Text => "sft",
+                Kind::Pair => "dpo, orpo, cpo or simpo",
+                Kind::Judged => "kto",
+                Kind::Rewarded => "reward_weighted",
+            },
+        }),
+    }
+}
+
 /// `NoLabels` when nothing with a weight is left: callers skip and count it. Other errors concern the whole file.
 pub fn tokenize(row: &Row, tokenizer: &Tokenizer, options: &Options) -> Result<Example, TextError> {
     let Options {
         max_seq_length,
         prompt_loss_weight,
+        rows: _,
     } = *options;
     if prompt_loss_weight != 0.0 && row.kind() != Kind::Completion {
         return Err(TextError::NoPrompt {

@@ -4,7 +4,7 @@
 use serde_json::{Map, Value, json};
 use tandem_core::settings::{self, Kind, Range, Refused, Setting, Why};
 use tandem_openapi::common::Unknown;
-use tandem_openapi::fine_tuning::{CreateJob, Method, Supervised};
+use tandem_openapi::fine_tuning::{CreateJob, Method, MethodSettings};
 use tandem_router::api::JobRequest;
 use utoipa::openapi::{RefOr, Schema};
 
@@ -21,17 +21,26 @@ pub fn request(body: CreateJob) -> Result<JobRequest, ApiError> {
         hyperparameters,
         settings,
     } = body;
-    let method = method.map(self::method).transpose()?.flatten();
-    let places = [
-        ("", Some(settings)),
-        ("hyperparameters.", hyperparameters),
-        ("method.supervised.hyperparameters.", method),
-    ];
+    let method = method.map(self::method).transpose()?;
+    let mut places = vec![(String::new(), settings)];
+    places.extend(hyperparameters.map(|values| ("hyperparameters.".to_owned(), values)));
+    let kind = method.as_ref().map(|method| method.kind.clone());
+    places.extend(method.map(|Asked { kind, values }| (format!("method.{kind}.hyperparameters."), values)));
     let places = places
-        .into_iter()
-        .filter_map(|(place, values)| Some((place, values?)));
+        .iter()
+        .map(|(place, values)| (place.as_str(), values.clone()));
+    let settings = settings::read(places, validation_file.is_some()).map_err(refused)?;
+    if let (Some("supervised"), Some(objective)) = (kind.as_deref(), settings.objective.as_deref())
+        && !["sft", "reward_weighted"].contains(&objective)
+    {
+        let message = format!(
+            "objective {objective} and method.type supervised contradict each other: leave method out, or give its type \
+             {objective}"
+        );
+        return Err(invalid("objective", message));
+    }
     Ok(JobRequest {
-        settings: settings::read(places, validation_file.is_some()).map_err(refused)?,
+        settings,
         model,
         training_file,
         validation_file,
@@ -41,34 +50,76 @@ pub fn request(body: CreateJob) -> Result<JobRequest, ApiError> {
     })
 }
 
-/// The settings in it.
-fn method(method: Method) -> Result<Option<Unknown>, ApiError> {
+/// A method's name, and the settings in it.
+struct Asked {
+    kind: String,
+    values: Unknown,
+}
+
+fn method(method: Method) -> Result<Asked, ApiError> {
     let Method {
         kind,
         supervised,
+        dpo,
+        kto,
+        orpo,
+        cpo,
+        simpo,
+        reward_weighted,
         unknown,
     } = method;
-    match kind.as_str() {
-        "supervised" => {}
-        "dpo" | "reinforcement" => {
-            let hint = format!(": {kind} is not built, supervised is");
-            return Err(ApiError::NotBuilt {
-                param: "method.type".to_owned(),
-                hint,
-            });
-        }
-        _ => return Err(invalid("method.type", "method.type must be \"supervised\"")),
+    if kind == "reinforcement" {
+        return Err(ApiError::NotBuilt {
+            param: "method.type".to_owned(),
+            hint: ": reinforcement is not built; supervised, dpo and the others that learn from rows are"
+                .to_owned(),
+        });
     }
-    no_unknown("method", &unknown, "type and supervised")?;
-    let Some(Supervised {
-        hyperparameters,
-        unknown,
-    }) = supervised
-    else {
-        return Ok(None);
-    };
-    no_unknown("method.supervised", &unknown, "hyperparameters")?;
-    Ok(hyperparameters)
+    let methods = [
+        ("supervised", supervised),
+        ("dpo", dpo),
+        ("kto", kto),
+        ("orpo", orpo),
+        ("cpo", cpo),
+        ("simpo", simpo),
+        ("reward_weighted", reward_weighted),
+    ];
+    let names = methods
+        .iter()
+        .map(|(name, _)| *name)
+        .collect::<Vec<_>>()
+        .join(", ");
+    if !methods.iter().any(|(name, _)| *name == kind) {
+        let message = format!("method.type must be one of {names}, got {kind:?}");
+        return Err(invalid("method.type", message));
+    }
+    no_unknown("method", &unknown, &format!("type and {names}"))?;
+    let mut values = Unknown::default();
+    for (name, settings) in methods {
+        let Some(MethodSettings {
+            hyperparameters,
+            unknown,
+        }) = settings
+        else {
+            continue;
+        };
+        if name != kind {
+            let message = format!("method.{name} is given, but method.type is {kind}: give one of them");
+            return Err(invalid(format!("method.{name}"), message));
+        }
+        no_unknown(&format!("method.{name}"), &unknown, "hyperparameters")?;
+        values = hyperparameters.unwrap_or_default();
+    }
+    if kind != "supervised" {
+        if let Some(objective) = values.get("objective").filter(|objective| **objective != kind) {
+            let message = format!(
+                "method.{kind}.hyperparameters.objective is {objective}, but method.type says it: leave it out"
+            );
+            return Err(invalid("method.type", message));
+        }
+        values.insert("objective".to_owned(), kind.as_str().into());
+    }
+    Ok(Asked { kind, values })
 }
 
 fn no_unknown(place: &str, unknown: &Unknown, known: &str) -> Result<(), ApiError> {
@@ -181,13 +232,17 @@ mod tests {
                     settings::Kind::Word(words) => json!(words[1]),
                     settings::Kind::Modules => json!("q_proj, v_proj"),
                 };
-                let settings = json!({*name: value});
+                let mut settings = json!({*name: value});
+                if let Some(reader) = settings::readers(setting.name).find(|reader| *reader != "sft") {
+                    settings["objective"] = json!(reader);
+                }
                 let expected = settings::read([("", settings.as_object().unwrap().clone())], false).unwrap();
                 assert_ne!(expected, Settings::default(), "{name}");
+                let method = expected.objective.as_deref().unwrap_or("supervised");
                 for body in [
                     settings.clone(),
                     json!({"hyperparameters": settings}),
-                    json!({"method": {"type": "supervised", "supervised": {"hyperparameters": settings}}}),
+                    json!({"method": {"type": method, method: {"hyperparameters": settings}}}),
                 ] {
                     assert_eq!(asked(&body).unwrap().settings, expected, "{body}");
                 }
@@ -217,7 +272,36 @@ mod tests {
                 "hyperparameters.n_epochs",
                 "the same setting",
             ),
-            (json!({"method": {"type": "dpo"}}), "method.type", "not built"),
+            (
+                json!({"method": {"type": "reinforcement"}}),
+                "method.type",
+                "not built",
+            ),
+            (
+                json!({"method": {"type": "dpo", "kto": {}}}),
+                "method.kto",
+                "method.type is dpo",
+            ),
+            (
+                json!({"method": {"type": "dpo"}, "objective": "kto"}),
+                "method.dpo.hyperparameters.objective",
+                "the same setting",
+            ),
+            (
+                json!({"method": {"type": "supervised"}, "objective": "kto"}),
+                "objective",
+                "contradict",
+            ),
+            (
+                json!({"method": {"type": "dpo", "dpo": {"hyperparameters": {"simpo_gamma": 1}}}}),
+                "simpo_gamma",
+                "not by dpo",
+            ),
+            (
+                json!({"method": {"type": "ppo"}}),
+                "method.type",
+                "one of supervised",
+            ),
             (
                 json!({"method": {"type": "supervised", "x": 1}}),
                 "method.x",

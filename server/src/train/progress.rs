@@ -1,5 +1,6 @@
 //! How a run shows itself: a bar on a terminal, a line for each event elsewhere.
 
+use std::collections::BTreeMap;
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
@@ -122,11 +123,12 @@ fn line(event: &JobEvent, total_steps: u64, frozen: u64) -> String {
             )
         }
         JobEvent::Step(step) => format!(
-            "step {}/{total_steps} epoch {:.2} loss {:.4} accuracy {:.3} grad_norm {:.3} lr {:.2e} {:.0} tokens/s",
+            "step {}/{total_steps} epoch {:.2} loss {:.4} accuracy {:.3}{} grad_norm {:.3} lr {:.2e} {:.0} tokens/s",
             step.step,
             step.epoch,
             step.loss,
             step.token_accuracy,
+            of_objective(&step.metrics),
             step.grad_norm,
             step.learning_rate,
             step.tokens_per_second
@@ -135,9 +137,11 @@ fn line(event: &JobEvent, total_steps: u64, frozen: u64) -> String {
             step,
             loss,
             token_accuracy,
-        } => {
-            format!("step {step}/{total_steps} validation loss {loss:.4} accuracy {token_accuracy:.3}")
-        }
+            metrics,
+        } => format!(
+            "step {step}/{total_steps} validation loss {loss:.4} accuracy {token_accuracy:.3}{}",
+            of_objective(metrics)
+        ),
         JobEvent::Checkpoint { step, adapter } => format!("step {step}: saved {}", adapter.folder.display()),
         JobEvent::Finished { trained_tokens, .. } => {
             format!("finished after {} tokens", thousands(*trained_tokens))
@@ -148,6 +152,13 @@ fn line(event: &JobEvent, total_steps: u64, frozen: u64) -> String {
         JobEvent::Cancelled { step } => format!("cancelled at step {step}"),
         JobEvent::Kept { step } => format!("stopped after step {step}"),
     }
+}
+
+/// What an objective is judged by at a glance.
+fn of_objective(metrics: &BTreeMap<String, f64>) -> String {
+    let shown = ["rewards/accuracies", "rewards/margins"].into_iter();
+    let shown = shown.filter_map(|name| Some(format!(" {name} {:.3}", metrics.get(name)?)));
+    shown.collect()
 }
 
 /// 1,838,208
@@ -174,6 +185,7 @@ mod tests {
             epoch: 0.5,
             loss: 1.23456,
             token_accuracy: 0.5,
+            metrics: BTreeMap::new(),
             grad_norm: 1.0,
             learning_rate: 1e-4,
             trained_tokens: 100,

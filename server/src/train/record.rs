@@ -225,6 +225,7 @@ pub fn settings(hyper: &Hyper) -> Mapping {
         packing,
         save_steps,
         eval_steps,
+        objective,
         method,
     } = hyper;
     let mut settings = Mapping::new();
@@ -246,6 +247,13 @@ pub fn settings(hyper: &Hyper) -> Mapping {
             put("lora_target_modules", Value::Sequence(modules.collect()));
             put("use_rslora", (*use_rslora).into());
         }
+    }
+    put("objective", objective.name().into());
+    if let Some(loss_type) = objective.loss_type() {
+        put("loss_type", loss_type.into());
+    }
+    for (name, number) in objective.numbers() {
+        put(name, number.into());
     }
     put("n_epochs", (*n_epochs).into());
     if let Some(max_steps) = max_steps {

@@ -397,7 +397,13 @@ mod tests {
                     Kind::Modules => "q_proj,v_proj".to_owned(),
                 };
                 let word = format!("{name}={text}");
-                let args: Vec<&str> = NEEDED.into_iter().chain([&*word]).collect();
+                let reader = settings::readers(setting.name).find(|reader| *reader != "sft");
+                let reader = reader.map(|reader| format!("objective={reader}"));
+                let args: Vec<&str> = NEEDED
+                    .into_iter()
+                    .chain([&*word])
+                    .chain(reader.as_deref())
+                    .collect();
                 let given = serde_json::to_value(asked(&args).unwrap().settings).unwrap();
                 assert!(!given[setting.name].is_null(), "{word}");
             }

@@ -6,7 +6,7 @@ use std::path::Path;
 use tandem_backend::lora::peft;
 use tandem_backend::model::Decoder;
 use tandem_backend::train::{TrainError, Trainer};
-use tandem_core::dataset::{self, Example};
+use tandem_core::dataset::{self, Example, Group};
 use tandem_core::job::{Hyper, JobEvent, Lora, Method, files};
 use tandem_core::rng;
 use tandem_kernels::weight::Precision;
@@ -41,7 +41,13 @@ fn job(fixture: &Fixture, decoder: &Decoder) -> Job {
     let job = Job::new(&examples, demanding(decoder));
     fs::write(
         job.spec.folder.join(files::VALID),
-        dataset::encode(&fixture.examples()),
+        dataset::encode(
+            &fixture
+                .examples()
+                .into_iter()
+                .map(Group::from)
+                .collect::<Vec<_>>(),
+        ),
     )
     .expect("it is written");
     job
@@ -241,7 +247,7 @@ fn another_runs_state_is_refused() {
         let bytes = fs::read(&path).expect("it is there");
         if changed {
             let mut examples = dataset::decode(&bytes).expect("it is a dataset");
-            examples[0].tokens[0] ^= 1;
+            examples[0].examples[0].tokens[0] ^= 1;
             fs::write(&path, dataset::encode(&examples)).expect("it is written");
         } else {
             fs::remove_file(&path).expect("it goes");

@@ -8,8 +8,10 @@ use tandem_backend::train::data::{self, DataPlan, Slice};
 use tandem_backend::train::learner::{Learner, Update};
 use tandem_backend::train::pass::{Advanced, Context, Look, Pass};
 use tandem_backend::train::{Quantum, Trainer};
-use tandem_core::dataset::{self, Example};
-use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Schedule, StepReport, files};
+use tandem_core::dataset::{self, Example, Group};
+use tandem_core::job::{
+    Hyper, JobEvent, JobSpec, Life, Lora, Method, Objective, Schedule, StepReport, files,
+};
 use tandem_kernels::adamw::AdamW;
 use tandem_kernels::loss::LogProbs;
 use tandem_kernels::weight::Precision;
@@ -186,7 +188,7 @@ fn through(learner: &mut Learner, decoder: &Decoder, slice: &Slice, is_later: bo
 }
 
 fn compare_steps(who: &str, run: &Value, job: &Job, reports: &[StepReport]) -> Table {
-    let mut plan = DataPlan::new(&job.examples, &job.spec.hyper);
+    let mut plan = DataPlan::new(job.groups.iter().map(Group::tokens).collect(), &job.spec.hyper);
     let steps: Vec<Vec<Vec<usize>>> = serde_json::from_value(run["steps"].clone()).expect("example numbers");
     assert_eq!(
         (0..plan.total()).map(|step| plan.step(step)).collect::<Vec<_>>(),
@@ -219,14 +221,19 @@ fn compare_steps(who: &str, run: &Value, job: &Job, reports: &[StepReport]) -> T
 /// A job's folder with its dataset.
 pub struct Job {
     pub spec: JobSpec,
-    pub examples: Vec<Example>,
+    pub groups: Vec<Group>,
     _folder: tempfile::TempDir,
 }
 
 impl Job {
     pub fn new(examples: &[Example], hyper: Hyper) -> Job {
+        let groups = examples.iter().cloned().map(Group::from);
+        Job::of(groups.collect(), hyper)
+    }
+
+    pub fn of(groups: Vec<Group>, hyper: Hyper) -> Job {
         let folder = tempfile::tempdir().expect("a folder");
-        std::fs::write(folder.path().join(files::TRAIN), dataset::encode(examples)).expect("it is written");
+        std::fs::write(folder.path().join(files::TRAIN), dataset::encode(&groups)).expect("it is written");
         let id = "ftjob-numerics".parse().unwrap();
         let spec = JobSpec {
             id,
@@ -237,7 +244,7 @@ impl Job {
         };
         Job {
             spec,
-            examples: examples.to_vec(),
+            groups,
             _folder: folder,
         }
     }
@@ -288,11 +295,12 @@ pub fn hyper(method: Method) -> Hyper {
         packing: false,
         save_steps: 0,
         eval_steps: 0,
+        objective: Objective::default(),
         method,
     }
 }
 
-fn hyper_of(value: &Value, method: Method) -> Hyper {
+pub fn hyper_of(value: &Value, method: Method) -> Hyper {
     let number = |name: &str| {
         value[name]
             .as_f64()

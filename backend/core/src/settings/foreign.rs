@@ -372,21 +372,39 @@ const FOREIGN: &[Foreign] = &[
         "the loss is the cross-entropy of the next token, every setting of LoRA learns at learning_rate",
     ),
     row(
-        "loss_type",
-        |value, _| word(value, &["nll", "chunked_nll"]),
-        "the loss is the cross-entropy of the next token",
+        "grader reward_model reasoning_effort compute_multiplier eval_interval eval_samples",
+        never,
+        "a job learns from rows (sft, dpo, kto, orpo, cpo, simpo, reward_weighted), not from a grader",
     ),
     row(
-        "beta grader reward_model reasoning_effort compute_multiplier eval_interval eval_samples",
-        never,
-        "supervised fine-tuning is the only method",
+        "ref_model ref_model_init_kwargs reference_free sync_ref_model ref_model_mixup_alpha ref_model_sync_steps
+         ref_adapter_name model_adapter_name force_use_ref_model",
+        off,
+        "the reference is what the job starts from, the base or an adapter, and stays so",
+    ),
+    row(
+        "precompute_ref_log_probs precompute_ref_batch_size ref_model_mixup padding_value label_pad_token_id
+         generate_during_eval is_encoder_decoder disable_dropout",
+        any,
+        "it changes time and memory, not what is learned: dropout is lora_dropout, which is 0 unless it is given",
+    ),
+    row(
+        "f_divergence_type",
+        |value, _| word(value, &["reverse_kl"]),
+        "the divergence is reverse_kl",
+    ),
+    row("f_alpha_divergence_coef discopop_tau", any, "it belongs to what is refused by its own name"),
+    row(
+        "loss_weights ld_alpha use_weighting rpo_alpha alphapo_alpha mpo_config",
+        off,
+        "one loss_type is minimised, every label of an answer counts alike",
+    ),
+    row(
+        "max_prompt_length max_completion_length",
+        off,
+        "max_seq_length bounds a row; the start of a long one is kept",
     ),
     // What is trained.
-    row(
-        "stage training_method method_type",
-        |value, _| word(value, &["sft"]),
-        "supervised fine-tuning is the only method",
-    ),
     row("use_peft use_lora lora", on, LORA_ONLY),
     row(
         "peft_type peft_method finetuning_type adapter tuner_type train_type",

@@ -11,15 +11,27 @@ fn asked(body: Value) -> Result<Settings, Refused> {
     read([("", body)], true)
 }
 
+/// Beside an objective that reads it, where it needs one.
 fn one(name: &str, value: Value) -> Result<Settings, Refused> {
-    asked(json!({name: value}))
+    let canonical = setting(name).map_or(name, |setting| setting.name);
+    let mut read = asked(json!({name: value}));
+    for reader in readers(canonical) {
+        read = read.or_else(|_| {
+            let settings = asked(json!({name: value, "objective": reader}))?;
+            Ok(Settings {
+                objective: None,
+                ..settings
+            })
+        });
+    }
+    read
 }
 
 /// A value in range for each kind.
 fn example(kind: Kind) -> Value {
     match kind {
         Kind::Integer { low, .. } => json!(low + 1),
-        Kind::Real(_) => json!(0.5),
+        Kind::Real(_) => json!(0.25),
         Kind::Flag => json!(true),
         Kind::Word(words) => json!(words[words.len() - 1]),
         Kind::Modules => json!(["q_proj", "v_proj"]),
@@ -73,7 +85,7 @@ fn the_ends_of_every_range_fit_the_field_and_what_lies_beyond_is_named() {
             Kind::Real(range) => {
                 let (Range::Closed(low, high) | Range::Above(low, high) | Range::Below(low, high)) = range;
                 let (mut good, mut bad) = (
-                    vec![json!(0.5)],
+                    vec![json!(0.25)],
                     vec![json!(low - 1.0), json!(high * 2.0), json!("x")],
                 );
                 match range {
@@ -138,6 +150,42 @@ fn settings_that_contradict_each_other_are_refused() {
             json!({"lr_scheduler_type": "constant", "warmup_steps": 3}),
             "warmup_steps",
             "constant_with_warmup",
+        ),
+        (json!({"beta": 0.1}), "beta", "read by objective dpo, kto"),
+        (
+            json!({"objective": "sft", "label_smoothing": 0.1}),
+            "label_smoothing",
+            "not by sft",
+        ),
+        (
+            json!({"objective": "dpo", "loss_type": "simpo"}),
+            "loss_type",
+            "of dpo must be one of sigmoid",
+        ),
+        (
+            json!({"objective": "dpo", "loss_type": "ipo", "label_smoothing": 0.1}),
+            "label_smoothing",
+            "leave it out",
+        ),
+        (
+            json!({"objective": "dpo", "loss_type": "exo_pair", "label_smoothing": 0}),
+            "label_smoothing",
+            "above 0",
+        ),
+        (
+            json!({"objective": "cpo", "simpo_gamma": 0.5}),
+            "simpo_gamma",
+            "loss_type simpo",
+        ),
+        (
+            json!({"objective": "orpo", "packing": true}),
+            "packing",
+            "leave it out",
+        ),
+        (
+            json!({"objective": "kto", "batch_size": 1}),
+            "batch_size",
+            "at least 2",
         ),
     ] {
         let error = asked(body).unwrap_err();
@@ -301,8 +349,8 @@ fn what_the_field_asks_is_honoured_harmless_or_refused() {
         ("completion_only_loss", json!(false), Is::Refused("prompt_loss_weight")),
         ("assistant_only_loss", json!(true), Harmless),
         ("assistant_only_loss", json!(false), Is::Refused("assistant")),
-        ("loss_type", json!("nll"), Harmless),
-        ("loss_type", json!("dft"), Is::Refused("cross-entropy")),
+        ("loss_type", json!("nll"), Honoured("loss_type")),
+        ("loss_type", json!("dft"), Is::Refused("one of sigmoid")),
         ("activation_offloading", json!(true), Harmless),
         ("model_name_or_path", json!("m"), Is::Refused("model names the base")),
         ("dtype", json!("float32"), Is::Refused("--dtype")),
@@ -369,7 +417,7 @@ fn what_the_field_asks_is_honoured_harmless_or_refused() {
         ("early_stopping_patience", json!(3), Is::Refused("its end")),
         ("training_type", json!({"type": "Lora"}), Is::Refused("lora_r")),
         ("wandb_api_key", json!("x"), Is::Refused("events")),
-        ("beta", json!(0.1), Is::Refused("supervised")),
+        ("beta", json!(0.1), Honoured("beta")),
         ("integrations", json!([]), Harmless),
         ("integrations", json!([{"type": "wandb"}]), Is::Refused("events")),
         ("compute_classification_metrics", json!(false), Harmless),

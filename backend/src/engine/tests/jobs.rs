@@ -14,7 +14,7 @@ fn job(folder: &Path, cases: &[Case], max_steps: u64) -> JobSpec {
             .collect();
         Example { tokens, weights }
     };
-    let examples: Vec<Example> = cases.iter().map(example).collect();
+    let examples: Vec<Group> = cases.iter().map(example).map(Group::from).collect();
     std::fs::create_dir_all(folder).unwrap();
     std::fs::write(folder.join(files::TRAIN), dataset::encode(&examples)).unwrap();
     let hyper = Hyper {
@@ -35,6 +35,7 @@ fn job(folder: &Path, cases: &[Case], max_steps: u64) -> JobSpec {
         packing: false,
         save_steps: 0,
         eval_steps: 0,
+        objective: Objective::default(),
         method: Method::Lora(lora(8)),
     };
     JobSpec {

@@ -42,7 +42,6 @@ fn empty(value: &Value) -> bool {
     }
 }
 
-const PREFERENCES: &str = "preference (DPO) training is not supported";
 const TEXT_ONLY: &str = "only text is trained";
 const AS_WRITTEN: &str = "it binds the answer to a request; a row is learned as it is written";
 const WHOLE: &str = "a row counts once and whole: leave the line out of the file to leave it out";
@@ -50,20 +49,14 @@ const TOKENS: &str = "tokens and their weights are made here, from messages, pro
 
 const ROW: &[Key] = &[
     key(
-        "rejected chosen preferred_output non_preferred_output preferred_completion rejected_completion
-         rejected_messages chosen_messages",
+        "rejected_completion rejected_messages chosen_messages rejected_response",
         never,
-        PREFERENCES,
+        "a preference is written as prompt, chosen and rejected, or as input, preferred_output and non_preferred_output",
     ),
     key(
-        "label",
-        one,
-        "training away from an example (KTO) and on classes is not supported: leave the key out, and a bad line too",
-    ),
-    key(
-        "reward score rewards",
+        "score rewards",
         never,
-        "every row counts alike: leave bad lines out of the file, and this key",
+        "what an example is worth is written as reward, a number; leave the key out where rows count alike",
     ),
     key(
         "weight weights loss_weight sample_weight train training trainable",
@@ -117,7 +110,24 @@ pub(super) fn check_message(message: &Map<String, Value>) -> Result<(), String> 
 
 /// `rest`: what was not read.
 pub(super) fn rest_of_row(rest: &Map<String, Value>) -> Result<(), String> {
-    unread(rest, ROW, &["messages", "tools", "prompt", "completion", "text"])
+    unread(
+        rest,
+        ROW,
+        &[
+            "messages",
+            "tools",
+            "prompt",
+            "completion",
+            "text",
+            "chosen",
+            "rejected",
+            "input",
+            "preferred_output",
+            "non_preferred_output",
+            "label",
+            "reward",
+        ],
+    )
 }
 
 /// `is_learned`: whether this turn carries loss.

@@ -82,7 +82,7 @@ fn rows_of_each_shape() {
         ),
     ];
     for (line, row) in cases {
-        assert_eq!(parse_line(1, line), Ok(row));
+        assert_eq!(parse_line(1, line), Ok(Sample::Example(row)));
     }
 }
 
@@ -112,7 +112,43 @@ fn what_is_wrong_is_said_with_its_place() {
         (r#"{"prompt": "a", "completion": ""}"#, "empty completion"),
         (r#"{"text": ""}"#, "empty text"),
         (r#"{"text": "a", "prompt": "b"}"#, "mixes shapes"),
-        (r#"{"input": {}, "preferred_output": []}"#, "preference (DPO)"),
+        (
+            r#"{"input": {}, "preferred_output": []}"#,
+            "Line 7: non_preferred_output is missing.",
+        ),
+        (
+            r#"{"input": {"messages": [{"role":"user","content":"a"}]}, "preferred_output": [{"role":"user","content":"a"}], "non_preferred_output": []}"#,
+            "Line 7, preferred_output: an answer must have a message from the assistant",
+        ),
+        (r#"{"chosen": "a", "prompt": "b"}"#, "one of them is missing"),
+        (
+            r#"{"chosen": "a", "rejected": [], "prompt": "b"}"#,
+            "got a string, a string and an array",
+        ),
+        (
+            r#"{"chosen": [{"role":"assistant","content":"a"}], "rejected": [{"role":"assistant","content":"b"}]}"#,
+            "there is no prompt",
+        ),
+        (
+            r#"{"prompt": "a", "chosen": "", "rejected": "b"}"#,
+            "chosen is empty",
+        ),
+        (
+            r#"{"prompt": "a", "chosen": "c", "rejected": "b", "label": true}"#,
+            "label",
+        ),
+        (
+            r#"{"prompt": "a", "completion": "c", "label": 3}"#,
+            "true or false, got 3",
+        ),
+        (
+            r#"{"prompt": "a", "completion": "c", "reward": "good"}"#,
+            "must be a number",
+        ),
+        (
+            r#"{"prompt": "a", "completion": [{"role":"assistant","content":"a"}]}"#,
+            "prompt must be a list of messages",
+        ),
         (
             r#"{"messages": [{"role": "assistant", "content": "a"}], "tools": [{}]}"#,
             "Line 7: tools[0].function is missing.",
@@ -205,16 +241,12 @@ fn every_key_is_honoured_harmless_or_refused() {
         assert!(parse_line(1, &line).is_ok(), "{line}: {:?}", parse_line(1, &line));
     }
     let bad = [
-        (row(r#""rejected": "c""#), "Line 7: rejected: preference (DPO)"),
+        (row(r#""rejected": "c""#), "one of them is missing"),
         (
-            r#"{"messages": [], "rejected": []}"#.to_owned(),
-            "rejected: preference (DPO)",
+            row(r#""chosen_messages": []"#),
+            "a preference is written as prompt",
         ),
-        (
-            r#"{"prompt": "a", "chosen": "b", "rejected": "c"}"#.to_owned(),
-            "preference (DPO)",
-        ),
-        (row(r#""label": false"#), "label: training away"),
+        (row(r#""score": 3"#), "written as reward"),
         (
             row(r#""weight": 0"#),
             "weight: a row counts once and whole: leave the line out",
@@ -298,6 +330,98 @@ fn every_key_is_honoured_harmless_or_refused() {
             message.contains(expected) && message.contains("ine 7"),
             "{line}: {message}"
         );
+    }
+}
+
+#[test]
+fn preferences_are_read_in_every_form() {
+    let chat = |answer: &str| Row::Chat {
+        messages: vec![
+            message("user", "a", None),
+            message("assistant", "b", Some(0.0)),
+            message("user", "c", None),
+            message("assistant", answer, None),
+        ],
+        tools: vec![],
+    };
+    let text = |prompt: &str, completion: &str| Row::Completion {
+        prompt: prompt.to_owned(),
+        completion: completion.to_owned(),
+    };
+    let pair = |chosen, rejected| Sample::Pair { chosen, rejected };
+    let prompt =
+        r#"{"role":"user","content":"a"},{"role":"assistant","content":"b"},{"role":"user","content":"c"}"#;
+    let [good, bad] = ["good", "bad"].map(|text| format!(r#"{{"role":"assistant","content":"{text}"}}"#));
+    let cases = [
+        (
+            format!(
+                r#"{{"input":{{"messages":[{prompt}],"tools":[],"parallel_tool_calls":true}},"preferred_output":[{good}],"non_preferred_output":[{bad}]}}"#
+            ),
+            pair(chat("good"), chat("bad")),
+        ),
+        (
+            format!(
+                r#"{{"input":{{"messages":[{prompt}]}},"preferred_completion":[{good}],"non_preferred_completion":[{bad}]}}"#
+            ),
+            pair(chat("good"), chat("bad")),
+        ),
+        (
+            format!(r#"{{"prompt":[{prompt}],"chosen":[{good}],"rejected":[{bad}],"id":3}}"#),
+            pair(chat("good"), chat("bad")),
+        ),
+        (
+            format!(
+                r#"{{"prompt":"c","chosen":[{prompt},{good}],"rejected":[{prompt},{bad}],"messages":[],"score_chosen":9}}"#
+            ),
+            pair(chat("good"), chat("bad")),
+        ),
+        (
+            r#"{"prompt":"Q: ","chosen":"yes","rejected":"no"}"#.to_owned(),
+            pair(text("Q: ", "yes"), text("Q: ", "no")),
+        ),
+        (
+            r#"{"chosen":"Human: hi Assistant: yes","rejected":"Human: hi Assistant: no"}"#.to_owned(),
+            pair(
+                text("Human: hi Assistant:", " yes"),
+                text("Human: hi Assistant:", " no"),
+            ),
+        ),
+        (
+            r#"{"prompt":"Q: ","completion":"yes","label":false}"#.to_owned(),
+            Sample::Judged {
+                row: text("Q: ", "yes"),
+                is_desirable: false,
+            },
+        ),
+        (
+            format!(r#"{{"prompt":[{prompt}],"completion":[{good}],"label":1}}"#),
+            Sample::Judged {
+                row: chat("good"),
+                is_desirable: true,
+            },
+        ),
+        (
+            format!(r#"{{"messages":[{prompt},{good}],"reward":-0.5}}"#),
+            Sample::Rewarded {
+                row: Row::Chat {
+                    messages: vec![
+                        message("user", "a", None),
+                        message("assistant", "b", None),
+                        message("user", "c", None),
+                        message("assistant", "good", None),
+                    ],
+                    tools: vec![],
+                },
+                reward: -0.5,
+            },
+        ),
+        (
+            format!(r#"{{"prompt":[{prompt}],"completion":[{good}]}}"#),
+            Sample::Example(chat("good")),
+        ),
+    ];
+    for (line, sample) in cases {
+        assert_eq!(parse_line(1, &line), Ok(sample), "{line}");
     }
 }
 

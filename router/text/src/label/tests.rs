@@ -8,6 +8,7 @@ use crate::tokenizer::Skip;
 const OPTIONS: Options = Options {
     max_seq_length: 512,
     prompt_loss_weight: 0.0,
+    rows: Rows::Examples,
 };
 const LLAMA2: &str = include_str!("../fixture/llama2.jinja");
 const LLAMA3: &str = include_str!("../fixture/llama3.jinja");
@@ -20,7 +21,10 @@ const OPEN: &str = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% end
                     {% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}";
 
 fn row(json: &str) -> Row {
-    parse_line(1, json).unwrap()
+    match parse_line(1, json).unwrap() {
+        Sample::Example(row) => row,
+        other => panic!("{other:?} is more than an example"),
+    }
 }
 
 /// The text of each run of tokens with weight 1.
@@ -354,6 +358,37 @@ fn long_rows_are_cut_and_empty_ones_counted() {
                         max_seq_length
                     })
                 );
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_are_what_the_objective_learns_from() {
+    let tokenizer = fixture::byte_level(CHATML);
+    let lines = [
+        r#"{"prompt": "a", "completion": "b"}"#,
+        r#"{"prompt": "a", "chosen": "b", "rejected": "cd"}"#,
+        r#"{"prompt": "a", "completion": "b", "label": false}"#,
+        r#"{"prompt": "a", "completion": "b", "reward": 2}"#,
+    ];
+    let all = [Rows::Examples, Rows::Pairs, Rows::Judged, Rows::Rewarded];
+    for (i, rows) in all.into_iter().enumerate() {
+        for (j, line) in lines.iter().enumerate() {
+            let options = Options { rows, ..OPTIONS };
+            match group(&parse_line(1, line).unwrap(), &tokenizer, &options) {
+                Ok(Group { examples, value }) => {
+                    assert_eq!(i, j, "{line}");
+                    assert_eq!(
+                        (examples.len(), value),
+                        [(1, 0.0), (2, 0.0), (1, 0.0), (1, 2.0)][i]
+                    );
+                    assert!(examples.iter().all(|example| example.label_tokens() > 0));
+                }
+                Err(error) => {
+                    let message = error.to_string();
+                    assert!(i != j && message.contains("or another file"), "{line}: {message}");
+                }
             }
         }
     }

@@ -1,0 +1,389 @@
+//! A micro-batch of an objective that weighs after the forward, on its way: what the reference says, the forward, the
+//! weights, the backward, bundle by bundle. Trained, or only looked at. Not here: the objectives' arithmetic (objective), which
+//! groups a micro-batch has (data).
+
+use tandem_core::dataset::{Example, Group};
+use tandem_core::job::Objective;
+use tandem_kernels::loss::LogProbs;
+use tch::Device;
+
+use super::data::{self, Bundle, Labelled, Slice};
+use super::objective::{self, Beside, Scores, Sequence};
+use super::pass::{Advanced, Context, KEEP_BYTES, Look, Pass, Scored};
+use crate::lora::adapter::Adapter;
+use crate::model::{Decoder, Dropout, Grads};
+
+/// What a micro-batch goes through.
+#[derive(Clone, Copy)]
+pub struct Models<'a> {
+    pub decoder: &'a Decoder,
+    /// What is trained. `None`: all parameters are.
+    pub adapter: Option<&'a Adapter>,
+    /// `None`: the base.
+    pub reference: Option<&'a Adapter>,
+    pub dropout: Option<Dropout>,
+}
+
+/// Which part of a step a micro-batch is.
+#[derive(Clone, Copy)]
+pub struct Place {
+    /// Of its groups' losses in that of the step.
+    pub micro_batches: usize,
+    /// The step's tokens before it: dropout's counter.
+    pub rows_before: u64,
+    /// Longer sequences are cut.
+    pub max_seq_length: usize,
+}
+
+pub struct MicroBatch {
+    objective: Objective,
+    beside: Beside,
+    /// Of one group in the step's loss.
+    share: f64,
+    rows_before: u64,
+    /// Still to go, the next at the end.
+    bundles: Vec<Bundle>,
+    at: At,
+}
+
+enum At {
+    /// KTO's prompts with each other's answers: how far what is trained is from the reference.
+    Divergence {
+        slices: Vec<Slice>,
+        reference: Looks,
+        trained: Looks,
+    },
+    Next,
+    Reference {
+        bundle: Bundle,
+        looks: Looks,
+    },
+    /// `bundle` has the slices that are to go; the next is the first.
+    Forward {
+        bundle: Bundle,
+        keep_bytes: i64,
+        reference: Vec<LogProbs>,
+        pass: Option<Box<Pass>>,
+        scored: Vec<Scored>,
+    },
+    /// The forward where nothing is trained.
+    Looking {
+        bundle: Bundle,
+        reference: Vec<LogProbs>,
+        looks: Looks,
+    },
+    /// Each with the derivative of its labels.
+    Backward {
+        keep_bytes: i64,
+        scored: Vec<(Scored, Vec<f32>)>,
+        pass: Option<Box<Pass>>,
+    },
+}
+
+/// Several slices, looked at one after the other.
+#[derive(Default)]
+struct Looks {
+    found: Vec<LogProbs>,
+    look: Option<Look>,
+}
+
+impl Looks {
+    fn advance(&mut self, slices: &[Slice], decoder: &Decoder, adapter: Option<&Adapter>) {
+        let slice = &slices[self.found.len()];
+        let look = self.look.take().unwrap_or_else(|| Look::enter(slice, decoder));
+        match look.advance(slice, decoder, adapter) {
+            Ok(found) => self.found.push(found),
+            Err(look) => self.look = Some(look),
+        }
+    }
+
+    fn is_through(&self, slices: &[Slice]) -> bool {
+        self.found.len() == slices.len()
+    }
+}
+
+impl MicroBatch {
+    pub fn new(groups: &[&Group], objective: Objective, place: Place, device: Device) -> MicroBatch {
+        let Place {
+            micro_batches,
+            rows_before,
+            max_seq_length,
+        } = place;
+        // ORPO learns the preferred answer's prompt as well.
+        let labelled = |example: usize| match (objective, example) {
+            (Objective::Orpo { .. }, 0) => Labelled::All,
+            _ => Labelled::Weighted,
+        };
+        let mut bundles = data::bundles(groups, labelled, device);
+        bundles.reverse();
+        let at = match objective {
+            Objective::Kto { .. } => {
+                let mismatched = mismatched(groups, max_seq_length);
+                At::Divergence {
+                    slices: data::slices(mismatched.iter(), device),
+                    reference: Looks::default(),
+                    trained: Looks::default(),
+                }
+            }
+            _ => At::Next,
+        };
+        let likelihood = |group: &&Group| match (objective, &group.examples[0]) {
+            (Objective::Orpo { .. }, chosen) => chosen.tokens.len() - 1,
+            (_, chosen) => chosen.label_tokens(),
+        };
+        MicroBatch {
+            objective,
+            beside: Beside {
+                groups: groups.len(),
+                likelihood_labels: groups.iter().map(likelihood).sum(),
+                divergence: 0.0,
+            },
+            share: 1.0 / (groups.len() * micro_batches) as f64,
+            rows_before,
+            bundles,
+            at,
+        }
+    }
+
+    /// So many times as heavy: for a mean over groups of several micro-batches.
+    pub fn weighing(self, times: usize) -> MicroBatch {
+        MicroBatch {
+            share: self.share * times as f64,
+            ..self
+        }
+    }
+
+    /// Tokens that are trained.
+    pub fn rows(&self) -> u64 {
+        let slices = self.bundles.iter().flat_map(|bundle| &bundle.slices);
+        slices.map(|slice| slice.tokens.len() as u64).sum()
+    }
+
+    /// A quantum further. `None` when it is through. Adds to `grads` where there are some, else it only looks.
+    pub fn advance(
+        mut self,
+        models: &Models,
+        grads: Option<&mut Grads>,
+        scores: &mut Scores,
+    ) -> Option<MicroBatch> {
+        let Models {
+            decoder,
+            adapter,
+            reference: reference_adapter,
+            dropout,
+        } = *models;
+        self.at = match std::mem::replace(&mut self.at, At::Next) {
+            At::Divergence {
+                slices,
+                mut reference,
+                mut trained,
+            } => {
+                match (reference.is_through(&slices), trained.is_through(&slices)) {
+                    (false, _) => reference.advance(&slices, decoder, reference_adapter),
+                    (true, false) => trained.advance(&slices, decoder, adapter),
+                    (true, true) => {
+                        let sum = |looks: &Looks| -> f64 {
+                            let found = looks.found.iter().flat_map(|found| &found.log_probs);
+                            found.map(|&log_prob| f64::from(log_prob)).sum()
+                        };
+                        let sequences: usize = slices.iter().map(|slice| slice.sequences.len()).sum();
+                        let mean = (sum(&trained) - sum(&reference)) / sequences.max(1) as f64;
+                        self.beside.divergence = mean.max(0.0);
+                        return Some(self);
+                    }
+                }
+                At::Divergence {
+                    slices,
+                    reference,
+                    trained,
+                }
+            }
+            At::Next => {
+                let bundle = self.bundles.pop()?;
+                match self.objective.has_reference() {
+                    true => At::Reference {
+                        bundle,
+                        looks: Looks::default(),
+                    },
+                    false => forward(bundle, vec![], grads.is_some()),
+                }
+            }
+            At::Reference { bundle, looks } if looks.is_through(&bundle.slices) => {
+                forward(bundle, looks.found, grads.is_some())
+            }
+            At::Reference { bundle, mut looks } => {
+                looks.advance(&bundle.slices, decoder, reference_adapter);
+                At::Reference { bundle, looks }
+            }
+            At::Looking {
+                bundle,
+                reference,
+                looks,
+            } if looks.is_through(&bundle.slices) => {
+                let slices: Vec<&Slice> = bundle.slices.iter().collect();
+                let found: Vec<&LogProbs> = looks.found.iter().collect();
+                self.weigh(&slices, &found, &reference, &bundle.values, scores);
+                At::Next
+            }
+            At::Looking {
+                bundle,
+                reference,
+                mut looks,
+            } => {
+                looks.advance(&bundle.slices, decoder, adapter);
+                At::Looking {
+                    bundle,
+                    reference,
+                    looks,
+                }
+            }
+            At::Forward {
+                mut bundle,
+                keep_bytes,
+                reference,
+                pass,
+                mut scored,
+            } => {
+                let context = Context {
+                    decoder,
+                    adapter,
+                    dropout,
+                    keep_bytes,
+                };
+                let grads = grads.expect("what goes forward to come back is trained");
+                let pass = match pass {
+                    Some(pass) => match pass.advance(&context, grads) {
+                        Advanced::On(pass) => Some(Box::new(pass)),
+                        Advanced::Scored(done) => {
+                            scored.push(done);
+                            None
+                        }
+                        Advanced::Through(..) => unreachable!("it is to be weighed"),
+                    },
+                    None if bundle.slices.is_empty() => {
+                        let slices: Vec<&Slice> = scored.iter().map(Scored::slice).collect();
+                        let found: Vec<&LogProbs> = scored.iter().map(Scored::found).collect();
+                        let dlogp = self.weigh(&slices, &found, &reference, &bundle.values, scores);
+                        self.at = At::Backward {
+                            keep_bytes,
+                            scored: scored.into_iter().zip(dlogp).collect(),
+                            pass: None,
+                        };
+                        return Some(self);
+                    }
+                    None => {
+                        let slice = bundle.slices.remove(0);
+                        let rows_before = self.rows_before;
+                        self.rows_before += slice.tokens.len() as u64;
+                        Some(Box::new(Pass::enter_to_be_weighed(slice, rows_before, &context)))
+                    }
+                };
+                At::Forward {
+                    bundle,
+                    keep_bytes,
+                    reference,
+                    pass,
+                    scored,
+                }
+            }
+            At::Backward {
+                keep_bytes,
+                mut scored,
+                pass,
+            } => {
+                let context = Context {
+                    decoder,
+                    adapter,
+                    dropout,
+                    keep_bytes,
+                };
+                let grads = grads.expect("what goes back is trained");
+                let pass = match pass.map(|pass| pass.advance(&context, grads)) {
+                    Some(Advanced::On(pass)) => Some(Box::new(pass)),
+                    Some(Advanced::Scored(_)) => unreachable!("it is weighed"),
+                    Some(Advanced::Through(..)) | None => match scored.pop() {
+                        Some((scored, dlogp)) => Some(Box::new(scored.weighed(&dlogp))),
+                        None => return Some(self),
+                    },
+                };
+                At::Backward {
+                    keep_bytes,
+                    scored,
+                    pass,
+                }
+            }
+        };
+        Some(self)
+    }
+
+    /// The derivative of the step's loss by each label, by slice.
+    fn weigh(
+        &self,
+        slices: &[&Slice],
+        found: &[&LogProbs],
+        reference: &[LogProbs],
+        values: &[f32],
+        scores: &mut Scores,
+    ) -> Vec<Vec<f32>> {
+        let sequences: Vec<Sequence> = (0..slices.len())
+            .flat_map(|i| {
+                let reference = reference.get(i);
+                slices[i].sequences.iter().map(move |labels| Sequence {
+                    labels: &slices[i].labels[labels.clone()],
+                    log_probs: &found[i].log_probs[labels.clone()],
+                    reference: reference.map_or(&[], |reference| &reference.log_probs[labels.clone()]),
+                })
+            })
+            .collect();
+        let mut derivatives: Vec<f32> = vec![];
+        for (group, &value) in sequences.chunks(sequences.len() / values.len()).zip(values) {
+            let weighed = objective::weigh(&self.objective, group, value, &self.beside);
+            scores.add_weighed(&weighed, self.share);
+            let shares = weighed.dlogp.iter().flatten().map(|d| (self.share * d) as f32);
+            derivatives.extend(shares);
+        }
+        let mut derivatives = derivatives.into_iter();
+        let by_slice = slices.iter().zip(found).map(|(slice, found)| {
+            scores.add_labels(slice.labels.len(), found);
+            derivatives.by_ref().take(slice.labels.len()).collect()
+        });
+        by_slice.collect()
+    }
+}
+
+fn forward(bundle: Bundle, reference: Vec<LogProbs>, is_trained: bool) -> At {
+    match is_trained {
+        true => At::Forward {
+            keep_bytes: KEEP_BYTES / bundle.slices.len() as i64,
+            bundle,
+            reference,
+            pass: None,
+            scored: vec![],
+        },
+        false => At::Looking {
+            bundle,
+            reference,
+            looks: Looks::default(),
+        },
+    }
+}
+
+/// Each prompt with the answer of the row before it, the first with that of the last, as TRL's KTOTrainer pairs them.
+fn mismatched(groups: &[&Group], max_seq_length: usize) -> Vec<Example> {
+    let example = |i: usize| &groups[i].examples[0];
+    let prompt = |example: &Example| {
+        let answer = example.weights.iter().skip(1).position(|&weight| weight != 0.0);
+        answer.map_or(example.tokens.len(), |first| first + 1)
+    };
+    (0..groups.len())
+        .map(|i| {
+            let (own, other) = (example(i), example((i + groups.len() - 1) % groups.len()));
+            let (end, start) = (prompt(own), prompt(other));
+            let mut tokens = [&own.tokens[..end], &other.tokens[start..]].concat();
+            let mut weights = [&vec![0.0; end][..], &other.weights[start..]].concat();
+            tokens.truncate(max_seq_length);
+            weights.truncate(max_seq_length);
+            Example { tokens, weights }
+        })
+        .collect()
+}
