@@ -26,6 +26,9 @@ const OVERTAKEN: u64 = 64;
 pub struct AdapterBank {
     max_loras: usize,
     slots: HashMap<AdapterDigest, Slot>,
+    /// Snapshots of what clients train: in no file, so they take no slot that another could need. Who made them lets them
+    /// go.
+    kept: HashMap<AdapterDigest, Resident>,
     /// Asked for, no slot yet.
     queue: VecDeque<Queued>,
     /// Grows with each use: the order of last uses.
@@ -108,6 +111,7 @@ impl AdapterBank {
         AdapterBank {
             max_loras,
             slots: HashMap::new(),
+            kept: HashMap::new(),
             queue: VecDeque::new(),
             uses: 0,
             loads: 0,
@@ -133,6 +137,10 @@ impl AdapterBank {
 
     /// Holds a resident adapter; begins to load one that is not.
     pub fn pin(&mut self, adapter: &AdapterRef) -> Pin {
+        if self.is_kept(adapter.digest) {
+            self.hold(adapter.digest);
+            return Pin::Held;
+        }
         self.yield_a_slot();
         match self.slots.get(&adapter.digest) {
             Some(Slot::Resident(resident)) if resident.fate != Fate::Yield => {
@@ -153,15 +161,16 @@ impl AdapterBank {
     /// Holds an adapter that is resident: for those who waited for it.
     pub fn hold(&mut self, digest: AdapterDigest) {
         self.uses += 1;
-        let Some(Slot::Resident(resident)) = self.slots.get_mut(&digest) else {
+        let uses = self.uses;
+        let Some(resident) = self.resident(digest) else {
             panic!("adapter {} is not resident", digest.short());
         };
         resident.pins += 1;
-        resident.last_use = self.uses;
+        resident.last_use = uses;
     }
 
     pub fn unpin(&mut self, digest: AdapterDigest) {
-        let Some(Slot::Resident(resident)) = self.slots.get_mut(&digest) else {
+        let Some(resident) = self.resident(digest) else {
             return;
         };
         resident.pins = resident.pins.checked_sub(1).expect("each pin is given back once");
@@ -173,8 +182,8 @@ impl AdapterBank {
 
     /// A pinned adapter.
     pub fn get(&self, digest: AdapterDigest) -> &Adapter {
-        match self.slots.get(&digest) {
-            Some(Slot::Resident(resident)) => &resident.adapter,
+        match (self.kept.get(&digest), self.slots.get(&digest)) {
+            (Some(resident), _) | (None, Some(Slot::Resident(resident))) => &resident.adapter,
             _ => panic!("adapter {} is planned but not resident", digest.short()),
         }
     }
@@ -203,9 +212,34 @@ impl AdapterBank {
         }
     }
 
+    /// Keeps an adapter that is in no file until it is forgotten.
+    pub fn keep(&mut self, digest: AdapterDigest, adapter: Arc<Adapter>) {
+        let resident = Resident {
+            adapter,
+            pins: 0,
+            last_use: self.uses,
+            fate: Fate::Stay,
+        };
+        self.kept.insert(digest, resident);
+    }
+
+    /// Whether it is kept, and nobody has said that it is to be forgotten.
+    pub fn is_kept(&self, digest: AdapterDigest) -> bool {
+        self.kept
+            .get(&digest)
+            .is_some_and(|resident| resident.fate == Fate::Stay)
+    }
+
+    fn resident(&mut self, digest: AdapterDigest) -> Option<&mut Resident> {
+        match (self.kept.get_mut(&digest), self.slots.get_mut(&digest)) {
+            (Some(resident), _) | (None, Some(Slot::Resident(resident))) => Some(resident),
+            _ => None,
+        }
+    }
+
     /// Forgets an adapter as soon as nobody uses it.
     pub fn forget(&mut self, digest: AdapterDigest) {
-        if let Some(Slot::Resident(resident)) = self.slots.get_mut(&digest) {
+        if let Some(resident) = self.resident(digest) {
             resident.fate = Fate::Leave;
             if resident.pins == 0 {
                 self.leave(digest);
@@ -254,7 +288,8 @@ impl AdapterBank {
             Slot::Resident(resident) => resident.adapter.bytes(),
             Slot::Loading => 0,
         };
-        self.slots.values().map(bytes).sum()
+        let kept = self.kept.values().map(|resident| resident.adapter.bytes());
+        self.slots.values().map(bytes).chain(kept).sum()
     }
 
     pub fn loads(&self) -> u64 {
@@ -325,6 +360,9 @@ impl AdapterBank {
     }
 
     fn leave(&mut self, digest: AdapterDigest) {
+        if self.kept.remove(&digest).is_some() {
+            return;
+        }
         self.slots.remove(&digest);
         self.changed(Change::Left(digest));
     }

@@ -5,9 +5,11 @@ mod clients;
 mod files;
 mod inbox;
 mod job;
+mod learners;
 #[cfg(test)]
 mod tests;
 
+use std::hash::{BuildHasher, RandomState};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
@@ -36,6 +38,7 @@ use clients::{Client, Clients, Delivery};
 use files::Files;
 use inbox::{Inbox, Word};
 use job::{Job, Supervisor};
+use learners::Learners;
 
 /// Bytes of logits at a time when prompts are scored: `[T, V]` never exists whole.
 const SCORE_BYTES: usize = 32 << 20;
@@ -58,6 +61,9 @@ pub struct Engine {
     job: Option<Job>,
     /// Supervisors of jobs that are over, with events they have not read or that are not due yet.
     farewells: Vec<Supervisor>,
+    learners: Learners,
+    /// Else of the job.
+    is_turn_of_learners: bool,
     pace: Pace,
     counters: Counters,
     ranks: Ranks,
@@ -65,6 +71,8 @@ pub struct Engine {
     loss: Option<String>,
     stats: watch::Sender<Stats>,
     seed: u64,
+    /// No other engine's.
+    nonce: u64,
 }
 
 /// What [`Stats`] counts beyond the scheduler's and the bank's numbers.
@@ -128,10 +136,13 @@ impl Engine {
             inbox: Inbox::new(commands),
             job: None,
             farewells: vec![],
+            learners: Learners::default(),
+            is_turn_of_learners: false,
             pace,
             counters: Counters::default(),
             stats,
             seed,
+            nonce: RandomState::new().hash_one(()),
         }
     }
 
@@ -203,7 +214,7 @@ impl Engine {
 
     fn has_work(&self) -> bool {
         let job_goes_on = |job: &Job| job.can_go_on(&self.files);
-        self.scheduler.has_work() || self.job.as_ref().is_some_and(job_goes_on)
+        self.scheduler.has_work() || self.job.as_ref().is_some_and(job_goes_on) || self.learners.can_go_on()
     }
 
     fn obey(&mut self, word: Word) -> ControlFlow<()> {
@@ -226,6 +237,7 @@ impl Engine {
             }
             Word::Command(Command::StartJob(spec, events)) => self.start_job(*spec, events),
             Word::Command(Command::CancelJob(id)) => self.cancel_job(&id),
+            Word::Command(Command::Learn(id, learn)) => self.learn(id, learn),
             Word::Command(Command::Stop) | Word::NobodyLeft => return ControlFlow::Break(()),
             Word::Loaded((digest, result)) => {
                 for id in self.clients.awaiting(digest) {
@@ -592,11 +604,13 @@ impl Engine {
                     Client::new(&request, events, self.seed).refuse(farewell.clone());
                 }
                 Word::Command(Command::LoadAdapter(_, reply)) => drop(reply.send(Err(farewell.clone()))),
+                Word::Command(Command::Learn(_, learn)) => learn.refuse(farewell.clone()),
                 Word::NobodyLeft => break,
                 _ => {}
             }
         }
         self.clients.shut_down(&farewell);
+        self.learners.shut_down(&farewell);
         self.publish();
     }
 

@@ -28,7 +28,7 @@ pub struct ErrorObject {
 /// What any route may answer instead of what was asked; named in each route's `responses`.
 pub struct Errors;
 
-const STATUSES: [(&str, &str); 11] = [
+const STATUSES: [(&str, &str); 12] = [
     ("400", "The request is wrong; `param` names the field"),
     ("401", "No API key, or a wrong one"),
     ("403", "A web page of another origin (`--allowed-origins`)"),
@@ -38,6 +38,7 @@ const STATUSES: [(&str, &str); 11] = [
         "409",
         "The state forbids it; a retry cannot help (`x-should-retry: false`)",
     ),
+    ("410", "It was there, and is over"),
     ("413", "The body is larger than the route's limit"),
     ("415", "The body's `Content-Type` is not the route's"),
     (

@@ -15,6 +15,7 @@ pub mod messages;
 pub mod models;
 pub mod server;
 pub mod structured;
+pub mod tinker;
 pub mod tokenize;
 pub mod tools;
 pub mod usage;

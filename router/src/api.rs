@@ -353,6 +353,11 @@ pub enum RouterError {
     UnknownFile(String),
     #[error("Could not find fine tune: {0}")]
     UnknownJob(String),
+    #[error("No such {what}: {id}")]
+    Unknown { what: &'static str, id: String },
+    /// It was there, and is over.
+    #[error("{0}")]
+    Gone(String),
     /// A wrong value: `param` names the field.
     #[error("{message}")]
     Invalid {

@@ -93,6 +93,8 @@ impl Drop for Leaving {
 #[derive(Clone, Copy)]
 pub(crate) struct Wish<'a> {
     pub model: &'a str,
+    /// What answers in its place: an adapter that is in memory only.
+    pub snapshot: Option<AdapterDigest>,
     pub client: &'a Client,
     pub n: u32,
     /// Sequences of the same request that came in before.
@@ -317,6 +319,7 @@ impl Catalog {
     pub fn admit(self: &Arc<Catalog>, wish: Wish<'_>) -> Result<Lease, RouterError> {
         let Wish {
             model,
+            snapshot,
             client,
             n,
             earlier,
@@ -326,7 +329,7 @@ impl Catalog {
         // The names stay locked until the requests are live: an adapter cannot be retired in between.
         let names = self.read();
         let adapter = match self.is_base(model) {
-            true => None,
+            true => snapshot,
             false => match lookup(&names, model) {
                 Some(row) if is_seen(row, client) => Some(row.digest),
                 _ => return Err(RouterError::UnknownModel(model.to_owned())),

@@ -1,10 +1,11 @@
 //! A call becomes sequences: model, prompt tokens, limits, admission, commands. Not here: what comes back (`relay`).
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
 use tandem_core::TokenId;
-use tandem_core::id::{AdapterRef, Digest};
+use tandem_core::id::{AdapterDigest, AdapterRef, Digest};
 use tandem_core::message::Fault;
 use tandem_core::sampling::Sampling;
 use tandem_text::chat::Ending;
@@ -31,6 +32,15 @@ const PIECE_QUEUE: usize = 32;
 impl Router {
     /// Admit a call. Its sequences run until they end or `Generation::pieces` is dropped.
     pub async fn generate(&self, call: Call) -> Result<Generation, RouterError> {
+        self.generate_from(call, None).await
+    }
+
+    /// `snapshot`: what answers instead of `call.model`, which is resident in the one replica there is.
+    pub(crate) async fn generate_from(
+        &self,
+        call: Call,
+        snapshot: Option<AdapterDigest>,
+    ) -> Result<Generation, RouterError> {
         let began = Instant::now();
         let Call {
             client,
@@ -88,6 +98,7 @@ impl Router {
         let fleet = &self.0.fleet;
         let wish = Wish {
             model: &model,
+            snapshot,
             client: &client,
             n,
             earlier,
@@ -128,9 +139,14 @@ impl Router {
         } else {
             Matched::Hidden
         };
-        let adapter = match lease.adapter {
-            None => None,
-            Some(digest) => Some(AdapterRef {
+        let adapter = match (lease.adapter, snapshot) {
+            (None, _) => None,
+            // It lies in no folder.
+            (Some(digest), Some(_)) => Some(AdapterRef {
+                digest,
+                folder: PathBuf::new(),
+            }),
+            (Some(digest), None) => Some(AdapterRef {
                 digest,
                 folder: self.0.store.adapter_folder(digest).await?,
             }),

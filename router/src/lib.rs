@@ -16,6 +16,8 @@ mod tasks;
 #[cfg(test)]
 mod tests;
 mod texts;
+pub mod time;
+pub mod tinker;
 mod view;
 mod watch;
 
@@ -108,6 +110,7 @@ struct Shared {
     desk: Desk,
     /// From a call to the commands it became.
     admission: Histogram,
+    tinker: tinker::Tinker,
     stopping: AtomicBool,
     tasks: Mutex<Option<Tasks>>,
     down: Down,
@@ -120,12 +123,13 @@ const SUPERVISOR: &str = "jobs";
 const PREPARER: &str = "preparation of jobs";
 const HOUSEKEEPING: &str = "housekeeping";
 const WATCH: &str = "watch";
+const TINKER: &str = "sessions of training clients";
 
 struct Tasks {
     supervisor: JoinHandle<()>,
     preparer: JoinHandle<()>,
     housekeeping: JoinHandle<()>,
-    /// Of the disk; of a database that others write to, and of parts of the store that are elsewhere.
+    /// Of the disk, of training clients; of a database that others write to, and of parts of the store that are elsewhere.
     watches: Vec<JoinHandle<()>>,
 }
 
@@ -162,6 +166,7 @@ impl Router {
             changes: tokio::sync::Mutex::new(()),
             desk: Desk::new(),
             admission: Histogram::default(),
+            tinker: tinker::Tinker::default(),
             stopping: AtomicBool::new(false),
             tasks: Mutex::new(None),
             down: Down::default(),
@@ -267,7 +272,8 @@ impl Router {
         let room = self.task(WATCH, watch::room);
         let others = store.is_shared().then(|| self.task(WATCH, watch::run));
         let parts = store.is_remote().then(|| self.task(WATCH, watch::probe));
-        [room].into_iter().chain(others).chain(parts).collect()
+        let sessions = self.task(TINKER, tinker::housekeeping);
+        [room, sessions].into_iter().chain(others).chain(parts).collect()
     }
 
     /// Tasks of the router that panicked and are to be begun again.

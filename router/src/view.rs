@@ -17,8 +17,8 @@ use crate::jobs::record;
 /// Cheap to make: one for each use.
 #[derive(Clone)]
 pub struct View {
-    router: Router,
-    client: Client,
+    pub(crate) router: Router,
+    pub(crate) client: Client,
 }
 
 impl Router {

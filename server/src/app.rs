@@ -120,6 +120,7 @@ fn documented() -> OpenApiRouter<App> {
         tokenize,
     };
     OpenApiRouter::with_openapi(Document::openapi())
+        .merge(http::tinker::documented())
         .routes(routes!(chat::create))
         .routes(routes!(completions::create))
         .routes(routes!(messages::create))
@@ -177,6 +178,7 @@ fn named(path: String, mut item: PathItem) -> (String, PathItem) {
     for (method, operation) in [
         ("get", &mut item.get),
         ("post", &mut item.post),
+        ("put", &mut item.put),
         ("delete", &mut item.delete),
     ] {
         if let Some(operation) = operation {
@@ -277,6 +279,6 @@ mod tests {
             assert_eq!(strays(name, example.to_string().as_bytes()), [], "{name}");
             bodies += 1;
         }
-        assert_eq!(bodies, 10);
+        assert_eq!(bodies, 26);
     }
 }

@@ -50,6 +50,9 @@ pub enum ApiError {
         instead_of(given)
     )]
     MediaType { wanted: &'static str, given: String },
+    /// Of a future. A client that reads 408 asks again at once.
+    #[error("it is not done yet: ask again")]
+    NotYet,
     #[error("the request body could not be read: {0}")]
     Body(String),
     #[error("the request body did not go on coming: {0}, and longer is not waited for it")]
@@ -223,6 +226,7 @@ impl ApiError {
             ApiError::Invalid { param, code, .. } => return bad(param.as_deref(), *code),
             ApiError::NotBuilt { param, .. } => return bad(Some(param), Some("unsupported_parameter")),
             ApiError::NotJson(_) | ApiError::Body(_) => return bad(None, None),
+            ApiError::NotYet => return with(S::REQUEST_TIMEOUT, INVALID, None, Some("not_yet")),
             ApiError::SlowBody(_) => {
                 return with(S::REQUEST_TIMEOUT, INVALID, None, Some("request_timeout"));
             }
@@ -301,6 +305,8 @@ impl ApiError {
                 Some("fine_tune_id"),
                 Some("fine_tune_not_found"),
             ),
+            RouterError::Unknown { .. } => with(S::NOT_FOUND, INVALID, Some("id"), Some("not_found")),
+            RouterError::Gone(_) => with(S::GONE, INVALID, Some("id"), Some("gone")),
             RouterError::Invalid { param, code, .. } => bad(param.as_deref(), *code),
             RouterError::ContextLength { .. } => bad(prompt, Some("context_length_exceeded")),
             RouterError::Conflict(_) => Answer {

@@ -10,6 +10,7 @@ use axum::http::{HeaderMap, HeaderValue, header};
 use futures::StreamExt;
 use serde::de::DeserializeOwned;
 use tandem_core::json;
+use tandem_openapi::tinker::proto;
 
 use crate::app::App;
 use crate::convert::fine_tunes::JobName;
@@ -18,6 +19,8 @@ use crate::fields::{Rule, strays};
 
 /// A JSON body at most: a long prompt as token ids, with room.
 pub const JSON_LIMIT_BYTES: u64 = 32 << 20;
+/// A protobuf body at most: one long datum of a training client, whose calls are cut into parts of 5 MB.
+pub const PROTO_LIMIT_BYTES: u64 = 64 << 20;
 /// What is read on a worker, in a few milliseconds; more has a thread of its own.
 const AT_ONCE_BYTES: usize = 256 << 10;
 /// Of a field's name in a message.
@@ -52,6 +55,28 @@ impl<T: Body> FromRequest<App> for Json<T> {
         let judged = tokio::task::spawn_blocking(move || judged(&bytes, &app)).await;
         let judged = judged.map_err(|error| ApiError::Internal(format!("a body was not read: {error}")))?;
         judged.map(Json)
+    }
+}
+
+/// A protobuf body, and said to be one.
+pub struct Proto<T>(pub T);
+
+impl<T: prost::Message + Default + 'static, S: Sync> FromRequest<S> for Proto<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, _: &S) -> Result<Proto<T>, ApiError> {
+        let (parts, body) = request.into_parts();
+        must_be(proto::MEDIA_TYPE, &parts.headers)?;
+        if let Some(coding) = parts.headers.get(header::CONTENT_ENCODING) {
+            let message = format!("a body in the coding {coding:?} is not read: send it as it is");
+            return Err(invalid("Content-Encoding", message));
+        }
+        let bytes = read(&parts.headers, body, PROTO_LIMIT_BYTES).await?;
+        let decoded = tokio::task::spawn_blocking(move || T::decode(bytes.as_slice())).await;
+        let decoded = decoded.map_err(|error| ApiError::Internal(format!("a body was not read: {error}")))?;
+        let decoded =
+            decoded.map_err(|error| ApiError::Body(format!("it is no such protobuf message: {error}")));
+        decoded.map(Proto)
     }
 }
 

@@ -10,6 +10,7 @@ pub mod histogram;
 pub mod id;
 pub mod job;
 pub mod json;
+pub mod learner;
 pub mod lfs;
 pub mod message;
 pub mod pooling;

@@ -9,6 +9,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::TokenId;
 use crate::id::{AdapterDigest, AdapterRef, Digest, JobId, RequestId};
 use crate::job::{JobEvent, JobSpec};
+use crate::learner::{Learn, LearnerId};
 use crate::message::{Event, Fault, Generate};
 use crate::stats::Stats;
 
@@ -33,6 +34,8 @@ pub enum Command {
     StartJob(Box<JobSpec>, mpsc::Sender<JobEvent>),
     /// Between two quanta. Answered by `JobEvent::Cancelled`.
     CancelJob(JobId),
+    /// Of one learner in the order it is sent. One that was lost answers nothing: its reply is dropped.
+    Learn(LearnerId, Learn),
     /// Write the running job's checkpoint, fail what runs with `ShuttingDown`, end the thread. Over gRPC it only ends the
     /// session: a backend stops by its own process's signal.
     Stop,

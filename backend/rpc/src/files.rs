@@ -49,7 +49,7 @@ impl ModelFiles {
         ModelFiles(files.filter(|(name, _)| known(name)).collect())
     }
 
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (&str, &[u8])> {
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &[u8])> {
         self.0
             .iter()
             .map(|(name, content)| (name.as_str(), content.as_slice()))

@@ -8,11 +8,13 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use tandem_core::job::JobSpec;
+use tandem_core::learner::{NewLearner, Saved};
 use tandem_kernels::pool;
 use tokio::sync::mpsc;
 
 use crate::guard;
 use crate::lora::fit::Fit;
+use crate::train::driven::{Copy, Driven};
 use crate::train::snapshot::{Occasion, Snapshot, Written};
 use crate::train::{Inputs, TrainError, Trainer};
 
@@ -33,12 +35,16 @@ pub struct Files {
 enum Order {
     Begin(Box<JobSpec>),
     Write(Box<Snapshot>),
+    MakeLearner(Box<NewLearner>),
+    SaveLearner(Box<Copy>),
 }
 
 pub enum Done {
     /// The job can train; or why not.
     Begun(Ticket, Result<Begun, TrainError>),
     Written(Ticket, Occasion, Result<Written, TrainError>),
+    LearnerMade(Ticket, Result<Box<Driven>, TrainError>),
+    LearnerSaved(Ticket, Result<Saved, TrainError>),
     /// It waits for room on the disk; said once.
     NoRoom(Ticket, String),
 }
@@ -83,6 +89,15 @@ impl Files {
     pub fn write(&mut self, snapshot: Snapshot) -> Ticket {
         self.writing += 1;
         self.order(Order::Write(Box::new(snapshot)))
+    }
+
+    /// Draws or reads the numbers of one.
+    pub fn make_learner(&mut self, new: NewLearner) -> Ticket {
+        self.order(Order::MakeLearner(Box::new(new)))
+    }
+
+    pub fn save_learner(&mut self, copy: Copy) -> Ticket {
+        self.order(Order::SaveLearner(Box::new(copy)))
     }
 
     /// Nobody waits for room: what finds none fails, until another job begins.
@@ -173,6 +188,17 @@ fn obey_all(mut orders: mpsc::UnboundedReceiver<(Ticket, Order)>, desk: &Desk, f
             }
             Order::Write(snapshot) => {
                 Done::Written(ticket, snapshot.occasion(), desk.write(ticket, &snapshot))
+            }
+            Order::MakeLearner(new) => {
+                let made = guard::torch(|| Driven::make(&new, fit.clone()).map(Box::new));
+                Done::LearnerMade(ticket, made.unwrap_or_else(|fault| Err(TrainError::Fault(fault))))
+            }
+            Order::SaveLearner(copy) => {
+                let saved = guard::torch(|| copy.write());
+                Done::LearnerSaved(
+                    ticket,
+                    saved.unwrap_or_else(|fault| Err(TrainError::Fault(fault))),
+                )
             }
         };
         if desk.report.send(done).is_err() {

@@ -197,6 +197,8 @@ impl Engine {
         match done {
             Done::Begun(ticket, begun) => self.begun(ticket, begun),
             Done::Written(ticket, occasion, written) => self.written(ticket, occasion, written),
+            Done::LearnerMade(ticket, made) => self.learner_made(ticket, made),
+            Done::LearnerSaved(ticket, saved) => self.learner_saved(ticket, saved),
             Done::NoRoom(ticket, message) => {
                 warn!(message, "a job's numbers wait for room on the disk");
                 let supervisors = self.job.iter_mut().map(|job| &mut job.supervisor);
@@ -300,53 +302,76 @@ impl Engine {
         self.farewells.retain_mut(Supervisor::is_to_hear_more);
     }
 
-    /// As many quanta as the pace allows. Alone, one a turn: a turn costs microseconds and hears what was said.
+    /// As many quanta as the pace allows, of the job and of learners in turns. Alone, one a turn: a turn costs microseconds
+    /// and hears what was said.
     pub(super) fn train_within(&mut self) -> ControlFlow<()> {
         loop {
             let load = self.load();
-            let Some(job) = &mut self.job else {
-                return ControlFlow::Continue(());
-            };
-            if job.supervisor.deliver() == Delivery::Left {
-                warn!(job = %job.spec.id, "nobody supervises the job any more");
-                self.keep_job();
+            if self.pace.budget(load) == Budget::Nothing {
                 return ControlFlow::Continue(());
             }
-            let goes_on = job.can_go_on(&self.files);
-            let (Stage::Trains(trainer), true) = (&mut job.stage, goes_on) else {
-                return ControlFlow::Continue(());
-            };
-            let budget = self.pace.budget(load);
-            if budget == Budget::Nothing {
-                return ControlFlow::Continue(());
-            }
-            let began = Instant::now();
-            let result = guard::torch(|| {
-                self.ranks.order_adapters(self.bank.changes());
-                self.ranks.order(|| Order::Quantum);
-                self.ranks.send();
-                trainer.quantum(Some(&self.decoder))
-            });
-            let took = began.elapsed();
-            self.pace.trained(took, load);
-            self.counters.train_seconds += took.as_secs_f64();
-            match result {
-                Ok(Ok(quantum)) => match self.trained(quantum) {
-                    Fate::GoesOn => {}
-                    Fate::Over => self.end_job(None),
-                },
-                Ok(Err(error)) => {
-                    warn!(job = %job.spec.id, step = job.step(), %error, "training failed");
-                    let message = error.to_string();
-                    self.end_job(Some(JobEvent::Failed { message }));
+            self.is_turn_of_learners ^= true;
+            let first = self.quantum(load)?;
+            // Who has nothing to do gives its turn to the other.
+            if !first {
+                self.is_turn_of_learners ^= true;
+                if !self.quantum(load)? {
+                    return ControlFlow::Continue(());
                 }
-                Err(fault) if self.is_fatal(&fault) => return self.lose(fault),
-                Err(fault) => self.job_fell(fault),
             }
             if load == Load::Idle || !self.inbox.is_empty() {
                 return ControlFlow::Continue(());
             }
         }
+    }
+
+    /// `Continue(false)`: whose turn it is has nothing to do.
+    fn quantum(&mut self, load: Load) -> ControlFlow<(), bool> {
+        match self.is_turn_of_learners {
+            true => self.learner_quantum(load),
+            false => self.job_quantum(load),
+        }
+    }
+
+    fn job_quantum(&mut self, load: Load) -> ControlFlow<(), bool> {
+        let Some(job) = &mut self.job else {
+            return ControlFlow::Continue(false);
+        };
+        if job.supervisor.deliver() == Delivery::Left {
+            warn!(job = %job.spec.id, "nobody supervises the job any more");
+            self.keep_job();
+            return ControlFlow::Continue(false);
+        }
+        let goes_on = job.can_go_on(&self.files);
+        let (Stage::Trains(trainer), true) = (&mut job.stage, goes_on) else {
+            return ControlFlow::Continue(false);
+        };
+        let began = Instant::now();
+        let result = guard::torch(|| {
+            self.ranks.order_adapters(self.bank.changes());
+            self.ranks.order(|| Order::Quantum);
+            self.ranks.send();
+            trainer.quantum(Some(&self.decoder))
+        });
+        let took = began.elapsed();
+        self.pace.trained(took, load);
+        self.counters.train_seconds += took.as_secs_f64();
+        match result {
+            Ok(Ok(quantum)) => match self.trained(quantum) {
+                Fate::GoesOn => {}
+                Fate::Over => self.end_job(None),
+            },
+            Ok(Err(error)) => {
+                warn!(job = %job.spec.id, step = job.step(), %error, "training failed");
+                let message = error.to_string();
+                self.end_job(Some(JobEvent::Failed { message }));
+            }
+            Err(fault) if self.is_fatal(&fault) => {
+                self.lose(fault)?;
+            }
+            Err(fault) => self.job_fell(fault),
+        }
+        ControlFlow::Continue(true)
     }
 
     fn trained(&mut self, quantum: Quantum) -> Fate {

@@ -13,6 +13,7 @@
 
 pub mod batch;
 pub mod data;
+pub mod driven;
 pub mod learner;
 pub mod objective;
 pub mod pass;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use tandem_core::id::Digest;
@@ -52,6 +53,21 @@ const DIGEST: &str = "sha256";
 /// Writes `folder`/state.safetensors, and keeps the one that was there as the earlier state. A kill leaves at least one of
 /// the two.
 pub fn write(folder: &Path, progress: &Progress, tensors: &Tensors) -> Result<(), TrainError> {
+    let file = bytes(progress, tensors);
+    let failed = |error| TrainError::File {
+        file: files::STATE.to_owned(),
+        error,
+    };
+    let partial = write_partial(folder, files::STATE, &file).map_err(failed)?;
+    match fs::rename(folder.join(files::STATE), folder.join(files::EARLIER_STATE)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
+    publish(&partial, folder, files::STATE).map_err(failed)
+}
+
+/// A file with `record`, which says what the tensors are, and a digest of all of it.
+pub fn bytes(record: &impl Serialize, tensors: &Tensors) -> Vec<u8> {
     let Tensors {
         params,
         moment1,
@@ -65,20 +81,20 @@ pub fn write(folder: &Path, progress: &Progress, tensors: &Tensors) -> Result<()
         let view = TensorView::new(safetensors::Dtype::F32, vec![bytes.len() / 4], bytes);
         (*name, view.expect("bytes are float32"))
     });
-    let progress = serde_json::to_string(progress).expect("plain data serialises");
-    let digest = digest(&progress, bytes.iter().map(|(_, bytes)| bytes.as_slice()));
-    let metadata = [(METADATA.to_owned(), progress), (DIGEST.to_owned(), digest)];
-    let file = safetensors::serialize(views, Some(metadata.into())).expect("float32 views serialise");
-    let failed = |error| TrainError::File {
-        file: files::STATE.to_owned(),
+    let record = serde_json::to_string(record).expect("plain data serialises");
+    let digest = digest(&record, bytes.iter().map(|(_, bytes)| bytes.as_slice()));
+    let metadata = [(METADATA.to_owned(), record), (DIGEST.to_owned(), digest)];
+    safetensors::serialize(views, Some(metadata.into())).expect("float32 views serialise")
+}
+
+/// What [`bytes`] made, undamaged.
+pub fn read_file<R: DeserializeOwned>(path: &Path) -> Result<(R, Tensors), TrainError> {
+    let bytes = fs::read(path).map_err(|error| TrainError::File {
+        file: path.display().to_string(),
         error,
-    };
-    let partial = write_partial(folder, files::STATE, &file).map_err(failed)?;
-    match fs::rename(folder.join(files::STATE), folder.join(files::EARLIER_STATE)) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-        _ => {}
-    }
-    publish(&partial, folder, files::STATE).map_err(failed)
+    })?;
+    verify(&bytes).map_err(|why| TrainError::State(format!("{} is damaged: {why}", path.display())))?;
+    parse(&bytes)
 }
 
 /// A state that a job can go on from, and what else was found.
@@ -148,7 +164,7 @@ fn digest<'a>(progress: &'a str, tensors: impl Iterator<Item = &'a [u8]>) -> Str
 }
 
 /// The bytes of a state.safetensors, from [`read`].
-pub fn parse(bytes: &[u8]) -> Result<(Progress, Tensors), TrainError> {
+pub fn parse<R: DeserializeOwned>(bytes: &[u8]) -> Result<(R, Tensors), TrainError> {
     let damaged = |why: String| TrainError::State(format!("{}: {why}", files::STATE));
     let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| damaged(error.to_string()))?;
     let progress = metadata.metadata().as_ref().and_then(|map| map.get(METADATA));

@@ -2,6 +2,7 @@
 
 use crate::Config;
 use crate::api::JobRequest;
+use crate::time::calendar;
 
 /// In order of preference; the last is unique to the job.
 pub(crate) fn candidates(request: &JobRequest, config: &Config, id: &str, created_at: i64) -> Vec<String> {
@@ -35,17 +36,7 @@ pub(crate) fn hyphened(suffix: &str) -> String {
 
 /// `2026-11-21-01-44-20`, UTC.
 fn date(unix_s: i64) -> String {
-    let (days, second) = (unix_s.div_euclid(86_400), unix_s.rem_euclid(86_400));
-    // Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms": civil_from_days. Years begin in March.
-    let days = days + 719_468;
-    let (era, day_of_era) = (days.div_euclid(146_097), days.rem_euclid(146_097));
-    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month + 2) / 5 + 1;
-    let month = if month < 10 { month + 3 } else { month - 9 };
-    let year = era * 400 + year_of_era + i64::from(month <= 2);
-    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    let [year, month, day, hour, minute, second] = calendar(unix_s);
     format!("{year:04}-{month:02}-{day:02}-{hour:02}-{minute:02}-{second:02}")
 }
 

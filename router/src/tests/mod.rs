@@ -5,6 +5,7 @@ mod fleet;
 mod jobs;
 mod models;
 mod shared;
+mod tinker;
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};

@@ -16,6 +16,7 @@ use crate::artifacts::Artifacts;
 use crate::error::io_at;
 use crate::folders::{self, Folders, IDENTITY, Tenancy};
 use crate::identity::Identity;
+use crate::saves;
 use crate::{Places, StoreError, blocking, db, unsigned};
 
 const MANIFEST: &str = "backup.json";
@@ -232,6 +233,11 @@ async fn copy(
                 is_whole &= fetch(&path, Ok(found), target, &mut copied).await?;
                 wanted.push(path);
             }
+        }
+        for (path, found) in saves::all_files(artifacts.folders())? {
+            // One that is overwritten meanwhile is found again by its new name.
+            is_whole &= fetch(&path, Ok(found), target, &mut copied).await?;
+            wanted.push(path);
         }
         if !is_whole {
             continue;

@@ -375,7 +375,7 @@ pub(crate) fn digest(folder: &Path) -> Result<AdapterDigest, StoreError> {
     Ok(hasher.finish())
 }
 
-fn sync_parent(path: &Path) -> Result<(), StoreError> {
+pub(crate) fn sync_parent(path: &Path) -> Result<(), StoreError> {
     let parent = path.parent().expect("every artifact lies in a folder");
     File::open(parent)
         .and_then(|folder| folder.sync_all())

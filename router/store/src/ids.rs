@@ -11,6 +11,16 @@ pub fn job() -> String {
     format!("ftjob-{}", random())
 }
 
+/// Of a client that trains call by call; it lives in paths of what it saved.
+pub fn session() -> String {
+    format!("tnk-{}", random())
+}
+
+/// Of a result that a client comes back for.
+pub fn future() -> String {
+    format!("fut-{}", random())
+}
+
 pub(crate) fn key() -> String {
     format!("key-{}", random())
 }

@@ -9,6 +9,7 @@
 //!            files/<id>       uploaded and result files
 //!            adapters/<digest>/   immutable PEFT folders
 //!            jobs/<id>/       datasets of a job that has not ended, and a folder for each of its lives
+//!            tinker/<run>/       what clients that train call by call have saved
 //!            staging/         being written; emptied at start
 //!            reserve          room for the database, given to it when the disk is full
 //!            quarantine/      what no row spoke of at a start that was told to go on
@@ -36,6 +37,7 @@ mod leftovers;
 mod names;
 mod remote;
 mod room;
+mod saves;
 #[cfg(test)]
 mod tests;
 
@@ -54,6 +56,7 @@ pub use keys::{KeyRow, Keys, NewKey, NotARole, NotATenant, Role, Tenant, hash as
 pub use lease::{LEASE, Lease, Renewal};
 pub use names::{NameRow, NewName, Source};
 pub use remote::use_ring;
+pub use saves::{SaveKind, SavePlace, SaveRecord};
 
 use std::fs::File;
 use std::path::PathBuf;

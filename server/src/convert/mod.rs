@@ -14,6 +14,7 @@ pub mod models;
 pub mod refuse;
 pub mod sampling;
 pub mod structured;
+pub mod tinker;
 pub mod tokens;
 pub mod tools;
 pub mod turns;

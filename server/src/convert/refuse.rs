@@ -9,6 +9,7 @@ use tandem_openapi::embeddings::EmbeddingRequest;
 use tandem_openapi::fine_tunes::CreateFineTune;
 use tandem_openapi::fine_tuning::CreateJob;
 use tandem_openapi::messages::{CountTokensRequest, MessagesRequest};
+use tandem_openapi::tinker;
 use tandem_openapi::tokenize::{DetokenizeRequest, TokenizeRequest};
 
 use crate::extract::Body;
@@ -68,6 +69,22 @@ impl Body for CreateJob {
 impl Body for CreateFineTune {
     const SCHEMA: &'static str = "CreateFineTune";
     const RULES: Option<&'static [&'static [Rule]]> = None;
+}
+
+/// Tinker's bodies: its SDK knows their fields, and what a later one adds is logged.
+macro_rules! tinker_bodies {
+    ($($name:ident)*) => {
+        $(impl Body for tinker::$name {
+            const SCHEMA: &'static str = stringify!($name);
+            const RULES: Option<&'static [&'static [Rule]]> = Some(&[]);
+        })*
+    };
+}
+
+tinker_bodies! {
+    ClientConfigRequest CreateSessionRequest SessionHeartbeatRequest FinishSessionRequest RetrieveFutureRequest
+    CreateModelRequest GetInfoRequest OptimStepRequest SaveWeightsRequest
+    SaveWeightsForSamplerRequest LoadWeightsRequest CreateSamplingSessionRequest SampleRequest TelemetryRequest TtlRequest WeightsInfoRequest
 }
 
 const fn harmless(field: &'static str) -> Rule {

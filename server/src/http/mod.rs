@@ -15,6 +15,7 @@ pub mod pages;
 pub mod parts;
 pub mod server;
 pub mod stream;
+pub mod tinker;
 pub mod tokenize;
 
 /// Finishes what was begun also when the client leaves, and axum drops the handler: between a commit and what memory

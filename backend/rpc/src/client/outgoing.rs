@@ -6,7 +6,7 @@ use std::task::{Context, Poll};
 
 use futures::Stream;
 use tandem_core::job::JobSpec;
-use tandem_core::message::Generate;
+use tandem_core::message::{Fault, Generate};
 use tandem_core::replica::Command;
 use tokio::sync::mpsc;
 
@@ -86,6 +86,12 @@ impl Outgoing {
                 })
             }
             Command::CancelJob(id) => Say::CancelJob(id.to_string()),
+            Command::Learn(_, learn) => {
+                let message = "a model that a client trains lives in the process that serves it: `tandem serve`, not a router \
+                               with backends";
+                learn.refuse(Fault::Refused(message.to_owned()));
+                return None;
+            }
             Command::Stop => return None,
         })
     }

@@ -183,7 +183,8 @@ fn a_checkpoint_is_told_in_its_place_and_when_it_is_durable() {
                 assert_eq!(of, step, "it comes after its step and before the next");
                 assert_eq!(peft::digest(&adapter.folder).unwrap(), adapter.digest);
                 let state = std::fs::read(spec.folder.join(files::STATE)).unwrap();
-                let (progress, _) = crate::train::state::parse(&state).unwrap();
+                let (progress, _) =
+                    crate::train::state::parse::<crate::train::state::Progress>(&state).unwrap();
                 assert!(progress.step >= of, "{} is not {of}", progress.step);
                 checkpoints.push(of);
             }

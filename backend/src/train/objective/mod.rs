@@ -7,6 +7,7 @@ mod cpo;
 mod dpo;
 mod kto;
 mod orpo;
+pub mod policy;
 mod reward_weighted;
 
 use std::collections::BTreeMap;

@@ -1,0 +1,317 @@
+//! Tinker: clients that train and sample call by call. A session has models, which it trains, and samplers. Every call is
+//! answered at once by the id of a future (`futures`); a model's calls are done strictly in the order of their numbers
+//! (`model`, `worker`); samplers answer from the base, from a snapshot of a model or from what was saved (`sampler`, `saves`).
+//! Sessions, models and snapshots live in memory and in one replica: what a client wants to keep, it saves.
+//! Not here: the wire (server), the arithmetic (backend).
+
+mod futures;
+mod model;
+mod sampler;
+mod saves;
+mod worker;
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tandem_core::TokenId;
+use tandem_core::id::AdapterDigest;
+use tandem_core::learner::{LearnerId, Scores, Stepped};
+use tandem_core::message::Fault;
+use tandem_core::replica::ReplicaHandle;
+use tandem_store::ids;
+
+use crate::api::{Client, RouterError};
+use crate::{Router, View};
+
+pub use model::{Call, Learning, NewModel, SamplerKind, Shape};
+pub use sampler::{Ask, Sampled, SamplerInfo, Samples, Stop, Top};
+pub use saves::{Keep, Kept, Path};
+
+use futures::Futures;
+use model::{Model, Snapshot};
+use sampler::Sampler;
+
+/// Sessions of a server at most.
+const MAX_SESSIONS: usize = 256;
+/// Models that one session trains at a time, and samplers that it has.
+const MAX_MODELS: usize = 64;
+const MAX_SAMPLERS: usize = 10_000;
+/// A session whose heartbeat stays away so long has ended: its models and snapshots are let go.
+const SESSION_PATIENCE: Duration = Duration::from_secs(300);
+/// How often that is looked at.
+const SWEEP_PERIOD: Duration = Duration::from_secs(5);
+/// How long one question for a future is held.
+const HOLD: Duration = Duration::from_secs(40);
+
+/// What became of a call.
+#[derive(Debug)]
+pub enum Outcome {
+    Created { model_id: String },
+    Scored { scores: Scores, shapes: Vec<Shape> },
+    Stepped(Stepped),
+    Saved { path: String },
+    Sampler { id: String },
+    Loaded { path: String, model_id: String },
+    Sampled(Samples),
+    Failed(Failure),
+}
+
+/// Why it failed, and whose it is to change something.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    pub message: String,
+    pub by: By,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum By {
+    User,
+    Server,
+}
+
+impl Outcome {
+    pub(crate) fn user_failed(message: impl Into<String>) -> Outcome {
+        Outcome::Failed(Failure {
+            message: message.into(),
+            by: By::User,
+        })
+    }
+
+    pub(crate) fn server_failed(message: impl Into<String>) -> Outcome {
+        Outcome::Failed(Failure {
+            message: message.into(),
+            by: By::Server,
+        })
+    }
+
+    fn of_fault(fault: Fault) -> Outcome {
+        match fault {
+            Fault::Refused(_) | Fault::Adapter(_) | Fault::Grammar(_) => {
+                Outcome::user_failed(fault.to_string())
+            }
+            fault => Outcome::server_failed(fault.to_string()),
+        }
+    }
+
+    fn of_error(error: RouterError) -> Outcome {
+        match error {
+            RouterError::Engine(fault) => Outcome::of_fault(fault),
+            RouterError::Busy { .. } => Outcome::server_failed(error.to_string()),
+            RouterError::Store(error) => {
+                tracing::error!(%error, "a call of a training client failed");
+                Outcome::server_failed("the server could not use its storage")
+            }
+            error => Outcome::user_failed(error.to_string()),
+        }
+    }
+}
+
+/// A question for a future, answered.
+pub enum Retrieved {
+    Done(Arc<Outcome>),
+    /// Ask again.
+    NotYet,
+}
+
+#[derive(Default)]
+pub(crate) struct Tinker {
+    sessions: Mutex<BTreeMap<String, Session>>,
+    futures: Futures,
+    /// Numbers in a replica's memory that something may sample from.
+    snapshots: Mutex<HashMap<AdapterDigest, Snapshot>>,
+    learners: AtomicU64,
+}
+
+struct Session {
+    client: Client,
+    heard: Instant,
+    models: BTreeMap<u32, Arc<Model>>,
+    samplers: BTreeMap<u64, Arc<Sampler>>,
+}
+
+/// What a session has.
+pub struct SessionView {
+    pub models: Vec<String>,
+    pub samplers: Vec<String>,
+}
+
+impl Tinker {
+    fn sessions(&self) -> MutexGuard<'_, BTreeMap<String, Session>> {
+        lock(&self.sessions)
+    }
+
+    fn snapshots(&self) -> MutexGuard<'_, HashMap<AdapterDigest, Snapshot>> {
+        lock(&self.snapshots)
+    }
+
+    fn next_learner(&self) -> LearnerId {
+        LearnerId(self.learners.fetch_add(1, Ordering::Relaxed))
+    }
+
+    fn model(&self, client: &Client, id: &str) -> Option<Arc<Model>> {
+        let (session, seq) = parse(id, "train")?;
+        let sessions = self.sessions();
+        let session = sessions.get(session)?;
+        let seen = client.sees(session.client.tenant.as_str());
+        session
+            .models
+            .get(&u32::try_from(seq).ok()?)
+            .filter(|_| seen)
+            .cloned()
+    }
+
+    fn sampler(&self, client: &Client, id: &str) -> Option<Arc<Sampler>> {
+        let (session, seq) = parse(id, "sample")?;
+        let sessions = self.sessions();
+        let session = sessions.get(session)?;
+        let seen = client.sees(session.client.tenant.as_str());
+        session.samplers.get(&seq).filter(|_| seen).cloned()
+    }
+}
+
+/// `{session}:{kind}:{number}`, as the SDK computes it, too.
+fn parse<'a>(id: &'a str, kind: &str) -> Option<(&'a str, u64)> {
+    let (rest, seq) = id.rsplit_once(':')?;
+    let session = rest.strip_suffix(kind)?.strip_suffix(':')?;
+    Some((session, seq.parse().ok()?))
+}
+
+impl View {
+    pub fn open_session(&self) -> Result<String, RouterError> {
+        let mut sessions = self.router.0.tinker.sessions();
+        if sessions.len() >= MAX_SESSIONS {
+            return Err(RouterError::Busy {
+                waiting: MAX_SESSIONS as u32,
+                retry_after_s: SESSION_PATIENCE.as_secs() as u32,
+            });
+        }
+        let id = ids::session();
+        let session = Session {
+            client: self.client.clone(),
+            heard: Instant::now(),
+            models: BTreeMap::new(),
+            samplers: BTreeMap::new(),
+        };
+        sessions.insert(id.clone(), session);
+        Ok(id)
+    }
+
+    /// The base by the name that answers carry.
+    pub fn base_name(&self) -> String {
+        self.router.config().served_model_name.clone()
+    }
+
+    /// Its client lives.
+    pub fn hear_session(&self, id: &str) -> Result<(), RouterError> {
+        self.in_session(id, |session| session.heard = Instant::now())
+    }
+
+    pub fn finish_session(&self, id: &str) -> Result<(), RouterError> {
+        self.in_session(id, |_| ())?;
+        self.router.0.tinker.sessions().remove(id);
+        Ok(())
+    }
+
+    pub fn session(&self, id: &str) -> Result<SessionView, RouterError> {
+        self.in_session(id, |session| SessionView {
+            models: session.models.values().map(|model| model.id.clone()).collect(),
+            samplers: session
+                .samplers
+                .values()
+                .map(|sampler| sampler.id.clone())
+                .collect(),
+        })
+    }
+
+    pub fn sessions(&self) -> Vec<String> {
+        let sessions = self.router.0.tinker.sessions();
+        let seen = sessions
+            .iter()
+            .filter(|(_, session)| self.client.sees(session.client.tenant.as_str()));
+        seen.map(|(id, _)| id.clone()).collect()
+    }
+
+    fn in_session<T>(&self, id: &str, work: impl FnOnce(&mut Session) -> T) -> Result<T, RouterError> {
+        let mut sessions = self.router.0.tinker.sessions();
+        let seen = sessions
+            .get_mut(id)
+            .filter(|session| self.client.sees(session.client.tenant.as_str()));
+        seen.map(work).ok_or_else(|| {
+            RouterError::Gone(format!(
+                "The session `{id}` has ended, or the server was started since: what was not saved is gone. Begin a new one; \
+                 what was saved can be loaded."
+            ))
+        })
+    }
+
+    /// Held until it is done, for a while.
+    pub async fn retrieve(&self, request_id: &str) -> Result<Retrieved, RouterError> {
+        let future = self.router.0.tinker.futures.get(request_id);
+        let future = future.filter(|future| self.client.sees(future.tenant.as_str()));
+        let unknown = || RouterError::Unknown {
+            what: "request",
+            id: request_id.to_owned(),
+        };
+        let future = future.ok_or_else(unknown)?;
+        Ok(match future.outcome(HOLD).await {
+            Some(outcome) => Retrieved::Done(outcome),
+            None => Retrieved::NotYet,
+        })
+    }
+}
+
+impl Router {
+    /// The one replica in which learners live.
+    fn learners_replica(&self) -> Result<ReplicaHandle, Fault> {
+        let mut replicas = self.0.fleet.all();
+        match replicas.len() {
+            0 => Err(Fault::ReplicaLost("there is none now".to_owned())),
+            1 => Ok(replicas.remove(0)),
+            n => Err(Fault::Refused(format!(
+                "this router has {n} backends, and a model that a client trains lives in one process: use `tandem serve`"
+            ))),
+        }
+    }
+}
+
+/// Ends sessions that are not heard of any more, forgets results that were fetched, removes saves that have expired.
+pub(crate) async fn housekeeping(router: Router) {
+    let mut sweeps = 0u64;
+    loop {
+        tokio::time::sleep(SWEEP_PERIOD).await;
+        let tinker = &router.0.tinker;
+        tinker.futures.sweep();
+        tinker.sessions().retain(|id, session| {
+            let lives = session.heard.elapsed() < SESSION_PATIENCE;
+            if !lives {
+                tracing::info!(
+                    session = id,
+                    "a training client is not heard of any more: its session ends"
+                );
+            }
+            lives
+        });
+        // A minute.
+        if sweeps.is_multiple_of(12)
+            && let Err(error) = saves::remove_expired(&router).await
+        {
+            tracing::warn!(%error, "saves that have expired are not removed");
+        }
+        sweeps += 1;
+    }
+}
+
+fn check_tokens(tokens: &[TokenId], vocab_size: u32) -> Result<(), String> {
+    match tokens.iter().find(|&&token| token >= vocab_size) {
+        None => Ok(()),
+        Some(token) => Err(format!(
+            "token {token} is not in the vocabulary of {vocab_size} tokens"
+        )),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,311 @@
+//! A model that a client trains: its calls in the order of their numbers, one after the other, whatever the order in which
+//! they come. A number that came is answered by one future, however often it is sent. Not here: samplers, files' names.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
+
+use tandem_core::learner::{Adam, Batch, Moments};
+use tandem_core::replica::ReplicaHandle;
+use tandem_store::{ids, now};
+use tokio::sync::mpsc;
+
+use super::futures::Promise;
+use super::saves::Keep;
+use super::worker::{Origin, Worker};
+use super::{MAX_MODELS, Outcome, lock};
+use crate::View;
+use crate::api::RouterError;
+
+/// Calls of one model that may wait, and the numbers in them.
+const MAX_QUEUED_CALLS: usize = 256;
+const MAX_QUEUED_NUMBERS: usize = 64 << 20;
+/// Numbers of calls that are remembered, so that one that is sent again counts once.
+const MAX_KNOWN: usize = 4096;
+
+/// What a client asks of a model, with a number.
+#[derive(Debug)]
+pub enum Call {
+    Accumulate { batch: Batch, shapes: Vec<Shape> },
+    Step(Adam),
+    Save(Keep),
+    SaveForSampler(Keep),
+    Sampler { seq: u64, kind: SamplerKind },
+    Load { path: String, moments: Moments },
+}
+
+/// Targets of a datum: one for each token, or so many.
+pub type Shape = Option<usize>;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SamplerKind {
+    /// Never changes.
+    Snapshot,
+    /// Follows later ones of its kind.
+    Inflight,
+}
+
+/// What a model begins with.
+#[derive(Clone, Debug)]
+pub struct NewModel {
+    pub base_model: String,
+    pub rank: u32,
+    pub seed: Option<u64>,
+    pub train_attn: bool,
+    pub train_mlp: bool,
+    pub train_unembed: bool,
+    pub user_metadata: Option<BTreeMap<String, serde_json::Value>>,
+}
+
+/// A model, for who asks what it is.
+#[derive(Clone, Debug)]
+pub struct Learning {
+    pub id: String,
+    pub base_model: String,
+    pub rank: u32,
+    pub train_attn: bool,
+    pub train_mlp: bool,
+    pub user_metadata: Option<BTreeMap<String, serde_json::Value>>,
+    pub last_request_at: i64,
+}
+
+pub(super) struct Model {
+    pub id: String,
+    creation: String,
+    order: Mutex<Order>,
+}
+
+struct Order {
+    about: Learning,
+    /// The number that is due.
+    next: u32,
+    /// Those that came before their turn.
+    early: BTreeMap<u32, Work>,
+    /// The futures of numbers that came.
+    known: BTreeMap<u32, String>,
+    queued_calls: usize,
+    queued_numbers: usize,
+    works: mpsc::UnboundedSender<Work>,
+}
+
+pub(super) struct Work {
+    pub promise: Promise,
+    pub call: Result<Call, String>,
+}
+
+/// In a replica's memory.
+pub(super) struct Snapshot {
+    pub replica: ReplicaHandle,
+    pub used: Instant,
+}
+
+impl Call {
+    fn numbers(&self) -> usize {
+        match self {
+            Call::Accumulate { batch, .. } => batch.data.iter().map(|datum| 4 * datum.targets.len()).sum(),
+            _ => 0,
+        }
+    }
+}
+
+impl View {
+    /// The future of a new model.
+    pub fn create_model(&self, session: &str, seq: u32, new: NewModel) -> Result<String, RouterError> {
+        let router = &self.router;
+        if !router.0.catalog.is_base(&new.base_model) {
+            let (asked, served) = (&new.base_model, &router.config().served_model_name);
+            return Err(RouterError::invalid(
+                "base_model",
+                format!("base_model {asked:?} is not served here: it must be {served:?}"),
+            ));
+        }
+        let most = router.info().max_lora_rank;
+        if new.rank == 0 || new.rank > most {
+            return Err(RouterError::invalid(
+                "lora_config.rank",
+                format!(
+                    "lora_config.rank must be between 1 and {most} (--max-lora-rank), got {}",
+                    new.rank
+                ),
+            ));
+        }
+        if new.train_unembed {
+            tracing::warn!(
+                session,
+                "train_unembed is asked, and the output layer is not adapted here: the model trains without it"
+            );
+        }
+        let about = |id: String| Learning {
+            id,
+            base_model: new.base_model.clone(),
+            rank: new.rank,
+            train_attn: new.train_attn,
+            train_mlp: new.train_mlp,
+            user_metadata: new.user_metadata.clone(),
+            last_request_at: now(),
+        };
+        let seed = new.seed.unwrap_or_else(ids::seed);
+        self.begin_model(session, seq, about, Origin::New { seed })
+    }
+
+    /// The future of a new model that begins with what was saved.
+    pub async fn load_model(
+        &self,
+        session: &str,
+        seq: u32,
+        path: &str,
+        moments: Moments,
+        user_metadata: Option<BTreeMap<String, serde_json::Value>>,
+    ) -> Result<String, RouterError> {
+        let record = self.router.saved_state(&self.client, path).await?;
+        let about = |id: String| Learning {
+            id,
+            base_model: self.router.config().served_model_name.clone(),
+            rank: record.rank,
+            train_attn: record.train_attn,
+            train_mlp: record.train_mlp,
+            user_metadata,
+            last_request_at: now(),
+        };
+        let origin = Origin::Saved {
+            path: path.to_owned(),
+            record: Box::new(record.clone()),
+            moments,
+        };
+        self.begin_model(session, seq, about, origin)
+    }
+
+    fn begin_model(
+        &self,
+        session_id: &str,
+        seq: u32,
+        about: impl FnOnce(String) -> Learning,
+        origin: Origin,
+    ) -> Result<String, RouterError> {
+        let router = &self.router;
+        self.in_session(session_id, |session| {
+            if let Some(model) = session.models.get(&seq) {
+                return Ok(model.creation.clone());
+            }
+            if session.models.len() >= MAX_MODELS {
+                return Err(RouterError::invalid(
+                    "model_seq_id",
+                    format!("a session trains at most {MAX_MODELS} models; begin another session"),
+                ));
+            }
+            let creation = ids::future();
+            let promise = router.0.tinker.futures.promise(&creation, &session.client.tenant);
+            let (works, inbox) = mpsc::unbounded_channel();
+            let about = about(format!("{session_id}:train:{seq}"));
+            let model = Arc::new(Model {
+                id: about.id.clone(),
+                creation: creation.clone(),
+                order: Mutex::new(Order {
+                    about: about.clone(),
+                    next: 1,
+                    early: BTreeMap::new(),
+                    known: BTreeMap::new(),
+                    queued_calls: 0,
+                    queued_numbers: 0,
+                    works,
+                }),
+            });
+            let learner = router.0.tinker.next_learner();
+            let client = session.client.clone();
+            let worker = Worker::new(router.clone(), client, session_id.to_owned(), about, learner);
+            tokio::spawn(worker.run(origin, promise, inbox, Arc::downgrade(&model)));
+            session.models.insert(seq, model);
+            Ok(creation)
+        })?
+    }
+
+    pub fn learning(&self, model_id: &str) -> Result<Learning, RouterError> {
+        let model = self.seen_model(model_id)?;
+        let about = model.order().about.clone();
+        Ok(about)
+    }
+
+    /// Models that are in memory.
+    pub fn learnings(&self) -> Vec<Learning> {
+        let sessions = self.router.0.tinker.sessions();
+        let seen = sessions
+            .values()
+            .filter(|session| self.client.sees(session.client.tenant.as_str()));
+        seen.flat_map(|session| session.models.values())
+            .map(|model| model.order().about.clone())
+            .collect()
+    }
+
+    fn seen_model(&self, id: &str) -> Result<Arc<Model>, RouterError> {
+        let model = self.router.0.tinker.model(&self.client, id);
+        model.ok_or_else(|| RouterError::Unknown {
+            what: "training model (one that is not saved lives as long as its session and the server)",
+            id: id.to_owned(),
+        })
+    }
+
+    /// The future of call number `seq`. A call that is wrong takes its number and fails in its turn, so that those behind
+    /// it are done.
+    pub fn submit(
+        &self,
+        model_id: &str,
+        seq: u32,
+        call: Result<Call, String>,
+    ) -> Result<String, RouterError> {
+        let model = self.seen_model(model_id)?;
+        let tinker = &self.router.0.tinker;
+        let mut order = model.order();
+        if let Some(known) = order.known.get(&seq) {
+            return Ok(known.clone());
+        }
+        let numbers = call.as_ref().map_or(0, Call::numbers);
+        let is_full = order.queued_calls >= MAX_QUEUED_CALLS
+            || order.queued_numbers + numbers > MAX_QUEUED_NUMBERS && order.queued_calls > 0;
+        // What all others wait for is always taken.
+        if is_full && seq != order.next {
+            return Err(RouterError::Busy {
+                waiting: order.queued_calls as u32,
+                retry_after_s: 1,
+            });
+        }
+        let id = ids::future();
+        let promise = tinker.futures.promise(&id, &self.client.tenant);
+        if seq < order.next {
+            promise.keep(Outcome::user_failed(format!(
+                "seq_id {seq} was done long ago: {} is the next",
+                order.next
+            )));
+            return Ok(id);
+        }
+        order.about.last_request_at = now();
+        order.known.insert(seq, id.clone());
+        if order.known.len() > MAX_KNOWN {
+            order.known.pop_first();
+        }
+        order.queued_calls += 1;
+        order.queued_numbers += numbers;
+        order.early.insert(seq, Work { promise, call });
+        while let Some(work) = {
+            let next = order.next;
+            order.early.remove(&next)
+        } {
+            order.next += 1;
+            // A worker that is gone fails what it is sent by dropping it.
+            let _ = order.works.send(work);
+        }
+        Ok(id)
+    }
+}
+
+impl Model {
+    fn order(&self) -> MutexGuard<'_, Order> {
+        lock(&self.order)
+    }
+
+    /// It waits no longer.
+    pub fn took(&self, call: &Result<Call, String>) {
+        let mut order = self.order();
+        order.queued_calls -= 1;
+        order.queued_numbers -= call.as_ref().map_or(0, Call::numbers);
+    }
+}

@@ -1,0 +1,375 @@
+//! Does the calls of one model, one after the other, at the replica where the model lives. Not here: their order (model).
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Instant;
+
+use tandem_core::id::AdapterDigest;
+use tandem_core::job::{self, Lora};
+use tandem_core::learner::{
+    self, Learn, LearnerId, Moments, NewLearner, Pass, Reply, Save, Saved, Saving, Source,
+};
+use tandem_core::message::Fault;
+use tandem_core::replica::{Command, ReplicaHandle};
+use tandem_store::{SaveKind, SavePlace, SaveRecord, now};
+use tokio::sync::{mpsc, oneshot};
+
+use super::futures::Promise;
+use super::model::{Call, Learning, Model, SamplerKind, Snapshot, Work};
+use super::sampler::{Sampler, Weights};
+use super::saves::{Keep, path_of};
+use super::{Outcome, lock};
+use crate::api::{Client, RouterError};
+use crate::{LoadMode, Router};
+
+/// Snapshots of a model that are kept to sample from; beyond, the one that was used longest ago goes.
+const MAX_SNAPSHOTS: usize = 32;
+
+/// W' = W + (alpha / rank) B A, as Tinker has it ("LoRA Without Regret").
+const ALPHA: f64 = 32.0;
+const ATTENTION: [&str; 4] = ["q_proj", "k_proj", "v_proj", "o_proj"];
+
+/// How a model begins.
+pub(super) enum Origin {
+    New {
+        seed: u64,
+    },
+    Saved {
+        path: String,
+        record: Box<SaveRecord>,
+        moments: Moments,
+    },
+}
+
+pub(super) struct Worker {
+    router: Router,
+    client: Client,
+    session: String,
+    about: Learning,
+    learner: LearnerId,
+    /// Where it lives, once it does.
+    replica: Option<ReplicaHandle>,
+    /// Why the next step cannot be made: gradients are missing.
+    spoiled: Option<String>,
+    snapshots: VecDeque<AdapterDigest>,
+    /// What its inflight samplers share.
+    inflight: Option<Arc<Mutex<AdapterDigest>>>,
+}
+
+type Done = Result<Outcome, RouterError>;
+
+impl Worker {
+    pub fn new(
+        router: Router,
+        client: Client,
+        session: String,
+        about: Learning,
+        learner: LearnerId,
+    ) -> Worker {
+        Worker {
+            router,
+            client,
+            session,
+            about,
+            learner,
+            replica: None,
+            spoiled: None,
+            snapshots: VecDeque::new(),
+            inflight: None,
+        }
+    }
+
+    pub async fn run(
+        mut self,
+        origin: Origin,
+        promise: Promise,
+        mut works: mpsc::UnboundedReceiver<Work>,
+        model: Weak<Model>,
+    ) {
+        let begun = self.begin(origin).await;
+        let failed = begun.as_ref().err().map(ToString::to_string);
+        promise.keep(begun.unwrap_or_else(Outcome::of_error));
+        while let Some(Work { promise, call }) = works.recv().await {
+            // What still waits when the session ends is failed by dropping it.
+            let Some(model) = model.upgrade() else { break };
+            model.took(&call);
+            drop(model);
+            let outcome = match (&failed, call) {
+                (Some(why), _) => Outcome::user_failed(format!("the model was not created: {why}")),
+                (None, Ok(call)) => self.obey(call).await.unwrap_or_else(Outcome::of_error),
+                (None, Err(why)) => {
+                    self.spoil(&why);
+                    Outcome::user_failed(why)
+                }
+            };
+            promise.keep(outcome);
+        }
+        if let Some(replica) = &self.replica {
+            // One that is gone needs no telling.
+            let _ = replica
+                .commands
+                .send(Command::Learn(self.learner, Learn::Drop))
+                .await;
+        }
+        for digest in std::mem::take(&mut self.snapshots) {
+            self.let_go(digest).await;
+        }
+    }
+
+    async fn begin(&mut self, origin: Origin) -> Done {
+        let (seed, from) = match &origin {
+            Origin::New { seed } => (*seed, None),
+            Origin::Saved { record, moments, .. } => (0, Some(self.source(record, *moments)?)),
+        };
+        let targets = self.router.info().lora_targets.iter();
+        let chosen = targets.filter(|name| match ATTENTION.contains(&name.as_str()) {
+            true => self.about.train_attn,
+            false => self.about.train_mlp,
+        });
+        let lora = Lora {
+            r: self.about.rank,
+            alpha: ALPHA,
+            dropout: 0.0,
+            target_modules: chosen.cloned().collect(),
+            use_rslora: false,
+        };
+        self.replica = Some(self.router.learners_replica().map_err(RouterError::Engine)?);
+        let new = Box::new(NewLearner { lora, seed, from });
+        self.ask(|reply| Learn::Create(new, reply)).await?;
+        let model_id = self.about.id.clone();
+        Ok(match origin {
+            Origin::New { .. } => Outcome::Created { model_id },
+            Origin::Saved { path, .. } => Outcome::Loaded { path, model_id },
+        })
+    }
+
+    fn source(&self, record: &SaveRecord, moments: Moments) -> Result<Source, RouterError> {
+        let file = self.router.0.store.state_of(record);
+        let file = file.ok_or_else(|| RouterError::invalid("path", "it has no state to go on from"))?;
+        Ok(Source { file, moments })
+    }
+
+    async fn ask<T>(&self, learn: impl FnOnce(Reply<T>) -> Learn) -> Result<T, RouterError> {
+        let lost = || {
+            let why = "the replica that held this model; what was not saved is gone, load what was saved as a new model";
+            RouterError::Engine(Fault::ReplicaLost(why.to_owned()))
+        };
+        let replica = self.replica.as_ref().ok_or_else(lost)?;
+        let (reply, answer) = oneshot::channel();
+        let command = Command::Learn(self.learner, learn(reply));
+        replica.commands.send(command).await.map_err(|_| lost())?;
+        answer.await.map_err(|_| lost())?.map_err(RouterError::Engine)
+    }
+
+    fn spoil(&mut self, why: &str) {
+        self.spoiled.get_or_insert_with(|| why.to_owned());
+    }
+
+    async fn obey(&mut self, call: Call) -> Done {
+        match call {
+            Call::Accumulate { batch, shapes } => {
+                let is_backward = batch.pass == Pass::ForwardBackward;
+                let scored = self.ask(|reply| Learn::Accumulate(Box::new(batch), reply)).await;
+                if let (Err(error), true) = (&scored, is_backward) {
+                    self.spoil(&error.to_string());
+                }
+                Ok(Outcome::Scored {
+                    scores: scored?,
+                    shapes,
+                })
+            }
+            Call::Step(adam) => {
+                if let Some(why) = self.spoiled.take() {
+                    // The gradients of the others go, too.
+                    self.ask(Learn::Clear).await?;
+                    return Ok(Outcome::user_failed(format!(
+                        "no step was made, because a forward_backward since the last one failed: {why}"
+                    )));
+                }
+                Ok(Outcome::Stepped(
+                    self.ask(|reply| Learn::Step(adam, reply)).await?,
+                ))
+            }
+            Call::Save(keep) => self.save(keep).await,
+            Call::SaveForSampler(keep) => self.save_for_sampler(keep).await,
+            Call::Sampler { seq, kind } => self.make_sampler(seq, kind).await,
+            Call::Load { path, moments } => {
+                let record = self.router.saved_state(&self.client, &path).await?;
+                let (there, here) = (&record, &self.about);
+                if (there.rank, there.train_attn, there.train_mlp)
+                    != (here.rank, here.train_attn, here.train_mlp)
+                {
+                    return Ok(Outcome::user_failed(format!(
+                        "{path} has rank {}, train_attn {} and train_mlp {}; this model has {}, {} and {}",
+                        there.rank,
+                        there.train_attn,
+                        there.train_mlp,
+                        here.rank,
+                        here.train_attn,
+                        here.train_mlp
+                    )));
+                }
+                let source = self.source(&record, moments)?;
+                self.ask(|reply| Learn::Load(source, reply)).await?;
+                self.spoiled = None;
+                let model_id = self.about.id.clone();
+                Ok(Outcome::Loaded { path, model_id })
+            }
+        }
+    }
+
+    async fn save(&mut self, keep: Keep) -> Done {
+        let place = self.place(SaveKind::State, &keep).await?;
+        let folder = self.router.0.store.staging_folder().await?;
+        let save = Save {
+            folder: folder.clone(),
+            what: Saving::State,
+        };
+        let saved = self.ask(|reply| Learn::Save(save, reply)).await;
+        let kept = match saved {
+            Ok(_) => {
+                let record = self.record(place, &keep);
+                let state = folder.join(learner::STATE);
+                self.router.0.store.keep_save(record, Some(state)).await
+            }
+            Err(error) => {
+                remove(folder).await;
+                return Err(error);
+            }
+        };
+        remove(folder).await;
+        let path = path_of(&kept?.place);
+        Ok(Outcome::Saved { path })
+    }
+
+    async fn save_for_sampler(&mut self, keep: Keep) -> Done {
+        let place = self.place(SaveKind::Adapter, &keep).await?;
+        let folder = self.router.0.store.staging_folder().await?;
+        let base_model = job::base_model(&self.router.info().model_folder);
+        let save = Save {
+            folder: folder.clone(),
+            what: Saving::Adapter { base_model },
+        };
+        let saved = self.ask(|reply| Learn::Save(save, reply)).await;
+        let named = match saved {
+            Ok(saved) => self.name(&place, &keep, saved).await,
+            Err(error) => Err(error),
+        };
+        remove(folder).await;
+        Ok(Outcome::Saved { path: named? })
+    }
+
+    async fn name(&self, place: &SavePlace, keep: &Keep, saved: Saved) -> Result<String, RouterError> {
+        let adapter = saved
+            .adapter
+            .ok_or_else(|| RouterError::Engine(Fault::Step("the engine wrote no adapter".to_owned())))?;
+        let path = path_of(place);
+        let bytes = tokio::fs::metadata(adapter.folder.join("adapter_model.safetensors")).await;
+        self.router
+            .load(
+                &path,
+                &adapter.folder,
+                LoadMode::Replace,
+                tandem_store::Source::Loaded,
+                &self.client,
+            )
+            .await?;
+        let record = SaveRecord {
+            bytes: bytes.map_or(0, |data| data.len()),
+            adapter: Some(adapter.digest),
+            ..self.record(place.clone(), keep)
+        };
+        self.router.0.store.keep_save(record, None).await?;
+        Ok(path)
+    }
+
+    /// Where a save goes, if it may.
+    async fn place(&self, kind: SaveKind, keep: &Keep) -> Result<SavePlace, RouterError> {
+        let name = &keep.name;
+        let place = SavePlace::new(&self.about.id, kind, name).ok_or_else(|| {
+            let message = format!(
+                "{name:?} cannot name a checkpoint: letters, digits, `-`, `_` and `.` make one, 100 at most"
+            );
+            RouterError::invalid("path", message)
+        })?;
+        if !keep.overwrite && self.router.0.store.save(&place).await?.is_some() {
+            let path = path_of(&place);
+            let message = format!("{path} exists: choose another name, or overwrite=True");
+            return Err(RouterError::invalid("path", message));
+        }
+        Ok(place)
+    }
+
+    fn record(&self, place: SavePlace, keep: &Keep) -> SaveRecord {
+        SaveRecord {
+            place,
+            base: self.router.info().base_digest,
+            tenant: self.client.tenant.as_str().to_owned(),
+            created_at: now(),
+            expires_at: keep.ttl_s.map(|ttl_s| now().saturating_add(ttl_s)),
+            bytes: 0,
+            rank: self.about.rank,
+            train_attn: self.about.train_attn,
+            train_mlp: self.about.train_mlp,
+            public: false,
+            user_metadata: keep.user_metadata.clone(),
+            file: None,
+            adapter: None,
+        }
+    }
+
+    async fn make_sampler(&mut self, seq: u64, kind: SamplerKind) -> Done {
+        let digest = self.ask(Learn::Snapshot).await?;
+        let replica = self.replica.clone().expect("it was asked just now");
+        self.snapshots.retain(|known| *known != digest);
+        self.snapshots.push_back(digest);
+        let tinker = &self.router.0.tinker;
+        let used = Instant::now();
+        tinker.snapshots().insert(digest, Snapshot { replica, used });
+        self.make_room().await;
+        let id = format!("{}:sample:{seq}", self.session);
+        let weights = match kind {
+            SamplerKind::Snapshot => Weights::Snapshot(digest),
+            SamplerKind::Inflight => {
+                let inflight = self.inflight.get_or_insert_with(|| Arc::new(Mutex::new(digest)));
+                *lock(inflight) = digest;
+                Weights::Inflight(inflight.clone())
+            }
+        };
+        let view = self.router.of(&self.client);
+        let sampler = Sampler::new(id, self.about.base_model.clone(), None, weights);
+        view.put_sampler(&self.session, seq, sampler)
+            .map(|id| Outcome::Sampler { id })
+    }
+
+    async fn make_room(&mut self) {
+        while self.snapshots.len() > MAX_SNAPSHOTS {
+            let oldest = {
+                let snapshots = self.router.0.tinker.snapshots();
+                let used = |digest: &AdapterDigest| snapshots.get(digest).map(|snapshot| snapshot.used);
+                // The newest stays: something is about to sample from it.
+                let shared = self.inflight.as_ref().map(|inflight| *lock(inflight));
+                let others = self.snapshots.iter().take(MAX_SNAPSHOTS);
+                let others = others.filter(|digest| shared != Some(**digest));
+                others.min_by_key(|digest| used(digest)).copied()
+            };
+            let Some(oldest) = oldest else { return };
+            self.snapshots.retain(|digest| *digest != oldest);
+            self.let_go(oldest).await;
+        }
+    }
+
+    async fn let_go(&self, digest: AdapterDigest) {
+        let snapshot = self.router.0.tinker.snapshots().remove(&digest);
+        if let Some(Snapshot { replica, .. }) = snapshot {
+            // One that is gone holds nothing.
+            let _ = replica.commands.send(Command::UnloadAdapter(digest)).await;
+        }
+    }
+}
+
+async fn remove(folder: PathBuf) {
+    // What was taken out of it is no part of it any more; the staging folder is emptied at the next start, too.
+    let _ = tokio::fs::remove_dir_all(folder).await;
+}

@@ -1,0 +1,9 @@
+//! Tinker's bodies to calls, and outcomes to its answers. What is wrong with a call that has a number is a text: it fails
+//! in its turn.
+
+mod answers;
+mod arrays;
+mod calls;
+
+pub use answers::{answer, checkpoint, training_runs};
+pub use calls::{MAX_SAMPLES, ask, batch, new_model, save, save_for_sampler, step};
