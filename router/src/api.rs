@@ -270,6 +270,9 @@ pub struct JobRequest {
     pub settings: Settings,
     /// Was it asked through the legacy API (only changes the made model's id prefix).
     pub legacy: bool,
+    /// The adapter that it starts from, found by its name when the job was created.
+    #[serde(default)]
+    pub start: Option<AdapterDigest>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

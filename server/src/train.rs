@@ -13,7 +13,8 @@ use std::sync::{Arc, OnceLock};
 use serde_norway::Mapping;
 use tandem_backend::train::run::{Run, RunOptions};
 use tandem_core::dataset::{self, Group};
-use tandem_core::job::{JobEvent, JobSpec, Life, base_model, files};
+use tandem_core::job::{JobEvent, JobSpec, Life, Lora, base_model, files};
+use tandem_core::settings::Settings;
 use tandem_router::api::RouterError;
 use tandem_router::hyper::{self, Bounds, Facts, Tuning};
 use tandem_text::dataset::{BadLine, Options, group, read_rows};
@@ -126,6 +127,11 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
         lora_targets: &spec.lora_targets(),
     };
     hyper::fits(&settings, bounds)?;
+    let start = settings.from_peft_checkpoint.clone().map(PathBuf::from);
+    let mut settings = settings;
+    let start = start
+        .map(|folder| Start::read(&folder, &spec.lora_targets(), &mut settings))
+        .transpose()?;
     let options = Options {
         max_seq_length: hyper::max_seq_length(&settings, bounds),
         prompt_loss_weight: settings.prompt_loss_weight.unwrap_or(0.0) as f32,
@@ -150,6 +156,9 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
     }
     if let Some(valid) = &valid {
         inputs.insert("validation_file".into(), record::digest(&valid.bytes));
+    }
+    if let Some(start) = &start {
+        inputs.insert("from_peft_checkpoint".into(), record::digest(&start.tensors));
     }
     // A model that is trained in its own folder changes by it.
     if output_dir.canonicalize().map_err(at(&output_dir))? != model {
@@ -178,6 +187,16 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
     match valid {
         Some(valid) => valid.write(&output_dir.join(files::VALID))?,
         None => forget(&output_dir.join(files::VALID))?,
+    }
+    for (name, bytes) in [
+        (files::START_CONFIG, start.as_ref().map(|start| &start.config)),
+        (files::START_TENSORS, start.as_ref().map(|start| &start.tensors)),
+    ] {
+        let path = output_dir.join(name);
+        match bytes {
+            Some(bytes) => std::fs::write(&path, bytes).map_err(at(&path))?,
+            None => forget(&path)?,
+        }
     }
     for (key, value) in &record.settings {
         println!("  {:<28} {}", record::show(Some(key)), record::show(Some(value)));
@@ -289,6 +308,40 @@ fn forget(path: &Path) -> Result<(), TrainError> {
             source: error,
         }),
         _ => Ok(()),
+    }
+}
+
+/// The adapter that a run starts from: the two files of its folder.
+struct Start {
+    config: Vec<u8>,
+    tensors: Vec<u8>,
+}
+
+impl Start {
+    /// Takes over into `settings` what it says.
+    fn read(folder: &Path, known: &[String], settings: &mut Settings) -> Result<Start, TrainError> {
+        let wrong = |key: &str, message: String| SettingsError::Wrong {
+            key: key.to_owned(),
+            message,
+        };
+        let read = |name: &str| {
+            let path = folder.join(name);
+            std::fs::read(&path).map_err(|source| TrainError::File { path, source })
+        };
+        let (config, tensors) = (read("adapter_config.json")?, read("adapter_model.safetensors")?);
+        let lora = serde_json::from_slice(&config)
+            .map_err(|error| error.to_string())
+            .and_then(|config| Lora::of_peft(&config, known))
+            .map_err(|why| {
+                wrong(
+                    "from_peft_checkpoint",
+                    format!("a run cannot start from it: {why}"),
+                )
+            })?;
+        settings
+            .start_from(&lora)
+            .map_err(|(key, message)| wrong(key, message))?;
+        Ok(Start { config, tensors })
     }
 }
 

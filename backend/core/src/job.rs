@@ -1,6 +1,7 @@
 //! A fine-tuning job as the engine sees it: tokens and numbers. Files' text, names and queues are the router's.
 
 mod objective;
+mod start;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -24,6 +25,11 @@ pub mod files {
     pub const TRAIN: &str = "train.tokens";
     /// Validation examples; absent when there is no validation file.
     pub const VALID: &str = "valid.tokens";
+    /// The adapter that the job starts from, where it is not a new one: the two files of its PEFT folder.
+    pub const START_CONFIG: &str = "start.adapter_config.json";
+    pub const START_TENSORS: &str = "start.adapter_model.safetensors";
+    /// What the router writes.
+    pub const INPUTS: [&str; 4] = [TRAIN, VALID, START_CONFIG, START_TENSORS];
     /// Step, cursor, moments and adapter of the last checkpoint, with a digest of them; replaced atomically.
     pub const STATE: &str = "state.safetensors";
     /// The state before that one: where a job goes on when the last is damaged or gone.

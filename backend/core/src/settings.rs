@@ -68,7 +68,7 @@ macro_rules! settings {
     };
 }
 
-use Kind::{Flag, Integer, Modules, Real, Word};
+use Kind::{Flag, Integer, Modules, Real, Text, Word};
 use Range::{Above, Below, Closed};
 
 settings! {
@@ -182,6 +182,9 @@ settings! {
         use_rslora: bool, Flag,
             ["rslora"],
             "false", "scale by alpha / sqrt(r) instead of alpha / r";
+        from_peft_checkpoint: String, Text,
+            ["from_checkpoint", "resume_from_checkpoint", "adapter_name_or_path", "lora_model_dir", "warm_start_from"],
+            "none: a new adapter", "the adapter to start from, whose rank and modules are taken over: for a server the name of a model (which may also stand as the job's model), for `tandem train` a PEFT folder";
     }
 }
 

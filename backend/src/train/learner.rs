@@ -90,6 +90,11 @@ impl Learner {
             return Err(TrainError::Data(message));
         }
         let params = AdapterParams::init(shape, seed);
+        Learner::of_adapter(lora, fit, params)
+    }
+
+    /// An adapter that is there. `lora` says its shape.
+    pub fn of_adapter(lora: Lora, fit: Fit, params: AdapterParams) -> Result<Learner, TrainError> {
         let adapter = fit.pack(&params)?;
         let grads = Grads::Lora(AdapterParams::zeros(params.shape.clone()));
         let subject = Subject::Lora {

@@ -36,7 +36,7 @@ use crate::family::DecoderSpec;
 use crate::guard::TorchFault;
 use crate::lora::adapter::Adapter;
 use crate::lora::fit::{Fit, PackError};
-use crate::lora::params::AdapterParams;
+use crate::lora::params::{AdapterParams, AdapterShape};
 use crate::lora::peft;
 use crate::model::{Decoder, Dropout, full};
 use crate::weights::LoadError;
@@ -120,6 +120,8 @@ impl Quantum {
 pub struct Inputs {
     train: Vec<u8>,
     valid: Option<Vec<u8>>,
+    /// The adapter that the job starts from: its configuration and its tensors.
+    start: Option<(Vec<u8>, Vec<u8>)>,
     state: Option<Vec<u8>>,
     /// What was damaged.
     notes: Vec<String>,
@@ -138,6 +140,7 @@ impl Inputs {
         Ok(Inputs {
             train: read(files::TRAIN)?,
             valid: read_if_there(files::VALID)?,
+            start: read_if_there(files::START_CONFIG)?.zip(read_if_there(files::START_TENSORS)?),
             state,
             notes,
         })
@@ -146,7 +149,12 @@ impl Inputs {
     /// Of the examples: a state goes on with those it was written for.
     fn data(&self) -> Digest {
         let mut hasher = Sha256::new();
-        for part in [Some(&self.train), self.valid.as_ref()].into_iter().flatten() {
+        let start = self.start.iter().flat_map(|(config, tensors)| [config, tensors]);
+        for part in [Some(&self.train), self.valid.as_ref()]
+            .into_iter()
+            .flatten()
+            .chain(start)
+        {
             hasher.update((part.len() as u64).to_le_bytes());
             hasher.update(part);
         }
@@ -254,8 +262,22 @@ impl Trainer {
                 "full training changes the base; only `tandem train` does it".to_owned(),
             ));
         };
-        let learner = Learner::lora(lora, fit, spec.hyper.seed)?;
-        Trainer::new(spec, inputs, learner)
+        let Some((config, tensors)) = &inputs.start else {
+            let learner = Learner::lora(lora, fit, spec.hyper.seed)?;
+            return Trainer::new(spec, inputs, learner, None);
+        };
+        let start = peft::read_bytes(config, tensors, &fit.spec, u32::MAX)?.params;
+        if start.shape != AdapterShape::new(&fit.spec, &lora) {
+            let message =
+                "the adapter that the job starts from has other modules, ranks or scales than the job";
+            return Err(TrainError::Data(message.to_owned()));
+        }
+        let reference = match spec.hyper.objective.has_reference() {
+            true => Some(fit.pack(&start)?),
+            false => None,
+        };
+        let learner = Learner::of_adapter(lora, fit, start)?;
+        Trainer::new(spec, inputs, learner, reference)
     }
 
     /// Trains every parameter of the model in `model_folder` (drawn at random when it has no weights), in float32.
@@ -263,10 +285,15 @@ impl Trainer {
         let (decoder_spec, params) = full::read_or_init(model_folder, spec.hyper.seed)?;
         let learner = Learner::full(decoder_spec, params)?;
         let inputs = Inputs::read(&spec.folder)?;
-        Trainer::new(spec, &inputs, learner)
+        Trainer::new(spec, &inputs, learner, None)
     }
 
-    fn new(spec: JobSpec, inputs: &Inputs, learner: Learner) -> Result<Trainer, TrainError> {
+    fn new(
+        spec: JobSpec,
+        inputs: &Inputs,
+        learner: Learner,
+        reference: Option<Adapter>,
+    ) -> Result<Trainer, TrainError> {
         let (model, device) = (learner.spec(), learner.device());
         // It may come from another machine.
         spec.hyper.check().map_err(TrainError::Data)?;
@@ -301,7 +328,7 @@ impl Trainer {
             factors: factors(&train),
             valid,
             valid_slices,
-            reference: None,
+            reference,
             trial,
             learner,
             plan,

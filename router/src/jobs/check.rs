@@ -22,6 +22,7 @@ pub(crate) fn request<'a>(request: &JobRequest, bounds: impl Into<Bounds<'a>>) -
         metadata,
         settings,
         legacy,
+        start: _,
     } = request;
     fits(settings, bounds.into())?;
     if let Some(suffix) = suffix {

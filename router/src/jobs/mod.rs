@@ -18,6 +18,7 @@ pub(crate) mod supervisor;
 
 use std::time::Duration;
 
+use tandem_core::job::{Lora, Rows};
 use tandem_store::{JobChange, Lease, NewEvent, NewJob, NewName, Source, Tenant, ids};
 use tandem_text::TextError;
 use tandem_text::dataset::{Kind, read_rows, suits};
@@ -25,8 +26,8 @@ use tokio::sync::{Notify, mpsc, watch};
 
 use crate::Router;
 use crate::api::{
-    Checkpoint, Client, Job, JobError, JobEventRecord, JobRequest, JobStatus, Level, MetadataFilter, Page,
-    RouterError,
+    Checkpoint, Client, Job, JobError, JobEventRecord, JobRequest, JobStatus, Level, MetadataFilter,
+    ModelCard, ModelKind, Page, RouterError,
 };
 
 const QUEUED: &str = "queued";
@@ -84,18 +85,7 @@ impl Router {
         client: &Client,
     ) -> Result<Job, RouterError> {
         let config = self.config();
-        if !self.0.catalog.is_base(&request.model) {
-            return Err(match self.0.catalog.find(client, &request.model) {
-                None => RouterError::UnknownModel(request.model),
-                Some(_) => RouterError::invalid(
-                    "model",
-                    format!(
-                        "`{}` is an adapter; training goes on from the base model `{}` only",
-                        request.model, config.served_model_name
-                    ),
-                ),
-            });
-        }
+        self.find_start(&mut request, client).await?;
         check::request(&request, self.info())?;
         self.check_file("training_file", &request.training_file, client)
             .await?;
@@ -106,6 +96,17 @@ impl Router {
         let seed = request.settings.seed.unwrap_or_else(ids::seed);
         request.settings.seed = Some(seed);
         let id = ids::job();
+        let from = request.start.map(|digest| {
+            let name = request
+                .settings
+                .from_peft_checkpoint
+                .as_ref()
+                .unwrap_or(&request.model);
+            event(
+                Level::Info,
+                format!("Training starts from the adapter {name} ({digest})"),
+            )
+        });
         let model_names = name::candidates(&request, config, &id, tandem_store::now());
         let job = NewJob {
             base: self.info().base_digest,
@@ -120,13 +121,58 @@ impl Router {
                     Level::Info,
                     format!("Validating training file: {}", request.training_file),
                 ),
-            ],
+            ]
+            .into_iter()
+            .chain(from)
+            .collect(),
             id,
         };
         let row = self.0.store.insert_job(job).await?;
         self.0.desk.created.notify_one();
         tracing::info!(job = %row.id, file = request.training_file, "job created");
         record::job(row)
+    }
+
+    /// What the job starts from: the model that it names, where that is an adapter, or the one that a setting names.
+    async fn find_start(&self, request: &mut JobRequest, client: &Client) -> Result<(), RouterError> {
+        let find = |name: &str| self.0.catalog.find(client, name);
+        let digest_of = |card: ModelCard| match card.kind {
+            ModelKind::Base => None,
+            ModelKind::Adapter { digest, .. } => Some(digest),
+        };
+        let model = find(&request.model).ok_or_else(|| RouterError::UnknownModel(request.model.clone()))?;
+        let model = digest_of(model);
+        let param = "from_peft_checkpoint";
+        let named = match &request.settings.from_peft_checkpoint {
+            None => None,
+            Some(name) => Some(find(name).and_then(digest_of).ok_or_else(|| {
+                let message = format!(
+                    "{param}: there is no adapter named {name:?}; a folder is given a name first (/v1/load_lora_adapter)"
+                );
+                RouterError::invalid(param, message)
+            })?),
+        };
+        if let (Some(model), Some(named)) = (model, named)
+            && model != named
+        {
+            let message = format!("{param} and model name two adapters: a job starts from one");
+            return Err(RouterError::invalid(param, message));
+        }
+        request.start = model.or(named);
+        let Some(digest) = request.start else {
+            return Ok(());
+        };
+        let folder = self.0.store.adapter_folder(digest).await?;
+        let config = tokio::fs::read(folder.join("adapter_config.json")).await;
+        let unfit = |why: String| {
+            let message = format!("a job cannot start from this adapter: {why}");
+            RouterError::invalid("model", message)
+        };
+        let config = config.map_err(|error| unfit(error.to_string()))?;
+        let config = serde_json::from_slice(&config).map_err(|error| unfit(error.to_string()))?;
+        let lora = Lora::of_peft(&config, &self.info().lora_targets).map_err(unfit)?;
+        let taken_over = request.settings.start_from(&lora);
+        taken_over.map_err(|(param, message)| RouterError::invalid(param, message))
     }
 
     /// An objective wants files of its rows, a weight of prompts such that have some. Their first row says it; the others
@@ -137,6 +183,10 @@ impl Router {
             .settings
             .prompt_loss_weight
             .is_some_and(|weight| weight != 0.0);
+        // Of a plain job no file is read before it is answered.
+        if rows == Rows::Examples && !weighs_prompts {
+            return Ok(());
+        }
         let files = [
             ("training_file", Some(&request.training_file)),
             ("validation_file", request.validation_file.as_ref()),

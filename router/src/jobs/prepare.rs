@@ -176,11 +176,33 @@ async fn prepare(router: &Router, row: &JobRow, request: &JobRequest) -> Result<
         prompt_loss_weight: request.settings.prompt_loss_weight.unwrap_or(0.0) as f32,
         rows: hyper::objective(&request.settings).rows(),
     };
+    let start = match request.start {
+        None => None,
+        Some(digest) => {
+            let gone = |error: StoreError| match error.away() {
+                Some(_) => Unfit::Router(error.into()),
+                None => {
+                    let message = format!("The adapter that the job starts from is gone: {error}");
+                    Unfit::Job(invalid("model", message))
+                }
+            };
+            Some(router.0.store.adapter_folder(digest).await.map_err(gone)?)
+        }
+    };
     let (tokenizer, folder) = (router.tokenizer().clone(), router.0.store.job_folder(&row.id));
     let given_up = Arc::new(AtomicBool::new(false));
     let _waiting = Waiting(given_up.clone());
     let work = move || {
         fs::create_dir_all(&folder).map_err(unwritten)?;
+        if let Some(start) = &start {
+            for (from, to) in [
+                ("adapter_config.json", files::START_CONFIG),
+                ("adapter_model.safetensors", files::START_TENSORS),
+            ] {
+                let bytes = fs::read(start.join(from)).map_err(unwritten)?;
+                write(&folder.join(to), &bytes).map_err(unwritten)?;
+            }
+        }
         let convert = |upload, name| convert(upload, &tokenizer, &options, &folder.join(name), &given_up);
         let (facts, note) = convert(&training, files::TRAIN)?;
         let mut notes = vec![note];

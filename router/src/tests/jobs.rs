@@ -740,3 +740,77 @@ async fn bad_jobs_are_refused_by_name() {
         Err(StoreError::Adapter { missing: true, .. })
     ));
 }
+
+#[tokio::test]
+async fn a_job_goes_on_from_an_adapter_and_learns_what_its_rows_say() {
+    let house = House::new();
+    let (router, mut engine) = house.open().await;
+    let folder = house.adapter("pet", "numbers");
+    let config = r#"{"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["v_proj"]}"#;
+    std::fs::write(folder.join("adapter_config.json"), config).unwrap();
+    let (card, _) = tokio::join!(
+        router.own().load_adapter("pet", &folder, crate::LoadMode::New),
+        engine.answer_load(Ok(1))
+    );
+    card.unwrap();
+    let pairs = "{\"prompt\": \"a\", \"chosen\": \"b\", \"rejected\": \"c\"}\n".repeat(3);
+    let file = upload(&router, "t.jsonl", "fine-tune", &pairs).await.unwrap();
+    let asked = |settings: Settings| JobRequest {
+        model: "pet".to_owned(),
+        settings,
+        ..request(&file)
+    };
+    let dpo = || Settings {
+        objective: Some("dpo".to_owned()),
+        ..Settings::default()
+    };
+    for (settings, param, text) in [
+        (
+            Settings {
+                objective: Some("kto".to_owned()),
+                ..Settings::default()
+            },
+            "training_file",
+            "line 1: it is a row like",
+        ),
+        (
+            Settings {
+                lora_r: Some(8),
+                ..dpo()
+            },
+            "lora_r",
+            "is 8, but the adapter that the job starts from has 4",
+        ),
+        (
+            Settings {
+                from_peft_checkpoint: Some("nobody".to_owned()),
+                ..dpo()
+            },
+            "from_peft_checkpoint",
+            "no adapter named",
+        ),
+    ] {
+        match router.own().create_job(asked(settings)).await {
+            Err(RouterError::Invalid {
+                param: Some(got),
+                message,
+                ..
+            }) => assert!(got == param && message.contains(text), "{got}: {message}"),
+            other => panic!("{other:?}"),
+        }
+    }
+    create_job(&router, asked(dpo())).await;
+    let (spec, _events) = engine.started().await;
+    let groups = dataset::decode(&std::fs::read(spec.folder.join(files::TRAIN)).unwrap()).unwrap();
+    assert!(groups.len() == 3 && groups.iter().all(|group| group.examples.len() == 2));
+    assert_eq!(
+        std::fs::read(spec.folder.join(files::START_TENSORS)).unwrap(),
+        b"numbers"
+    );
+    assert!(spec.folder.join(files::START_CONFIG).exists());
+    let Method::Lora(lora) = &spec.hyper.method else {
+        panic!("a served base is never changed")
+    };
+    assert_eq!((lora.r, lora.alpha), (4, 6.0));
+    assert_eq!(lora.target_modules, ["v_proj"]);
+}

@@ -379,12 +379,10 @@ impl Artifacts {
                     "the artifact store has no datasets of {id}"
                 )));
             }
-            self.fetch(
-                remote,
-                &["jobs", id.as_str(), files::VALID],
-                &job.join(files::VALID),
-            )
-            .await?;
+            for name in files::INPUTS.into_iter().filter(|&name| name != files::TRAIN) {
+                self.fetch(remote, &["jobs", id.as_str(), name], &job.join(name))
+                    .await?;
+            }
             if let Some(Saved { epoch, step }) = saved {
                 let (epoch, step) = (epoch.to_string(), step.to_string());
                 let key = ["jobs", id.as_str(), &epoch, &step, files::STATE];
@@ -440,7 +438,7 @@ impl Artifacts {
             return blocking(move || folders.job_files(&id)).await;
         };
         let mut found = vec![];
-        for name in [files::TRAIN, files::VALID] {
+        for name in files::INPUTS {
             if self.fetch(remote, &["jobs", id, name], &job.join(name)).await? {
                 found.push((name.into(), job.join(name)));
             }
@@ -461,7 +459,7 @@ impl Artifacts {
     /// Let other processes see the datasets in the job's folder.
     pub(crate) async fn push_datasets(&self, id: &str) -> Result<(), StoreError> {
         let Some(remote) = &self.remote else { return Ok(()) };
-        for name in [files::TRAIN, files::VALID] {
+        for name in files::INPUTS {
             let path = self.folders.job(id).join(name);
             if path.exists() {
                 let key = ["jobs", id, name];

@@ -188,7 +188,7 @@ impl Folders {
         if !job.exists() {
             return Ok(vec![]);
         }
-        let mut names: Vec<PathBuf> = [files::TRAIN, files::VALID].map(PathBuf::from).into();
+        let mut names: Vec<PathBuf> = files::INPUTS.map(PathBuf::from).into();
         let mut lives = self.lives(id)?.into_iter();
         if let Some((epoch, _)) = lives.find(|(_, life)| has_state(life)) {
             let life = PathBuf::from(life_name(epoch));
@@ -227,7 +227,7 @@ impl Folders {
     pub fn begin_life(&self, id: &str, epoch: u64) -> Result<PathBuf, StoreError> {
         let (job, life) = (self.job(id), self.life(id, epoch));
         fs::create_dir_all(&life).map_err(io_at("making", &life))?;
-        for name in [files::TRAIN, files::VALID] {
+        for name in files::INPUTS {
             link(&job.join(name), &life.join(name))?;
         }
         let mut lives = self.lives(id)?.into_iter();

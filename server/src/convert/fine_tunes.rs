@@ -31,6 +31,7 @@ pub fn request(body: CreateFineTune, default_model: &str) -> Result<JobRequest, 
         suffix,
         metadata: BTreeMap::new(),
         legacy: true,
+        start: None,
     })
 }
 

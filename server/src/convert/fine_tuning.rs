@@ -47,6 +47,7 @@ pub fn request(body: CreateJob) -> Result<JobRequest, ApiError> {
         suffix,
         metadata: metadata.unwrap_or_default(),
         legacy: false,
+        start: None,
     })
 }
 
@@ -184,6 +185,7 @@ fn property(setting: &Setting) -> Value {
         Kind::Flag => json!({"type": "boolean"}),
         Kind::Word(words) => json!({"type": "string", "enum": words}),
         Kind::Modules => json!({"type": "array", "items": text, "minItems": 1}),
+        Kind::Text => text.clone(),
     };
     let others = match aliases {
         [] => String::new(),
@@ -231,6 +233,7 @@ mod tests {
                     settings::Kind::Flag => json!(true),
                     settings::Kind::Word(words) => json!(words[1]),
                     settings::Kind::Modules => json!("q_proj, v_proj"),
+                    settings::Kind::Text => json!("x"),
                 };
                 let mut settings = json!({*name: value});
                 if let Some(reader) = settings::readers(setting.name).find(|reader| *reader != "sft") {

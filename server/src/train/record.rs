@@ -180,7 +180,12 @@ pub fn clear(folder: &Path) -> Result<(), RecordError> {
         paths.push(folder.join(WEIGHTS));
     }
     // The record last: until then the folder is known as what it was.
-    paths.extend([files::TRAIN, files::VALID, FILE].map(|name| folder.join(name)));
+    paths.extend(
+        files::INPUTS
+            .into_iter()
+            .chain([FILE])
+            .map(|name| folder.join(name)),
+    );
     paths
         .into_iter()
         .filter(|path| path.exists())

@@ -395,6 +395,7 @@ mod tests {
                     Kind::Flag => "true".to_owned(),
                     Kind::Word(words) => words[1].to_owned(),
                     Kind::Modules => "q_proj,v_proj".to_owned(),
+                    Kind::Text => "x".to_owned(),
                 };
                 let word = format!("{name}={text}");
                 let reader = settings::readers(setting.name).find(|reader| *reader != "sft");

@@ -3,6 +3,7 @@
 
 use serde_json::{Map, Value, json};
 use tandem_backend::lora::peft;
+use tandem_backend::model::Decoder;
 use tandem_backend::train::Trainer;
 use tandem_core::dataset::{self, Example, Group};
 use tandem_core::job::{Hyper, Lora, Method, Objective, StepReport, files};
@@ -25,11 +26,11 @@ fn every_objective_is_trls() {
     let expected = trls();
     let mut table = Table::default();
     for (name, case) in expected["cases"].as_object().expect("cases") {
-        if name == "dpo_from_adapter" {
-            continue;
-        }
         let objective = objective(case);
-        let job = job(&expected, objective, |hyper| hyper);
+        let mut job = job(&expected, objective, |hyper| hyper);
+        if name == "dpo_from_adapter" {
+            start_from(&mut job, &fixture, &decoder);
+        }
         let mut trainer = Trainer::start(job.spec.clone(), &decoder).expect("the job starts");
         let reports = finish(&mut trainer, Some(&decoder));
         compare(name, case, &objective, &reports, &mut table);
@@ -73,6 +74,19 @@ fn compare(name: &str, case: &Value, objective: &Objective, reports: &[StepRepor
     table.add(name, "losses", loss, LOSS);
     table.add(name, "gradient norms", norm, METRIC);
     table.add(name, "metrics", metric, METRIC);
+}
+
+/// The reference is then that adapter, not the base.
+fn start_from(job: &mut Job, fixture: &Fixture, decoder: &Decoder) {
+    let read = |name: &str| std::fs::read(fixture.adapter_folder("all").join(name)).expect("it is committed");
+    let (config, tensors) = (read(peft::CONFIG), read(peft::TENSORS));
+    let known = decoder.spec.lora_targets();
+    let lora =
+        Lora::of_peft(&serde_json::from_slice(&config).expect("JSON"), &known).expect("a plain adapter");
+    job.spec.hyper.method = Method::Lora(lora);
+    for (name, bytes) in [(files::START_CONFIG, config), (files::START_TENSORS, tensors)] {
+        std::fs::write(job.spec.folder.join(name), bytes).expect("it is written");
+    }
 }
 
 /// What TRL's settings mean here, read as everywhere.

@@ -83,8 +83,6 @@ const LORA_ONLY: &str =
     "a job trains LoRA (lora_r, lora_alpha, ...); `tandem train method=full` trains every parameter";
 const PLAIN_LORA: &str =
     "plain LoRA is what is trained: choose lora_r, lora_alpha, lora_dropout, lora_target_modules, use_rslora";
-const FROM_BASE: &str =
-    "training starts from the base; load a finished adapter to serve it (/v1/load_lora_adapter)";
 const FILES: &str = "give training_file and validation_file";
 const CLASSIFICATION: &str = "classification metrics are not computed; ask the tuned model";
 const ONLY_BY_METRIC: &str = "it says how to choose a checkpoint by a metric, which is not done";
@@ -223,7 +221,7 @@ const FOREIGN: &[Foreign] = &[
     ),
     row("save_on_each_node", off, "one place holds the checkpoints"),
     row(
-        "resume_from_checkpoint ignore_data_skip",
+        "ignore_data_skip",
         off,
         "a run that stopped goes on by itself from the state it wrote",
     ),
@@ -454,11 +452,6 @@ const FOREIGN: &[Foreign] = &[
          kasa_config alora_invocation_tokens layer_replication",
         off,
         PLAIN_LORA,
-    ),
-    row(
-        "from_checkpoint from_peft_checkpoint adapter_name_or_path lora_model_dir warm_start_from",
-        off,
-        FROM_BASE,
     ),
     row(
         "load_in_4bit load_in_8bit quantization quantization_config quantization_bit qlora",

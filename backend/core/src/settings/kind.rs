@@ -20,6 +20,8 @@ pub enum Kind {
     Word(&'static [&'static str]),
     /// Names of modules: a list, or one text with commas (as Together's clients send it).
     Modules,
+    /// A name or a path.
+    Text,
 }
 
 /// Of a real number.
@@ -62,6 +64,7 @@ impl fmt::Display for Kind {
             Kind::Flag => f.write_str("true or false"),
             Kind::Word(words) => write!(f, "one of {}", words.join(", ")),
             Kind::Modules => write!(f, "a list of module names, or {ALL_LINEAR}"),
+            Kind::Text => f.write_str("a name"),
         }
     }
 }
@@ -103,6 +106,13 @@ impl Kind {
                 Some(word) if words.contains(&word) => Ok(Some(value.clone())),
                 Some(_) => Err(wrong(Why::Value)),
                 None => Err(wrong(Why::Type)),
+            },
+            Kind::Text => match value {
+                // As others switch it off.
+                Value::Bool(false) => Ok(None),
+                Value::String(text) if ["", "none", "no"].contains(&text.as_str()) => Ok(None),
+                Value::String(_) => Ok(Some(value.clone())),
+                _ => Err(wrong(Why::Type)),
             },
             Kind::Modules => {
                 let texts: Option<Vec<&str>> = match value {

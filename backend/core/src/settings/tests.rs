@@ -35,6 +35,7 @@ fn example(kind: Kind) -> Value {
         Kind::Flag => json!(true),
         Kind::Word(words) => json!(words[words.len() - 1]),
         Kind::Modules => json!(["q_proj", "v_proj"]),
+        Kind::Text => json!("x"),
     }
 }
 
@@ -100,6 +101,7 @@ fn the_ends_of_every_range_fit_the_field_and_what_lies_beyond_is_named() {
                 words.iter().map(|word| json!(word)).collect(),
                 vec![json!("wave"), json!(1)],
             ),
+            Kind::Text => (vec![json!("x"), json!(false)], vec![json!(1), json!(true)]),
             Kind::Modules => (
                 vec![json!("all-linear"), json!("q_proj, v_proj"), json!(["q_proj"])],
                 vec![
@@ -322,7 +324,7 @@ fn what_the_field_asks_is_honoured_harmless_or_refused() {
         ("debug", json!(""), Harmless),
         ("do_train", json!(true), Harmless),
         ("do_predict", json!(true), Is::Refused("ask")),
-        ("resume_from_checkpoint", json!("out/checkpoint-10"), Is::Refused("goes on")),
+        ("resume_from_checkpoint", json!("out/checkpoint-10"), Honoured("from_peft_checkpoint")),
         ("local_rank", json!(-1), Harmless),
         ("overwrite_output_dir", json!(true), Is::Refused("output_dir")),
         // trl.SFTConfig and trl.ModelConfig.
@@ -411,8 +413,8 @@ fn what_the_field_asks_is_honoured_harmless_or_refused() {
         ("lora_trainable_modules", json!("all-linear"), Honoured("lora_target_modules")),
         ("train_on_inputs", json!(false), Harmless),
         ("train_on_inputs", json!(true), Is::Refused("prompt_loss_weight")),
-        ("from_checkpoint", json!("ft-1"), Is::Refused("from the base")),
-        ("from_peft_checkpoint", json!("x"), Is::Refused("from the base")),
+        ("from_checkpoint", json!("ft-1"), Honoured("from_peft_checkpoint")),
+        ("from_peft_checkpoint", json!(true), Is::Refused("a name")),
         ("n_checkpoints", json!(3), Is::Refused("save_steps")),
         ("early_stopping_patience", json!(3), Is::Refused("its end")),
         ("training_type", json!({"type": "Lora"}), Is::Refused("lora_r")),

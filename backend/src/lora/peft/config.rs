@@ -1,8 +1,6 @@
 //! adapter_config.json: every field is honoured, known to be without effect, or refused. Source: peft 0.21
 //! tuners/lora/config.py and tuners/tuners_utils.py (check_target_module_exists).
 
-use std::path::Path;
-
 use regex::Regex;
 use serde_json::{Map, Value};
 
@@ -76,10 +74,8 @@ const SHOWN_CHARS: usize = 60;
 const DEFAULT: i64 = 8;
 
 impl Config {
-    pub fn read(folder: &Path) -> Result<Config, PeftError> {
-        let bytes =
-            std::fs::read(folder.join(CONFIG)).map_err(|error| PeftError::Read { file: CONFIG, error })?;
-        let fields = serde_json::from_slice(&bytes)
+    pub fn of_bytes(bytes: &[u8]) -> Result<Config, PeftError> {
+        let fields = serde_json::from_slice(bytes)
             .map_err(|error| PeftError::Config(format!("not a JSON object: {error}")))?;
         Config::parse(&fields)
     }

@@ -62,13 +62,22 @@ pub struct Loaded {
 
 /// Reads and checks a PEFT folder against the base it is to serve.
 pub fn read(folder: &Path, spec: &DecoderSpec, max_rank: u32) -> Result<Loaded, PeftError> {
-    let config = Config::read(folder)?;
-    let bytes =
-        std::fs::read(folder.join(TENSORS)).map_err(|error| PeftError::Read { file: TENSORS, error })?;
-    if let Some(pointer) = lfs::pointer(&bytes) {
+    let read = |file| std::fs::read(folder.join(file)).map_err(|error| PeftError::Read { file, error });
+    read_bytes(&read(CONFIG)?, &read(TENSORS)?, spec, max_rank)
+}
+
+/// The same, of the two files' contents.
+pub fn read_bytes(
+    config: &[u8],
+    tensors: &[u8],
+    spec: &DecoderSpec,
+    max_rank: u32,
+) -> Result<Loaded, PeftError> {
+    let (config, bytes) = (Config::of_bytes(config)?, tensors);
+    if let Some(pointer) = lfs::pointer(bytes) {
         return Err(PeftError::Tensors(pointer));
     }
-    let tensors = SafeTensors::deserialize(&bytes).map_err(|error| {
+    let tensors = SafeTensors::deserialize(bytes).map_err(|error| {
         PeftError::Tensors(format!(
             "not a whole safetensors file ({} bytes): {error}",
             bytes.len()
