@@ -10,7 +10,7 @@ use crate::common::Strings;
 use crate::structured::{ResponseFormat, StructuredOutputs};
 use crate::usage::{StreamOptions, Usage};
 
-#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
 #[schema(example = json!({"model": "tandem-demo", "prompt": "Once upon a time", "max_tokens": 32}))]
 pub struct CompletionRequest {
     pub model: String,
@@ -79,6 +79,12 @@ pub enum CompletionPrompt {
     Texts(Vec<String>),
     Tokens(Vec<i64>),
     ManyTokens(Vec<Vec<i64>>),
+}
+
+impl Default for CompletionPrompt {
+    fn default() -> CompletionPrompt {
+        CompletionPrompt::Text(String::new())
+    }
 }
 
 #[derive(Clone, Debug, Serialize, ToSchema)]

@@ -64,6 +64,15 @@ impl IntoResponses for AnthropicErrors {
     }
 }
 
+/// The same in text-generation-inference's.
+pub struct GenerateErrors;
+
+impl IntoResponses for GenerateErrors {
+    fn responses() -> BTreeMap<String, RefOr<Response>> {
+        all_with("GenerateError")
+    }
+}
+
 fn all_with(schema: &str) -> BTreeMap<String, RefOr<Response>> {
     let response = |description: &str| {
         let body = ContentBuilder::new()

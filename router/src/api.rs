@@ -16,7 +16,7 @@ use tandem_core::settings::Settings;
 use tandem_text::chat::Message;
 pub use tandem_text::tools::{CallDelta, Delta, Tool};
 
-pub use tandem_store::{MetadataFilter, Order, Part, Tenant};
+pub use tandem_store::{Keep, MetadataFilter, Order, Part, Tenant};
 
 /// A model name as clients see it.
 #[derive(Clone, Debug, PartialEq)]
@@ -341,6 +341,17 @@ pub struct Checkpoint {
     pub metrics: serde_json::Value,
 }
 
+/// A response that a client may name later. Its texts are JSON that only the edge reads.
+#[derive(Clone, Debug, PartialEq)]
+pub struct KeptResponse {
+    pub id: String,
+    pub created_at: i64,
+    /// The one that it goes on with.
+    pub previous: Option<String>,
+    pub input: String,
+    pub response: String,
+}
+
 /// One page of a list.
 pub struct Page<T> {
     pub data: Vec<T>,
@@ -361,6 +372,8 @@ pub enum RouterError {
     /// It was there, and is over.
     #[error("{0}")]
     Gone(String),
+    #[error("Response with id '{0}' not found.")]
+    UnknownResponse(String),
     /// A wrong value: `param` names the field.
     #[error("{message}")]
     Invalid {

@@ -12,6 +12,7 @@ mod grammars;
 mod jobs;
 mod models;
 mod relay;
+mod responses;
 mod tasks;
 #[cfg(test)]
 mod tests;
@@ -35,7 +36,7 @@ use tandem_text::tools::ToolFormat;
 use tandem_text::{TextError, Tokenizer};
 use tokio::task::JoinHandle;
 
-pub use api::{LoadMode, MetadataFilter, Order, Part};
+pub use api::{Keep, LoadMode, MetadataFilter, Order, Part};
 pub use defaults::Defaults;
 pub use fleet::Fleet;
 pub use jobs::hyper;
@@ -71,6 +72,8 @@ pub struct Config {
     pub reasoning_format: Option<&'static ReasoningFormat>,
     /// Tools are offered though no format reads calls.
     pub calls_as_content: bool,
+    /// What is kept of responses.
+    pub keep_responses: Keep,
 }
 
 impl Default for Config {
@@ -86,6 +89,10 @@ impl Default for Config {
             tool_format: None,
             reasoning_format: None,
             calls_as_content: false,
+            keep_responses: Keep {
+                bytes: 256 << 20,
+                age_s: 30 * 24 * 3600,
+            },
         }
     }
 }

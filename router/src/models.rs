@@ -310,7 +310,7 @@ pub(crate) fn adapter_error(error: StoreError) -> RouterError {
     }
 }
 
-/// Deletes adapters that were let go and files that have expired, as long as the router lives. What a failure leaves
+/// Deletes adapters that were let go, and files and responses that have expired, as long as the router lives. What a failure leaves
 /// behind, the next start sweeps.
 pub(crate) async fn housekeeping(router: Router) {
     let mut expiry = tokio::time::interval(EXPIRY_PERIOD);
@@ -321,6 +321,11 @@ pub(crate) async fn housekeeping(router: Router) {
                     Ok(0) => {}
                     Ok(files) => tracing::info!(files, "expired files deleted"),
                     Err(error) => tracing::warn!(%error, "expired files were not deleted"),
+                }
+                match router.0.store.delete_expired_responses(router.config().keep_responses).await {
+                    Ok(0) => {}
+                    Ok(responses) => tracing::info!(responses, "old responses deleted"),
+                    Err(error) => tracing::warn!(%error, "old responses were not deleted"),
                 }
                 if router.0.store.is_shared() {
                     match router.0.store.delete_loose_files().await {

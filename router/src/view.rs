@@ -3,16 +3,17 @@
 
 use std::path::{Path, PathBuf};
 
-use tandem_store::{FileRow, JobRow, Source};
+use tandem_store::{FileRow, JobRow, ResponseRow, Source};
 use tokio::sync::mpsc;
 
 use crate::Router;
 use crate::api::{
-    Checkpoint, Client, FileInfo, Job, JobEventRecord, JobRequest, LoadMode, MetadataFilter, ModelCard,
-    ModelKind, Order, Page, RouterError, Upload,
+    Checkpoint, Client, FileInfo, Job, JobEventRecord, JobRequest, KeptResponse, LoadMode, MetadataFilter,
+    ModelCard, ModelKind, Order, Page, RouterError, Upload,
 };
 use crate::files;
 use crate::jobs::record;
+use crate::responses;
 
 /// Cheap to make: one for each use.
 #[derive(Clone)]
@@ -123,6 +124,33 @@ impl View {
         self.router.checkpoints(id, after, limit).await
     }
 
+    /// Whether it is kept: no more is than [`View::max_kept_bytes`] of a tenant's together, of which the newest stay.
+    pub async fn keep_response(self, response: KeptResponse) -> Result<bool, RouterError> {
+        self.router.keep_response(response, &self.client.tenant).await
+    }
+
+    pub fn max_kept_bytes(&self) -> u64 {
+        self.router.config().keep_responses.bytes
+    }
+
+    pub async fn response(self, id: &str) -> Result<KeptResponse, RouterError> {
+        self.see_response(id).await.map(responses::kept)
+    }
+
+    /// The response and all that it goes on with, the oldest first.
+    pub async fn conversation(self, id: &str) -> Result<Vec<KeptResponse>, RouterError> {
+        let rows = self.router.conversation_rows(id).await?;
+        match rows.iter().find(|row| !self.client.sees(&row.tenant)) {
+            None => Ok(rows.into_iter().map(responses::kept).collect()),
+            Some(_) => Err(RouterError::UnknownResponse(id.to_owned())),
+        }
+    }
+
+    pub async fn delete_response(self, id: &str) -> Result<(), RouterError> {
+        self.see_response(id).await?;
+        self.router.delete_response(id).await
+    }
+
     /// The base first, then adapters from the oldest on.
     pub fn models(self) -> Vec<ModelCard> {
         self.router.0.catalog.cards(&self.client)
@@ -186,6 +214,14 @@ impl View {
         match self.client.sees(&row.tenant) {
             true => Ok(row),
             false => Err(RouterError::UnknownFile(id.to_owned())),
+        }
+    }
+
+    async fn see_response(&self, id: &str) -> Result<ResponseRow, RouterError> {
+        let row = self.router.response_row(id).await?;
+        match self.client.sees(&row.tenant) {
+            true => Ok(row),
+            false => Err(RouterError::UnknownResponse(id.to_owned())),
         }
     }
 

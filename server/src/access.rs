@@ -52,6 +52,16 @@ pub const TABLE: &[Row] = &[
     ("POST", "/v1/messages", INFER, None),
     ("POST", "/v1/messages/count_tokens", INFER, None),
     ("POST", "/v1/embeddings", INFER, None),
+    ("POST", "/v1/responses", INFER, None),
+    ("POST", "/v1/responses/input_tokens", INFER, None),
+    ("GET", "/v1/responses/{id}", INFER, None),
+    ("DELETE", "/v1/responses/{id}", INFER, None),
+    ("POST", "/v1/responses/{id}/cancel", INFER, None),
+    ("GET", "/v1/responses/{id}/input_items", INFER, None),
+    ("POST", "/", INFER, None),
+    ("POST", "/generate", INFER, None),
+    ("POST", "/generate_stream", INFER, None),
+    ("GET", "/info", INFER, None),
     ("POST", "/tokenize", INFER, None),
     ("POST", "/detokenize", INFER, None),
     ("GET", "/tokenizer_info", INFER, None),
@@ -301,15 +311,23 @@ mod tests {
         }
         for (method, path, least, action) in TABLE {
             let is_documented = routes.iter().any(|(m, p)| m == method && p == path);
-            let is_page = ["/", "/docs", "/openapi.json"].contains(path);
+            let is_page = *method == "GET" && ["/", "/docs", "/openapi.json"].contains(path);
             assert!(is_documented || is_page, "{method} {path} is no route");
-            // What changes something is written down, and is more than asking a model.
+            // What changes something is written down, and is more than asking a model. What was asked, and is kept for who asked,
+            // is a part of asking.
             let asks = [
                 "/v1/chat/completions",
                 "/v1/completions",
                 "/v1/messages",
                 "/v1/messages/count_tokens",
                 "/v1/embeddings",
+                "/v1/responses",
+                "/v1/responses/input_tokens",
+                "/v1/responses/{id}",
+                "/v1/responses/{id}/cancel",
+                "/",
+                "/generate",
+                "/generate_stream",
                 "/tokenize",
                 "/detokenize",
                 // Sessions, and what lives in one of them alone.

@@ -92,6 +92,7 @@ pub fn now() -> i64 {
     components(schemas(
         ErrorResponse,
         tandem_openapi::chat::ChatChunk,
+        tandem_openapi::generate::GenerateError,
         tandem_openapi::messages::AnthropicError
     )),
     modifiers(&Key),
@@ -116,8 +117,8 @@ impl Modify for Key {
 
 fn documented() -> OpenApiRouter<App> {
     use http::{
-        adapters, chat, completions, embeddings, files, fine_tunes, fine_tuning, messages, models, server,
-        tokenize,
+        adapters, chat, completions, embeddings, files, fine_tunes, fine_tuning, generate, messages, models,
+        responses, server, tokenize,
     };
     OpenApiRouter::with_openapi(Document::openapi())
         .merge(http::tinker::documented())
@@ -125,6 +126,15 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(completions::create))
         .routes(routes!(messages::create))
         .routes(routes!(messages::count_tokens))
+        .routes(routes!(responses::create))
+        .routes(routes!(responses::input_tokens))
+        .routes(routes!(responses::retrieve, responses::delete))
+        .routes(routes!(responses::cancel))
+        .routes(routes!(responses::input_items))
+        .routes(routes!(generate::whole))
+        .routes(routes!(generate::streamed))
+        .routes(routes!(generate::either))
+        .routes(routes!(generate::info))
         .routes(routes!(embeddings::create))
         .routes(routes!(models::list))
         .routes(routes!(models::retrieve, models::delete))
@@ -279,6 +289,6 @@ mod tests {
             assert_eq!(strays(name, example.to_string().as_bytes()), [], "{name}");
             bodies += 1;
         }
-        assert_eq!(bodies, 26);
+        assert_eq!(bodies, 31);
     }
 }

@@ -12,8 +12,8 @@ use tandem_text::tools::ToolFormat;
 
 use crate::extract::{FILE_LIMIT_BYTES, JSON_LIMIT_BYTES};
 use crate::values::{
-    ChatTemplate, LoraModule, LoraModules, Parser as Format, address, bytes, chat_template, count, host,
-    lora_modules, model_len, reasoning_parser, share, tool_call_parser,
+    ChatTemplate, LoraModule, LoraModules, Parser as Format, address, bytes, bytes_or_none, chat_template,
+    count, host, lora_modules, model_len, reasoning_parser, share, tool_call_parser,
 };
 
 /// Serves a language model and fine-tunes it in tandem: one process, one copy of the base weights.
@@ -296,6 +296,13 @@ pub struct EdgeOptions {
     /// on the hub need none [default: none but --data-dir and the folders of --lora-modules]
     #[arg(long, value_name = "DIR", value_delimiter = ',')]
     pub lora_root: Vec<PathBuf>,
+    /// Bytes of responses (/v1/responses) kept of each tenant, so that clients can name them later; beyond them the oldest go. 0:
+    /// none are kept
+    #[arg(long, value_name = "BYTES", default_value = "256M", value_parser = bytes_or_none)]
+    pub response_store_bytes: u64,
+    /// Days that a response is kept
+    #[arg(long, value_name = "DAYS", default_value_t = 30, value_parser = count(1..=36_500))]
+    pub response_store_days: u32,
     /// Requests that may wait for a place among the running; more are answered 429
     #[arg(long, value_name = "N", default_value_t = 512)]
     pub max_waiting: u32,

@@ -3,11 +3,12 @@
 
 use axum::body::Body;
 use axum::extract::Request;
-use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::Response;
 use serde_json::{Value, json};
 use tandem_openapi::error::ErrorObject;
+use tandem_openapi::generate::GenerateError;
 use tandem_openapi::messages::{AnthropicError, AnthropicErrorObject};
 
 use crate::error::ApiError;
@@ -17,16 +18,20 @@ use crate::layers::REQUEST_ID;
 pub enum Dialect {
     OpenAi,
     Anthropic,
+    /// text-generation-inference's.
+    Generate,
 }
 
 /// Anthropic's name of the header.
 const ANTHROPIC_REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
 
 impl Dialect {
-    pub fn of(path: &str) -> Dialect {
+    pub fn of(method: &Method, path: &str) -> Dialect {
         match path {
             "/v1/messages" => Dialect::Anthropic,
             path if path.starts_with("/v1/messages/") => Dialect::Anthropic,
+            "/generate" | "/generate_stream" | "/info" => Dialect::Generate,
+            "/" if method == Method::POST => Dialect::Generate,
             _ => Dialect::OpenAi,
         }
     }
@@ -41,6 +46,14 @@ impl Dialect {
                     message: error.message.clone(),
                 },
                 request_id: request_id.to_owned(),
+            }),
+            Dialect::Generate => json!(GenerateError {
+                error: error.message.clone(),
+                error_type: match status.as_u16() {
+                    429 | 503 => "overloaded",
+                    400..500 => "validation",
+                    _ => "generation",
+                },
             }),
         }
     }
@@ -66,7 +79,7 @@ fn anthropic_kind(status: StatusCode) -> &'static str {
 
 /// Around everything that may fail, but within the layer that gives the request its id.
 pub async fn translate(request: Request, next: Next) -> Response {
-    let dialect = Dialect::of(request.uri().path());
+    let dialect = Dialect::of(request.method(), request.uri().path());
     if dialect == Dialect::OpenAi {
         return next.run(request).await;
     }

@@ -307,6 +307,7 @@ impl ApiError {
             ),
             RouterError::Unknown { .. } => with(S::NOT_FOUND, INVALID, Some("id"), Some("not_found")),
             RouterError::Gone(_) => with(S::GONE, INVALID, Some("id"), Some("gone")),
+            RouterError::UnknownResponse(_) => with(S::NOT_FOUND, INVALID, Some("id"), None),
             RouterError::Invalid { param, code, .. } => bad(param.as_deref(), *code),
             RouterError::ContextLength { .. } => bad(prompt, Some("context_length_exceeded")),
             RouterError::Conflict(_) => Answer {

@@ -42,6 +42,14 @@ pub fn bytes(text: &str) -> Result<u64, String> {
     }
 }
 
+/// The same, or 0.
+pub fn bytes_or_none(text: &str) -> Result<u64, String> {
+    match text {
+        "0" => Ok(0),
+        text => bytes(text),
+    }
+}
+
 /// The case of the suffix says whether it counts by 1000 or 1024, as in vLLM; an `i` says 1024 in either case.
 fn number(text: &str) -> Option<u64> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());

@@ -152,7 +152,7 @@ def test_parse(client):
         model_config = pydantic.ConfigDict(extra="forbid")
         long: bool
 
-    message = client.messages.parse(**asked({"temperature": 1}), output_format=Nap)
+    message = client.messages.parse(**asked({"temperature": 1, "seed": 3}, max_tokens=400), output_format=Nap)
     assert isinstance(message.parsed_output, Nap)
 
 

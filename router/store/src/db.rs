@@ -17,12 +17,14 @@ const SQLITE: &[&str] = &[
     include_str!("../migrations/sqlite/0002_leases.sql"),
     include_str!("../migrations/sqlite/0003_identity.sql"),
     include_str!("../migrations/sqlite/0004_tenants.sql"),
+    include_str!("../migrations/sqlite/0005_responses.sql"),
 ];
 const POSTGRES: &[&str] = &[
     include_str!("../migrations/postgres/0001_first.sql"),
     include_str!("../migrations/postgres/0002_leases.sql"),
     include_str!("../migrations/postgres/0003_identity.sql"),
     include_str!("../migrations/postgres/0004_tenants.sql"),
+    include_str!("../migrations/postgres/0005_responses.sql"),
 ];
 /// Readers go on while one writes (WAL); writers queue.
 const SQLITE_CONNECTIONS: u32 = 4;

@@ -36,6 +36,7 @@ mod lease;
 mod leftovers;
 mod names;
 mod remote;
+mod responses;
 mod room;
 mod saves;
 #[cfg(test)]
@@ -56,6 +57,7 @@ pub use keys::{KeyRow, Keys, NewKey, NotARole, NotATenant, Role, Tenant, hash as
 pub use lease::{LEASE, Lease, Renewal};
 pub use names::{NameRow, NewName, Source};
 pub use remote::use_ring;
+pub use responses::{Keep, ResponseRow};
 pub use saves::{SaveKind, SavePlace, SaveRecord};
 
 use std::fs::File;

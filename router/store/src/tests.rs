@@ -48,6 +48,74 @@ async fn each_kind(root: &Path) -> Vec<Store> {
     stores
 }
 
+#[tokio::test]
+async fn responses_stay_within_their_bytes_and_age() {
+    let root = tempfile::tempdir().unwrap();
+    for store in each_kind(root.path()).await {
+        let keep = Keep {
+            bytes: 100,
+            age_s: 3600,
+        };
+        let row = |id: &str, tenant: &str, previous: Option<&str>, input: &str| ResponseRow {
+            id: id.to_owned(),
+            tenant: tenant.to_owned(),
+            created_at: now(),
+            previous: previous.map(str::to_owned),
+            input: input.to_owned(),
+            response: "{}".to_owned(),
+        };
+        let ids = |rows: Vec<ResponseRow>| rows.into_iter().map(|row| row.id).collect::<Vec<_>>().join(" ");
+        let chain = async |id: &str, bytes| ids(store.conversation(id, bytes, keep).await.unwrap());
+        for (row, is_kept) in [
+            (row("a", "x", None, &"a".repeat(28)), true),
+            (row("b", "x", Some("a"), &"b".repeat(28)), true),
+            (row("huge", "x", None, &"c".repeat(99)), false),
+            (row("c", "x", Some("b"), &"c".repeat(28)), true),
+            (row("z", "y", None, &"z".repeat(98)), true),
+        ] {
+            assert_eq!(
+                store.keep_response(&row, keep).await.unwrap(),
+                is_kept,
+                "{}",
+                row.id
+            );
+            assert_eq!(
+                store.response(&row.id, keep).await.unwrap(),
+                Some(row).filter(|_| is_kept)
+            );
+        }
+        assert_eq!(chain("c", 1000).await, "a b c");
+        // As much as is asked for, from the newest on.
+        assert_eq!(chain("c", 60).await, "b c");
+        assert_eq!(chain("none", 1000).await, "");
+        // One more of this tenant, and its oldest goes; the other's stays.
+        store
+            .keep_response(&row("d", "x", Some("c"), "d"), keep)
+            .await
+            .unwrap();
+        store
+            .keep_response(&row("e", "x", Some("d"), &"e".repeat(20)), keep)
+            .await
+            .unwrap();
+        assert_eq!(chain("e", 1000).await, "b c d e");
+        assert!(store.response("a", keep).await.unwrap().is_none());
+        assert!(store.response("z", keep).await.unwrap().is_some());
+        assert!(store.delete_response("d").await.unwrap());
+        assert!(!store.delete_response("d").await.unwrap());
+        assert_eq!(chain("e", 1000).await, "e");
+        // What is too old is gone before it is removed.
+        let old = ResponseRow {
+            created_at: now() - 3601,
+            ..row("old", "w", None, "")
+        };
+        store.keep_response(&old, keep).await.unwrap();
+        assert!(store.response("old", keep).await.unwrap().is_none());
+        assert_eq!(chain("old", 1000).await, "");
+        assert_eq!(store.delete_expired_responses(keep).await.unwrap(), 1);
+        assert_eq!(store.delete_expired_responses(keep).await.unwrap(), 0);
+    }
+}
+
 fn new_file(filename: &'static str, purpose: &'static str, expires_after_s: Option<u64>) -> NewFile<'static> {
     static TENANT: std::sync::LazyLock<Tenant> = std::sync::LazyLock::new(Tenant::default);
     NewFile {
@@ -98,7 +166,7 @@ async fn one_folder_has_one_owner_and_no_future() {
             newer,
             StoreError::Newer {
                 found: 99,
-                known: 4,
+                known: 5,
                 ..
             }
         ),

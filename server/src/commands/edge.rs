@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use tandem_router::Keep;
 use tandem_router::{Defaults, Fleet, Router};
 use tandem_store::{Keys, Places, Store, Strays};
 use tandem_text::Tokenizer;
@@ -182,6 +183,8 @@ pub async fn run(edge: Edge) -> Result<()> {
         strict_fields,
         lora_modules: _,
         lora_root,
+        response_store_bytes,
+        response_store_days,
         max_waiting,
         replica_wait: _,
         connections:
@@ -260,6 +263,10 @@ pub async fn run(edge: Edge) -> Result<()> {
         calls_as_content: matches!(tool_call_parser, Some(Parser::None)),
         served_model_name: names[0].clone(),
         other_model_names: names[1..].to_vec(),
+        keep_responses: Keep {
+            bytes: response_store_bytes,
+            age_s: u64::from(response_store_days) * 24 * 3600,
+        },
         max_waiting,
         max_choices: convert::sampling::MAX_CHOICES,
         lora_modules,

@@ -8,7 +8,9 @@ use tandem_openapi::completions::CompletionRequest;
 use tandem_openapi::embeddings::EmbeddingRequest;
 use tandem_openapi::fine_tunes::CreateFineTune;
 use tandem_openapi::fine_tuning::CreateJob;
+use tandem_openapi::generate::GenerateRequest;
 use tandem_openapi::messages::{CountTokensRequest, MessagesRequest};
+use tandem_openapi::responses::{InputTokensRequest, ResponsesRequest};
 use tandem_openapi::tinker;
 use tandem_openapi::tokenize::{DetokenizeRequest, TokenizeRequest};
 
@@ -38,6 +40,21 @@ impl Body for CountTokensRequest {
 impl Body for EmbeddingRequest {
     const SCHEMA: &'static str = "EmbeddingRequest";
     const RULES: Option<&'static [&'static [Rule]]> = Some(&[EVERYWHERE, EMBEDDINGS]);
+}
+
+impl Body for ResponsesRequest {
+    const SCHEMA: &'static str = "ResponsesRequest";
+    const RULES: Option<&'static [&'static [Rule]]> = Some(&[RESPONSES, EVERYWHERE, SAMPLING]);
+}
+
+impl Body for InputTokensRequest {
+    const SCHEMA: &'static str = "InputTokensRequest";
+    const RULES: Option<&'static [&'static [Rule]]> = Some(&[RESPONSES, EVERYWHERE]);
+}
+
+impl Body for GenerateRequest {
+    const SCHEMA: &'static str = "GenerateRequest";
+    const RULES: Option<&'static [&'static [Rule]]> = Some(&[GENERATE, EVERYWHERE]);
 }
 
 impl Body for TokenizeRequest {
@@ -150,6 +167,10 @@ fn standard(value: &Given) -> bool {
     matches!(value, Given::Text(text) if text == "standard")
 }
 
+fn auto(value: &Given) -> bool {
+    matches!(value, Given::Text(text) if text == "auto")
+}
+
 fn medium(value: &Given) -> bool {
     matches!(value, Given::Text(text) if text == "medium")
 }
@@ -197,7 +218,7 @@ const SAMPLING: &[Rule] = &[
     // What a chunk of a stream is padded with, or how many tokens are in one.
     harmless("stream_options.include_obfuscation"),
     harmless("stream_interval"),
-    refused("store", nothing, "answers are not kept"),
+    refused("store", nothing, "POST /v1/responses keeps its answers"),
     // Which model.
     refused("adapter_id", nothing, MODEL),
     refused("adapter", nothing, MODEL),
@@ -559,6 +580,99 @@ const COUNT: &[Rule] = &[
     harmless("top_p"),
     harmless("top_k"),
     harmless("stop_sequences"),
+];
+
+/// Of /v1/responses.
+const RESPONSES: &[Rule] = &[
+    // What an answer's parts had, when they come back.
+    refused("input[].content[].annotations", nothing, "put them into the text"),
+    harmless("input[].content[].logprobs"),
+    harmless("input[].phase"),
+    refused(
+        "input[].content[].image_url",
+        nothing,
+        "images are not understood, only text",
+    ),
+    refused(
+        "input[].content[].file_id",
+        nothing,
+        "files are not understood, only text",
+    ),
+    refused(
+        "input[].content[].file_data",
+        nothing,
+        "files are not understood, only text",
+    ),
+    refused(
+        "input[].output[].image_url",
+        nothing,
+        "images are not understood, only text",
+    ),
+    harmless("input[].content[].detail"),
+    // There are no built-in tools to call.
+    harmless("max_tool_calls"),
+    refused("conversation", nothing, "use previous_response_id"),
+    refused("prompt", nothing, "send what it says as instructions and input"),
+    refused(
+        "context_management",
+        nothing,
+        "send an input that fits the context",
+    ),
+    refused("moderation", nothing, ""),
+    refused("text.verbosity", medium, "ask for it in instructions"),
+    refused("verbosity", medium, "ask for it in instructions"),
+    refused(
+        "reasoning.generate_summary",
+        auto,
+        "nothing here makes summaries, the reasoning itself is in the output",
+    ),
+    refused(
+        "tools[].function",
+        never,
+        "name, description and parameters stand in the tool itself",
+    ),
+    refused(
+        "tools[].defer_loading",
+        nothing,
+        "offer the functions that the model may need",
+    ),
+    refused("tool_choice.function", never, "use name"),
+    refused("messages", nothing, "use input"),
+    refused("system", nothing, "use instructions"),
+    refused("max_tokens", never, "use max_output_tokens"),
+    refused("max_completion_tokens", never, "use max_output_tokens"),
+    refused("response_format", nothing, "use text.format"),
+    refused("reasoning_effort", nothing, "use reasoning.effort"),
+    refused("n", one, "send the request again"),
+    refused(
+        "logprobs",
+        nothing,
+        "use include with message.output_text.logprobs",
+    ),
+    refused("max_output_token", never, "use max_output_tokens"),
+];
+
+/// Of /generate, /generate_stream and /.
+const GENERATE: &[Rule] = &[
+    refused("model", nothing, "use parameters.adapter_id"),
+    refused("adapter_id", nothing, "put it into parameters"),
+    refused("parameters.adapter_source", nothing, LOAD),
+    refused("parameters.api_token", nothing, LOAD),
+    refused(
+        "parameters.merged_adapters",
+        nothing,
+        "load a merged adapter and name it as adapter_id",
+    ),
+    refused("parameters.response_format", nothing, "use grammar"),
+    refused("parameters.return_k_alternatives", nothing, "use top_n_tokens"),
+    refused("parameters.ignore_eos_token", nothing, "use POST /v1/completions"),
+    refused("parameters.max_tokens", never, "use max_new_tokens"),
+    refused("parameters.num_return_sequences", one, "send the request again"),
+    refused("parameters.max_length", never, "use max_new_tokens"),
+    refused("prompt", nothing, "use inputs"),
+    refused("messages", nothing, "use POST /v1/chat/completions"),
+    // Settings of Hugging Face's hosted servers.
+    harmless("options"),
 ];
 
 const TOKENIZE: &[Rule] = &[

@@ -9,7 +9,7 @@ use tandem_router::api::TokenText;
 /// JSON has no infinity; OpenAI and vLLM send this instead.
 const LOWEST: f32 = -9999.0;
 
-fn json_safe(logprob: f32) -> f32 {
+pub fn json_safe(logprob: f32) -> f32 {
     // NaN too becomes LOWEST.
     f32::max(logprob, LOWEST)
 }

@@ -186,6 +186,7 @@ pub struct Gathered {
     pub prompt: Option<Vec<Option<TokenText>>>,
     pub vector: Option<Vec<f32>>,
     pub finish: Option<Finish>,
+    pub stop_string: Option<String>,
     pub completion_tokens: u32,
     pub cached_tokens: u32,
     pub guessed: Guessed,
@@ -250,10 +251,11 @@ pub async fn gather(feed: &mut Feed, n: u32) -> Result<Vec<Gathered>, ApiError> 
                     reason,
                     completion_tokens,
                     cached_tokens,
-                    stop_string: _,
+                    stop_string,
                     guessed,
                 } => {
                     one.finish = Some(reason);
+                    one.stop_string = stop_string;
                     (one.completion_tokens, one.cached_tokens) = (completion_tokens, cached_tokens);
                     one.guessed = guessed;
                 }

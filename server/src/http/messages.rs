@@ -228,7 +228,11 @@ impl Writer for Events {
                 reason, stop_string, ..
             } => {
                 self.parts.finish(&mut steps);
-                self.ending = Some(Ending { reason, stop_string });
+                self.ending = Some(Ending {
+                    reason,
+                    stop_string,
+                    reasoning_tokens: self.parts.reasoning_tokens(),
+                });
             }
             What::Prompt(_) | What::Pooled(_) | What::Failed(_) => {}
         }

@@ -36,6 +36,8 @@ pub struct Parts {
     has_begun: bool,
     /// Of text that has not begun.
     tokens: Vec<TokenText>,
+    /// Tokens of pieces that said nothing but reasoning, or began with it.
+    reasoning_tokens: u64,
     hides_reasoning: bool,
 }
 
@@ -60,8 +62,12 @@ impl Parts {
             content,
             calls,
         } = delta;
-        self.tokens.extend(tokens);
         let thinks = !reasoning.is_empty();
+        let says = !content.is_empty() || !calls.is_empty();
+        if thinks || (self.open == Some(Open::Reasoning) && !says) {
+            self.reasoning_tokens += tokens.len() as u64;
+        }
+        self.tokens.extend(tokens);
         if !reasoning.is_empty() && !self.hides_reasoning {
             self.go_on(Open::Reasoning, || Kind::Reasoning, steps);
             steps.push(Step::Think(reasoning));
@@ -90,6 +96,10 @@ impl Parts {
                 steps.push(Step::Argue(arguments));
             }
         }
+    }
+
+    pub fn reasoning_tokens(&self) -> u64 {
+        self.reasoning_tokens
     }
 
     pub fn finish(&mut self, steps: &mut Vec<Step>) {
@@ -148,6 +158,7 @@ pub fn apply(parts: &mut Vec<Part>, step: &Step) {
 pub struct Ending {
     pub reason: Finish,
     pub stop_string: Option<String>,
+    pub reasoning_tokens: u64,
 }
 
 /// The one answer to the one prompt, whole, and what it took.
@@ -177,7 +188,12 @@ pub async fn gather(admitted: Admitted, mut taking: Parts) -> Result<(Vec<Part>,
                         u64::from(cached_tokens),
                     )
                     .guessing(guessed.tokens.into(), guessed.accepted.into());
-                    end = Some((Ending { reason, stop_string }, usage));
+                    let ending = Ending {
+                        reason,
+                        stop_string,
+                        reasoning_tokens: taking.reasoning_tokens(),
+                    };
+                    end = Some((ending, usage));
                 }
                 What::Failed(fault) => return Err(ApiError::Router(RouterError::Engine(fault))),
             }

@@ -31,6 +31,11 @@ impl Reply {
         serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error} in {:?}", self.text()))
     }
 
+    /// Null where there is none.
+    pub fn json_or_null(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_default()
+    }
+
     /// The JSON of a 200.
     pub fn ok(&self) -> Value {
         assert_eq!(self.status, 200, "{}", self.text());

@@ -13,7 +13,7 @@ struct Said {
     text: String,
     /// Names and arguments; what is no JSON stands there as it was written.
     calls: Vec<(String, Value)>,
-    /// `stop`, `stop string`, `length` or `calls`
+    /// `stop`, `length` or `calls`
     end: &'static str,
     tokens: u64,
 }
@@ -175,7 +175,67 @@ const APIS: &[Api] = &[
         },
         refusal: |body| (&body["error"]["type"], &body["error"]["message"]),
     },
+    Api {
+        path: "/v1/responses",
+        body: |model, case| {
+            let mut body = json!({"model": model, "input": ASK, "max_output_tokens": case.max_tokens,
+                "temperature": case.temperature, "seed": 5});
+            if !case.stop.is_empty() {
+                body["stop"] = json!(case.stop);
+            }
+            if case.tools {
+                let tools = schemas()
+                    .map(|(name, schema)| json!({"type": "function", "name": name, "parameters": schema}));
+                body["tools"] = json!(tools);
+                body["tool_choice"] = json!("required");
+                body["parallel_tool_calls"] = json!(false);
+            }
+            body
+        },
+        whole: of_response,
+        streamed: |reply| {
+            let events = reply.named_events();
+            let mut said = Said::default();
+            for event in &events {
+                match event["type"].as_str().unwrap() {
+                    "response.output_text.delta" => said.text += &text(&event["delta"]),
+                    "response.reasoning_text.delta" => said.reasoning += &text(&event["delta"]),
+                    "response.function_call_arguments.done" => {
+                        said.call(&event["name"], event["arguments"].as_str().unwrap());
+                    }
+                    _ => {}
+                }
+            }
+            let last = of_response(&events.last().unwrap()["response"]);
+            Said {
+                end: last.end,
+                tokens: last.tokens,
+                ..said
+            }
+        },
+        refusal: |body| (&body["error"]["code"], &body["error"]["message"]),
+    },
 ];
+
+fn of_response(answer: &Value) -> Said {
+    let mut said = Said::default();
+    for item in answer["output"].as_array().unwrap() {
+        match item["type"].as_str().unwrap() {
+            "message" => said.text += &text(&item["content"][0]["text"]),
+            "reasoning" => said.reasoning += &text(&item["content"][0]["text"]),
+            "function_call" => said.call(&item["name"], item["arguments"].as_str().unwrap()),
+            other => panic!("{other}"),
+        }
+    }
+    said.end = match (answer["status"].as_str().unwrap(), said.calls.is_empty()) {
+        ("completed", true) => "stop",
+        ("completed", false) => "calls",
+        ("incomplete", _) => "length",
+        other => panic!("{other:?}"),
+    };
+    said.tokens = answer["usage"]["output_tokens"].as_u64().unwrap();
+    said
+}
 
 fn text(value: &Value) -> String {
     value.as_str().unwrap_or_default().to_owned()
@@ -256,6 +316,8 @@ fn what_is_wrong_is_said_in_each_apis_shape() {
     let server = Server::start(&["--api-key", "sekret"]);
     let key = ("authorization", "Bearer sekret");
     let kind = ("content-type", "application/json");
+    let models = client::send(server.address, "GET", "/v1/models", &[key], b"").ok();
+    let model = models["data"][0]["id"].as_str().unwrap();
     for api in APIS {
         let case = Case {
             max_tokens: 4,
@@ -267,11 +329,11 @@ fn what_is_wrong_is_said_in_each_apis_shape() {
             client::send(server.address, method, api.path, headers, body.as_bytes())
         };
         let body = |field: &str, value: Value| {
-            let mut body = (api.body)(server.model(), &case);
+            let mut body = (api.body)(model, &case);
             body[field] = value;
             body.to_string()
         };
-        let fine = (api.body)(server.model(), &case).to_string();
+        let fine = (api.body)(model, &case).to_string();
         #[rustfmt::skip] // one case, one line
         let cases = [
             (send("POST", &[kind], &fine), 401, "API key"),
@@ -299,4 +361,51 @@ fn what_is_wrong_is_said_in_each_apis_shape() {
         let reply = send("POST", &[("x-api-key", "sekret"), kind], &fine);
         assert_eq!(reply.status, 200, "{}: {}", api.path, reply.text());
     }
+}
+
+#[test]
+fn responses_are_kept_over_a_restart_and_within_their_bytes() {
+    let path = "/v1/responses";
+    let ask = |server: &Server, more: Value| {
+        let mut body =
+            json!({"model": server.model(), "input": ASK, "max_output_tokens": 4, "temperature": 0});
+        body.as_object_mut()
+            .unwrap()
+            .extend(more.as_object().unwrap().clone());
+        client::post(server.address, path, &body)
+    };
+    let flags = ["--response-store-bytes", "8k"];
+    let server = Server::start(&flags);
+    let first = ask(&server, json!({})).ok();
+    let kept = format!("{path}/{}", first["id"].as_str().unwrap());
+    let server = Server::start_in(server.kill(), &flags);
+    assert_eq!(client::get(server.address, &kept).ok(), first);
+    let second = ask(&server, json!({"previous_response_id": first["id"]})).ok();
+    assert!(second["usage"]["input_tokens"].as_u64() > first["usage"]["input_tokens"].as_u64());
+    // Each has more than a kilobyte.
+    for _ in 0..8 {
+        assert_eq!(ask(&server, json!({})).ok()["store"], true);
+    }
+    assert_eq!(client::get(server.address, &kept).status, 404);
+    let long = "a ".repeat(5000);
+    assert_eq!(
+        ask(&server, json!({"input": long, "store": true})).json()["error"]["param"],
+        "store"
+    );
+    let none = Server::start(&["--response-store-bytes", "0"]);
+    let refused = ask(&none, json!({"store": true}));
+    assert_eq!(
+        (refused.status, &refused.json()["error"]["param"]),
+        (400, &json!("store"))
+    );
+    let answer = ask(&none, json!({})).ok();
+    assert_eq!(answer["store"], false);
+    assert_eq!(
+        client::get(
+            none.address,
+            &format!("{path}/{}", answer["id"].as_str().unwrap())
+        )
+        .status,
+        404
+    );
 }
