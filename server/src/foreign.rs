@@ -61,6 +61,9 @@ const OWN_PREFIXES: &str = "prefixes are always cached, and answers are the same
 const OWN_CHUNKS: &str = "long prompts are always cut into chunks, and answers are the same with and without";
 const OWN_COLLECTIVES: &str = "ranks are summed by this program's own choice";
 const OWN_ADAPTERS: &str = "adapters can always be loaded";
+const BOTH: &str = "any model generates, and makes vectors at /v1/embeddings";
+const ONLY_BOTH: &str = "models generate, and make vectors at /v1/embeddings: nothing else is served";
+const IN_EMBEDDINGS: &str = "it is a field of a request to /v1/embeddings: pooling, normalize, dimensions";
 const OWN_LOADER: &str = "safetensors are mapped into memory, whatever their number";
 
 /// By server, vLLM first.
@@ -118,27 +121,15 @@ pub const TABLE: &[Foreign] = &[
     ),
     value(
         &["runner"],
-        HarmlessIf(
-            &["auto", "generate"],
-            "models generate here",
-            "only generation is served",
-        ),
+        HarmlessIf(&["auto", "generate", "pooling"], BOTH, ONLY_BOTH),
     ),
     value(
         &["task"],
-        HarmlessIf(
-            &["auto", "generate"],
-            "models generate here",
-            "only generation is served",
-        ),
+        HarmlessIf(&["auto", "generate", "embed", "embedding"], BOTH, ONLY_BOTH),
     ),
     value(
         &["convert"],
-        HarmlessIf(
-            &["auto", "none"],
-            "models generate here",
-            "only generation is served",
-        ),
+        HarmlessIf(&["auto", "none", "embed"], BOTH, ONLY_BOTH),
     ),
     value(
         &["hf-overrides", "rope-scaling", "rope-theta"],
@@ -146,6 +137,10 @@ pub const TABLE: &[Foreign] = &[
     ),
     switch(&["disable-sliding-window"], Refused(NO_OVERRIDES)),
     value(&["override-generation-config"], Refused(IN_REQUEST)),
+    value(
+        &["pooler-config", "override-pooler-config"],
+        Refused(IN_EMBEDDINGS),
+    ),
     value(
         &["max-logprobs"],
         HarmlessIf(
@@ -646,10 +641,9 @@ pub const TABLE: &[Foreign] = &[
         ],
         Refused(IN_REQUEST),
     ),
-    switch(
-        &["embedding", "embeddings", "reranking"],
-        Refused("only generation is served"),
-    ),
+    switch(&["embedding", "embeddings"], Harmless(BOTH)),
+    value(&["pooling", "embd-normalize"], Refused(IN_EMBEDDINGS)),
+    switch(&["reranking"], Refused(ONLY_BOTH)),
     value(
         &["threads-http", "threads-batch", "max-client-batch-size"],
         Harmless("the edge has two threads of its own"),
@@ -850,5 +844,36 @@ mod tests {
         ] {
             assert_eq!(spelled_out(arg), expected);
         }
+    }
+
+    /// docs/coming-from.md: options of the first column are known here, those of the second are ours.
+    #[test]
+    fn the_guide_names_options_that_are() {
+        let command = Cli::command();
+        let commands = command.get_subcommands().flat_map(Command::get_arguments);
+        let ours: BTreeSet<&str> = commands.filter_map(Arg::get_long).collect();
+        let options = |cell: &'static str| {
+            let words = cell.split(|c: char| !c.is_ascii_alphanumeric() && c != '-');
+            words.filter_map(|word| word.strip_prefix("--"))
+        };
+        let guide = include_str!("../../docs/coming-from.md");
+        let mut seen = 0;
+        for row in guide.lines().filter(|line| line.starts_with("| ")) {
+            let cells: Vec<&str> = row.split(" | ").collect();
+            // torchrun and torchtune have none of a server's.
+            let there = options(cells[0]).filter(|_| !row.contains("tune run") && !row.contains("torchrun"));
+            for option in there {
+                assert!(
+                    find(option).is_some() || ours.contains(option),
+                    "--{option}: {row}"
+                );
+                seen += 1;
+            }
+            for option in options(cells[1]) {
+                assert!(ours.contains(option), "--{option} is none of ours: {row}");
+                seen += 1;
+            }
+        }
+        assert!(seen > 30, "{seen} options");
     }
 }

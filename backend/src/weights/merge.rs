@@ -20,7 +20,7 @@ use crate::lora::peft::{self, PeftError};
 pub enum MergeError {
     #[error(transparent)]
     Base(#[from] LoadError),
-    #[error("the adapter: {0}")]
+    #[error(transparent)]
     Adapter(#[from] PeftError),
     #[error("{0}")]
     Cannot(String),

@@ -1,5 +1,5 @@
-//! README's commands run as they are written: those that ask a server or train. Those that set up, build, or start what
-//! does not end are left out by their first word.
+//! Commands of README and of the guides run as they are written: those that ask a server or work on files. Those that set up,
+//! build, or start what does not end are left out by their first word.
 
 use std::path::Path;
 use std::process::Command;
@@ -7,7 +7,41 @@ use std::sync::Arc;
 
 use crate::server::{Server, binary, without_options};
 
-const README: &str = include_str!("../../../README.md");
+/// A page, and what the blocks of it that are run must say, in their order.
+const PAGES: [(&str, &[&str]); 4] = [
+    (
+        include_str!("../../../README.md"),
+        &[
+            "\"content\"",
+            "ft:tandem-demo:",
+            "written to adapters/ahoy/adapter",
+            "\"ahoy\"",
+        ],
+    ),
+    (
+        include_str!("../../../docs/serving.md"),
+        &[
+            "[DONE]",
+            "\"embedding\"",
+            "\"prompt\"",
+            "\\\"age\\\"",
+            "vllm:num_requests_running",
+        ],
+    ),
+    (
+        include_str!("../../../docs/fine-tuning.md"),
+        &["\"text\"", "adapter_model.safetensors"],
+    ),
+    (
+        include_str!("../../../docs/adapters.md"),
+        &[
+            "\"content\"",
+            "pirate/adapter_model.safetensors",
+            "matrices changed",
+            "removed",
+        ],
+    ),
+];
 /// Of lines that are not run here.
 const LEFT_OUT: [&str; 6] = [
     "./scripts/",
@@ -18,26 +52,29 @@ const LEFT_OUT: [&str; 6] = [
     "HIP_",
 ];
 
-/// The shell blocks that ask or train, without what is left out.
-fn scripts() -> Vec<String> {
-    let blocks = README.split("```sh\n").skip(1);
+/// The shell blocks of a page that ask a server or work on files, without what is left out.
+fn scripts(page: &str) -> Vec<String> {
+    let blocks = page.split("```sh\n").skip(1);
     let blocks = blocks.map(|block| block.split("```").next().unwrap_or_default());
     let run = |line: &&str| !LEFT_OUT.iter().any(|word| line.starts_with(word));
     let scripts = blocks.map(|block| block.lines().filter(run).collect::<Vec<_>>().join("\n"));
     scripts
-        .filter(|script| script.contains("curl") || script.contains("tandem train"))
+        .filter(|script| {
+            ["curl", "tandem train", "tandem merge"]
+                .iter()
+                .any(|word| script.contains(word))
+        })
         .collect()
 }
 
 #[test]
-fn its_commands_run_as_written() {
+fn their_commands_run_as_written() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
         .unwrap()
         .canonicalize()
         .unwrap();
     let folder = tempfile::tempdir().unwrap();
-    std::os::unix::fs::symlink(root.join("server"), folder.path().join("server")).unwrap();
     let server = Server::start_with(
         Arc::new(tempfile::tempdir().unwrap()),
         &[],
@@ -54,31 +91,33 @@ fn its_commands_run_as_written() {
         binary.parent().unwrap().display(),
         std::env::var("PATH").unwrap()
     );
-    let mut said = Vec::new();
-    for script in scripts() {
-        let script = script.replace("localhost:8000", &server.address.to_string());
-        let output = without_options(Command::new("bash"))
-            .args(["-euo", "pipefail", "-c", &script])
-            .current_dir(folder.path())
-            .env("PATH", &path)
-            .output()
-            .unwrap();
-        let [out, log] =
-            [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned());
-        assert!(
-            output.status.success() && !out.contains("\"error\":{"),
-            "{script}\n{out}\n{log}"
-        );
-        said.push(out);
+    for (number, (page, expected)) in PAGES.into_iter().enumerate() {
+        let place = folder.path().join(number.to_string());
+        std::fs::create_dir(&place).unwrap();
+        std::os::unix::fs::symlink(root.join("server"), place.join("server")).unwrap();
+        let mut said = Vec::new();
+        for script in scripts(page) {
+            let script = script.replace("localhost:8000", &server.address.to_string());
+            let output = without_options(Command::new("bash"))
+                .args(["-euo", "pipefail", "-c", &script])
+                .current_dir(&place)
+                .env("PATH", &path)
+                .output()
+                .unwrap();
+            let [out, log] =
+                [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned());
+            assert!(
+                output.status.success() && !out.contains("\"error\":{"),
+                "{script}\n{out}\n{log}"
+            );
+            said.push(out);
+        }
+        assert_eq!(said.len(), expected.len(), "blocks of page {number} that are run");
+        for (out, expected) in said.iter().zip(expected) {
+            assert!(
+                out.contains(expected),
+                "page {number}: {expected} is not in\n{out}"
+            );
+        }
     }
-    let [asked, fine_tuned, trained, adapters] = &said[..] else {
-        panic!("README has {} blocks that ask or train", said.len())
-    };
-    assert!(asked.contains("\"content\""), "{asked}");
-    assert!(
-        fine_tuned.contains("succeeded") && fine_tuned.contains("ft:tandem-demo:"),
-        "{fine_tuned}"
-    );
-    assert!(trained.contains("written to adapters/ahoy/adapter"), "{trained}");
-    assert!(adapters.contains("\"ahoy\""), "{adapters}");
 }
