@@ -30,7 +30,7 @@ const PAGES: [(&str, &[&str]); 4] = [
     ),
     (
         include_str!("../../../docs/fine-tuning.md"),
-        &["\"text\"", "adapter_model.safetensors"],
+        &["\"text\"", "succeeded", "adapter_model.safetensors"],
     ),
     (
         include_str!("../../../docs/adapters.md"),
