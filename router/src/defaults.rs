@@ -29,6 +29,32 @@ struct File {
     max_new_tokens: Option<u32>,
 }
 
+/// transformers' parameters that have no counterpart in a default here, each with the number that switches it off.
+const NOT_APPLIED: [(&str, f64); 22] = [
+    ("min_new_tokens", 0.0),
+    ("min_length", 0.0),
+    ("typical_p", 1.0),
+    ("epsilon_cutoff", 0.0),
+    ("eta_cutoff", 0.0),
+    ("top_h", 0.0),
+    ("penalty_alpha", 0.0),
+    ("num_beams", 1.0),
+    ("num_beam_groups", 1.0),
+    ("diversity_penalty", 0.0),
+    ("length_penalty", 1.0),
+    ("early_stopping", 0.0),
+    ("no_repeat_ngram_size", 0.0),
+    ("encoder_repetition_penalty", 1.0),
+    ("bad_words_ids", 0.0),
+    ("sequence_bias", 0.0),
+    ("suppress_tokens", -1.0),
+    ("begin_suppress_tokens", -1.0),
+    ("forced_bos_token_id", -1.0),
+    ("forced_eos_token_id", -1.0),
+    ("guidance_scale", 1.0),
+    ("stop_strings", 0.0),
+];
+
 impl Defaults {
     /// The content of a generation_config.json; an error says what is wrong with it.
     pub fn read(content: &[u8]) -> Result<Defaults, String> {
@@ -55,6 +81,23 @@ impl Defaults {
             Ok(_) => Ok(defaults),
             Err(bad) => Err(bad.message),
         }
+    }
+
+    /// Keys of a generation_config.json that would change answers, with values that do so, and are not applied.
+    pub fn not_applied(content: &[u8]) -> Vec<&'static str> {
+        let file: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_slice(content).unwrap_or_default();
+        let changes = |&(key, neutral): &(&str, f64)| match file.get(key) {
+            None | Some(serde_json::Value::Null | serde_json::Value::Bool(false)) => false,
+            Some(serde_json::Value::Number(number)) => number.as_f64() != Some(neutral),
+            Some(serde_json::Value::Array(items)) => !items.is_empty(),
+            Some(_) => true,
+        };
+        NOT_APPLIED
+            .iter()
+            .filter(|row| changes(row))
+            .map(|(key, _)| *key)
+            .collect()
     }
 
     pub(crate) fn fill(&self, asked: RawSampling) -> RawSampling {
@@ -114,6 +157,16 @@ mod tests {
             (Some(0.0), Some(0.9), None, Some(7))
         );
         assert_eq!(Defaults::read(b"{}").unwrap().to_string(), "");
+    }
+
+    #[test]
+    fn what_is_not_applied_is_named() {
+        let text = br#"{"temperature": 0.6, "num_beams": 1, "length_penalty": 1.0, "typical_p": 0.9, "suppress_tokens": [],
+            "bad_words_ids": [[1]], "no_repeat_ngram_size": null, "early_stopping": false, "stop_strings": "x"}"#;
+        assert_eq!(
+            Defaults::not_applied(text),
+            ["typical_p", "bad_words_ids", "stop_strings"]
+        );
     }
 
     #[test]

@@ -514,7 +514,7 @@ pub struct Health {
     /// Where it listens
     #[arg(long, default_value = "127.0.0.1", value_parser = host)]
     pub host: IpAddr,
-    #[arg(long, default_value_t = 8000)]
+    #[arg(long, default_value_t = 8000, env = "TANDEM_PORT")]
     pub port: u16,
     /// Ask whether it takes requests, not only whether it is well
     #[arg(long)]

@@ -156,7 +156,7 @@ static DOCUMENT: LazyLock<Value> =
 pub fn strays(schema: &str, body: &[u8]) -> Vec<Stray> {
     let mut found = Vec::new();
     let place = Place {
-        schemas: basic(&DOCUMENT["components"]["schemas"][schema]),
+        schemas: basic(known(schema)),
         path: String::new(),
         pattern: String::new(),
     };
@@ -168,10 +168,18 @@ pub fn strays(schema: &str, body: &[u8]) -> Vec<Stray> {
     found
 }
 
+/// # Panics
+/// When the committed document does not have the schema: then nothing would be found in a body, ever.
+fn known(schema: &str) -> &'static Value {
+    let schemas = &DOCUMENT["components"]["schemas"];
+    let found = schemas.get(schema);
+    found.unwrap_or_else(|| panic!("openapi.json has no {schema}: `tandem openapi` writes it"))
+}
+
 /// Of a form, whose fields are flat.
 pub fn stray_field(schema: &str, name: &str) -> Option<Stray> {
     let place = Place {
-        schemas: basic(&DOCUMENT["components"]["schemas"][schema]),
+        schemas: basic(known(schema)),
         path: String::new(),
         pattern: String::new(),
     };

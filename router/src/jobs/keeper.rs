@@ -6,33 +6,28 @@ use std::time::Instant;
 use tandem_core::replica::Command;
 use tandem_store::{Lease, Renewal};
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinHandle;
 
 use crate::Router;
 
 /// The lease is renewed until this is dropped or it is lost.
 pub(crate) struct Keeper {
     lost: watch::Receiver<bool>,
-    task: JoinHandle<()>,
-}
-
-impl Drop for Keeper {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
+    /// Closes with it. The task is not aborted: a write that is given up half-way may keep the database's lock.
+    _stop: watch::Sender<()>,
 }
 
 impl Keeper {
     /// `replica`: who trains the job, to be told when it is to be cancelled.
     pub fn new(router: &Router, id: &str, lease: Lease, replica: Option<mpsc::Sender<Command>>) -> Keeper {
         let (sender, lost) = watch::channel(false);
-        let kept = keep(router.clone(), id.to_owned(), lease, replica);
-        let task = tokio::spawn(async move {
+        let (stop, stopped) = watch::channel(());
+        let kept = keep(router.clone(), id.to_owned(), lease, replica, stopped);
+        tokio::spawn(async move {
             kept.await;
             // Whoever worked may be gone already.
             let _ = sender.send(true);
         });
-        Keeper { lost, task }
+        Keeper { lost, _stop: stop }
     }
 
     /// When the job is somebody else's.
@@ -42,8 +37,14 @@ impl Keeper {
     }
 }
 
-/// Until the lease is lost.
-async fn keep(router: Router, id: String, lease: Lease, replica: Option<mpsc::Sender<Command>>) {
+/// Until the lease is lost, or nobody needs it any more.
+async fn keep(
+    router: Router,
+    id: String,
+    lease: Lease,
+    replica: Option<mpsc::Sender<Command>>,
+    mut stopped: watch::Receiver<()>,
+) {
     let store = &router.0.store;
     let mut cancels = router.0.desk.cancels.subscribe();
     let mut held_until = Instant::now() + store.lease_time();
@@ -68,7 +69,10 @@ async fn keep(router: Router, id: String, lease: Lease, replica: Option<mpsc::Se
             }
             Err(error) => tracing::warn!(job = id, %error, "the lease is not renewed; trying again"),
         }
-        // Either is a reason to look.
-        let _ = tokio::time::timeout(store.renewal_period(), cancels.changed()).await;
+        tokio::select! {
+            _ = stopped.changed() => return,
+            // Either is a reason to look.
+            _ = tokio::time::timeout(store.renewal_period(), cancels.changed()) => {}
+        }
     }
 }

@@ -4,6 +4,7 @@
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use tandem_core::dataset;
 use tandem_core::id::{AdapterDigest, AdapterHasher};
@@ -318,13 +319,26 @@ pub(crate) fn life_name(epoch: u64) -> String {
     format!("{LIFE}{epoch}")
 }
 
-/// Remove a file or a folder; that it is gone already is fine.
+/// Between two tries to remove a folder that somebody still writes into, and how many there are.
+const REMOVAL_PAUSE: Duration = Duration::from_millis(20);
+const REMOVAL_TRIES: u32 = 100;
+
+/// Remove a file or a folder; that it is gone already is fine. Who prepares a job that was cancelled may not have heard of
+/// it: what is written meanwhile goes as well.
 pub(crate) fn remove(path: &Path) -> Result<(), StoreError> {
-    let done = match fs::symlink_metadata(path) {
-        Ok(kind) if kind.is_dir() => fs::remove_dir_all(path),
-        Ok(_) => fs::remove_file(path),
-        Err(error) => Err(error),
+    let try_it = || match fs::symlink_metadata(path)?.is_dir() {
+        true => fs::remove_dir_all(path),
+        false => fs::remove_file(path),
     };
+    let mut done = try_it();
+    for _ in 1..REMOVAL_TRIES {
+        let is_written = |error: &io::Error| error.kind() == io::ErrorKind::DirectoryNotEmpty;
+        if !done.as_ref().is_err_and(is_written) {
+            break;
+        }
+        std::thread::sleep(REMOVAL_PAUSE);
+        done = try_it();
+    }
     match done {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_at("removing", path)(error)),
         _ => Ok(()),

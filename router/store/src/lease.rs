@@ -99,12 +99,12 @@ impl Store {
         )))
     }
 
-    /// Hold on. Also tells whether somebody wants the job cancelled.
+    /// Hold on, unless it was let go. Also tells whether somebody wants the job cancelled.
     pub async fn renew_lease(&self, id: &str, lease: Lease) -> Result<Renewal, StoreError> {
         let mut tx = self.db.begin().await?;
         let now_ms = self.db.clock_ms(&mut tx).await?;
-        let sql =
-            "UPDATE jobs SET lease_until = $1 WHERE id = $2 AND lease_epoch = $3 AND finished_at IS NULL";
+        let sql = "UPDATE jobs SET lease_until = $1
+                   WHERE id = $2 AND lease_epoch = $3 AND lease_until IS NOT NULL AND finished_at IS NULL";
         let renewed = sqlx::query(sql)
             .bind(self.until(now_ms))
             .bind(id)

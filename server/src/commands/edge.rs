@@ -13,7 +13,7 @@ use tandem_store::{Keys, Places, Store, Strays};
 use tandem_text::Tokenizer;
 use tandem_text::reasoning::ReasoningFormat;
 use tandem_text::tools::ToolFormat;
-use tracing::info;
+use tracing::{info, warn};
 
 use super::greeting::{self, Greeting};
 use crate::app::{self, Access, App};
@@ -320,6 +320,10 @@ fn defaults(source: &str, fleet: &Fleet) -> Result<Defaults> {
     let defaults = Defaults::read(&content)
         .map_err(WrongSetting)
         .with_context(|| format!("{place} (--generation-config vllm goes without it)"))?;
+    let not_applied = Defaults::not_applied(&content);
+    if !not_applied.is_empty() {
+        warn!("of {place} these are not applied: {}", not_applied.join(", "));
+    }
     let shown = defaults.to_string();
     if !shown.is_empty() {
         info!(

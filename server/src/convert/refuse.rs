@@ -180,6 +180,9 @@ const LOAD: &str = "load the adapter with POST /v1/load_lora_adapter, then name 
 const MAX_TOKENS: &str = "use max_tokens";
 const RESPONSE_FORMAT: &str = "use response_format";
 const STRUCTURED: &str = "use structured_outputs, which has json, regex, choice, grammar and structural_tag";
+const CONVERSATION: &str = "use POST /v1/chat/completions";
+const NO_SOUND: &str = "only text is understood";
+const FORMS: &str = "offer a tool and choose it, or use POST /v1/chat/completions";
 const SCALE: &str = "scale lora_alpha in the adapter's adapter_config.json";
 const FUNCTION: &str = "name, description and parameters stand in the tool's function";
 const HERE: &str = "put its fields into the body itself";
@@ -402,6 +405,8 @@ const EMBEDDINGS: &[Rule] = &[
 const MESSAGES: &[Rule] = &[
     // What a message had when the server said it, and clients send back.
     refused("messages[].refusal", nothing, "put it into content"),
+    // Rows of training have it.
+    refused("messages[].weight", one, "leave it out: a request weighs nothing"),
     refused("messages[].annotations", nothing, "put it into content"),
     refused("messages[].audio", nothing, "only text is understood"),
     // Ollama's, beside content.
@@ -432,6 +437,7 @@ const CHAT: &[Rule] = &[
     refused("add_special_tokens", no, "the chat template writes them"),
     refused("audio", never, "only text is understood"),
     refused("best_of", one, "use n"),
+    refused("suffix", nothing, "use POST /v1/completions"),
     refused("echo", no, "use POST /v1/completions"),
     refused("prediction", never, ""),
     refused("safe_prompt", nothing, "send a message with the role system"),
@@ -482,6 +488,13 @@ const COMPLETIONS: &[Rule] = &[
     refused("top_logprobs", nothing, "use logprobs, which is a number here"),
     refused("return_full_text", nothing, "use echo"),
     refused("suffix", nothing, ""),
+    refused("chat_template", never, CONVERSATION),
+    refused("chat_template_kwargs", nothing, CONVERSATION),
+    refused("reasoning_effort", never, CONVERSATION),
+    refused("documents", nothing, CONVERSATION),
+    refused("modalities", nothing, NO_SOUND),
+    refused("audio", never, NO_SOUND),
+    refused("prediction", never, ""),
     refused("prompt_embeds", nothing, "send text or token ids as prompt"),
     refused("image_data", nothing, "only text is understood"),
     refused("images", nothing, "only text is understood"),
@@ -499,6 +512,14 @@ const COMPLETIONS: &[Rule] = &[
 
 /// Anthropic's, of /v1/messages and /v1/messages/count_tokens.
 const ANTHROPIC: &[Rule] = &[
+    refused("response_format", nothing, FORMS),
+    refused("structured_outputs", nothing, FORMS),
+    refused("guided_json", nothing, FORMS),
+    refused("guided_regex", nothing, FORMS),
+    refused("guided_choice", nothing, FORMS),
+    refused("guided_grammar", nothing, FORMS),
+    refused("json_schema", nothing, FORMS),
+    refused("grammar", nothing, FORMS),
     // The prefix cache needs no hints.
     harmless("cache_control"),
     harmless("system[].cache_control"),
