@@ -12,7 +12,7 @@ use crate::Router;
 /// The lease is renewed until this is dropped or it is lost.
 pub(crate) struct Keeper {
     lost: watch::Receiver<bool>,
-    /// Closes with it. The task is not aborted: a write that is given up half-way may keep the database's lock.
+    /// Closes with it. The task ends behind what it is writing.
     _stop: watch::Sender<()>,
 }
 

@@ -8,13 +8,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use futures::StreamExt;
-use futures::stream::FuturesUnordered;
 use tandem_core::dataset::{self, Group};
 use tandem_core::job::files;
 use tandem_store::{JobChange, JobRow, Lease, Part, StoreError};
 use tandem_text::dataset::{Options, group, read_rows};
 use tandem_text::{TextError, Tokenizer};
+use tokio::task::JoinSet;
 use tokio::time::Sleep;
 
 use crate::Router;
@@ -30,7 +29,8 @@ const AT_ONCE: usize = 2;
 
 /// As long as the router lives.
 pub(crate) async fn run(router: Router) {
-    let mut underway = FuturesUnordered::new();
+    // Tasks of their own: one that holds the database's lock goes on while this one waits for it.
+    let mut underway = JoinSet::new();
     let mut ids: Vec<String> = vec![];
     loop {
         let has_place = ids.len() < AT_ONCE;
@@ -41,7 +41,7 @@ pub(crate) async fn run(router: Router) {
         let pause = match claimed {
             Ok(Some((row, lease))) => {
                 ids.push(row.id.clone());
-                underway.push(one(&router, row, lease));
+                underway.spawn(one(router.clone(), row, lease));
                 continue;
             }
             Ok(None) => None,
@@ -54,7 +54,13 @@ pub(crate) async fn run(router: Router) {
             }
         };
         tokio::select! {
-            Some(done) = underway.next() => ids.retain(|id| *id != done),
+            Some(done) = underway.join_next() => match done {
+                Ok(done) => ids.retain(|id| *id != done),
+                Err(error) => match error.try_into_panic() {
+                    Ok(panic) => std::panic::resume_unwind(panic),
+                    Err(_cancelled) => return,
+                },
+            },
             () = woken, if has_place => {}
         }
     }
@@ -83,9 +89,9 @@ async fn claim(router: &Router, except: Option<&str>) -> Result<Option<(JobRow, 
 }
 
 /// Prepares a job. Its id, when it may be claimed again.
-async fn one(router: &Router, row: JobRow, lease: Lease) -> String {
-    if let Err(error) = queue(router, &row, lease).await {
-        trouble(router, &error).await;
+async fn one(router: Router, row: JobRow, lease: Lease) -> String {
+    if let Err(error) = queue(&router, &row, lease).await {
+        trouble(&router, &error).await;
     }
     row.id
 }
