@@ -11,6 +11,7 @@ use futures::StreamExt;
 use serde::de::DeserializeOwned;
 use tandem_core::json;
 use tandem_openapi::tinker::proto;
+use tandem_router::Order;
 
 use crate::app::App;
 use crate::convert::fine_tunes::JobName;
@@ -280,6 +281,18 @@ impl Pairs {
             Some(other) => Err(invalid(
                 name,
                 format!("{name} must be true or false, got {other:?}"),
+            )),
+        }
+    }
+
+    /// `order`: `desc`, which is also what nothing means, or `asc`.
+    pub fn order(&self) -> Result<Order, ApiError> {
+        match self.text("order") {
+            None | Some("desc") => Ok(Order::Newest),
+            Some("asc") => Ok(Order::Oldest),
+            Some(other) => Err(invalid(
+                "order",
+                format!("order must be asc or desc, got {other:?}"),
             )),
         }
     }

@@ -172,6 +172,12 @@ impl MicroBatch {
             reference: reference_adapter,
             dropout,
         } = *models;
+        let context = |keep_bytes| Context {
+            decoder,
+            adapter,
+            dropout,
+            keep_bytes,
+        };
         self.at = match std::mem::replace(&mut self.at, At::Next) {
             At::Divergence {
                 slices,
@@ -244,12 +250,7 @@ impl MicroBatch {
                 pass,
                 mut scored,
             } => {
-                let context = Context {
-                    decoder,
-                    adapter,
-                    dropout,
-                    keep_bytes,
-                };
+                let context = context(keep_bytes);
                 let grads = grads.expect("what goes forward to come back is trained");
                 let pass = match pass {
                     Some(pass) => match pass.advance(&context, grads) {
@@ -291,12 +292,7 @@ impl MicroBatch {
                 mut scored,
                 pass,
             } => {
-                let context = Context {
-                    decoder,
-                    adapter,
-                    dropout,
-                    keep_bytes,
-                };
+                let context = context(keep_bytes);
                 let grads = grads.expect("what goes back is trained");
                 let pass = match pass.map(|pass| pass.advance(&context, grads)) {
                     Some(Advanced::On(pass)) => Some(Box::new(pass)),

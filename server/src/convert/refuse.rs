@@ -2,106 +2,52 @@
 //! here, and those that would change the answer, which are refused with what to use instead. A field that is in no list
 //! is compared with the names of the document, and then logged (fields.rs).
 
-use tandem_openapi::adapters::{LoadLoraAdapter, UnloadLoraAdapter};
-use tandem_openapi::chat::ChatRequest;
-use tandem_openapi::completions::CompletionRequest;
-use tandem_openapi::embeddings::EmbeddingRequest;
-use tandem_openapi::fine_tunes::CreateFineTune;
-use tandem_openapi::fine_tuning::CreateJob;
-use tandem_openapi::generate::GenerateRequest;
-use tandem_openapi::messages::{CountTokensRequest, MessagesRequest};
-use tandem_openapi::responses::{InputTokensRequest, ResponsesRequest};
-use tandem_openapi::tinker;
-use tandem_openapi::tokenize::{DetokenizeRequest, TokenizeRequest};
-
 use crate::extract::Body;
 use crate::fields::{Given, Kind, Rule};
 
-impl Body for ChatRequest {
-    const SCHEMA: &'static str = "ChatRequest";
-    const RULES: Option<&'static [&'static [Rule]]> = Some(&[EVERYWHERE, SAMPLING, MESSAGES, CHAT]);
-}
-
-impl Body for CompletionRequest {
-    const SCHEMA: &'static str = "CompletionRequest";
-    const RULES: Option<&'static [&'static [Rule]]> = Some(&[EVERYWHERE, SAMPLING, COMPLETIONS]);
-}
-
-impl Body for MessagesRequest {
-    const SCHEMA: &'static str = "MessagesRequest";
-    const RULES: Option<&'static [&'static [Rule]]> = Some(&[ANTHROPIC, EVERYWHERE, SAMPLING]);
-}
-
-impl Body for CountTokensRequest {
-    const SCHEMA: &'static str = "CountTokensRequest";
-    const RULES: Option<&'static [&'static [Rule]]> = Some(&[ANTHROPIC, COUNT, EVERYWHERE]);
-}
-
-impl Body for EmbeddingRequest {
-    const SCHEMA: &'static str = "EmbeddingRequest";
-    const RULES: Option<&'static [&'static [Rule]]> = Some(&[EVERYWHERE, EMBEDDINGS]);
-}
-
-impl Body for ResponsesRequest {
-    const SCHEMA: &'static str = "ResponsesRequest";
-    const RULES: Option<&'static [&'static [Rule]]> = Some(&[RESPONSES, EVERYWHERE, SAMPLING]);
-}
-
-impl Body for InputTokensRequest {
-    const SCHEMA: &'static str = "InputTokensRequest";
-    const RULES: Option<&'static [&'static [Rule]]> = Some(&[RESPONSES, EVERYWHERE]);
-}
-
-impl Body for GenerateRequest {
-    const SCHEMA: &'static str = "GenerateRequest";
-    const RULES: Option<&'static [&'static [Rule]]> = Some(&[GENERATE, EVERYWHERE]);
-}
-
-impl Body for TokenizeRequest {
-    const SCHEMA: &'static str = "TokenizeRequest";
-    const RULES: Option<&'static [&'static [Rule]]> = Some(&[EVERYWHERE, MESSAGES, TOKENIZE]);
-}
-
-impl Body for DetokenizeRequest {
-    const SCHEMA: &'static str = "DetokenizeRequest";
-    const RULES: Option<&'static [&'static [Rule]]> = Some(&[EVERYWHERE]);
-}
-
-impl Body for LoadLoraAdapter {
-    const SCHEMA: &'static str = "LoadLoraAdapter";
-    const RULES: Option<&'static [&'static [Rule]]> = Some(&[EVERYWHERE, LORA]);
-}
-
-impl Body for UnloadLoraAdapter {
-    const SCHEMA: &'static str = "UnloadLoraAdapter";
-    const RULES: Option<&'static [&'static [Rule]]> = Some(&[EVERYWHERE, LORA]);
-}
-
-/// Settings of training have a table of their own, with every spelling.
-impl Body for CreateJob {
-    const SCHEMA: &'static str = "CreateJob";
-    const RULES: Option<&'static [&'static [Rule]]> = None;
-}
-
-impl Body for CreateFineTune {
-    const SCHEMA: &'static str = "CreateFineTune";
-    const RULES: Option<&'static [&'static [Rule]]> = None;
-}
-
-/// Tinker's bodies: its SDK knows their fields, and what a later one adds is logged.
-macro_rules! tinker_bodies {
-    ($($name:ident)*) => {
-        $(impl Body for tinker::$name {
+/// The document's name of a type is the type's own.
+macro_rules! bodies {
+    ($($module:ident::$name:ident: $rules:expr;)*) => {
+        $(impl Body for tandem_openapi::$module::$name {
             const SCHEMA: &'static str = stringify!($name);
-            const RULES: Option<&'static [&'static [Rule]]> = Some(&[]);
+            const RULES: Option<&'static [&'static [Rule]]> = $rules;
         })*
     };
 }
 
-tinker_bodies! {
-    ClientConfigRequest CreateSessionRequest SessionHeartbeatRequest FinishSessionRequest RetrieveFutureRequest
-    CreateModelRequest GetInfoRequest OptimStepRequest SaveWeightsRequest
-    SaveWeightsForSamplerRequest LoadWeightsRequest CreateSamplingSessionRequest SampleRequest TelemetryRequest TtlRequest WeightsInfoRequest
+bodies! {
+    chat::ChatRequest: Some(&[EVERYWHERE, SAMPLING, MESSAGES, CHAT]);
+    completions::CompletionRequest: Some(&[EVERYWHERE, SAMPLING, COMPLETIONS]);
+    messages::MessagesRequest: Some(&[ANTHROPIC, EVERYWHERE, SAMPLING]);
+    messages::CountTokensRequest: Some(&[ANTHROPIC, COUNT, EVERYWHERE]);
+    embeddings::EmbeddingRequest: Some(&[EVERYWHERE, EMBEDDINGS]);
+    responses::ResponsesRequest: Some(&[RESPONSES, EVERYWHERE, SAMPLING]);
+    responses::InputTokensRequest: Some(&[RESPONSES, EVERYWHERE]);
+    generate::GenerateRequest: Some(&[GENERATE, EVERYWHERE]);
+    tokenize::TokenizeRequest: Some(&[EVERYWHERE, MESSAGES, TOKENIZE]);
+    tokenize::DetokenizeRequest: Some(&[EVERYWHERE]);
+    adapters::LoadLoraAdapter: Some(&[EVERYWHERE, LORA]);
+    adapters::UnloadLoraAdapter: Some(&[EVERYWHERE, LORA]);
+    // Settings of training have a table of their own, with every spelling.
+    fine_tuning::CreateJob: None;
+    fine_tunes::CreateFineTune: None;
+    // Tinker's: its SDK knows their fields, and what a later one adds is logged.
+    tinker::ClientConfigRequest: Some(&[]);
+    tinker::CreateSessionRequest: Some(&[]);
+    tinker::SessionHeartbeatRequest: Some(&[]);
+    tinker::FinishSessionRequest: Some(&[]);
+    tinker::RetrieveFutureRequest: Some(&[]);
+    tinker::CreateModelRequest: Some(&[]);
+    tinker::GetInfoRequest: Some(&[]);
+    tinker::OptimStepRequest: Some(&[]);
+    tinker::SaveWeightsRequest: Some(&[]);
+    tinker::SaveWeightsForSamplerRequest: Some(&[]);
+    tinker::LoadWeightsRequest: Some(&[]);
+    tinker::CreateSamplingSessionRequest: Some(&[]);
+    tinker::SampleRequest: Some(&[]);
+    tinker::TelemetryRequest: Some(&[]);
+    tinker::TtlRequest: Some(&[]);
+    tinker::WeightsInfoRequest: Some(&[]);
 }
 
 const fn harmless(field: &'static str) -> Rule {
@@ -767,6 +713,10 @@ pub const QUERY: &[Rule] = &[
 mod tests {
     use prometheus::IntCounter;
     use serde_json::{Value, json};
+    use tandem_openapi::adapters::LoadLoraAdapter;
+    use tandem_openapi::chat::ChatRequest;
+    use tandem_openapi::completions::CompletionRequest;
+    use tandem_openapi::tokenize::TokenizeRequest;
 
     use super::*;
     use crate::fields::{Strays, strays};

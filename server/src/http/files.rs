@@ -11,7 +11,6 @@ use axum::{Extension, Json};
 use tandem_openapi::common::{CursorList, Deleted};
 use tandem_openapi::error::Errors;
 use tandem_openapi::files::{File, UploadForm};
-use tandem_router::Order;
 use tandem_router::api::{RouterError, Upload};
 use tandem_store::StoreError;
 use tokio::io::AsyncWriteExt;
@@ -178,16 +177,7 @@ fn broken(error: MultipartError) -> ApiError {
 )]
 pub async fn list(Own(own): Own, query: Pairs) -> Result<Json<CursorList<File>>, ApiError> {
     let limit = query.integer("limit", 1..=LIST_LIMIT, LIST_LIMIT)?;
-    let order = match query.text("order") {
-        None | Some("desc") => Order::Newest,
-        Some("asc") => Order::Oldest,
-        Some(other) => {
-            return Err(invalid(
-                "order",
-                format!("order must be asc or desc, got {other:?}"),
-            ));
-        }
-    };
+    let order = query.order()?;
     let page = own
         .files(query.text("purpose"), query.text("after"), limit, order)
         .await?;

@@ -14,8 +14,8 @@ use tandem_openapi::responses::{
     ResponsesUsage,
 };
 use tandem_openapi::usage::Usage;
-use tandem_router::View;
 use tandem_router::api::{Finish, KeptResponse, RouterError};
+use tandem_router::{Order, View};
 use tandem_text::SpecialTokens;
 use tandem_text::chat::CallIds;
 use tracing::warn;
@@ -144,19 +144,10 @@ pub async fn input_items(
     query: Pairs,
 ) -> Result<Answer<CursorList<KeptItem>>, ApiError> {
     let limit = query.integer("limit", 1..=100, 20)? as usize;
-    let newest_first = match query.text("order") {
-        None | Some("desc") => true,
-        Some("asc") => false,
-        Some(other) => {
-            return Err(invalid(
-                "order",
-                format!("order must be asc or desc, got {other:?}"),
-            ));
-        }
-    };
+    let order = query.order()?;
     let KeptResponse { input, .. } = own.response(&id).await?;
     let mut items: Vec<Value> = read(&input)?;
-    if newest_first {
+    if order == Order::Newest {
         items.reverse();
     }
     let id_of = |item: &Value| item["id"].as_str().map(str::to_owned);
