@@ -237,6 +237,7 @@ impl Engine {
             }
             Word::Command(Command::StartJob(spec, events)) => self.start_job(*spec, events),
             Word::Command(Command::CancelJob(id)) => self.cancel_job(&id),
+            Word::Command(Command::PauseJob(id)) => self.pause_job(&id),
             Word::Command(Command::Learn(id, learn)) => self.learn(id, learn),
             Word::Command(Command::Stop) | Word::NobodyLeft => return ControlFlow::Break(()),
             Word::Loaded((digest, result)) => {

@@ -281,6 +281,7 @@ pub enum JobStatus {
     ValidatingFiles,
     Queued,
     Running,
+    Paused,
     Succeeded,
     Failed,
     Cancelled,

@@ -96,6 +96,19 @@ impl View {
         self.router.cancel_job(id).await
     }
 
+    /// A waiting job pauses at once, a running one when its state is written, one that is being prepared after that. If that
+    /// takes long, the job comes back as it is and pauses later.
+    pub async fn pause_job(self, id: &str) -> Result<Job, RouterError> {
+        self.see_job(id).await?;
+        self.router.pause_job(id).await
+    }
+
+    /// A paused job waits for its turn again and goes on from its state.
+    pub async fn resume_job(self, id: &str) -> Result<Job, RouterError> {
+        self.see_job(id).await?;
+        self.router.resume_job(id).await
+    }
+
     /// Newest first.
     pub async fn job_events(
         self,

@@ -379,7 +379,7 @@ pub enum JobEvent {
     Damaged {
         message: String,
     },
-    /// The replica stops. The state after `step` is written: the job goes on from there some other time.
+    /// The replica stops, or the job pauses. The state after `step` is written: it goes on from there some other time.
     Kept {
         step: u64,
     },

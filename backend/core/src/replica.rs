@@ -34,6 +34,9 @@ pub enum Command {
     StartJob(Box<JobSpec>, mpsc::Sender<JobEvent>),
     /// Between two quanta. Answered by `JobEvent::Cancelled`.
     CancelJob(JobId),
+    /// Between two quanta: the job's state is written and the job leaves the replica. Answered by `JobEvent::Kept`; a channel
+    /// that closes without it is a job that had nothing new to keep.
+    PauseJob(JobId),
     /// Of one learner in the order it is sent. One that was lost answers nothing: its reply is dropped.
     Learn(LearnerId, Learn),
     /// Write the running job's checkpoint, fail what runs with `ShuttingDown`, end the thread. Over gRPC it only ends the

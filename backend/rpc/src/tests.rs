@@ -673,6 +673,7 @@ async fn what_no_router_says_is_refused() {
         ("a job with a NUL", named("ftjob-\0"), ids),
         ("a job without a name", named(""), ids),
         ("a cancel of a path", Say::CancelJob("../x".to_owned()), ids),
+        ("a pause of a path", Say::PauseJob("../x".to_owned()), ids),
         ("a long name", Say::CancelJob("x".repeat(1 << 20)), ids),
         ("no JSON", Say::Generate(sampling("{")), "cannot read"),
         (

@@ -302,6 +302,13 @@ impl Engine {
         self.farewells.retain_mut(Supervisor::is_to_hear_more);
     }
 
+    /// The job goes on some other time, perhaps elsewhere.
+    pub(super) fn pause_job(&mut self, id: &JobId) {
+        if self.job.as_ref().is_some_and(|job| job.spec.id == *id) {
+            self.keep_job();
+        }
+    }
+
     /// As many quanta as the pace allows, of the job and of learners in turns. Alone, one a turn: a turn costs microseconds
     /// and hears what was said.
     pub(super) fn train_within(&mut self) -> ControlFlow<()> {

@@ -1,10 +1,10 @@
-//! Keeps the lease of one job while somebody here works on it, and hears through it that the job is to be cancelled.
+//! Keeps the lease of one job while somebody here works on it, and hears through it that the job is to end or to pause.
 //! Not here: the work.
 
 use std::time::Instant;
 
 use tandem_core::replica::Command;
-use tandem_store::{Lease, Renewal};
+use tandem_store::{Asked, Lease, Renewal};
 use tokio::sync::{mpsc, watch};
 
 use crate::Router;
@@ -17,7 +17,7 @@ pub(crate) struct Keeper {
 }
 
 impl Keeper {
-    /// `replica`: who trains the job, to be told when it is to be cancelled.
+    /// `replica`: who trains the job, to be told when it is to end or to pause.
     pub fn new(router: &Router, id: &str, lease: Lease, replica: Option<mpsc::Sender<Command>>) -> Keeper {
         let (sender, lost) = watch::channel(false);
         let (stop, stopped) = watch::channel(());
@@ -46,17 +46,24 @@ async fn keep(
     mut stopped: watch::Receiver<()>,
 ) {
     let store = &router.0.store;
-    let mut cancels = router.0.desk.cancels.subscribe();
+    let mut asked_for = router.0.desk.asked.subscribe();
     let mut held_until = Instant::now() + store.lease_time();
     loop {
-        cancels.mark_unchanged();
-        let asked = Instant::now();
+        asked_for.mark_unchanged();
+        let renewed_at = Instant::now();
         match store.renew_lease(&id, lease).await {
-            Ok(Renewal::Held { cancel_requested }) => {
-                held_until = asked + store.lease_time();
-                if let (true, Some(replica), Ok(id)) = (cancel_requested, &replica, id.parse()) {
-                    // A replica that is gone trains nothing. One that has not begun yet is told again.
-                    let _ = replica.send(Command::CancelJob(id)).await;
+            Ok(Renewal::Held { asked }) => {
+                held_until = renewed_at + store.lease_time();
+                if let (Some(replica), Ok(id)) = (&replica, id.parse()) {
+                    let command = match asked {
+                        Asked::Nothing => None,
+                        Asked::Cancel => Some(Command::CancelJob(id)),
+                        Asked::Pause => Some(Command::PauseJob(id)),
+                    };
+                    if let Some(command) = command {
+                        // A replica that is gone trains nothing. One that has not begun yet is told again.
+                        let _ = replica.send(command).await;
+                    }
                 }
             }
             Ok(Renewal::Lost) => {
@@ -72,7 +79,7 @@ async fn keep(
         tokio::select! {
             _ = stopped.changed() => return,
             // Either is a reason to look.
-            _ = tokio::time::timeout(store.renewal_period(), cancels.changed()) => {}
+            _ = tokio::time::timeout(store.renewal_period(), asked_for.changed()) => {}
         }
     }
 }

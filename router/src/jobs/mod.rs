@@ -1,10 +1,11 @@
-//! Jobs as clients see them: create, list, cancel, read along. A job's state is its row; every change is one
+//! Jobs as clients see them: create, list, pause, cancel, read along. A job's state is its row; every change is one
 //! transaction (`Store::change_job`), and whoever made it wakes the readers. Whoever works on a job holds its lease
 //! (`keeper`), so any number of routers may share the rows.
 //!
 //! ```text
 //! validating_files --prepare--> queued --supervisor--> running --engine--> succeeded
 //!                 \------------------\-------------------\---------------> failed, cancelled
+//!                                      queued <-> paused <- running
 //! ```
 
 mod check;
@@ -19,7 +20,7 @@ pub(crate) mod supervisor;
 use std::time::Duration;
 
 use tandem_core::job::{Lora, Rows};
-use tandem_store::{JobChange, Lease, NewEvent, NewJob, NewName, Source, Tenant, ids};
+use tandem_store::{Asked, JobChange, Lease, NewEvent, NewJob, NewName, Source, Tenant, ids};
 use tandem_text::TextError;
 use tandem_text::dataset::{Kind, read_rows, suits};
 use tokio::sync::{Notify, mpsc, watch};
@@ -32,9 +33,11 @@ use crate::api::{
 
 const QUEUED: &str = "queued";
 const RUNNING: &str = "running";
+const PAUSED: &str = "paused";
 const VALIDATING: &str = "validating_files";
-/// A cancel is answered between two quanta of the engine, seconds at most; the request stands if that takes longer.
-const CANCEL_WAIT: Duration = Duration::from_secs(10);
+/// A cancel or a pause is answered between two quanta of the engine, seconds at most; the request stands if that takes
+/// longer.
+const ANSWER_WAIT: Duration = Duration::from_secs(10);
 /// Events that are read from the store at once, and that may wait for a slow follower.
 const FOLLOW_PAGE: u32 = 100;
 
@@ -46,8 +49,8 @@ pub(crate) struct Desk {
     queued: Notify,
     /// Some job changed.
     changed: watch::Sender<()>,
-    /// Somebody may want a running job cancelled: for its keeper.
-    cancels: watch::Sender<()>,
+    /// Somebody may want a running job to end or to pause: for its keeper.
+    asked: watch::Sender<()>,
 }
 
 impl Desk {
@@ -56,7 +59,7 @@ impl Desk {
             created: Notify::new(),
             queued: Notify::new(),
             changed: watch::Sender::new(()),
-            cancels: watch::Sender::new(()),
+            asked: watch::Sender::new(()),
         }
     }
 
@@ -65,7 +68,7 @@ impl Desk {
         self.created.notify_one();
         self.queued.notify_one();
         self.changed.send_replace(());
-        self.cancels.send_replace(());
+        self.asked.send_replace(());
     }
 
     /// Wakes after every change of any job.
@@ -236,25 +239,88 @@ impl Router {
             return Err(already_ended(&job));
         }
         // Before it is looked at again: whoever starts it from here on sees this.
-        self.0.store.request_cancel(id).await?;
-        let ended = self.cancel_at_once(id, &[VALIDATING, QUEUED], None).await?;
+        self.0.store.ask(id, Asked::Cancel).await?;
+        let ended = self
+            .cancel_at_once(id, &[VALIDATING, QUEUED, PAUSED], None)
+            .await?;
         // Its keeper, here or in another router, stops who prepares it, or tells the replica.
-        self.0.desk.cancels.send_replace(());
+        self.0.desk.asked.send_replace(());
         if ended {
             return self.job(id).await;
         }
-        let ended = async {
+        match self.settled(id, JobStatus::Cancelled, &mut changed).await? {
+            job if job.status.ended() && job.status != JobStatus::Cancelled => Err(already_ended(&job)),
+            job => Ok(job),
+        }
+    }
+
+    pub(crate) async fn pause_job(&self, id: &str) -> Result<Job, RouterError> {
+        let mut changed = self.0.desk.watch();
+        let job = self.job(id).await?;
+        match job.status {
+            JobStatus::Paused => return Ok(job),
+            status if status.ended() => return Err(already_ended(&job)),
+            _ => {}
+        }
+        self.0.store.ask(id, Asked::Pause).await?;
+        let paused = self.pause_at_once(id, &[QUEUED], None).await?;
+        self.0.desk.asked.send_replace(());
+        if paused {
+            return self.job(id).await;
+        }
+        match self.settled(id, JobStatus::Paused, &mut changed).await? {
+            job if job.status.ended() => Err(already_ended(&job)),
+            job => Ok(job),
+        }
+    }
+
+    pub(crate) async fn resume_job(&self, id: &str) -> Result<Job, RouterError> {
+        // A pause that has not happened yet does not happen any more.
+        let was = self.0.store.job(id).await?.map(|row| row.asked);
+        self.0.store.ask(id, Asked::Nothing).await?;
+        let resumed = JobChange {
+            from: &[PAUSED],
+            status: Some(QUEUED),
+            events: vec![event(
+                Level::Info,
+                "Fine-tuning job resumed, moving job to queued state".to_owned(),
+            )],
+            ..JobChange::default()
+        };
+        let resumed = self.change_job(id, resumed).await?;
+        if resumed {
+            self.0.desk.queued.notify_one();
+        }
+        let job = self.job(id).await?;
+        match resumed || was == Some(Asked::Pause) && !job.status.ended() {
+            true => Ok(job),
+            false if job.status.ended() => Err(already_ended(&job)),
+            false => {
+                let state = record::status_name(job.status);
+                Err(RouterError::Conflict(format!(
+                    "Job {id} is not paused: it is {state}."
+                )))
+            }
+        }
+    }
+
+    /// The job once it is `wanted` or has ended, or as it is after [`ANSWER_WAIT`].
+    async fn settled(
+        &self,
+        id: &str,
+        wanted: JobStatus,
+        changed: &mut watch::Receiver<()>,
+    ) -> Result<Job, RouterError> {
+        let settled = async {
             loop {
                 let job = self.job(id).await?;
-                if job.status.ended() || changed.changed().await.is_err() {
+                if job.status == wanted || job.status.ended() || changed.changed().await.is_err() {
                     return Ok::<Job, RouterError>(job);
                 }
             }
         };
-        match tokio::time::timeout(CANCEL_WAIT, ended).await {
-            Ok(Ok(job)) if job.status == JobStatus::Cancelled => Ok(job),
-            Ok(Ok(job)) => Err(already_ended(&job)),
-            Ok(Err(error)) => Err(error),
+        match tokio::time::timeout(ANSWER_WAIT, settled).await {
+            Ok(job) => job,
             Err(_) => self.job(id).await,
         }
     }
@@ -361,6 +427,25 @@ impl Router {
         }
     }
 
+    /// Whether the job is paused now: it was in one of `from`, and a pause is what is asked of it.
+    async fn pause_at_once(
+        &self,
+        id: &str,
+        from: &'static [&'static str],
+        holder: Option<Lease>,
+    ) -> Result<bool, RouterError> {
+        let paused = JobChange {
+            from,
+            holder,
+            asked: Some(Asked::Pause),
+            lets_go: true,
+            status: Some(PAUSED),
+            events: vec![event(Level::Info, "The job was paused.".to_owned())],
+            ..JobChange::default()
+        };
+        self.change_job(id, paused).await
+    }
+
     async fn cancel_at_once(
         &self,
         id: &str,
@@ -451,7 +536,7 @@ impl JobStatus {
     pub fn ended(self) -> bool {
         match self {
             JobStatus::Succeeded | JobStatus::Failed | JobStatus::Cancelled => true,
-            JobStatus::ValidatingFiles | JobStatus::Queued | JobStatus::Running => false,
+            JobStatus::ValidatingFiles | JobStatus::Queued | JobStatus::Running | JobStatus::Paused => false,
         }
     }
 }

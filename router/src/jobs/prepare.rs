@@ -124,7 +124,12 @@ async fn queue(router: &Router, row: &JobRow, lease: Lease) -> Result<(), Router
                 ..JobChange::default()
             };
             match router.change_job(&row.id, queued).await? {
-                true => router.0.desk.queued.notify_one(),
+                // A pause that was asked for meanwhile takes effect where the job rests.
+                true => {
+                    if !router.pause_at_once(&row.id, &[QUEUED], None).await? {
+                        router.0.desk.queued.notify_one();
+                    }
+                }
                 false => router.clear_if_ended(&row.id).await?,
             }
         }

@@ -22,7 +22,7 @@ pub(crate) fn job(row: JobRow) -> Result<Job, RouterError> {
         finished_at,
         estimated_finish,
         status,
-        cancel_requested: _,
+        asked: _,
         saved: _,
         request,
         hyper,
@@ -99,6 +99,7 @@ pub(crate) fn status_name(status: JobStatus) -> &'static str {
         JobStatus::ValidatingFiles => "validating_files",
         JobStatus::Queued => "queued",
         JobStatus::Running => "running",
+        JobStatus::Paused => "paused",
         JobStatus::Succeeded => "succeeded",
         JobStatus::Failed => "failed",
         JobStatus::Cancelled => "cancelled",
@@ -138,12 +139,20 @@ mod tests {
     #[test]
     fn names_in_the_store_are_those_serde_reads() {
         use JobStatus::*;
-        for status in [ValidatingFiles, Queued, Running, Succeeded, Failed, Cancelled] {
+        for status in [
+            ValidatingFiles,
+            Queued,
+            Running,
+            Paused,
+            Succeeded,
+            Failed,
+            Cancelled,
+        ] {
             assert_eq!(word::<JobStatus>(status_name(status)).unwrap(), status);
         }
         for level in [Level::Info, Level::Warn, Level::Error] {
             assert_eq!(word::<Level>(level_name(level)).unwrap(), level);
         }
-        assert!(word::<JobStatus>("paused").is_err());
+        assert!(word::<JobStatus>("asleep").is_err());
     }
 }

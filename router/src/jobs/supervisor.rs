@@ -9,14 +9,14 @@ use serde_json::{Map, Value, json};
 use tandem_core::id::{AdapterRef, JobId};
 use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Method, Saved, StepReport, base_model};
 use tandem_core::replica::{Command, JOB_EVENT_QUEUE, ReplicaHandle};
-use tandem_store::{JobChange, JobRow, Lease, NewCheckpoint, NewEvent, StoreError};
+use tandem_store::{Asked, JobChange, JobRow, Lease, NewCheckpoint, NewEvent, StoreError};
 use tokio::sync::mpsc;
 
 use crate::Router;
 use crate::api::{JobError, Level, RouterError};
 use crate::catalog::{Hold, checkpoint_name};
 use crate::jobs::keeper::Keeper;
-use crate::jobs::{Made, QUEUED, RUNNING, VALIDATING, event, metrics, record, result};
+use crate::jobs::{Made, PAUSED, QUEUED, RUNNING, VALIDATING, event, metrics, record, result};
 
 /// After the store failed: it may be a full disk, which passes. The job goes on from its last state.
 const RETRY: Duration = Duration::from_secs(5);
@@ -90,11 +90,22 @@ async fn next(router: &Router, stumbles: &mut Stumbles) -> Result<Next, RouterEr
     let Some((row, lease)) = claimed else {
         return Ok(Next::NoJob);
     };
-    if row.cancel_requested {
-        router
-            .cancel_at_once(&row.id, &[QUEUED, RUNNING], Some(lease))
-            .await?;
-        return Ok(Next::Job);
+    match row.asked {
+        Asked::Nothing => {}
+        Asked::Cancel => {
+            router
+                .cancel_at_once(&row.id, &[QUEUED, RUNNING], Some(lease))
+                .await?;
+            return Ok(Next::Job);
+        }
+        Asked::Pause => {
+            if router
+                .pause_at_once(&row.id, &[QUEUED, RUNNING], Some(lease))
+                .await?
+            {
+                return Ok(Next::Job);
+            }
+        }
     }
     let message = match row.status.as_str() {
         QUEUED => "Fine-tuning job started",
@@ -238,7 +249,18 @@ impl<'a> Run<'a> {
                 heard = self.events.recv_many(&mut events, JOB_EVENT_QUEUE) => heard,
             };
             if heard == 0 {
-                return Ok(self.silence());
+                // It may have been paused before there was anything to keep.
+                let lease = Some(self.lease);
+                return Ok(
+                    match self
+                        .router
+                        .pause_at_once(self.id.as_str(), &[RUNNING], lease)
+                        .await?
+                    {
+                        true => End::Told,
+                        false => self.silence(),
+                    },
+                );
             }
             // What is only told goes in one transaction; what changes the job has its own.
             let mut told = Told::default();
@@ -270,12 +292,26 @@ impl<'a> Run<'a> {
             .artifacts()
             .push_job(&self.id, epoch, step)
             .await?;
-        let kept = JobChange {
+        let kept = || JobChange {
             from: &[RUNNING],
             saved: Some(Saved { epoch, step }),
             ..JobChange::default()
         };
-        Ok(match self.change(kept).await? {
+        let paused = JobChange {
+            asked: Some(Asked::Pause),
+            status: Some(PAUSED),
+            lets_go: true,
+            events: vec![metrics(
+                Level::Info,
+                format!("The job was paused after step {step}."),
+                json!({ "step": step }),
+            )],
+            ..kept()
+        };
+        if self.change(paused).await?.is_continue() {
+            return Ok(End::Told);
+        }
+        Ok(match self.change(kept()).await? {
             ControlFlow::Continue(()) => self.silence(),
             ControlFlow::Break(()) => End::Lost,
         })

@@ -563,6 +563,153 @@ async fn a_cancel_ends_a_job_wherever_it_is() {
     assert!(page.has_more && page.data[0].id.as_str() == queued);
 }
 
+/// What the engine does when it is told to pause: the state is written, and that is said.
+async fn pauses(engine: &mut Engine, spec: &JobSpec, events: &mpsc::Sender<JobEvent>, step: u64) {
+    let Command::PauseJob(id) = engine.next().await else {
+        panic!("a PauseJob was expected")
+    };
+    assert_eq!(id, spec.id);
+    std::fs::write(spec.folder.join(files::STATE), format!("after {step}")).unwrap();
+    events.send(JobEvent::Kept { step }).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_paused_job_rests_until_it_is_resumed() {
+    let house = House::new();
+    let (router, mut engine) = house.open().await;
+    let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
+        .await
+        .unwrap();
+    let id = create_job(&router, request(&file)).await;
+    let (spec, events) = engine.started().await;
+    events.send(started(None)).await.unwrap();
+    events.send(step(1, 3.0)).await.unwrap();
+    wait(&router, &id, |job| job.trained_tokens == Some(10)).await;
+    let (job, ()) = tokio::join!(
+        router.own().pause_job(&id),
+        pauses(&mut engine, &spec, &events, 1)
+    );
+    let job = job.unwrap();
+    assert_eq!((job.status, job.estimated_finish), (JobStatus::Paused, None));
+    drop(events);
+    let told = &router.own().job_events(&id, None, 1).await.unwrap().data[0];
+    assert_eq!(told.message, "The job was paused after step 1.");
+    assert_eq!(
+        router.own().pause_job(&id).await.unwrap().status,
+        JobStatus::Paused,
+        "as it is already"
+    );
+    // The next has its place meanwhile, and one that waits pauses at once.
+    let second = create_job(&router, request(&file)).await;
+    let (second_spec, second_events) = engine.started().await;
+    assert_eq!(second_spec.id.as_str(), second);
+    second_events.send(started(None)).await.unwrap();
+    // Nothing was learned yet: the replica closes the channel without a word.
+    wait(&router, &second, |job| job.status == JobStatus::Running).await;
+    let silent = async {
+        assert!(matches!(engine.next().await, Command::PauseJob(_)));
+        drop(second_events);
+    };
+    let (job, ()) = tokio::join!(router.own().pause_job(&second), silent);
+    assert_eq!(job.unwrap().status, JobStatus::Paused);
+    // Over a restart they rest, and a job that waits does not.
+    router.shutdown().await;
+    drop((router, engine));
+    let (router, mut engine) = house.open().await;
+    let third = create_job(&router, request(&file)).await;
+    let (third_spec, third_events) = engine.started().await;
+    assert_eq!(third_spec.id.as_str(), third);
+    third_events.send(JobEvent::Cancelled { step: 0 }).await.unwrap();
+    wait(&router, &third, |job| job.status.ended()).await;
+    // It goes on from its state.
+    assert_eq!(
+        router.own().resume_job(&id).await.unwrap().status,
+        JobStatus::Queued
+    );
+    let (again, events) = engine.started().await;
+    assert_eq!((&again.id, again.hyper == spec.hyper), (&spec.id, true));
+    assert_eq!(
+        again.life.saved,
+        Some(tandem_core::job::Saved {
+            epoch: spec.life.epoch,
+            step: 1
+        })
+    );
+    let state = std::fs::read_to_string(again.folder.join(files::STATE)).unwrap();
+    assert_eq!(state, "after 1");
+    events.send(started(Some(1))).await.unwrap();
+    wait(&router, &id, |job| job.status == JobStatus::Running).await;
+    // A pause that the engine has not obeyed is withdrawn by a resume.
+    router.0.store.ask(&id, tandem_store::Asked::Pause).await.unwrap();
+    assert_eq!(
+        router.own().resume_job(&id).await.unwrap().status,
+        JobStatus::Running
+    );
+    let refused = router.own().resume_job(&id).await.unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        format!("Job {id} is not paused: it is running.")
+    );
+    // A cancel ends what rests, and what has ended neither pauses nor goes on.
+    assert_eq!(
+        router.own().cancel_job(&second).await.unwrap().status,
+        JobStatus::Cancelled
+    );
+    for refused in [
+        router.own().pause_job(&second).await,
+        router.own().resume_job(&second).await,
+    ] {
+        assert_eq!(
+            refused.unwrap_err().to_string(),
+            format!("Job {second} has already ended: it is cancelled.")
+        );
+    }
+    assert_eq!(
+        kind(&router.own().pause_job("ftjob-nobody").await.unwrap_err()),
+        "UnknownJob"
+    );
+}
+
+/// The process dies between a request and its effect: the next start does what was asked, in whatever state the job is.
+#[test]
+fn a_pause_survives_a_kill() {
+    for (is_running, asked, expected) in [
+        (true, tandem_store::Asked::Pause, JobStatus::Paused),
+        (false, tandem_store::Asked::Pause, JobStatus::Paused),
+        (true, tandem_store::Asked::Cancel, JobStatus::Cancelled),
+    ] {
+        let house = House::new();
+        let runtime = || {
+            tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build()
+                .unwrap()
+        };
+        let first = runtime();
+        let id = first.block_on(async {
+            let (router, mut engine) = house.open().await;
+            let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
+                .await
+                .unwrap();
+            let id = create_job(&router, request(&file)).await;
+            if is_running {
+                let (_, events) = engine.started().await;
+                events.send(started(None)).await.unwrap();
+                wait(&router, &id, |job| job.status == JobStatus::Running).await;
+            }
+            router.0.store.ask(&id, asked).await.unwrap();
+            id
+        });
+        drop(first);
+        runtime().block_on(async {
+            let (router, _engine) = house.open().await;
+            let job = wait(&router, &id, |job| job.status == expected).await;
+            assert_eq!(job.status, expected);
+        });
+    }
+}
+
 #[tokio::test]
 async fn a_job_fails_with_the_reason() {
     let house = House::new();

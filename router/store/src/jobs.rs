@@ -40,6 +40,35 @@ pub struct NewJob {
     pub events: Vec<NewEvent>,
 }
 
+/// What somebody asked of a job that has not ended, and whoever works on it is to do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Asked {
+    #[default]
+    Nothing,
+    /// Final: nothing else is asked after it.
+    Cancel,
+    Pause,
+}
+
+impl Asked {
+    fn code(self) -> i64 {
+        match self {
+            Asked::Nothing => 0,
+            Asked::Cancel => 1,
+            Asked::Pause => 2,
+        }
+    }
+
+    /// Of the column `cancel_requested`.
+    pub(crate) fn of_code(code: i64) -> Asked {
+        match code {
+            0 => Asked::Nothing,
+            2 => Asked::Pause,
+            _ => Asked::Cancel,
+        }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct JobRow {
     pub seq: i64,
@@ -50,7 +79,7 @@ pub struct JobRow {
     pub finished_at: Option<i64>,
     pub estimated_finish: Option<i64>,
     pub status: String,
-    pub cancel_requested: bool,
+    pub asked: Asked,
     pub request: String,
     pub hyper: Option<String>,
     pub model_name: String,
@@ -77,7 +106,7 @@ impl<'r> FromRow<'r, AnyRow> for JobRow {
             finished_at: row.try_get("finished_at")?,
             estimated_finish: row.try_get("estimated_finish")?,
             status: row.try_get("status")?,
-            cancel_requested: row.try_get::<i64, _>("cancel_requested")? != 0,
+            asked: Asked::of_code(row.try_get("cancel_requested")?),
             request: row.try_get("request")?,
             hyper: row.try_get("hyper")?,
             model_name: row.try_get("model_name")?,
@@ -100,7 +129,9 @@ pub struct JobChange {
     pub from: &'static [&'static str],
     /// The change is the holder's: it happens only while this lease is the job's.
     pub holder: Option<Lease>,
-    /// The holder lets go: others may claim the job. An end does so by itself.
+    /// The change happens only while this is asked of the job.
+    pub asked: Option<Asked>,
+    /// The holder lets go: others may claim the job, and nobody knows when it ends. An end does so by itself.
     pub lets_go: bool,
     pub status: Option<&'static str>,
     /// The new status is an end.
@@ -217,6 +248,7 @@ impl Store {
         let JobChange {
             from,
             holder,
+            asked,
             lets_go,
             status,
             ends,
@@ -237,12 +269,13 @@ impl Store {
         let changed = sqlx::query(
             "UPDATE jobs SET updated_at = $1, status = coalesce($2, status),
              finished_at = CASE WHEN $3 THEN $1 ELSE finished_at END,
-             estimated_finish = CASE WHEN $3 THEN NULL ELSE coalesce($4, estimated_finish) END,
+             estimated_finish = CASE WHEN $9 THEN NULL ELSE coalesce($4, estimated_finish) END,
              hyper = coalesce($5, hyper), trained_tokens = coalesce($6, trained_tokens),
              fine_tuned_model = coalesce($7, fine_tuned_model), error = coalesce($8, error),
              lease_until = CASE WHEN $9 THEN NULL ELSE lease_until END,
              state_epoch = coalesce($10, state_epoch), state_step = coalesce($11, state_step)
-             WHERE id = $12 AND status IN ($13, $14, $15) AND ($16 IS NULL OR lease_epoch = $16)",
+             WHERE id = $12 AND status IN ($13, $14, $15) AND ($16 IS NULL OR lease_epoch = $16)
+             AND ($17 IS NULL OR cancel_requested = $17)",
         )
         .bind(now())
         .bind(status)
@@ -260,6 +293,7 @@ impl Store {
         .bind(from_2)
         .bind(from_3)
         .bind(holder.map(|lease| signed(lease.epoch())))
+        .bind(asked.map(Asked::code))
         .execute(&mut *tx)
         .await?;
         if changed.rows_affected() == 0 {
@@ -316,15 +350,17 @@ impl Store {
         Ok(Some(Changed { name }))
     }
 
-    /// Remember, across restarts, that a running job is to be cancelled.
-    pub async fn request_cancel(&self, id: &str) -> Result<(), StoreError> {
-        self.on_reserve(|| self.request_cancel_now(id)).await
+    /// Remember, across restarts, what is to become of a job. Who asked for its end asks for nothing else any more.
+    pub async fn ask(&self, id: &str, asked: Asked) -> Result<(), StoreError> {
+        self.on_reserve(|| self.ask_now(id, asked)).await
     }
 
-    async fn request_cancel_now(&self, id: &str) -> Result<(), StoreError> {
+    async fn ask_now(&self, id: &str, asked: Asked) -> Result<(), StoreError> {
         let mut tx = self.db.begin().await?;
-        sqlx::query("UPDATE jobs SET cancel_requested = 1 WHERE id = $1")
+        sqlx::query("UPDATE jobs SET cancel_requested = $1 WHERE id = $2 AND cancel_requested <> $3")
+            .bind(asked.code())
             .bind(id)
+            .bind(Asked::Cancel.code())
             .execute(&mut *tx)
             .await?;
         changes::note(&mut tx, Kind::Jobs).await?;

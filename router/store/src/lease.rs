@@ -7,7 +7,7 @@ use std::time::Duration;
 use tandem_core::id::Digest;
 
 use crate::db::Dialect;
-use crate::jobs::{JobRow, columns, signed, three};
+use crate::jobs::{Asked, JobRow, columns, signed, three};
 use crate::{Store, StoreError, unsigned};
 
 /// How long a holder that died keeps others waiting.
@@ -32,7 +32,7 @@ impl Lease {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Renewal {
     Held {
-        cancel_requested: bool,
+        asked: Asked,
     },
     /// Another claimed the job meanwhile, or it has ended.
     Lost,
@@ -99,7 +99,7 @@ impl Store {
         )))
     }
 
-    /// Hold on, unless it was let go. Also tells whether somebody wants the job cancelled.
+    /// Hold on, unless it was let go. Also tells what somebody asked of the job meanwhile.
     pub async fn renew_lease(&self, id: &str, lease: Lease) -> Result<Renewal, StoreError> {
         let mut tx = self.db.begin().await?;
         let now_ms = self.db.clock_ms(&mut tx).await?;
@@ -114,13 +114,13 @@ impl Store {
         if renewed.rows_affected() == 0 {
             return Ok(Renewal::Lost);
         }
-        let cancel_requested: i64 = sqlx::query_scalar("SELECT cancel_requested FROM jobs WHERE id = $1")
+        let asked: i64 = sqlx::query_scalar("SELECT cancel_requested FROM jobs WHERE id = $1")
             .bind(id)
             .fetch_one(&mut *tx)
             .await?;
         tx.commit().await?;
         Ok(Renewal::Held {
-            cancel_requested: cancel_requested != 0,
+            asked: Asked::of_code(asked),
         })
     }
 

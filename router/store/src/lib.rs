@@ -51,7 +51,8 @@ pub use folders::Placement;
 pub use health::{PROBE_PERIOD, Part};
 pub use identity::Strays;
 pub use jobs::{
-    Changed, CheckpointRow, EventRow, JobChange, JobRow, MetadataFilter, NewCheckpoint, NewEvent, NewJob,
+    Asked, Changed, CheckpointRow, EventRow, JobChange, JobRow, MetadataFilter, NewCheckpoint, NewEvent,
+    NewJob,
 };
 pub use keys::{KeyRow, Keys, NewKey, NotARole, NotATenant, Role, Tenant, hash as key_hash};
 pub use lease::{LEASE, Lease, Renewal};

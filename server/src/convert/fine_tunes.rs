@@ -102,7 +102,8 @@ pub fn fine_tune(job: Job, organization: &str, files: Files, events: Option<Vec<
         fine_tuned_model,
         organization_id: organization.to_owned(),
         status: match status {
-            JobStatus::ValidatingFiles | JobStatus::Queued => "pending",
+            // The old API knows no pause.
+            JobStatus::ValidatingFiles | JobStatus::Queued | JobStatus::Paused => "pending",
             JobStatus::Running => "running",
             JobStatus::Succeeded => "succeeded",
             JobStatus::Failed => "failed",

@@ -166,6 +166,7 @@ fn status(status: JobStatus) -> &'static str {
         JobStatus::ValidatingFiles => "validating_files",
         JobStatus::Queued => "queued",
         JobStatus::Running => "running",
+        JobStatus::Paused => "paused",
         JobStatus::Succeeded => "succeeded",
         JobStatus::Failed => "failed",
         JobStatus::Cancelled => "cancelled",

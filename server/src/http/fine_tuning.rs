@@ -8,12 +8,11 @@ use axum::extract::State;
 use tandem_openapi::common::{CursorList, PageList};
 use tandem_openapi::error::Errors;
 use tandem_openapi::fine_tuning::{Checkpoint, CreateJob, Job, JobEvent};
-use tandem_router::{MetadataFilter, View};
+use tandem_router::MetadataFilter;
 
 use super::to_the_end;
 use crate::app::App;
 use crate::audit::Object;
-use crate::convert::fine_tunes::JobName;
 use crate::convert::{fine_tuning, jobs};
 use crate::error::ApiError;
 use crate::extract::{JobSegment, Json, Pairs};
@@ -100,30 +99,32 @@ pub async fn cancel(
     Ok(Answer(jobs::job(cancelled, app.organization())))
 }
 
-/// Not built: a job runs or is cancelled.
+/// Let a job rest: what it has learned is kept, and nobody trains it until it is resumed.
 #[utoipa::path(
     post, path = "/v1/fine_tuning/jobs/{id}/pause", tag = "fine-tuning", params(("id" = String, Path)),
-    responses(Errors)
+    responses((status = 200, body = Job), Errors)
 )]
-pub async fn pause(Own(own): Own, JobSegment(job): JobSegment) -> Result<Answer<Job>, ApiError> {
-    not_built(own, &job, "pause").await
+pub async fn pause(
+    State(app): State<App>,
+    Own(own): Own,
+    JobSegment(job): JobSegment,
+) -> Result<Answer<Job>, ApiError> {
+    let paused = job.found(own.pause_job(&job.id).await)?;
+    Ok(Answer(jobs::job(paused, app.organization())))
 }
 
-/// Not built: a job runs or is cancelled.
+/// A paused job waits for its turn again and goes on from where it was.
 #[utoipa::path(
     post, path = "/v1/fine_tuning/jobs/{id}/resume", tag = "fine-tuning", params(("id" = String, Path)),
-    responses(Errors)
+    responses((status = 200, body = Job), Errors)
 )]
-pub async fn resume(Own(own): Own, JobSegment(job): JobSegment) -> Result<Answer<Job>, ApiError> {
-    not_built(own, &job, "resume").await
-}
-
-async fn not_built(own: View, job: &JobName, what: &str) -> Result<Answer<Job>, ApiError> {
-    job.found(own.job(&job.id).await)?;
-    Err(ApiError::NotBuilt {
-        param: what.to_owned(),
-        hint: ": a job can only be cancelled".to_owned(),
-    })
+pub async fn resume(
+    State(app): State<App>,
+    Own(own): Own,
+    JobSegment(job): JobSegment,
+) -> Result<Answer<Job>, ApiError> {
+    let resumed = job.found(own.resume_job(&job.id).await)?;
+    Ok(Answer(jobs::job(resumed, app.organization())))
 }
 
 /// What happened in a job, newest first.

@@ -160,12 +160,11 @@ fn a_job_makes_a_model_that_answers() {
     );
     assert!([400, 409].contains(&cancel.status), "{}", cancel.text());
     assert!(cancel.status == 400 || cancel.header("x-should-retry") == Some("false"));
-    let pause = client::post(
-        server.address,
-        &format!("/v1/fine_tuning/jobs/{id}/pause"),
-        &json!({}),
-    );
-    assert_eq!(pause.status, 400);
+    for verb in ["pause", "resume"] {
+        let path = format!("/v1/fine_tuning/jobs/{id}/{verb}");
+        let refused = client::post(server.address, &path, &json!({}));
+        assert_eq!(refused.status, cancel.status, "{}", refused.text());
+    }
 
     // A kill later everything is still there; a deleted model is not.
     let server = Server::start_in(server.kill(), &[]);
@@ -226,6 +225,47 @@ fn the_legacy_api_streams_its_events() {
     );
     assert_eq!(gone.status, 404);
     client::get(server.address, &format!("/v1/fine-tunes/{id}")).ok();
+}
+
+/// One job runs undisturbed, one with the same settings rests in between, over a kill of the server.
+#[test]
+fn a_job_that_rested_makes_the_same_adapter() {
+    let server = Server::start(&[]);
+    let file = training_file(&server, 16);
+    let asked = json!({"training_file": file, "max_steps": 40, "seed": 5, "save_steps": 0});
+    let created = job(&server, asked.clone()).ok();
+    let id = created["id"].as_str().unwrap();
+    assert_eq!(ended(&server, id)["status"], "succeeded");
+    let root = |server: &Server, job: &Value| {
+        let model = job["fine_tuned_model"].as_str().unwrap().replace(':', "%3A");
+        client::get(server.address, &format!("/v1/models/{model}")).ok()["root"].clone()
+    };
+    let expected = root(
+        &server,
+        &client::get(server.address, &format!("/v1/fine_tuning/jobs/{id}")).ok(),
+    );
+
+    let created = job(&server, asked).ok();
+    let id = created["id"].as_str().unwrap();
+    let path = format!("/v1/fine_tuning/jobs/{id}");
+    wait_for("a step", || {
+        let events = client::get(server.address, &format!("{path}/events?limit=100")).ok();
+        let steps = |event: &Value| event["data"]["train_loss"].is_f64();
+        events["data"].as_array().unwrap().iter().any(steps).then_some(())
+    });
+    let paused = client::post(server.address, &format!("{path}/pause"), &json!({})).ok();
+    assert_eq!(paused["status"], "paused", "{paused}");
+    let server = Server::start_in(server.kill(), &[]);
+    let rests = client::get(server.address, &path).ok();
+    assert_eq!(rests["status"], "paused", "{rests}");
+    let resumed = client::post(server.address, &format!("{path}/resume"), &json!({})).ok();
+    assert!(
+        ["queued", "running"].contains(&resumed["status"].as_str().unwrap()),
+        "{resumed}"
+    );
+    let done = ended(&server, id);
+    assert_eq!(done["status"], "succeeded", "{done}");
+    assert_eq!(root(&server, &done), expected);
 }
 
 #[test]

@@ -86,6 +86,7 @@ impl Outgoing {
                 })
             }
             Command::CancelJob(id) => Say::CancelJob(id.to_string()),
+            Command::PauseJob(id) => Say::PauseJob(id.to_string()),
             Command::Learn(_, learn) => {
                 let message = "a model that a client trains lives in the process that serves it: `tandem serve`, not a router \
                                with backends";

@@ -180,6 +180,11 @@ impl Ear {
                 }
                 self.command(Command::CancelJob(id)).await;
             }
+            // One that the engine does not know yet is asked for again.
+            Say::PauseJob(id) => {
+                let id = JobId::try_from(id).map_err(|error| Damaged(error.to_string()))?;
+                self.command(Command::PauseJob(id)).await;
+            }
             // A writer that is gone answers nothing.
             Say::Ping(number) => drop(self.notes.send(Note::Pong(number)).await),
         }

@@ -161,6 +161,45 @@ fn a_job_is_cancelled_or_kept_at_stop() {
     );
 }
 
+/// A pause between any two quanta, and the life after it, give the bytes of a run that nobody paused.
+#[test]
+fn a_paused_job_ends_with_the_same_bytes() {
+    let (folder, cases) = (demo(), cases());
+    let directory = tempfile::tempdir().unwrap();
+    let rig = Rig::new(options(&folder));
+    let digest = |heard: &[JobEvent]| match heard.last() {
+        Some(JobEvent::Finished { adapter, .. }) => adapter.digest,
+        other => panic!("{other:?}"),
+    };
+    let undisturbed = job(&directory.path().join("undisturbed"), &cases, 12);
+    let expected = digest(&to_the_end(&mut train(&rig, undisturbed)));
+    let paused = job(&directory.path().join("paused"), &cases, 12);
+    // Before it has begun it may have nothing to keep.
+    let mut events = train(&rig, paused.clone());
+    rig.command(Command::PauseJob(paused.id.clone()));
+    assert!(matches!(
+        &to_the_end(&mut events)[..],
+        [] | [.., JobEvent::Kept { .. }]
+    ));
+    let mut pauses = 0;
+    loop {
+        let mut events = train(&rig, paused.clone());
+        while !matches!(events.blocking_recv(), Some(JobEvent::Step(_))) {}
+        rig.command(Command::PauseJob("ftjob-other".parse().unwrap()));
+        rig.command(Command::PauseJob(paused.id.clone()));
+        let heard = to_the_end(&mut events);
+        match heard.last() {
+            Some(JobEvent::Kept { .. }) => pauses += 1,
+            _ => {
+                assert_eq!(digest(&heard), expected);
+                break;
+            }
+        }
+    }
+    println!("{pauses} pauses");
+    assert!(pauses > 1, "it was over before it could be paused");
+}
+
 /// `job`, saved every other step.
 fn saved_job(folder: &Path, cases: &[Case], max_steps: u64) -> JobSpec {
     let mut spec = job(folder, cases, max_steps);

@@ -42,18 +42,27 @@ async fn a_lease_has_one_holder_and_who_slept_writes_nothing() {
     assert_eq!(
         a.renew_lease("ftjob-x", lease).await.unwrap(),
         Renewal::Held {
-            cancel_requested: false
+            asked: Asked::Nothing
         }
     );
     let before = b.changes().await.unwrap();
-    b.request_cancel("ftjob-x").await.unwrap();
+    b.ask("ftjob-x", Asked::Pause).await.unwrap();
     assert!(a.changes().await.unwrap().jobs > before.jobs);
     assert_eq!(
         a.renew_lease("ftjob-x", lease).await.unwrap(),
-        Renewal::Held {
-            cancel_requested: true
-        }
+        Renewal::Held { asked: Asked::Pause }
     );
+    // A pause can be withdrawn, an end cannot.
+    for (asked, expected) in [
+        (Asked::Nothing, Asked::Nothing),
+        (Asked::Cancel, Asked::Cancel),
+        (Asked::Pause, Asked::Cancel),
+        (Asked::Nothing, Asked::Cancel),
+    ] {
+        b.ask("ftjob-x", asked).await.unwrap();
+        let held = Renewal::Held { asked: expected };
+        assert_eq!(a.renew_lease("ftjob-x", lease).await.unwrap(), held);
+    }
     // `a` sleeps until `b` may.
     let (row, next) = loop {
         if let Some(claimed) = b.claim_job(BASE, &["queued", "running"], None).await.unwrap() {
