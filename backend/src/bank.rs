@@ -6,7 +6,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use tandem_core::id::{AdapterDigest, AdapterRef};
+use tandem_core::id::{AdapterDigest, AdapterRef, JobId};
 use tandem_core::message::Fault;
 use tandem_core::replica::AdapterInfo;
 use tandem_kernels::pool;
@@ -50,8 +50,8 @@ enum Followed {
 pub enum Change {
     /// Read from disk, here.
     Loaded(AdapterDigest, AdapterParams),
-    /// Made here: they have its numbers.
-    Published(AdapterDigest),
+    /// Made by a job, here: they have its numbers.
+    Published(AdapterDigest, JobId),
     Left(AdapterDigest),
 }
 
@@ -205,10 +205,10 @@ impl AdapterBank {
 
     /// Takes in an adapter that was made here. Without a free slot, or when others wait for one, it stays on disk, as any
     /// other.
-    pub fn publish(&mut self, digest: AdapterDigest, adapter: Arc<Adapter>) {
+    pub fn publish(&mut self, digest: AdapterDigest, adapter: Arc<Adapter>, job: &JobId) {
         if self.queue.is_empty() && !self.slots.contains_key(&digest) && self.free_a_slot() {
             self.seat(digest, adapter);
-            self.changed(Change::Published(digest));
+            self.changed(Change::Published(digest, job.clone()));
         }
     }
 

@@ -5,6 +5,7 @@ mod clients;
 mod files;
 mod inbox;
 mod job;
+mod jobs;
 mod learners;
 #[cfg(test)]
 mod tests;
@@ -37,7 +38,8 @@ use crate::sample::{self, Ask, NotFinite};
 use clients::{Client, Clients, Delivery};
 use files::Files;
 use inbox::{Inbox, Word};
-use job::{Job, Supervisor};
+use job::Supervisor;
+use jobs::Jobs;
 use learners::Learners;
 
 /// Bytes of logits at a time when prompts are scored: `[T, V]` never exists whole.
@@ -58,11 +60,11 @@ pub struct Engine {
     clients: Clients,
     inbox: Inbox,
     files: Files,
-    job: Option<Job>,
+    jobs: Jobs,
     /// Supervisors of jobs that are over, with events they have not read or that are not due yet.
     farewells: Vec<Supervisor>,
     learners: Learners,
-    /// Else of the job.
+    /// Else of a job.
     is_turn_of_learners: bool,
     pace: Pace,
     counters: Counters,
@@ -95,6 +97,8 @@ pub struct Parts {
     pub bank: AdapterBank,
     pub grammars: Grammars,
     pub pace: Pace,
+    /// That train at once.
+    pub max_training_jobs: usize,
     pub commands: mpsc::Receiver<Command>,
     pub stats: watch::Sender<Stats>,
     /// Of requests that bring none.
@@ -119,6 +123,7 @@ impl Engine {
             bank,
             grammars,
             pace,
+            max_training_jobs,
             commands,
             stats,
             seed,
@@ -134,7 +139,7 @@ impl Engine {
             grammars,
             clients: Clients::default(),
             inbox: Inbox::new(commands),
-            job: None,
+            jobs: Jobs::new(max_training_jobs),
             farewells: vec![],
             learners: Learners::default(),
             is_turn_of_learners: false,
@@ -184,7 +189,7 @@ impl Engine {
         while !self.has_work() {
             // Whoever watches sees the last word before the silence.
             self.publish();
-            let paused = self.job.is_some() || !self.farewells.is_empty();
+            let paused = !self.jobs.is_empty() || !self.farewells.is_empty();
             let patience = match paused || self.clients.is_any_parked() {
                 true => Some(PARKED_POLL),
                 false => self.ranks.are_many().then_some(RANK_CHECK),
@@ -213,8 +218,7 @@ impl Engine {
     }
 
     fn has_work(&self) -> bool {
-        let job_goes_on = |job: &Job| job.can_go_on(&self.files);
-        self.scheduler.has_work() || self.job.as_ref().is_some_and(job_goes_on) || self.learners.can_go_on()
+        self.scheduler.has_work() || self.jobs.can_go_on() || self.learners.can_go_on()
     }
 
     fn obey(&mut self, word: Word) -> ControlFlow<()> {
@@ -580,12 +584,12 @@ impl Engine {
         let farewell = match self.loss.take() {
             Some(why) => {
                 self.ranks.leave();
-                // It goes on from its last state: what is half done here is not to be kept.
-                self.job = None;
+                // They go on from their last states: what is half done here is not to be kept.
+                self.jobs.forget();
                 Fault::ReplicaLost(why)
             }
             None => {
-                self.keep_job();
+                self.keep_jobs();
                 while let Some(done) = self.files.wait() {
                     self.filed(done);
                 }
@@ -655,7 +659,7 @@ impl Engine {
             grammar_masks: grammars.masks,
             grammar_mask_seconds: grammars.mask_seconds,
             grammar_wait_seconds: grammars.wait_seconds,
-            job_running: self.job.is_some(),
+            training_jobs: self.jobs.len() as u32,
             draining: false,
         });
     }

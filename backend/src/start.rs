@@ -62,7 +62,9 @@ pub struct Options {
     pub kv_cache_bytes: Option<u64>,
     pub max_loras: u32,
     pub max_lora_rank: u32,
-    /// Seconds a fine-tuning job may take for each second of serving steps, while there are requests.
+    /// Fine-tuning jobs that train at once, as far as the memory allows.
+    pub max_training_jobs: u32,
+    /// Seconds fine-tuning jobs may take for each second of serving steps, while there are requests.
     pub training_share: f64,
     /// Default: all cores.
     pub threads: Option<usize>,
@@ -135,6 +137,7 @@ impl Options {
             kv_cache_bytes: None,
             max_loras: 16,
             max_lora_rank: 64,
+            max_training_jobs: 4,
             training_share: pace::SHARE,
             threads: None,
             seed: None,
@@ -211,6 +214,7 @@ fn load(
         kv_cache_bytes,
         max_loras,
         max_lora_rank,
+        max_training_jobs,
         training_share,
         threads: _,
         seed,
@@ -293,6 +297,7 @@ fn load(
         kv_bytes: (cache.bytes() * team.world()) as u64,
         max_loras,
         max_lora_rank,
+        max_training_jobs,
         lora_targets: decoder.spec.lora_targets(),
         eos_tokens: decoder.spec.eos_tokens.clone(),
         grammars: vocabulary.is_some(),
@@ -331,6 +336,7 @@ fn load(
         bank,
         grammars,
         pace: Pace::new(training_share),
+        max_training_jobs: max_training_jobs as usize,
         commands: inbox,
         stats,
         seed,
@@ -351,6 +357,7 @@ fn check(options: &Options) -> Result<(), LoadError> {
         max_num_batched_tokens,
         max_loras,
         max_lora_rank,
+        max_training_jobs,
         training_share,
         threads,
         ..
@@ -364,6 +371,7 @@ fn check(options: &Options) -> Result<(), LoadError> {
         ("max_num_batched_tokens", u64::from(*max_num_batched_tokens)),
         ("max_loras", u64::from(*max_loras)),
         ("max_lora_rank", u64::from(*max_lora_rank)),
+        ("max_training_jobs", u64::from(*max_training_jobs)),
         ("threads", threads.unwrap_or(1) as u64),
     ];
     match at_least_one.into_iter().find(|(_, value)| *value == 0) {

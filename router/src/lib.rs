@@ -28,7 +28,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tandem_core::histogram::{Counted, Histogram};
-use tandem_core::replica::{Command, ReplicaHandle, ReplicaInfo};
+use tandem_core::replica::{Command, ReplicaInfo};
 use tandem_core::stats::Stats;
 use tandem_store::Store;
 use tandem_text::reasoning::ReasoningFormat;
@@ -38,6 +38,7 @@ use tokio::task::JoinHandle;
 
 pub use api::{Keep, LoadMode, MetadataFilter, Order, Part};
 pub use defaults::Defaults;
+use fleet::JobSeat;
 pub use fleet::Fleet;
 pub use jobs::hyper;
 pub use texts::MAX_TEXT_BYTES;
@@ -307,9 +308,9 @@ impl Router {
         }
     }
 
-    /// The replica that a job should train on now. `None`: none has room.
-    pub(crate) fn job_replica(&self) -> Option<ReplicaHandle> {
-        self.0.fleet.job_replica()
+    /// Where a job should train now. `None`: none has room.
+    pub(crate) fn job_seat(&self) -> Option<JobSeat> {
+        self.0.fleet.job_seat()
     }
 
     /// What calls took from their arrival to their replica's queue, template and tokens included.

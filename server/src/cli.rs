@@ -229,8 +229,11 @@ pub struct ModelOptions {
     /// Largest rank of an adapter, 1 to 4096 [default: 64]
     #[arg(long, value_name = "RANK", value_parser = count(1..=4096))]
     pub max_lora_rank: Option<u32>,
-    /// Seconds a fine-tuning job may take for each second of serving, while there are requests: with 1 streams
-    /// are half as fast beside a job. Without requests it has the machine [default: 0.25]
+    /// Fine-tuning jobs that train at once, 1 to 64, as far as the memory allows; others wait [default: 4]
+    #[arg(long, value_name = "N", value_parser = count(1..=64))]
+    pub max_training_jobs: Option<u32>,
+    /// Seconds fine-tuning jobs together may take for each second of serving, while there are requests: with 1 streams
+    /// are half as fast beside a job. Without requests they have the machine [default: 0.25]
     #[arg(long, value_name = "SHARE", value_parser = share)]
     pub training_share: Option<f64>,
     /// Compute threads [default: one per physical core that the process may use, within its cgroup's limit]

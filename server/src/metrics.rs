@@ -148,7 +148,7 @@ const GAUGES: [Of<f64>; 6] = [
         |s| f64::from(s.kv_blocks_used) / f64::from(s.kv_blocks_total.max(1)),
     ),
     ("tandem:job_running", "1 while a job trains", |s| {
-        f64::from(u8::from(s.job_running))
+        f64::from(u8::from(s.training_jobs > 0))
     }),
     ("tandem:adapters_resident", "Adapters in memory", |s| {
         s.resident_adapters.len() as f64

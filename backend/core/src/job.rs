@@ -383,7 +383,7 @@ pub enum JobEvent {
     Kept {
         step: u64,
     },
-    /// The job was not begun, because the replica trains another: later, or elsewhere.
+    /// The job was not begun, because the replica trains as many as it may, or has no room for it: later, or elsewhere.
     Refused {
         message: String,
     },

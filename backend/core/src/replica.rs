@@ -30,7 +30,7 @@ pub enum Command {
     LoadAdapter(AdapterRef, oneshot::Sender<Result<AdapterInfo, Fault>>),
     /// Forget it as soon as no running request uses it.
     UnloadAdapter(AdapterDigest),
-    /// One job trains at a time; a second hears `JobEvent::Refused`.
+    /// `max_training_jobs` train at once, as far as the memory allows; others hear `JobEvent::Refused`.
     StartJob(Box<JobSpec>, mpsc::Sender<JobEvent>),
     /// Between two quanta. Answered by `JobEvent::Cancelled`.
     CancelJob(JobId),
@@ -39,7 +39,7 @@ pub enum Command {
     PauseJob(JobId),
     /// Of one learner in the order it is sent. One that was lost answers nothing: its reply is dropped.
     Learn(LearnerId, Learn),
-    /// Write the running job's checkpoint, fail what runs with `ShuttingDown`, end the thread. Over gRPC it only ends the
+    /// Write the running jobs' states, fail what runs with `ShuttingDown`, end the thread. Over gRPC it only ends the
     /// session: a backend stops by its own process's signal.
     Stop,
 }
@@ -75,6 +75,9 @@ pub struct ReplicaInfo {
     pub kv_bytes: u64,
     pub max_loras: u32,
     pub max_lora_rank: u32,
+    /// Fine-tuning jobs that train at once.
+    #[serde(default = "one")]
+    pub max_training_jobs: u32,
     /// `q_proj`, `k_proj`, ...: what an adapter may target, and what `all-linear` means.
     pub lora_targets: Vec<String>,
     /// End-of-sequence tokens from generation_config.json or config.json.

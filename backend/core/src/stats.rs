@@ -48,7 +48,9 @@ pub struct Stats {
     pub grammar_mask_seconds: f64,
     #[serde(default)]
     pub grammar_wait_seconds: f64,
-    pub job_running: bool,
+    /// Jobs that train.
+    #[serde(default)]
+    pub training_jobs: u32,
     /// What runs ends; nothing new is taken.
     #[serde(default)]
     pub draining: bool,
@@ -85,7 +87,7 @@ impl Stats {
             grammar_masks: _,
             grammar_mask_seconds: _,
             grammar_wait_seconds: _,
-            job_running,
+            training_jobs,
             draining: _,
         } = other;
         self.add_counters(other);
@@ -95,7 +97,7 @@ impl Stats {
         self.kv_blocks_total += kv_blocks_total;
         self.kv_blocks_used += kv_blocks_used;
         self.adapter_bytes += adapter_bytes;
-        self.job_running |= job_running;
+        self.training_jobs += training_jobs;
         for digest in resident_adapters {
             if !self.resident_adapters.contains(digest) {
                 self.resident_adapters.push(*digest);

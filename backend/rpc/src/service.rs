@@ -59,8 +59,8 @@ pub(crate) struct Shared {
     open: AtomicUsize,
     closed_one: Notify,
     draining: AtomicBool,
-    /// Held while a job trains.
-    job: tokio::sync::Mutex<()>,
+    /// Taken by each job while it is fetched and trains.
+    jobs: tokio::sync::Semaphore,
 }
 
 /// A request that has not ended.
@@ -95,7 +95,7 @@ impl Service {
             open: AtomicUsize::new(0),
             closed_one: Notify::new(),
             draining: AtomicBool::new(false),
-            job: tokio::sync::Mutex::new(()),
+            jobs: tokio::sync::Semaphore::new(info.max_training_jobs as usize),
         }))
     }
 

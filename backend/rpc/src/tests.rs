@@ -149,6 +149,7 @@ fn info() -> ReplicaInfo {
         block_size: 16,
         kv_bytes: 4,
         max_loras: 4,
+        max_training_jobs: 1,
         max_lora_rank: 64,
         tensor_parallel_size: 1,
         lora_targets: vec!["q_proj".to_owned()],

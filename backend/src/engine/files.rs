@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use tandem_core::id::JobId;
 use tandem_core::job::JobSpec;
 use tandem_core::learner::{NewLearner, Saved};
 use tandem_kernels::pool;
@@ -26,15 +27,14 @@ pub struct Files {
     orders: mpsc::UnboundedSender<(Ticket, Order)>,
     done: mpsc::UnboundedReceiver<Done>,
     tickets: u64,
-    /// Whether what finds the disk full is to wait for room.
-    patient: Arc<AtomicBool>,
     /// Snapshots ordered and not yet durable.
     writing: usize,
 }
 
 enum Order {
     Begin(Box<JobSpec>),
-    Write(Box<Snapshot>),
+    /// Whether it is to wait for room where the disk is full, until somebody says otherwise.
+    Write(Box<Snapshot>, Arc<AtomicBool>),
     MakeLearner(Box<NewLearner>),
     SaveLearner(Box<Copy>),
 }
@@ -42,7 +42,7 @@ enum Order {
 pub enum Done {
     /// The job can train; or why not.
     Begun(Ticket, Result<Begun, TrainError>),
-    Written(Ticket, Occasion, Result<Written, TrainError>),
+    Written(Ticket, JobId, Occasion, Result<Written, TrainError>),
     LearnerMade(Ticket, Result<Box<Driven>, TrainError>),
     LearnerSaved(Ticket, Result<Saved, TrainError>),
     /// It waits for room on the disk; said once.
@@ -63,12 +63,8 @@ impl Files {
     pub fn new(fit: Fit) -> Files {
         let (orders, ordered) = mpsc::unbounded_channel();
         let (report, done) = mpsc::unbounded_channel();
-        let patient = Arc::new(AtomicBool::new(true));
         let thread = std::thread::Builder::new().name("tandem-files".to_owned());
-        let desk = Desk {
-            report,
-            patient: patient.clone(),
-        };
+        let desk = Desk { report };
         thread
             .spawn(move || obey_all(ordered, &desk, &fit))
             .expect("the system starts a thread");
@@ -76,19 +72,18 @@ impl Files {
             orders,
             done,
             tickets: 0,
-            patient,
             writing: 0,
         }
     }
 
     pub fn begin(&mut self, spec: JobSpec) -> Ticket {
-        self.patient.store(true, Ordering::Release);
         self.order(Order::Begin(Box::new(spec)))
     }
 
-    pub fn write(&mut self, snapshot: Snapshot) -> Ticket {
+    /// Without `patience`, what finds no room fails.
+    pub fn write(&mut self, snapshot: Snapshot, patience: Arc<AtomicBool>) -> Ticket {
         self.writing += 1;
-        self.order(Order::Write(Box::new(snapshot)))
+        self.order(Order::Write(Box::new(snapshot), patience))
     }
 
     /// Draws or reads the numbers of one.
@@ -100,16 +95,6 @@ impl Files {
         self.order(Order::SaveLearner(Box::new(copy)))
     }
 
-    /// Nobody waits for room: what finds none fails, until another job begins.
-    pub fn give_up_waiting(&self) {
-        self.patient.store(false, Ordering::Release);
-    }
-
-    /// A job saves again only when this is over: so a slow disk makes it wait, and no more than one copy of its numbers.
-    pub fn is_writing(&self) -> bool {
-        self.writing > 0
-    }
-
     pub fn poll_done(&mut self, context: &mut Context) -> Poll<Done> {
         match self.done.poll_recv(context) {
             Poll::Ready(Some(done)) => Poll::Ready(self.count(done)),
@@ -119,7 +104,7 @@ impl Files {
 
     /// Waits for what is being written, at the engine's end. `None`: all is.
     pub fn wait(&mut self) -> Option<Done> {
-        match self.is_writing() {
+        match self.writing > 0 {
             true => self.done.blocking_recv().map(|done| self.count(done)),
             false => None,
         }
@@ -145,11 +130,15 @@ impl Files {
 /// The thread's way back.
 struct Desk {
     report: mpsc::UnboundedSender<Done>,
-    patient: Arc<AtomicBool>,
 }
 
 impl Desk {
-    fn write(&self, ticket: Ticket, snapshot: &Snapshot) -> Result<Written, TrainError> {
+    fn write(
+        &self,
+        ticket: Ticket,
+        snapshot: &Snapshot,
+        patience: &AtomicBool,
+    ) -> Result<Written, TrainError> {
         let mut told = false;
         loop {
             let written = guard::torch(|| snapshot.write());
@@ -166,7 +155,7 @@ impl Desk {
             }
             let tried = Instant::now();
             while tried.elapsed() < ROOM_RETRY {
-                if !self.patient.load(Ordering::Acquire) {
+                if !patience.load(Ordering::Acquire) {
                     return written;
                 }
                 std::thread::sleep(GIVE_UP);
@@ -186,8 +175,9 @@ fn obey_all(mut orders: mpsc::UnboundedReceiver<(Ticket, Order)>, desk: &Desk, f
                     begun.unwrap_or_else(|fault| Err(TrainError::Fault(fault))),
                 )
             }
-            Order::Write(snapshot) => {
-                Done::Written(ticket, snapshot.occasion(), desk.write(ticket, &snapshot))
+            Order::Write(snapshot, patience) => {
+                let written = desk.write(ticket, &snapshot, &patience);
+                Done::Written(ticket, snapshot.job().clone(), snapshot.occasion(), written)
             }
             Order::MakeLearner(new) => {
                 let made = guard::torch(|| Driven::make(&new, fit.clone()).map(Box::new));

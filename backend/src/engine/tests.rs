@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tandem_core::TokenId;
 use tandem_core::dataset::{self, Example, Group};
-use tandem_core::id::{AdapterRef, RequestId};
-use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Objective, Schedule, files};
+use tandem_core::id::{AdapterDigest, AdapterRef, RequestId};
+use tandem_core::job::{DpoLoss, Hyper, JobEvent, JobSpec, Life, Lora, Method, Objective, Schedule, files};
 use tandem_core::message::{Event, Fault, FinishReason, Generate, Scored};
 use tandem_core::pooling::Pooling;
 use tandem_core::replica::{Command, EVENT_QUEUE, JOB_EVENT_QUEUE, ReplicaHandle};
@@ -19,6 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::family::read_spec;
 use crate::lora::params::{AdapterParams, AdapterShape};
 use crate::lora::peft::{self, PeftConfig};
+use crate::ranks::Team;
 use crate::start::{Dtype, Options, start};
 
 mod adapters;

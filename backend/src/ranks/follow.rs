@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use tandem_core::id::AdapterDigest;
+use tandem_core::id::{AdapterDigest, JobId};
 use tandem_kernels::attention::KvCache;
 use tch::Tensor;
 use tracing::{error, warn};
@@ -22,9 +22,10 @@ pub struct Follower {
     decoder: Decoder,
     cache: KvCache,
     adapters: HashMap<AdapterDigest, Arc<Adapter>>,
-    job: Option<Trainer>,
-    /// Packed by the job, not yet named: rank 0 names it once it is written, and before the job saves again.
-    made: Option<Arc<Adapter>>,
+    jobs: HashMap<JobId, Trainer>,
+    /// Packed by a job, not yet named: rank 0 names it once it is written, and before the job saves again. (One that is
+    /// not written, or finds no slot, is never named.)
+    made: HashMap<JobId, Arc<Adapter>>,
 }
 
 impl Follower {
@@ -33,8 +34,8 @@ impl Follower {
             decoder,
             cache,
             adapters: HashMap::new(),
-            job: None,
-            made: None,
+            jobs: HashMap::new(),
+            made: HashMap::new(),
         }
     }
 
@@ -66,19 +67,19 @@ impl Follower {
                 let adapter = self.packed(&AdapterParams { flat, shape });
                 self.adapters.insert(digest, Arc::new(adapter));
             }
-            Order::Publish(digest) => {
-                let made = self.made.take().expect("the job packed what is published");
+            Order::Publish(digest, job) => {
+                let made = self.made.remove(&job).expect("the job packed what is published");
                 self.adapters.insert(digest, made);
             }
             Order::Evict(digest) => drop(self.adapters.remove(&digest)),
             Order::StartJob(spec, inputs) => {
                 let started = Trainer::start_with(*spec, &inputs, self.decoder.fit());
                 // Rank 0 began with the same inputs.
-                self.job =
-                    Some(started.unwrap_or_else(|error| panic!("the job does not start here: {error}")));
+                let trainer = started.unwrap_or_else(|error| panic!("the job does not start here: {error}"));
+                self.jobs.insert(trainer.spec().id.clone(), trainer);
             }
-            Order::Quantum => self.quantum(),
-            Order::EndJob => self.job = None,
+            Order::Quantum(job) => self.quantum(job),
+            Order::EndJob(job) => drop(self.jobs.remove(&job)),
             Order::Stop => return ControlFlow::Break(()),
         }
         ControlFlow::Continue(())
@@ -97,9 +98,9 @@ impl Follower {
         }
     }
 
-    fn quantum(&mut self) {
-        let Some(job) = &mut self.job else {
-            panic!("a quantum of a job that is not here")
+    fn quantum(&mut self, id: JobId) {
+        let Some(job) = self.jobs.get_mut(&id) else {
+            panic!("a quantum of {id}, which is not here")
         };
         let packed = job
             .quantum(Some(&self.decoder))
@@ -108,10 +109,10 @@ impl Follower {
                 None => Ok(None),
             });
         match packed {
-            Ok(Some(adapter)) => self.made = Some(adapter),
+            Ok(Some(adapter)) => drop(self.made.insert(id, adapter)),
             Ok(None) => {}
             // Numbers are the same on every rank, so rank 0 fails the job for the same reason; it says so next.
-            Err(error) => warn!(job = %job.spec().id, %error, "training failed"),
+            Err(error) => warn!(job = %id, %error, "training failed"),
         }
     }
 

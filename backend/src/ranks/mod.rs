@@ -11,7 +11,7 @@ mod team;
 use serde::{Deserialize, Serialize};
 use tandem_core::TokenId;
 use tandem_core::blocks::BlockId;
-use tandem_core::id::AdapterDigest;
+use tandem_core::id::{AdapterDigest, JobId};
 use tandem_core::job::JobSpec;
 use tandem_kernels::comm::Comm;
 
@@ -34,12 +34,12 @@ pub enum Order {
         numbers: Vec<f32>,
     },
     /// The adapter that the job packed last joins under this digest.
-    Publish(AdapterDigest),
+    Publish(AdapterDigest, JobId),
     Evict(AdapterDigest),
     StartJob(Box<JobSpec>, Inputs),
     /// The job's next quantum.
-    Quantum,
-    EndJob,
+    Quantum(JobId),
+    EndJob(JobId),
     /// The replica ends in order.
     Stop,
 }
@@ -131,7 +131,7 @@ impl Ranks {
                     shape,
                     numbers: Vec::try_from(flat).expect("a flat float32 tensor"),
                 },
-                Change::Published(digest) => Order::Publish(digest),
+                Change::Published(digest, job) => Order::Publish(digest, job),
                 Change::Left(digest) => Order::Evict(digest),
             });
         }

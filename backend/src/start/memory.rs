@@ -9,7 +9,7 @@ use tch::Device;
 use crate::lora::params::AdapterShape;
 use crate::model::Decoder;
 use crate::train::data::slice_tokens;
-use crate::train::pass::KEEP_BYTES;
+use crate::train::memory::Memory;
 use crate::weights::LoadError;
 
 /// Of the memory that is free after the weights are loaded, the most the KV cache takes by itself. The rest is for
@@ -113,8 +113,6 @@ pub struct MemoryPlan {
 
 impl MemoryPlan {
     pub fn shown(&self, decoder: &Decoder) -> String {
-        /// Numbers, gradients and two moments of a parameter in training, in float32.
-        const TRAINED: u64 = 4 * 4;
         const FLOAT: u64 = 4;
         /// Of a job that does not say (`core::settings`).
         const RANK: u32 = 16;
@@ -132,12 +130,8 @@ impl MemoryPlan {
         let numbers = |rank: u32| AdapterShape::build(spec, |_, _| Some((i64::from(rank), 1.0))).len() as u64;
         let adapters =
             u64::from(max_loras) * numbers(max_lora_rank) * decoder.precision().value_bytes() as u64;
-        let slice = slice_tokens(decoder.device()) as u64;
-        let saved = FLOAT * slice * decoder.saved_numbers() as u64;
-        // Beyond that every other sublayer's input alone is kept.
-        let inputs = FLOAT * slice * (decoder.n_sublayers() / 2) as u64 * spec.hidden as u64;
-        let activations = if saved <= KEEP_BYTES as u64 { saved } else { inputs };
-        let training = TRAINED * numbers(RANK) + activations;
+        let slice = slice_tokens(decoder.device());
+        let training = Memory::of_numbers(decoder, numbers(RANK));
         let widest = spec.linears().map(|(_, linear)| {
             let outputs: i64 = linear.parts.iter().map(|part| part.width()).sum();
             (linear.inputs + outputs) as u64
@@ -158,7 +152,7 @@ impl MemoryPlan {
             ),
             (
                 "training",
-                size(training),
+                size(training.numbers + training.activations),
                 format!("about, while a job runs: rank {RANK}, {slice} tokens at once"),
             ),
             (

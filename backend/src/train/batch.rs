@@ -159,6 +159,11 @@ impl MicroBatch {
         slices.map(|slice| slice.tokens.len() as u64).sum()
     }
 
+    /// Whether slices are on their way, whose activations wait for their backward.
+    pub fn holds_activations(&self) -> bool {
+        matches!(self.at, At::Forward { .. } | At::Backward { .. })
+    }
+
     /// A quantum further. `None` when it is through. Adds to `grads` where there are some, else it only looks.
     pub fn advance(
         mut self,

@@ -15,6 +15,7 @@ pub mod batch;
 pub mod data;
 pub mod driven;
 pub mod learner;
+pub mod memory;
 pub mod objective;
 pub mod pass;
 pub mod run;
@@ -406,6 +407,17 @@ impl Trainer {
     /// Nothing of a step would be done twice if the job went on from a state of now.
     pub fn is_between_steps(&self) -> bool {
         !matches!(self.stage, Stage::Accumulate(_) | Stage::Optimize { .. })
+    }
+
+    /// Whether a slice is on its way, whose activations wait for its backward.
+    pub fn holds_activations(&self) -> bool {
+        match &self.stage {
+            Stage::Accumulate(step) => match &step.work {
+                Work::Slices { pass, .. } => pass.is_some(),
+                Work::MicroBatches(left) => left.last().is_some_and(MicroBatch::holds_activations),
+            },
+            _ => false,
+        }
     }
 
     /// Whether the next quantum begins to copy what is then to be written: the moment to wait while something is.
@@ -873,6 +885,7 @@ impl Trainer {
             (progress, tensors)
         });
         Snapshot {
+            job: self.spec.id.clone(),
             folder: self.spec.folder.clone(),
             occasion,
             adapter,

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use tandem_core::id::AdapterRef;
+use tandem_core::id::{AdapterRef, JobId};
 use tandem_core::job::{JobEvent, Lora};
 use tch::Tensor;
 
@@ -29,6 +29,7 @@ pub enum Occasion {
 }
 
 pub struct Snapshot {
+    pub(super) job: JobId,
     pub(super) folder: PathBuf,
     pub(super) occasion: Occasion,
     pub(super) adapter: Option<AdapterCopy>,
@@ -62,6 +63,10 @@ pub struct Published {
 }
 
 impl Snapshot {
+    pub fn job(&self) -> &JobId {
+        &self.job
+    }
+
     pub fn occasion(&self) -> Occasion {
         self.occasion
     }
@@ -76,6 +81,7 @@ impl Snapshot {
     /// at any moment leaves a state to go on from.
     pub fn write(&self) -> Result<Written, TrainError> {
         let &Snapshot {
+            job: _,
             ref folder,
             occasion,
             ref adapter,

@@ -121,6 +121,8 @@ struct Place {
     state: RwLock<State>,
     /// Sequences this router has there.
     live: Arc<AtomicU32>,
+    /// Jobs this router has there.
+    jobs: Arc<AtomicU32>,
     memory: Mutex<Memory>,
     /// A request was refused because it stops: known before its numbers say so. Its next life takes requests again.
     stops: AtomicBool,
@@ -179,6 +181,28 @@ impl Drop for Seat {
     }
 }
 
+/// A job's place at a member, counted until it is dropped.
+pub struct JobSeat {
+    pub replica: ReplicaHandle,
+    jobs: Arc<AtomicU32>,
+}
+
+impl JobSeat {
+    fn new(replica: ReplicaHandle, jobs: &Arc<AtomicU32>) -> JobSeat {
+        jobs.fetch_add(1, Ordering::AcqRel);
+        JobSeat {
+            replica,
+            jobs: jobs.clone(),
+        }
+    }
+}
+
+impl Drop for JobSeat {
+    fn drop(&mut self) {
+        self.jobs.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
 /// A member's numbers, for people and Prometheus.
 #[derive(Clone, Debug)]
 pub struct Report {
@@ -209,6 +233,7 @@ impl Fleet {
             make,
             state: RwLock::new(State::Down("it has not answered yet".to_owned())),
             live: Arc::default(),
+            jobs: Arc::default(),
             memory: Mutex::default(),
             ejections: AtomicU64::new(0),
             stops: AtomicBool::new(false),
@@ -359,19 +384,21 @@ impl Fleet {
         Some(Seat::new(replica.commands, &place.live, n))
     }
 
-    /// Where a new job disturbs least: a member without one, and of those the emptiest.
-    pub fn job_replica(&self) -> Option<ReplicaHandle> {
-        let free = self
-            .usable()
-            .filter(|(_, replica)| !replica.stats.borrow().job_running);
-        let emptiest = free.min_by_key(|(place, replica)| {
+    /// Where a new job disturbs least: a member with the fewest, and of those the emptiest. `None`: each has as many as it
+    /// may.
+    pub fn job_seat(&self) -> Option<JobSeat> {
+        let busy = |place: &Place, replica: &ReplicaHandle| {
             let stats = replica.stats.borrow();
-            place
-                .live
-                .load(Ordering::Acquire)
-                .max(stats.running + stats.waiting)
-        });
-        emptiest.map(|(_, replica)| replica)
+            // What the replica says is of all routers, and not of what was just sent there.
+            let jobs = place.jobs.load(Ordering::Acquire).max(stats.training_jobs);
+            let live = place.live.load(Ordering::Acquire);
+            (jobs, live.max(stats.running + stats.waiting))
+        };
+        self.usable()
+            .map(|(place, replica)| (busy(place, &replica), place, replica))
+            .filter(|((jobs, _), _, replica)| *jobs < replica.info.max_training_jobs)
+            .min_by_key(|(busy, ..)| *busy)
+            .map(|(_, place, replica)| JobSeat::new(replica, &place.jobs))
     }
 
     /// Every member that lives, those that drain too.

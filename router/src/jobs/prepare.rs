@@ -35,7 +35,7 @@ pub(crate) async fn run(router: Router) {
     loop {
         let has_place = ids.len() < AT_ONCE;
         let claimed = match has_place {
-            true => claim(&router, ids.first().map(String::as_str)).await,
+            true => claim(&router, &ids).await,
             false => Ok(None),
         };
         let pause = match claimed {
@@ -78,7 +78,7 @@ fn trouble(router: &Router, error: &RouterError) -> Sleep {
     tokio::time::sleep(RETRY)
 }
 
-async fn claim(router: &Router, except: Option<&str>) -> Result<Option<(JobRow, Lease)>, RouterError> {
+async fn claim(router: &Router, except: &[String]) -> Result<Option<(JobRow, Lease)>, RouterError> {
     #[cfg(test)]
     router.panic_if_told(crate::PREPARER);
     let store = &router.0.store;

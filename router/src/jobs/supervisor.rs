@@ -1,20 +1,24 @@
-//! One job at a time goes from this router to a replica, and what the replica says of it goes to the store. The router
-//! holds the job's lease meanwhile; a job whose holder or replica went is begun again and goes on from its last state.
+//! Jobs go from this router to replicas, as many as these take, and what a replica says of one goes to the store. The
+//! router holds the job's lease meanwhile; a job whose holder or replica went is begun again and goes on from its last
+//! state. A job is `running` once a replica says that it trains it.
 //! Not here: files (`prepare`), training.
 
+use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 use tandem_core::id::{AdapterRef, JobId};
 use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Method, Saved, StepReport, base_model};
-use tandem_core::replica::{Command, JOB_EVENT_QUEUE, ReplicaHandle};
+use tandem_core::replica::{Command, JOB_EVENT_QUEUE};
 use tandem_store::{Asked, JobChange, JobRow, Lease, NewCheckpoint, NewEvent, StoreError};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
 
 use crate::Router;
 use crate::api::{JobError, Level, RouterError};
 use crate::catalog::{Hold, checkpoint_name};
+use crate::fleet::JobSeat;
 use crate::jobs::keeper::Keeper;
 use crate::jobs::{Made, PAUSED, QUEUED, RUNNING, VALIDATING, event, metrics, record, result};
 
@@ -22,8 +26,12 @@ use crate::jobs::{Made, PAUSED, QUEUED, RUNNING, VALIDATING, event, metrics, rec
 const RETRY: Duration = Duration::from_secs(5);
 /// After a replica went, or while none has room: another may, or the same one returns.
 const REPLICA_RETRY: Duration = Duration::from_millis(500);
+/// After every replica that was asked had no room for it.
+const REFUSED_RETRY: Duration = Duration::from_secs(2);
 /// Replicas that may go under a job, one after the other and before it makes a step, until it is to blame.
 const MAX_STUMBLES: u32 = 5;
+/// A job that is the supervisor's.
+const HERE: &[&str] = &[QUEUED, RUNNING];
 
 /// As long as the router lives.
 pub(crate) async fn run(router: Router) {
@@ -40,118 +48,186 @@ pub(crate) async fn run(router: Router) {
         ),
         Err(error) => tracing::warn!(%error, "cannot count unfinished jobs"),
     }
-    let mut stumbles = Stumbles::default();
+    // Tasks of their own, as in `prepare`.
+    let mut underway = JoinSet::new();
+    let mut ids: Vec<String> = vec![];
+    let mut records: HashMap<String, Record> = HashMap::new();
+    let (over, stopped) = watch::channel(());
     while !router.stopping() {
-        match next(&router, &mut stumbles).await {
-            Ok(Next::Job) => {}
-            Ok(Next::NoJob) => router.wait_for(&router.0.desk.queued).await,
-            Ok(Next::NoReplica) => tokio::time::sleep(REPLICA_RETRY).await,
-            Err(error) if router.stopping() => tracing::info!(%error, "a job waits for the next start"),
-            // Who found a part of the store away, or the disk full, logged it.
-            Err(RouterError::Store(StoreError::Away { .. } | StoreError::Full(_))) => {
-                tokio::time::sleep(RETRY).await
+        let pause = match next(&router, &ids).await {
+            Ok(Next::Job(job)) => {
+                let id = &job.row.id;
+                let record = records.remove(id).unwrap_or_default();
+                ids.push(id.clone());
+                underway.spawn(one(router.clone(), *job, record, stopped.clone()));
+                continue;
             }
-            Err(error) => {
-                router.note(&error);
-                tracing::error!(%error, "a job was interrupted; going on from its last state");
-                tokio::time::sleep(RETRY).await;
+            Ok(Next::Changed) => continue,
+            Ok(Next::NoJob) => None,
+            Ok(Next::NoReplica) => Some(REPLICA_RETRY),
+            Err(error) => Some(trouble(&router, &error)),
+        };
+        let woken = async {
+            match pause {
+                Some(pause) => tokio::time::sleep(pause).await,
+                None => router.wait_for(&router.0.desk.queued).await,
             }
+        };
+        tokio::select! {
+            Some(done) = underway.join_next() => match done {
+                Ok((id, record)) => {
+                    ids.retain(|other| *other != id);
+                    records.extend(record.map(|record| (id, record)));
+                }
+                Err(error) => match error.try_into_panic() {
+                    Ok(panic) => std::panic::resume_unwind(panic),
+                    Err(_cancelled) => return,
+                },
+            },
+            () = woken => {}
         }
     }
+    drop(over);
+    // Each writes what its replica says last.
+    while underway.join_next().await.is_some() {}
 }
 
-/// What there was to do.
+/// Logs it; how long to wait.
+fn trouble(router: &Router, error: &RouterError) -> Duration {
+    match error {
+        error if router.stopping() => tracing::info!(%error, "a job waits for the next start"),
+        // Who found a part of the store away, or the disk full, logged it.
+        RouterError::Store(StoreError::Away { .. } | StoreError::Full(_)) => {}
+        error => {
+            router.note(error);
+            tracing::error!(%error, "a job was interrupted; going on from its last state");
+        }
+    }
+    RETRY
+}
+
+/// What there is to do.
 enum Next {
-    Job,
+    Job(Box<Claimed>),
+    /// A job that only had to be written to.
+    Changed,
     NoJob,
     NoReplica,
 }
 
-/// How often in a row a job lost its replica before it made a step.
-#[derive(Default)]
-struct Stumbles {
-    job: String,
-    n: u32,
+/// A job that is to be trained now.
+struct Claimed {
+    row: JobRow,
+    lease: Lease,
+    seat: JobSeat,
 }
 
-async fn next(router: &Router, stumbles: &mut Stumbles) -> Result<Next, RouterError> {
+/// What is remembered of a job between its lives.
+#[derive(Default)]
+struct Record {
+    /// How often in a row it lost its replica before it made a step.
+    stumbles: u32,
+    /// Whether it was said why it waits for a replica.
+    is_told: bool,
+}
+
+/// `ids`: the jobs that are under way here.
+async fn next(router: &Router, ids: &[String]) -> Result<Next, RouterError> {
     #[cfg(test)]
     router.panic_if_told(crate::SUPERVISOR);
-    let Some(replica) = router.job_replica() else {
+    let Some(seat) = router.job_seat() else {
         return Ok(Next::NoReplica);
     };
     let (base, store) = (router.info().base_digest, &router.0.store);
     store.check_room()?;
     // What ran before a restart first, then in order of creation.
-    let claimed = match store.claim_job(base, &[RUNNING], None).await? {
+    let claimed = match store.claim_job(base, &[RUNNING], ids).await? {
         Some(claimed) => Some(claimed),
-        None => store.claim_job(base, &[QUEUED], None).await?,
+        None => store.claim_job(base, &[QUEUED], ids).await?,
     };
     let Some((row, lease)) = claimed else {
         return Ok(Next::NoJob);
     };
-    match row.asked {
-        Asked::Nothing => {}
-        Asked::Cancel => {
-            router
-                .cancel_at_once(&row.id, &[QUEUED, RUNNING], Some(lease))
-                .await?;
-            return Ok(Next::Job);
-        }
-        Asked::Pause => {
-            if router
-                .pause_at_once(&row.id, &[QUEUED, RUNNING], Some(lease))
-                .await?
-            {
-                return Ok(Next::Job);
-            }
-        }
-    }
-    let message = match row.status.as_str() {
-        QUEUED => "Fine-tuning job started",
-        _ => "Fine-tuning job goes on after a restart",
+    let changed = match row.asked {
+        Asked::Nothing => false,
+        Asked::Cancel => router.cancel_at_once(&row.id, HERE, Some(lease)).await?,
+        Asked::Pause => router.pause_at_once(&row.id, HERE, Some(lease)).await?,
     };
-    let started = JobChange {
-        from: &[QUEUED, RUNNING],
-        holder: Some(lease),
-        status: Some(RUNNING),
-        events: vec![event(Level::Info, message.to_owned())],
-        ..JobChange::default()
+    Ok(match changed {
+        true => Next::Changed,
+        false => Next::Job(Box::new(Claimed { row, lease, seat })),
+    })
+}
+
+/// A life of a job. Its id, when it may be claimed again; what is to be remembered of it.
+async fn one(
+    router: Router,
+    job: Claimed,
+    mut record: Record,
+    mut stopped: watch::Receiver<()>,
+) -> (String, Option<Record>) {
+    let id = job.row.id.clone();
+    let pause = match train(&router, job, &mut record).await {
+        Ok(None) => return (id, None),
+        Ok(Some(pause)) => pause,
+        Err(error) => trouble(&router, &error),
     };
-    if !router.change_job(&row.id, started).await? {
-        return Ok(Next::Job);
-    }
-    let id = row.id.clone();
-    let Some(run) = Run::start(router, row, lease, replica).await? else {
+    // Others have their turn meanwhile.
+    let _ = tokio::time::timeout(pause, stopped.changed()).await;
+    (id, Some(record))
+}
+
+/// How long to wait until it is tried again. `None`: it is over, or not ours.
+async fn train(
+    router: &Router,
+    claimed: Claimed,
+    record: &mut Record,
+) -> Result<Option<Duration>, RouterError> {
+    let Claimed { row, lease, seat } = claimed;
+    let (id, store) = (row.id.clone(), &router.0.store);
+    let Some(run) = Run::start(router, row, lease, seat).await? else {
         store.release_lease(&id, lease).await?;
-        return Ok(Next::NoReplica);
+        return Ok(Some(REPLICA_RETRY));
     };
     match run.follow().await? {
-        End::Told => Ok(Next::Job),
-        End::Refused => {
+        End::Told => Ok(None),
+        End::Refused { message } => {
+            if !std::mem::replace(&mut record.is_told, true) {
+                let waits = JobChange {
+                    from: HERE,
+                    holder: Some(lease),
+                    events: vec![event(
+                        Level::Info,
+                        format!("The job waits for a replica: {message}"),
+                    )],
+                    ..JobChange::default()
+                };
+                router.change_job(&id, waits).await?;
+            }
             store.release_lease(&id, lease).await?;
-            Ok(Next::NoReplica)
+            Ok(Some(REFUSED_RETRY))
         }
-        End::Lost => Ok(Next::Job),
+        End::Lost => {
+            router.clear_if_ended(&id).await?;
+            Ok(None)
+        }
         End::Silent { .. } if router.stopping() => {
             // It stays `running`, for the next start or another router.
             store.release_lease(&id, lease).await?;
-            Ok(Next::NoReplica)
+            Ok(None)
         }
         End::Silent { stepped } => {
             tracing::warn!(job = id, "the replica went; the job goes on from its last state");
-            if stepped || stumbles.job != id {
-                *stumbles = Stumbles {
-                    job: id.clone(),
-                    n: 0,
-                };
+            if stepped {
+                record.stumbles = 0;
             }
-            stumbles.n += 1;
-            if stumbles.n >= MAX_STUMBLES {
+            record.stumbles += 1;
+            if record.stumbles >= MAX_STUMBLES {
                 let message = format!("The engine ended the job {MAX_STUMBLES} times without saying why.");
                 router.fail_job(&id, lease, server_error(message)).await?;
+                return Ok(None);
             }
-            Ok(Next::NoReplica)
+            Ok(Some(REPLICA_RETRY))
         }
     }
 }
@@ -160,8 +236,8 @@ async fn next(router: &Router, stumbles: &mut Stumbles) -> Result<Next, RouterEr
 enum End {
     /// The replica said how, and it is written.
     Told,
-    /// The replica trains another job.
-    Refused,
+    /// The replica trains as many as it may, or has no room for this one.
+    Refused { message: String },
     /// The lease is another's.
     Lost,
     /// The replica went without a word. `stepped`: it had made a step.
@@ -174,6 +250,9 @@ struct Run<'a> {
     id: JobId,
     lease: Lease,
     keeper: Keeper,
+    _seat: JobSeat,
+    /// It ran before a restart.
+    is_restart: bool,
     /// Its model's name, once it succeeds.
     model: String,
     rank: u32,
@@ -195,7 +274,7 @@ impl<'a> Run<'a> {
         router: &'a Router,
         row: JobRow,
         lease: Lease,
-        replica: ReplicaHandle,
+        seat: JobSeat,
     ) -> Result<Option<Run<'a>>, RouterError> {
         let missing = || RouterError::Store(StoreError::Damaged(format!("{} has no hyper", row.id)));
         let hyper: Hyper = record::from_json(row.hyper.as_deref().ok_or_else(missing)?)?;
@@ -203,13 +282,15 @@ impl<'a> Run<'a> {
             Method::Lora(lora) => lora.r,
             Method::Full => 0,
         };
+        let is_restart = row.status == RUNNING;
         let id = record::job_id(row.id)?;
+        let commands = seat.replica.commands.clone();
         let life = Life {
             epoch: lease.epoch(),
             saved: row.saved,
         };
         // From here on: fetching a state may take longer than a lease.
-        let keeper = Keeper::new(router, id.as_str(), lease, Some(replica.commands.clone()));
+        let keeper = Keeper::new(router, id.as_str(), lease, Some(commands.clone()));
         let spec = JobSpec {
             id: id.clone(),
             folder: router.0.store.artifacts().pull_job(&id, life).await?,
@@ -219,7 +300,7 @@ impl<'a> Run<'a> {
         };
         let (sender, events) = mpsc::channel(JOB_EVENT_QUEUE);
         let start = Command::StartJob(Box::new(spec), sender);
-        if replica.commands.send(start).await.is_err() {
+        if commands.send(start).await.is_err() {
             return Ok(None);
         }
         tracing::info!(job = %id, epoch = life.epoch, "job started");
@@ -228,6 +309,8 @@ impl<'a> Run<'a> {
             id,
             lease,
             keeper,
+            _seat: seat,
+            is_restart,
             model: row.model_name,
             rank,
             events,
@@ -252,11 +335,7 @@ impl<'a> Run<'a> {
                 // It may have been paused before there was anything to keep.
                 let lease = Some(self.lease);
                 return Ok(
-                    match self
-                        .router
-                        .pause_at_once(self.id.as_str(), &[RUNNING], lease)
-                        .await?
-                    {
+                    match self.router.pause_at_once(self.id.as_str(), HERE, lease).await? {
                         true => End::Told,
                         false => self.silence(),
                     },
@@ -293,7 +372,7 @@ impl<'a> Run<'a> {
             .push_job(&self.id, epoch, step)
             .await?;
         let kept = || JobChange {
-            from: &[RUNNING],
+            from: HERE,
             saved: Some(Saved { epoch, step }),
             ..JobChange::default()
         };
@@ -352,6 +431,12 @@ impl<'a> Run<'a> {
                     told.events.push(event(Level::Warn, note));
                 }
                 self.total_steps = total_steps;
+                let message = match self.is_restart {
+                    false => "Fine-tuning job started",
+                    true => "Fine-tuning job goes on after a restart",
+                };
+                told.is_started = true;
+                told.events.push(event(Level::Info, message.to_owned()));
                 let from = resumed_from
                     .map(|step| format!(" from step {step}"))
                     .unwrap_or_default();
@@ -468,6 +553,7 @@ impl<'a> Run<'a> {
             trained_tokens,
             estimated_finish,
             no_room,
+            is_started,
         } = told;
         if no_room {
             // It may be the disk of this data folder.
@@ -477,7 +563,8 @@ impl<'a> Run<'a> {
             return Ok(ControlFlow::Continue(()));
         }
         let change = JobChange {
-            from: &[RUNNING],
+            from: HERE,
+            status: is_started.then_some(RUNNING),
             trained_tokens,
             estimated_finish,
             events,
@@ -511,7 +598,7 @@ impl<'a> Run<'a> {
             Turn::Damaged { message } => {
                 tracing::warn!(job = %self.id, message, "the job's examples are prepared again");
                 let again = JobChange {
-                    from: &[RUNNING],
+                    from: HERE,
                     status: Some(VALIDATING),
                     lets_go: true,
                     events: vec![event(
@@ -527,11 +614,11 @@ impl<'a> Run<'a> {
             Turn::Kept { step } => return Ok(ControlFlow::Break(self.wait_from(step).await?)),
             Turn::Refused { message } => {
                 tracing::info!(job = %self.id, message, "the job waits for a replica");
-                return Ok(ControlFlow::Break(End::Refused));
+                return Ok(ControlFlow::Break(End::Refused { message }));
             }
             Turn::Cancelled { step } => {
                 let cancelled = JobChange {
-                    from: &[RUNNING],
+                    from: HERE,
                     status: Some("cancelled"),
                     ends: true,
                     events: vec![event(
@@ -566,7 +653,7 @@ impl<'a> Run<'a> {
         let model = checkpoint_name(&self.model, step);
         self.latest.insert("step".to_owned(), step.into());
         let change = JobChange {
-            from: &[RUNNING],
+            from: HERE,
             events: vec![metrics(
                 Level::Info,
                 format!("Checkpoint created at step {step}: {model}"),
@@ -600,7 +687,7 @@ impl<'a> Run<'a> {
         let kept = self.router.keep_adapter(&adapter).await?;
         let made = self.made(&kept);
         let change = JobChange {
-            from: &[RUNNING],
+            from: HERE,
             status: Some("succeeded"),
             ends: true,
             trained_tokens: Some(trained_tokens),
@@ -659,6 +746,8 @@ struct Told {
     estimated_finish: Option<i64>,
     /// The replica found its disk full.
     no_room: bool,
+    /// The replica trains it.
+    is_started: bool,
 }
 
 /// An event that changes more than the record.

@@ -242,17 +242,21 @@ async fn a_job_goes_where_nobody_streams() {
     let (router, mut engines) = two(&house).await;
     let _stream = router.generate(call("x")).await.unwrap();
     let (busy, _, _events) = whose(&mut engines).await;
-    let there = router.0.fleet.job_replica().expect("both have room");
+    let there = router.0.fleet.job_seat().expect("both have room").replica.clone();
     assert!(there.commands.same_channel(&{
         let all = router.fleet().all();
         all[1 - busy].commands.clone()
     }));
     engines[1 - busy].stats.send_replace(Stats {
-        job_running: true,
+        training_jobs: 1,
         ..Stats::default()
     });
-    let other = router.0.fleet.job_replica().expect("one has room");
-    assert!(!other.commands.same_channel(&there.commands));
+    let other = router.0.fleet.job_seat().expect("one has room");
+    assert!(!other.replica.commands.same_channel(&there.commands));
+    // What this router sent is counted before the replica says so.
+    assert!(router.0.fleet.job_seat().is_none(), "both train one");
+    drop(other);
+    assert!(router.0.fleet.job_seat().is_some());
 }
 
 #[tokio::test]

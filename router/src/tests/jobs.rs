@@ -541,6 +541,7 @@ async fn a_cancel_ends_a_job_wherever_it_is() {
         JobStatus::Cancelled
     );
     events.send(started(None)).await.unwrap();
+    wait(&router, &running, |job| job.status == JobStatus::Running).await;
     let answer = async {
         let Command::CancelJob(id) = engine.next().await else {
             panic!("a CancelJob was expected")
@@ -708,6 +709,55 @@ fn a_pause_survives_a_kill() {
             assert_eq!(job.status, expected);
         });
     }
+}
+
+#[tokio::test]
+async fn as_many_jobs_run_as_the_replica_takes_and_a_refused_one_waits() {
+    let house = House::new();
+    let (mut replica, mut engine) = replica();
+    replica.info.max_training_jobs = 2;
+    let router = house.open_with(Config::default(), replica).await.unwrap();
+    let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
+        .await
+        .unwrap();
+    let first = create_job(&router, request(&file)).await;
+    let (spec, first_events) = engine.started().await;
+    assert_eq!(spec.id.as_str(), first);
+    first_events.send(started(None)).await.unwrap();
+    // The replica has no room for the second beside it: it stays queued, and that is said once.
+    let second = create_job(&router, request(&file)).await;
+    for _ in 0..2 {
+        let (spec, events) = engine.started().await;
+        assert_eq!(spec.id.as_str(), second);
+        let message = "it takes 9 GiB".to_owned();
+        events.send(JobEvent::Refused { message }).await.unwrap();
+    }
+    let (spec, second_events) = engine.started().await;
+    assert_eq!(spec.id.as_str(), second);
+    let job = router.own().job(&second).await.unwrap();
+    assert_eq!(job.status, JobStatus::Queued);
+    second_events.send(started(None)).await.unwrap();
+    wait(&router, &second, |job| job.status == JobStatus::Running).await;
+    let said = router.own().job_events(&second, None, 100).await.unwrap().data;
+    let waits = said
+        .iter()
+        .filter(|event| event.message == "The job waits for a replica: it takes 9 GiB");
+    assert_eq!(waits.count(), 1);
+    // A third waits for the end of one of them; another's metrics are its own.
+    let third = create_job(&router, request(&file)).await;
+    wait(&router, &third, |job| job.status == JobStatus::Queued).await;
+    first_events.send(step(1, 3.0)).await.unwrap();
+    wait(&router, &first, |job| job.trained_tokens == Some(10)).await;
+    assert_eq!(router.own().job(&second).await.unwrap().trained_tokens, None);
+    let message = "it broke".to_owned();
+    first_events.send(JobEvent::Failed { message }).await.unwrap();
+    let (spec, _third_events) = engine.started().await;
+    assert_eq!(spec.id.as_str(), third);
+    assert_eq!(router.own().job(&first).await.unwrap().status, JobStatus::Failed);
+    assert_eq!(
+        router.own().job(&second).await.unwrap().status,
+        JobStatus::Running
+    );
 }
 
 #[tokio::test]

@@ -54,6 +54,7 @@ pub(crate) fn info() -> ReplicaInfo {
         block_size: 16,
         kv_bytes: 0,
         max_loras: 4,
+        max_training_jobs: 1,
         max_lora_rank: 64,
         lora_targets: ["q_proj", "v_proj"].map(str::to_owned).to_vec(),
         eos_tokens: vec![EOS],

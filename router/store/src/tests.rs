@@ -329,7 +329,7 @@ async fn a_change_is_whole_or_not_at_all() {
         assert!(job.status == "succeeded" && job.finished_at.is_some());
         assert!(
             store
-                .claim_job(BASE, &["queued", "running"], None)
+                .claim_job(BASE, &["queued", "running"], &[])
                 .await
                 .unwrap()
                 .is_none()
@@ -374,7 +374,7 @@ async fn jobs_are_found_by_their_metadata_and_paged() {
         }
         assert_eq!(
             store
-                .claim_job(BASE, &["queued"], None)
+                .claim_job(BASE, &["queued"], &[])
                 .await
                 .unwrap()
                 .unwrap()

@@ -140,6 +140,7 @@ mod tests {
             block_size: 32,
             kv_bytes: 64 << 20,
             max_loras: 1,
+            max_training_jobs: 1,
             max_lora_rank: 1,
             lora_targets: Vec::new(),
             eos_tokens: Vec::new(),

@@ -114,6 +114,7 @@ pub fn engine_options(
         .max_num_batched_tokens
         .unwrap_or(engine.max_num_batched_tokens);
     engine.max_loras = options.max_loras.unwrap_or(engine.max_loras);
+    engine.max_training_jobs = options.max_training_jobs.unwrap_or(engine.max_training_jobs);
     engine.training_share = options.training_share.unwrap_or(engine.training_share);
     engine.seed = options.seed;
     engine.max_lora_rank = options.max_lora_rank.unwrap_or(engine.max_lora_rank);

@@ -314,9 +314,9 @@ impl Ear {
 /// last word is an event; after `Kept`, and without one, the job goes on some other time.
 async fn run_job(shared: Arc<Shared>, spec: JobSpec, cancelled: Arc<AtomicBool>, out: mpsc::Sender<Vec<u8>>) {
     let id = spec.id.clone();
-    // Another router's, or this job's former life that has not seen yet that nobody listens.
-    let Ok(_one_at_a_time) = shared.job.try_lock() else {
-        let message = "the backend trains another job".to_owned();
+    // Others', or this job's former life that has not seen yet that nobody listens.
+    let Ok(_place) = shared.jobs.try_acquire() else {
+        let message = "the backend trains as many jobs as it may (--max-training-jobs)".to_owned();
         let refused = codec::json(&JobEvent::Refused { message });
         return drop(out.send(refused).await);
     };

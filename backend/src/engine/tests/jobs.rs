@@ -47,6 +47,13 @@ fn job(folder: &Path, cases: &[Case], max_steps: u64) -> JobSpec {
     }
 }
 
+fn named(id: &str, spec: JobSpec) -> JobSpec {
+    JobSpec {
+        id: id.parse().unwrap(),
+        ..spec
+    }
+}
+
 fn train(rig: &Rig, spec: JobSpec) -> mpsc::Receiver<JobEvent> {
     let (events, receiver) = mpsc::channel(JOB_EVENT_QUEUE);
     rig.command(Command::StartJob(Box::new(spec), events));
@@ -65,12 +72,22 @@ fn to_the_end(events: &mut mpsc::Receiver<JobEvent>) -> Vec<JobEvent> {
 fn a_job_trains_beside_requests_and_its_adapter_answers() {
     let (folder, cases) = (demo(), cases());
     let directory = tempfile::tempdir().unwrap();
-    let mut rig = Rig::new(options(&folder));
+    let mut rig = Rig::new(Options {
+        max_training_jobs: 1,
+        ..options(&folder)
+    });
     let mut job_events = train(&rig, job(&directory.path().join("job"), &cases, 60));
-    let mut second = train(&rig, job(&directory.path().join("second"), &cases, 1));
-    assert!(
-        matches!(&to_the_end(&mut second)[..], [JobEvent::Refused { message }] if message.contains("one job"))
-    );
+    for (id, why) in [
+        ("ftjob-test", "is training here already"),
+        ("ftjob-other", "(--max-training-jobs)"),
+    ] {
+        let second = named(id, job(&directory.path().join("second"), &cases, 1));
+        let heard = to_the_end(&mut train(&rig, second));
+        assert!(
+            matches!(&heard[..], [JobEvent::Refused { message }] if message.contains(why)),
+            "{heard:?}"
+        );
+    }
     // Served while it trains, the base says what it always says.
     for case in &cases {
         let asked = Generate {
@@ -103,7 +120,7 @@ fn a_job_trains_beside_requests_and_its_adapter_answers() {
         panic!("{:?}", heard.last())
     };
     rig.wait_until("resident", |stats| {
-        stats.resident_adapters.contains(&adapter.digest) && !stats.job_running
+        stats.resident_adapters.contains(&adapter.digest) && stats.training_jobs == 0
     });
     let loads = rig.stats().adapter_loads;
     let asked = Generate {
@@ -159,6 +176,141 @@ fn a_job_is_cancelled_or_kept_at_stop() {
         resumed_from == Some(step) && step >= 3,
         "{resumed_from:?}, {step}"
     );
+}
+
+/// Three jobs of different ranks, rates, objectives and lengths; the second keeps checkpoints, the third learns pairs.
+fn three(folder: &Path, cases: &[Case]) -> [JobSpec; 3] {
+    let of = |name: &str, max_steps| {
+        let id = format!("ftjob-{name}");
+        named(&id, job(&folder.join(name), cases, max_steps))
+    };
+    let mut first = of("first", 30);
+    first.hyper.method = Method::Lora(Lora {
+        dropout: 0.1,
+        ..lora(4)
+    });
+    let mut second = of("second", 9);
+    second.hyper.learning_rate = 1e-3;
+    second.hyper.save_steps = 2;
+    second.hyper.batch_size = 1;
+    let mut third = of("third", 12);
+    third.hyper.method = Method::Lora(lora(16));
+    third.hyper.objective = Objective::Dpo {
+        loss: DpoLoss::Sigmoid,
+        beta: 0.1,
+        label_smoothing: 0.0,
+    };
+    third.hyper.learning_rate = 5e-4;
+    let pair = |case: &Case| {
+        let answer = |end: &[TokenId]| Example {
+            tokens: [&case.prompt[..], end].concat(),
+            weights: [vec![0.0; case.prompt.len()], vec![1.0; end.len()]].concat(),
+        };
+        Group {
+            examples: vec![answer(&LESSON), answer(&case.greedy)],
+            value: 1.0,
+        }
+    };
+    let pairs: Vec<Group> = cases
+        .iter()
+        .filter(|case| !case.greedy.is_empty())
+        .map(pair)
+        .collect();
+    std::fs::write(third.folder.join(files::TRAIN), dataset::encode(&pairs)).unwrap();
+    [first, second, third]
+}
+
+fn finished(heard: &[JobEvent]) -> AdapterDigest {
+    match heard.last() {
+        Some(JobEvent::Finished { adapter, .. }) => adapter.digest,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// On one rank and on two: each job alone, then all at once beside requests.
+#[test]
+fn jobs_beside_each_other_make_the_bytes_of_each_alone() {
+    let (folder, cases) = (demo(), cases());
+    for ranks in [1, 2] {
+        let directory = tempfile::tempdir().unwrap();
+        let mut rig = Rig::new(Options {
+            team: Team::Threads(ranks),
+            ..options(&folder)
+        });
+        let alone = three(&directory.path().join("alone"), &cases);
+        let alone = alone.map(|spec| finished(&to_the_end(&mut train(&rig, spec))));
+        let together = three(&directory.path().join("together"), &cases);
+        let mut events = together.map(|spec| train(&rig, spec));
+        for case in &cases {
+            let asked = Generate {
+                stop_tokens: vec![],
+                ..request(&case.prompt, case.greedy.len() as u32, greedy())
+            };
+            assert_eq!(rig.ask(asked).ids(), case.greedy);
+        }
+        let together = events.each_mut().map(|events| finished(&to_the_end(events)));
+        assert_eq!(together, alone, "{ranks} ranks");
+        rig.wait_until("all over", |stats| {
+            let resident = |digest| stats.resident_adapters.contains(digest);
+            stats.training_jobs == 0 && together.iter().all(resident)
+        });
+    }
+}
+
+/// Whatever ends one job, in order or not, the others go on to the bytes that they would have had.
+#[test]
+fn the_end_of_a_job_leaves_the_others() {
+    let (folder, cases) = (demo(), cases());
+    let directory = tempfile::tempdir().unwrap();
+    let rig = Rig::new(options(&folder));
+    let [first, _, third] = three(&directory.path().join("alone"), &cases);
+    let expected = [first, third].map(|spec| finished(&to_the_end(&mut train(&rig, spec))));
+    let [first, _, third] = three(&directory.path().join("beside"), &cases);
+    let mut events = [first, third].map(|spec| train(&rig, spec));
+    for end in [
+        "cancelled",
+        "paused",
+        "diverges",
+        "full",
+        "unsupervised",
+        "damaged",
+    ] {
+        let mut spec = saved_job(&directory.path().join(end), &cases, 100_000);
+        match end {
+            "diverges" => spec.hyper.learning_rate = 1e3,
+            "full" => full_disk(&spec),
+            "damaged" => std::fs::write(spec.folder.join(files::TRAIN), b"no examples").unwrap(),
+            _ => {}
+        }
+        let mut of_it = train(&rig, spec.clone());
+        let mut until =
+            |is_it: fn(&JobEvent) -> bool| while !of_it.blocking_recv().is_some_and(|event| is_it(&event)) {};
+        match end {
+            "cancelled" | "paused" | "unsupervised" => until(|event| matches!(event, JobEvent::Step(_))),
+            "full" => until(|event| matches!(event, JobEvent::NoRoom { .. })),
+            _ => {}
+        }
+        match end {
+            "cancelled" | "full" => rig.command(Command::CancelJob(spec.id.clone())),
+            "paused" => rig.command(Command::PauseJob(spec.id.clone())),
+            "unsupervised" => {
+                drop(of_it);
+                continue;
+            }
+            _ => {}
+        }
+        let heard = to_the_end(&mut of_it);
+        let is_so = match heard.last() {
+            Some(JobEvent::Cancelled { .. }) => ["cancelled", "full"].contains(&end),
+            Some(JobEvent::Kept { .. }) => end == "paused",
+            Some(JobEvent::Failed { .. }) => end == "diverges",
+            Some(JobEvent::Damaged { .. }) => end == "damaged",
+            _ => false,
+        };
+        assert!(is_so, "{end}: {:?}", heard.last());
+    }
+    let got = events.each_mut().map(|events| finished(&to_the_end(events)));
+    assert_eq!(got, expected);
 }
 
 /// A pause between any two quanta, and the life after it, give the bytes of a run that nobody paused.

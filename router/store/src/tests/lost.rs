@@ -317,7 +317,7 @@ async fn a_copy_of_a_store_in_use_is_a_store() {
         {
             assert!(store.file_path(&row).await.unwrap().exists());
         }
-        let (row, lease) = store.claim_job(BASE, &["queued"], None).await.unwrap().unwrap();
+        let (row, lease) = store.claim_job(BASE, &["queued"], &[]).await.unwrap().unwrap();
         assert_eq!(row.id, "ftjob-one");
         let life = Life {
             epoch: lease.epoch() + 1,

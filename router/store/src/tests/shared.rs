@@ -36,9 +36,9 @@ async fn a_lease_has_one_holder_and_who_slept_writes_nothing() {
     let open = async |name| Store::open(&places(root.path(), name, &url)).await.unwrap();
     let (a, b) = tokio::join!(open("a"), open("b"));
     a.insert_job(job("ftjob-x", &[])).await.unwrap();
-    let (_, lease) = a.claim_job(BASE, &["queued"], None).await.unwrap().unwrap();
+    let (_, lease) = a.claim_job(BASE, &["queued"], &[]).await.unwrap().unwrap();
     assert_eq!(lease.epoch(), 1);
-    assert!(b.claim_job(BASE, &["queued"], None).await.unwrap().is_none());
+    assert!(b.claim_job(BASE, &["queued"], &[]).await.unwrap().is_none());
     assert_eq!(
         a.renew_lease("ftjob-x", lease).await.unwrap(),
         Renewal::Held {
@@ -65,7 +65,7 @@ async fn a_lease_has_one_holder_and_who_slept_writes_nothing() {
     }
     // `a` sleeps until `b` may.
     let (row, next) = loop {
-        if let Some(claimed) = b.claim_job(BASE, &["queued", "running"], None).await.unwrap() {
+        if let Some(claimed) = b.claim_job(BASE, &["queued", "running"], &[]).await.unwrap() {
             break claimed;
         }
         tokio::time::sleep(SHORT_LEASE / 10).await;
@@ -115,7 +115,7 @@ async fn claims_at_the_same_moment_take_different_jobs() {
     }
     let claims = stores.iter().map(|store| async {
         store
-            .claim_job(BASE, &["queued"], None)
+            .claim_job(BASE, &["queued"], &[])
             .await
             .unwrap()
             .unwrap()
