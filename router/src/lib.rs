@@ -38,8 +38,8 @@ use tokio::task::JoinHandle;
 
 pub use api::{Keep, LoadMode, MetadataFilter, Order, Part};
 pub use defaults::Defaults;
-use fleet::JobSeat;
 pub use fleet::Fleet;
+use fleet::JobSeat;
 pub use jobs::hyper;
 pub use texts::MAX_TEXT_BYTES;
 pub use view::View;

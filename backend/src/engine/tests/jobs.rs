@@ -275,7 +275,8 @@ fn the_end_of_a_job_leaves_the_others() {
         "unsupervised",
         "damaged",
     ] {
-        let mut spec = saved_job(&directory.path().join(end), &cases, 100_000);
+        let id = format!("ftjob-{end}");
+        let mut spec = named(&id, saved_job(&directory.path().join(end), &cases, 100_000));
         match end {
             "diverges" => spec.hyper.learning_rate = 1e3,
             "full" => full_disk(&spec),
@@ -336,10 +337,14 @@ fn a_paused_job_ends_with_the_same_bytes() {
     let mut pauses = 0;
     loop {
         let mut events = train(&rig, paused.clone());
-        while !matches!(events.blocking_recv(), Some(JobEvent::Step(_))) {}
-        rig.command(Command::PauseJob("ftjob-other".parse().unwrap()));
-        rig.command(Command::PauseJob(paused.id.clone()));
-        let heard = to_the_end(&mut events);
+        let mut heard = vec![];
+        while let Some(event) = events.blocking_recv() {
+            if matches!(event, JobEvent::Step(_)) {
+                rig.command(Command::PauseJob("ftjob-other".parse().unwrap()));
+                rig.command(Command::PauseJob(paused.id.clone()));
+            }
+            heard.push(event);
+        }
         match heard.last() {
             Some(JobEvent::Kept { .. }) => pauses += 1,
             _ => {
