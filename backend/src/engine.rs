@@ -166,7 +166,7 @@ impl Engine {
             let began = Instant::now();
             let result = guard::torch(|| self.step(&plan));
             let took = began.elapsed();
-            self.pace.stepped(took);
+            self.pace.stepped(took, plan.only_decodes());
             self.counters.steps += 1;
             self.counters.step_seconds += took.as_secs_f64();
             match result {

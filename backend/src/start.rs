@@ -8,7 +8,7 @@ pub(crate) mod selftest;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc as std_mpsc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tandem_core::blocks::BlockPool;
 use tandem_core::grammar::Vocabulary;
@@ -66,6 +66,8 @@ pub struct Options {
     pub max_training_jobs: u32,
     /// Seconds fine-tuning jobs may take for each second of serving steps, while there are requests.
     pub training_share: f64,
+    /// While streams only decode, training may also take what this leaves between two of their tokens.
+    pub target_itl: Option<Duration>,
     /// Default: all cores.
     pub threads: Option<usize>,
     /// For requests that bring none. Default: another one at each start.
@@ -139,6 +141,7 @@ impl Options {
             max_lora_rank: 64,
             max_training_jobs: 4,
             training_share: pace::SHARE,
+            target_itl: None,
             threads: None,
             seed: None,
             team: Team::Threads(1),
@@ -216,6 +219,7 @@ fn load(
         max_lora_rank,
         max_training_jobs,
         training_share,
+        target_itl,
         threads: _,
         seed,
         team,
@@ -335,7 +339,7 @@ fn load(
         scheduler,
         bank,
         grammars,
-        pace: Pace::new(training_share),
+        pace: Pace::new(training_share, target_itl),
         max_training_jobs: max_training_jobs as usize,
         commands: inbox,
         stats,

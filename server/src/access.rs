@@ -41,6 +41,7 @@ const ADMIN: Least = Least::A(Role::Admin);
 /// Of the two spellings of the API of 2021 the official one.
 pub const TABLE: &[Row] = &[
     ("GET", "/", NOTHING, None),
+    ("GET", "/ui/{part}", NOTHING, None),
     ("GET", "/docs", NOTHING, None),
     ("GET", "/health", NOTHING, None),
     ("GET", "/ready", NOTHING, None),
@@ -311,7 +312,7 @@ mod tests {
         }
         for (method, path, least, action) in TABLE {
             let is_documented = routes.iter().any(|(m, p)| m == method && p == path);
-            let is_page = *method == "GET" && ["/", "/docs", "/openapi.json"].contains(path);
+            let is_page = *method == "GET" && ["/", "/ui/{part}", "/docs", "/openapi.json"].contains(path);
             assert!(is_documented || is_page, "{method} {path} is no route");
             // What changes something is written down, and is more than asking a model. What was asked, and is kept for who asked,
             // is a part of asking.
@@ -352,7 +353,7 @@ mod tests {
                 "{method} {path}"
             );
         }
-        assert_eq!(routes.len() + 3, TABLE.len());
+        assert_eq!(routes.len() + 4, TABLE.len());
     }
 
     #[test]

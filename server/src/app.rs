@@ -224,6 +224,7 @@ pub fn routes(app: App, access: Access, body_patience: Duration) -> Routes {
         .merge(http::fine_tunes::second_spelling())
         .route_layer(from_fn_with_state(app.clone(), layers::query))
         .route("/", get(http::pages::index))
+        .route("/ui/{part}", get(http::pages::part))
         .route("/docs", get(http::pages::docs))
         .route("/openapi.json", get(http::pages::openapi))
         .fallback(layers::unknown_url)

@@ -236,6 +236,10 @@ pub struct ModelOptions {
     /// are half as fast beside a job. Without requests they have the machine [default: 0.25]
     #[arg(long, value_name = "SHARE", value_parser = share)]
     pub training_share: Option<f64>,
+    /// Milliseconds between two tokens of a stream that are quick enough: while streams only decode, a fine-tuning job also
+    /// takes what a step leaves of them. Without it, its share alone
+    #[arg(long, value_name = "MS", value_parser = count(1..=60_000))]
+    pub target_itl_ms: Option<u32>,
     /// Compute threads [default: one per physical core that the process may use, within its cgroup's limit]
     #[arg(long, value_name = "N", value_parser = count(1..=4096))]
     pub threads: Option<u32>,

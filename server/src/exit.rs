@@ -91,6 +91,18 @@ fn io_lasts(error: &io::Error) -> bool {
     )
 }
 
+/// An error and its causes. Some libraries write a cause into their own words too: it is said once.
+pub fn words(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |said, cause| {
+        let cause = cause.to_string();
+        match (said.is_empty(), said.contains(&cause)) {
+            (true, _) => cause,
+            (false, true) => said,
+            (false, false) => format!("{said}: {cause}"),
+        }
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use anyhow::{Context, anyhow};
@@ -145,5 +157,14 @@ mod tests {
         ] {
             assert_eq!(code(&error), expected, "{error:#}");
         }
+    }
+
+    #[test]
+    fn a_cause_that_is_in_the_words_is_said_once() {
+        let error = anyhow!("status 403")
+            .context("PUT failed: status 403")
+            .context("the store");
+        assert_eq!(words(&error), "the store: PUT failed: status 403");
+        assert_eq!(words(&anyhow!("y").context("x")), "x: y");
     }
 }

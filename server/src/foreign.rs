@@ -64,7 +64,7 @@ const OWN_ADAPTERS: &str = "adapters can always be loaded";
 const BOTH: &str = "any model generates, and makes vectors at /v1/embeddings";
 const ONLY_BOTH: &str = "models generate, and make vectors at /v1/embeddings: nothing else is served";
 const IN_EMBEDDINGS: &str = "it is a field of a request to /v1/embeddings: pooling, normalize, dimensions";
-const OWN_LOADER: &str = "safetensors are mapped into memory, whatever their number";
+const OWN_LOADER: &str = "safetensors and GGUF are told apart by their contents, and mapped into memory";
 
 /// By server, vLLM first.
 pub const TABLE: &[Foreign] = &[
@@ -98,9 +98,9 @@ pub const TABLE: &[Foreign] = &[
     value(
         &["load-format"],
         HarmlessIf(
-            &["auto", "safetensors", "fastsafetensors"],
+            &["auto", "safetensors", "fastsafetensors", "gguf"],
             OWN_LOADER,
-            "weights are read from safetensors",
+            "weights are read from safetensors and GGUF",
         ),
     ),
     value(

@@ -50,7 +50,7 @@ fn main() -> ExitCode {
     match outcome.and_then(|()| run()) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("tandem: {error:#}");
+            eprintln!("tandem: {}", exit::words(&error));
             ExitCode::from(exit::code(&error))
         }
     }

@@ -117,7 +117,17 @@ const COUNTERS: [Of<u64>; 14] = [
     }),
 ];
 
-const SECONDS: [Of<f64>; 3] = [
+const SECONDS: [Of<f64>; 5] = [
+    (
+        "tandem:engine_step_seconds_total",
+        "Time that the engine's steps took",
+        |s| s.step_seconds,
+    ),
+    (
+        "tandem:train_seconds_total",
+        "Time that training took on the engine's thread",
+        |s| s.train_seconds,
+    ),
     (
         "tandem:grammar_compile_seconds_total",
         "Time that compiling grammars took, beside the engine",

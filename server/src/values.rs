@@ -36,7 +36,7 @@ pub fn bytes(text: &str) -> Result<u64, String> {
     match number(text) {
         Some(n @ 1..) => Ok(n),
         _ => Err(
-            "a number of bytes is wanted, such as 2147483648, 2G, 2GiB (both of 1024) or 500m (of 1000)"
+            "a number of bytes is wanted, at most 8000T, such as 2147483648, 2G, 2GiB (both of 1024) or 500m (of 1000)"
                 .to_owned(),
         ),
     }

@@ -95,8 +95,9 @@ pub struct ChatTemplate {
     special_tokens: Arc<BTreeMap<String, String>>,
     /// Variables that the template asks for. It may set some of them itself, where they are not given.
     variables: Arc<BTreeSet<String>>,
-    /// Roles whose content the template reads as a string, and as a list of parts.
+    /// Roles whose content the template reads as a string, as a list of one part, and as one of several.
     reads_text: Arc<BTreeSet<&'static str>>,
+    reads_part: Arc<BTreeSet<&'static str>>,
     reads_parts: Arc<BTreeSet<&'static str>>,
     /// The template knows OpenAI's newer name of the system role.
     knows_developer: bool,
@@ -129,18 +130,19 @@ impl ChatTemplate {
             special_tokens: Arc::new(special_tokens),
             variables: Arc::new(variables),
             reads_text: Arc::default(),
+            reads_part: Arc::default(),
             reads_parts: Arc::default(),
             knows_developer: source.contains("developer"),
             calls: None,
         };
-        let roles = ["system", "user", "assistant", "tool"].into_iter();
-        let (text, parts) = (roles.clone(), roles);
-        template.reads_text = Arc::new(
-            text.filter(|role| template.shows(role, &json!(PROBE.join("\n"))))
-                .collect(),
-        );
-        let probe = PROBE.map(part).to_vec();
-        template.reads_parts = Arc::new(parts.filter(|role| template.shows(role, &json!(probe))).collect());
+        let probe = PROBE.join("\n");
+        let roles = |content: Json| {
+            let all = ["system", "user", "assistant", "tool"].into_iter();
+            Arc::new(all.filter(|role| template.shows(role, &content)).collect())
+        };
+        let (text, one) = (roles(json!(probe)), roles(json!([part(&probe)])));
+        let several = roles(json!(PROBE.map(part)));
+        (template.reads_text, template.reads_part, template.reads_parts) = (text, one, several);
         if source.contains("tool_calls") {
             let render =
                 |messages: &[Json], kwargs: &Kwargs| template.render_visible(messages, false, kwargs).ok();
@@ -278,15 +280,18 @@ impl ChatTemplate {
         let reads =
             |roles: &BTreeSet<&str>| roles.contains(if role == "developer" { "system" } else { role });
         let is_silent = content.is_none();
-        let content = content.as_ref().map(|content| match content {
-            Content::Text(text) if !reads(&self.reads_text) && reads(&self.reads_parts) => {
-                json!([part(text)])
+        let content = content.as_ref().map(|content| {
+            let text = match content {
+                Content::Parts(parts) if reads(&self.reads_parts) => {
+                    return parts.iter().map(|text| part(text)).collect();
+                }
+                Content::Parts(parts) => &parts.join("\n"),
+                Content::Text(text) => text,
+            };
+            match reads(&self.reads_text) || !reads(&self.reads_part) {
+                true => json!(text),
+                false => json!([part(text)]),
             }
-            Content::Text(text) => json!(text),
-            Content::Parts(parts) if reads(&self.reads_parts) => {
-                parts.iter().map(|text| part(text)).collect()
-            }
-            Content::Parts(parts) => json!(parts.join("\n")),
         });
         let mut visible = Map::new();
         visible.insert("role".to_owned(), json!(role));

@@ -16,8 +16,8 @@ pub enum TextError {
     #[error("the chat template is broken: {0}")]
     BrokenTemplate(String),
     #[error(
-        "this model has no chat template: start the server with --chat-template FILE, put a chat_template.jinja into the \
-         model's folder, or send a plain prompt to /v1/completions"
+        "this model has no chat template: start the server with --chat-template FILE (tandem train takes chat_template=FILE), \
+         put a chat_template.jinja into the model's folder, or send a plain prompt to /v1/completions"
     )]
     NoChatTemplate,
     #[error(

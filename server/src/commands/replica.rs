@@ -116,6 +116,9 @@ pub fn engine_options(
     engine.max_loras = options.max_loras.unwrap_or(engine.max_loras);
     engine.max_training_jobs = options.max_training_jobs.unwrap_or(engine.max_training_jobs);
     engine.training_share = options.training_share.unwrap_or(engine.training_share);
+    engine.target_itl = options
+        .target_itl_ms
+        .map(|ms| std::time::Duration::from_millis(ms.into()));
     engine.seed = options.seed;
     engine.max_lora_rank = options.max_lora_rank.unwrap_or(engine.max_lora_rank);
     Ok(engine)

@@ -50,6 +50,11 @@ impl Row {
 }
 
 impl StepPlan {
+    /// Every token chooses another: no piece of a prompt is read but its last token.
+    pub fn only_decodes(&self) -> bool {
+        self.rows.iter().all(|row| row.samples == row.tokens.len())
+    }
+
     /// What a row computes beyond its sequence's own tokens.
     pub fn guesses(&self, row: &Row) -> &[TokenId] {
         let tokens = &self.tokens[row.tokens.clone()];

@@ -12,6 +12,7 @@ const PARTS: &str = include_str!("../fixture/parts.jinja");
 const NINE: &str = include_str!("../fixture/nine.jinja");
 const PRINTS: &str = include_str!("../fixture/printed.jinja");
 const TOOLS: &str = include_str!("../fixture/tools.jinja");
+const FIRST_PART: &str = "{% for m in messages %}{{ m.role }}: {{ m.content[0].text }}\n{% endfor %}";
 
 fn template(source: &str) -> ChatTemplate {
     let tokens = [("bos_token", "<s>"), ("eos_token", "</s>")];
@@ -121,6 +122,17 @@ fn an_open_message_may_be_blank_or_only_thought() {
             PARTS,
             json!({"role": "assistant", "content": "<"}),
             "<|assistant|>\n<",
+        ),
+        // A template that shows the first part alone gets all text in it.
+        (
+            FIRST_PART,
+            json!({"role": "assistant", "content": [{"text": "a"}, {"text": "<"}]}),
+            "assistant: a\n<",
+        ),
+        (
+            FIRST_PART,
+            json!({"role": "assistant", "content": "<"}),
+            "assistant: <",
         ),
         (
             CHATML,
