@@ -36,8 +36,8 @@ def page(tab, url):
     tab.run("localStorage.clear()")
     if not tab.run("document.getElementById('key').value"):
         tab.fill("key", KEY)
-    tab.run("location.reload()")
-    tab.wait("document.readyState === 'complete' && document.getElementById('model')?.options.length > 0")
+    tab.open(url + "/")
+    tab.wait("document.getElementById('model').options.length > 0")
     return tab
 
 
@@ -132,8 +132,8 @@ def test_turns_are_taken_back_and_conversations_kept(page, url):
     assert texts(page, ".turn.assistant .text") == first
     page.click("new")
     assert texts(page, ".turn") == []
-    page.run("location.reload()")
-    page.wait("document.readyState === 'complete' && document.querySelectorAll('#history .name').length === 1")
+    page.open(url + "/")
+    page.wait("document.querySelectorAll('#history .name').length === 1")
     page.run("document.querySelector('#history .name').click()")
     assert texts(page, ".turn.assistant .text") == first
     page.run("document.querySelector('#history button:last-child').click()")

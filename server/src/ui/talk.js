@@ -97,6 +97,7 @@ async function answer(lane, turn, text) {
       said.reasoning += (choice.delta && choice.delta.reasoning_content) || '';
       if (!due) { due = true; requestAnimationFrame(show); }
     }
+    turn.answers[lane] = said;
   } finally {
     const seconds = (performance.now() - start) / 1000;
     if (usage) said.note = `${usage.completion_tokens} tokens, ${(usage.completion_tokens / seconds).toFixed(0)} a second, the first after ${Math.round((first ?? performance.now()) - start)} ms`;

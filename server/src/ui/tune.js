@@ -1,6 +1,6 @@
 /* A new fine-tuning job: its files, what they look like to the model, its settings. */
 
-import { models, onKey, post, upload } from './api.js';
+import { api, models, onKey, post, upload } from './api.js';
 import { $, bytes, el, say } from './dom.js';
 import { pick } from './jobs.js';
 
@@ -93,7 +93,7 @@ const stumble = error => say($('said'), error.message, true);
 /* All settings of a job, out of the API's own document. */
 async function drawSettings() {
   if ($('settings').children.length || !$('more').open) return;
-  const document = await (await fetch('openapi.json')).json();
+  const document = await api('openapi.json');
   const { properties } = document.components.schemas.TrainingSettings, shown = new Set(Object.values(SHOWN));
   $('settings').replaceChildren(...Object.entries(properties).filter(([name]) => !shown.has(name)).map(([name, schema]) => {
     const types = [schema.type].flat(), words = schema.enum || (schema.oneOf || []).flatMap(one => one.enum || []);
