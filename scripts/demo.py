@@ -40,9 +40,9 @@ class Api:
         body = {"model": model, "messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": MAX_TOKENS}
         return self.call("POST", "/v1/chat/completions", body)["choices"][0]["message"]["content"].strip()
 
-    def upload(self, path):
+    def upload(self, path, purpose="fine-tune"):
         boundary = uuid.uuid4().hex
-        head = (f'--{boundary}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
+        head = (f'--{boundary}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\n{purpose}\r\n'
                 f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{path.name}"\r\n\r\n')
         body = head.encode() + path.read_bytes() + f"\r\n--{boundary}--\r\n".encode()
         return self.call("POST", "/v1/files", body, {"Content-Type": f"multipart/form-data; boundary={boundary}"})["id"]

@@ -44,6 +44,7 @@ fn scheduler(criterion: &mut Criterion) {
                 adapter: None,
                 sampling: Sampling::greedy(),
                 grammar: None,
+                priority: 0,
                 salt: None,
                 max_tokens: (MAX_MODEL_LEN - PROMPT_TOKENS) as u32,
                 pooling: None,

@@ -94,6 +94,8 @@ pub struct ChatRequest {
     pub include_reasoning: Option<bool>,
     /// false: the model's reasoning stays in the content, as the model wrote it.
     pub separate_reasoning: Option<bool>,
+    /// Lower goes first (default 0). Below 0 only where the server says `--scheduling-policy priority`.
+    pub priority: Option<i32>,
     /// Only `text` is built.
     pub modalities: Option<Vec<String>>,
 }

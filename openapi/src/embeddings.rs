@@ -21,6 +21,8 @@ pub struct EmbeddingRequest {
     pub normalize: Option<bool>,
     /// BOS and the like (default true).
     pub add_special_tokens: Option<bool>,
+    /// Lower goes first (default 0). Below 0 only where the server says `--scheduling-policy priority`.
+    pub priority: Option<i32>,
 }
 
 #[derive(Clone, Debug, Serialize, ToSchema)]

@@ -3,6 +3,7 @@
 //! checks of values, status codes, what anything means.
 
 pub mod adapters;
+pub mod batches;
 pub mod chat;
 pub mod common;
 pub mod completions;
@@ -15,11 +16,13 @@ pub mod generate;
 pub mod messages;
 pub mod models;
 pub mod responses;
+pub mod scores;
 pub mod server;
 pub mod structured;
 pub mod tinker;
 pub mod tokenize;
 pub mod tools;
+pub mod uploads;
 pub mod usage;
 
 /// The generated document, committed so that a change of the contract shows in review.

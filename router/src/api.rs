@@ -66,6 +66,17 @@ pub struct Client {
     pub key: u64,
     /// Each has its part of its key's share.
     pub connection: u64,
+    pub work: Work,
+}
+
+/// Whether somebody waits for an answer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Work {
+    /// It has a place among other clients, or is refused.
+    #[default]
+    Live,
+    /// A line of a batch: it takes no place from anybody, and goes behind everybody.
+    Batch,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -105,6 +116,8 @@ pub struct Call {
     /// The prompt becomes a vector; nothing is generated.
     pub pooling: Option<Pooling>,
     pub sampling: RawSampling,
+    /// What has a lower one goes first; among equals, what came first.
+    pub priority: i32,
     /// What each answer must be.
     pub constraint: Option<Constraint>,
     /// How the answer of a chat is read; without it all of its text is content.

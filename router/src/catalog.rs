@@ -14,7 +14,7 @@ use tandem_store::{NameRow, Source};
 use tokio::sync::{Notify, oneshot};
 
 use crate::Config;
-use crate::api::{AdapterSource, Client, ModelCard, ModelKind, RouterError};
+use crate::api::{AdapterSource, Client, ModelCard, ModelKind, RouterError, Work};
 
 /// After how long a refused client should come back. A sequence takes seconds; the clients add jitter.
 const RETRY_AFTER_S: u32 = 1;
@@ -31,6 +31,8 @@ pub(crate) struct Catalog {
     /// Sequences that hold places: those of `live` that are not parked, counted before the entries are made so that the
     /// limit is exact.
     admitted: AtomicU32,
+    /// Sequences of batches, which hold none.
+    batched: AtomicU32,
     /// Those of each key that has some, by its connections.
     clients: Mutex<Clients>,
     /// Who reads nothing, from the longest on, and how each is told to give up.
@@ -247,6 +249,7 @@ impl Catalog {
             names: RwLock::new(names.into_iter().map(|row| (row.name.clone(), row)).collect()),
             live: DashMap::new(),
             admitted: AtomicU32::new(0),
+            batched: AtomicU32::new(0),
             clients: Mutex::default(),
             parked: Mutex::default(),
             parkings: AtomicU64::new(0),
@@ -335,18 +338,20 @@ impl Catalog {
                 _ => return Err(RouterError::UnknownModel(model.to_owned())),
             },
         };
-        let crowd = self.join(client, n);
-        // Some of the request's earlier sequences may have ended or be parked.
-        let request = (earlier + n).min(crowd.connection.own);
-        let crowd = Crowd { request, ..crowd };
-        // Of other routers.
-        let elsewhere = engine_waiting.saturating_sub(crowd.all);
-        if !crowd.fits(slots, self.max_waiting) || elsewhere > self.max_waiting {
-            self.leave(client, n);
-            return Err(RouterError::Busy {
-                waiting: (crowd.all - n).saturating_sub(slots).max(engine_waiting),
-                retry_after_s: RETRY_AFTER_S,
-            });
+        if let Some(crowd) = self.join(client, n) {
+            // Some of the request's earlier sequences may have ended or be parked.
+            let request = (earlier + n).min(crowd.connection.own);
+            let crowd = Crowd { request, ..crowd };
+            // Of other routers.
+            let own = crowd.all + self.batched.load(Ordering::Acquire);
+            let elsewhere = engine_waiting.saturating_sub(own);
+            if !crowd.fits(slots, self.max_waiting) || elsewhere > self.max_waiting {
+                self.leave(client, n);
+                return Err(RouterError::Busy {
+                    waiting: (crowd.all - n).saturating_sub(slots).max(engine_waiting),
+                    retry_after_s: RETRY_AFTER_S,
+                });
+            }
         }
         let first = self.next_id.fetch_add(u64::from(n), Ordering::Relaxed);
         let ids = first..first + u64::from(n);
@@ -361,9 +366,18 @@ impl Catalog {
         })
     }
 
-    /// Who is there once these sequences are.
-    fn join(&self, client: &Client, n: u32) -> Crowd {
-        let &Client { key, connection, .. } = client;
+    /// Who is there once these sequences are. `None`: they are of a batch, and take no place from anybody.
+    fn join(&self, client: &Client, n: u32) -> Option<Crowd> {
+        let &Client {
+            key,
+            connection,
+            work,
+            ..
+        } = client;
+        if work == Work::Batch {
+            self.batched.fetch_add(n, Ordering::AcqRel);
+            return None;
+        }
         let all = self.admitted.fetch_add(n, Ordering::AcqRel) + n;
         let mut clients = self.clients();
         let connections = clients.entry(key).or_default();
@@ -374,16 +388,25 @@ impl Catalog {
         };
         let (own, of) = (connections[&connection], connections.len());
         let of_key = connections.values().sum();
-        Crowd {
+        Some(Crowd {
             all,
             key: part(of_key, clients.len()),
             connection: part(own, of),
             request: n,
-        }
+        })
     }
 
     fn leave(&self, client: &Client, n: u32) {
-        let &Client { key, connection, .. } = client;
+        let &Client {
+            key,
+            connection,
+            work,
+            ..
+        } = client;
+        if work == Work::Batch {
+            self.batched.fetch_sub(n, Ordering::AcqRel);
+            return;
+        }
         self.admitted.fetch_sub(n, Ordering::AcqRel);
         let mut clients = self.clients();
         let connections = clients.get_mut(&key).expect("its sequences are counted");

@@ -40,20 +40,9 @@ impl Router {
             purpose,
             expires_after_seconds,
         } = upload;
-        let filename = plain_name(&filename)?;
-        let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
-        if purpose.is_empty() || purpose.len() > MAX_PURPOSE_BYTES || !purpose.bytes().all(plain) {
-            let message = format!(
-                "'{}' is not a purpose: 'fine-tune' is one",
-                purpose.escape_debug()
-            );
-            return Err(RouterError::invalid("purpose", message));
-        }
-        if let Some(s) = expires_after_seconds.filter(|s| !EXPIRES_AFTER_S.contains(s)) {
-            let (low, high) = (EXPIRES_AFTER_S.start(), EXPIRES_AFTER_S.end());
-            let message = format!("expires_after[seconds] must be between {low} and {high}, got {s}");
-            return Err(RouterError::invalid("expires_after", message));
-        }
+        let filename = plain_name("file", &filename)?;
+        check_purpose(&purpose)?;
+        check_expiry(expires_after_seconds)?;
         if purpose == FINE_TUNE {
             check_training_file(staged.clone()).await?;
         }
@@ -106,7 +95,30 @@ impl Router {
     }
 }
 
-async fn check_training_file(staged: PathBuf) -> Result<(), RouterError> {
+pub(crate) fn check_purpose(purpose: &str) -> Result<(), RouterError> {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
+    if purpose.is_empty() || purpose.len() > MAX_PURPOSE_BYTES || !purpose.bytes().all(plain) {
+        let message = format!(
+            "'{}' is not a purpose: 'fine-tune' is one",
+            purpose.escape_debug()
+        );
+        return Err(RouterError::invalid("purpose", message));
+    }
+    Ok(())
+}
+
+pub(crate) fn check_expiry(seconds: Option<u64>) -> Result<(), RouterError> {
+    match seconds.filter(|s| !EXPIRES_AFTER_S.contains(s)) {
+        None => Ok(()),
+        Some(s) => {
+            let (low, high) = (EXPIRES_AFTER_S.start(), EXPIRES_AFTER_S.end());
+            let message = format!("expires_after[seconds] must be between {low} and {high}, got {s}");
+            Err(RouterError::invalid("expires_after", message))
+        }
+    }
+}
+
+pub(crate) async fn check_training_file(staged: PathBuf) -> Result<(), RouterError> {
     let checked = tokio::task::spawn_blocking(move || {
         let file = File::open(&staged).map_err(|error| format!("The upload cannot be read: {error}"))?;
         dataset::check_jsonl(BufReader::new(file))
@@ -126,7 +138,7 @@ async fn check_training_file(staged: PathBuf) -> Result<(), RouterError> {
 }
 
 /// The last component of what a client called its file: only a label, but others may save under it.
-fn plain_name(filename: &str) -> Result<String, RouterError> {
+pub(crate) fn plain_name(param: &str, filename: &str) -> Result<String, RouterError> {
     let last = filename.rsplit(['/', '\\']).next().unwrap_or_default();
     let wrong = match last {
         "" | "." | ".." => "names no file".to_owned(),
@@ -141,7 +153,7 @@ fn plain_name(filename: &str) -> Result<String, RouterError> {
     };
     let shown: String = filename.escape_debug().take(100).collect();
     Err(RouterError::invalid(
-        "file",
+        param,
         format!("The filename '{shown}' {wrong}"),
     ))
 }
@@ -184,8 +196,8 @@ mod tests {
             ("a\nb", None),
         ];
         for (given, expected) in cases {
-            assert_eq!(plain_name(given).ok().as_deref(), expected, "{given:?}");
+            assert_eq!(plain_name("file", given).ok().as_deref(), expected, "{given:?}");
         }
-        assert!(plain_name(&"x".repeat(256)).is_err());
+        assert!(plain_name("file", &"x".repeat(256)).is_err());
     }
 }

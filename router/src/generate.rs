@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use tandem_core::TokenId;
 use tandem_core::id::{AdapterDigest, AdapterRef, Digest};
-use tandem_core::message::Fault;
+use tandem_core::message::{Fault, LAST_PRIORITY};
 use tandem_core::sampling::Sampling;
 use tandem_text::chat::Ending;
 use tandem_text::stop::{Matched, StopStrings};
@@ -15,7 +15,7 @@ use tandem_text::{Skip, SpecialTokens, TextError, Tokenizer};
 use tokio::sync::mpsc;
 
 use crate::answer::Plan;
-use crate::api::{Call, Generation, Prompt, RouterError, Tenant};
+use crate::api::{Call, Generation, Prompt, RouterError, Tenant, Work};
 use crate::catalog::Wish;
 use crate::relay::{self, Choice, Order, Path, Relay};
 use crate::texts::text_bytes;
@@ -51,6 +51,7 @@ impl Router {
             max_tokens,
             pooling,
             sampling,
+            priority,
             constraint,
             answer,
             stop,
@@ -70,6 +71,13 @@ impl Router {
                 "n",
                 format!("n must be between 1 and {max_choices}, got {n}"),
             ));
+        }
+        if priority < 0 && !self.0.config.overtaking {
+            let message = format!(
+                "priority {priority} goes before requests that say nothing, which this server allows under \
+                 --scheduling-policy priority alone; 0 and more are always taken"
+            );
+            return Err(RouterError::invalid("priority", message));
         }
         let limit = info.max_model_len;
         if let Some(asked) = max_tokens.filter(|&asked| asked > limit) {
@@ -162,6 +170,10 @@ impl Router {
                 adapter,
                 sampling,
                 grammar,
+                priority: match client.work {
+                    Work::Live => priority,
+                    Work::Batch => LAST_PRIORITY,
+                },
                 salt,
                 max_tokens,
                 pooling,

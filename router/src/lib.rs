@@ -3,6 +3,7 @@
 
 mod answer;
 pub mod api;
+pub mod batches;
 mod catalog;
 mod defaults;
 mod files;
@@ -19,6 +20,7 @@ mod tests;
 mod texts;
 pub mod time;
 pub mod tinker;
+pub mod uploads;
 mod view;
 mod watch;
 
@@ -46,6 +48,7 @@ pub use view::View;
 
 use answer::Formats;
 use api::RouterError;
+use batches::Counter;
 use catalog::Catalog;
 use grammars::Grammars;
 use jobs::Desk;
@@ -75,6 +78,8 @@ pub struct Config {
     pub calls_as_content: bool,
     /// What is kept of responses.
     pub keep_responses: Keep,
+    /// A call may say that it goes before others. That it goes behind them may always be said.
+    pub overtaking: bool,
 }
 
 impl Default for Config {
@@ -94,6 +99,7 @@ impl Default for Config {
                 bytes: 256 << 20,
                 age_s: 30 * 24 * 3600,
             },
+            overtaking: false,
         }
     }
 }
@@ -116,6 +122,7 @@ struct Shared {
     /// nothing that waits for anybody else.
     changes: tokio::sync::Mutex<()>,
     desk: Desk,
+    counter: Counter,
     /// From a call to the commands it became.
     admission: Histogram,
     tinker: tinker::Tinker,
@@ -131,12 +138,14 @@ const SUPERVISOR: &str = "jobs";
 const PREPARER: &str = "preparation of jobs";
 const HOUSEKEEPING: &str = "housekeeping";
 const WATCH: &str = "watch";
+const BATCHES: &str = "batches";
 const TINKER: &str = "sessions of training clients";
 
 struct Tasks {
     supervisor: JoinHandle<()>,
     preparer: JoinHandle<()>,
     housekeeping: JoinHandle<()>,
+    batches: JoinHandle<()>,
     /// Of the disk, of training clients; of a database that others write to, and of parts of the store that are elsewhere.
     watches: Vec<JoinHandle<()>>,
 }
@@ -173,6 +182,7 @@ impl Router {
             catalog,
             changes: tokio::sync::Mutex::new(()),
             desk: Desk::new(),
+            counter: Counter::new(),
             admission: Histogram::default(),
             tinker: tinker::Tinker::default(),
             stopping: AtomicBool::new(false),
@@ -186,6 +196,7 @@ impl Router {
             supervisor: router.task(SUPERVISOR, jobs::supervisor::run),
             preparer: router.task(PREPARER, jobs::prepare::run),
             housekeeping: router.task(HOUSEKEEPING, models::housekeeping),
+            batches: router.task(BATCHES, batches::run),
             watches: router.watches(),
         };
         *router.tasks() = Some(tasks);
@@ -202,6 +213,7 @@ impl Router {
             mut supervisor,
             preparer,
             housekeeping,
+            batches,
             watches,
         }) = tasks
         {
@@ -214,7 +226,7 @@ impl Router {
                 supervisor.abort();
             }
             // What these do can be cut anywhere.
-            for task in [preparer, housekeeping].into_iter().chain(watches) {
+            for task in [preparer, housekeeping, batches].into_iter().chain(watches) {
                 task.abort();
                 let _ = task.await;
             }
@@ -228,10 +240,14 @@ impl Router {
             supervisor,
             preparer,
             housekeeping,
+            batches,
             watches,
         }) = self.tasks().take()
         {
-            for task in [supervisor, preparer, housekeeping].into_iter().chain(watches) {
+            for task in [supervisor, preparer, housekeeping, batches]
+                .into_iter()
+                .chain(watches)
+            {
                 task.abort();
             }
         }

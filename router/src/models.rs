@@ -327,6 +327,11 @@ pub(crate) async fn housekeeping(router: Router) {
                     Ok(responses) => tracing::info!(responses, "old responses deleted"),
                     Err(error) => tracing::warn!(%error, "old responses were not deleted"),
                 }
+                match router.0.store.expire_uploads().await {
+                    Ok(0) => {}
+                    Ok(uploads) => tracing::info!(uploads, "uploads that nobody completed in time ended"),
+                    Err(error) => tracing::warn!(%error, "old uploads were not ended"),
+                }
                 if router.0.store.is_shared() {
                     match router.0.store.delete_loose_files().await {
                         Ok(0) => {}

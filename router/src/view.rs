@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use tandem_store::{FileRow, JobRow, ResponseRow, Source};
+use tandem_store::{BatchRow, FileRow, JobRow, ResponseRow, Source, UploadRow};
 use tokio::sync::mpsc;
 
 use crate::Router;
@@ -11,9 +11,11 @@ use crate::api::{
     Checkpoint, Client, FileInfo, Job, JobEventRecord, JobRequest, KeptResponse, LoadMode, MetadataFilter,
     ModelCard, ModelKind, Order, Page, RouterError, Upload,
 };
+use crate::batches::{self, Batch, BatchRequest};
 use crate::files;
 use crate::jobs::record;
 use crate::responses;
+use crate::uploads::{self, PartInfo, UploadInfo, UploadRequest};
 
 /// Cheap to make: one for each use.
 #[derive(Clone)]
@@ -67,6 +69,32 @@ impl View {
         self.router.file_content(id).await
     }
 
+    pub async fn create_upload(self, request: UploadRequest) -> Result<UploadInfo, RouterError> {
+        self.router.create_upload(request, &self.client.tenant).await
+    }
+
+    /// Takes the staged bytes over.
+    pub async fn add_part(self, upload: &str, staged: &Path) -> Result<PartInfo, RouterError> {
+        let row = self.see_upload(upload).await?;
+        self.router.add_part(&row, staged).await
+    }
+
+    /// The parts that are named, in this order, become one file.
+    pub async fn complete_upload(
+        self,
+        upload: &str,
+        part_ids: &[String],
+        md5: Option<&str>,
+    ) -> Result<UploadInfo, RouterError> {
+        let row = self.see_upload(upload).await?;
+        self.router.complete_upload(&row, part_ids, md5).await
+    }
+
+    pub async fn cancel_upload(self, upload: &str) -> Result<UploadInfo, RouterError> {
+        let row = self.see_upload(upload).await?;
+        self.router.cancel_upload(&row).await
+    }
+
     /// Checked and durable when this returns; files are validated after it.
     pub async fn create_job(self, request: JobRequest) -> Result<Job, RouterError> {
         self.router.create_job(request, &self.client).await
@@ -107,6 +135,29 @@ impl View {
     pub async fn resume_job(self, id: &str) -> Result<Job, RouterError> {
         self.see_job(id).await?;
         self.router.resume_job(id).await
+    }
+
+    /// Durable when this returns; its file is read after it.
+    pub async fn create_batch(self, request: BatchRequest) -> Result<Batch, RouterError> {
+        self.router.create_batch(request, &self.client).await
+    }
+
+    /// Newest first.
+    pub async fn batches(self, after: Option<&str>, limit: u32) -> Result<Page<Batch>, RouterError> {
+        if let Some(id) = after {
+            self.see_batch(id).await?;
+        }
+        self.router.batches(self.client.only(), after, limit).await
+    }
+
+    pub async fn batch(self, id: &str) -> Result<Batch, RouterError> {
+        batches::batch(self.see_batch(id).await?)
+    }
+
+    /// It ends in a moment, with the answers that there are.
+    pub async fn cancel_batch(self, id: &str) -> Result<Batch, RouterError> {
+        self.see_batch(id).await?;
+        self.router.cancel_batch(id).await
     }
 
     /// Newest first.
@@ -235,6 +286,22 @@ impl View {
         match self.client.sees(&row.tenant) {
             true => Ok(row),
             false => Err(RouterError::UnknownResponse(id.to_owned())),
+        }
+    }
+
+    async fn see_upload(&self, id: &str) -> Result<UploadRow, RouterError> {
+        let row = self.router.upload_row(id).await?;
+        match self.client.sees(&row.tenant) {
+            true => Ok(row),
+            false => Err(uploads::unknown("upload", id)),
+        }
+    }
+
+    async fn see_batch(&self, id: &str) -> Result<BatchRow, RouterError> {
+        let row = self.router.batch_row(id).await?;
+        match self.client.sees(&row.tenant) {
+            true => Ok(row),
+            false => Err(batches::unknown(id)),
         }
     }
 

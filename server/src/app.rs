@@ -20,6 +20,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::access::{self, Gate};
+use crate::access_log::AccessLog;
 use crate::audit::Audit;
 use crate::convert::fine_tuning;
 use crate::convert::sampling::Limits;
@@ -117,8 +118,8 @@ impl Modify for Key {
 
 fn documented() -> OpenApiRouter<App> {
     use http::{
-        adapters, chat, completions, embeddings, files, fine_tunes, fine_tuning, generate, messages, models,
-        responses, server, tokenize,
+        adapters, batches, chat, completions, embeddings, files, fine_tunes, fine_tuning, generate, messages,
+        models, responses, scores, server, tokenize, uploads,
     };
     OpenApiRouter::with_openapi(Document::openapi())
         .merge(http::tinker::documented())
@@ -136,11 +137,23 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(generate::either))
         .routes(routes!(generate::info))
         .routes(routes!(embeddings::create))
+        .routes(routes!(scores::score))
+        .routes(routes!(scores::score_too))
+        .routes(routes!(scores::rerank))
+        .routes(routes!(scores::rerank_too))
+        .routes(routes!(scores::rerank_v2))
         .routes(routes!(models::list))
         .routes(routes!(models::retrieve, models::delete))
         .routes(routes!(files::list, files::create))
         .routes(routes!(files::retrieve, files::delete))
         .routes(routes!(files::content))
+        .routes(routes!(uploads::create))
+        .routes(routes!(uploads::part))
+        .routes(routes!(uploads::complete))
+        .routes(routes!(uploads::cancel))
+        .routes(routes!(batches::list, batches::create))
+        .routes(routes!(batches::retrieve))
+        .routes(routes!(batches::cancel))
         .routes(routes!(fine_tuning::list, fine_tuning::create))
         .routes(routes!(fine_tuning::retrieve))
         .routes(routes!(fine_tuning::cancel))
@@ -208,6 +221,16 @@ pub struct Access {
     /// It listens on a loopback address.
     pub is_local: bool,
     pub audit: Audit,
+    pub log: AccessLog,
+}
+
+/// The routes alone, for requests that come from within: lines of batches.
+pub fn inner(app: App) -> Routes {
+    let (routes, _) = documented().split_for_parts();
+    routes
+        .layer(DefaultBodyLimit::disable())
+        .with_state(app)
+        .layer(CatchPanicLayer::custom(layers::panicked))
 }
 
 /// `body_patience`: for the next piece of a request's body.
@@ -217,6 +240,7 @@ pub fn routes(app: App, access: Access, body_patience: Duration) -> Routes {
         origins,
         is_local,
         audit,
+        log,
     } = access;
     let cors = origins.cors();
     let (routes, _) = documented().split_for_parts();
@@ -243,7 +267,7 @@ pub fn routes(app: App, access: Access, body_patience: Duration) -> Routes {
         .layer(CatchPanicLayer::custom(layers::panicked))
         .layer(from_fn_with_state(body_patience, unread::drain))
         .layer(from_fn(dialect::translate))
-        .layer(from_fn(layers::request_id))
+        .layer(from_fn_with_state(log, layers::request_id))
 }
 
 #[cfg(test)]
@@ -290,6 +314,6 @@ mod tests {
             assert_eq!(strays(name, example.to_string().as_bytes()), [], "{name}");
             bodies += 1;
         }
-        assert_eq!(bodies, 32);
+        assert_eq!(bodies, 40);
     }
 }

@@ -10,10 +10,13 @@ use tandem_store::{Role, Tenant};
 use tandem_text::reasoning::ReasoningFormat;
 use tandem_text::tools::ToolFormat;
 
+use crate::connection::RootPath;
 use crate::extract::{FILE_LIMIT_BYTES, JSON_LIMIT_BYTES};
+use crate::tls::CertReqs;
 use crate::values::{
-    ChatTemplate, LoraModule, LoraModules, Parser as Format, address, bytes, bytes_or_none, chat_template,
-    count, host, lora_modules, model_len, reasoning_parser, share, tool_call_parser,
+    ChatTemplate, LogFormat, LoraModule, LoraModules, Parser as Format, SchedulingPolicy, address, bytes,
+    bytes_or_none, cert_reqs, chat_template, count, host, log_format, lora_modules, model_len,
+    reasoning_parser, root_path, scheduling_policy, share, tool_call_parser,
 };
 
 /// Serves a language model and fine-tunes it in tandem: one process, one copy of the base weights.
@@ -310,6 +313,32 @@ pub struct EdgeOptions {
     /// Days that a response is kept
     #[arg(long, value_name = "DAYS", default_value_t = 30, value_parser = count(1..=36_500))]
     pub response_store_days: u32,
+    /// Certificate of the server (PEM, with those between it and the root behind it): the API is then served over TLS alone.
+    /// SIGHUP reads the files again
+    #[arg(long, value_name = "FILE")]
+    pub ssl_certfile: Option<PathBuf>,
+    /// Its private key (PEM, without a password) [default: in the file of --ssl-certfile]
+    #[arg(long, value_name = "FILE")]
+    pub ssl_keyfile: Option<PathBuf>,
+    /// Certificates (PEM) of those who sign clients' certificates
+    #[arg(long, value_name = "FILE")]
+    pub ssl_ca_certs: Option<PathBuf>,
+    /// 0: no client's certificate is asked for, 1: one may be shown, 2: one must be
+    #[arg(long, value_name = "0|1|2", default_value = "0", value_parser = cert_reqs)]
+    pub ssl_cert_reqs: CertReqs,
+    /// Path under which a proxy shows the server: requests may have it before theirs
+    #[arg(long, value_name = "PATH", default_value = "/", value_parser = root_path)]
+    pub root_path: RootPath,
+    /// Write no line of the log for each request
+    #[arg(long)]
+    pub disable_uvicorn_access_log: bool,
+    /// Paths of whose requests no line is written, such as /health,/metrics
+    #[arg(long, value_name = "PATHS", value_delimiter = ',')]
+    pub disable_access_log_for_endpoints: Vec<String>,
+    /// Whether a request's `priority` may go below 0, before requests that say nothing: under `priority` every client may say
+    /// so. What is above 0 goes behind them in either case
+    #[arg(long, value_name = "fcfs|priority", default_value = "fcfs", value_parser = scheduling_policy)]
+    pub scheduling_policy: SchedulingPolicy,
     /// Requests that may wait for a place among the running; more are answered 429
     #[arg(long, value_name = "N", default_value_t = 512)]
     pub max_waiting: u32,
@@ -477,6 +506,9 @@ pub struct ProcessOptions {
     /// Seconds that running streams are given at shutdown
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub shutdown_grace: u64,
+    /// How the log is written: text, or json with an object a line
+    #[arg(long, value_name = "text|json", default_value = "text", value_parser = log_format)]
+    pub log_format: LogFormat,
     /// TOML file with any of these options
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -523,9 +555,23 @@ pub struct Health {
     pub host: IpAddr,
     #[arg(long, default_value_t = 8000, env = "TANDEM_PORT")]
     pub port: u16,
+    /// It serves over TLS: whatever certificate it shows is taken
+    #[arg(long, value_name = "FILE", env = "TANDEM_SSL_CERTFILE")]
+    pub ssl_certfile: Option<PathBuf>,
     /// Ask whether it takes requests, not only whether it is well
     #[arg(long)]
     pub ready: bool,
+}
+
+impl Command {
+    pub fn log_format(&self) -> LogFormat {
+        match self {
+            Command::Serve(options) => options.process.log_format,
+            Command::Backend(options) => options.process.log_format,
+            Command::Router(options) => options.process.log_format,
+            _ => LogFormat::Text,
+        }
+    }
 }
 
 fn limits() -> String {

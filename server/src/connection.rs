@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use axum::Router as Routes;
 use axum::body::{Body, Bytes, HttpBody};
+use axum::http::Uri;
+use axum::http::uri::PathAndQuery;
 use hyper::body::{Frame, Incoming, SizeHint};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto::Builder;
@@ -20,6 +22,8 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use tokio::time::{Sleep, sleep};
 use tower::ServiceExt;
+
+use crate::tls::Tls;
 
 /// Requests that one HTTP/2 connection may have under way.
 const MAX_STREAMS: u32 = 256;
@@ -41,19 +45,81 @@ pub struct Patience {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ConnectionId(pub u64);
 
+/// What connections are served by.
+#[derive(Clone)]
+pub struct Site {
+    pub routes: Routes,
+    pub root: RootPath,
+    pub tls: Option<Tls>,
+    pub patience: Patience,
+}
+
+/// Where a proxy shows the server; requests have it before their path, or the proxy has cut it off.
+#[derive(Clone, Debug)]
+pub struct RootPath(Arc<str>);
+
+impl RootPath {
+    /// `None`: it is no path.
+    pub fn new(text: &str) -> Option<RootPath> {
+        let root = text.trim_end_matches('/');
+        let is_path = (root.is_empty() || root.starts_with('/')) && text.parse::<PathAndQuery>().is_ok();
+        (is_path && !root.contains('?')).then(|| RootPath(root.into()))
+    }
+
+    /// The path that the routes know.
+    fn cut(&self, uri: &mut Uri) {
+        let given = uri.path_and_query().map_or("", PathAndQuery::as_str);
+        let rest = match given.strip_prefix(&*self.0) {
+            Some(rest) if !self.0.is_empty() => rest,
+            _ => return,
+        };
+        let rest = match rest.chars().next() {
+            Some('/') => rest.to_owned(),
+            None | Some('?') => format!("/{rest}"),
+            // Another path that begins alike.
+            Some(_) => return,
+        };
+        let mut parts = uri.clone().into_parts();
+        parts.path_and_query = rest.parse().ok();
+        if let Ok(cut) = Uri::from_parts(parts) {
+            *uri = cut;
+        }
+    }
+}
+
+/// A connection that was accepted, from its handshake to its end.
+pub async fn begin(stream: TcpStream, id: ConnectionId, site: Site, stopping: watch::Receiver<bool>) {
+    let stream = Impatient::new(stream, site.patience.write);
+    let Some(tls) = &site.tls else {
+        return serve(stream, id, site, stopping).await;
+    };
+    let shaken = tls.acceptor().accept(stream);
+    match tokio::time::timeout(site.patience.read, shaken).await {
+        Ok(Ok(stream)) => serve(stream, id, site, stopping).await,
+        Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
+        Err(_) => tracing::debug!("a TLS handshake took too long"),
+    }
+}
+
 /// Until the client leaves, is too slow, or `stopping` and its requests have ended.
-pub async fn serve(
-    stream: TcpStream,
+async fn serve(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     id: ConnectionId,
-    routes: Routes,
-    patience: Patience,
+    site: Site,
     mut stopping: watch::Receiver<bool>,
 ) {
+    let Site {
+        routes,
+        root,
+        tls: _,
+        patience,
+    } = site;
     let exchanges = Exchanges::default();
     let begun = exchanges.clone();
     let service = tower::service_fn(move |request: hyper::Request<Incoming>| {
         let exchange = begun.begin();
         let mut request = request.map(Body::new);
+        root.cut(request.uri_mut());
         request.extensions_mut().insert(id);
         let answer = routes.clone().oneshot(request);
         async move {
@@ -65,8 +131,8 @@ pub async fn serve(
     // `Exchanges` measures from the first byte to the last, in both versions alike.
     builder.http1().header_read_timeout(None);
     builder.http2().max_concurrent_streams(MAX_STREAMS);
-    let stream = TokioIo::new(Impatient::new(stream, patience.write));
-    let mut connection = pin!(builder.serve_connection(stream, TowerToHyperService::new(service)));
+    let mut connection =
+        pin!(builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service)));
     let mut stops = false;
     loop {
         tokio::select! {
@@ -283,5 +349,31 @@ impl AsyncWrite for Impatient {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.within(context, |stream, context| stream.poll_shutdown(context))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_root_is_cut_off_whole_or_not_at_all() {
+        for (root, given, expected) in [
+            ("/llm", "/llm/v1/models?limit=1", "/v1/models?limit=1"),
+            ("/llm/", "/llm/v1/models", "/v1/models"),
+            ("/llm", "/llm", "/"),
+            ("/llm", "/llm?x=1", "/?x=1"),
+            ("/llm", "/llms/v1", "/llms/v1"),
+            ("/llm", "/v1/models", "/v1/models"),
+            ("/", "/v1/models", "/v1/models"),
+            ("/a/b", "http://h:1/a/b/c", "http://h:1/c"),
+        ] {
+            let mut uri: Uri = given.parse().expect("a URI");
+            RootPath::new(root).expect("a path").cut(&mut uri);
+            assert_eq!(uri.to_string(), expected, "{root} {given}");
+        }
+        for wrong in ["llm", "/a?b", "/a b", "http://x/y"] {
+            assert!(RootPath::new(wrong).is_none(), "{wrong}");
+        }
     }
 }

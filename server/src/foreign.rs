@@ -48,7 +48,6 @@ const NO_SPECULATION: &str = "--speculative-config '{\"method\": \"ngram\", \"nu
 const NO_MEDIA: &str = "only text is understood";
 const NO_DATA_PARALLEL: &str = "start a `tandem backend` for each replica and a `tandem router` before them";
 const NO_PIPELINE: &str = "layers are not divided over ranks: use --tensor-parallel-size";
-const NO_TLS: &str = "there is no TLS: put a reverse proxy (nginx, Caddy, Envoy) before the server";
 const HUB_CACHE: &str = "the hub's cache is said by the variable HF_HUB_CACHE, or HF_HOME";
 const NO_OVERRIDES: &str = "edit the config.json of the model's folder instead";
 const NO_GRAPHS: &str = "no graphs are captured and nothing is compiled here";
@@ -245,10 +244,6 @@ pub const TABLE: &[Foreign] = &[
             "scheduler-delay-factor",
         ],
         Harmless("every token is sent when it is there"),
-    ),
-    value(
-        &["scheduling-policy"],
-        HarmlessIf(&["fcfs"], "first come, first served", "fcfs is the only policy"),
     ),
     value(
         &["scheduler-cls", "worker-cls", "worker-extension-cls"],
@@ -463,23 +458,17 @@ pub const TABLE: &[Foreign] = &[
         &["allow-credentials"],
         Refused("the API knows bearer tokens, no cookies"),
     ),
+    value(&["ssl-key-file"], SameAs("ssl-keyfile")),
+    value(&["ssl-cert-file"], SameAs("ssl-certfile")),
     value(
-        &[
-            "ssl-keyfile",
-            "ssl-certfile",
-            "ssl-ca-certs",
-            "ssl-cert-reqs",
-            "ssl-ciphers",
-            "ssl-key-file",
-            "ssl-cert-file",
-        ],
-        Refused(NO_TLS),
+        &["ssl-ciphers"],
+        Refused("ciphers are those of TLS 1.2 and 1.3 that are known to be safe"),
     ),
-    switch(&["enable-ssl-refresh"], Refused(NO_TLS)),
-    value(
-        &["root-path", "api-prefix"],
-        Refused("routes begin at /: let the proxy cut the prefix off"),
+    switch(
+        &["enable-ssl-refresh"],
+        Refused("certificates are read again at SIGHUP: have whoever renews them send it"),
     ),
+    value(&["api-prefix"], SameAs("root-path")),
     value(&["uds"], Refused("the server listens on --host and --port")),
     value(&["middleware"], Refused("no code of yours runs in the server")),
     switch(
@@ -495,7 +484,6 @@ pub const TABLE: &[Foreign] = &[
         &[
             "disable-log-requests",
             "disable-log-stats",
-            "disable-uvicorn-access-log",
             "enable-log-outputs",
             "log-disable",
         ],
@@ -511,13 +499,7 @@ pub const TABLE: &[Foreign] = &[
         Harmless(OWN_LOG),
     ),
     value(
-        &[
-            "uvicorn-log-level",
-            "log-level",
-            "max-log-len",
-            "log-config-file",
-            "disable-access-log-for-endpoints",
-        ],
+        &["uvicorn-log-level", "log-level", "max-log-len", "log-config-file"],
         Harmless(OWN_LOG),
     ),
     value(

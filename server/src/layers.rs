@@ -1,14 +1,13 @@
 //! What wraps every route: a request id, panics, the fallbacks. Not here: the routes, API keys.
 
 use std::any::Any;
-use std::time::Instant;
 
 use axum::extract::{MatchedPath, Query, Request, State};
 use axum::http::{HeaderName, HeaderValue, Method, Uri};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use tracing::{debug, warn};
 
+use crate::access_log::AccessLog;
 use crate::app::App;
 use crate::convert::refuse::QUERY;
 use crate::error::ApiError;
@@ -19,8 +18,8 @@ pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// A client's own request id at most; a longer one is replaced.
 const REQUEST_ID_BYTES: usize = 128;
 
-/// Names the exchange (the client's name, or a new one) and logs it.
-pub async fn request_id(mut request: Request, next: Next) -> Response {
+/// Names the exchange (the client's name, or a new one), and has a line written of it.
+pub async fn request_id(State(log): State<AccessLog>, mut request: Request, next: Next) -> Response {
     let given = request
         .headers()
         .get(&REQUEST_ID)
@@ -30,14 +29,8 @@ pub async fn request_id(mut request: Request, next: Next) -> Response {
         HeaderValue::from_str(&id::fresh("req_")).expect("the id is made of letters, digits and _")
     });
     request.headers_mut().insert(REQUEST_ID, id.clone());
-    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    let start = Instant::now();
-    let mut response = next.run(request).await;
-    let (status, ms) = (response.status().as_u16(), start.elapsed().as_millis() as u64);
-    match response.status().is_server_error() {
-        true => warn!(%method, path, status, ms, request_id = ?id, "answered"),
-        false => debug!(%method, path, status, ms, request_id = ?id, "answered"),
-    }
+    let name = String::from_utf8_lossy(id.as_bytes()).into_owned();
+    let mut response = log.around(&name, request, next).await;
     response.headers_mut().insert(REQUEST_ID, id);
     response
 }

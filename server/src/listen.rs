@@ -7,14 +7,13 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use axum::Router as Routes;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Semaphore, watch};
 use tracing::{info, warn};
 
 use crate::app::App;
-use crate::connection::{self, ConnectionId, Patience};
+use crate::connection::{self, ConnectionId, Site};
 use crate::process;
 
 /// Descriptors for everything but connections: the database, files, adapters, the engine's own.
@@ -42,17 +41,19 @@ pub fn bind(address: SocketAddr) -> io::Result<std::net::TcpListener> {
 /// Serves until SIGTERM or SIGINT and `grace` after it; a second signal ends the grace.
 pub async fn serve(
     listener: std::net::TcpListener,
-    routes: Routes,
+    site: Site,
     app: App,
     limits: Limits,
-    patience: Patience,
     grace: Duration,
 ) -> io::Result<()> {
     let mut signals = Signals::new()?;
     let listener = TcpListener::from_std(listener)?;
     let limits = affordable(limits);
     let (stop, stopping) = watch::channel(false);
-    let mut server = tokio::spawn(accept(listener, routes, limits, patience, stopping));
+    if let Some(tls) = site.tls.clone() {
+        tokio::spawn(tls.follow());
+    }
+    let mut server = tokio::spawn(accept(listener, site, limits, stopping));
     let name = signals.next().await;
     info!(
         signal = name,
@@ -84,13 +85,7 @@ fn affordable(limits: Limits) -> Limits {
 }
 
 /// Until `stopping`, and until the connections that are open then have ended.
-pub async fn accept(
-    listener: TcpListener,
-    routes: Routes,
-    limits: Limits,
-    patience: Patience,
-    mut stopping: watch::Receiver<bool>,
-) {
+pub async fn accept(listener: TcpListener, site: Site, limits: Limits, mut stopping: watch::Receiver<bool>) {
     let places = Arc::new(Semaphore::new(limits.all as usize));
     let addresses = Addresses::default();
     let mut refused = Refused::default();
@@ -107,13 +102,7 @@ pub async fn accept(
             refused.say(peer.ip());
             continue;
         };
-        let served = connection::serve(
-            stream,
-            ConnectionId(id),
-            routes.clone(),
-            patience,
-            stopping.clone(),
-        );
+        let served = connection::begin(stream, ConnectionId(id), site.clone(), stopping.clone());
         tokio::spawn(async move {
             served.await;
             drop((place, caller));

@@ -1,6 +1,7 @@
 //! The binary `tandem`: which command. Not here: how anything works.
 
 mod access;
+mod access_log;
 mod app;
 mod audit;
 mod cli;
@@ -32,6 +33,7 @@ mod process;
 mod ranks;
 mod roots;
 mod sse;
+mod tls;
 mod train;
 mod unread;
 mod values;
@@ -62,7 +64,7 @@ fn run() -> Result<ExitCode> {
         Err(ConfigError::Usage(usage)) => usage.exit(),
         parsed => parsed?,
     };
-    process::start_log().context("TANDEM_LOG")?;
+    process::start_log(cli.command.log_format()).context("TANDEM_LOG")?;
     process::raise_descriptors();
     match cli.command {
         Command::Serve(options) => commands::serve::run(*options, &given)?,

@@ -11,6 +11,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::config::LOG_VARIABLE;
 use crate::gpu_environment;
+use crate::values::LogFormat;
 
 /// libgomp, oneDNN and glibc read these when they are loaded, before main. A value that is set stays.
 const ENVIRONMENT: [(&str, &str); 7] = [
@@ -73,7 +74,7 @@ pub fn descriptors() -> u64 {
 }
 
 /// To standard error, filtered by `TANDEM_LOG` (EnvFilter's syntax), `info` without it.
-pub fn start_log() -> Result<(), tracing_subscriber::filter::ParseError> {
+pub fn start_log(format: LogFormat) -> Result<(), tracing_subscriber::filter::ParseError> {
     let filter = match std::env::var(LOG_VARIABLE) {
         Ok(text) => EnvFilter::try_new(text)?,
         Err(_) => EnvFilter::new("info"),
@@ -82,6 +83,9 @@ pub fn start_log() -> Result<(), tracing_subscriber::filter::ParseError> {
         .with_env_filter(filter)
         .with_writer(io::stderr)
         .with_target(false);
-    log.with_ansi(io::stderr().is_terminal()).init();
+    match format {
+        LogFormat::Text => log.with_ansi(io::stderr().is_terminal()).init(),
+        LogFormat::Json => log.json().flatten_event(true).with_target(true).init(),
+    }
     Ok(())
 }

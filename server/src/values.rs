@@ -10,11 +10,63 @@ use tandem_backend::ModelLen;
 use tandem_text::reasoning::ReasoningFormat;
 use tandem_text::tools::ToolFormat;
 
+use crate::connection::RootPath;
+use crate::tls::CertReqs;
+
 /// `auto` and -1 are what fits into the memory, as in vLLM.
 pub fn model_len(text: &str) -> Result<ModelLen, String> {
     match text {
         "auto" | "-1" => Ok(ModelLen::Fits),
         text => count(1..=u32::MAX)(text).map(ModelLen::Asked),
+    }
+}
+
+/// Whether requests may go before others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SchedulingPolicy {
+    Fcfs,
+    Priority,
+}
+
+pub fn scheduling_policy(text: &str) -> Result<SchedulingPolicy, String> {
+    match text {
+        "fcfs" => Ok(SchedulingPolicy::Fcfs),
+        "priority" => Ok(SchedulingPolicy::Priority),
+        _ => Err("fcfs or priority is wanted".to_owned()),
+    }
+}
+
+pub fn root_path(text: &str) -> Result<RootPath, String> {
+    RootPath::new(text).ok_or_else(|| "a path such as /llm is wanted".to_owned())
+}
+
+/// How the log is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LogFormat {
+    #[default]
+    Text,
+    /// An object a line.
+    Json,
+}
+
+pub fn log_format(text: &str) -> Result<LogFormat, String> {
+    match text {
+        "text" => Ok(LogFormat::Text),
+        "json" => Ok(LogFormat::Json),
+        _ => Err("text or json is wanted".to_owned()),
+    }
+}
+
+/// By the numbers of Python's `ssl` module, as vLLM takes them.
+pub fn cert_reqs(text: &str) -> Result<CertReqs, String> {
+    match text {
+        "0" => Ok(CertReqs::None),
+        "1" => Ok(CertReqs::Optional),
+        "2" => Ok(CertReqs::Required),
+        _ => Err(
+            "0 (no certificate of a client is asked for), 1 (one may be shown) or 2 (one must be) is wanted"
+                .to_owned(),
+        ),
     }
 }
 

@@ -24,6 +24,8 @@ pub struct Generate {
     pub sampling: Sampling,
     /// What the answer must be a sentence of.
     pub grammar: Option<Grammar>,
+    /// What has a lower one goes first; among equals, what came first.
+    pub priority: i32,
     /// Whose KV blocks it may find, and who may find its own: those with the same salt alone.
     pub salt: Option<Digest>,
     /// Tokens to generate at most; 0 only scores the prompt, or pools it.
@@ -34,6 +36,8 @@ pub struct Generate {
     pub stop_tokens: Vec<TokenId>,
 }
 
+/// Of requests that nobody waits for: they go behind all others.
+pub const LAST_PRIORITY: i32 = i32::MAX;
 /// Stop tokens of one request at most: each step looks through them.
 pub const MAX_STOP_TOKENS: usize = 2048;
 
@@ -47,6 +51,7 @@ impl Generate {
             adapter: _,
             sampling,
             grammar,
+            priority: _,
             salt: _,
             max_tokens,
             pooling,

@@ -165,6 +165,7 @@ fn request(id: u64) -> Generate {
         adapter: None,
         sampling: Sampling::greedy(),
         grammar: None,
+        priority: 0,
         salt: None,
         max_tokens: 10,
         pooling: None,
@@ -223,6 +224,7 @@ async fn a_request_and_its_answer_travel_whole() {
         }),
         sampling: Sampling::new(raw, 100).unwrap(),
         salt: Some(Digest([8; 32])),
+        priority: -5,
         ..request(77)
     };
     let mut answer = ask(&remote, asked.clone()).await;
@@ -640,6 +642,7 @@ fn generate() -> wire::Generate {
         grammar_json: None,
         salt: None,
         pooling_json: None,
+        priority: 0,
     }
 }
 

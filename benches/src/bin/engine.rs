@@ -256,6 +256,7 @@ impl Engine {
             adapter,
             sampling: Sampling::greedy(),
             grammar: None,
+            priority: 0,
             salt: None,
             max_tokens,
             pooling: None,

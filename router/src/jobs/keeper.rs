@@ -1,4 +1,4 @@
-//! Keeps the lease of one job while somebody here works on it, and hears through it that the job is to end or to pause.
+//! Keeps the lease of one job or batch while somebody here works on it, and hears through it that it is to end or to pause.
 //! Not here: the work.
 
 use std::time::Instant;
@@ -11,29 +11,60 @@ use crate::Router;
 
 /// The lease is renewed until this is dropped or it is lost.
 pub(crate) struct Keeper {
-    lost: watch::Receiver<bool>,
+    state: watch::Receiver<State>,
     /// Closes with it. The task ends behind what it is writing.
     _stop: watch::Sender<()>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    Held,
+    /// Somebody wants it cancelled.
+    ToCancel,
+    Lost,
+}
+
+/// What is kept.
+enum Kept {
+    /// With who trains it, to be told when it is to be cancelled.
+    Job(Option<mpsc::Sender<Command>>),
+    Batch,
 }
 
 impl Keeper {
     /// `replica`: who trains the job, to be told when it is to end or to pause.
     pub fn new(router: &Router, id: &str, lease: Lease, replica: Option<mpsc::Sender<Command>>) -> Keeper {
-        let (sender, lost) = watch::channel(false);
-        let (stop, stopped) = watch::channel(());
-        let kept = keep(router.clone(), id.to_owned(), lease, replica, stopped);
-        tokio::spawn(async move {
-            kept.await;
-            // Whoever worked may be gone already.
-            let _ = sender.send(true);
-        });
-        Keeper { lost, _stop: stop }
+        Keeper::begin(router, id, lease, Kept::Job(replica))
     }
 
-    /// When the job is somebody else's.
+    pub fn of_batch(router: &Router, id: &str, lease: Lease) -> Keeper {
+        Keeper::begin(router, id, lease, Kept::Batch)
+    }
+
+    fn begin(router: &Router, id: &str, lease: Lease, kept: Kept) -> Keeper {
+        let (sender, state) = watch::channel(State::Held);
+        let (stop, stopped) = watch::channel(());
+        let (router, id) = (router.clone(), id.to_owned());
+        tokio::spawn(async move {
+            keep(router, id, lease, kept, &sender, stopped).await;
+            sender.send_replace(State::Lost);
+        });
+        Keeper { state, _stop: stop }
+    }
+
+    /// When it is somebody else's.
     pub async fn lost(&mut self) {
         // A task that ended without a word panicked: nobody renews.
-        let _ = self.lost.wait_for(|&lost| lost).await;
+        let _ = self.state.wait_for(|&state| state == State::Lost).await;
+    }
+
+    /// When it is to be cancelled, or somebody else's.
+    pub async fn cancelled(&mut self) {
+        let _ = self.state.wait_for(|&state| state != State::Held).await;
+    }
+
+    pub fn is_lost(&self) -> bool {
+        *self.state.borrow() == State::Lost || self.state.has_changed().is_err()
     }
 }
 
@@ -42,7 +73,8 @@ async fn keep(
     router: Router,
     id: String,
     lease: Lease,
-    replica: Option<mpsc::Sender<Command>>,
+    kept: Kept,
+    state: &watch::Sender<State>,
     mut stopped: watch::Receiver<()>,
 ) {
     let store = &router.0.store;
@@ -51,10 +83,17 @@ async fn keep(
     loop {
         asked_for.mark_unchanged();
         let renewed_at = Instant::now();
-        match store.renew_lease(&id, lease).await {
+        let renewed = match kept {
+            Kept::Job(_) => store.renew_lease(&id, lease).await,
+            Kept::Batch => store.renew_batch(&id, lease).await,
+        };
+        match renewed {
             Ok(Renewal::Held { asked }) => {
                 held_until = renewed_at + store.lease_time();
-                if let (Some(replica), Ok(id)) = (&replica, id.parse()) {
+                if asked == Asked::Cancel {
+                    state.send_replace(State::ToCancel);
+                }
+                if let (Kept::Job(Some(replica)), Ok(id)) = (&kept, id.parse()) {
                     let command = match asked {
                         Asked::Nothing => None,
                         Asked::Cancel => Some(Command::CancelJob(id)),
@@ -67,14 +106,14 @@ async fn keep(
                 }
             }
             Ok(Renewal::Lost) => {
-                tracing::info!(job = id, epoch = lease.epoch(), "the job is no longer ours");
+                tracing::info!(id, epoch = lease.epoch(), "a job or batch is no longer ours");
                 return;
             }
             Err(error) if Instant::now() >= held_until => {
-                tracing::error!(job = id, %error, "the lease ran out: the store did not answer in time");
+                tracing::error!(id, %error, "a lease ran out: the store did not answer in time");
                 return;
             }
-            Err(error) => tracing::warn!(job = id, %error, "the lease is not renewed; trying again"),
+            Err(error) => tracing::warn!(id, %error, "a lease is not renewed; trying again"),
         }
         tokio::select! {
             _ = stopped.changed() => return,

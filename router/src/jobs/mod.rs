@@ -10,7 +10,7 @@
 
 mod check;
 pub mod hyper;
-mod keeper;
+pub(crate) mod keeper;
 mod name;
 pub(crate) mod prepare;
 pub(crate) mod record;
@@ -74,6 +74,11 @@ impl Desk {
     /// Wakes after every change of any job.
     pub fn watch(&self) -> watch::Receiver<()> {
         self.changed.subscribe()
+    }
+
+    /// Something that somebody works on may be to be cancelled.
+    pub fn wake_keepers(&self) {
+        self.asked.send_replace(());
     }
 
     pub fn wake_supervisor(&self) {

@@ -28,6 +28,7 @@ pub(super) fn call(prompt: &str) -> Call {
         max_tokens: Some(16),
         pooling: None,
         sampling: RawSampling::default(),
+        priority: 0,
         constraint: None,
         answer: None,
         stop: Vec::new(),

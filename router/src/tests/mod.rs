@@ -1,11 +1,13 @@
 //! The router over a real store, with the test in the engine's place at the command channel.
 
+mod batches;
 mod calls;
 mod fleet;
 mod jobs;
 mod models;
 mod shared;
 mod tinker;
+mod uploads;
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -217,6 +219,13 @@ fn replica() -> (ReplicaHandle, Engine) {
             stats: publish,
         },
     )
+}
+
+impl Router {
+    /// Answers of a batch that are no file yet.
+    async fn store_lines(&self, batch: &str) -> usize {
+        self.0.store.answered_batch_lines(batch).await.unwrap().len()
+    }
 }
 
 impl Engine {

@@ -251,6 +251,7 @@ impl View {
                 prompt_logprobs: ask.prompt_logprobs.then_some(ask.top_prompt_logprobs),
                 min_tokens: Some(0),
             },
+            priority: 0,
             constraint: None,
             answer: None,
             stop: texts,

@@ -18,6 +18,7 @@ const SQLITE: &[&str] = &[
     include_str!("../migrations/sqlite/0003_identity.sql"),
     include_str!("../migrations/sqlite/0004_tenants.sql"),
     include_str!("../migrations/sqlite/0005_responses.sql"),
+    include_str!("../migrations/sqlite/0006_batches.sql"),
 ];
 const POSTGRES: &[&str] = &[
     include_str!("../migrations/postgres/0001_first.sql"),
@@ -25,6 +26,7 @@ const POSTGRES: &[&str] = &[
     include_str!("../migrations/postgres/0003_identity.sql"),
     include_str!("../migrations/postgres/0004_tenants.sql"),
     include_str!("../migrations/postgres/0005_responses.sql"),
+    include_str!("../migrations/postgres/0006_batches.sql"),
 ];
 /// Readers go on while one writes (WAL); writers queue.
 const SQLITE_CONNECTIONS: u32 = 4;

@@ -87,10 +87,16 @@ impl Store {
     /// The first half of [`Store::add_file`]: durable bytes, and the row for them that a later transaction commits
     /// (see [`crate::JobChange::result_file`]).
     pub async fn publish_file(&self, staged: &Path, file: NewFile<'_>) -> Result<FileRow, StoreError> {
+        let (id, bytes) = self.publish_bytes(staged).await?;
+        Ok(published(id, bytes, file))
+    }
+
+    /// Durable bytes under a new id, of which only a row of loose files knows.
+    pub(crate) async fn publish_bytes(&self, staged: &Path) -> Result<(String, u64), StoreError> {
         let id = ids::file();
         self.expect_file(&id).await?;
         let bytes = self.artifacts.publish_file(staged, &id).await?;
-        Ok(published(id, bytes, file))
+        Ok((id, bytes))
     }
 
     /// The same for what a job made: while the artifact store is away, it waits as the job does.
@@ -113,7 +119,7 @@ impl Store {
         Ok(tx.commit().await?)
     }
 
-    async fn remove_loose_file(&self, id: &str) -> Result<(), StoreError> {
+    pub(crate) async fn remove_loose_file(&self, id: &str) -> Result<(), StoreError> {
         self.artifacts.remove_file(id).await?;
         sqlx::query("DELETE FROM loose_files WHERE id = $1")
             .bind(id)
@@ -238,7 +244,7 @@ impl<T> Rows<T> {
     }
 }
 
-async fn loosen(tx: &mut Transaction<'static, Any>, id: &str) -> Result<(), StoreError> {
+pub(crate) async fn loosen(tx: &mut Transaction<'static, Any>, id: &str) -> Result<(), StoreError> {
     sqlx::query("INSERT INTO loose_files (id, created_at) VALUES ($1, $2)")
         .bind(id)
         .bind(now())
@@ -271,6 +277,11 @@ pub(crate) async fn insert(tx: &mut Transaction<'static, Any>, row: &FileRow) ->
     .bind(tenant)
     .execute(&mut **tx)
     .await?;
+    unloosen(tx, id).await
+}
+
+/// Another row knows of the bytes now.
+pub(crate) async fn unloosen(tx: &mut Transaction<'static, Any>, id: &str) -> Result<(), StoreError> {
     sqlx::query("DELETE FROM loose_files WHERE id = $1")
         .bind(id)
         .execute(&mut **tx)

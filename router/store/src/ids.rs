@@ -11,6 +11,23 @@ pub fn job() -> String {
     format!("ftjob-{}", random())
 }
 
+pub fn batch() -> String {
+    format!("batch_{}", random())
+}
+
+/// Of one request of a batch, in the file of its answers.
+pub fn batch_request() -> String {
+    format!("batch_req_{}", random())
+}
+
+pub(crate) fn upload() -> String {
+    format!("upload_{}", random())
+}
+
+pub(crate) fn part() -> String {
+    format!("part_{}", random())
+}
+
 /// Of a client that trains call by call; it lives in paths of what it saved.
 pub fn session() -> String {
     format!("tnk-{}", random())

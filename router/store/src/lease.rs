@@ -1,4 +1,4 @@
-//! Who may work on a job. A holder claims it for a while, renews that, and lets go; when it dies, its time runs out and
+//! Who may work on a job or a batch. A holder claims it for a while, renews that, and lets go; when it dies, its time runs out and
 //! another claims the job. Each claim has a higher number (the epoch), and every write of a holder names its own: a
 //! holder that slept through its time writes nothing. Times are the database's clock's. Not here: what is done with a job.
 
@@ -22,6 +22,12 @@ pub struct Lease {
 }
 
 impl Lease {
+    pub(crate) fn of(epoch: i64) -> Lease {
+        Lease {
+            epoch: unsigned(epoch),
+        }
+    }
+
     /// Which claim of the job this is, from 1; also the number of the job's life.
     pub fn epoch(self) -> u64 {
         self.epoch
@@ -34,7 +40,7 @@ pub enum Renewal {
     Held {
         asked: Asked,
     },
-    /// Another claimed the job meanwhile, or it has ended.
+    /// Another claimed it meanwhile, or it has ended.
     Lost,
 }
 
@@ -92,21 +98,36 @@ impl Store {
             .fetch_one(&mut *tx)
             .await?;
         tx.commit().await?;
-        Ok(Some((
-            row,
-            Lease {
-                epoch: unsigned(epoch),
-            },
-        )))
+        Ok(Some((row, Lease::of(epoch))))
     }
 
-    /// Hold on, unless it was let go. Also tells what somebody asked of the job meanwhile.
+    /// Hold on to a job, unless it was let go. Also tells what somebody asked of it meanwhile.
     pub async fn renew_lease(&self, id: &str, lease: Lease) -> Result<Renewal, StoreError> {
+        let renew = "UPDATE jobs SET lease_until = $1
+                     WHERE id = $2 AND lease_epoch = $3 AND lease_until IS NOT NULL AND finished_at IS NULL";
+        let asked = "SELECT cancel_requested FROM jobs WHERE id = $1";
+        self.renew(renew, asked, id, lease).await
+    }
+
+    /// The same for a batch.
+    pub async fn renew_batch(&self, id: &str, lease: Lease) -> Result<Renewal, StoreError> {
+        let renew = "UPDATE batches SET lease_until = $1
+                     WHERE id = $2 AND lease_epoch = $3 AND lease_until IS NOT NULL AND finished_at IS NULL";
+        // The code of `Asked::Cancel`, or 0.
+        let asked = "SELECT CAST(CASE WHEN cancelling_at IS NULL THEN 0 ELSE 1 END AS BIGINT) FROM batches WHERE id = $1";
+        self.renew(renew, asked, id, lease).await
+    }
+
+    async fn renew(
+        &self,
+        renew: &'static str,
+        asked: &'static str,
+        id: &str,
+        lease: Lease,
+    ) -> Result<Renewal, StoreError> {
         let mut tx = self.db.begin().await?;
         let now_ms = self.db.clock_ms(&mut tx).await?;
-        let sql = "UPDATE jobs SET lease_until = $1
-                   WHERE id = $2 AND lease_epoch = $3 AND lease_until IS NOT NULL AND finished_at IS NULL";
-        let renewed = sqlx::query(sql)
+        let renewed = sqlx::query(renew)
             .bind(self.until(now_ms))
             .bind(id)
             .bind(signed(lease.epoch))
@@ -115,19 +136,26 @@ impl Store {
         if renewed.rows_affected() == 0 {
             return Ok(Renewal::Lost);
         }
-        let asked: i64 = sqlx::query_scalar("SELECT cancel_requested FROM jobs WHERE id = $1")
-            .bind(id)
-            .fetch_one(&mut *tx)
-            .await?;
+        let asked: i64 = sqlx::query_scalar(asked).bind(id).fetch_one(&mut *tx).await?;
         tx.commit().await?;
         Ok(Renewal::Held {
             asked: Asked::of_code(asked),
         })
     }
 
-    /// Let go: another may claim the job at once.
+    /// Let go of a job: another may claim it at once.
     pub async fn release_lease(&self, id: &str, lease: Lease) -> Result<(), StoreError> {
-        sqlx::query("UPDATE jobs SET lease_until = NULL WHERE id = $1 AND lease_epoch = $2")
+        let sql = "UPDATE jobs SET lease_until = NULL WHERE id = $1 AND lease_epoch = $2";
+        self.release(sql, id, lease).await
+    }
+
+    pub async fn release_batch(&self, id: &str, lease: Lease) -> Result<(), StoreError> {
+        let sql = "UPDATE batches SET lease_until = NULL WHERE id = $1 AND lease_epoch = $2";
+        self.release(sql, id, lease).await
+    }
+
+    async fn release(&self, sql: &'static str, id: &str, lease: Lease) -> Result<(), StoreError> {
+        sqlx::query(sql)
             .bind(id)
             .bind(signed(lease.epoch))
             .execute(self.db.pool()?)
@@ -145,15 +173,18 @@ impl Store {
         self.lease_time / RENEWALS_PER_LEASE
     }
 
-    /// Of a data folder whose lock is ours: whoever held a job is dead.
+    /// Of a data folder whose lock is ours: whoever held something is dead.
     pub(crate) async fn clear_leases(&self) -> Result<(), StoreError> {
-        sqlx::query("UPDATE jobs SET lease_until = NULL WHERE lease_until IS NOT NULL")
-            .execute(self.db.pool()?)
-            .await?;
+        for sql in [
+            "UPDATE jobs SET lease_until = NULL WHERE lease_until IS NOT NULL",
+            "UPDATE batches SET lease_until = NULL WHERE lease_until IS NOT NULL",
+        ] {
+            sqlx::query(sql).execute(self.db.pool()?).await?;
+        }
         Ok(())
     }
 
-    fn until(&self, now_ms: i64) -> i64 {
+    pub(crate) fn until(&self, now_ms: i64) -> i64 {
         now_ms.saturating_add(i64::try_from(self.lease_time.as_millis()).unwrap_or(i64::MAX))
     }
 }

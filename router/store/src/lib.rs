@@ -22,6 +22,7 @@
 
 mod artifacts;
 mod backup;
+mod batches;
 mod changes;
 mod db;
 mod error;
@@ -41,9 +42,11 @@ mod room;
 mod saves;
 #[cfg(test)]
 mod tests;
+mod uploads;
 
 pub use artifacts::Artifacts;
 pub use backup::{Summary, backup, restore};
+pub use batches::{BatchChange, BatchEnd, BatchLine, BatchRow, NewBatch, Tally};
 pub use changes::Changes;
 pub use error::StoreError;
 pub use files::{FileRow, NewFile, Order};
@@ -60,6 +63,7 @@ pub use names::{NameRow, NewName, Source};
 pub use remote::use_ring;
 pub use responses::{Keep, ResponseRow};
 pub use saves::{SaveKind, SavePlace, SaveRecord};
+pub use uploads::{NewUpload, PartRow, UploadRow};
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -241,7 +245,9 @@ impl Store {
         // A folder that began as a store of its own holds what lies nowhere else.
         let is_cache = is_cached && folders.is_cache();
         let known = Known {
-            files: self.ids("SELECT id FROM files").await?,
+            files: self
+                .ids("SELECT id FROM files UNION SELECT file FROM upload_parts")
+                .await?,
             loose_files: self.ids("SELECT id FROM loose_files").await?,
             adapters: self.ids("SELECT digest FROM adapters").await?,
             jobs: self.ids("SELECT id FROM jobs WHERE finished_at IS NULL").await?,

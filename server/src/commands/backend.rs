@@ -45,10 +45,12 @@ pub fn run(options: Backend, given: &Given) -> Result<()> {
             data_dir,
             artifact_url,
         },
-        process: ProcessOptions {
-            shutdown_grace,
-            config: _,
-        },
+        process:
+            ProcessOptions {
+                shutdown_grace,
+                log_format: _,
+                config: _,
+            },
     } = options;
     let token = exposure::token(&token)?;
     exposure::check_backend(address, token.is_some())?;

@@ -16,24 +16,27 @@ use tandem_text::tools::ToolFormat;
 use tracing::{info, warn};
 
 use super::greeting::{self, Greeting};
+use crate::access_log::AccessLog;
 use crate::app::{self, Access, App};
 use crate::audit::Audit;
 use crate::cli::{ArtifactOptions, ConnectionOptions, EdgeOptions, ProcessOptions, StateOptions};
-use crate::connection::Patience;
+use crate::connection::{Patience, Site};
 use crate::exit::WrongSetting;
 use crate::hub::{self, Content};
 use crate::keys::Ring;
 use crate::listen::Limits;
 use crate::origins::Origins;
 use crate::roots::LoraRoots;
-use crate::values::{ChatTemplate, LoraModule, Parser};
-use crate::{convert, exposure, listen};
+use crate::tls::{self, Tls};
+use crate::values::{ChatTemplate, LoraModule, Parser, SchedulingPolicy};
+use crate::{convert, exposure, http, listen};
 
 /// A socket that is bound, and who may come in by it: what can be wrong with either is found before a model is loaded.
 pub struct Door {
     listener: TcpListener,
     address: SocketAddr,
     access: Access,
+    tls: Option<Tls>,
     /// Whether other machines come in without a key is known; else once the database has been opened.
     is_judged: bool,
 }
@@ -53,6 +56,13 @@ impl Door {
         if is_judged {
             exposure::check(options.published.as_deref(), address.ip(), ring.is_wanted())?;
         }
+        let files = tls::Files::given(
+            options.ssl_certfile.clone(),
+            options.ssl_keyfile.clone(),
+            options.ssl_ca_certs.clone(),
+            options.ssl_cert_reqs,
+        )?;
+        let tls = files.map(Tls::open).transpose()?;
         let audit = Audit::open(options.audit_log.as_deref()).context("--audit-log")?;
         let origins = Origins::parse(&options.allowed_origins).context("--allowed-origins")?;
         let listener = listen::bind(address).with_context(|| format!("cannot listen on {address}"))?;
@@ -62,11 +72,16 @@ impl Door {
             origins,
             is_local: address.ip().is_loopback(),
             audit,
+            log: AccessLog {
+                off: options.disable_uvicorn_access_log,
+                silent: options.disable_access_log_for_endpoints.clone(),
+            },
         };
         Ok(Door {
             listener,
             address,
             access,
+            tls,
             is_judged,
         })
     }
@@ -143,6 +158,7 @@ pub async fn run(edge: Edge) -> Result<()> {
                 listener,
                 address,
                 access,
+                tls,
                 is_judged,
             },
         fleet,
@@ -185,6 +201,14 @@ pub async fn run(edge: Edge) -> Result<()> {
         lora_root,
         response_store_bytes,
         response_store_days,
+        ssl_certfile: _,
+        ssl_keyfile: _,
+        ssl_ca_certs: _,
+        ssl_cert_reqs: _,
+        root_path,
+        disable_uvicorn_access_log: _,
+        disable_access_log_for_endpoints: _,
+        scheduling_policy,
         max_waiting,
         replica_wait: _,
         connections:
@@ -227,6 +251,7 @@ pub async fn run(edge: Edge) -> Result<()> {
     };
     let ProcessOptions {
         shutdown_grace,
+        log_format: _,
         config: _,
     } = process;
     let defaults = defaults(&generation_config, &fleet)?;
@@ -267,6 +292,7 @@ pub async fn run(edge: Edge) -> Result<()> {
             bytes: response_store_bytes,
             age_s: u64::from(response_store_days) * 24 * 3600,
         },
+        overtaking: scheduling_policy == SchedulingPolicy::Priority,
         max_waiting,
         max_choices: convert::sampling::MAX_CHOICES,
         lora_modules,
@@ -282,18 +308,26 @@ pub async fn run(edge: Edge) -> Result<()> {
     tokio::spawn(ring.follow(keys));
     let router = Router::open(store, tokenizer, fleet, config).await?;
     let app = App::new(router, strict_fields, lora_roots).context("the metrics")?;
+    app.router.answer_batches(http::batches::answers(app.clone()));
     let greeting = Greeting {
         address,
         names: &names,
         replica: app.router.info(),
         door: greeting::Door::Api {
+            is_secure: tls.is_some(),
             wants_key: access.ring.is_wanted(),
         },
     };
     let routes = app::routes(app.clone(), access, patience.read);
     greeting.say();
     let grace = Duration::from_secs(shutdown_grace);
-    listen::serve(listener, routes, app, limits, patience, grace).await?;
+    let site = Site {
+        routes,
+        root: root_path,
+        tls,
+        patience,
+    };
+    listen::serve(listener, site, app, limits, grace).await?;
     info!("stopped");
     Ok(())
 }

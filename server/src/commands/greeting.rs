@@ -15,7 +15,7 @@ pub struct Greeting<'a> {
 }
 
 pub enum Door {
-    Api { wants_key: bool },
+    Api { is_secure: bool, wants_key: bool },
     Grpc,
 }
 
@@ -47,7 +47,11 @@ impl Greeting<'_> {
             kv_bytes,
             ..
         } = replica;
-        let mut text = format!("tandem is listening on http://{address}\n");
+        let scheme = match door {
+            Door::Api { is_secure: true, .. } => "https",
+            Door::Api { .. } | Door::Grpc => "http",
+        };
+        let mut text = format!("tandem is listening on {scheme}://{address}\n");
         let mut say = |name: &str, value: String| {
             writeln!(text, "  {name:<9} {value}").expect("a String takes any text");
         };
@@ -73,10 +77,10 @@ impl Greeting<'_> {
                 size(*kv_bytes)
             ),
         );
-        let base = format!("http://{}", reachable(*address));
+        let base = format!("{scheme}://{}", reachable(*address));
         match door {
             Door::Grpc => say("routers", format!("tandem router --backend {base}")),
-            Door::Api { wants_key } => {
+            Door::Api { wants_key, .. } => {
                 say("page", format!("{base}/"));
                 let key = if *wants_key { ", with an API key" } else { "" };
                 say("API", format!("{base}/v1{key}; described at {base}/docs"));
@@ -159,7 +163,13 @@ mod tests {
             };
             greeting.text()
         };
-        let api = text("0.0.0.0:8000", Door::Api { wants_key: true });
+        let api = text(
+            "0.0.0.0:8000",
+            Door::Api {
+                is_secure: false,
+                wants_key: true,
+            },
+        );
         assert_eq!(
             api,
             "tandem is listening on http://0.0.0.0:8000\n  \

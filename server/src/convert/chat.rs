@@ -76,6 +76,7 @@ pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
         function_call,
         include_reasoning,
         separate_reasoning,
+        priority,
         modalities,
     } = request;
     let n = sampling::n(n)?;
@@ -170,6 +171,7 @@ pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
         max_tokens,
         pooling: None,
         sampling: sampling::raw_sampling(fields, max_tokens)?,
+        priority: priority.unwrap_or(0),
         constraint,
         answer: Some(answer),
         stop: sampling::stop(stop)?,

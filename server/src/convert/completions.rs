@@ -60,6 +60,7 @@ pub fn calls(request: CompletionRequest, limits: Limits) -> Result<Completions, 
         guided_whitespace_pattern,
         json_schema,
         grammar,
+        priority,
     } = request;
     let n = sampling::n(n)?;
     if best_of.is_some_and(|best| best != i64::from(n)) {
@@ -124,6 +125,7 @@ pub fn calls(request: CompletionRequest, limits: Limits) -> Result<Completions, 
         max_tokens,
         pooling: None,
         sampling: sampling::raw_sampling(fields, max_tokens)?,
+        priority: priority.unwrap_or(0),
         constraint,
         answer: None,
         stop: sampling::stop(stop)?,

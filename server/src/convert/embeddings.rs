@@ -42,6 +42,7 @@ pub fn calls(request: EmbeddingRequest) -> Result<Embeddings, ApiError> {
         pooling,
         normalize,
         add_special_tokens,
+        priority,
     } = request;
     let encoding = match encoding_format.as_deref() {
         None | Some("float") => Encoding::Float,
@@ -81,6 +82,7 @@ pub fn calls(request: EmbeddingRequest) -> Result<Embeddings, ApiError> {
         max_tokens: Some(0),
         pooling: Some(pooling),
         sampling: RawSampling::default(),
+        priority: priority.unwrap_or(0),
         constraint: None,
         answer: None,
         stop: vec![],

@@ -1,6 +1,7 @@
 //! Wire types to domain types and back. Invalid input cannot pass: what comes out of here is in range, and what is not
 //! built was refused by name. Not here: status codes, HTTP.
 
+pub mod batches;
 pub mod card;
 pub mod chat;
 pub mod completions;
@@ -15,11 +16,13 @@ pub mod models;
 pub mod refuse;
 pub mod responses;
 pub mod sampling;
+pub mod scores;
 pub mod structured;
 pub mod tinker;
 pub mod tokens;
 pub mod tools;
 pub mod turns;
+pub mod uploads;
 
 use crate::error::{ApiError, invalid};
 

@@ -21,9 +21,14 @@ bodies! {
     messages::MessagesRequest: Some(&[ANTHROPIC, EVERYWHERE, SAMPLING]);
     messages::CountTokensRequest: Some(&[ANTHROPIC, COUNT, EVERYWHERE]);
     embeddings::EmbeddingRequest: Some(&[EVERYWHERE, EMBEDDINGS]);
+    scores::ScoreRequest: Some(&[EVERYWHERE, EMBEDDINGS]);
+    scores::RerankRequest: Some(&[EVERYWHERE, EMBEDDINGS]);
     responses::ResponsesRequest: Some(&[RESPONSES, EVERYWHERE, SAMPLING]);
     responses::InputTokensRequest: Some(&[RESPONSES, EVERYWHERE]);
     generate::GenerateRequest: Some(&[GENERATE, EVERYWHERE]);
+    batches::CreateBatch: Some(&[EVERYWHERE]);
+    uploads::CreateUpload: Some(&[EVERYWHERE]);
+    uploads::CompleteUpload: Some(&[EVERYWHERE]);
     tokenize::TokenizeRequest: Some(&[EVERYWHERE, MESSAGES, TOKENIZE]);
     tokenize::DetokenizeRequest: Some(&[EVERYWHERE]);
     adapters::LoadLoraAdapter: Some(&[EVERYWHERE, LORA]);
@@ -313,7 +318,7 @@ const SAMPLING: &[Rule] = &[
     refused("spaces_between_special_tokens", yes, ""),
     // How it is served.
     refused("cache_salt", never, ""),
-    refused("priority", nothing, "clients share places by their API keys"),
+    refused("priority", nothing, "chat, completions and embeddings have it"),
     refused("kv_transfer_params", nothing, ""),
     refused("vllm_xargs", nothing, HERE),
     // Where other servers have all of it.
@@ -345,7 +350,6 @@ const EMBEDDINGS: &[Rule] = &[
     refused("embd_normalize", never, "use normalize"),
     refused("embed_dtype", never, "vectors are float32"),
     refused("output_dtype", never, "vectors are float32"),
-    refused("priority", nothing, "clients share places by their API keys"),
 ];
 
 const MESSAGES: &[Rule] = &[

@@ -2,6 +2,7 @@
 //! here: shapes of the wire.
 
 use std::future::poll_fn;
+use std::sync::Arc;
 use std::task::Poll;
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
@@ -14,6 +15,7 @@ use tandem_router::api::{
 };
 use tokio::sync::mpsc;
 
+use crate::access_log::Exchange;
 use crate::app::App;
 use crate::error::ApiError;
 use crate::metrics::Meter;
@@ -52,6 +54,7 @@ pub type Placed = (usize, Piece);
 pub struct Feed {
     prompts: Vec<Prompt>,
     batch: Vec<Piece>,
+    exchange: Option<Arc<Exchange>>,
 }
 
 struct Prompt {
@@ -89,6 +92,7 @@ pub async fn admit(
         RouterError::Invalid { .. } | RouterError::UnknownModel(_) => ApiError::Router(error),
         error => ApiError::Prompt(error, prompt_param),
     };
+    let exchange = Exchange::current();
     let (mut admitted, mut earlier): (Option<Admitted>, u32) = (None, 0);
     for call in calls {
         let (n, model) = (call.n, call.model.clone());
@@ -105,6 +109,9 @@ pub async fn admit(
             base,
             pieces,
         } = generation;
+        if let Some(exchange) = &exchange {
+            exchange.asks(&model, adapter, prompt_tokens.len());
+        }
         let name = match (
             adapter,
             app.router.of(&client).model(&model).map(|card| card.kind),
@@ -124,6 +131,7 @@ pub async fn admit(
             feed: Feed {
                 prompts: Vec::new(),
                 batch: Vec::new(),
+                exchange: exchange.clone(),
             },
         });
         all.prompts.push(prompt_tokens.to_vec());
@@ -136,7 +144,11 @@ impl Feed {
     /// Waits for news and appends it to `out`. `false`: every choice has ended.
     pub async fn next(&mut self, out: &mut Vec<Placed>) -> bool {
         poll_fn(|context| {
-            let Feed { prompts, batch } = self;
+            let Feed {
+                prompts,
+                batch,
+                exchange,
+            } = self;
             let mut waiting = false;
             for (i, prompt) in prompts.iter_mut().enumerate() {
                 let Some(pieces) = &mut prompt.pieces else {
@@ -157,6 +169,9 @@ impl Feed {
                 }
                 for piece in batch.drain(..) {
                     prompt.meter.see(&piece);
+                    if let Some(exchange) = exchange {
+                        exchange.see(&piece);
+                    }
                     if matches!(piece.what, What::Finished { .. } | What::Failed(_)) {
                         prompt.open.retain(|&choice| choice != piece.choice);
                     }

@@ -25,7 +25,7 @@ use crate::fields::stray_field;
 use crate::keys::Own;
 
 /// Boundaries, headers and the small fields of a form.
-const FORM_OVERHEAD_BYTES: u64 = 1 << 20;
+pub(super) const FORM_OVERHEAD_BYTES: u64 = 1 << 20;
 /// A form's text field.
 const FIELD_LIMIT_BYTES: usize = 4096;
 const LIST_LIMIT: u32 = 10_000;
@@ -74,7 +74,7 @@ pub async fn create(
 }
 
 /// An upload's file on its way; what is left of it goes when the upload ends, however it ends.
-struct Staged(PathBuf);
+pub(super) struct Staged(pub PathBuf);
 
 impl Drop for Staged {
     fn drop(&mut self) {
@@ -127,7 +127,7 @@ async fn read(app: &App, form: &mut Multipart, staged: &Staged, limit_bytes: u64
     Ok(read)
 }
 
-async fn write(mut field: Field<'_>, staged: &Staged, limit_bytes: u64) -> Result<u64, ApiError> {
+pub(super) async fn write(mut field: Field<'_>, staged: &Staged, limit_bytes: u64) -> Result<u64, ApiError> {
     let failed = |source: std::io::Error| {
         let what = "writing an upload".to_owned();
         ApiError::Router(RouterError::Store(StoreError::Io { what, source }))
@@ -159,7 +159,7 @@ async fn text(mut field: Field<'_>, param: &'static str) -> Result<String, ApiEr
     String::from_utf8(bytes).map_err(|_| invalid(param, format!("{param} is not UTF-8")))
 }
 
-fn broken(error: MultipartError) -> ApiError {
+pub(super) fn broken(error: MultipartError) -> ApiError {
     match unreadable(&error) {
         ApiError::Body(_) => ApiError::Body(error.body_text()),
         slow => slow,

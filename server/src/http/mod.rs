@@ -2,6 +2,7 @@
 //! checks of values (convert/), status codes (error.rs).
 
 pub mod adapters;
+pub mod batches;
 pub mod chat;
 pub mod completions;
 pub mod embeddings;
@@ -16,10 +17,12 @@ pub mod pages;
 pub mod parts;
 pub mod responses;
 mod responses_stream;
+pub mod scores;
 pub mod server;
 pub mod stream;
 pub mod tinker;
 pub mod tokenize;
+pub mod uploads;
 
 /// Finishes what was begun also when the client leaves, and axum drops the handler: between a commit and what memory
 /// knows of it there must be no such end.

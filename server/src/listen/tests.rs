@@ -2,12 +2,14 @@
 
 use std::time::Duration;
 
+use axum::Router as Routes;
 use axum::body::{Body, Bytes};
 use axum::routing::{get, post};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 
 use super::*;
+use crate::connection::{Patience, RootPath};
 use crate::unread;
 
 const MOMENT: Duration = Duration::from_millis(200);
@@ -43,7 +45,13 @@ async fn started(limits: Limits, patience: Patience) -> (SocketAddr, mpsc::Unbou
     let address = listener.local_addr().unwrap();
     let (stop, stopping) = watch::channel(false);
     tokio::spawn(async move {
-        accept(listener, routes, limits, patience, stopping).await;
+        let site = Site {
+            routes,
+            root: RootPath::new("/").unwrap(),
+            tls: None,
+            patience,
+        };
+        accept(listener, site, limits, stopping).await;
         drop(stop);
     });
     (address, drops)

@@ -2,7 +2,8 @@
 //!
 //! There is no prefill phase and no decode phase: a sequence has tokens, some of them computed, and catches up within
 //! the step's token budget. A chunk of a prompt, a prefix hit, one more generated token and a recomputation after
-//! preemption are the same move. First come, first served: an older sequence never waits for a younger one's blocks.
+//! preemption are the same move. Requests stand in line by their priority, and those of one priority in order of arrival:
+//! who stands before another never waits for that one's blocks, place or budget.
 
 mod lookup;
 mod plan;
@@ -10,7 +11,7 @@ mod sequence;
 #[cfg(test)]
 mod simulation;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 pub use lookup::Lookup;
 pub use plan::{Row, StepPlan};
@@ -28,7 +29,7 @@ pub struct Limits {
     /// Tokens of one step.
     pub max_num_batched_tokens: usize,
     /// Prompt tokens of a step that also continues running sequences: bounds how long a newcomer's prompt keeps the
-    /// others from their next token.
+    /// others from their next token. Beside others that go before it, it gets a part of that ([`YIELDING`]).
     pub max_prefill_beside_decode: usize,
     /// Requests that may wait for a place.
     pub max_waiting: usize,
@@ -37,14 +38,25 @@ pub struct Limits {
     pub lookup: Option<Lookup>,
 }
 
+/// What part of the room beside decoding sequences a prompt gets when some of these go before it.
+const YIELDING: usize = 8;
+
 pub struct Scheduler {
     limits: Limits,
     pool: BlockPool,
-    /// Both in order of arrival.
+    /// Both in line: by priority, then by arrival.
     waiting: VecDeque<Waiting>,
     running: Vec<Running>,
     arrivals: u64,
     totals: Totals,
+}
+
+/// Whether those that wait come in.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Line {
+    Moves,
+    /// There is no place for the first of it.
+    Stands,
 }
 
 /// Counters that only grow.
@@ -139,14 +151,19 @@ impl Scheduler {
                 format!("a prompt of {prompt} tokens and {asked} more need {needed} KV blocks of {total}");
             return Err(Fault::Refused(message));
         }
-        if self.waiting.len() >= max_waiting {
+        // Those that it overtakes do not keep it out.
+        let priority = request.priority;
+        let before = self
+            .waiting
+            .partition_point(|waiting| waiting.seq.turn.priority <= priority);
+        if before >= max_waiting {
             return Err(Fault::Overloaded {
-                waiting: self.waiting.len() as u32,
+                waiting: before as u32,
             });
         }
         let seq = Sequence::new(self.arrivals, request);
         self.arrivals += 1;
-        self.waiting.push_back(Waiting { seq });
+        self.wait(seq);
         Ok(())
     }
 
@@ -203,21 +220,60 @@ impl Scheduler {
             running.planned = 1;
             budget -= 1;
         }
-        if budget < self.limits.max_num_batched_tokens {
-            budget = budget.min(self.limits.max_prefill_beside_decode);
+        let mut prefilled = 0;
+        for priority in self.prefilling() {
+            let room = self.prefill_room(priority).saturating_sub(prefilled).min(budget);
+            let (left, end) = self.prefill(priority, room);
+            prefilled += room - left;
+            budget -= room - left;
+            if end == Line::Stands {
+                break;
+            }
         }
-        for running in self
+        self.guess(budget.min(self.limits.max_prefill_beside_decode.saturating_sub(prefilled)));
+        StepPlan::new(&self.running, self.pool.block_size())
+    }
+
+    /// Priorities of which somebody has a prompt to compute, or waits.
+    fn prefilling(&self) -> BTreeSet<i32> {
+        let running = self.running.iter().filter(|running| running.pending() > 1);
+        let all = running
+            .map(|running| &running.seq)
+            .chain(self.waiting.iter().map(|waiting| &waiting.seq));
+        all.filter(|seq| seq.flow == Flow::Free)
+            .map(|seq| seq.turn.priority)
+            .collect()
+    }
+
+    /// Prompt tokens that this step may have up to this priority: those that decode and do not stand behind it are kept from
+    /// their next token meanwhile.
+    fn prefill_room(&self, priority: i32) -> usize {
+        let Limits {
+            max_num_batched_tokens,
+            max_prefill_beside_decode,
+            ..
+        } = self.limits;
+        let mut decoding = self
             .running
-            .iter_mut()
-            .filter(free)
-            .filter(|running| running.pending() > 1)
-        {
+            .iter()
+            .filter(|running| running.planned == 1 && running.pending() == 1);
+        // They are in line: the first decides.
+        match decoding.next().map(|running| running.seq.turn.priority) {
+            Some(first) if first < priority => max_prefill_beside_decode.div_ceil(YIELDING),
+            Some(first) if first == priority => max_prefill_beside_decode,
+            _ => max_num_batched_tokens,
+        }
+    }
+
+    /// Prompts of one priority: of those that run, then of those that wait. Returns what is left of the budget.
+    fn prefill(&mut self, priority: i32, mut budget: usize) -> (usize, Line) {
+        for running in self.running.iter_mut().filter(|running| {
+            running.seq.flow == Flow::Free && running.seq.turn.priority == priority && running.pending() > 1
+        }) {
             running.planned = running.pending().min(budget);
             budget -= running.planned;
         }
-        let budget = self.admit(budget);
-        self.guess(budget);
-        StepPlan::new(&self.running, self.pool.block_size())
+        self.admit(priority, budget)
     }
 
     /// Takes a step's outcome, in the plan's order for each row that samples: the guesses that were right, as far as the
@@ -308,11 +364,10 @@ impl Scheduler {
                 self.limits.max_num_seqs
             ));
         }
-        let ordered = |arrivals: Vec<u64>| arrivals.is_sorted_by(|a, b| a < b);
-        if !ordered(self.running.iter().map(|running| running.seq.arrival).collect())
-            || !ordered(self.waiting.iter().map(|waiting| waiting.seq.arrival).collect())
-        {
-            return Err("sequences are not in order of arrival".to_owned());
+        let running = self.running.iter().map(|running| running.seq.turn);
+        let waiting = self.waiting.iter().map(|waiting| waiting.seq.turn);
+        if !running.is_sorted_by(|a, b| a < b) || !waiting.is_sorted_by(|a, b| a < b) {
+            return Err("sequences do not stand in line".to_owned());
         }
         self.running
             .iter()
@@ -351,8 +406,8 @@ impl Scheduler {
             .or_else(|| (0..self.running.len()).find(here))
     }
 
-    /// Gives every sequence that goes on the block for its next token, oldest first. When none is left, a parked
-    /// sequence loses its blocks, else the youngest.
+    /// Gives every sequence that goes on the block for its next token, in line. When none is left, a parked sequence loses
+    /// its blocks, else the last in line.
     fn grow(&mut self) {
         let mut seat = 0;
         while let Some(running) = self.running.get_mut(seat) {
@@ -371,7 +426,7 @@ impl Scheduler {
         }
     }
 
-    /// Guesses for sequences that decode, oldest first, with what is left of the step's tokens and of the blocks: a guess
+    /// Guesses for sequences that decode, in line, with what is left of the step's tokens and of the blocks: a guess
     /// takes nothing from anybody.
     fn guess(&mut self, mut budget: usize) {
         let Some(lookup) = self.limits.lookup else { return };
@@ -397,19 +452,27 @@ impl Scheduler {
         }
     }
 
-    /// Lets waiting requests in, oldest first, while there are places, blocks and budget. Nobody overtakes the
-    /// oldest, so it cannot starve. Returns what is left of the budget.
-    fn admit(&mut self, mut budget: usize) -> usize {
-        let mut place = 0;
-        while budget > 0 && place < self.waiting.len() {
+    /// Lets waiting requests of one priority in, oldest first, while there are places, blocks and budget. Nobody overtakes
+    /// the first in line, so it starves only behind those of lower numbers. Returns what is left of the budget.
+    fn admit(&mut self, priority: i32, mut budget: usize) -> (usize, Line) {
+        let before = |waiting: &Waiting| waiting.seq.turn.priority < priority;
+        let mut place = self.waiting.partition_point(before);
+        while budget > 0
+            && self
+                .waiting
+                .get(place)
+                .is_some_and(|waiting| waiting.seq.turn.priority == priority)
+        {
             if self.waiting[place].seq.flow == Flow::Held {
                 place += 1;
                 continue;
             }
             let Some((table, computed)) = self.make_place(place) else {
-                // A parked sequence must not keep out one that could run.
-                let Some(parked) = self.parked() else { break };
-                place += usize::from(self.preempt(parked) <= place);
+                // Neither a parked sequence nor one of a higher number must keep out one that could run.
+                let Some(victim) = self.parked().or_else(|| self.last_behind(priority)) else {
+                    return (budget, Line::Stands);
+                };
+                place += usize::from(self.preempt(victim) <= place);
                 continue;
             };
             let Waiting { mut seq } = self.waiting.remove(place).expect("place is below the length");
@@ -423,7 +486,7 @@ impl Scheduler {
             budget -= planned;
             let seat = self
                 .running
-                .partition_point(|running| running.seq.arrival < seq.arrival);
+                .partition_point(|running| running.seq.turn < seq.turn);
             let named = computed / self.pool.block_size();
             self.running.insert(
                 seat,
@@ -437,7 +500,13 @@ impl Scheduler {
                 },
             );
         }
-        budget
+        (budget, Line::Moves)
+    }
+
+    /// The last in line of those that run, where its number is higher.
+    fn last_behind(&self, priority: i32) -> Option<usize> {
+        let last = self.running.len().checked_sub(1)?;
+        (self.running[last].seq.turn.priority > priority).then_some(last)
     }
 
     /// Blocks for all tokens a waiting sequence has, and how many of those tokens a known prefix covers.
@@ -470,9 +539,14 @@ impl Scheduler {
         let Running { seq, table, .. } = self.running.remove(seat);
         self.pool.release(&table);
         self.totals.preemptions += 1;
+        self.wait(seq)
+    }
+
+    /// In line. Returns its place.
+    fn wait(&mut self, seq: Sequence) -> usize {
         let place = self
             .waiting
-            .partition_point(|waiting| waiting.seq.arrival < seq.arrival);
+            .partition_point(|waiting| waiting.seq.turn < seq.turn);
         self.waiting.insert(place, Waiting { seq });
         place
     }

@@ -12,10 +12,17 @@ use crate::pooling::Pooling;
 use crate::sampling::Sampling;
 use crate::uses::Uses;
 
+/// Its place in line: first who has the lower number, then who came first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Turn {
+    pub priority: i32,
+    pub arrival: u64,
+}
+
 /// What a sequence is in both states.
 pub(super) struct Sequence {
     pub id: RequestId,
-    pub arrival: u64,
+    pub turn: Turn,
     prompt: Arc<[TokenId]>,
     output: Vec<TokenId>,
     /// Of prompt and output, where penalties ask for them.
@@ -92,6 +99,7 @@ impl Sequence {
             sampling,
             // The engine follows it, and says when it is at its end.
             grammar,
+            priority,
             salt,
             max_tokens,
             pooling,
@@ -105,7 +113,7 @@ impl Sequence {
         };
         Sequence {
             id,
-            arrival,
+            turn: Turn { priority, arrival },
             uses: sampling.has_penalties().then(|| Uses::of(&prompt)),
             prompt,
             output: vec![],

@@ -128,6 +128,7 @@ fn request(random: &mut Random, id: u64) -> Generate {
         adapter,
         sampling,
         grammar: None,
+        priority: random.below(3) as i32 - 1,
         salt: None,
         max_tokens,
         pooling,
@@ -483,6 +484,7 @@ fn plain(id: u64, prompt: Vec<TokenId>, max_tokens: u32) -> Generate {
         adapter: None,
         sampling,
         grammar: None,
+        priority: 0,
         salt: None,
         max_tokens,
         pooling: None,
@@ -540,6 +542,48 @@ fn a_long_prompt_does_not_stall_streams() {
         [(2, 16)],
         "alone, a prompt takes the whole step"
     );
+}
+
+#[test]
+fn who_has_the_lower_number_goes_first() {
+    let with = |id, priority, prompt: Vec<TokenId>| Generate {
+        priority,
+        ..plain(id, prompt, 9)
+    };
+    // Four places, all taken by what nobody waits for, and more of it waits.
+    let mut scheduler = scheduler(60, 4);
+    for id in 0..8 {
+        if id == 4 {
+            step(&mut scheduler);
+        }
+        scheduler.add(with(id, 7, vec![id as TokenId; 4])).unwrap();
+    }
+    assert_eq!(
+        scheduler.add(with(8, 7, vec![1])),
+        Err(Fault::Overloaded { waiting: 4 })
+    );
+    // A prompt of the whole step comes in at once, whatever waits; its budget is not what is left beside the others.
+    scheduler.add(with(10, 0, vec![9; 12])).unwrap();
+    assert_eq!(step(&mut scheduler), [(10, 12), (0, 1), (1, 1), (2, 1)]);
+    // Beside it, prompts of the others have an eighth of the room.
+    scheduler.abort(RequestId(1));
+    assert_eq!(step(&mut scheduler), [(10, 1), (0, 1), (2, 1), (3, 1)]);
+    scheduler.add(with(11, -1, vec![8; 20])).unwrap();
+    assert_eq!(step(&mut scheduler), [(11, 12), (10, 1), (0, 1), (2, 1)]);
+    while scheduler.has_work() {
+        step(&mut scheduler);
+        scheduler.audit().unwrap();
+    }
+    // It takes blocks as it takes places.
+    let mut scheduler = self::scheduler(5, 2);
+    scheduler.add(with(0, 7, vec![1; 12])).unwrap();
+    assert_eq!(step(&mut scheduler), [(0, 12)]);
+    let short = Generate {
+        max_tokens: 2,
+        ..with(1, 6, vec![2; 15])
+    };
+    scheduler.add(short).unwrap();
+    assert_eq!(step(&mut scheduler), [(1, 15)]);
 }
 
 #[test]

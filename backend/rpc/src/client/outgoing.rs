@@ -47,6 +47,7 @@ impl Outgoing {
                     adapter,
                     sampling,
                     grammar,
+                    priority,
                     salt,
                     max_tokens,
                     pooling,
@@ -64,6 +65,7 @@ impl Outgoing {
                     grammar_json: grammar.as_ref().map(codec::json),
                     salt: salt.map(|salt| salt.0.to_vec()),
                     pooling_json: pooling.as_ref().map(codec::json),
+                    priority,
                 })
             }
             Command::Abort(id) => Say::HangUp(table.forget(id)?),

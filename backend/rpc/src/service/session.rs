@@ -203,6 +203,7 @@ impl Ear {
             grammar_json,
             salt,
             pooling_json,
+            priority,
         } = generate;
         let adapter = adapter.as_deref().map(codec::digest).transpose()?;
         let salt = salt.as_deref().map(codec::digest).transpose()?;
@@ -233,6 +234,7 @@ impl Ear {
                     adapter: None,
                     sampling,
                     grammar,
+                    priority,
                     salt,
                     max_tokens,
                     pooling,

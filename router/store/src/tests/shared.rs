@@ -104,6 +104,94 @@ async fn a_lease_has_one_holder_and_who_slept_writes_nothing() {
 }
 
 #[tokio::test]
+async fn a_batch_has_one_holder_and_each_line_one_answer() {
+    let Some(url) = servers::database() else { return };
+    let root = tempfile::tempdir().unwrap();
+    let open = async |name| Store::open(&places(root.path(), name, &url)).await.unwrap();
+    let (a, b) = tokio::join!(open("a"), open("b"));
+    let made = a
+        .insert_batch(NewBatch {
+            base: BASE,
+            tenant: Tenant::default(),
+            status: "validating",
+            expires_after_s: 3600,
+            request: "{}".to_owned(),
+        })
+        .await
+        .unwrap();
+    let id = made.id.as_str();
+    let (row, lease) = a.claim_batch(BASE).await.unwrap().unwrap();
+    assert_eq!(row, made);
+    assert!(b.claim_batch(BASE).await.unwrap().is_none());
+    let begins = BatchChange::Begins { total: 3 };
+    assert!(
+        a.change_batch(id, lease, &["validating"], "in_progress", begins)
+            .await
+            .unwrap()
+    );
+    let line = |line, ok, answer: &str| BatchLine {
+        line,
+        ok,
+        answer: answer.to_owned(),
+    };
+    let first = [line(1, true, "one"), line(2, false, "two")];
+    assert!(a.keep_batch_lines(id, lease, &first).await.unwrap());
+    // `a` sleeps until `b` may.
+    let (row, next) = loop {
+        if let Some(claimed) = b.claim_batch(BASE).await.unwrap() {
+            break claimed;
+        }
+        tokio::time::sleep(SHORT_LEASE / 10).await;
+    };
+    let tally = |completed, failed| Tally {
+        total: 3,
+        completed,
+        failed,
+    };
+    assert_eq!((row.tally, row.status.as_str()), (tally(1, 1), "in_progress"));
+    assert!(
+        !a.keep_batch_lines(id, lease, &[line(3, true, "late")])
+            .await
+            .unwrap()
+    );
+    assert_eq!(a.renew_batch(id, lease).await.unwrap(), Renewal::Lost);
+    assert_eq!(b.answered_batch_lines(id).await.unwrap(), [1, 2].into());
+    assert!(
+        b.keep_batch_lines(id, next, &[line(2, true, "again"), line(3, true, "three")])
+            .await
+            .unwrap()
+    );
+    assert_eq!(
+        b.batch(id).await.unwrap().unwrap().tally,
+        tally(2, 1),
+        "the first answer counts"
+    );
+    let kept = [line(2, false, "two"), line(3, true, "three")];
+    assert_eq!(b.batch_lines(id, 1, 10).await.unwrap(), kept);
+    assert!(a.cancel_batch(id, &["in_progress"], "cancelling").await.unwrap());
+    assert_eq!(
+        b.renew_batch(id, next).await.unwrap(),
+        Renewal::Held { asked: Asked::Cancel }
+    );
+    let end = |status| BatchEnd {
+        status,
+        errors: None,
+        output: None,
+        error: None,
+    };
+    assert!(!a.end_batch(id, lease, end("completed")).await.unwrap());
+    assert!(b.end_batch(id, next, end("cancelled")).await.unwrap());
+    let row = a.batch(id).await.unwrap().unwrap();
+    assert_eq!(
+        (row.status.as_str(), row.finished_at.is_some()),
+        ("cancelled", true)
+    );
+    assert!(a.batch_lines(id, 0, 10).await.unwrap().is_empty());
+    assert!(a.claim_batch(BASE).await.unwrap().is_none());
+    assert_eq!(a.batches(None, None, 10).await.unwrap().rows, [row]);
+}
+
+#[tokio::test]
 async fn claims_at_the_same_moment_take_different_jobs() {
     let Some(url) = servers::database() else { return };
     let root = tempfile::tempdir().unwrap();
@@ -143,7 +231,7 @@ async fn a_newer_database_and_one_without_shared_artifacts_are_refused() {
     for (places, expected) in [
         (
             places(root.path(), "b", &url),
-            "version 99, this program knows versions up to 5",
+            "version 99, this program knows versions up to 6",
         ),
         (alone, "needs an artifact store"),
         (

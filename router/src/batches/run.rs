@@ -1,0 +1,365 @@
+//! Works through batches: claims one, asks its lines beside each other, keeps each answer before it counts, and ends it. A
+//! batch that a router left goes on with the lines that have no answer. Not here: how a line is answered.
+
+use std::collections::HashSet;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tandem_store::{BatchChange, BatchEnd, BatchLine, BatchRow, Lease, StoreError, Tenant};
+use tokio::task::JoinSet;
+
+use super::input::{Input, What};
+use super::output::{self, Files};
+use super::{
+    Answers, BatchRequest, CANCELLED, CANCELLING, COMPLETED, EXPIRED, FAILED, FINALIZING, IN_PROGRESS, Line,
+    LineAnswer, LineError, VALIDATING,
+};
+use crate::Router;
+use crate::api::{Client, Reach, RouterError, Work};
+use crate::jobs::keeper::Keeper;
+use crate::jobs::record;
+
+/// Batches at a time, whose lines share the places.
+const MAX_ACTIVE: usize = 8;
+/// After the store failed: it may be a full disk, which passes.
+const RETRY: Duration = Duration::from_secs(5);
+/// Answers that are kept in one transaction.
+const MAX_KEPT_AT_ONCE: usize = 256;
+/// How often a line is asked again whose answer was a fault of the server.
+const MAX_FAULTS: u32 = 3;
+/// After a fault, before the line is asked again.
+const FAULT_PAUSE: Duration = Duration::from_secs(1);
+
+/// As long as the router lives.
+pub(crate) async fn run(router: Router) {
+    let mut answers = router.0.counter.answers.subscribe();
+    let Ok(answers) = answers
+        .wait_for(Option::is_some)
+        .await
+        .map(|answers| answers.clone())
+    else {
+        return;
+    };
+    let answers = answers.expect("it was waited for");
+    let mut active = JoinSet::new();
+    while !router.stopping() {
+        while active.len() < MAX_ACTIVE {
+            match router.0.store.claim_batch(router.info().base_digest).await {
+                Ok(Some((row, lease))) => {
+                    let work = attend(router.clone(), answers.clone(), row, lease);
+                    active.spawn(work);
+                }
+                Ok(None) => break,
+                // Who found it away, or the disk full, logged it.
+                Err(StoreError::Away { .. } | StoreError::Full(_)) => break,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot look for batches");
+                    break;
+                }
+            }
+        }
+        router.0.counter.active.store(active.len(), Ordering::Relaxed);
+        tokio::select! {
+            () = router.0.counter.created.notified() => {}
+            Some(ended) = active.join_next(), if !active.is_empty() => if let Err(error) = ended {
+                tracing::error!(%error, "work on a batch panicked; somebody goes on with it when its lease has run out");
+            },
+            // A lease may have run out, or a batch's time.
+            () = tokio::time::sleep(router.0.store.renewal_period()) => {}
+        }
+    }
+}
+
+/// One batch, as long as it is ours.
+async fn attend(router: Router, answers: Answers, row: BatchRow, lease: Lease) {
+    let id = row.id.clone();
+    let holder = Holder {
+        keeper: Keeper::of_batch(&router, &id, lease),
+        router: router.clone(),
+        answers,
+        id: id.clone(),
+        lease,
+    };
+    if let Err(error) = holder.work(row).await {
+        router.note(&error);
+        if !router.stopping() {
+            tracing::warn!(batch = id, %error, "a batch was interrupted; it goes on in a moment");
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+    // Where it has ended, or is another's, this does nothing.
+    if let Err(error) = router.0.store.release_batch(&id, lease).await {
+        tracing::debug!(batch = id, %error, "a lease was not released");
+    }
+}
+
+struct Holder {
+    router: Router,
+    answers: Answers,
+    id: String,
+    lease: Lease,
+    keeper: Keeper,
+}
+
+/// Why no more lines are asked.
+enum Stop {
+    Done,
+    Cancelled,
+    Expired,
+    /// The batch is another's.
+    Lost,
+}
+
+impl Holder {
+    async fn work(mut self, row: BatchRow) -> Result<(), RouterError> {
+        let request: BatchRequest = record::from_json(&row.request)?;
+        let tenant: Tenant = row
+            .tenant
+            .parse()
+            .map_err(|error| StoreError::Damaged(format!("the tenant of {}: {error}", self.id)))?;
+        let ending = Ending {
+            tenant: &tenant,
+            output_expires_after_s: request.output_expires_after_s,
+        };
+        if row.status == CANCELLING {
+            return self.end(CANCELLED, None, ending).await;
+        }
+        if row.status == FINALIZING {
+            return self.end(COMPLETED, None, ending).await;
+        }
+        let input = match self.read(&request).await? {
+            Ok(input) => input,
+            Err(errors) => return self.end(FAILED, Some(errors), ending).await,
+        };
+        let store = &self.router.0.store;
+        if row.status == VALIDATING {
+            let total = input.lines.len() as u64;
+            let begins = BatchChange::Begins { total };
+            if !store
+                .change_batch(&self.id, self.lease, &[VALIDATING], IN_PROGRESS, begins)
+                .await?
+            {
+                return self.end(CANCELLED, None, ending).await;
+            }
+        }
+        match self.ask_all(&input, &request, &tenant, row.expires_at).await? {
+            Stop::Lost => Ok(()),
+            Stop::Cancelled => self.end(CANCELLED, None, ending).await,
+            Stop::Expired => {
+                self.refuse_the_rest(&input).await?;
+                self.end(EXPIRED, None, ending).await
+            }
+            Stop::Done => {
+                let finalizes = BatchChange::Finalizes;
+                let store = &self.router.0.store;
+                match store
+                    .change_batch(&self.id, self.lease, &[IN_PROGRESS], FINALIZING, finalizes)
+                    .await?
+                {
+                    true => self.end(COMPLETED, None, ending).await,
+                    // Somebody wanted it cancelled a moment ago.
+                    false => self.end(CANCELLED, None, ending).await,
+                }
+            }
+        }
+    }
+
+    /// Its file, or why nothing of it can be asked.
+    async fn read(&self, request: &BatchRequest) -> Result<Result<Input, Vec<LineError>>, RouterError> {
+        let store = &self.router.0.store;
+        let Some(row) = store.file(&request.input_file).await? else {
+            let id = &request.input_file;
+            return Ok(Err(vec![LineError {
+                code: "invalid_input_file".to_owned(),
+                message: format!("the input file {id} was deleted, or has expired"),
+                line: None,
+                param: Some("input_file_id".to_owned()),
+            }]));
+        };
+        let (path, endpoint) = (store.file_path(&row).await?, request.endpoint);
+        let what = format!("reading {}", path.display());
+        let read = tokio::task::spawn_blocking(move || Input::read(&path, endpoint)).await;
+        match read {
+            Ok(read) => Ok(read.map_err(|source| StoreError::Io { what, source })?),
+            Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+        }
+    }
+
+    async fn ask_all(
+        &mut self,
+        input: &Input,
+        request: &BatchRequest,
+        tenant: &Tenant,
+        expires_at: i64,
+    ) -> Result<Stop, RouterError> {
+        let answered = self.router.0.store.answered_batch_lines(&self.id).await?;
+        let mut unkept: Vec<BatchLine> = wrong(input, &answered).collect();
+        let mut waiting = input
+            .lines
+            .iter()
+            .filter(|line| !answered.contains(&line.line))
+            .filter_map(|line| match (&line.what, &line.custom_id) {
+                (What::Asked(place), Some(custom_id)) => Some((line.line, custom_id, place)),
+                _ => None,
+            });
+        let client = Client {
+            tenant: tenant.clone(),
+            reach: Reach::Own,
+            work: Work::Batch,
+            ..Client::default()
+        };
+        let mut asked = JoinSet::new();
+        let left = Duration::from_secs(u64::try_from(expires_at - tandem_store::now()).unwrap_or(0));
+        let mut expiry = std::pin::pin!(tokio::time::sleep(left));
+        loop {
+            // New ones run while answers are kept.
+            while asked.len() < self.router.batch_share()
+                && let Some((number, custom_id, place)) = waiting.next()
+            {
+                let (answers, client, endpoint) = (self.answers.clone(), client.clone(), request.endpoint);
+                let (read, custom_id) = (input.body(place), custom_id.clone());
+                asked.spawn(async move {
+                    let body = tokio::task::spawn_blocking(read).await;
+                    let body = body.expect("reading a file does not panic")?;
+                    let line = || Line {
+                        client: client.clone(),
+                        endpoint,
+                        body: body.clone(),
+                    };
+                    Ok(output::answered(number, &custom_id, &ask(&answers, line).await))
+                });
+            }
+            if !unkept.is_empty() {
+                let kept = std::mem::take(&mut unkept);
+                if !self.keep(&kept).await? {
+                    return Ok(Stop::Lost);
+                }
+                continue;
+            }
+            if asked.is_empty() {
+                return Ok(Stop::Done);
+            }
+            let stop = tokio::select! {
+                biased;
+                () = self.keeper.cancelled() => match self.keeper.is_lost() {
+                    true => return Ok(Stop::Lost),
+                    false => Some(Stop::Cancelled),
+                },
+                () = &mut expiry => Some(Stop::Expired),
+                Some(done) = asked.join_next() => {
+                    unkept.push(joined(done)?);
+                    None
+                }
+            };
+            while unkept.len() < MAX_KEPT_AT_ONCE
+                && let Some(done) = asked.try_join_next()
+            {
+                unkept.push(joined(done)?);
+            }
+            if let Some(stop) = stop {
+                return Ok(match self.keep(&unkept).await? {
+                    true => stop,
+                    false => Stop::Lost,
+                });
+            }
+        }
+    }
+
+    /// Lines without an answer, of a batch whose time is over.
+    async fn refuse_the_rest(&self, input: &Input) -> Result<(), RouterError> {
+        let answered = self.router.0.store.answered_batch_lines(&self.id).await?;
+        let over = |line: u64| LineError {
+            code: "batch_expired".to_owned(),
+            message: "This request could not be executed before the completion window expired.".to_owned(),
+            line: Some(line),
+            param: None,
+        };
+        let left = input.lines.iter().filter(|line| !answered.contains(&line.line));
+        let left: Vec<BatchLine> = left
+            .map(|line| output::refused(line.line, line.custom_id.as_deref(), &over(line.line)))
+            .collect();
+        for lines in left.chunks(MAX_KEPT_AT_ONCE) {
+            self.keep(lines).await?;
+        }
+        Ok(())
+    }
+
+    /// Whether the batch is ours.
+    async fn keep(&self, lines: &[BatchLine]) -> Result<bool, RouterError> {
+        if lines.is_empty() {
+            return Ok(true);
+        }
+        let store = &self.router.0.store;
+        Ok(store.keep_batch_lines(&self.id, self.lease, lines).await?)
+    }
+
+    async fn end(
+        &self,
+        status: &'static str,
+        errors: Option<Vec<LineError>>,
+        ending: Ending<'_>,
+    ) -> Result<(), RouterError> {
+        let Ending {
+            tenant,
+            output_expires_after_s,
+        } = ending;
+        let files = Files::publish(&self.router, &self.id, tenant, output_expires_after_s).await?;
+        let end = BatchEnd {
+            status,
+            errors: errors.map(|errors| record::to_json(&errors)),
+            output: files.output.clone(),
+            error: files.error.clone(),
+        };
+        match self.router.0.store.end_batch(&self.id, self.lease, end).await? {
+            true => tracing::info!(batch = self.id, status, "batch ended"),
+            false => files.discard(&self.router).await?,
+        }
+        Ok(())
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Ending<'a> {
+    tenant: &'a Tenant,
+    output_expires_after_s: Option<u64>,
+}
+
+/// Lines that cannot be asked.
+fn wrong<'a>(input: &'a Input, answered: &'a HashSet<u64>) -> impl Iterator<Item = BatchLine> + 'a {
+    input.lines.iter().filter_map(|line| match &line.what {
+        What::Wrong(error) if !answered.contains(&line.line) => {
+            Some(output::refused(line.line, line.custom_id.as_deref(), error))
+        }
+        _ => None,
+    })
+}
+
+/// Until there is an answer that is the line's own: not while the server is away or busy, and not a fault of the server's
+/// at the first time.
+async fn ask(answers: &Answers, line: impl Fn() -> Line) -> LineAnswer {
+    let mut faults = 0;
+    loop {
+        let answer = answers(line()).await;
+        if let Some(pause) = answer.try_again {
+            tokio::time::sleep(pause).await;
+        } else if answer.status >= 500 && faults < MAX_FAULTS {
+            faults += 1;
+            tokio::time::sleep(FAULT_PAUSE).await;
+        } else {
+            return answer;
+        }
+    }
+}
+
+fn joined(
+    done: Result<Result<BatchLine, std::io::Error>, tokio::task::JoinError>,
+) -> Result<BatchLine, RouterError> {
+    match done {
+        Ok(Ok(line)) => Ok(line),
+        Ok(Err(source)) => {
+            let what = "reading a batch's file".to_owned();
+            Err(RouterError::Store(StoreError::Io { what, source }))
+        }
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}

@@ -1,0 +1,104 @@
+"""The edge of a server: TLS and certificates that change, a path that a proxy shows it under, a line of the log for each
+request."""
+
+import json
+import shutil
+import signal
+import ssl
+import subprocess
+import time
+import urllib.error
+import urllib.request
+
+import openai
+import pytest
+from conftest import Process
+
+needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates")
+
+
+def certificate(folder, name):
+    """A certificate of this machine that signed itself."""
+    cert, key = folder / f"{name}.pem", folder / f"{name}.key"
+    subject = ["-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    subprocess.run([*command, "-keyout", key, "-out", cert, *subject], check=True, capture_output=True)
+    return cert, key
+
+
+def get(url, *trusted, identity=None):
+    context = ssl.create_default_context()
+    for cert in trusted:
+        context.load_verify_locations(cert)
+    if identity:
+        context.load_cert_chain(*identity)
+    with urllib.request.urlopen(url, context=context) as answer:
+        return answer.status
+
+
+@needs_openssl
+def test_tls(tmp_path):
+    old, new, client = (certificate(tmp_path, name) for name in ("old", "new", "client"))
+    cert, key = tmp_path / "server.pem", tmp_path / "server.key"
+    shutil.copy(old[0], cert)
+    shutil.copy(old[1], key)
+    server = Process(
+        tmp_path, "serve", "--port", "0", "--ssl-certfile", cert, "--ssl-keyfile", key,
+        "--ssl-ca-certs", client[0], "--ssl-cert-reqs", "1",
+    )
+    assert server.url.startswith("https://")
+    assert get(server.url + "/health", old[0]) == 200
+    assert get(server.url + "/health", old[0], identity=client) == 200
+    for trusted, identity in ((new[0], None), (old[0], new)):
+        with pytest.raises((urllib.error.URLError, ssl.SSLError, ConnectionError)):
+            get(server.url + "/health", trusted, identity=identity)
+    with pytest.raises((urllib.error.URLError, ConnectionError)):
+        get(server.url.replace("https", "http") + "/health")
+    port = server.url.rsplit(":", 1)[1]
+    health = [server.process.args[0], "health", "--port", port, "--ssl-certfile", cert]
+    assert subprocess.run(health, capture_output=True).returncode == 0
+
+    shutil.copy(new[0], cert)
+    server.process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert get(server.url + "/health", old[0]) == 200, "a key that does not fit is not taken"
+    shutil.copy(new[1], key)
+    server.process.send_signal(signal.SIGHUP)
+    for _ in range(100):
+        try:
+            assert get(server.url + "/health", new[0]) == 200
+            break
+        except urllib.error.URLError:
+            time.sleep(0.05)
+    else:
+        raise AssertionError(server.log.read_text())
+    server.end()
+
+
+def test_root_path_and_log(tmp_path):
+    server = Process(
+        tmp_path, "serve", "--port", "0", "--root-path", "/llm/", "--log-format", "json",
+        "--disable-access-log-for-endpoints", "/health,/v1/models/{*id}",
+    )
+    client = openai.OpenAI(base_url=server.url + "/llm/v1", api_key="x", max_retries=0)
+    model = client.models.list().data[0].id
+    client.models.retrieve(model)
+    for path in ("/health", "/llm/health", "/llm", "/llm/docs"):
+        assert get(server.url + path) == 200
+    asked = dict(model=model, messages=[{"role": "user", "content": "Hi"}], max_tokens=5, extra_body={"ignore_eos": True})
+    whole = client.chat.completions.create(**asked, extra_headers={"x-request-id": "mine"})
+    chunks = list(client.chat.completions.create(**asked, stream=True, extra_headers={"x-request-id": "streamed"}))
+    assert chunks
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(**{**asked, "model": "no"}, extra_headers={"x-request-id": "wrong"})
+    server.end()
+    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    lines = {line["request_id"]: line for line in lines if line["target"] == "access"}
+    assert not any(line["path"] in ("/health", "/v1/models/" + model) for line in lines.values())
+    assert any(line["path"] == "/v1/models" for line in lines.values())
+    for name in ("mine", "streamed"):
+        line = lines[name]
+        assert (line["method"], line["path"], line["status"]) == ("POST", "/v1/chat/completions", 200)
+        assert (line["model"], line["prompt_tokens"], line["generated_tokens"]) == (model, whole.usage.prompt_tokens, 5)
+        assert 0 < line["ttft_ms"] <= line["total_ms"]
+    assert lines["wrong"]["status"] == 404 and "model" not in lines["wrong"]
