@@ -94,6 +94,8 @@ pub struct ChatRequest {
     pub include_reasoning: Option<bool>,
     /// false: the model's reasoning stays in the content, as the model wrote it.
     pub separate_reasoning: Option<bool>,
+    /// What stands in the prefix cache with another salt is not found, and with this one only by who has it.
+    pub cache_salt: Option<String>,
     /// Lower goes first (default 0). Below 0 only where the server says `--scheduling-policy priority`.
     pub priority: Option<i32>,
     /// Only `text` is built.

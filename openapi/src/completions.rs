@@ -67,6 +67,8 @@ pub struct CompletionRequest {
     pub guided_whitespace_pattern: Option<String>,
     pub json_schema: Option<serde_json::Value>,
     pub grammar: Option<String>,
+    /// What stands in the prefix cache with another salt is not found, and with this one only by who has it.
+    pub cache_salt: Option<String>,
     /// Lower goes first (default 0). Below 0 only where the server says `--scheduling-policy priority`.
     pub priority: Option<i32>,
 }

@@ -20,6 +20,8 @@ pub struct PromptTokensDetails {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, ToSchema)]
 pub struct CompletionTokensDetails {
+    /// Tokens of the answer that are reasoning, whether it is shown or not.
+    pub reasoning_tokens: u64,
     /// Tokens of the answer that were guessed before they were computed (--speculative-config), and guesses that were wrong.
     /// Unknown, and 0, of an answer that a stop string ended.
     pub accepted_prediction_tokens: u64,
@@ -42,11 +44,18 @@ impl Usage {
         let completion_tokens_details = CompletionTokensDetails {
             accepted_prediction_tokens: accepted,
             rejected_prediction_tokens: guessed - accepted,
+            ..self.completion_tokens_details
         };
         Usage {
             completion_tokens_details,
             ..self
         }
+    }
+
+    /// So many tokens of the answer are reasoning.
+    pub fn reasoning(mut self, tokens: u64) -> Usage {
+        self.completion_tokens_details.reasoning_tokens = tokens;
+        self
     }
 }
 

@@ -118,6 +118,8 @@ pub struct Call {
     pub sampling: RawSampling,
     /// What has a lower one goes first; among equals, what came first.
     pub priority: i32,
+    /// Which blocks of the prefix cache it shares: those of its tenant with the same salt.
+    pub cache_salt: Option<String>,
     /// What each answer must be.
     pub constraint: Option<Constraint>,
     /// How the answer of a chat is read; without it all of its text is content.

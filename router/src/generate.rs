@@ -52,6 +52,7 @@ impl Router {
             pooling,
             sampling,
             priority,
+            cache_salt,
             constraint,
             answer,
             stop,
@@ -160,8 +161,12 @@ impl Router {
             }),
         };
         // What another tenant has in the cache is not to be seen by what a prompt costs.
-        let salt =
-            (client.tenant != Tenant::default()).then(|| Digest::of(client.tenant.as_str().as_bytes()));
+        let salt = match (cache_salt, client.tenant == Tenant::default()) {
+            (None, true) => None,
+            (None, false) => Some(Digest::of(client.tenant.as_str().as_bytes())),
+            // No tenant's name has a NUL.
+            (Some(salt), _) => Some(Digest::of(format!("{}\0{salt}", client.tenant).as_bytes())),
+        };
         let relay = Relay {
             fleet: fleet.clone(),
             tokenizer: self.tokenizer().clone(),

@@ -1,6 +1,7 @@
 """The edge of a server: TLS and certificates that change, a path that a proxy shows it under, a line of the log for each
 request."""
 
+import http.client
 import json
 import shutil
 import signal
@@ -26,6 +27,17 @@ def certificate(folder, name):
     return cert, key
 
 
+def signed(folder, name, authority):
+    """A certificate of a client, which `authority` signed."""
+    cert, key, request, kind = (folder / f"{name}.{end}" for end in ("pem", "key", "csr", "ext"))
+    kind.write_text("basicConstraints=CA:FALSE\nextendedKeyUsage=clientAuth\n")
+    new = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", f"/CN={name}"]
+    subprocess.run(["openssl", "req", *new, "-keyout", key, "-out", request], check=True, capture_output=True)
+    by = ["-CA", authority[0], "-CAkey", authority[1], "-CAcreateserial", "-days", "2", "-extfile", kind]
+    subprocess.run(["openssl", "x509", "-req", "-in", request, "-out", cert, *by], check=True, capture_output=True)
+    return cert, key
+
+
 def get(url, *trusted, identity=None):
     context = ssl.create_default_context()
     for cert in trusted:
@@ -38,21 +50,22 @@ def get(url, *trusted, identity=None):
 
 @needs_openssl
 def test_tls(tmp_path):
-    old, new, client = (certificate(tmp_path, name) for name in ("old", "new", "client"))
+    old, new, authority = (certificate(tmp_path, name) for name in ("old", "new", "authority"))
+    client, stranger = signed(tmp_path, "client", authority), signed(tmp_path, "stranger", new)
     cert, key = tmp_path / "server.pem", tmp_path / "server.key"
     shutil.copy(old[0], cert)
     shutil.copy(old[1], key)
     server = Process(
         tmp_path, "serve", "--port", "0", "--ssl-certfile", cert, "--ssl-keyfile", key,
-        "--ssl-ca-certs", client[0], "--ssl-cert-reqs", "1",
+        "--ssl-ca-certs", authority[0], "--ssl-cert-reqs", "1",
     )
     assert server.url.startswith("https://")
     assert get(server.url + "/health", old[0]) == 200
     assert get(server.url + "/health", old[0], identity=client) == 200
-    for trusted, identity in ((new[0], None), (old[0], new)):
+    for trusted, identity in ((new[0], None), (old[0], stranger)):
         with pytest.raises((urllib.error.URLError, ssl.SSLError, ConnectionError)):
             get(server.url + "/health", trusted, identity=identity)
-    with pytest.raises((urllib.error.URLError, ConnectionError)):
+    with pytest.raises((urllib.error.URLError, ConnectionError, http.client.HTTPException)):
         get(server.url.replace("https", "http") + "/health")
     port = server.url.rsplit(":", 1)[1]
     health = [server.process.args[0], "health", "--port", port, "--ssl-certfile", cert]

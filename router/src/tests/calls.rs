@@ -29,6 +29,7 @@ pub(super) fn call(prompt: &str) -> Call {
         pooling: None,
         sampling: RawSampling::default(),
         priority: 0,
+        cache_salt: None,
         constraint: None,
         answer: None,
         stop: Vec::new(),

@@ -252,6 +252,7 @@ impl View {
                 min_tokens: Some(0),
             },
             priority: 0,
+            cache_salt: None,
             constraint: None,
             answer: None,
             stop: texts,

@@ -76,6 +76,7 @@ pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
         function_call,
         include_reasoning,
         separate_reasoning,
+        cache_salt,
         priority,
         modalities,
     } = request;
@@ -172,6 +173,7 @@ pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
         pooling: None,
         sampling: sampling::raw_sampling(fields, max_tokens)?,
         priority: priority.unwrap_or(0),
+        cache_salt: sampling::cache_salt(cache_salt)?,
         constraint,
         answer: Some(answer),
         stop: sampling::stop(stop)?,

@@ -83,6 +83,7 @@ pub fn calls(request: EmbeddingRequest) -> Result<Embeddings, ApiError> {
         pooling: Some(pooling),
         sampling: RawSampling::default(),
         priority: priority.unwrap_or(0),
+        cache_salt: None,
         constraint: None,
         answer: None,
         stop: vec![],

@@ -317,7 +317,7 @@ const SAMPLING: &[Rule] = &[
     refused("return_hidden_states", nothing, ""),
     refused("spaces_between_special_tokens", yes, ""),
     // How it is served.
-    refused("cache_salt", never, ""),
+    refused("cache_salt", never, "chat and completions have it"),
     refused("priority", nothing, "chat, completions and embeddings have it"),
     refused("kv_transfer_params", nothing, ""),
     refused("vllm_xargs", nothing, HERE),

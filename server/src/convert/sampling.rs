@@ -17,6 +17,8 @@ const MAX_N: u32 = 128;
 /// OpenAI takes 4; lm-eval sends more.
 pub const MAX_STOP_STRINGS: usize = 64;
 
+/// vLLM's limit.
+const MAX_SALT_BYTES: usize = 128;
 /// Tokens that have a bias: each choice has its own copy.
 const MAX_BIASES: usize = 4096;
 
@@ -95,6 +97,19 @@ pub fn raw_sampling(fields: Fields, max_tokens: Option<u32>) -> Result<RawSampli
             .map(|n| natural("min_tokens", n, 0, max_tokens.unwrap_or(u32::MAX)))
             .transpose()?,
     })
+}
+
+pub fn cache_salt(salt: Option<String>) -> Result<Option<String>, ApiError> {
+    match &salt {
+        Some(text) if text.is_empty() || text.len() > MAX_SALT_BYTES => Err(invalid(
+            "cache_salt",
+            format!(
+                "cache_salt must have 1 to {MAX_SALT_BYTES} bytes, got {}",
+                text.len()
+            ),
+        )),
+        _ => Ok(salt),
+    }
 }
 
 pub fn n(n: Option<i64>) -> Result<u32, ApiError> {

@@ -37,7 +37,7 @@ pub struct Parts {
     /// Of text that has not begun.
     tokens: Vec<TokenText>,
     /// Tokens of pieces that said nothing but reasoning, or began with it.
-    reasoning_tokens: u64,
+    thought: Thought,
     hides_reasoning: bool,
 }
 
@@ -64,9 +64,7 @@ impl Parts {
         } = delta;
         let thinks = !reasoning.is_empty();
         let says = !content.is_empty() || !calls.is_empty();
-        if thinks || (self.open == Some(Open::Reasoning) && !says) {
-            self.reasoning_tokens += tokens.len() as u64;
-        }
+        self.thought.take(thinks, says, tokens.len());
         self.tokens.extend(tokens);
         if !reasoning.is_empty() && !self.hides_reasoning {
             self.go_on(Open::Reasoning, || Kind::Reasoning, steps);
@@ -99,7 +97,7 @@ impl Parts {
     }
 
     pub fn reasoning_tokens(&self) -> u64 {
-        self.reasoning_tokens
+        self.thought.tokens
     }
 
     pub fn finish(&mut self, steps: &mut Vec<Step>) {
@@ -150,6 +148,27 @@ pub fn apply(parts: &mut Vec<Part>, step: &Step) {
         (Step::Tokens(tokens), Some(open)) => open.tokens.extend(tokens.iter().cloned()),
         (Step::End, Some(open)) => open.is_whole = true,
         (_, None) => {}
+    }
+}
+
+/// Counts the tokens of one answer that are reasoning. Tokens of which nothing is shown yet are of what they stand in.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Thought {
+    is_open: bool,
+    pub tokens: u64,
+}
+
+impl Thought {
+    pub fn see(&mut self, delta: &Delta, tokens: usize) {
+        let says = !delta.content.is_empty() || !delta.calls.is_empty();
+        self.take(!delta.reasoning.is_empty(), says, tokens);
+    }
+
+    fn take(&mut self, thinks: bool, says: bool, tokens: usize) {
+        if thinks || (self.is_open && !says) {
+            self.tokens += tokens as u64;
+        }
+        self.is_open = (self.is_open || thinks) && !says;
     }
 }
 

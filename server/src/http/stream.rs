@@ -1,6 +1,7 @@
 //! A streamed answer: pieces in, frames out. Each API has its [`Writer`]; chat and completions share one, whose chunks end with
 //! usage and `[DONE]`, and what a chunk's choice looks like is the caller's [`Choices`]. Not here: admission.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use axum::body::Bytes;
@@ -11,6 +12,7 @@ use tandem_openapi::usage::Usage;
 use tandem_router::api::{Piece, RouterError, What};
 
 use super::feed::{Admitted, Feed, Identity, Placed};
+use super::parts::Thought;
 use crate::convert::sampling::StreamUsage;
 use crate::error::ApiError;
 use crate::sse::{self, Envelope, UsageKey};
@@ -87,19 +89,26 @@ struct Tally {
     completion_tokens: u64,
     cached_tokens: u64,
     guessed: Guessed,
+    /// Of each prompt's choices.
+    thoughts: HashMap<(usize, u32), Thought>,
 }
 
 impl Tally {
-    fn count(&mut self, what: &What, first_choice: FirstChoice) {
+    fn count(&mut self, (prompt, Piece { choice, what }): &Placed) {
         match what {
-            What::Text { tokens, .. } => self.completion_tokens += tokens.len() as u64,
+            What::Text { text, tokens } => {
+                self.completion_tokens += tokens.len() as u64;
+                let thought = self.thoughts.entry((*prompt, *choice)).or_default();
+                thought.see(text, tokens.len());
+            }
             What::Finished {
                 cached_tokens,
                 guessed,
                 ..
             } => {
                 self.guessed += *guessed;
-                if first_choice == FirstChoice::Yes {
+                // A prompt's cached tokens are counted once, with its first choice.
+                if *choice == 0 {
                     self.cached_tokens += u64::from(*cached_tokens);
                 }
             }
@@ -110,14 +119,8 @@ impl Tally {
     fn usage(&self) -> Usage {
         Usage::new(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
             .guessing(self.guessed.tokens.into(), self.guessed.accepted.into())
+            .reasoning(self.thoughts.values().map(|thought| thought.tokens).sum())
     }
-}
-
-/// A prompt's cached tokens are counted once, with its first choice.
-#[derive(PartialEq, Eq)]
-enum FirstChoice {
-    Yes,
-    No,
 }
 
 struct Stream<W> {
@@ -180,6 +183,7 @@ pub async fn run(admitted: Admitted, writer: impl Writer) -> Result<Response, Ap
         completion_tokens: 0,
         cached_tokens: 0,
         guessed: Guessed::default(),
+        thoughts: HashMap::new(),
     };
     let stream = Stream {
         feed,
@@ -226,20 +230,15 @@ impl<W: Writer> Stream<W> {
             state,
             ..
         } = self;
-        for (prompt, piece) in news.drain(..) {
-            if let What::Failed(fault) = piece.what {
+        for placed in news.drain(..) {
+            if let What::Failed(fault) = placed.1.what {
                 let error = ApiError::Router(RouterError::Engine(fault));
                 writer.fail(&error, tally.usage(), out);
                 *state = State::Over;
                 break;
             }
-            let first_choice = if piece.choice == 0 {
-                FirstChoice::Yes
-            } else {
-                FirstChoice::No
-            };
-            tally.count(&piece.what, first_choice);
-            writer.show((prompt, piece), tally.usage(), out);
+            tally.count(&placed);
+            writer.show(placed, tally.usage(), out);
         }
     }
 }
