@@ -204,6 +204,8 @@ fn train_step(criterion: &mut Criterion) {
         adam_beta2: 0.999,
         adam_epsilon: 1e-8,
         max_grad_norm: 1.0,
+        loraplus_lr_ratio: None,
+        neftune_noise_alpha: None,
         seed: 1,
         max_seq_length: 64,
         packing: false,

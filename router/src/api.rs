@@ -30,7 +30,7 @@ pub struct ModelCard {
 #[derive(Clone, Debug, PartialEq)]
 pub enum ModelKind {
     Base,
-    /// `source`: where it came from. `parent` is the base's name.
+    /// `source`: where it came from. `parent` is the name of the adapter that its job started from, else the base's.
     Adapter {
         digest: AdapterDigest,
         parent: String,
@@ -288,6 +288,15 @@ pub struct JobRequest {
     /// The adapter that it starts from, found by its name when the job was created.
     #[serde(default)]
     pub start: Option<AdapterDigest>,
+}
+
+impl JobRequest {
+    /// The name of the adapter that the job starts from, as it was asked.
+    pub fn start_name(&self) -> Option<String> {
+        self.start?;
+        let named = self.settings.from_peft_checkpoint.as_ref();
+        Some(named.unwrap_or(&self.model).clone())
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -14,7 +14,7 @@ use tandem_store::{NameRow, Source};
 use tokio::sync::{Notify, oneshot};
 
 use crate::Config;
-use crate::api::{AdapterSource, Client, ModelCard, ModelKind, RouterError, Work};
+use crate::api::{AdapterSource, Client, JobRequest, ModelCard, ModelKind, RouterError, Work};
 
 /// After how long a refused client should come back. A sequence takes seconds; the clients add jitter.
 const RETRY_AFTER_S: u32 = 1;
@@ -515,14 +515,17 @@ impl Catalog {
             source,
             created_at,
             tenant: _,
+            request,
         } = row.clone();
+        let start =
+            request.and_then(|request| serde_json::from_str::<JobRequest>(&request).ok()?.start_name());
         let source = match source {
             Source::Loaded | Source::Flag => AdapterSource::Loaded,
             Source::Job { job, step } => AdapterSource::Job { job, step },
         };
         let kind = ModelKind::Adapter {
             digest,
-            parent: self.base.name.clone(),
+            parent: start.unwrap_or_else(|| self.base.name.clone()),
             source,
             rank,
         };

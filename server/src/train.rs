@@ -1,6 +1,7 @@
 //! `tandem train`: fine-tuning without a server, from a YAML file and `key=value` overrides. The same tokenisation,
 //! defaults and trainer as a job of the API. Not here: the training (backend), the defaults (router).
 
+mod logs;
 mod progress;
 mod record;
 mod settings;
@@ -23,6 +24,7 @@ use tandem_text::{TextError, Tokenizer};
 
 use crate::hub::{self, Content, Found, HubError};
 use crate::listen::{SIGINT, Signals};
+use logs::Logs;
 use progress::{Progress, thousands};
 use record::{Begin, Record, RecordError};
 use settings::{Recipe, SettingsError};
@@ -218,15 +220,18 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
     )?)?;
     let signalled = heed_signals().map_err(TrainError::Signals)?;
     let mut progress = Progress::new(run.frozen_parameters());
+    let mut logs = Logs::of(&output_dir);
     while let Some(events) = run.advance()? {
         for event in &events {
             progress.show(event);
+            logs.take(event).map_err(at(&output_dir))?;
             if let (JobEvent::Checkpoint { .. }, Some(limit)) = (event, save_total_limit) {
                 record::prune(&output_dir, limit.get())?;
             }
         }
         if let Some(signal) = signalled.get().filter(|_| run.is_between_steps()) {
             let step = run.keep()?;
+            logs.write_table().map_err(at(&output_dir))?;
             progress.end();
             println!(
                 "stopped after step {step}; its state is in {}: the same command goes on from there",

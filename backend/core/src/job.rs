@@ -116,6 +116,12 @@ pub struct Hyper {
     pub adam_epsilon: f64,
     /// 0: no clipping.
     pub max_grad_norm: f64,
+    /// Of the learning rate of B over A's (LoRA+, arXiv 2402.12354). `None`: they learn alike.
+    #[serde(default)]
+    pub loraplus_lr_ratio: Option<f64>,
+    /// Of the noise on embeddings in training (NEFTune, arXiv 2310.05914). `None`: there is none.
+    #[serde(default)]
+    pub neftune_noise_alpha: Option<f64>,
     pub seed: u64,
     /// Tokens of one example at most; longer ones are cut.
     pub max_seq_length: u32,
@@ -150,11 +156,22 @@ impl Hyper {
             adam_beta2,
             adam_epsilon,
             max_grad_norm,
+            loraplus_lr_ratio,
+            neftune_noise_alpha,
             objective,
             method,
             ..
         } = self;
         objective.check()?;
+        if loraplus_lr_ratio.is_some() && *method == Method::Full {
+            return Err("loraplus_lr_ratio is of an adapter's B: full training has none".to_owned());
+        }
+        if neftune_noise_alpha.is_some() && *objective != Objective::Sft {
+            let name = objective.name();
+            return Err(format!(
+                "neftune_noise_alpha is of supervised training, not of {name}"
+            ));
+        }
         if objective.has_reference() && *method == Method::Full {
             let name = objective.name();
             return Err(format!(
@@ -210,6 +227,16 @@ impl Hyper {
             ("adam_beta2", *adam_beta2, 0.0..=1.0 - f64::EPSILON),
             ("adam_epsilon", *adam_epsilon, f64::MIN_POSITIVE..=1.0),
             ("max_grad_norm", *max_grad_norm, 0.0..=f64::MAX),
+            (
+                "loraplus_lr_ratio",
+                loraplus_lr_ratio.unwrap_or(1.0),
+                f64::MIN_POSITIVE..=1e4,
+            ),
+            (
+                "neftune_noise_alpha",
+                neftune_noise_alpha.unwrap_or(0.0),
+                0.0..=1e4,
+            ),
             ("lora_alpha", alpha, f64::MIN_POSITIVE..=1e6),
             ("lora_dropout", dropout, 0.0..=1.0 - f64::EPSILON),
         ];
@@ -452,6 +479,8 @@ mod tests {
             adam_beta2: 0.999,
             adam_epsilon: 1e-8,
             max_grad_norm: 1.0,
+            loraplus_lr_ratio: None,
+            neftune_noise_alpha: None,
             seed: 0,
             max_seq_length: 64,
             packing: false,
@@ -527,6 +556,20 @@ mod tests {
                 "max_grad_norm",
                 Hyper {
                     max_grad_norm: -1.0,
+                    ..base()
+                },
+            ),
+            (
+                "loraplus_lr_ratio",
+                Hyper {
+                    loraplus_lr_ratio: Some(0.0),
+                    ..base()
+                },
+            ),
+            (
+                "neftune_noise_alpha",
+                Hyper {
+                    neftune_noise_alpha: Some(f64::NAN),
                     ..base()
                 },
             ),

@@ -15,6 +15,7 @@ pub mod lfs;
 pub mod message;
 pub mod pooling;
 pub mod replica;
+pub mod report;
 pub mod rng;
 pub mod sampling;
 pub mod sched;

@@ -157,6 +157,9 @@ settings! {
         undesirable_weight: f64, Real(Closed(0.0, 1000.0)),
             ["kto_undesirable_weight", "kto_rejected_weight"],
             "1", "of kto's undesirable rows";
+        neftune_noise_alpha: f64, Real(Closed(0.0, 1e4)),
+            ["noisy_embedding_alpha"],
+            "none", "uniform noise up to alpha / sqrt(tokens x width) on a row's embeddings in training (NEFTune; sft)";
     }
     Saving {
         save_steps: u64, Integer { low: 0, high: MOST_STEPS, unset: None },
@@ -182,6 +185,9 @@ settings! {
         use_rslora: bool, Flag,
             ["rslora"],
             "false", "scale by alpha / sqrt(r) instead of alpha / r";
+        loraplus_lr_ratio: f64, Real(Above(0.0, 1e4)),
+            [],
+            "1", "B learns at so many times the learning rate of A (LoRA+)";
         from_peft_checkpoint: String, Text,
             ["from_checkpoint", "resume_from_checkpoint", "adapter_name_or_path", "lora_model_dir", "warm_start_from"],
             "none: a new adapter", "the adapter to start from, whose rank and modules are taken over: for a server the name of a model (which may also stand as the job's model), for `tandem train` a PEFT folder";

@@ -461,6 +461,8 @@ fn job(id: &str) -> JobSpec {
             adam_beta2: 0.999,
             adam_epsilon: 1e-8,
             max_grad_norm: 1.0,
+            loraplus_lr_ratio: None,
+            neftune_noise_alpha: None,
             seed: u64::MAX,
             max_seq_length: 10,
             packing: false,

@@ -53,6 +53,13 @@ impl LinearShape {
     pub fn rank(&self) -> i64 {
         self.parts.iter().map(PartShape::rank).sum()
     }
+
+    /// Where A and B lie in the flat buffer, one behind the other.
+    pub fn a_and_b(&self) -> [Range<i64>; 2] {
+        let middle = self.offset + self.rank() * self.inputs;
+        let b: i64 = self.parts.iter().map(|part| part.width() * part.rank()).sum();
+        [self.offset..middle, middle..middle + b]
+    }
 }
 
 impl AdapterShape {

@@ -181,6 +181,7 @@ impl MicroBatch {
             decoder,
             adapter,
             dropout,
+            noise: None,
             keep_bytes,
         };
         self.at = match std::mem::replace(&mut self.at, At::Next) {

@@ -284,6 +284,8 @@ mod tests {
             adam_beta2: 0.999,
             adam_epsilon: 1e-8,
             max_grad_norm: 1.0,
+            loraplus_lr_ratio: None,
+            neftune_noise_alpha: None,
             seed: 7,
             max_seq_length: 64,
             packing: false,

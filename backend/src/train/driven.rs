@@ -156,6 +156,7 @@ impl Driven {
             decoder,
             adapter,
             dropout: None,
+            noise: None,
             keep_bytes: LEARNER_KEEP_BYTES,
         };
         let at = match (call.at.take(), call.pass) {
@@ -232,6 +233,7 @@ impl Driven {
             grad_clip_norm,
         } = adam;
         let update = Update {
+            b_ratio: 1.0,
             learning_rate,
             adamw: AdamW {
                 beta1,

@@ -55,6 +55,8 @@ pub struct Update {
     pub learning_rate: f64,
     /// Norms and biases of a model do not decay, whatever it says; an adapter decays whole.
     pub adamw: AdamW,
+    /// Of an adapter's B over its A.
+    pub b_ratio: f64,
     /// 0: no clipping.
     pub max_grad_norm: f64,
     /// The updates of this learner with this one, from 1: for the corrections of the moments.
@@ -209,6 +211,7 @@ impl Learner {
         let &Update {
             learning_rate,
             adamw,
+            b_ratio,
             max_grad_norm,
             step,
         } = update;
@@ -223,18 +226,31 @@ impl Learner {
             // torch.nn.utils.clip_grad_norm_
             adamw::scale(self.grads.flat(), max_grad_norm / (norm + 1e-6));
         }
+        let all = |range, weight_decay| (range, weight_decay, learning_rate);
         let ranges = match &self.subject {
-            Subject::Lora { params, .. } => vec![(0..params.shape.len(), adamw.weight_decay)],
+            Subject::Lora { params, .. } if b_ratio == 1.0 => {
+                vec![all(0..params.shape.len(), adamw.weight_decay)]
+            }
+            Subject::Lora { params, .. } => {
+                let halves = params.shape.iter().flat_map(|(_, linear)| {
+                    let [a, b] = linear.a_and_b();
+                    [
+                        (a, adamw.weight_decay, learning_rate),
+                        (b, adamw.weight_decay, learning_rate * b_ratio),
+                    ]
+                });
+                halves.collect()
+            }
             Subject::Full { params, .. } => {
                 let decay = |id| if full::decays(id) { adamw.weight_decay } else { 0.0 };
                 params
                     .shape
                     .ranges()
-                    .map(|(id, range)| (range, decay(id)))
+                    .map(|(id, range)| all(range, decay(id)))
                     .collect()
             }
         };
-        for (range, weight_decay) in ranges {
+        for (range, weight_decay, learning_rate) in ranges {
             let part = |tensor: &Tensor| tensor.narrow(0, range.start, range.end - range.start);
             AdamW {
                 weight_decay,

@@ -16,6 +16,7 @@ pub mod data;
 pub mod driven;
 pub mod learner;
 pub mod memory;
+pub mod noise;
 pub mod objective;
 pub mod pass;
 pub mod run;
@@ -44,6 +45,7 @@ use crate::weights::LoadError;
 use batch::{MicroBatch, Models, Place};
 use data::{DataPlan, Slice};
 use learner::{Learner, LoraView, Unusable, Update};
+use noise::Noise;
 use objective::Scores;
 use pass::{Advanced, KEEP_BYTES, Look, Pass};
 use snapshot::{AdapterCopy, Copying, Occasion, Snapshot};
@@ -591,7 +593,7 @@ impl Trainer {
     }
 
     fn accumulate(&mut self, base: Option<&Decoder>, step: Accumulation) -> Stage {
-        let dropout = self.dropout();
+        let (dropout, noise) = (self.dropout(), self.noise());
         let Accumulation {
             work,
             mut scores,
@@ -608,6 +610,7 @@ impl Trainer {
                     decoder,
                     adapter,
                     dropout,
+                    noise,
                     keep_bytes: KEEP_BYTES,
                 };
                 let pass = match (pass, slices.pop()) {
@@ -724,6 +727,19 @@ impl Trainer {
         }
     }
 
+    fn noise(&self) -> Option<Noise> {
+        let &Hyper {
+            neftune_noise_alpha,
+            seed,
+            ..
+        } = &self.spec.hyper;
+        neftune_noise_alpha.map(|alpha| Noise {
+            alpha,
+            seed,
+            step: self.step,
+        })
+    }
+
     fn optimize(
         &mut self,
         base: Option<&Decoder>,
@@ -739,6 +755,7 @@ impl Trainer {
             adam_beta2,
             adam_epsilon,
             weight_decay,
+            loraplus_lr_ratio,
             ..
         } = self.spec.hyper;
         let step = self.step + 1;
@@ -755,6 +772,7 @@ impl Trainer {
                 epsilon: adam_epsilon,
                 weight_decay,
             },
+            b_ratio: loraplus_lr_ratio.unwrap_or(1.0),
             max_grad_norm,
             step,
         };

@@ -32,6 +32,7 @@ use tandem_kernels::loss::LogProbs;
 use tch::{Device, Tensor};
 
 use super::data::{Label, Slice};
+use super::noise::Noise;
 use crate::family::ParamId;
 use crate::lora::adapter::{Adapter, AdapterRows};
 use crate::model::{Batch, Context as Attention, Decoder, Dropout, Grads, Saved, TrainPass, Trainable};
@@ -50,6 +51,8 @@ pub struct Context<'a> {
     pub adapter: Option<&'a Adapter>,
     /// On the adapter's inputs. Its `row0` is not read: it is the pass's own.
     pub dropout: Option<Dropout>,
+    /// On the embeddings.
+    pub noise: Option<Noise>,
     /// [`KEEP_BYTES`], shared by the passes that are held at one time.
     pub keep_bytes: i64,
 }
@@ -112,12 +115,17 @@ impl Pass {
     /// The weights of `slice` are final: it minimises the sum of -weight * log p over its labels. `rows_before`: tokens
     /// of the optimizer step that went before it, which make its dropout its own.
     pub fn enter(slice: Slice, rows_before: u64, context: &Context) -> Pass {
+        let embedded = context.decoder.embed(&slice.tokens);
+        let embedded = match context.noise {
+            Some(noise) => noise.add(embedded, &slice, rows_before),
+            None => embedded,
+        };
         Pass {
             rows_before,
             kept: vec![],
             is_weighed: true,
             found: nothing_found(),
-            at: At::Forward(context.decoder.embed(&slice.tokens)),
+            at: At::Forward(embedded),
             slice,
         }
     }

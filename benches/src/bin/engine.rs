@@ -383,6 +383,8 @@ fn hyper(batch_size: u32, lora: Lora) -> Hyper {
         adam_beta2: 0.999,
         adam_epsilon: 1e-8,
         max_grad_norm: 1.0,
+        loraplus_lr_ratio: None,
+        neftune_noise_alpha: None,
         seed: 1,
         max_seq_length: 1024,
         packing: false,

@@ -177,6 +177,8 @@ fn losses(decoder: &Decoder, tokens: &[TokenId], options: &Options) -> anyhow::R
             adam_beta2: 0.999,
             adam_epsilon: 1e-8,
             max_grad_norm: 1.0,
+            loraplus_lr_ratio: None,
+            neftune_noise_alpha: None,
             seed: 1,
             max_seq_length: 1024,
             packing: false,

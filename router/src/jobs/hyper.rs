@@ -146,6 +146,8 @@ pub fn choose<'a>(settings: &Settings, tuning: Tuning, bounds: impl Into<Bounds<
         adam_beta2: settings.adam_beta2.unwrap_or(0.999),
         adam_epsilon: settings.adam_epsilon.unwrap_or(1e-8),
         max_grad_norm: settings.max_grad_norm.unwrap_or(1.0),
+        loraplus_lr_ratio: settings.loraplus_lr_ratio,
+        neftune_noise_alpha: settings.neftune_noise_alpha,
         seed: settings.seed.expect("chosen when the job was created"),
         max_seq_length,
         packing,

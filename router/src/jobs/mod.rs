@@ -105,11 +105,7 @@ impl Router {
         request.settings.seed = Some(seed);
         let id = ids::job();
         let from = request.start.map(|digest| {
-            let name = request
-                .settings
-                .from_peft_checkpoint
-                .as_ref()
-                .unwrap_or(&request.model);
+            let name = request.start_name().expect("it starts from one");
             event(
                 Level::Info,
                 format!("Training starts from the adapter {name} ({digest})"),

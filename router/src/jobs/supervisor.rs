@@ -440,9 +440,12 @@ impl<'a> Run<'a> {
                 let from = resumed_from
                     .map(|step| format!(" from step {step}"))
                     .unwrap_or_default();
+                let all = self.router.info().parameters + trainable_parameters;
+                let share = 100.0 * trainable_parameters as f64 / all as f64;
                 let message = format!(
                     "Training{from}: {total_steps} steps over {examples} examples ({epoch_tokens} tokens, \
-                     {epoch_label_tokens} with loss), {trainable_parameters} trainable parameters"
+                     {epoch_label_tokens} with loss); trainable params: {trainable_parameters} || all params: {all} || \
+                     trainable%: {share:.4}"
                 );
                 let data = json!({
                     "total_steps": total_steps, "resumed_from": resumed_from, "examples": examples,

@@ -44,6 +44,8 @@ pub struct NameRow {
     pub source: Source,
     pub created_at: i64,
     pub tenant: String,
+    /// Of the job that made it: JSON of the caller's.
+    pub request: Option<String>,
 }
 
 impl Store {
@@ -104,8 +106,9 @@ impl Store {
 
     /// All names for one base model.
     pub async fn names(&self, base: Digest) -> Result<Vec<NameRow>, StoreError> {
-        let sql = "SELECT name, digest, rank, source, job, step, names.created_at AS created_at, names.tenant AS tenant
-                   FROM names JOIN adapters USING (digest) WHERE base = $1 ORDER BY names.created_at, name";
+        let sql = "SELECT name, digest, rank, source, job, step, names.created_at AS created_at, names.tenant AS tenant,
+                   jobs.request AS request FROM names JOIN adapters USING (digest) LEFT JOIN jobs ON jobs.id = names.job
+                   WHERE names.base = $1 ORDER BY names.created_at, name";
         let rows: Vec<RawName> = sqlx::query_as(sql)
             .bind(base.to_string())
             .fetch_all(self.db.pool()?)
@@ -289,6 +292,10 @@ pub(crate) async fn write(
     .bind(tenant)
     .execute(&mut **tx)
     .await?;
+    let request = sqlx::query_scalar("SELECT request FROM jobs WHERE id = $1")
+        .bind(job)
+        .fetch_optional(&mut **tx)
+        .await?;
     Ok(NameRow {
         name: name.clone(),
         digest: *digest,
@@ -296,6 +303,7 @@ pub(crate) async fn write(
         source: source.clone(),
         created_at,
         tenant: tenant.to_owned(),
+        request,
     })
 }
 
@@ -309,6 +317,7 @@ struct RawName {
     step: Option<i64>,
     created_at: i64,
     tenant: String,
+    request: Option<String>,
 }
 
 impl RawName {
@@ -322,6 +331,7 @@ impl RawName {
             step,
             created_at,
             tenant,
+            request,
         } = self;
         let digest = digest
             .parse()
@@ -346,6 +356,7 @@ impl RawName {
             source,
             created_at,
             tenant,
+            request,
         })
     }
 }

@@ -107,6 +107,8 @@ fn run(hyper: Hyper, settings: &Settings) -> RunHyperparameters {
         adam_beta2,
         adam_epsilon,
         max_grad_norm,
+        loraplus_lr_ratio,
+        neftune_noise_alpha,
         seed: _,
         max_seq_length,
         packing,
@@ -140,6 +142,8 @@ fn run(hyper: Hyper, settings: &Settings) -> RunHyperparameters {
         adam_beta2,
         adam_epsilon,
         max_grad_norm,
+        loraplus_lr_ratio,
+        neftune_noise_alpha,
         max_seq_length,
         packing,
         // Worked into the tokens' weights, not a number of the run.

@@ -12,6 +12,8 @@ use sha2::{Digest, Sha256};
 use tandem_core::job::{Hyper, Lora, Method, files};
 use tandem_core::{gguf, id};
 
+use super::logs;
+
 const FILE: &str = "run.yaml";
 /// What full training makes, where LoRA makes [`files::ADAPTER`].
 pub const WEIGHTS: &str = "model.safetensors";
@@ -179,6 +181,10 @@ pub fn clear(folder: &Path) -> Result<(), RecordError> {
     {
         paths.push(folder.join(WEIGHTS));
     }
+    paths.extend(logs::files(folder).map_err(|source| RecordError::File {
+        path: folder.to_owned(),
+        source,
+    })?);
     // The record last: until then the folder is known as what it was.
     paths.extend(
         files::INPUTS
@@ -225,6 +231,8 @@ pub fn settings(hyper: &Hyper) -> Mapping {
         adam_beta2,
         adam_epsilon,
         max_grad_norm,
+        loraplus_lr_ratio,
+        neftune_noise_alpha,
         seed,
         max_seq_length,
         packing,
@@ -274,6 +282,12 @@ pub fn settings(hyper: &Hyper) -> Mapping {
     put("warmup_steps", (*warmup_steps).into());
     put("weight_decay", (*weight_decay).into());
     put("max_grad_norm", (*max_grad_norm).into());
+    if let Some(ratio) = loraplus_lr_ratio {
+        put("loraplus_lr_ratio", (*ratio).into());
+    }
+    if let Some(alpha) = neftune_noise_alpha {
+        put("neftune_noise_alpha", (*alpha).into());
+    }
     put("adam_beta1", (*adam_beta1).into());
     put("adam_beta2", (*adam_beta2).into());
     put("adam_epsilon", (*adam_epsilon).into());

@@ -131,6 +131,23 @@ fn an_interrupted_run_goes_on() {
     let (_, heard) = run_until(" loss ", 1, &[]);
     assert!(heard.contains(&format!("going on from step {step}")), "{heard}");
 
+    // Each step stands once in what others read.
+    let place = folder.path().join("out");
+    let lines = std::fs::read_to_string(place.join("metrics.jsonl")).unwrap();
+    let steps: Vec<u64> = lines
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap())
+        .filter(|line| line["loss"].is_f64())
+        .map(|line| line["step"].as_u64().unwrap())
+        .collect();
+    assert_eq!(steps, (1..=steps.len() as u64).collect::<Vec<_>>());
+    assert!(steps.len() as u64 > step.parse().unwrap());
+    let table = std::fs::read_to_string(place.join("step_metrics.csv")).unwrap();
+    assert_eq!(table.lines().count(), steps.len() + 1);
+    let events = |name: &std::ffi::OsStr| name.to_str().unwrap().starts_with("events.out.tfevents.");
+    let entries = std::fs::read_dir(&place).unwrap().flatten();
+    assert_eq!(entries.filter(|entry| events(&entry.file_name())).count(), 2);
+
     // A step of many passes: the first signal waits for its end, the second does not.
     let (code, heard) = run_until(
         "trainable params",

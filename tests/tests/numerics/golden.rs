@@ -300,6 +300,7 @@ fn backward(
         decoder,
         adapter,
         dropout: None,
+        noise: None,
         keep_bytes,
     };
     let mut slices = data::slices(examples.iter(), decoder.device());

@@ -14,7 +14,7 @@ use tandem_kernels::weight::Precision;
 use crate::fixture::{Fixture, examples};
 use crate::training::{Job, finish, hyper, quantum};
 
-/// Everything that could make a run depend on where it was cut: dropout, packing, accumulation, checkpoints, validation.
+/// Everything that could make a run depend on where it was cut: dropout, noise, packing, accumulation, checkpoints, validation.
 fn demanding(decoder: &Decoder) -> Hyper {
     let target_modules = decoder.spec.lora_targets();
     let lora = Lora {
@@ -32,6 +32,8 @@ fn demanding(decoder: &Decoder) -> Hyper {
         eval_steps: 2,
         packing: true,
         max_seq_length: 24,
+        loraplus_lr_ratio: Some(4.0),
+        neftune_noise_alpha: Some(5.0),
         ..hyper(Method::Lora(lora))
     }
 }

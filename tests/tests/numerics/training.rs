@@ -1,5 +1,6 @@
 //! Whole runs of the trainer against torch.optim.AdamW: the same examples in the same order from the same numbers.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde_json::Value;
@@ -50,6 +51,23 @@ fn ten_lora_steps_are_pefts() {
 
     let after = packed(&decoder, &[base(&fixture.tokens("long"))]).remove(0);
     assert_eq!(before, after, "training changed the base");
+}
+
+/// LoRA+ as peft groups its numbers, NEFTune as transformers adds its noise (drawn as ours is).
+#[test]
+fn ten_steps_of_loraplus_and_neftune_are_pefts() {
+    let fixture = Fixture::open("gqa_tied");
+    let runs =
+        std::fs::read(fixture.folder.with_file_name("variants.json")).expect("scripts/fixtures made it");
+    let runs: BTreeMap<String, Value> = serde_json::from_slice(&runs).expect("runs by name");
+    assert_eq!(runs.keys().collect::<Vec<_>>(), ["loraplus", "neftune"]);
+    let decoder = fixture.decoder(Precision::F32);
+    for (name, run) in &runs {
+        let job = lora_job(run);
+        let mut trainer = Trainer::start(job.spec.clone(), &decoder).expect("the job starts");
+        let reports = finish(&mut trainer, Some(&decoder));
+        compare_steps(name, run, &job, &reports).judge(&format!("ten steps of {name}"));
+    }
 }
 
 /// What peft trained.
@@ -113,6 +131,7 @@ fn weights_that_come_later_make_the_same_gradient() {
     let mut slices = data::slices(examples(&run["examples"]).iter(), tch::Device::Cpu);
     slices.truncate(2);
     let update = Update {
+        b_ratio: 1.0,
         learning_rate: 1e-2,
         adamw: AdamW {
             beta1: 0.9,
@@ -167,6 +186,7 @@ fn through(learner: &mut Learner, decoder: &Decoder, slice: &Slice, is_later: bo
         decoder,
         adapter,
         dropout: None,
+        noise: None,
         // The second slice's layers run again.
         keep_bytes: (4 * decoder.saved_numbers() * slice.tokens.len()) as i64 - i64::from(is_later),
     };
@@ -290,6 +310,8 @@ pub fn hyper(method: Method) -> Hyper {
         adam_beta2: 0.95,
         adam_epsilon: 1e-8,
         max_grad_norm: 1.0,
+        loraplus_lr_ratio: None,
+        neftune_noise_alpha: None,
         seed: 3,
         max_seq_length: 64,
         packing: false,
@@ -325,6 +347,8 @@ pub fn hyper_of(value: &Value, method: Method) -> Hyper {
         adam_epsilon: number("adam_epsilon"),
         max_grad_norm: number("max_grad_norm"),
         seed: whole("seed"),
+        loraplus_lr_ratio: value["loraplus_lr_ratio"].as_f64(),
+        neftune_noise_alpha: value["neftune_noise_alpha"].as_f64(),
         ..hyper(method)
     }
 }

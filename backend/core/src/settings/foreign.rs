@@ -365,9 +365,9 @@ const FOREIGN: &[Foreign] = &[
     row("gradient_clipping", never, "give max_grad_norm; 0 clips nothing"),
     row("gamma", never, "the learning rate follows lr_scheduler_type"),
     row(
-        "label_smoothing_factor neftune_noise_alpha router_aux_loss_coef loraplus_lr_ratio z_loss",
+        "label_smoothing_factor router_aux_loss_coef z_loss",
         off,
-        "the loss is the cross-entropy of the next token, every setting of LoRA learns at learning_rate",
+        "the loss is the cross-entropy of the next token",
     ),
     row(
         "grader reward_model reasoning_effort compute_multiplier eval_interval eval_samples",

@@ -9,7 +9,7 @@ const NLL: [&str; 2] = ["nll", "chunked_nll"];
 
 /// Which settings an objective reads beside `objective`. Of `objective` these are all values.
 const READS: [(&str, &[&str]); 7] = [
-    ("sft", &["loss_type"]),
+    ("sft", &["loss_type", "neftune_noise_alpha"]),
     ("dpo", &["loss_type", "beta", "label_smoothing"]),
     (
         "kto",
