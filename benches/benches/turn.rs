@@ -190,6 +190,7 @@ fn train_step(criterion: &mut Criterion) {
         dropout: 0.0,
         target_modules: decoder.spec.lora_targets(),
         use_rslora: false,
+        use_dora: false,
     };
     let hyper = Hyper {
         n_epochs: 1_000_000,

@@ -191,6 +191,7 @@ pub struct RunLora {
     pub lora_dropout: f64,
     pub lora_target_modules: Vec<String>,
     pub use_rslora: bool,
+    pub use_dora: bool,
 }
 
 #[derive(Clone, Debug, Serialize, ToSchema)]

@@ -1,8 +1,9 @@
-"""Ten steps of variants of LoRA training, on the gqa_tied fixture: peft's create_loraplus_optimizer and transformers' NEFTune,
-from Tandem's initial adapter in Tandem's order of examples. Run by scripts/fixtures."""
+"""Ten steps of variants of LoRA training, on the gqa_tied fixture: peft's create_loraplus_optimizer and its DoRA, transformers'
+NEFTune, from Tandem's initial adapter in Tandem's order of examples. Run by scripts/fixtures."""
 
 import json
 import math
+import shutil
 from unittest.mock import patch
 
 import torch
@@ -13,6 +14,8 @@ from make_fixtures import (
     MASK,
     batches,
     finalise,
+    logits,
+    save_adapter,
     start_from_tandems_adapter,
     total_weight,
     weighted_nll,
@@ -20,6 +23,7 @@ from make_fixtures import (
 )
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, get_scheduler
 from transformers.integrations.neftune import activate_neftune
 
@@ -53,7 +57,7 @@ class Noise:
         return tensor
 
 
-def train(hyper: dict, config: dict, examples: list[dict]) -> dict:
+def train(name: str, hyper: dict, config: dict, examples: list[dict]) -> dict:
     base = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32, attn_implementation="eager")
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **config)).train()
     start_from_tandems_adapter(model, hyper["seed"], SPLIT)
@@ -89,16 +93,40 @@ def train(hyper: dict, config: dict, examples: list[dict]) -> dict:
         scheduler.step()
         optimizer.zero_grad()
     assert all(map(math.isfinite, losses))
+    if config.get("use_dora"):
+        keep(name, model.eval())
     return {"hyper": hyper, "lora": config, "examples": examples, "steps": steps, "losses": losses} | {
         "grad_norms": norms,
         "learning_rates": rates,
     }
 
 
+def keep(name: str, model) -> None:
+    """What was trained, and what it answers."""
+    folder = FIXTURES / name
+    shutil.rmtree(folder, ignore_errors=True)
+    save_adapter(model, folder)
+    prompt = json.loads((FOLDER / "expected.json").read_text())["prompts"]["long"]
+    with torch.no_grad():
+        answer = logits(model, prompt)
+        merged = logits(model.merge_and_unload(), prompt)
+    assert (answer - merged).abs().max() < 1e-4
+    save_file({"logits.long": answer.contiguous()}, folder / "expected.safetensors")
+
+
 def main() -> None:
     plain = json.loads((FOLDER / "expected.json").read_text())["lora_training"]
-    variants = {"loraplus": {"loraplus_lr_ratio": 4.0}, "neftune": {"neftune_noise_alpha": 5.0}, "plain": {}}
-    runs = {name: train(plain["hyper"] | extra, plain["lora"], plain["examples"]) for name, extra in variants.items()}
+    # Of each what is beside the plain run's settings and its adapter's.
+    variants = {
+        "dora": ({"loraplus_lr_ratio": 2.0}, {"use_dora": True}),
+        "loraplus": ({"loraplus_lr_ratio": 4.0}, {}),
+        "neftune": ({"neftune_noise_alpha": 5.0}, {}),
+        "plain": ({}, {}),
+    }
+    runs = {
+        name: train(name, plain["hyper"] | hyper, plain["lora"] | lora, plain["examples"])
+        for name, (hyper, lora) in variants.items()
+    }
     # The same loop makes the fixture's own run.
     assert all(abs(a - b) < 1e-5 for a, b in zip(runs.pop("plain")["losses"], plain["losses"], strict=True))
     for name, run in runs.items():

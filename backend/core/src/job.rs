@@ -262,11 +262,21 @@ impl Hyper {
             ));
         }
         let Method::Lora(Lora {
-            r, target_modules, ..
+            r,
+            target_modules,
+            use_dora,
+            ..
         }) = &self.method
         else {
             return Err("a replica that serves trains adapters only, not every parameter".to_owned());
         };
+        if *use_dora && replica.tensor_parallel_size > 1 {
+            let ranks = replica.tensor_parallel_size;
+            return Err(format!(
+                "use_dora: its norms are of whole rows, and this replica divides them over {ranks} ranks: leave use_dora out, or \
+                 serve with --tensor-parallel-size 1"
+            ));
+        }
         if *r > replica.max_lora_rank {
             let most = replica.max_lora_rank;
             return Err(format!(
@@ -307,6 +317,9 @@ pub struct Lora {
     pub target_modules: Vec<String>,
     /// Scale alpha / sqrt(r) (arXiv 2312.03732) instead of alpha / r.
     pub use_rslora: bool,
+    /// Magnitudes of outputs are learned apart from directions (arXiv 2402.09353).
+    #[serde(default)]
+    pub use_dora: bool,
 }
 
 impl Lora {
@@ -499,6 +512,7 @@ mod tests {
             dropout: 0.1,
             target_modules: vec![],
             use_rslora: false,
+            use_dora: false,
         };
         let base = || hyper(lora());
         assert_eq!(base().check(), Ok(()));

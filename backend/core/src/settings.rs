@@ -185,6 +185,9 @@ settings! {
         use_rslora: bool, Flag,
             ["rslora"],
             "false", "scale by alpha / sqrt(r) instead of alpha / r";
+        use_dora: bool, Flag,
+            [],
+            "false", "learn how long each output is apart from where it points (DoRA); of one rank, not of experts";
         loraplus_lr_ratio: f64, Real(Above(0.0, 1e4)),
             [],
             "1", "B learns at so many times the learning rate of A (LoRA+)";

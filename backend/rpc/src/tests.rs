@@ -475,6 +475,7 @@ fn job(id: &str) -> JobSpec {
                 dropout: 0.0,
                 target_modules: vec!["q_proj".to_owned()],
                 use_rslora: false,
+                use_dora: false,
             }),
         },
         life: Life {

@@ -245,5 +245,6 @@ fn lora(rank: u32) -> Lora {
         dropout: 0.0,
         target_modules,
         use_rslora: false,
+        use_dora: false,
     }
 }

@@ -9,6 +9,7 @@ use tandem_kernels::linear::{LoraModule, LoraPart};
 use tandem_kernels::weight::{Precision, Weight};
 use tch::{Device, Tensor};
 
+use super::dora::Magnitudes;
 use super::params::{AdapterParams, LinearShape, PartShape};
 use crate::family::LinearId;
 use crate::family::shard::{Layout, LinearShard};
@@ -16,6 +17,8 @@ use crate::family::shard::{Layout, LinearShard};
 pub struct Adapter {
     /// By [`LinearId`].
     modules: Vec<Option<LoraModule>>,
+    /// The same; empty where the adapter has none.
+    magnitudes: Vec<Option<Magnitudes>>,
     max_rank: i64,
     layout: Arc<Layout>,
 }
@@ -55,6 +58,7 @@ impl Adapter {
         };
         Ok(Adapter {
             modules: params.shape.ids().map(module).collect::<Result<_, _>>()?,
+            magnitudes: magnitudes(params),
             max_rank: params.shape.max_rank(),
             layout: Arc::clone(layout),
         })
@@ -73,6 +77,12 @@ impl Adapter {
                 part.b.overwrite(&held_b(params, shape, held)).expect(SAME_SHAPE);
             }
         }
+        self.magnitudes = magnitudes(params);
+    }
+
+    /// DoRA's, of a linear.
+    pub fn magnitudes(&self, id: LinearId) -> Option<&Magnitudes> {
+        self.magnitudes.get(id.0)?.as_ref()
     }
 
     pub fn module(&self, id: LinearId) -> Option<&LoraModule> {
@@ -91,6 +101,18 @@ impl Adapter {
             .map(|module| module.a.bytes() + module.parts.iter().map(|part| part.b.bytes()).sum::<u64>())
             .sum()
     }
+}
+
+fn magnitudes(params: &AdapterParams) -> Vec<Option<Magnitudes>> {
+    if params.shape.magnitudes().is_none() {
+        return vec![];
+    }
+    let of_linear = |id| {
+        let parts = params.shape.linear(id)?.parts.iter();
+        let of_part = |part| Vec::try_from(params.magnitude(part)?).ok();
+        Some(Magnitudes::new(parts.map(of_part).collect::<Option<_>>()?))
+    };
+    params.shape.ids().map(of_linear).collect()
 }
 
 /// `[R, inputs held]`

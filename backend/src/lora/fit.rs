@@ -27,6 +27,11 @@ pub enum PackError {
         "the adapter has numbers that are infinite or not a number (NaN) {place}: it would answer nothing"
     )]
     NotFinite { place: String },
+    #[error("DoRA (use_dora) of {what} is not supported: {instead}")]
+    Dora {
+        what: &'static str,
+        instead: &'static str,
+    },
     #[error(transparent)]
     Kernel(#[from] KernelError),
 }
@@ -40,6 +45,19 @@ impl Fit {
     }
 
     fn check(&self, params: &AdapterParams) -> Result<(), PackError> {
+        if params.shape.magnitudes().is_some() {
+            let dora = |what, instead| Err(PackError::Dora { what, instead });
+            if self.layout.world() > 1 {
+                return dora("a model on several ranks", "serve with --tensor-parallel-size 1");
+            }
+            let mut parts = params.shape.iter().flat_map(|(_, linear)| &linear.parts);
+            if parts.any(|part| part.path.contains(".experts.")) {
+                return dora(
+                    "experts",
+                    "adapt the attention's modules alone (lora_target_modules)",
+                );
+            }
+        }
         let not_finite = |place: String| Err(PackError::NotFinite { place });
         let is_finite = match self.precision {
             Precision::F32 => finite::all(&params.flat),

@@ -2,6 +2,7 @@
 //! An adapter never touches a layer: it travels beside the batch.
 
 pub mod adapter;
+pub mod dora;
 pub mod fit;
 pub mod params;
 pub mod peft;

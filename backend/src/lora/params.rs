@@ -37,6 +37,8 @@ pub struct PartShape {
     /// alpha / r, or alpha / sqrt(r).
     pub scale: f64,
     b_offset: i64,
+    /// Of DoRA's magnitudes `[width]`, which stand behind all A and B.
+    magnitude_offset: Option<i64>,
 }
 
 impl PartShape {
@@ -86,6 +88,7 @@ impl AdapterShape {
                     ranks,
                     scale,
                     b_offset: 0,
+                    magnitude_offset: None,
                 });
             }
             len += ranks * linear.inputs;
@@ -110,9 +113,34 @@ impl AdapterShape {
     /// One rank and scale for the named modules of every layer.
     pub fn new(spec: &DecoderSpec, lora: &Lora) -> AdapterShape {
         let targets = |name: &str| lora.target_modules.iter().any(|target| target == name);
-        AdapterShape::build(spec, |_, name| {
+        let shape = AdapterShape::build(spec, |_, name| {
             targets(name).then(|| (i64::from(lora.r), lora.scale()))
-        })
+        });
+        match lora.use_dora {
+            true => shape.with_magnitudes(),
+            false => shape,
+        }
+    }
+
+    /// DoRA's, of every part.
+    pub fn with_magnitudes(mut self) -> AdapterShape {
+        for part in self
+            .linears
+            .iter_mut()
+            .flatten()
+            .flat_map(|linear| &mut linear.parts)
+        {
+            part.magnitude_offset = Some(self.len);
+            self.len += part.width();
+        }
+        self
+    }
+
+    /// Where the magnitudes lie in the flat buffer, where there are some.
+    pub fn magnitudes(&self) -> Option<Range<i64>> {
+        let mut parts = self.iter().flat_map(|(_, linear)| &linear.parts);
+        let first = parts.find_map(|part| part.magnitude_offset)?;
+        Some(first..self.len)
     }
 
     /// Numbers in the flat buffer.
@@ -184,6 +212,11 @@ impl AdapterParams {
     /// One part's A `[r, inputs]`, a view.
     pub fn part_a(&self, linear: &LinearShape, part: &PartShape) -> Tensor {
         self.a(linear).narrow(0, part.ranks.start, part.rank())
+    }
+
+    /// One part's magnitudes `[width]`, a view; of DoRA alone.
+    pub fn magnitude(&self, part: &PartShape) -> Option<Tensor> {
+        Some(self.flat.narrow(0, part.magnitude_offset?, part.width()))
     }
 
     /// One part's B `[width, r]`, a view.

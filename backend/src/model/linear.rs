@@ -2,6 +2,7 @@
 //! backward. Not here: which linears there are (family), how they multiply (kernels).
 
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use tandem_kernels::linear::{
     LoraModule, LoraRows, linear, linear_add, linear_backward, linear_grouped, linear_grouped_backward,
@@ -15,13 +16,42 @@ use super::experts::{Group, Grouped};
 use super::grads::{Grads, add};
 use super::{Decoder, Dropout, TrainPass, Trainable};
 use crate::family::{LinearId, ParamId};
-use crate::lora::adapter::AdapterRows;
+use crate::lora::adapter::{Adapter, AdapterRows};
+use crate::lora::dora::{self, Scaled};
 
 pub(super) struct Linear {
     pub id: LinearId,
     pub weight: Weight,
     /// `[N]` float32
     pub bias: Option<Tensor>,
+    /// Of the weight's rows, where somebody asked.
+    pub squares: OnceLock<Vec<f32>>,
+}
+
+impl Linear {
+    /// `||w||^2` of each row of the weight.
+    pub fn row_squares(&self) -> &[f32] {
+        self.squares.get_or_init(|| dora::row_squares(&self.weight))
+    }
+
+    /// What DoRA scales this linear's outputs by, where the adapter has magnitudes.
+    fn scaled<'a>(&self, adapter: &'a Adapter) -> Option<&'a Scaled> {
+        let magnitudes = adapter.magnitudes(self.id)?;
+        let module = adapter.module(self.id)?;
+        Some(magnitudes.scaled(module, &self.weight, self.row_squares()))
+    }
+}
+
+/// What has magnitudes has a module.
+const ADAPTED: &str = "it is adapted";
+
+/// `(W + s B A) x` of all rows, without the bias.
+fn adapted(of: &Linear, x: &Tensor, module: &LoraModule) -> Tensor {
+    let rows = LoraRows {
+        rows: 0..x.size()[0],
+        module,
+    };
+    linear(x, &of.weight, None, &[rows])
 }
 
 /// What differs between serving a sublayer and saving it for a backward: LoRA.
@@ -66,11 +96,25 @@ impl Serving<'_> {
         });
         rows.collect()
     }
+
+    /// Adds to `y` what DoRA makes of its rows, and nothing of others'.
+    fn add_dora(&self, of: &Linear, x: &Tensor, y: &Tensor) {
+        for AdapterRows { rows, adapter } in self.lora {
+            let (Some(scaled), Some(module)) = (of.scaled(adapter), adapter.module(of.id)) else {
+                continue;
+            };
+            let own = |all: &Tensor| all.narrow(0, rows.start as i64, rows.len() as i64);
+            let more = adapted(of, &own(x).contiguous(), module) * scaled.gain(x.device());
+            let _ = own(y).g_add_(&more);
+        }
+    }
 }
 
 impl Project for Serving<'_> {
     fn project(&mut self, of: &Linear, x: &Tensor) -> Tensor {
-        linear(x, &of.weight, of.bias.as_ref(), &self.lora_rows(of.id))
+        let y = linear(x, &of.weight, of.bias.as_ref(), &self.lora_rows(of.id));
+        self.add_dora(of, x, &y);
+        y
     }
 
     fn project_add(&mut self, of: &Linear, x: &Tensor, residual: Option<Tensor>) -> Tensor {
@@ -79,6 +123,7 @@ impl Project for Serving<'_> {
         };
         let lora = self.lora_rows(of.id);
         linear_add(x, &of.weight, of.bias.as_ref(), &lora, &mut residual);
+        self.add_dora(of, x, &residual);
         residual
     }
 
@@ -91,14 +136,17 @@ impl Project for Serving<'_> {
 
 impl Project for Saving<'_> {
     fn project(&mut self, of: &Linear, x: &Tensor) -> Tensor {
-        let Linear { id, weight, bias } = of;
+        let Linear { id, weight, bias, .. } = of;
         let Some(module) = self.module(*id) else {
             return linear(x, weight, bias.as_ref(), &[]);
         };
         let dropped = self.dropped(x, *id);
         let (y, shrunk) = linear_training(x, weight, bias.as_ref(), module, &dropped);
         self.shrunk.0.push((*id, shrunk));
-        y
+        match self.adapter().and_then(|adapter| of.scaled(adapter)) {
+            Some(scaled) => y + adapted(of, &dropped, module) * scaled.gain(x.device()),
+            None => y,
+        }
     }
 
     fn project_add(&mut self, of: &Linear, x: &Tensor, residual: Option<Tensor>) -> Tensor {
@@ -137,11 +185,15 @@ impl Project for Saving<'_> {
 }
 
 impl<'a> Saving<'a> {
-    fn module(&self, id: LinearId) -> Option<&'a LoraModule> {
+    fn adapter(&self) -> Option<&'a Adapter> {
         match self.trainable {
-            Trainable::Lora { adapter, .. } => adapter.module(id),
+            Trainable::Lora { adapter, .. } => Some(adapter),
             Trainable::Full => None,
         }
+    }
+
+    fn module(&self, id: LinearId) -> Option<&'a LoraModule> {
+        self.adapter()?.module(id)
     }
 
     /// What the branch of a linear reads of its input.
@@ -166,12 +218,54 @@ impl Backward<'_> {
     /// dx is this rank's share of a sum where outputs are divided, its own columns where inputs are; gradients are shares
     /// of a sum, zero where another rank is responsible.
     pub fn linear(&self, of: &Linear, x: &Tensor, dy: &Tensor) -> Tensor {
+        if let Trainable::Lora { adapter, dropout } = self.pass.trainable
+            && let Some(scaled) = of.scaled(adapter)
+        {
+            let outputs = adapted(
+                of,
+                &self.decoder.dropped(x, dropout, of.id),
+                adapter.module(of.id).expect(ADAPTED),
+            );
+            self.magnitudes(of.id, &(dy * outputs), scaled);
+            return self.dora(of, x, dy, dropout, &scaled.gain(dy.device()));
+        }
         let mut dx = linear_backward(dy, &of.weight);
         self.parameters(of, x, dy);
         if let Some(of_branch) = self.branch(of.id, x, dy) {
             dx += of_branch;
         }
         dx
+    }
+
+    /// `y = x Wt + bias + gain * drop(x) (W + s B A)t + s (drop(x) At) Bt`, see [`dora`]: all but the magnitudes' gradient.
+    fn dora(&self, of: &Linear, x: &Tensor, dy: &Tensor, dropout: Option<Dropout>, gain: &Tensor) -> Tensor {
+        let gained = dy * gain;
+        let through = dy + &gained;
+        let dropped = |x: &Tensor| self.decoder.dropped(x, dropout, of.id);
+        let mut dx = match dropout {
+            None => linear_backward(&through, &of.weight),
+            Some(_) => linear_backward(dy, &of.weight) + dropped(&linear_backward(&gained, &of.weight)),
+        };
+        if let Some(of_branch) = self.branch(of.id, x, &through) {
+            dx += of_branch;
+        }
+        dx
+    }
+
+    /// `by_output [T, N]`: the gradient times what each magnitude scales, before its norm.
+    fn magnitudes(&self, id: LinearId, by_output: &Tensor, scaled: &Scaled) {
+        let Grads::Lora(grads) = self.grads else { return };
+        let sum = by_output.sum_dim_intlist([0i64].as_slice(), false, None);
+        let gradients = sum * scaled.inverse_norm(by_output.device()); // [N]
+        let shape = grads
+            .shape
+            .linear(id)
+            .expect("gradients are shaped like the adapter");
+        for part in &shape.parts {
+            if let Some(gradient) = grads.magnitude(part) {
+                add(&gradient, gradients.narrow(0, part.columns.start, part.width()));
+            }
+        }
     }
 
     /// The same of rows laid out by expert.

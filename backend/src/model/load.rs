@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use tandem_kernels::comm::Comm;
 use tandem_kernels::rope::Rope;
@@ -195,6 +195,7 @@ impl Decoder {
                     Bias::With => Some(float(ParamId::Bias(id))?),
                     Bias::Without => None,
                 },
+                squares: OnceLock::new(),
             })
         };
         let mlp = |spec: &MlpSpec,
@@ -316,7 +317,7 @@ impl Decoder {
                 }
             }
             sublayer.norms_mut().for_each(|norm| norm.update(params));
-            for Linear { id, weight, bias } in sublayer.linears_mut() {
+            for Linear { id, weight, bias, .. } in sublayer.linears_mut() {
                 weight
                     .overwrite(&params.view(ParamId::Linear(*id)))
                     .expect(SAME_SHAPE);
@@ -436,6 +437,17 @@ impl Layout {
                     .collect()
             }
         }
+    }
+}
+
+impl Decoder {
+    /// `||w||` of each output of a linear.
+    pub fn row_norms(&self, id: LinearId) -> Vec<f32> {
+        let mut linears = self.sublayers.iter().flat_map(Sublayer::linears);
+        let linear = linears
+            .find(|linear| linear.id == id)
+            .expect("a linear of this model");
+        linear.row_squares().iter().map(|square| square.sqrt()).collect()
     }
 }
 

@@ -298,6 +298,7 @@ mod tests {
                 dropout: 0.0,
                 target_modules: vec![],
                 use_rslora: false,
+                use_dora: false,
             }),
         }
     }

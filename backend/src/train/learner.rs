@@ -140,6 +140,29 @@ impl Learner {
         Ok(())
     }
 
+    /// DoRA begins as the base: magnitudes that nobody has set are the norms of its rows.
+    pub fn begin(&mut self, base: Option<&Decoder>) {
+        let (Subject::Lora { params, adapter, .. }, Some(base)) = (&mut self.subject, base) else {
+            return;
+        };
+        let Some(range) = params.shape.magnitudes() else {
+            return;
+        };
+        let magnitudes = params.flat.narrow(0, range.start, range.end - range.start);
+        if magnitudes.abs().max().double_value(&[]) > 0.0 {
+            return;
+        }
+        for (id, linear) in params.shape.iter() {
+            let norms = Tensor::from_slice(&base.row_norms(id));
+            for part in &linear.parts {
+                if let Some(mut magnitude) = params.magnitude(part) {
+                    magnitude.copy_(&norms.narrow(0, part.columns.start, part.width()));
+                }
+            }
+        }
+        adapter.update(params);
+    }
+
     /// Numbers that are trained.
     pub fn len(&self) -> u64 {
         self.grads.flat().numel() as u64
@@ -232,6 +255,9 @@ impl Learner {
                 vec![all(0..params.shape.len(), adamw.weight_decay)]
             }
             Subject::Lora { params, .. } => {
+                // As peft's create_loraplus_optimizer: magnitudes learn like B.
+                let magnitudes = params.shape.magnitudes();
+                let magnitudes = magnitudes.map(|range| (range, adamw.weight_decay, learning_rate * b_ratio));
                 let halves = params.shape.iter().flat_map(|(_, linear)| {
                     let [a, b] = linear.a_and_b();
                     [
@@ -239,7 +265,7 @@ impl Learner {
                         (b, adamw.weight_decay, learning_rate * b_ratio),
                     ]
                 });
-                halves.collect()
+                halves.chain(magnitudes).collect()
             }
             Subject::Full { params, .. } => {
                 let decay = |id| if full::decays(id) { adamw.weight_decay } else { 0.0 };

@@ -437,6 +437,7 @@ impl Trainer {
                 notes,
                 is_rest_due,
             } => {
+                self.learner.begin(base);
                 quantum.events.push(self.started(resumed_from, notes));
                 match is_rest_due {
                     true => self.after_step(),

@@ -152,7 +152,19 @@ impl Sum<'_> {
         let shape: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
         let base = Tensor::from_data_size(view.data(), &shape, kind).to_kind(Kind::Float);
         let product = self.params.b(part).matmul(&self.params.part_a(linear, part));
-        (base + product * part.scale).to_kind(kind)
+        let sum = base + product * part.scale;
+        let sum = match self.params.magnitude(part) {
+            None => sum,
+            // DoRA: each row as long as its magnitude.
+            Some(magnitude) => {
+                let norm = sum
+                    .square()
+                    .sum_dim_intlist([1i64].as_slice(), false, Kind::Float)
+                    .sqrt();
+                sum * (magnitude / norm).unsqueeze(1)
+            }
+        };
+        sum.to_kind(kind)
     }
 }
 

@@ -366,6 +366,7 @@ fn lora(target_modules: Vec<String>) -> Lora {
         dropout: 0.0,
         target_modules,
         use_rslora: false,
+        use_dora: false,
     }
 }
 

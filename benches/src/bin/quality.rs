@@ -159,6 +159,7 @@ fn losses(decoder: &Decoder, tokens: &[TokenId], options: &Options) -> anyhow::R
         dropout: 0.0,
         target_modules: decoder.spec.lora_targets(),
         use_rslora: false,
+        use_dora: false,
     };
     let spec = JobSpec {
         id: "ftjob-bench".parse().expect("a job\'s id"),

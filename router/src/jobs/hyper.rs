@@ -174,6 +174,7 @@ fn lora(settings: &Settings, bounds: Bounds) -> Lora {
         dropout: settings.lora_dropout.unwrap_or(0.0),
         target_modules,
         use_rslora: settings.use_rslora.unwrap_or(false),
+        use_dora: settings.use_dora.unwrap_or(false),
     }
 }
 

@@ -133,6 +133,7 @@ impl Worker {
             dropout: 0.0,
             target_modules: chosen.cloned().collect(),
             use_rslora: false,
+            use_dora: false,
         };
         self.replica = Some(self.router.learners_replica().map_err(RouterError::Engine)?);
         let new = Box::new(NewLearner { lora, seed, from });

@@ -124,12 +124,14 @@ fn run(hyper: Hyper, settings: &Settings) -> RunHyperparameters {
             dropout,
             target_modules,
             use_rslora,
+            use_dora,
         }) => Some(RunLora {
             lora_r: r,
             lora_alpha: alpha,
             lora_dropout: dropout,
             lora_target_modules: target_modules,
             use_rslora,
+            use_dora,
         }),
         CoreMethod::Full => None,
     };

@@ -251,6 +251,7 @@ pub fn settings(hyper: &Hyper) -> Mapping {
             dropout,
             target_modules,
             use_rslora,
+            use_dora,
         }) => {
             put("method", "lora".into());
             put("lora_r", (*r).into());
@@ -259,6 +260,7 @@ pub fn settings(hyper: &Hyper) -> Mapping {
             let modules = target_modules.iter().map(|name| Value::from(name.as_str()));
             put("lora_target_modules", Value::Sequence(modules.collect()));
             put("use_rslora", (*use_rslora).into());
+            put("use_dora", (*use_dora).into());
         }
     }
     put("objective", objective.name().into());

@@ -182,6 +182,7 @@ fn a_peft_folder_comes_back_as_it_was() {
             dropout: 0.0,
             target_modules,
             use_rslora: false,
+            use_dora: false,
         };
         for folder in &folders {
             let config = PeftConfig {

@@ -109,6 +109,7 @@ fn job(expected: &Value, objective: Objective, change: impl FnOnce(Hyper) -> Hyp
         dropout: 0.0,
         target_modules: serde_json::from_value(expected["lora"]["target_modules"].clone()).expect("names"),
         use_rslora: false,
+        use_dora: false,
     };
     let hyper = change(Hyper {
         objective,

@@ -146,6 +146,7 @@ fn ten_steps(decoder: &Decoder) -> Vec<f64> {
         dropout: 0.0,
         target_modules: decoder.spec.lora_targets(),
         use_rslora: false,
+        use_dora: false,
     };
     let example = |seed: usize| Example {
         tokens: tokens(seed % 2),

@@ -229,6 +229,7 @@ fn lora() -> Lora {
         .map(str::to_owned)
         .to_vec(),
         use_rslora: false,
+        use_dora: false,
     }
 }
 

@@ -23,6 +23,7 @@ fn demanding(decoder: &Decoder) -> Hyper {
         dropout: 0.1,
         target_modules,
         use_rslora: true,
+        use_dora: true,
     };
     Hyper {
         n_epochs: 4,

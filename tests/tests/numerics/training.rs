@@ -4,11 +4,13 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde_json::Value;
+use tandem_backend::lora::peft;
 use tandem_backend::model::Decoder;
 use tandem_backend::train::data::{self, DataPlan, Slice};
 use tandem_backend::train::learner::{Learner, Update};
 use tandem_backend::train::pass::{Advanced, Context, Look, Pass};
 use tandem_backend::train::{Quantum, Trainer};
+use tandem_backend::weights::merge;
 use tandem_core::dataset::{self, Example, Group};
 use tandem_core::job::{
     Hyper, JobEvent, JobSpec, Life, Lora, Method, Objective, Schedule, StepReport, files,
@@ -19,7 +21,7 @@ use tandem_kernels::weight::Precision;
 use tch::{Kind, Tensor};
 
 use crate::fixture::{Fixture, Table, examples, max_difference, numbers};
-use crate::run::{base, packed};
+use crate::run::{Sequence, base, packed, paged};
 
 const LOSS: f64 = 1e-5;
 const GRAD_NORM: f64 = 1e-5;
@@ -53,21 +55,75 @@ fn ten_lora_steps_are_pefts() {
     assert_eq!(before, after, "training changed the base");
 }
 
-/// LoRA+ as peft groups its numbers, NEFTune as transformers adds its noise (drawn as ours is).
+/// DoRA as peft trains it, LoRA+ as it groups its numbers, NEFTune as transformers adds its noise (drawn as ours is).
 #[test]
-fn ten_steps_of_loraplus_and_neftune_are_pefts() {
+fn ten_steps_of_dora_loraplus_and_neftune_are_pefts() {
     let fixture = Fixture::open("gqa_tied");
     let runs =
         std::fs::read(fixture.folder.with_file_name("variants.json")).expect("scripts/fixtures made it");
     let runs: BTreeMap<String, Value> = serde_json::from_slice(&runs).expect("runs by name");
-    assert_eq!(runs.keys().collect::<Vec<_>>(), ["loraplus", "neftune"]);
+    assert_eq!(runs.keys().collect::<Vec<_>>(), ["dora", "loraplus", "neftune"]);
     let decoder = fixture.decoder(Precision::F32);
     for (name, run) in &runs {
         let job = lora_job(run);
         let mut trainer = Trainer::start(job.spec.clone(), &decoder).expect("the job starts");
         let reports = finish(&mut trainer, Some(&decoder));
-        compare_steps(name, run, &job, &reports).judge(&format!("ten steps of {name}"));
+        let mut table = compare_steps(name, run, &job, &reports);
+        let pefts = fixture
+            .folder
+            .with_file_name(name)
+            .join("adapter_model.safetensors");
+        if pefts.exists() {
+            let trained = tensors(
+                &job.spec
+                    .folder
+                    .join(files::ADAPTER)
+                    .join("adapter_model.safetensors"),
+            );
+            let expected: BTreeMap<String, Tensor> = tensors(&pefts).into_iter().collect();
+            assert_eq!(trained.len(), expected.len());
+            for (of, ours) in trained {
+                let short = of.trim_start_matches("base_model.model.model.layers.");
+                table.add(short, "", max_difference(&ours, &expected[&of]), ADAPTER);
+            }
+        }
+        table.judge(&format!("ten steps of {name}"));
     }
+}
+
+/// peft's trained DoRA adapter, served: alone, beside others, in pages, and merged.
+#[test]
+fn a_dora_adapter_answers_as_in_peft() {
+    let fixture = Fixture::open("gqa_tied");
+    let folder = fixture.folder.with_file_name("dora");
+    let decoder = fixture.decoder(Precision::F32);
+    let read = peft::read(&folder, &decoder.spec, 64).expect("peft's adapter is read");
+    let dora = decoder.fit().pack(&read.params).expect("it packs");
+    let plain = fixture.adapter("all", &decoder);
+    let tokens = fixture.tokens("long");
+    let expected = &tensors(&folder.join("expected.safetensors"))[0].1;
+    let by = |adapter| Sequence {
+        tokens: &tokens,
+        adapter: Some(adapter),
+    };
+    let alone = packed(&decoder, &[by(&plain), base(&tokens)]);
+    let mixed = packed(&decoder, &[by(&plain), by(&dora), base(&tokens)]);
+    let pages = paged(&decoder, &[by(&dora)], 7).remove(0);
+    assert_eq!(
+        (&mixed[0], &mixed[2]),
+        (&alone[0], &alone[1]),
+        "others pay nothing"
+    );
+    let merged = tempfile::tempdir().expect("a folder");
+    let merged = merged.path().join("merged");
+    merge(&fixture.folder, &folder, &merged).expect("it is merged");
+    let merged = Decoder::load(&merged, Precision::F32, tch::Device::Cpu).expect("it loads");
+    let merged = packed(&merged, &[base(&tokens)]).remove(0);
+    let mut table = Table::default();
+    for (what, logits) in [("packed", &mixed[1]), ("paged", &pages), ("merged", &merged)] {
+        table.add("dora", what, max_difference(logits, expected), 1e-4);
+    }
+    table.judge("a DoRA adapter's logits against peft");
 }
 
 /// What peft trained.
@@ -78,6 +134,7 @@ pub fn lora_job(run: &Value) -> Job {
         dropout: 0.0,
         target_modules: serde_json::from_value(run["lora"]["target_modules"].clone()).expect("names"),
         use_rslora: false,
+        use_dora: run["lora"]["use_dora"].as_bool().unwrap_or(false),
     };
     Job::new(
         &examples(&run["examples"]),

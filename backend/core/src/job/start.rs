@@ -20,7 +20,6 @@ impl Lora {
             "alpha_pattern",
             "layers_to_transform",
             "exclude_modules",
-            "use_dora",
         ];
         if let Some(name) = uneven.into_iter().find(|name| is_given(name)) {
             return Err(format!(
@@ -54,6 +53,7 @@ impl Lora {
             dropout: 0.0,
             target_modules: target_modules.cloned().collect(),
             use_rslora: config.get("use_rslora") == Some(&Value::Bool(true)),
+            use_dora: config.get("use_dora") == Some(&Value::Bool(true)),
         })
     }
 }
@@ -67,6 +67,7 @@ impl Settings {
             dropout: _,
             target_modules,
             use_rslora,
+            use_dora,
         } = adapter;
         let differs = |name: &'static str, asked: String, there: String| {
             let message = format!(
@@ -83,6 +84,9 @@ impl Settings {
         if let Some(asked) = self.use_rslora.filter(|asked| asked != use_rslora) {
             return differs("use_rslora", asked.to_string(), use_rslora.to_string());
         }
+        if let Some(asked) = self.use_dora.filter(|asked| asked != use_dora) {
+            return differs("use_dora", asked.to_string(), use_dora.to_string());
+        }
         if let Some(asked) = &self.lora_target_modules {
             let is_same =
                 asked.len() == target_modules.len() && asked.iter().all(|name| target_modules.contains(name));
@@ -93,6 +97,7 @@ impl Settings {
         self.lora_r = Some(*r);
         self.lora_alpha = Some(*alpha);
         self.use_rslora = Some(*use_rslora);
+        self.use_dora = Some(*use_dora);
         self.lora_target_modules = Some(target_modules.clone());
         Ok(())
     }

@@ -447,7 +447,7 @@ const FOREIGN: &[Foreign] = &[
         "A is drawn and B is zero, as PEFT's init_lora_weights true",
     ),
     row(
-        "use_dora use_qalora use_bdlora fan_in_fan_out rank_pattern alpha_pattern megatron_config
+        "use_qalora use_bdlora fan_in_fan_out rank_pattern alpha_pattern megatron_config
          loftq_config eva_config corda_config lora_ga_config velora_config monteclora_config arrow_config
          kasa_config alora_invocation_tokens layer_replication",
         off,

@@ -11,6 +11,7 @@ pub(super) struct Config {
     r: i64,
     alpha: f64,
     rslora: bool,
+    pub dora: bool,
     /// In the file's order: the first that fits counts.
     rank_pattern: Vec<(Regex, f64)>,
     alpha_pattern: Vec<(Regex, f64)>,
@@ -85,6 +86,7 @@ impl Config {
             r: DEFAULT,
             alpha: DEFAULT as f64,
             rslora: false,
+            dora: false,
             rank_pattern: vec![],
             alpha_pattern: vec![],
             targets: Targets::parse(fields)?,
@@ -104,6 +106,7 @@ impl Config {
                         factor(value).ok_or_else(|| wrong(field, value, "a number that float32 holds is needed"))?;
                 }
                 ("use_rslora", Value::Bool(flag)) => config.rslora = *flag,
+                ("use_dora", Value::Bool(flag)) => config.dora = *flag,
                 ("rank_pattern", Value::Object(map)) => config.rank_pattern = patterns(field, map)?,
                 ("alpha_pattern", Value::Object(map)) => config.alpha_pattern = patterns(field, map)?,
                 // Read by `Targets`.

@@ -113,6 +113,11 @@ pub fn read_bytes(
                 "has tensors of {path}, which {CONFIG} does not target (target_modules, exclude_modules, \
                  layers_to_transform): peft would leave them out"
             )),
+            ([true, true], true) if config.dora && unread.remove(&m_name(path)).is_none() => {
+                PeftError::Tensors(format!(
+                    "{path} has no lora_magnitude_vector, but use_dora is true"
+                ))
+            }
             ([true, true], true) => {
                 let rank = config.rank(&module);
                 if rank <= i64::from(max_rank) {
@@ -139,6 +144,10 @@ pub fn read_bytes(
     if shape.is_empty() {
         return Err(PeftError::Tensors("holds no LoRA tensor".to_owned()));
     }
+    let shape = match config.dora {
+        true => shape.with_magnitudes(),
+        false => shape,
+    };
     config.targets.check(&shape, &spec.lora_targets(), &mut notes)?;
     if let Some(path) = without_tensors.first() {
         notes.push(format!(
@@ -153,6 +162,9 @@ pub fn read_bytes(
             let (a, b) = (a_name(&part.path), b_name(&part.path));
             copy(&tensors, &stored, &a, &mut params.part_a(linear, part))?;
             copy(&tensors, &stored, &b, &mut params.b(part))?;
+            if let Some(mut magnitude) = params.magnitude(part) {
+                copy(&tensors, &stored, &m_name(&part.path), &mut magnitude)?;
+            }
         }
     }
     Ok(Loaded { params, notes })
@@ -193,6 +205,14 @@ fn without_adapter(stored: &str) -> (String, Option<String>) {
             return (format!("{module}{matrix}weight"), Some(adapter.to_owned()));
         }
     }
+    const MAGNITUDE: &str = ".lora_magnitude_vector";
+    if let Some((module, rest)) = stored.rsplit_once(MAGNITUDE)
+        && let Some(adapter) = rest
+            .strip_prefix('.')
+            .and_then(|rest| rest.strip_suffix(".weight"))
+    {
+        return (format!("{module}{MAGNITUDE}"), Some(adapter.to_owned()));
+    }
     (stored.to_owned(), None)
 }
 
@@ -215,7 +235,7 @@ pub fn write(folder: &Path, params: &AdapterParams, config: &PeftConfig) -> Resu
         "rank_pattern": {},
         "target_modules": lora.target_modules,
         "task_type": "CAUSAL_LM",
-        "use_dora": false,
+        "use_dora": lora.use_dora,
         "use_rslora": lora.use_rslora,
     });
     let config = serde_json::to_vec_pretty(&config).expect("a literal serialises");
@@ -224,6 +244,8 @@ pub fn write(folder: &Path, params: &AdapterParams, config: &PeftConfig) -> Resu
         for part in &linear.parts {
             numbers.push(serialised(a_name(&part.path), &params.part_a(linear, part)));
             numbers.push(serialised(b_name(&part.path), &params.b(part)));
+            let magnitude = params.magnitude(part);
+            numbers.extend(magnitude.map(|magnitude| serialised(m_name(&part.path), &magnitude)));
         }
     }
     let views = numbers.iter().map(|(name, shape, bytes)| {
@@ -258,6 +280,11 @@ fn a_name(path: &str) -> String {
 
 fn b_name(path: &str) -> String {
     format!("{PREFIX}{path}.lora_B.weight")
+}
+
+/// DoRA's.
+fn m_name(path: &str) -> String {
+    format!("{PREFIX}{path}.lora_magnitude_vector")
 }
 
 /// `name` as peft has it; `stored` says under which it is in the file.

@@ -52,7 +52,7 @@ fn a_field_is_honoured_harmless_or_refused() {
         (json!({"lora_alpha": 1e39}), "`lora_alpha` is 1e+39: a number that float32 holds"),
         (json!({"alpha_pattern": {"q_proj": -1e39}}), "a number that float32 holds is needed"),
         (json!({"bias": "all"}), "trained biases are not supported"),
-        (json!({"use_dora": true}), "`use_dora` is true: not supported"),
+        (json!({"use_qalora": true}), "`use_qalora` is true: not supported"),
         (json!({"lora_bias": true}), "`lora_bias`"),
         (json!({"modules_to_save": ["lm_head"]}), "`modules_to_save`"),
         (json!({"trainable_token_indices": [1]}), "`trainable_token_indices`"),
