@@ -270,7 +270,8 @@ fn a_job_that_rested_makes_the_same_adapter() {
 
 #[test]
 fn a_job_can_be_cancelled_and_can_fail() {
-    let server = Server::start(&[]);
+    // So that one waits.
+    let server = Server::start(&["--max-training-jobs", "1"]);
     let file = training_file(&server, 64);
     let long = job(&server, json!({"training_file": file, "max_steps": 100_000})).ok();
     let waits = job(&server, json!({"training_file": file})).ok();
