@@ -28,10 +28,12 @@ impl Noise {
             // The last token of a row is no input, but one of its tokens.
             let tokens = ends[1] - ends[0] + 1;
             let most = self.alpha / ((tokens * width) as f64).sqrt();
-            for i in ends[0] * width..ends[1] * width {
-                let counter = rows_before * width as u64 + i as u64;
+            let first = ends[0] * width;
+            let row = &mut noise[first..ends[1] * width];
+            for (i, noise) in row.iter_mut().enumerate() {
+                let counter = rows_before * width as u64 + (first + i) as u64;
                 let draw = rng::uniform(self.seed, STREAM + self.step, counter);
-                noise[i] = ((2.0 * draw - 1.0) * most) as f32;
+                *noise = ((2.0 * draw - 1.0) * most) as f32;
             }
         }
         let noise = Tensor::from_slice(&noise).view([-1, width as i64]);

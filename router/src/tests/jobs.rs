@@ -52,9 +52,13 @@ pub(super) fn started(resumed_from: Option<u64>) -> JobEvent {
 
 impl Engine {
     pub(super) async fn started(&mut self) -> (JobSpec, mpsc::Sender<JobEvent>) {
-        match self.next().await {
-            Command::StartJob(spec, events) => (*spec, events),
-            _ => panic!("a StartJob was expected"),
+        loop {
+            match self.next().await {
+                Command::StartJob(spec, events) => return (*spec, events),
+                // What is asked is told again until it is done.
+                Command::PauseJob(_) => {}
+                _ => panic!("a StartJob was expected"),
+            }
         }
     }
 }
