@@ -18,12 +18,12 @@ macro_rules! bodies {
 bodies! {
     chat::ChatRequest: Some(&[EVERYWHERE, SAMPLING, MESSAGES, CHAT]);
     completions::CompletionRequest: Some(&[EVERYWHERE, SAMPLING, COMPLETIONS]);
-    messages::MessagesRequest: Some(&[ANTHROPIC, EVERYWHERE, SAMPLING]);
+    messages::MessagesRequest: Some(&[ANTHROPIC, EVERYWHERE, SAMPLING, ORDER]);
     messages::CountTokensRequest: Some(&[ANTHROPIC, COUNT, EVERYWHERE]);
     embeddings::EmbeddingRequest: Some(&[EVERYWHERE, EMBEDDINGS]);
     scores::ScoreRequest: Some(&[EVERYWHERE, EMBEDDINGS]);
     scores::RerankRequest: Some(&[EVERYWHERE, EMBEDDINGS]);
-    responses::ResponsesRequest: Some(&[RESPONSES, EVERYWHERE, SAMPLING]);
+    responses::ResponsesRequest: Some(&[RESPONSES, EVERYWHERE, SAMPLING, ORDER]);
     responses::InputTokensRequest: Some(&[RESPONSES, EVERYWHERE]);
     generate::GenerateRequest: Some(&[GENERATE, EVERYWHERE]);
     batches::CreateBatch: Some(&[EVERYWHERE]);
@@ -317,8 +317,6 @@ const SAMPLING: &[Rule] = &[
     refused("return_hidden_states", nothing, ""),
     refused("spaces_between_special_tokens", yes, ""),
     // How it is served.
-    refused("cache_salt", never, "chat and completions have it"),
-    refused("priority", nothing, "chat, completions and embeddings have it"),
     refused("kv_transfer_params", nothing, ""),
     refused("vllm_xargs", nothing, HERE),
     // Where other servers have all of it.
@@ -326,6 +324,12 @@ const SAMPLING: &[Rule] = &[
     refused("options", nothing, HERE),
     refused("sampling_params", nothing, HERE),
     refused("generation_config", nothing, HERE),
+];
+
+/// What chat and completions have.
+const ORDER: &[Rule] = &[
+    refused("cache_salt", never, "POST /v1/chat/completions has it"),
+    refused("priority", nothing, "POST /v1/chat/completions has it"),
 ];
 
 /// Of vLLM, text-embeddings-inference and hosted services.

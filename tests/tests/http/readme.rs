@@ -25,6 +25,7 @@ const PAGES: [(&str, &[&str]); 4] = [
             "\"embedding\"",
             "\"prompt\"",
             "\\\"age\\\"",
+            "\"custom_id\":\"3\"",
             "vllm:num_requests_running",
         ],
     ),
