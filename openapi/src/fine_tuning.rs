@@ -169,9 +169,27 @@ pub struct RunHyperparameters {
     pub save_steps: u64,
     pub eval_steps: u64,
     #[serde(flatten)]
+    pub data: RunData,
+    #[serde(flatten)]
     pub objective: RunObjective,
     #[serde(flatten)]
     pub lora: Option<RunLora>,
+}
+
+/// How the rows were read, as it was asked.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct RunData {
+    pub train_on_input: bool,
+    pub packing_strategy: String,
+    #[schema(required)]
+    pub template: Option<String>,
+    #[schema(required)]
+    pub column_map: Option<BTreeMap<String, String>>,
+    pub dataset_text_field: String,
+    #[schema(required)]
+    pub dataset_format: Option<String>,
+    pub sample_by: String,
+    pub split: String,
 }
 
 /// What is minimised, and the numbers that it reads.
@@ -192,6 +210,52 @@ pub struct RunLora {
     pub lora_target_modules: Vec<String>,
     pub use_rslora: bool,
     pub use_dora: bool,
+}
+
+/// What a job of this body would train.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct JobPreview {
+    /// `fine_tuning.preview`
+    pub object: &'static str,
+    pub model: String,
+    /// How the rows lie in the file.
+    pub format: String,
+    pub statistics: PreviewStatistics,
+    pub hyperparameters: ChosenHyperparameters,
+    /// The first rows.
+    pub data: Vec<PreviewRow>,
+}
+
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct PreviewStatistics {
+    /// false: of the first rows alone.
+    pub whole_file: bool,
+    pub rows: u64,
+    /// Rows with nothing to learn within `max_seq_length`.
+    pub dropped: u64,
+    /// Rows that are longer than `max_seq_length`.
+    pub cut: u64,
+    pub examples: u64,
+    pub tokens: u64,
+    pub trained_tokens: u64,
+    /// Tokens of the longest row.
+    pub longest: u64,
+}
+
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct PreviewRow {
+    /// One, or of a pair two: the preferred answer is the first.
+    pub examples: Vec<PreviewExample>,
+}
+
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct PreviewExample {
+    pub text: String,
+    pub tokens: Vec<u32>,
+    /// The loss weight of each token; the first is never predicted.
+    pub loss_mask: Vec<f32>,
+    /// The parts of the text that are learned.
+    pub learned: Vec<String>,
 }
 
 #[derive(Clone, Debug, Serialize, ToSchema)]

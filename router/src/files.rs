@@ -1,11 +1,9 @@
-//! Uploaded and result files. Training files are checked line by line before they exist.
+//! Uploaded and result files. Training files are checked row by row before they exist.
 
-use std::fs::File;
-use std::io::BufReader;
 use std::path::PathBuf;
 
 use tandem_store::{FileRow, NewFile, Tenant};
-use tandem_text::dataset;
+use tandem_text::dataset::{self, Source};
 
 use crate::Router;
 use crate::api::{FileInfo, Order, Page, RouterError, Upload};
@@ -44,7 +42,7 @@ impl Router {
         check_purpose(&purpose)?;
         check_expiry(expires_after_seconds)?;
         if purpose == FINE_TUNE {
-            check_training_file(staged.clone()).await?;
+            check_training_file(staged.clone(), filename.clone()).await?;
         }
         let file = NewFile {
             filename: &filename,
@@ -118,10 +116,10 @@ pub(crate) fn check_expiry(seconds: Option<u64>) -> Result<(), RouterError> {
     }
 }
 
-pub(crate) async fn check_training_file(staged: PathBuf) -> Result<(), RouterError> {
+pub(crate) async fn check_training_file(staged: PathBuf, name: String) -> Result<(), RouterError> {
+    let source = Source { path: staged, name };
     let checked = tokio::task::spawn_blocking(move || {
-        let file = File::open(&staged).map_err(|error| format!("The upload cannot be read: {error}"))?;
-        dataset::check_jsonl(BufReader::new(file))
+        dataset::check(&source)
             .map(drop)
             .map_err(|error| error.to_string())
     });

@@ -42,7 +42,7 @@ pub use api::{Keep, LoadMode, MetadataFilter, Order, Part};
 pub use defaults::Defaults;
 pub use fleet::Fleet;
 use fleet::JobSeat;
-pub use jobs::hyper;
+pub use jobs::{hyper, preview};
 pub use texts::MAX_TEXT_BYTES;
 pub use view::View;
 

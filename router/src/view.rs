@@ -13,6 +13,7 @@ use crate::api::{
 };
 use crate::batches::{self, Batch, BatchRequest};
 use crate::files;
+use crate::jobs::preview::Preview;
 use crate::jobs::record;
 use crate::responses;
 use crate::uploads::{self, PartInfo, UploadInfo, UploadRequest};
@@ -98,6 +99,11 @@ impl View {
     /// Checked and durable when this returns; files are validated after it.
     pub async fn create_job(self, request: JobRequest) -> Result<Job, RouterError> {
         self.router.create_job(request, &self.client).await
+    }
+
+    /// What it would train.
+    pub async fn preview_job(self, request: JobRequest, rows: usize) -> Result<Preview, RouterError> {
+        self.router.preview_job(request, rows, &self.client).await
     }
 
     /// Newest first.

@@ -92,6 +92,7 @@ pub const TABLE: &[Row] = &[
     ("POST", "/v1/batches/{id}/cancel", TRAIN, Some("batch.cancel")),
     ("GET", "/v1/fine_tuning/jobs", TRAIN, None),
     ("POST", "/v1/fine_tuning/jobs", TRAIN, Some("job.create")),
+    ("POST", "/v1/fine_tuning/preview", TRAIN, None),
     ("GET", "/v1/fine_tuning/jobs/{id}", TRAIN, None),
     (
         "POST",

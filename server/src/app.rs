@@ -155,6 +155,7 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(batches::retrieve))
         .routes(routes!(batches::cancel))
         .routes(routes!(fine_tuning::list, fine_tuning::create))
+        .routes(routes!(fine_tuning::preview))
         .routes(routes!(fine_tuning::retrieve))
         .routes(routes!(fine_tuning::cancel))
         .routes(routes!(fine_tuning::pause))
@@ -314,6 +315,6 @@ mod tests {
             assert_eq!(strays(name, example.to_string().as_bytes()), [], "{name}");
             bodies += 1;
         }
-        assert_eq!(bodies, 40);
+        assert_eq!(bodies, 41);
     }
 }

@@ -47,6 +47,9 @@ pub enum Command {
     Router(Box<Router>),
     /// Fine-tune without a server, from a YAML file and key=value overrides
     Train(Train),
+    /// List, copy and check recipes for `tandem train`
+    #[command(subcommand)]
+    Recipes(Recipes),
     /// Fetch a model or an adapter from the hub, and print its folder
     Download(Download),
     /// Write a model anew in fewer bits
@@ -523,6 +526,27 @@ pub struct Train {
         allow_hyphen_values = true
     )]
     pub settings: Vec<String>,
+}
+
+#[derive(Clone, Debug, Subcommand)]
+pub enum Recipes {
+    /// List the recipes that are shipped
+    Ls,
+    /// Copy one into a file
+    Cp {
+        /// As `tandem recipes ls` has it
+        name: String,
+        file: PathBuf,
+        /// Write over a file that is there
+        #[arg(long)]
+        force: bool,
+    },
+    /// Read settings without running them
+    Validate {
+        /// A YAML file or a recipe's name, and settings that win over it
+        #[arg(value_name = "FILE.yaml | NAME | key=value", required = true)]
+        words: Vec<String>,
+    },
 }
 
 #[derive(Clone, Debug, Args)]

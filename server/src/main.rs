@@ -74,6 +74,7 @@ fn run() -> Result<ExitCode> {
             ranks::must_be_alone("train")?;
             return Ok(ExitCode::from(train::run(&train.settings)?.code()));
         }
+        Command::Recipes(command) => train::recipes::run(&command)?,
         Command::Download(download) => commands::download::run(&download)?,
         Command::Merge(merge) => commands::merge::run(&merge)?,
         Command::Quantize(quantize) => commands::quantize::run(&quantize)?,

@@ -3,22 +3,26 @@
 
 mod logs;
 mod progress;
+pub mod recipes;
 mod record;
 mod settings;
+mod torchtune;
 
 use std::fs::File;
-use std::io::{self, BufReader, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use serde_norway::Mapping;
 use tandem_backend::train::run::{Run, RunOptions};
-use tandem_core::dataset::{self, Group};
+use tandem_core::dataset;
 use tandem_core::job::{JobEvent, JobSpec, Life, Lora, base_model, files};
 use tandem_core::settings::Settings;
 use tandem_router::api::RouterError;
 use tandem_router::hyper::{self, Bounds, Facts, Tuning};
-use tandem_text::dataset::{BadLine, Options, group, read_rows};
+use tandem_text::dataset::{
+    self as rows, Options, Reading, Rows, Shown, Source, Statistics, Unfit, tokenise,
+};
 use tandem_text::tokenizer::gguf;
 use tandem_text::{TextError, Tokenizer};
 
@@ -27,7 +31,7 @@ use crate::listen::{SIGINT, Signals};
 use logs::Logs;
 use progress::{Progress, thousands};
 use record::{Begin, Record, RecordError};
-use settings::{Recipe, SettingsError};
+use settings::{Files, Recipe, SettingsError};
 
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
@@ -41,16 +45,10 @@ pub enum TrainError {
     Record(#[from] RecordError),
     #[error("{}", path.display())]
     File { path: PathBuf, source: io::Error },
-    #[error("{}", path.display())]
-    Row { path: PathBuf, source: BadLine },
-    #[error("{}, line {line}", path.display())]
-    Tokens {
-        path: PathBuf,
-        line: u64,
-        source: TextError,
-    },
-    #[error("{} has no example with something to learn within {max_seq_length} tokens", path.display())]
-    Empty { path: PathBuf, max_seq_length: u32 },
+    #[error("{files}")]
+    Rows { files: String, source: Unfit },
+    #[error("{files} has no example with something to learn within {max_seq_length} tokens")]
+    Empty { files: String, max_seq_length: u32 },
     #[error(transparent)]
     Tokenizer(TextError),
     #[error("signals")]
@@ -100,6 +98,7 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
         dtype,
         quantization,
         device,
+        preview,
         settings,
     } = settings::read(&as_settings(args))?;
     let at = |path: &Path| {
@@ -134,14 +133,19 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
     let start = start
         .map(|folder| Start::read(&folder, &spec.lora_targets(), &mut settings))
         .transpose()?;
-    let options = Options {
-        max_seq_length: hyper::max_seq_length(&settings, bounds),
-        prompt_loss_weight: settings.prompt_loss_weight.unwrap_or(0.0) as f32,
-        rows: hyper::objective(&settings).rows(),
-    };
-    let train = Dataset::read(&training_file, &tokenizer, &options)?;
+    let options = Options::new(
+        &settings,
+        hyper::max_seq_length(&settings, bounds),
+        hyper::objective(&settings).rows(),
+    );
+    let reading = Reading::new(&settings).map_err(|(key, message)| wrong(key, message))?;
+    if let Some(rows) = preview {
+        Dataset::show(&training_file, &reading, &tokenizer, &options, rows)?;
+        return Ok(Outcome::Done);
+    }
+    let train = Dataset::read(&training_file, &reading, &tokenizer, &options)?;
     let valid = validation_file
-        .map(|path| Dataset::read(&path, &tokenizer, &options))
+        .map(|files| Dataset::read(&files, &reading.whole(), &tokenizer, &options))
         .transpose()?;
     let hyper = hyper::choose(&settings, tuning, bounds, train.facts);
 
@@ -265,7 +269,19 @@ fn as_settings(args: &[String]) -> Vec<String> {
     let (mut settings, mut args) = (Vec::new(), args.iter().peekable());
     while let Some(arg) = args.next() {
         let Some(flag) = arg.strip_prefix("--") else {
-            settings.push(arg.clone());
+            // Programs of torchtune, whose configs say the rest.
+            match arg.as_str() {
+                "lora_finetune_single_device" | "lora_finetune_distributed" | "lora_finetune_fsdp2" => {
+                    settings.push("method=lora".to_owned());
+                }
+                "full_finetune_single_device" | "full_finetune_distributed" => {
+                    settings.push("method=full".to_owned());
+                }
+                "lora_dpo_single_device" | "lora_dpo_distributed" => {
+                    settings.extend(["method=lora".to_owned(), "objective=dpo".to_owned()]);
+                }
+                _ => settings.push(arg.clone()),
+            }
             continue;
         };
         let (name, value) = match flag.split_once('=') {
@@ -277,6 +293,10 @@ fn as_settings(args: &[String]) -> Vec<String> {
         };
         match (name, value) {
             ("config", Some(file)) => settings.insert(0, file.to_owned()),
+            // A flag of its own in any place.
+            ("preview", Some(value)) if value.parse::<usize>().is_err() => {
+                settings.extend(["preview=true".to_owned(), value.to_owned()]);
+            }
             _ => settings.push(format!("{}={}", name.replace('-', "_"), value.unwrap_or("true"))),
         }
     }
@@ -316,6 +336,13 @@ fn forget(path: &Path) -> Result<(), TrainError> {
     }
 }
 
+fn wrong(key: &str, message: String) -> SettingsError {
+    SettingsError::Wrong {
+        key: key.to_owned(),
+        message,
+    }
+}
+
 /// The adapter that a run starts from: the two files of its folder.
 struct Start {
     config: Vec<u8>,
@@ -325,10 +352,6 @@ struct Start {
 impl Start {
     /// Takes over into `settings` what it says.
     fn read(folder: &Path, known: &[String], settings: &mut Settings) -> Result<Start, TrainError> {
-        let wrong = |key: &str, message: String| SettingsError::Wrong {
-            key: key.to_owned(),
-            message,
-        };
         let read = |name: &str| {
             let path = folder.join(name);
             std::fs::read(&path).map_err(|source| TrainError::File { path, source })
@@ -350,7 +373,23 @@ impl Start {
     }
 }
 
-/// A JSONL file, tokenised.
+/// A name on the hub is no file.
+fn is_there(path: &Path) -> Result<(), TrainError> {
+    let name = path.display().to_string();
+    let is_name = name.split('/').count() == 2 && !name.starts_with(['.', '/']);
+    match path.exists() || !is_name {
+        true => Ok(()),
+        false => {
+            let message = format!(
+                "there is no file {name}. A data set of the hub is made one by datasets.load_dataset({name:?}, \
+                 split=\"train\").to_json(\"rows.jsonl\"): then give training_file=rows.jsonl"
+            );
+            Err(wrong("training_file", message).into())
+        }
+    }
+}
+
+/// Files, tokenised.
 struct Dataset {
     /// As the trainer reads them.
     bytes: Vec<u8>,
@@ -358,51 +397,116 @@ struct Dataset {
 }
 
 impl Dataset {
-    fn read(source: &Path, tokenizer: &Tokenizer, options: &Options) -> Result<Dataset, TrainError> {
-        let path = || source.to_owned();
-        let file = File::open(source).map_err(|source| TrainError::File { path: path(), source })?;
-        let (mut examples, mut left_out) = (Vec::<Group>::new(), 0_u64);
-        for row in read_rows(BufReader::new(file)) {
-            let (line, row) = row.map_err(|source| TrainError::Row { path: path(), source })?;
-            match group(&row, tokenizer, options) {
-                Ok(example) => examples.push(example),
-                Err(TextError::NoLabels { .. }) => left_out += 1,
-                Err(source) => {
-                    return Err(TrainError::Tokens {
-                        path: path(),
-                        line,
-                        source,
-                    });
-                }
-            }
-        }
-        if examples.is_empty() {
-            return Err(TrainError::Empty {
-                path: path(),
-                max_seq_length: options.max_seq_length,
-            });
-        }
+    fn read(
+        files: &Files,
+        reading: &Reading,
+        tokenizer: &Tokenizer,
+        options: &Options,
+    ) -> Result<Dataset, TrainError> {
+        let rows::Dataset { groups, statistics } = Dataset::tokens(files, reading, tokenizer, options)?;
         let facts = Facts {
-            examples: examples.len() as u64,
-            tokens: examples.iter().map(|group| group.tokens() as u64).sum(),
+            examples: statistics.examples,
+            tokens: statistics.tokens,
         };
-        let left_out = match left_out {
-            0 => String::new(),
-            n => format!(
-                ", {n} left out: nothing to learn within {} tokens",
-                options.max_seq_length
-            ),
-        };
-        println!(
-            "{}: {} examples, {} tokens{left_out}",
-            source.display(),
-            thousands(facts.examples),
-            thousands(facts.tokens)
-        );
         Ok(Dataset {
-            bytes: dataset::encode(&examples),
+            bytes: dataset::encode(&groups),
             facts,
         })
+    }
+
+    /// Prints the first examples, token for token: what is learned stands between marks.
+    fn show(
+        files: &Files,
+        reading: &Reading,
+        tokenizer: &Tokenizer,
+        options: &Options,
+        n: usize,
+    ) -> Result<(), TrainError> {
+        let dataset = Dataset::tokens(files, reading, tokenizer, options)?;
+        println!(
+            "{} tokens are learned, the longest row has {}",
+            thousands(dataset.statistics.trained_tokens),
+            thousands(dataset.statistics.longest)
+        );
+        for (number, group) in dataset.groups.iter().take(n).enumerate() {
+            for example in Shown::of(group, tokenizer) {
+                println!(
+                    "\n--- {} of {} tokens, {} learned (between \u{ab} and \u{bb})",
+                    number + 1,
+                    example.tokens.len(),
+                    example.learned_tokens()
+                );
+                let pieces = example.pieces.iter();
+                let pieces = pieces.map(|piece| match piece.weight {
+                    0.0 => piece.text.clone(),
+                    _ => format!("\u{ab}{}\u{bb}", piece.text),
+                });
+                println!("{}", pieces.collect::<String>());
+            }
+        }
+        Ok(())
+    }
+
+    /// Says what there is.
+    fn tokens(
+        files: &Files,
+        reading: &Reading,
+        tokenizer: &Tokenizer,
+        options: &Options,
+    ) -> Result<rows::Dataset, TrainError> {
+        files.paths().iter().try_for_each(|path| is_there(path))?;
+        let names: Vec<String> = files
+            .paths()
+            .iter()
+            .map(|path| path.display().to_string())
+            .collect();
+        let names = names.join(", ");
+        let unfit = |source| TrainError::Rows {
+            files: names.clone(),
+            source,
+        };
+        let sources = files
+            .paths()
+            .iter()
+            .map(|path| Source::from(path.as_path()))
+            .collect();
+        let mut rows = Rows::open(sources, reading).map_err(|bad| unfit(bad.into()))?;
+        let dataset = tokenise(&mut rows, tokenizer, options, |_, _| true).map_err(unfit)?;
+        let Statistics {
+            rows: n_rows,
+            dropped,
+            cut,
+            examples,
+            tokens,
+            trained_tokens: _,
+            longest: _,
+        } = dataset.statistics;
+        let max_seq_length = options.max_seq_length;
+        if examples == 0 {
+            return Err(TrainError::Empty {
+                files: names,
+                max_seq_length,
+            });
+        }
+        let mut line = format!(
+            "{names} ({}): {} examples, {} tokens",
+            rows.formats(),
+            thousands(examples),
+            thousands(tokens)
+        );
+        if options.wraps {
+            line.push_str(&format!(", blocks of {} rows", thousands(n_rows)));
+        }
+        if cut > 0 {
+            line.push_str(&format!(", {} cut at {max_seq_length} tokens", thousands(cut)));
+        }
+        if dropped > 0 {
+            line.push_str(&format!(
+                ", {dropped} left out: nothing to learn within {max_seq_length} tokens"
+            ));
+        }
+        println!("{line}");
+        Ok(dataset)
     }
 
     fn write(&self, target: &Path) -> Result<(), TrainError> {
@@ -424,6 +528,13 @@ mod tests {
     fn flags_are_settings_as_well() {
         for (line, expected) in [
             ("recipe.yaml lr=1e-4", "recipe.yaml lr=1e-4"),
+            (
+                "--nproc_per_node 1 lora_finetune_distributed --config x.yaml dataset.split=train[:1%]",
+                "x.yaml nproc_per_node=1 method=lora dataset.split=train[:1%]",
+            ),
+            ("recipe.yaml --preview", "recipe.yaml preview=true"),
+            ("--preview lr=1", "preview=true lr=1"),
+            ("--preview 5", "preview=5"),
             (
                 "--learning-rate 1e-4 --packing --config recipe.yaml --seed=3",
                 "recipe.yaml learning_rate=1e-4 packing=true seed=3",

@@ -10,7 +10,7 @@ mod objective;
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 pub use kind::{Kind, Range};
 pub use objective::readers;
@@ -68,7 +68,7 @@ macro_rules! settings {
     };
 }
 
-use Kind::{Flag, Integer, Modules, Real, Text, Word};
+use Kind::{Flag, Integer, Map, Modules, Real, Text, Word};
 use Range::{Above, Below, Closed};
 
 settings! {
@@ -125,9 +125,33 @@ settings! {
         packing: bool, Flag,
             ["packed", "sample_packing"],
             "false", "short rows share one of max_seq_length tokens, attention stays within each";
+        packing_strategy: String, Word(&PACKING),
+            [],
+            "bfd", "bfd: whole rows side by side, with packing; wrapped: all rows one after the other, cut into blocks of max_seq_length";
         prompt_loss_weight: f64, Real(Closed(0.0, 1.0)),
             [],
             "0", "loss weight of the prompt in rows of prompt and completion";
+        train_on_input: bool, Flag,
+            ["train_on_inputs", "train_on_prompt"],
+            "false", "every token of every row is learned, prompts like answers";
+        template: String, Text,
+            ["instruct_template"],
+            "none", "makes prompts of columns: a text with {columns} in it, or a name: alpaca, summarize, grammar, torchtune's classes, llama-recipes' data sets; the answer is the column output";
+        column_map: BTreeMap<String, String>, Map,
+            [],
+            "none", "what a row's columns are called: the name that is wanted here (a placeholder, output, prompt, messages, text, ...) to the file's";
+        dataset_text_field: String, Text,
+            ["text_column"],
+            "text", "column of plain text";
+        dataset_format: String, Word(&FORMATS),
+            ["data_format"],
+            "by content, then by name", "how rows lie in a file: jsonl, json (one array), csv, text";
+        sample_by: String, Word(&SAMPLES),
+            [],
+            "line", "what a row of plain text is: a line, a paragraph or the whole document";
+        split: String, Text,
+            ["dataset_split", "dataset_train_split"],
+            "train", "a part of training_file: train[:1%], train[100:200], train[-10%:]";
         seed: u64, Integer { low: 0, high: i32::MAX as i64, unset: None },
             ["data_seed", "random_state"],
             "drawn by a server, 42 for `tandem train`", "of the order of rows, dropout and the adapter's first numbers";
@@ -199,6 +223,12 @@ settings! {
 
 /// Of `objective`. `simpo` is cpo with its loss of that name and without the likelihood.
 const OBJECTIVES: [&str; 7] = ["sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward_weighted"];
+/// Of `packing_strategy`, TRL's names.
+const PACKING: [&str; 2] = ["bfd", WRAPPED];
+const WRAPPED: &str = "wrapped";
+/// Of `dataset_format` and `sample_by`, as `datasets` calls them.
+const FORMATS: [&str; 4] = ["jsonl", "json", "csv", "text"];
+const SAMPLES: [&str; 3] = ["line", "paragraph", "document"];
 /// Of `loss_type`, for all objectives.
 const LOSSES: [&str; 15] = [
     "sigmoid",
@@ -219,7 +249,8 @@ const LOSSES: [&str; 15] = [
 ];
 
 /// Pairs of which one makes the other meaningless.
-const EXCLUSIVE: [(&str, &str); 2] = [
+const EXCLUSIVE: [(&str, &str); 3] = [
+    ("prompt_loss_weight", "train_on_input"),
     ("learning_rate", "learning_rate_multiplier"),
     ("warmup_steps", "warmup_ratio"),
 ];
@@ -269,7 +300,7 @@ pub fn names() -> impl Iterator<Item = &'static str> {
 /// What was asked, from one or more places (`""`, `"hyperparameters."`). Every key is honoured, known to be harmless, or
 /// refused; null and `"auto"` ask for nothing.
 pub fn read<'a>(
-    places: impl IntoIterator<Item = (&'a str, Map<String, Value>)>,
+    places: impl IntoIterator<Item = (&'a str, serde_json::Map<String, Value>)>,
     has_validation_file: bool,
 ) -> Result<Settings, Refused> {
     let mut given: BTreeMap<&str, (String, Option<Value>)> = BTreeMap::new();
@@ -302,6 +333,7 @@ pub fn read<'a>(
         }
     }
     warms_up(&settings)?;
+    packs(&settings)?;
     settings.objective()?;
     let beside = Beside {
         settings: &settings,
@@ -333,6 +365,28 @@ fn warms_up(settings: &Settings) -> Result<(), Refused> {
             Err(refused(name.to_owned(), Why::Value, message))
         }
         _ => Ok(()),
+    }
+}
+
+/// Blocks are a way of packing.
+fn packs(settings: &Settings) -> Result<(), Refused> {
+    match settings.wraps() && settings.packing == Some(false) {
+        true => {
+            let message = "packing_strategy: wrapped packs, and packing is false: leave one of them out";
+            Err(refused(
+                "packing_strategy".to_owned(),
+                Why::Value,
+                message.to_owned(),
+            ))
+        }
+        false => Ok(()),
+    }
+}
+
+impl Settings {
+    /// Are all rows one text that is cut into blocks?
+    pub fn wraps(&self) -> bool {
+        self.packing_strategy.as_deref() == Some(WRAPPED)
     }
 }
 

@@ -2,6 +2,7 @@
 //! the caller's question; what is not asked is `hyper`'s.
 
 use tandem_core::settings::{ALL_LINEAR, Settings};
+use tandem_text::dataset::Reading;
 
 use crate::api::{JobRequest, RouterError};
 use crate::jobs::hyper::Bounds;
@@ -62,6 +63,7 @@ pub(crate) fn request<'a>(request: &JobRequest, bounds: impl Into<Bounds<'a>>) -
 
 /// Does this model have what is asked?
 pub fn fits(settings: &Settings, bounds: Bounds) -> Result<(), RouterError> {
+    Reading::new(settings).map_err(|(param, message)| RouterError::invalid(param, message))?;
     let limits = [
         ("max_seq_length", settings.max_seq_length, bounds.max_model_len),
         ("lora_r", settings.lora_r, bounds.max_lora_rank),

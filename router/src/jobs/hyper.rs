@@ -91,7 +91,8 @@ pub fn objective(settings: &Settings) -> Objective {
 pub fn choose<'a>(settings: &Settings, tuning: Tuning, bounds: impl Into<Bounds<'a>>, facts: Facts) -> Hyper {
     let bounds = bounds.into();
     let max_seq_length = max_seq_length(settings, bounds);
-    let packing = settings.packing.unwrap_or(false);
+    // Blocks are whole rows of max_seq_length already.
+    let packing = settings.packing.unwrap_or(false) && !settings.wraps();
     let rows = match packing {
         // At least: rows are whole, so some room stays free.
         true => facts

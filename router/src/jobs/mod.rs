@@ -13,6 +13,7 @@ pub mod hyper;
 pub(crate) mod keeper;
 mod name;
 pub(crate) mod prepare;
+pub mod preview;
 pub(crate) mod record;
 mod result;
 pub(crate) mod supervisor;
@@ -22,7 +23,7 @@ use std::time::Duration;
 use tandem_core::job::{Lora, Rows};
 use tandem_store::{Asked, JobChange, Lease, NewEvent, NewJob, NewName, Source, Tenant, ids};
 use tandem_text::TextError;
-use tandem_text::dataset::{Kind, read_rows, suits};
+use tandem_text::dataset::{self, Kind, Reading, suits};
 use tokio::sync::{Notify, mpsc, watch};
 
 use crate::Router;
@@ -191,16 +192,20 @@ impl Router {
         if rows == Rows::Examples && !weighs_prompts {
             return Ok(());
         }
+        let reading = Reading::new(&request.settings)
+            .map_err(|(param, message)| RouterError::invalid(param, message))?;
         let files = [
             ("training_file", Some(&request.training_file)),
             ("validation_file", request.validation_file.as_ref()),
         ];
         for (param, id) in files.into_iter().filter_map(|(param, id)| Some((param, id?))) {
-            let (_, path) = self.file_content(id).await?;
-            let first = move || {
-                let file = std::fs::File::open(path).ok()?;
-                Some(read_rows(std::io::BufReader::new(file)).next()?.ok()?.1)
+            let (info, path) = self.file_content(id).await?;
+            let source = dataset::Source {
+                path,
+                name: info.filename,
             };
+            let reading = reading.whole();
+            let first = move || Some(dataset::Rows::open(vec![source], &reading).ok()?.next()?.ok()?.1);
             // What cannot be read fails the job, with its line.
             let Some(sample) = tokio::task::spawn_blocking(first).await.ok().flatten() else {
                 continue;

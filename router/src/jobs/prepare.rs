@@ -2,17 +2,17 @@
 //! a bad file fails soon, not when its turn comes. Not here: training.
 
 use std::fs::{self, File};
-use std::io::{self, BufReader, Write};
-use std::path::{Path, PathBuf};
+use std::io::{self, Write};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use tandem_core::dataset::{self, Group};
+use tandem_core::dataset;
 use tandem_core::job::files;
 use tandem_store::{JobChange, JobRow, Lease, Part, StoreError};
-use tandem_text::dataset::{Options, group, read_rows};
-use tandem_text::{TextError, Tokenizer};
+use tandem_text::Tokenizer;
+use tandem_text::dataset::{self as rows, Options, Reading, Rows, Source, Statistics, tokenise};
 use tokio::task::JoinSet;
 use tokio::time::Sleep;
 
@@ -168,7 +168,7 @@ enum Unfit {
 }
 
 /// Tells the thread that reads a job's files, between two rows, that nobody waits for it any more.
-struct Waiting(Arc<AtomicBool>);
+pub(super) struct Waiting(pub Arc<AtomicBool>);
 
 impl Drop for Waiting {
     fn drop(&mut self) {
@@ -182,11 +182,13 @@ async fn prepare(router: &Router, row: &JobRow, request: &JobRequest) -> Result<
         Some(id) => Some(source(router, "validation_file", id).await?),
         None => None,
     };
-    let options = Options {
-        max_seq_length: hyper::max_seq_length(&request.settings, router.info()),
-        prompt_loss_weight: request.settings.prompt_loss_weight.unwrap_or(0.0) as f32,
-        rows: hyper::objective(&request.settings).rows(),
-    };
+    let options = Options::new(
+        &request.settings,
+        hyper::max_seq_length(&request.settings, router.info()),
+        hyper::objective(&request.settings).rows(),
+    );
+    let reading =
+        Reading::new(&request.settings).map_err(|(param, message)| Unfit::Job(invalid(param, message)))?;
     let start = match request.start {
         None => None,
         Some(digest) => {
@@ -214,11 +216,20 @@ async fn prepare(router: &Router, row: &JobRow, request: &JobRequest) -> Result<
                 write(&folder.join(to), &bytes).map_err(unwritten)?;
             }
         }
-        let convert = |upload, name| convert(upload, &tokenizer, &options, &folder.join(name), &given_up);
-        let (facts, note) = convert(&training, files::TRAIN)?;
+        let convert = |upload, reading: &Reading, name| {
+            convert(
+                upload,
+                reading,
+                &tokenizer,
+                &options,
+                &folder.join(name),
+                &given_up,
+            )
+        };
+        let (facts, note) = convert(training, &reading, files::TRAIN)?;
         let mut notes = vec![note];
-        if let Some(validation) = &validation {
-            notes.push(convert(validation, files::VALID)?.1);
+        if let Some(validation) = validation {
+            notes.push(convert(validation, &reading.whole(), files::VALID)?.1);
         }
         Ok(Prepared { facts, notes })
     };
@@ -236,12 +247,18 @@ async fn prepare(router: &Router, row: &JobRow, request: &JobRequest) -> Result<
 /// An uploaded file of a job.
 struct Upload {
     param: &'static str,
-    path: PathBuf,
+    source: Source,
 }
 
 async fn source(router: &Router, param: &'static str, id: &str) -> Result<Upload, Unfit> {
     match router.file_content(id).await {
-        Ok((_, path)) => Ok(Upload { param, path }),
+        Ok((info, path)) => Ok(Upload {
+            param,
+            source: Source {
+                path,
+                name: info.filename,
+            },
+        }),
         Err(RouterError::UnknownFile(id)) => {
             let message = format!("The job failed because its file {id} was deleted or has expired.");
             Err(Unfit::Job(invalid(param, message)))
@@ -252,57 +269,69 @@ async fn source(router: &Router, param: &'static str, id: &str) -> Result<Upload
 
 /// Tokenise one file. What has nothing to learn is left out and counted.
 fn convert(
-    upload: &Upload,
+    upload: Upload,
+    reading: &Reading,
     tokenizer: &Tokenizer,
     options: &Options,
     target: &Path,
     given_up: &AtomicBool,
 ) -> Result<(Facts, String), Unfit> {
-    let Upload { param, path } = upload;
+    let Upload { param, source } = upload;
     let kind = param.replace('_', " ");
     let bad = |message: &dyn std::fmt::Display| {
         let message = format!("The job failed due to an invalid {kind}. {message}");
         Unfit::Job(invalid(param, message))
     };
-    let file = File::open(path).map_err(|error| bad(&format!("It cannot be read: {error}")))?;
-    let (mut examples, mut left_out) = (Vec::<Group>::new(), 0_u64);
-    for row in read_rows(BufReader::new(file)) {
-        if given_up.load(Ordering::Acquire) {
-            return Err(Unfit::GivenUp);
-        }
-        let (line, row) = row.map_err(|error| bad(&error))?;
-        match group(&row, tokenizer, options) {
-            Ok(example) => examples.push(example),
-            Err(TextError::NoLabels { .. }) => left_out += 1,
-            Err(error) => return Err(bad(&format!("Example {line}: {error}"))),
-        }
-    }
-    let n = examples.len() as u64;
-    if n == 0 {
+    let mut rows = Rows::open(vec![source], reading).map_err(|error| bad(&error))?;
+    let read = tokenise(&mut rows, tokenizer, options, |_, _| {
+        !given_up.load(Ordering::Acquire)
+    });
+    let rows::Dataset { groups, statistics } = match read {
+        Ok(dataset) => dataset,
+        Err(rows::Unfit::GivenUp) => return Err(Unfit::GivenUp),
+        Err(error) => return Err(bad(&error)),
+    };
+    let Statistics {
+        rows: n_rows,
+        dropped,
+        cut,
+        examples,
+        tokens,
+        trained_tokens,
+        longest: _,
+    } = statistics;
+    let limit = options.max_seq_length;
+    if examples == 0 {
         let message = format!(
-            "The {kind} has 0 usable examples, but must have at least 1: {left_out} were left out because nothing to \
-             learn is within the first {} tokens.",
-            options.max_seq_length
+            "The {kind} has 0 usable examples, but must have at least 1: {dropped} were left out because nothing to learn is \
+             within the first {limit} tokens."
         );
         let error = JobError {
             code: "invalid_n_examples".to_owned(),
-            param: Some((*param).to_owned()),
+            param: Some(param.to_owned()),
             message,
         };
         return Err(Unfit::Job(error));
     }
-    let tokens: u64 = examples.iter().map(|group| group.tokens() as u64).sum();
-    let labels: u64 = examples.iter().map(|group| group.label_tokens() as u64).sum();
-    write(target, &dataset::encode(&examples)).map_err(unwritten)?;
-    let left_out = match left_out {
-        0 => String::new(),
-        n => format!(
-            "; {n} were left out, nothing to learn is within their first {} tokens",
-            options.max_seq_length
+    write(target, &dataset::encode(&groups)).map_err(unwritten)?;
+    let formats = rows.formats();
+    let mut note = match options.wraps {
+        true => format!(
+            "The {kind} ({formats}) has {n_rows} rows in {examples} blocks of {tokens} tokens, {trained_tokens} to learn from"
+        ),
+        false => format!(
+            "The {kind} ({formats}) has {examples} examples of {tokens} tokens, {trained_tokens} to learn from"
         ),
     };
-    let note = format!("The {kind} has {n} examples of {tokens} tokens, {labels} to learn from{left_out}");
-    Ok((Facts { examples: n, tokens }, note))
+    if cut > 0 {
+        note.push_str(&format!("; {cut} were cut at {limit} tokens"));
+    }
+    if dropped > 0 {
+        note.push_str(&format!(
+            "; {dropped} were left out, nothing to learn is within their first {limit} tokens"
+        ));
+    }
+    Ok((Facts { examples, tokens }, note))
 }
 
 /// Durable or absent.

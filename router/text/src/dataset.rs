@@ -1,19 +1,31 @@
-//! Training files: JSONL lines to rows, with errors that name the line. Not here: rows to tokens (`label`), the binary
+//! Training files: their rows as examples, with errors that name the place. Not here: rows to tokens (`label`), the binary
 //! form the engine reads (`tandem_core::dataset`), where files come from.
 
+mod columns;
 mod keys;
+mod records;
 mod sample;
+mod shown;
+mod split;
+mod template;
+mod tokens;
 
-use std::io::{BufRead, Read};
+use std::ops::Range;
 
 use serde_json::{Map, Value, json};
+use tandem_core::settings::Settings;
 
 use crate::chat::{BadTool, Content, Message, REASONING, calls_of, modernise, parse_tools};
 pub use crate::label::{Options, group, suits};
+use columns::Columns;
+pub use records::{Format, Place, SampleBy, Source};
+use records::{Record, Records};
 pub use sample::Sample;
+pub use shown::{Piece, Shown};
+use split::Split;
+use template::Template;
+pub use tokens::{Dataset, Statistics, Unfit, tokenise};
 
-/// Bytes of one line at most: about four million tokens, more than any context.
-pub const MAX_LINE_BYTES: usize = 16 << 20;
 const HINT_CHARS: usize = 20;
 const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
 
@@ -73,223 +85,336 @@ pub struct BadLine {
     pub message: String,
 }
 
+/// How the rows of a job's files are read.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Reading {
+    format: Option<Format>,
+    sample_by: SampleBy,
+    split: Option<Split>,
+    columns: Columns,
+}
+
+impl Reading {
+    /// Errors are a setting and what is wrong with it.
+    pub fn new(settings: &Settings) -> Result<Reading, (&'static str, String)> {
+        let template = settings.template.as_deref().map(Template::new).transpose();
+        let split = settings.split.as_deref().map_or(Ok(None), Split::new);
+        let mut names = settings.column_map.clone().unwrap_or_default();
+        if let Some(column) = &settings.dataset_text_field {
+            if let Some(other) = names
+                .insert("text".to_owned(), column.clone())
+                .filter(|other| other != column)
+            {
+                let message =
+                    format!("column_map says that text is {other}, dataset_text_field that it is {column}");
+                return Err(("dataset_text_field", message));
+            }
+            if settings.template.is_some() {
+                let message = "dataset_text_field is the column of plain text, and template makes prompts of columns: leave \
+                               one of them out";
+                return Err(("dataset_text_field", message.to_owned()));
+            }
+        }
+        Ok(Reading {
+            format: settings.dataset_format.as_deref().and_then(Format::named),
+            sample_by: settings
+                .sample_by
+                .as_deref()
+                .and_then(SampleBy::named)
+                .unwrap_or_default(),
+            split: split.map_err(|message| ("split", message))?,
+            columns: Columns {
+                template: template.map_err(|message| ("template", message))?,
+                names,
+            },
+        })
+    }
+
+    /// The same for a file of validation, of which all is read.
+    pub fn whole(&self) -> Reading {
+        Reading {
+            split: None,
+            ..self.clone()
+        }
+    }
+}
+
+/// What an upload can be checked for before a job says how it is to be read: that all of it are rows, and that a row of a
+/// known shape is right. Columns of other names wait for a job's `template` or `column_map`. Returns the number of rows.
+pub fn check(source: &Source) -> Result<u64, BadLine> {
+    let mut rows = Rows::open(vec![source.clone()], &Reading::default())?;
+    let mut n = 0;
+    while let Some(record) = rows.record().transpose() {
+        let (place, record) = record?;
+        let is_table = is_table(&record);
+        match rows.sample(place, record) {
+            Err((_, Fault::Shape)) if is_table => {}
+            Err((bad, _)) => return Err(bad),
+            Ok(_) => {}
+        }
+        n += 1;
+    }
+    match n {
+        0 => Err(Place::line(1).bad("The file is empty: it has no training example.".to_owned())),
+        n => Ok(n),
+    }
+}
+
+/// Columns that a template could make a prompt and an answer of.
+fn is_table(row: &Map<String, Value>) -> bool {
+    let is_flat = |value: &Value| !value.is_array() && !value.is_object();
+    row.values().all(is_flat) && row.values().filter(|value| value.is_string()).count() > 1
+}
+
+/// Whether a row is no row of a known shape, or one with a fault in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Summary {
-    pub rows: u64,
-    pub kind: Kind,
+enum Fault {
+    Shape,
+    Value,
 }
 
-/// The whole file, one line in memory at a time.
-pub fn check_jsonl(reader: impl BufRead) -> Result<Summary, BadLine> {
-    let mut summary: Option<Summary> = None;
-    for row in read_rows(reader) {
-        let (_, row) = row?;
-        summary
-            .get_or_insert(Summary {
-                rows: 0,
-                kind: row.kind(),
-            })
-            .rows += 1;
-    }
-    summary.ok_or_else(|| BadLine {
-        line: 1,
-        message: "The file is empty: it has no training example.".to_owned(),
-    })
+/// What is wrong with a row; continues the sentence "Line 7".
+#[derive(Debug)]
+struct Problem {
+    text: String,
+    fault: Fault,
 }
 
-/// Rows of one kind with their line numbers, until the end or the first error. An empty file has none.
-pub fn read_rows<R: BufRead>(reader: R) -> Rows<R> {
-    Rows {
-        reader,
-        line: 0,
-        blank: None,
-        kind: None,
-        ended: false,
+impl Problem {
+    fn shape(text: String) -> Problem {
+        Problem {
+            text,
+            fault: Fault::Shape,
+        }
     }
 }
 
-pub struct Rows<R> {
-    reader: R,
-    line: u64,
-    /// A blank line that is an error if anything follows.
-    blank: Option<u64>,
-    kind: Option<(Kind, u64)>,
+impl From<String> for Problem {
+    fn from(text: String) -> Problem {
+        Problem {
+            text,
+            fault: Fault::Value,
+        }
+    }
+}
+
+/// Rows of one kind with their places, until the end or the first error. An empty file has none.
+pub struct Rows {
+    sources: std::vec::IntoIter<Source>,
+    /// Of more than one file, errors name which.
+    names_files: bool,
+    now: Option<(String, Records)>,
+    /// Of each file so far.
+    formats: Vec<Format>,
+    format: Option<Format>,
+    sample_by: SampleBy,
+    columns: Columns,
+    range: Range<u64>,
+    read: u64,
+    kind: Option<(Kind, String)>,
     ended: bool,
 }
 
-impl<R: BufRead> Iterator for Rows<R> {
-    type Item = Result<(u64, Sample), BadLine>;
+impl Rows {
+    /// Of all files, one after the other.
+    pub fn open(sources: Vec<Source>, reading: &Reading) -> Result<Rows, BadLine> {
+        let Reading {
+            format,
+            sample_by,
+            split,
+            columns,
+        } = reading;
+        let mut rows = Rows {
+            names_files: sources.len() > 1,
+            sources: sources.clone().into_iter(),
+            now: None,
+            formats: vec![],
+            format: *format,
+            sample_by: *sample_by,
+            columns: columns.clone(),
+            range: 0..u64::MAX,
+            read: 0,
+            kind: None,
+            ended: false,
+        };
+        if let Some(split) = split {
+            let mut n = u64::MAX;
+            if split.needs_count() {
+                n = 0;
+                while rows.record()?.is_some() {
+                    n += 1;
+                }
+                (rows.sources, rows.read, rows.formats) = (sources.into_iter(), 0, vec![]);
+            }
+            rows.range = split.range(n);
+        }
+        Ok(rows)
+    }
+
+    /// How the files lie that were read so far.
+    pub fn formats(&self) -> String {
+        let mut formats = self.formats.clone();
+        formats.dedup();
+        let formats: Vec<String> = formats.iter().map(Format::to_string).collect();
+        formats.join(", ")
+    }
+
+    /// The next one that the split has.
+    fn record(&mut self) -> Result<Option<Record>, BadLine> {
+        while self.read < self.range.end {
+            let Some((name, records)) = &mut self.now else {
+                let Some(source) = self.sources.next() else {
+                    return Ok(None);
+                };
+                let records = Records::open(&source, self.format, self.sample_by)
+                    .map_err(|bad| named(self.names_files, &source.name, bad))?;
+                self.formats.push(records.format);
+                self.now = Some((source.name, records));
+                continue;
+            };
+            match records.next() {
+                None => self.now = None,
+                Some(Err(bad)) => return Err(named(self.names_files, name, bad)),
+                Some(Ok(record)) => {
+                    self.read += 1;
+                    if self.read > self.range.start {
+                        return Ok(Some(record));
+                    }
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn sample(&mut self, place: Place, row: Map<String, Value>) -> Result<Sample, (BadLine, Fault)> {
+        let name = self.now.as_ref().map_or("", |(name, _)| name);
+        let bad = |message: String, fault| (named(self.names_files, name, place.bad(message)), fault);
+        let shaped = self.columns.shaped(row).map_err(Problem::from);
+        let sample = shaped
+            .and_then(sample::sample)
+            .map_err(|Problem { text, fault }| bad(format!("Invalid file format. {place}{text}"), fault))?;
+        let here = match self.names_files {
+            true => format!("{place} of {name}"),
+            false => place.to_string(),
+        };
+        let (kind, first) = self.kind.get_or_insert_with(|| (sample.kind(), here));
+        if *kind != sample.kind() {
+            let (here, before) = (sample.kind().shape(), kind.shape());
+            let message = format!(
+                "Invalid file format. {place} has the shape {here}, {} the shape {before}: all lines of a file must have one \
+                 shape.",
+                first.to_lowercase()
+            );
+            return Err(bad(message, Fault::Value));
+        }
+        Ok(sample)
+    }
+}
+
+impl Iterator for Rows {
+    type Item = Result<(Place, Sample), BadLine>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if self.ended {
             return None;
         }
-        let row = self.read().transpose();
-        self.ended = !matches!(row, Some(Ok(_)));
-        row
+        let next = self.record().transpose().map(|record| {
+            let (place, row) = record?;
+            let sample = self.sample(place, row).map_err(|(bad, _)| bad)?;
+            Ok((place, sample))
+        });
+        self.ended = !matches!(next, Some(Ok(_)));
+        next
     }
 }
 
-impl<R: BufRead> Rows<R> {
-    fn read(&mut self) -> Result<Option<(u64, Sample)>, BadLine> {
-        loop {
-            self.line += 1;
-            let line = self.line;
-            let mut bytes = Vec::new();
-            let limit = MAX_LINE_BYTES as u64 + 1;
-            let read = self.reader.by_ref().take(limit).read_until(b'\n', &mut bytes);
-            match read.map_err(|error| bad(line, format!("Line {line} cannot be read: {error}")))? {
-                0 => return Ok(None),
-                n if n > MAX_LINE_BYTES => {
-                    return Err(bad(
-                        line,
-                        format!("Line {line} is longer than {MAX_LINE_BYTES} bytes."),
-                    ));
-                }
-                _ => {}
-            }
-            // Some editors of Windows begin a file with a byte order mark.
-            let bytes = if line == 1 {
-                bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(&bytes)
-            } else {
-                &bytes
-            };
-            let text = std::str::from_utf8(bytes).map_err(|error| {
-                bad(
-                    line,
-                    format!(
-                        "Line {line} is not UTF-8 text: invalid byte at column {}.",
-                        error.valid_up_to() + 1
-                    ),
-                )
-            })?;
-            if text.trim().is_empty() {
-                self.blank = self.blank.or(Some(line));
-                continue;
-            }
-            if let Some(blank) = self.blank {
-                return Err(bad(
-                    blank,
-                    format!("Line {blank} is blank, but more lines follow."),
-                ));
-            }
-            let row = parse_line(line, text)?;
-            let (kind, first) = *self.kind.get_or_insert((row.kind(), line));
-            if kind != row.kind() {
-                let (here, before) = (row.kind().shape(), kind.shape());
-                let message = format!(
-                    "Invalid file format. Line {line} has the shape {here}, line {first} the shape {before}: all lines \
-                     of a file must have one shape."
-                );
-                return Err(bad(line, message));
-            }
-            return Ok(Some((line, row)));
-        }
+fn named(names_files: bool, name: &str, bad: BadLine) -> BadLine {
+    match names_files {
+        true => BadLine {
+            message: format!("{name}: {}", bad.message),
+            ..bad
+        },
+        false => bad,
     }
 }
 
-pub fn parse_line(line: u64, text: &str) -> Result<Sample, BadLine> {
-    let no_dictionary = |detail: String| {
-        let start: String = text.trim().chars().take(HINT_CHARS).collect();
-        let start: String = start
-            .chars()
-            .map(|c| if c.is_control() { ' ' } else { c })
-            .collect();
-        let message = format!(
-            "Expected file to have JSONL format, where every line is a JSON dictionary. Line {line} is not a dictionary \
-             (HINT: line starts with: \"{start}...\").{detail}"
-        );
-        bad(line, message)
-    };
-    let object = match serde_json::from_str(text) {
-        Ok(Value::Object(object)) => {
-            if let Some(name) = tandem_core::json::twice(text.as_bytes()) {
-                let message =
-                    format!("Line {line}: {name:?} is there twice in one object: which of them is meant?");
-                return Err(bad(line, message));
-            }
-            object
-        }
-        Ok(Value::Array(_)) => {
-            return Err(no_dictionary(
-                " It is a JSON array: write its elements one a line.".to_owned(),
-            ));
-        }
-        Ok(_) => return Err(no_dictionary(String::new())),
-        Err(error) => {
-            let hint = match text.trim() {
-                "{" | "[" => {
-                    " The file looks like JSON spread over lines: write each example on one line.".to_owned()
-                }
-                _ => format!(" Error: line contains invalid json: {error} of this line."),
-            };
-            return Err(no_dictionary(hint));
-        }
-    };
-    sample::sample(object).map_err(|problem| bad(line, format!("Invalid file format. Line {line}{problem}")))
+/// One line of JSON.
+#[cfg(test)]
+pub(crate) fn parse_line(line: u64, text: &str) -> Result<Sample, BadLine> {
+    let (place, row) = records::of_line(line, text)?;
+    let mut rows = Rows::open(vec![], &Reading::default())?;
+    rows.sample(place, row).map_err(|(bad, _)| bad)
 }
 
-fn bad(line: u64, message: String) -> BadLine {
-    BadLine { line, message }
-}
-
-/// Errors continue the sentence "Line 7".
-fn row(mut object: Map<String, Value>) -> Result<Row, String> {
+fn row(mut object: Map<String, Value>) -> Result<Row, Problem> {
     let named = |problem: String| format!(": {problem}");
     keys::check_row(&object).map_err(named)?;
     let is_chat = object.contains_key("messages");
     let is_list = object.get("completion").is_some_and(Value::is_array);
     let tools = tools_of(&mut object)?;
     if !tools.is_empty() && !is_chat && !is_list {
-        return Err(": tools go with messages.".to_owned());
+        return Err(": tools go with messages.".to_owned().into());
     }
     let has = |key: &str| object.contains_key(key);
     let row = match (is_chat, has("prompt") || has("completion"), has("text")) {
         (true, false, false) => {
             let messages = object.remove("messages").expect("it was there");
-            Ok(Row::Chat {
+            Row::Chat {
                 messages: messages_of(messages)?,
                 tools,
-            })
+            }
         }
-        (false, true, false) if object.get("completion").is_some_and(Value::is_array) => {
-            match (object.remove("prompt"), object.remove("completion")) {
-                (Some(Value::Array(prompt)), Some(Value::Array(answer))) => {
-                    sample::answered(prompt, answer, tools)
-                }
-                (prompt, _) => Err(format!(
+        (false, true, false) if is_list => match (object.remove("prompt"), object.remove("completion")) {
+            (Some(Value::Array(prompt)), Some(Value::Array(answer))) => {
+                sample::answered(prompt, answer, tools)?
+            }
+            (prompt, _) => {
+                return Err(Problem::from(format!(
                     ": prompt must be a list of messages like completion, got {}.",
                     prompt.as_ref().map_or("nothing", type_name)
-                )),
+                )));
             }
-        }
+        },
         (false, true, false) => {
+            if let Some(missing) = ["prompt", "completion"].into_iter().find(|key| !has(key)) {
+                return Err(Problem::shape(format!(": {missing} is missing.")));
+            }
             let prompt = text_field(&mut object, "prompt")?;
             let completion = text_field(&mut object, "completion")?;
-            match completion.is_empty() {
-                true => Err(" has an empty completion: there is nothing to learn.".to_owned()),
-                false => Ok(Row::Completion { prompt, completion }),
+            if completion.is_empty() {
+                return Err(Problem::from(
+                    " has an empty completion: there is nothing to learn.".to_owned(),
+                ));
             }
+            Row::Completion { prompt, completion }
         }
         (false, false, true) => match text_field(&mut object, "text")? {
-            text if text.is_empty() => Err(" has an empty text: there is nothing to learn.".to_owned()),
-            text => Ok(Row::Text { text }),
+            text if text.is_empty() => {
+                return Err(Problem::from(
+                    " has an empty text: there is nothing to learn.".to_owned(),
+                ));
+            }
+            text => Row::Text { text },
         },
         (false, false, false) => {
             let keys: Vec<&str> = object.keys().take(8).map(String::as_str).collect();
             let shapes = [Kind::Chat, Kind::Completion, Kind::Text]
                 .map(Kind::shape)
                 .join(" or ");
-            Err(format!(
-                " has the keys [{}]; expected {shapes}.",
+            return Err(Problem::shape(format!(
+                " has the keys [{}]; expected {shapes}, {{\"conversations\": [...]}} or {{\"instruction\": ..., \"output\": ...}}. \
+                 Other columns are read by the settings template and column_map.",
                 excerpt(&keys.join(", "))
-            ))
+            )));
         }
-        _ => Err(
-            " mixes shapes: only one of messages, prompt with completion, and text is allowed.".to_owned(),
-        ),
-    }?;
-    keys::rest_of_row(&object).map_err(named)?;
+        _ => {
+            return Err(Problem::shape(
+                " mixes shapes: only one of messages, prompt with completion, and text is allowed."
+                    .to_owned(),
+            ));
+        }
+    };
+    keys::rest_of_row(&object).map_err(|problem| Problem::shape(format!(": {problem}")))?;
     Ok(row)
 }
 
@@ -346,6 +471,7 @@ fn message_of(message: Value) -> Result<Message, String> {
             type_name(&message)
         ));
     };
+    columns::modern(&mut message);
     keys::check_message(&message)?;
     let role = match message.remove("role") {
         None => return Err("Discriminator 'role' is missing in value.".to_owned()),

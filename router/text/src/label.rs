@@ -9,6 +9,7 @@ use std::ops::Range;
 use serde_json::Value as Json;
 use tandem_core::dataset::{Example, Group};
 use tandem_core::job::Rows;
+use tandem_core::settings::Settings;
 
 use crate::chat::{ChatTemplate, Ending, Kwargs, Message};
 use crate::dataset::{Kind, Row, Sample};
@@ -19,10 +20,42 @@ use crate::tokenizer::{Placed, SpecialTokens, Tokenizer};
 pub struct Options {
     /// Longer rows are cut at the end.
     pub max_seq_length: u32,
+    /// Rows are not cut one by one: they are one text, in blocks of that length.
+    pub wraps: bool,
     /// Loss weight of the prompt of prompt/completion rows; 0 for other rows, which have none.
     pub prompt_loss_weight: f32,
+    /// Every token of every row has loss.
+    pub train_on_input: bool,
     /// What the job's objective learns from.
     pub rows: Rows,
+}
+
+impl Options {
+    pub fn new(settings: &Settings, max_seq_length: u32, rows: Rows) -> Options {
+        Options {
+            max_seq_length,
+            wraps: settings.wraps(),
+            prompt_loss_weight: settings.prompt_loss_weight.unwrap_or(0.0) as f32,
+            train_on_input: settings.train_on_input.unwrap_or(false),
+            rows,
+        }
+    }
+
+    /// Tokens of one row at most.
+    pub fn row_limit(&self) -> usize {
+        match self.wraps {
+            true => usize::MAX,
+            false => self.max_seq_length as usize,
+        }
+    }
+}
+
+/// A row as tokens.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Labelled {
+    pub group: Group,
+    /// Of its longest example, before it was cut.
+    pub whole_tokens: usize,
 }
 
 /// What finding the turns of one row may render at most, where each turn takes all before it: some seconds.
@@ -31,9 +64,14 @@ const MAX_RENDERED_BYTES: usize = 1 << 30;
 const MESSAGE_COST_BYTES: usize = 512;
 
 /// What the objective gets of a row of the file; errors as [`tokenize`].
-pub fn group(sample: &Sample, tokenizer: &Tokenizer, options: &Options) -> Result<Group, TextError> {
+pub fn group(sample: &Sample, tokenizer: &Tokenizer, options: &Options) -> Result<Labelled, TextError> {
     suits(sample, options.rows)?;
-    let example = |row: &Row| tokenize(row, tokenizer, options);
+    let mut whole_tokens = 0;
+    let mut example = |row: &Row| {
+        let (example, n_tokens) = tokenize(row, tokenizer, options)?;
+        whole_tokens = whole_tokens.max(n_tokens);
+        Ok::<_, TextError>(example)
+    };
     let (examples, value) = match sample {
         Sample::Example(row) => (vec![example(row)?], 0.0),
         Sample::Pair { chosen, rejected } => (vec![example(chosen)?, example(rejected)?], 0.0),
@@ -46,7 +84,10 @@ pub fn group(sample: &Sample, tokenizer: &Tokenizer, options: &Options) -> Resul
         }
         Sample::Rewarded { row, reward } => (vec![example(row)?], *reward),
     };
-    Ok(Group { examples, value })
+    Ok(Labelled {
+        group: Group { examples, value },
+        whole_tokens,
+    })
 }
 
 /// Whether an objective learns from such a row.
@@ -76,11 +117,14 @@ pub fn suits(sample: &Sample, rows: Rows) -> Result<(), TextError> {
     }
 }
 
-/// `NoLabels` when nothing with a weight is left: callers skip and count it. Other errors concern the whole file.
-pub fn tokenize(row: &Row, tokenizer: &Tokenizer, options: &Options) -> Result<Example, TextError> {
+/// With the number of tokens before it was cut. `NoLabels` when nothing with a weight is left: callers skip and count it.
+/// Other errors concern the whole file.
+pub fn tokenize(row: &Row, tokenizer: &Tokenizer, options: &Options) -> Result<(Example, usize), TextError> {
     let Options {
-        max_seq_length,
+        max_seq_length: _,
+        wraps,
         prompt_loss_weight,
+        train_on_input,
         rows: _,
     } = *options;
     if prompt_loss_weight != 0.0 && row.kind() != Kind::Completion {
@@ -99,8 +143,21 @@ pub fn tokenize(row: &Row, tokenizer: &Tokenizer, options: &Options) -> Result<E
             (tokens, weights)
         }
     };
+    if train_on_input {
+        weights.fill(1.0);
+    }
     let n_tokens = tokens.len();
-    let max_seq_length = max_seq_length as usize;
+    let max_seq_length = options.row_limit();
+    // What a block has behind its last label is what the next row begins behind.
+    if wraps {
+        return match weights.iter().any(|&weight| weight != 0.0) {
+            true => Ok((Example { tokens, weights }, n_tokens)),
+            false => Err(TextError::NoLabels {
+                tokens: n_tokens,
+                max_seq_length,
+            }),
+        };
+    }
     // Nothing after the last label can change the loss: attention is causal.
     let last_label = weights
         .iter()
@@ -114,7 +171,7 @@ pub fn tokenize(row: &Row, tokenizer: &Tokenizer, options: &Options) -> Result<E
             tokens: n_tokens,
             max_seq_length,
         }),
-        _ => Ok(Example { tokens, weights }),
+        _ => Ok((Example { tokens, weights }, n_tokens)),
     }
 }
 

@@ -185,6 +185,7 @@ fn property(setting: &Setting) -> Value {
         Kind::Flag => json!({"type": "boolean"}),
         Kind::Word(words) => json!({"type": "string", "enum": words}),
         Kind::Modules => json!({"type": "array", "items": text, "minItems": 1}),
+        Kind::Map => json!({"type": "object", "additionalProperties": text}),
         Kind::Text => text.clone(),
     };
     let others = match aliases {
@@ -233,6 +234,7 @@ mod tests {
                     settings::Kind::Flag => json!(true),
                     settings::Kind::Word(words) => json!(words[1]),
                     settings::Kind::Modules => json!("q_proj, v_proj"),
+                    settings::Kind::Map => json!({"output": "summary"}),
                     settings::Kind::Text => json!("x"),
                 };
                 let alone = json!({*name: value});

@@ -6,10 +6,13 @@ use tandem_core::settings::Settings;
 use tandem_openapi::common::{AutoInteger, AutoNumber};
 use tandem_openapi::fine_tuning::{
     Checkpoint, ChosenHyperparameters, ChosenMethod, ChosenMethodSettings, CommonHyperparameters, Job,
-    JobError, JobEvent, MethodHyperparameters, RunHyperparameters, RunLora, RunObjective,
+    JobError, JobEvent, JobPreview, MethodHyperparameters, PreviewExample, PreviewRow, PreviewStatistics,
+    RunData, RunHyperparameters, RunLora, RunObjective,
 };
 use tandem_router::api::{self, JobEventRecord, JobRequest, JobStatus, Level};
 use tandem_router::hyper;
+use tandem_router::preview::Preview;
+use tandem_text::dataset::{Shown, Statistics};
 
 pub fn job(job: api::Job, organization: &str) -> Job {
     let api::Job {
@@ -57,6 +60,61 @@ pub fn job(job: api::Job, organization: &str) -> Job {
         integrations: Vec::new(),
         metadata: (!request.metadata.is_empty()).then_some(request.metadata),
         user_provided_suffix: request.suffix,
+    }
+}
+
+pub fn preview(preview: Preview, request: &JobRequest) -> JobPreview {
+    let Preview {
+        formats,
+        statistics,
+        is_whole,
+        rows,
+        hyper,
+    } = preview;
+    let Statistics {
+        rows: n_rows,
+        dropped,
+        cut,
+        examples,
+        tokens,
+        trained_tokens,
+        longest,
+    } = statistics;
+    let example = |shown: Shown| PreviewExample {
+        text: shown.text(),
+        learned: shown
+            .pieces
+            .iter()
+            .filter(|piece| piece.weight != 0.0)
+            .map(|piece| piece.text.clone())
+            .collect(),
+        tokens: shown.tokens,
+        loss_mask: shown.weights,
+    };
+    JobPreview {
+        object: "fine_tuning.preview",
+        model: request.model.clone(),
+        format: formats,
+        statistics: PreviewStatistics {
+            whole_file: is_whole,
+            rows: n_rows,
+            dropped,
+            cut,
+            examples,
+            tokens,
+            trained_tokens,
+            longest,
+        },
+        hyperparameters: ChosenHyperparameters {
+            common: common(request, Some(&hyper)),
+            run: Some(run(hyper, &request.settings)),
+        },
+        data: rows
+            .into_iter()
+            .map(|examples| PreviewRow {
+                examples: examples.into_iter().map(example).collect(),
+            })
+            .collect(),
     }
 }
 
@@ -154,6 +212,7 @@ fn run(hyper: Hyper, settings: &Settings) -> RunHyperparameters {
         gradient_accumulation_steps,
         save_steps,
         eval_steps,
+        data: data(settings),
         objective: RunObjective {
             objective: objective.name().to_owned(),
             loss_type: objective.loss_type().map(str::to_owned),
@@ -164,6 +223,21 @@ fn run(hyper: Hyper, settings: &Settings) -> RunHyperparameters {
                 .collect(),
         },
         lora,
+    }
+}
+
+/// Worked into the tokens, not numbers of the run.
+fn data(settings: &Settings) -> RunData {
+    let word = |asked: &Option<String>, default: &str| asked.clone().unwrap_or_else(|| default.to_owned());
+    RunData {
+        train_on_input: settings.train_on_input.unwrap_or(false),
+        packing_strategy: word(&settings.packing_strategy, "bfd"),
+        template: settings.template.clone(),
+        column_map: settings.column_map.clone(),
+        dataset_text_field: word(&settings.dataset_text_field, "text"),
+        dataset_format: settings.dataset_format.clone(),
+        sample_by: word(&settings.sample_by, "line"),
+        split: word(&settings.split, "train"),
     }
 }
 

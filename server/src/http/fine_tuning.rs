@@ -7,7 +7,7 @@ use axum::Json as Answer;
 use axum::extract::State;
 use tandem_openapi::common::{CursorList, PageList};
 use tandem_openapi::error::Errors;
-use tandem_openapi::fine_tuning::{Checkpoint, CreateJob, Job, JobEvent};
+use tandem_openapi::fine_tuning::{Checkpoint, CreateJob, Job, JobEvent, JobPreview};
 use tandem_router::MetadataFilter;
 
 use super::to_the_end;
@@ -20,6 +20,7 @@ use crate::keys::Own;
 
 const LIST_LIMIT: u32 = 100;
 const EVENTS_LIMIT: u32 = 1000;
+const PREVIEW_LIMIT: u32 = 100;
 
 /// Train an adapter on a file. It answers requests as soon as it is made.
 #[utoipa::path(
@@ -35,6 +36,23 @@ pub async fn create(
     let job = to_the_end(async move { own.create_job(request).await }).await?;
     let made = Object(job.id.to_string());
     Ok((Extension(made), Answer(jobs::job(job, app.organization()))))
+}
+
+/// What a job of this body would train: the first rows as the model would read them, and statistics. Nothing is kept.
+#[utoipa::path(
+    post, path = "/v1/fine_tuning/preview", tag = "fine-tuning", request_body = CreateJob,
+    params(("rows" = Option<u32>, Query, minimum = 1, maximum = 100, description = "How many are shown, 3 unless given")),
+    responses((status = 200, body = JobPreview), Errors)
+)]
+pub async fn preview(
+    Own(own): Own,
+    query: Pairs,
+    Json(body): Json<CreateJob>,
+) -> Result<Answer<JobPreview>, ApiError> {
+    let rows = query.integer("rows", 1..=PREVIEW_LIMIT, 3)?;
+    let request = fine_tuning::request(body)?;
+    let preview = own.preview_job(request.clone(), rows as usize).await?;
+    Ok(Answer(jobs::preview(preview, &request)))
 }
 
 /// Jobs, newest first. `metadata[key]=value` picks some.

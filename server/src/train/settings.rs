@@ -4,13 +4,15 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZero;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
-use tandem_core::settings::{self, Group, Refused, Setting, Settings, TABLE};
+use tandem_core::settings::{self, Group, Kind, Refused, Setting, Settings, TABLE};
 use tandem_core::suggest::closest;
 use tandem_router::hyper::Tuning;
+
+use super::{recipes, torchtune};
 
 /// As the field's examples do.
 const DEFAULT_SEED: u64 = 42;
@@ -38,7 +40,7 @@ type Key = (&'static str, &'static [&'static str], &'static str);
 const KEYS: &[Key] = &[
     (
         "model",
-        &["model_name_or_path", "base_model"],
+        &["model_name_or_path", "base_model", "model_name"],
         "folder of the base model, or its name on the hub (required)",
     ),
     (
@@ -54,9 +56,9 @@ const KEYS: &[Key] = &[
     (
         "training_file",
         &["train_file"],
-        "JSONL of messages, prompt and completion, or text (required)",
+        "file of rows, or a list of files: JSONL, a JSON array, CSV or plain text (required)",
     ),
-    ("validation_file", &["eval_file"], "JSONL of the same"),
+    ("validation_file", &["eval_file"], "the same, to validate on"),
     (
         "output_dir",
         &[],
@@ -84,6 +86,11 @@ const KEYS: &[Key] = &[
         "the frozen linears in int8, int4 or nf4 (QLoRA); without it as the checkpoint has them",
     ),
     ("device", &[], "auto (default), cpu or cuda:N"),
+    (
+        "preview",
+        &[],
+        "true, or a number of rows: shows rows as they would be trained, and trains nothing",
+    ),
 ];
 
 pub fn help() -> String {
@@ -119,8 +126,8 @@ pub struct Recipe {
     pub model: PathBuf,
     pub revision: Option<String>,
     pub chat_template: Option<String>,
-    pub training_file: PathBuf,
-    pub validation_file: Option<PathBuf>,
+    pub training_file: Files,
+    pub validation_file: Option<Files>,
     pub output_dir: PathBuf,
     pub overwrite_output_dir: bool,
     pub save_total_limit: Option<NonZero<u32>>,
@@ -128,6 +135,8 @@ pub struct Recipe {
     pub dtype: String,
     pub quantization: Option<String>,
     pub device: String,
+    /// Rows to show.
+    pub preview: Option<usize>,
     pub settings: Settings,
 }
 
@@ -137,8 +146,8 @@ struct Own {
     model: PathBuf,
     revision: Option<String>,
     chat_template: Option<String>,
-    training_file: PathBuf,
-    validation_file: Option<PathBuf>,
+    training_file: Files,
+    validation_file: Option<Files>,
     output_dir: PathBuf,
     overwrite_output_dir: Option<bool>,
     save_total_limit: Option<NonZero<u32>>,
@@ -146,6 +155,34 @@ struct Own {
     dtype: Option<String>,
     quantization: Option<String>,
     device: Option<String>,
+    preview: Option<Preview>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "true, false or a number of rows")]
+enum Preview {
+    Flag(bool),
+    Rows(usize),
+}
+
+/// Without a number.
+const PREVIEW_ROWS: usize = 3;
+
+/// One path, or several.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(untagged, expecting = "a path, or a list of paths")]
+pub enum Files {
+    One(PathBuf),
+    Several(Vec<PathBuf>),
+}
+
+impl Files {
+    pub fn paths(&self) -> &[PathBuf] {
+        match self {
+            Files::One(path) => std::slice::from_ref(path),
+            Files::Several(paths) => paths,
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -155,24 +192,74 @@ enum Method {
     Full,
 }
 
-/// Setting, by its name here -> how it was spelt, and its value.
-type Given = BTreeMap<String, (String, Value)>;
+/// A value, and where it stands: `optimizer.` and `lr`.
+struct Asked {
+    place: String,
+    name: String,
+    value: Value,
+}
+
+impl Asked {
+    fn spelt(&self) -> String {
+        format!("{}{}", self.place, self.name)
+    }
+}
+
+/// By the setting's name here.
+type Given = BTreeMap<String, Asked>;
 
 pub fn read(args: &[String]) -> Result<Recipe, SettingsError> {
-    let (mut given, words) = match args.split_first() {
-        Some((path, words)) if !path.contains('=') => (file(path)?, words),
-        _ => (Given::new(), args),
+    let (mut config, words) = match args.split_first() {
+        Some((path, words)) if !path.contains('=') && !path.starts_with('~') => (file(path)?, words),
+        _ => (Map::new(), args),
     };
+    let has_sections = torchtune::is_config(&config);
+    let mut own_words = Given::new();
+    for word in words {
+        if let Some(removed) = word.strip_prefix('~') {
+            torchtune::set(&mut config, removed, None)?;
+            continue;
+        }
+        let (key, text) = word
+            .split_once('=')
+            .ok_or_else(|| SettingsError::NotASetting(word.clone()))?;
+        let value = of_word(key, text)?;
+        let is_path = has_sections || key.contains('.');
+        if is_path && torchtune::set(&mut config, key, Some(value.clone()))? {
+            continue;
+        }
+        // Of one word given twice, the later counts.
+        if own_words
+            .get(canonical(key))
+            .is_some_and(|asked| asked.name == key)
+        {
+            own_words.remove(canonical(key));
+        }
+        insert(&mut own_words, "", key, value)?;
+    }
+    let mut given = Given::new();
+    if torchtune::is_config(&config) {
+        for torchtune::Flat { place, name, value } in torchtune::flat(config)? {
+            insert(&mut given, &place, &name, value)?;
+        }
+    } else {
+        for (key, value) in config {
+            insert(&mut given, "", &key, value)?;
+        }
+    }
     // Words win over the file.
-    given.extend(self::words(words)?);
+    given.extend(own_words);
     typed(given)
 }
 
-fn file(path: &str) -> Result<Given, SettingsError> {
-    let text = std::fs::read_to_string(path).map_err(|source| SettingsError::Unreadable {
-        path: path.to_owned(),
-        source,
-    })?;
+fn file(path: &str) -> Result<Map<String, Value>, SettingsError> {
+    let text = match recipes::named(path) {
+        Some(recipe) if !Path::new(path).exists() => recipe.text.to_owned(),
+        _ => std::fs::read_to_string(path).map_err(|source| SettingsError::Unreadable {
+            path: path.to_owned(),
+            source,
+        })?,
+    };
     let not_yaml = |why: String| SettingsError::NotYaml {
         path: path.to_owned(),
         why,
@@ -180,47 +267,50 @@ fn file(path: &str) -> Result<Given, SettingsError> {
     // It says the line, and what it was about.
     let yaml: serde_norway::Mapping =
         serde_norway::from_str(&text).map_err(|error| not_yaml(error.to_string()))?;
-    let mut given = Given::new();
+    let mut config = Map::new();
     for (key, value) in yaml {
         let key = key
             .as_str()
             .ok_or_else(|| not_yaml(format!("{key:?} is no name of a setting")))?;
-        insert(&mut given, key, json(key, value)?)?;
+        config.insert(key.to_owned(), json(key, value)?);
     }
-    Ok(given)
+    Ok(config)
 }
 
-fn words(words: &[String]) -> Result<Given, SettingsError> {
-    let mut given = Given::new();
-    for word in words {
-        let (key, text) = word
-            .split_once('=')
-            .ok_or_else(|| SettingsError::NotASetting(word.clone()))?;
-        let value = match serde_norway::from_str(text) {
-            Ok(yaml) => json(key, yaml)?,
-            Err(_) => Value::String(text.to_owned()),
-        };
-        // Of one word given twice, the later counts.
-        if given.get(canonical(key)).is_some_and(|(spelt, _)| spelt == key) {
-            given.remove(canonical(key));
+/// A text stays one, whatever YAML would make of it: templates have colons and braces.
+fn of_word(key: &str, text: &str) -> Result<Value, SettingsError> {
+    let is_text = settings::setting(key).is_some_and(|setting| setting.kind == Kind::Text);
+    match serde_norway::from_str(text) {
+        Ok(serde_norway::Value::Mapping(_) | serde_norway::Value::Sequence(_)) if is_text => {
+            Ok(Value::String(text.to_owned()))
         }
-        insert(&mut given, key, value)?;
+        Ok(yaml) => json(key, yaml),
+        Err(_) => Ok(Value::String(text.to_owned())),
     }
-    Ok(given)
 }
 
-fn insert(given: &mut Given, key: &str, value: Value) -> Result<(), SettingsError> {
-    match given.insert(canonical(key).to_owned(), (key.to_owned(), value)) {
-        Some((first, _)) => Err(SettingsError::Twice {
-            first,
-            second: key.to_owned(),
-        }),
-        None => Ok(()),
+fn insert(given: &mut Given, place: &str, key: &str, value: Value) -> Result<(), SettingsError> {
+    let asked = Asked {
+        place: place.to_owned(),
+        name: key.to_owned(),
+        value,
+    };
+    if let Some(first) = given.get(canonical(key)) {
+        // Sections say some things twice.
+        if first.value == asked.value && !asked.place.is_empty() {
+            return Ok(());
+        }
+        return Err(SettingsError::Twice {
+            first: first.spelt(),
+            second: asked.spelt(),
+        });
     }
+    given.insert(canonical(key).to_owned(), asked);
+    Ok(())
 }
 
 /// Names that nobody knows stay as they are, until they are refused.
-fn canonical(name: &str) -> &str {
+pub(super) fn canonical(name: &str) -> &str {
     let own = KEYS
         .iter()
         .find(|(key, others, _)| *key == name || others.contains(&name));
@@ -242,15 +332,26 @@ fn json(key: &str, yaml: serde_norway::Value) -> Result<Value, SettingsError> {
 }
 
 fn typed(given: Given) -> Result<Recipe, SettingsError> {
-    let (mut own, mut rest) = (Map::new(), Map::new());
-    for (name, (spelt, value)) in given {
-        match KEYS.iter().any(|(key, ..)| *key == name) {
-            true => own.insert(name, value),
-            false => rest.insert(spelt, value),
-        };
+    let (mut own, mut rest) = (Map::new(), BTreeMap::<String, Map<String, Value>>::new());
+    for (key, Asked { place, name, value }) in given {
+        match KEYS.iter().any(|(known, ..)| *known == key) {
+            true => drop(own.insert(key.clone(), of_others(&key, value))),
+            // It goes on by itself.
+            false if name == "resume_from_checkpoint" && value.is_boolean() => {}
+            // llama-recipes' data sets are known by how they are written.
+            false if name == "dataset" && value.is_string() => {
+                rest.entry(place)
+                    .or_default()
+                    .insert("template".to_owned(), value);
+            }
+            false => drop(rest.entry(place).or_default().insert(name, value)),
+        }
     }
     let has_validation_file = own.get("validation_file").is_some_and(|value| !value.is_null());
-    let mut settings = settings::read([("", rest)], has_validation_file).map_err(suggested)?;
+    let places = rest
+        .iter()
+        .map(|(place, values)| (place.as_str(), values.clone()));
+    let mut settings = settings::read(places, has_validation_file).map_err(suggested)?;
     let Own {
         model,
         revision,
@@ -264,6 +365,7 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
         dtype,
         quantization,
         device,
+        preview,
     } = serde_path_to_error::deserialize(Value::Object(own)).map_err(|error| SettingsError::Wrong {
         key: error.path().to_string(),
         message: error.inner().to_string(),
@@ -300,8 +402,26 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
         dtype,
         quantization,
         device,
+        preview: match preview {
+            None | Some(Preview::Flag(false)) => None,
+            Some(Preview::Flag(true)) => Some(PREVIEW_ROWS),
+            Some(Preview::Rows(rows)) => Some(rows),
+        },
         settings,
     })
+}
+
+/// Values of `KEYS` in others' words.
+fn of_others(key: &str, value: Value) -> Value {
+    match (key, value.as_str(), value.as_bool()) {
+        ("dtype", Some("bf16" | "torch.bfloat16"), _) => "bfloat16".into(),
+        ("dtype", Some("fp32" | "torch.float32"), _) => "float32".into(),
+        ("quantization", _, Some(false)) => Value::Null,
+        // bitsandbytes', which llama-recipes asks for.
+        ("quantization", Some("8bit"), _) | ("quantization", _, Some(true)) => "int8".into(),
+        ("quantization", Some("4bit"), _) => "nf4".into(),
+        _ => value,
+    }
 }
 
 /// An unknown name may have been meant as one of `KEYS`.
@@ -353,11 +473,9 @@ fn fits_full(settings: &Settings, dtype: &str, device: &str) -> Result<(), Setti
 
 #[cfg(test)]
 mod tests {
+    use super::*;
     use serde_json::json;
     use tandem_core::job::Schedule;
-    use tandem_core::settings::Kind;
-
-    use super::*;
 
     fn asked(args: &[&str]) -> Result<Recipe, SettingsError> {
         read(&args.iter().map(|&arg| arg.to_owned()).collect::<Vec<_>>())
@@ -395,6 +513,7 @@ mod tests {
                     Kind::Flag => "true".to_owned(),
                     Kind::Word(words) => words[1].to_owned(),
                     Kind::Modules => "q_proj,v_proj".to_owned(),
+                    Kind::Map => "{output: summary}".to_owned(),
                     Kind::Text => "x".to_owned(),
                 };
                 let word = format!("{name}={text}");
@@ -434,6 +553,9 @@ mod tests {
             (&["lr_scheduler_type=step"], "one of constant"),
             (&["lr=1e-3", "learning_rate=1e-3"], "the same setting"),
             (&["load_in_4bit=true"], "not supported"),
+            (&["nproc_per_node=4"], "gradient_accumulation_steps x N"),
+            (&["enable_fsdp=true"], "not supported"),
+            (&["training_file.x=1"], "training_file"),
             (&["method=full", "lora_r=8"], "has no adapter"),
             (&["method=full", "device=cuda"], "on the CPU only"),
             (&["method=full", "dtype=bfloat16"], "float32"),
@@ -457,6 +579,53 @@ mod tests {
         );
         let missing = asked(&["model=m"]).unwrap_err().to_string();
         assert!(missing.contains("training_file"), "{missing}");
+    }
+
+    /// As their command lines have them.
+    #[test]
+    fn lines_of_llama_recipes_are_read() {
+        let line = "model_name=m use_peft=true peft_method=lora output_dir=o dataset=samsum_dataset training_file=t.jsonl \
+                    save_model=true pure_bf16=true use_fast_kernels=true batch_size_training=1 dist_checkpoint_root_folder=x \
+                    dist_checkpoint_folder=fine-tuned from_peft_checkpoint= freeze_layers=false num_freeze_layers=1 \
+                    quantization=false max_train_step=0 lr=1e-4 mixed_precision=true use_fp16=false run_validation=true \
+                    gradient_clipping=true gradient_clipping_threshold=1.0 flop_counter=false flop_counter_start=3";
+        let Recipe {
+            settings,
+            quantization,
+            ..
+        } = asked(&line.split_whitespace().collect::<Vec<_>>()).unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(settings.template.as_deref(), Some("samsum_dataset"));
+        assert_eq!(
+            (settings.batch_size, settings.max_grad_norm),
+            (Some(1), Some(1.0))
+        );
+        assert_eq!((settings.from_peft_checkpoint, quantization), (None, None));
+        let text = [
+            &NEEDED[..],
+            &[
+                "template=Q: {q}\nA: ",
+                "column_map.output=a",
+                "column_map.q=question",
+            ],
+        ]
+        .concat();
+        let settings = asked(&text).unwrap_or_else(|error| panic!("{error}")).settings;
+        assert_eq!(settings.template.as_deref(), Some("Q: {q}\nA: "));
+        assert_eq!(settings.column_map.unwrap().len(), 2);
+    }
+
+    #[test]
+    fn recipes_are_read() {
+        for recipe in recipes::RECIPES {
+            let read = asked(&[recipe.name, "device=cpu"])
+                .unwrap_or_else(|error| panic!("{}: {error}", recipe.name));
+            assert!(
+                read.model.display().to_string().starts_with("meta-llama/"),
+                "{}",
+                recipe.name
+            );
+            assert!(recipe.text.starts_with("# "), "{} says what it is", recipe.name);
+        }
     }
 
     #[test]

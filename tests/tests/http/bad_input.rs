@@ -460,7 +460,7 @@ fn files() {
         ("empty", &[purpose, ("file", Some("x.jsonl"), b"")], None, "empty"),
         ("not UTF-8", &[purpose, ("file", Some("x.jsonl"), b"\xff\xfe\n")], None, "1"),
         ("not JSON at line 2", &[purpose, ("file", Some("x.jsonl"), b"{\"text\": \"a\"}\n{oops\n")], None, "2"),
-        ("a list at line 1", &[purpose, ("file", Some("x.jsonl"), b"[1]\n")], None, "JSONL format"),
+        ("a list at line 1", &[purpose, ("file", Some("x.jsonl"), b"[1]\n")], None, "Row 1 is not a dictionary"),
         ("an unknown shape", &[purpose, ("file", Some("x.jsonl"), b"{\"question\": \"a\"}\n")], None, "1"),
         ("no assistant", &[purpose, ("file", Some("x.jsonl"), b"{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}\n")], None, "assistant"),
         ("binary", &[purpose, ("file", Some("x.jsonl"), b"\x00\x01\x02\n")], None, "1"),

@@ -306,3 +306,94 @@ fn a_job_can_be_cancelled_and_can_fail() {
     }
     client::get(server.address, "/health").ok();
 }
+
+/// Files of others' formats: what a job would make of them is seen before, and it makes just that.
+#[test]
+fn columns_are_previewed_and_trained() {
+    let server = Server::start(&[]);
+    let cases = [
+        (
+            "summaries.csv",
+            "id,document,summary\n1,\"A, and B\",They\n2,C,It\n".to_owned(),
+            json!({"template": "torchtune.data.SummarizeTemplate", "column_map": {"dialogue": "document", "output": "summary"}}),
+            "CSV",
+            "Summarize this dialogue:\nA, and B\n---\nSummary:\n",
+            "They",
+        ),
+        (
+            "alpaca.json",
+            json!([{"instruction": "Greet.", "input": "", "output": "Hi."}, {"instruction": "Go.", "input": "x", "output": "Gone."}])
+                .to_string(),
+            json!({}),
+            "a JSON array",
+            "### Instruction:\nGreet.\n\n### Response:\n",
+            "Hi.",
+        ),
+        (
+            "share.jsonl",
+            json!({"conversations": [{"from": "human", "value": "Who bakes?"}, {"from": "gpt", "value": "Rosa."}]}).to_string(),
+            json!({}),
+            "JSONL",
+            "Who bakes?",
+            "Rosa.",
+        ),
+        (
+            "notes.txt",
+            "Rosa bakes.\n\nFelix lives in the mill.\n".to_owned(),
+            json!({"packing_strategy": "wrapped"}),
+            "plain text",
+            "Rosa bakes.",
+            "Felix lives",
+        ),
+    ];
+    for (name, content, settings, format, read, learned) in cases {
+        let file = client::upload(server.address, name, content.as_bytes()).ok()["id"].clone();
+        let mut body = json!({"model": server.model(), "training_file": file, "max_steps": 1, "seed": 7, "max_seq_length": 256});
+        body.as_object_mut()
+            .unwrap()
+            .extend(settings.as_object().unwrap().clone());
+        let preview = client::post(server.address, "/v1/fine_tuning/preview?rows=1", &body).ok();
+        let example = &preview["data"][0]["examples"][0];
+        let statistics = &preview["statistics"];
+        assert_eq!(
+            (&preview["format"], &statistics["whole_file"]),
+            (&json!(format), &json!(true)),
+            "{preview}"
+        );
+        assert!(
+            example["text"].as_str().unwrap().contains(read),
+            "{name}: {example}"
+        );
+        assert!(
+            example["learned"].to_string().contains(learned),
+            "{name}: {example}"
+        );
+        assert_eq!(
+            example["tokens"].as_array().unwrap().len(),
+            example["loss_mask"].as_array().unwrap().len()
+        );
+        let created = client::post(server.address, "/v1/fine_tuning/jobs", &body).ok();
+        let done = ended(&server, created["id"].as_str().unwrap());
+        assert_eq!(done["status"], "succeeded", "{name}: {done}");
+        assert_eq!(done["trained_tokens"].as_u64() > Some(0), true, "{done}");
+        for (key, value) in settings.as_object().unwrap() {
+            assert_eq!(&done["hyperparameters"][key], value, "{done}");
+        }
+    }
+    let file = client::upload(server.address, "t.csv", b"question,answer\na,b\n").ok()["id"].clone();
+    for (settings, param, says) in [
+        (json!({}), "training_file", "has the keys [question, answer]"),
+        (json!({"template": "Q: {q}"}), "training_file", "has no column q"),
+        (json!({"template": "nothing"}), "template", "there is no template"),
+        (json!({"split": "test"}), "split", "a file is one split"),
+    ] {
+        let mut body = json!({"model": server.model(), "training_file": file});
+        body.as_object_mut()
+            .unwrap()
+            .extend(settings.as_object().unwrap().clone());
+        let refused = client::post(server.address, "/v1/fine_tuning/preview", &body);
+        let error = &refused.json()["error"];
+        assert_eq!((refused.status, &error["param"]), (400, &json!(param)), "{error}");
+        assert!(error["message"].as_str().unwrap().contains(says), "{error}");
+    }
+}

@@ -31,7 +31,12 @@ const PAGES: [(&str, &[&str]); 4] = [
     ),
     (
         include_str!("../../../docs/fine-tuning.md"),
-        &["\"text\"", "succeeded", "adapter_model.safetensors"],
+        &[
+            "\"loss_mask\"",
+            "\"text\"",
+            "succeeded",
+            "adapter_model.safetensors",
+        ],
     ),
     (
         include_str!("../../../docs/adapters.md"),

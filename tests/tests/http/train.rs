@@ -156,3 +156,85 @@ fn an_interrupted_run_goes_on() {
     );
     assert_eq!(code, Some(130), "{heard}");
 }
+
+/// Every recipe that is shipped, at toy size: its own numbers but for the length of the run and of a row.
+#[test]
+fn recipes_run_on_the_demo_model() {
+    let listed = text(&command(&["recipes", "ls"]).output().unwrap());
+    let names: Vec<&str> = listed
+        .lines()
+        .filter_map(|line| line.split_whitespace().next().filter(|name| name.contains('/')))
+        .collect();
+    assert!(names.len() >= 10, "{listed}");
+    for name in names {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |file: &str| folder.path().join(file).display().to_string();
+        let copied = text(
+            &command(&["recipes", "cp", name, &at("recipe.yaml")])
+                .output()
+                .unwrap(),
+        );
+        assert!(copied.contains(name), "{copied}");
+        let recipe = std::fs::read_to_string(at("recipe.yaml")).unwrap();
+        let rows = |row: &str| row.repeat(8);
+        let (file, content) = match name {
+            _ if recipe.contains("dataset: grammar") => {
+                ("rows.csv", format!("input,target\n{}", rows("He go.,He goes.\n")))
+            }
+            _ if recipe.contains("dataset: samsum") => (
+                "rows.jsonl",
+                rows("{\"dialogue\": \"A: Hi.\", \"summary\": \"A greets.\", \"id\": 1}\n"),
+            ),
+            _ if recipe.contains("dialogue: document") => (
+                "rows.jsonl",
+                rows("{\"document\": \"A says hi.\", \"summary\": \"A greets.\", \"id\": 1}\n"),
+            ),
+            _ if recipe.contains("alpaca") => (
+                "rows.json",
+                format!(
+                    "[{}{}]",
+                    rows("{\"instruction\": \"Greet.\", \"input\": \"\", \"output\": \"Hi.\"},\n"),
+                    "{\"instruction\": \"Greet.\", \"input\": \"A\", \"output\": \"Hi.\"}"
+                ),
+            ),
+            _ if recipe.contains("objective: dpo") => (
+                "rows.jsonl",
+                rows("{\"prompt\": \"Hi\", \"chosen\": \" there\", \"rejected\": \" no\"}\n"),
+            ),
+            _ => (
+                "rows.jsonl",
+                rows("{\"text\": \"<s>[INST] Hi [/INST] Hello. </s>\"}\n"),
+            ),
+        };
+        std::fs::write(at(file), content).unwrap();
+        let toy = [
+            at("recipe.yaml"),
+            format!("model={MODEL}"),
+            format!("training_file={}", at(file)),
+            format!("output_dir={}", at("out")),
+            "device=cpu".to_owned(),
+            "max_steps=2".to_owned(),
+            "max_seq_length=128".to_owned(),
+            "batch_size=2".to_owned(),
+            "gradient_accumulation_steps=1".to_owned(),
+        ];
+        let toy: Vec<&str> = std::iter::once("train")
+            .chain(toy.iter().map(String::as_str))
+            .collect();
+        let shown = text(
+            &command(&[&toy[..], &["--preview", "1"]].concat())
+                .output()
+                .unwrap(),
+        );
+        assert!(
+            shown.contains("--- 1 of ") && !Path::new(&at("out")).exists(),
+            "{name}: {shown}"
+        );
+        let output = command(&toy).output().unwrap();
+        assert!(
+            output.status.success() && text(&output).contains("step 2/2"),
+            "{name}: {}",
+            text(&output)
+        );
+    }
+}

@@ -104,7 +104,11 @@ const FOREIGN: &[Foreign] = &[
          per_device_eval_batch_size eval_batch_size val_batch_size eval_accumulation_steps
          eval_do_concat_batches eval_use_gather_object batch_eval_metrics prediction_loss_only eval_packing
          skip_memory_metrics full_determinism save_only_model save_safetensors
-         restore_callback_states_from_checkpoint length_column_name remove_unused_columns",
+         restore_callback_states_from_checkpoint length_column_name remove_unused_columns
+         optimizer_in_bwd memory_efficient_fsdp_wrap fsdp_cpu_offload fsdp_reshard_after_forward
+         custom_sharded_layers cudnn_deterministic_mode fsdp_activation_checkpointing checkpoint_type one_gpu
+         batch_size_val save_adapter_weights_only save_optimizer save_model dist_checkpoint_root_folder
+         dist_checkpoint_folder num_freeze_layers flop_counter_start profiler_dir use_orig_params",
         any,
         SPEED,
     ),
@@ -159,9 +163,9 @@ const FOREIGN: &[Foreign] = &[
     ),
     row("push_to_hub hf_output_repo_name hf_api_token", off, HUB),
     row(
-        "debug flop_counter use_profiler profiler",
+        "debug flop_counter use_profiler profiler save_metrics",
         off,
-        "there is no profiler",
+        "there is no profiler, and no file of metrics beside what is printed",
     ),
     // When to look and to save.
     row(
@@ -242,7 +246,12 @@ const FOREIGN: &[Foreign] = &[
         "every epoch has an order of its own, drawn from seed",
     ),
     row(
-        "group_by_length dataloader_drop_last auto_find_batch_size drop_last",
+        "group_by_length",
+        any,
+        "rows are never padded, so there is nothing to save by batches of like lengths",
+    ),
+    row(
+        "dataloader_drop_last auto_find_batch_size drop_last",
         off,
         "every epoch visits every row once in a drawn order, batch_size rows at a time",
     ),
@@ -256,19 +265,14 @@ const FOREIGN: &[Foreign] = &[
         |value, beside| {
             word(
                 value,
-                &[if beside.settings.packing == Some(true) {
+                &[if beside.settings.wraps() {
                     "packing"
                 } else {
                     "padding"
                 }],
             )
         },
-        "give packing: true to pack short rows; rows are never padded",
-    ),
-    row(
-        "packing_strategy",
-        |value, _| word(value, &["bfd"]),
-        "packing puts whole rows side by side and splits none",
+        "llama-recipes' packing is packing_strategy: wrapped; without it rows are never padded",
     ),
     row(
         "truncation_mode",
@@ -276,30 +280,41 @@ const FOREIGN: &[Foreign] = &[
         "the start of a long row is kept",
     ),
     row(
-        "dataset_text_field",
-        |value, _| word(value, &["text"]),
-        "a row's text is in \"text\"",
-    ),
-    row(
         "completion_only_loss",
-        |value, beside| {
-            on(value, beside)
-                && beside
-                    .settings
-                    .prompt_loss_weight
-                    .is_none_or(|weight| weight == 0.0)
+        |value, beside| match beside.settings.train_on_input {
+            Some(true) => off(value, beside),
+            _ => {
+                on(value, beside)
+                    && beside
+                        .settings
+                        .prompt_loss_weight
+                        .is_none_or(|weight| weight == 0.0)
+            }
         },
-        "give prompt_loss_weight: 0 (the default) for the completion only, 1 for the prompt alike",
+        "give prompt_loss_weight: 0 (the default) for the completion only, 1 for the prompt alike, or train_on_input: true",
     ),
     row(
         "assistant_only_loss mask_inputs",
-        on,
-        "of messages, the assistant's turns are learned; write rows of {\"text\"} to learn every token",
+        |value, beside| match beside.settings.train_on_input {
+            Some(true) => off(value, beside),
+            _ => on(value, beside),
+        },
+        "of messages, the assistant's turns are learned; train_on_input: true learns every token",
     ),
     row(
-        "train_on_inputs train_on_input train_on_prompt",
+        "conversation_style",
+        |value, _| word(value, &["openai", "sharegpt"]),
+        "messages have role and content (openai) or from and value (sharegpt), each is known by its keys",
+    ),
+    row(
+        "add_eos",
+        on,
+        "the end of every row is learned, so that an answer ends",
+    ),
+    row(
+        "new_system_prompt",
         off,
-        "prompts carry no loss; give prompt_loss_weight 1 for rows of prompt and completion, or write rows of {\"text\"}",
+        "write it as the first message of each row, of role system",
     ),
     row(
         "mask_history",
@@ -312,7 +327,7 @@ const FOREIGN: &[Foreign] = &[
         "every row of training_file is trained; give a smaller file, or a validation_file",
     ),
     row(
-        "dataset datasets dataset_name dataset_config dataset_train_split dataset_test_split dataset_path
+        "dataset datasets dataset_name dataset_config dataset_test_split dataset_path
          data_path train_file eval_file validation_split_percentage dataset_kwargs",
         off,
         FILES,
@@ -351,6 +366,7 @@ const FOREIGN: &[Foreign] = &[
                     "adamw_apex_fused",
                     "paged_adamw_32bit",
                     "paged_adamw",
+                    "anyprecision",
                 ],
             )
         },
@@ -362,7 +378,15 @@ const FOREIGN: &[Foreign] = &[
         "AdamW and its schedule have named settings only",
     ),
     row("betas", never, "give adam_beta1 and adam_beta2"),
-    row("gradient_clipping", never, "give max_grad_norm; 0 clips nothing"),
+    row(
+        "gradient_clipping",
+        |value, beside| match beside.settings.max_grad_norm {
+            Some(norm) if norm > 0.0 => on(value, beside),
+            Some(_) => off(value, beside),
+            None => on(value, beside),
+        },
+        "gradients are clipped to max_grad_norm, 1 unless it is given; 0 clips nothing",
+    ),
     row("gamma", never, "the learning rate follows lr_scheduler_type"),
     row(
         "label_smoothing_factor router_aux_loss_coef z_loss",
@@ -420,7 +444,7 @@ const FOREIGN: &[Foreign] = &[
         "causal language models are trained",
     ),
     row(
-        "freeze_layers num_freeze_layers freeze_trainable_layers unfrozen_parameters layers_to_transform
+        "freeze_layers freeze_trainable_layers unfrozen_parameters layers_to_transform
          layers_pattern",
         off,
         "every layer is adapted; lora_target_modules chooses the modules in them",
@@ -480,9 +504,26 @@ const FOREIGN: &[Foreign] = &[
     ),
     // Several devices.
     row(
-        "accelerator_config parallelism_config fsdp fsdp_config enable_fsdp enable_ddp deepspeed tp_size",
+        "accelerator_config parallelism_config fsdp fsdp_config enable_fsdp low_cpu_fsdp enable_ddp deepspeed tp_size hsdp
+         tensor_parallel_dim",
         off,
         RANKS,
+    ),
+    row(
+        "nproc_per_node nnodes num_processes num_machines",
+        |value, _| value.as_i64() == Some(1),
+        "a job is trained by one process, the batch of N devices is gradient_accumulation_steps x N; a server divides a model \
+         with --tensor-parallel-size N",
+    ),
+    row(
+        "sharding_strategy",
+        |value, _| word(value, &["no_shard"]),
+        "one process holds the parameters whole",
+    ),
+    row(
+        "max_train_step max_eval_step",
+        off,
+        "give max_steps; validation reads the whole validation_file",
     ),
     // OpenAI's and others' fields.
     row(

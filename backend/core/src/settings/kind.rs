@@ -20,6 +20,8 @@ pub enum Kind {
     Word(&'static [&'static str]),
     /// Names of modules: a list, or one text with commas (as Together's clients send it).
     Modules,
+    /// Names by names.
+    Map,
     /// A name or a path.
     Text,
 }
@@ -64,6 +66,7 @@ impl fmt::Display for Kind {
             Kind::Flag => f.write_str("true or false"),
             Kind::Word(words) => write!(f, "one of {}", words.join(", ")),
             Kind::Modules => write!(f, "a list of module names, or {ALL_LINEAR}"),
+            Kind::Map => f.write_str("names by names, such as {output: summary}"),
             Kind::Text => f.write_str("a name"),
         }
     }
@@ -112,6 +115,18 @@ impl Kind {
                 Value::Bool(false) => Ok(None),
                 Value::String(text) if ["", "none", "no"].contains(&text.as_str()) => Ok(None),
                 Value::String(_) => Ok(Some(value.clone())),
+                _ => Err(wrong(Why::Type)),
+            },
+            Kind::Map => match value {
+                Value::Object(names) if names.is_empty() => Ok(None),
+                Value::Object(names)
+                    if names.iter().all(|(name, other)| {
+                        !name.is_empty() && other.as_str().is_some_and(|other| !other.is_empty())
+                    }) =>
+                {
+                    Ok(Some(value.clone()))
+                }
+                Value::Object(_) => Err(wrong(Why::Value)),
                 _ => Err(wrong(Why::Type)),
             },
             Kind::Modules => {

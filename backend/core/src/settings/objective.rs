@@ -118,7 +118,12 @@ impl Settings {
                 format!("prompt_loss_weight: {name} compares answers, prompts carry no loss: leave it out");
             return Err(wrong("prompt_loss_weight", message));
         }
-        let packs = self.packing == Some(true);
+        if self.train_on_input == Some(true) && !is_supervised {
+            let message =
+                format!("train_on_input: {name} compares answers, prompts carry no loss: leave it out");
+            return Err(wrong("train_on_input", message));
+        }
+        let packs = self.packing == Some(true) || self.wraps();
         if packs && objective != Objective::Sft {
             let message = format!(
                 "packing fills rows of supervised examples; {name} has batch_size rows in a batch: leave it out"

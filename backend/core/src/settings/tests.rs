@@ -35,6 +35,7 @@ fn example(kind: Kind) -> Value {
         Kind::Flag => json!(true),
         Kind::Word(words) => json!(words[words.len() - 1]),
         Kind::Modules => json!(["q_proj", "v_proj"]),
+        Kind::Map => json!({"output": "summary"}),
         Kind::Text => json!("x"),
     }
 }
@@ -100,6 +101,15 @@ fn the_ends_of_every_range_fit_the_field_and_what_lies_beyond_is_named() {
             Kind::Word(words) => (
                 words.iter().map(|word| json!(word)).collect(),
                 vec![json!("wave"), json!(1)],
+            ),
+            Kind::Map => (
+                vec![json!({}), json!({"output": "summary"})],
+                vec![
+                    json!("output"),
+                    json!({"output": 1}),
+                    json!({"output": ""}),
+                    json!({"": "x"}),
+                ],
             ),
             Kind::Text => (vec![json!("x"), json!(false)], vec![json!(1), json!(true)]),
             Kind::Modules => (
@@ -182,6 +192,16 @@ fn settings_that_contradict_each_other_are_refused() {
         (
             json!({"objective": "orpo", "packing": true}),
             "packing",
+            "leave it out",
+        ),
+        (
+            json!({"packing_strategy": "wrapped", "packing": false}),
+            "packing_strategy",
+            "leave one of them out",
+        ),
+        (
+            json!({"objective": "dpo", "train_on_input": true}),
+            "train_on_input",
             "leave it out",
         ),
         (
@@ -317,7 +337,7 @@ fn what_the_field_asks_is_honoured_harmless_or_refused() {
         ("label_names", json!(["labels"]), Is::Refused("rows")),
         ("train_sampling_strategy", json!("random"), Harmless),
         ("train_sampling_strategy", json!("sequential"), Is::Refused("order")),
-        ("group_by_length", json!(true), Is::Refused("drawn order")),
+        ("group_by_length", json!(true), Harmless),
         ("ddp_find_unused_parameters", json!(false), Harmless),
         ("fsdp", json!(""), Harmless),
         ("fsdp", json!("full_shard"), Is::Refused("--tensor-parallel-size")),
@@ -332,8 +352,7 @@ fn what_the_field_asks_is_honoured_harmless_or_refused() {
         ("model_init_kwargs", json!({"dtype": "bfloat16"}), Is::Refused("model")),
         ("trust_remote_code", json!(true), Harmless),
         ("chat_template_path", json!("t.jinja"), Is::Refused("tandem serve --chat-template")),
-        ("dataset_text_field", json!("text"), Harmless),
-        ("dataset_text_field", json!("content"), Is::Refused("\"text\"")),
+        ("dataset_text_field", json!("content"), Honoured("dataset_text_field")),
         ("dataset_kwargs", json!({"skip_prepare_dataset": true}), Is::Refused("training_file")),
         ("dataset_num_proc", json!(4), Harmless),
         ("eos_token", json!("<|im_end|>"), Is::Refused("tokenizer.json")),
@@ -344,8 +363,8 @@ fn what_the_field_asks_is_honoured_harmless_or_refused() {
         ("shuffle_dataset", json!(false), Is::Refused("order")),
         ("packing", json!(false), Honoured("packing")),
         ("packing", json!(true), Honoured("packing")),
-        ("packing_strategy", json!("bfd"), Harmless),
-        ("packing_strategy", json!("wrapped"), Is::Refused("splits none")),
+        ("packing_strategy", json!("bfd"), Honoured("packing_strategy")),
+        ("packing_strategy", json!("wrapped"), Honoured("packing_strategy")),
         ("padding_free", json!(true), Harmless),
         ("eval_packing", json!(true), Harmless),
         ("completion_only_loss", json!(true), Harmless),
@@ -404,7 +423,7 @@ fn what_the_field_asks_is_honoured_harmless_or_refused() {
         ("batch_size_training", json!(4), Honoured("batch_size")),
         ("freeze_layers", json!(true), Is::Refused("every layer")),
         ("batching_strategy", json!("padding"), Harmless),
-        ("batching_strategy", json!("packing"), Is::Refused("packing: true")),
+        ("batching_strategy", json!("packing"), Is::Refused("packing_strategy: wrapped")),
         ("gamma", json!(0.85), Is::Refused("lr_scheduler_type")),
         ("micro_batch_size", json!(2), Honoured("batch_size")),
         ("sample_packing", json!(true), Honoured("packing")),
@@ -413,8 +432,12 @@ fn what_the_field_asks_is_honoured_harmless_or_refused() {
         ("cutoff_len", json!(512), Honoured("max_seq_length")),
         ("lora_target", json!("q_proj,v_proj"), Honoured("lora_target_modules")),
         ("lora_trainable_modules", json!("all-linear"), Honoured("lora_target_modules")),
-        ("train_on_inputs", json!(false), Harmless),
-        ("train_on_inputs", json!(true), Is::Refused("prompt_loss_weight")),
+        ("train_on_inputs", json!(false), Honoured("train_on_input")),
+        ("train_on_inputs", json!(true), Honoured("train_on_input")),
+        ("column_map", json!({"dialogue": "document", "output": "summary"}), Honoured("column_map")),
+        ("template", json!("torchtune.data.SummarizeTemplate"), Honoured("template")),
+        ("conversation_style", json!("sharegpt"), Harmless),
+        ("split", json!("train[:1%]"), Honoured("split")),
         ("from_checkpoint", json!("ft-1"), Honoured("from_peft_checkpoint")),
         ("from_peft_checkpoint", json!(true), Is::Refused("a name")),
         ("n_checkpoints", json!(3), Is::Refused("save_steps")),
@@ -461,7 +484,19 @@ fn what_the_field_asks_is_honoured_harmless_or_refused() {
         (json!({"eval_strategy": "steps", "eval_steps": 5}), true),
         (json!({"eval_strategy": "epoch", "eval_steps": 5}), false),
         (json!({"save_strategy": "no", "save_steps": 0}), true),
-        (json!({"batching_strategy": "packing", "packing": true}), true),
+        (json!({"batching_strategy": "packing", "packing": true}), false),
+        (
+            json!({"batching_strategy": "packing", "packing_strategy": "wrapped"}),
+            true,
+        ),
+        (
+            json!({"train_on_input": true, "assistant_only_loss": false}),
+            true,
+        ),
+        (
+            json!({"train_on_input": true, "completion_only_loss": true}),
+            false,
+        ),
         (
             json!({"completion_only_loss": true, "prompt_loss_weight": 0.5}),
             false,

@@ -108,26 +108,33 @@ pub(super) fn check_message(message: &Map<String, Value>) -> Result<(), String> 
     contrary(message, MESSAGE)
 }
 
+/// Of a row, in all shapes.
+const READ: [&str; 16] = [
+    "messages",
+    "tools",
+    "functions",
+    "prompt",
+    "completion",
+    "text",
+    "instruction",
+    "output",
+    "conversations",
+    "chosen",
+    "rejected",
+    "input",
+    "preferred_output",
+    "non_preferred_output",
+    "label",
+    "reward",
+];
+
+pub(super) fn is_read(name: &str) -> bool {
+    READ.contains(&name) || ROW.iter().any(|key| has(key.names, name))
+}
+
 /// `rest`: what was not read.
 pub(super) fn rest_of_row(rest: &Map<String, Value>) -> Result<(), String> {
-    unread(
-        rest,
-        ROW,
-        &[
-            "messages",
-            "tools",
-            "prompt",
-            "completion",
-            "text",
-            "chosen",
-            "rejected",
-            "input",
-            "preferred_output",
-            "non_preferred_output",
-            "label",
-            "reward",
-        ],
-    )
+    unread(rest, ROW, &READ)
 }
 
 /// `is_learned`: whether this turn carries loss.

@@ -4,7 +4,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{Kind, Row, excerpt, keys, messages_of, row, tools_of, type_name};
+use super::{Kind, Problem, Row, excerpt, keys, messages_of, row, tools_of, type_name};
 
 /// One row of a training file.
 #[derive(Clone, Debug, PartialEq)]
@@ -40,20 +40,19 @@ impl Sample {
 const PREFERRED: [&str; 2] = ["preferred_output", "preferred_completion"];
 const OTHER: [&str; 2] = ["non_preferred_output", "non_preferred_completion"];
 
-/// Errors continue the sentence "Line 7".
-pub(super) fn sample(mut object: Map<String, Value>) -> Result<Sample, String> {
+pub(super) fn sample(mut object: Map<String, Value>) -> Result<Sample, Problem> {
     let has = |key: &&str| object.get(*key).is_some_and(|value| !value.is_null());
     if PREFERRED.iter().chain(&OTHER).any(has) {
-        return openai_pair(object);
+        return Ok(openai_pair(object)?);
     }
     if ["chosen", "rejected"].iter().any(has) {
-        return trl_pair(object);
+        return Ok(trl_pair(object)?);
     }
     let [label, reward] = ["label", "reward"].map(|key| taken(&mut object, key));
     let example = row(object)?;
     match (label, reward) {
         (None, None) => Ok(Sample::Example(example)),
-        (Some(_), Some(_)) => Err(": label and reward exclude each other.".to_owned()),
+        (Some(_), Some(_)) => Err(": label and reward exclude each other.".to_owned().into()),
         (Some(label), None) => {
             let is_desirable = match (label.as_bool(), label.as_i64()) {
                 (Some(flag), _) => flag,
@@ -62,7 +61,8 @@ pub(super) fn sample(mut object: Map<String, Value>) -> Result<Sample, String> {
                     return Err(format!(
                         ": label says whether the example is desirable (KTO) and must be true or false, got {}.",
                         excerpt(&label.to_string())
-                    ));
+                    )
+                    .into());
                 }
             };
             Ok(Sample::Judged {
@@ -72,10 +72,7 @@ pub(super) fn sample(mut object: Map<String, Value>) -> Result<Sample, String> {
         }
         (None, Some(reward)) => match reward.as_f64().map(|reward| reward as f32) {
             Some(reward) if reward.is_finite() => Ok(Sample::Rewarded { row: example, reward }),
-            _ => Err(format!(
-                ": reward must be a number, got {}.",
-                excerpt(&reward.to_string())
-            )),
+            _ => Err(format!(": reward must be a number, got {}.", excerpt(&reward.to_string())).into()),
         },
     }
 }

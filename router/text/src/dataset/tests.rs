@@ -1,6 +1,20 @@
 //! Lines and files, good and bad.
 
+use std::io::Write;
+
+use super::records::MAX_ROW_BYTES;
 use super::*;
+
+/// A file of this content and name.
+fn file(name: &str, bytes: &[u8]) -> (tempfile::NamedTempFile, Source) {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(bytes).unwrap();
+    let source = Source {
+        path: file.path().to_owned(),
+        name: name.to_owned(),
+    };
+    (file, source)
+}
 
 fn message(role: &str, content: &str, weight: Option<f32>) -> Message {
     Message {
@@ -101,8 +115,8 @@ fn what_is_wrong_is_said_with_its_place() {
         ),
         (r#"{"text": "a" "b"}"#, "expected `,` or `}` at line 1 column 14"),
         (
-            r#"{"instruction": 1, "output": 2}"#,
-            "Line 7 has the keys [instruction, output]; expected {\"messages\"",
+            r#"{"question": 1, "answer": 2}"#,
+            "Line 7 has the keys [question, answer]; expected {\"messages\"",
         ),
         (r#"{"prompt": "a"}"#, "Line 7: completion is missing."),
         (
@@ -429,8 +443,8 @@ fn preferences_are_read_in_every_form() {
 fn files_are_checked_line_by_line() {
     let good = r#"{"text": "a"}"#;
     let pair = r#"{"prompt": "a", "completion": "b"}"#;
-    let long = format!(r#"{{"text": "{}"}}"#, "a".repeat(MAX_LINE_BYTES));
-    let fits = format!(r#"{{"text": "{}"}}"#, "a".repeat(MAX_LINE_BYTES - 13));
+    let long = format!(r#"{{"text": "{}"}}"#, "a".repeat(MAX_ROW_BYTES));
+    let fits = format!(r#"{{"text": "{}"}}"#, "a".repeat(MAX_ROW_BYTES - 13));
     /// Rows, or the line and a part of the message.
     type Expected = Result<u64, (u64, &'static str)>;
     let cases: Vec<(Vec<u8>, Expected)> = vec![
@@ -448,10 +462,9 @@ fn files_are_checked_line_by_line() {
         ),
     ];
     for (bytes, expected) in cases {
-        match (check_jsonl(bytes.as_slice()), expected) {
-            (Ok(Summary { rows, kind }), Ok(expected)) => {
-                assert_eq!((rows, kind), (expected, Kind::Text))
-            }
+        let (_file, source) = file("rows.jsonl", &bytes);
+        match (check(&source), expected) {
+            (Ok(rows), Ok(expected)) => assert_eq!(rows, expected),
             (Err(BadLine { line, message }), Err((expected, text))) => {
                 assert_eq!(line, expected, "{message}");
                 assert!(message.contains(text), "{message}");
@@ -459,7 +472,449 @@ fn files_are_checked_line_by_line() {
             (got, expected) => panic!("{got:?} instead of {expected:?}"),
         }
     }
-    let rows: Vec<_> = read_rows(format!("{good}\nbad\n{good}").as_bytes()).collect();
+    let (_file, source) = file("rows.jsonl", format!("{good}\nbad\n{good}").as_bytes());
+    let rows: Vec<_> = Rows::open(vec![source], &Reading::default()).unwrap().collect();
     assert_eq!(rows.len(), 2, "nothing after the first error");
-    assert_eq!(rows[0].as_ref().map(|(line, _)| *line), Ok(1));
+    assert_eq!(rows[0].as_ref().map(|(place, _)| place.number), Ok(1));
+}
+
+/// Settings as they are asked.
+fn reading(settings: Value) -> Result<(Settings, Reading), (&'static str, String)> {
+    let settings = settings.as_object().unwrap().clone();
+    let settings = tandem_core::settings::read([("", settings)], false).unwrap();
+    let reading = Reading::new(&settings)?;
+    Ok((settings, reading))
+}
+
+fn all(name: &str, bytes: &[u8], settings: Value) -> Result<Vec<Sample>, String> {
+    let (_file, source) = file(name, bytes);
+    let (_, reading) = reading(settings).map_err(|(name, message)| format!("{name}: {message}"))?;
+    let rows = Rows::open(vec![source], &reading).map_err(|bad| bad.message)?;
+    rows.map(|row| row.map(|(_, sample)| sample).map_err(|bad| bad.message))
+        .collect()
+}
+
+fn completion(prompt: &str, completion: &str) -> Sample {
+    Sample::Example(Row::Completion {
+        prompt: prompt.to_owned(),
+        completion: completion.to_owned(),
+    })
+}
+
+fn text(text: &str) -> Sample {
+    Sample::Example(Row::Text {
+        text: text.to_owned(),
+    })
+}
+
+/// Others' trainers say what a row of each format is: torchtune its prompt, TRL its tokens and their mask, `datasets` the rows
+/// of a split, Python those of a CSV file (tests/text/make_datasets.py).
+#[test]
+fn formats_are_what_other_trainers_make_of_them() {
+    let fixture: Value = serde_json::from_str(include_str!("../fixture/datasets.json")).unwrap();
+    let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/../../server/demo");
+    let tokenizer = crate::Tokenizer::open(std::path::Path::new(demo)).unwrap();
+    let list = |value: &Value| value.as_array().unwrap().clone();
+    for case in list(&fixture["cases"]) {
+        let name = &case["name"];
+        let (settings, reading) = reading(case["settings"].clone()).unwrap();
+        let options = Options::new(
+            &settings,
+            settings.max_seq_length.unwrap_or(256),
+            tandem_core::job::Rows::Examples,
+        );
+        let lines: String = list(&case["rows"]).iter().map(|row| format!("{row}\n")).collect();
+        for (file_name, bytes) in [("a.jsonl", lines), ("a.json", case["rows"].to_string())] {
+            let (_file, source) = file(file_name, bytes.as_bytes());
+            let mut rows = Rows::open(vec![source], &reading).unwrap();
+            let mut prompts = vec![];
+            let dataset = tokenise(&mut rows, &tokenizer, &options, |sample, _| {
+                if let Sample::Example(Row::Completion { prompt, completion }) = sample {
+                    prompts.push(json!({"prompt": prompt, "completion": completion}));
+                }
+                true
+            })
+            .unwrap();
+            if let Some(expected) = case["pairs"].as_array() {
+                assert_eq!(&prompts, expected, "{name}");
+            }
+            let expected = list(&case["examples"]);
+            assert_eq!(dataset.groups.len(), expected.len(), "{name}");
+            for (group, expected) in dataset.groups.iter().zip(&expected) {
+                let example = &group.examples[0];
+                // What no label follows is not kept; the first token is never predicted.
+                let mask: Vec<u64> = list(&expected["mask"])
+                    .iter()
+                    .map(|n| n.as_u64().unwrap())
+                    .collect();
+                let kept = mask.iter().rposition(|&learned| learned == 1).unwrap() + 1;
+                let tokens: Vec<u64> = list(&expected["tokens"])[..kept]
+                    .iter()
+                    .map(|n| n.as_u64().unwrap())
+                    .collect();
+                assert_eq!(
+                    example.tokens,
+                    tokens.iter().map(|&id| id as u32).collect::<Vec<_>>(),
+                    "{name}"
+                );
+                let learned: Vec<u64> = example
+                    .weights
+                    .iter()
+                    .map(|&weight| u64::from(weight == 1.0))
+                    .collect();
+                assert_eq!(learned[1..], mask[1..kept], "{name}");
+            }
+        }
+    }
+    let lines: String = list(&fixture["splits"]["rows"])
+        .iter()
+        .map(|row| format!("{row}\n"))
+        .collect();
+    for part in list(&fixture["splits"]["parts"]) {
+        let rows = all("a.jsonl", lines.as_bytes(), json!({"split": part["split"]})).unwrap();
+        let expected: Vec<Sample> = list(&part["rows"])
+            .iter()
+            .map(|row| text(row.as_str().unwrap()))
+            .collect();
+        assert_eq!(rows, expected, "{}", part["split"]);
+    }
+    for table in list(&fixture["tables"]) {
+        let rows = all("a.csv", table["text"].as_str().unwrap().as_bytes(), json!({})).unwrap();
+        let field = |row: &Value, name: &str| row[name].as_str().unwrap().to_owned();
+        let expected: Vec<Sample> = list(&table["rows"])
+            .iter()
+            .map(|row| completion(&field(row, "prompt"), &field(row, "completion")))
+            .collect();
+        assert_eq!(rows, expected);
+    }
+}
+
+#[test]
+fn rows_are_found_however_they_lie() {
+    let ab = vec![completion("a", "b"), completion("c, d", "e")];
+    let chat = Sample::Example(Row::Chat {
+        messages: vec![message("user", "a", None), message("assistant", "b", None)],
+        tools: vec![],
+    });
+    let messages = r#"[{""role"":""user"",""content"":""a""},{""role"":""assistant"",""content"":""b""}]"#;
+    let cases: Vec<(&str, String, Value, Result<Vec<Sample>, &str>)> = vec![
+        (
+            "a.csv",
+            "prompt,completion\r\na,b\r\n\"c, d\",e\r\n".into(),
+            json!({}),
+            Ok(ab.clone()),
+        ),
+        (
+            "a.tsv",
+            "\u{FEFF}completion\tprompt\nb\ta\ne\tc, d".into(),
+            json!({}),
+            Ok(ab.clone()),
+        ),
+        (
+            "A.CSV",
+            "prompt;completion\na;b\nc, d;e\n\n".into(),
+            json!({}),
+            Ok(ab.clone()),
+        ),
+        (
+            "data",
+            "prompt,completion\na,b\n\"c, d\",e".into(),
+            json!({"dataset_format": "csv"}),
+            Ok(ab.clone()),
+        ),
+        (
+            "a.csv",
+            format!("messages,id\n\"{messages}\",7\n"),
+            json!({}),
+            Ok(vec![chat.clone()]),
+        ),
+        (
+            "a.csv",
+            "instruction,input,output\nSort.,\"[2, 1]\",\"[1, 2]\"\n".into(),
+            json!({"template": "{instruction} {input}="}),
+            Ok(vec![completion("Sort. [2, 1]=", "[1, 2]")]),
+        ),
+        (
+            "a.csv",
+            "prompt,completion,label\na,b,True\n".into(),
+            json!({"objective": "kto"}),
+            Ok(vec![Sample::Judged {
+                row: Row::Completion {
+                    prompt: "a".into(),
+                    completion: "b".into(),
+                },
+                is_desirable: true,
+            }]),
+        ),
+        (
+            "a.csv",
+            "prompt,completion\na,b,c\n".into(),
+            json!({}),
+            Err("Row 1 (before line 3) has 3 fields, the header 2"),
+        ),
+        (
+            "a.csv",
+            "prompt,completion\na,\"b\n".into(),
+            json!({}),
+            Err("a quote of the record of line 2 is never closed"),
+        ),
+        (
+            "a.csv",
+            "prompt,completion\na,\"b\"c\n".into(),
+            json!({}),
+            Err("behind a closing quote comes 'c'"),
+        ),
+        (
+            "a.csv",
+            "prompt,prompt\na,b\n".into(),
+            json!({}),
+            Err("\"prompt\" is there twice"),
+        ),
+        (
+            "a.csv",
+            "messages,id\n\"[\",7\n".into(),
+            json!({}),
+            Err("the column messages holds no JSON"),
+        ),
+        (
+            "a.txt",
+            "one\n\ntwo, three\n".into(),
+            json!({}),
+            Ok(vec![text("one"), text("two, three")]),
+        ),
+        (
+            "a.txt",
+            "\none\ntwo\n\n\nthree".into(),
+            json!({"sample_by": "paragraph"}),
+            Ok(vec![text("one\ntwo"), text("three")]),
+        ),
+        (
+            "a.txt",
+            "one\n\ntwo\n".into(),
+            json!({"sample_by": "document"}),
+            Ok(vec![text("one\n\ntwo\n")]),
+        ),
+        (
+            "a.txt",
+            "{\"text\": \"a\"}\n".into(),
+            json!({}),
+            Ok(vec![text("a")]),
+        ),
+        (
+            "a.txt",
+            "{\"text\": \"a\"}\n".into(),
+            json!({"dataset_format": "text"}),
+            Ok(vec![text("{\"text\": \"a\"}")]),
+        ),
+        (
+            "a.json",
+            "\n [ {\"text\": \"a ] \\\" }\"} ,\n{\"text\": \"b\"}]\n".into(),
+            json!({}),
+            Ok(vec![text("a ] \" }"), text("b")]),
+        ),
+        ("a.jsonl", "[]".into(), json!({}), Ok(vec![])),
+        (
+            "a.json",
+            "[{\"text\": \"a\"},]".into(),
+            json!({}),
+            Err("Row 2 is missing"),
+        ),
+        (
+            "a.json",
+            "[{\"text\": \"a\"}".into(),
+            json!({}),
+            Err("the file is cut off"),
+        ),
+        (
+            "a.json",
+            "[{\"text\": \"a\"}] {}".into(),
+            json!({}),
+            Err("more follows"),
+        ),
+        (
+            "a.json",
+            "[1]".into(),
+            json!({}),
+            Err("Row 1 is not a dictionary"),
+        ),
+        (
+            "a.json",
+            "[{\"text\": \"a\"}]".into(),
+            json!({"dataset_format": "jsonl"}),
+            Err("the file is a JSON array: leave dataset_format out"),
+        ),
+        (
+            "a.parquet",
+            "PAR1".into(),
+            json!({}),
+            Err("to_json(\"rows.jsonl\")"),
+        ),
+        ("notes", "hello".into(), json!({}), Err("JSONL format")),
+    ];
+    for (name, content, settings, expected) in cases {
+        let got = all(name, content.as_bytes(), settings.clone());
+        match expected {
+            Ok(rows) => assert_eq!(got.as_ref(), Ok(&rows), "{name} {settings}: {content}"),
+            Err(text) => {
+                let message = got.unwrap_err();
+                assert!(message.contains(text), "{name}: {message}");
+            }
+        }
+    }
+    let (_one, one) = file("one.jsonl", br#"{"text": "a"}"#);
+    let (_two, two) = file("two.csv", b"text\nb\n");
+    let (_bad, bad) = file("bad.jsonl", br#"{"prompt": "a", "completion": "b"}"#);
+    let mut rows = Rows::open(vec![one.clone(), two.clone()], &Reading::default()).unwrap();
+    let samples: Vec<Sample> = rows.by_ref().map(|row| row.unwrap().1).collect();
+    assert_eq!(
+        (samples, rows.formats().as_str()),
+        (vec![text("a"), text("b")], "JSONL, CSV")
+    );
+    let rows = Rows::open(vec![one, bad], &Reading::default()).unwrap();
+    let message = rows.last().unwrap().unwrap_err().message;
+    assert!(
+        message.starts_with("bad.jsonl: ") && message.contains("line 1 of one.jsonl the shape"),
+        "{message}"
+    );
+}
+
+#[test]
+fn columns_are_read_by_template_and_map() {
+    let row =
+        |row: &str, settings: Value| all("a.jsonl", row.as_bytes(), settings).map(|mut rows| rows.remove(0));
+    let chat = |first: &[Message]| {
+        let turns = [message("user", "a", None), message("assistant", "b", None)];
+        Sample::Example(Row::Chat {
+            messages: first.iter().cloned().chain(turns).collect(),
+            tools: vec![],
+        })
+    };
+    let qa = r#"{"q": "a", "a": "b", "n": 3}"#;
+    let cases: Vec<(&str, Value, Result<Sample, &str>)> = vec![
+        (
+            qa,
+            json!({"column_map": {"prompt": "q", "completion": "a"}}),
+            Ok(completion("a", "b")),
+        ),
+        (
+            qa,
+            json!({"template": "Q{{{n}}}: {q}\nA:", "column_map": {"output": "a"}}),
+            Ok(completion("Q{3}: a\nA:", "b")),
+        ),
+        (qa, json!({"dataset_text_field": "q"}), Ok(text("a"))),
+        (
+            qa,
+            json!({"template": "Q: {q}"}),
+            Err("has no column output for the template, but [q, a, n]: say which it is with column_map"),
+        ),
+        (
+            qa,
+            json!({"column_map": {"prompt": "x", "completion": "a"}}),
+            Err("has no column x, which is to be prompt"),
+        ),
+        (
+            qa,
+            json!({"template": "nothing"}),
+            Err("there is no template \"nothing\": give a text with {columns} in it, or one of alpaca, "),
+        ),
+        (qa, json!({"template": "{}"}), Err("is no column")),
+        (
+            qa,
+            json!({"template": "{a} }"}),
+            Err("a closing brace stands alone"),
+        ),
+        (
+            qa,
+            json!({"dataset_text_field": "q", "template": "{q}"}),
+            Err("leave one of them out"),
+        ),
+        (qa, json!({"split": "test"}), Err("a file is one split")),
+        (qa, json!({"split": "train[1%"}), Err("such as train[:1%]")),
+        (qa, json!({"split": "train[:200%]"}), Err("such as train[:1%]")),
+        (
+            r#"{"dialogue": "a", "summary": "b", "id": 1}"#,
+            json!({"template": "samsum_dataset"}),
+            Ok(completion("Summarize this dialog:\na\n---\nSummary:\n", "b")),
+        ),
+        (
+            r#"{"input": "a", "target": "b"}"#,
+            json!({"template": "grammar_dataset"}),
+            Ok(completion(
+                "Correct this to standard English: a\n---\nCorrected: ",
+                "b",
+            )),
+        ),
+        (
+            r#"{"a": "b", "output": "c", "weight": 0}"#,
+            json!({"template": "{a}"}),
+            Err("weight: a row counts once"),
+        ),
+        (
+            r#"{"a": null, "output": "c"}"#,
+            json!({"template": "{a}"}),
+            Err("has no column a"),
+        ),
+        (
+            r#"{"a": ["x"], "output": "c"}"#,
+            json!({"template": "{a}"}),
+            Err("must be a string, got an array"),
+        ),
+        (
+            r#"{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s", "id": "x"}"#,
+            json!({}),
+            Ok(chat(&[message("system", "s", None)])),
+        ),
+        (
+            r#"{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}, {"from": "gpt", "value": "b", "train": true}]}"#,
+            json!({}),
+            Ok(Sample::Example(Row::Chat {
+                messages: vec![
+                    message("user", "a", None),
+                    message("assistant", "b", Some(0.0)),
+                    message("assistant", "b", None),
+                ],
+                tools: vec![],
+            })),
+        ),
+        (
+            r#"{"conversations": [{"from": "function_call", "value": "a"}]}"#,
+            json!({}),
+            Err("got \"function_call\""),
+        ),
+        (
+            r#"{"messages": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]}"#,
+            json!({}),
+            Ok(chat(&[])),
+        ),
+        (
+            r#"{"dialog": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "x": 1}"#,
+            json!({"column_map": {"messages": "dialog"}}),
+            Ok(chat(&[])),
+        ),
+    ];
+    for (line, settings, expected) in cases {
+        let got = row(line, settings.clone());
+        match expected {
+            Ok(sample) => assert_eq!(got, Ok(sample), "{line} {settings}"),
+            Err(text) => {
+                let message = got.unwrap_err();
+                assert!(message.contains(text), "{line} {settings}: {message}");
+            }
+        }
+    }
+    // An upload waits for what a job says of its columns; what no job could read is refused at once.
+    for (line, is_taken) in [
+        (r#"{"document": "a", "summary": "b", "id": 1}"#, true),
+        (r#"{"prompt": "a", "answer": "b"}"#, true),
+        (r#"{"text": "a", "summary": "b"}"#, true),
+        (r#"{"question": "a"}"#, false),
+        (r#"{"prompt": "a", "completion": ""}"#, false),
+        (
+            r#"{"mesages": [{"role": "user", "content": "a"}], "x": "a", "y": "b"}"#,
+            false,
+        ),
+    ] {
+        let (_file, source) = file("a.jsonl", line.as_bytes());
+        assert_eq!(check(&source).is_ok(), is_taken, "{line}");
+    }
 }

@@ -7,7 +7,9 @@ use crate::tokenizer::Skip;
 
 const OPTIONS: Options = Options {
     max_seq_length: 512,
+    wraps: false,
     prompt_loss_weight: 0.0,
+    train_on_input: false,
     rows: Rows::Examples,
 };
 const LLAMA2: &str = include_str!("../fixture/llama2.jinja");
@@ -19,6 +21,10 @@ const THINKING: &str = include_str!("../fixture/thinking.jinja");
 /// Writes no end of turn at all.
 const OPEN: &str = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}\
                     {% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}";
+
+fn tokens_of(row: &Row, tokenizer: &Tokenizer, options: &Options) -> Result<Example, TextError> {
+    tokenize(row, tokenizer, options).map(|(example, _)| example)
+}
 
 fn row(json: &str) -> Row {
     match parse_line(1, json).unwrap() {
@@ -60,7 +66,7 @@ fn loss_is_on_assistant_turns_with_their_end() {
     ];
     for (template, json, expected) in cases {
         let tokenizer = fixture::byte_level(template);
-        let example = tokenize(&row(json), &tokenizer, &OPTIONS).unwrap();
+        let example = tokens_of(&row(json), &tokenizer, &OPTIONS).unwrap();
         assert_eq!(learned(&example, &tokenizer), expected);
         assert_eq!(
             example.weights.last(),
@@ -81,7 +87,7 @@ fn the_prompt_is_what_serving_sends() {
     };
     for template in [CHATML, LLAMA2, ZEPHYR] {
         let tokenizer = fixture::byte_level(template);
-        let Example { tokens, weights } = tokenize(
+        let Example { tokens, weights } = tokens_of(
             &Row::Chat {
                 messages: messages.clone(),
                 tools: vec![],
@@ -122,7 +128,7 @@ fn calls_and_reasoning_are_learned() {
         call(2)
     );
     let tokenizer = fixture::byte_level(TOOLS);
-    let example = tokenize(&row(&json), &tokenizer, &OPTIONS).unwrap();
+    let example = tokens_of(&row(&json), &tokenizer, &OPTIONS).unwrap();
     let expected = [
         "<think>hm</think>\n<call look>\n  at=fox 1</call>\n<call look>\n  at=fox 2</call></assistant>\n",
         "One fox.</assistant>\n</s>",
@@ -132,7 +138,7 @@ fn calls_and_reasoning_are_learned() {
     assert!(text.starts_with("<system>\n<tool name=\"look\">"), "{text}");
     // What the template cannot write would be left out in silence.
     let refused =
-        |template: &str, row: &Row| tokenize(row, &fixture::byte_level(template), &OPTIONS).unwrap_err();
+        |template: &str, row: &Row| tokens_of(row, &fixture::byte_level(template), &OPTIONS).unwrap_err();
     assert_eq!(refused(CHATML, &row(&json)), TextError::NoTools);
     let thought = r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b","reasoning_content":"hm"}]}"#;
     assert_eq!(
@@ -163,7 +169,7 @@ fn a_conversation_may_begin_with_the_assistant() {
     ];
     for (template, expected) in cases {
         let tokenizer = fixture::byte_level(template);
-        let example = tokenize(&row(json), &tokenizer, &OPTIONS).unwrap();
+        let example = tokens_of(&row(json), &tokenizer, &OPTIONS).unwrap();
         assert_eq!(learned(&example, &tokenizer), expected, "{template}");
     }
 }
@@ -172,7 +178,7 @@ fn a_conversation_may_begin_with_the_assistant() {
 fn an_open_last_turn_gets_eos() {
     let tokenizer = fixture::byte_level(OPEN);
     let json = r#"{"messages":[{"role":"user","content":"Hello!"},{"role":"assistant","content":"It is"}]}"#;
-    let example = tokenize(&row(json), &tokenizer, &OPTIONS).unwrap();
+    let example = tokens_of(&row(json), &tokenizer, &OPTIONS).unwrap();
     assert_eq!(
         learned(&example, &tokenizer),
         [" It is\n</s>"],
@@ -185,9 +191,9 @@ fn a_template_that_rewrites_history_is_refused() {
     let tokenizer = fixture::byte_level(THINKING);
     let json = r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"<think>h</think>b"WEIGHT},
         {"role":"user","content":"c"},{"role":"assistant","content":"d"}]}"#;
-    let refused = tokenize(&row(&json.replace("WEIGHT", "")), &tokenizer, &OPTIONS);
+    let refused = tokens_of(&row(&json.replace("WEIGHT", "")), &tokenizer, &OPTIONS);
     assert_eq!(refused, Err(TextError::UnstableTemplate { message: 2 }));
-    let example = tokenize(
+    let example = tokens_of(
         &row(&json.replace("WEIGHT", ",\"weight\":0")),
         &tokenizer,
         &OPTIONS,
@@ -265,7 +271,7 @@ fn thousands_of_turns_are_no_trouble_and_where_they_would_be_it_is_said() {
             messages: conversation(4000),
             tools: vec![],
         };
-        tokenize(&row, &tokenizer, &options).map(|example| learned(&example, &tokenizer))
+        tokens_of(&row, &tokenizer, &options).map(|example| learned(&example, &tokenizer))
     };
     // Each way would refuse so many, if it were the slow one.
     let turns = learn(CHATML).unwrap();
@@ -298,19 +304,19 @@ fn completions_and_texts() {
             prompt: prompt.to_owned(),
             completion: completion.to_owned(),
         };
-        let example = tokenize(&row, tokenizer, &options).unwrap();
+        let example = tokens_of(&row, tokenizer, &options).unwrap();
         assert_eq!(learned(&example, tokenizer), [expected]);
         let sent = tokenizer.encode(prompt, SpecialTokens::Add).unwrap();
         assert_eq!(example.tokens[..sent.len()], sent, "{prompt:?}");
         assert!(example.weights[..sent.len()].iter().all(|&weight| weight == 0.25));
     }
     let chat = row(r#"{"messages":[{"role":"assistant","content":"a"}]}"#);
-    let weighed = tokenize(&chat, &byte_level, &options).unwrap_err().to_string();
+    let weighed = tokens_of(&chat, &byte_level, &options).unwrap_err().to_string();
     assert!(
         weighed.contains("the file has {\"messages\": [...]}"),
         "{weighed}"
     );
-    let text = tokenize(
+    let text = tokens_of(
         &Row::Text {
             text: "the".to_owned(),
         },
@@ -329,10 +335,10 @@ fn long_rows_are_cut_and_empty_ones_counted() {
         prompt: "abcd".to_owned(),
         completion: "efgh".to_owned(),
     };
-    let whole = tokenize(&completion, &tokenizer, &OPTIONS).unwrap();
+    let whole = tokens_of(&completion, &tokenizer, &OPTIONS).unwrap();
     assert_eq!(whole.tokens.len(), 11); // <s> ▁ a b c d e f g h </s>
     for (max_seq_length, label_tokens) in [(11, Some(5)), (10, Some(4)), (7, Some(1)), (6, None), (0, None)] {
-        let cut = tokenize(
+        let cut = tokens_of(
             &completion,
             &tokenizer,
             &Options {
@@ -376,7 +382,8 @@ fn rows_are_what_the_objective_learns_from() {
     for (i, rows) in all.into_iter().enumerate() {
         for (j, line) in lines.iter().enumerate() {
             let options = Options { rows, ..OPTIONS };
-            match group(&parse_line(1, line).unwrap(), &tokenizer, &options) {
+            let labelled = group(&parse_line(1, line).unwrap(), &tokenizer, &options);
+            match labelled.map(|labelled| labelled.group) {
                 Ok(Group { examples, value }) => {
                     assert_eq!(i, j, "{line}");
                     assert_eq!(

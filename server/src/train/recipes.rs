@@ -1,0 +1,115 @@
+//! `tandem recipes`: settings that others publish, ready to run. `tandem train NAME key=value` takes one by its name. Each runs
+//! on the demo model in tests/tests/http/train.rs.
+
+use std::path::Path;
+
+use super::TrainError;
+use super::settings::{self, SettingsError};
+use crate::cli::Recipes;
+
+pub struct Recipe {
+    /// Family and variant, as torchtune names its configs.
+    pub name: &'static str,
+    pub text: &'static str,
+}
+
+macro_rules! recipes {
+    ($($name:literal: $file:literal,)*) => {
+        pub const RECIPES: &[Recipe] = &[$(Recipe {
+            name: $name,
+            text: include_str!(concat!("../../recipes/", $file, ".yaml")),
+        },)*];
+    };
+}
+
+recipes! {
+    "llama2/7B_lora_1k": "llama2_7b_lora_1k",
+    "llama2/7B_full_1k": "llama2_7b_full_1k",
+    "llama2/7B_lora": "llama2_7b_lora",
+    "llama2/7B_qlora": "llama2_7b_qlora",
+    "llama2/7B_dpo": "llama2_7b_dpo",
+    "llama3/8B_samsum": "llama3_8b_samsum",
+    "llama3/8B_grammar": "llama3_8b_grammar",
+    "llama3/8B_alpaca": "llama3_8b_alpaca",
+    "llama3_1/8B_lora": "llama3_1_8b_lora",
+    "llama3_1/8B_lora_xsum": "llama3_1_8b_lora_xsum",
+}
+
+/// torchtune's names with the same settings.
+const OTHERS: [(&str, &str); 5] = [
+    ("llama2/7B_lora_single_device", "llama2/7B_lora"),
+    ("llama2/7B_qlora_single_device", "llama2/7B_qlora"),
+    ("llama2/7B_lora_dpo", "llama2/7B_dpo"),
+    ("llama2/7B_lora_dpo_single_device", "llama2/7B_dpo"),
+    ("llama3_1/8B_lora_single_device", "llama3_1/8B_lora"),
+];
+
+/// Also with `.yaml` behind it.
+pub fn named(name: &str) -> Option<&'static Recipe> {
+    let name = name.strip_suffix(".yaml").unwrap_or(name);
+    let other = OTHERS.iter().find(|(theirs, _)| *theirs == name);
+    let name = other.map_or(name, |(_, ours)| ours);
+    RECIPES.iter().find(|recipe| recipe.name == name)
+}
+
+pub fn run(command: &Recipes) -> Result<(), TrainError> {
+    match command {
+        Recipes::Ls => {
+            for Recipe { name, text } in RECIPES {
+                let about = text.lines().next().unwrap_or_default().trim_start_matches("# ");
+                println!("{name:<24} {about}");
+            }
+            println!("\ntandem recipes cp NAME FILE copies one; tandem train NAME key=value runs one");
+        }
+        Recipes::Cp { name, file, force } => {
+            let recipe = named(name).ok_or_else(|| unknown(name))?;
+            if file.exists() && !force {
+                let message = format!(
+                    "{} is there already: give --force, or another name",
+                    file.display()
+                );
+                return Err(wrong("FILE", message).into());
+            }
+            write(file, recipe.text)?;
+            println!("{} is {}", file.display(), recipe.name);
+        }
+        Recipes::Validate { words } => {
+            let recipe = settings::read(words)?;
+            println!(
+                "{} is read: {} on {}",
+                words[0],
+                recipe.model.display(),
+                recipe
+                    .training_file
+                    .paths()
+                    .iter()
+                    .map(|path| path.display().to_string())
+                    .collect::<Vec<_>>()
+                    .join(", ")
+            );
+        }
+    }
+    Ok(())
+}
+
+fn write(file: &Path, text: &str) -> Result<(), TrainError> {
+    std::fs::write(file, text).map_err(|source| TrainError::File {
+        path: file.to_owned(),
+        source,
+    })
+}
+
+fn unknown(name: &str) -> SettingsError {
+    let hint = match tandem_core::suggest::closest(name, RECIPES.iter().map(|recipe| recipe.name)) {
+        Some(meant) => format!("did you mean {meant}?"),
+        None => "`tandem recipes ls` lists them".to_owned(),
+    };
+    wrong("NAME", format!("there is no recipe {name}; {hint}"))
+}
+
+fn wrong(key: &str, message: String) -> SettingsError {
+    SettingsError::Wrong {
+        key: key.to_owned(),
+        message,
+    }
+}
