@@ -165,7 +165,7 @@ impl Router {
             return Err(RouterError::invalid("md5", message));
         }
         if upload.purpose == FINE_TUNE {
-            files::check_training_file(staged.0.clone()).await?;
+            files::check_training_file(staged.0.clone(), upload.filename.clone()).await?;
         }
         match store.complete_upload(upload, &staged.0).await? {
             Some(file) => {

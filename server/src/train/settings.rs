@@ -366,9 +366,22 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
         quantization,
         device,
         preview,
-    } = serde_path_to_error::deserialize(Value::Object(own)).map_err(|error| SettingsError::Wrong {
-        key: error.path().to_string(),
-        message: error.inner().to_string(),
+    } = serde_path_to_error::deserialize(Value::Object(own.clone())).map_err(|error| {
+        let required = ["model", "training_file", "output_dir"];
+        let absent = required
+            .into_iter()
+            .find(|key| own.get(*key).is_none_or(Value::is_null));
+        let about = KEYS.iter().find(|(key, ..)| Some(*key) == absent);
+        match about {
+            Some((key, _, says)) => SettingsError::Wrong {
+                key: (*key).to_owned(),
+                message: format!("is missing: give {key}=..., {says}"),
+            },
+            None => SettingsError::Wrong {
+                key: error.path().to_string(),
+                message: error.inner().to_string(),
+            },
+        }
     })?;
     let tuning = match method {
         Some(Method::Full) => Tuning::Full,

@@ -152,19 +152,47 @@ const DATASET: &[(&str, Means)] = &[
 type Component = (&'static str, &'static [(&'static str, &'static str)]);
 
 const DATASETS: &[Component] = &[
-    ("alpaca_dataset", ALPACA),
-    ("alpaca_cleaned_dataset", ALPACA),
+    (
+        "alpaca_dataset",
+        &[
+            ("template", "torchtune.data.AlpacaInstructTemplate"),
+            ("train_on_input", "true"),
+            ("max_seq_len", "512"),
+            ("training_file", "tatsu-lab/alpaca"),
+        ],
+    ),
+    (
+        "alpaca_cleaned_dataset",
+        &[
+            ("template", "torchtune.data.AlpacaInstructTemplate"),
+            ("train_on_input", "true"),
+            ("max_seq_len", "512"),
+            ("training_file", "yahma/alpaca-cleaned"),
+        ],
+    ),
     ("instruct_dataset", &[]),
     (
         "samsum_dataset",
-        &[("template", "torchtune.data.SummarizeTemplate")],
+        &[
+            ("template", "torchtune.data.SummarizeTemplate"),
+            ("training_file", "Samsung/samsum"),
+        ],
     ),
     (
         "grammar_dataset",
-        &[("template", "torchtune.data.GrammarErrorCorrectionTemplate")],
+        &[
+            ("template", "torchtune.data.GrammarErrorCorrectionTemplate"),
+            ("training_file", "liweili/c4_200m"),
+        ],
     ),
     ("chat_dataset", &[]),
-    ("slimorca_dataset", &[("max_seq_len", "1024")]),
+    (
+        "slimorca_dataset",
+        &[
+            ("max_seq_len", "1024"),
+            ("training_file", "Open-Orca/SlimOrca-Dedup"),
+        ],
+    ),
     ("text_completion_dataset", &[]),
     ("wikitext_dataset", &[("dataset_text_field", "page")]),
     (
@@ -172,11 +200,6 @@ const DATASETS: &[Component] = &[
         &[("dataset_text_field", "article")],
     ),
     ("preference_dataset", &[]),
-];
-const ALPACA: &[(&str, &str)] = &[
-    ("template", "torchtune.data.AlpacaInstructTemplate"),
-    ("train_on_input", "true"),
-    ("max_seq_len", "512"),
 ];
 
 const LOSSES: &[Component] = &[
@@ -538,6 +561,7 @@ impl Settings {
         component: &str,
         fields: &Map<String, Value>,
     ) -> Result<(), SettingsError> {
+        self.files(place, "training_file", fields);
         self.component(place, component, DATASETS)?;
         let text = |key: &str| fields.get(key).and_then(Value::as_str);
         if let Some(split) = fields.get("split") {
@@ -563,7 +587,6 @@ impl Settings {
         {
             self.put(place, "packing_strategy", json!("wrapped"));
         }
-        self.files(place, "training_file", fields);
         Ok(())
     }
 
