@@ -7,7 +7,7 @@ use std::num::NonZero;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use tandem_core::settings::{self, Group, Kind, Refused, Setting, Settings, TABLE};
 use tandem_core::suggest::closest;
 use tandem_router::hyper::Tuning;
@@ -336,8 +336,7 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
     for (key, Asked { place, name, value }) in given {
         match KEYS.iter().any(|(known, ..)| *known == key) {
             true => drop(own.insert(key.clone(), of_others(&key, value))),
-            // It goes on by itself.
-            false if name == "resume_from_checkpoint" && value.is_boolean() => {}
+            false if is_done_anyway(&name, &value) => {}
             // llama-recipes' data sets are known by how they are written.
             false if name == "dataset" && value.is_string() => {
                 rest.entry(place)
@@ -424,6 +423,16 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
     })
 }
 
+/// A run goes on by itself from what its folder holds, and writes events and metrics into it.
+fn is_done_anyway(name: &str, value: &Value) -> bool {
+    match name {
+        "resume_from_checkpoint" => value.is_boolean(),
+        "report_to" => [json!("tensorboard"), json!(["tensorboard"])].contains(value),
+        "save_metrics" => true,
+        _ => false,
+    }
+}
+
 /// Values of `KEYS` in others' words.
 fn of_others(key: &str, value: Value) -> Value {
     match (key, value.as_str(), value.as_bool()) {
@@ -487,7 +496,6 @@ fn fits_full(settings: &Settings, dtype: &str, device: &str) -> Result<(), Setti
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
     use tandem_core::job::Schedule;
 
     fn asked(args: &[&str]) -> Result<Recipe, SettingsError> {

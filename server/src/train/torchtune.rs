@@ -118,6 +118,7 @@ const SECTIONS: &[Section] = &[
             ("log_dir", Harmless),
             ("filename", Harmless),
             ("output_dir", Harmless),
+            ("organize_logs", Harmless),
         ],
     ),
 ];
@@ -209,7 +210,11 @@ const LOSSES: &[Component] = &[
     ("DPOLoss", &[("objective", "dpo")]),
 ];
 
-const LOGGERS: &[Component] = &[("DiskLogger", &[]), ("StdoutLogger", &[])];
+const LOGGERS: &[Component] = &[
+    ("DiskLogger", &[]),
+    ("StdoutLogger", &[]),
+    ("TensorBoardLogger", &[]),
+];
 const CHECKPOINTERS: &[Component] = &[("FullModelHFCheckpointer", &[])];
 const SCHEDULES: &[Component] = &[(
     "get_cosine_schedule_with_warmup",
@@ -233,7 +238,10 @@ const INSTEAD: &[(&str, &str)] = &[
         "loss",
         "objective=sft, dpo, kto, orpo, cpo or simpo says what is minimised",
     ),
-    ("metric_logger", "every step is printed; leave it out"),
+    (
+        "metric_logger",
+        "every step is printed, and lies in output_dir as lines and as TensorBoard's events: leave it out",
+    ),
     (
         "checkpointer",
         "the folder must be in Hugging Face layout (config.json, *.safetensors): FullModelHFCheckpointer",
@@ -841,7 +849,6 @@ profiler:
                 &["optimizer.lrr=1"][..],
                 "optimizer.lrr: an unknown key; did you mean optimizer.lr?",
             ),
-            (&["model.use_dora=True"], "model.use_dora"),
             (
                 &["model.apply_lora_to_output=True"],
                 "model.apply_lora_to_output: true is not supported",

@@ -34,6 +34,8 @@ const PAGES: [(&str, &[&str]); 4] = [
         &[
             "\"loss_mask\"",
             "\"text\"",
+            "fine_tuning.job",
+            "succeeded",
             "succeeded",
             "adapter_model.safetensors",
         ],

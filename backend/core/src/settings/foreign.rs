@@ -154,7 +154,7 @@ const FOREIGN: &[Foreign] = &[
         "only push_to_hub pushes",
     ),
     // Trackers and the hub.
-    row("report_to", off, EVENTS),
+    row("report_to save_metrics", off, EVENTS),
     row(
         "integrations use_wandb wandb_project wandb_api_key wandb_name wandb_base_url wandb_project_name
          trackio_space_id trackio_bucket_id trackio_static_space_id",
@@ -163,9 +163,9 @@ const FOREIGN: &[Foreign] = &[
     ),
     row("push_to_hub hf_output_repo_name hf_api_token", off, HUB),
     row(
-        "debug flop_counter use_profiler profiler save_metrics",
+        "debug flop_counter use_profiler profiler",
         off,
-        "there is no profiler, and no file of metrics beside what is printed",
+        "there is no profiler",
     ),
     // When to look and to save.
     row(
