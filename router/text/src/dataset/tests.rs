@@ -597,7 +597,8 @@ fn rows_are_found_however_they_lie() {
         tools: vec![],
     });
     let messages = r#"[{""role"":""user"",""content"":""a""},{""role"":""assistant"",""content"":""b""}]"#;
-    let cases: Vec<(&str, String, Value, Result<Vec<Sample>, &str>)> = vec![
+    type Expected = Result<Vec<Sample>, &'static str>;
+    let cases: Vec<(&str, String, Value, Expected)> = vec![
         (
             "a.csv",
             "prompt,completion\r\na,b\r\n\"c, d\",e\r\n".into(),
