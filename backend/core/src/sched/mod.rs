@@ -20,7 +20,7 @@ use sequence::{Flow, Running, Sequence, Waiting};
 
 use crate::blocks::{BlockPool, Prefix};
 use crate::id::RequestId;
-use crate::message::{Fault, FinishReason, Generate, Guessed, Scored};
+use crate::message::{Fault, FinishReason, Generate, Guessed, LAST_PRIORITY, Scored};
 
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -29,7 +29,7 @@ pub struct Limits {
     /// Tokens of one step.
     pub max_num_batched_tokens: usize,
     /// Prompt tokens of a step that also continues running sequences: bounds how long a newcomer's prompt keeps the
-    /// others from their next token. Beside others that go before it, it gets a part of that ([`YIELDING`]).
+    /// others from their next token.
     pub max_prefill_beside_decode: usize,
     /// Requests that may wait for a place.
     pub max_waiting: usize,
@@ -38,8 +38,8 @@ pub struct Limits {
     pub lookup: Option<Lookup>,
 }
 
-/// What part of the room beside decoding sequences a prompt gets when some of these go before it.
-const YIELDING: usize = 8;
+/// Of so many steps in which somebody waits for an answer, what nobody waits for ([`LAST_PRIORITY`]) has one.
+const YIELDING: u64 = 8;
 
 pub struct Scheduler {
     limits: Limits,
@@ -48,6 +48,8 @@ pub struct Scheduler {
     waiting: VecDeque<Waiting>,
     running: Vec<Running>,
     arrivals: u64,
+    /// Steps that were run.
+    steps: u64,
     totals: Totals,
 }
 
@@ -119,6 +121,7 @@ impl Scheduler {
             waiting: VecDeque::new(),
             running: vec![],
             arrivals: 0,
+            steps: 0,
             totals,
         }
     }
@@ -208,8 +211,11 @@ impl Scheduler {
             running.drop_guesses(&mut self.pool);
         }
         self.grow();
+        let rests = self.rests();
         let mut budget = self.limits.max_num_batched_tokens;
-        let free = |running: &&mut Running| running.seq.flow == Flow::Free;
+        let free = |running: &&mut Running| {
+            running.seq.flow == Flow::Free && !(rests && running.seq.turn.priority == LAST_PRIORITY)
+        };
         for running in self
             .running
             .iter_mut()
@@ -221,7 +227,11 @@ impl Scheduler {
             budget -= 1;
         }
         let mut prefilled = 0;
-        for priority in self.prefilling() {
+        let mut priorities = self.prefilling();
+        if rests {
+            priorities.remove(&LAST_PRIORITY);
+        }
+        for priority in priorities {
             let room = self.prefill_room(priority).saturating_sub(prefilled).min(budget);
             let (left, end) = self.prefill(priority, room);
             prefilled += room - left;
@@ -232,6 +242,12 @@ impl Scheduler {
         }
         self.guess(budget.min(self.limits.max_prefill_beside_decode.saturating_sub(prefilled)));
         StepPlan::new(&self.running, self.pool.block_size())
+    }
+
+    /// Whether what nobody waits for has no part in the next step.
+    fn rests(&self) -> bool {
+        let waited_for = |seq: &Sequence| seq.flow == Flow::Free && seq.turn.priority < LAST_PRIORITY;
+        !self.steps.is_multiple_of(YIELDING) && self.sequences().any(waited_for)
     }
 
     /// Priorities of which somebody has a prompt to compute, or waits.
@@ -259,8 +275,7 @@ impl Scheduler {
             .filter(|running| running.planned == 1 && running.pending() == 1);
         // They are in line: the first decides.
         match decoding.next().map(|running| running.seq.turn.priority) {
-            Some(first) if first < priority => max_prefill_beside_decode.div_ceil(YIELDING),
-            Some(first) if first == priority => max_prefill_beside_decode,
+            Some(first) if first <= priority => max_prefill_beside_decode,
             _ => max_num_batched_tokens,
         }
     }
@@ -279,6 +294,7 @@ impl Scheduler {
     /// Takes a step's outcome, in the plan's order for each row that samples: the guesses that were right, as far as the
     /// first that was not, and the token that was chosen after them.
     pub fn commit(&mut self, plan: StepPlan, sampled: Vec<Vec<Scored>>) -> Vec<Progress> {
+        self.steps += 1;
         let mut sampled = sampled.into_iter();
         let mut progress = Vec::with_capacity(sampled.len());
         for row in &plan.rows {
@@ -335,6 +351,7 @@ impl Scheduler {
 
     /// The step failed: what its rows wrote is unknown, so they go. Returns their requests.
     pub fn abandon(&mut self, plan: StepPlan) -> Vec<RequestId> {
+        self.steps += 1;
         plan.rows
             .iter()
             .map(|row| row.id)

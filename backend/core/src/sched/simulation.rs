@@ -128,7 +128,7 @@ fn request(random: &mut Random, id: u64) -> Generate {
         adapter,
         sampling,
         grammar: None,
-        priority: random.below(3) as i32 - 1,
+        priority: [-1, 0, LAST_PRIORITY][random.below(3)],
         salt: None,
         max_tokens,
         pooling,
@@ -565,7 +565,6 @@ fn who_has_the_lower_number_goes_first() {
     // A prompt of the whole step comes in at once, whatever waits; its budget is not what is left beside the others.
     scheduler.add(with(10, 0, vec![9; 12])).unwrap();
     assert_eq!(step(&mut scheduler), [(10, 12), (0, 1), (1, 1), (2, 1)]);
-    // Beside it, prompts of the others have an eighth of the room.
     scheduler.abort(RequestId(1));
     assert_eq!(step(&mut scheduler), [(10, 1), (0, 1), (2, 1), (3, 1)]);
     scheduler.add(with(11, -1, vec![8; 20])).unwrap();
@@ -574,6 +573,18 @@ fn who_has_the_lower_number_goes_first() {
         step(&mut scheduler);
         scheduler.audit().unwrap();
     }
+    // What nobody waits for has one step of eight while somebody waits.
+    let mut scheduler = self::scheduler(60, 2);
+    scheduler.add(with(0, LAST_PRIORITY, vec![1; 4])).unwrap();
+    assert_eq!(step(&mut scheduler), [(0, 4)]);
+    scheduler.add(with(1, 5, vec![2; 3])).unwrap();
+    assert_eq!(step(&mut scheduler), [(1, 3)]);
+    for _ in 0..6 {
+        assert_eq!(step(&mut scheduler), [(1, 1)]);
+    }
+    assert_eq!(step(&mut scheduler), [(1, 1), (0, 1)]);
+    assert!(scheduler.abort(RequestId(1)));
+    assert_eq!(step(&mut scheduler), [(0, 1)]);
     // It takes blocks as it takes places.
     let mut scheduler = self::scheduler(5, 2);
     scheduler.add(with(0, 7, vec![1; 12])).unwrap();
