@@ -254,8 +254,15 @@ pub struct PreviewExample {
     pub tokens: Vec<u32>,
     /// The loss weight of each token; the first is never predicted.
     pub loss_mask: Vec<f32>,
-    /// The parts of the text that are learned.
-    pub learned: Vec<String>,
+    /// The text, in pieces of one loss weight.
+    pub pieces: Vec<PreviewPiece>,
+}
+
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct PreviewPiece {
+    pub text: String,
+    /// 0: only read, not learned.
+    pub weight: f32,
 }
 
 #[derive(Clone, Debug, Serialize, ToSchema)]

@@ -216,6 +216,33 @@ def test_a_dropped_file_is_taken(page):
     assert "rows.jsonl" in page.run("document.querySelector('#drop-validation .name').textContent")
 
 
+def test_what_would_be_learned_is_marked(page, tmp_path):
+    file = tmp_path / "chat.jsonl"
+    file.write_text('{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody."}]}\n' * 2)
+    go(page, "tune")
+    page.choose_file("file-training", file)
+    page.wait("document.getElementById('about-training').textContent === '2 rows'")
+    page.click("look")
+    page.wait("document.querySelectorAll('#preview pre').length === 2")
+    learned = texts(page, "#preview pre:first-child mark")
+    assert len(learned) == 1 and learned[0].startswith("Nobody.") and "Who?" not in learned[0]
+    assert "Who?" in texts(page, "#preview pre")[0] and "2 rows" in page.run("document.getElementById('said').textContent")
+
+
+def test_a_job_rests_and_goes_on(page, url, tmp_path):
+    teach(page, tmp_path, "long", '{"prompt": "Question: ", "completion": " blue."}\n' * 40, suffix="long", epochs="200", batch="1")
+    press = "[...document.querySelectorAll('.job.picked button')].find(button => button.textContent === '%s')"
+    status = "document.querySelector('.job.picked .status')?.textContent === '%s'"
+    page.wait(status % "running")
+    page.run(press % "Pause" + ".click()")
+    page.wait(status % "paused")
+    page.run(press % "Resume" + ".click()")
+    page.wait(status % "running")
+    page.run(press % "Cancel" + ".click()")
+    page.run(press % "Cancel: sure?" + ".click()")
+    page.wait(status % "cancelled")
+
+
 def test_every_setting_of_a_job_is_in_the_form(page, url):
     go(page, "tune")
     page.run("document.getElementById('more').open = true")

@@ -6,13 +6,13 @@ use tandem_core::settings::Settings;
 use tandem_openapi::common::{AutoInteger, AutoNumber};
 use tandem_openapi::fine_tuning::{
     Checkpoint, ChosenHyperparameters, ChosenMethod, ChosenMethodSettings, CommonHyperparameters, Job,
-    JobError, JobEvent, JobPreview, MethodHyperparameters, PreviewExample, PreviewRow, PreviewStatistics,
-    RunData, RunHyperparameters, RunLora, RunObjective,
+    JobError, JobEvent, JobPreview, MethodHyperparameters, PreviewExample, PreviewPiece, PreviewRow,
+    PreviewStatistics, RunData, RunHyperparameters, RunLora, RunObjective,
 };
 use tandem_router::api::{self, JobEventRecord, JobRequest, JobStatus, Level};
 use tandem_router::hyper;
 use tandem_router::preview::Preview;
-use tandem_text::dataset::{Shown, Statistics};
+use tandem_text::dataset::{Piece, Shown, Statistics};
 
 pub fn job(job: api::Job, organization: &str) -> Job {
     let api::Job {
@@ -82,11 +82,10 @@ pub fn preview(preview: Preview, request: &JobRequest) -> JobPreview {
     } = statistics;
     let example = |shown: Shown| PreviewExample {
         text: shown.text(),
-        learned: shown
+        pieces: shown
             .pieces
-            .iter()
-            .filter(|piece| piece.weight != 0.0)
-            .map(|piece| piece.text.clone())
+            .into_iter()
+            .map(|Piece { text, weight }| PreviewPiece { text, weight })
             .collect(),
         tokens: shown.tokens,
         loss_mask: shown.weights,

@@ -16,6 +16,7 @@ const ended = status => ['succeeded', 'failed', 'cancelled'].includes(status);
 
 export function pick(id) {
   picked = id;
+  drawJobs();
   draw();
   look().catch(stumble);
 }
@@ -67,22 +68,38 @@ function part(job) {
   return last ? last.step / last.total_steps : 0;
 }
 
+/* The elements of each job, made anew only when it is another kind of row: a button that is being pressed stays. */
+const rows = new Map();
+
+function row(job) {
+  const key = [job.status, job.fine_tuned_model, job.id === picked].join();
+  if (rows.get(job.id)?.key !== key) rows.set(job.id, { key, ...make(job) });
+  const { node, line, bar, percent, left } = rows.get(job.id), share = part(job);
+  line.hidden = ended(job.status) || !share;
+  bar.value = share;
+  percent.textContent = `${Math.floor(share * 100)} %`;
+  left.textContent = job.estimated_finish ? `${duration(job.estimated_finish - Date.now() / 1000)} left` : '';
+  return node;
+}
+
+function make(job) {
+  const tell = route => post(`v1/fine_tuning/jobs/${job.id}/${route}`).then(look).catch(stumble);
+  const act = (label, route) => el('button', { className: 'plain', onclick: event => { event.stopPropagation(); tell(route); } }, label);
+  const bar = el('progress'), percent = el('small'), left = el('small'), line = el('div', { className: 'line' }, bar, percent, left);
+  const name = [el('code', job.fine_tuned_model || job.id), el('span', { className: 'status ' + job.status }, job.status)];
+  const buttons = !ended(job.status) && [job.status === 'paused' ? act('Resume', 'resume') : act('Pause', 'pause'), sure('Cancel', () => tell('cancel'))];
+  const node = el('div', {
+    className: 'job' + (job.id === picked ? ' picked' : ''), tabIndex: 0, onclick: () => pick(job.id),
+    onkeydown: event => event.key === 'Enter' && event.target === node && pick(job.id),
+  }, el('div', { className: 'line' }, name, buttons || []), line);
+  return { node, line, bar, percent, left };
+}
+
 function drawJobs() {
   $('jobs-none').hidden = jobs.length > 0;
-  $('jobs').replaceChildren(...jobs.map(job => {
-    const act = (label, route) => el('button', { className: 'plain', onclick: event => {
-      event.stopPropagation();
-      post(`v1/fine_tuning/jobs/${job.id}/${route}`).then(look).catch(stumble);
-    } }, label);
-    const cancel = sure('Cancel', () => post(`v1/fine_tuning/jobs/${job.id}/cancel`).then(look).catch(stumble));
-    const left = job.estimated_finish ? `${duration(job.estimated_finish - Date.now() / 1000)} left` : '';
-    const isOver = ended(job.status), share = part(job);
-    return el('div', { className: 'job' + (job.id === picked ? ' picked' : ''), tabIndex: 0, onclick: () => pick(job.id),
-      onkeydown: event => event.key === 'Enter' && event.target.classList.contains('job') && pick(job.id) },
-    el('div', { className: 'line' }, el('code', job.fine_tuned_model || job.id), el('span', { className: 'status ' + job.status }, job.status),
-      !isOver && (job.status === 'paused' ? act('Resume', 'resume') : act('Pause', 'pause')), !isOver && cancel),
-    !isOver && share > 0 && el('div', { className: 'line' }, el('progress', { value: share }), el('small', `${Math.floor(share * 100)} %`), el('small', left)));
-  }));
+  const wanted = jobs.map(row);
+  // What stands where it belongs keeps the focus.
+  if (wanted.some((node, i) => $('jobs').children[i] !== node) || wanted.length !== $('jobs').children.length) $('jobs').replaceChildren(...wanted);
 }
 
 function draw() {

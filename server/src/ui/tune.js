@@ -76,6 +76,23 @@ async function body() {
   };
 }
 
+/* What the model would read of the first rows, with what it would learn marked; and what there is of all. */
+async function preview() {
+  $('look').disabled = true;
+  try {
+    const { statistics: s, format, data, hyperparameters } = await post('v1/fine_tuning/preview?rows=3', await body());
+    const part = s.whole_file ? '' : 'of the first rows: ';
+    say($('said'), `${format}: ${part}${s.rows} rows, ${s.tokens} tokens, ${s.trained_tokens} of them learned, the longest row ${s.longest}` +
+      `${s.cut ? `; ${s.cut} are cut` : ''}${s.dropped ? `; ${s.dropped} have nothing to learn and are left out` : ''}`);
+    const piece = ({ text, weight }) => weight ? el('mark', { title: `weight ${weight}` }, text) : text;
+    $('preview').replaceChildren(...data.flatMap(row => row.examples.map(example => el('pre', example.pieces.map(piece)))),
+      el('small', `${hyperparameters.n_epochs} epochs of batches of ${hyperparameters.batch_size}, learning rate ${hyperparameters.learning_rate.toPrecision(3)}`));
+  } catch (error) {
+    stumble(error);
+  }
+  $('look').disabled = false;
+}
+
 async function train() {
   $('train').disabled = true;
   try {
@@ -118,6 +135,7 @@ export function start() {
   zone('training');
   zone('validation');
   $('train').onclick = train;
+  $('look').onclick = preview;
   $('more').ontoggle = () => drawSettings().catch(stumble);
   // What one key uploaded is not another's.
   onKey(() => uploaded.clear());
