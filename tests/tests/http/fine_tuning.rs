@@ -377,7 +377,7 @@ fn columns_are_previewed_and_trained() {
         let created = client::post(server.address, "/v1/fine_tuning/jobs", &body).ok();
         let done = ended(&server, created["id"].as_str().unwrap());
         assert_eq!(done["status"], "succeeded", "{name}: {done}");
-        assert_eq!(done["trained_tokens"].as_u64() > Some(0), true, "{done}");
+        assert!(done["trained_tokens"].as_u64() > Some(0), "{done}");
         for (key, value) in settings.as_object().unwrap() {
             assert_eq!(&done["hyperparameters"][key], value, "{done}");
         }
