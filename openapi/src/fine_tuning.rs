@@ -150,6 +150,8 @@ pub struct ChosenHyperparameters {
 pub struct RunHyperparameters {
     pub learning_rate: f64,
     pub lr_scheduler_type: String,
+    #[serde(flatten)]
+    pub schedule: RunSchedule,
     pub warmup_steps: u64,
     pub weight_decay: f64,
     pub adam_beta1: f64,
@@ -174,6 +176,19 @@ pub struct RunHyperparameters {
     pub objective: RunObjective,
     #[serde(flatten)]
     pub lora: Option<RunLora>,
+}
+
+/// What some schedules are made of; null in the others.
+#[derive(Clone, Debug, Default, Serialize, ToSchema)]
+pub struct RunSchedule {
+    #[schema(required)]
+    pub num_cycles: Option<f64>,
+    #[schema(required)]
+    pub power: Option<f64>,
+    #[schema(required)]
+    pub lr_end: Option<f64>,
+    #[schema(required)]
+    pub gamma: Option<f64>,
 }
 
 /// How the rows were read, as it was asked.

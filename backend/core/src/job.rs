@@ -332,7 +332,7 @@ impl Lora {
 }
 
 /// Course of the learning rate, transformers' names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Schedule {
     /// Never warms up.
@@ -340,19 +340,74 @@ pub enum Schedule {
     ConstantWithWarmup,
     Linear,
     Cosine,
+    /// Falls from the peak to zero so often.
+    CosineWithRestarts {
+        num_cycles: f64,
+    },
+    /// From the peak to `end`, a part of it.
+    Polynomial {
+        power: f64,
+        end: f64,
+    },
+    /// Inverse to the root of the step, and 1 where the warm-up ends.
+    InverseSqrt,
+    /// torch's StepLR: times `gamma` every so many steps.
+    Step {
+        gamma: f64,
+        every: u64,
+    },
 }
+
+/// Of a schedule by `InverseSqrt` that does not warm up.
+const INVERSE_SQRT_STEPS: u64 = 10_000;
 
 impl Schedule {
     /// As they are written everywhere.
-    pub const NAMES: [&str; 4] = ["constant", "constant_with_warmup", "linear", "cosine"];
+    pub const NAMES: [&str; 8] = [
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "inverse_sqrt",
+        "step",
+    ];
 
     pub fn name(self) -> &'static str {
-        let [constant, constant_with_warmup, linear, cosine] = Schedule::NAMES;
+        let [
+            constant,
+            constant_with_warmup,
+            linear,
+            cosine,
+            restarts,
+            polynomial,
+            inverse_sqrt,
+            step,
+        ] = Schedule::NAMES;
         match self {
             Schedule::Constant => constant,
             Schedule::ConstantWithWarmup => constant_with_warmup,
             Schedule::Linear => linear,
             Schedule::Cosine => cosine,
+            Schedule::CosineWithRestarts { .. } => restarts,
+            Schedule::Polynomial { .. } => polynomial,
+            Schedule::InverseSqrt => inverse_sqrt,
+            Schedule::Step { .. } => step,
+        }
+    }
+
+    /// What else it is made of, by the settings' names. A rate at the end is a part of the peak here.
+    pub fn numbers(self) -> Vec<(&'static str, f64)> {
+        match self {
+            Schedule::Constant
+            | Schedule::ConstantWithWarmup
+            | Schedule::Linear
+            | Schedule::Cosine
+            | Schedule::InverseSqrt => vec![],
+            Schedule::CosineWithRestarts { num_cycles } => vec![("num_cycles", num_cycles)],
+            Schedule::Polynomial { power, end } => vec![("power", power), ("lr_end", end)],
+            Schedule::Step { gamma, every: _ } => vec![("gamma", gamma)],
         }
     }
 
@@ -364,11 +419,26 @@ impl Schedule {
         if step < warmup_steps {
             return step as f64 / warmup_steps.max(1) as f64;
         }
+        let cosine = |part: f64| (0.5 * (1.0 + (std::f64::consts::PI * part).cos())).max(0.0);
         let progress = (step - warmup_steps) as f64 / total.saturating_sub(warmup_steps).max(1) as f64;
         match self {
             Schedule::Constant | Schedule::ConstantWithWarmup => 1.0,
             Schedule::Linear => (1.0 - progress).max(0.0),
-            Schedule::Cosine => (0.5 * (1.0 + (std::f64::consts::PI * progress).cos())).max(0.0),
+            Schedule::Cosine => cosine(progress),
+            Schedule::CosineWithRestarts { .. } if progress >= 1.0 => 0.0,
+            Schedule::CosineWithRestarts { num_cycles } => cosine((num_cycles * progress) % 1.0),
+            Schedule::Polynomial { end, .. } if step > total => end,
+            Schedule::Polynomial { power, end } => (1.0 - end) * (1.0 - progress).powf(power) + end,
+            Schedule::InverseSqrt => {
+                let timescale = if warmup_steps > 0 {
+                    warmup_steps
+                } else {
+                    INVERSE_SQRT_STEPS
+                };
+                let since = (step - warmup_steps + timescale) as f64;
+                (timescale as f64 / since).sqrt()
+            }
+            Schedule::Step { gamma, every } => gamma.powf((step / every.max(1)) as f64),
         }
     }
 }
@@ -475,6 +545,31 @@ mod tests {
             }
             let name = serde_json::to_value(schedule).expect("an enum of words");
             assert_eq!(name, schedule.name());
+        }
+        // By get_scheduler of transformers 5.23 with 2 of 10 steps to warm up, and torch's StepLR, at steps 0 to 9.
+        let restarts = Schedule::CosineWithRestarts { num_cycles: 2.0 };
+        let polynomial = Schedule::Polynomial { power: 2.0, end: 0.1 };
+        let falls = Schedule::Step {
+            gamma: 0.85,
+            every: 3,
+        };
+        #[rustfmt::skip]
+        let cases = [
+            (restarts, 2, [0.0, 0.5, 1.0, 0.853553391, 0.5, 0.146446609, 1.0, 0.853553391, 0.5, 0.146446609]),
+            (polynomial, 2, [0.0, 0.5, 1.0, 0.7890625, 0.60625, 0.4515625, 0.325, 0.2265625, 0.15625, 0.1140625]),
+            (Schedule::InverseSqrt, 2, [0.0, 0.5, 1.0, 0.816496581, 0.707106781, 0.632455532, 0.577350269, 0.534522484, 0.5, 0.471404521]),
+            (Schedule::InverseSqrt, 0, [1.0, 0.999950004, 0.999900015, 0.999850034, 0.99980006, 0.999750094, 0.999700135, 0.999650184, 0.99960024, 0.999550304]),
+            (falls, 0, [1.0, 1.0, 1.0, 0.85, 0.85, 0.85, 0.7225, 0.7225, 0.7225, 0.614125]),
+        ];
+        for (schedule, warmup_steps, expected) in cases {
+            for (step, expected) in (0..).zip(expected) {
+                let factor = schedule.factor(step, warmup_steps, 10);
+                assert!(
+                    (factor - expected).abs() < 1e-8,
+                    "{schedule:?} at {step}: {factor}"
+                );
+            }
+            assert!(Schedule::NAMES.contains(&schedule.name()));
         }
     }
 

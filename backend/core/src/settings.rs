@@ -93,9 +93,21 @@ settings! {
         learning_rate_multiplier: f64, Real(Above(0.0, 1e4)),
             [],
             "1", "factor on the default learning rate, in place of learning_rate";
-        lr_scheduler_type: Schedule, Word(&Schedule::NAMES),
+        lr_scheduler_type: String, Word(&Schedule::NAMES),
             ["lr_scheduler"],
-            "linear", "course of the learning rate; `constant` has no warm-up";
+            "linear, or the one that another setting belongs to", "course of the learning rate; `constant` has no warm-up, step falls at each epoch's end";
+        num_cycles: f64, Real(Above(0.0, 1000.0)),
+            [],
+            "1", "of cosine_with_restarts: how often it falls to zero";
+        power: f64, Real(Above(0.0, 100.0)),
+            [],
+            "1", "of polynomial";
+        lr_end: f64, Real(Closed(0.0, 1.0)),
+            ["min_lr"],
+            "1e-7", "of polynomial: the rate at the end";
+        gamma: f64, Real(Above(0.0, 1.0)),
+            ["lr_gamma"],
+            "0.85", "of step: factor on the rate at each epoch's end";
         warmup_steps: u64, Integer { low: 0, high: MOST_STEPS, unset: None },
             ["num_warmup_steps"],
             "3 % of the run", "optimizer steps of linear warm-up";
@@ -306,7 +318,7 @@ pub fn read<'a>(
     let mut given: BTreeMap<&str, (String, Option<Value>)> = BTreeMap::new();
     let mut others = Vec::new();
     for (place, values) in places {
-        for (name, value) in values.into_iter().filter(|(_, value)| !value.is_null()) {
+        for (name, value) in opened(values).into_iter().filter(|(_, value)| !value.is_null()) {
             let path = format!("{place}{name}");
             let Some(setting) = setting(&name) else {
                 others.push((path, name, value));
@@ -334,6 +346,7 @@ pub fn read<'a>(
     }
     warms_up(&settings)?;
     packs(&settings)?;
+    settings.schedule().map(drop)?;
     settings.objective()?;
     let beside = Beside {
         settings: &settings,
@@ -343,6 +356,18 @@ pub fn read<'a>(
         foreign::check(path, &name, &value, &beside)?;
     }
     Ok(settings)
+}
+
+/// What lies in `lr_scheduler_kwargs` are settings of their own.
+fn opened(mut values: serde_json::Map<String, Value>) -> serde_json::Map<String, Value> {
+    let schedules = OF_SCHEDULES.iter().flat_map(|(_, settings)| settings.iter());
+    if let Some(Value::Object(within)) = values.get_mut("lr_scheduler_kwargs") {
+        let found: Vec<(String, Value)> = schedules
+            .filter_map(|name| Some(((*name).to_owned(), within.remove(*name)?)))
+            .collect();
+        values.extend(found);
+    }
+    values
 }
 
 /// transformers' `constant` never warms up, whatever is asked beside it. Here that is said.
@@ -358,13 +383,43 @@ fn warms_up(settings: &Settings) -> Result<(), Refused> {
         ),
     ];
     match asked.into_iter().find(|(_, asked)| *asked) {
-        Some((name, _)) if settings.lr_scheduler_type == Some(Schedule::Constant) => {
+        Some((name, _)) if settings.lr_scheduler_type.as_deref() == Some(Schedule::Constant.name()) => {
             let message = format!(
                 "{name} is given, but lr_scheduler_type constant has no warm-up: use constant_with_warmup, or leave {name} out"
             );
             Err(refused(name.to_owned(), Why::Value, message))
         }
         _ => Ok(()),
+    }
+}
+
+/// A schedule, and the settings that belong to it alone.
+const OF_SCHEDULES: [(&str, &[&str]); 3] = [
+    ("cosine_with_restarts", &["num_cycles"]),
+    ("polynomial", &["power", "lr_end"]),
+    ("step", &["gamma"]),
+];
+
+impl Settings {
+    /// Its name: what was asked, or what another setting belongs to.
+    pub fn schedule(&self) -> Result<&str, Refused> {
+        let given = serde_json::to_value(self).expect("settings are plain data");
+        let mut name = self.lr_scheduler_type.as_deref();
+        for (schedule, settings) in OF_SCHEDULES {
+            let Some(setting) = settings.iter().find(|setting| !given[**setting].is_null()) else {
+                continue;
+            };
+            match name {
+                Some(name) if name != schedule => {
+                    let message = format!(
+                        "{setting} belongs to lr_scheduler_type {schedule}, not to {name}: leave it out, or give that one"
+                    );
+                    return Err(refused((*setting).to_owned(), Why::Value, message));
+                }
+                _ => name = Some(schedule),
+            }
+        }
+        Ok(name.unwrap_or("linear"))
     }
 }
 

@@ -120,15 +120,20 @@ pub fn choose<'a>(settings: &Settings, tuning: Tuning, bounds: impl Into<Bounds<
     let step_rows = u64::from(batch_size) * u64::from(gradient_accumulation_steps);
     let epoch_steps = rows.div_ceil(step_rows).max(1);
     let total_steps = settings.max_steps.unwrap_or(epoch_steps * n_epochs);
-    let lr_scheduler = settings.lr_scheduler_type.unwrap_or(Schedule::Linear);
+    let learning_rate = settings.learning_rate.unwrap_or_else(|| {
+        let multiplier = settings.learning_rate_multiplier.unwrap_or(1.0);
+        multiplier * of_objective(objective) * learning_rate(tuning, bounds.hidden_size)
+    });
+    let lr_scheduler = schedule(settings, learning_rate, epoch_steps);
     // The first step of a warm-up learns nothing: a short run has none unless it is asked, and none is all warm-up.
     let warmup_steps = match (lr_scheduler, settings.warmup_steps, settings.warmup_ratio) {
         (Schedule::Constant, ..) => 0,
         (_, Some(steps), _) => steps,
+        // torch's, which knows of none.
+        (Schedule::Step { .. }, None, None) => 0,
         (_, None, Some(ratio)) => ((total_steps as f64 * ratio).ceil() as u64).min(total_steps - 1),
         (_, None, None) => (total_steps as f64 * WARMUP_RATIO) as u64,
     };
-    let multiplier = settings.learning_rate_multiplier.unwrap_or(1.0);
     Hyper {
         n_epochs: match settings.max_steps {
             Some(steps) => small(steps.div_ceil(epoch_steps)),
@@ -137,9 +142,7 @@ pub fn choose<'a>(settings: &Settings, tuning: Tuning, bounds: impl Into<Bounds<
         max_steps: settings.max_steps,
         batch_size,
         gradient_accumulation_steps,
-        learning_rate: settings.learning_rate.unwrap_or_else(|| {
-            multiplier * of_objective(objective) * learning_rate(tuning, bounds.hidden_size)
-        }),
+        learning_rate,
         lr_scheduler,
         warmup_steps,
         weight_decay: settings.weight_decay.unwrap_or(0.0),
@@ -159,6 +162,32 @@ pub fn choose<'a>(settings: &Settings, tuning: Tuning, bounds: impl Into<Bounds<
             Tuning::Lora => Method::Lora(lora(settings, bounds)),
             Tuning::Full => Method::Full,
         },
+    }
+}
+
+/// `settings` were read, and so have one.
+fn schedule(settings: &Settings, learning_rate: f64, epoch_steps: u64) -> Schedule {
+    match settings
+        .schedule()
+        .expect("settings are read with their schedule")
+    {
+        "constant" => Schedule::Constant,
+        "constant_with_warmup" => Schedule::ConstantWithWarmup,
+        "linear" => Schedule::Linear,
+        "cosine" => Schedule::Cosine,
+        "cosine_with_restarts" => Schedule::CosineWithRestarts {
+            num_cycles: settings.num_cycles.unwrap_or(1.0),
+        },
+        "polynomial" => Schedule::Polynomial {
+            power: settings.power.unwrap_or(1.0),
+            end: (settings.lr_end.unwrap_or(1e-7) / learning_rate).min(1.0),
+        },
+        "inverse_sqrt" => Schedule::InverseSqrt,
+        "step" => Schedule::Step {
+            gamma: settings.gamma.unwrap_or(0.85),
+            every: epoch_steps,
+        },
+        other => unreachable!("the table has no schedule {other}"),
     }
 }
 
@@ -281,7 +310,7 @@ mod tests {
             n_epochs: Some(2),
             batch_size: Some(4),
             learning_rate_multiplier: Some(0.5),
-            lr_scheduler_type: Some(Schedule::Cosine),
+            lr_scheduler_type: Some("cosine".to_owned()),
             warmup_ratio: Some(0.1),
             max_steps: Some(20),
             lora_r: Some(8),
@@ -347,7 +376,7 @@ mod tests {
                 n_epochs: Some(2),
                 batch_size: Some(4),
                 max_steps: Some(max_steps),
-                lr_scheduler_type: Some(Schedule::Constant),
+                lr_scheduler_type: Some("constant".to_owned()),
                 ..Settings::default()
             };
             let hyper = choose(&settings, Tuning::Lora, &info(), facts);

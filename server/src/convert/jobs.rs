@@ -1,13 +1,13 @@
 //! Jobs, their events and checkpoints to the wire, in the API of today. What may be asked is fine_tuning.rs.
 
 use serde_json::json;
-use tandem_core::job::{Hyper, Lora, Method as CoreMethod};
+use tandem_core::job::{Hyper, Lora, Method as CoreMethod, Schedule};
 use tandem_core::settings::Settings;
 use tandem_openapi::common::{AutoInteger, AutoNumber};
 use tandem_openapi::fine_tuning::{
     Checkpoint, ChosenHyperparameters, ChosenMethod, ChosenMethodSettings, CommonHyperparameters, Job,
     JobError, JobEvent, JobPreview, MethodHyperparameters, PreviewExample, PreviewPiece, PreviewRow,
-    PreviewStatistics, RunData, RunHyperparameters, RunLora, RunObjective,
+    PreviewStatistics, RunData, RunHyperparameters, RunLora, RunObjective, RunSchedule,
 };
 use tandem_router::api::{self, JobEventRecord, JobRequest, JobStatus, Level};
 use tandem_router::hyper;
@@ -195,6 +195,7 @@ fn run(hyper: Hyper, settings: &Settings) -> RunHyperparameters {
     RunHyperparameters {
         learning_rate,
         lr_scheduler_type: lr_scheduler.name().to_owned(),
+        schedule: schedule(lr_scheduler, learning_rate),
         warmup_steps,
         weight_decay,
         adam_beta1,
@@ -223,6 +224,23 @@ fn run(hyper: Hyper, settings: &Settings) -> RunHyperparameters {
         },
         lora,
     }
+}
+
+fn schedule(schedule: Schedule, learning_rate: f64) -> RunSchedule {
+    let mut run = RunSchedule::default();
+    match schedule {
+        Schedule::CosineWithRestarts { num_cycles } => run.num_cycles = Some(num_cycles),
+        Schedule::Polynomial { power, end } => {
+            (run.power, run.lr_end) = (Some(power), Some(end * learning_rate));
+        }
+        Schedule::Step { gamma, every: _ } => run.gamma = Some(gamma),
+        Schedule::Constant
+        | Schedule::ConstantWithWarmup
+        | Schedule::Linear
+        | Schedule::Cosine
+        | Schedule::InverseSqrt => {}
+    }
+    run
 }
 
 /// Worked into the tokens, not numbers of the run.

@@ -281,6 +281,15 @@ pub fn settings(hyper: &Hyper) -> Mapping {
     );
     put("learning_rate", (*learning_rate).into());
     put("lr_scheduler_type", lr_scheduler.name().into());
+    for (name, number) in lr_scheduler.numbers() {
+        // A setting of that name is a rate.
+        let number = if name == "lr_end" {
+            number * learning_rate
+        } else {
+            number
+        };
+        put(name, number.into());
+    }
     put("warmup_steps", (*warmup_steps).into());
     put("weight_decay", (*weight_decay).into());
     put("max_grad_norm", (*max_grad_norm).into());

@@ -387,7 +387,6 @@ const FOREIGN: &[Foreign] = &[
         },
         "gradients are clipped to max_grad_norm, 1 unless it is given; 0 clips nothing",
     ),
-    row("gamma", never, "the learning rate follows lr_scheduler_type"),
     row(
         "label_smoothing_factor router_aux_loss_coef z_loss",
         off,
