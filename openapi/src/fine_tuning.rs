@@ -158,9 +158,9 @@ pub struct RunHyperparameters {
     pub adam_beta2: f64,
     pub adam_epsilon: f64,
     pub max_grad_norm: f64,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(required)]
     pub loraplus_lr_ratio: Option<f64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(required)]
     pub neftune_noise_alpha: Option<f64>,
     pub max_seq_length: u32,
     pub packing: bool,

@@ -364,6 +364,7 @@ mod tests {
                 "/api/v1/forward_backward",
                 "/api/v1/optim_step",
                 "/api/v1/weights_info",
+                "/v1/fine_tuning/preview",
             ]
             .contains(path);
             assert_eq!(action.is_some(), *method != "GET" && !asks, "{method} {path}");

@@ -843,7 +843,7 @@ mod tests {
         for row in guide.lines().filter(|line| line.starts_with("| ")) {
             let cells: Vec<&str> = row.split(" | ").collect();
             // torchrun and torchtune have none of a server's.
-            let there = options(cells[0]).filter(|_| !row.contains("tune run") && !row.contains("torchrun"));
+            let there = options(cells[0]).filter(|_| !row.contains("`tune ") && !row.contains("torchrun"));
             for option in there {
                 assert!(
                     find(option).is_some() || ours.contains(option),

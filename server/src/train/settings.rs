@@ -570,7 +570,11 @@ mod tests {
             (&["weight_decay=-1"], "between 0 and 1, got -1"),
             (&["learning_rate=.nan"], "must be a number"),
             (&["lora_target_modules=[]"], "a list of module names"),
-            (&["lr_scheduler_type=step"], "one of constant"),
+            (&["lr_scheduler_type=reduce_lr_on_plateau"], "one of constant"),
+            (
+                &["lr_scheduler_type=cosine", "gamma=0.9"],
+                "belongs to lr_scheduler_type step",
+            ),
             (&["lr=1e-3", "learning_rate=1e-3"], "the same setting"),
             (&["load_in_4bit=true"], "not supported"),
             (&["nproc_per_node=4"], "gradient_accumulation_steps x N"),

@@ -845,8 +845,8 @@ profiler:
     fn every_other_key_is_refused_by_its_path() {
         for (words, expected) in [
             (
-                &["optimizer.lrr=1"][..],
-                "optimizer.lrr: an unknown key; did you mean optimizer.lr?",
+                &["optimizer.weight_decai=1"][..],
+                "optimizer.weight_decai: an unknown key; did you mean optimizer.weight_decay?",
             ),
             (
                 &["model.apply_lora_to_output=True"],

@@ -120,7 +120,8 @@ const FOREIGN: &[Foreign] = &[
     row("fp16 use_fp16 fp16_full_eval pure_fp16", off, HALF),
     row(
         "mixed_precision",
-        |value, beside| off(value, beside) || word(value, &["bf16"]),
+        // llama-recipes' `true` is bfloat16; its `use_fp16` would be the other.
+        |value, beside| off(value, beside) || *value == true || word(value, &["bf16"]),
         HALF,
     ),
     row(

@@ -289,6 +289,7 @@ fn what_the_field_asks_is_honoured_harmless_or_refused() {
         ("fp16", json!(false), Harmless),
         ("fp16", json!(true), Is::Refused("nothing is computed in float16")),
         ("mixed_precision", json!("bf16"), Harmless),
+        ("mixed_precision", json!(true), Harmless),
         ("mixed_precision", json!("fp16"), Is::Refused("leave it out")),
         ("tf32", json!(true), Harmless),
         ("activation_checkpointing", json!(true), Harmless),
