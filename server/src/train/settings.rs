@@ -224,7 +224,8 @@ pub fn read(args: &[String]) -> Result<Recipe, SettingsError> {
             .split_once('=')
             .ok_or_else(|| SettingsError::NotASetting(word.clone()))?;
         let value = of_word(key, text)?;
-        let is_path = has_sections || key.contains('.');
+        let is_within = |(root, _): (&str, &str)| config.contains_key(root);
+        let is_path = has_sections || key.split_once('.').is_some_and(is_within);
         if is_path && torchtune::set(&mut config, key, Some(value.clone()))? {
             continue;
         }
