@@ -224,8 +224,11 @@ pub fn read(args: &[String]) -> Result<Recipe, SettingsError> {
             .split_once('=')
             .ok_or_else(|| SettingsError::NotASetting(word.clone()))?;
         let value = of_word(key, text)?;
-        let is_within = |(root, _): (&str, &str)| config.contains_key(root);
-        let is_path = has_sections || key.split_once('.').is_some_and(is_within);
+        let has_parts = |(root, _): (&str, &str)| {
+            config.contains_key(root)
+                || settings::setting(root).is_some_and(|setting| setting.kind == Kind::Map)
+        };
+        let is_path = has_sections || key.split_once('.').is_some_and(has_parts);
         if is_path && torchtune::set(&mut config, key, Some(value.clone()))? {
             continue;
         }
