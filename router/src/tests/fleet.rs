@@ -268,7 +268,11 @@ async fn a_replica_that_differs_is_not_let_in() {
     let router = house
         .open_fleet(
             Config::default(),
-            vec![member("good", [good]), member("other", [other])],
+            // As long as it comes again, the same is said of it.
+            vec![
+                member("good", [good]),
+                member("other", [(); 8].map(|()| other.clone())),
+            ],
         )
         .await
         .unwrap();
