@@ -263,18 +263,20 @@ async fn a_job_becomes_a_model_that_answers() {
     panic!("an ended job keeps no folder");
 }
 
+/// What lives in it ends with it, as in a process that is killed.
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap()
+}
+
 /// The process ends without a word at `after` events; the next one goes on and the job succeeds.
 #[test]
 fn a_killed_job_goes_on_at_the_next_start() {
     for kill_after in 0..5 {
         let house = House::new();
-        let runtime = || {
-            tokio::runtime::Builder::new_multi_thread()
-                .worker_threads(2)
-                .enable_all()
-                .build()
-                .unwrap()
-        };
         let first = runtime();
         let (id, hyper) = first.block_on(async {
             let (router, mut engine) = house.open().await;
@@ -684,13 +686,6 @@ fn a_pause_survives_a_kill() {
         (true, tandem_store::Asked::Cancel, JobStatus::Cancelled),
     ] {
         let house = House::new();
-        let runtime = || {
-            tokio::runtime::Builder::new_multi_thread()
-                .worker_threads(2)
-                .enable_all()
-                .build()
-                .unwrap()
-        };
         let first = runtime();
         let id = first.block_on(async {
             let (router, mut engine) = house.open().await;

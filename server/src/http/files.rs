@@ -25,7 +25,7 @@ use crate::fields::stray_field;
 use crate::keys::Own;
 
 /// Boundaries, headers and the small fields of a form.
-pub(super) const FORM_OVERHEAD_BYTES: u64 = 1 << 20;
+const FORM_OVERHEAD_BYTES: u64 = 1 << 20;
 /// A form's text field.
 const FIELD_LIMIT_BYTES: usize = 4096;
 const LIST_LIMIT: u32 = 10_000;
@@ -42,17 +42,7 @@ pub async fn create(
     request: Request,
 ) -> Result<(Extension<Object>, Json<File>), ApiError> {
     let limit_bytes = FILE_LIMIT_BYTES;
-    if announced_bytes(request.headers()).is_some_and(|bytes| bytes > limit_bytes + FORM_OVERHEAD_BYTES) {
-        return Err(ApiError::TooLarge { limit_bytes });
-    }
-    must_be("multipart/form-data", request.headers())?;
-    app.router.check_room()?;
-    let mut form = Multipart::from_request(request, &()).await.map_err(|rejection| {
-        invalid(
-            "file",
-            format!("the body must be multipart/form-data: {}", rejection.body_text()),
-        )
-    })?;
+    let mut form = form(&app, request, "file", limit_bytes).await?;
     let staged = Staged(app.router.staging());
     let Form {
         file,
@@ -71,6 +61,26 @@ pub async fn create(
     let info = own.create_file(upload).await?;
     app.metrics.uploaded(bytes);
     Ok((Extension(Object(info.id.clone())), Json(files::file(info))))
+}
+
+/// A form with a file of at most `limit_bytes` in its field `param`, where there is room for it.
+pub(super) async fn form(
+    app: &App,
+    request: Request,
+    param: &'static str,
+    limit_bytes: u64,
+) -> Result<Multipart, ApiError> {
+    if announced_bytes(request.headers()).is_some_and(|bytes| bytes > limit_bytes + FORM_OVERHEAD_BYTES) {
+        return Err(ApiError::TooLarge { limit_bytes });
+    }
+    must_be("multipart/form-data", request.headers())?;
+    app.router.check_room()?;
+    Multipart::from_request(request, &()).await.map_err(|rejection| {
+        invalid(
+            param,
+            format!("the body must be multipart/form-data: {}", rejection.body_text()),
+        )
+    })
 }
 
 /// An upload's file on its way; what is left of it goes when the upload ends, however it ends.
@@ -99,11 +109,7 @@ async fn read(app: &App, form: &mut Multipart, staged: &Staged, limit_bytes: u64
             "file" if read.file.is_some() => return Err(invalid("file", "the form has two files")),
             "file" => {
                 let name = files::filename(field.file_name());
-                let written = write(field, staged, limit_bytes).await;
-                if let Err(ApiError::Router(error)) = &written {
-                    app.router.note(error);
-                }
-                read.file = Some((name, written?));
+                read.file = Some((name, write(app, field, staged, limit_bytes).await?));
             }
             "purpose" => read.purpose = Some(text(field, "purpose").await?),
             "expires_after[anchor]" => {
@@ -127,10 +133,18 @@ async fn read(app: &App, form: &mut Multipart, staged: &Staged, limit_bytes: u64
     Ok(read)
 }
 
-pub(super) async fn write(mut field: Field<'_>, staged: &Staged, limit_bytes: u64) -> Result<u64, ApiError> {
+/// How many bytes there were.
+pub(super) async fn write(
+    app: &App,
+    mut field: Field<'_>,
+    staged: &Staged,
+    limit_bytes: u64,
+) -> Result<u64, ApiError> {
     let failed = |source: std::io::Error| {
         let what = "writing an upload".to_owned();
-        ApiError::Router(RouterError::Store(StoreError::Io { what, source }))
+        let error = RouterError::Store(StoreError::Io { what, source });
+        app.router.note(&error);
+        ApiError::Router(error)
     };
     let mut file = tokio::fs::File::create(&staged.0).await.map_err(failed)?;
     let mut bytes = 0;

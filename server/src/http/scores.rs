@@ -2,16 +2,15 @@
 
 use axum::Json as Answer;
 use axum::extract::State;
-use tandem_openapi::embeddings::{EmbeddingUsage, Vector};
+use tandem_openapi::embeddings::EmbeddingUsage;
 use tandem_openapi::error::Errors;
 use tandem_openapi::scores::{
     RerankDocument, RerankRequest, RerankResult, Reranked, Score, ScoreRequest, Scores,
 };
 use tandem_router::api::Client;
 
-use super::feed::{self, Admitted};
+use super::embeddings::vectors;
 use crate::app::{App, now};
-use crate::convert::embeddings::Embeddings;
 use crate::convert::scores::{self, Compared, Ranking};
 use crate::error::ApiError;
 use crate::extract::Json;
@@ -125,27 +124,7 @@ async fn compare(
     compared: Compared,
     param: &'static str,
 ) -> Result<(Vec<f64>, EmbeddingUsage), ApiError> {
-    let (Embeddings { calls, shape }, queries) = compared.parts();
-    let Admitted {
-        identity: _,
-        prompts,
-        mut feed,
-    } = feed::admit(app, client, calls, param).await?;
-    let gathered = feed::gather(&mut feed, 1).await?;
-    let vector = |one: feed::Gathered| {
-        let vector = one
-            .vector
-            .ok_or_else(|| ApiError::Internal("a text has no vector".to_owned()))?;
-        shape.apply(vector)
-    };
-    let vectors = gathered
-        .into_iter()
-        .map(vector)
-        .collect::<Result<Vec<Vector>, ApiError>>()?;
-    let prompt_tokens = prompts.iter().map(|prompt| prompt.len() as u64).sum();
-    let usage = EmbeddingUsage {
-        prompt_tokens,
-        total_tokens: prompt_tokens,
-    };
+    let (texts, queries) = compared.parts();
+    let (_, vectors, usage) = vectors(app, client, texts, param).await?;
     Ok((scores::cosines(&vectors, queries), usage))
 }

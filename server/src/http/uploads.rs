@@ -1,18 +1,18 @@
 //! /v1/uploads: files that come in parts.
 
-use axum::extract::{FromRequest, Multipart, Request, State};
+use axum::extract::{Request, State};
 use axum::{Extension, Json as Answer};
 use tandem_openapi::error::Errors;
 use tandem_openapi::uploads::{CompleteUpload, CreateUpload, PartForm, Upload, UploadPart};
 use tandem_router::uploads::MAX_PART_BYTES;
 
-use super::files::{FORM_OVERHEAD_BYTES, Staged, broken, write};
+use super::files::{Staged, broken, form, write};
 use super::to_the_end;
 use crate::app::App;
 use crate::audit::Object;
 use crate::convert::{files, uploads};
 use crate::error::{ApiError, invalid};
-use crate::extract::{Json, Segment, announced_bytes, must_be};
+use crate::extract::{Json, Segment};
 use crate::fields::stray_field;
 use crate::keys::Own;
 
@@ -39,28 +39,14 @@ pub async fn part(
     request: Request,
 ) -> Result<Answer<UploadPart>, ApiError> {
     let limit_bytes = MAX_PART_BYTES;
-    if announced_bytes(request.headers()).is_some_and(|bytes| bytes > limit_bytes + FORM_OVERHEAD_BYTES) {
-        return Err(ApiError::TooLarge { limit_bytes });
-    }
-    must_be("multipart/form-data", request.headers())?;
-    app.router.check_room()?;
-    let mut form = Multipart::from_request(request, &()).await.map_err(|rejection| {
-        invalid(
-            "data",
-            format!("the body must be multipart/form-data: {}", rejection.body_text()),
-        )
-    })?;
+    let mut form = form(&app, request, "data", limit_bytes).await?;
     let staged = Staged(app.router.staging());
     let mut written = None;
     while let Some(field) = form.next_field().await.map_err(broken)? {
         match field.name().unwrap_or_default() {
             "data" if written.is_some() => return Err(invalid("data", "the form has two parts")),
             "data" => {
-                let bytes = write(field, &staged, limit_bytes).await;
-                if let Err(ApiError::Router(error)) = &bytes {
-                    app.router.note(error);
-                }
-                written = Some(bytes?);
+                written = Some(write(&app, field, &staged, limit_bytes).await?);
             }
             other => app
                 .strays

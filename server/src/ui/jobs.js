@@ -43,9 +43,10 @@ async function read(job, log) {
     log.points.push(...fresh.map(event => event.data).filter(data => data && data.step));
     log.events = [...log.events, ...fresh.filter(event => event.type !== 'metrics')].slice(-EVENTS_SHOWN);
   }
+  const known = log.checkpoints.length;
   log.checkpoints = (await api(`v1/fine_tuning/jobs/${job.id}/checkpoints?limit=100`)).data;
   log.done = ended(job.status);
-  if (log.done || log.checkpoints.length) await models.refresh();
+  if (log.done || log.checkpoints.length !== known) await models.refresh();
 }
 
 /* Says in how many milliseconds to look again. */
