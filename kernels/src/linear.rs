@@ -77,24 +77,20 @@ pub fn linear_add(x: &Tensor, w: &Weight, bias: Option<&Tensor>, lora: &[LoraRow
     }
 }
 
-/// As [`linear`] with one module over all rows, whose branch reads `lora_x` `[T, K]` (the input after dropout). Also
-/// returns the shrunk rows `lora_x At` `[T, R]`, before scaling, which the gradient of B wants.
+/// As [`linear`], the branches reading `lora_x` `[T, K]` (the input after dropout). Also returns the shrunk rows
+/// `lora_x At` `[T, R]`, before scaling, which the gradient of B wants: as wide as the largest module's ranks; what belongs
+/// to no module is zero.
 pub fn linear_training(
     x: &Tensor,
     w: &Weight,
     bias: Option<&Tensor>,
-    lora: &LoraModule,
+    lora: &[LoraRows],
     lora_x: &Tensor,
 ) -> (Tensor, Tensor) {
-    let module = LoraRows {
-        rows: 0..x.size()[0],
-        module: lora,
-    };
-    linear_grouped_training(x, &[all_rows(x, w, bias)], &[module], lora_x)
+    linear_grouped_training(x, &[all_rows(x, w, bias)], lora, lora_x)
 }
 
-/// As [`linear_grouped`], the branches reading `lora_x`. The shrunk rows `[T, R]` are as wide as the largest module's
-/// ranks; what belongs to no module is zero.
+/// As [`linear_grouped`], the branches reading `lora_x`, and the shrunk rows as [`linear_training`].
 pub fn linear_grouped_training(
     x: &Tensor,
     groups: &[WeightRows],

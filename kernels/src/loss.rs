@@ -4,6 +4,8 @@
 
 mod sharded;
 
+use std::ops::Range;
+
 use tch::{Kind, Tensor};
 
 pub use sharded::{Vocabulary, sharded_cross_entropy, sharded_log_probs};
@@ -51,19 +53,34 @@ impl Head<'_> {
 pub struct LossOut {
     /// Sum of -weight * log p(label).
     pub loss_sum: f64,
-    /// Rows whose label has the largest logit.
-    pub correct: usize,
+    /// Of each row: whether its label has the largest logit.
+    pub correct: Vec<bool>,
     /// log p(label) of each row, without its weight.
     pub log_probs: Vec<f32>,
     /// [R, H]
     pub dhidden: Tensor,
 }
 
-/// What [`linear_log_probs`] gives.
+/// What [`linear_log_probs`] gives of each row.
+#[derive(Default)]
 pub struct LogProbs {
     pub log_probs: Vec<f32>,
-    /// Rows whose label has the largest logit.
-    pub correct: usize,
+    /// Whether its label has the largest logit.
+    pub correct: Vec<bool>,
+}
+
+impl LogProbs {
+    pub fn extend(&mut self, more: LogProbs) {
+        self.log_probs.extend(more.log_probs);
+        self.correct.extend(more.correct);
+    }
+
+    pub fn part(&self, rows: Range<usize>) -> LogProbs {
+        LogProbs {
+            log_probs: self.log_probs[rows.clone()].to_vec(),
+            correct: self.correct[rows].to_vec(),
+        }
+    }
 }
 
 /// Loss and gradient of `hidden` [R, H] through `head`, row i having the label labels[i] and the weight
@@ -150,7 +167,7 @@ fn in_chunks(
         rows.extend(chunk(&part, logits, start));
     }
     LogProbs {
-        correct: rows.iter().filter(|row| row.correct).count(),
+        correct: rows.iter().map(|row| row.correct).collect(),
         log_probs: rows.into_iter().map(|row| row.log_prob).collect(),
     }
 }
@@ -308,7 +325,7 @@ mod tests {
                 .eq_tensor(&index)
                 .sum(Kind::Int64)
                 .int64_value(&[]);
-            assert_eq!(got.correct as i64, correct);
+            assert_eq!(got.correct.iter().filter(|&&is| is).count() as i64, correct);
 
             let forward = linear_log_probs(&x, head, &labels);
             assert_eq!((forward.log_probs, forward.correct), (got.log_probs, got.correct));

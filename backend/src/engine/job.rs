@@ -101,6 +101,27 @@ impl Job {
         self.is_ready() || self.supervisor.events.is_closed()
     }
 
+    pub fn trainer(&mut self) -> Option<&mut Trainer> {
+        match &mut self.stage {
+            Stage::Trains(trainer) => Some(trainer),
+            Stage::Begins(_) => None,
+        }
+    }
+
+    pub fn is_brief(&self) -> bool {
+        matches!(&self.stage, Stage::Trains(trainer) if trainer.is_brief())
+    }
+
+    /// Rows of its next slice, where that may go with others'. After a fall it goes alone for a step: what made it fall
+    /// must not make others fall again.
+    pub fn rows_to_join(&self) -> Option<usize> {
+        let has_fallen = self.fall.as_ref().is_some_and(|fall| fall.step >= self.step());
+        match &self.stage {
+            Stage::Trains(trainer) if !has_fallen => trainer.next_rows(),
+            _ => None,
+        }
+    }
+
     pub fn holds_activations(&self) -> bool {
         matches!(&self.stage, Stage::Trains(trainer) if trainer.holds_activations())
     }

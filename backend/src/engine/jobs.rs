@@ -1,6 +1,7 @@
 //! Fine-tuning jobs as the engine's tenants: whether one is begun beside others, whose quantum is next, what a failure
-//! costs. Jobs take turns by the time they were given, and a slice that is on its way is finished before another job has
-//! its turn, so that the activations of one slice are held at a time, however many jobs there are. Not here: training.
+//! costs. Jobs take turns by the time they were given. Slices of several that fit into one go through the layers together.
+//! What is on its way is finished before another job has its turn, so that the activations of one slice are held at a
+//! time, however many jobs there are. Not here: training.
 
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
@@ -18,14 +19,19 @@ use crate::guard::{self, TorchFault};
 use crate::pace::{Budget, Load};
 use crate::ranks::Order;
 use crate::start::memory::Free;
+use crate::model::Decoder;
+use crate::train::data::slice_tokens;
+use crate::train::joint::{self, Joint};
 use crate::train::memory::Memory;
 use crate::train::snapshot::{Occasion, Published, Written};
-use crate::train::{Quantum, TrainError};
+use crate::train::{Quantum, TrainError, Trainer};
 
 pub struct Jobs {
     all: Vec<Job>,
     /// That train at once.
     most: usize,
+    /// Slices of several of them on their way.
+    joint: Option<Joint>,
     /// The time given to the job whose turn it was last: who could not go on meanwhile does not catch up.
     given: Duration,
 }
@@ -41,6 +47,7 @@ impl Jobs {
         Jobs {
             all: vec![],
             most,
+            joint: None,
             given: Duration::ZERO,
         }
     }
@@ -60,6 +67,7 @@ impl Jobs {
     /// What is half done is not to be kept.
     pub fn forget(&mut self) {
         self.all.clear();
+        self.joint = None;
     }
 
     fn find(&self, id: &JobId) -> Option<usize> {
@@ -95,20 +103,71 @@ impl Jobs {
         }
     }
 
-    /// Whose quantum is next.
-    fn next(&mut self) -> Option<usize> {
+    /// Whose quantum is next: of several together, where there are several.
+    fn next(&mut self, most_rows: usize) -> Vec<usize> {
+        if let Some(joint) = &self.joint {
+            let member = |id| self.find(id).expect("a pass is given up when a job of it ends");
+            return joint.jobs().iter().map(member).collect();
+        }
         for job in self.all.iter_mut().filter(|job| !job.can_go_on()) {
             job.given = job.given.max(self.given);
         }
         let ready = || (0..self.all.len()).filter(|&i| self.all[i].is_ready());
-        let amid = ready().find(|&i| self.all[i].holds_activations());
-        amid.or_else(|| ready().min_by_key(|&i| self.all[i].given))
+        if let Some(amid) = ready().find(|&i| self.all[i].holds_activations()) {
+            return vec![amid];
+        }
+        // What is brief goes first, so that more slices are there to go together.
+        let turn = |&i: &usize| (!self.all[i].is_brief(), self.all[i].given);
+        let Some(first) = ready().min_by_key(turn) else {
+            return vec![];
+        };
+        let mut members = vec![first];
+        let mut rows = self.all[first].rows_to_join().unwrap_or(most_rows);
+        let mut others: Vec<usize> = ready().filter(|&i| i != first).collect();
+        others.sort_by_key(|&i| self.all[i].given);
+        for i in others {
+            if let Some(more) = self.all[i].rows_to_join()
+                && rows + more <= most_rows
+            {
+                rows += more;
+                members.push(i);
+            }
+        }
+        members
     }
 
-    fn ran(&mut self, i: usize, took: Duration) {
-        let job = &mut self.all[i];
-        self.given = self.given.max(job.given);
-        job.given += took;
+    /// What each of `members` has of their next quantum; together 1.
+    fn shares(&self, members: &[usize]) -> Vec<f64> {
+        let rows = members.iter().map(|&i| match &self.all[i].stage {
+            Stage::Trains(trainer) => trainer.slice_rows() as f64,
+            Stage::Begins(_) => 0.0,
+        });
+        let rows: Vec<f64> = rows.collect();
+        match (members.len(), rows.iter().sum::<f64>()) {
+            (1, _) => vec![1.0],
+            (_, all) => rows.iter().map(|rows| rows / all).collect(),
+        }
+    }
+
+    fn quantum(&mut self, members: &[usize], base: &Decoder) -> Result<Quantum, TrainError> {
+        let mut all: Vec<Option<&mut Trainer>> = self.all.iter_mut().map(Job::trainer).collect();
+        let trainer = |&i: &usize| all[i].take().expect("what is ready has begun");
+        let mut trainers: Vec<&mut Trainer> = members.iter().map(trainer).collect();
+        match &mut trainers[..] {
+            [alone] => alone.quantum(Some(base)),
+            several => {
+                joint::quantum(&mut self.joint, several, base);
+                Ok(Quantum::default())
+            }
+        }
+    }
+
+    fn ran(&mut self, members: &[usize], shares: &[f64], took: Duration) {
+        for (&i, &share) in members.iter().zip(shares) {
+            let job = &mut self.all[i];
+            self.given = self.given.max(job.given);
+            job.given += took.mul_f64(share);
+        }
     }
 }
 
@@ -293,30 +352,30 @@ impl Engine {
             warn!(job = %self.jobs.all[i].spec.id, "nobody supervises the job any more");
             self.keep_job(i);
         }
-        let Some(i) = self.jobs.next() else {
+        let members = self.jobs.next(slice_tokens(self.decoder.device()));
+        let Some(&i) = members.first() else {
             return ControlFlow::Continue(false);
         };
-        let job = &mut self.jobs.all[i];
-        let Stage::Trains(trainer) = &mut job.stage else {
-            unreachable!("what is ready has begun")
-        };
-        let id = &job.spec.id;
+        let id = |&i: &usize| self.jobs.all[i].spec.id.clone();
+        let ids: Vec<JobId> = members.iter().map(id).collect();
+        let shares = self.jobs.shares(&members);
         let began = Instant::now();
         let result = guard::torch(|| {
             self.ranks.order_adapters(self.bank.changes());
-            self.ranks.order(|| Order::Quantum(id.clone()));
+            self.ranks.order(|| Order::Quantum(ids.clone()));
             self.ranks.send();
-            trainer.quantum(Some(&self.decoder))
+            self.jobs.quantum(&members, &self.decoder)
         });
         let took = began.elapsed();
         self.pace.trained(took, load);
         self.counters.train_seconds += took.as_secs_f64();
-        self.jobs.ran(i, took);
+        self.jobs.ran(&members, &shares, took);
         match result {
             Ok(Ok(quantum)) => match self.trained(i, quantum) {
                 Fate::GoesOn => {}
                 Fate::Over => self.end_job(i, None),
             },
+            // Of one alone: nothing of a pass is judged.
             Ok(Err(error)) => {
                 let job = &self.jobs.all[i];
                 warn!(job = %job.spec.id, step = job.step(), %error, "training failed");
@@ -326,7 +385,13 @@ impl Engine {
             Err(fault) if self.is_fatal(&fault) => {
                 self.lose(fault)?;
             }
-            Err(fault) => self.job_fell(i, fault),
+            Err(fault) => {
+                self.jobs.joint = None;
+                for id in ids {
+                    let i = self.jobs.find(&id).expect("it was to run");
+                    self.job_fell(i, fault.clone());
+                }
+            }
         }
         ControlFlow::Continue(true)
     }
@@ -404,6 +469,8 @@ impl Engine {
         let Job {
             mut supervisor, spec, ..
         } = self.jobs.all.remove(i);
+        let others = self.jobs.all.iter_mut().filter_map(Job::trainer);
+        joint::part(&mut self.jobs.joint, &spec.id, others);
         self.ranks.order(|| Order::EndJob(spec.id));
         last.into_iter().for_each(|event| supervisor.tell(event));
         if supervisor.is_to_hear_more() {

@@ -116,7 +116,7 @@ impl Attention {
         let dattended = back.linear(&self.output, &attended.out, doutput);
         if let Some(sinks) = &self.sinks {
             let gradient = || sinks_backward(sinks, &attended, &dattended, cu_seqlens, self.heads);
-            back.grads.add(ParamId::Sinks(self.sublayer), gradient);
+            back.pass.trainable.add(ParamId::Sinks(self.sublayer), gradient);
         }
         let (q, k, v) = self.attended(&projected);
         let (mut dq, mut dk, dv) = packed_backward(
@@ -136,8 +136,8 @@ impl Attention {
         }
         if let Some(QkNorm { query, key }) = &self.qk_norm {
             let (q, k, _) = self.split(&projected.qkv);
-            dq = query.backward(&q, &dq, back.grads);
-            dk = key.backward(&k, &dk, back.grads);
+            dq = query.backward(&q, &dq, back.pass.trainable);
+            dk = key.backward(&k, &dk, back.pass.trainable);
         }
         back.linear(&self.qkv, &x(), &Tensor::cat(&[dq, dk, dv], 1))
     }

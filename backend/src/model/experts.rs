@@ -7,6 +7,7 @@ use tandem_kernels::experts::{Routing, RoutingWeights};
 use tandem_kernels::linear::{LoraRows, WeightRows};
 use tch::{Kind, Tensor};
 
+use super::TrainedRows;
 use super::linear::{Backward, Linear, Project};
 use super::mlp::{self, Mlp};
 
@@ -155,6 +156,11 @@ impl<'a> Grouped<'a> {
             bias: group.linear.bias.as_ref(),
         });
         weights.collect()
+    }
+
+    /// The rows of a group that belong to an adapter in training.
+    pub fn rows_of(&self, group: &Group, trained: &TrainedRows) -> Range<i64> {
+        self.routing.rows_among(group.expert, &trained.rows)
     }
 
     /// The rows of each expert that belong to an adapter's tokens. `of` gives an adapter's module of a linear.

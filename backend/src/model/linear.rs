@@ -13,11 +13,12 @@ use tandem_kernels::weight::Weight;
 use tch::Tensor;
 
 use super::experts::{Group, Grouped};
-use super::grads::{Grads, add};
-use super::{Decoder, Dropout, TrainPass, Trainable};
+use super::gradient::{add, narrow_rows};
+use super::{Decoder, Dropout, TrainPass, Trainable, TrainedRows};
 use crate::family::{LinearId, ParamId};
 use crate::lora::adapter::{Adapter, AdapterRows};
 use crate::lora::dora::{self, Scaled};
+use crate::lora::params::AdapterParams;
 
 pub(super) struct Linear {
     pub id: LinearId,
@@ -68,14 +69,14 @@ pub(super) struct Serving<'a> {
     pub lora: &'a [AdapterRows<'a>],
 }
 
-/// All rows have the adapter in training, or none; what its gradients read is kept.
+/// All rows have an adapter in training, or none has; what its gradients read is kept.
 pub(super) struct Saving<'a> {
     pub decoder: &'a Decoder,
     pub trainable: Trainable<'a>,
     pub shrunk: Shrunk,
 }
 
-/// LoRA's `x At` of each adapted linear `[T, R]`.
+/// LoRA's `x At` of each adapted linear: all rows, as wide as the largest of their modules' ranks.
 #[derive(Default)]
 pub struct Shrunk(Vec<(LinearId, Tensor)>);
 
@@ -137,16 +138,28 @@ impl Project for Serving<'_> {
 impl Project for Saving<'_> {
     fn project(&mut self, of: &Linear, x: &Tensor) -> Tensor {
         let Linear { id, weight, bias, .. } = of;
-        let Some(module) = self.module(*id) else {
+        let trained = self.trainable.adapted();
+        let lora = trained.iter().filter_map(|rows| {
+            let module = rows.adapter.module(*id)?;
+            Some(LoraRows {
+                rows: rows.rows.start as i64..rows.rows.end as i64,
+                module,
+            })
+        });
+        let lora: Vec<LoraRows> = lora.collect();
+        if lora.is_empty() {
             return linear(x, weight, bias.as_ref(), &[]);
-        };
-        let dropped = self.dropped(x, *id);
-        let (y, shrunk) = linear_training(x, weight, bias.as_ref(), module, &dropped);
-        self.shrunk.0.push((*id, shrunk));
-        match self.adapter().and_then(|adapter| of.scaled(adapter)) {
-            Some(scaled) => y + adapted(of, &dropped, module) * scaled.gain(x.device()),
-            None => y,
         }
+        let dropped = self.dropped(x, *id, trained.iter().map(|rows| (rows, rows.of(x))));
+        let (y, shrunk) = linear_training(x, weight, bias.as_ref(), &lora, &dropped);
+        self.shrunk.0.push((*id, shrunk));
+        for rows in trained {
+            if let (Some(scaled), Some(module)) = (of.scaled(rows.adapter), rows.adapter.module(*id)) {
+                let more = adapted(of, &rows.of(&dropped), module) * scaled.gain(x.device());
+                let _ = rows.of(&y).g_add_(&more);
+            }
+        }
+        y
     }
 
     fn project_add(&mut self, of: &Linear, x: &Tensor, residual: Option<Tensor>) -> Tensor {
@@ -158,49 +171,53 @@ impl Project for Saving<'_> {
     }
 
     fn project_grouped(&mut self, linears: &Grouped, x: &Tensor) -> Tensor {
-        let everyone = 0..linears.routing.n_tokens();
-        let lora = linears.lora(std::slice::from_ref(&everyone), |_, of| self.module(of.id));
+        let trained = self.trainable.adapted();
+        let tokens: Vec<Range<usize>> = trained.iter().map(|rows| rows.rows.clone()).collect();
+        let lora = linears.lora(&tokens, |i, of| trained[i].adapter.module(of.id));
         if lora.is_empty() {
             return linear_grouped(x, &linears.weights(), &[]);
         }
-        let dropped = linears.groups.iter().map(|Group { rows, linear, .. }| {
-            let x = x.narrow(0, rows.start, rows.end - rows.start);
-            self.dropped(&x, linear.id)
+        let dropped = linears.groups.iter().map(|group| {
+            let own = |rows| (rows, narrow_rows(x, linears.rows_of(group, rows)));
+            self.dropped(
+                &narrow_rows(x, group.rows.clone()),
+                group.linear.id,
+                trained.iter().map(own),
+            )
         });
-        let dropped = match self.trainable {
-            Trainable::Lora { dropout: Some(_), .. } => Tensor::cat(&dropped.collect::<Vec<_>>(), 0),
-            _ => x.shallow_clone(),
+        let dropped = match drops(trained) {
+            true => Tensor::cat(&dropped.collect::<Vec<_>>(), 0),
+            false => x.shallow_clone(),
         };
         let (y, shrunk) = linear_grouped_training(x, &linears.weights(), &lora, &dropped);
         for Group { rows, linear, .. } in &linears.groups {
-            if let Some(module) = self.module(linear.id) {
-                let of_expert = shrunk.narrow(0, rows.start, rows.end - rows.start);
-                self.shrunk
-                    .0
-                    .push((linear.id, of_expert.narrow(1, 0, module.a.n())));
-            }
+            self.shrunk.0.push((linear.id, narrow_rows(&shrunk, rows.clone())));
         }
         y
     }
 }
 
-impl<'a> Saving<'a> {
-    fn adapter(&self) -> Option<&'a Adapter> {
-        match self.trainable {
-            Trainable::Lora { adapter, .. } => Some(adapter),
-            Trainable::Full => None,
+fn drops(trained: &[TrainedRows]) -> bool {
+    trained.iter().any(|rows| rows.dropout.is_some())
+}
+
+impl Saving<'_> {
+    /// What the branches of a linear read of its input `x`, which is `parts` one after the other.
+    fn dropped<'r>(
+        &self,
+        x: &Tensor,
+        id: LinearId,
+        parts: impl Iterator<Item = (&'r TrainedRows<'r>, Tensor)>,
+    ) -> Tensor {
+        if !drops(self.trainable.adapted()) {
+            return x.shallow_clone();
         }
-    }
-
-    fn module(&self, id: LinearId) -> Option<&'a LoraModule> {
-        self.adapter()?.module(id)
-    }
-
-    /// What the branch of a linear reads of its input.
-    fn dropped(&self, x: &Tensor, id: LinearId) -> Tensor {
-        match self.trainable {
-            Trainable::Lora { dropout, .. } => self.decoder.dropped(x, dropout, id),
-            Trainable::Full => x.shallow_clone(),
+        let dropped: Vec<Tensor> = parts
+            .map(|(rows, x)| self.decoder.dropped(&x, rows.dropout, id))
+            .collect();
+        match &dropped[..] {
+            [all] => all.shallow_clone(),
+            parts => Tensor::cat(parts, 0),
         }
     }
 }
@@ -210,7 +227,15 @@ pub(super) struct Backward<'a> {
     pub decoder: &'a Decoder,
     pub pass: &'a TrainPass<'a>,
     pub shrunk: Shrunk,
-    pub grads: &'a Grads,
+}
+
+/// Rows of one adapter on their way back through a linear.
+struct Own<'a> {
+    rows: &'a TrainedRows<'a>,
+    x: Tensor,
+    /// The gradient of what the branch gave.
+    dy: Tensor,
+    shrunk: Tensor,
 }
 
 impl Backward<'_> {
@@ -218,64 +243,77 @@ impl Backward<'_> {
     /// dx is this rank's share of a sum where outputs are divided, its own columns where inputs are; gradients are shares
     /// of a sum, zero where another rank is responsible.
     pub fn linear(&self, of: &Linear, x: &Tensor, dy: &Tensor) -> Tensor {
-        if let Trainable::Lora { adapter, dropout } = self.pass.trainable
-            && let Some(scaled) = of.scaled(adapter)
-        {
-            let outputs = adapted(
-                of,
-                &self.decoder.dropped(x, dropout, of.id),
-                adapter.module(of.id).expect(ADAPTED),
-            );
-            self.magnitudes(of.id, &(dy * outputs), scaled);
-            return self.dora(of, x, dy, dropout, &scaled.gain(dy.device()));
-        }
-        let mut dx = linear_backward(dy, &of.weight);
+        let trained = self.pass.trainable.adapted();
+        let gained: Vec<Option<Tensor>> = trained.iter().map(|rows| self.gained(of, rows, x, dy)).collect();
+        let dx = linear_backward(&into_weight(trained, &gained, dy), &of.weight);
         self.parameters(of, x, dy);
-        if let Some(of_branch) = self.branch(of.id, x, dy) {
-            dx += of_branch;
-        }
-        dx
-    }
-
-    /// `y = x Wt + bias + gain * drop(x) (W + s B A)t + s (drop(x) At) Bt`, see [`dora`]: all but the magnitudes' gradient.
-    fn dora(&self, of: &Linear, x: &Tensor, dy: &Tensor, dropout: Option<Dropout>, gain: &Tensor) -> Tensor {
-        let gained = dy * gain;
-        let through = dy + &gained;
-        let dropped = |x: &Tensor| self.decoder.dropped(x, dropout, of.id);
-        let mut dx = match dropout {
-            None => linear_backward(&through, &of.weight),
-            Some(_) => linear_backward(dy, &of.weight) + dropped(&linear_backward(&gained, &of.weight)),
-        };
-        if let Some(of_branch) = self.branch(of.id, x, &through) {
-            dx += of_branch;
-        }
-        dx
-    }
-
-    /// `by_output [T, N]`: the gradient times what each magnitude scales, before its norm.
-    fn magnitudes(&self, id: LinearId, by_output: &Tensor, scaled: &Scaled) {
-        let Grads::Lora(grads) = self.grads else { return };
-        let sum = by_output.sum_dim_intlist([0i64].as_slice(), false, None);
-        let gradients = sum * scaled.inverse_norm(by_output.device()); // [N]
-        let shape = grads
-            .shape
-            .linear(id)
-            .expect("gradients are shaped like the adapter");
-        for part in &shape.parts {
-            if let Some(gradient) = grads.magnitude(part) {
-                add(&gradient, gradients.narrow(0, part.columns.start, part.width()));
+        for (rows, gained) in trained.iter().zip(gained) {
+            let mut dy = rows.of(dy);
+            let mut own_dx = rows.of(&dx);
+            if let Some(gained) = gained {
+                if rows.dropout.is_some() {
+                    let through = linear_backward(&gained, &of.weight);
+                    own_dx += self.decoder.dropped(&through, rows.dropout, of.id);
+                }
+                dy = dy + gained;
+            }
+            let Some(shrunk) = self.shrunk.of(of.id) else {
+                continue;
+            };
+            let own = Own {
+                rows,
+                x: rows.of(x),
+                dy,
+                shrunk: rows.of(shrunk),
+            };
+            if let Some(of_branch) = self.branch(of.id, own) {
+                own_dx += of_branch;
             }
         }
+        dx
+    }
+
+    /// What DoRA makes of `dy`: `y` of its rows has `+ gain * drop(x) (W + s B A)t`, see [`dora`]. Adds the magnitudes'
+    /// gradient.
+    fn gained(&self, of: &Linear, rows: &TrainedRows, x: &Tensor, dy: &Tensor) -> Option<Tensor> {
+        let scaled = of.scaled(rows.adapter)?;
+        let dy = rows.of(dy);
+        let dropped = self.decoder.dropped(&rows.of(x), rows.dropout, of.id);
+        let outputs = adapted(of, &dropped, rows.adapter.module(of.id).expect(ADAPTED));
+        magnitudes(rows.gradient, of.id, &(&dy * outputs), scaled);
+        Some(&dy * scaled.gain(dy.device()))
     }
 
     /// The same of rows laid out by expert.
     pub fn linear_grouped(&self, linears: &Grouped, x: &Tensor, dy: &Tensor) -> Tensor {
         let dx = linear_grouped_backward(dy, &linears.weights());
-        for Group { rows, linear, .. } in &linears.groups {
-            let part = |x: &Tensor| x.narrow(0, rows.start, rows.end - rows.start);
-            self.parameters(linear, &part(x), &part(dy));
-            if let Some(of_branch) = self.branch(linear.id, &part(x), &part(dy)) {
-                let _ = part(&dx).g_add_(&of_branch);
+        for group in &linears.groups {
+            let Group { rows, linear, .. } = group;
+            self.parameters(
+                linear,
+                &narrow_rows(x, rows.clone()),
+                &narrow_rows(dy, rows.clone()),
+            );
+            let Some(shrunk) = self.shrunk.of(linear.id) else {
+                continue;
+            };
+            for trained in self.pass.trainable.adapted() {
+                let own = linears.rows_of(group, trained);
+                if own.is_empty() {
+                    continue;
+                }
+                let of_branch = self.branch(
+                    linear.id,
+                    Own {
+                        rows: trained,
+                        x: narrow_rows(x, own.clone()),
+                        dy: narrow_rows(dy, own.clone()),
+                        shrunk: narrow_rows(shrunk, own.start - rows.start..own.end - rows.start),
+                    },
+                );
+                if let Some(of_branch) = of_branch {
+                    let _ = narrow_rows(&dx, own).g_add_(&of_branch);
+                }
             }
         }
         dx
@@ -283,24 +321,20 @@ impl Backward<'_> {
 
     /// Gradients of the base's own weight and bias, where they are trained.
     fn parameters(&self, of: &Linear, x: &Tensor, dy: &Tensor) {
-        self.grads.add(ParamId::Linear(of.id), || matmul::tn(dy, x));
+        let trainable = self.pass.trainable;
+        trainable.add(ParamId::Linear(of.id), || matmul::tn(dy, x));
         if of.bias.is_some() {
             let sum = || dy.sum_dim_intlist([0i64].as_slice(), false, None);
-            self.grads.add(ParamId::Bias(of.id), sum);
+            trainable.add(ParamId::Bias(of.id), sum);
         }
     }
 
-    /// Gradients of A and B, where there is an adapter, and what goes through them to the input.
-    fn branch(&self, id: LinearId, x: &Tensor, dy: &Tensor) -> Option<Tensor> {
-        let (Trainable::Lora { adapter, dropout }, Grads::Lora(grads)) = (self.pass.trainable, self.grads)
-        else {
-            return None;
-        };
-        let (module, shrunk) = (adapter.module(id)?, self.shrunk.of(id)?);
-        let shape = grads
-            .shape
-            .linear(id)
-            .expect("gradients are shaped like the adapter");
+    /// Gradients of A and B, where the adapter has them, and what goes through them to the input.
+    fn branch(&self, id: LinearId, own: Own) -> Option<Tensor> {
+        let Own { rows, x, dy, shrunk } = own;
+        let module = rows.adapter.module(id)?;
+        let gradient = rows.gradient;
+        let shape = gradient.shape.linear(id).expect(SHAPED);
         let held = self.decoder.layout().linear(id);
         // dshrunk [T, R]: each part's columns of dy through its B.
         let dshrunk: Vec<Tensor> = module
@@ -311,16 +345,44 @@ impl Backward<'_> {
                 let rows = held.part(&shape.path);
                 let dy = dy.narrow(1, rows.columns.start, rows.n_rows());
                 let shrunk = shrunk.narrow(1, shape.ranks.start, shape.rank());
-                let b = grads.b(shape);
+                let b = gradient.b(shape);
                 rows.add(&b, &(matmul::tn(&dy, &shrunk) * part.scale).to_device(b.device()));
                 linear_backward(&dy, &part.b) * part.scale
             })
             .collect();
         let dshrunk = Tensor::cat(&dshrunk, 1);
-        let dropped = |x: &Tensor| self.decoder.dropped(x, dropout, id);
-        let a = grads.a(shape).narrow(1, held.inputs.start, held.n_inputs());
-        add(&a, matmul::tn(&dshrunk, &dropped(x)));
+        let dropped = |x: &Tensor| self.decoder.dropped(x, rows.dropout, id);
+        let a = gradient.a(shape).narrow(1, held.inputs.start, held.n_inputs());
+        add(&a, matmul::tn(&dshrunk, &dropped(&x)));
         Some(dropped(&linear_backward(&dshrunk, &module.a)))
+    }
+}
+
+const SHAPED: &str = "gradients are shaped like the adapter";
+
+/// What goes back through W at once: `dy`, and with it what DoRA made of it where it reads the same input as W.
+fn into_weight(trained: &[TrainedRows], gained: &[Option<Tensor>], dy: &Tensor) -> Tensor {
+    let at_once = |(rows, gained): (&TrainedRows, &Option<Tensor>)| match gained {
+        Some(gained) if rows.dropout.is_none() => rows.of(dy) + gained,
+        _ => rows.of(dy),
+    };
+    match gained.iter().all(Option::is_none) {
+        true => dy.shallow_clone(),
+        false => Tensor::cat(
+            &trained.iter().zip(gained).map(at_once).collect::<Vec<_>>(),
+            0,
+        ),
+    }
+}
+
+/// `by_output [T, N]`: the gradient times what each magnitude scales, before its norm.
+fn magnitudes(gradient: &AdapterParams, id: LinearId, by_output: &Tensor, scaled: &Scaled) {
+    let sum = by_output.sum_dim_intlist([0i64].as_slice(), false, None);
+    let by_magnitude = sum * scaled.inverse_norm(by_output.device()); // [N]
+    for part in &gradient.shape.linear(id).expect(SHAPED).parts {
+        if let Some(magnitude) = gradient.magnitude(part) {
+            add(&magnitude, by_magnitude.narrow(0, part.columns.start, part.width()));
+        }
     }
 }
 

@@ -8,13 +8,14 @@ mod attention;
 mod expert_tensors;
 mod experts;
 pub mod full;
-mod grads;
+mod gradient;
 mod linear;
 mod load;
 mod mlp;
 mod norm;
 mod sublayer;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use tandem_core::TokenId;
@@ -31,7 +32,6 @@ use tandem_kernels::rope::Rope;
 use tandem_kernels::weight::{Precision, Weight};
 use tch::{Device, Kind, Tensor};
 
-pub use grads::Grads;
 pub use load::{WeightOptions, planned_bytes};
 pub use sublayer::Saved;
 
@@ -39,6 +39,8 @@ use crate::family::shard::Layout;
 use crate::family::{DecoderSpec, LinearId};
 use crate::lora::adapter::{Adapter, AdapterRows};
 use crate::lora::fit::Fit;
+use crate::lora::params::AdapterParams;
+use full::FullParams;
 use norm::Norm;
 use sublayer::Sublayer;
 
@@ -94,14 +96,23 @@ pub struct TrainPass<'a> {
     pub trainable: Trainable<'a>,
 }
 
-/// What a training pass differentiates.
+/// What a training pass differentiates, and where its backward adds the gradient (checked against peft's and torch's,
+/// tests/numerics).
 #[derive(Clone, Copy)]
 pub enum Trainable<'a> {
-    Lora {
-        adapter: &'a Adapter,
-        dropout: Option<Dropout>,
-    },
-    Full,
+    /// Adapters, each of some rows: one after the other, all rows together.
+    Lora(&'a [TrainedRows<'a>]),
+    /// Every parameter of the model.
+    Full(&'a FullParams),
+}
+
+/// Rows of a training pass that have one adapter.
+pub struct TrainedRows<'a> {
+    pub rows: Range<usize>,
+    pub adapter: &'a Adapter,
+    /// Its `row0` is the number of the first of `rows`.
+    pub dropout: Option<Dropout>,
+    pub gradient: &'a AdapterParams,
 }
 
 /// Dropout on the input of every LoRA branch.
@@ -111,7 +122,7 @@ pub struct Dropout {
     pub seed: u64,
     /// Optimizer step; with `row0` it makes a mask of its own for every token of the run.
     pub step: u64,
-    /// Number of the pass's first token within the step.
+    /// Number of the first token within the step.
     pub row0: u64,
 }
 

@@ -8,7 +8,7 @@ use tandem_kernels::norm::{
 };
 use tch::{Kind, Tensor};
 
-use super::Grads;
+use super::Trainable;
 use crate::family::{NormId, NormKind, ParamId};
 
 pub(super) struct Norm {
@@ -48,21 +48,21 @@ impl Norm {
     }
 
     /// `d(norm(x))` to `dx`.
-    pub fn backward(&self, x: &Tensor, dy: &Tensor, grads: &Grads) -> Tensor {
+    pub fn backward(&self, x: &Tensor, dy: &Tensor, trainable: Trainable) -> Tensor {
         if let Some(spread) = &self.spread {
             return spread.backward(x, &self.weight, self.eps, dy);
         }
         match self.kind {
             NormKind::Rms | NormKind::RmsPlusOne => {
-                grads.add(ParamId::Norm(self.id), || {
+                trainable.add(ParamId::Norm(self.id), || {
                     rms_norm_backward_weight(x, &self.weight, self.eps, dy)
                 });
                 rms_norm_backward_input(x, &self.weight, self.eps, dy)
             }
             NormKind::Layer { .. } => {
-                grads.add(ParamId::Norm(self.id), || self.layer_norm_params(x, dy).0);
+                trainable.add(ParamId::Norm(self.id), || self.layer_norm_params(x, dy).0);
                 if self.bias.is_some() {
-                    grads.add(ParamId::NormBias(self.id), || self.layer_norm_params(x, dy).1);
+                    trainable.add(ParamId::NormBias(self.id), || self.layer_norm_params(x, dy).1);
                 }
                 layer_norm_backward_input(x, &self.weight, self.eps, dy)
             }

@@ -9,7 +9,7 @@ use super::experts::{self, Experts};
 use super::linear::{Backward, Saving, Serving, Shrunk};
 use super::mlp::{self, Mlp};
 use super::norm::Norm;
-use super::{Batch, Context, Decoder, Grads, TrainPass, scaled};
+use super::{Batch, Context, Decoder, TrainPass, scaled};
 
 pub(super) struct Sublayer {
     pub pre: Option<Norm>,
@@ -138,15 +138,8 @@ impl Decoder {
         (output, saved)
     }
 
-    /// `doutput [T, H]` of sublayer `i` to `dinput [T, H]`; parameters' gradients are added to `grads`.
-    pub fn sublayer_backward(
-        &self,
-        i: usize,
-        saved: Saved,
-        doutput: Tensor,
-        pass: &TrainPass,
-        grads: &mut Grads,
-    ) -> Tensor {
+    /// `doutput [T, H]` of sublayer `i` to `dinput [T, H]`; adds the gradient of what is trained.
+    pub fn sublayer_backward(&self, i: usize, saved: Saved, doutput: Tensor, pass: &TrainPass) -> Tensor {
         let sublayer = &self.sublayers[i];
         let Saved {
             input,
@@ -156,14 +149,13 @@ impl Decoder {
         } = saved;
         let dsum = scaled(&doutput, sublayer.scale);
         let dsum = match (&sublayer.post, sum) {
-            (Some(norm), Some(sum)) => norm.backward(&sum, &dsum, grads),
+            (Some(norm), Some(sum)) => norm.backward(&sum, &dsum, pass.trainable),
             _ => dsum,
         };
         let back = Backward {
             decoder: self,
             pass,
             shrunk,
-            grads,
         };
         let x = || sublayer.normed(&input);
         let dx = sublayer
@@ -183,7 +175,7 @@ impl Decoder {
         let dx = self.summed(dx.reduce(|a, b| a + b).expect(A_BODY));
         doutput
             + match &sublayer.pre {
-                Some(norm) => norm.backward(&input, &dx, grads),
+                Some(norm) => norm.backward(&input, &dx, pass.trainable),
                 None => dx,
             }
     }

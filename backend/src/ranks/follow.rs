@@ -17,12 +17,14 @@ use crate::lora::adapter::Adapter;
 use crate::lora::params::AdapterParams;
 use crate::model::Decoder;
 use crate::train::Trainer;
+use crate::train::joint::{self, Joint};
 
 pub struct Follower {
     decoder: Decoder,
     cache: KvCache,
     adapters: HashMap<AdapterDigest, Arc<Adapter>>,
     jobs: HashMap<JobId, Trainer>,
+    joint: Option<Joint>,
     /// Packed by a job, not yet named: rank 0 names it once it is written, and before the job saves again. (One that is
     /// not written, or finds no slot, is never named.)
     made: HashMap<JobId, Arc<Adapter>>,
@@ -35,6 +37,7 @@ impl Follower {
             cache,
             adapters: HashMap::new(),
             jobs: HashMap::new(),
+            joint: None,
             made: HashMap::new(),
         }
     }
@@ -76,10 +79,15 @@ impl Follower {
                 let started = Trainer::start_with(*spec, &inputs, self.decoder.fit());
                 // Rank 0 began with the same inputs.
                 let trainer = started.unwrap_or_else(|error| panic!("the job does not start here: {error}"));
-                self.jobs.insert(trainer.spec().id.clone(), trainer);
+                let id = trainer.spec().id.clone();
+                self.part(&id);
+                self.jobs.insert(id, trainer);
             }
-            Order::Quantum(job) => self.quantum(job),
-            Order::EndJob(job) => drop(self.jobs.remove(&job)),
+            Order::Quantum(jobs) => match &jobs[..] {
+                [job] => self.quantum(job.clone()),
+                several => self.joint_quantum(several),
+            },
+            Order::EndJob(job) => self.part(&job),
             Order::Stop => return ControlFlow::Break(()),
         }
         ControlFlow::Continue(())
@@ -114,6 +122,22 @@ impl Follower {
             // Numbers are the same on every rank, so rank 0 fails the job for the same reason; it says so next.
             Err(error) => warn!(job = %id, %error, "training failed"),
         }
+    }
+
+    fn joint_quantum(&mut self, ids: &[JobId]) {
+        let mut all: HashMap<&JobId, &mut Trainer> = self.jobs.iter_mut().collect();
+        let trainer = |id| match all.remove(id) {
+            Some(trainer) => trainer,
+            None => panic!("a quantum of {id}, which is not here"),
+        };
+        let mut trainers: Vec<&mut Trainer> = ids.iter().map(trainer).collect();
+        joint::quantum(&mut self.joint, &mut trainers, &self.decoder);
+    }
+
+    /// The job ends, or begins anew.
+    fn part(&mut self, id: &JobId) {
+        self.jobs.remove(id);
+        joint::part(&mut self.joint, id, self.jobs.values_mut());
     }
 
     fn packed(&self, params: &AdapterParams) -> Adapter {

@@ -37,8 +37,8 @@ pub enum Order {
     Publish(AdapterDigest, JobId),
     Evict(AdapterDigest),
     StartJob(Box<JobSpec>, Inputs),
-    /// The job's next quantum.
-    Quantum(JobId),
+    /// The job's next quantum; of several jobs together, where there are several.
+    Quantum(Vec<JobId>),
     EndJob(JobId),
     /// The replica ends in order.
     Stop,

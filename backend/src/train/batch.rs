@@ -9,9 +9,9 @@ use tch::Device;
 
 use super::data::{self, Bundle, Labelled, Slice};
 use super::objective::{self, Beside, Scores, Sequence};
-use super::pass::{Advanced, Context, KEEP_BYTES, Look, Pass, Scored};
+use super::pass::{Advanced, Context, KEEP_BYTES, Learns, Look, Pass, Scored, Trained};
 use crate::lora::adapter::Adapter;
-use crate::model::{Decoder, Dropout, Grads};
+use crate::model::{Decoder, Dropout};
 
 /// What a micro-batch goes through.
 #[derive(Clone, Copy)]
@@ -164,11 +164,11 @@ impl MicroBatch {
         matches!(self.at, At::Forward { .. } | At::Backward { .. })
     }
 
-    /// A quantum further. `None` when it is through. Adds to `grads` where there are some, else it only looks.
+    /// A quantum further. `None` when it is through. Adds to the gradient of what is trained; it only looks where nothing is.
     pub fn advance(
         mut self,
         models: &Models,
-        grads: Option<&mut Grads>,
+        trained: Option<Trained>,
         scores: &mut Scores,
     ) -> Option<MicroBatch> {
         let Models {
@@ -177,11 +177,15 @@ impl MicroBatch {
             reference: reference_adapter,
             dropout,
         } = *models;
-        let context = |keep_bytes| Context {
-            decoder,
-            adapter,
+        let is_trained = trained.is_some();
+        let learns = trained.map(|trained| Learns {
+            trained,
             dropout,
             noise: None,
+        });
+        let context = |keep_bytes| Context {
+            decoder,
+            learns: learns.as_slice(),
             keep_bytes,
         };
         self.at = match std::mem::replace(&mut self.at, At::Next) {
@@ -217,11 +221,11 @@ impl MicroBatch {
                         bundle,
                         looks: Looks::default(),
                     },
-                    false => forward(bundle, vec![], grads.is_some()),
+                    false => forward(bundle, vec![], is_trained),
                 }
             }
             At::Reference { bundle, looks } if looks.is_through(&bundle.slices) => {
-                forward(bundle, looks.found, grads.is_some())
+                forward(bundle, looks.found, is_trained)
             }
             At::Reference { bundle, mut looks } => {
                 looks.advance(&bundle.slices, decoder, reference_adapter);
@@ -257,9 +261,8 @@ impl MicroBatch {
                 mut scored,
             } => {
                 let context = context(keep_bytes);
-                let grads = grads.expect("what goes forward to come back is trained");
                 let pass = match pass {
-                    Some(pass) => match pass.advance(&context, grads) {
+                    Some(pass) => match pass.advance(&context) {
                         Advanced::On(pass) => Some(Box::new(pass)),
                         Advanced::Scored(done) => {
                             scored.push(done);
@@ -282,7 +285,8 @@ impl MicroBatch {
                         let slice = bundle.slices.remove(0);
                         let rows_before = self.rows_before;
                         self.rows_before += slice.tokens.len() as u64;
-                        Some(Box::new(Pass::enter_to_be_weighed(slice, rows_before, &context)))
+                        let entry = (&slice, rows_before);
+                        Some(Box::new(Pass::enter_to_be_weighed(entry, &context)))
                     }
                 };
                 At::Forward {
@@ -299,8 +303,7 @@ impl MicroBatch {
                 pass,
             } => {
                 let context = context(keep_bytes);
-                let grads = grads.expect("what goes back is trained");
-                let pass = match pass.map(|pass| pass.advance(&context, grads)) {
+                let pass = match pass.map(|pass| pass.advance(&context)) {
                     Some(Advanced::On(pass)) => Some(Box::new(pass)),
                     Some(Advanced::Scored(_)) => unreachable!("it is weighed"),
                     Some(Advanced::Through(..)) | None => match scored.pop() {

@@ -60,6 +60,21 @@ impl Slice {
         self.tokens.is_empty() || self.tokens.len() + inputs <= slice_tokens(device)
     }
 
+    /// The sequences of `other` as well, behind its own.
+    pub fn append(&mut self, other: &Slice) {
+        let (row, label) = (self.tokens.len(), self.labels.len());
+        self.tokens.extend(&other.tokens);
+        self.positions.extend(&other.positions);
+        let ends = other.cu_seqlens.iter().skip(usize::from(row > 0));
+        self.cu_seqlens.extend(ends.map(|end| row + end));
+        let labels = other.labels.iter();
+        self.labels
+            .extend(labels.map(|&(at, token, weight)| (row as i64 + at, token, weight)));
+        let sequences = other.sequences.iter();
+        self.sequences
+            .extend(sequences.map(|labels| label + labels.start..label + labels.end));
+    }
+
     /// `inputs` has a token; labels have their row within the sequence, in ascending order.
     pub fn push(&mut self, inputs: &[TokenId], labels: impl IntoIterator<Item = Label>) {
         let (start, first) = (self.tokens.len(), self.labels.len());

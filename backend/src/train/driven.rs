@@ -151,12 +151,10 @@ impl Driven {
     /// One quantum of the call that [`Driven::begin`] took in.
     pub fn advance(&mut self, base: &Decoder) -> Result<Progress, Fault> {
         let mut call = self.call.take().expect("a call was begun");
-        let (decoder, adapter, grads) = self.learner.parts_mut(Some(base));
+        let (decoder, adapter) = self.learner.parts(Some(base));
         let context = Context {
             decoder,
-            adapter,
-            dropout: None,
-            noise: None,
+            learns: &[self.learner.trained().into()],
             keep_bytes: LEARNER_KEEP_BYTES,
         };
         let at = match (call.at.take(), call.pass) {
@@ -174,9 +172,9 @@ impl Driven {
                             for (label, weight) in slice.labels.iter_mut().zip(weights) {
                                 label.2 = weight;
                             }
-                            Pass::enter(slice, 0, &context)
+                            Pass::enter(&[(&slice, 0)], &context)
                         }
-                        _ => Pass::enter_to_be_weighed(slice, 0, &context),
+                        _ => Pass::enter_to_be_weighed((&slice, 0), &context),
                     };
                     At::Learns(pass, data)
                 }
@@ -188,16 +186,16 @@ impl Driven {
                     return Ok(self.go_on(call));
                 }
             },
-            (Some(At::Learns(pass, data)), _) => match pass.advance(&context, grads) {
+            (Some(At::Learns(pass, data)), _) => match pass.advance(&context) {
                 Advanced::On(pass) => At::Learns(pass, data),
                 Advanced::Scored(scored) => {
                     let log_probs = scored.found().log_probs.clone();
                     let dlogp = call.weigh(data.clone(), &log_probs)?;
                     At::Learns(scored.weighed(&dlogp), data)
                 }
-                Advanced::Through(_, found) => {
+                Advanced::Through(found) => {
                     if call.loss == Loss::CrossEntropy {
-                        call.weigh(data, &found.log_probs)?;
+                        call.weigh(data, &found[0].log_probs)?;
                     }
                     return Ok(self.go_on(call));
                 }

@@ -5,7 +5,7 @@
 //! ```text
 //! let mut learner = Learner::lora(lora, decoder.fit(), seed)?;        // or Learner::resume on numbers kept before
 //! learner.forget_gradient();
-//! for each call { let (decoder, adapter, grads) = learner.parts_mut(base); .. passes add to `grads` .. }
+//! for each call { .. passes with `learner.trained()` add to its gradient .. }
 //! let grad_norm = learner.update(base, &Update { .. })?;              // sums over ranks, clips, steps, repacks
 //! learner.forget_gradient();                                          // the update leaves it as it was
 //! ```
@@ -18,16 +18,16 @@ use tandem_kernels::finite;
 use tch::{Device, Kind, Tensor};
 
 use super::TrainError;
+use super::pass::Trained;
 use crate::family::DecoderSpec;
 use crate::lora::adapter::Adapter;
 use crate::lora::fit::Fit;
 use crate::lora::params::{AdapterParams, AdapterShape};
 use crate::model::full::{self, FullParams};
-use crate::model::{Decoder, Grads};
+use crate::model::Decoder;
 
 pub struct Learner {
     subject: Subject,
-    grads: Grads,
     moment1: Tensor,
     moment2: Tensor,
 }
@@ -38,6 +38,7 @@ enum Subject {
     Lora {
         lora: Lora,
         params: AdapterParams,
+        gradient: AdapterParams,
         /// What the forward reads.
         adapter: Adapter,
         fit: Box<Fit>,
@@ -45,6 +46,7 @@ enum Subject {
     /// A decoder of its own.
     Full {
         params: FullParams,
+        gradient: FullParams,
         decoder: Box<Decoder>,
     },
 }
@@ -98,30 +100,32 @@ impl Learner {
     /// An adapter that is there. `lora` says its shape.
     pub fn of_adapter(lora: Lora, fit: Fit, params: AdapterParams) -> Result<Learner, TrainError> {
         let adapter = fit.pack(&params)?;
-        let grads = Grads::Lora(AdapterParams::zeros(params.shape.clone()));
-        let subject = Subject::Lora {
+        Ok(Learner::new(Subject::Lora {
             lora,
+            gradient: AdapterParams::zeros(params.shape.clone()),
             params,
             adapter,
             fit: Box::new(fit),
-        };
-        Ok(Learner::new(subject, grads))
+        }))
     }
 
     /// Every parameter of a model, in float32.
     pub fn full(spec: DecoderSpec, params: FullParams) -> Result<Learner, TrainError> {
         let precision = tandem_kernels::weight::Precision::F32;
         let decoder = Box::new(Decoder::from_params(spec, &params, precision)?);
-        let grads = Grads::Full(FullParams::zeros(params.shape.clone()));
-        Ok(Learner::new(Subject::Full { params, decoder }, grads))
+        Ok(Learner::new(Subject::Full {
+            gradient: FullParams::zeros(params.shape.clone()),
+            params,
+            decoder,
+        }))
     }
 
-    fn new(subject: Subject, grads: Grads) -> Learner {
+    fn new(subject: Subject) -> Learner {
+        let moment = || subject.gradient().zeros_like();
         Learner {
-            moment1: grads.flat().zeros_like(),
-            moment2: grads.flat().zeros_like(),
+            moment1: moment(),
+            moment2: moment(),
             subject,
-            grads,
         }
     }
 
@@ -165,7 +169,7 @@ impl Learner {
 
     /// Numbers that are trained.
     pub fn len(&self) -> u64 {
-        self.grads.flat().numel() as u64
+        self.gradient().numel() as u64
     }
 
     pub fn is_empty(&self) -> bool {
@@ -215,17 +219,21 @@ impl Learner {
         parts(&self.subject, base)
     }
 
-    /// The same, and where passes add their gradient.
-    pub fn parts_mut<'a>(
-        &'a mut self,
-        base: Option<&'a Decoder>,
-    ) -> (&'a Decoder, Option<&'a Adapter>, &'a mut Grads) {
-        let (decoder, adapter) = parts(&self.subject, base);
-        (decoder, adapter, &mut self.grads)
+    /// For a pass: what is trained, and where its gradient adds up.
+    pub fn trained(&self) -> Trained<'_> {
+        match &self.subject {
+            Subject::Lora { adapter, gradient, .. } => Trained::Adapter { adapter, gradient },
+            Subject::Full { gradient, .. } => Trained::Model { gradient },
+        }
+    }
+
+    /// `[P]` float32, as the numbers.
+    fn gradient(&self) -> &Tensor {
+        self.subject.gradient()
     }
 
     pub fn forget_gradient(&mut self) {
-        let _ = self.grads.flat().shallow_clone().zero_();
+        let _ = self.gradient().shallow_clone().zero_();
     }
 
     /// Sums the gradient over ranks, clips it, takes an AdamW step, and has the forward read the new numbers. The norm of
@@ -239,15 +247,15 @@ impl Learner {
             step,
         } = update;
         if let Some(base) = base {
-            base.sum_over_ranks(self.grads.flat());
+            base.sum_over_ranks(self.gradient());
         }
-        let norm = adamw::global_norm(self.grads.flat());
+        let norm = adamw::global_norm(self.gradient());
         if !norm.is_finite() {
             return Err(Unusable::GradNorm(norm));
         }
         if max_grad_norm > 0.0 && norm > max_grad_norm {
             // torch.nn.utils.clip_grad_norm_
-            adamw::scale(self.grads.flat(), max_grad_norm / (norm + 1e-6));
+            adamw::scale(self.gradient(), max_grad_norm / (norm + 1e-6));
         }
         let all = |range, weight_decay| (range, weight_decay, learning_rate);
         let ranges = match &self.subject {
@@ -284,7 +292,7 @@ impl Learner {
             }
             .step(
                 &part(&self.flat()),
-                &part(self.grads.flat()),
+                &part(self.gradient()),
                 &part(&self.moment1),
                 &part(&self.moment2),
                 learning_rate,
@@ -302,7 +310,7 @@ impl Learner {
     fn repack(&mut self) {
         match &mut self.subject {
             Subject::Lora { params, adapter, .. } => adapter.update(params),
-            Subject::Full { params, decoder } => decoder.update_full(params),
+            Subject::Full { params, decoder, .. } => decoder.update_full(params),
         }
     }
 
@@ -311,6 +319,15 @@ impl Learner {
         match &self.subject {
             Subject::Full { params, .. } => Some(params.serialise(kind)),
             Subject::Lora { .. } => None,
+        }
+    }
+}
+
+impl Subject {
+    fn gradient(&self) -> &Tensor {
+        match self {
+            Subject::Lora { gradient, .. } => &gradient.flat,
+            Subject::Full { gradient, .. } => &gradient.flat,
         }
     }
 }

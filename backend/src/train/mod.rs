@@ -14,6 +14,7 @@
 pub mod batch;
 pub mod data;
 pub mod driven;
+pub mod joint;
 pub mod learner;
 pub mod memory;
 pub mod noise;
@@ -32,6 +33,7 @@ use tandem_core::dataset::{self, Example, Group};
 use tandem_core::id::Digest;
 use tandem_core::job::{Hyper, JobEvent, JobSpec, Method, Objective, Rows, StepReport, files};
 use tandem_kernels::adamw::AdamW;
+use tandem_kernels::loss::LogProbs;
 use tch::{Kind, Tensor};
 
 use crate::family::DecoderSpec;
@@ -188,6 +190,13 @@ pub struct Trainer {
     step_began: Instant,
 }
 
+/// The first of `slices`, the last in the list, went forward and back.
+fn through(slices: &mut Vec<Slice>, rows_before: &mut u64, scores: &mut Scores, found: &LogProbs) {
+    let slice = slices.pop().expect("it was on its way");
+    *rows_before += slice.tokens.len() as u64;
+    scores.add(&slice.labels, found);
+}
+
 /// Where in a step the next quantum goes on.
 enum Stage {
     Announce {
@@ -229,12 +238,19 @@ enum Work {
     /// Weights are known. `slices` are still to go, the next at the end.
     Slices {
         slices: Vec<Slice>,
-        pass: Option<Box<Pass>>,
+        /// The next is on its way.
+        pass: Option<OnItsWay>,
         /// Tokens of the slices before the next.
         rows_before: u64,
     },
     /// Still to go, the next at the end.
     MicroBatches(Vec<MicroBatch>),
+}
+
+enum OnItsWay {
+    Alone(Box<Pass>),
+    /// In a pass with those of other jobs ([`joint::Joint`]).
+    WithOthers,
 }
 
 struct Validation {
@@ -415,10 +431,22 @@ impl Trainer {
     pub fn holds_activations(&self) -> bool {
         match &self.stage {
             Stage::Accumulate(step) => match &step.work {
-                Work::Slices { pass, .. } => pass.is_some(),
+                Work::Slices { pass, .. } => matches!(pass, Some(OnItsWay::Alone(_))),
                 Work::MicroBatches(left) => left.last().is_some_and(MicroBatch::holds_activations),
             },
             _ => false,
+        }
+    }
+
+    /// Whether the next quantum is short: neither a pass nor a validation, nor on the way through one.
+    pub fn is_brief(&self) -> bool {
+        match &self.stage {
+            Stage::Accumulate(step) => match &step.work {
+                Work::Slices { slices, .. } => slices.is_empty(),
+                Work::MicroBatches(left) => left.is_empty(),
+            },
+            Stage::Validate(_) => false,
+            _ => true,
         }
     }
 
@@ -594,13 +622,12 @@ impl Trainer {
     }
 
     fn accumulate(&mut self, base: Option<&Decoder>, step: Accumulation) -> Stage {
-        let (dropout, noise) = (self.dropout(), self.noise());
         let Accumulation {
             work,
             mut scores,
             tokens,
         } = step;
-        let (decoder, adapter, grads) = self.learner.parts_mut(base);
+        let (decoder, adapter) = self.learner.parts(base);
         let work = match work {
             Work::Slices {
                 mut slices,
@@ -609,33 +636,25 @@ impl Trainer {
             } => {
                 let context = pass::Context {
                     decoder,
-                    adapter,
-                    dropout,
-                    noise,
+                    learns: &[self.learns()],
                     keep_bytes: KEEP_BYTES,
                 };
-                let pass = match (pass, slices.pop()) {
-                    (Some(pass), next) => {
-                        slices.extend(next);
-                        match pass.advance(&context, grads) {
-                            Advanced::On(pass) => Some(Box::new(pass)),
-                            Advanced::Through(slice, found) => {
-                                scores.add(&slice.labels, &found);
-                                None
-                            }
-                            Advanced::Scored(_) => unreachable!("its weights are known"),
+                let pass = match (pass, slices.last()) {
+                    (Some(OnItsWay::Alone(pass)), _) => match pass.advance(&context) {
+                        Advanced::On(pass) => Some(pass),
+                        Advanced::Through(found) => {
+                            through(&mut slices, &mut rows_before, &mut scores, &found[0]);
+                            None
                         }
-                    }
-                    (None, Some(slice)) => {
-                        let pass_rows_before = rows_before;
-                        rows_before += slice.tokens.len() as u64;
-                        Some(Box::new(Pass::enter(slice, pass_rows_before, &context)))
-                    }
+                        Advanced::Scored(_) => unreachable!("its weights are known"),
+                    },
+                    (Some(OnItsWay::WithOthers), _) => unreachable!("its pass is advanced for all of it"),
+                    (None, Some(slice)) => Some(Pass::enter(&[(slice, rows_before)], &context)),
                     (None, None) => return Stage::Optimize { scores, tokens },
                 };
                 Work::Slices {
                     slices,
-                    pass,
+                    pass: pass.map(|pass| OnItsWay::Alone(Box::new(pass))),
                     rows_before,
                 }
             }
@@ -644,16 +663,26 @@ impl Trainer {
                     decoder,
                     adapter,
                     reference: self.reference.as_ref(),
-                    dropout,
+                    dropout: self.dropout(),
                 };
+                let trained = Some(self.learner.trained());
                 match micro_batches.pop() {
-                    Some(now) => micro_batches.extend(now.advance(&models, Some(grads), &mut scores)),
+                    Some(now) => micro_batches.extend(now.advance(&models, trained, &mut scores)),
                     None => return Stage::Optimize { scores, tokens },
                 }
                 Work::MicroBatches(micro_batches)
             }
         };
         Stage::Accumulate(Box::new(Accumulation { work, scores, tokens }))
+    }
+
+    /// Who learns from its slices.
+    fn learns(&self) -> pass::Learns<'_> {
+        pass::Learns {
+            trained: self.learner.trained(),
+            dropout: self.dropout(),
+            noise: self.noise(),
+        }
     }
 
     /// A quantum of a validation further. Its scores when it is through.

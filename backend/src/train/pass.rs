@@ -4,11 +4,11 @@
 //!
 //! 1. *Passes* go forward: a [`Look`] under anything that is not trained now (the base, a starting adapter, or what is
 //!    trained where no gradient is wanted) gives log-probabilities; a [`Pass`] gives them too and keeps what its backward
-//!    reads.
+//!    reads. Slices of several who train may go in one.
 //! 2. Somebody *weighs*: from the log-probabilities of sequences that belong together to `d loss / d log p` of each label
 //!    ([`super::objective`]; a client's own arithmetic does as well).
-//! 3. The pass goes *backward* with these and adds to the gradient of a [`super::learner::Learner`]. How many passes add
-//!    up before the learner's update is the caller's to say.
+//! 3. The pass goes *backward* with these and adds to the gradient of each [`super::learner::Learner`]. How many passes
+//!    add up before a learner's update is the caller's to say.
 //!
 //! Where weights are known before the forward (supervised training, any plain weighted sum), the loss and its gradient are
 //! one product of the head instead of two: [`Pass::enter`] for that, [`Pass::enter_to_be_weighed`] otherwise.
@@ -17,16 +17,18 @@
 //! bits on all ranks, so whatever weighs them decides the same everywhere; gradients are summed over ranks by the update.
 //!
 //! ```text
-//! let mut pass = Pass::enter_to_be_weighed(slice, rows_before, &context);
+//! let mut pass = Pass::enter_to_be_weighed((&slice, rows_before), &context);
 //! let scored = loop {
-//!     match pass.advance(&context, grads) { Advanced::On(next) => pass = next, Advanced::Scored(scored) => break scored, .. }
+//!     match pass.advance(&context) { Advanced::On(next) => pass = next, Advanced::Scored(scored) => break scored, .. }
 //! };
 //! let dlogp = weigh(scored.slice(), &scored.found().log_probs);     // one number a label
 //! let mut pass = scored.weighed(&dlogp);
-//! while let Advanced::On(next) = pass.advance(&context, grads) { pass = next }
+//! while let Advanced::On(next) = pass.advance(&context) { pass = next }
 //! ```
 //!
 //! Not here: which sequences (data), what is minimised (objective), the optimizer (learner).
+
+use std::ops::Range;
 
 use tandem_kernels::loss::LogProbs;
 use tch::{Device, Tensor};
@@ -35,7 +37,11 @@ use super::data::{Label, Slice};
 use super::noise::Noise;
 use crate::family::ParamId;
 use crate::lora::adapter::{Adapter, AdapterRows};
-use crate::model::{Batch, Context as Attention, Decoder, Dropout, Grads, Saved, TrainPass, Trainable};
+use crate::lora::params::AdapterParams;
+use crate::model::full::FullParams;
+use crate::model::{
+    Batch, Context as Attention, Decoder, Dropout, Saved, TrainPass, Trainable, TrainedRows,
+};
 
 /// Activations of the slices that are on their way that may be kept for their backward; beyond, layers run again in the
 /// backward.
@@ -47,21 +53,52 @@ const HEAD_PRODUCTS: i64 = 1 << 28;
 #[derive(Clone, Copy)]
 pub struct Context<'a> {
     pub decoder: &'a Decoder,
-    /// What is trained, as it is now. `None`: all parameters are.
-    pub adapter: Option<&'a Adapter>,
-    /// On the adapter's inputs. Its `row0` is not read: it is the pass's own.
-    pub dropout: Option<Dropout>,
-    /// On the embeddings.
-    pub noise: Option<Noise>,
+    /// Of each slice of the pass.
+    pub learns: &'a [Learns<'a>],
     /// [`KEEP_BYTES`], shared by the passes that are held at one time.
     pub keep_bytes: i64,
 }
 
-/// A slice on its way forward and back.
+/// Who learns from a slice.
+#[derive(Clone, Copy)]
+pub struct Learns<'a> {
+    pub trained: Trained<'a>,
+    /// On the adapter's inputs. Its `row0` is not read: it is the slice's own.
+    pub dropout: Option<Dropout>,
+    /// On the embeddings.
+    pub noise: Option<Noise>,
+}
+
+/// What is trained, as it is now, and where its gradient adds up.
+#[derive(Clone, Copy)]
+pub enum Trained<'a> {
+    Adapter {
+        adapter: &'a Adapter,
+        gradient: &'a AdapterParams,
+    },
+    /// Every parameter: its slice is the only one of the pass.
+    Model { gradient: &'a FullParams },
+}
+
+impl<'a> From<Trained<'a>> for Learns<'a> {
+    /// Without dropout and noise.
+    fn from(trained: Trained<'a>) -> Learns<'a> {
+        Learns {
+            trained,
+            dropout: None,
+            noise: None,
+        }
+    }
+}
+
+/// A slice, and the tokens of its optimizer step that went before it, which make its dropout its own.
+pub type Entry<'a> = (&'a Slice, u64);
+
+/// Slices on their way forward and back, side by side.
 pub struct Pass {
+    /// All of them as one.
     slice: Slice,
-    /// The step's tokens before it: dropout's counter.
-    rows_before: u64,
+    parts: Vec<Part>,
     /// Of each sublayer that it went through forward, and not yet backward.
     kept: Vec<Kept>,
     /// Whether the weights of `slice` are final.
@@ -69,6 +106,14 @@ pub struct Pass {
     /// Of the labels that are done.
     found: LogProbs,
     at: At,
+}
+
+/// What one slice has of a pass.
+#[derive(Clone)]
+struct Part {
+    rows: Range<usize>,
+    labels: Range<usize>,
+    rows_before: u64,
 }
 
 enum At {
@@ -97,14 +142,14 @@ pub enum Advanced {
     On(Pass),
     /// All labels have their log-probabilities, and wait for weights. Only after [`Pass::enter_to_be_weighed`].
     Scored(Scored),
-    /// Through: its gradient was added. The slice comes back, with the log-probabilities of its labels.
-    Through(Slice, LogProbs),
+    /// Through: gradients were added. What was found of the labels of each slice.
+    Through(Vec<LogProbs>),
 }
 
 /// A pass that went forward and waits to be weighed. Its activations are held meanwhile.
 pub struct Scored {
     slice: Slice,
-    rows_before: u64,
+    parts: Vec<Part>,
     kept: Vec<Kept>,
     found: LogProbs,
     /// Behind the last sublayer.
@@ -112,44 +157,74 @@ pub struct Scored {
 }
 
 impl Pass {
-    /// The weights of `slice` are final: it minimises the sum of -weight * log p over its labels. `rows_before`: tokens
-    /// of the optimizer step that went before it, which make its dropout its own.
-    pub fn enter(slice: Slice, rows_before: u64, context: &Context) -> Pass {
-        let embedded = context.decoder.embed(&slice.tokens);
-        let embedded = match context.noise {
-            Some(noise) => noise.add(embedded, &slice, rows_before),
-            None => embedded,
-        };
+    /// The weights of the slices are final: it minimises the sum of -weight * log p over their labels.
+    ///
+    /// # Panics
+    /// When `context` has not one who learns for each slice.
+    pub fn enter(slices: &[Entry], context: &Context) -> Pass {
+        let Context { decoder, learns, .. } = *context;
+        assert_eq!(slices.len(), learns.len(), "somebody learns from each slice");
+        let mut slice = Slice::default();
+        let mut parts = vec![];
+        for &(next, rows_before) in slices {
+            let (first_row, first_label) = (slice.tokens.len(), slice.labels.len());
+            slice.append(next);
+            parts.push(Part {
+                rows: first_row..slice.tokens.len(),
+                labels: first_label..slice.labels.len(),
+                rows_before,
+            });
+        }
+        let mut embedded = decoder.embed(&slice.tokens);
+        if learns.iter().any(|learns| learns.noise.is_some()) {
+            let noisy = slices.iter().zip(&parts).zip(learns).map(|((entry, part), learns)| {
+                let embedded = embedded.narrow(0, part.rows.start as i64, part.rows.len() as i64);
+                match learns.noise {
+                    Some(noise) => noise.add(embedded, entry.0, entry.1),
+                    None => embedded,
+                }
+            });
+            embedded = Tensor::cat(&noisy.collect::<Vec<_>>(), 0);
+        }
         Pass {
-            rows_before,
+            slice,
+            parts,
             kept: vec![],
             is_weighed: true,
-            found: nothing_found(),
+            found: LogProbs::default(),
             at: At::Forward(embedded),
-            slice,
         }
     }
 
     /// It stops when its labels are scored, for [`Scored::weighed`].
-    pub fn enter_to_be_weighed(slice: Slice, rows_before: u64, context: &Context) -> Pass {
+    pub fn enter_to_be_weighed(slice: Entry, context: &Context) -> Pass {
         Pass {
             is_weighed: false,
-            ..Pass::enter(slice, rows_before, context)
+            ..Pass::enter(&[slice], context)
         }
     }
 
-    /// A sublayer, or some labels, further. Adds to `grads`.
-    pub fn advance(self, context: &Context, grads: &mut Grads) -> Advanced {
+    /// A sublayer, or some labels, further.
+    pub fn advance(self, context: &Context) -> Advanced {
         let Pass {
             slice,
-            rows_before,
+            parts,
             mut kept,
             is_weighed,
             mut found,
             at,
         } = self;
         let decoder = context.decoder;
-        let pass = train_pass(&slice, rows_before, context);
+        let trained = trained_rows(&parts, context.learns);
+        let pass = TrainPass {
+            tokens: &slice.tokens,
+            positions: &slice.positions,
+            cu_seqlens: &slice.cu_seqlens,
+            trainable: match context.learns {
+                [Learns { trained: Trained::Model { gradient }, .. }] => Trainable::Full(gradient),
+                _ => Trainable::Lora(&trained),
+            },
+        };
         let at = match at {
             At::Forward(input) => {
                 let (hidden, saved) = decoder.sublayer_saving(kept.len(), input.shallow_clone(), &pass);
@@ -170,7 +245,7 @@ impl Pass {
             At::Scoring(hidden) if found.log_probs.len() == slice.labels.len() => {
                 return Advanced::Scored(Scored {
                     slice,
-                    rows_before,
+                    parts,
                     kept,
                     found,
                     hidden,
@@ -183,13 +258,14 @@ impl Pass {
             At::Loss { dhidden, .. } if found.log_probs.len() == slice.labels.len() => At::Backward(dhidden),
             At::Loss { hidden, mut dhidden } => {
                 let labels = next_labels(&slice, &found, decoder);
-                loss(labels, &hidden, &mut dhidden, decoder, grads, &mut found);
+                loss(labels, &hidden, &mut dhidden, decoder, pass.trainable, &mut found);
                 At::Loss { hidden, dhidden }
             }
             At::Backward(dhidden) => match kept.pop() {
                 None => {
-                    decoder.embed_backward(&slice.tokens, &dhidden, grads);
-                    return Advanced::Through(slice, found);
+                    decoder.embed_backward(&dhidden, &pass);
+                    let of_part = |part: &Part| found.part(part.labels.clone());
+                    return Advanced::Through(parts.iter().map(of_part).collect());
                 }
                 Some(last) => {
                     let i = kept.len();
@@ -205,13 +281,13 @@ impl Pass {
                             decoder.sublayer_saving(i, middle, &pass).1
                         }
                     };
-                    At::Backward(decoder.sublayer_backward(i, saved, dhidden, &pass, grads))
+                    At::Backward(decoder.sublayer_backward(i, saved, dhidden, &pass))
                 }
             },
         };
         Advanced::On(Pass {
             slice,
-            rows_before,
+            parts,
             kept,
             is_weighed,
             found,
@@ -237,7 +313,7 @@ impl Scored {
     pub fn weighed(self, dlogp: &[f32]) -> Pass {
         let Scored {
             mut slice,
-            rows_before,
+            parts,
             kept,
             found: _,
             hidden,
@@ -248,11 +324,11 @@ impl Scored {
         }
         Pass {
             slice,
-            rows_before,
+            parts,
             kept,
             is_weighed: true,
             // The head runs again, to the same bits: the gradient of logits needs all of them.
-            found: nothing_found(),
+            found: LogProbs::default(),
             at: At::Loss {
                 dhidden: hidden.zeros_like(),
                 hidden,
@@ -274,7 +350,7 @@ impl Look {
         Look {
             hidden: decoder.embed(&slice.tokens),
             sublayers: 0,
-            found: nothing_found(),
+            found: LogProbs::default(),
         }
     }
 
@@ -322,13 +398,6 @@ impl Look {
     }
 }
 
-fn nothing_found() -> LogProbs {
-    LogProbs {
-        log_probs: vec![],
-        correct: 0,
-    }
-}
-
 /// The labels that are done in the next quantum.
 fn next_labels<'a>(slice: &'a Slice, found: &LogProbs, decoder: &Decoder) -> &'a [Label] {
     let done = found.log_probs.len();
@@ -339,9 +408,7 @@ fn next_labels<'a>(slice: &'a Slice, found: &LogProbs, decoder: &Decoder) -> &'a
 fn score(labels: &[Label], hidden: &Tensor, decoder: &Decoder, found: &mut LogProbs) {
     let labels = Labels::of(labels, decoder.device());
     let normed = decoder.final_norm(&hidden.index_select(0, &labels.rows));
-    let LogProbs { log_probs, correct } = decoder.log_probs(&normed, &labels.tokens);
-    found.log_probs.extend(log_probs);
-    found.correct += correct;
+    found.extend(decoder.log_probs(&normed, &labels.tokens));
 }
 
 /// The same, and writes the rows of `dhidden [T, H]` that `labels` stand in.
@@ -350,28 +417,30 @@ fn loss(
     hidden: &Tensor,
     dhidden: &mut Tensor,
     decoder: &Decoder,
-    grads: &mut Grads,
+    trainable: Trainable,
     found: &mut LogProbs,
 ) {
     let labels = Labels::of(labels, decoder.device());
     let rows = hidden.index_select(0, &labels.rows); // [R, H]
     let normed = decoder.final_norm(&rows);
-    let mut dweight = match grads {
-        Grads::Full(grads) => Some(grads.view(if grads.shape.has(ParamId::Head) {
+    let mut dweight = match trainable {
+        Trainable::Full(gradient) => Some(gradient.view(if gradient.shape.has(ParamId::Head) {
             ParamId::Head
         } else {
             ParamId::Embed
         })),
-        Grads::Lora(_) => None,
+        Trainable::Lora(_) => None,
     };
     let out = decoder.cross_entropy(&normed, &labels.tokens, &labels.weights, dweight.as_mut());
-    let drows = decoder.final_norm_backward(&rows, &out.dhidden, grads);
+    let drows = decoder.final_norm_backward(&rows, &out.dhidden, trainable);
     let _ = match labels.is_row_once {
         true => dhidden.index_copy_(0, &labels.rows, &drows),
         false => dhidden.index_add_(0, &labels.rows, &drows),
     };
-    found.log_probs.extend(out.log_probs);
-    found.correct += out.correct;
+    found.extend(LogProbs {
+        log_probs: out.log_probs,
+        correct: out.correct,
+    });
 }
 
 /// A function of the model alone, like the slice: the same job must give the same bytes. A GPU wants many rows.
@@ -403,23 +472,23 @@ impl Labels {
     }
 }
 
-fn train_pass<'a>(slice: &'a Slice, rows_before: u64, context: &Context<'a>) -> TrainPass<'a> {
-    let trainable = match context.adapter {
-        Some(adapter) => Trainable::Lora {
+/// None where the model itself is trained.
+fn trained_rows<'a>(parts: &[Part], learns: &[Learns<'a>]) -> Vec<TrainedRows<'a>> {
+    let rows = |(part, learns): (&Part, &Learns<'a>)| {
+        let Trained::Adapter { adapter, gradient } = learns.trained else {
+            return None;
+        };
+        Some(TrainedRows {
+            rows: part.rows.clone(),
             adapter,
-            dropout: context.dropout.map(|dropout| Dropout {
-                row0: rows_before,
+            dropout: learns.dropout.map(|dropout| Dropout {
+                row0: part.rows_before,
                 ..dropout
             }),
-        },
-        None => Trainable::Full,
+            gradient,
+        })
     };
-    TrainPass {
-        tokens: &slice.tokens,
-        positions: &slice.positions,
-        cu_seqlens: &slice.cu_seqlens,
-        trainable,
-    }
+    parts.iter().zip(learns).filter_map(rows).collect()
 }
 
 /// Activations are float32.

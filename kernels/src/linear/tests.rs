@@ -392,16 +392,16 @@ fn training_reads_its_own_input_and_returns_the_shrunk_rows() {
             module(k, [8, 5, 33], lora_precision),
         );
         let (x, dropped) = (random(m, k), random(m, k));
-        let (y, shrunk) = linear_training(&x, &w, None, &module, &dropped);
-        close(&shrunk, &module.a.reference_forward(&dropped), k, "shrunk");
-        let mut slow = w.reference_forward(&x);
-        reference_expand(&mut slow, &shrunk, &module);
-        close(&y, &slow, k, "y");
         let lora = [LoraRows {
             rows: 0..m,
             module: &module,
         }];
-        let (same_input, _) = linear_training(&x, &w, None, &module, &x);
+        let (y, shrunk) = linear_training(&x, &w, None, &lora, &dropped);
+        close(&shrunk, &module.a.reference_forward(&dropped), k, "shrunk");
+        let mut slow = w.reference_forward(&x);
+        reference_expand(&mut slow, &shrunk, &module);
+        close(&y, &slow, k, "y");
+        let (same_input, _) = linear_training(&x, &w, None, &lora, &x);
         same_bits(
             &same_input,
             &linear(&x, &w, None, &lora),

@@ -118,13 +118,13 @@ fn in_chunks(
     }
     // Every rank cuts alike.
     let height = chunk_rows(vocabulary.widest);
-    let (mut log_probs, mut correct) = (Vec::with_capacity(n), 0);
+    let (mut log_probs, mut correct) = (Vec::with_capacity(n), Vec::with_capacity(n));
     for start in (0..n).step_by(height) {
         let rows = height.min(n - start);
         let part = hidden.narrow(0, start as i64, rows as i64);
         let done = softmax(&part, shard, vocabulary, &labels[start..start + rows]);
         log_probs.extend(done.rows.iter().map(|row| row.log_prob));
-        correct += done.rows.iter().filter(|row| row.correct).count();
+        correct.extend(done.rows.iter().map(|row| row.correct));
         chunk(done, start);
     }
     LogProbs { log_probs, correct }
@@ -233,8 +233,8 @@ mod tests {
                 assert!((loss.loss_sum - expected.loss_sum).abs() < 1e-5 * expected.loss_sum);
                 assert_eq!(loss.correct, expected.correct);
                 assert_eq!(
-                    (&log_probs.log_probs, log_probs.correct),
-                    (&loss.log_probs, loss.correct)
+                    (&log_probs.log_probs, &log_probs.correct),
+                    (&loss.log_probs, &loss.correct)
                 );
                 let first = &results[0].0;
                 assert_eq!(

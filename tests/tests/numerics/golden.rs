@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use tandem_backend::lora::adapter::Adapter;
 use tandem_backend::lora::params::AdapterParams;
 use tandem_backend::model::full::{FullParams, FullShape};
-use tandem_backend::model::{Decoder, Grads};
+use tandem_backend::model::Decoder;
 use tandem_backend::train::data;
 use tandem_backend::train::objective::{self, Scores};
-use tandem_backend::train::pass::{Advanced, Context, KEEP_BYTES, Pass};
+use tandem_backend::train::pass::{Advanced, Context, KEEP_BYTES, Pass, Trained};
 use tandem_backend::weights::merge;
 use tandem_core::dataset::Example;
 use tandem_kernels::weight::Precision;
@@ -219,18 +219,15 @@ fn gradients_of_a_and_b_are_pefts() {
         for adapter_name in fixture.adapters() {
             let params = fixture.adapter_params(adapter_name, &decoder);
             let adapter = fixture.adapter(adapter_name, &decoder);
-            let mut grads = Grads::Lora(AdapterParams::zeros(params.shape.clone()));
-            let loss = backward(
-                &decoder,
-                Some(&adapter),
-                &fixture.examples(),
-                KEEP_BYTES,
-                &mut grads,
-            );
+            let [grads, again] = [(), ()].map(|()| AdapterParams::zeros(params.shape.clone()));
+            let trained = |gradient| Trained::Adapter {
+                adapter: &adapter,
+                gradient,
+            };
+            let loss = backward(&decoder, trained(&grads), &fixture.examples(), KEEP_BYTES);
             // Layers that run again give the same bits.
-            let mut again = Grads::Lora(AdapterParams::zeros(params.shape.clone()));
-            backward(&decoder, Some(&adapter), &fixture.examples(), 0, &mut again);
-            assert!(again.flat().equal(grads.flat()), "{name}, {adapter_name}");
+            backward(&decoder, trained(&again), &fixture.examples(), 0);
+            assert!(again.flat.equal(&grads.flat), "{name}, {adapter_name}");
             let expected = fixture.numbers[format!("{adapter_name}.loss")]
                 .as_f64()
                 .expect("a loss");
@@ -240,9 +237,6 @@ fn gradients_of_a_and_b_are_pefts() {
                 (loss - expected).abs(),
                 LOSS,
             );
-            let Grads::Lora(grads) = grads else {
-                unreachable!("they were LoRA's above")
-            };
             let (mut worst_a, mut worst_b) = (0.0_f64, 0.0_f64);
             for (_, linear) in grads.shape.iter() {
                 for part in &linear.parts {
@@ -272,13 +266,11 @@ fn gradients_of_every_parameter_are_torchs() {
     for name in ["gqa_tied"].into_iter().chain(trained_whole()) {
         let fixture = Fixture::open(name);
         let decoder = fixture.decoder(Precision::F32);
-        let mut grads = Grads::Full(FullParams::zeros(FullShape::new(&decoder.spec)));
-        let loss = backward(&decoder, None, &fixture.examples(), KEEP_BYTES, &mut grads);
+        let grads = FullParams::zeros(FullShape::new(&decoder.spec));
+        let trained = Trained::Model { gradient: &grads };
+        let loss = backward(&decoder, trained, &fixture.examples(), KEEP_BYTES);
         let expected = fixture.numbers["loss"].as_f64().expect("a loss");
         table.add(name, "loss", (loss - expected).abs(), LOSS);
-        let Grads::Full(grads) = grads else {
-            unreachable!("they were full above")
-        };
         for (tensor, gradient) in grads.named() {
             let difference = relative_difference(&gradient, fixture.tensor(&format!("full.grad.{tensor}")));
             table.add(name, tensor.trim_start_matches("model."), difference, GRADIENT);
@@ -288,19 +280,11 @@ fn gradients_of_every_parameter_are_torchs() {
 }
 
 /// The trainer's own passes over `examples` as one optimizer step: its mean loss; gradients are added.
-fn backward(
-    decoder: &Decoder,
-    adapter: Option<&Adapter>,
-    examples: &[Example],
-    keep_bytes: i64,
-    grads: &mut Grads,
-) -> f64 {
+fn backward(decoder: &Decoder, trained: Trained, examples: &[Example], keep_bytes: i64) -> f64 {
     let _no_grad = tch::no_grad_guard();
     let context = Context {
         decoder,
-        adapter,
-        dropout: None,
-        noise: None,
+        learns: &[trained.into()],
         keep_bytes,
     };
     let mut slices = data::slices(examples.iter(), decoder.device());
@@ -309,12 +293,12 @@ fn backward(
     for slice in slices {
         let rows_before = rows;
         rows += slice.tokens.len() as u64;
-        let mut pass = Pass::enter(slice, rows_before, &context);
+        let mut pass = Pass::enter(&[(&slice, rows_before)], &context);
         loop {
-            pass = match pass.advance(&context, grads) {
+            pass = match pass.advance(&context) {
                 Advanced::On(pass) => pass,
-                Advanced::Through(slice, found) => {
-                    scores.add(&slice.labels, &found);
+                Advanced::Through(found) => {
+                    scores.add(&slice.labels, &found[0]);
                     break;
                 }
                 Advanced::Scored(_) => unreachable!("its weights are known"),

@@ -6,6 +6,7 @@ mod equivalence;
 mod families;
 mod fixture;
 mod golden;
+mod joint;
 mod preferences;
 mod quantised;
 mod ranks;

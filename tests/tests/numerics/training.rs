@@ -8,7 +8,7 @@ use tandem_backend::lora::peft;
 use tandem_backend::model::Decoder;
 use tandem_backend::train::data::{self, DataPlan, Slice};
 use tandem_backend::train::learner::{Learner, Update};
-use tandem_backend::train::pass::{Advanced, Context, Look, Pass};
+use tandem_backend::train::pass::{Advanced, Context, Look, Pass, Trained};
 use tandem_backend::train::{Quantum, Trainer};
 use tandem_backend::weights::merge;
 use tandem_core::dataset::{self, Example, Group};
@@ -200,27 +200,29 @@ fn weights_that_come_later_make_the_same_gradient() {
         step: 1,
     };
     // So that B is not zero.
-    through(&mut learner, &decoder, &slices[0], false);
+    through(&learner, &decoder, &slices[0], false);
     learner.update(Some(&decoder), &update).expect("a step");
 
     let mut gradient = |slices: &[Slice], is_later: bool| {
         learner.forget_gradient();
         let found: Vec<LogProbs> = slices
             .iter()
-            .map(|slice| through(&mut learner, &decoder, slice, is_later))
+            .map(|slice| through(&learner, &decoder, slice, is_later))
             .collect();
-        let (_, adapter, grads) = learner.parts_mut(Some(&decoder));
+        let Trained::Adapter { adapter, gradient } = learner.trained() else {
+            unreachable!("it trains an adapter")
+        };
         for (slice, found) in slices.iter().zip(&found) {
             let mut look = Look::enter(slice, &decoder);
             let looked = loop {
-                match look.advance(slice, &decoder, adapter) {
+                match look.advance(slice, &decoder, Some(adapter)) {
                     Ok(found) => break found,
                     Err(next) => look = next,
                 }
             };
             assert_eq!(looked.log_probs, found.log_probs);
         }
-        grads.flat().copy()
+        gradient.flat.copy()
     };
     let known = gradient(&slices, false);
     assert!(known.abs().max().double_value(&[]) > 0.0);
@@ -237,29 +239,26 @@ fn weights_that_come_later_make_the_same_gradient() {
 }
 
 /// Forward and back; adds to the gradient.
-fn through(learner: &mut Learner, decoder: &Decoder, slice: &Slice, is_later: bool) -> LogProbs {
-    let (decoder, adapter, grads) = learner.parts_mut(Some(decoder));
+fn through(learner: &Learner, decoder: &Decoder, slice: &Slice, is_later: bool) -> LogProbs {
     let context = Context {
         decoder,
-        adapter,
-        dropout: None,
-        noise: None,
+        learns: &[learner.trained().into()],
         // The second slice's layers run again.
         keep_bytes: (4 * decoder.saved_numbers() * slice.tokens.len()) as i64 - i64::from(is_later),
     };
     let mut pass = match is_later {
-        false => Pass::enter(slice.clone(), 0, &context),
-        true => Pass::enter_to_be_weighed(slice.clone(), 0, &context),
+        false => Pass::enter(&[(slice, 0)], &context),
+        true => Pass::enter_to_be_weighed((slice, 0), &context),
     };
     loop {
-        pass = match pass.advance(&context, grads) {
+        pass = match pass.advance(&context) {
             Advanced::On(pass) => pass,
             Advanced::Scored(scored) => {
                 let labels = &scored.slice().labels;
                 let dlogp: Vec<f32> = labels.iter().map(|&(_, _, weight)| -weight).collect();
                 scored.weighed(&dlogp)
             }
-            Advanced::Through(_, found) => return found,
+            Advanced::Through(mut found) => return found.remove(0),
         };
     }
 }

@@ -177,7 +177,7 @@ impl Scores {
     }
 
     pub fn add_labels(&mut self, labels: usize, found: &LogProbs) {
-        self.correct += found.correct as u64;
+        self.correct += found.correct.iter().filter(|&&is| is).count() as u64;
         self.labels += labels as u64;
     }
 

@@ -1,0 +1,62 @@
+//! Where a pass adds gradients, and those of what stands outside sublayers.
+
+use std::ops::Range;
+
+use tch::Tensor;
+
+use super::{Decoder, TrainPass, Trainable, TrainedRows, scaled};
+use crate::family::ParamId;
+
+impl<'a> Trainable<'a> {
+    /// The rows that have an adapter in training.
+    pub(super) fn adapted(self) -> &'a [TrainedRows<'a>] {
+        match self {
+            Trainable::Lora(rows) => rows,
+            Trainable::Full(_) => &[],
+        }
+    }
+
+    /// To the gradient of a parameter of the base: computed only where it is trained.
+    pub(super) fn add(self, id: ParamId, gradient: impl FnOnce() -> Tensor) {
+        if let Trainable::Full(gradients) = self {
+            add(&gradients.view(id), gradient());
+        }
+    }
+}
+
+impl TrainedRows<'_> {
+    /// Its rows of `x [T, ..]`.
+    pub(super) fn of(&self, x: &Tensor) -> Tensor {
+        narrow_rows(x, self.rows.start as i64..self.rows.end as i64)
+    }
+}
+
+impl Decoder {
+    /// Through [`Decoder::final_norm`]: its gradient `[R, H]` to `dhidden [R, H]`.
+    pub fn final_norm_backward(&self, hidden: &Tensor, dnormed: &Tensor, trainable: Trainable) -> Tensor {
+        self.norm
+            .backward(hidden, &scaled(dnormed, self.spec.logits.scale), trainable)
+    }
+
+    /// The embedding's gradient (nothing when it is frozen).
+    pub fn embed_backward(&self, dhidden: &Tensor, pass: &TrainPass) {
+        if let Trainable::Full(gradients) = pass.trainable {
+            let rows: Vec<i64> = pass.tokens.iter().map(|&token| i64::from(token)).collect();
+            let mut embed = gradients.view(ParamId::Embed);
+            let _ = embed.index_add_(
+                0,
+                &Tensor::from_slice(&rows).to_device(embed.device()),
+                &scaled(dhidden, self.embed_scale).to_device(embed.device()),
+            );
+        }
+    }
+}
+
+pub(super) fn narrow_rows(x: &Tensor, rows: Range<i64>) -> Tensor {
+    x.narrow(0, rows.start, rows.end - rows.start)
+}
+
+/// Gradients are kept where AdamW steps, on the CPU, wherever they were computed.
+pub(super) fn add(to: &Tensor, gradient: Tensor) {
+    let _ = to.shallow_clone().g_add_(&gradient.to_device(to.device()));
+}
