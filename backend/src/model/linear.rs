@@ -191,7 +191,9 @@ impl Project for Saving<'_> {
         };
         let (y, shrunk) = linear_grouped_training(x, &linears.weights(), &lora, &dropped);
         for Group { rows, linear, .. } in &linears.groups {
-            self.shrunk.0.push((linear.id, narrow_rows(&shrunk, rows.clone())));
+            self.shrunk
+                .0
+                .push((linear.id, narrow_rows(&shrunk, rows.clone())));
         }
         y
     }
@@ -368,10 +370,7 @@ fn into_weight(trained: &[TrainedRows], gained: &[Option<Tensor>], dy: &Tensor) 
     };
     match gained.iter().all(Option::is_none) {
         true => dy.shallow_clone(),
-        false => Tensor::cat(
-            &trained.iter().zip(gained).map(at_once).collect::<Vec<_>>(),
-            0,
-        ),
+        false => Tensor::cat(&trained.iter().zip(gained).map(at_once).collect::<Vec<_>>(), 0),
     }
 }
 
@@ -381,7 +380,10 @@ fn magnitudes(gradient: &AdapterParams, id: LinearId, by_output: &Tensor, scaled
     let by_magnitude = sum * scaled.inverse_norm(by_output.device()); // [N]
     for part in &gradient.shape.linear(id).expect(SHAPED).parts {
         if let Some(magnitude) = gradient.magnitude(part) {
-            add(&magnitude, by_magnitude.narrow(0, part.columns.start, part.width()));
+            add(
+                &magnitude,
+                by_magnitude.narrow(0, part.columns.start, part.width()),
+            );
         }
     }
 }

@@ -27,7 +27,9 @@ pub fn quantum(joint: &mut Option<Joint>, trainers: &mut [&mut Trainer], base: &
 impl Joint {
     fn begin(trainers: &mut [&mut Trainer], base: &Decoder) -> Joint {
         let slices = trainers.iter().map(|trainer| trainer.next_slice());
-        let slices: Vec<Entry> = slices.map(|slice| slice.expect("who joins has a slice")).collect();
+        let slices: Vec<Entry> = slices
+            .map(|slice| slice.expect("who joins has a slice"))
+            .collect();
         let pass = Pass::enter(&slices, &context(&learns(trainers), base));
         for trainer in trainers.iter_mut() {
             *trainer.on_its_way().expect("it has a slice") = Some(OnItsWay::WithOthers);

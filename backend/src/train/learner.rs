@@ -23,8 +23,8 @@ use crate::family::DecoderSpec;
 use crate::lora::adapter::Adapter;
 use crate::lora::fit::Fit;
 use crate::lora::params::{AdapterParams, AdapterShape};
-use crate::model::full::{self, FullParams};
 use crate::model::Decoder;
+use crate::model::full::{self, FullParams};
 
 pub struct Learner {
     subject: Subject,
@@ -222,7 +222,9 @@ impl Learner {
     /// For a pass: what is trained, and where its gradient adds up.
     pub fn trained(&self) -> Trained<'_> {
         match &self.subject {
-            Subject::Lora { adapter, gradient, .. } => Trained::Adapter { adapter, gradient },
+            Subject::Lora {
+                adapter, gradient, ..
+            } => Trained::Adapter { adapter, gradient },
             Subject::Full { gradient, .. } => Trained::Model { gradient },
         }
     }

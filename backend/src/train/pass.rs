@@ -39,9 +39,7 @@ use crate::family::ParamId;
 use crate::lora::adapter::{Adapter, AdapterRows};
 use crate::lora::params::AdapterParams;
 use crate::model::full::FullParams;
-use crate::model::{
-    Batch, Context as Attention, Decoder, Dropout, Saved, TrainPass, Trainable, TrainedRows,
-};
+use crate::model::{Batch, Context as Attention, Decoder, Dropout, Saved, TrainPass, Trainable, TrainedRows};
 
 /// Activations of the slices that are on their way that may be kept for their backward; beyond, layers run again in the
 /// backward.
@@ -177,13 +175,17 @@ impl Pass {
         }
         let mut embedded = decoder.embed(&slice.tokens);
         if learns.iter().any(|learns| learns.noise.is_some()) {
-            let noisy = slices.iter().zip(&parts).zip(learns).map(|((entry, part), learns)| {
-                let embedded = embedded.narrow(0, part.rows.start as i64, part.rows.len() as i64);
-                match learns.noise {
-                    Some(noise) => noise.add(embedded, entry.0, entry.1),
-                    None => embedded,
-                }
-            });
+            let noisy = slices
+                .iter()
+                .zip(&parts)
+                .zip(learns)
+                .map(|((entry, part), learns)| {
+                    let embedded = embedded.narrow(0, part.rows.start as i64, part.rows.len() as i64);
+                    match learns.noise {
+                        Some(noise) => noise.add(embedded, entry.0, entry.1),
+                        None => embedded,
+                    }
+                });
             embedded = Tensor::cat(&noisy.collect::<Vec<_>>(), 0);
         }
         Pass {
@@ -221,7 +223,12 @@ impl Pass {
             positions: &slice.positions,
             cu_seqlens: &slice.cu_seqlens,
             trainable: match context.learns {
-                [Learns { trained: Trained::Model { gradient }, .. }] => Trainable::Full(gradient),
+                [
+                    Learns {
+                        trained: Trained::Model { gradient },
+                        ..
+                    },
+                ] => Trainable::Full(gradient),
                 _ => Trainable::Lora(&trained),
             },
         };

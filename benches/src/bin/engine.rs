@@ -1,7 +1,7 @@
-//! The engine without HTTP: prefill, decode, mixed adapters and LoRA training on one model folder, through the same
-//! channel the router uses. The last line is JSON with the keys that benches/peers prints.
+//! The engine without HTTP: prefill, decode, mixed adapters, LoRA training and several jobs at once on one model folder,
+//! through the same channel the router uses. The last line is JSON with the keys that benches/peers prints.
 //!
-//!   target/release/engine --model DIR [--device cuda:0] [prefill] [decode] [adapters] [train]
+//!   target/release/engine --model DIR [--device cuda:0] [prefill] [decode] [adapters] [train] [jobs]
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -20,14 +20,18 @@ use tandem_backend::words;
 use tandem_benches::machine;
 use tandem_benches::percentile::median;
 use tandem_core::dataset::{self, Example, Group};
-use tandem_core::id::{AdapterRef, RequestId};
+use tandem_core::id::{AdapterDigest, AdapterRef, RequestId};
 use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Objective, Schedule, files};
 use tandem_core::message::{Event, Generate};
-use tandem_core::replica::{Command, EVENT_QUEUE, ReplicaHandle};
+use tandem_core::replica::{Command, EVENT_QUEUE, JOB_EVENT_QUEUE, ReplicaHandle};
 use tandem_core::sampling::Sampling;
 use tandem_core::{TokenId, rng};
 use tandem_kernels::weight::{Precision, Recipe};
 use tokio::sync::mpsc;
+
+/// At once, in the part of that name.
+const JOBS: usize = 8;
+const JOB_STEPS: u64 = 12;
 
 /// Measures the engine without HTTP
 #[derive(Parser)]
@@ -51,6 +55,12 @@ struct Options {
     new_tokens: u32,
     #[arg(long, value_delimiter = ',', default_value = "1,8,16")]
     streams: Vec<usize>,
+    /// Tokens of each row of the small jobs
+    #[arg(long, default_value_t = 64)]
+    job_tokens: usize,
+    /// Rank of the small jobs
+    #[arg(long, default_value_t = 8)]
+    job_rank: u32,
     /// Optimizer steps of 4 x 512 tokens that are measured, after one that is not
     #[arg(long, default_value_t = 2)]
     train_steps: u64,
@@ -68,6 +78,8 @@ enum Part {
     Adapters,
     /// LoRA r 16 on all linear layers, 4 x 512 tokens a step
     Train,
+    /// 8 small LoRA jobs, one row a step: one after the other, then at once
+    Jobs,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -95,6 +107,7 @@ async fn main() -> anyhow::Result<()> {
                 Part::Decode => engine.decode(&options, &mut report).await?,
                 Part::Adapters => engine.adapters(&options, &mut report).await?,
                 Part::Train => {}
+                Part::Jobs => engine.jobs(&options, &mut report).await?,
             }
         }
         engine
@@ -128,6 +141,7 @@ impl Engine {
                 1024.max(options.prompt_tokens as u32 + options.new_tokens),
             )),
             max_num_seqs: 16,
+            max_training_jobs: JOBS as u32,
             ..tandem_backend::Options::new(options.model.clone())
         })?;
         println!(
@@ -190,6 +204,71 @@ impl Engine {
         say(report, "decode_8_base", "tokens/s", base);
         say(report, "decode_8_of_4_adapters", "tokens/s", mixed);
         say(report, "adapters_over_base", "", mixed / base);
+        Ok(())
+    }
+
+    async fn jobs(&mut self, options: &Options, report: &mut Map<String, Value>) -> anyhow::Result<()> {
+        let targets = read_spec(&options.model)?.lora_targets();
+        let folder = tempfile::tempdir()?;
+        let spec = |round: &str, number: usize| -> anyhow::Result<JobSpec> {
+            let folder = folder.path().join(format!("{round}-{number}"));
+            std::fs::create_dir(&folder)?;
+            let vocab = u64::from(self.replica.info.vocab_size);
+            let row = |row: u64| {
+                let token = |i: usize| (rng::bits(11 + row, number as u64, i as u64) % vocab) as TokenId;
+                Group::from(Example {
+                    tokens: (0..options.job_tokens).map(token).collect(),
+                    weights: vec![1.0; options.job_tokens],
+                })
+            };
+            let rows: Vec<Group> = (0..JOB_STEPS).map(row).collect();
+            std::fs::write(folder.join(files::TRAIN), dataset::encode(&rows))?;
+            let lora = Lora {
+                r: options.job_rank,
+                ..lora(targets.clone())
+            };
+            Ok(JobSpec {
+                id: format!("ftjob-{round}-{number}").parse().expect("a job\'s id"),
+                folder,
+                base_model: "bench".to_owned(),
+                hyper: hyper(1, lora),
+                life: Life::default(),
+            })
+        };
+        let mut rates = vec![];
+        let mut made = vec![];
+        for round in ["warm", "turn", "once"] {
+            let specs = (0..JOBS).map(|number| spec(round, number));
+            let specs = specs.collect::<anyhow::Result<Vec<_>>>()?;
+            let began = Instant::now();
+            let mut adapters = vec![];
+            let mut waiting = vec![];
+            for spec in specs {
+                let (events, inbox) = mpsc::channel(JOB_EVENT_QUEUE);
+                let start = Command::StartJob(Box::new(spec), events);
+                self.replica
+                    .commands
+                    .send(start)
+                    .await
+                    .context("the engine ended")?;
+                match round {
+                    "once" => waiting.push(inbox),
+                    _ => adapters.push(result(inbox).await?),
+                }
+            }
+            for inbox in waiting {
+                adapters.push(result(inbox).await?);
+            }
+            let tokens = JOBS * JOB_STEPS as usize * (options.job_tokens - 1);
+            rates.push(tokens as f64 / began.elapsed().as_secs_f64());
+            made.push(adapters);
+        }
+        if made[1] != made[2] {
+            bail!("jobs at once made other adapters than one after the other");
+        }
+        say(report, "jobs_in_turn", "tokens/s", rates[1]);
+        say(report, "jobs_at_once", "tokens/s", rates[2]);
+        say(report, "at_once_over_in_turn", "", rates[2] / rates[1]);
         Ok(())
     }
 
@@ -278,6 +357,17 @@ impl Engine {
                     Event::Prompt(_) | Event::Pooled(_) => {}
                 }
             }
+        }
+    }
+}
+
+/// The digest of the adapter that a job makes.
+async fn result(mut events: mpsc::Receiver<JobEvent>) -> anyhow::Result<AdapterDigest> {
+    loop {
+        match events.recv().await.context("the engine dropped a job")? {
+            JobEvent::Finished { adapter, .. } => return Ok(adapter.digest),
+            JobEvent::Failed { message } | JobEvent::Refused { message } => bail!("a job failed: {message}"),
+            _ => {}
         }
     }
 }

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use tandem_backend::lora::adapter::Adapter;
 use tandem_backend::lora::params::AdapterParams;
-use tandem_backend::model::full::{FullParams, FullShape};
 use tandem_backend::model::Decoder;
+use tandem_backend::model::full::{FullParams, FullShape};
 use tandem_backend::train::data;
 use tandem_backend::train::objective::{self, Scores};
 use tandem_backend::train::pass::{Advanced, Context, KEEP_BYTES, Pass, Trained};

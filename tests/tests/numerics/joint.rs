@@ -84,7 +84,11 @@ fn run(jobs: &[Job], together: &[usize], decoder: &Decoder) -> Vec<usize> {
             if passes.len() == 2 && !given_up && quanta == decoder.n_sublayers() + 4 {
                 given_up = true;
                 let leaver = members[0].spec().id.clone();
-                joint::part(&mut pass, &leaver, members.iter_mut().map(|trainer| &mut **trainer));
+                joint::part(
+                    &mut pass,
+                    &leaver,
+                    members.iter_mut().map(|trainer| &mut **trainer),
+                );
             }
             if pass.is_none() {
                 break;
@@ -125,7 +129,10 @@ fn jobs_in_one_pass_make_the_bytes_of_each_alone() {
             "{name}: {passes:?} jobs a pass"
         );
         for (i, (alone, together)) in alone.iter().zip(&together).enumerate() {
-            assert!(adapter(alone) == adapter(together), "{name} in {precision:?}: job {i}");
+            assert!(
+                adapter(alone) == adapter(together),
+                "{name} in {precision:?}: job {i}"
+            );
         }
     }
 }
