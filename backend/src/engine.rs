@@ -14,7 +14,6 @@ use std::hash::{BuildHasher, RandomState};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use tandem_core::grammar::Next;
 use tandem_core::message::{Event, Fault, Generate, Scored};
 use tandem_core::replica::Command;
 use tandem_core::sched::{Row, Scheduler, StepPlan, View};
@@ -35,6 +34,7 @@ use crate::pace::{Load, Pace};
 use crate::pool::{self, Share};
 use crate::ranks::Ranks;
 use crate::sample::{self, Ask, NotFinite};
+use crate::thoughts::Thoughts;
 use clients::{Client, Clients, Delivery};
 use files::Files;
 use inbox::{Inbox, Word};
@@ -57,6 +57,7 @@ pub struct Engine {
     scheduler: Scheduler,
     bank: AdapterBank,
     grammars: Grammars,
+    thoughts: Thoughts,
     clients: Clients,
     inbox: Inbox,
     files: Files,
@@ -96,6 +97,7 @@ pub struct Parts {
     pub scheduler: Scheduler,
     pub bank: AdapterBank,
     pub grammars: Grammars,
+    pub thoughts: Thoughts,
     pub pace: Pace,
     /// That train at once.
     pub max_training_jobs: usize,
@@ -122,6 +124,7 @@ impl Engine {
             scheduler,
             bank,
             grammars,
+            thoughts,
             pace,
             max_training_jobs,
             commands,
@@ -137,6 +140,7 @@ impl Engine {
             scheduler,
             bank,
             grammars,
+            thoughts,
             clients: Clients::default(),
             inbox: Inbox::new(commands),
             jobs: Jobs::new(max_training_jobs),
@@ -280,12 +284,16 @@ impl Engine {
         };
         let client = Client::new(&request, events, self.seed);
         let (adapter, grammar) = (request.adapter.clone(), request.grammar.clone());
+        let thinking = request.thinking.clone();
         let ends = self.grammars.ends_among(&request.stop_tokens);
         if let Err(fault) = refused.and_then(|()| self.scheduler.add(request)) {
             client.refuse(fault);
             return;
         }
         self.clients.insert(id, client);
+        if let Some(Err(fault)) = thinking.map(|budget| self.thoughts.admit(id, budget)) {
+            return self.fail(id, fault);
+        }
         match grammar.map(|grammar| self.grammars.admit(id, grammar, ends)) {
             None | Some(Ok(Readiness::Ready)) => {}
             Some(Ok(Readiness::Awaited)) => self.scheduler.hold(id),
@@ -325,6 +333,8 @@ impl Engine {
             self.ranks.order_step(&step, &heads);
             self.ranks.send();
         }
+        self.grammars
+            .begin_masks(batch::sampling(plan).map(|row| (row.id, plan.guesses(row))));
         let inputs = StepInputs::new(step, |digest| self.bank.get(digest));
         let hidden = self.decoder.forward(&inputs.batch(&self.cache)); // [T, H]
         let sampled = match rows.is_empty() {
@@ -359,7 +369,7 @@ impl Engine {
         }
     }
 
-    /// The tokens of each row that samples from `logits [S, V]`, as far as its guesses are right.
+    /// The tokens of each row that samples from `logits [S, V]`, as far as its guesses are right and its grammar is known.
     fn choose(&self, plan: &StepPlan, logits: &Tensor) -> Vec<Result<Vec<Scored>, NotFinite>> {
         let view = |row| self.view(row);
         // Penalties after a guess count it.
@@ -380,7 +390,9 @@ impl Engine {
         let asks: Vec<Ask> = batch::sampling(plan)
             .zip(&used)
             .flat_map(|(row, used)| {
-                let (view, mask, seed) = (view(row), self.grammars.mask(row.id), self.clients.seed(row.id));
+                let (view, seed) = (view(row), self.clients.seed(row.id));
+                let masks = self.grammars.masks(row.id);
+                let forced = self.thoughts.forced(row.id, plan.guesses(row));
                 let after = move |guesses: usize| match guesses {
                     0 => view,
                     _ => View {
@@ -389,20 +401,20 @@ impl Engine {
                         ..view
                     },
                 };
-                (0..row.samples).map(move |guesses| Ask {
+                forced.into_iter().enumerate().map(move |(guesses, forced)| Ask {
                     view: after(guesses),
                     seed,
-                    mask,
+                    mask: masks.and_then(|masks| masks.get(guesses)),
+                    forced,
                 })
             })
             .collect();
         let mut chosen = sample::sample(logits, &asks).into_iter();
         batch::sampling(plan)
             .map(|row| {
-                batch::until_wrong(
-                    chosen.by_ref().take(row.samples).collect::<Vec<_>>(),
-                    plan.guesses(row),
-                )
+                let known = self.grammars.masks(row.id).map_or(row.samples, <[_]>::len);
+                let chosen: Vec<_> = chosen.by_ref().take(row.samples).collect();
+                batch::until_wrong(chosen.into_iter().take(known), plan.guesses(row))
             })
             .collect()
     }
@@ -429,7 +441,7 @@ impl Engine {
             scored,
             pooled,
         } = output;
-        self.follow_grammars(&plan, &sampled);
+        self.follow(&plan, &sampled);
         let sampling = batch::sampling(&plan).map(|row| row.id);
         let failed: Vec<RequestId> = {
             let sampled = sampling
@@ -488,20 +500,20 @@ impl Engine {
         }
     }
 
-    /// Takes the tokens of constrained sequences into their grammars, before they are committed.
-    fn follow_grammars(&mut self, plan: &StepPlan, sampled: &[Result<Vec<Scored>, NotFinite>]) {
+    /// Takes the tokens of sequences into their grammars and bounds of reasoning, before they are committed.
+    fn follow(&mut self, plan: &StepPlan, sampled: &[Result<Vec<Scored>, NotFinite>]) {
         for (row, tokens) in batch::sampling(plan).zip(sampled) {
             let (Ok(tokens), Some(view)) = (tokens, self.scheduler.view(row)) else {
                 continue;
             };
-            // Nothing is guessed under a grammar.
-            let [scored] = &tokens[..] else { continue };
-            if view.stop_tokens.contains(&scored.token) {
-                continue;
-            }
-            match self.grammars.advance(row.id, scored.token) {
-                None | Some(Ok(Next::Open)) => {}
-                Some(Ok(Next::Complete)) => self.scheduler.complete(row.id),
+            let text = tokens.iter().map(|scored| scored.token);
+            let text: Vec<TokenId> = text
+                .take_while(|token| !view.stop_tokens.contains(token))
+                .collect();
+            self.thoughts.take(row.id, text.iter().copied());
+            match self.grammars.advance(row.id, &text) {
+                None | Some(Ok(None)) => {}
+                Some(Ok(Some(last))) => self.scheduler.complete(row.id, last),
                 Some(Err(error)) => self.fail(row.id, Fault::Grammar(error.to_string())),
             }
         }
@@ -566,6 +578,7 @@ impl Engine {
     /// A request is over; its last events may still wait to be read.
     fn end(&mut self, id: RequestId) {
         self.grammars.dismiss(id);
+        self.thoughts.dismiss(id);
         if let Some(digest) = self.clients.end(id) {
             self.bank.unpin(digest);
         }

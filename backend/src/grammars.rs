@@ -1,6 +1,6 @@
-//! The grammars of running sequences: compiled by threads of their own, followed token by token. The mask of a sequence's
-//! next token depends on its last one only, so it is made by other threads while the forward runs. Not here: what a grammar
-//! is (core), how a mask is used (sample).
+//! The grammars of running sequences: compiled by threads of their own, followed token by token. The masks of a step depend on
+//! what was said before it and on its guesses only, so they are made by other threads while its forward runs. Not here: what
+//! a grammar is (core), how a mask is used (sample).
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -70,15 +70,19 @@ struct Sequence {
 
 enum State {
     Compiling(Digest),
+    /// Until a step chooses its next token.
+    Idle(From),
     /// Its guide is with a thread.
     Masking,
-    Ready(Guide, Mask),
+    /// A mask for the next token, and for the one after each guess that may come.
+    Ready(Guide, Vec<Mask>),
     Failed(GuideError),
 }
 
 struct ToMask {
     id: RequestId,
     from: From,
+    guesses: Vec<TokenId>,
     ends: Arc<[TokenId]>,
 }
 
@@ -90,7 +94,7 @@ enum From {
 
 struct Masked {
     id: RequestId,
-    result: Result<(Guide, Mask), GuideError>,
+    result: Result<(Guide, Vec<Mask>), GuideError>,
     took: Duration,
 }
 
@@ -213,6 +217,30 @@ impl Grammars {
         told.collect()
     }
 
+    /// Begins to make the masks of a step: of these sequences, as far as they have a grammar, with what is guessed of them.
+    pub fn begin_masks<'a>(&mut self, rows: impl Iterator<Item = (RequestId, &'a [TokenId])>) {
+        for (id, guesses) in rows {
+            let Some(Sequence { ends, state }) = self.sequences.get_mut(&id) else {
+                continue;
+            };
+            *state = match std::mem::replace(state, State::Masking) {
+                State::Idle(from) => {
+                    let to_mask = ToMask {
+                        id,
+                        from,
+                        guesses: guesses.to_vec(),
+                        ends: ends.clone(),
+                    };
+                    self.to_mask
+                        .send(to_mask)
+                        .expect("the threads live as long as their orders can come");
+                    State::Masking
+                }
+                other => other,
+            };
+        }
+    }
+
     /// Waits for the masks of these sequences, as far as they have a grammar.
     pub fn await_masks(&mut self, ids: impl Iterator<Item = RequestId>) {
         let is_masking = |sequences: &HashMap<RequestId, Sequence>, id: &RequestId| {
@@ -228,13 +256,13 @@ impl Grammars {
                 .masked
                 .recv()
                 .expect("the threads live as long as their orders can come");
-            self.counts.masks += 1;
+            self.counts.masks += result.as_ref().map_or(1, |(_, masks)| masks.len() as u64);
             self.counts.mask_seconds += took.as_secs_f64();
             awaited.remove(&id);
             // One that was dismissed meanwhile is gone.
             if let Some(sequence) = self.sequences.get_mut(&id) {
                 sequence.state = match result {
-                    Ok((guide, mask)) => State::Ready(guide, mask),
+                    Ok((guide, masks)) => State::Ready(guide, masks),
                     Err(error) => State::Failed(error),
                 };
             }
@@ -244,46 +272,44 @@ impl Grammars {
         }
     }
 
-    /// What may come next. `None`: anything, or the sequence has failed, which [`Grammars::advance`] says.
-    pub fn mask(&self, id: RequestId) -> Option<&Mask> {
+    /// What may come next, and after each guess that may come; tokens beyond these masks cannot be told. `None`: anything may
+    /// come, or the sequence has failed, which [`Grammars::advance`] says.
+    pub fn masks(&self, id: RequestId) -> Option<&[Mask]> {
         match &self.sequences.get(&id)?.state {
-            State::Ready(_, mask) => Some(mask),
-            State::Compiling(_) | State::Masking | State::Failed(_) => None,
+            State::Ready(_, masks) => Some(masks),
+            State::Compiling(_) | State::Idle(_) | State::Masking | State::Failed(_) => None,
         }
     }
 
-    /// Takes a token that is not a stop token, and begins to make the next mask. `None`: it has no grammar.
-    pub fn advance(&mut self, id: RequestId, token: TokenId) -> Option<Result<Next, GuideError>> {
-        let Sequence { ends, state } = self.sequences.get_mut(&id)?;
-        let (mut guide, _) = match std::mem::replace(state, State::Masking) {
-            State::Ready(guide, mask) => (guide, mask),
+    /// Takes a step's tokens, no stop token among them. Says after how many of them nothing can follow. `None`: it has no
+    /// grammar.
+    pub fn advance(
+        &mut self,
+        id: RequestId,
+        tokens: &[TokenId],
+    ) -> Option<Result<Option<usize>, GuideError>> {
+        let Sequence { state, .. } = self.sequences.get_mut(&id)?;
+        let mut guide = match std::mem::replace(state, State::Masking) {
+            State::Ready(guide, _) => guide,
             State::Failed(error) => return Some(Err(error)),
-            State::Compiling(_) | State::Masking => panic!("a token was sampled without its mask"),
+            State::Compiling(_) | State::Idle(_) | State::Masking => {
+                panic!("a token was sampled without its mask")
+            }
         };
-        let ends = ends.clone();
-        let next = guide.advance(token);
-        if let Ok(Next::Open) = next {
-            let from = From::Guide(guide);
-            self.order(ToMask { id, from, ends });
+        for (n, &token) in (1..).zip(tokens) {
+            match guide.advance(token) {
+                Ok(Next::Open) => {}
+                Ok(Next::Complete) => return Some(Ok(Some(n))),
+                Err(error) => return Some(Err(error)),
+            }
         }
-        Some(next)
+        *state = State::Idle(From::Guide(guide));
+        Some(Ok(None))
     }
 
     fn begin(&mut self, id: RequestId, start: Arc<Mutex<Guide>>, ends: Arc<[TokenId]>) {
-        let state = State::Masking;
-        let sequence = Sequence {
-            ends: ends.clone(),
-            state,
-        };
-        self.sequences.insert(id, sequence);
-        let from = From::Start(start);
-        self.order(ToMask { id, from, ends });
-    }
-
-    fn order(&self, to_mask: ToMask) {
-        self.to_mask
-            .send(to_mask)
-            .expect("the threads live as long as their orders can come");
+        let state = State::Idle(From::Start(start));
+        self.sequences.insert(id, Sequence { ends, state });
     }
 }
 
@@ -346,16 +372,42 @@ fn compile_all(
 }
 
 fn mask_all(guides: &Mutex<std_mpsc::Receiver<ToMask>>, tell: &std_mpsc::Sender<Masked>) {
-    while let Some(ToMask { id, from, ends }) = next(guides) {
+    while let Some(to_mask) = next(guides) {
+        let ToMask {
+            id,
+            from,
+            guesses,
+            ends,
+        } = to_mask;
         let began = Instant::now();
         let mut guide = match from {
             From::Start(start) => start.lock().unwrap_or_else(PoisonError::into_inner).fork(),
             From::Guide(guide) => guide,
         };
-        let result = guide.mask(&ends).map(|mask| (guide, mask));
+        let result = masks(&mut guide, &guesses, &ends).map(|masks| (guide, masks));
         let took = began.elapsed();
         if tell.send(Masked { id, result, took }).is_err() {
             return;
         }
     }
+}
+
+/// Of the next token, and of the one after each guess, up to the first that may not come or that nothing follows.
+fn masks(guide: &mut Guide, guesses: &[TokenId], ends: &[TokenId]) -> Result<Vec<Mask>, GuideError> {
+    let mut masks = vec![guide.mask(ends)?];
+    let mut ahead = None;
+    for &guess in guesses {
+        let may_come = masks.last().is_some_and(|mask| mask.allows(guess));
+        if !may_come || ends.contains(&guess) {
+            break;
+        }
+        let ahead = ahead.get_or_insert_with(|| guide.ahead());
+        // What fails here does so again in the step of its own token, if that comes.
+        let Ok(Next::Open) = ahead.advance(guess) else {
+            break;
+        };
+        let Ok(mask) = ahead.mask(ends) else { break };
+        masks.push(mask);
+    }
+    Ok(masks)
 }

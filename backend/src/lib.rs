@@ -14,6 +14,7 @@ mod pool;
 pub mod ranks;
 pub mod sample;
 pub mod start;
+mod thoughts;
 pub mod train;
 pub mod weights;
 pub mod words;

@@ -1,7 +1,7 @@
 //! Chooses tokens from logits. Not here: which rows are sampled (core), how logits come about (model).
 //!
 //! Processors run in vLLM's order: the grammar's mask, logit_bias, repetition, frequency and presence penalties, min_tokens, temperature,
-//! min_p, top_k, top_p. Log-probabilities are of the raw logits, before all but the mask. A draw depends on the request's
+//! min_p, top_k, top_p. What ends reasoning that used up its budget is taken whatever they say. Log-probabilities are of the raw logits, before all but the mask. A draw depends on the request's
 //! seed and the token's place in its output only: batching, preemption and restarts do not change a seeded answer.
 
 mod logprob;
@@ -34,6 +34,8 @@ pub struct Ask<'a> {
     pub seed: u64,
     /// Tokens that its grammar allows.
     pub mask: Option<&'a Mask>,
+    /// What it says, as soon as its grammar allows it: the end of reasoning whose budget is used up.
+    pub forced: Option<TokenId>,
 }
 
 /// A row with a NaN, or without a finite maximum: its adapter or the model is broken.
@@ -44,10 +46,20 @@ pub struct NotFinite;
 /// The next token of each row of `logits [S, V]`.
 pub fn sample(logits: &Tensor, asks: &[Ask]) -> Vec<Result<Scored, NotFinite>> {
     over_rows(logits, |row, logits| {
-        let Ask { view, seed, mask } = &asks[row];
+        let Ask {
+            view,
+            seed,
+            mask,
+            forced,
+        } = &asks[row];
         let masked = mask.map(|mask| mask.apply(logits));
         let logits = masked.as_deref().unwrap_or(logits);
-        let token = choose(logits, view, *mask, *seed)?;
+        // One that its grammar does not take yet, within a character, waits for the next place.
+        let forced = forced.filter(|&token| mask.is_none_or(|mask| mask.allows(token)));
+        let token = match forced {
+            Some(token) => maximum(logits).map(|_| token)?,
+            None => choose(logits, view, *mask, *seed)?,
+        };
         match view.sampling.logprobs() {
             Some(n_top) => scored(logits, token, n_top),
             None => Ok(Scored {

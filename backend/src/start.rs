@@ -33,6 +33,7 @@ use crate::guard;
 use crate::model::Decoder;
 use crate::pace::{self, Pace};
 use crate::ranks::{self, Assembled, Followers, Plan, Ready, Team};
+use crate::thoughts::Thoughts;
 use crate::weights::{Checkpoint, LoadError};
 use memory::{Free, MemoryPlan, size};
 
@@ -332,6 +333,7 @@ fn load(
     };
     info!("memory:\n{}", plan.shown(&decoder));
     let seed = seed.unwrap_or_else(random_seed);
+    let thoughts = Thoughts::new(vocabulary.clone());
     let grammars = Grammars::new(vocabulary, &decoder.spec.eos_tokens);
     let engine = Engine::new(Parts {
         decoder,
@@ -339,6 +341,7 @@ fn load(
         scheduler,
         bank,
         grammars,
+        thoughts,
         pace: Pace::new(training_share, target_itl),
         max_training_jobs: max_training_jobs as usize,
         commands: inbox,

@@ -44,6 +44,7 @@ fn scheduler(criterion: &mut Criterion) {
                 adapter: None,
                 sampling: Sampling::greedy(),
                 grammar: None,
+                thinking: None,
                 priority: 0,
                 salt: None,
                 max_tokens: (MAX_MODEL_LEN - PROMPT_TOKENS) as u32,
@@ -117,6 +118,7 @@ fn sampler(criterion: &mut Criterion) {
                 view,
                 seed,
                 mask: None,
+                forced: None,
             })
             .collect();
         criterion.bench_function(&format!("sampler: 8 rows of 32000, {name}"), |bencher| {

@@ -94,6 +94,9 @@ pub struct ChatRequest {
     pub include_reasoning: Option<bool>,
     /// false: the model's reasoning stays in the content, as the model wrote it.
     pub separate_reasoning: Option<bool>,
+    /// Tokens of reasoning at most: when they are used up, the end of reasoning is said for the model. Of models that reason.
+    #[schema(minimum = 0)]
+    pub thinking_token_budget: Option<i64>,
     /// What stands in the prefix cache with another salt is not found, and with this one only by who has it.
     pub cache_salt: Option<String>,
     /// Lower goes first (default 0). Below 0 only where the server says `--scheduling-policy priority`.

@@ -86,7 +86,7 @@ pub struct InputBlock {
     pub tool_use_id: Option<String>,
     /// Of `tool_result`
     pub content: Option<TextOrTexts>,
-    /// Of `tool_result`: chat templates have no place for it, the content says what went wrong.
+    /// Of `tool_result`: the text that the model is shown begins with `Error`, for chat templates have no other place for it.
     pub is_error: Option<bool>,
 }
 
@@ -133,7 +133,9 @@ pub struct Thinking {
     /// `enabled`, `disabled`, or `adaptive`: as the model does by itself
     #[serde(rename = "type")]
     pub kind: String,
-    /// Of `enabled`: a target, as Anthropic has it, which nothing enforces here; `max_tokens` does.
+    /// Of `enabled`: tokens of thinking at most, fewer than `max_tokens`. When they are used up, the end of thinking is said for the
+    /// model.
+    #[schema(minimum = 1)]
     pub budget_tokens: Option<i64>,
     /// `omitted`: the answer has no thinking; anything else shows it whole, for nothing here makes summaries.
     pub display: Option<String>,

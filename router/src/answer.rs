@@ -6,13 +6,14 @@ use std::sync::Arc;
 
 use tandem_core::TokenId;
 use tandem_core::grammar::{Format, Grammar, Whitespace};
+use tandem_core::thinking::Budget;
 use tandem_text::chat::{CallIds, Kwargs};
 use tandem_text::reasoning::ReasoningFormat;
 use tandem_text::tools::{self, Choice, Reader, Reading, Tool, ToolFormat};
 use tandem_text::{Skip, Tokenizer};
 
-use crate::Router;
 use crate::api::{Answer, Constraint, Form, Reasoning, RouterError, ToolChoice};
+use crate::{Router, text_error};
 
 /// Tokens at the end of a prompt that say whether it opened reasoning.
 const TAIL: usize = 16;
@@ -25,6 +26,13 @@ pub(crate) struct Formats {
     with_tools: BTreeSet<TokenId>,
     without_tools: BTreeSet<TokenId>,
     call_ids: CallIds,
+}
+
+/// What an answer must keep to.
+#[derive(Default)]
+pub(crate) struct Bounds {
+    pub grammar: Option<Grammar>,
+    pub thinking: Option<Budget>,
 }
 
 /// How one answer is read.
@@ -90,12 +98,13 @@ impl Router {
         answer: Answer,
         prompt: &[TokenId],
         constraint: Option<Constraint>,
-    ) -> Result<(Plan, Option<Grammar>), RouterError> {
+    ) -> Result<(Plan, Bounds), RouterError> {
         let Answer {
             tools,
             choice,
             parallel,
             separate_reasoning,
+            thinking_budget,
         } = answer;
         let formats = &self.0.formats;
         let calls = !tools.is_empty() && choice != ToolChoice::None;
@@ -106,34 +115,28 @@ impl Router {
                 ToolChoice::Required | ToolChoice::Named(_) => return Err(unknown_format("tool_choice")),
             }
         }
-        let is_opened_in = |format: &&ReasoningFormat| {
-            let tail = &prompt[prompt.len().saturating_sub(TAIL)..];
-            let tail = self.tokenizer().decode(tail, Skip::Nothing);
-            tail.is_ok_and(|tail| format.is_opened_by(&tail))
-        };
-        let reasoning = formats.reasoning.filter(|_| separate_reasoning);
-        let mut reading = Reading {
+        let tail = &prompt[prompt.len().saturating_sub(TAIL)..];
+        let tail = self.tokenizer().decode(tail, Skip::Nothing).unwrap_or_default();
+        let read_with = |reasoning: Option<&'static ReasoningFormat>| Reading {
             tools: formats.tools.filter(|_| calls),
             reasoning,
-            is_opened: reasoning.as_ref().is_some_and(is_opened_in),
+            is_opened: reasoning.is_some_and(|format| format.is_opened_by(&tail)),
         };
+        let reading = read_with(formats.reasoning.filter(|_| separate_reasoning));
+        // The model reasons whether or not it is shown apart, but not behind a prompt that ended its reasoning.
+        let written = read_with(formats.reasoning.filter(|format| !format.is_ended_by(&tail)));
         let grammar = match (constraint, &choice) {
-            (None, ToolChoice::Required) => {
-                Some(self.bound(reading, &tools, Choice::Required, parallel).await?)
-            }
+            (None, ToolChoice::None) => None,
+            (None, ToolChoice::Auto) => self.bound(written, &tools, Choice::Auto, parallel).await?,
+            (None, ToolChoice::Required) => self.bound(written, &tools, Choice::Required, parallel).await?,
             (None, ToolChoice::Named(name)) => {
-                Some(self.bound(reading, &tools, Choice::Named(name), false).await?)
+                self.bound(written, &tools, Choice::Named(name), false).await?
             }
-            (None, ToolChoice::Auto | ToolChoice::None) => None,
-            (Some(Constraint { param, form }), _) => {
-                // What is bound from its first token on has no reasoning.
-                (reading.reasoning, reading.is_opened) = (None, false);
-                let form = match tools::bind(reading, &tools, Choice::Required, parallel) {
-                    Some(calls) => Form::Format(Format::Or(vec![form.into_format(), calls])),
-                    None => form,
-                };
-                Some(self.checked(Constraint { param, form }).await?)
-            }
+            (Some(constraint), _) => Some(self.bound_to(constraint, written, &tools, parallel).await?),
+        };
+        let thinking = match thinking_budget {
+            None => None,
+            Some(tokens) => self.budget(tokens, written)?,
         };
         let shown = match calls {
             true => formats.with_tools.clone(),
@@ -145,33 +148,70 @@ impl Router {
             shown,
             parallel,
         };
-        Ok((plan, grammar))
+        Ok((plan, Bounds { grammar, thinking }))
     }
 
-    /// The grammar of calls. A schema that cannot be honoured is named by its place.
+    /// `None`: there is no reasoning to bound.
+    fn budget(&self, tokens: u32, written: Reading) -> Result<Option<Budget>, RouterError> {
+        let refused = |why: &str| {
+            let message = format!("thinking_token_budget cannot be honoured: {why}");
+            Err(RouterError::invalid("thinking_token_budget", message))
+        };
+        if self.0.formats.reasoning.is_none() {
+            return refused(
+                "this model does not reason, as far as its chat template tells (or start the server with \
+                 --reasoning-parser)",
+            );
+        }
+        if !self.info().grammars {
+            return refused(
+                "the backends of this server bound no reasoning; start them with the version of this router",
+            );
+        }
+        let Some(marks) = written.marks() else {
+            return Ok(None);
+        };
+        let end = self.tokenizer().encode_within(marks.ends[0]);
+        let owned = |marks: &[&str]| marks.iter().map(|mark| (*mark).to_owned()).collect();
+        Ok(Some(Budget {
+            tokens,
+            opens: owned(&marks.opens),
+            ends: owned(&marks.ends),
+            end: end.map_err(|error| text_error("thinking_token_budget", error))?,
+            is_opened: written.is_opened,
+            is_anywhere: marks.are_anywhere,
+        }))
+    }
+
+    /// The grammar of calls. A schema that cannot be honoured is named by its place. `None`: the model may write what it
+    /// wants.
     async fn bound(
         &self,
-        reading: Reading,
+        written: Reading,
         tools: &[Tool],
         choice: Choice<'_>,
         parallel: bool,
-    ) -> Result<Grammar, RouterError> {
-        let format =
-            tools::bind(reading, tools, choice, parallel).ok_or_else(|| unknown_format("tool_choice"))?;
+    ) -> Result<Option<Grammar>, RouterError> {
+        let format = match (tools::bind(written, tools, choice, parallel), choice) {
+            (Some(format), _) => format,
+            (None, Choice::Auto) => return Ok(None),
+            (None, Choice::Required | Choice::Named(_)) => return Err(unknown_format("tool_choice")),
+        };
         let whole = Constraint {
             param: "tools".to_owned(),
             form: Form::Format(format),
         };
         let refusal = match self.checked(whole).await {
-            Ok(grammar) => return Ok(grammar),
+            Ok(grammar) => return Ok(Some(grammar)),
             Err(refusal) => refusal,
         };
         for (i, tool) in tools.iter().enumerate() {
-            let is_chosen = match choice {
+            let is_bound = match choice {
                 Choice::Named(name) => tool.name == name,
-                _ => true,
+                Choice::Required => true,
+                Choice::Auto => tool.strict,
             };
-            let Some(schema) = tool.parameters.as_ref().filter(|_| is_chosen) else {
+            let Some(schema) = tool.parameters.as_ref().filter(|_| is_bound) else {
                 continue;
             };
             let param = format!("tools[{i}].function.parameters");
@@ -181,6 +221,29 @@ impl Router {
             self.checked(Constraint { param, form }).await?;
         }
         Err(refusal)
+    }
+
+    /// The grammar of a form, with the reasoning that comes before it and the calls that may stand in its place.
+    async fn bound_to(
+        &self,
+        constraint: Constraint,
+        written: Reading,
+        tools: &[Tool],
+        parallel: bool,
+    ) -> Result<Grammar, RouterError> {
+        if written.reasoning.is_none() && written.tools.is_none() {
+            return self.checked(constraint).await;
+        }
+        let Constraint { param, form } = constraint.clone();
+        let form = Form::Format(tools::bind_form(written, tools, parallel, form.into_format()));
+        match self.checked(Constraint { param, form }).await {
+            Ok(grammar) => Ok(grammar),
+            Err(refusal) => {
+                // Alone it is refused with its place.
+                self.checked(constraint).await?;
+                Err(refusal)
+            }
+        }
     }
 }
 

@@ -143,6 +143,8 @@ pub struct Answer {
     pub parallel: bool,
     /// Reasoning is no part of the content.
     pub separate_reasoning: bool,
+    /// Tokens of reasoning at most.
+    pub thinking_budget: Option<u32>,
 }
 
 /// Whether the model calls.

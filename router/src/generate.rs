@@ -14,7 +14,7 @@ use tandem_text::stream::TextStream;
 use tandem_text::{Skip, SpecialTokens, TextError, Tokenizer};
 use tokio::sync::mpsc;
 
-use crate::answer::Plan;
+use crate::answer::{Bounds, Plan};
 use crate::api::{Call, Generation, Prompt, RouterError, Tenant, Work};
 use crate::catalog::Wish;
 use crate::relay::{self, Choice, Order, Path, Relay};
@@ -129,13 +129,19 @@ impl Router {
         };
         let prompt: Arc<[TokenId]> = self.prompt_tokens(prompt, special).await?.into();
         let max_tokens = fit(prompt.len(), max_tokens, limit, is_chat)?;
-        let (plan, grammar) = match (answer, constraint) {
+        let (plan, bounds) = match (answer, constraint) {
             (Some(answer), constraint) => {
-                let (plan, grammar) = self.plan(answer, &prompt, constraint).await?;
-                (Some(plan), grammar)
+                let (plan, bounds) = self.plan(answer, &prompt, constraint).await?;
+                (Some(plan), bounds)
             }
-            (None, Some(constraint)) => (None, Some(self.checked(constraint).await?)),
-            (None, None) => (None, None),
+            (None, Some(constraint)) => {
+                let bounds = Bounds {
+                    grammar: Some(self.checked(constraint).await?),
+                    thinking: None,
+                };
+                (None, bounds)
+            }
+            (None, None) => (None, Bounds::default()),
         };
 
         let skip = if skip_special_tokens {
@@ -174,7 +180,7 @@ impl Router {
                 prompt: prompt.clone(),
                 adapter,
                 sampling,
-                grammar,
+                bounds,
                 priority: match client.work {
                     Work::Live => priority,
                     Work::Batch => LAST_PRIORITY,

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::task::Poll;
 
 use tandem_core::TokenId;
-use tandem_core::grammar::Grammar;
 use tandem_core::id::{AdapterRef, Digest, RequestId};
 use tandem_core::message::{Event, Fault, FinishReason, Generate, Guessed, Scored};
 use tandem_core::pooling::Pooling;
@@ -18,6 +17,7 @@ use tandem_text::tools::Reader;
 use tandem_text::{Skip, Tokenizer};
 use tokio::sync::mpsc;
 
+use crate::answer::Bounds;
 use crate::api::{Delta, Finish, Piece, TokenText, What};
 use crate::catalog::Lease;
 use crate::fleet::{Ask, Fleet, Seat};
@@ -43,7 +43,7 @@ pub(crate) struct Order {
     pub prompt: Arc<[TokenId]>,
     pub adapter: Option<AdapterRef>,
     pub sampling: Sampling,
-    pub grammar: Option<Grammar>,
+    pub bounds: Bounds,
     pub priority: i32,
     pub salt: Option<Digest>,
     pub max_tokens: u32,
@@ -333,7 +333,8 @@ impl Order {
             prompt: self.prompt.clone(),
             adapter: self.adapter.clone(),
             sampling: self.sampling.for_choice(index),
-            grammar: self.grammar.clone(),
+            grammar: self.bounds.grammar.clone(),
+            thinking: self.bounds.thinking.clone(),
             priority: self.priority,
             salt: self.salt,
             max_tokens: self.max_tokens,

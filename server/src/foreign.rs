@@ -405,7 +405,7 @@ pub const TABLE: &[Foreign] = &[
     ),
     value(
         &["reasoning-budget"],
-        Refused("reasoning has no length of its own: use max_tokens"),
+        Refused("requests say it: use thinking_token_budget"),
     ),
     value(
         &[

@@ -22,6 +22,7 @@ pub mod sched;
 pub mod settings;
 pub mod stats;
 pub mod suggest;
+pub mod thinking;
 pub mod uses;
 
 /// Position of a token in the model's vocabulary.

@@ -11,6 +11,7 @@ use crate::grammar::{self, Grammar};
 use crate::id::{AdapterRef, Digest, RequestId};
 use crate::pooling::Pooling;
 use crate::sampling::Sampling;
+use crate::thinking::Budget;
 
 /// Continue one token sequence. Everything in it is checked: the prompt is not empty, its ids are below the
 /// vocabulary size, `prompt.len() + max_tokens <= max_model_len`.
@@ -24,6 +25,8 @@ pub struct Generate {
     pub sampling: Sampling,
     /// What the answer must be a sentence of.
     pub grammar: Option<Grammar>,
+    /// How long it may reason.
+    pub thinking: Option<Budget>,
     /// What has a lower one goes first; among equals, what came first.
     pub priority: i32,
     /// Whose KV blocks it may find, and who may find its own: those with the same salt alone.
@@ -51,6 +54,7 @@ impl Generate {
             adapter: _,
             sampling,
             grammar,
+            thinking,
             priority: _,
             salt: _,
             max_tokens,
@@ -76,7 +80,12 @@ impl Generate {
                 stop_tokens.len()
             ));
         }
-        if let Some(token) = prompt.iter().chain(stop_tokens).find(|&&id| id >= vocab_size) {
+        if let Some(budget) = thinking {
+            budget.check().map_err(Fault::Refused)?;
+        }
+        let marks = thinking.iter().flat_map(|budget| &budget.end);
+        let mut tokens = prompt.iter().chain(stop_tokens).chain(marks);
+        if let Some(token) = tokens.find(|&&id| id >= vocab_size) {
             return refused(format!("token {token} is not in the vocabulary of {vocab_size}"));
         }
         if let Some(bytes) = grammar.as_ref().map(|grammar| grammar.text().len())

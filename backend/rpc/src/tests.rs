@@ -165,6 +165,7 @@ fn request(id: u64) -> Generate {
         adapter: None,
         sampling: Sampling::greedy(),
         grammar: None,
+        thinking: None,
         priority: 0,
         salt: None,
         max_tokens: 10,
@@ -646,6 +647,7 @@ fn generate() -> wire::Generate {
         salt: None,
         pooling_json: None,
         priority: 0,
+        thinking_json: None,
     }
 }
 

@@ -220,6 +220,7 @@ fn request(prompt: &[TokenId], max_tokens: u32, raw: RawSampling) -> Generate {
         adapter: None,
         sampling,
         grammar: None,
+        thinking: None,
         priority: 0,
         salt: None,
         max_tokens,

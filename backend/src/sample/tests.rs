@@ -197,6 +197,7 @@ fn log_probabilities_are_of_raw_logits_and_equal_among_themselves() {
             view: view(&sampling, &[1], &[]),
             seed: 0,
             mask: None,
+            forced: None,
         })
         .collect();
     for (row, scored) in sample(&tensor, &asks).into_iter().enumerate() {
@@ -246,6 +247,7 @@ fn ties_go_to_the_lowest_and_broken_rows_fail_alone() {
             view: view(&sampling, &[1], &[]),
             seed: 0,
             mask: None,
+            forced: None,
         })
         .collect();
     let sampled = sample(&tensor, &asks);

@@ -335,6 +335,7 @@ impl Engine {
             adapter,
             sampling: Sampling::greedy(),
             grammar: None,
+            thinking: None,
             priority: 0,
             salt: None,
             max_tokens,

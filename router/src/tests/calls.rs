@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use tandem_core::grammar::{Compiler, Grammar, Next};
 use tandem_core::id::RequestId;
 use tandem_core::message::{Event, Fault, FinishReason, Generate, Guessed, Scored};
 use tandem_core::replica::Command;
@@ -12,7 +13,9 @@ use tandem_text::{Message, SpecialTokens};
 use tokio::sync::mpsc;
 
 use super::*;
-use crate::api::{Answer, Call, Client, Delta, Finish, Generation, Piece, Prompt, Tool, ToolChoice, What};
+use crate::api::{
+    Answer, Call, Client, Constraint, Delta, Finish, Form, Generation, Piece, Prompt, Tool, ToolChoice, What,
+};
 
 pub(super) fn call(prompt: &str) -> Call {
     Call {
@@ -271,6 +274,7 @@ async fn an_answer_is_taken_apart() {
             choice,
             parallel,
             separate_reasoning: true,
+            thinking_budget: None,
         };
         let asked = Call {
             answer: Some(answer),
@@ -310,6 +314,125 @@ async fn an_answer_is_taken_apart() {
         if stop.is_some() || !parallel {
             engine.aborted().await;
         }
+    }
+}
+
+/// A grammar begins where the model's reasoning ends, and a bound on it knows its marks.
+#[tokio::test]
+async fn what_binds_an_answer_knows_its_reasoning() {
+    let house = House::new();
+    let (replica, mut engine) = replica();
+    let config = Config {
+        tool_format: ToolFormat::named("hermes"),
+        reasoning_format: ReasoningFormat::named("qwen3"),
+        ..Config::default()
+    };
+    let router = house.open_with(config, replica).await.unwrap();
+    let compiler = Compiler::new(&router.tokenizer().vocabulary().with_ends(&[EOS])).unwrap();
+    let takes = |grammar: &Grammar, text: &str| {
+        let mut guide = compiler.compile(grammar).unwrap();
+        let said = ids(text);
+        for (at, &id) in said.iter().enumerate() {
+            if !guide.mask(&[EOS]).unwrap().allows(id) {
+                return false;
+            }
+            if guide.advance(id).unwrap() == Next::Complete {
+                return at + 1 == said.len();
+            }
+        }
+        guide.mask(&[EOS]).unwrap().allows(EOS)
+    };
+    let form = || Constraint {
+        param: "guided_choice".to_owned(),
+        form: Form::Grammar(Grammar::choice(&["yes".to_owned()]).unwrap()),
+    };
+    let answer = |tools: Vec<Tool>, separate_reasoning| Answer {
+        tools: tools.into(),
+        choice: ToolChoice::Auto,
+        parallel: true,
+        separate_reasoning,
+        thinking_budget: Some(3),
+    };
+    let tool = |strict| Tool {
+        name: "f".to_owned(),
+        parameters: Some(
+            json!({"type": "object", "properties": {"n": {"const": 1}}, "required": ["n"], "additionalProperties": false}),
+        ),
+        strict,
+        ..Tool::default()
+    };
+    let call_of =
+        |n: u32| format!("<tool_call>\n{{\"name\": \"f\", \"arguments\": {{\"n\": {n}}}}}\n</tool_call>");
+    let (right, wrong) = (call_of(1), call_of(2));
+    let (thought, called) = (format!("hm</think>\n\n{right}"), format!("So {right}"));
+    // prompt, constraint, tools, separate; taken, not taken (both empty: no grammar), and what bounds reasoning
+    let none: &[&str] = &[];
+    #[rustfmt::skip] // one case, one line
+    let cases: [(&str, Option<Constraint>, Vec<Tool>, bool, &[&str], &[&str], Option<bool>); 9] = [
+        ("go", Some(form()), vec![], true, &["yes", "<think>no</think>yes"], &["no", "<think>yes"], Some(false)),
+        ("go<think>\n", Some(form()), vec![], true, &["no</think>yes"], &["yes", "no</think>no"], Some(true)),
+        ("go<think>", Some(form()), vec![], false, &["no</think>yes"], &["yes"], Some(true)),
+        ("go<think>\n\n</think>\n\n", Some(form()), vec![], true, &["yes"], &["<think>a</think>yes", "a</think>yes"], None),
+        ("go<think>", Some(form()), vec![tool(false)], true, &["a</think>yes", &thought], &["yes", &right, "a</think>\n\nno"], Some(true)),
+        ("go", None, vec![tool(false)], true, none, none, Some(false)),
+        ("go", None, vec![tool(true)], true, &["hello", &called], &["<tool_call>a", &wrong], Some(false)),
+        ("go<think>", None, vec![tool(true)], true, &["hm", &thought, &called], &["<tool_call>a", &wrong], Some(true)),
+        ("go</think>", None, vec![tool(true), tool_named("g")], true, &["hello", &right], &[&wrong], None),
+    ];
+    for (prompt, constraint, tools, separate, yes, no, opened) in cases {
+        let asked = Call {
+            constraint,
+            answer: Some(answer(tools, separate)),
+            ..call(prompt)
+        };
+        let generation = router.generate(asked).await.unwrap();
+        let (generate, _events) = engine.generate().await;
+        drop(generation);
+        engine.aborted().await;
+        assert_eq!(generate.grammar.is_some(), !yes.is_empty(), "{prompt:?}");
+        if let Some(grammar) = &generate.grammar {
+            for (texts, expected) in [(yes, true), (no, false)] {
+                for text in texts {
+                    assert_eq!(takes(grammar, text), expected, "{prompt:?} {text:?}");
+                }
+            }
+        }
+        let budget = generate.thinking.map(|budget| {
+            assert_eq!((budget.tokens, &budget.end), (3, &ids("</think>")));
+            budget.is_opened
+        });
+        assert_eq!(budget, opened, "{prompt:?}");
+    }
+    // A schema that cannot be honoured is named by its place, strict or not being what decides.
+    let impossible = |strict| Tool {
+        parameters: Some(
+            json!({"type": "object", "properties": {"a": {"type": "array", "uniqueItems": true}}}),
+        ),
+        ..tool(strict)
+    };
+    let with = |tool: Tool| Call {
+        answer: Some(answer(vec![tool], true)),
+        ..call("go")
+    };
+    let refused = router.generate(with(impossible(true))).await.err().unwrap();
+    assert_eq!(kind(&refused), "tools[0].function.parameters", "{refused}");
+    router.generate(with(impossible(false))).await.unwrap();
+    // And a model without reasoning has no bound on it.
+    let (router, _engine) = House::new().open().await;
+    let refused = router.generate(with(tool(false))).await.err().unwrap();
+    assert_eq!(kind(&refused), "tools", "{refused}");
+    let asked = Call {
+        answer: Some(answer(vec![], true)),
+        ..call("go")
+    };
+    let refused = router.generate(asked).await.err().unwrap();
+    assert_eq!(kind(&refused), "thinking_token_budget", "{refused}");
+}
+
+fn tool_named(name: &str) -> Tool {
+    Tool {
+        name: name.to_owned(),
+        ..Tool::default()
     }
 }
 

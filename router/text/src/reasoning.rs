@@ -119,8 +119,16 @@ impl ReasoningFormat {
 
     /// Whether an answer behind this prompt goes on with reasoning, or begins with it by itself.
     pub fn is_opened_by(&self, prompt: &str) -> bool {
-        let prompt = prompt.trim_end();
-        let ends = |marks: &[&str]| marks.iter().any(|mark| prompt.ends_with(mark.trim_end()));
-        !self.has_channels && (ends(self.open) || self.is_always && !ends(self.close))
+        !self.has_channels && (ends_with(prompt, self.open) || self.is_always && !self.is_ended_by(prompt))
     }
+
+    /// Whether the prompt ended the reasoning: an answer behind it has none.
+    pub fn is_ended_by(&self, prompt: &str) -> bool {
+        !self.has_channels && ends_with(prompt, self.close)
+    }
+}
+
+fn ends_with(prompt: &str, marks: &[&str]) -> bool {
+    let prompt = prompt.trim_end();
+    marks.iter().any(|mark| prompt.ends_with(mark.trim_end()))
 }

@@ -141,6 +141,17 @@ impl Tokenizer {
         self.0.encode_with_offsets(text, special_tokens)
     }
 
+    /// Tokens of a text that stands within another: without what a tokenizer writes before a text's first word.
+    pub fn encode_within(&self, text: &str) -> Result<Vec<u32>, TextError> {
+        const BEFORE: &str = "\n";
+        let before = self.encode(BEFORE, SpecialTokens::Omit)?;
+        let both = self.encode(&format!("{BEFORE}{text}"), SpecialTokens::Omit)?;
+        match both.strip_prefix(before.as_slice()) {
+            Some(within) => Ok(within.to_vec()),
+            None => self.encode(text, SpecialTokens::Omit),
+        }
+    }
+
     /// The prompt of a chat. Templates write BOS and the like themselves, so none is added, as in transformers.
     pub fn encode_chat(
         &self,

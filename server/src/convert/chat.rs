@@ -76,6 +76,7 @@ pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
         function_call,
         include_reasoning,
         separate_reasoning,
+        thinking_token_budget,
         cache_salt,
         priority,
         modalities,
@@ -162,6 +163,9 @@ pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
         choice,
         parallel,
         separate_reasoning: separate_reasoning.unwrap_or(true),
+        thinking_budget: thinking_token_budget
+            .map(|budget| super::natural("thinking_token_budget", budget, 0, u32::MAX))
+            .transpose()?,
     };
     let call = Call {
         client: Client::default(),

@@ -25,6 +25,7 @@ pub const WORDS: &[(&str, &str)] = &[
         "output_config.format.schema",
     ),
     ("reasoning_effort", "output_config.effort"),
+    ("thinking_token_budget", "thinking.budget_tokens"),
     ("stop[", "stop_sequences["),
     ("stop has", "stop_sequences has"),
 ];
@@ -113,6 +114,8 @@ pub fn prompt_of(request: CountTokensRequest, reasoning: Reasoning) -> Result<Ch
         effort: None,
         format: None,
     });
+    let thinks = thinking.as_ref().filter(|thinking| thinking.kind == "enabled");
+    let thinking_token_budget = thinks.and_then(|thinking| thinking.budget_tokens);
     let include_reasoning =
         thinking.as_ref().and_then(|thinking| thinking.display.as_deref()) != Some("omitted");
     let goes_on = messages
@@ -128,6 +131,7 @@ pub fn prompt_of(request: CountTokensRequest, reasoning: Reasoning) -> Result<Ch
         reasoning_effort: effort,
         response_format: format.map(response_format).transpose()?,
         include_reasoning: Some(include_reasoning),
+        thinking_token_budget,
         chat_template_kwargs: kwargs(chat_template_kwargs.unwrap_or_default(), thinking, reasoning)?,
         ..ChatRequest::default()
     })
@@ -189,7 +193,7 @@ fn add(messages: &mut Vec<ChatMessage>, at: &str, message: InputMessage) -> Resu
             (_, "text") => say(turn(messages, &role), needed(&at, "text", block.text)?),
             ("user", "tool_result") => messages.push(ChatMessage {
                 tool_call_id: Some(needed(&at, "tool_use_id", block.tool_use_id)?),
-                content: Some(result(&at, block.content)?),
+                content: Some(result(&at, block.content, block.is_error.unwrap_or(false))?),
                 ..turns::new("tool")
             }),
             ("assistant", "tool_use") => {
@@ -254,20 +258,29 @@ fn text_of(at: &str, kind: &str, text: Option<String>) -> Result<String, ApiErro
 }
 
 /// A tool may say nothing.
-fn result(at: &str, given: Option<TextOrTexts>) -> Result<ChatContent, ApiError> {
-    let blocks = match given {
-        None => return Ok(ChatContent::Text(String::new())),
-        Some(TextOrTexts::Text(text)) => return Ok(ChatContent::Text(text)),
-        Some(TextOrTexts::Blocks(blocks)) => blocks,
-    };
+/// Chat templates have no place for a result that is an error: its text says so.
+fn result(at: &str, given: Option<TextOrTexts>, is_error: bool) -> Result<ChatContent, ApiError> {
     let text = |(i, TextBlock { kind, text }): (usize, TextBlock)| {
         text_of(&format!("{at}.content[{i}]"), &kind, text)
     };
-    let texts = blocks
-        .into_iter()
-        .enumerate()
-        .map(text)
-        .collect::<Result<Vec<_>, _>>()?;
+    let mut texts = match given {
+        None => vec![],
+        Some(TextOrTexts::Text(text)) => vec![text],
+        Some(TextOrTexts::Blocks(blocks)) => {
+            let texts = blocks.into_iter().enumerate().map(text);
+            texts.collect::<Result<_, _>>()?
+        }
+    };
+    let first = texts.first().map_or("", |text| text.trim_start());
+    let says_so = first
+        .get(..5)
+        .is_some_and(|word| word.eq_ignore_ascii_case("error"));
+    if is_error && !says_so {
+        match texts.first_mut() {
+            Some(first) => first.insert_str(0, "Error: "),
+            None => texts.push("Error".to_owned()),
+        }
+    }
     Ok(content(texts).unwrap_or(ChatContent::Text(String::new())))
 }
 
@@ -399,12 +412,35 @@ mod tests {
                 json!({"role": "assistant", "content": "I look", "reasoning": "hm",
                     "calls": [call("t1", "f", json!({"x": 1})), call("t2", "g", json!({}))]}),
                 json!({"role": "tool", "content": "3", "id": "t1"}),
-                json!({"role": "tool", "content": "", "id": "t2"}),
+                json!({"role": "tool", "content": "Error", "id": "t2"}),
                 json!({"role": "user", "content": "go on"}),
                 json!({"role": "assistant", "content": "The"}),
             ]
         );
         assert_eq!(request.continue_final_message, Some(true));
+    }
+
+    #[test]
+    fn a_result_that_is_an_error_says_so() {
+        let text = |text: &str| json!({"type": "text", "text": text});
+        for (content, is_error, expected) in [
+            (json!("no such file"), true, json!("Error: no such file")),
+            (json!("no such file"), false, json!("no such file")),
+            (json!("error: no such file"), true, json!("error: no such file")),
+            (json!(""), true, json!("Error: ")),
+            (
+                json!([text("one"), text("two")]),
+                true,
+                json!(["Error: one", "two"]),
+            ),
+            (json!([]), true, json!("Error")),
+        ] {
+            let result =
+                json!({"type": "tool_result", "tool_use_id": "1", "content": content, "is_error": is_error});
+            let body = json!({"messages": [{"role": "user", "content": [result]}]});
+            let request = converted(body, Reasoning::None).expect("a request");
+            assert_eq!(shown(&request)[0]["content"], expected, "{content}");
+        }
     }
 
     #[test]
@@ -433,6 +469,14 @@ mod tests {
                 "{thinking}"
             );
         }
+        let budget = |thinking: Value| {
+            let body = json!({"messages": [{"role": "user", "content": "a"}], "thinking": thinking});
+            converted(body, Reasoning::Always)
+                .expect("a request")
+                .thinking_token_budget
+        };
+        assert_eq!(budget(enabled.clone()), Some(1024));
+        assert_eq!(budget(json!({"type": "disabled"})), None);
         for (thinking, reasoning, part) in [
             (enabled, Reasoning::None, "thinking is not supported"),
             (

@@ -223,7 +223,6 @@ const SAMPLING: &[Rule] = &[
     refused("num_ctx", nothing, "the context is set at start: --max-model-len"),
     refused("n_ctx", nothing, "the context is set at start: --max-model-len"),
     refused("n_keep", nothing, "send a prompt that fits the context"),
-    refused("thinking_token_budget", never, ""),
     // Which answers are possible.
     refused("format", nothing, RESPONSE_FORMAT),
     refused("response_schema", never, RESPONSE_FORMAT),
@@ -445,6 +444,7 @@ const COMPLETIONS: &[Rule] = &[
     refused("chat_template", never, CONVERSATION),
     refused("chat_template_kwargs", nothing, CONVERSATION),
     refused("reasoning_effort", never, CONVERSATION),
+    refused("thinking_token_budget", never, CONVERSATION),
     refused("documents", nothing, CONVERSATION),
     refused("modalities", nothing, NO_SOUND),
     refused("audio", never, NO_SOUND),

@@ -330,6 +330,37 @@ fn a_chat_has_its_shape_whole_and_streamed() {
     );
 }
 
+/// What stands in the prefix cache under one salt is not found under another, nor without one; answers are the same.
+#[test]
+fn a_salt_keeps_the_prefix_cache_apart() {
+    let server = Server::start(&[]);
+    let prompt = "The lighthouse keeper writes a letter. ".repeat(12);
+    let ask = |salt: Value| {
+        let answer = complete(&server, json!({"prompt": prompt, "cache_salt": salt}));
+        let cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64();
+        (cached.unwrap() > 0, answer["choices"][0]["text"].clone())
+    };
+    let (_, text) = ask(json!("one"));
+    for (salt, is_cached) in [
+        (json!("two"), false),
+        (Value::Null, false),
+        (json!("one"), true),
+        (json!("two"), true),
+        (Value::Null, true),
+        (json!("three"), false),
+    ] {
+        assert_eq!(ask(salt.clone()), (is_cached, text.clone()), "{salt}");
+    }
+    for salt in [json!(""), json!(7)] {
+        let reply = client::post(
+            server.address,
+            "/v1/completions",
+            &body(&server, json!({"cache_salt": salt})),
+        );
+        assert_eq!(reply.status, 400, "{salt}: {}", reply.text());
+    }
+}
+
 #[test]
 fn tokens_come_back_as_text() {
     let server = Server::shared();

@@ -231,8 +231,112 @@ fn reasoning_stands_apart() {
         (&streamed["reasoning"], &streamed["content"]),
         (&apart["reasoning"], &Value::Null)
     );
-    // What must be something is content from its first token on.
-    assert_eq!(message(json!({"guided_choice": ["yes"]}))["content"], "yes");
+    // What must be something stands behind reasoning, which does not end here: it is cut by the length of the answer.
+    let form = json!({"guided_choice": ["yes"]});
+    let cut = message(form.clone());
+    assert_eq!(
+        (&cut["content"], &cut["reasoning"]),
+        (&Value::Null, &apart["reasoning"])
+    );
+    // A bound on it ends it, and the form follows; alone, several at once, beside tools, drawn, with log-probabilities, guessed.
+    let guessing = json!({"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3}).to_string();
+    let guessing = start(&[
+        "--reasoning-parser",
+        "deepseek_r1",
+        "--tool-call-parser",
+        "hermes",
+        "--speculative-config",
+        &guessing,
+    ]);
+    let schema = json!({"type": "json_schema", "json_schema": {"name": "a", "schema": {
+        "type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["n"], "additionalProperties": false}}});
+    #[rustfmt::skip] // one case, one line
+    let cases = [
+        (json!({"thinking_token_budget": 5}), 5),
+        (json!({"thinking_token_budget": 0, "temperature": 1}), 0),
+        (json!({"thinking_token_budget": 9, "n": 3, "temperature": 1, "logprobs": true, "top_logprobs": 2}), 9),
+        (json!({"thinking_token_budget": 5, "guided_choice": null, "response_format": schema}), 5),
+        (json!({"thinking_token_budget": 5, "tools": [nap()], "guided_choice": ["yes"], "include_reasoning": false}), 5),
+    ];
+    for (extra, budget) in cases {
+        let mut asked = ask(form.clone());
+        asked["max_tokens"] = json!(60);
+        asked
+            .as_object_mut()
+            .unwrap()
+            .extend(extra.as_object().unwrap().clone());
+        let whole = client::post(server.address, CHAT, &asked).ok();
+        let same = client::post(guessing.address, CHAT, &asked).ok();
+        let mut streamed = asked.clone();
+        streamed["stream"] = json!(true);
+        streamed["stream_options"] = json!({"include_usage": true});
+        let events = client::post(server.address, CHAT, &streamed).events();
+        let choices = whole["choices"].as_array().unwrap();
+        for choice in choices {
+            let message = &choice["message"];
+            let index = choice["index"].as_u64().unwrap();
+            match message["content"].as_str().unwrap() {
+                "yes" => {}
+                object => assert!(
+                    extra["response_format"].is_object()
+                        && serde_json::from_str::<Value>(object).unwrap()["n"].is_u64(),
+                    "{choice}"
+                ),
+            }
+            assert_eq!(choice["finish_reason"], "stop", "{extra}");
+            let is_thought = budget > 0 && extra["include_reasoning"] != false;
+            assert_eq!(
+                message["reasoning"].as_str().is_some_and(|text| !text.is_empty()),
+                is_thought,
+                "{extra}: {choice}"
+            );
+            let (joined, finish) = joined(&events, index);
+            assert_eq!(
+                (&joined["content"], &joined["reasoning"], &finish),
+                (
+                    &message["content"],
+                    &message["reasoning"],
+                    &choice["finish_reason"]
+                ),
+                "{extra}"
+            );
+            assert_eq!(&same["choices"][index as usize], choice, "{extra}: guessed");
+        }
+        // Its tokens and those of the mark that ends it are counted apart from the answer's.
+        let reasoning = |usage: &Value| {
+            usage["completion_tokens_details"]["reasoning_tokens"]
+                .as_u64()
+                .unwrap()
+        };
+        let (n, counted) = (choices.len() as u64, reasoning(&whole["usage"]));
+        let mark = client::post(
+            server.address,
+            "/tokenize",
+            &json!({"prompt": "</think>", "add_special_tokens": false}),
+        )
+        .ok();
+        let mark = mark["count"].as_u64().unwrap();
+        if budget > 0 {
+            assert!(
+                (n * budget..=n * (budget + mark)).contains(&counted),
+                "{extra}: {} of {mark}",
+                whole["usage"]
+            );
+        }
+        assert_eq!(
+            reasoning(&events.last().unwrap()["usage"]),
+            counted,
+            "{extra}: as a stream"
+        );
+    }
+    let error = client::post(
+        start(&[]).address,
+        CHAT,
+        &ask(json!({"thinking_token_budget": 5})),
+    )
+    .json()["error"]
+        .clone();
+    assert_eq!(error["param"], "thinking_token_budget", "{error}");
 }
 
 #[test]

@@ -379,6 +379,7 @@ fn ask(replica: &ReplicaHandle, requests: &[(Vec<TokenId>, Option<AdapterRef>)])
             adapter: adapter.clone(),
             sampling: Sampling::new(raw, VOCAB as u32).expect("plain sampling"),
             grammar: None,
+            thinking: None,
             priority: 0,
             salt: None,
             max_tokens: 12,

@@ -169,6 +169,14 @@ impl Guide {
         }
     }
 
+    /// Another one at the same place, for a look at what may follow. It shares tables with this one: both are of one thread.
+    pub fn ahead(&self) -> Guide {
+        Guide {
+            matcher: self.matcher.clone(),
+            ends: self.ends.clone(),
+        }
+    }
+
     /// Tokens that may come next. `ends` may, exactly where the text may end.
     pub fn mask(&mut self, ends: &[TokenId]) -> Result<Mask, GuideError> {
         let failed = |error: &dyn std::fmt::Display| GuideError(plain(&error.to_string()));

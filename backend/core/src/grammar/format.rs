@@ -30,6 +30,8 @@ pub enum Format {
         at_least_one: bool,
         /// Nothing comes after the first tag.
         stop_after_first: bool,
+        /// The text begins with none of these characters, white space before it not counted.
+        not_first: String,
     },
     /// Tags with this between them, and nothing else.
     Separated {
@@ -125,7 +127,14 @@ impl Writer<'_> {
                 tags,
                 at_least_one,
                 stop_after_first,
-            } => self.triggered(triggers, tags, *at_least_one, *stop_after_first)?,
+                not_first,
+            } => {
+                let text = match not_first.is_empty() {
+                    true => ANY.to_owned(),
+                    false => text_without_first(not_first),
+                };
+                self.triggered(&text, triggers, tags, *at_least_one, *stop_after_first)?
+            }
             Format::Separated {
                 tags,
                 separator,
@@ -219,7 +228,7 @@ impl Writer<'_> {
     fn rest_of(&mut self, tag: &Tag) -> Result<String, BadGrammar> {
         let Tag { content, end, .. } = tag;
         match content {
-            Format::AnyText if !end.is_empty() => Ok(self.text_up_to(end)),
+            Format::AnyText if !end.is_empty() => Ok(self.text_up_to(ANY, end)),
             content => {
                 let content = self.named(content)?;
                 Ok(format!("{content} {}", self.text(end)))
@@ -227,45 +236,32 @@ impl Writer<'_> {
         }
     }
 
-    /// Anything up to the first `end`, and that.
-    fn text_up_to(&mut self, end: &str) -> String {
+    /// Text of this regular expression up to the first `end`, and that.
+    fn text_up_to(&mut self, text: &str, end: &str) -> String {
         let last = self.text(end);
         match last.starts_with('"') && !last.contains("<[") {
             true => {
-                let lazy = format!("{ANY} {last}");
+                let lazy = format!("{text} {last}");
                 self.rule("[lazy]", &lazy)
             }
             // Free text never holds a special token, so it ends there by itself.
-            false => format!("{ANY} {last}"),
+            false => format!("{text} {last}"),
         }
     }
 
+    /// `first`: the regular expression of the text before the first tag, or of all text where there is none.
     fn triggered(
         &mut self,
+        first: &str,
         triggers: &[String],
         tags: &[Tag],
         at_least_one: bool,
         stop_after_first: bool,
     ) -> Result<String, BadGrammar> {
-        if triggers.is_empty() || triggers.iter().any(String::is_empty) {
+        if triggers.iter().any(String::is_empty) {
             return Err(BadGrammar(
                 "a trigger must be a text that is not empty".to_owned(),
             ));
-        }
-        let mut ways = vec![];
-        for trigger in triggers {
-            let mut rests = vec![];
-            for tag in tags {
-                if let Some(begin) = tag.begin.strip_prefix(trigger.as_str()) {
-                    let (begin, rest) = (self.text(begin), self.rest_of(tag)?);
-                    rests.push(self.rule("", &format!("{begin} {rest}")));
-                }
-            }
-            if rests.is_empty() {
-                return Err(BadGrammar(format!("no tag begins with the trigger {trigger:?}")));
-            }
-            let text = self.text_up_to(trigger);
-            ways.push(format!("{text} ({})", rests.join(" | ")));
         }
         let led = |tag: &Tag| {
             triggers
@@ -278,13 +274,54 @@ impl Writer<'_> {
                 tag.begin
             )));
         }
-        let tag = self.rule("", &ways.join(" | "));
-        let text = self.rule("", ANY);
-        Ok(match (at_least_one, stop_after_first) {
-            (true, true) => tag,
-            (true, false) => format!("{tag}+ {text}"),
-            (false, true) => format!("({tag} | {text})"),
-            (false, false) => format!("{tag}* {text}"),
+        let mut rests = vec![];
+        for trigger in triggers {
+            let mut of_trigger = vec![];
+            for tag in tags {
+                if let Some(begin) = tag.begin.strip_prefix(trigger.as_str()) {
+                    let (begin, rest) = (self.text(begin), self.rest_of(tag)?);
+                    of_trigger.push(self.rule("", &format!("{begin} {rest}")));
+                }
+            }
+            if of_trigger.is_empty() {
+                return Err(BadGrammar(format!("no tag begins with the trigger {trigger:?}")));
+            }
+            rests.push((trigger, self.rule("", &of_trigger.join(" | "))));
+        }
+        let text = self.rule("", first);
+        if rests.is_empty() {
+            return match at_least_one {
+                true => Err(BadGrammar("there is no tag and no trigger".to_owned())),
+                false => Ok(text),
+            };
+        }
+        let mut behind = |text: &str| {
+            let ways = rests.iter().map(|(trigger, rest)| {
+                let text = self.text_up_to(text, trigger);
+                format!("{text} {rest}")
+            });
+            let ways: Vec<String> = ways.collect();
+            self.rule("", &ways.join(" | "))
+        };
+        let tag = behind(first);
+        let more = match stop_after_first {
+            true => "\"\"".to_owned(),
+            false if first == ANY => format!("{tag}* {text}"),
+            false => format!("{}* {ANY}", behind(ANY)),
+        };
+        Ok(match at_least_one {
+            true => format!("{tag} {more}"),
+            false if first == ANY && !stop_after_first => more,
+            false => format!("({tag} {more} | {text})"),
         })
     }
+}
+
+/// Text that begins with none of these characters. White space before it is not counted.
+fn text_without_first(characters: &str) -> String {
+    let listed: String = characters
+        .chars()
+        .map(|c| format!("\\u{{{:x}}}", u32::from(c)))
+        .collect();
+    format!(r"/\s*([^\s{listed}](?s:.*))?/")
 }

@@ -391,10 +391,10 @@ impl Scheduler {
             .try_for_each(|running| running.audit(&self.pool))
     }
 
-    /// The token that is committed next is the last of this sequence: its grammar allows nothing after it.
-    pub fn complete(&mut self, id: RequestId) {
+    /// The sequence ends with the next `tokens` that are committed: its grammar allows nothing after them.
+    pub fn complete(&mut self, id: RequestId, tokens: usize) {
         if let Some(running) = self.running.iter_mut().find(|running| running.seq.id == id) {
-            running.seq.complete = true;
+            running.seq.is_whole_after(tokens);
         }
     }
 
@@ -452,8 +452,7 @@ impl Scheduler {
             return;
         }
         let pool = &mut self.pool;
-        let guessable = |running: &&mut Running| decodes(running) && running.seq.is_guessable;
-        for running in self.running.iter_mut().filter(guessable) {
+        for running in self.running.iter_mut().filter(|running| decodes(running)) {
             let mut guesses = running.seq.guess(&lookup);
             guesses.truncate(budget);
             let len = running.seq.len();

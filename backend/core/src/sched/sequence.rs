@@ -40,10 +40,8 @@ pub(super) struct Sequence {
     pooling: Option<Pooling>,
     max_tokens: usize,
     stop_tokens: Vec<TokenId>,
-    /// Its grammar allows nothing after the token that is committed next.
-    pub complete: bool,
-    /// Whether its next tokens may be guessed: not under a grammar, whose masks are made one after the other.
-    pub is_guessable: bool,
+    /// Its grammar allows nothing after so many tokens of output.
+    whole_at: Option<usize>,
     /// Guesses of the next step, at most: twice as many as held last time, and one.
     reach: usize,
     pub guessed: Guessed,
@@ -97,8 +95,9 @@ impl Sequence {
             prompt,
             adapter,
             sampling,
-            // The engine follows it, and says when it is at its end.
-            grammar,
+            // The engine follows them, and says when a grammar is at its end.
+            grammar: _,
+            thinking: _,
             priority,
             salt,
             max_tokens,
@@ -127,8 +126,7 @@ impl Sequence {
             pooling,
             max_tokens: max_tokens as usize,
             stop_tokens,
-            complete: false,
-            is_guessable: grammar.is_none(),
+            whole_at: None,
             reach: usize::MAX,
             guessed: Guessed::default(),
             chain: vec![],
@@ -198,6 +196,11 @@ impl Sequence {
         self.max_tokens > 0
     }
 
+    /// Its grammar allows nothing after the next `tokens` that are committed.
+    pub fn is_whole_after(&mut self, tokens: usize) {
+        self.whole_at = Some(self.output.len() + tokens);
+    }
+
     /// Guesses at the tokens after the one that the next step chooses.
     pub fn guess(&self, lookup: &Lookup) -> Vec<TokenId> {
         // The last token is chosen, never computed.
@@ -265,7 +268,7 @@ impl Running {
         if self.seq.stop_tokens.contains(&token) {
             return Some(FinishReason::Stop(token));
         }
-        if self.seq.complete {
+        if self.seq.whole_at == Some(generated) {
             return Some(FinishReason::Complete);
         }
         (generated >= self.seq.max_tokens).then_some(FinishReason::Length)

@@ -47,6 +47,7 @@ impl Outgoing {
                     adapter,
                     sampling,
                     grammar,
+                    thinking,
                     priority,
                     salt,
                     max_tokens,
@@ -66,6 +67,7 @@ impl Outgoing {
                     salt: salt.map(|salt| salt.0.to_vec()),
                     pooling_json: pooling.as_ref().map(codec::json),
                     priority,
+                    thinking_json: thinking.as_ref().map(codec::json),
                 })
             }
             Command::Abort(id) => Say::HangUp(table.forget(id)?),

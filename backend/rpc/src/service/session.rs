@@ -18,6 +18,7 @@ use tandem_core::message::{Event, Fault, Generate};
 use tandem_core::pooling::Pooling;
 use tandem_core::replica::{Command, EVENT_QUEUE, JOB_EVENT_QUEUE};
 use tandem_core::sampling::{RawSampling, Sampling};
+use tandem_core::thinking::Budget;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Interval, MissedTickBehavior};
 use tonic::{Status, Streaming};
@@ -204,11 +205,13 @@ impl Ear {
             salt,
             pooling_json,
             priority,
+            thinking_json,
         } = generate;
         let adapter = adapter.as_deref().map(codec::digest).transpose()?;
         let salt = salt.as_deref().map(codec::digest).transpose()?;
         let sampling: RawSampling = codec::from_json(&sampling_json)?;
         let grammar: Option<Grammar> = grammar_json.as_deref().map(codec::from_json).transpose()?;
+        let thinking: Option<Budget> = thinking_json.as_deref().map(codec::from_json).transpose()?;
         let pooling: Option<Pooling> = pooling_json.as_deref().map(codec::from_json).transpose()?;
         let (events, receiver) = mpsc::channel(EVENT_QUEUE);
         let (id, open) = self.shared.open();
@@ -234,6 +237,7 @@ impl Ear {
                     adapter: None,
                     sampling,
                     grammar,
+                    thinking,
                     priority,
                     salt,
                     max_tokens,

@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use serde_json::json;
 use tandem_core::grammar::{Grammar, Vocabulary, Whitespace};
+use tandem_core::sched::Lookup;
+use tandem_core::thinking::Budget;
 
 use super::*;
 
@@ -178,4 +180,191 @@ fn what_cannot_be_followed_is_said_and_leaves_nothing() {
     let mut without = Rig::new(options(&demo()));
     let answer = without.ask(bound("a", prompt, 8, greedy()));
     assert!(matches!(answer.end, Some(Err(Fault::Grammar(_)))), "{answer:?}");
+}
+
+/// Token 2 is the first of these texts, 3 the second, and so on, round and round.
+fn spelling(texts: &[&str]) -> Vocabulary {
+    Vocabulary {
+        tokens: (0..2048)
+            .map(|token: usize| match token {
+                0 | 1 => format!("<{token}>").into_bytes(),
+                token => texts[(token - 2) % texts.len()].as_bytes().to_vec(),
+            })
+            .collect(),
+        special: (0..2048).map(|token| token < 2).collect(),
+        ends: vec![],
+    }
+}
+
+const JSON: [&str; 24] = [
+    "{", "}", "[", "]", "\"", ":", ",", " ", "0", "1", "2", "-", "a", "b", "ab", "a\"", "\": ", ", \"",
+    "{\"", "true", "null", "]}", "c", ".",
+];
+
+/// What is guessed under a grammar changes nothing, whatever the grammar, the way tokens are drawn, and what is asked of them.
+#[test]
+fn guesses_under_a_grammar_are_exact() {
+    let prompt = &cases()[0].prompt;
+    let schemas = [
+        json!({"type": "array", "items": {"enum": ["ab", 1, null]}, "minItems": 12}),
+        json!({"type": "object", "properties": {"a": {"type": "array", "items": {"type": "boolean"}, "maxItems": 9}, "b": {"type": "null"}},
+               "required": ["a", "b"], "additionalProperties": false}),
+        json!({"type": "array", "items": {"type": "array", "items": {"const": "a"}, "maxItems": 2}, "minItems": 6, "maxItems": 8}),
+        json!({"type": "string", "maxLength": 40}),
+        json!({"type": "object", "additionalProperties": {"type": "integer"}}),
+        json!({"anyOf": [{"const": [1, 1, 1, 1, 1, 1, 1, 2]}, {"const": [1, 1, 1, 1, 1, 1, 1, 1]}]}),
+    ];
+    let grammars = schemas
+        .iter()
+        .map(|schema| Grammar::json_schema(schema, &Whitespace::Usual).unwrap())
+        .chain([Grammar::regex("(ab|a, )*0"), Grammar::regex("(a{3}b){9}")]);
+    let mut requests = vec![];
+    for (n, grammar) in grammars.enumerate() {
+        // Its own answers, as a client sends them back: what is looked up.
+        let earlier: Vec<TokenId> = prompt.iter().copied().chain((2..26).cycle().take(40)).collect();
+        for seed in 0..3 {
+            for raw in [
+                RawSampling {
+                    logprobs: Some(2),
+                    ..greedy()
+                },
+                RawSampling {
+                    temperature: Some(0.3),
+                    ..drawn(seed)
+                },
+                RawSampling {
+                    repetition_penalty: Some(1.3),
+                    presence_penalty: Some(0.5),
+                    ..drawn(seed)
+                },
+                RawSampling {
+                    min_tokens: Some(9),
+                    top_k: Some(3),
+                    ..drawn(seed)
+                },
+            ] {
+                requests.push(Generate {
+                    grammar: Some(grammar.clone()),
+                    stop_tokens: if n % 2 == 0 { vec![EOS] } else { vec![EOS, 9] },
+                    ..request(&earlier, 60, raw)
+                });
+            }
+        }
+    }
+    let spelled = || Options {
+        vocabulary: Some(Arc::new(spelling(&JSON))),
+        ..options(&demo())
+    };
+    let lookup = |tokens, min| Lookup {
+        tokens,
+        min,
+        max: 4,
+        max_sequences: 64,
+    };
+    let expected = Rig::new(spelled()).ask_all(&requests);
+    let ends: Vec<_> = expected.iter().map(|answer| answer.end.clone()).collect();
+    let completed = |end: &Option<Result<(FinishReason, u32), Fault>>| {
+        matches!(end, Some(Ok((FinishReason::Complete, _))))
+    };
+    assert!(ends.iter().filter(|end| completed(end)).count() > 8, "{ends:?}");
+    for (tokens, min) in [(1, 1), (5, 1), (10, 2)] {
+        let mut rig = Rig::new(Options {
+            lookup: Some(lookup(tokens, min)),
+            ..spelled()
+        });
+        for (i, (answer, expected)) in rig.ask_all(&requests).iter().zip(&expected).enumerate() {
+            answer.assert_same(expected, &format!("request {i}, {tokens} guesses"));
+        }
+        rig.wait_until("guessed", |stats| {
+            (50..stats.guessed_tokens).contains(&stats.accepted_tokens)
+        });
+    }
+}
+
+/// Reasoning that used up its budget ends, whatever the model wants, is guessed, or must be said behind it.
+#[test]
+fn reasoning_ends_with_its_budget() {
+    let prompt = &cases()[0].prompt;
+    // The mark is said by several tokens, and no text of the model's own spells it.
+    let texts = ["a", "b", "c", "d", "<", "/t", ">", "e"];
+    let (open, slash, close) = (6, 7, 8);
+    let spelled = |lookup| Options {
+        vocabulary: Some(Arc::new(spelling(&texts))),
+        lookup,
+        ..options(&demo())
+    };
+    let budget = |tokens| Budget {
+        tokens,
+        opens: vec!["<t>".to_owned()],
+        ends: vec!["</t>".to_owned()],
+        end: vec![open, slash, close],
+        is_opened: true,
+        is_anywhere: false,
+    };
+    let free = |budget: Option<Budget>, raw| Generate {
+        thinking: budget,
+        stop_tokens: vec![],
+        ..request(prompt, 40, raw)
+    };
+    // Behind it a form, and before it anything but the mark.
+    let formed = |budget, raw| Generate {
+        grammar: Some(Grammar::lark(
+            "start: thought \"abcd\"\nthought[lazy]: /(?s:.*)/ \"</t>\"",
+        )),
+        ..free(budget, raw)
+    };
+    let lookup = Lookup {
+        tokens: 4,
+        min: 1,
+        max: 4,
+        max_sequences: 64,
+    };
+    let text = |answer: &Answer| -> String {
+        let token = |id: TokenId| texts[(id as usize - 2) % texts.len()];
+        answer.ids().into_iter().map(token).collect()
+    };
+    let (mut plain, mut guessing) = (Rig::new(spelled(None)), Rig::new(spelled(Some(lookup))));
+    for raw in [greedy(), drawn(1), drawn(2), drawn(3)] {
+        let unbounded = plain.ask(free(None, raw.clone())).ids();
+        for tokens in [0, 1, 7, 30] {
+            let asked = [
+                free(Some(budget(tokens)), raw.clone()),
+                formed(Some(budget(tokens)), raw.clone()),
+            ];
+            for request in asked {
+                let is_formed = request.grammar.is_some();
+                let answer = plain.ask(request.clone());
+                guessing
+                    .ask(request)
+                    .assert_same(&answer, &format!("{tokens} tokens, guessed"));
+                let said = text(&answer);
+                let thought = said.find("</t>").expect("it ends");
+                // Greedy letters never spell the mark; a draw may, and is done with it before its time.
+                let n_before = answer.ids().len();
+                assert!(thought <= 2 * tokens as usize, "{said}");
+                if is_formed {
+                    assert!(said.ends_with("</t>abcd"), "{said}");
+                } else {
+                    assert_eq!(n_before, 40);
+                    let ids = answer.ids();
+                    let at = ids.windows(3).position(|three| three == [open, slash, close]);
+                    // Until then it says what it would have said.
+                    if let Some(at) = at {
+                        assert_eq!(ids[..at], unbounded[..at], "{said}");
+                    }
+                }
+            }
+        }
+    }
+    let refused = plain.ask(free(
+        Some(Budget {
+            end: vec![],
+            ..budget(1)
+        }),
+        greedy(),
+    ));
+    assert!(matches!(refused.end, Some(Err(Fault::Refused(_)))), "{refused:?}");
+    // Tokens without texts.
+    let without = Rig::new(options(&demo())).ask(free(Some(budget(1)), greedy()));
+    assert!(matches!(without.end, Some(Err(Fault::Refused(_)))), "{without:?}");
 }

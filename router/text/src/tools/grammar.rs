@@ -12,7 +12,7 @@ const MAX_DEPTH: usize = 8;
 /// Which calls an answer must be.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Choice<'a> {
-    /// Text or calls. Where a tool is strict, what begins as a call is one.
+    /// Text or calls. Where a tool is strict, what begins as a call is one, and bound.
     Auto,
     /// One or more.
     Required,
@@ -22,6 +22,38 @@ pub enum Choice<'a> {
 /// What an answer is. Reasoning may come before. `None`: nothing is bound; with `Required` or `Named` that is because
 /// there is no format.
 pub fn bind(reading: Reading, tools: &[Tool], choice: Choice, parallel: bool) -> Option<Format> {
+    let calls = calls_of(reading, tools, choice, parallel)?;
+    let is_ended_by_call = reading.reasoning.is_some_and(|format| format.ends_with_call);
+    Some(match choice {
+        // What is reasoning for the model may be the beginning of a call.
+        Choice::Auto if reading.is_opened && is_ended_by_call => {
+            Format::Or(vec![calls.clone(), behind_reasoning(reading, blank(), calls)])
+        }
+        _ => behind_reasoning(reading, blank(), calls),
+    })
+}
+
+/// An answer of a form, or calls where there are tools. Reasoning may come before; what stands behind it is the form from
+/// its first character on.
+pub fn bind_form(reading: Reading, tools: &[Tool], parallel: bool, form: Format) -> Format {
+    let form = match reading.has_channels() {
+        true => Format::Sequence(vec![text("<|channel|>final<|message|>"), form]),
+        false => form,
+    };
+    let answer = match calls_of(reading, tools, Choice::Required, parallel) {
+        None => form,
+        Some(calls) => {
+            let calls = match reading.reasoning {
+                Some(_) => Format::Sequence(vec![blank(), calls]),
+                None => calls,
+            };
+            Format::Or(vec![form, calls])
+        }
+    };
+    behind_reasoning(reading, text(""), answer)
+}
+
+fn calls_of(reading: Reading, tools: &[Tool], choice: Choice, parallel: bool) -> Option<Format> {
     let format = reading.tools?;
     let chosen: Vec<&Tool> = tools
         .iter()
@@ -31,38 +63,38 @@ pub fn bind(reading: Reading, tools: &[Tool], choice: Choice, parallel: bool) ->
         })
         .collect();
     let one = !parallel || matches!(choice, Choice::Named(_));
-    let answer = match (format.first_layout(), choice) {
-        (None, Choice::Auto) => return None,
-        (None, _) => Format::Or(chosen.into_iter().map(message).collect()),
-        (Some(layout), Choice::Auto) => triggered(layout, &chosen, one)?,
-        (Some(layout), _) => required(layout, &chosen, one),
-    };
-    Some(behind_reasoning(reading, answer))
-}
-
-/// An answer of a form, with the reasoning that may come before it.
-pub fn after_reasoning(reading: Reading, answer: Format) -> Format {
-    match reading.has_channels() {
-        true => behind_reasoning(
-            reading,
-            Format::Sequence(vec![text("<|channel|>final<|message|>"), answer]),
-        ),
-        false => behind_reasoning(reading, answer),
+    match (format.first_layout(), choice) {
+        (_, Choice::Auto) if !chosen.iter().any(|tool| tool.strict) => None,
+        (None, Choice::Auto) => {
+            let said = tag("<|channel|>final<|message|>", Format::AnyText, "");
+            let calls = chosen.into_iter().map(|tool| message(tool, Schemas::Strict));
+            Some(Format::Or([said].into_iter().chain(calls).collect()))
+        }
+        (None, _) => {
+            let calls = chosen.into_iter().map(|tool| message(tool, Schemas::All));
+            Some(Format::Or(calls.collect()))
+        }
+        (Some(_), Choice::Auto) => free_or_calls(format.layouts(), &chosen, one),
+        (Some(layout), _) => Some(required(layout, &chosen, Schemas::All, one)),
     }
 }
 
-fn behind_reasoning(reading: Reading, answer: Format) -> Format {
+fn behind_reasoning(reading: Reading, blank: Format, answer: Format) -> Format {
     let thought = |begin: &str, end: &str| tag(begin, Format::AnyText, end);
-    let blank = || Format::Regex(r"\s{0,4}".to_owned());
     let thought = match reading.reasoning {
         _ if reading.has_channels() => thought("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),
         None => return answer,
         Some(format) if reading.is_opened => {
-            return Format::Sequence(vec![thought("", format.close[0]), blank(), answer]);
+            return Format::Sequence(vec![thought("", format.close[0]), blank, answer]);
         }
-        Some(format) => Format::Sequence(vec![thought(format.open[0], format.close[0]), blank()]),
+        Some(format) => Format::Sequence(vec![thought(format.open[0], format.close[0]), blank]),
     };
     Format::Sequence(vec![Format::Or(vec![text(""), thought]), answer])
+}
+
+/// What models write between their reasoning and calls.
+fn blank() -> Format {
+    Format::Regex(r"\s{0,4}".to_owned())
 }
 
 impl super::ToolFormat {
@@ -75,43 +107,73 @@ impl super::ToolFormat {
     }
 }
 
-fn required(layout: &'static Layout, tools: &[&Tool], one: bool) -> Format {
+fn required(layout: &'static Layout, tools: &[&Tool], schemas: Schemas, one: bool) -> Format {
     match layout.separator {
         Separator::Within(separator) => Format::Sequence(vec![
             text(format!("{}{}", layout.open, layout.begin)),
-            separated(calls(layout, tools, Schemas::All), separator, one),
+            separated(calls(layout, tools, schemas), separator, one),
             text(layout.end),
         ]),
         Separator::Between(separator) => {
             // Only the answer's beginning opens a call that has no opening.
             let one = one || layout.open.is_empty();
-            separated(sections(layout, tools, Schemas::All), separator, one)
+            separated(sections(layout, tools, schemas), separator, one)
         }
     }
 }
 
-/// Text, in which calls are bound once they were opened.
-fn triggered(layout: &'static Layout, tools: &[&Tool], one: bool) -> Option<Format> {
+/// Text, in which a call is bound once it was opened, in whichever of the layouts. `None`: how a call begins cannot be told
+/// from text, or what is not strict would have no arguments.
+fn free_or_calls(layouts: &'static [Layout], tools: &[&Tool], one: bool) -> Option<Format> {
     let is_json = |piece: &Piece| !matches!(piece, Piece::Tagged { .. } | Piece::Python | Piece::Marked(_));
-    let all_strict = tools.iter().all(|tool| tool.strict);
-    let is_bound = tools.iter().any(|tool| tool.strict)
-        && !layout.open.is_empty()
-        // What is not strict is not to be bound by its schema, and other formats than JSON have no arguments without one.
-        && (all_strict || layout.call.iter().all(is_json));
-    let tags = match layout.separator {
+    let mut first_of_opening: Vec<&Layout> = vec![];
+    for layout in layouts {
+        // As the template writes them; the others are read alone.
+        if !first_of_opening.iter().any(|known| known.open == layout.open) {
+            first_of_opening.push(layout);
+        }
+    }
+    let all_json = first_of_opening
+        .iter()
+        .all(|layout| layout.call.iter().all(is_json));
+    let schemas = match all_json {
+        true => Schemas::Strict,
+        // Other formats than JSON have no arguments without a schema, so they are bound by those that are there.
+        false if tools.iter().all(|tool| tool.strict || tool.parameters.is_some()) => Schemas::All,
+        false => return None,
+    };
+    let (bare, opened): (Vec<&Layout>, Vec<&Layout>) = first_of_opening
+        .into_iter()
+        .partition(|layout| layout.open.is_empty());
+    let (mut ways, mut not_first) = (vec![], String::new());
+    for layout in bare {
+        not_first.push(layout.first_character()?);
+        ways.push(required(layout, tools, schemas, one));
+    }
+    let tags = |layout: &&'static Layout| match layout.separator {
         Separator::Within(separator) => vec![Tag {
             begin: format!("{}{}", layout.open, layout.begin),
-            content: separated(calls(layout, tools, Schemas::Strict), separator, one),
+            content: separated(calls(layout, tools, schemas), separator, one),
             end: layout.end.to_owned(),
         }],
-        Separator::Between(_) => sections(layout, tools, Schemas::Strict),
+        Separator::Between(_) => sections(layout, tools, schemas),
     };
-    is_bound.then(|| Format::Triggered {
-        triggers: vec![layout.open.to_owned()],
-        tags,
+    ways.push(Format::Triggered {
+        triggers: opened.iter().map(|layout| layout.open.to_owned()).collect(),
+        tags: opened.iter().flat_map(tags).collect(),
         at_least_one: false,
         stop_after_first: one,
-    })
+        not_first,
+    });
+    Some(Format::Or(ways))
+}
+
+impl Layout {
+    /// What calls without an opening begin with; no other text of an answer does.
+    fn first_character(&self) -> Option<char> {
+        let of_object = matches!(self.call.first(), Some(Piece::Object { .. })).then_some('{');
+        self.begin.chars().next().or(of_object)
+    }
 }
 
 /// Whose schemas bind.
@@ -119,6 +181,12 @@ fn triggered(layout: &'static Layout, tools: &[&Tool], one: bool) -> Option<Form
 enum Schemas {
     All,
     Strict,
+}
+
+impl Schemas {
+    fn bind(self, tool: &Tool) -> bool {
+        self == Schemas::All || tool.strict
+    }
 }
 
 /// Each call with an opening and an end of its own.
@@ -134,17 +202,14 @@ fn sections(layout: &'static Layout, tools: &[&Tool], schemas: Schemas) -> Vec<T
 fn calls(layout: &'static Layout, tools: &[&Tool], schemas: Schemas) -> Vec<Tag> {
     let call = |tool: &&Tool| Tag {
         begin: String::new(),
-        content: call(layout, tool, schemas == Schemas::All || tool.strict),
+        content: call(layout, tool, schemas),
         end: String::new(),
     };
     tools.iter().map(call).collect()
 }
 
-fn call(layout: &'static Layout, tool: &Tool, is_bound: bool) -> Format {
-    let parameters = match is_bound {
-        true => parameters(tool),
-        false => json!({"type": "object"}),
-    };
+fn call(layout: &'static Layout, tool: &Tool, schemas: Schemas) -> Format {
+    let parameters = parameters(tool, schemas);
     let mut parts = vec![];
     for piece in layout.call {
         match *piece {
@@ -204,17 +269,17 @@ fn call(layout: &'static Layout, tool: &Tool, is_bound: bool) -> Format {
 }
 
 /// As gpt-oss writes a call. What ends it, `<|call|>`, is an end of the text.
-fn message(tool: &Tool) -> Format {
+fn message(tool: &Tool, schemas: Schemas) -> Format {
     let begin = format!(
         "<|channel|>commentary to=functions.{} <|constrain|>json<|message|>",
         tool.name
     );
-    tag(&begin, Format::Schema(parameters(tool)), "")
+    tag(&begin, Format::Schema(parameters(tool, schemas)), "")
 }
 
-fn parameters(tool: &Tool) -> Json {
+fn parameters(tool: &Tool, schemas: Schemas) -> Json {
     match &tool.parameters {
-        Some(Json::Object(schema)) => {
+        Some(Json::Object(schema)) if schemas.bind(tool) => {
             let mut schema = schema.clone();
             schema.entry("type").or_insert(json!("object"));
             Json::Object(schema)

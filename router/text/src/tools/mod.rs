@@ -22,7 +22,7 @@ use crate::reasoning::ReasoningFormat;
 use crate::tokenizer::Tokenizer;
 
 pub use formats::FORMATS;
-pub use grammar::{Choice, after_reasoning, bind};
+pub use grammar::{Choice, bind, bind_form};
 pub use reader::{CallDelta, Delta, Reader};
 
 /// A function that a request offers.
@@ -190,7 +190,36 @@ impl Layout {
     }
 }
 
+/// What stands around reasoning.
+pub struct Marks {
+    pub opens: Vec<&'static str>,
+    /// The first is how the model's template writes it.
+    pub ends: Vec<&'static str>,
+    /// Reasoning can be anywhere in an answer, not at its beginning alone.
+    pub are_anywhere: bool,
+}
+
 impl Reading {
+    /// `None`: it has no reasoning.
+    pub fn marks(&self) -> Option<Marks> {
+        let format = self.reasoning?;
+        let mut ends = format.close.to_vec();
+        if format.ends_with_call {
+            let layouts = self.tools.map_or(&[][..], ToolFormat::layouts);
+            ends.extend(
+                layouts
+                    .iter()
+                    .map(|layout| layout.open)
+                    .filter(|open| !open.is_empty()),
+            );
+        }
+        Some(Marks {
+            opens: format.open.to_vec(),
+            ends,
+            are_anywhere: format.has_channels,
+        })
+    }
+
     /// Special tokens that the text must show (`TextStream::showing`), or what they mark is not seen. It looks at the whole
     /// vocabulary.
     pub fn shown(&self, tokenizer: &Tokenizer) -> BTreeSet<u32> {

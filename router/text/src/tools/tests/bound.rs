@@ -320,14 +320,92 @@ fn strict_tools_bind_once_they_are_called() {
     assert!(takes(true, &call("set", "{\"a\": [1]}")), "it is not strict");
     assert!(!takes(true, &call("get_weather", "{\"town\": \"Paris\"}")));
     assert!(!takes(true, "<tool_call>\nnothing"));
-    // Where other text would have to be read as arguments, nothing is bound unless all is strict.
+    // A call without its opening, which is read as one.
+    assert!(takes(
+        true,
+        "{\"name\": \"get_weather\", \"arguments\": {\"city\": \"Paris\"}}"
+    ));
+    assert!(!takes(
+        true,
+        "{\"name\": \"get_weather\", \"arguments\": {\"town\": \"Paris\"}}"
+    ));
+    // Where other text would have to be read as arguments, all is bound by what is known of it.
     let coder = Reading {
         tools: ToolFormat::named("qwen3_coder"),
         ..Reading::default()
     };
-    assert_eq!(bind(coder, &strict, Choice::Auto, true), None);
-    strict.iter_mut().for_each(|tool| tool.strict = true);
     assert!(bind(coder, &strict, Choice::Auto, true).is_some());
+    strict[1].parameters = None;
+    assert_eq!(bind(coder, &strict, Choice::Auto, true), None);
+}
+
+#[test]
+fn strict_calls_of_every_format_are_bound_in_free_text() {
+    let strict: Arc<[Tool]> = tools()
+        .iter()
+        .map(|tool| Tool {
+            strict: true,
+            ..tool.clone()
+        })
+        .collect();
+    let mut n_bound = 0;
+    for (format, text) in texts::written() {
+        let reading = Reading {
+            tools: Some(format),
+            ..Reading::default()
+        };
+        let Some(answer) = bind(reading, &strict, Choice::Auto, true) else {
+            // The name is all that a call begins with.
+            assert_eq!(format.names[0], "glm4");
+            continue;
+        };
+        for special in [vec![], special(format)] {
+            let bound = Bound::new(&special);
+            let grammar = bound.grammar(&answer);
+            assert!(
+                bound.takes(&grammar, text),
+                "{special:?} {text}\n{}",
+                grammar.text()
+            );
+            if text.contains("city") {
+                n_bound += 1;
+                let wrong = text.replace("city", "town");
+                assert!(!bound.takes(&grammar, &wrong), "{special:?} {wrong}");
+            }
+            let opens: Vec<&str> = match format.layouts() {
+                [] => continue,
+                layouts => layouts
+                    .iter()
+                    .map(|layout| layout.open)
+                    .filter(|open| !open.is_empty())
+                    .collect(),
+            };
+            assert!(
+                bound.takes(&grammar, "Hello, how are you?"),
+                "{}",
+                format.names[0]
+            );
+            for open in &opens {
+                assert!(!bound.takes(&grammar, &format!("Hello {open}?")), "{open}");
+            }
+            // By chance: whatever is read as a call fits its schema.
+            let mut random = Random(text.len() as u64);
+            for _ in 0..if opens.is_empty() { 0 } else { 6 } {
+                let ends: Vec<&str> = opens.iter().copied().chain(ends(format)).collect();
+                let written = bound.writes(&grammar, &ends, &mut random);
+                let Some(written) = written.filter(|text| !has_long_exponent(text)) else {
+                    continue;
+                };
+                for (name, arguments) in read(reading, &strict, &[&written]).calls {
+                    let tool = strict.iter().find(|tool| tool.name == name).expect(&written);
+                    let parameters = tool.parameters.clone().expect("parameters");
+                    let arguments = serde_json::from_str(&arguments).expect(&written);
+                    assert!(fits(&arguments, &parameters), "{} {written:?}", format.names[0]);
+                }
+            }
+        }
+    }
+    assert!(n_bound > 20, "{n_bound}");
 }
 
 #[test]
@@ -338,8 +416,8 @@ fn reasoning_comes_before_an_answer_of_a_form() {
         (
             "qwen3",
             false,
-            vec!["3", "<think>a</think>3", "<think>\na\n</think>\n\n3"],
-            vec!["a3", "<think>3", "<think>a</think>b"],
+            vec!["3", "<think>a</think>3", "<think>\na\n</think>3"],
+            vec!["a3", "<think>3", "<think>a</think>b", "<think>a</think>\n3"],
         ),
         ("qwen3", true, vec!["a</think>3"], vec!["3", "a</think>"]),
         (
@@ -357,7 +435,7 @@ fn reasoning_comes_before_an_answer_of_a_form() {
             reasoning: ReasoningFormat::named(name),
             is_opened,
         };
-        let grammar = bound.grammar(&after_reasoning(reading, schema()));
+        let grammar = bound.grammar(&bind_form(reading, &[], true, schema()));
         assert!(
             yes.iter().all(|text| bound.takes(&grammar, text)),
             "{name} {}",
@@ -368,5 +446,43 @@ fn reasoning_comes_before_an_answer_of_a_form() {
             "{name} {}",
             grammar.text()
         );
+    }
+    // Beside the form, calls.
+    let reading = Reading {
+        tools: ToolFormat::named("hermes"),
+        reasoning: ReasoningFormat::named("qwen3"),
+        is_opened: true,
+    };
+    let grammar = bound.grammar(&bind_form(reading, &tools(), true, schema()));
+    let call = "<tool_call>\n{\"name\": \"now\", \"arguments\": {}}\n</tool_call>";
+    for (text, expected) in [
+        ("a</think>3".to_owned(), true),
+        (format!("a</think>\n\n{call}"), true),
+        (format!("a</think>\n\n3{call}"), false),
+        ("a</think>\n\n3".to_owned(), false),
+    ] {
+        assert_eq!(bound.takes(&grammar, &text), expected, "{text}");
+    }
+    // A call ends reasoning that was not closed, and is bound as behind it.
+    let strict: Vec<Tool> = tools()
+        .iter()
+        .map(|tool| Tool {
+            strict: true,
+            ..tool.clone()
+        })
+        .collect();
+    let grammar = bound.grammar(&bind(reading, &strict, Choice::Auto, true).expect("a format"));
+    let wrong = call.replace("{}}", "{\"a\": 1}}");
+    for (text, expected) in [
+        (call.to_owned(), true),
+        (format!("hm {call}"), true),
+        (format!("hm</think>\n\nSo {call} and"), true),
+        (format!("hm</think>{call}{call}"), true),
+        ("hm".to_owned(), true),
+        (wrong.clone(), false),
+        (format!("hm {wrong}"), false),
+        (format!("hm</think>So {wrong}"), false),
+    ] {
+        assert_eq!(bound.takes(&grammar, &text), expected, "{text}");
     }
 }
