@@ -13,7 +13,9 @@ use tandem_backend::train::Trainer;
 use tandem_core::blocks::BlockPool;
 use tandem_core::dataset::{self, Example, Group};
 use tandem_core::id::RequestId;
-use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Objective, Schedule, files};
+use tandem_core::job::{
+    Hyper, JobEvent, JobSpec, Life, Lora, Method, Objective, SaveStrategy, Schedule, files,
+};
 use tandem_core::message::{Generate, Scored};
 use tandem_core::sampling::{RawSampling, Sampling};
 use tandem_core::sched::{Limits, Scheduler, View};
@@ -212,8 +214,11 @@ fn train_step(criterion: &mut Criterion) {
         seed: 1,
         max_seq_length: 64,
         packing: false,
+        shuffle: true,
+        save_strategy: SaveStrategy::Steps,
         save_steps: 0,
         eval_steps: 0,
+        selection: None,
         objective: Objective::default(),
         method: Method::Lora(lora),
     };

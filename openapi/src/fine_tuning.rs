@@ -168,14 +168,31 @@ pub struct RunHyperparameters {
     #[schema(required)]
     pub max_steps: Option<u64>,
     pub gradient_accumulation_steps: u32,
-    pub save_steps: u64,
-    pub eval_steps: u64,
+    pub shuffle: bool,
+    #[serde(flatten)]
+    pub saving: RunSaving,
     #[serde(flatten)]
     pub data: RunData,
     #[serde(flatten)]
     pub objective: RunObjective,
     #[serde(flatten)]
     pub lora: Option<RunLora>,
+}
+
+/// When checkpoints are made, which of them stay, and what validations decide.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct RunSaving {
+    pub save_strategy: String,
+    pub save_steps: u64,
+    #[schema(required)]
+    pub save_total_limit: Option<u32>,
+    pub eval_steps: u64,
+    pub load_best_model_at_end: bool,
+    pub metric_for_best_model: String,
+    pub greater_is_better: bool,
+    #[schema(required)]
+    pub early_stopping_patience: Option<u32>,
+    pub early_stopping_threshold: f64,
 }
 
 /// What some schedules are made of; null in the others.

@@ -93,7 +93,6 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
         validation_file,
         output_dir,
         overwrite_output_dir,
-        save_total_limit,
         tuning,
         dtype,
         quantization,
@@ -128,6 +127,7 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
         lora_targets: &spec.lora_targets(),
     };
     hyper::fits(&settings, bounds)?;
+    let save_total_limit = settings.save_total_limit;
     let start = settings.from_peft_checkpoint.clone().map(PathBuf::from);
     let mut settings = settings;
     let start = start
@@ -229,8 +229,8 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
         for event in &events {
             progress.show(event);
             logs.take(event).map_err(at(&output_dir))?;
-            if let (JobEvent::Checkpoint { .. }, Some(limit)) = (event, save_total_limit) {
-                record::prune(&output_dir, limit.get())?;
+            if let (JobEvent::Checkpoint { best, .. }, Some(limit)) = (event, save_total_limit) {
+                record::prune(&output_dir, *best, limit)?;
             }
         }
         if let Some(signal) = signalled.get().filter(|_| run.is_between_steps()) {

@@ -1,6 +1,7 @@
 //! A fine-tuning job as the engine sees it: tokens and numbers. Files' text, names and queues are the router's.
 
 mod objective;
+pub mod selection;
 mod start;
 
 use std::collections::BTreeMap;
@@ -13,6 +14,7 @@ use crate::replica::ReplicaInfo;
 use crate::settings::{Kind, setting};
 
 pub use objective::{CpoLoss, DpoLoss, Objective, Rows};
+use selection::Selection;
 
 /// Of a run, by epochs and data: far beyond any, and safe to add and multiply.
 const MOST_STEPS: u64 = 1 << 48;
@@ -128,13 +130,47 @@ pub struct Hyper {
     /// Several short examples share one row of `max_seq_length`; attention stays within each. (Rows are never padded
     /// here, so packing only changes how many examples a micro-batch holds.)
     pub packing: bool,
-    /// Optimizer steps between checkpoints; 0: only at the end.
+    /// Every epoch has a drawn order of its own, else that of the data.
+    #[serde(default = "yes")]
+    pub shuffle: bool,
+    #[serde(default)]
+    pub save_strategy: SaveStrategy,
+    /// Optimizer steps between checkpoints of [`SaveStrategy::Steps`]; 0: only at the end.
     pub save_steps: u64,
     /// Optimizer steps between validations; 0: at each epoch's end.
     pub eval_steps: u64,
+    /// How its models are compared; `None`: they are not.
+    #[serde(default)]
+    pub selection: Option<Selection>,
     #[serde(default)]
     pub objective: Objective,
     pub method: Method,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// When checkpoints are made, transformers' names.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SaveStrategy {
+    #[default]
+    Steps,
+    /// At each epoch's end.
+    Epoch,
+    /// After each validation that is the best so far.
+    Best,
+}
+
+impl SaveStrategy {
+    pub fn name(self) -> &'static str {
+        match self {
+            SaveStrategy::Steps => "steps",
+            SaveStrategy::Epoch => "epoch",
+            SaveStrategy::Best => "best",
+        }
+    }
 }
 
 impl Hyper {
@@ -158,11 +194,13 @@ impl Hyper {
             max_grad_norm,
             loraplus_lr_ratio,
             neftune_noise_alpha,
+            selection,
             objective,
             method,
             ..
         } = self;
         objective.check()?;
+        selection.as_ref().map_or(Ok(()), Selection::check)?;
         if loraplus_lr_ratio.is_some() && *method == Method::Full {
             return Err("loraplus_lr_ratio is of an adapter's B: full training has none".to_owned());
         }
@@ -473,6 +511,20 @@ pub enum JobEvent {
     Checkpoint {
         step: u64,
         adapter: AdapterRef,
+        /// The step of the best checkpoint so far, where models are compared.
+        #[serde(default)]
+        best: Option<u64>,
+    },
+    /// The run ends before its last step: so many validations in a row were not better.
+    StoppedEarly {
+        step: u64,
+        waited: u32,
+    },
+    /// The model after `step`, which is the best by its validation, becomes the result.
+    BestLoaded {
+        step: u64,
+        metric: String,
+        value: f64,
     },
     /// There is no room on the disk for what the job is to keep. It is written as soon as there is, and told then.
     NoRoom {
@@ -592,8 +644,11 @@ mod tests {
             seed: 0,
             max_seq_length: 64,
             packing: false,
+            shuffle: true,
+            save_strategy: SaveStrategy::Steps,
             save_steps: 0,
             eval_steps: 0,
+            selection: None,
             objective: Objective::default(),
             method: Method::Lora(lora),
         }

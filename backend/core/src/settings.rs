@@ -6,6 +6,7 @@
 mod foreign;
 mod kind;
 mod objective;
+mod selection;
 
 use std::collections::BTreeMap;
 
@@ -110,7 +111,7 @@ settings! {
             "0.85", "of step: factor on the rate at each epoch's end";
         warmup_steps: u64, Integer { low: 0, high: MOST_STEPS, unset: None },
             ["num_warmup_steps"],
-            "3 % of the run", "optimizer steps of linear warm-up";
+            "3 % of the run", "optimizer steps of linear warm-up; below 1 the part of the run that warms up";
         warmup_ratio: f64, Real(Closed(0.0, 1.0)),
             ["warmup_proportion"],
             "0.03", "part of the run that warms up, in place of warmup_steps";
@@ -164,6 +165,9 @@ settings! {
         split: String, Text,
             ["dataset_split", "dataset_train_split"],
             "train", "a part of training_file: train[:1%], train[100:200], train[-10%:]";
+        shuffle: bool, Flag,
+            [],
+            "true", "every epoch has an order of its own, drawn from seed; false: rows in the order of their files";
         seed: u64, Integer { low: 0, high: i32::MAX as i64, unset: None },
             ["data_seed", "random_state"],
             "drawn by a server, 42 for `tandem train`", "of the order of rows, dropout and the adapter's first numbers";
@@ -201,9 +205,30 @@ settings! {
         save_steps: u64, Integer { low: 0, high: MOST_STEPS, unset: None },
             [],
             "a fifth of the run", "optimizer steps between checkpoints; 0: only at the end";
+        save_strategy: String, Word(&selection::STRATEGIES),
+            [],
+            "steps", "when checkpoints are saved: every save_steps, at each epoch's end, after each validation that is the best so far, or only at the end";
+        save_total_limit: u32, Integer { low: 1, high: 1_000_000, unset: Some(0) },
+            [],
+            "none: all", "checkpoints that are kept: the newest, and among them the best where one is looked for; 0: not given";
         eval_steps: u64, Integer { low: 0, high: MOST_STEPS, unset: None },
             [],
             "0", "optimizer steps between validations; 0: at each epoch's end";
+        load_best_model_at_end: bool, Flag,
+            [],
+            "false", "the result is the model of the best validation, not of the last step";
+        metric_for_best_model: String, Word(&selection::METRICS),
+            ["early_stopping_metric"],
+            "eval_loss", "what validations are compared by";
+        greater_is_better: bool, Flag,
+            [],
+            "false for a loss, else true", "whether the greater metric is the better one";
+        early_stopping_patience: u32, Integer { low: 1, high: 1_000_000, unset: Some(0) },
+            ["early_stopping_steps"],
+            "none; 1 with early_stopping_threshold", "the run ends after so many validations in a row that were not better than the best; 0: not given";
+        early_stopping_threshold: f64, Real(Closed(0.0, 1e9)),
+            [],
+            "0", "a validation counts as better for early_stopping_patience only by more than this";
     }
     Lora {
         lora_r: u32, Integer { low: 1, high: i32::MAX as i64, unset: None },
@@ -320,7 +345,7 @@ pub fn read<'a>(
     for (place, values) in places {
         for (name, value) in opened(values).into_iter().filter(|(_, value)| !value.is_null()) {
             let path = format!("{place}{name}");
-            let Some(setting) = setting(&name) else {
+            let Some(setting) = meant(&name, &value) else {
                 others.push((path, name, value));
                 continue;
             };
@@ -348,6 +373,7 @@ pub fn read<'a>(
     packs(&settings)?;
     settings.schedule().map(drop)?;
     settings.objective()?;
+    selection::check(&settings, has_validation_file)?;
     let beside = Beside {
         settings: &settings,
         has_validation_file,
@@ -358,7 +384,18 @@ pub fn read<'a>(
     Ok(settings)
 }
 
-/// What lies in `lr_scheduler_kwargs` are settings of their own.
+/// transformers 5 takes a part of the run as warmup_steps, too.
+fn meant(name: &str, value: &Value) -> Option<&'static Setting> {
+    let is_part = value.as_f64().is_some_and(|part| part > 0.0 && part < 1.0);
+    match setting(name) {
+        Some(Setting {
+            name: "warmup_steps", ..
+        }) if is_part => setting("warmup_ratio"),
+        setting => setting,
+    }
+}
+
+/// What lies in `lr_scheduler_kwargs` are settings of their own, and some say by another name that rows keep their order.
 fn opened(mut values: serde_json::Map<String, Value>) -> serde_json::Map<String, Value> {
     let schedules = OF_SCHEDULES.iter().flat_map(|(_, settings)| settings.iter());
     if let Some(Value::Object(within)) = values.get_mut("lr_scheduler_kwargs") {
@@ -366,6 +403,15 @@ fn opened(mut values: serde_json::Map<String, Value>) -> serde_json::Map<String,
             .filter_map(|name| Some(((*name).to_owned(), within.remove(*name)?)))
             .collect();
         values.extend(found);
+    }
+    for (name, in_order) in [
+        ("train_sampling_strategy", Value::from("sequential")),
+        ("disable_shuffling", true.into()),
+    ] {
+        if values.get(name) == Some(&in_order) && !values.contains_key("shuffle") {
+            values.remove(name);
+            values.insert("shuffle".to_owned(), false.into());
+        }
     }
     values
 }

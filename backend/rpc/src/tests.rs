@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
 use tandem_core::id::{AdapterDigest, AdapterRef, Digest, RequestId};
-use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Objective, Schedule};
+use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Objective, SaveStrategy, Schedule};
 use tandem_core::message::{Event, Fault, FinishReason, Generate, Guessed, Scored};
 use tandem_core::pooling::Pooling;
 use tandem_core::replica::{AdapterInfo, COMMAND_QUEUE, Command, EVENT_QUEUE, ReplicaHandle, ReplicaInfo};
@@ -467,8 +467,11 @@ fn job(id: &str) -> JobSpec {
             seed: u64::MAX,
             max_seq_length: 10,
             packing: false,
+            shuffle: true,
+            save_strategy: SaveStrategy::Steps,
             save_steps: 0,
             eval_steps: 0,
+            selection: None,
             objective: Objective::default(),
             method: Method::Lora(Lora {
                 r: 4,

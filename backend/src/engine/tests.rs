@@ -7,7 +7,9 @@ use serde_json::Value;
 use tandem_core::TokenId;
 use tandem_core::dataset::{self, Example, Group};
 use tandem_core::id::{AdapterDigest, AdapterRef, RequestId};
-use tandem_core::job::{DpoLoss, Hyper, JobEvent, JobSpec, Life, Lora, Method, Objective, Schedule, files};
+use tandem_core::job::{
+    DpoLoss, Hyper, JobEvent, JobSpec, Life, Lora, Method, Objective, SaveStrategy, Schedule, files,
+};
 use tandem_core::message::{Event, Fault, FinishReason, Generate, Scored};
 use tandem_core::pooling::Pooling;
 use tandem_core::replica::{Command, EVENT_QUEUE, JOB_EVENT_QUEUE, ReplicaHandle};

@@ -22,7 +22,8 @@ pub fn slice_tokens(device: Device) -> usize {
 /// The schedule of a run.
 pub struct DataPlan {
     lengths: Vec<usize>,
-    seed: u64,
+    /// Of the orders of epochs; `None`: that of the data.
+    seed: Option<u64>,
     batch_size: usize,
     /// Tokens that a micro-batch is filled to when short examples are packed.
     pack_tokens: Option<usize>,
@@ -98,7 +99,7 @@ impl DataPlan {
         assert!(!lengths.is_empty(), "a plan needs data");
         let mut plan = DataPlan {
             lengths,
-            seed: hyper.seed,
+            seed: hyper.shuffle.then_some(hyper.seed),
             batch_size: hyper.batch_size.max(1) as usize,
             pack_tokens: hyper
                 .packing
@@ -188,7 +189,11 @@ impl DataPlan {
     }
 
     fn micro_batches(&self, epoch: u64) -> Vec<Vec<usize>> {
-        let order = rng::permutation(self.lengths.len(), self.seed, SHUFFLE_STREAM.wrapping_add(epoch));
+        let n = self.lengths.len();
+        let order = match self.seed {
+            Some(seed) => rng::permutation(n, seed, SHUFFLE_STREAM.wrapping_add(epoch)),
+            None => (0..n).collect(),
+        };
         let Some(pack_tokens) = self.pack_tokens else {
             return order.chunks(self.batch_size).map(<[usize]>::to_vec).collect();
         };
@@ -283,7 +288,7 @@ const SHUFFLE_STREAM: u64 = 0x5_f1e0_0000;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tandem_core::job::{Lora, Method, Objective, Schedule};
+    use tandem_core::job::{Lora, Method, Objective, SaveStrategy, Schedule};
 
     fn hyper() -> Hyper {
         Hyper {
@@ -304,8 +309,11 @@ mod tests {
             seed: 7,
             max_seq_length: 64,
             packing: false,
+            shuffle: true,
+            save_strategy: SaveStrategy::Steps,
             save_steps: 0,
             eval_steps: 0,
+            selection: None,
             objective: Objective::default(),
             method: Method::Lora(Lora {
                 r: 4,
@@ -315,6 +323,23 @@ mod tests {
                 use_rslora: false,
                 use_dora: false,
             }),
+        }
+    }
+
+    #[test]
+    fn without_shuffling_every_epoch_has_the_order_of_the_data() {
+        for packing in [false, true] {
+            let hyper = Hyper {
+                packing,
+                shuffle: false,
+                ..hyper()
+            };
+            let mut plan = DataPlan::new(lengths(21), &hyper);
+            let seen: Vec<usize> = (0..plan.total())
+                .flat_map(|step| plan.step(step).into_iter().flatten().collect::<Vec<_>>())
+                .collect();
+            let expected: Vec<usize> = (0..3).flat_map(|_| 0..21).collect();
+            assert_eq!(seen, expected);
         }
     }
 

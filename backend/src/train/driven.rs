@@ -110,6 +110,7 @@ impl Driven {
             params,
             moment1,
             moment2,
+            best: _,
         } = tensors;
         match source.moments {
             learner::Moments::Restored => {
@@ -359,6 +360,7 @@ impl Copy {
                     params: params.flat.shallow_clone(),
                     moment1: moment1.shallow_clone(),
                     moment2: moment2.shallow_clone(),
+                    best: None,
                 };
                 state::replace(folder, learner::STATE, &state::bytes(&record, &tensors))?;
                 Ok(Saved { adapter: None })

@@ -137,11 +137,16 @@ impl Learner {
                 "its state has {there} numbers, this model makes it {here}"
             )));
         }
-        self.flat().copy_(params);
         self.moment1.copy_(moment1);
         self.moment2.copy_(moment2);
-        self.repack();
+        self.load(params);
         Ok(())
+    }
+
+    /// Takes other numbers, `[P]`. The moments stay.
+    pub fn load(&mut self, params: &Tensor) {
+        self.flat().copy_(params);
+        self.repack();
     }
 
     /// DoRA begins as the base: magnitudes that nobody has set are the norms of its rows.

@@ -14,6 +14,8 @@ const TRAINED: u64 = 4 * 4;
 /// What the forward reads of it, and the copies that are written, at their most.
 const COPIED: u64 = 4 * 4;
 const FLOAT: u64 = 4;
+/// Of the best model's numbers: those that are kept, and those that take their place.
+const BEST: u64 = 4 * 2;
 /// Of what is free, the most that a job beside others takes: requests and the system want some.
 const SHARE: f64 = 0.8;
 
@@ -43,8 +45,12 @@ impl Memory {
             Method::Full => decoder.parameters(),
         };
         let Memory { activations, .. } = Memory::of_numbers(decoder, numbers);
+        let best = match &hyper.selection {
+            Some(selection) if selection.load_best => BEST,
+            _ => 0,
+        };
         Memory {
-            numbers: (TRAINED + COPIED) * numbers,
+            numbers: (TRAINED + COPIED + best) * numbers,
             activations: match objective::is_known(&hyper.objective) {
                 true => activations,
                 // Those of a pair are on their way together.

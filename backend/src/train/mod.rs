@@ -12,6 +12,7 @@
 //! Not here: when to train (pace), jobs' queue and names (router).
 
 pub mod batch;
+mod best;
 pub mod data;
 pub mod driven;
 pub mod joint;
@@ -31,7 +32,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use tandem_core::dataset::{self, Example, Group};
 use tandem_core::id::Digest;
-use tandem_core::job::{Hyper, JobEvent, JobSpec, Method, Objective, Rows, StepReport, files};
+use tandem_core::job::{Hyper, JobEvent, JobSpec, Method, Objective, Rows, SaveStrategy, StepReport, files};
 use tandem_kernels::adamw::AdamW;
 use tandem_kernels::loss::LogProbs;
 use tch::{Kind, Tensor};
@@ -45,6 +46,7 @@ use crate::lora::peft;
 use crate::model::{Decoder, Dropout, full};
 use crate::weights::LoadError;
 use batch::{MicroBatch, Models, Place};
+use best::{Best, Judged};
 use data::{DataPlan, Slice};
 use learner::{Learner, LoraView, Unusable, Update};
 use noise::Noise;
@@ -186,6 +188,7 @@ pub struct Trainer {
     /// Optimizer steps done.
     step: u64,
     trained_tokens: u64,
+    best: Best,
     stage: Stage,
     step_began: Instant,
 }
@@ -212,6 +215,8 @@ enum Stage {
         tokens: u64,
     },
     Validate(Box<Validation>),
+    /// The numbers of the best model so far are kept.
+    KeepBest(best::Keeping),
     /// The adapter is tried before it is published: finite numbers may still multiply to infinities.
     Try {
         occasion: Occasion,
@@ -353,6 +358,7 @@ impl Trainer {
             plan,
             step: 0,
             trained_tokens: 0,
+            best: Best::new(spec.hyper.selection.clone()),
             stage: Stage::Announce {
                 resumed_from: None,
                 notes: inputs.notes.clone(),
@@ -383,11 +389,13 @@ impl Trainer {
             data,
             is_rest_due,
             order,
+            standing,
         } = progress;
         let state::Tensors {
             params,
             moment1,
             moment2,
+            best,
         } = tensors;
         let other = match (hyper == self.spec.hyper, data == self.data) {
             (true, true) => None,
@@ -403,6 +411,7 @@ impl Trainer {
             return Err(TrainError::State(message.to_owned()));
         }
         self.learner.resume(&params, &moment1, &moment2)?;
+        self.best.resume(standing, best);
         self.step = step;
         self.plan.reach(step);
         self.trained_tokens = trained_tokens;
@@ -472,6 +481,7 @@ impl Trainer {
                     false => Stage::Begin,
                 }
             }
+            Stage::Begin if self.is_over() => self.conclude(&mut quantum.events),
             Stage::Begin => self.begin(),
             Stage::Accumulate(step) => self.accumulate(base, *step),
             Stage::Optimize { scores, tokens } => {
@@ -489,6 +499,16 @@ impl Trainer {
                         token_accuracy: scores.accuracy(),
                         metrics: scores.metrics(),
                     });
+                    match self.best.judge(self.step, &scores, &self.learner)? {
+                        Judged::Done => self.after_validation(),
+                        Judged::Keeps(keeping) => Stage::KeepBest(keeping),
+                    }
+                }
+            },
+            Stage::KeepBest(keeping) => match keeping.advance() {
+                Err(keeping) => Stage::KeepBest(keeping),
+                Ok(kept) => {
+                    self.best.keep(kept);
                     self.after_validation()
                 }
             },
@@ -519,6 +539,9 @@ impl Trainer {
             Stage::Copy { occasion, copying } => match copying.advance() {
                 Err(copying) => Stage::Copy { occasion, copying },
                 Ok(copies) => {
+                    if occasion == Occasion::Checkpoint {
+                        self.best.has_checkpoint(self.step);
+                    }
                     quantum.snapshot = Some(self.snapshot_of(occasion, copies, false));
                     quantum.finished = occasion == Occasion::End;
                     Stage::Begin
@@ -559,11 +582,22 @@ impl Trainer {
         })
     }
 
+    /// Through, or no better model is waited for any more.
+    fn is_over(&self) -> bool {
+        self.step >= self.plan.total() || self.best.ends()
+    }
+
+    /// The result is what is there now, or the best before it.
+    fn conclude(&mut self, events: &mut Vec<JobEvent>) -> Stage {
+        if self.step < self.plan.total() {
+            events.push(self.best.stopped(self.step));
+        }
+        events.extend(self.best.load(&mut self.learner));
+        self.try_before(Occasion::End)
+    }
+
     /// Takes the examples of the next optimizer step.
     fn begin(&mut self) -> Stage {
-        if self.step >= self.plan.total() {
-            return self.try_before(Occasion::End);
-        }
         self.step_began = Instant::now();
         self.learner.forget_gradient();
         let micro_batches = self.plan.step(self.step);
@@ -844,9 +878,18 @@ impl Trainer {
     }
 
     fn after_validation(&self) -> Stage {
-        let every = self.spec.hyper.save_steps;
+        let Hyper {
+            save_strategy,
+            save_steps: every,
+            ..
+        } = self.spec.hyper;
+        let is_due = match save_strategy {
+            SaveStrategy::Steps => every > 0 && self.step.is_multiple_of(every),
+            SaveStrategy::Epoch => self.plan.ends_epoch(self.step),
+            SaveStrategy::Best => self.best.is_at(self.step),
+        };
         // The last step's adapter is the job's result: no checkpoint of it beside.
-        match every > 0 && self.step.is_multiple_of(every) && self.step < self.plan.total() {
+        match is_due && !self.is_over() {
             true => self.try_before(Occasion::Checkpoint),
             false => Stage::Begin,
         }
@@ -857,6 +900,7 @@ impl Trainer {
         let is_rest_due = matches!(
             self.stage,
             Stage::Validate(_)
+                | Stage::KeepBest(_)
                 | Stage::Try {
                     occasion: Occasion::Checkpoint,
                     ..
@@ -924,11 +968,13 @@ impl Trainer {
                 data: self.data,
                 is_rest_due,
                 order: state::ORDER,
+                standing: self.best.standing(),
             };
             let tensors = state::Tensors {
                 params,
                 moment1,
                 moment2,
+                best: self.best.numbers(),
             };
             (progress, tensors)
         });
@@ -938,6 +984,7 @@ impl Trainer {
             occasion,
             adapter,
             state,
+            best: self.best.standing().saved,
             step: self.step,
             trained_tokens: self.trained_tokens,
         }

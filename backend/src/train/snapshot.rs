@@ -34,6 +34,8 @@ pub struct Snapshot {
     pub(super) occasion: Occasion,
     pub(super) adapter: Option<AdapterCopy>,
     pub(super) state: Option<(Progress, Tensors)>,
+    /// The step of the best checkpoint, this one among them.
+    pub(super) best: Option<u64>,
     /// Optimizer steps and tokens done.
     pub(super) step: u64,
     pub(super) trained_tokens: u64,
@@ -86,6 +88,7 @@ impl Snapshot {
             occasion,
             ref adapter,
             ref state,
+            best,
             step,
             trained_tokens,
         } = self;
@@ -98,7 +101,7 @@ impl Snapshot {
         }
         let version = published.as_ref().map(|published| published.version.clone());
         let event = match occasion {
-            Occasion::Checkpoint => version.map(|adapter| JobEvent::Checkpoint { step, adapter }),
+            Occasion::Checkpoint => version.map(|adapter| JobEvent::Checkpoint { step, adapter, best }),
             Occasion::End => version.map(|adapter| JobEvent::Finished {
                 adapter,
                 trained_tokens,

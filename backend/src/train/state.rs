@@ -12,6 +12,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use tandem_core::id::Digest;
+use tandem_core::job::selection::Standing;
 use tandem_core::job::{Hyper, files};
 use tch::{Kind, Tensor};
 
@@ -32,6 +33,8 @@ pub struct Progress {
     /// [`ORDER`] of the program that wrote it.
     #[serde(default)]
     pub order: u32,
+    #[serde(default)]
+    pub standing: Standing,
 }
 
 /// Of a model's parameters in the tensors: 1 since each norm stands before the linears it feeds. (That of an adapter's
@@ -43,9 +46,12 @@ pub struct Tensors {
     pub params: Tensor,
     pub moment1: Tensor,
     pub moment2: Tensor,
+    /// The numbers of the best model so far, where it may become the result.
+    pub best: Option<Tensor>,
 }
 
 const TENSORS: [&str; 3] = ["params", "moment1", "moment2"];
+const BEST: &str = "best";
 const METADATA: &str = "tandem";
 /// Of the progress and the tensors.
 const DIGEST: &str = "sha256";
@@ -72,11 +78,11 @@ pub fn bytes(record: &impl Serialize, tensors: &Tensors) -> Vec<u8> {
         params,
         moment1,
         moment2,
+        best,
     } = tensors;
-    let bytes: Vec<(&str, Vec<u8>)> = TENSORS
-        .into_iter()
-        .zip([params, moment1, moment2].map(bytes_of))
-        .collect();
+    let named = TENSORS.into_iter().zip([params, moment1, moment2]);
+    let named = named.chain(best.as_ref().map(|best| (BEST, best)));
+    let bytes: Vec<(&str, Vec<u8>)> = named.map(|(name, tensor)| (name, bytes_of(tensor))).collect();
     let views = bytes.iter().map(|(name, bytes)| {
         let view = TensorView::new(safetensors::Dtype::F32, vec![bytes.len() / 4], bytes);
         (*name, view.expect("bytes are float32"))
@@ -146,8 +152,11 @@ fn verify(bytes: &[u8]) -> Result<(), String> {
         return Err("it has no digest".to_owned());
     };
     let tensors = SafeTensors::deserialize(bytes).map_err(|error| error.to_string())?;
-    let data = TENSORS.map(|name| tensors.tensor(name).map(|view| view.data()));
-    let data: Result<Vec<&[u8]>, _> = data.into_iter().collect();
+    let has_best = tensors.names().contains(&BEST);
+    let names = TENSORS.into_iter().chain(has_best.then_some(BEST));
+    let data: Result<Vec<&[u8]>, _> = names
+        .map(|name| tensors.tensor(name).map(|view| view.data()))
+        .collect();
     match digest(progress, data.map_err(|error| error.to_string())?.into_iter()) == *expected {
         true => Ok(()),
         false => Err("its content does not have its digest".to_owned()),
@@ -171,17 +180,21 @@ pub fn parse<R: DeserializeOwned>(bytes: &[u8]) -> Result<(R, Tensors), TrainErr
     let progress = progress.ok_or_else(|| damaged("is not a job's state".to_owned()))?;
     let progress = serde_json::from_str(progress).map_err(|error| damaged(error.to_string()))?;
     let tensors = SafeTensors::deserialize(bytes).map_err(|error| damaged(error.to_string()))?;
-    let [params, moment1, moment2] = TENSORS.map(|name| {
+    let read = |name: &str| {
         let view = tensors.tensor(name).map_err(|error| damaged(error.to_string()))?;
         let shape: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
         Tensor::f_from_data_size(view.data(), &shape, Kind::Float).map_err(|error| damaged(error.to_string()))
-    });
+    };
+    let [params, moment1, moment2] = TENSORS.map(read);
+    let has_best = tensors.names().contains(&BEST);
+    let best = has_best.then(|| read(BEST)).transpose()?;
     Ok((
         progress,
         Tensors {
             params: params?,
             moment1: moment1?,
             moment2: moment2?,
+            best,
         },
     ))
 }

@@ -21,7 +21,9 @@ use tandem_benches::machine;
 use tandem_benches::percentile::median;
 use tandem_core::dataset::{self, Example, Group};
 use tandem_core::id::{AdapterDigest, AdapterRef, RequestId};
-use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Objective, Schedule, files};
+use tandem_core::job::{
+    Hyper, JobEvent, JobSpec, Life, Lora, Method, Objective, SaveStrategy, Schedule, files,
+};
 use tandem_core::message::{Event, Generate};
 use tandem_core::replica::{Command, EVENT_QUEUE, JOB_EVENT_QUEUE, ReplicaHandle};
 use tandem_core::sampling::Sampling;
@@ -480,8 +482,11 @@ fn hyper(batch_size: u32, lora: Lora) -> Hyper {
         seed: 1,
         max_seq_length: 1024,
         packing: false,
+        shuffle: true,
+        save_strategy: SaveStrategy::Steps,
         save_steps: 0,
         eval_steps: 0,
+        selection: None,
         objective: Objective::default(),
         method: Method::Lora(lora),
     }

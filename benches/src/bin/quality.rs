@@ -14,7 +14,9 @@ use tandem_backend::start;
 use tandem_backend::train::Trainer;
 use tandem_core::TokenId;
 use tandem_core::dataset::{self, Example, Group};
-use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Objective, Schedule, files};
+use tandem_core::job::{
+    Hyper, JobEvent, JobSpec, Life, Lora, Method, Objective, SaveStrategy, Schedule, files,
+};
 use tandem_kernels::weight::{Precision, Recipe};
 use tch::{Device, Kind, Tensor};
 
@@ -183,8 +185,11 @@ fn losses(decoder: &Decoder, tokens: &[TokenId], options: &Options) -> anyhow::R
             seed: 1,
             max_seq_length: 1024,
             packing: false,
+            shuffle: true,
+            save_strategy: SaveStrategy::Steps,
             save_steps: 0,
             eval_steps: 0,
+            selection: None,
             objective: Objective::default(),
             method: Method::Lora(lora),
         },

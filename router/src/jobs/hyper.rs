@@ -10,7 +10,7 @@
 //! | weight_decay, max_grad_norm | 0, 1.0 | TRL |
 //! | r, alpha, dropout | 16, 2 r, 0 | alpha = 2 r is the common choice; all linear layers matter more than r (QLoRA) |
 //! | packing | no | TRL: a batch of 4 rows is 4 rows |
-//! | save_steps | a fifth of the run | a kill costs a fifth at most |
+//! | save_steps | a fifth of the run; 0 with another save_strategy than steps | a kill costs a fifth at most |
 
 use tandem_core::job::{Hyper, Lora, Method, Objective, Schedule};
 use tandem_core::replica::ReplicaInfo;
@@ -155,8 +155,14 @@ pub fn choose<'a>(settings: &Settings, tuning: Tuning, bounds: impl Into<Bounds<
         seed: settings.seed.expect("chosen when the job was created"),
         max_seq_length,
         packing,
-        save_steps: settings.save_steps.unwrap_or(total_steps.div_ceil(CHECKPOINTS)),
+        shuffle: settings.shuffle.unwrap_or(true),
+        save_strategy: settings.save_strategy(),
+        save_steps: match settings.save_strategy.as_deref() {
+            None | Some("steps") => settings.save_steps.unwrap_or(total_steps.div_ceil(CHECKPOINTS)),
+            Some(_) => 0,
+        },
         eval_steps: settings.eval_steps.unwrap_or(0),
+        selection: settings.selection(),
         objective,
         method: match tuning {
             Tuning::Lora => Method::Lora(lora(settings, bounds)),

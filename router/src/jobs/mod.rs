@@ -415,6 +415,7 @@ impl Router {
     async fn change_job(&self, id: &str, change: JobChange) -> Result<bool, RouterError> {
         let changed = self.0.store.change_job(id, change).await?;
         let Some(changed) = changed else { return Ok(false) };
+        self.0.catalog.remove(&changed.dropped);
         self.serve(changed.name);
         // Nobody may be watching.
         let _ = self.0.desk.changed.send(());

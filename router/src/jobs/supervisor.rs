@@ -9,14 +9,15 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 use tandem_core::id::{AdapterRef, JobId};
+use tandem_core::job::selection;
 use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Method, Saved, StepReport, base_model};
 use tandem_core::replica::{Command, JOB_EVENT_QUEUE};
-use tandem_store::{Asked, JobChange, JobRow, Lease, NewCheckpoint, NewEvent, StoreError};
+use tandem_store::{Asked, CheckpointRow, JobChange, JobRow, Lease, NewCheckpoint, NewEvent, StoreError};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use crate::Router;
-use crate::api::{JobError, Level, RouterError};
+use crate::api::{JobError, JobRequest, Level, RouterError};
 use crate::catalog::{Hold, checkpoint_name};
 use crate::fleet::JobSeat;
 use crate::jobs::keeper::Keeper;
@@ -255,6 +256,8 @@ struct Run<'a> {
     is_restart: bool,
     /// Its model's name, once it succeeds.
     model: String,
+    /// Checkpoints that are kept; `None`: all.
+    save_total_limit: Option<u32>,
     rank: u32,
     events: mpsc::Receiver<JobEvent>,
     total_steps: u64,
@@ -283,6 +286,7 @@ impl<'a> Run<'a> {
             Method::Full => 0,
         };
         let is_restart = row.status == RUNNING;
+        let request: JobRequest = record::from_json(&row.request)?;
         let id = record::job_id(row.id)?;
         let commands = seat.replica.commands.clone();
         let life = Life {
@@ -312,6 +316,7 @@ impl<'a> Run<'a> {
             _seat: seat,
             is_restart,
             model: row.model_name,
+            save_total_limit: request.settings.save_total_limit,
             rank,
             events,
             total_steps: 0,
@@ -480,7 +485,21 @@ impl<'a> Run<'a> {
                 told.events.push(event(Level::Warn, message));
                 told.no_room = true;
             }
-            JobEvent::Checkpoint { step, adapter } => return Some(Turn::Checkpoint { step, adapter }),
+            JobEvent::Checkpoint { step, adapter, best } => {
+                return Some(Turn::Checkpoint { step, adapter, best });
+            }
+            JobEvent::StoppedEarly { step, waited } => {
+                let total = self.total_steps;
+                let message = format!(
+                    "Step {step}/{total}: training ends early, {waited} validations in a row were not better than the best"
+                );
+                told.events.push(event(Level::Info, message));
+            }
+            JobEvent::BestLoaded { step, metric, value } => {
+                let message =
+                    format!("The model of step {step} is the result: its {metric} of {value} is the best");
+                told.events.push(event(Level::Info, message));
+            }
             JobEvent::Finished {
                 adapter,
                 trained_tokens,
@@ -578,8 +597,8 @@ impl<'a> Run<'a> {
 
     async fn turn(&mut self, turn: Turn) -> Result<ControlFlow<End>, RouterError> {
         let done = match turn {
-            Turn::Checkpoint { step, adapter } => {
-                return Ok(match self.checkpoint(step, adapter).await? {
+            Turn::Checkpoint { step, adapter, best } => {
+                return Ok(match self.checkpoint(step, adapter, best).await? {
                     ControlFlow::Continue(()) => ControlFlow::Continue(()),
                     ControlFlow::Break(()) => ControlFlow::Break(End::Lost),
                 });
@@ -644,7 +663,12 @@ impl<'a> Run<'a> {
     }
 
     /// The state and the adapter are in the store before the row that names them.
-    async fn checkpoint(&mut self, step: u64, adapter: AdapterRef) -> Result<ControlFlow<()>, RouterError> {
+    async fn checkpoint(
+        &mut self,
+        step: u64,
+        adapter: AdapterRef,
+        best: Option<u64>,
+    ) -> Result<ControlFlow<()>, RouterError> {
         let artifacts = self.router.0.store.artifacts();
         let saved = Saved {
             epoch: self.lease.epoch(),
@@ -655,8 +679,10 @@ impl<'a> Run<'a> {
         let made = self.made(&kept);
         let model = checkpoint_name(&self.model, step);
         self.latest.insert("step".to_owned(), step.into());
+        let surplus = self.surplus(step, best).await?;
         let change = JobChange {
             from: HERE,
+            drops: surplus.iter().map(|row| row.model.clone()).collect(),
             events: vec![metrics(
                 Level::Info,
                 format!("Checkpoint created at step {step}: {model}"),
@@ -678,6 +704,20 @@ impl<'a> Run<'a> {
             artifacts.drop_state(&self.id, earlier).await?;
         }
         Ok(done)
+    }
+
+    /// Checkpoints that are one too many beside that of `step`.
+    async fn surplus(&self, step: u64, best: Option<u64>) -> Result<Vec<CheckpointRow>, RouterError> {
+        let Some(limit) = self.save_total_limit else {
+            return Ok(vec![]);
+        };
+        let mut rows = self.router.0.store.all_checkpoints(self.id.as_str()).await?;
+        let mut steps: Vec<u64> = rows.iter().map(|row| row.step).chain([step]).collect();
+        steps.sort_unstable();
+        steps.dedup();
+        let surplus = selection::surplus(&steps, best, limit as usize);
+        rows.retain(|row| surplus.contains(&row.step));
+        Ok(rows)
     }
 
     /// The name, the result file and the success are one transaction: a client that reads `succeeded` can use all.
@@ -758,6 +798,7 @@ enum Turn {
     Checkpoint {
         step: u64,
         adapter: AdapterRef,
+        best: Option<u64>,
     },
     Finished {
         adapter: AdapterRef,

@@ -146,6 +146,7 @@ async fn a_job_becomes_a_model_that_answers() {
         JobEvent::Checkpoint {
             step: 2,
             adapter: checkpoint.clone(),
+            best: None,
         },
         step(3, 1.5),
         step(4, 1.0),
@@ -296,6 +297,7 @@ fn a_killed_job_goes_on_at_the_next_start() {
                 JobEvent::Checkpoint {
                     step: 2,
                     adapter: checkpoint,
+                    best: None,
                 },
             ];
             for event in said.into_iter().take(kill_after) {
@@ -320,6 +322,7 @@ fn a_killed_job_goes_on_at_the_next_start() {
                 JobEvent::Checkpoint {
                     step: 2,
                     adapter: checkpoint,
+                    best: None,
                 },
                 JobEvent::Finished {
                     adapter,
@@ -346,6 +349,51 @@ fn a_killed_job_goes_on_at_the_next_start() {
 }
 
 #[tokio::test]
+async fn checkpoints_beyond_the_limit_go_and_the_best_stays() {
+    let house = House::new();
+    let (router, mut engine) = house.open().await;
+    let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
+        .await
+        .unwrap();
+    let asked = JobRequest {
+        validation_file: Some(file.clone()),
+        settings: Settings {
+            save_total_limit: Some(1),
+            load_best_model_at_end: Some(true),
+            ..Settings::default()
+        },
+        ..request(&file)
+    };
+    let id = create_job(&router, asked).await;
+    let (spec, events) = engine.started().await;
+    assert!(spec.hyper.selection.as_ref().unwrap().load_best);
+    events.send(started(None)).await.unwrap();
+    for (step, best, left) in [(1, 1, &[1][..]), (2, 1, &[2, 1]), (3, 1, &[3, 1]), (4, 4, &[4])] {
+        let adapter = house.trained(&spec, &format!("checkpoint-{step}"), &step.to_string());
+        let best = Some(best);
+        let checkpoint = JobEvent::Checkpoint { step, adapter, best };
+        events.send(checkpoint).await.unwrap();
+        let listed = async || router.own().checkpoints(&id, None, 10).await.unwrap().data;
+        let mut changed = router.0.desk.watch();
+        while listed().await.first().is_none_or(|newest| newest.step != step) {
+            changed.changed().await.unwrap();
+        }
+        let listed = listed().await;
+        let steps: Vec<u64> = listed.iter().map(|checkpoint| checkpoint.step).collect();
+        assert_eq!(steps, left);
+        let models = router.own().models();
+        assert_eq!(
+            models.len(),
+            1 + left.len(),
+            "the base and what is left: {models:?}"
+        );
+        for checkpoint in listed {
+            assert!(router.own().model(&checkpoint.model).is_ok());
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_stop_leaves_the_job_for_the_next_start() {
     let house = House::new();
     let (router, mut engine) = house.open().await;
@@ -362,6 +410,7 @@ async fn a_stop_leaves_the_job_for_the_next_start() {
             .send(JobEvent::Checkpoint {
                 step: 1,
                 adapter: checkpoint,
+                best: None,
             })
             .await
             .unwrap();

@@ -134,6 +134,7 @@ async fn a_load_that_waits_for_a_slot_waits_alone() {
         JobEvent::Checkpoint {
             step: 1,
             adapter: checkpoint,
+            best: None,
         },
         JobEvent::Finished {
             adapter,

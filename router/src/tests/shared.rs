@@ -101,6 +101,7 @@ async fn a_job_whose_router_dies_ends_once_on_the_other() {
         JobEvent::Checkpoint {
             step: 2,
             adapter: checkpoint,
+            best: None,
         },
     ] {
         events.send(event).await.unwrap();

@@ -143,6 +143,8 @@ pub struct JobChange {
     pub error: Option<String>,
     pub events: Vec<NewEvent>,
     pub checkpoint: Option<NewCheckpoint>,
+    /// Checkpoints that go, by their models' names.
+    pub drops: Vec<String>,
     /// From [`crate::Artifacts::push_job`].
     pub saved: Option<Saved>,
     pub name: Option<NewName>,
@@ -259,6 +261,7 @@ impl Store {
             error,
             events,
             checkpoint,
+            drops,
             saved,
             name,
             result_file,
@@ -339,15 +342,26 @@ impl Store {
                 .await?;
         }
         changes::note(&mut tx, Kind::Jobs).await?;
-        let name = match name {
-            Some(name) => {
-                changes::note(&mut tx, Kind::Names).await?;
-                Some(names::write(&mut tx, name, &tenant).await?)
+        if name.is_some() || !drops.is_empty() {
+            changes::note(&mut tx, Kind::Names).await?;
+        }
+        let mut dropped = vec![];
+        for model in drops {
+            sqlx::query("DELETE FROM checkpoints WHERE job = $1 AND model = $2")
+                .bind(id)
+                .bind(model)
+                .execute(&mut *tx)
+                .await?;
+            if names::remove_of_job(&mut tx, model, id).await? {
+                dropped.push(model.clone());
             }
+        }
+        let name = match name {
+            Some(name) => Some(names::write(&mut tx, name, &tenant).await?),
             None => None,
         };
         tx.commit().await?;
-        Ok(Some(Changed { name }))
+        Ok(Some(Changed { name, dropped }))
     }
 
     /// Remember, across restarts, what is to become of a job. Who asked for its end asks for nothing else any more.
@@ -463,6 +477,12 @@ impl Store {
             .await?)
     }
 
+    /// In no order.
+    pub async fn all_checkpoints(&self, job: &str) -> Result<Vec<CheckpointRow>, StoreError> {
+        let sql = "SELECT id, created_at, step, model, metrics FROM checkpoints WHERE job = $1";
+        Ok(sqlx::query_as(sql).bind(job).fetch_all(self.db.pool()?).await?)
+    }
+
     /// Newest first, those before the checkpoint `after`.
     pub async fn checkpoints(
         &self,
@@ -500,6 +520,8 @@ impl Store {
 #[derive(Debug)]
 pub struct Changed {
     pub name: Option<NameRow>,
+    /// Names that are gone.
+    pub dropped: Vec<String>,
 }
 
 async fn insert_events(

@@ -247,6 +247,28 @@ async fn lose(
     Ok(())
 }
 
+/// Remove a name that a job made, if it is still its own: whether it was. The caller has noted the change of names in the same transaction.
+pub(crate) async fn remove_of_job(
+    tx: &mut Transaction<'static, Any>,
+    name: &str,
+    job: &str,
+) -> Result<bool, StoreError> {
+    let sql = "UPDATE adapters SET created_at = $1
+               WHERE digest IN (SELECT digest FROM names WHERE name = $2 AND job = $3)";
+    sqlx::query(sql)
+        .bind(now())
+        .bind(name)
+        .bind(job)
+        .execute(&mut **tx)
+        .await?;
+    let removed = sqlx::query("DELETE FROM names WHERE name = $1 AND job = $2")
+        .bind(name)
+        .bind(job)
+        .execute(&mut **tx)
+        .await?;
+    Ok(removed.rows_affected() > 0)
+}
+
 /// Insert or replace. The caller has noted the change of names in the same transaction.
 pub(crate) async fn write(
     tx: &mut Transaction<'static, Any>,

@@ -207,7 +207,7 @@ mod tests {
     use crate::extract::from_json;
 
     fn bytes(body: &Value) -> Vec<u8> {
-        let mut whole = json!({"model": "m", "training_file": "file-1"});
+        let mut whole = json!({"model": "m", "training_file": "file-1", "validation_file": "file-2"});
         whole
             .as_object_mut()
             .unwrap()
@@ -239,7 +239,7 @@ mod tests {
                 };
                 let alone = json!({*name: value});
                 let read =
-                    |settings: &Value| settings::read([("", settings.as_object().unwrap().clone())], false);
+                    |settings: &Value| settings::read([("", settings.as_object().unwrap().clone())], true);
                 // Some are read by one objective alone, or with one loss.
                 let of_readers =
                     settings::readers(setting.name).map(|reader| json!({*name: value, "objective": reader}));

@@ -1,13 +1,14 @@
 //! Jobs, their events and checkpoints to the wire, in the API of today. What may be asked is fine_tuning.rs.
 
 use serde_json::json;
+use tandem_core::job::selection::{EVAL, LOSS};
 use tandem_core::job::{Hyper, Lora, Method as CoreMethod, Schedule};
 use tandem_core::settings::Settings;
 use tandem_openapi::common::{AutoInteger, AutoNumber};
 use tandem_openapi::fine_tuning::{
     Checkpoint, ChosenHyperparameters, ChosenMethod, ChosenMethodSettings, CommonHyperparameters, Job,
     JobError, JobEvent, JobPreview, MethodHyperparameters, PreviewExample, PreviewPiece, PreviewRow,
-    PreviewStatistics, RunData, RunHyperparameters, RunLora, RunObjective, RunSchedule,
+    PreviewStatistics, RunData, RunHyperparameters, RunLora, RunObjective, RunSaving, RunSchedule,
 };
 use tandem_router::api::{self, JobEventRecord, JobRequest, JobStatus, Level};
 use tandem_router::hyper;
@@ -169,8 +170,11 @@ fn run(hyper: Hyper, settings: &Settings) -> RunHyperparameters {
         seed: _,
         max_seq_length,
         packing,
+        shuffle,
+        save_strategy,
         save_steps,
         eval_steps,
+        selection,
         objective,
         method,
     } = hyper;
@@ -210,8 +214,26 @@ fn run(hyper: Hyper, settings: &Settings) -> RunHyperparameters {
         prompt_loss_weight: settings.prompt_loss_weight.unwrap_or(0.0),
         max_steps,
         gradient_accumulation_steps,
-        save_steps,
-        eval_steps,
+        shuffle,
+        saving: RunSaving {
+            save_strategy: match settings.save_strategy.as_deref() {
+                Some("no") => "no".to_owned(),
+                _ => save_strategy.name().to_owned(),
+            },
+            save_steps,
+            save_total_limit: settings.save_total_limit,
+            eval_steps,
+            load_best_model_at_end: selection.as_ref().is_some_and(|selection| selection.load_best),
+            metric_for_best_model: match &selection {
+                Some(selection) => format!("{EVAL}{}", selection.metric),
+                None => format!("{EVAL}{LOSS}"),
+            },
+            greater_is_better: selection
+                .as_ref()
+                .is_some_and(|selection| selection.greater_is_better),
+            early_stopping_patience: selection.as_ref().and_then(|selection| selection.patience),
+            early_stopping_threshold: selection.map_or(0.0, |selection| selection.threshold),
+        },
         data: data(settings),
         objective: RunObjective {
             objective: objective.name().to_owned(),

@@ -142,7 +142,15 @@ fn line(event: &JobEvent, total_steps: u64, frozen: u64) -> String {
             "step {step}/{total_steps} validation loss {loss:.4} accuracy {token_accuracy:.3}{}",
             of_objective(metrics)
         ),
-        JobEvent::Checkpoint { step, adapter } => format!("step {step}: saved {}", adapter.folder.display()),
+        JobEvent::Checkpoint { step, adapter, .. } => {
+            format!("step {step}: saved {}", adapter.folder.display())
+        }
+        JobEvent::StoppedEarly { step, waited } => format!(
+            "step {step}/{total_steps}: training ends early, {waited} validations in a row were not better than the best"
+        ),
+        JobEvent::BestLoaded { step, metric, value } => {
+            format!("the model of step {step} is the result: its {metric} of {value:.4} is the best")
+        }
         JobEvent::Finished { trained_tokens, .. } => {
             format!("finished after {} tokens", thousands(*trained_tokens))
         }

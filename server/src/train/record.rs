@@ -9,6 +9,7 @@ use std::time::UNIX_EPOCH;
 use serde::{Deserialize, Serialize};
 use serde_norway::{Mapping, Value};
 use sha2::{Digest, Sha256};
+use tandem_core::job::selection::{self, Selection};
 use tandem_core::job::{Hyper, Lora, Method, files};
 use tandem_core::{gguf, id};
 
@@ -198,13 +199,14 @@ pub fn clear(folder: &Path) -> Result<(), RecordError> {
         .try_for_each(remove)
 }
 
-/// Keeps the newest `limit` checkpoints.
-pub fn prune(folder: &Path, limit: u32) -> Result<(), RecordError> {
+/// Keeps the newest `limit` checkpoints, `best` among them.
+pub fn prune(folder: &Path, best: Option<u64>, limit: u32) -> Result<(), RecordError> {
     let checkpoints = checkpoints(folder)?;
-    let old = checkpoints.len().saturating_sub(limit as usize);
+    let steps: Vec<u64> = checkpoints.iter().map(|(step, _)| *step).collect();
+    let surplus = selection::surplus(&steps, best, limit as usize);
     checkpoints
         .into_iter()
-        .take(old)
+        .filter(|(step, _)| surplus.contains(step))
         .try_for_each(|(_, path)| remove(path))
 }
 
@@ -236,8 +238,11 @@ pub fn settings(hyper: &Hyper) -> Mapping {
         seed,
         max_seq_length,
         packing,
+        shuffle,
+        save_strategy,
         save_steps,
         eval_steps,
+        selection,
         objective,
         method,
     } = hyper;
@@ -304,8 +309,26 @@ pub fn settings(hyper: &Hyper) -> Mapping {
     put("adam_epsilon", (*adam_epsilon).into());
     put("max_seq_length", (*max_seq_length).into());
     put("packing", (*packing).into());
+    put("shuffle", (*shuffle).into());
+    put("save_strategy", save_strategy.name().into());
     put("save_steps", (*save_steps).into());
     put("eval_steps", (*eval_steps).into());
+    if let Some(Selection {
+        metric,
+        greater_is_better,
+        load_best,
+        patience,
+        threshold,
+    }) = selection
+    {
+        put("metric_for_best_model", metric.as_str().into());
+        put("greater_is_better", (*greater_is_better).into());
+        put("load_best_model_at_end", (*load_best).into());
+        if let Some(patience) = patience {
+            put("early_stopping_patience", (*patience).into());
+            put("early_stopping_threshold", (*threshold).into());
+        }
+    }
     put("seed", (*seed).into());
     settings
 }
@@ -434,7 +457,7 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(message.contains(files::STATE), "{message}");
-        prune(folder.path(), 2).unwrap();
+        prune(folder.path(), None, 2).unwrap();
         assert!(!there("checkpoint-2") && there("checkpoint-9") && there("checkpoint-10"));
         clear(folder.path()).unwrap();
         let mut left: Vec<_> = fs::read_dir(folder.path())

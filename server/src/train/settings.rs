@@ -3,7 +3,6 @@
 //! not train silently.
 
 use std::collections::BTreeMap;
-use std::num::NonZero;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -69,11 +68,6 @@ const KEYS: &[Key] = &[
         &[],
         "true: what an earlier run left in output_dir goes",
     ),
-    (
-        "save_total_limit",
-        &[],
-        "checkpoints that are kept, the newest; all without it",
-    ),
     ("method", &[], "lora (default) or full"),
     (
         "dtype",
@@ -130,7 +124,6 @@ pub struct Recipe {
     pub validation_file: Option<Files>,
     pub output_dir: PathBuf,
     pub overwrite_output_dir: bool,
-    pub save_total_limit: Option<NonZero<u32>>,
     pub tuning: Tuning,
     pub dtype: String,
     pub quantization: Option<String>,
@@ -150,7 +143,6 @@ struct Own {
     validation_file: Option<Files>,
     output_dir: PathBuf,
     overwrite_output_dir: Option<bool>,
-    save_total_limit: Option<NonZero<u32>>,
     method: Option<Method>,
     dtype: Option<String>,
     quantization: Option<String>,
@@ -363,7 +355,6 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
         validation_file,
         output_dir,
         overwrite_output_dir,
-        save_total_limit,
         method,
         dtype,
         quantization,
@@ -413,7 +404,6 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
         validation_file,
         output_dir,
         overwrite_output_dir: overwrite_output_dir.unwrap_or(false),
-        save_total_limit,
         tuning,
         dtype,
         quantization,
@@ -505,7 +495,12 @@ mod tests {
         read(&args.iter().map(|&arg| arg.to_owned()).collect::<Vec<_>>())
     }
 
-    const NEEDED: [&str; 3] = ["model=m", "training_file=t.jsonl", "output_dir=o"];
+    const NEEDED: [&str; 4] = [
+        "model=m",
+        "training_file=t.jsonl",
+        "validation_file=v.jsonl",
+        "output_dir=o",
+    ];
 
     #[test]
     fn words_win_and_other_names_are_read() {

@@ -85,6 +85,49 @@ fn a_run_is_done_once_and_only_the_same_goes_on_in_its_folder() {
 }
 
 #[test]
+fn a_run_ends_early_with_its_best_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let rows_file = folder.path().join("rows.jsonl");
+    rows(&rows_file, "Ahoy");
+    let valid = format!("validation_file={}", rows_file.display());
+    // A greater loss is called better: the first model is the best.
+    let settings = [
+        "n_epochs=2",
+        "eval_steps=1",
+        "load_best_model_at_end=true",
+        "greater_is_better=true",
+        "early_stopping_patience=3",
+        "save_strategy=best",
+        &valid,
+    ];
+    let output = train(folder.path(), &settings).output().unwrap();
+    let text = text(&output);
+    assert!(output.status.success(), "{text}");
+    for part in [
+        "step 4/12: training ends early, 3 validations",
+        "the model of step 1 is the result: its loss of",
+    ] {
+        assert!(text.contains(part), "{part:?} is not in\n{text}");
+    }
+    let tensors = |name: &str| {
+        let file = folder
+            .path()
+            .join("out")
+            .join(name)
+            .join("adapter_model.safetensors");
+        std::fs::read(file).unwrap()
+    };
+    assert_eq!(tensors("adapter"), tensors("checkpoint-1"));
+    let settings = ["load_best_model_at_end=true", "output_dir=elsewhere"];
+    let refused = train(folder.path(), &settings).output().unwrap();
+    let message = self::text(&refused);
+    assert!(
+        !refused.status.success() && message.contains("there is no validation_file"),
+        "{message}"
+    );
+}
+
+#[test]
 fn an_interrupted_run_goes_on() {
     let folder = tempfile::tempdir().unwrap();
     rows(&folder.path().join("rows.jsonl"), "Ahoy");

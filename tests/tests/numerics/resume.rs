@@ -7,6 +7,7 @@ use tandem_backend::lora::peft;
 use tandem_backend::model::Decoder;
 use tandem_backend::train::{TrainError, Trainer};
 use tandem_core::dataset::{self, Example, Group};
+use tandem_core::job::selection::{LOSS, Selection};
 use tandem_core::job::{Hyper, JobEvent, Lora, Method, files};
 use tandem_core::rng;
 use tandem_kernels::weight::Precision;
@@ -201,6 +202,96 @@ fn a_clean_stop_repeats_no_step_and_ends_with_the_same_bytes() {
             .collect::<Vec<_>>()
     );
     assert!(adapter_bytes(&job) == adapter_bytes(&undisturbed));
+}
+
+/// A greater loss is called better, so that the first model is the best and the run ends before its last step.
+fn choosing_job(fixture: &Fixture, decoder: &Decoder) -> Job {
+    let mut job = job(fixture, decoder);
+    job.spec.hyper.save_steps = 2;
+    job.spec.hyper.selection = Some(Selection {
+        metric: LOSS.to_owned(),
+        greater_is_better: true,
+        load_best: true,
+        patience: Some(2),
+        threshold: 0.0,
+    });
+    job
+}
+
+/// What a job says of its end.
+fn choices(events: &[JobEvent]) -> Vec<&JobEvent> {
+    let is_choice =
+        |event: &&JobEvent| matches!(event, JobEvent::StoppedEarly { .. } | JobEvent::BestLoaded { .. });
+    events.iter().filter(is_choice).collect()
+}
+
+#[test]
+fn a_killed_job_stops_at_the_same_step_and_chooses_the_same_model() {
+    let fixture = Fixture::open("gqa_tied");
+    let decoder = fixture.decoder(Precision::F32);
+    let undisturbed = choosing_job(&fixture, &decoder);
+    let mut trainer = Trainer::start(undisturbed.spec.clone(), &decoder).expect("it starts");
+    let mut events = vec![];
+    while {
+        let quantum = quantum(&mut trainer, Some(&decoder));
+        events.extend(quantum.events);
+        !quantum.finished
+    } {}
+    let expected = choices(&events);
+    let [
+        JobEvent::StoppedEarly { step: 6, waited: 2 },
+        JobEvent::BestLoaded { step: 2, .. },
+    ] = expected[..]
+    else {
+        panic!("{expected:?}")
+    };
+    let folder = &undisturbed.spec.folder;
+    let bytes = |name: &str| fs::read(folder.join(name).join(peft::TENSORS)).expect("it is there");
+    assert!(
+        bytes(files::ADAPTER) == bytes("checkpoint-2"),
+        "the result is the best"
+    );
+    assert!(bytes("checkpoint-4") != bytes("checkpoint-2"));
+    let kept = |event: &JobEvent| match event {
+        JobEvent::Checkpoint { step, best, .. } => Some((*step, *best)),
+        _ => None,
+    };
+    let kept: Vec<_> = events.iter().filter_map(kept).collect();
+    assert_eq!(kept, [(2, Some(2)), (4, Some(2))]);
+
+    for seed in 1..7 {
+        let job = choosing_job(&fixture, &decoder);
+        let (mut lives, mut finished) = (0, false);
+        let mut events = vec![];
+        while !finished {
+            let mut trainer = Trainer::start(job.spec.clone(), &decoder).expect("it goes on");
+            let quanta = 5 + rng::bits(seed, 0, lives) % (10 + 10 * lives);
+            lives += 1;
+            events.clear();
+            for _ in 0..quanta {
+                let quantum = quantum(&mut trainer, Some(&decoder));
+                events.extend(quantum.events);
+                finished |= quantum.finished;
+                if finished {
+                    break;
+                }
+            }
+            match seed % 3 {
+                _ if finished => {}
+                // A clean stop, wherever it is.
+                0 => drop(trainer.snapshot().write().expect("the state is written")),
+                1 => damage(&job.spec.folder.join(files::STATE), |bytes| flip_last(bytes)),
+                _ => {}
+            }
+        }
+        assert!(lives > 2, "seed {seed}: only {lives} lives");
+        assert!(
+            adapter_bytes(&job) == bytes(files::ADAPTER),
+            "seed {seed}: other bytes"
+        );
+        let last = choices(&events);
+        assert!(expected.ends_with(&last), "seed {seed}: {last:?}");
+    }
 }
 
 #[test]

@@ -13,7 +13,7 @@ use tandem_backend::train::{Quantum, Trainer};
 use tandem_backend::weights::merge;
 use tandem_core::dataset::{self, Example, Group};
 use tandem_core::job::{
-    Hyper, JobEvent, JobSpec, Life, Lora, Method, Objective, Schedule, StepReport, files,
+    Hyper, JobEvent, JobSpec, Life, Lora, Method, Objective, SaveStrategy, Schedule, StepReport, files,
 };
 use tandem_kernels::adamw::AdamW;
 use tandem_kernels::loss::LogProbs;
@@ -371,8 +371,11 @@ pub fn hyper(method: Method) -> Hyper {
         seed: 3,
         max_seq_length: 64,
         packing: false,
+        shuffle: true,
+        save_strategy: SaveStrategy::Steps,
         save_steps: 0,
         eval_steps: 0,
+        selection: None,
         objective: Objective::default(),
         method,
     }

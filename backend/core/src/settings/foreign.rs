@@ -85,7 +85,6 @@ const PLAIN_LORA: &str =
     "plain LoRA is what is trained: choose lora_r, lora_alpha, lora_dropout, lora_target_modules, use_rslora";
 const FILES: &str = "give training_file and validation_file";
 const CLASSIFICATION: &str = "classification metrics are not computed; ask the tuned model";
-const ONLY_BY_METRIC: &str = "it says how to choose a checkpoint by a metric, which is not done";
 const JOBS_ONLY: &str = "it is a field of POST /v1/fine_tuning/jobs";
 
 const FOREIGN: &[Foreign] = &[
@@ -184,15 +183,6 @@ const FOREIGN: &[Foreign] = &[
          for no validation",
     ),
     row(
-        "save_strategy",
-        |value, beside| match value.as_str() {
-            Some("steps") => true,
-            Some("no") => beside.settings.save_steps == Some(0),
-            _ => false,
-        },
-        "checkpoints are saved every save_steps steps; save_steps 0 saves none before the end",
-    ),
-    row(
         "n_checkpoints",
         never,
         "give save_steps: the steps between checkpoints",
@@ -214,15 +204,9 @@ const FOREIGN: &[Foreign] = &[
         "leave validation_file out for no validation",
     ),
     row(
-        "load_best_model_at_end early_stopping_patience early_stopping_threshold early_stopping",
+        "early_stopping",
         off,
-        "a run goes to its end; every checkpoint is a model, choose by valid_loss in the job's events",
-    ),
-    row("metric_for_best_model greater_is_better", any, ONLY_BY_METRIC),
-    row(
-        "save_total_limit",
-        off,
-        "all checkpoints are kept; give save_steps",
+        "give early_stopping_patience: so many validations in a row without a better one end the run",
     ),
     row("save_on_each_node", off, "one place holds the checkpoints"),
     row(
@@ -242,9 +226,14 @@ const FOREIGN: &[Foreign] = &[
     ),
     // How the rows are read.
     row(
-        "shuffle_dataset shuffle",
-        on,
-        "every epoch has an order of its own, drawn from seed",
+        "shuffle_dataset",
+        any,
+        "every epoch has a drawn order, in TRL too; shuffle: false keeps that of the files",
+    ),
+    row(
+        "disable_shuffling",
+        off,
+        "shuffle says whether every epoch has a drawn order",
     ),
     row(
         "group_by_length",
@@ -259,7 +248,7 @@ const FOREIGN: &[Foreign] = &[
     row(
         "train_sampling_strategy",
         |value, _| word(value, &["random"]),
-        "every epoch has a drawn order",
+        "every epoch has a drawn order (random), or with shuffle: false that of the files",
     ),
     row(
         "batching_strategy",

@@ -15,7 +15,9 @@ fn asked(body: Value) -> Result<Settings, Refused> {
 fn one(name: &str, value: Value) -> Result<Settings, Refused> {
     let canonical = setting(name).map_or(name, |setting| setting.name);
     let mut read = asked(json!({name: value}));
-    for reader in readers(canonical) {
+    // Some metrics are reported by preferences alone.
+    let of_metrics = (canonical == "metric_for_best_model").then_some("dpo");
+    for reader in readers(canonical).chain(of_metrics) {
         read = read.or_else(|_| {
             let settings = asked(json!({name: value, "objective": reader}))?;
             Ok(Settings {
@@ -269,7 +271,8 @@ fn what_the_field_asks_is_honoured_harmless_or_refused() {
         ("lr_scheduler_kwargs", json!({"num_cycles": 2}), Honoured("num_cycles")),
         ("lr_scheduler_kwargs", json!({"min_lr_rate": 0.1}), Is::Refused("AdamW")),
         ("warmup_steps", json!(0), Honoured("warmup_steps")),
-        ("warmup_steps", json!(0.1), Is::Refused("an integer")),
+        ("warmup_steps", json!(0.1), Honoured("warmup_ratio")),
+        ("warmup_steps", json!(1.5), Is::Refused("an integer")),
         ("warmup_ratio", json!(0.1), Honoured("warmup_ratio")),
         ("optim", json!("adamw_torch_fused"), Harmless),
         ("optim", json!("adafactor"), Is::Refused("adamw_torch")),
@@ -326,17 +329,21 @@ fn what_the_field_asks_is_honoured_harmless_or_refused() {
         ("eval_accumulation_steps", json!(2), Harmless),
         ("include_for_metrics", json!(["inputs"]), Is::Refused("")),
         ("save_only_model", json!(false), Harmless),
-        ("save_strategy", json!("steps"), Harmless),
-        ("save_strategy", json!("epoch"), Is::Refused("save_steps")),
-        ("save_strategy", json!("no"), Is::Refused("save_steps 0")),
+        ("save_strategy", json!("steps"), Honoured("save_strategy")),
+        ("save_strategy", json!("epoch"), Honoured("save_strategy")),
+        ("save_strategy", json!("best"), Honoured("save_strategy")),
+        ("save_strategy", json!("no"), Honoured("save_strategy")),
         ("save_steps", json!(500), Honoured("save_steps")),
-        ("save_total_limit", json!(2), Is::Refused("checkpoints")),
+        ("save_total_limit", json!(2), Honoured("save_total_limit")),
+        ("save_total_limit", json!(0), Harmless),
         ("push_to_hub", json!(false), Harmless),
         ("push_to_hub", json!(true), Is::Refused("nothing is pushed")),
         ("hub_strategy", json!("every_save"), Harmless),
-        ("load_best_model_at_end", json!(false), Harmless),
-        ("load_best_model_at_end", json!(true), Is::Refused("checkpoint")),
-        ("metric_for_best_model", json!("loss"), Harmless),
+        ("load_best_model_at_end", json!(false), Honoured("load_best_model_at_end")),
+        ("load_best_model_at_end", json!(true), Honoured("load_best_model_at_end")),
+        ("metric_for_best_model", json!("loss"), Honoured("metric_for_best_model")),
+        ("metric_for_best_model", json!("eval_bleu"), Is::Refused("one of loss")),
+        ("greater_is_better", json!(true), Honoured("greater_is_better")),
         ("ignore_data_skip", json!(false), Harmless),
         ("full_determinism", json!(true), Harmless),
         ("seed", json!(42), Honoured("seed")),
@@ -349,7 +356,10 @@ fn what_the_field_asks_is_honoured_harmless_or_refused() {
         ("remove_unused_columns", json!(false), Harmless),
         ("label_names", json!(["labels"]), Is::Refused("rows")),
         ("train_sampling_strategy", json!("random"), Harmless),
-        ("train_sampling_strategy", json!("sequential"), Is::Refused("order")),
+        ("train_sampling_strategy", json!("sequential"), Honoured("shuffle")),
+        ("train_sampling_strategy", json!("group_by_length"), Is::Refused("order")),
+        ("shuffle", json!(false), Honoured("shuffle")),
+        ("disable_shuffling", json!(true), Honoured("shuffle")),
         ("group_by_length", json!(true), Harmless),
         ("ddp_find_unused_parameters", json!(false), Harmless),
         ("fsdp", json!(""), Harmless),
@@ -373,7 +383,7 @@ fn what_the_field_asks_is_honoured_harmless_or_refused() {
         ("max_seq_length", json!(1024), Honoured("max_seq_length")),
         ("truncation_mode", json!("keep_end"), Is::Refused("start")),
         ("shuffle_dataset", json!(true), Harmless),
-        ("shuffle_dataset", json!(false), Is::Refused("order")),
+        ("shuffle_dataset", json!(false), Harmless),
         ("packing", json!(false), Honoured("packing")),
         ("packing", json!(true), Honoured("packing")),
         ("packing_strategy", json!("bfd"), Honoured("packing_strategy")),
@@ -454,7 +464,9 @@ fn what_the_field_asks_is_honoured_harmless_or_refused() {
         ("from_checkpoint", json!("ft-1"), Honoured("from_peft_checkpoint")),
         ("from_peft_checkpoint", json!(true), Is::Refused("a name")),
         ("n_checkpoints", json!(3), Is::Refused("save_steps")),
-        ("early_stopping_patience", json!(3), Is::Refused("its end")),
+        ("early_stopping_patience", json!(3), Honoured("early_stopping_patience")),
+        ("early_stopping_patience", json!(0), Harmless),
+        ("early_stopping", json!(true), Is::Refused("early_stopping_patience")),
         ("training_type", json!({"type": "Lora"}), Is::Refused("lora_r")),
         ("wandb_api_key", json!("x"), Is::Refused("events")),
         ("beta", json!(0.1), Honoured("beta")),
@@ -497,6 +509,22 @@ fn what_the_field_asks_is_honoured_harmless_or_refused() {
         (json!({"eval_strategy": "steps", "eval_steps": 5}), true),
         (json!({"eval_strategy": "epoch", "eval_steps": 5}), false),
         (json!({"save_strategy": "no", "save_steps": 0}), true),
+        (json!({"save_strategy": "epoch", "save_steps": 5}), false),
+        (json!({"save_strategy": "steps", "save_steps": 5}), true),
+        (json!({"metric_for_best_model": "rewards/margins"}), false),
+        (
+            json!({"metric_for_best_model": "rewards/margins", "objective": "kto"}),
+            true,
+        ),
+        (
+            json!({"metric_for_best_model": "rewards/accuracies", "objective": "kto"}),
+            false,
+        ),
+        (json!({"warmup_steps": 0.1, "warmup_ratio": 0.1}), false),
+        (
+            json!({"shuffle": true, "train_sampling_strategy": "sequential"}),
+            false,
+        ),
         (json!({"batching_strategy": "packing", "packing": true}), false),
         (
             json!({"batching_strategy": "packing", "packing_strategy": "wrapped"}),
@@ -517,6 +545,22 @@ fn what_the_field_asks_is_honoured_harmless_or_refused() {
     ] {
         assert_eq!(asked(body.clone()).is_ok(), is_fine, "{body}");
     }
-    let no_file = json!({"eval_strategy": "no"}).as_object().unwrap().clone();
-    assert!(read([("", no_file)], false).is_ok());
+    for (body, is_fine) in [
+        (json!({"eval_strategy": "no"}), true),
+        (
+            json!({"metric_for_best_model": "eval_loss", "greater_is_better": false}),
+            true,
+        ),
+        (json!({"load_best_model_at_end": false}), true),
+        (json!({"load_best_model_at_end": true}), false),
+        (json!({"early_stopping_patience": 2}), false),
+        (json!({"save_strategy": "best"}), false),
+    ] {
+        let read = read([("", body.as_object().unwrap().clone())], false);
+        assert_eq!(read.is_ok(), is_fine, "{body}");
+        assert!(
+            read.map_or_else(|error| error.message.contains("validation_file"), |_| true),
+            "{body}"
+        );
+    }
 }

@@ -35,8 +35,11 @@ fn job(folder: &Path, cases: &[Case], max_steps: u64) -> JobSpec {
         seed: 1,
         max_seq_length: 128,
         packing: false,
+        shuffle: true,
+        save_strategy: SaveStrategy::Steps,
         save_steps: 0,
         eval_steps: 0,
+        selection: None,
         objective: Objective::default(),
         method: Method::Lora(lora(8)),
     };
@@ -377,7 +380,9 @@ fn a_checkpoint_is_told_in_its_place_and_when_it_is_durable() {
     while let Some(event) = events.blocking_recv() {
         match event {
             JobEvent::Step(report) => step = report.step,
-            JobEvent::Checkpoint { step: of, adapter } => {
+            JobEvent::Checkpoint {
+                step: of, adapter, ..
+            } => {
                 assert_eq!(of, step, "it comes after its step and before the next");
                 assert_eq!(peft::digest(&adapter.folder).unwrap(), adapter.digest);
                 let state = std::fs::read(spec.folder.join(files::STATE)).unwrap();

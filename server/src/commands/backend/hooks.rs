@@ -41,7 +41,7 @@ impl Hooks for Kept {
         let (artifacts, id, epoch) = (self.0.clone(), spec.id.clone(), spec.life.epoch);
         async move {
             match &event {
-                JobEvent::Checkpoint { step, adapter } => {
+                JobEvent::Checkpoint { step, adapter, .. } => {
                     artifacts.keep_adapter(adapter).await.map_err(said)?;
                     artifacts.push_job(&id, epoch, *step).await.map_err(said)?;
                 }
@@ -56,6 +56,8 @@ impl Hooks for Kept {
                 JobEvent::Started { .. }
                 | JobEvent::Step(_)
                 | JobEvent::Validated { .. }
+                | JobEvent::StoppedEarly { .. }
+                | JobEvent::BestLoaded { .. }
                 | JobEvent::NoRoom { .. }
                 | JobEvent::Refused { .. } => {}
             }
