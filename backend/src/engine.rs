@@ -9,6 +9,7 @@ mod jobs;
 mod learners;
 #[cfg(test)]
 mod tests;
+mod traced;
 
 use std::hash::{BuildHasher, RandomState};
 use std::ops::ControlFlow;
@@ -167,9 +168,11 @@ impl Engine {
     fn turn(&mut self) -> ControlFlow<()> {
         self.hear()?;
         if let Some(plan) = self.scheduler.plan() {
+            let span = self.traced_step(&plan);
             let began = Instant::now();
             let result = guard::torch(|| self.step(&plan));
             let took = began.elapsed();
+            drop(span);
             self.pace.stepped(took, plan.only_decodes());
             self.counters.steps += 1;
             self.counters.step_seconds += took.as_secs_f64();

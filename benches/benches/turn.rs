@@ -49,6 +49,7 @@ fn scheduler(criterion: &mut Criterion) {
                 thinking: None,
                 priority: 0,
                 salt: None,
+                trace: None,
                 max_tokens: (MAX_MODEL_LEN - PROMPT_TOKENS) as u32,
                 pooling: None,
                 stop_tokens: vec![],

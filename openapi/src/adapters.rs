@@ -20,3 +20,11 @@ pub struct LoadLoraAdapter {
 pub struct UnloadLoraAdapter {
     pub lora_name: String,
 }
+
+/// What a base with an adapter in it is written as.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[schema(example = json!({"format": "safetensors"}))]
+pub struct MergeAdapter {
+    /// `safetensors` (a folder in Hugging Face layout, as a tar archive) or `gguf` (one file)
+    pub format: Option<String>,
+}

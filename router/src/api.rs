@@ -13,6 +13,7 @@ use tandem_core::message::{Fault, Guessed};
 use tandem_core::pooling::Pooling;
 use tandem_core::sampling::{BadSampling, RawSampling};
 use tandem_core::settings::Settings;
+use tandem_core::trace::TraceContext;
 use tandem_text::chat::Message;
 pub use tandem_text::tools::{CallDelta, Delta, Tool};
 
@@ -67,6 +68,8 @@ pub struct Client {
     /// Each has its part of its key's share.
     pub connection: u64,
     pub work: Work,
+    /// The span of what it asks, where that is traced.
+    pub trace: Option<TraceContext>,
 }
 
 /// Whether somebody waits for an answer.

@@ -19,6 +19,7 @@ use crate::api::{Call, Generation, Prompt, RouterError, Tenant, Work};
 use crate::catalog::Wish;
 use crate::relay::{self, Choice, Order, Path, Relay};
 use crate::texts::text_bytes;
+use crate::traced::Traced;
 use crate::{Router, text_error};
 
 /// Stop strings of one call at most; clients send more than OpenAI's 4 (lm-eval does).
@@ -42,6 +43,7 @@ impl Router {
         snapshot: Option<AdapterDigest>,
     ) -> Result<Generation, RouterError> {
         let began = Instant::now();
+        let traced = Traced::begin(&call);
         let Call {
             client,
             earlier,
@@ -129,6 +131,9 @@ impl Router {
         };
         let prompt: Arc<[TokenId]> = self.prompt_tokens(prompt, special).await?.into();
         let max_tokens = fit(prompt.len(), max_tokens, limit, is_chat)?;
+        if let Some(traced) = &traced {
+            traced.prompt(prompt.len());
+        }
         let (plan, bounds) = match (answer, constraint) {
             (Some(answer), constraint) => {
                 let (plan, bounds) = self.plan(answer, &prompt, constraint).await?;
@@ -189,7 +194,9 @@ impl Router {
                 max_tokens,
                 pooling,
                 stop_tokens,
+                trace: traced.as_ref().map(|traced| traced.context),
             },
+            traced,
             skip,
             matched,
             one_call: plan.as_ref().is_some_and(|plan| !plan.parallel),

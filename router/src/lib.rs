@@ -20,6 +20,7 @@ mod tests;
 mod texts;
 pub mod time;
 pub mod tinker;
+mod traced;
 pub mod uploads;
 mod view;
 mod watch;

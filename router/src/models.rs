@@ -11,6 +11,7 @@ use tandem_store::{NameRow, NewName, Placement, Source, StoreError};
 use tokio::sync::oneshot;
 
 use crate::api::{Client, LoadMode, ModelCard, RouterError};
+use crate::batches::KEPT_S;
 use crate::catalog::Hold;
 use crate::fleet::Ask;
 use crate::{Router, Shared};
@@ -331,6 +332,11 @@ pub(crate) async fn housekeeping(router: Router) {
                     Ok(0) => {}
                     Ok(uploads) => tracing::info!(uploads, "uploads that nobody completed in time ended"),
                     Err(error) => tracing::warn!(%error, "old uploads were not ended"),
+                }
+                match router.0.store.delete_old_batches(KEPT_S).await {
+                    Ok(0) => {}
+                    Ok(batches) => tracing::info!(batches, "old batches deleted"),
+                    Err(error) => tracing::warn!(%error, "old batches were not deleted"),
                 }
                 if router.0.store.is_shared() {
                     match router.0.store.delete_loose_files().await {

@@ -11,6 +11,7 @@ use tandem_core::message::{Event, Fault, FinishReason, Generate, Guessed, Scored
 use tandem_core::pooling::Pooling;
 use tandem_core::replica::{Command, EVENT_QUEUE};
 use tandem_core::sampling::Sampling;
+use tandem_core::trace::TraceContext;
 use tandem_text::stop::{Matched, Passed, StopStrings};
 use tandem_text::stream::TextStream;
 use tandem_text::tools::Reader;
@@ -21,6 +22,7 @@ use crate::answer::Bounds;
 use crate::api::{Delta, Finish, Piece, TokenText, What};
 use crate::catalog::Lease;
 use crate::fleet::{Ask, Fleet, Seat};
+use crate::traced::Traced;
 
 /// Replicas that one choice may lose before it begins; a request that kills them must not kill all.
 const MAX_PLACES: u32 = 3;
@@ -30,6 +32,7 @@ pub(crate) struct Relay {
     pub fleet: Fleet,
     pub tokenizer: Tokenizer,
     pub order: Order,
+    pub traced: Option<Traced>,
     pub skip: Skip,
     pub matched: Matched,
     /// An answer ends before its second call (`parallel_tool_calls: false`).
@@ -49,6 +52,7 @@ pub(crate) struct Order {
     pub max_tokens: u32,
     pub pooling: Option<Pooling>,
     pub stop_tokens: Vec<TokenId>,
+    pub trace: Option<TraceContext>,
 }
 
 /// One sequence that has not ended.
@@ -340,6 +344,7 @@ impl Order {
             max_tokens: self.max_tokens,
             pooling: self.pooling,
             stop_tokens: self.stop_tokens.clone(),
+            trace: self.trace,
         }
     }
 }
@@ -353,7 +358,7 @@ async fn abort(choice: Choice) {
 }
 
 /// Until every choice has ended or nobody reads.
-pub(crate) async fn run(relay: Relay, mut choices: Vec<Choice>, out: mpsc::Sender<Piece>) {
+pub(crate) async fn run(mut relay: Relay, mut choices: Vec<Choice>, out: mpsc::Sender<Piece>) {
     let (mut events, mut pieces) = (Vec::with_capacity(EVENT_QUEUE), Vec::new());
     let mut crowded_out = false;
     'calls: while !choices.is_empty() {
@@ -387,6 +392,9 @@ pub(crate) async fn run(relay: Relay, mut choices: Vec<Choice>, out: mpsc::Sende
         }
         let choice = choices[slot].index;
         for what in pieces.drain(..) {
+            if let Some(traced) = &mut relay.traced {
+                traced.see(&what);
+            }
             match send(&relay.lease, &out, Piece { choice, what }).await {
                 Sent::Done => {}
                 Sent::Nobody => break, // seen by `closed` next

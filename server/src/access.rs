@@ -77,6 +77,8 @@ pub const TABLE: &[Row] = &[
     ("POST", "/v1/load_lora_adapter", ADMIN, Some("adapter.load")),
     ("POST", "/v1/unload_lora_adapter", ADMIN, Some("adapter.unload")),
     ("GET", "/v1/adapters/{name}/download", TRAIN, None),
+    // What comes out has the base's weights in it.
+    ("POST", "/v1/adapters/{name}/merge", ADMIN, Some("adapter.merge")),
     ("GET", "/v1/files", TRAIN, None),
     ("POST", "/v1/files", TRAIN, Some("file.create")),
     ("GET", "/v1/files/{id}", TRAIN, None),

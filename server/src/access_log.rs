@@ -13,8 +13,12 @@ use axum::middleware::Next;
 use axum::response::Response;
 use hyper::body::{Frame, SizeHint};
 use tandem_core::id::AdapterDigest;
+use tandem_core::trace::{TARGET, TraceContext, Unread};
 use tandem_router::api::{Piece, What};
-use tracing::{info, warn};
+use tracing::field::Empty;
+use tracing::{Span, info, trace_span, warn};
+
+use crate::otlp;
 
 tokio::task_local! {
     /// The exchange that the task is at.
@@ -37,7 +41,14 @@ pub struct Exchange {
     path: String,
     request_id: String,
     is_logged: bool,
+    traced: Option<Traced>,
     seen: Mutex<Seen>,
+}
+
+/// Its span in a trace.
+struct Traced {
+    context: TraceContext,
+    span: Span,
 }
 
 #[derive(Default)]
@@ -67,6 +78,7 @@ impl AccessLog {
             path: path.chars().take(PATH_CHARS).collect(),
             request_id: request_id.to_owned(),
             is_logged: !self.off && !self.silent.iter().any(is_silent),
+            traced: Traced::begin(&request, request_id),
             seen: Mutex::default(),
         });
         let response = EXCHANGE.scope(exchange.clone(), next.run(request)).await;
@@ -79,6 +91,10 @@ impl Exchange {
     /// `None`: what is asked comes from within.
     pub fn current() -> Option<Arc<Exchange>> {
         EXCHANGE.try_with(Arc::clone).ok()
+    }
+
+    pub fn trace(&self) -> Option<TraceContext> {
+        Some(self.traced.as_ref()?.context)
     }
 
     pub fn asks(&self, model: &str, adapter: Option<AdapterDigest>, prompt_tokens: usize) {
@@ -110,8 +126,50 @@ impl Exchange {
     }
 }
 
+impl Traced {
+    /// `None` where no traces are sent, and where whoever asks keeps nothing of its own.
+    fn begin(request: &Request, request_id: &str) -> Option<Traced> {
+        if !otlp::is_on() {
+            return None;
+        }
+        let given = request
+            .headers()
+            .get("traceparent")
+            .and_then(|header| header.to_str().ok());
+        let parent = match given.map(str::parse::<TraceContext>) {
+            Some(Ok(parent)) => Some(parent),
+            Some(Err(Unread::NotSampled)) => return None,
+            // As the standard wants it: what cannot be read is as if it were not there.
+            Some(Err(Unread::Malformed)) | None => None,
+        };
+        let context = parent.map_or_else(TraceContext::new, TraceContext::child);
+        let method = request.method().as_str();
+        let route = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
+        let name = format!("{method} {}", route.unwrap_or_default());
+        let span = trace_span!(
+            target: TARGET, "request", otel.name = name.trim(), otel.kind = "server", otel.id = %context,
+            otel.parent = parent.map(tracing::field::display), http.request.method = method, http.route = route,
+            url.path = request.uri().path(), tandem.request_id = request_id, http.response.status_code = Empty,
+            error.type = Empty,
+        );
+        Some(Traced { context, span })
+    }
+
+    fn end(&self, status: Option<StatusCode>) {
+        let Some(status) = status else { return };
+        self.span.record("http.response.status_code", status.as_u16());
+        if status.is_server_error() {
+            self.span.record("error.type", status.as_str());
+        }
+    }
+}
+
 impl Drop for Exchange {
     fn drop(&mut self) {
+        if let Some(traced) = &self.traced {
+            let seen = self.seen.get_mut().unwrap_or_else(PoisonError::into_inner);
+            traced.end(seen.status);
+        }
         if !self.is_logged {
             return;
         }
@@ -121,6 +179,7 @@ impl Drop for Exchange {
             path,
             request_id,
             is_logged: _,
+            traced: _,
             seen,
         } = self;
         let Seen {

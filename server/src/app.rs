@@ -27,6 +27,7 @@ use crate::convert::sampling::Limits;
 use crate::dialect;
 use crate::fields::Strays;
 use crate::http;
+use crate::http::merge::Merges;
 use crate::keys::Ring;
 use crate::layers;
 use crate::metrics::Metrics;
@@ -42,12 +43,18 @@ pub struct App {
     /// openapi.json
     pub document: Bytes,
     pub lora_roots: Arc<LoraRoots>,
+    pub merges: Merges,
     stopping: Arc<AtomicBool>,
 }
 
 impl App {
     /// `strict_fields`: refuse what a request has and nobody knows.
-    pub fn new(router: Router, strict_fields: bool, lora_roots: LoraRoots) -> Result<App, prometheus::Error> {
+    pub fn new(
+        router: Router,
+        strict_fields: bool,
+        lora_roots: LoraRoots,
+        merges: Merges,
+    ) -> Result<App, prometheus::Error> {
         let metrics = Metrics::new(&router.config().served_model_name, router.info().max_loras)?;
         let strays = Strays::new(strict_fields, metrics.unknown_fields());
         let document = Bytes::from(document());
@@ -57,6 +64,7 @@ impl App {
             strays: Arc::new(strays),
             document,
             lora_roots: Arc::new(lora_roots),
+            merges,
             stopping: Arc::default(),
         })
     }
@@ -118,8 +126,8 @@ impl Modify for Key {
 
 fn documented() -> OpenApiRouter<App> {
     use http::{
-        adapters, batches, chat, completions, embeddings, files, fine_tunes, fine_tuning, generate, messages,
-        models, responses, scores, server, tokenize, uploads,
+        adapters, batches, chat, completions, embeddings, files, fine_tunes, fine_tuning, generate, merge,
+        messages, models, responses, scores, server, tokenize, uploads,
     };
     OpenApiRouter::with_openapi(Document::openapi())
         .merge(http::tinker::documented())
@@ -169,6 +177,7 @@ fn documented() -> OpenApiRouter<App> {
         .routes(routes!(adapters::load))
         .routes(routes!(adapters::unload))
         .routes(routes!(adapters::download))
+        .routes(routes!(merge::merge))
         .routes(routes!(tokenize::tokenize))
         .routes(routes!(tokenize::detokenize))
         .routes(routes!(tokenize::info))
@@ -315,6 +324,6 @@ mod tests {
             assert_eq!(strays(name, example.to_string().as_bytes()), [], "{name}");
             bodies += 1;
         }
-        assert_eq!(bodies, 41);
+        assert_eq!(bodies, 42);
     }
 }

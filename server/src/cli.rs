@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand};
+use reqwest::Url;
 use tandem_backend::ModelLen;
 use tandem_store::{Role, Tenant};
 use tandem_text::reasoning::ReasoningFormat;
@@ -12,6 +13,7 @@ use tandem_text::tools::ToolFormat;
 
 use crate::connection::RootPath;
 use crate::extract::{FILE_LIMIT_BYTES, JSON_LIMIT_BYTES};
+use crate::otlp;
 use crate::tls::CertReqs;
 use crate::values::{
     ChatTemplate, LogFormat, LoraModule, LoraModules, Parser as Format, SchedulingPolicy, address, bytes,
@@ -92,7 +94,7 @@ pub struct Quantize {
 }
 
 /// The base's files under their names, each matrix that the adapter changes as W + scale B A; tokenizer and configuration are
-/// copied. What comes out is a model like any other.
+/// copied. Or one GGUF file (OUT.gguf) with all of it. What comes out is a model like any other.
 #[derive(Clone, Debug, Args)]
 pub struct Merge {
     /// The base: a folder with config.json and *.safetensors, or a name on the hub
@@ -101,9 +103,12 @@ pub struct Merge {
     /// A PEFT folder, or a name on the hub
     #[arg(value_name = "ADAPTER")]
     pub adapter: PathBuf,
-    /// Folder to make
+    /// Folder, or *.gguf file, to make
     #[arg(value_name = "OUT")]
     pub out: PathBuf,
+    /// [default: gguf if OUT is so called, else safetensors]
+    #[arg(long, value_name = "FORMAT", value_parser = ["safetensors", "gguf"])]
+    pub format: Option<String>,
     /// Branch, tag or commit of a model on the hub [default: main]
     #[arg(long, value_name = "REVISION")]
     pub revision: Option<String>,
@@ -512,6 +517,11 @@ pub struct ProcessOptions {
     /// How the log is written: text, or json with an object a line
     #[arg(long, value_name = "text|json", default_value = "text", value_parser = log_format)]
     pub log_format: LogFormat,
+    /// Where OpenTelemetry traces are sent, in OTLP over HTTP (JSON), such as http://localhost:4318/v1/traces: from a request
+    /// to the engine's steps, and of training. OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES and OTEL_EXPORTER_OTLP_HEADERS are
+    /// read, too
+    #[arg(long, value_name = "URL", value_parser = otlp::endpoint)]
+    pub otlp_traces_endpoint: Option<Url>,
     /// TOML file with any of these options
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -588,13 +598,23 @@ pub struct Health {
 }
 
 impl Command {
-    pub fn log_format(&self) -> LogFormat {
+    /// Of those that run until a signal.
+    fn process(&self) -> Option<&ProcessOptions> {
         match self {
-            Command::Serve(options) => options.process.log_format,
-            Command::Backend(options) => options.process.log_format,
-            Command::Router(options) => options.process.log_format,
-            _ => LogFormat::Text,
+            Command::Serve(options) => Some(&options.process),
+            Command::Backend(options) => Some(&options.process),
+            Command::Router(options) => Some(&options.process),
+            _ => None,
         }
+    }
+
+    pub fn log_format(&self) -> LogFormat {
+        self.process()
+            .map_or(LogFormat::Text, |process| process.log_format)
+    }
+
+    pub fn otlp_traces_endpoint(&self) -> Option<Url> {
+        self.process()?.otlp_traces_endpoint.clone()
     }
 }
 

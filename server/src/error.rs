@@ -81,6 +81,9 @@ pub enum ApiError {
     WrongMethod(Method, String),
     #[error(transparent)]
     Hub(#[from] HubError),
+    /// The base and the adapter are not made one model.
+    #[error("not merged: {0}")]
+    CannotMerge(String),
     #[error("the server is shutting down")]
     Stopping,
     #[error("this router waits for the first of its backends (--backend) to answer; try again")]
@@ -285,6 +288,7 @@ impl ApiError {
                 );
             }
             ApiError::Hub(_) => return bad(Some("lora_path"), Some("invalid_adapter")),
+            ApiError::CannotMerge(_) => return bad(Some("name"), Some("cannot_merge")),
             ApiError::Stopping => return stopping(),
             ApiError::NoBackend => {
                 return Answer {

@@ -503,8 +503,12 @@ pub const TABLE: &[Foreign] = &[
         Harmless(OWN_LOG),
     ),
     value(
-        &["otlp-traces-endpoint", "otlp-endpoint", "collect-detailed-traces"],
-        Refused("no traces are sent; /metrics has the times"),
+        &["otlp-endpoint"],
+        Refused("--otlp-traces-endpoint URL, which speaks OTLP over HTTP"),
+    ),
+    value(
+        &["collect-detailed-traces"],
+        Harmless("traces have the engine's steps and training's quanta anyway"),
     ),
     value(
         &["show-hidden-metrics-for-version"],

@@ -16,6 +16,7 @@ use tandem_router::View;
 use tandem_router::api::{Client, Reach, Work};
 use tandem_store::{KeyRow, Keys, Role, StoreError, Tenant, key_hash};
 
+use crate::access_log::Exchange;
 use crate::app::{App, now};
 use crate::connection::ConnectionId;
 
@@ -184,6 +185,7 @@ impl<S: Sync> FromRequestParts<S> for Asker {
             key: key.unwrap_or_default(),
             connection: connection.0,
             work: Work::Live,
+            trace: Exchange::current().and_then(|exchange| exchange.trace()),
         }))
     }
 }

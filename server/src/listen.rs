@@ -48,7 +48,6 @@ pub async fn serve(
 ) -> io::Result<()> {
     let mut signals = Signals::new()?;
     let listener = TcpListener::from_std(listener)?;
-    let limits = affordable(limits);
     let (stop, stopping) = watch::channel(false);
     if let Some(tls) = site.tls.clone() {
         tokio::spawn(tls.follow());
@@ -86,6 +85,7 @@ fn affordable(limits: Limits) -> Limits {
 
 /// Until `stopping`, and until the connections that are open then have ended.
 pub async fn accept(listener: TcpListener, site: Site, limits: Limits, mut stopping: watch::Receiver<bool>) {
+    let limits = affordable(limits);
     let places = Arc::new(Semaphore::new(limits.all as usize));
     let addresses = Addresses::default();
     let mut refused = Refused::default();

@@ -29,6 +29,7 @@ mod layers;
 mod listen;
 mod metrics;
 mod origins;
+mod otlp;
 mod process;
 mod ranks;
 mod roots;
@@ -64,7 +65,7 @@ fn run() -> Result<ExitCode> {
         Err(ConfigError::Usage(usage)) => usage.exit(),
         parsed => parsed?,
     };
-    process::start_log(cli.command.log_format()).context("TANDEM_LOG")?;
+    let sending = process::start_log(cli.command.log_format(), cli.command.otlp_traces_endpoint())?;
     process::raise_descriptors();
     match cli.command {
         Command::Serve(options) => commands::serve::run(*options, &given)?,
@@ -95,5 +96,6 @@ fn run() -> Result<ExitCode> {
             });
         }
     }
+    drop(sending);
     Ok(ExitCode::SUCCESS)
 }

@@ -284,6 +284,7 @@ impl Metrics {
         let mut text = self.text(&router.stats());
         let model = &router.config().served_model_name;
         fleet::write(&mut text, model, &router.admissions(), &router.fleet().reports());
+        fleet::write_batches(&mut text, model, &router.batch_numbers());
         fleet::write_parts(&mut text, model, &router.away());
         text
     }

@@ -6,11 +6,16 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
+use anyhow::{Context, Result};
+use reqwest::Url;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::{Layer, SubscriberExt};
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, fmt};
 
 use crate::config::LOG_VARIABLE;
 use crate::gpu_environment;
+use crate::otlp::{self, Sending};
 use crate::values::LogFormat;
 
 /// libgomp, oneDNN and glibc read these when they are loaded, before main. A value that is set stays.
@@ -73,19 +78,28 @@ pub fn descriptors() -> u64 {
     getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 
-/// To standard error, filtered by `TANDEM_LOG` (EnvFilter's syntax), `info` without it.
-pub fn start_log(format: LogFormat) -> Result<(), tracing_subscriber::filter::ParseError> {
+/// To standard error, filtered by `TANDEM_LOG` (EnvFilter's syntax), `info` without it; and traces to their collector.
+pub fn start_log(format: LogFormat, traces: Option<Url>) -> Result<Option<Sending>> {
     let filter = match std::env::var(LOG_VARIABLE) {
-        Ok(text) => EnvFilter::try_new(text)?,
+        Ok(text) => EnvFilter::try_new(text).context("TANDEM_LOG")?,
         Err(_) => EnvFilter::new("info"),
     };
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .with_target(false);
-    match format {
-        LogFormat::Text => log.with_ansi(io::stderr().is_terminal()).init(),
-        LogFormat::Json => log.json().flatten_event(true).with_target(true).init(),
-    }
-    Ok(())
+    let log = fmt::layer().with_writer(io::stderr);
+    let log = match format {
+        LogFormat::Text => log
+            .with_target(false)
+            .with_ansi(io::stderr().is_terminal())
+            .boxed(),
+        LogFormat::Json => log.json().flatten_event(true).boxed(),
+    };
+    let (traces, sending) = traces
+        .map(otlp::start)
+        .transpose()
+        .context("--otlp-traces-endpoint")?
+        .unzip();
+    tracing_subscriber::registry()
+        .with(log.with_filter(filter))
+        .with(traces.map(|traces| traces.with_filter(otlp::filter())))
+        .init();
+    Ok(sending)
 }

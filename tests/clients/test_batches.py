@@ -83,7 +83,7 @@ def test_bad_lines_fail_alone_and_bad_files_whole(client):
     endpoint = "/v1/chat/completions"
     good = {"model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
     text = (
-        line("good", endpoint, good) + "{nonsense\n" + line("unknown", endpoint, {**good, "model": "no"})
+        line("good", endpoint, good) + "{nonsense\n" + line("other", endpoint, {**good, "model": "no"})
         + line("hot", endpoint, {**good, "temperature": 9}) + line("good", endpoint, good)
     )
     batch = wait(client, begin(client, text, endpoint))
@@ -91,11 +91,15 @@ def test_bad_lines_fail_alone_and_bad_files_whole(client):
     assert (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed) == (5, 1, 4)
     assert [line["custom_id"] for line in lines(client, batch.output_file_id)] == ["good"]
     errors = lines(client, batch.error_file_id)
-    assert [line["custom_id"] for line in errors] == [None, "unknown", "hot", "good"]
+    assert [line["custom_id"] for line in errors] == [None, "other", "hot", "good"]
     assert errors[0]["error"]["code"] == "invalid_json_line" and errors[0]["error"]["line"] == 2
-    assert errors[1]["response"]["status_code"] == 404
+    assert errors[1]["error"]["code"] == "mismatched_model" and errors[1]["error"]["param"] == "body.model"
     assert errors[2]["response"]["body"]["error"]["param"] == "temperature"
     assert errors[3]["error"]["code"] == "duplicate_custom_id"
+
+    batch = wait(client, begin(client, line("unknown", endpoint, {**good, "model": "no"}), endpoint))
+    [error] = lines(client, batch.error_file_id)
+    assert error["response"]["status_code"] == 404
 
     batch = wait(client, begin(client, "\n".join(["nonsense"] * 3), endpoint))
     assert batch.status == "failed" and batch.output_file_id is None

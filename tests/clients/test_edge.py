@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import time
@@ -14,7 +15,7 @@ import urllib.request
 
 import openai
 import pytest
-from conftest import Process
+from conftest import ROOT, Process
 
 # Where services are required, its absence is a failure.
 is_spared = shutil.which("openssl") is None and os.environ.get("TEST_SERVICES") != "required"
@@ -118,3 +119,36 @@ def test_root_path_and_log(tmp_path):
         assert (line["model"], line["prompt_tokens"], line["generated_tokens"]) == (model, whole.usage.prompt_tokens, 5)
         assert 0 < line["ttft_ms"] <= line["total_ms"]
     assert lines["wrong"]["status"] == 404 and "model" not in lines["wrong"]
+
+
+@needs_openssl
+def test_a_router_that_waits_speaks_tls(tmp_path):
+    """Before its first backend answers, a router says that it waits, behind the same certificate as later."""
+    cert, key = certificate(tmp_path, "server")
+    with socket.socket() as backend, socket.socket() as free:
+        for listener in (backend, free):
+            listener.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        command = [
+            os.environ.get("TANDEM_BINARY", ROOT / "target/release/tandem"), "router", "--port", str(port),
+            "--backend", f"http://127.0.0.1:{backend.getsockname()[1]}", "--ssl-certfile", cert, "--ssl-keyfile", key,
+            "--data-dir", tmp_path / "data",
+        ]
+        with open(tmp_path / "log", "w") as log, subprocess.Popen(command, stderr=log, stdout=log) as router:
+            for _ in range(200):
+                try:
+                    assert get(f"https://127.0.0.1:{port}/health", cert) == 200
+                    break
+                except urllib.error.URLError:
+                    time.sleep(0.05)
+            else:
+                raise AssertionError((tmp_path / "log").read_text())
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                get(f"https://127.0.0.1:{port}/v1/models", cert)
+            assert refused.value.code == 503
+            assert json.load(refused.value)["error"]["code"] == "no_backend"
+            with pytest.raises((urllib.error.URLError, ConnectionError, http.client.HTTPException)):
+                get(f"http://127.0.0.1:{port}/health")
+            router.terminate()
+            assert router.wait(timeout=30) == 0

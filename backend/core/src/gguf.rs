@@ -1,13 +1,15 @@
-//! The head of a GGUF file: its metadata and its table of tensors. Format: ggml's docs/gguf.md, versions 2 and 3. Not
-//! here: what the keys mean (crates text and backend), the tensors' numbers, files (any reader will do).
+//! The head of a GGUF file: its metadata and its table of tensors. Format: ggml's docs/gguf.md, versions 2 and 3; 3 is
+//! written. Not here: what the keys mean (crates text and backend), the tensors' numbers, files (any reader will do).
 
 mod head;
 #[cfg(test)]
 mod tests;
+mod write;
 
 use std::collections::BTreeMap;
 
 pub use head::{Gguf, MAGIC, TensorInfo, is_name, siblings};
+pub use write::{aligned, head};
 
 /// What is wrong with a file, with its name, the key or tensor, and numbers.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -54,6 +56,14 @@ impl Value {
 }
 
 impl Metadata {
+    /// Of a file that is to be written.
+    pub fn new(file: &str, values: &[(String, Value)]) -> Metadata {
+        Metadata {
+            file: file.to_owned(),
+            values: values.iter().cloned().collect(),
+        }
+    }
+
     pub fn file(&self) -> &str {
         &self.file
     }

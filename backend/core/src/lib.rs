@@ -23,6 +23,7 @@ pub mod settings;
 pub mod stats;
 pub mod suggest;
 pub mod thinking;
+pub mod trace;
 pub mod uses;
 
 /// Position of a token in the model's vocabulary.

@@ -12,6 +12,7 @@ use crate::id::{AdapterRef, Digest, RequestId};
 use crate::pooling::Pooling;
 use crate::sampling::Sampling;
 use crate::thinking::Budget;
+use crate::trace::TraceContext;
 
 /// Continue one token sequence. Everything in it is checked: the prompt is not empty, its ids are below the
 /// vocabulary size, `prompt.len() + max_tokens <= max_model_len`.
@@ -37,6 +38,8 @@ pub struct Generate {
     pub pooling: Option<Pooling>,
     /// Generation ends after any of these (EOS among them, unless the client ignores it).
     pub stop_tokens: Vec<TokenId>,
+    /// Of whoever waits for the answer, where that is traced.
+    pub trace: Option<TraceContext>,
 }
 
 /// Of requests that nobody waits for: they go behind all others.
@@ -60,6 +63,7 @@ impl Generate {
             max_tokens,
             pooling,
             stop_tokens,
+            trace: _,
         } = self;
         let refused = |why: String| Err(Fault::Refused(why));
         let n = prompt.len();

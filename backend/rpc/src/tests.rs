@@ -13,6 +13,7 @@ use tandem_core::pooling::Pooling;
 use tandem_core::replica::{AdapterInfo, COMMAND_QUEUE, Command, EVENT_QUEUE, ReplicaHandle, ReplicaInfo};
 use tandem_core::sampling::{RawSampling, Sampling};
 use tandem_core::stats::Stats;
+use tandem_core::trace::TraceContext;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -168,6 +169,7 @@ fn request(id: u64) -> Generate {
         thinking: None,
         priority: 0,
         salt: None,
+        trace: None,
         max_tokens: 10,
         pooling: None,
         stop_tokens: vec![1, 2],
@@ -225,6 +227,7 @@ async fn a_request_and_its_answer_travel_whole() {
         }),
         sampling: Sampling::new(raw, 100).unwrap(),
         salt: Some(Digest([8; 32])),
+        trace: Some(TraceContext { trace: 7, span: 9 }),
         priority: -5,
         ..request(77)
     };
@@ -648,6 +651,7 @@ fn generate() -> wire::Generate {
         stop_tokens: vec![1, 2],
         grammar_json: None,
         salt: None,
+        traceparent: None,
         pooling_json: None,
         priority: 0,
         thinking_json: None,

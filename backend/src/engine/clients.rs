@@ -10,6 +10,7 @@ use tandem_core::rng;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 
+use super::traced::Traced;
 use crate::pool::Pool;
 
 /// Stream of [`rng`] that seeds of requests without one are drawn from.
@@ -27,6 +28,7 @@ pub struct Client {
     pool: Option<Pool>,
     seed: u64,
     life: Life,
+    traced: Option<Traced>,
 }
 
 enum AdapterUse {
@@ -73,6 +75,7 @@ impl Client {
                 .seed()
                 .unwrap_or_else(|| rng::bits(engine_seed, SEEDS, request.id.0)),
             life: Life::Lives,
+            traced: request.trace.map(Traced::new),
         }
     }
 
@@ -125,6 +128,10 @@ impl Clients {
         self.all.get(&id).expect("a planned request has a client").seed
     }
 
+    pub fn traced(&mut self, id: RequestId) -> Option<&mut Traced> {
+        self.all.get_mut(&id)?.traced.as_mut()
+    }
+
     pub fn send(&mut self, id: RequestId, event: Event) -> Delivery {
         let lives = |client: &&mut Client| client.life == Life::Lives;
         let Some(client) = self.all.get_mut(&id).filter(lives) else {
@@ -172,6 +179,7 @@ impl Clients {
     pub fn end(&mut self, id: RequestId) -> Option<AdapterDigest> {
         let client = self.all.get_mut(&id)?;
         client.life = Life::Ended;
+        client.traced = None;
         let adapter = match std::mem::replace(&mut client.adapter, AdapterUse::Base) {
             AdapterUse::Pinned(digest) => Some(digest),
             AdapterUse::Base | AdapterUse::Awaited(_) => None,

@@ -8,8 +8,10 @@ use std::time::Duration;
 
 use tandem_core::id::JobId;
 use tandem_core::job::{JobEvent, JobSpec};
+use tandem_core::trace::{TARGET, TraceContext};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
+use tracing::{Level, Span, span_enabled, trace_span};
 
 use super::clients::Delivery;
 use super::files::Ticket;
@@ -28,6 +30,8 @@ pub struct Job {
     pub trained_tokens: Option<u64>,
     /// When it last fell back to its state. Twice without a step in between is the end.
     pub fall: Option<Fall>,
+    /// The span of the optimizer step that is on its way, and which it is.
+    span: (Span, u64),
 }
 
 pub enum Stage {
@@ -81,6 +85,7 @@ impl Job {
             given,
             trained_tokens: None,
             fall: None,
+            span: (Span::none(), 0),
         }
     }
 
@@ -124,6 +129,22 @@ impl Job {
 
     pub fn holds_activations(&self) -> bool {
         matches!(&self.stage, Stage::Trains(trainer) if trainer.holds_activations())
+    }
+
+    /// Of the next quantum, in that of its step, in the job's trace; to be held as long as it takes.
+    pub fn quantum_span(&mut self) -> Span {
+        if !span_enabled!(target: TARGET, Level::TRACE) {
+            return Span::none();
+        }
+        let step = self.step() + 1;
+        if self.span.1 != step || self.span.0.is_none() {
+            let parent = TraceContext::named(&self.spec.id.to_string());
+            let span = trace_span!(
+                target: TARGET, "training step", otel.parent = %parent, tandem.job = %self.spec.id, tandem.step = step,
+            );
+            self.span = (span, step);
+        }
+        trace_span!(target: TARGET, parent: &self.span.0, "training quantum")
     }
 
     pub fn step(&self) -> u64 {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tandem_core::id::JobId;
 use tandem_core::job::{JobEvent, JobSpec};
 use tokio::sync::mpsc;
-use tracing::{info, warn};
+use tracing::{Span, info, warn};
 
 use super::Engine;
 use super::clients::Delivery;
@@ -359,6 +359,9 @@ impl Engine {
         let id = |&i: &usize| self.jobs.all[i].spec.id.clone();
         let ids: Vec<JobId> = members.iter().map(id).collect();
         let shares = self.jobs.shares(&members);
+        // In the trace of each.
+        let spans = members.iter().map(|&i| self.jobs.all[i].quantum_span());
+        let spans: Vec<Span> = spans.collect();
         let began = Instant::now();
         let result = guard::torch(|| {
             self.ranks.order_adapters(self.bank.changes());
@@ -367,6 +370,7 @@ impl Engine {
             self.jobs.quantum(&members, &self.decoder)
         });
         let took = began.elapsed();
+        drop(spans);
         self.pace.trained(took, load);
         self.counters.train_seconds += took.as_secs_f64();
         self.jobs.ran(&members, &shares, took);

@@ -225,6 +225,7 @@ fn request(prompt: &[TokenId], max_tokens: u32, raw: RawSampling) -> Generate {
         thinking: None,
         priority: 0,
         salt: None,
+        trace: None,
         max_tokens,
         pooling: None,
         stop_tokens: vec![EOS],

@@ -27,7 +27,7 @@ mod tests;
 
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 use tch::Kind;
 
 pub use checkpoint::open;
@@ -109,6 +109,21 @@ pub fn read_spec(folder: &Path) -> Result<DecoderSpec, LoadError> {
         spec.notes.insert(0, note.to_owned());
     }
     Ok(spec)
+}
+
+/// What a GGUF's metadata describe, as a config.json.
+pub fn described(config: Map<String, Value>) -> Result<DecoderSpec, LoadError> {
+    let config = Config::new(gguf::CONFIG, "", config);
+    let mut spec = (family(&config)?.spec)(&config)?;
+    spec.eos_tokens = config.token_ids("eos_token_id")?;
+    Ok(spec)
+}
+
+/// By its folder's config.json; of a model of several parts, the text part's.
+pub fn model_type(folder: &Path) -> Result<&'static str, LoadError> {
+    let config = Config::read(folder, "config.json")?;
+    let text = text_part(&config)?;
+    Ok(family(text.as_ref().unwrap_or(&config))?.model_type)
 }
 
 /// `text_config` of a wrapper.

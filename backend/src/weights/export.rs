@@ -1,7 +1,7 @@
 //! A dense checkpoint written anew in few bits, by conventions that others read: compressed-tensors (`pack-quantized`) for
 //! int8 and int4, bitsandbytes for nf4. Linears only; embedding, head and norms stay as they are. Reading it is `quantised`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -118,16 +118,29 @@ pub(super) fn begin(to: &Path) -> Result<(), LoadError> {
     }
 }
 
-/// All that is no weight; config.json with what is quantised, if something is.
-pub(super) fn copy_others(from: &Path, to: &Path, quantization: Option<&Value>) -> Result<(), LoadError> {
-    for entry in from.read_dir().map_err(|error| cannot(from, error))?.flatten() {
+/// All files of a model's folder that are no weights: names and paths.
+pub(super) fn others(folder: &Path) -> Result<Vec<(String, PathBuf)>, LoadError> {
+    let mut others = vec![];
+    for entry in folder
+        .read_dir()
+        .map_err(|error| cannot(folder, error))?
+        .flatten()
+    {
         let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
         let is_weight = [".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json"]
             .iter()
             .any(|end| name.ends_with(end));
-        if is_weight || !path.is_file() {
-            continue;
+        if !is_weight && path.is_file() {
+            others.push((name, path));
         }
+    }
+    others.sort();
+    Ok(others)
+}
+
+/// All that is no weight; config.json with what is quantised, if something is.
+fn copy_others(from: &Path, to: &Path, quantization: Option<&Value>) -> Result<(), LoadError> {
+    for (name, path) in others(from)? {
         let Some(quantization) = quantization.filter(|_| name == "config.json") else {
             std::fs::copy(&path, to.join(&name)).map_err(|error| cannot(&path, error))?;
             continue;

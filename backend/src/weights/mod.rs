@@ -28,7 +28,7 @@ mod quantised;
 pub use export::{Exported, quantize};
 pub use folder::check_folder;
 pub use matrix::Matrix;
-pub use merge::{Merged, merge};
+pub use merge::{File, Merge, MergeError, Merged, merge};
 pub use quantised::QUANTIZATIONS;
 use quantised::QuantisedTensors;
 
@@ -472,6 +472,12 @@ impl Checkpoint {
             });
         }
         Ok((entry, mapped))
+    }
+
+    /// What a tensor that is there is nearest to in torch.
+    fn kind_of(&self, name: &str) -> Kind {
+        let entry = self.tensors.get(name);
+        entry.and_then(|entry| entry.stored.kind()).unwrap_or(Kind::Float)
     }
 
     /// The dtype most bytes are stored in.

@@ -340,6 +340,7 @@ impl Engine {
             thinking: None,
             priority: 0,
             salt: None,
+            trace: None,
             max_tokens,
             pooling: None,
             stop_tokens: vec![],

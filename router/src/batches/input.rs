@@ -42,6 +42,23 @@ pub(crate) enum What {
     Wrong(LineError),
 }
 
+/// Of the lines before.
+#[derive(Default)]
+struct Seen {
+    ids: HashSet<String>,
+    /// What the first one asked.
+    model: Option<String>,
+}
+
+impl Seen {
+    /// The model of the lines before, where this one names another. (That one is missing is the edge's to say.)
+    fn other_model(&mut self, model: Option<&Value>) -> Option<String> {
+        let model = model?.as_str()?;
+        let first = self.model.get_or_insert_with(|| model.to_owned());
+        (first != model).then(|| first.clone())
+    }
+}
+
 /// What a line is.
 #[derive(Deserialize)]
 struct Envelope {
@@ -71,7 +88,7 @@ impl Input {
             );
         }
         let mut reader = BufReader::new(&file);
-        let (mut lines, mut seen) = (Vec::new(), HashSet::new());
+        let (mut lines, mut seen) = (Vec::new(), Seen::default());
         let (mut number, mut at) = (0, 0);
         let mut text = Vec::new();
         loop {
@@ -133,7 +150,7 @@ fn judge(
     text: &[u8],
     line: u64,
     endpoint: Endpoint,
-    seen: &mut HashSet<String>,
+    seen: &mut Seen,
 ) -> (Option<String>, Result<(), LineError>) {
     let wrong = |code: &str, param: Option<&str>, message: String| {
         Err(LineError {
@@ -172,7 +189,7 @@ fn judge(
             return (None, wrong(code, Some("custom_id"), message));
         }
     };
-    let judged = if !seen.insert(id.clone()) {
+    let judged = if !seen.ids.insert(id.clone()) {
         let message = format!("custom_id {id:?} is that of an earlier line");
         wrong("duplicate_custom_id", Some("custom_id"), message)
     } else if method.as_ref().and_then(Value::as_str) != Some("POST") {
@@ -187,7 +204,15 @@ fn judge(
     } else {
         match &body {
             Some(Value::Object(body)) if body.get("stream").is_none_or(|on| *on == Value::Bool(false)) => {
-                Ok(())
+                match seen.other_model(body.get("model")) {
+                    None => Ok(()),
+                    Some(first) => {
+                        let message = format!(
+                            "model must be {first:?}, as in the first line: one batch asks one model"
+                        );
+                        wrong("mismatched_model", Some("body.model"), message)
+                    }
+                }
             }
             Some(Value::Object(_)) => {
                 let message = "an answer of a batch is never streamed: leave stream out".to_owned();
@@ -230,6 +255,7 @@ mod tests {
             ),
             (line("b", chat, "[]"), Some("invalid_request")),
             (line("b", chat, r#"{"stream": true}"#), Some("invalid_request")),
+            (line("b", chat, r#"{"model": "n"}"#), Some("mismatched_model")),
         ];
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("input.jsonl");
@@ -245,7 +271,7 @@ mod tests {
                     assert_eq!((error.code.as_str(), error.line), (code, Some(2)), "{other}");
                     assert!(error.message.starts_with("Line 2: "), "{}", error.message);
                     let alone = read(&format!("\n{other}"));
-                    if code != "duplicate_custom_id" {
+                    if !["duplicate_custom_id", "mismatched_model"].contains(&code) {
                         let errors = alone.err().unwrap_or_else(|| panic!("{other} is refused"));
                         assert_eq!((errors[0].code.as_str(), errors[0].line), (code, Some(2)));
                     }

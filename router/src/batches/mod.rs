@@ -16,7 +16,7 @@ mod run;
 use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -41,6 +41,8 @@ const EXPIRED: &str = "expired";
 const CANCELLED: &str = "cancelled";
 /// How long a batch may take.
 const WINDOW_S: std::ops::RangeInclusive<u64> = 1..=30 * 24 * 3600;
+/// The row of a batch that ended so long ago goes, once its files of answers are gone, too.
+pub(crate) const KEPT_S: i64 = 30 * 24 * 3600;
 const EXPIRES_AFTER_S: std::ops::RangeInclusive<u64> = 3600..=2_592_000;
 const MAX_METADATA: usize = 16;
 const MAX_KEY_CHARS: usize = 64;
@@ -147,6 +149,22 @@ pub(crate) struct Counter {
     created: Notify,
     /// Batches that are worked on here.
     active: AtomicUsize,
+    /// That nobody works on, when last looked.
+    queued: AtomicU64,
+    completed_lines: AtomicU64,
+    failed_lines: AtomicU64,
+}
+
+/// What is measured of batches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BatchNumbers {
+    /// That wait for somebody to work on them; every router counts them all.
+    pub queued: u64,
+    /// That this router works on.
+    pub running: u64,
+    /// Lines that this router had answered, and those that were refused or not answered.
+    pub completed_lines: u64,
+    pub failed_lines: u64,
 }
 
 impl Counter {
@@ -155,6 +173,9 @@ impl Counter {
             answers: watch::Sender::new(None),
             created: Notify::new(),
             active: AtomicUsize::new(0),
+            queued: AtomicU64::new(0),
+            completed_lines: AtomicU64::new(0),
+            failed_lines: AtomicU64::new(0),
         }
     }
 }
@@ -163,6 +184,23 @@ impl Router {
     /// From here on batches run.
     pub fn answer_batches(&self, answers: Answers) {
         self.0.counter.answers.send_replace(Some(answers));
+    }
+
+    pub fn batch_numbers(&self) -> BatchNumbers {
+        let Counter {
+            answers: _,
+            created: _,
+            active,
+            queued,
+            completed_lines,
+            failed_lines,
+        } = &self.0.counter;
+        BatchNumbers {
+            queued: queued.load(Ordering::Relaxed),
+            running: active.load(Ordering::Relaxed) as u64,
+            completed_lines: completed_lines.load(Ordering::Relaxed),
+            failed_lines: failed_lines.load(Ordering::Relaxed),
+        }
     }
 
     pub(crate) async fn create_batch(

@@ -59,6 +59,10 @@ pub(crate) async fn run(router: Router) {
             }
         }
         router.0.counter.active.store(active.len(), Ordering::Relaxed);
+        // Where it cannot be counted, whoever looked for batches has logged why.
+        if let Ok(queued) = router.0.store.queued_batches().await {
+            router.0.counter.queued.store(queued, Ordering::Relaxed);
+        }
         tokio::select! {
             () = router.0.counter.created.notified() => {}
             Some(ended) = active.join_next(), if !active.is_empty() => if let Err(error) = ended {
@@ -290,7 +294,15 @@ impl Holder {
             return Ok(true);
         }
         let store = &self.router.0.store;
-        Ok(store.keep_batch_lines(&self.id, self.lease, lines).await?)
+        let kept = store.keep_batch_lines(&self.id, self.lease, lines).await?;
+        if kept {
+            let completed = lines.iter().filter(|line| line.ok).count() as u64;
+            let counter = &self.router.0.counter;
+            counter.completed_lines.fetch_add(completed, Ordering::Relaxed);
+            let failed = lines.len() as u64 - completed;
+            counter.failed_lines.fetch_add(failed, Ordering::Relaxed);
+        }
+        Ok(kept)
     }
 
     async fn end(

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
-use crate::batches::{Answers, Batch, BatchRequest, Endpoint, LineAnswer};
+use crate::batches::{Answers, Batch, BatchNumbers, BatchRequest, Endpoint, LineAnswer};
 
 /// Every body it was asked, and how many answers it gives before it waits for ever.
 #[derive(Clone, Default)]
@@ -207,6 +207,30 @@ async fn a_batch_ends_in_each_of_its_ways() {
         (page.data[0].id.as_str(), page.has_more),
         (batch.id.as_str(), true)
     );
+    let BatchNumbers {
+        queued,
+        running,
+        completed_lines,
+        failed_lines,
+    } = router.batch_numbers();
+    assert!(queued == 0 && running <= 1, "{queued} {running}");
+    assert_eq!(completed_lines + failed_lines, 2 + 9);
+    assert!((2..=3).contains(&completed_lines));
+
+    // A row goes some time after its batch ended, once no file of answers is left.
+    let store = &router.0.store;
+    assert_eq!(store.delete_old_batches(3600).await.unwrap(), 0);
+    assert_eq!(
+        store.delete_old_batches(0).await.unwrap(),
+        1,
+        "the one without files"
+    );
+    for file in [&batch.output_file, &batch.error_file].into_iter().flatten() {
+        router.own().delete_file(file).await.unwrap();
+    }
+    assert_eq!(store.delete_old_batches(0).await.unwrap(), 1);
+    assert!(router.own().batch(&batch.id).await.is_err());
+    assert_eq!(router.own().batches(None, 9).await.unwrap().data.len(), 1);
 }
 
 #[tokio::test]

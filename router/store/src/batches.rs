@@ -218,6 +218,32 @@ impl Store {
         Ok(Some((row, Lease::of(epoch))))
     }
 
+    /// How many have not ended and are nobody's.
+    pub async fn queued_batches(&self) -> Result<u64, StoreError> {
+        let mut tx = self.db.begin().await?;
+        let now_ms = self.db.clock_ms(&mut tx).await?;
+        let queued: i64 = sqlx::query_scalar(
+            "SELECT count(*) FROM batches WHERE finished_at IS NULL AND (lease_until IS NULL OR lease_until <= $1)",
+        )
+        .bind(now_ms)
+        .fetch_one(&mut *tx)
+        .await?;
+        Ok(unsigned(queued))
+    }
+
+    /// Delete the rows of batches that ended so many seconds ago or more, and whose files of answers are gone: as long as there
+    /// is one, its batch says what it is. Returns how many.
+    pub async fn delete_old_batches(&self, age_s: i64) -> Result<u64, StoreError> {
+        let deleted = sqlx::query(
+            "DELETE FROM batches WHERE finished_at <= $1
+             AND NOT EXISTS (SELECT 1 FROM files WHERE files.id IN (batches.output_file, batches.error_file))",
+        )
+        .bind(now().saturating_sub(age_s))
+        .execute(self.db.pool()?)
+        .await?;
+        Ok(deleted.rows_affected())
+    }
+
     /// Whether it was one of `from`, and is cancelled from now on. Whoever works on it ends it.
     pub async fn cancel_batch(
         &self,

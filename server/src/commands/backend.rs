@@ -49,6 +49,7 @@ pub fn run(options: Backend, given: &Given) -> Result<()> {
             ProcessOptions {
                 shutdown_grace,
                 log_format: _,
+                otlp_traces_endpoint: _,
                 config: _,
             },
     } = options;

@@ -22,6 +22,7 @@ use crate::audit::Audit;
 use crate::cli::{ArtifactOptions, ConnectionOptions, EdgeOptions, ProcessOptions, StateOptions};
 use crate::connection::{Patience, Site};
 use crate::exit::WrongSetting;
+use crate::http::merge::Merges;
 use crate::hub::{self, Content};
 use crate::keys::Ring;
 use crate::listen::Limits;
@@ -41,7 +42,35 @@ pub struct Door {
     is_judged: bool,
 }
 
+impl ConnectionOptions {
+    pub fn limits(&self) -> Limits {
+        Limits {
+            all: self.max_connections,
+            per_address: self.max_connections_per_address,
+        }
+    }
+
+    fn patience(&self) -> Patience {
+        let seconds = |n: u32| Duration::from_secs(n.into());
+        Patience {
+            idle: seconds(self.idle_timeout),
+            read: seconds(self.read_timeout),
+            write: seconds(self.write_timeout),
+        }
+    }
+}
+
 impl Door {
+    /// For pages that are served behind it before the API is.
+    pub fn site(&self, routes: axum::Router, options: &EdgeOptions) -> Site {
+        Site {
+            routes,
+            root: options.root_path.clone(),
+            tls: self.tls.clone(),
+            patience: options.connections.patience(),
+        }
+    }
+
     pub fn listener(&self) -> &TcpListener {
         &self.listener
     }
@@ -123,6 +152,8 @@ pub struct Edge {
     pub door: Door,
     pub fleet: Fleet,
     pub tokenizer: Tokenizer,
+    /// Where the base's weights are, if this process has them.
+    pub base: Option<PathBuf>,
     /// Of the base model; at least one.
     pub names: Vec<String>,
     /// Name and folder of each that --lora-modules names.
@@ -163,6 +194,7 @@ pub async fn run(edge: Edge) -> Result<()> {
             },
         fleet,
         tokenizer,
+        base,
         names,
         adapters: lora_modules,
         options,
@@ -211,25 +243,9 @@ pub async fn run(edge: Edge) -> Result<()> {
         scheduling_policy,
         max_waiting,
         replica_wait: _,
-        connections:
-            ConnectionOptions {
-                max_connections,
-                max_connections_per_address,
-                idle_timeout,
-                read_timeout,
-                write_timeout,
-            },
+        connections,
     } = options;
-    let seconds = |n: u32| Duration::from_secs(n.into());
-    let patience = Patience {
-        idle: seconds(idle_timeout),
-        read: seconds(read_timeout),
-        write: seconds(write_timeout),
-    };
-    let limits = Limits {
-        all: max_connections,
-        per_address: max_connections_per_address,
-    };
+    let (limits, patience) = (connections.limits(), connections.patience());
     let StateOptions {
         artifacts: ArtifactOptions {
             data_dir,
@@ -252,6 +268,7 @@ pub async fn run(edge: Edge) -> Result<()> {
     let ProcessOptions {
         shutdown_grace,
         log_format: _,
+        otlp_traces_endpoint: _,
         config: _,
     } = process;
     let defaults = defaults(&generation_config, &fleet)?;
@@ -307,7 +324,7 @@ pub async fn run(edge: Edge) -> Result<()> {
     }
     tokio::spawn(ring.follow(keys));
     let router = Router::open(store, tokenizer, fleet, config).await?;
-    let app = App::new(router, strict_fields, lora_roots).context("the metrics")?;
+    let app = App::new(router, strict_fields, lora_roots, Merges::of(base)).context("the metrics")?;
     app.router.answer_batches(http::batches::answers(app.clone()));
     let greeting = Greeting {
         address,

@@ -58,7 +58,7 @@ pub fn run(options: Router, given: &Given) -> Result<()> {
         .collect();
     block_on(async {
         let mut signals = Signals::new()?;
-        let waiting = Waiting::begin(door.listener())?;
+        let waiting = Waiting::begin(&door, &options)?;
         let fleet = tokio::select! {
             fleet = Fleet::open(members, Duration::from_secs(options.replica_wait)) => fleet,
             signal = signals.next() => {
@@ -79,6 +79,7 @@ pub fn run(options: Router, given: &Given) -> Result<()> {
             door,
             fleet,
             tokenizer,
+            base: None,
             names,
             adapters,
             options,

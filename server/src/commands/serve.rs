@@ -42,6 +42,7 @@ pub fn run(options: Serve, given: &Given) -> Result<()> {
             door,
             fleet: Fleet::open(vec![member], Duration::from_secs(options.replica_wait)).await,
             tokenizer,
+            base: Some(folder),
             names,
             adapters,
             options,

@@ -7,38 +7,43 @@ use anyhow::{Context, Result};
 use axum::Router as Pages;
 use axum::routing::get;
 use tokio::net::TcpListener;
-use tokio::sync::oneshot;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use super::edge::Door;
+use crate::cli::EdgeOptions;
 use crate::error::ApiError;
+use crate::listen;
 
 /// What the last answers may take.
 const END: Duration = Duration::from_secs(1);
 
 pub struct Waiting {
-    stop: oneshot::Sender<()>,
+    stop: watch::Sender<bool>,
     server: JoinHandle<()>,
 }
 
 impl Waiting {
-    /// On the socket that the API is served on afterwards.
-    pub fn begin(listener: &std::net::TcpListener) -> Result<Waiting> {
-        let listener = listener.try_clone().and_then(TcpListener::from_std);
+    /// Behind the door that the API is served by afterwards.
+    pub fn begin(door: &Door, options: &EdgeOptions) -> Result<Waiting> {
+        let listener = door.listener().try_clone().and_then(TcpListener::from_std);
         let listener = listener.context("the socket")?;
         let pages = Pages::new()
             .route("/health", get(async || "ok"))
             .fallback(async || ApiError::NoBackend);
-        let (stop, stopped) = oneshot::channel::<()>();
-        let server = axum::serve(listener, pages).with_graceful_shutdown(async { drop(stopped.await) });
-        let server = tokio::spawn(async {
-            // Where it cannot listen, neither can the API, which says so.
-            let _ = server.await;
-        });
+        let (stop, stopping) = watch::channel(false);
+        let limits = options.connections.limits();
+        let server = tokio::spawn(listen::accept(
+            listener,
+            door.site(pages, options),
+            limits,
+            stopping,
+        ));
         Ok(Waiting { stop, server })
     }
 
     pub async fn end(self) {
-        let _ = self.stop.send(());
+        self.stop.send_replace(true);
         let mut server = self.server;
         if tokio::time::timeout(END, &mut server).await.is_err() {
             server.abort();

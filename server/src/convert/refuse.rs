@@ -33,6 +33,7 @@ bodies! {
     tokenize::DetokenizeRequest: Some(&[EVERYWHERE]);
     adapters::LoadLoraAdapter: Some(&[EVERYWHERE, LORA]);
     adapters::UnloadLoraAdapter: Some(&[EVERYWHERE, LORA]);
+    adapters::MergeAdapter: Some(&[EVERYWHERE]);
     // Settings of training have a table of their own, with every spelling.
     fine_tuning::CreateJob: None;
     fine_tunes::CreateFineTune: None;

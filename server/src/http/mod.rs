@@ -11,6 +11,7 @@ pub mod files;
 pub mod fine_tunes;
 pub mod fine_tuning;
 pub mod generate;
+pub mod merge;
 pub mod messages;
 pub mod models;
 pub mod pages;

@@ -5,10 +5,13 @@ use std::fmt::{Display, Write};
 
 use tandem_core::histogram::{BOUNDS_US, Counted};
 use tandem_router::Part;
+use tandem_router::batches::BatchNumbers;
 use tandem_router::fleet::{Report, Standing};
 
 /// A number of a replica.
 type Of = fn(&Report) -> u64;
+/// One of batches.
+type OfBatches = fn(&BatchNumbers) -> u64;
 
 /// Name, kind, help, number.
 const NUMBERS: [(&str, &str, &str, Of); 5] = [
@@ -66,6 +69,42 @@ pub fn write(text: &mut String, model: &str, admissions: &Counted, replicas: &[R
     for report in replicas {
         let labels = format!("{model},{}", label("replica", &report.name));
         histogram(text, name, &labels, &report.hops);
+    }
+}
+
+/// Name, kind, help, number.
+const BATCHES: [(&str, &str, &str, OfBatches); 4] = [
+    (
+        "tandem:batches_queued",
+        "gauge",
+        "Batches that nobody works on yet, of all routers",
+        |batches| batches.queued,
+    ),
+    (
+        "tandem:batches_running",
+        "gauge",
+        "Batches that this router works on",
+        |batches| batches.running,
+    ),
+    (
+        "tandem:batch_lines_completed_total",
+        "counter",
+        "Lines of batches that were answered",
+        |batches| batches.completed_lines,
+    ),
+    (
+        "tandem:batch_lines_failed_total",
+        "counter",
+        "Lines of batches that were refused or not answered",
+        |batches| batches.failed_lines,
+    ),
+];
+
+pub fn write_batches(text: &mut String, model: &str, batches: &BatchNumbers) {
+    let model = label("model_name", model);
+    for (name, kind, help, of) in BATCHES {
+        head(text, name, kind, help);
+        line(text, name, &model, of(batches));
     }
 }
 

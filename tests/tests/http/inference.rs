@@ -493,3 +493,103 @@ fn texts_become_vectors() {
     // vLLM's spelling.
     assert_eq!(floats(&embed(json!({"pooling": "LAST"})), 0), first);
 }
+
+/// `/v1/score` and `/v1/rerank` say the cosines of the vectors that `/v1/embeddings` gives, under all of their names.
+#[test]
+fn scores_are_cosines_of_embeddings() {
+    let server = Server::shared();
+    let texts = [
+        "Where does Felix live?",
+        "When does the bakery open?",
+        "Felix lives here",
+        "It opens at eight",
+    ];
+    for pooling in ["last", "mean", "cls"] {
+        let ask = |path: &str, more: Value| {
+            let mut body = json!({"model": server.model(), "pooling": pooling});
+            body.as_object_mut()
+                .unwrap()
+                .extend(more.as_object().unwrap().clone());
+            client::post(server.address, path, &body).ok()
+        };
+        let embedded = ask("/v1/embeddings", json!({"input": texts}));
+        let vector = |index: usize| -> Vec<f64> {
+            let numbers = embedded["data"][index]["embedding"].as_array().unwrap().iter();
+            numbers.map(|x| x.as_f64().unwrap()).collect()
+        };
+        let cosine =
+            |i: usize, j: usize| -> f64 { vector(i).iter().zip(vector(j)).map(|(a, b)| a * b).sum() };
+        let is_near = |found: &Value, expected: f64| (found.as_f64().unwrap() - expected).abs() < 1e-6;
+
+        for path in ["/v1/score", "/score"] {
+            // One with each, and pair by pair.
+            let one = ask(path, json!({"text_1": texts[0], "text_2": texts[1..]}));
+            let pairs = ask(path, json!({"text_1": texts[..2], "text_2": texts[2..]}));
+            assert_eq!(one["object"], "list");
+            for i in 0..3 {
+                assert_eq!(one["data"][i]["index"], i);
+                assert!(
+                    is_near(&one["data"][i]["score"], cosine(0, i + 1)),
+                    "{path} {pooling} {one}"
+                );
+            }
+            for i in 0..2 {
+                assert!(
+                    is_near(&pairs["data"][i]["score"], cosine(i, i + 2)),
+                    "{path} {pooling} {pairs}"
+                );
+            }
+            assert_eq!(one["usage"], embedded["usage"]);
+        }
+        let mut expected: Vec<(usize, f64)> = (0..3).map(|i| (i, cosine(0, i + 1))).collect();
+        expected.sort_by(|a, b| b.1.total_cmp(&a.1));
+        for path in ["/v1/rerank", "/rerank", "/v2/rerank"] {
+            let documents = json!([texts[1], {"text": texts[2]}, texts[3]]);
+            let ranked = ask(path, json!({"query": texts[0], "documents": documents}));
+            assert_eq!(ranked["results"].as_array().unwrap().len(), 3);
+            for (result, (index, score)) in ranked["results"].as_array().unwrap().iter().zip(&expected) {
+                assert_eq!(result["index"], *index, "{path} {pooling} {ranked}");
+                assert_eq!(result["document"]["text"], texts[index + 1]);
+                assert!(
+                    is_near(&result["relevance_score"], *score),
+                    "{path} {pooling} {ranked}"
+                );
+            }
+            let best = ask(
+                path,
+                json!({"query": texts[0], "documents": documents, "top_n": 1, "return_documents": false}),
+            );
+            assert_eq!(best["results"].as_array().unwrap().len(), 1);
+            assert_eq!(best["results"][0]["index"], expected[0].0);
+            assert!(best["results"][0].get("document").is_none());
+        }
+    }
+    for (path, body, param) in [
+        (
+            "/v1/score",
+            json!({"text_1": ["a", "b"], "text_2": ["c", "d", "e"]}),
+            "text_1",
+        ),
+        ("/v1/score", json!({"text_1": "a", "text_2": []}), "text_2"),
+        ("/v1/rerank", json!({"query": "a", "documents": []}), "documents"),
+        (
+            "/v1/rerank",
+            json!({"query": "a", "documents": ["b"], "top_n": -1}),
+            "top_n",
+        ),
+        (
+            "/v1/rerank",
+            json!({"query": "a", "documents": ["b"], "pooling": "max"}),
+            "pooling",
+        ),
+    ] {
+        let mut body = body;
+        body["model"] = json!(server.model());
+        let reply = client::post(server.address, path, &body);
+        assert_eq!(
+            (reply.status, &reply.json()["error"]["param"]),
+            (400, &json!(param)),
+            "{path} {body}"
+        );
+    }
+}

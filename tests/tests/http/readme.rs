@@ -46,6 +46,7 @@ const PAGES: [(&str, &[&str]); 4] = [
             "\"content\"",
             "pirate/adapter_model.safetensors",
             "matrices changed",
+            "GGUF",
             "removed",
         ],
     ),

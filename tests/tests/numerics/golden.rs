@@ -9,7 +9,7 @@ use tandem_backend::model::full::{FullParams, FullShape};
 use tandem_backend::train::data;
 use tandem_backend::train::objective::{self, Scores};
 use tandem_backend::train::pass::{Advanced, Context, KEEP_BYTES, Pass, Trained};
-use tandem_backend::weights::merge;
+use tandem_backend::weights::{Merge, merge};
 use tandem_core::dataset::Example;
 use tandem_kernels::weight::Precision;
 
@@ -54,6 +54,80 @@ fn merged_models_are_the_two_in_one() {
         "{refused:?}"
     );
     table.judge("merged models against peft");
+}
+
+/// Merged into a GGUF file, a model has the same numbers as merged into a folder, to the bit but for Gemma's norms, to which
+/// one is added. What the format cannot say is refused.
+#[test]
+fn a_merged_gguf_is_the_merged_folder() {
+    let mut table = Table::default();
+    let (mut written, mut refused) = (vec![], vec![]);
+    for name in NAMES.into_iter().chain(FAMILIES) {
+        let fixture = Fixture::open(name);
+        let Some(adapter_name) = fixture.adapters().into_iter().next() else {
+            continue;
+        };
+        let adapter = fixture.adapter_folder(adapter_name);
+        let model = tempfile::tempdir().expect("a folder");
+        for file in fixture.folder.read_dir().expect("a folder").flatten() {
+            if file.path().is_file() {
+                std::fs::copy(file.path(), model.path().join(file.file_name())).expect("it is copied");
+            }
+        }
+        // Where there is one, the configuration that a GGUF can say.
+        let said = fixtures_folder().join(format!("gguf/{name}.json"));
+        if said.exists() {
+            std::fs::copy(said, model.path().join("config.json")).expect("it is copied");
+        }
+        // Of Llama 3's rope it has the factors alone, which are known for that model's own context.
+        let config = model.path().join("config.json");
+        let text = std::fs::read_to_string(&config).expect("a configuration");
+        let own = "\"original_max_position_embeddings\": ";
+        let text = text.replace(&format!("{own}32"), &format!("{own}8192"));
+        std::fs::write(&config, text).expect("it is written");
+        let Ok(mut merged) = Merge::open(model.path(), &adapter) else {
+            continue;
+        };
+        let out = tempfile::tempdir().expect("a folder");
+        let file = match merged.gguf("merged", vec![]) {
+            Ok(file) => file,
+            Err(error) => {
+                refused.push(format!("{name}: {error}"));
+                continue;
+            }
+        };
+        merged.write(&[file], out.path()).expect("it is written");
+        let folder = out.path().join("folder");
+        merge(model.path(), &adapter, &folder).expect("it is merged");
+        let logits = [out.path().join("merged.gguf"), folder].map(|model| {
+            let decoder = Decoder::load(&model, Precision::F32, device()).expect("it loads");
+            packed(&decoder, &[base(&fixture.tokens("long"))]).remove(0)
+        });
+        let limit = if name.starts_with("gemma") { 1e-5 } else { 0.0 };
+        table.add(name, "logits.long", max_difference(&logits[0], &logits[1]), limit);
+        written.push(name);
+    }
+    table.judge("merged GGUF files against merged folders");
+    for name in [
+        "gqa_tied",
+        "llama3_rope",
+        "head_dim",
+        "sharded",
+        "bf16",
+        "qwen2",
+        "qwen3",
+        "gemma2",
+        "gemma3",
+        "phi3",
+    ] {
+        assert!(written.contains(&name), "{name} is not written: {refused:#?}");
+    }
+    assert!(
+        refused
+            .iter()
+            .all(|error| error.contains("no GGUF is written of this model: ")),
+        "{refused:#?}"
+    );
 }
 
 #[test]

@@ -382,6 +382,7 @@ fn ask(replica: &ReplicaHandle, requests: &[(Vec<TokenId>, Option<AdapterRef>)])
             thinking: None,
             priority: 0,
             salt: None,
+            trace: None,
             max_tokens: 12,
             pooling: None,
             stop_tokens: vec![],

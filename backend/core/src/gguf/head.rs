@@ -13,7 +13,7 @@ const MAX_KEY_BYTES: u64 = 65_535;
 /// ggml.h, GGML_MAX_DIMS.
 const MAX_DIMENSIONS: u32 = 4;
 const ALIGNMENT: &str = "general.alignment";
-const DEFAULT_ALIGNMENT: i64 = 32;
+pub(super) const DEFAULT_ALIGNMENT: i64 = 32;
 /// The least that an entry of a table takes: an empty name, a type and a value of one byte; an empty name, a count of
 /// dimensions, one dimension, a type and an offset.
 const MIN_ENTRY_BYTES: u64 = 8 + 4 + 1;
@@ -391,12 +391,12 @@ const UINT8: u32 = 0;
 const INT8: u32 = 1;
 const UINT16: u32 = 2;
 const INT16: u32 = 3;
-const UINT32: u32 = 4;
-const INT32: u32 = 5;
-const FLOAT32: u32 = 6;
-const BOOL: u32 = 7;
-const STRING: u32 = 8;
-const ARRAY: u32 = 9;
-const UINT64: u32 = 10;
-const INT64: u32 = 11;
+pub(super) const UINT32: u32 = 4;
+pub(super) const INT32: u32 = 5;
+pub(super) const FLOAT32: u32 = 6;
+pub(super) const BOOL: u32 = 7;
+pub(super) const STRING: u32 = 8;
+pub(super) const ARRAY: u32 = 9;
+pub(super) const UINT64: u32 = 10;
+pub(super) const INT64: u32 = 11;
 const FLOAT64: u32 = 12;

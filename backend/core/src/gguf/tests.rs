@@ -1,6 +1,6 @@
 //! Files that are right, in all types; and wrong ones, with the message that each gives.
 
-use super::{Gguf, Value, is_name, siblings};
+use super::{Gguf, TensorInfo, Value, aligned, head, is_name, siblings};
 
 /// A file of these keys and tensors: (key, type and bytes of the value), (name, dimensions, type, offset).
 type Key<'a> = (&'a str, Vec<u8>);
@@ -220,4 +220,36 @@ fn parts_are_found_by_the_first_ones_name() {
             (found, expected) => panic!("{found:?} {expected:?}"),
         }
     }
+}
+
+#[test]
+fn what_is_written_is_read_back() {
+    let values = [
+        ("a", Value::Whole(7)),
+        ("b", Value::Whole(1 << 40)),
+        ("c", Value::Whole(-3)),
+        ("d", Value::Float(1e-5)),
+        ("e", Value::Flag(true)),
+        ("f", Value::Text("é".to_owned())),
+        ("g", Value::Wholes(vec![3, -1])),
+        ("h", Value::Wholes(vec![1 << 40])),
+        ("i", Value::Floats(vec![0.5, -1.0])),
+        ("j", Value::Flags(vec![false, true])),
+        ("k", Value::Texts(vec!["x".to_owned(), String::new()])),
+    ]
+    .map(|(key, value)| (key.to_owned(), value));
+    let tensor = |name: &str, shape: &[i64], type_id, offset| TensorInfo {
+        name: name.to_owned(),
+        shape: shape.to_vec(),
+        type_id,
+        offset,
+    };
+    let tensors = [tensor("t", &[3, 2], 0, 0), tensor("u", &[5], 30, aligned(24))];
+    let bytes = head(&values, &tensors);
+    let found = read(&bytes).unwrap();
+    for (key, value) in &values {
+        assert_eq!(found.metadata.get(key), Some(value), "{key}");
+    }
+    assert_eq!(found.tensors, tensors);
+    assert_eq!(found.data_start, bytes.len() as u64);
 }

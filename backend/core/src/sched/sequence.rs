@@ -103,6 +103,7 @@ impl Sequence {
             max_tokens,
             pooling,
             stop_tokens,
+            trace: _,
         } = request;
         let wanted = match (pooling, sampling.prompt_logprobs()) {
             (Some(pooling), _) => pooling.positions(prompt.len()),

@@ -53,6 +53,7 @@ impl Outgoing {
                     max_tokens,
                     pooling,
                     stop_tokens,
+                    trace,
                 } = generate;
                 let (stream, credit) = table.request(id, events)?;
                 Say::Generate(wire::Generate {
@@ -68,6 +69,7 @@ impl Outgoing {
                     pooling_json: pooling.as_ref().map(codec::json),
                     priority,
                     thinking_json: thinking.as_ref().map(codec::json),
+                    traceparent: trace.map(|trace| trace.to_string()),
                 })
             }
             Command::Abort(id) => Say::HangUp(table.forget(id)?),

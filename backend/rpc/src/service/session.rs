@@ -206,6 +206,7 @@ impl Ear {
             pooling_json,
             priority,
             thinking_json,
+            traceparent,
         } = generate;
         let adapter = adapter.as_deref().map(codec::digest).transpose()?;
         let salt = salt.as_deref().map(codec::digest).transpose()?;
@@ -243,6 +244,8 @@ impl Ear {
                     max_tokens,
                     pooling,
                     stop_tokens,
+                    // One that cannot be read costs its spans.
+                    trace: traceparent.and_then(|trace| trace.parse().ok()),
                 };
                 request.check(info.vocab_size, info.max_model_len)?;
                 Ok(request)

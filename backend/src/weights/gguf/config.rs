@@ -29,12 +29,12 @@ pub struct Facts<'a> {
 
 type ReadTensor<'a> = dyn Fn(&str) -> Result<Option<Vec<f32>>, GgufError> + 'a;
 
-struct Architecture {
+pub struct Architecture {
     /// In `general.architecture`, and before the keys.
-    name: &'static str,
+    pub name: &'static str,
     class: &'static str,
     model_type: &'static str,
-    wiring: Wiring,
+    pub wiring: Wiring,
     /// What is its own.
     more: fn(&Keys, &mut Map<String, Json>) -> Result<(), GgufError>,
 }
@@ -100,6 +100,27 @@ const ARCHITECTURES: [Architecture; 6] = [
         more: phi3,
     },
 ];
+
+/// A model without a window, which Mistral mostly is, is a Llama to llama.cpp.
+const ALSO: [(&str, &str); 1] = [("mistral", "llama")];
+
+impl Architecture {
+    /// What a model of a config.json's type is written as.
+    pub fn of_model_type(model_type: &str) -> Option<&'static Architecture> {
+        let also = ALSO.iter().find(|(other, _)| *other == model_type);
+        let known = also.map_or(model_type, |(_, known)| known);
+        ARCHITECTURES
+            .iter()
+            .find(|architecture| architecture.model_type == known)
+    }
+
+    /// For errors.
+    pub fn model_types() -> String {
+        let types = ARCHITECTURES.iter().map(|architecture| architecture.model_type);
+        let types: Vec<&str> = types.chain(ALSO.map(|(other, _)| other)).collect();
+        types.join(", ")
+    }
+}
 
 /// Keys that change no number, or say again what others say.
 const HARMLESS: [&str; 4] = [
@@ -384,20 +405,10 @@ fn rope(keys: &Keys, facts: &Facts, head_dim: i64, config: &mut Map<String, Json
 fn llama3(keys: &Keys, factors: &[f32], theta: f64, head_dim: i64) -> Result<Json, GgufError> {
     let (low, high, original) = (1.0, 4.0, 8192.0);
     let factor = factors.iter().copied().fold(1.0, f32::max).round();
-    let expected = |pair: usize| {
-        let turns = original / (TAU * theta.powf(2.0 * pair as f64 / head_dim as f64));
-        match turns {
-            turns if turns > high => 1.0,
-            turns if turns < low => f64::from(factor),
-            turns => {
-                let smooth = (turns - low) / (high - low);
-                1.0 / ((1.0 - smooth) / f64::from(factor) + smooth)
-            }
-        }
-    };
+    let expected: Vec<f64> = llama3_factors(theta, head_dim, factor.into(), [low, high], original).collect();
     let is_known = factors.len() as i64 == head_dim / 2
         && (factors.iter().enumerate())
-            .all(|(pair, &found)| (f64::from(found) / expected(pair) - 1.0).abs() < 1e-3);
+            .all(|(pair, &found)| (f64::from(found) / expected[pair] - 1.0).abs() < 1e-3);
     match is_known {
         true => Ok(json!({
             "rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
@@ -412,6 +423,28 @@ fn llama3(keys: &Keys, factors: &[f32], theta: f64, head_dim: i64) -> Result<Jso
             ),
         }),
     }
+}
+
+/// By what the frequency of each pair of a head is divided. Source: transformers modeling_rope_utils.py,
+/// _compute_llama3_parameters. `bounds`: the low and the high frequency's factor.
+pub fn llama3_factors(
+    theta: f64,
+    head_dim: i64,
+    factor: f64,
+    [low, high]: [f64; 2],
+    original: f64,
+) -> impl Iterator<Item = f64> {
+    (0..head_dim / 2).map(move |pair| {
+        let turns = original / (TAU * theta.powf(2.0 * pair as f64 / head_dim as f64));
+        match turns {
+            turns if turns > high => 1.0,
+            turns if turns < low => factor,
+            turns => {
+                let smooth = (turns - low) / (high - low);
+                1.0 / ((1.0 - smooth) / factor + smooth)
+            }
+        }
+    })
 }
 
 /// llama.cpp knows the largest of a Gemma's sizes by its number of layers; it alone scales by another length than a head's.

@@ -180,6 +180,11 @@ impl GgmlType {
         layout.expect("every type is in the table")
     }
 
+    /// In files.
+    pub fn id(self) -> u32 {
+        self.layout().id
+    }
+
     pub fn name(self) -> &'static str {
         self.layout().name
     }

@@ -1,11 +1,13 @@
 //! A model in one GGUF file, or in parts (`x-00001-of-00003.gguf`): memory-mapped, its tensors under their Hugging Face
-//! names and in that layout's order, its metadata as a config.json. Not here: the head (core::gguf), the tokenizer (text).
+//! names and in that layout's order, its metadata as a config.json; and what a file that is to be written holds (`write`).
+//! Not here: the head (core::gguf), the tokenizer (text).
 
 mod config;
 mod ggml;
 mod names;
 #[cfg(test)]
 mod tests;
+pub(super) mod write;
 
 use std::fs::File;
 use std::io::Read;

@@ -89,3 +89,23 @@ pub fn checkpoint_name(tensor: &str, wiring: Wiring, heads: Heads) -> Option<Nam
         undo,
     })
 }
+
+/// What a checkpoint's tensor is called here; [`checkpoint_name`], the other way.
+pub fn tensor_name(name: &str, wiring: Wiring, heads: Heads) -> Option<(String, Undo)> {
+    let (module, what) = name.rsplit_once('.')?;
+    let layer = module
+        .strip_prefix("model.layers.")
+        .and_then(|rest| rest.split_once('.'));
+    let candidates: Vec<String> = match layer {
+        Some((layer, _)) => (LAYER.iter())
+            .map(|(part, _)| format!("blk.{layer}.{part}.{what}"))
+            .collect(),
+        None => ["token_embd", "output", "output_norm"]
+            .map(|module| format!("{module}.{what}"))
+            .into(),
+    };
+    candidates.into_iter().find_map(|tensor| {
+        let named = checkpoint_name(&tensor, wiring, heads)?;
+        (named.name == name).then_some((tensor, named.undo))
+    })
+}

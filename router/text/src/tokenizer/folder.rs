@@ -13,7 +13,7 @@ use tokenizers::processors::template::TemplateProcessing;
 
 use crate::error::TextError;
 
-const TOKENIZER: &str = "tokenizer.json";
+pub(super) const TOKENIZER: &str = "tokenizer.json";
 const CONFIG: &str = "tokenizer_config.json";
 /// Older files; what the config says about added tokens takes their place.
 const SPECIAL_TOKENS_MAP: &str = "special_tokens_map.json";

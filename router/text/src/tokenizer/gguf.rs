@@ -14,6 +14,10 @@ use tandem_core::gguf::{Gguf, GgufError, Metadata, Value};
 use super::pretokenizers::{self, Pretokenizer};
 use crate::error::TextError;
 
+mod write;
+
+pub use write::metadata;
+
 const MODEL: &str = "tokenizer.ggml.model";
 const PRE: &str = "tokenizer.ggml.pre";
 const TOKENS: &str = "tokenizer.ggml.tokens";
@@ -175,13 +179,7 @@ fn byte_level(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<(Json, boo
                    convert the model again";
         damaged(metadata.missing(PRE, how))
     })?;
-    let Pretokenizer {
-        splits,
-        takes_whole_words,
-        adds_bos,
-        composes,
-        ..
-    } = pretokenizers::named(name).ok_or_else(|| {
+    let pretokenizer = pretokenizers::named(name).ok_or_else(|| {
         let why = format!("{} are supported", pretokenizers::names());
         TextError::Unsupported(metadata.wrong(PRE, &why).to_string())
     })?;
@@ -189,37 +187,53 @@ fn byte_level(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<(Json, boo
     let merges = merges.ok_or_else(|| damaged(metadata.missing(MERGES, "byte-level BPE has them")))?;
     let mut pairs: Vec<(&str, &str)> = Vec::with_capacity(merges.len());
     for merge in merges {
-        // A token can be a space itself.
-        let first = merge.chars().next().map_or(0, char::len_utf8);
-        let Some(at) = merge[first..].find(' ').map(|at| at + first) else {
-            return Err(damaged(
-                metadata.wrong(MERGES, &format!("{merge:?} is not two tokens")),
-            ));
-        };
-        pairs.push((&merge[..at], &merge[at + 1..]));
+        let pair = cut(merge);
+        pairs.push(
+            pair.ok_or_else(|| damaged(metadata.wrong(MERGES, &format!("{merge:?} is not two tokens"))))?,
+        );
     }
     // Conversion fills up a vocabulary that is smaller than the model's table with such tokens.
     let tokens = vocabulary.iter().filter(|(_, _, kind)| *kind != kind::UNUSED);
     let vocab: Map<String, Json> = tokens
         .map(|(id, token, _)| (token.to_owned(), json!(id)))
         .collect();
-    let mut pre: Vec<Json> = splits
-        .iter()
-        .map(|split| json!({"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": false}))
-        .collect();
-    let bytes =
-        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false});
-    pre.push(bytes.clone());
+    let Pretokenizer {
+        takes_whole_words,
+        adds_bos,
+        composes,
+        ..
+    } = pretokenizer;
     let tokenizer = json!({
         "version": "1.0",
         "added_tokens": vocabulary.added(),
         "normalizer": if *composes { json!({"type": "NFC"}) } else { Json::Null },
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre},
-        "post_processor": bytes,
-        "decoder": bytes,
+        "pre_tokenizer": pre_tokenizer(pretokenizer),
+        "post_processor": bytes(),
+        "decoder": bytes(),
         "model": {"type": "BPE", "vocab": vocab, "merges": pairs, "ignore_merges": takes_whole_words},
     });
     Ok((tokenizer, *adds_bos))
+}
+
+/// The two tokens of a merge, of which the first can be a space itself.
+fn cut(merge: &str) -> Option<(&str, &str)> {
+    let first = merge.chars().next().map_or(0, char::len_utf8);
+    let at = merge[first..].find(' ')? + first;
+    Some((&merge[..at], &merge[at + 1..]))
+}
+
+/// As a tokenizer.json has it.
+fn pre_tokenizer(pretokenizer: &Pretokenizer) -> Json {
+    let splits = pretokenizer.splits.iter();
+    let splits = splits.map(
+        |split| json!({"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": false}),
+    );
+    let steps: Vec<Json> = splits.chain([bytes()]).collect();
+    json!({"type": "Sequence", "pretokenizers": steps})
+}
+
+fn bytes() -> Json {
+    json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false})
 }
 
 /// SentencePiece joins the two neighbours whose union has the best score, which is BPE with merges in the order of scores.

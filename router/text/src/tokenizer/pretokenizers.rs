@@ -3,7 +3,7 @@
 //! expressions; these are used where they differ from llama.cpp's.
 
 pub struct Pretokenizer {
-    names: &'static [&'static str],
+    pub names: &'static [&'static str],
     /// Each cuts what the one before it left whole.
     pub splits: &'static [&'static str],
     /// A word that is a token is taken without merges (tiktoken's way).
@@ -28,7 +28,7 @@ const PLAIN: Pretokenizer = Pretokenizer {
     composes: false,
 };
 
-const KNOWN: [Pretokenizer; 11] = [
+pub const KNOWN: [Pretokenizer; 11] = [
     Pretokenizer {
         names: &[
             "llama-bpe",

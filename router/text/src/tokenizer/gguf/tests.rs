@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use tandem_core::gguf;
 
 use super::super::pretokenizers;
 use crate::chat::{Ending, Kwargs};
@@ -82,6 +83,39 @@ fn sentencepiece_is_sentencepieces() {
     // sentencepiece itself has none there.
     let ids = |text: &str| tokenizer.encode(text, SpecialTokens::Omit).unwrap();
     assert_eq!(ids("a<mark>b"), [ids("a"), vec![3], ids("b")].concat());
+}
+
+/// Written and read again, tokenizers of both kinds are what they were; the model may have rows without a token.
+#[test]
+fn a_folders_tokenizer_is_written() {
+    let spm = tempfile::tempdir().unwrap();
+    for (name, content) in super::files(&fixture("gguf/spm.gguf")).unwrap() {
+        std::fs::write(spm.path().join(name), content).unwrap();
+    }
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../server/demo");
+    for folder in [fixture("gqa_tied"), demo, spm.path().to_owned()] {
+        let tokenizer = Tokenizer::from_folder(&folder).unwrap();
+        let rows = tokenizer.vocab_size() + 3;
+        let values = super::metadata(&folder, rows).unwrap_or_else(|error| panic!("{folder:?}: {error}"));
+        let file = tempfile::NamedTempFile::with_suffix(".gguf").unwrap();
+        std::fs::write(file.path(), gguf::head(&values, &[])).unwrap();
+        let written = Tokenizer::open(file.path()).unwrap();
+        for text in TEXTS {
+            for special in [SpecialTokens::Add, SpecialTokens::Omit] {
+                let ids = tokenizer.encode(text, special).unwrap();
+                assert_eq!(written.encode(text, special).unwrap(), ids, "{folder:?} {text:?}");
+                assert_eq!(
+                    written.decode(&ids, Skip::Special),
+                    tokenizer.decode(&ids, Skip::Special)
+                );
+            }
+        }
+        assert_eq!((written.bos(), written.eos()), (tokenizer.bos(), tokenizer.eos()));
+        assert_eq!(written.special_tokens(), tokenizer.special_tokens());
+        assert_eq!(written.chat_template_source(), tokenizer.chat_template_source());
+        let error = super::metadata(&folder, rows - 4).unwrap_err().to_string();
+        assert!(error.contains("rows for tokens"), "{error}");
+    }
 }
 
 #[test]
