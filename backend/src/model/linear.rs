@@ -250,15 +250,15 @@ impl Backward<'_> {
         let dx = linear_backward(&into_weight(trained, &gained, dy), &of.weight);
         self.parameters(of, x, dy);
         for (rows, gained) in trained.iter().zip(gained) {
-            let mut dy = rows.of(dy);
             let mut own_dx = rows.of(&dx);
-            if let Some(gained) = gained {
-                if rows.dropout.is_some() {
-                    let through = linear_backward(&gained, &of.weight);
-                    own_dx += self.decoder.dropped(&through, rows.dropout, of.id);
-                }
-                dy = dy + gained;
+            if let (Some(gained), Some(_)) = (&gained, rows.dropout) {
+                let through = linear_backward(gained, &of.weight);
+                own_dx += self.decoder.dropped(&through, rows.dropout, of.id);
             }
+            let dy = match gained {
+                Some(gained) => rows.of(dy) + gained,
+                None => rows.of(dy),
+            };
             let Some(shrunk) = self.shrunk.of(of.id) else {
                 continue;
             };
