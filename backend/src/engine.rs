@@ -167,13 +167,13 @@ impl Engine {
     /// One turn: hear, plan, run, commit, tell; then, if the pace allows, train a little.
     fn turn(&mut self) -> ControlFlow<()> {
         self.hear()?;
-        if let Some(plan) = self.scheduler.plan() {
+        if let Some(plan) = self.scheduler.plan(self.pace.most_prompt_tokens()) {
             let span = self.traced_step(&plan);
             let began = Instant::now();
             let result = guard::torch(|| self.step(&plan));
             let took = began.elapsed();
             drop(span);
-            self.pace.stepped(took, plan.only_decodes());
+            self.pace.stepped(took, plan.prompt_tokens());
             self.counters.steps += 1;
             self.counters.step_seconds += took.as_secs_f64();
             match result {

@@ -6,12 +6,15 @@
 //!   share of a step and one quantum;
 //! - what a target leaves, where one is set. While streams only decode, quanta run as long as they and the next step
 //!   most likely end within the target; they cost nothing of the share. A prompt is not made to wait for that: while one
-//!   is read, there is the share alone.
+//!   is read, there is the share alone. Nor are streams made to wait for a prompt behind quanta: the step then reads as
+//!   much of it as still ends within the target.
 
 use std::time::Duration;
 
 /// Training time for each second of serving steps, unless chosen.
 pub const SHARE: f64 = 0.25;
+/// Of prompts that are read in a step, whatever is left of a target.
+const LEAST_PROMPT_TOKENS: usize = 16;
 
 #[derive(Debug)]
 pub struct Pace {
@@ -23,6 +26,8 @@ pub struct Pace {
     quantum: Learned,
     /// Of steps that only decode.
     step: Learned,
+    /// What a token of a prompt adds to a step.
+    prompt_token: Learned,
     /// The last step was one.
     only_decodes: bool,
     trained_since_step_s: f64,
@@ -86,17 +91,21 @@ impl Pace {
             earned_s: 0.0,
             quantum: Learned::default(),
             step: Learned::default(),
+            prompt_token: Learned::default(),
             only_decodes: false,
             trained_since_step_s: 0.0,
         }
     }
 
-    /// `only_decodes`: it read no piece of a prompt.
-    pub fn stepped(&mut self, step: Duration, only_decodes: bool) {
+    /// `prompt_tokens`: the pieces of prompts that it read.
+    pub fn stepped(&mut self, step: Duration, prompt_tokens: usize) {
         let seconds = step.as_secs_f64();
-        self.only_decodes = only_decodes;
-        if only_decodes {
+        self.only_decodes = prompt_tokens == 0;
+        if self.only_decodes {
             self.step.learn(seconds);
+        } else if self.step.mean_s.is_some() {
+            let more = (seconds - self.step.mean_s()).max(0.0);
+            self.prompt_token.learn(more / prompt_tokens as f64);
         }
         self.trained_since_step_s = 0.0;
         let share = self.share * seconds;
@@ -127,6 +136,16 @@ impl Pace {
         }
     }
 
+    /// Tokens of prompts that the next step may read beside streams that decode: what the quanta since the last one left of
+    /// the target, and a few always, so that a prompt is not kept waiting.
+    pub fn most_prompt_tokens(&self) -> usize {
+        let (Some(target), Some(token)) = (self.target_s, self.prompt_token.mean_s) else {
+            return usize::MAX;
+        };
+        let left = target - self.trained_since_step_s - self.step.long_s();
+        ((left / token.max(f64::MIN_POSITIVE)) as usize).max(LEAST_PROMPT_TOKENS)
+    }
+
     /// Most likely streams have their next token in time after another quantum.
     fn fits_target(&self) -> bool {
         let gap = self.trained_since_step_s + self.quantum.long_s() + self.step.long_s();
@@ -150,7 +169,7 @@ mod tests {
         let (mut steps, mut trained_ms, mut longest_ms, mut last) = (0, 0, 0, Budget::Nothing);
         let mut quanta = quanta_ms.iter().cycle();
         for turn in 0..10_000 {
-            pace.stepped(Duration::from_millis(step_ms), only_decodes);
+            pace.stepped(Duration::from_millis(step_ms), usize::from(!only_decodes));
             steps += 1;
             last = pace.budget(Load::Serving);
             let before = trained_ms;
@@ -206,13 +225,43 @@ mod tests {
     }
 
     #[test]
+    fn a_prompt_behind_quanta_is_read_in_pieces_that_end_in_time() {
+        let ms = Duration::from_millis;
+        let mut pace = Pace::new(SHARE, Some(ms(60)));
+        assert_eq!(pace.most_prompt_tokens(), usize::MAX, "nothing is known yet");
+        // A token of a prompt adds half a millisecond to steps of 10.
+        (0..50).for_each(|_| {
+            pace.stepped(ms(10), 0);
+            pace.stepped(ms(60), 100);
+        });
+        assert!(
+            (95..=100).contains(&pace.most_prompt_tokens()),
+            "{}",
+            pace.most_prompt_tokens()
+        );
+        pace.stepped(ms(10), 0);
+        pace.trained(ms(30), Load::Serving);
+        assert!(
+            (35..=40).contains(&pace.most_prompt_tokens()),
+            "{}",
+            pace.most_prompt_tokens()
+        );
+        pace.trained(ms(30), Load::Serving);
+        assert_eq!(pace.most_prompt_tokens(), LEAST_PROMPT_TOKENS);
+        let mut untold = Pace::new(SHARE, None);
+        untold.stepped(ms(10), 0);
+        untold.stepped(ms(60), 100);
+        assert_eq!(untold.most_prompt_tokens(), usize::MAX);
+    }
+
+    #[test]
     fn alone_it_runs_on_and_a_debt_is_forgotten() {
         let mut pace = Pace::new(SHARE, None);
         pace.trained(Duration::from_secs(5), Load::Serving);
         assert_eq!(pace.budget(Load::Serving), Budget::Nothing);
         assert_eq!(pace.budget(Load::Idle), Budget::Unlimited);
         pace.trained(Duration::from_millis(1), Load::Idle);
-        (0..100).for_each(|_| pace.stepped(Duration::from_millis(500), true));
+        (0..100).for_each(|_| pace.stepped(Duration::from_millis(500), 0));
         assert_eq!(pace.budget(Load::Serving), Budget::OneQuantum);
     }
 }

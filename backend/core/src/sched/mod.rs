@@ -203,8 +203,10 @@ impl Scheduler {
         self.sequences().any(|seq| seq.flow == Flow::Free)
     }
 
-    /// The next step, or `None` when nothing can run. A plan that is dropped instead of committed changes nothing.
-    pub fn plan(&mut self) -> Option<StepPlan> {
+    /// The next step, or `None` when nothing can run. It reads at most `most_beside_decode` tokens of prompts where it keeps
+    /// streams from their next token (the limits hold as well). A plan that is dropped instead of committed changes nothing.
+    pub fn plan(&mut self, most_beside_decode: usize) -> Option<StepPlan> {
+        let beside_decode = self.limits.max_prefill_beside_decode.min(most_beside_decode);
         for running in &mut self.running {
             running.planned = 0;
             // Of a plan that was dropped.
@@ -232,7 +234,10 @@ impl Scheduler {
             priorities.remove(&LAST_PRIORITY);
         }
         for priority in priorities {
-            let room = self.prefill_room(priority).saturating_sub(prefilled).min(budget);
+            let room = self
+                .prefill_room(priority, beside_decode)
+                .saturating_sub(prefilled)
+                .min(budget);
             let (left, end) = self.prefill(priority, room);
             prefilled += room - left;
             budget -= room - left;
@@ -240,7 +245,7 @@ impl Scheduler {
                 break;
             }
         }
-        self.guess(budget.min(self.limits.max_prefill_beside_decode.saturating_sub(prefilled)));
+        self.guess(budget.min(beside_decode.saturating_sub(prefilled)));
         StepPlan::new(&self.running, self.pool.block_size())
     }
 
@@ -263,20 +268,15 @@ impl Scheduler {
 
     /// Prompt tokens that this step may have up to this priority: those that decode and do not stand behind it are kept from
     /// their next token meanwhile.
-    fn prefill_room(&self, priority: i32) -> usize {
-        let Limits {
-            max_num_batched_tokens,
-            max_prefill_beside_decode,
-            ..
-        } = self.limits;
+    fn prefill_room(&self, priority: i32, beside_decode: usize) -> usize {
         let mut decoding = self
             .running
             .iter()
             .filter(|running| running.planned == 1 && running.pending() == 1);
         // They are in line: the first decides.
         match decoding.next().map(|running| running.seq.turn.priority) {
-            Some(first) if first <= priority => max_prefill_beside_decode,
-            _ => max_num_batched_tokens,
+            Some(first) if first <= priority => beside_decode,
+            _ => self.limits.max_num_batched_tokens,
         }
     }
 

@@ -50,9 +50,9 @@ impl Row {
 }
 
 impl StepPlan {
-    /// Every token chooses another: no piece of a prompt is read but its last token.
-    pub fn only_decodes(&self) -> bool {
-        self.rows.iter().all(|row| row.samples == row.tokens.len())
+    /// Tokens that choose no other: pieces of prompts, without the last token of each. 0: it only decodes.
+    pub fn prompt_tokens(&self) -> usize {
+        self.rows.iter().map(|row| row.tokens.len() - row.samples).sum()
     }
 
     /// What a row computes beyond its sequence's own tokens.

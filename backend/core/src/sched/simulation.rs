@@ -219,7 +219,7 @@ impl Simulation {
         }
         let free = self.clients.keys().any(|id| !self.held.contains(id));
         assert_eq!(self.scheduler.has_work(), free);
-        let plan = self.scheduler.plan();
+        let plan = self.scheduler.plan(usize::MAX);
         self.scheduler.audit().unwrap();
         assert_eq!(
             plan.is_some(),
@@ -509,7 +509,7 @@ fn scheduler(n_blocks: u32, max_waiting: usize) -> Scheduler {
 }
 
 fn step(scheduler: &mut Scheduler) -> Vec<(u64, usize)> {
-    let plan = scheduler.plan().unwrap();
+    let plan = scheduler.plan(usize::MAX).unwrap();
     let shape = plan.rows.iter().map(|row| (row.id.0, row.tokens.len())).collect();
     let sample = |_| {
         vec![Scored {
@@ -628,7 +628,7 @@ fn parked_sequences_give_way() {
     }
     step(&mut scheduler);
     (0..4).for_each(|id| scheduler.hold(RequestId(id)));
-    assert!(scheduler.plan().is_none());
+    assert!(scheduler.plan(usize::MAX).is_none());
     scheduler.add(plain(9, vec![9; 20], 5)).unwrap();
     assert_eq!(
         step(&mut scheduler),
