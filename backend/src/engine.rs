@@ -89,6 +89,8 @@ struct Counters {
     trained_tokens: u64,
     train_steps: u64,
     train_seconds: f64,
+    shared_passes: u64,
+    shared_slices: u64,
 }
 
 /// What an engine is made of.
@@ -646,6 +648,8 @@ impl Engine {
             trained_tokens,
             train_steps,
             train_seconds,
+            shared_passes,
+            shared_slices,
         } = self.counters;
         self.stats.send_replace(Stats {
             running: counts.running as u32,
@@ -669,6 +673,8 @@ impl Engine {
             trained_tokens,
             train_steps,
             train_seconds,
+            shared_passes,
+            shared_slices,
             grammar_requests: grammars.requests,
             grammar_compiles: grammars.compiles,
             grammar_compile_seconds: grammars.compile_seconds,

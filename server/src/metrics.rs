@@ -105,6 +105,16 @@ const COUNTERS: [Of<u64>; 14] = [
     }),
     ("tandem:train_steps_total", "Optimizer steps", |s| s.train_steps),
     (
+        "tandem:train_shared_passes_total",
+        "Passes through the model that slices of several jobs had together",
+        |s| s.shared_passes,
+    ),
+    (
+        "tandem:train_shared_slices_total",
+        "Slices of jobs that shared a pass",
+        |s| s.shared_slices,
+    ),
+    (
         "tandem:grammar_requests_total",
         "Sequences that are bound to a grammar",
         |s| s.grammar_requests,

@@ -33,6 +33,11 @@ pub struct Stats {
     pub trained_tokens: u64,
     pub train_steps: u64,
     pub train_seconds: f64,
+    /// Passes that slices of several jobs had together, and these slices.
+    #[serde(default)]
+    pub shared_passes: u64,
+    #[serde(default)]
+    pub shared_slices: u64,
     /// Requests with a grammar.
     #[serde(default)]
     pub grammar_requests: u64,
@@ -81,6 +86,8 @@ impl Stats {
             trained_tokens: _,
             train_steps: _,
             train_seconds: _,
+            shared_passes: _,
+            shared_slices: _,
             grammar_requests: _,
             grammar_compiles: _,
             grammar_compile_seconds: _,
@@ -121,6 +128,8 @@ impl Stats {
         self.trained_tokens += other.trained_tokens;
         self.train_steps += other.train_steps;
         self.train_seconds += other.train_seconds;
+        self.shared_passes += other.shared_passes;
+        self.shared_slices += other.shared_slices;
         self.grammar_requests += other.grammar_requests;
         self.grammar_compiles += other.grammar_compiles;
         self.grammar_compile_seconds += other.grammar_compile_seconds;

@@ -359,6 +359,10 @@ impl Engine {
         let id = |&i: &usize| self.jobs.all[i].spec.id.clone();
         let ids: Vec<JobId> = members.iter().map(id).collect();
         let shares = self.jobs.shares(&members);
+        if members.len() > 1 && self.jobs.joint.is_none() {
+            self.counters.shared_passes += 1;
+            self.counters.shared_slices += members.len() as u64;
+        }
         // In the trace of each.
         let spans = members.iter().map(|&i| self.jobs.all[i].quantum_span());
         let spans: Vec<Span> = spans.collect();
