@@ -404,6 +404,10 @@ pub const TABLE: &[Foreign] = &[
         Refused("the formats of reasoning are this program's own: use --reasoning-parser"),
     ),
     value(
+        &["reasoning-config"],
+        Refused("what stands around reasoning is told by the chat template, or by --reasoning-parser"),
+    ),
+    value(
         &["reasoning-budget"],
         Refused("requests say it: use thinking_token_budget"),
     ),
