@@ -61,11 +61,11 @@ fn scheduler(criterion: &mut Criterion) {
     let mut scheduler = fresh();
     criterion.bench_function("scheduler: plan and commit 64 streams", |bencher| {
         bencher.iter(|| {
-            let plan = match scheduler.plan() {
+            let plan = match scheduler.plan(usize::MAX) {
                 Some(plan) => plan,
                 None => {
                     scheduler = fresh();
-                    scheduler.plan().expect("fresh requests run")
+                    scheduler.plan(usize::MAX).expect("fresh requests run")
                 }
             };
             let sampled = plan.rows.iter().filter(|row| row.samples > 0);

@@ -257,7 +257,10 @@ fn jobs_beside_each_other_make_the_bytes_of_each_alone() {
         assert_eq!(together, alone, "{ranks} ranks");
         let stats = rig.stats();
         let (passes, slices) = (stats.shared_passes, stats.shared_slices);
-        assert!(passes > 0 && slices >= 2 * passes, "{slices} slices in {passes} passes");
+        assert!(
+            passes > 0 && slices >= 2 * passes,
+            "{slices} slices in {passes} passes"
+        );
         rig.wait_until("all over", |stats| {
             let resident = |digest| stats.resident_adapters.contains(digest);
             stats.training_jobs == 0 && together.iter().all(resident)
