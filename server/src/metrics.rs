@@ -60,7 +60,7 @@ type Number<T> = fn(&Stats) -> T;
 /// Name, help, number.
 type Of<T> = (&'static str, &'static str, Number<T>);
 
-const COUNTERS: [Of<u64>; 14] = [
+const COUNTERS: [Of<u64>; 16] = [
     (
         "vllm:prompt_tokens_total",
         "Prompt tokens computed or found cached",
