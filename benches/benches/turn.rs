@@ -236,6 +236,7 @@ fn train_step(criterion: &mut Criterion) {
     let spec = JobSpec {
         id,
         folder: folder.path().to_owned(),
+        tenant: String::new(),
         base_model: "fixture".to_owned(),
         hyper,
         life: Life::default(),

@@ -23,6 +23,32 @@ impl Strings {
     }
 }
 
+/// A file id, or a list of them: their rows are read one after the other.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(untagged, expecting = "expected a file id or a list of file ids")]
+pub enum FileIds {
+    One(String),
+    Several(Vec<String>),
+}
+
+impl From<FileIds> for Vec<String> {
+    fn from(ids: FileIds) -> Vec<String> {
+        match ids {
+            FileIds::One(id) => vec![id],
+            FileIds::Several(ids) => ids,
+        }
+    }
+}
+
+impl From<Vec<String>> for FileIds {
+    fn from(mut ids: Vec<String>) -> FileIds {
+        match ids.len() {
+            1 => FileIds::One(ids.remove(0)),
+            _ => FileIds::Several(ids),
+        }
+    }
+}
+
 /// An integer, or `"auto"`: the server chooses.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(untagged, expecting = "expected \"auto\" or an integer")]

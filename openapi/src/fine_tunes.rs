@@ -3,15 +3,15 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::common::Unknown;
+use crate::common::{FileIds, Unknown};
 use crate::files::File;
 use crate::fine_tuning::TrainingSettings;
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
 #[schema(example = json!({"model": "tandem-demo", "training_file": "file-abc123"}))]
 pub struct CreateFineTune {
-    pub training_file: String,
-    pub validation_file: Option<String>,
+    pub training_file: FileIds,
+    pub validation_file: Option<FileIds>,
     /// Default: the base model that is served.
     pub model: Option<String>,
     /// 1 to 40 characters of the made model's name; spaces become hyphens.

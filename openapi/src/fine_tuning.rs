@@ -6,15 +6,17 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::common::{AutoInteger, AutoNumber, Unknown};
+use crate::common::{AutoInteger, AutoNumber, FileIds, Unknown};
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]
 #[schema(example = json!({"model": "tandem-demo", "training_file": "file-abc123", "lora_r": 16}))]
 pub struct CreateJob {
     pub model: String,
-    /// A file id, purpose `fine-tune`.
-    pub training_file: String,
-    pub validation_file: Option<String>,
+    /// Of purpose `fine-tune`.
+    #[serde(alias = "training_files")]
+    pub training_file: FileIds,
+    #[serde(alias = "validation_files")]
+    pub validation_file: Option<FileIds>,
     /// 1 to 64 characters of the made model's name; spaces become hyphens.
     pub suffix: Option<String>,
     /// At most 16 keys of 64 characters, values of 512.
@@ -80,9 +82,9 @@ pub struct Job {
     pub result_files: Vec<String>,
     /// `validating_files`, `queued`, `running`, `succeeded`, `failed` or `cancelled`
     pub status: &'static str,
-    pub training_file: String,
+    pub training_file: FileIds,
     #[schema(required)]
-    pub validation_file: Option<String>,
+    pub validation_file: Option<FileIds>,
     #[schema(required)]
     pub trained_tokens: Option<u64>,
     #[schema(required)]

@@ -282,8 +282,8 @@ pub struct Upload {
 #[serde(default)]
 pub struct JobRequest {
     pub model: String,
-    pub training_file: String,
-    pub validation_file: Option<String>,
+    pub training_file: FileIds,
+    pub validation_file: Option<FileIds>,
     pub suffix: Option<String>,
     pub metadata: BTreeMap<String, String>,
     #[serde(flatten)]
@@ -293,6 +293,48 @@ pub struct JobRequest {
     /// The adapter that it starts from, found by its name when the job was created.
     #[serde(default)]
     pub start: Option<AdapterDigest>,
+}
+
+/// Of one file or several, whose rows are read one after the other.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(from = "OneOrSeveral", into = "OneOrSeveral")]
+pub struct FileIds(pub Vec<String>);
+
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum OneOrSeveral {
+    One(String),
+    Several(Vec<String>),
+}
+
+impl From<OneOrSeveral> for FileIds {
+    fn from(ids: OneOrSeveral) -> FileIds {
+        match ids {
+            OneOrSeveral::One(id) => FileIds(vec![id]),
+            OneOrSeveral::Several(ids) => FileIds(ids),
+        }
+    }
+}
+
+impl From<FileIds> for OneOrSeveral {
+    fn from(FileIds(mut ids): FileIds) -> OneOrSeveral {
+        match ids.len() {
+            1 => OneOrSeveral::One(ids.remove(0)),
+            _ => OneOrSeveral::Several(ids),
+        }
+    }
+}
+
+impl From<&str> for FileIds {
+    fn from(id: &str) -> FileIds {
+        FileIds(vec![id.to_owned()])
+    }
+}
+
+impl std::fmt::Display for FileIds {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0.join(", "))
+    }
 }
 
 impl JobRequest {

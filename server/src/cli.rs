@@ -58,6 +58,8 @@ pub enum Command {
     Quantize(Quantize),
     /// Write a model anew with an adapter in it
     Merge(Merge),
+    /// Draw curves of runs as an SVG picture
+    Plot(Plot),
     /// Copy what a server keeps, while it runs
     Backup(Backup),
     /// Make a data folder of such a copy
@@ -112,6 +114,20 @@ pub struct Merge {
     /// Branch, tag or commit of a model on the hub [default: main]
     #[arg(long, value_name = "REVISION")]
     pub revision: Option<String>,
+}
+
+/// A line for each run and, dashed, one for its validations.
+#[derive(Clone, Debug, Args)]
+pub struct Plot {
+    /// Files that `tandem train` writes into its output_dir, or such folders
+    #[arg(value_name = "METRICS.jsonl", required = true)]
+    pub metrics: Vec<PathBuf>,
+    /// The picture
+    #[arg(long, short, value_name = "FILE.svg")]
+    pub output: PathBuf,
+    /// Of the numbers that a run reports
+    #[arg(long, value_name = "NAME", default_value = "loss")]
+    pub metric: String,
 }
 
 /// Also by environment (TANDEM_MODEL, TANDEM_PORT, ...) and in the TOML file of --config (same names). A flag wins over

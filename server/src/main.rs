@@ -30,6 +30,7 @@ mod listen;
 mod metrics;
 mod origins;
 mod otlp;
+mod plot;
 mod process;
 mod ranks;
 mod roots;
@@ -78,6 +79,7 @@ fn run() -> Result<ExitCode> {
         Command::Recipes(command) => train::recipes::run(&command)?,
         Command::Download(download) => commands::download::run(&download)?,
         Command::Merge(merge) => commands::merge::run(&merge)?,
+        Command::Plot(options) => plot::run(&options)?,
         Command::Quantize(quantize) => commands::quantize::run(&quantize)?,
         Command::Backup(options) => commands::backup::backup(options)?,
         Command::Restore(options) => commands::backup::restore(&options)?,

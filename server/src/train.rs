@@ -28,6 +28,7 @@ use tandem_text::{TextError, Tokenizer};
 
 use crate::hub::{self, Content, Found, HubError};
 use crate::listen::{SIGINT, Signals};
+pub use logs::LINES;
 use logs::Logs;
 use progress::{Progress, thousands};
 use record::{Begin, Record, RecordError};
@@ -211,6 +212,7 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
     let spec = JobSpec {
         id: "train".parse().expect("a job\'s id"),
         folder: output_dir.clone(),
+        tenant: String::new(),
         base_model: base_model(&model),
         hyper,
         life: Life::default(),

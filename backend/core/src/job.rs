@@ -46,6 +46,9 @@ pub mod files {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct JobSpec {
     pub id: JobId,
+    /// Whose it is: jobs of one share the time of one.
+    #[serde(default)]
+    pub tenant: String,
     pub folder: PathBuf,
     /// For adapter_config.json's `base_model_name_or_path`: see [`base_model`].
     pub base_model: String,

@@ -158,7 +158,7 @@ settings! {
             "text", "column of plain text";
         dataset_format: String, Word(&FORMATS),
             ["data_format"],
-            "by content, then by name", "how rows lie in a file: jsonl, json (one array), csv, text";
+            "by content, then by name", "how rows lie in a file: jsonl, json (one array), csv, parquet, text";
         sample_by: String, Word(&SAMPLES),
             [],
             "line", "what a row of plain text is: a line, a paragraph or the whole document";
@@ -264,7 +264,7 @@ const OBJECTIVES: [&str; 7] = ["sft", "dpo", "kto", "orpo", "cpo", "simpo", "rew
 const PACKING: [&str; 2] = ["bfd", WRAPPED];
 const WRAPPED: &str = "wrapped";
 /// Of `dataset_format` and `sample_by`, as `datasets` calls them.
-const FORMATS: [&str; 4] = ["jsonl", "json", "csv", "text"];
+const FORMATS: [&str; 5] = ["jsonl", "json", "csv", "parquet", "text"];
 const SAMPLES: [&str; 3] = ["line", "paragraph", "document"];
 /// Of `loss_type`, for all objectives.
 const LOSSES: [&str; 15] = [

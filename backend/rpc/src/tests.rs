@@ -451,6 +451,7 @@ fn job(id: &str) -> JobSpec {
     JobSpec {
         id: id.parse().unwrap(),
         folder: "/here".into(),
+        tenant: String::new(),
         base_model: "base".to_owned(),
         hyper: Hyper {
             n_epochs: 1,

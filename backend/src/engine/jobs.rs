@@ -1,5 +1,5 @@
 //! Fine-tuning jobs as the engine's tenants: whether one is begun beside others, whose quantum is next, what a failure
-//! costs. Jobs take turns by the time they were given. Slices of several that fit into one go through the layers together.
+//! costs. Jobs take turns by the time they were given, tenants alike however many jobs they have. Slices of several that fit into one go through the layers together.
 //! What is on its way is finished before another job has its turn, so that the activations of one slice are held at a
 //! time, however many jobs there are. Not here: training.
 
@@ -164,9 +164,13 @@ impl Jobs {
 
     fn ran(&mut self, members: &[usize], shares: &[f64], took: Duration) {
         for (&i, &share) in members.iter().zip(shares) {
+            // Jobs of one tenant share its time: what one of them is given counts for each.
+            let tenant = &self.all[i].spec.tenant;
+            let of_tenant = |job: &&Job| job.can_go_on() && job.spec.tenant == *tenant;
+            let n = self.all.iter().filter(of_tenant).count().max(1);
             let job = &mut self.all[i];
             self.given = self.given.max(job.given);
-            job.given += took.mul_f64(share);
+            job.given += took.mul_f64(share * n as f64);
         }
     }
 }

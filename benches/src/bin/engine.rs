@@ -232,6 +232,7 @@ impl Engine {
             Ok(JobSpec {
                 id: format!("ftjob-{round}-{number}").parse().expect("a job\'s id"),
                 folder,
+                tenant: String::new(),
                 base_model: "bench".to_owned(),
                 hyper: hyper(1, lora),
                 life: Life::default(),
@@ -411,6 +412,7 @@ fn train(options: &Options, report: &mut Map<String, Value>) -> anyhow::Result<(
     let spec = JobSpec {
         id: "ftjob-bench".parse().expect("a job\'s id"),
         folder: folder.path().to_owned(),
+        tenant: String::new(),
         base_model: "bench".to_owned(),
         hyper,
         life: Life::default(),

@@ -166,6 +166,7 @@ fn losses(decoder: &Decoder, tokens: &[TokenId], options: &Options) -> anyhow::R
     let spec = JobSpec {
         id: "ftjob-bench".parse().expect("a job\'s id"),
         folder: folder.path().to_owned(),
+        tenant: String::new(),
         base_model: "bench".to_owned(),
         hyper: Hyper {
             n_epochs: 1,

@@ -10,6 +10,8 @@ use crate::jobs::name;
 
 const MAX_SUFFIX_CHARS: usize = 64;
 const MAX_LEGACY_SUFFIX_CHARS: usize = 40;
+/// Of rows of one kind.
+const MAX_FILES: usize = 100;
 const MAX_METADATA: usize = 16;
 const MAX_METADATA_KEY_CHARS: usize = 64;
 const MAX_METADATA_VALUE_CHARS: usize = 512;
@@ -17,8 +19,8 @@ const MAX_METADATA_VALUE_CHARS: usize = 512;
 pub(crate) fn request<'a>(request: &JobRequest, bounds: impl Into<Bounds<'a>>) -> Result<(), RouterError> {
     let JobRequest {
         model: _,
-        training_file: _,
-        validation_file: _,
+        training_file,
+        validation_file,
         suffix,
         metadata,
         settings,
@@ -26,6 +28,16 @@ pub(crate) fn request<'a>(request: &JobRequest, bounds: impl Into<Bounds<'a>>) -
         start: _,
     } = request;
     fits(settings, bounds.into())?;
+    for (param, files) in [
+        ("training_file", Some(training_file)),
+        ("validation_file", validation_file.as_ref()),
+    ] {
+        let n = files.map_or(1, |files| files.0.len());
+        if !(1..=MAX_FILES).contains(&n) {
+            let message = format!("{param} must be a file or a list of 1 to {MAX_FILES} files, got {n}");
+            return Err(RouterError::invalid(param, message));
+        }
+    }
     if let Some(suffix) = suffix {
         let most = if *legacy {
             MAX_LEGACY_SUFFIX_CHARS

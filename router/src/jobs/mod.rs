@@ -28,7 +28,7 @@ use tokio::sync::{Notify, mpsc, watch};
 
 use crate::Router;
 use crate::api::{
-    Checkpoint, Client, Job, JobError, JobEventRecord, JobRequest, JobStatus, Level, MetadataFilter,
+    Checkpoint, Client, FileIds, Job, JobError, JobEventRecord, JobRequest, JobStatus, Level, MetadataFilter,
     ModelCard, ModelKind, Page, RouterError,
 };
 
@@ -96,10 +96,10 @@ impl Router {
         let config = self.config();
         self.find_start(&mut request, client).await?;
         check::request(&request, self.info())?;
-        self.check_file("training_file", &request.training_file, client)
+        self.check_files("training_file", &request.training_file, client)
             .await?;
-        if let Some(id) = &request.validation_file {
-            self.check_file("validation_file", id, client).await?;
+        if let Some(files) = &request.validation_file {
+            self.check_files("validation_file", files, client).await?;
         }
         self.check_rows(&request).await?;
         let seed = request.settings.seed.unwrap_or_else(ids::seed);
@@ -134,7 +134,7 @@ impl Router {
         };
         let row = self.0.store.insert_job(job).await?;
         self.0.desk.created.notify_one();
-        tracing::info!(job = %row.id, file = request.training_file, "job created");
+        tracing::info!(job = %row.id, file = %request.training_file, "job created");
         record::job(row)
     }
 
@@ -198,11 +198,13 @@ impl Router {
             ("training_file", Some(&request.training_file)),
             ("validation_file", request.validation_file.as_ref()),
         ];
-        for (param, id) in files.into_iter().filter_map(|(param, id)| Some((param, id?))) {
-            let (info, path) = self.file_content(id).await?;
-            let source = dataset::Source {
-                path,
-                name: info.filename,
+        for (param, files) in files
+            .into_iter()
+            .filter_map(|(param, files)| Some((param, files?)))
+        {
+            // Rows of a job have one kind.
+            let Some(source) = self.sources(files).await?.into_iter().next() else {
+                continue;
             };
             let reading = reading.whole();
             let first = move || Some(dataset::Rows::open(vec![source], &reading).ok()?.next()?.ok()?.1);
@@ -391,6 +393,24 @@ impl Router {
         self.job(id).await?;
         let rows = self.0.store.checkpoints(id, after, limit).await?;
         record::page(rows, record::checkpoint)
+    }
+
+    async fn check_files(&self, param: &str, files: &FileIds, client: &Client) -> Result<(), RouterError> {
+        for id in &files.0 {
+            self.check_file(param, id, client).await?;
+        }
+        Ok(())
+    }
+
+    /// Where the files lie, and what they are called.
+    async fn sources(&self, files: &FileIds) -> Result<Vec<dataset::Source>, RouterError> {
+        let mut sources = vec![];
+        for id in &files.0 {
+            let (info, path) = self.file_content(id).await?;
+            let name = info.filename;
+            sources.push(dataset::Source { path, name });
+        }
+        Ok(sources)
     }
 
     async fn check_file(&self, param: &str, id: &str, client: &Client) -> Result<(), RouterError> {

@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 use tokio::time::Sleep;
 
 use crate::Router;
-use crate::api::{JobError, JobRequest, Level, RouterError};
+use crate::api::{FileIds, JobError, JobRequest, Level, RouterError};
 use crate::jobs::hyper::{self, Facts, Tuning};
 use crate::jobs::keeper::Keeper;
 use crate::jobs::{QUEUED, VALIDATING, event, record};
@@ -177,9 +177,9 @@ impl Drop for Waiting {
 }
 
 async fn prepare(router: &Router, row: &JobRow, request: &JobRequest) -> Result<Prepared, Unfit> {
-    let training = source(router, "training_file", &request.training_file).await?;
+    let training = uploads(router, "training_file", &request.training_file).await?;
     let validation = match &request.validation_file {
-        Some(id) => Some(source(router, "validation_file", id).await?),
+        Some(files) => Some(uploads(router, "validation_file", files).await?),
         None => None,
     };
     let options = Options::new(
@@ -216,9 +216,9 @@ async fn prepare(router: &Router, row: &JobRow, request: &JobRequest) -> Result<
                 write(&folder.join(to), &bytes).map_err(unwritten)?;
             }
         }
-        let convert = |upload, reading: &Reading, name| {
+        let convert = |uploads, reading: &Reading, name| {
             convert(
-                upload,
+                uploads,
                 reading,
                 &tokenizer,
                 &options,
@@ -244,21 +244,15 @@ async fn prepare(router: &Router, row: &JobRow, request: &JobRequest) -> Result<
     }
 }
 
-/// An uploaded file of a job.
-struct Upload {
+/// Uploaded files of a job, whose rows are one data set.
+struct Uploads {
     param: &'static str,
-    source: Source,
+    sources: Vec<Source>,
 }
 
-async fn source(router: &Router, param: &'static str, id: &str) -> Result<Upload, Unfit> {
-    match router.file_content(id).await {
-        Ok((info, path)) => Ok(Upload {
-            param,
-            source: Source {
-                path,
-                name: info.filename,
-            },
-        }),
+async fn uploads(router: &Router, param: &'static str, files: &FileIds) -> Result<Uploads, Unfit> {
+    match router.sources(files).await {
+        Ok(sources) => Ok(Uploads { param, sources }),
         Err(RouterError::UnknownFile(id)) => {
             let message = format!("The job failed because its file {id} was deleted or has expired.");
             Err(Unfit::Job(invalid(param, message)))
@@ -267,22 +261,22 @@ async fn source(router: &Router, param: &'static str, id: &str) -> Result<Upload
     }
 }
 
-/// Tokenise one file. What has nothing to learn is left out and counted.
+/// Tokenise one data set. What has nothing to learn is left out and counted.
 fn convert(
-    upload: Upload,
+    uploads: Uploads,
     reading: &Reading,
     tokenizer: &Tokenizer,
     options: &Options,
     target: &Path,
     given_up: &AtomicBool,
 ) -> Result<(Facts, String), Unfit> {
-    let Upload { param, source } = upload;
+    let Uploads { param, sources } = uploads;
     let kind = param.replace('_', " ");
     let bad = |message: &dyn std::fmt::Display| {
         let message = format!("The job failed due to an invalid {kind}. {message}");
         Unfit::Job(invalid(param, message))
     };
-    let mut rows = Rows::open(vec![source], reading).map_err(|error| bad(&error))?;
+    let mut rows = Rows::open(sources, reading).map_err(|error| bad(&error))?;
     let read = tokenise(&mut rows, tokenizer, options, |_, _| {
         !given_up.load(Ordering::Acquire)
     });

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use tandem_core::job::Hyper;
-use tandem_text::dataset::{Options, Reading, Rows, Shown, Source, Statistics, tokenise};
+use tandem_text::dataset::{Options, Reading, Rows, Shown, Statistics, tokenise};
 
 use crate::Router;
 use crate::api::{Client, JobRequest, RouterError};
@@ -38,12 +38,8 @@ impl Router {
         let param = "training_file";
         self.find_start(&mut request, client).await?;
         check::request(&request, self.info())?;
-        self.check_file(param, &request.training_file, client).await?;
-        let (info, path) = self.file_content(&request.training_file).await?;
-        let source = Source {
-            path,
-            name: info.filename,
-        };
+        self.check_files(param, &request.training_file, client).await?;
+        let sources = self.sources(&request.training_file).await?;
         let settings = tandem_core::settings::Settings {
             seed: Some(request.settings.seed.unwrap_or(0)),
             ..request.settings
@@ -61,7 +57,7 @@ impl Router {
         let _waiting = Waiting(given_up.clone());
         let read = move || {
             let bad = |error: &dyn std::fmt::Display| RouterError::invalid(param, error.to_string());
-            let mut rows = Rows::open(vec![source], &reading).map_err(|error| bad(&error))?;
+            let mut rows = Rows::open(sources, &reading).map_err(|error| bad(&error))?;
             let beginning = rows.by_ref().take(MOST_ROWS);
             let dataset = tokenise(beginning, &tokenizer, &options, |_, _| {
                 !given_up.load(Ordering::Acquire)

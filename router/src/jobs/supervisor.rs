@@ -298,6 +298,7 @@ impl<'a> Run<'a> {
         let spec = JobSpec {
             id: id.clone(),
             folder: router.0.store.artifacts().pull_job(&id, life).await?,
+            tenant: row.tenant,
             base_model: base_model(&router.info().model_folder),
             hyper,
             life,

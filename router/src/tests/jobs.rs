@@ -14,7 +14,7 @@ use crate::api::{AdapterSource, Call, Job, JobRequest, JobStatus, MetadataFilter
 pub(super) fn request(training_file: &str) -> JobRequest {
     JobRequest {
         model: BASE.to_owned(),
-        training_file: training_file.to_owned(),
+        training_file: training_file.into(),
         ..JobRequest::default()
     }
 }
@@ -103,7 +103,7 @@ async fn a_job_becomes_a_model_that_answers() {
         .unwrap();
     let asked = JobRequest {
         suffix: Some("pet".to_owned()),
-        validation_file: Some(file.clone()),
+        validation_file: Some(file.as_str().into()),
         ..request(&file)
     };
     let created = std::time::Instant::now();
@@ -356,7 +356,7 @@ async fn checkpoints_beyond_the_limit_go_and_the_best_stays() {
         .await
         .unwrap();
     let asked = JobRequest {
-        validation_file: Some(file.clone()),
+        validation_file: Some(file.as_str().into()),
         settings: Settings {
             save_total_limit: Some(1),
             load_best_model_at_end: Some(true),
@@ -884,7 +884,7 @@ async fn bad_jobs_are_refused_by_name() {
         (request(&other), "training_file"),
         (
             JobRequest {
-                validation_file: Some(other.clone()),
+                validation_file: Some(other.as_str().into()),
                 ..base()
             },
             "validation_file",

@@ -8,8 +8,8 @@ use tandem_router::api::{AdapterSource, Checkpoint, FileInfo, Job, ModelCard, Mo
 /// What is known of the job that made it.
 pub struct Origin {
     pub job: Job,
-    /// Gone, when the file was deleted since.
-    pub training_file: Option<FileInfo>,
+    /// In the order of the job's; gone, when a file was deleted since.
+    pub training_files: Vec<Option<FileInfo>>,
     /// The one that it is, or the job's last.
     pub checkpoint: Option<Checkpoint>,
 }
@@ -49,17 +49,19 @@ pub fn readme(card: &ModelCard, config: &Value, origin: Option<&Origin>) -> Stri
     }
     let Some(Origin {
         job,
-        training_file,
+        training_files,
         checkpoint,
     }) = origin
     else {
         return text;
     };
-    let file = match training_file {
-        Some(FileInfo { filename, bytes, .. }) => format!(" ({filename}, {bytes} bytes)"),
-        None => " (deleted since)".to_owned(),
-    };
-    row("training_file", format!("{}{file}", job.request.training_file));
+    for (id, file) in job.request.training_file.0.iter().zip(training_files) {
+        let file = match file {
+            Some(FileInfo { filename, bytes, .. }) => format!("{filename}, {bytes} bytes"),
+            None => "deleted since".to_owned(),
+        };
+        row("training_file", format!("{id} ({file})"));
+    }
     if let Some(tokens) = job.trained_tokens {
         row("trained tokens", tokens.to_string());
     }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use tandem_core::settings;
 use tandem_openapi::files::File;
 use tandem_openapi::fine_tunes::{CreateFineTune, FineTune, FineTuneEvent, HyperParams};
-use tandem_router::api::{Job, JobEventRecord, JobRequest, JobStatus, RouterError};
+use tandem_router::api::{FileIds, Job, JobEventRecord, JobRequest, JobStatus, RouterError};
 
 use super::{fine_tuning, jobs};
 use crate::error::ApiError;
@@ -26,8 +26,8 @@ pub fn request(body: CreateFineTune, default_model: &str) -> Result<JobRequest, 
         model: model.unwrap_or_else(|| default_model.to_owned()),
         settings: settings::read([("", settings)], validation_file.is_some())
             .map_err(fine_tuning::refused)?,
-        training_file,
-        validation_file,
+        training_file: FileIds(training_file.into()),
+        validation_file: validation_file.map(|files| FileIds(files.into())),
         suffix,
         metadata: BTreeMap::new(),
         legacy: true,

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use tandem_core::settings::{self, Kind, Range, Refused, Setting, Why};
 use tandem_openapi::common::Unknown;
 use tandem_openapi::fine_tuning::{CreateJob, Method, MethodSettings};
-use tandem_router::api::JobRequest;
+use tandem_router::api::{FileIds, JobRequest};
 use utoipa::openapi::{RefOr, Schema};
 
 use crate::error::{ApiError, invalid};
@@ -42,8 +42,8 @@ pub fn request(body: CreateJob) -> Result<JobRequest, ApiError> {
     Ok(JobRequest {
         settings,
         model,
-        training_file,
-        validation_file,
+        training_file: FileIds(training_file.into()),
+        validation_file: validation_file.map(|files| FileIds(files.into())),
         suffix,
         metadata: metadata.unwrap_or_default(),
         legacy: false,

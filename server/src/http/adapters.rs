@@ -101,11 +101,14 @@ pub async fn download(Own(own): Own, Segment(name): Segment) -> Result<Response,
             ..
         } => match own.clone().job(job).await {
             Ok(job) => {
-                let training_file = own.clone().file(&job.request.training_file).await.ok();
+                let mut training_files = vec![];
+                for id in &job.request.training_file.0 {
+                    training_files.push(own.clone().file(id).await.ok());
+                }
                 let checkpoint = checkpoint(own, &job, *step).await?;
                 Some(Origin {
                     job,
-                    training_file,
+                    training_files,
                     checkpoint,
                 })
             }

@@ -158,9 +158,10 @@ async fn whole(app: &App, own: &View, job: Job) -> Result<Answer<FineTune>, ApiE
 }
 
 async fn shape(app: &App, own: &View, job: Job, events: Option<Vec<FineTuneEvent>>) -> FineTune {
+    let validation = job.request.validation_file.clone().unwrap_or_default();
     let files = Files {
-        training: objects(own, [&job.request.training_file]).await,
-        validation: objects(own, &job.request.validation_file).await,
+        training: objects(own, &job.request.training_file.0).await,
+        validation: objects(own, &validation.0).await,
         results: objects(own, &job.result_files).await,
     };
     convert::fine_tune(job, app.organization(), files, events)

@@ -789,6 +789,7 @@ profiler:
             // torch's own: nothing is said of decay and clipping.
             "weight_decay": 0.01, "max_grad_norm": 0.0,
             "lr_scheduler_type": "cosine", "warmup_steps": 100, "max_seq_length": 256, "seed": 42,
+            "shuffle": true,
             "train_on_input": false, "template": "torchtune.data.SummarizeTemplate", "split": "train[:2000]",
             "column_map": {"dialogue": "document", "output": "summary"},
             "lora_r": 8, "lora_alpha": 16.0, "lora_target_modules": ["q_proj", "v_proj", "o_proj"],
@@ -883,7 +884,6 @@ profiler:
                 "max_steps_per_epoch: 3 is not supported",
             ),
             (&["profiler.enabled=True"], "there is no profiler"),
-            (&["shuffle=False"], "shuffle: false is not supported"),
             (
                 &["output_dir=${nowhere}", "metric_logger.log_dir=${nowhere}"],
                 "refers to nothing",

@@ -314,6 +314,7 @@ impl Job {
         let spec = JobSpec {
             id,
             folder: folder.path().to_owned(),
+            tenant: String::new(),
             base_model: "fixture".to_owned(),
             hyper,
             life: Life::default(),

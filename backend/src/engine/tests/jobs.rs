@@ -46,6 +46,7 @@ fn job(folder: &Path, cases: &[Case], max_steps: u64) -> JobSpec {
     JobSpec {
         id: "ftjob-test".parse().unwrap(),
         folder: folder.to_owned(),
+        tenant: String::new(),
         base_model: "demo".to_owned(),
         hyper,
         life: Life::default(),
@@ -223,6 +224,40 @@ fn three(folder: &Path, cases: &[Case]) -> [JobSpec; 3] {
         .collect();
     std::fs::write(third.folder.join(files::TRAIN), dataset::encode(&pairs)).unwrap();
     [first, second, third]
+}
+
+/// A job that is alone with its tenant makes as many steps as the two of another together.
+#[test]
+fn tenants_have_equal_shares_however_many_jobs_they_have() {
+    let (folder, cases) = (demo(), cases());
+    let directory = tempfile::tempdir().unwrap();
+    let rig = Rig::new(options(&folder));
+    let of = |name: &str, tenant: &str| {
+        let [_, _, mut spec] = three(&directory.path().join(name), &cases);
+        spec.tenant = tenant.to_owned();
+        spec.hyper.max_steps = Some(100_000);
+        train(&rig, named(&format!("ftjob-{name}"), spec))
+    };
+    let mut jobs = [of("one", "many"), of("two", "many"), of("three", "single")];
+    let mut steps = [0; 3];
+    // From where all three train on.
+    let mut before = None;
+    while steps[2] < 60 {
+        for (events, steps) in jobs.iter_mut().zip(&mut steps) {
+            while let Ok(event) = events.try_recv() {
+                *steps += u64::from(matches!(event, JobEvent::Step(_)));
+            }
+        }
+        if before.is_none() && steps.iter().all(|&steps| steps > 0) {
+            before = Some(steps);
+        }
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    let before = before.expect("all have made a step");
+    let [one, two, three] = [0, 1, 2].map(|i| (steps[i] - before[i]) as f64);
+    // By time, which other programs disturb: without tenants it were half.
+    assert!((one + two) / three < 1.5, "{one} and {two} beside {three}");
+    assert!((one + two) / three > 0.6, "{one} and {two} beside {three}");
 }
 
 fn finished(heard: &[JobEvent]) -> AdapterDigest {

@@ -1,9 +1,10 @@
-//! The rows of a file as dictionaries, however they lie in it: lines of JSON, one JSON array, CSV, plain text.
+//! The rows of a file as dictionaries, however they lie in it: lines of JSON, one JSON array, CSV, Parquet, plain text.
 //! One row is in memory at a time. Not here: what a row means (the parent).
 
 mod array;
 mod csv;
 mod lines;
+mod parquet;
 
 use std::fmt;
 use std::fs::File;
@@ -26,6 +27,7 @@ pub enum Format {
     Jsonl,
     Json,
     Csv,
+    Parquet,
     Text,
 }
 
@@ -36,6 +38,7 @@ impl Format {
             "jsonl" => Format::Jsonl,
             "json" => Format::Json,
             "csv" => Format::Csv,
+            "parquet" => Format::Parquet,
             "text" => Format::Text,
             _ => return None,
         })
@@ -46,6 +49,7 @@ impl Format {
             Format::Jsonl => "JSONL",
             Format::Json => "a JSON array",
             Format::Csv => "CSV",
+            Format::Parquet => "Parquet",
             Format::Text => "plain text",
         }
     }
@@ -93,7 +97,7 @@ impl From<&Path> for Source {
     }
 }
 
-/// Where a row stands. Rows of CSV are counted without the header.
+/// Where a row stands. Rows of CSV are counted without the header; a row of a table has no line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
     /// From 1.
@@ -155,6 +159,7 @@ impl Records {
             Format::Jsonl => Box::new(lines::rows(BufReader::new(file))),
             Format::Json => Box::new(array::rows(BufReader::new(file))),
             Format::Csv => Box::new(csv::rows(BufReader::new(file))?),
+            Format::Parquet => Box::new(parquet::rows(file)?),
             Format::Text => Box::new(lines::texts(BufReader::new(file), sample_by)),
         };
         Ok(Records {
@@ -189,10 +194,6 @@ fn format(beginning: &[u8], name: &str, asked: Option<Format>) -> Result<Format,
             "is a zip archive or a spreadsheet: unpack it, or save it as CSV",
         ),
         (
-            b"PAR1",
-            "is Parquet, which is not read: datasets.load_dataset(\"parquet\", data_files=FILE)[\"train\"].to_json(\"rows.jsonl\"), or pandas.read_parquet(FILE).to_json(\"rows.jsonl\", orient=\"records\", lines=True), writes what is",
-        ),
-        (
             b"ARROW1",
             "is an Arrow file, which is not read: datasets' Dataset.to_json(\"rows.jsonl\") writes what is",
         ),
@@ -209,6 +210,18 @@ fn format(beginning: &[u8], name: &str, asked: Option<Format>) -> Result<Format,
             "Line 1 is not UTF-8 text but UTF-16: save it as UTF-8.".to_owned(),
         ));
     }
+    if beginning.starts_with(parquet::MAGIC) {
+        return match asked {
+            None | Some(Format::Parquet) => Ok(Format::Parquet),
+            Some(asked) => Err(contradicted(asked, Format::Parquet)),
+        };
+    }
+    if asked == Some(Format::Parquet) {
+        return Err(whole(
+            "dataset_format says Parquet, but the file does not begin as one: leave dataset_format out."
+                .to_owned(),
+        ));
+    }
     let first = without_mark(beginning)
         .iter()
         .find(|byte| !byte.is_ascii_whitespace());
@@ -220,11 +233,7 @@ fn format(beginning: &[u8], name: &str, asked: Option<Format>) -> Result<Format,
     let found = match (asked, seen) {
         // Any text is plain text; a header of CSV may begin with a brace.
         (Some(asked @ (Format::Text | Format::Csv)), _) => asked,
-        (Some(asked), Some(seen)) if asked != seen => {
-            let message =
-                format!("dataset_format says {asked}, but the file is {seen}: leave dataset_format out.");
-            return Err(whole(message));
-        }
+        (Some(asked), Some(seen)) if asked != seen => return Err(contradicted(asked, seen)),
         (Some(asked), _) => asked,
         (None, Some(seen)) => seen,
         (None, None) if ends(&[".csv", ".tsv"]) => Format::Csv,
@@ -233,6 +242,12 @@ fn format(beginning: &[u8], name: &str, asked: Option<Format>) -> Result<Format,
         (None, None) => Format::Jsonl,
     };
     Ok(found)
+}
+
+fn contradicted(asked: Format, seen: Format) -> BadLine {
+    whole(format!(
+        "dataset_format says {asked}, but the file is {seen}: leave dataset_format out."
+    ))
 }
 
 fn whole(message: String) -> BadLine {

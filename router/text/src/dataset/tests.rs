@@ -1,6 +1,7 @@
 //! Lines and files, good and bad.
 
 use std::io::Write;
+use std::path::Path;
 
 use super::records::MAX_ROW_BYTES;
 use super::*;
@@ -748,7 +749,25 @@ fn rows_are_found_however_they_lie() {
             "a.parquet",
             "PAR1".into(),
             json!({}),
-            Err("to_json(\"rows.jsonl\")"),
+            Err("The Parquet file cannot be read"),
+        ),
+        (
+            "a.parquet",
+            "PAR1 and what is no Parquet behind it PAR1".into(),
+            json!({}),
+            Err("The Parquet file cannot be read"),
+        ),
+        (
+            "a.parquet",
+            "PAR1".into(),
+            json!({"dataset_format": "csv"}),
+            Err("the file is Parquet: leave dataset_format out"),
+        ),
+        (
+            "a.jsonl",
+            "{\"text\": \"a\"}".into(),
+            json!({"dataset_format": "parquet"}),
+            Err("does not begin as one"),
         ),
         ("notes", "hello".into(), json!({}), Err("JSONL format")),
     ];
@@ -777,6 +796,50 @@ fn rows_are_found_however_they_lie() {
         message.starts_with("bad.jsonl: ") && message.contains("line 1 of one.jsonl the shape"),
         "{message}"
     );
+}
+
+/// Files of tests/text/make_parquet.py, and their rows as pyarrow reads them.
+#[test]
+fn rows_of_parquet_files_are_those_that_pyarrow_reads() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/fixture/parquet");
+    let expected = std::fs::read(folder.join("rows.json")).unwrap();
+    let expected: Value = serde_json::from_slice(&expected).unwrap();
+    let files = expected["files"].as_object().unwrap();
+    assert!(files.len() > 6);
+    let records = |path: &Path| {
+        let records = Records::open(&Source::from(path), None, SampleBy::default())?;
+        assert_eq!(records.format, Format::Parquet);
+        records
+            .map(|record| record.map(|(_, row)| Value::Object(row)))
+            .collect::<Result<Vec<Value>, BadLine>>()
+    };
+    let scratch = tempfile::tempdir().unwrap();
+    for (name, rows) in files {
+        let read = records(&folder.join(name)).unwrap();
+        assert_eq!(&Value::Array(read), rows, "{name}");
+        // Damaged anywhere, it is refused or read, and never ends the program.
+        let bytes = std::fs::read(folder.join(name)).unwrap();
+        let damaged = scratch.path().join(name);
+        for at in (4..bytes.len()).step_by(bytes.len() / 40) {
+            let mut other = bytes.clone();
+            other[at] ^= 0x55;
+            std::fs::write(&damaged, &other).unwrap();
+            let _ = records(&damaged);
+            std::fs::write(&damaged, &bytes[..at]).unwrap();
+            assert!(records(&damaged).is_err(), "{name} cut at {at}");
+        }
+    }
+    let samples = all_of(&folder.join("calls.parquet"));
+    let [Sample::Example(Row::Chat { messages, .. }), _] = &samples[..] else {
+        panic!("{samples:?}")
+    };
+    assert!(messages[1].fields.contains_key("tool_calls"));
+    assert_eq!(all_of(&folder.join("datasets.parquet")).len(), 5);
+}
+
+fn all_of(path: &Path) -> Vec<Sample> {
+    let rows = Rows::open(vec![Source::from(path)], &Reading::default()).unwrap();
+    rows.map(|row| row.unwrap().1).collect()
 }
 
 #[test]
