@@ -344,7 +344,7 @@ impl Order {
             max_tokens: self.max_tokens,
             pooling: self.pooling,
             stop_tokens: self.stop_tokens.clone(),
-            trace: self.trace,
+            trace: self.trace.map(Box::new),
         }
     }
 }

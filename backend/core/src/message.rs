@@ -38,8 +38,8 @@ pub struct Generate {
     pub pooling: Option<Pooling>,
     /// Generation ends after any of these (EOS among them, unless the client ignores it).
     pub stop_tokens: Vec<TokenId>,
-    /// Of whoever waits for the answer, where that is traced.
-    pub trace: Option<TraceContext>,
+    /// Of whoever waits for the answer, where that is traced; apart, because most are not.
+    pub trace: Option<Box<TraceContext>>,
 }
 
 /// Of requests that nobody waits for: they go behind all others.

@@ -227,7 +227,7 @@ async fn a_request_and_its_answer_travel_whole() {
         }),
         sampling: Sampling::new(raw, 100).unwrap(),
         salt: Some(Digest([8; 32])),
-        trace: Some(TraceContext { trace: 7, span: 9 }),
+        trace: Some(Box::new(TraceContext { trace: 7, span: 9 })),
         priority: -5,
         ..request(77)
     };

@@ -75,7 +75,7 @@ impl Client {
                 .seed()
                 .unwrap_or_else(|| rng::bits(engine_seed, SEEDS, request.id.0)),
             life: Life::Lives,
-            traced: request.trace.map(Traced::new),
+            traced: request.trace.as_deref().copied().map(Traced::new),
         }
     }
 

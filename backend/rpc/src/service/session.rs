@@ -245,7 +245,7 @@ impl Ear {
                     pooling,
                     stop_tokens,
                     // One that cannot be read costs its spans.
-                    trace: traceparent.and_then(|trace| trace.parse().ok()),
+                    trace: traceparent.and_then(|trace| trace.parse().ok()).map(Box::new),
                 };
                 request.check(info.vocab_size, info.max_model_len)?;
                 Ok(request)
