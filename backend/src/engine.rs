@@ -296,7 +296,7 @@ impl Engine {
             return;
         }
         self.clients.insert(id, client);
-        if let Some(Err(fault)) = thinking.map(|budget| self.thoughts.admit(id, budget)) {
+        if let Some(Err(fault)) = thinking.map(|budget| self.thoughts.admit(id, *budget)) {
             return self.fail(id, fault);
         }
         match grammar.map(|grammar| self.grammars.admit(id, grammar, ends)) {

@@ -338,7 +338,7 @@ impl Order {
             adapter: self.adapter.clone(),
             sampling: self.sampling.for_choice(index),
             grammar: self.bounds.grammar.clone(),
-            thinking: self.bounds.thinking.clone(),
+            thinking: self.bounds.thinking.clone().map(Box::new),
             priority: self.priority,
             salt: self.salt,
             max_tokens: self.max_tokens,

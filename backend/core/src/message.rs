@@ -27,7 +27,7 @@ pub struct Generate {
     /// What the answer must be a sentence of.
     pub grammar: Option<Grammar>,
     /// How long it may reason.
-    pub thinking: Option<Budget>,
+    pub thinking: Option<Box<Budget>>,
     /// What has a lower one goes first; among equals, what came first.
     pub priority: i32,
     /// Whose KV blocks it may find, and who may find its own: those with the same salt alone.

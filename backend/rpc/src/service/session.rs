@@ -212,7 +212,7 @@ impl Ear {
         let salt = salt.as_deref().map(codec::digest).transpose()?;
         let sampling: RawSampling = codec::from_json(&sampling_json)?;
         let grammar: Option<Grammar> = grammar_json.as_deref().map(codec::from_json).transpose()?;
-        let thinking: Option<Budget> = thinking_json.as_deref().map(codec::from_json).transpose()?;
+        let thinking: Option<Box<Budget>> = thinking_json.as_deref().map(codec::from_json).transpose()?;
         let pooling: Option<Pooling> = pooling_json.as_deref().map(codec::from_json).transpose()?;
         let (events, receiver) = mpsc::channel(EVENT_QUEUE);
         let (id, open) = self.shared.open();

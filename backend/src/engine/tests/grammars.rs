@@ -302,7 +302,7 @@ fn reasoning_ends_with_its_budget() {
         is_anywhere: false,
     };
     let free = |budget: Option<Budget>, raw| Generate {
-        thinking: budget,
+        thinking: budget.map(Box::new),
         stop_tokens: vec![],
         ..request(prompt, 40, raw)
     };
