@@ -367,8 +367,17 @@ async fn what_binds_an_answer_knows_its_reasoning() {
     let (thought, called) = (format!("hm</think>\n\n{right}"), format!("So {right}"));
     // prompt, constraint, tools, separate; taken, not taken (both empty: no grammar), and what bounds reasoning
     let none: &[&str] = &[];
+    type Case<'a> = (
+        &'a str,
+        Option<Constraint>,
+        Vec<Tool>,
+        bool,
+        &'a [&'a str],
+        &'a [&'a str],
+        Option<bool>,
+    );
     #[rustfmt::skip] // one case, one line
-    let cases: [(&str, Option<Constraint>, Vec<Tool>, bool, &[&str], &[&str], Option<bool>); 9] = [
+    let cases: [Case; 9] = [
         ("go", Some(form()), vec![], true, &["yes", "<think>no</think>yes"], &["no", "<think>yes"], Some(false)),
         ("go<think>\n", Some(form()), vec![], true, &["no</think>yes"], &["yes", "no</think>no"], Some(true)),
         ("go<think>", Some(form()), vec![], false, &["no</think>yes"], &["yes"], Some(true)),
