@@ -32,6 +32,9 @@ pub struct Jobs {
     most: usize,
     /// Slices of several of them on their way.
     joint: Option<Joint>,
+    /// The time of the pass that is on its way, and of the last one.
+    pass: Duration,
+    last_pass: Duration,
     /// The time given to the job whose turn it was last: who could not go on meanwhile does not catch up.
     given: Duration,
 }
@@ -48,6 +51,8 @@ impl Jobs {
             all: vec![],
             most,
             joint: None,
+            pass: Duration::ZERO,
+            last_pass: Duration::ZERO,
             given: Duration::ZERO,
         }
     }
@@ -123,7 +128,11 @@ impl Jobs {
         };
         let mut members = vec![first];
         let mut rows = self.all[first].rows_to_join().unwrap_or(most_rows);
-        let mut others: Vec<usize> = ready().filter(|&i| i != first).collect();
+        // Who is more than a pass ahead waits for its turn, or those whose tenant has many jobs would ride along with each.
+        let due = self.all[first].given + self.last_pass;
+        let mut others: Vec<usize> = ready()
+            .filter(|&i| i != first && self.all[i].given <= due)
+            .collect();
         others.sort_by_key(|&i| self.all[i].given);
         for i in others {
             if let Some(more) = self.all[i].rows_to_join()
@@ -163,6 +172,12 @@ impl Jobs {
     }
 
     fn ran(&mut self, members: &[usize], shares: &[f64], took: Duration) {
+        let goes_on = |&i: &usize| self.all[i].holds_activations();
+        if self.joint.is_some() || members.iter().any(goes_on) {
+            self.pass += took;
+        } else if self.pass > Duration::ZERO {
+            self.last_pass = std::mem::take(&mut self.pass) + took;
+        }
         for (&i, &share) in members.iter().zip(shares) {
             // Jobs of one tenant share its time: what one of them is given counts for each.
             let tenant = &self.all[i].spec.tenant;

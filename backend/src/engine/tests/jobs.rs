@@ -229,11 +229,18 @@ fn three(folder: &Path, cases: &[Case]) -> [JobSpec; 3] {
 /// A job that is alone with its tenant makes as many steps as the two of another together.
 #[test]
 fn tenants_have_equal_shares_however_many_jobs_they_have() {
+    // By time, which other programs disturb: without tenants it were two. Pairs go alone; rows that share passes cost less
+    // than what is counted for them, so who has many jobs has a little more of it.
+    tenants_share(|[_, _, pairs]| pairs, 0.6..1.5);
+    tenants_share(|[rows, _, _]| rows, 0.6..1.75);
+}
+
+fn tenants_share(which: fn([JobSpec; 3]) -> JobSpec, bounds: std::ops::Range<f64>) {
     let (folder, cases) = (demo(), cases());
     let directory = tempfile::tempdir().unwrap();
     let rig = Rig::new(options(&folder));
     let of = |name: &str, tenant: &str| {
-        let [_, _, mut spec] = three(&directory.path().join(name), &cases);
+        let mut spec = which(three(&directory.path().join(name), &cases));
         spec.tenant = tenant.to_owned();
         spec.hyper.max_steps = Some(100_000);
         train(&rig, named(&format!("ftjob-{name}"), spec))
@@ -255,9 +262,10 @@ fn tenants_have_equal_shares_however_many_jobs_they_have() {
     }
     let before = before.expect("all have made a step");
     let [one, two, three] = [0, 1, 2].map(|i| (steps[i] - before[i]) as f64);
-    // By time, which other programs disturb: without tenants it were half.
-    assert!((one + two) / three < 1.5, "{one} and {two} beside {three}");
-    assert!((one + two) / three > 0.6, "{one} and {two} beside {three}");
+    assert!(
+        bounds.contains(&((one + two) / three)),
+        "{one} and {two} beside {three}"
+    );
 }
 
 fn finished(heard: &[JobEvent]) -> AdapterDigest {
