@@ -35,6 +35,7 @@ const PAGES: [(&str, &[&str]); 4] = [
             "\"loss_mask\"",
             "\"text\"",
             "fine_tuning.job",
+            "is the best",
             "succeeded",
             "succeeded",
             "adapter_model.safetensors",
