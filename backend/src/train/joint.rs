@@ -31,9 +31,7 @@ impl Joint {
             .map(|slice| slice.expect("who joins has a slice"))
             .collect();
         let pass = Pass::enter(&slices, &context(&learns(trainers), base));
-        for trainer in trainers.iter_mut() {
-            *trainer.on_its_way().expect("it has a slice") = Some(OnItsWay::WithOthers);
-        }
+        trainers.iter_mut().for_each(|trainer| trainer.lend());
         Joint {
             jobs: trainers.iter().map(|trainer| trainer.spec().id.clone()).collect(),
             pass,
@@ -91,37 +89,39 @@ impl Trainer {
     }
 
     fn next_slice(&self) -> Option<Entry<'_>> {
-        match &self.stage {
-            Stage::Accumulate(step) => match &step.work {
-                Work::Slices {
-                    slices,
-                    pass: None,
-                    rows_before,
-                } => slices.last().map(|slice| (slice, *rows_before)),
-                _ => None,
-            },
-            _ => None,
+        match self.slice()? {
+            (slice, None) => Some(slice),
+            (_, Some(_)) => None,
         }
     }
 
     /// Rows of the slice that is next or on its way.
     pub fn slice_rows(&self) -> usize {
-        match &self.stage {
-            Stage::Accumulate(step) => match &step.work {
-                Work::Slices { slices, .. } => slices.last().map_or(0, |slice| slice.tokens.len()),
-                Work::MicroBatches(_) => 0,
-            },
-            _ => 0,
-        }
+        self.slice().map_or(0, |((slice, _), _)| slice.tokens.len())
     }
 
-    fn on_its_way(&mut self) -> Option<&mut Option<OnItsWay>> {
-        match &mut self.stage {
-            Stage::Accumulate(step) => match &mut step.work {
-                Work::Slices { pass, .. } => Some(pass),
-                Work::MicroBatches(_) => None,
-            },
-            _ => None,
+    /// The slice that is next or on its way.
+    fn slice(&self) -> Option<(Entry<'_>, Option<&OnItsWay>)> {
+        let Stage::Accumulate(step) = &self.stage else {
+            return None;
+        };
+        let Work::Slices {
+            slices,
+            pass,
+            rows_before,
+        } = &step.work
+        else {
+            return None;
+        };
+        Some(((slices.last()?, *rows_before), pass.as_ref()))
+    }
+
+    /// Its next slice goes with others.
+    fn lend(&mut self) {
+        if let Stage::Accumulate(step) = &mut self.stage
+            && let Work::Slices { pass, .. } = &mut step.work
+        {
+            *pass = Some(OnItsWay::WithOthers);
         }
     }
 
@@ -141,7 +141,7 @@ impl Trainer {
 
     /// The pass that its slice went into is given up: what it added to the gradient is unknown.
     fn begin_again(&mut self) {
-        if matches!(self.on_its_way(), Some(Some(OnItsWay::WithOthers))) {
+        if matches!(self.slice(), Some((_, Some(OnItsWay::WithOthers)))) {
             self.stage = Stage::Begin;
         }
     }

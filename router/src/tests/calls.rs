@@ -189,17 +189,21 @@ async fn text_comes_back_up_to_where_it_must_end() {
     }
 }
 
+/// Of a model that calls as Hermes and reasons as Qwen 3.
+fn of_hermes() -> Config {
+    Config {
+        tool_format: ToolFormat::named("hermes"),
+        reasoning_format: ReasoningFormat::named("qwen3"),
+        ..Config::default()
+    }
+}
+
 /// Content, reasoning, calls and the end of an answer, however it ended.
 #[tokio::test]
 async fn an_answer_is_taken_apart() {
     let house = House::new();
     let (replica, mut engine) = replica();
-    let config = Config {
-        tool_format: ToolFormat::named("hermes"),
-        reasoning_format: ReasoningFormat::named("qwen3"),
-        ..Config::default()
-    };
-    let router = house.open_with(config, replica).await.unwrap();
+    let router = house.open_with(of_hermes(), replica).await.unwrap();
     let call_of =
         |n: u32| format!("<tool_call>\n{{\"name\": \"f\", \"arguments\": {{\"n\": {n}}}}}\n</tool_call>\n");
     let two = format!("<think>hm</think>so {}{}", call_of(1), call_of(2));
@@ -322,12 +326,7 @@ async fn an_answer_is_taken_apart() {
 async fn what_binds_an_answer_knows_its_reasoning() {
     let house = House::new();
     let (replica, mut engine) = replica();
-    let config = Config {
-        tool_format: ToolFormat::named("hermes"),
-        reasoning_format: ReasoningFormat::named("qwen3"),
-        ..Config::default()
-    };
-    let router = house.open_with(config, replica).await.unwrap();
+    let router = house.open_with(of_hermes(), replica).await.unwrap();
     let compiler = Compiler::new(&router.tokenizer().vocabulary().with_ends(&[EOS])).unwrap();
     let takes = |grammar: &Grammar, text: &str| {
         let mut guide = compiler.compile(grammar).unwrap();
