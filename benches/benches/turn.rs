@@ -48,6 +48,7 @@ fn scheduler(criterion: &mut Criterion) {
                 grammar: None,
                 thinking: None,
                 priority: 0,
+                key: 0,
                 salt: None,
                 trace: None,
                 max_tokens: (MAX_MODEL_LEN - PROMPT_TOKENS) as u32,

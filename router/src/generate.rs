@@ -190,6 +190,7 @@ impl Router {
                     Work::Live => priority,
                     Work::Batch => LAST_PRIORITY,
                 },
+                key: client.key,
                 salt,
                 max_tokens,
                 pooling,

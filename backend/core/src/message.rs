@@ -28,8 +28,10 @@ pub struct Generate {
     pub grammar: Option<Grammar>,
     /// How long it may reason.
     pub thinking: Option<Box<Budget>>,
-    /// What has a lower one goes first; among equals, what came first.
+    /// What has a lower one goes first; among equals, keys and their adapters take turns.
     pub priority: i32,
+    /// A digest of the API key that asks; 0 without one.
+    pub key: u64,
     /// Whose KV blocks it may find, and who may find its own: those with the same salt alone.
     pub salt: Option<Digest>,
     /// Tokens to generate at most; 0 only scores the prompt, or pools it.
@@ -59,6 +61,7 @@ impl Generate {
             grammar,
             thinking,
             priority: _,
+            key: _,
             salt: _,
             max_tokens,
             pooling,

@@ -168,6 +168,7 @@ fn request(id: u64) -> Generate {
         grammar: None,
         thinking: None,
         priority: 0,
+        key: 0,
         salt: None,
         trace: None,
         max_tokens: 10,
@@ -229,6 +230,7 @@ async fn a_request_and_its_answer_travel_whole() {
         salt: Some(Digest([8; 32])),
         trace: Some(Box::new(TraceContext { trace: 7, span: 9 })),
         priority: -5,
+        key: 1 << 63 | 5,
         ..request(77)
     };
     let mut answer = ask(&remote, asked.clone()).await;
@@ -655,6 +657,7 @@ fn generate() -> wire::Generate {
         traceparent: None,
         pooling_json: None,
         priority: 0,
+        key: 0,
         thinking_json: None,
     }
 }

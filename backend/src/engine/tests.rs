@@ -224,6 +224,7 @@ fn request(prompt: &[TokenId], max_tokens: u32, raw: RawSampling) -> Generate {
         grammar: None,
         thinking: None,
         priority: 0,
+        key: 0,
         salt: None,
         trace: None,
         max_tokens,

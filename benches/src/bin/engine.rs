@@ -340,6 +340,7 @@ impl Engine {
             grammar: None,
             thinking: None,
             priority: 0,
+            key: 0,
             salt: None,
             trace: None,
             max_tokens,

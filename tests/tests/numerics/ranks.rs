@@ -381,6 +381,7 @@ fn ask(replica: &ReplicaHandle, requests: &[(Vec<TokenId>, Option<AdapterRef>)])
             grammar: None,
             thinking: None,
             priority: 0,
+            key: 0,
             salt: None,
             trace: None,
             max_tokens: 12,

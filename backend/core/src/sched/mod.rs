@@ -2,21 +2,26 @@
 //!
 //! There is no prefill phase and no decode phase: a sequence has tokens, some of them computed, and catches up within
 //! the step's token budget. A chunk of a prompt, a prefix hit, one more generated token and a recomputation after
-//! preemption are the same move. Requests stand in line by their priority, and those of one priority in order of arrival:
-//! who stands before another never waits for that one's blocks, place or budget.
+//! preemption are the same move. Requests stand in line by their priority, those of one priority by what their API key and
+//! their adapter were given ([`shares`]), and then in order of arrival: who stands before another never waits for that
+//! one's blocks, place or budget.
 
 mod lookup;
 mod plan;
 mod sequence;
+mod shares;
+#[cfg(test)]
+mod fairness;
 #[cfg(test)]
 mod simulation;
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 pub use lookup::Lookup;
 pub use plan::{Row, StepPlan};
 pub use sequence::View;
-use sequence::{Flow, Running, Sequence, Waiting};
+use sequence::{Flow, Running, Sequence, Turn, Waiting};
+use shares::{GENERATED, Shares};
 
 use crate::blocks::{BlockPool, Prefix};
 use crate::id::RequestId;
@@ -44,9 +49,11 @@ const YIELDING: u64 = 8;
 pub struct Scheduler {
     limits: Limits,
     pool: BlockPool,
-    /// Both in line: by priority, then by arrival.
+    /// Both by priority, then by arrival.
     waiting: VecDeque<Waiting>,
     running: Vec<Running>,
+    /// Of each priority of which there is somebody.
+    shares: BTreeMap<i32, Shares>,
     arrivals: u64,
     /// Steps that were run.
     steps: u64,
@@ -59,6 +66,12 @@ enum Line {
     Moves,
     /// There is no place for the first of it.
     Stands,
+}
+
+/// Whose prompt is computed next: a seat of those that run, a place of those that wait.
+enum Next {
+    Runs(usize),
+    Waits(usize),
 }
 
 /// Counters that only grow.
@@ -120,6 +133,7 @@ impl Scheduler {
             pool,
             waiting: VecDeque::new(),
             running: vec![],
+            shares: BTreeMap::new(),
             arrivals: 0,
             steps: 0,
             totals,
@@ -204,7 +218,8 @@ impl Scheduler {
     }
 
     /// The next step, or `None` when nothing can run. It reads at most `most_beside_decode` tokens of prompts where it keeps
-    /// streams from their next token (the limits hold as well). A plan that is dropped instead of committed changes nothing.
+    /// streams from their next token (the limits hold as well). A plan that is dropped instead of committed changes nothing but
+    /// who is next.
     pub fn plan(&mut self, most_beside_decode: usize) -> Option<StepPlan> {
         let beside_decode = self.limits.max_prefill_beside_decode.min(most_beside_decode);
         for running in &mut self.running {
@@ -212,6 +227,11 @@ impl Scheduler {
             // Of a plan that was dropped.
             running.drop_guesses(&mut self.pool);
         }
+        let (running, waiting) = (&self.running, &self.waiting);
+        self.shares.retain(|&priority, _| {
+            let has = |seq: &Sequence| seq.turn.priority == priority;
+            running.iter().any(|running| has(&running.seq)) || waiting.iter().any(|waiting| has(&waiting.seq))
+        });
         self.grow();
         let rests = self.rests();
         let mut budget = self.limits.max_num_batched_tokens;
@@ -280,15 +300,58 @@ impl Scheduler {
         }
     }
 
-    /// Prompts of one priority: of those that run, then of those that wait. Returns what is left of the budget.
+    /// Prompts of one priority, of those that run and of those that wait alike: each gets what it can use, who is next first.
+    /// Returns what is left of the budget.
     fn prefill(&mut self, priority: i32, mut budget: usize) -> (usize, Line) {
-        for running in self.running.iter_mut().filter(|running| {
-            running.seq.flow == Flow::Free && running.seq.turn.priority == priority && running.pending() > 1
-        }) {
+        let mut line = Line::Moves;
+        while budget > 0
+            && let Some(next) = self.next(priority, line)
+        {
+            let seat = match next {
+                Next::Runs(seat) => Some(seat),
+                Next::Waits(place) => self.let_in(place),
+            };
+            let Some(seat) = seat else {
+                // Neither a parked sequence nor one of a higher number must keep out one that could run.
+                match self.parked().or_else(|| self.last_behind(priority)) {
+                    Some(victim) => self.preempt(victim),
+                    // Nobody overtakes the first in line, so it starves only behind those of lower numbers.
+                    None => line = Line::Stands,
+                }
+                continue;
+            };
+            let running = &mut self.running[seat];
             running.planned = running.pending().min(budget);
             budget -= running.planned;
+            let (payer, tokens) = (running.seq.payer, running.planned as u64);
+            self.shares.entry(priority).or_default().charge(payer, tokens);
         }
-        self.admit(priority, budget)
+        (budget, line)
+    }
+
+    /// Who is first in line of those of one priority that have a prompt to compute, and, while the line moves, of those
+    /// that wait.
+    fn next(&self, priority: i32, line: Line) -> Option<Next> {
+        let may = |seq: &Sequence| seq.flow == Flow::Free && seq.turn.priority == priority;
+        let running = self.running.iter().enumerate();
+        let running = running
+            .filter(|(_, running)| may(&running.seq) && running.planned == 0 && running.pending() > 1)
+            .map(|(seat, running)| (self.rank(&running.seq), Next::Runs(seat)));
+        let waiting = self.waiting.iter().enumerate();
+        let waiting = waiting
+            .filter(|(_, waiting)| line == Line::Moves && may(&waiting.seq))
+            .map(|(place, waiting)| (self.rank(&waiting.seq), Next::Waits(place)));
+        let first = running.chain(waiting).min_by_key(|(rank, _)| *rank);
+        first.map(|(_, next)| next)
+    }
+
+    /// The lower, the nearer to the head of the line: its priority, what was given to its key and to its adapter, and its
+    /// arrival.
+    fn rank(&self, seq: &Sequence) -> (i32, (u64, u64), u64) {
+        let Turn { priority, arrival } = seq.turn;
+        let shares = self.shares.get(&priority);
+        let given = shares.map_or((0, 0), |shares| shares.given(seq.payer));
+        (priority, given, arrival)
     }
 
     /// Takes a step's outcome, in the plan's order for each row that samples: the guesses that were right, as far as the
@@ -329,7 +392,11 @@ impl Scheduler {
             let accepted = told.tokens.len().saturating_sub(1);
             running.seq.judge_guesses(guesses.len(), accepted);
             running.drop_guesses(&mut self.pool);
-            self.totals.generated_tokens += told.tokens.len() as u64;
+            let tokens = told.tokens.len() as u64;
+            self.totals.generated_tokens += tokens;
+            let (priority, payer) = (running.seq.turn.priority, running.seq.payer);
+            let shares = self.shares.entry(priority).or_default();
+            shares.charge(payer, GENERATED * tokens);
             self.totals.guessed_tokens += guesses.len() as u64;
             self.totals.accepted_tokens += accepted as u64;
             told.end = reason.map(|reason| End {
@@ -423,7 +490,7 @@ impl Scheduler {
             .or_else(|| (0..self.running.len()).find(here))
     }
 
-    /// Gives every sequence that goes on the block for its next token, in line. When none is left, a parked sequence loses
+    /// Gives every sequence that goes on the block for its next token. When none is left, a parked sequence loses
     /// its blocks, else the last in line.
     fn grow(&mut self) {
         let mut seat = 0;
@@ -435,7 +502,7 @@ impl Scheduler {
             } else if let Some(id) = self.pool.allocate_one() {
                 running.table.push(id);
             } else {
-                let victim = self.parked().unwrap_or(self.running.len() - 1);
+                let victim = self.parked().or_else(|| self.last()).expect("one runs");
                 self.preempt(victim);
                 // Those after the victim moved down by one.
                 seat -= usize::from(victim < seat);
@@ -468,61 +535,47 @@ impl Scheduler {
         }
     }
 
-    /// Lets waiting requests of one priority in, oldest first, while there are places, blocks and budget. Nobody overtakes
-    /// the first in line, so it starves only behind those of lower numbers. Returns what is left of the budget.
-    fn admit(&mut self, priority: i32, mut budget: usize) -> (usize, Line) {
-        let before = |waiting: &Waiting| waiting.seq.turn.priority < priority;
-        let mut place = self.waiting.partition_point(before);
-        while budget > 0
-            && self
-                .waiting
-                .get(place)
-                .is_some_and(|waiting| waiting.seq.turn.priority == priority)
-        {
-            if self.waiting[place].seq.flow == Flow::Held {
-                place += 1;
-                continue;
-            }
-            let Some((table, computed)) = self.make_place(place) else {
-                // Neither a parked sequence nor one of a higher number must keep out one that could run.
-                let Some(victim) = self.parked().or_else(|| self.last_behind(priority)) else {
-                    return (budget, Line::Stands);
-                };
-                place += usize::from(self.preempt(victim) <= place);
-                continue;
-            };
-            let Waiting { mut seq } = self.waiting.remove(place).expect("place is below the length");
-            self.totals.prefix_queried_tokens += seq.len() as u64;
-            self.totals.prefix_hit_tokens += computed as u64;
-            if seq.cached.is_none() {
-                self.totals.prompt_tokens += seq.prompt_len() as u64;
-                seq.cached = Some(computed);
-            }
-            let planned = (seq.len() - computed).min(budget);
-            budget -= planned;
-            let seat = self
-                .running
-                .partition_point(|running| running.seq.turn < seq.turn);
-            let named = computed / self.pool.block_size();
-            self.running.insert(
-                seat,
-                Running {
-                    seq,
-                    table,
-                    computed,
-                    named,
-                    planned,
-                    guesses: vec![],
-                },
-            );
+    /// Gives one that waits a place and blocks, if there are; returns its seat.
+    fn let_in(&mut self, place: usize) -> Option<usize> {
+        let (table, computed) = self.make_place(place)?;
+        let Waiting { mut seq } = self.waiting.remove(place).expect("place is below the length");
+        self.totals.prefix_queried_tokens += seq.len() as u64;
+        self.totals.prefix_hit_tokens += computed as u64;
+        if seq.cached.is_none() {
+            self.totals.prompt_tokens += seq.prompt_len() as u64;
+            seq.cached = Some(computed);
         }
-        (budget, Line::Moves)
+        self.shares
+            .entry(seq.turn.priority)
+            .or_default()
+            .let_in(seq.payer);
+        let seat = self
+            .running
+            .partition_point(|running| running.seq.turn < seq.turn);
+        let named = computed / self.pool.block_size();
+        self.running.insert(
+            seat,
+            Running {
+                seq,
+                table,
+                computed,
+                named,
+                planned: 0,
+                guesses: vec![],
+            },
+        );
+        Some(seat)
     }
 
-    /// The last in line of those that run, where its number is higher.
+    /// Of those that run, the last in line.
+    fn last(&self) -> Option<usize> {
+        (0..self.running.len()).max_by_key(|&seat| self.rank(&self.running[seat].seq))
+    }
+
+    /// The same, where its number is higher.
     fn last_behind(&self, priority: i32) -> Option<usize> {
-        let last = self.running.len().checked_sub(1)?;
-        (self.running[last].seq.turn.priority > priority).then_some(last)
+        self.last()
+            .filter(|&seat| self.running[seat].seq.turn.priority > priority)
     }
 
     /// Blocks for all tokens a waiting sequence has, and how many of those tokens a known prefix covers.
@@ -550,20 +603,18 @@ impl Scheduler {
             .rposition(|running| running.seq.flow == Flow::Held)
     }
 
-    /// Takes a sequence's blocks; it waits, and is computed again. Returns its place among the waiting.
-    fn preempt(&mut self, seat: usize) -> usize {
+    /// Takes a sequence's blocks; it waits, and is computed again.
+    fn preempt(&mut self, seat: usize) {
         let Running { seq, table, .. } = self.running.remove(seat);
         self.pool.release(&table);
         self.totals.preemptions += 1;
-        self.wait(seq)
+        self.wait(seq);
     }
 
-    /// In line. Returns its place.
-    fn wait(&mut self, seq: Sequence) -> usize {
+    fn wait(&mut self, seq: Sequence) {
         let place = self
             .waiting
             .partition_point(|waiting| waiting.seq.turn < seq.turn);
         self.waiting.insert(place, Waiting { seq });
-        place
     }
 }

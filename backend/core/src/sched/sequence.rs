@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::lookup::Lookup;
+use super::shares::Payer;
 use crate::TokenId;
 use crate::blocks::{BlockHash, BlockId, BlockPool};
 use crate::id::{AdapterRef, Digest, RequestId};
@@ -12,7 +13,7 @@ use crate::pooling::Pooling;
 use crate::sampling::Sampling;
 use crate::uses::Uses;
 
-/// Its place in line: first who has the lower number, then who came first.
+/// First who has the lower number, then who came first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Turn {
     pub priority: i32,
@@ -23,6 +24,7 @@ pub(super) struct Turn {
 pub(super) struct Sequence {
     pub id: RequestId,
     pub turn: Turn,
+    pub payer: Payer,
     prompt: Arc<[TokenId]>,
     output: Vec<TokenId>,
     /// Of prompt and output, where penalties ask for them.
@@ -99,6 +101,7 @@ impl Sequence {
             grammar: _,
             thinking: _,
             priority,
+            key,
             salt,
             max_tokens,
             pooling,
@@ -114,6 +117,10 @@ impl Sequence {
         Sequence {
             id,
             turn: Turn { priority, arrival },
+            payer: Payer {
+                key,
+                adapter: adapter.as_ref().map(|adapter| adapter.digest),
+            },
             uses: sampling.has_penalties().then(|| Uses::of(&prompt)),
             prompt,
             output: vec![],

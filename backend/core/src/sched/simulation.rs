@@ -130,6 +130,7 @@ fn request(random: &mut Random, id: u64) -> Generate {
         grammar: None,
         thinking: None,
         priority: [-1, 0, LAST_PRIORITY][random.below(3)],
+        key: random.below(3) as u64,
         salt: None,
         trace: None,
         max_tokens,
@@ -478,7 +479,7 @@ fn the_same_seed_is_the_same_trace() {
     assert_ne!(trace(3), trace(4));
 }
 
-fn plain(id: u64, prompt: Vec<TokenId>, max_tokens: u32) -> Generate {
+pub(super) fn plain(id: u64, prompt: Vec<TokenId>, max_tokens: u32) -> Generate {
     let sampling = Sampling::greedy();
     Generate {
         id: RequestId(id),
@@ -488,6 +489,7 @@ fn plain(id: u64, prompt: Vec<TokenId>, max_tokens: u32) -> Generate {
         grammar: None,
         thinking: None,
         priority: 0,
+        key: 0,
         salt: None,
         trace: None,
         max_tokens,

@@ -49,6 +49,7 @@ impl Outgoing {
                     grammar,
                     thinking,
                     priority,
+                    key,
                     salt,
                     max_tokens,
                     pooling,
@@ -68,6 +69,7 @@ impl Outgoing {
                     salt: salt.map(|salt| salt.0.to_vec()),
                     pooling_json: pooling.as_ref().map(codec::json),
                     priority,
+                    key,
                     thinking_json: thinking.as_ref().map(codec::json),
                     traceparent: trace.map(|trace| trace.to_string()),
                 })

@@ -207,6 +207,7 @@ impl Ear {
             priority,
             thinking_json,
             traceparent,
+            key,
         } = generate;
         let adapter = adapter.as_deref().map(codec::digest).transpose()?;
         let salt = salt.as_deref().map(codec::digest).transpose()?;
@@ -240,6 +241,7 @@ impl Ear {
                     grammar,
                     thinking,
                     priority,
+                    key,
                     salt,
                     max_tokens,
                     pooling,
