@@ -20,7 +20,7 @@ pub mod weights;
 pub mod words;
 
 /// For who starts ranks.
-pub use tandem_kernels::comm::{CommError, Meeting};
+pub use tandem_kernels::comm::{CommError, MAX_WORLD, Meeting};
 /// For the process's metrics.
 pub use tandem_kernels::machine::amd;
 /// For the process's start.

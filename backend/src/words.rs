@@ -196,6 +196,7 @@ impl RunOptions {
         dtype: &str,
         quantization: Option<&str>,
         device: &str,
+        team: Team,
     ) -> Result<RunOptions, LoadError> {
         let quantization: Option<Quantization> = quantization.map(str::parse).transpose()?;
         let (save_kind, recipe) = match has_weights(&model_folder) {
@@ -219,6 +220,7 @@ impl RunOptions {
                 device: self::device(device)?,
             },
             save_kind,
+            team,
         })
     }
 }

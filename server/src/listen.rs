@@ -201,6 +201,7 @@ impl Refused {
 }
 
 pub const SIGINT: &str = "SIGINT";
+pub const SIGTERM: &str = "SIGTERM";
 
 /// SIGTERM and SIGINT, from now on.
 pub struct Signals {
@@ -218,7 +219,7 @@ impl Signals {
 
     pub async fn next(&mut self) -> &'static str {
         tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.terminate.recv() => SIGTERM,
             _ = self.interrupt.recv() => SIGINT,
         }
     }

@@ -73,8 +73,8 @@ fn run() -> Result<ExitCode> {
         Command::Backend(options) => commands::backend::run(*options, &given)?,
         Command::Router(options) => commands::router::run(*options, &given)?,
         Command::Train(train) => {
-            ranks::must_be_alone("train")?;
-            return Ok(ExitCode::from(train::run(&train.settings)?.code()));
+            let started = ranks::started()?;
+            return Ok(ExitCode::from(train::run(&train.settings, started)?.code()));
         }
         Command::Recipes(command) => train::recipes::run(&command)?,
         Command::Download(download) => commands::download::run(&download)?,

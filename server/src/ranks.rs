@@ -4,8 +4,9 @@
 use std::io::Read;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
-use tandem_backend::ranks::{Team, follow_meeting, follow_parent};
+use anyhow::{Context, Result};
+use tandem_backend::ranks::{Team, follow_meeting, follow_parent, train_meeting};
+use tandem_backend::train::TrainError;
 use tandem_backend::{Meeting, words};
 
 use crate::cli::{ModelOptions, Rank};
@@ -17,6 +18,32 @@ pub struct Started {
     meeting: Meeting,
     /// Of its ranks, those on this machine.
     local_world: usize,
+}
+
+impl Started {
+    /// Of a size that was asked, if one was. An error says the number and what there is instead.
+    pub fn team(self, asked: Option<usize>) -> Result<Team, String> {
+        let Started { meeting, local_world } = self;
+        match asked.filter(|&asked| asked != meeting.world) {
+            Some(asked) => {
+                let world = meeting.world;
+                Err(format!(
+                    "{asked}, but the environment has a group of {world} ranks"
+                ))
+            }
+            None => Ok(Team::Meeting { meeting, local_world }),
+        }
+    }
+
+    pub fn is_rank_0(&self) -> bool {
+        self.meeting.rank == 0
+    }
+
+    /// Trains beside rank 0, with this machine's copy of the model, until the run ends or some rank `stops`.
+    pub fn train(&self, device: &str, model: &Path, stops: &dyn Fn() -> bool) -> Result<(), TrainError> {
+        let device = words::device(device)?;
+        train_meeting(&self.meeting, self.local_world, device, model, stops)
+    }
 }
 
 /// What the environment says of a group of more than this process.
@@ -41,16 +68,9 @@ pub fn started() -> Result<Option<Started>> {
 /// Who computes the replica of which this process is rank 0.
 pub fn team(options: &ModelOptions, started: Option<Started>) -> Result<Team> {
     let asked = options.tensor_parallel_size.map(|size| size as usize);
-    if let Some(Started { meeting, local_world }) = started {
-        let world = meeting.world;
-        ensure!(
-            asked.is_none_or(|asked| asked == world),
-            WrongSetting(format!(
-                "--tensor-parallel-size {}, but the environment has a group of {world} ranks",
-                asked.unwrap_or_default()
-            ))
-        );
-        return Ok(Team::Meeting { meeting, local_world });
+    if let Some(started) = started {
+        let unlike = |message| WrongSetting(format!("--tensor-parallel-size {message}"));
+        return Ok(started.team(asked).map_err(unlike)?);
     }
     let program = std::env::current_exe().context("this program's own path")?;
     let backend = options.distributed_executor_backend.as_deref();
@@ -76,19 +96,6 @@ pub fn followed(options: &ModelOptions, started: &Option<Started>, data_dir: &Pa
     let threads = options.threads.map(|threads| threads as usize);
     follow_meeting(meeting, *local_world, device, threads, &folder)?;
     Ok(Followed::ToTheEnd)
-}
-
-/// Refuses to do the same thing on every rank of a group: each would do all of it.
-pub fn must_be_alone(command: &str) -> Result<()> {
-    match started()? {
-        None => Ok(()),
-        Some(Started { meeting, .. }) => {
-            let world = meeting.world;
-            bail!(
-                "`tandem {command}` runs on one rank, the environment has a group of {world}; `tandem serve` trains over ranks"
-            )
-        }
-    }
 }
 
 pub enum Followed {

@@ -14,7 +14,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use serde_norway::Mapping;
-use tandem_backend::train::run::{Run, RunOptions};
+use tandem_backend::ranks::Team;
+use tandem_backend::train::run::{self, Run, RunOptions};
+use tandem_backend::words;
 use tandem_core::dataset;
 use tandem_core::job::{JobEvent, JobSpec, Life, Lora, base_model, files};
 use tandem_core::settings::Settings;
@@ -27,7 +29,8 @@ use tandem_text::tokenizer::gguf;
 use tandem_text::{TextError, Tokenizer};
 
 use crate::hub::{self, Content, Found, HubError};
-use crate::listen::{SIGINT, Signals};
+use crate::listen::{SIGINT, SIGTERM, Signals};
+use crate::ranks::Started;
 pub use logs::LINES;
 use logs::Logs;
 use progress::{Progress, thousands};
@@ -81,7 +84,8 @@ fn signal_code(signal: &str) -> u8 {
     if signal == SIGINT { 130 } else { 143 }
 }
 
-pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
+/// `started`: the group of ranks that this process is one of.
+pub fn run(args: &[String], started: Option<Started>) -> Result<Outcome, TrainError> {
     if args == ["help"] {
         print!("{}", settings::help());
         return Ok(Outcome::Done);
@@ -98,6 +102,7 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
         dtype,
         quantization,
         device,
+        data_parallel_size,
         preview,
         settings,
     } = settings::read(&as_settings(args))?;
@@ -108,6 +113,10 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
     let Found { folder: model, .. } = hub::find(&model, revision.as_deref(), Content::Model)?;
     tandem_backend::weights::check_folder(&model)?;
     let model = crate::commands::replica::whole_path(&model).map_err(at(&model))?;
+    if let Some(mate) = started.as_ref().filter(|started| !started.is_rank_0()) {
+        return beside_rank_0(mate, preview.is_some(), &model, &device);
+    }
+    let team = team(data_parallel_size, started, &device)?;
     let template = chat_template
         .map(|given| crate::values::chat_template(&given))
         .transpose();
@@ -127,10 +136,15 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
         max_lora_rank: u32::MAX,
         lora_targets: &spec.lora_targets(),
     };
+    let mut settings = settings;
+    if team.world() > 1 {
+        // Rows and micro-batches are said of each rank, as everywhere.
+        let each = settings.gradient_accumulation_steps.unwrap_or(1);
+        settings.gradient_accumulation_steps = Some(each.saturating_mul(team.world() as u32));
+    }
     hyper::fits(&settings, bounds)?;
     let save_total_limit = settings.save_total_limit;
     let start = settings.from_peft_checkpoint.clone().map(PathBuf::from);
-    let mut settings = settings;
     let start = start
         .map(|folder| Start::read(&folder, &spec.lora_targets(), &mut settings))
         .transpose()?;
@@ -188,6 +202,7 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
             "{} was made by this run: there is nothing to do (overwrite_output_dir=true does it again)",
             output_dir.join(result).display()
         );
+        run::dismiss(&team, words::device(&device)?)?;
         return Ok(Outcome::Done);
     }
     train.write(&output_dir.join(files::TRAIN))?;
@@ -208,6 +223,11 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
     for (key, value) in &record.settings {
         println!("  {:<28} {}", record::show(Some(key)), record::show(Some(value)));
     }
+    if team.world() > 1 {
+        let (ranks, all) = (team.world(), hyper.gradient_accumulation_steps);
+        let each = all as usize / ranks;
+        println!("  {ranks} ranks, each with {each} of a step's {all} micro-batches");
+    }
 
     let spec = JobSpec {
         id: "train".parse().expect("a job\'s id"),
@@ -223,6 +243,7 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
         &dtype,
         quantization.as_deref(),
         &device,
+        team,
     )?)?;
     let signalled = heed_signals().map_err(TrainError::Signals)?;
     let mut progress = Progress::new(run.frozen_parameters());
@@ -235,7 +256,8 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
                 record::prune(&output_dir, *best, limit)?;
             }
         }
-        if let Some(signal) = signalled.get().filter(|_| run.is_between_steps()) {
+        if run.stops(signalled.get().is_some())? {
+            let signal = signalled.get().copied().unwrap_or(SIGTERM);
             let step = run.keep()?;
             logs.write_table().map_err(at(&output_dir))?;
             progress.end();
@@ -264,6 +286,38 @@ pub fn run(args: &[String]) -> Result<Outcome, TrainError> {
         Tuning::Full => println!("serve it: tandem serve {}", run.result().display()),
     }
     Ok(Outcome::Done)
+}
+
+/// Who trains the job of which this process is rank 0.
+fn team(asked: Option<usize>, started: Option<Started>, device: &str) -> Result<Team, TrainError> {
+    if let Some(started) = started {
+        let unlike = |message| wrong("data_parallel_size", message);
+        return Ok(started.team(asked).map_err(unlike)?);
+    }
+    let program = std::env::current_exe().map_err(|source| TrainError::File {
+        path: PathBuf::from("this program's own path"),
+        source,
+    })?;
+    // Processes also on a CPU: threads would share its compute threads, which one rank uses all of.
+    Ok(words::team(
+        asked.unwrap_or(1),
+        Some("mp"),
+        words::device(device)?,
+        program,
+    )?)
+}
+
+fn beside_rank_0(mate: &Started, shows: bool, model: &Path, device: &str) -> Result<Outcome, TrainError> {
+    if shows {
+        // Rank 0 does.
+        return Ok(Outcome::Done);
+    }
+    let signalled = heed_signals().map_err(TrainError::Signals)?;
+    mate.train(device, model, &|| signalled.get().is_some())?;
+    Ok(match signalled.get() {
+        Some(signal) => Outcome::Stopped(signal),
+        None => Outcome::Done,
+    })
 }
 
 /// TRL's command lines, too: `--learning_rate 1e-4`, `--packing`, `--config recipe.yaml`.

@@ -13,7 +13,7 @@ use tandem_kernels::weight::{Precision, Recipe};
 use tch::{Device, Kind, Tensor};
 use tracing::info;
 
-use super::{decode, encode};
+use super::{Errand, decode, encode};
 use crate::family::DecoderSpec;
 use crate::family::shard::{Layout, Shard};
 use crate::model::{Decoder, WeightOptions, planned_bytes};
@@ -59,16 +59,6 @@ pub(super) struct Place {
 }
 
 impl Plan {
-    fn announce(&self, comm: &Comm) {
-        if comm.world() > 1 {
-            comm.broadcast(encode(self));
-        }
-    }
-
-    pub(super) fn heard(comm: &Comm) -> Plan {
-        decode(&comm.broadcast(vec![]))
-    }
-
     fn kv_cache_dtype(&self) -> CacheDtype {
         let named = |dtype: &CacheDtype| dtype.name() == self.kv_cache_dtype;
         let dtype = CacheDtype::ALL.into_iter().find(named);
@@ -113,7 +103,7 @@ pub fn lead(
         local_world,
         digests,
     };
-    plan.announce(&comm);
+    Errand::Serve(plan.clone()).announce(&comm);
     load(plan, spec, checkpoint, &place, Copy::Own, comm)
 }
 

@@ -16,14 +16,39 @@ use tandem_core::job::JobSpec;
 use tandem_kernels::comm::Comm;
 
 pub use load::{Plan, Ready, lead};
-pub use team::{Assembled, Followers, Team, follow_meeting, follow_parent, gather};
+pub use team::{Assembled, Followers, Team, follow_meeting, follow_parent, gather, train_meeting};
 
 use crate::bank::Change;
 use crate::batch::{Step, StepRow};
 use crate::lora::params::{AdapterParams, AdapterShape};
-use crate::train::Inputs;
+use crate::train::{Inputs, run};
 
-/// What rank 0 has every rank do.
+/// What the ranks have come for: the first thing that rank 0 says.
+#[derive(Serialize, Deserialize)]
+pub enum Errand {
+    /// To be one replica, of which each has a part.
+    Serve(Plan),
+    /// To train one job, each with a model of its own.
+    Train(Box<run::Order>),
+    /// It is done already.
+    Nothing,
+}
+
+impl Errand {
+    /// # Panics
+    /// When a rank was lost, as [`Errand::heard`].
+    pub fn announce(&self, comm: &Comm) {
+        if comm.world() > 1 {
+            comm.broadcast(encode(self));
+        }
+    }
+
+    fn heard(comm: &Comm) -> Errand {
+        decode(&comm.broadcast(vec![]))
+    }
+}
+
+/// What rank 0 has every rank of a replica do.
 #[derive(Serialize, Deserialize)]
 pub enum Order {
     Step(StepOrder),

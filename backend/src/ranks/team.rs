@@ -13,11 +13,13 @@ use tandem_kernels::pool;
 use tch::{Cuda, Device};
 use tracing::{error, info, warn};
 
+use super::Errand;
 use super::follow::Follower;
-use super::load::{self, Copy, Place, Plan, Ready};
+use super::load::{self, Copy, Place, Ready};
 use crate::family;
-use crate::guard;
+use crate::guard::{self, TorchFault};
 use crate::start::set_threads;
+use crate::train::{TrainError, run};
 use crate::weights::LoadError;
 
 /// How long rank 0 waits for ranks that somebody else starts; one attempt to meet takes a minute of it.
@@ -221,18 +223,47 @@ pub fn follow_meeting(
     }
 }
 
+/// A rank that somebody started beside rank 0 to train with it: until the run ends, or stops because some rank `stops`.
+pub fn train_meeting(
+    meeting: &Meeting,
+    local_world: usize,
+    device: Device,
+    model_folder: &Path,
+    stops: &dyn Fn() -> bool,
+) -> Result<(), TrainError> {
+    let device = of_rank(device, meeting, local_world)?;
+    share_of_threads(device, None, meeting.local_rank, local_world);
+    info!(rank = meeting.rank, ranks = meeting.world, at = %meeting.master_addr, "looking for rank 0");
+    let comm = join(meeting, device, MEETING_PATIENCE)?;
+    match guard::torch(|| Errand::heard(&comm)).map_err(TrainError::Fault)? {
+        Errand::Train(order) => run::follow(*order, device, Some(model_folder), comm, stops),
+        Errand::Nothing => guard::torch(|| comm.meet()).map_err(TrainError::Fault),
+        Errand::Serve(_) => {
+            let message = "rank 0 serves, this rank was started to train";
+            Err(LoadError::Option(message.to_owned()).into())
+        }
+    }
+}
+
 /// One life of a rank that is not rank 0.
 fn live(comm: Comm, place: &Place, copy: Copy, own_folder: Option<&Path>) -> Result<(), LoadError> {
     let rank = comm.rank();
+    let lost = |fault: TorchFault| LoadError::Lost(format!("rank {rank}: {fault}"));
+    let plan = match guard::torch(|| Errand::heard(&comm)).map_err(lost)? {
+        Errand::Serve(plan) => plan,
+        Errand::Train(order) => {
+            let ended = run::follow(*order, place.device, own_folder, comm, &|| false);
+            return ended.map_err(|error| LoadError::Lost(format!("rank {rank}: {error}")));
+        }
+        Errand::Nothing => return guard::torch(|| comm.meet()).map_err(lost),
+    };
     let loaded = guard::torch(|| -> Result<Ready, LoadError> {
-        let plan = Plan::heard(&comm);
         let folder = load::folder(&plan, own_folder);
         let (spec, checkpoint) = family::open(folder)?;
         load::load(&plan, spec, &checkpoint, place, copy, comm)
     });
     let Ready { decoder, cache, .. } = loaded.map_err(|fault| LoadError::Lost(fault.message))??;
-    let ended = Follower::new(decoder, cache).follow();
-    ended.map_err(|fault| LoadError::Lost(format!("rank {rank}: {fault}")))
+    Follower::new(decoder, cache).follow().map_err(lost)
 }
 
 fn thread_rank(comm: Comm) {

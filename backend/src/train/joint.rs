@@ -105,15 +105,11 @@ impl Trainer {
         let Stage::Accumulate(step) = &self.stage else {
             return None;
         };
-        let Work::Slices {
-            slices,
-            pass,
-            rows_before,
-        } = &step.work
-        else {
+        let Work::Slices { slices, pass } = &step.work else {
             return None;
         };
-        Some(((slices.last()?, *rows_before), pass.as_ref()))
+        let (slice, before) = slices.last()?;
+        Some(((slice, *before), pass.as_ref()))
     }
 
     /// Its next slice goes with others.
@@ -128,14 +124,10 @@ impl Trainer {
     /// Its slice went forward and back with others.
     fn take_back(&mut self, found: &LogProbs) {
         if let Stage::Accumulate(step) = &mut self.stage
-            && let Work::Slices {
-                slices,
-                pass,
-                rows_before,
-            } = &mut step.work
+            && let Work::Slices { slices, pass } = &mut step.work
         {
             *pass = None;
-            through(slices, rows_before, &mut step.scores, found);
+            through(slices, &mut step.scores, found);
         }
     }
 

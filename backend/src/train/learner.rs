@@ -235,7 +235,7 @@ impl Learner {
     }
 
     /// `[P]` float32, as the numbers.
-    fn gradient(&self) -> &Tensor {
+    pub fn gradient(&self) -> &Tensor {
         self.subject.gradient()
     }
 

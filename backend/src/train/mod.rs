@@ -17,6 +17,7 @@ pub mod data;
 pub mod driven;
 pub mod joint;
 pub mod learner;
+pub mod mates;
 pub mod memory;
 pub mod noise;
 pub mod objective;
@@ -49,6 +50,7 @@ use batch::{MicroBatch, Models, Place};
 use best::{Best, Judged};
 use data::{DataPlan, Slice};
 use learner::{Learner, LoraView, Unusable, Update};
+use mates::Mates;
 use noise::Noise;
 use objective::Scores;
 use pass::{Advanced, KEEP_BYTES, Look, Pass};
@@ -191,12 +193,12 @@ pub struct Trainer {
     best: Best,
     stage: Stage,
     step_began: Instant,
+    mates: Mates,
 }
 
 /// The first of `slices`, the last in the list, went forward and back.
-fn through(slices: &mut Vec<Slice>, rows_before: &mut u64, scores: &mut Scores, found: &LogProbs) {
-    let slice = slices.pop().expect("it was on its way");
-    *rows_before += slice.tokens.len() as u64;
+fn through(slices: &mut Vec<(Slice, u64)>, scores: &mut Scores, found: &LogProbs) {
+    let (slice, _) = slices.pop().expect("it was on its way");
     scores.add(&slice.labels, found);
 }
 
@@ -240,13 +242,11 @@ struct Accumulation {
 }
 
 enum Work {
-    /// Weights are known. `slices` are still to go, the next at the end.
+    /// Weights are known. `slices` are still to go, the next at the end, each with the tokens of the step before it.
     Slices {
-        slices: Vec<Slice>,
+        slices: Vec<(Slice, u64)>,
         /// The next is on its way.
         pass: Option<OnItsWay>,
-        /// Tokens of the slices before the next.
-        rows_before: u64,
     },
     /// Still to go, the next at the end.
     MicroBatches(Vec<MicroBatch>),
@@ -305,11 +305,10 @@ impl Trainer {
     }
 
     /// Trains every parameter of the model in `model_folder` (drawn at random when it has no weights), in float32.
-    pub fn start_full(spec: JobSpec, model_folder: &Path) -> Result<Trainer, TrainError> {
+    pub fn start_full(spec: JobSpec, inputs: &Inputs, model_folder: &Path) -> Result<Trainer, TrainError> {
         let (decoder_spec, params) = full::read_or_init(model_folder, spec.hyper.seed)?;
         let learner = Learner::full(decoder_spec, params)?;
-        let inputs = Inputs::read(&spec.folder)?;
-        Trainer::new(spec, &inputs, learner, None)
+        Trainer::new(spec, inputs, learner, None)
     }
 
     fn new(
@@ -365,6 +364,7 @@ impl Trainer {
                 is_rest_due: false,
             },
             step_began: Instant::now(),
+            mates: Mates::none(),
             train,
             data: inputs.data(),
             spec,
@@ -374,6 +374,12 @@ impl Trainer {
             trainer.resume(progress, tensors, inputs.notes.clone())?;
         }
         Ok(trainer)
+    }
+
+    /// The same on each of several ranks, before the first quantum.
+    pub fn beside(mut self, mates: Mates) -> Trainer {
+        self.mates = mates;
+        self
     }
 
     fn resume(
@@ -485,6 +491,7 @@ impl Trainer {
             Stage::Begin => self.begin(),
             Stage::Accumulate(step) => self.accumulate(base, *step),
             Stage::Optimize { scores, tokens } => {
+                let scores = self.mates.total(scores);
                 quantum
                     .events
                     .push(JobEvent::Step(self.optimize(base, &scores, tokens)?));
@@ -493,6 +500,7 @@ impl Trainer {
             Stage::Validate(validation) => match self.validate(base, *validation) {
                 Ok(validation) => Stage::Validate(Box::new(validation)),
                 Err(scores) => {
+                    let scores = self.mates.total(scores);
                     quantum.events.push(JobEvent::Validated {
                         step: self.step,
                         loss: scores.loss(),
@@ -603,24 +611,27 @@ impl Trainer {
         let micro_batches = self.plan.step(self.step);
         let device = self.learner.device();
         let (work, tokens) = if objective::is_known(&self.spec.hyper.objective) {
-            let mut slices = vec![];
-            for micro_batch in &micro_batches {
+            let (mut slices, mut micro_batch_of) = (vec![], vec![]);
+            for (i, micro_batch) in micro_batches.iter().enumerate() {
                 let groups = micro_batch.iter().map(|&group| &self.train[group]);
                 slices.extend(data::slices(groups.flat_map(|group| &group.examples), device));
+                micro_batch_of.resize(slices.len(), i);
             }
             objective::to_mean(&mut slices);
             if let Some(factors) = &self.factors {
                 let of_step = micro_batches.iter().flatten().map(|&group| factors[group]);
                 objective::by_reward(&mut slices, of_step);
             }
-            let tokens = slices.iter().map(|slice| slice.tokens.len() as u64).sum();
+            let mut tokens = 0;
+            let placed = slices.into_iter().map(|slice| {
+                let before = tokens;
+                tokens += slice.tokens.len() as u64;
+                (slice, before)
+            });
+            let own = placed.zip(micro_batch_of).filter(|(_, i)| self.mates.has(*i));
+            let mut slices: Vec<(Slice, u64)> = own.map(|(slice, _)| slice).collect();
             slices.reverse(); // taken from the end
-            let work = Work::Slices {
-                slices,
-                pass: None,
-                rows_before: 0,
-            };
-            (work, tokens)
+            (Work::Slices { slices, pass: None }, tokens)
         } else {
             let mut tokens = 0;
             let n = micro_batches.len();
@@ -630,7 +641,9 @@ impl Trainer {
                 tokens += made.rows();
                 made
             };
-            let mut micro_batches: Vec<MicroBatch> = micro_batches.iter().map(place).collect();
+            let placed = micro_batches.iter().map(place).enumerate();
+            let own = placed.filter(|(i, _)| self.mates.has(*i));
+            let mut micro_batches: Vec<MicroBatch> = own.map(|(_, micro_batch)| micro_batch).collect();
             micro_batches.reverse();
             (Work::MicroBatches(micro_batches), tokens)
         };
@@ -663,11 +676,7 @@ impl Trainer {
         } = step;
         let (decoder, adapter) = self.learner.parts(base);
         let work = match work {
-            Work::Slices {
-                mut slices,
-                pass,
-                mut rows_before,
-            } => {
+            Work::Slices { mut slices, pass } => {
                 let context = pass::Context {
                     decoder,
                     learns: &[self.learns()],
@@ -677,19 +686,18 @@ impl Trainer {
                     (Some(OnItsWay::Alone(pass)), _) => match pass.advance(&context) {
                         Advanced::On(pass) => Some(pass),
                         Advanced::Through(found) => {
-                            through(&mut slices, &mut rows_before, &mut scores, &found[0]);
+                            through(&mut slices, &mut scores, &found[0]);
                             None
                         }
                         Advanced::Scored(_) => unreachable!("its weights are known"),
                     },
                     (Some(OnItsWay::WithOthers), _) => unreachable!("its pass is advanced for all of it"),
-                    (None, Some(slice)) => Some(Pass::enter(&[(slice, rows_before)], &context)),
+                    (None, Some((slice, before))) => Some(Pass::enter(&[(slice, *before)], &context)),
                     (None, None) => return Stage::Optimize { scores, tokens },
                 };
                 Work::Slices {
                     slices,
                     pass: pass.map(|pass| OnItsWay::Alone(Box::new(pass))),
-                    rows_before,
                 }
             }
             Work::MicroBatches(mut micro_batches) => {
@@ -725,6 +733,10 @@ impl Trainer {
         let Validation { work, mut scores } = validation;
         let work = match work {
             Looking::Slices { next, .. } if next == self.valid_slices.len() => return Err(scores),
+            Looking::Slices { next, .. } if !self.mates.has(next) => Looking::Slices {
+                next: next + 1,
+                look: None,
+            },
             Looking::Slices { next, look } => {
                 let slice = &self.valid_slices[next];
                 let look = look.unwrap_or_else(|| Look::enter(slice, decoder));
@@ -766,10 +778,10 @@ impl Trainer {
             let groups: Vec<&Group> = self.valid.iter().collect();
             let batch_size = self.spec.hyper.batch_size.max(1) as usize;
             // Each as heavy as its groups, so that the result is their mean.
-            let micro_batches = groups.chunks(batch_size).rev();
+            let micro_batches = groups.chunks(batch_size).enumerate().rev();
+            let own = micro_batches.filter(|(i, _)| self.mates.has(*i));
             Looking::MicroBatches(
-                micro_batches
-                    .map(|groups| self.micro_batch(groups, 1, 0).weighing(groups.len()))
+                own.map(|(_, groups)| self.micro_batch(groups, 1, 0).weighing(groups.len()))
                     .collect(),
             )
         };
@@ -840,6 +852,7 @@ impl Trainer {
             max_grad_norm,
             step,
         };
+        self.mates.sum(self.learner.gradient());
         let grad_norm = self
             .learner
             .update(base, &update)

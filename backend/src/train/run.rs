@@ -1,16 +1,23 @@
-//! `tandem train`: a job driven without an engine or a server, quantum by quantum. The same trainer, the same files.
+//! `tandem train`: a job driven without an engine or a server, quantum by quantum, on one rank or on several. The same
+//! trainer, the same files, which are rank 0's.
 
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tandem_core::id::Digest;
 use tandem_core::job::{JobEvent, JobSpec, Method, files};
-use tch::Kind;
+use tandem_kernels::comm::Comm;
+use tandem_kernels::weight::{Precision, Recipe};
+use tch::{Device, Kind};
 use tracing::warn;
 
-use super::{TrainError, Trainer, state};
+use super::mates::Mates;
+use super::{Inputs, TrainError, Trainer, state};
+use crate::guard;
 use crate::model::{Decoder, WeightOptions};
-use crate::start;
-use crate::weights::{CONFIG, WEIGHTS, gguf};
+use crate::ranks::{self, Assembled, Errand, Followers, Team};
+use crate::weights::{CONFIG, Checkpoint, LoadError, WEIGHTS, gguf};
 
 pub struct RunOptions {
     /// `spec.folder` holds the datasets and receives the results.
@@ -20,15 +27,125 @@ pub struct RunOptions {
     pub weights: WeightOptions,
     /// What full training stores.
     pub save_kind: Kind,
+    /// The ranks that train it, each with a model of its own.
+    pub team: Team,
 }
 
 pub struct Run {
     trainer: Trainer,
     /// `None`: every parameter is trained, in a decoder of the trainer's own.
     base: Option<Decoder>,
+    mates: Mates,
     model_folder: PathBuf,
     save_kind: Kind,
     is_finished: bool,
+    /// Whether the last quantum ended an optimizer step.
+    ended_step: bool,
+    /// Dropped last.
+    _followers: Followers,
+}
+
+/// What the other ranks of a run are told.
+#[derive(Serialize, Deserialize)]
+pub struct Order {
+    spec: JobSpec,
+    inputs: Inputs,
+    model_folder: PathBuf,
+    bf16: bool,
+    /// What dense linears become, by its name.
+    recipe: Option<String>,
+    /// Of rank 0's copy of the base, where others may have their own.
+    base: Option<Digest>,
+}
+
+/// The part of one rank.
+struct Part {
+    trainer: Trainer,
+    base: Option<Decoder>,
+}
+
+impl Part {
+    fn begin(
+        spec: JobSpec,
+        inputs: &Inputs,
+        model_folder: &Path,
+        weights: WeightOptions,
+        mates: &Mates,
+    ) -> Result<Part, TrainError> {
+        let base = match spec.hyper.method {
+            Method::Lora(_) => Some(Decoder::open(model_folder, weights)?),
+            Method::Full => None,
+        };
+        let trainer = match &base {
+            Some(base) => Trainer::start_with(spec, inputs, base.fit())?,
+            None => Trainer::start_full(spec, inputs, model_folder)?,
+        };
+        Ok(Part {
+            trainer: trainer.beside(mates.clone()),
+            base,
+        })
+    }
+}
+
+/// A rank beside rank 0, until the run ends or some rank `stops`. It writes nothing.
+pub fn follow(
+    order: Order,
+    device: Device,
+    own_folder: Option<&Path>,
+    comm: Comm,
+    stops: &dyn Fn() -> bool,
+) -> Result<(), TrainError> {
+    let Order {
+        spec,
+        inputs,
+        model_folder,
+        bf16,
+        recipe,
+        base,
+    } = order;
+    let folder = own_folder.unwrap_or(&model_folder);
+    if let Some(expected) = base.filter(|_| own_folder.is_some()) {
+        let own = Checkpoint::open(folder)?.digest(None)?;
+        if own != expected {
+            let (rank, own, expected) = (comm.rank(), own.short(), expected.short());
+            let message = format!("rank {rank}'s copy of the model is {own}, rank 0's is {expected}");
+            return Err(LoadError::Option(message).into());
+        }
+    }
+    let weights = WeightOptions {
+        precision: if bf16 { Precision::Bf16 } else { Precision::F32 },
+        recipe: recipe.and_then(|name| Recipe::ALL.into_iter().find(|recipe| recipe.name() == name)),
+        device,
+    };
+    let mates = Mates::new(comm, device);
+    let Part { mut trainer, base } = Part::begin(spec, &inputs, folder, weights, &mates)?;
+    loop {
+        let quantum = guard::torch(|| trainer.quantum(base.as_ref())).map_err(TrainError::Fault)??;
+        let is_over = quantum.finished
+            || ends_step(&quantum.events)
+                && guard::torch(|| mates.any(stops())).map_err(TrainError::Fault)?;
+        if is_over {
+            return guard::torch(|| mates.part()).map_err(TrainError::Fault);
+        }
+    }
+}
+
+/// There is nothing to train: whoever waits for rank 0 ends.
+pub fn dismiss(team: &Team, device: Device) -> Result<(), TrainError> {
+    if let Team::Meeting { .. } = team {
+        let Assembled { comm, followers, .. } = ranks::gather(team, device, None)?;
+        let told = guard::torch(|| {
+            Errand::Nothing.announce(&comm);
+            comm.meet();
+        });
+        drop((comm, followers));
+        told.map_err(TrainError::Fault)?;
+    }
+    Ok(())
+}
+
+fn ends_step(events: &[JobEvent]) -> bool {
+    events.iter().any(|event| matches!(event, JobEvent::Step(_)))
 }
 
 impl Run {
@@ -38,25 +155,44 @@ impl Run {
             model_folder,
             weights,
             save_kind,
+            team,
         } = options;
-        start::set_threads(weights.device, None);
-        let base = match spec.hyper.method {
-            Method::Lora(_) => Some(Decoder::open(&model_folder, weights)?),
-            Method::Full => None,
+        let Assembled {
+            comm,
+            device,
+            local_world: _,
+            followers,
+        } = ranks::gather(&team, weights.device, None)?;
+        let weights = WeightOptions { device, ..weights };
+        let inputs = Inputs::read(&spec.folder)?;
+        let has_base = matches!(spec.hyper.method, Method::Lora(_));
+        let base = match has_base && matches!(team, Team::Meeting { .. }) {
+            true => Some(Checkpoint::open(&model_folder)?.digest(None)?),
+            false => None,
         };
-        let trainer = match &base {
-            Some(base) => Trainer::start(spec, base)?,
-            None => Trainer::start_full(spec, &model_folder)?,
-        };
+        let order = Errand::Train(Box::new(Order {
+            spec: spec.clone(),
+            inputs: inputs.clone(),
+            model_folder: model_folder.clone(),
+            bf16: weights.precision == Precision::Bf16,
+            recipe: weights.recipe.map(|recipe| recipe.name().to_owned()),
+            base,
+        }));
+        guard::torch(|| order.announce(&comm)).map_err(TrainError::Fault)?;
+        let mates = Mates::new(comm, device);
+        let Part { trainer, base } = Part::begin(spec, &inputs, &model_folder, weights, &mates)?;
         for note in trainer.notes(base.as_ref()) {
             warn!(model = %model_folder.display(), "{note}");
         }
         Ok(Run {
             trainer,
             base,
+            mates,
             model_folder,
             save_kind,
             is_finished: false,
+            ended_step: false,
+            _followers: followers,
         })
     }
 
@@ -70,22 +206,37 @@ impl Run {
         if self.is_finished {
             return Ok(None);
         }
-        let quantum = self.trainer.quantum(self.base.as_ref())?.write()?;
+        let (trainer, base) = (&mut self.trainer, self.base.as_ref());
+        let quantum = guard::torch(|| trainer.quantum(base)).map_err(TrainError::Fault)??;
+        let quantum = quantum.write()?;
+        self.ended_step = ends_step(&quantum.events);
         if quantum.finished {
             self.write_model()?;
+            self.part()?;
             self.is_finished = true;
         }
         Ok(Some(quantum.events))
     }
 
-    pub fn is_between_steps(&self) -> bool {
-        self.trainer.is_between_steps()
+    /// Whether the run stops here, as it `should`: between two steps, or, with several ranks, behind a step, because some rank
+    /// should. To be asked after each [`Run::advance`].
+    pub fn stops(&self, should: bool) -> Result<bool, TrainError> {
+        match self.mates.are_there() {
+            false => Ok(should && self.trainer.is_between_steps()),
+            true if self.ended_step => guard::torch(|| self.mates.any(should)).map_err(TrainError::Fault),
+            true => Ok(false),
+        }
     }
 
     /// Writes the state, from which a run in the same folder goes on. Returns the optimizer steps done.
     pub fn keep(&self) -> Result<u64, TrainError> {
         self.trainer.snapshot().write()?;
+        self.part()?;
         Ok(self.trainer.step())
+    }
+
+    fn part(&self) -> Result<(), TrainError> {
+        guard::torch(|| self.mates.part()).map_err(TrainError::Fault)
     }
 
     /// What there is at the end: a PEFT folder, or the model's.

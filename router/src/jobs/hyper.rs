@@ -112,10 +112,11 @@ pub fn choose<'a>(settings: &Settings, tuning: Tuning, bounds: impl Into<Bounds<
         Objective::Kto { .. } => 2,
         _ => 1,
     };
-    let batch_size = settings
-        .batch_size
-        .unwrap_or_else(|| small((rows / STEPS_PER_EPOCH).clamp(least_batch, MAX_AUTO_BATCH)));
     let gradient_accumulation_steps = settings.gradient_accumulation_steps.unwrap_or(1);
+    let batch_size = settings.batch_size.unwrap_or_else(|| {
+        let of_step = (rows / STEPS_PER_EPOCH).min(MAX_AUTO_BATCH);
+        small((of_step / u64::from(gradient_accumulation_steps)).max(least_batch))
+    });
 
     let step_rows = u64::from(batch_size) * u64::from(gradient_accumulation_steps);
     let epoch_steps = rows.div_ceil(step_rows).max(1);

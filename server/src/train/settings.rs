@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use tandem_backend::MAX_WORLD;
 use tandem_core::settings::{self, Group, Kind, Refused, Setting, Settings, TABLE};
 use tandem_core::suggest::closest;
 use tandem_router::hyper::Tuning;
@@ -79,7 +80,17 @@ const KEYS: &[Key] = &[
         &[],
         "the frozen linears in int8, int4 or nf4 (QLoRA); without it as the checkpoint has them",
     ),
-    ("device", &[], "auto (default), cpu or cuda:N"),
+    (
+        "device",
+        &[],
+        "auto (default), cpu or cuda:N; of several ranks each takes its own GPU",
+    ),
+    (
+        "data_parallel_size",
+        &["nproc_per_node", "num_processes"],
+        "ranks that train together, each with a whole model: batch_size and gradient_accumulation_steps are of each (default: 1, or \
+         WORLD_SIZE where torchrun or Slurm start them)",
+    ),
     (
         "preview",
         &[],
@@ -128,6 +139,7 @@ pub struct Recipe {
     pub dtype: String,
     pub quantization: Option<String>,
     pub device: String,
+    pub data_parallel_size: Option<usize>,
     /// Rows to show.
     pub preview: Option<usize>,
     pub settings: Settings,
@@ -147,6 +159,7 @@ struct Own {
     dtype: Option<String>,
     quantization: Option<String>,
     device: Option<String>,
+    data_parallel_size: Option<usize>,
     preview: Option<Preview>,
 }
 
@@ -359,6 +372,7 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
         dtype,
         quantization,
         device,
+        data_parallel_size,
         preview,
     } = serde_path_to_error::deserialize(Value::Object(own.clone())).map_err(|error| {
         let required = ["model", "training_file", "output_dir"];
@@ -395,6 +409,12 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
         }
         device = "cpu".to_owned();
     }
+    if let Some(ranks) = data_parallel_size.filter(|ranks| !(1..=MAX_WORLD).contains(ranks)) {
+        return Err(SettingsError::Wrong {
+            key: "data_parallel_size".to_owned(),
+            message: format!("must be a number of ranks between 1 and {MAX_WORLD}, got {ranks}"),
+        });
+    }
     settings.seed = Some(settings.seed.unwrap_or(DEFAULT_SEED));
     Ok(Recipe {
         model,
@@ -408,6 +428,7 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
         dtype,
         quantization,
         device,
+        data_parallel_size,
         preview: match preview {
             None | Some(Preview::Flag(false)) => None,
             Some(Preview::Flag(true)) => Some(PREVIEW_ROWS),
@@ -576,7 +597,8 @@ mod tests {
             ),
             (&["lr=1e-3", "learning_rate=1e-3"], "the same setting"),
             (&["load_in_4bit=true"], "not supported"),
-            (&["nproc_per_node=4"], "gradient_accumulation_steps x N"),
+            (&["nproc_per_node=0"], "between 1 and 64, got 0"),
+            (&["nnodes=2"], "on each machine"),
             (&["enable_fsdp=true"], "not supported"),
             (&["training_file.x=1"], "training_file"),
             (&["method=full", "lora_r=8"], "has no adapter"),

@@ -200,6 +200,129 @@ fn an_interrupted_run_goes_on() {
     assert_eq!(code, Some(130), "{heard}");
 }
 
+/// Ranks that the run starts itself train as one with all of their micro-batches, and what they leave goes on under ranks that
+/// somebody else started.
+#[test]
+fn several_ranks_train_one_job() {
+    let folder = tempfile::tempdir().unwrap();
+    rows(&folder.path().join("rows.jsonl"), "Ahoy");
+    let losses = |more: &[&str], expected: &str| -> Vec<f64> {
+        let output = train(folder.path(), more).output().unwrap();
+        let text = text(&output);
+        assert!(output.status.success() && text.contains(expected), "{text}");
+        let lines = std::fs::read_to_string(folder.path().join("out/metrics.jsonl")).unwrap();
+        let line = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["loss"].as_f64();
+        lines.lines().filter_map(line).collect()
+    };
+    let alone = losses(&["gradient_accumulation_steps=2"], "step 9/9");
+    let ranks = losses(
+        &["nproc_per_node=2", "overwrite_output_dir=true"],
+        "2 ranks, each with 1 of a step's 2 micro-batches",
+    );
+    assert_eq!((alone.len(), ranks.len()), (9, 9));
+    for (alone, ranks) in alone.iter().zip(&ranks) {
+        assert!(
+            (alone - ranks).abs() < 2e-3 * alone,
+            "{alone} alone, {ranks} on two ranks"
+        );
+    }
+
+    let endless = ["n_epochs=100000", "overwrite_output_dir=false"];
+    let port = free_port();
+    let spawn = |rank: Option<usize>, more: &[&str]| {
+        let mut command = train(folder.path(), more);
+        if let Some(rank) = rank {
+            command.envs([("RANK", rank.to_string()), ("LOCAL_RANK", rank.to_string())]);
+            command.envs([
+                ("WORLD_SIZE", "2"),
+                ("MASTER_ADDR", "127.0.0.1"),
+                ("MASTER_PORT", &port),
+            ]);
+            command.env("LOCAL_WORLD_SIZE", "2");
+        }
+        let piped = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        piped.spawn().unwrap()
+    };
+    let until = |child: &mut std::process::Child, part: &str| {
+        let (mut out, mut heard) = (BufReader::new(child.stdout.take().unwrap()), String::new());
+        while !heard.contains(part) {
+            assert!(out.read_line(&mut heard).unwrap() > 0, "it ended: {heard}");
+        }
+        (out, heard)
+    };
+    let signal = |child: &std::process::Child, signal: &str| {
+        let pid = child.id().to_string();
+        assert!(
+            Command::new("kill")
+                .args([signal, &pid])
+                .status()
+                .unwrap()
+                .success()
+        );
+    };
+    let fresh = [
+        "n_epochs=100000",
+        "data_parallel_size=2",
+        "overwrite_output_dir=true",
+    ];
+    let mut first = spawn(None, &fresh);
+    let (mut out, mut heard) = until(&mut first, "step 3/");
+    signal(&first, "-INT");
+    out.read_to_string(&mut heard).unwrap();
+    assert_eq!(first.wait().unwrap().code(), Some(130), "{heard}");
+    let stopped = |heard: &str| {
+        let after = heard.rsplit_once("stopped after step ").expect(heard).1;
+        after.split_once(';').unwrap().0.to_owned()
+    };
+    let step = stopped(&heard);
+
+    // torchrun's ranks: either may be told to stop, and both do.
+    let [mut rank_0, rank_1] = [0, 1].map(|rank| spawn(Some(rank), &endless));
+    let (mut out, mut heard) = until(&mut rank_0, " loss ");
+    assert!(heard.contains(&format!("going on from step {step}")), "{heard}");
+    signal(&rank_1, "-TERM");
+    out.read_to_string(&mut heard).unwrap();
+    assert_eq!(rank_0.wait().unwrap().code(), Some(143), "{heard}");
+    let rank_1 = rank_1.wait_with_output().unwrap();
+    assert_eq!(rank_1.status.code(), Some(143), "{}", text(&rank_1));
+
+    // One that is killed ends the run, with a word; alone it goes on, with the micro-batches of both.
+    let step = stopped(&heard);
+    let [mut rank_0, mut rank_1] = [0, 1].map(|rank| spawn(Some(rank), &endless));
+    let (mut out, mut heard) = until(&mut rank_0, " loss ");
+    signal(&rank_1, "-KILL");
+    rank_1.wait().unwrap();
+    out.read_to_string(&mut heard).unwrap();
+    let rank_0 = rank_0.wait_with_output().unwrap();
+    assert!(
+        !rank_0.status.success() && text(&rank_0).contains("lost a rank"),
+        "{}",
+        text(&rank_0)
+    );
+    let mut alone = spawn(None, &["n_epochs=100000", "gradient_accumulation_steps=2"]);
+    let (_, heard) = until(&mut alone, " loss ");
+    assert!(heard.contains(&format!("going on from step {step}")), "{heard}");
+    alone.kill().unwrap();
+    alone.wait().unwrap();
+
+    for (settings, expected) in [
+        (&["data_parallel_size=65"][..], "between 1 and 64, got 65"),
+        (&["nnodes=2"], "on each machine"),
+    ] {
+        let refused = train(folder.path(), settings).output().unwrap();
+        assert!(
+            !refused.status.success() && text(&refused).contains(expected),
+            "{}",
+            text(&refused)
+        );
+    }
+}
+
+fn free_port() -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port().to_string()
+}
+
 /// Every recipe that is shipped, at toy size: its own numbers but for the length of the run and of a row.
 #[test]
 fn recipes_run_on_the_demo_model() {

@@ -7,6 +7,7 @@ mod families;
 mod fixture;
 mod golden;
 mod joint;
+mod mates;
 mod preferences;
 mod quantised;
 mod ranks;

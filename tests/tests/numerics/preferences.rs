@@ -90,19 +90,19 @@ fn start_from(job: &mut Job, fixture: &Fixture, decoder: &Decoder) {
 }
 
 /// What TRL's settings mean here, read as everywhere.
-fn objective(case: &Value) -> Objective {
+pub fn objective(case: &Value) -> Objective {
     let mut settings: Map<String, Value> = case["settings"].as_object().expect("settings").clone();
     settings.insert("objective".to_owned(), case["objective"].clone());
     let settings = settings::read([("", settings)], false).expect("TRL's settings are read");
     settings.objective().expect("an objective")
 }
 
-fn trls() -> Value {
+pub fn trls() -> Value {
     let path = fixtures_folder().join("preferences/expected.json");
     serde_json::from_slice(&std::fs::read(path).expect("the fixture is committed")).expect("JSON")
 }
 
-fn job(expected: &Value, objective: Objective, change: impl FnOnce(Hyper) -> Hyper) -> Job {
+pub fn job(expected: &Value, objective: Objective, change: impl FnOnce(Hyper) -> Hyper) -> Job {
     let lora = Lora {
         r: 4,
         alpha: 8.0,

@@ -150,7 +150,11 @@ fn keys_that_want_more_than_there_is_are_given_the_same() {
         let apart = most.unwrap() - least.unwrap();
         assert!(apart <= bound, "{:?} are further apart than {bound}", world.given);
     }
-    assert!(world.given.iter().all(|&given| given > 10_000), "{:?}", world.given);
+    assert!(
+        world.given.iter().all(|&given| given > 10_000),
+        "{:?}",
+        world.given
+    );
 }
 
 #[test]
@@ -198,9 +202,15 @@ fn adapters_share_what_their_key_has() {
     for _ in 0..3000 {
         world.step();
     }
-    let [popular, rare, other] = world.given[..] else { unreachable!() };
+    let [popular, rare, other] = world.given[..] else {
+        unreachable!()
+    };
     let near = |a: u64, b: u64| (a as f64 / b as f64 - 1.0).abs() < 0.02;
-    assert!(near(popular, rare) && near(popular + rare, other), "{:?}", world.given);
+    assert!(
+        near(popular, rare) && near(popular + rare, other),
+        "{:?}",
+        world.given
+    );
 }
 
 #[test]
@@ -216,7 +226,10 @@ fn time_in_which_nothing_was_asked_earns_nothing() {
         world.step();
     }
     let (first, second) = (world.given[0] - before, world.given[1]);
-    assert!((first as f64 / second as f64 - 1.0).abs() < 0.1, "{first} and {second}");
+    assert!(
+        (first as f64 / second as f64 - 1.0).abs() < 0.1,
+        "{first} and {second}"
+    );
     // Nobody waits: nothing is remembered.
     world.askers.iter_mut().for_each(|asker| asker.at_once = 0);
     while world.scheduler.has_work() {

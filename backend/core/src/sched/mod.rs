@@ -6,12 +6,12 @@
 //! their adapter were given ([`shares`]), and then in order of arrival: who stands before another never waits for that
 //! one's blocks, place or budget.
 
+#[cfg(test)]
+mod fairness;
 mod lookup;
 mod plan;
 mod sequence;
 mod shares;
-#[cfg(test)]
-mod fairness;
 #[cfg(test)]
 mod simulation;
 

@@ -499,15 +499,20 @@ const FOREIGN: &[Foreign] = &[
         RANKS,
     ),
     row(
-        "nproc_per_node nnodes num_processes num_machines",
+        "nproc_per_node num_processes data_parallel_size",
         |value, _| value.as_i64() == Some(1),
-        "a job is trained by one process, the batch of N devices is gradient_accumulation_steps x N; a server divides a model \
-         with --tensor-parallel-size N",
+        "a server's job has the server's devices, and the batch of N others is gradient_accumulation_steps x N; `tandem train` \
+         trains on several ranks",
+    ),
+    row(
+        "nnodes num_machines",
+        |value, _| value.as_i64() == Some(1),
+        "torchrun, Slurm or Kubernetes start `tandem train` on each machine, with MASTER_ADDR, WORLD_SIZE and RANK",
     ),
     row(
         "sharding_strategy",
         |value, _| word(value, &["no_shard"]),
-        "one process holds the parameters whole",
+        "every rank holds the parameters whole",
     ),
     row(
         "max_train_step max_eval_step",

@@ -10,8 +10,10 @@ mod orpo;
 pub mod policy;
 mod reward_weighted;
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
 use tandem_core::job::Objective;
 use tandem_kernels::loss::LogProbs;
 
@@ -156,14 +158,14 @@ fn log_sigmoid(x: f64) -> f64 {
 }
 
 /// Sums over the labels, or the groups, of a step.
-#[derive(Clone, Default)]
+#[derive(Clone, Default, Serialize, Deserialize)]
 pub struct Scores {
     loss: f64,
     weight: f64,
     correct: u64,
     labels: u64,
     /// Sum and number of each.
-    metrics: BTreeMap<&'static str, (f64, u64)>,
+    metrics: BTreeMap<Cow<'static, str>, (f64, u64)>,
 }
 
 impl Scores {
@@ -186,9 +188,29 @@ impl Scores {
         self.loss += share * weighed.loss;
         self.weight += share;
         for &(name, value) in &weighed.metrics {
-            let (sum, n) = self.metrics.entry(name).or_default();
+            let (sum, n) = self.metrics.entry(Cow::Borrowed(name)).or_default();
             *sum += value;
             *n += 1;
+        }
+    }
+
+    /// Those of another rank of the step as well.
+    pub fn merge(&mut self, other: &Scores) {
+        let Scores {
+            loss,
+            weight,
+            correct,
+            labels,
+            metrics,
+        } = other;
+        self.loss += loss;
+        self.weight += weight;
+        self.correct += correct;
+        self.labels += labels;
+        for (name, (value, groups)) in metrics {
+            let (sum, n) = self.metrics.entry(name.clone()).or_default();
+            *sum += value;
+            *n += groups;
         }
     }
 
@@ -204,7 +226,7 @@ impl Scores {
 
     /// The mean of each metric over the groups that have it.
     pub fn metrics(&self) -> BTreeMap<String, f64> {
-        let mean = |(&name, &(sum, n)): (&&str, &(f64, u64))| (name.to_owned(), sum / n as f64);
+        let mean = |(name, &(sum, n)): (&Cow<str>, &(f64, u64))| (name.to_string(), sum / n as f64);
         let mut means: BTreeMap<String, f64> = self.metrics.iter().map(mean).collect();
         // Of rows that are judged alone there is no margin, only of their means.
         if let (Some(chosen), Some(rejected)) = (means.get(CHOSEN), means.get(REJECTED)) {
