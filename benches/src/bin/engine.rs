@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use clap::{Parser, ValueEnum};
 use serde_json::{Map, Value, json};
 use tandem_backend::Dtype;
@@ -34,6 +34,8 @@ use tokio::sync::mpsc;
 /// At once, in the part of that name.
 const JOBS: usize = 8;
 const JOB_STEPS: u64 = 12;
+/// Tokens of prompts that a step reads beside streams, at least.
+const LEAST_CHUNK: usize = 32;
 
 /// Measures the engine without HTTP
 #[derive(Parser)]
@@ -276,15 +278,18 @@ impl Engine {
     }
 
     /// Tokens per second over all streams while every one of them decodes.
+    /// Tokens a second while all `streams` decode: each generates `new_tokens`, and before that as many as it may while the
+    /// others' prompts are read.
     async fn rate(
         &mut self,
         streams: &[Option<AdapterRef>],
         prompt_tokens: usize,
         new_tokens: u32,
     ) -> anyhow::Result<f64> {
+        let lead = (streams.len() * prompt_tokens).div_ceil(LEAST_CHUNK) as u32;
         let running: Vec<_> = streams
             .iter()
-            .map(|adapter| self.send(prompt_tokens, new_tokens, adapter.clone()))
+            .map(|adapter| self.send(prompt_tokens, lead + new_tokens, adapter.clone()))
             .collect();
         let mut times = vec![];
         for stream in running {
@@ -304,12 +309,17 @@ impl Engine {
             .filter_map(|times| times.last())
             .min()
             .context("no stream")?;
+        ensure!(
+            begin < end,
+            "{} streams never decode at the same time: the first ends before the last begins",
+            streams.len()
+        );
         let tokens = streams
             .iter()
             .flatten()
             .filter(|time| (begin..=end).contains(time))
             .count();
-        Ok((tokens - streams.len().min(tokens)) as f64 / (*end - *begin).as_secs_f64().max(1e-9))
+        Ok((tokens - streams.len().min(tokens)) as f64 / (*end - *begin).as_secs_f64())
     }
 
     async fn stream(

@@ -214,12 +214,12 @@ fn several_ranks_train_one_job() {
         let line = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["loss"].as_f64();
         lines.lines().filter_map(line).collect()
     };
-    let alone = losses(&["gradient_accumulation_steps=2"], "step 9/9");
+    let alone = losses(&["gradient_accumulation_steps=2"], "step 27/27");
     let ranks = losses(
         &["nproc_per_node=2", "overwrite_output_dir=true"],
         "2 ranks, each with 1 of a step's 2 micro-batches",
     );
-    assert_eq!((alone.len(), ranks.len()), (9, 9));
+    assert_eq!((alone.len(), ranks.len()), (27, 27));
     for (alone, ranks) in alone.iter().zip(&ranks) {
         assert!(
             (alone - ranks).abs() < 2e-3 * alone,
@@ -227,7 +227,7 @@ fn several_ranks_train_one_job() {
         );
     }
 
-    let endless = ["n_epochs=100000", "overwrite_output_dir=false"];
+    let endless = ["n_epochs=10000", "overwrite_output_dir=false"];
     let port = free_port();
     let spawn = |rank: Option<usize>, more: &[&str]| {
         let mut command = train(folder.path(), more);
@@ -261,7 +261,7 @@ fn several_ranks_train_one_job() {
         );
     };
     let fresh = [
-        "n_epochs=100000",
+        "n_epochs=10000",
         "data_parallel_size=2",
         "overwrite_output_dir=true",
     ];
@@ -299,7 +299,7 @@ fn several_ranks_train_one_job() {
         "{}",
         text(&rank_0)
     );
-    let mut alone = spawn(None, &["n_epochs=100000", "gradient_accumulation_steps=2"]);
+    let mut alone = spawn(None, &["n_epochs=10000", "gradient_accumulation_steps=2"]);
     let (_, heard) = until(&mut alone, " loss ");
     assert!(heard.contains(&format!("going on from step {step}")), "{heard}");
     alone.kill().unwrap();
