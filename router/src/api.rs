@@ -15,6 +15,8 @@ use tandem_core::sampling::{BadSampling, RawSampling};
 use tandem_core::settings::Settings;
 use tandem_core::trace::TraceContext;
 use tandem_text::chat::Message;
+
+pub use crate::meter::{Left, Meter, UsedUp};
 pub use tandem_text::tools::{CallDelta, Delta, Tool};
 
 pub use tandem_store::{Keep, MetadataFilter, Order, Part, Tenant};
@@ -68,6 +70,8 @@ pub struct Client {
     /// Each has its part of its key's share.
     pub connection: u64,
     pub work: Work,
+    /// Where its key has limits.
+    pub meter: Option<Meter>,
     /// The span of what it asks, where that is traced.
     pub trace: Option<TraceContext>,
 }
@@ -92,6 +96,13 @@ pub enum Reach {
 }
 
 impl Client {
+    /// Tokens that were read or written for it.
+    pub(crate) fn took(&self, tokens: usize) {
+        if let Some(meter) = &self.meter {
+            meter.take_tokens(tokens);
+        }
+    }
+
     pub fn sees(&self, tenant: &str) -> bool {
         self.reach == Reach::All || self.tenant.as_str() == tenant
     }
@@ -461,6 +472,11 @@ pub enum RouterError {
     Conflict(String),
     #[error("{message}")]
     Adapter { not_found: bool, message: String },
+    #[error(transparent)]
+    UsedUp(#[from] UsedUp),
+    /// What the key's limits do not let it ask.
+    #[error("{0}")]
+    Limited(String),
     #[error("the server is busy: {waiting} requests wait; try again in {retry_after_s} s")]
     Busy { waiting: u32, retry_after_s: u32 },
     #[error(transparent)]

@@ -163,6 +163,12 @@ pub(crate) struct Lease {
     catalog: Arc<Catalog>,
 }
 
+impl Lease {
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+}
+
 /// Sequences whose client does not read: they keep no place from others until this is dropped.
 pub(crate) struct Parked<'a> {
     lease: &'a Lease,

@@ -131,6 +131,7 @@ impl Router {
         };
         let prompt: Arc<[TokenId]> = self.prompt_tokens(prompt, special).await?.into();
         let max_tokens = fit(prompt.len(), max_tokens, limit, is_chat)?;
+        client.took(prompt.len());
         if let Some(traced) = &traced {
             traced.prompt(prompt.len());
         }

@@ -11,6 +11,7 @@ pub mod fleet;
 mod generate;
 mod grammars;
 mod jobs;
+mod meter;
 mod models;
 mod relay;
 mod responses;

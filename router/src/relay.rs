@@ -141,6 +141,7 @@ impl Choice {
                         self.path.text.push(scored.token)
                     };
                     self.completion_tokens += 1;
+                    relay.lease.client().took(1);
                     tokens.push(relay.name(scored));
                     if let Some(stop) = self.pass(relay, &new, &mut text) {
                         end = Some((

@@ -2,9 +2,10 @@
 //! forgotten; a route that the table does not have is for admins alone. Not here: whose a thing is (router's `View`).
 
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::{HeaderValue, Method};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use tandem_router::api::{Left, Meter, RouterError};
 use tandem_store::Role;
 
 use crate::audit::{Audit, Object, Record};
@@ -254,6 +255,7 @@ pub async fn gate(State(gate): State<Gate>, mut request: Request, next: Next) ->
     let Gate { ring, guard, audit } = gate;
     let path = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
     let (least, action) = rule(request.method(), path);
+    let is_counted = is_counted(request.method(), path, least);
     let mut record = action.map(|action| Record {
         action,
         path: request.uri().path().to_owned(),
@@ -263,11 +265,19 @@ pub async fn gate(State(gate): State<Gate>, mut request: Request, next: Next) ->
     let response = if !ring.is_wanted() {
         origins::guard(State(guard), request, next).await
     } else {
-        let (grant, refusal) = admitted(&ring, least, &request);
+        let (grant, mut refusal) = admitted(&ring, least, &request);
         if let Some(record) = &mut record {
             record.grant = grant.clone();
         }
-        match refusal {
+        let meter = grant.as_ref().and_then(|grant| grant.meter.clone());
+        let meter = meter.filter(|_| is_counted);
+        if let Some(meter) = meter.as_ref().filter(|_| refusal.is_none()) {
+            refusal = meter
+                .admit()
+                .err()
+                .map(|used_up| RouterError::from(used_up).into());
+        }
+        let mut response = match refusal {
             None => {
                 if let Some(grant) = grant {
                     request.extensions_mut().insert(grant);
@@ -275,13 +285,47 @@ pub async fn gate(State(gate): State<Gate>, mut request: Request, next: Next) ->
                 next.run(request).await
             }
             Some(error) => error.into_response(),
+        };
+        if let Some(meter) = meter {
+            say_what_is_left(&meter, response.headers_mut());
         }
+        response
     };
     if let Some(record) = record {
         let object = response.extensions().get::<Object>();
         audit.note(&record, object, response.status());
     }
     response
+}
+
+/// Whether a request counts for its key's limits: it asks a model something, or has a tokenizer work for it. Of Tinker's
+/// routes the others are about what was asked before.
+fn is_counted(method: &Method, path: Option<&str>, least: Least) -> bool {
+    let of_tinker = |path: &str| path.starts_with("/api/v1/") && path != "/api/v1/asample";
+    method == Method::POST && least == INFER && path.is_some_and(|path| !of_tinker(path))
+}
+
+/// As OpenAI says it. A stream's tokens are counted as they come: what is left at its beginning is told.
+fn say_what_is_left(meter: &Meter, headers: &mut HeaderMap) {
+    for (what, left) in ["requests", "tokens"].into_iter().zip(meter.left()) {
+        let Some(Left {
+            limit,
+            remaining,
+            reset,
+        }) = left
+        else {
+            continue;
+        };
+        let values = [
+            ("limit", limit.to_string()),
+            ("remaining", remaining.to_string()),
+            ("reset", format!("{:.3}s", reset.as_secs_f64())),
+        ];
+        for (which, value) in values {
+            let name = HeaderName::try_from(format!("x-ratelimit-{which}-{what}")).expect("a header's name");
+            headers.insert(name, HeaderValue::try_from(value).expect("digits"));
+        }
+    }
 }
 
 /// By which key the request comes (`None`: by none that is known), and why it does not come in.

@@ -484,10 +484,16 @@ pub enum KeyCommand {
         /// Days until it opens nothing any more [default: never]
         #[arg(long, value_name = "DAYS", value_parser = count(1..=36_500))]
         expires_days: Option<u32>,
+        /// Requests that ask a model [default: as many as it likes]
+        #[arg(long, value_name = "N", value_parser = count(1..=u32::MAX))]
+        requests_per_minute: Option<u32>,
+        /// Tokens of prompts and answers [default: as many as it likes]
+        #[arg(long, value_name = "N", value_parser = count(1..=u32::MAX))]
+        tokens_per_minute: Option<u32>,
         #[command(flatten)]
         place: KeyPlace,
     },
-    /// Id, state, role, tenant, name, and when each was made and ends, by tabs
+    /// Id, state, role, tenant, name, when each was made and ends, and its limits, by tabs
     List {
         #[command(flatten)]
         place: KeyPlace,
@@ -498,7 +504,7 @@ pub enum KeyCommand {
         #[command(flatten)]
         place: KeyPlace,
     },
-    /// Make another key with the same tenant, role and name in place of one
+    /// Make another key with the same tenant, role, name and limits in place of one
     Rotate {
         id: String,
         /// For which the old one goes on

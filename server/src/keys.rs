@@ -4,8 +4,7 @@
 
 use std::collections::HashMap;
 use std::convert::Infallible;
-use std::hash::{BuildHasher, RandomState};
-use std::sync::{Arc, LazyLock, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use axum::extract::FromRequestParts;
@@ -13,7 +12,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, header};
 use tandem_core::id::Digest;
 use tandem_router::View;
-use tandem_router::api::{Client, Reach, Work};
+use tandem_router::api::{Client, Meter, Reach, Work};
 use tandem_store::{KeyRow, Keys, Role, StoreError, Tenant, key_hash};
 
 use crate::access_log::Exchange;
@@ -41,6 +40,7 @@ pub struct Grant {
     pub name: String,
     pub tenant: Tenant,
     pub role: Role,
+    pub meter: Option<Meter>,
     expires_at: Option<i64>,
 }
 
@@ -75,6 +75,7 @@ impl Ring {
                 name: "--api-key".to_owned(),
                 tenant: Tenant::default(),
                 role: Role::Admin,
+                meter: None,
                 expires_at: None,
             };
             given.insert(key_hash(key.as_bytes()), grant);
@@ -106,6 +107,14 @@ impl Ring {
     pub async fn take(&self, keys: &Keys) -> Result<(), StoreError> {
         let rows = keys.list().await?;
         let any = !rows.is_empty();
+        // What was used stays used, whatever else changed.
+        let known: HashMap<Digest, Meter> = {
+            let grants = &self.stored().grants;
+            let meters = grants
+                .iter()
+                .filter_map(|(hash, grant)| Some((*hash, grant.meter.clone()?)));
+            meters.collect()
+        };
         let grant = |row: KeyRow| {
             let KeyRow {
                 id,
@@ -113,15 +122,18 @@ impl Ring {
                 name,
                 tenant,
                 role,
+                limits,
                 created_at: _,
                 expires_at,
                 revoked_at: _,
             } = row;
+            let meter = known.get(&hash).filter(|meter| meter.limits() == limits);
             let grant = Grant {
                 id,
                 name,
                 tenant,
                 role,
+                meter: meter.cloned().or_else(|| Meter::new(limits)),
                 expires_at,
             };
             (hash, grant)
@@ -167,14 +179,14 @@ impl<S: Sync> FromRequestParts<S> for Asker {
         if let Some(client) = parts.extensions.get::<Client>() {
             return Ok(Asker(client.clone()));
         }
-        // Keys of one process's hash maps: a client cannot choose to look like another.
-        static KEYS: LazyLock<RandomState> = LazyLock::new(RandomState::new);
-        let key = given_key(&parts.headers).map(|key| KEYS.hash_one(key));
+        // The same on every router, so that a backend sees one key in what comes from several.
+        let of = |key: &[u8]| *key_hash(key).0.first_chunk().expect("a digest has 32 bytes");
+        let key = given_key(&parts.headers).map(|key| u64::from_le_bytes(of(key)));
         let connection = parts.extensions.get().copied().unwrap_or(ConnectionId(0));
-        let (tenant, role) = match parts.extensions.get::<Grant>() {
-            Some(grant) => (grant.tenant.clone(), grant.role),
+        let (tenant, role, meter) = match parts.extensions.get::<Grant>() {
+            Some(grant) => (grant.tenant.clone(), grant.role, grant.meter.clone()),
             // No key is wanted.
-            None => (Tenant::default(), Role::Admin),
+            None => (Tenant::default(), Role::Admin, None),
         };
         Ok(Asker(Client {
             tenant,
@@ -185,6 +197,7 @@ impl<S: Sync> FromRequestParts<S> for Asker {
             key: key.unwrap_or_default(),
             connection: connection.0,
             work: Work::Live,
+            meter,
             trace: Exchange::current().and_then(|exchange| exchange.trace()),
         }))
     }

@@ -209,6 +209,11 @@ impl Router {
         client: &Client,
     ) -> Result<Batch, RouterError> {
         check(&request)?;
+        if client.meter.is_some() {
+            // Its lines are asked later, by nobody's key.
+            let message = "a batch does not count for its key's limits: a key that has none makes batches";
+            return Err(RouterError::Limited(message.to_owned()));
+        }
         let param = "input_file_id";
         match self.of(client).file(&request.input_file).await {
             Ok(file) if file.purpose == PURPOSE => {}

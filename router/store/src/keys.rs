@@ -102,6 +102,14 @@ impl FromStr for Role {
     }
 }
 
+/// What a key may ask in a minute. `None`: as much as it likes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    pub requests_per_minute: Option<u32>,
+    /// Of prompts and of answers.
+    pub tokens_per_minute: Option<u32>,
+}
+
 /// A key, without what opens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KeyRow {
@@ -111,6 +119,7 @@ pub struct KeyRow {
     pub name: String,
     pub tenant: Tenant,
     pub role: Role,
+    pub limits: Limits,
     pub created_at: i64,
     pub expires_at: Option<i64>,
     pub revoked_at: Option<i64>,
@@ -128,6 +137,7 @@ pub struct NewKey {
     pub name: String,
     pub tenant: Tenant,
     pub role: Role,
+    pub limits: Limits,
     pub expires_after_s: Option<u64>,
 }
 
@@ -173,8 +183,8 @@ impl Keys {
 
     /// From the oldest on, with those that were revoked.
     pub async fn list(&self) -> Result<Vec<KeyRow>, StoreError> {
-        let sql = "SELECT id, hash, name, tenant, role, created_at, expires_at, revoked_at FROM keys
-                   ORDER BY created_at, id";
+        let sql = "SELECT id, hash, name, tenant, role, requests_per_minute, tokens_per_minute, created_at, expires_at,
+                   revoked_at FROM keys ORDER BY created_at, id";
         let rows: Vec<RawKey> = sqlx::query_as(sql).fetch_all(self.0.pool()?).await?;
         rows.into_iter().map(RawKey::parse).collect()
     }
@@ -202,7 +212,7 @@ impl Keys {
         Ok(revoked.rows_affected() > 0)
     }
 
-    /// Another key with the same name, tenant and role. The old one opens for `overlap_s` more. `None`: there is none that
+    /// Another key with the same name, tenant, role and limits. The old one opens for `overlap_s` more. `None`: there is none that
     /// opens.
     pub async fn rotate(&self, id: &str, overlap_s: u64) -> Result<Option<(KeyRow, String)>, StoreError> {
         let now = now();
@@ -216,6 +226,7 @@ impl Keys {
             name: old.name,
             tenant: old.tenant,
             role: old.role,
+            limits: old.limits,
             expires_after_s: old.expires_at.map(|end| (end - now).unsigned_abs()),
         })?;
         let mut tx = self.0.begin().await?;
@@ -248,6 +259,7 @@ fn fresh(key: NewKey) -> Result<(KeyRow, String), StoreError> {
         name,
         tenant,
         role,
+        limits,
         expires_after_s,
     } = key;
     if name.chars().count() > MAX_NAME_CHARS || name.chars().any(char::is_control) {
@@ -264,6 +276,7 @@ fn fresh(key: NewKey) -> Result<(KeyRow, String), StoreError> {
         name,
         tenant,
         role,
+        limits,
         created_at,
         expires_at: expires_after_s.map(|s| created_at.saturating_add_unsigned(s)),
         revoked_at: None,
@@ -278,19 +291,26 @@ async fn insert(tx: &mut sqlx::Transaction<'static, sqlx::Any>, row: &KeyRow) ->
         name,
         tenant,
         role,
+        limits,
         created_at,
         expires_at,
         revoked_at,
     } = row;
+    let Limits {
+        requests_per_minute,
+        tokens_per_minute,
+    } = limits;
     sqlx::query(
-        "INSERT INTO keys (id, hash, name, tenant, role, created_at, expires_at, revoked_at)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
+        "INSERT INTO keys (id, hash, name, tenant, role, requests_per_minute, tokens_per_minute, created_at, expires_at,
+         revoked_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
     )
     .bind(id)
     .bind(hash.to_string())
     .bind(name)
     .bind(tenant.as_str())
     .bind(role.name())
+    .bind(requests_per_minute.map(i64::from))
+    .bind(tokens_per_minute.map(i64::from))
     .bind(*created_at)
     .bind(*expires_at)
     .bind(*revoked_at)
@@ -306,6 +326,8 @@ struct RawKey {
     name: String,
     tenant: String,
     role: String,
+    requests_per_minute: Option<i64>,
+    tokens_per_minute: Option<i64>,
     created_at: i64,
     expires_at: Option<i64>,
     revoked_at: Option<i64>,
@@ -319,15 +341,25 @@ impl RawKey {
             name,
             tenant,
             role,
+            requests_per_minute,
+            tokens_per_minute,
             created_at,
             expires_at,
             revoked_at,
         } = self;
         let damaged = |why: String| StoreError::Damaged(format!("key {id}: {why}"));
+        let limit = |limit: Option<i64>| {
+            let number = limit.map(u32::try_from).transpose();
+            number.map_err(|error| damaged(format!("a limit a minute: {error}")))
+        };
         Ok(KeyRow {
             hash: hash.parse().map_err(|error| damaged(format!("{error}")))?,
             tenant: tenant.parse().map_err(|error| damaged(format!("{error}")))?,
             role: role.parse().map_err(|error| damaged(format!("{error}")))?,
+            limits: Limits {
+                requests_per_minute: limit(requests_per_minute)?,
+                tokens_per_minute: limit(tokens_per_minute)?,
+            },
             id,
             name,
             created_at,

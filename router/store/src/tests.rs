@@ -419,7 +419,12 @@ async fn keys_are_kept_as_hashes_and_end() {
         let keys = store.keys();
         // Databases of tests that ran before may have some.
         let (before, changes) = (keys.list().await.unwrap().len(), keys.changes().await.unwrap());
+        let limits = Limits {
+            requests_per_minute: Some(60),
+            tokens_per_minute: None,
+        };
         let new = |name: &str, expires_after_s| NewKey {
+            limits,
             name: name.to_owned(),
             tenant: "acme".parse().unwrap(),
             role: Role::Train,

@@ -1,7 +1,7 @@
 //! `tandem keys`: keys of a data folder or a database, which a running server sees within moments.
 
 use anyhow::{Context, Result, bail};
-use tandem_store::{KeyRow, Keys, NewKey, Places};
+use tandem_store::{KeyRow, Keys, Limits, NewKey, Places};
 
 use super::block_on;
 use crate::app::now;
@@ -19,6 +19,8 @@ pub fn run(options: KeyOptions) -> Result<()> {
                 role,
                 name,
                 expires_days,
+                requests_per_minute,
+                tokens_per_minute,
                 place,
             } => {
                 let keys = open(&place).await?;
@@ -26,6 +28,10 @@ pub fn run(options: KeyOptions) -> Result<()> {
                     name,
                     tenant,
                     role,
+                    limits: Limits {
+                        requests_per_minute,
+                        tokens_per_minute,
+                    },
                     expires_after_s: expires_days.map(|days| u64::from(days) * DAY_S),
                 });
                 show(&made.await.context("no key was made")?);
@@ -75,7 +81,7 @@ fn show((row, secret): &(KeyRow, String)) {
     println!("{secret}");
 }
 
-/// Columns by tabs: id, state, role, tenant, name, when it was made and when it ends (seconds since 1970).
+/// Columns by tabs: id, state, role, tenant, name, when it was made and when it ends (seconds since 1970), its limits.
 fn line(row: &KeyRow) -> String {
     let KeyRow {
         id,
@@ -83,15 +89,23 @@ fn line(row: &KeyRow) -> String {
         name,
         tenant,
         role,
+        limits,
         created_at,
         expires_at,
         revoked_at,
     } = row;
+    let Limits {
+        requests_per_minute,
+        tokens_per_minute,
+    } = limits;
+    let limits = [(requests_per_minute, "requests"), (tokens_per_minute, "tokens")];
+    let limits = limits.map(|(limit, what)| limit.map(|limit| format!("{limit} {what} a minute")));
+    let limits = limits.into_iter().flatten().collect::<Vec<_>>().join(", ");
     let state = match (revoked_at, row.opens(now())) {
         (Some(_), _) => "revoked",
         (None, true) => "active",
         (None, false) => "expired",
     };
     let end = expires_at.map_or_else(|| "never".to_owned(), |end| end.to_string());
-    format!("{id}\t{state}\t{role}\t{tenant}\t{name}\t{created_at}\t{end}")
+    format!("{id}\t{state}\t{role}\t{tenant}\t{name}\t{created_at}\t{end}\t{limits}")
 }

@@ -10,9 +10,14 @@ const JSON: (&str, &str) = ("content-type", "application/json");
 
 /// A key that `tandem keys` makes beside the running server: its id, and the key.
 fn key(server: &Server, tenant: &str, role: &str) -> (String, String) {
+    limited_key(server, tenant, role, &[])
+}
+
+fn limited_key(server: &Server, tenant: &str, role: &str, limits: &[&str]) -> (String, String) {
     let data = server.data.path().join("data");
     let made = command(&["keys", "create", "--tenant", tenant, "--role", role, "--data-dir"])
         .arg(data)
+        .args(limits)
         .output()
         .unwrap();
     let said = String::from_utf8(made.stderr).unwrap();
@@ -297,6 +302,81 @@ fn what_is_anothers_does_not_exist() {
         !text.contains(&acme) && !text.contains(ADMIN),
         "a key is in a log"
     );
+}
+
+#[test]
+fn a_key_with_limits_waits_when_they_are_used_up() {
+    let server = Server::start(&["--api-key", ADMIN]);
+    let few = limited_key(&server, "acme", "infer", &["--requests-per-minute", "3"]).1;
+    let (id, short) = limited_key(&server, "acme", "train", &["--tokens-per-minute", "30"]);
+    is_taken(&server, &few);
+    is_taken(&server, &short);
+    let body = |max_tokens: u32| json!({"model": "tandem-demo", "prompt": "one", "max_tokens": max_tokens, "ignore_eos": true});
+    let complete =
+        |key: &str, max_tokens| ask(&server, "POST", "/v1/completions", Some(key), &body(max_tokens));
+    let number = |reply: &Reply, name: &str| -> i64 {
+        let value = reply
+            .header(name)
+            .unwrap_or_else(|| panic!("no {name}: {}", reply.text()));
+        value.trim_end_matches('s').parse::<f64>().unwrap() as i64
+    };
+    for left in [2, 1, 0] {
+        let reply = complete(&few, 1);
+        assert_eq!(reply.status, 200, "{}", reply.text());
+        assert_eq!(number(&reply, "x-ratelimit-limit-requests"), 3);
+        assert_eq!(number(&reply, "x-ratelimit-remaining-requests"), left);
+        assert_eq!(reply.header("x-ratelimit-limit-tokens"), None);
+        // What asks no model is not counted.
+        assert_eq!(get(&server, "/v1/models", &few).status, 200);
+    }
+    let reply = complete(&few, 1);
+    assert_eq!(reply.status, 429, "{}", reply.text());
+    assert!(
+        reply.text().contains("3 requests a minute") && reply.text().contains("rate_limit_exceeded"),
+        "{}",
+        reply.text()
+    );
+    assert!((1..=20).contains(&number(&reply, "retry-after")));
+
+    // Tokens are counted when it is known how many there were, of streams as well.
+    let whole = complete(&short, 20);
+    assert_eq!(whole.status, 200, "{}", whole.text());
+    assert!(number(&whole, "x-ratelimit-remaining-tokens") < 12);
+    let mut streamed = body(25);
+    streamed["stream"] = json!(true);
+    assert_eq!(
+        ask(&server, "POST", "/v1/completions", Some(&short), &streamed).status,
+        200
+    );
+    let refused = complete(&short, 1);
+    assert_eq!(
+        (refused.status, number(&refused, "x-ratelimit-remaining-tokens")),
+        (429, 0),
+        "{}",
+        refused.text()
+    );
+    assert!(
+        refused.text().contains("30 tokens a minute"),
+        "{}",
+        refused.text()
+    );
+    let batch = json!({"input_file_id": "file-x", "endpoint": "/v1/completions", "completion_window": "24h"});
+    let batch = ask(&server, "POST", "/v1/batches", Some(&short), &batch);
+    assert_eq!(batch.status, 403, "{}", batch.text());
+
+    // Other keys have nothing to do with it; another in its place has its limits, and says them.
+    let admins = complete(ADMIN, 1);
+    assert_eq!(
+        (admins.status, admins.header("x-ratelimit-limit-tokens")),
+        (200, None)
+    );
+    let data = server.data.path().join("data");
+    let rotated = command(&["keys", "rotate", &id, "--data-dir"])
+        .arg(&data)
+        .output()
+        .unwrap();
+    let said = String::from_utf8(rotated.stderr).unwrap();
+    assert!(said.contains("30 tokens a minute"), "{said}");
 }
 
 #[test]
