@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Prompt lookup beside none: the same answers, and how much sooner.
 
-usage: speculation.py PLAIN_URL GUESSING_URL [COUNT]
+usage: speculation.py PLAIN_URL GUESSING_URL [COUNT [FIRST]]
 (two running servers of one instruct model, the second with --speculative-config; wants openai)
 
-COUNT prompts, half of them to edit a text that they hold, half to write one; each in turn greedy and with a seed at
-temperature 1. Every answer must be the same on both servers, to the last log-probability. Prints the ratio of their times,
-by kind, and of the guesses those that were right.
+COUNT prompts (100), half of them to edit a text that they hold, half to write one; each in turn greedy and with a seed at
+temperature 1. With FIRST (0) they begin at that one of each kind, so that a long run can be several short ones. Every answer
+must be the same on both servers, to the last log-probability. Prints the ratio of their times, by kind, and of the guesses
+those that were right.
 """
 import inspect
 import statistics
@@ -16,7 +17,8 @@ import urllib.request
 
 import openai
 
-URLS, COUNT = sys.argv[1:3], int((sys.argv[3:] or ["100"])[0])
+URLS = sys.argv[1:3]
+COUNT, FIRST = map(int, (sys.argv[3:] + ["100", "0"][len(sys.argv[3:]) :])[:2])
 CLIENTS = [openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=600) for url in URLS]
 MODEL = CLIENTS[0].models.list().data[0].id
 
@@ -33,6 +35,8 @@ def sources():
 
 EDITS = ["Rename the first parameter to `value` and write the whole function again:", "Add a docstring, keep the rest:"]
 TOPICS = ["a lighthouse", "bread", "the tide", "a lost key", "snow", "an orchard", "a clock", "trains", "honey", "a map"]
+# Of an answer at most.
+TOKENS = 120
 FORMS = ["Write a short story about", "Explain to a child", "List five facts about", "Write a poem about", "Describe"]
 
 
@@ -42,7 +46,7 @@ def ask(client, prompt, number):
     answer = client.chat.completions.create(
         model=MODEL,
         messages=[{"role": "user", "content": prompt}],
-        max_tokens=200,
+        max_tokens=TOKENS,
         temperature=0 if greedy else 1,
         seed=number,
         logprobs=True,
@@ -66,7 +70,7 @@ def main():
     different = 0
     for kind, prompts in [("edits", code), ("free", free)]:
         before, ratios, ours = counters(URLS[1]), [], 0
-        for number, prompt in enumerate(prompts[: COUNT // 2]):
+        for number, prompt in list(enumerate(prompts))[FIRST : FIRST + COUNT // 2]:
             order = [0, 1] if number % 4 < 2 else [1, 0]
             answers = {which: ask(CLIENTS[which], prompt, number) for which in order}
             ratios.append(answers[0][1] / answers[1][1])
@@ -80,6 +84,7 @@ def main():
             f"{spent['accepted']:.0f} of {spent['draft']:.0f} guesses right; time without / with: "
             f"median {quarters[1]:.2f}, quartiles {quarters[0]:.2f} to {quarters[2]:.2f}"
         )
+        print("each:", *(f"{ratio:.2f}" for ratio in ratios))
     print(f"answers that differ: {different}")
     sys.exit(different > 0)
 

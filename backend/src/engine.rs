@@ -488,8 +488,10 @@ impl Engine {
         }
         for progress in progress {
             let id = progress.id;
-            for token in progress.tokens {
-                self.send(id, Event::Token(token));
+            let mut tokens = progress.tokens.into_iter().peekable();
+            while let Some(token) = tokens.next() {
+                let is_last = progress.end.is_some() && tokens.peek().is_none();
+                self.send(id, Event::Token { token, is_last });
             }
             if let Some(end) = progress.end {
                 self.send(

@@ -350,7 +350,7 @@ pub struct InputTokensDetails {
 
 #[derive(Clone, Copy, Debug, Serialize, ToSchema)]
 pub struct OutputTokensDetails {
-    /// Counted as the answer came: those that came together with the end of the reasoning are among them.
+    /// Tokens between the marks of reasoning; the marks' own are not counted.
     pub reasoning_tokens: u64,
 }
 

@@ -20,7 +20,8 @@ pub struct PromptTokensDetails {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, ToSchema)]
 pub struct CompletionTokensDetails {
-    /// Tokens of the answer that are reasoning, whether it is shown or not.
+    /// Tokens of the answer that are reasoning, whether it is shown or not: those between its marks. A mark's own tokens are not
+    /// counted.
     pub reasoning_tokens: u64,
     /// Tokens of the answer that were guessed before they were computed (--speculative-config), and guesses that were wrong.
     /// Unknown, and 0, of an answer that a stop string ended.

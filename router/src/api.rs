@@ -234,6 +234,11 @@ pub enum What {
     Text {
         text: Delta,
         tokens: Vec<TokenText>,
+        /// So many more of the choice's tokens, of these or earlier ones, are known to be reasoning: they stand between its
+        /// marks, whose own tokens are not counted (vLLM counts so).
+        reasoning_tokens: u32,
+        /// `Finished` follows at once.
+        is_last: bool,
     },
     Finished {
         reason: Finish,

@@ -68,6 +68,8 @@ pub(crate) struct Choice {
     path: Path,
     has_calls: bool,
     completion_tokens: u32,
+    /// Those that were told of.
+    reasoning_tokens: u32,
 }
 
 /// What tokens go through on their way to the client, in this order.
@@ -106,6 +108,7 @@ impl Choice {
             path,
             has_calls: false,
             completion_tokens: 0,
+            reasoning_tokens: 0,
         }
     }
 
@@ -132,17 +135,20 @@ impl Choice {
                     let named = |scored: Option<Scored>| scored.map(|scored| relay.name(scored));
                     pieces.push(What::Prompt(scored.into_iter().map(named).collect()));
                 }
-                Event::Token(scored) => {
+                Event::Token { token, is_last: _ } => {
                     let ends =
-                        relay.order.stop_tokens.contains(&scored.token) && relay.matched == Matched::Hidden;
+                        relay.order.stop_tokens.contains(&token.token) && relay.matched == Matched::Hidden;
                     let new = if ends {
                         String::new()
                     } else {
-                        self.path.text.push(scored.token)
+                        self.path.text.push(token.token)
                     };
                     self.completion_tokens += 1;
                     relay.lease.client().took(1);
-                    tokens.push(relay.name(scored));
+                    tokens.push(relay.name(token));
+                    if let Some(reader) = &mut self.path.reader {
+                        reader.token(new.chars().count());
+                    }
                     if let Some(stop) = self.pass(relay, &new, &mut text) {
                         end = Some((
                             State::Cut,
@@ -212,9 +218,21 @@ impl Choice {
         self.has_calls |= deltas.iter().any(|delta| !delta.calls.is_empty());
         // The tokens go with the last of what they say.
         let last = deltas.pop().unwrap_or_default();
-        pieces.extend(deltas.into_iter().map(|text| What::Text { text, tokens: vec![] }));
-        if !last.is_empty() || !tokens.is_empty() {
-            pieces.push(What::Text { text: last, tokens });
+        pieces.extend(deltas.into_iter().map(|text| What::Text {
+            text,
+            tokens: vec![],
+            reasoning_tokens: 0,
+            is_last: false,
+        }));
+        let thought = self.path.reader.as_mut().map_or(0, Reader::reasoning_tokens);
+        let reasoning_tokens = thought - std::mem::replace(&mut self.reasoning_tokens, thought);
+        if !last.is_empty() || !tokens.is_empty() || reasoning_tokens > 0 {
+            pieces.push(What::Text {
+                text: last,
+                tokens,
+                reasoning_tokens,
+                is_last: matches!(end, Some((_, What::Finished { .. }))),
+            });
         }
         match end {
             None => State::Running,
@@ -370,9 +388,13 @@ pub(crate) async fn run(mut relay: Relay, mut choices: Vec<Choice>, out: mpsc::S
             () = out.closed() => break,
             slot = next(&mut choices, &mut events) => slot,
         };
+        let lost = || Event::Failed(Fault::ReplicaLost("it went away without a word".to_owned()));
         if events.is_empty() {
-            let why = "it went away without a word".to_owned();
-            events.push(Event::Failed(Fault::ReplicaLost(why)));
+            events.push(lost());
+        }
+        // The last token and the end are told together.
+        while let Some(Event::Token { is_last: true, .. }) = events.last() {
+            events.push(choices[slot].events.recv().await.unwrap_or_else(lost));
         }
         let mut state = choices[slot].take(&relay, &mut events, &mut pieces);
         if let State::Lost(fault) = state {

@@ -1,11 +1,11 @@
-//! The span of a call in a trace, with the attributes that vLLM gives its `llm_request`. Source: vLLM's
-//! vllm/tracing/utils.py, SpanAttributes.
+//! Spans of what the router does: a call, with the attributes that vLLM gives its `llm_request` (its vllm/tracing/utils.py,
+//! SpanAttributes), and work that is done later than it was asked for.
 
 use std::time::Instant;
 
 use tandem_core::trace::{TARGET, TraceContext};
-use tracing::Span;
 use tracing::field::Empty;
+use tracing::{Level, Span, span_enabled, trace_span};
 
 use crate::api::{Call, What};
 
@@ -23,7 +23,7 @@ impl Traced {
     pub fn begin(call: &Call) -> Option<Traced> {
         let parent = call.client.trace?;
         let context = parent.child();
-        let span = tracing::trace_span!(
+        let span = trace_span!(
             target: TARGET, "llm_request", otel.parent = %parent, otel.id = %context,
             gen_ai.operation.name = "generate", gen_ai.request.model = call.model, gen_ai.response.model = call.model,
             gen_ai.request.n = call.n, gen_ai.request.max_tokens = call.max_tokens,
@@ -69,4 +69,29 @@ impl Drop for Traced {
         self.span
             .record("gen_ai.latency.e2e", self.began.elapsed().as_secs_f64());
     }
+}
+
+/// One line of a batch, from when it is asked to its answer. A batch is one trace, as a job is. `None` where no traces are
+/// sent.
+pub(crate) fn batch_line(batch: &str, custom_id: &str) -> Option<(TraceContext, Span)> {
+    if !span_enabled!(target: TARGET, Level::TRACE) {
+        return None;
+    }
+    let parent = TraceContext::named(batch);
+    let context = parent.child();
+    let span = trace_span!(
+        target: TARGET, "batch line", otel.parent = %parent, otel.id = %context, tandem.batch = batch,
+        tandem.custom_id = custom_id, http.response.status_code = Empty, error.type = Empty,
+    );
+    Some((context, span))
+}
+
+/// A call to a model that a client trains, from its turn to its answer, in the trace of the request that brought it.
+pub(crate) fn learner_call(parent: TraceContext, model: &str, call: &str) -> (TraceContext, Span) {
+    let context = parent.child();
+    let span = trace_span!(
+        target: TARGET, "learner call", otel.parent = %parent, otel.id = %context, tandem.model = model,
+        tandem.call = call, error.type = Empty,
+    );
+    (context, span)
 }

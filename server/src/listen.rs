@@ -49,9 +49,6 @@ pub async fn serve(
     let mut signals = Signals::new()?;
     let listener = TcpListener::from_std(listener)?;
     let (stop, stopping) = watch::channel(false);
-    if let Some(tls) = site.tls.clone() {
-        tokio::spawn(tls.follow());
-    }
     let mut server = tokio::spawn(accept(listener, site, limits, stopping));
     let name = signals.next().await;
     info!(

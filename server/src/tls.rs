@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use anyhow::{Context, Result, bail};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::runtime::{Builder, Runtime};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -105,33 +106,38 @@ impl Files {
 }
 
 impl Tls {
+    /// Reads the files now, and again at each SIGHUP from now on, whatever the process is at: loading a model, waiting for a
+    /// backend. Connections that are open keep what they began with.
     pub fn open(files: Files) -> Result<Tls> {
         let config = files.read().map_err(|error| WrongSetting(format!("{error:#}")))?;
-        Ok(Tls {
+        let tls = Tls {
             files: Arc::new(files),
             config: Arc::new(RwLock::new(Arc::new(config))),
-        })
+        };
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        let signals = {
+            let _inside = runtime.enter();
+            signal(SignalKind::hangup()).context("SIGHUP")?
+        };
+        let follower = tls.clone();
+        std::thread::Builder::new()
+            .name("tandem-tls".to_owned())
+            .spawn(move || follower.follow(&runtime, signals))?;
+        Ok(tls)
     }
 
     pub fn acceptor(&self) -> TlsAcceptor {
         TlsAcceptor::from(self.config.read().unwrap_or_else(PoisonError::into_inner).clone())
     }
 
-    /// Reads the files again at each SIGHUP, as long as the server runs. Connections that are open keep what they began with.
-    pub async fn follow(self) {
-        let mut signals = match signal(SignalKind::hangup()) {
-            Ok(signals) => signals,
-            Err(error) => return warn!(%error, "SIGHUP will not read certificates again"),
-        };
-        while signals.recv().await.is_some() {
-            let files = self.files.clone();
-            match tokio::task::spawn_blocking(move || files.read()).await {
-                Ok(Ok(config)) => {
+    fn follow(self, runtime: &Runtime, mut signals: Signal) {
+        while runtime.block_on(signals.recv()).is_some() {
+            match self.files.read() {
+                Ok(config) => {
                     *self.config.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(config);
                     info!("certificates read again; new connections have them");
                 }
-                Ok(Err(error)) => warn!("certificates stay as they were: {error:#}"),
-                Err(error) => warn!(%error, "certificates stay as they were"),
+                Err(error) => warn!("certificates stay as they were: {error:#}"),
             }
         }
     }

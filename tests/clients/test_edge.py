@@ -123,8 +123,9 @@ def test_root_path_and_log(tmp_path):
 
 @needs_openssl
 def test_a_router_that_waits_speaks_tls(tmp_path):
-    """Before its first backend answers, a router says that it waits, behind the same certificate as later."""
-    cert, key = certificate(tmp_path, "server")
+    """Before its first backend answers, a router says that it waits, behind the same certificate as later, which may be renewed
+    meanwhile."""
+    (cert, key), new = certificate(tmp_path, "server"), certificate(tmp_path, "new")
     with socket.socket() as backend, socket.socket() as free:
         for listener in (backend, free):
             listener.bind(("127.0.0.1", 0))
@@ -150,5 +151,16 @@ def test_a_router_that_waits_speaks_tls(tmp_path):
             assert json.load(refused.value)["error"]["code"] == "no_backend"
             with pytest.raises((urllib.error.URLError, ConnectionError, http.client.HTTPException)):
                 get(f"http://127.0.0.1:{port}/health")
+            shutil.copy(new[0], cert)
+            shutil.copy(new[1], key)
+            router.send_signal(signal.SIGHUP)
+            for _ in range(100):
+                try:
+                    assert get(f"https://127.0.0.1:{port}/health", new[0]) == 200
+                    break
+                except urllib.error.URLError:
+                    time.sleep(0.05)
+            else:
+                raise AssertionError((tmp_path / "log").read_text())
             router.terminate()
             assert router.wait(timeout=30) == 0

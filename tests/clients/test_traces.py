@@ -1,5 +1,5 @@
 """OpenTelemetry traces, sent to a collector of the test's own: whose span is whose, from a request to the engine's step and to a
-quantum of training; and a collector that is away."""
+quantum of training, lines of batches and calls of a training client among them; and a collector that is away."""
 
 import http.server
 import json
@@ -8,6 +8,7 @@ import time
 
 import openai
 import pytest
+import tinker
 from conftest import Process
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -149,6 +150,60 @@ def test_training_is_traced_to_its_quanta(tmp_path, collector, training_file):
     for step in steps[:3]:
         assert children(quanta, step)
     assert len(quanta) == sum(len(children(quanta, step)) for step in steps)
+
+
+def test_lines_of_a_batch_are_one_trace(tmp_path, collector):
+    server = Process(tmp_path, "serve", "--port", "0", "--otlp-traces-endpoint", collector.url)
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0)
+    model = client.models.list().data[0].id
+    body = {"model": model, "prompt": "Once", "max_tokens": 3, "ignore_eos": True}
+    bodies = {"a": body, "b": body, "wrong": {**body, "max_tokens": -1}}
+    asked = [{"custom_id": name, "method": "POST", "url": "/v1/completions", "body": body} for name, body in bodies.items()]
+    text = "\n".join(map(json.dumps, asked)).encode()
+    file = client.files.create(file=("lines.jsonl", text), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    for _ in range(300):
+        batch = client.batches.retrieve(batch.id)
+        if batch.status == "completed":
+            break
+        time.sleep(0.1)
+    server.end()
+    lines = [span for span in collector.spans if span["name"] == "batch line"]
+    assert {line["attributes"]["tandem.batch"] for line in lines} == {batch.id}
+    assert len({line["traceId"] for line in lines}) == 1
+    spans = collector.of(lines[0]["traceId"])
+    said = {line["attributes"]["tandem.custom_id"]: line for line in lines}
+    assert set(said) == set(bodies)
+    for name, status in (("a", 200), ("b", 200), ("wrong", 400)):
+        assert said[name]["attributes"]["http.response.status_code"] == status
+        calls = children(spans, said[name])
+        assert [call["name"] for call in calls] == ["llm_request"] * (status == 200)
+        for call in calls:
+            assert [stage["name"] for stage in children(spans, call)].count("decode") == 1
+
+
+def test_calls_of_a_training_client_are_traced_to_their_quanta(tmp_path, collector, monkeypatch):
+    monkeypatch.setenv("TINKER_API_KEY", "tml-none")
+    monkeypatch.setenv("TINKER_TELEMETRY", "0")
+    server = Process(tmp_path, "serve", "--port", "0", "--otlp-traces-endpoint", collector.url)
+    service = tinker.ServiceClient(base_url=server.url)
+    base = service.get_server_capabilities().supported_models[0].model_name
+    model = service.create_lora_training_client(base, rank=4, train_unembed=False).result()
+    row = tinker.Datum(
+        model_input=tinker.ModelInput.from_ints([5, 6, 7]), loss_fn_inputs={"target_tokens": [6, 7, 8], "weights": [1.0] * 3}
+    )
+    model.forward_backward([row], "cross_entropy").result()
+    model.optim_step(tinker.AdamParams(learning_rate=1e-3)).result()
+    server.end()
+    calls = [span for span in collector.spans if span["name"] == "learner call"]
+    assert [call["attributes"]["tandem.call"] for call in calls] == ["forward_backward", "optim_step"]
+    assert len({call["attributes"]["tandem.model"] for call in calls}) == 1
+    for call, route in zip(calls, ("forward_backward", "optim_step")):
+        spans = collector.of(call["traceId"])
+        [request] = [span for span in spans if span["spanId"] == call["parentSpanId"]]
+        assert request["name"] == f"POST /api/v1/{route}"
+        quanta = [span["name"] for span in children(spans, call)]
+        assert quanta == [] if route == "optim_step" else set(quanta) == {"training quantum"}
 
 
 def test_a_collector_that_is_away_costs_nothing(tmp_path):

@@ -10,6 +10,7 @@ use crate::TokenId;
 use crate::id::{AdapterDigest, AdapterRef};
 use crate::job::Lora;
 use crate::message::Fault;
+use crate::trace::TraceContext;
 
 /// One learner of a replica. Unique for the life of the router that made it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -107,6 +108,8 @@ pub struct Batch {
     pub loss: Loss,
     pub data: Vec<Datum>,
     pub pass: Pass,
+    /// Of the call, where it is traced.
+    pub trace: Option<TraceContext>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

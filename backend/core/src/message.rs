@@ -125,8 +125,11 @@ pub enum Event {
     Prompt(Vec<Option<Scored>>),
     /// `[H]`, of [`Generate::pooling`].
     Pooled(Vec<f32>),
-    /// A generated token, a final stop token included.
-    Token(Scored),
+    /// A generated token, a final stop token included. `is_last`: `Finished` follows at once.
+    Token {
+        token: Scored,
+        is_last: bool,
+    },
     Finished {
         reason: FinishReason,
         cached_tokens: u32,

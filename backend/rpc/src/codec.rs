@@ -28,8 +28,9 @@ pub fn digest(bytes: &[u8]) -> Result<AdapterDigest, Damaged> {
 
 pub fn event(event: Event) -> wire::Event {
     use wire::event::What;
+    let is_last = matches!(event, Event::Token { is_last: true, .. });
     let what = match event {
-        Event::Token(token) => What::Token(scored(token)),
+        Event::Token { token, .. } => What::Token(scored(token)),
         // The first entry is always empty; it is put back by the reader.
         Event::Prompt(tokens) => What::Prompt(wire::Prompt {
             scored: tokens.into_iter().flatten().map(scored).collect(),
@@ -51,16 +52,21 @@ pub fn event(event: Event) -> wire::Event {
         }),
         Event::Failed(fault) => What::FaultJson(json(&fault)),
     };
-    wire::Event { what: Some(what) }
+    wire::Event {
+        what: Some(what),
+        is_last,
+    }
 }
 
 pub fn read_event(event: wire::Event) -> Result<Event, Damaged> {
     use wire::event::What;
-    let what = event
-        .what
-        .ok_or_else(|| Damaged("an event of an unknown kind".to_owned()))?;
+    let wire::Event { what, is_last } = event;
+    let what = what.ok_or_else(|| Damaged("an event of an unknown kind".to_owned()))?;
     Ok(match what {
-        What::Token(token) => Event::Token(read_scored(token)),
+        What::Token(token) => Event::Token {
+            token: read_scored(token),
+            is_last,
+        },
         What::Prompt(wire::Prompt { scored }) => {
             let rest = scored.into_iter().map(|token| Some(read_scored(token)));
             Event::Prompt([None].into_iter().chain(rest).collect())

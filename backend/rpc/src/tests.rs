@@ -178,11 +178,15 @@ fn request(id: u64) -> Generate {
 }
 
 fn token(token: u32) -> Event {
-    Event::Token(Scored {
+    let token = Scored {
         token,
         logprob: 0.0,
         top: vec![],
-    })
+    };
+    Event::Token {
+        token,
+        is_last: false,
+    }
 }
 
 async fn ask(remote: &Remote, generate: Generate) -> mpsc::Receiver<Event> {
@@ -252,7 +256,14 @@ async fn a_request_and_its_answer_travel_whole() {
     let said = [
         Event::Prompt(vec![None, Some(scored(1)), Some(scored(4))]),
         Event::Pooled(vec![0.5, f32::MIN_POSITIVE]),
-        Event::Token(scored(8)),
+        Event::Token {
+            token: scored(3),
+            is_last: false,
+        },
+        Event::Token {
+            token: scored(8),
+            is_last: true,
+        },
         Event::Finished {
             reason: FinishReason::Stop(8),
             cached_tokens: 16,

@@ -9,7 +9,8 @@ use tandem_core::id::{AdapterDigest, Digest};
 use tandem_core::learner::{Batch, Learn, LearnerId, NewLearner, Pass, Reply, Saved, Scores};
 use tandem_core::message::Fault;
 use tandem_core::rng;
-use tracing::warn;
+use tandem_core::trace::{TARGET, TraceContext};
+use tracing::{Span, trace_span, warn};
 
 use super::Engine;
 use super::files::Ticket;
@@ -45,8 +46,8 @@ enum Stage {
     /// Its numbers are drawn or read; meanwhile it may have others, which stay if that fails.
     Made(Ticket, Reply<()>, Option<Box<Driven>>),
     Here(Box<Driven>),
-    /// In the midst of a call, and how many tokens that is.
-    Busy(Box<Driven>, Reply<Scores>, u64),
+    /// In the midst of a call, how many tokens that is, and the call's span.
+    Busy(Box<Driven>, Reply<Scores>, u64, Option<TraceContext>),
     /// It could not be made.
     Lost(String),
 }
@@ -57,6 +58,16 @@ impl Place {
             Stage::Made(..) => false,
             Stage::Busy(..) => true,
             Stage::Here(_) | Stage::Lost(_) => !self.queue.is_empty(),
+        }
+    }
+
+    /// Of the next quantum, in that of its call; to be held as long as it takes.
+    fn quantum_span(&self) -> Span {
+        match &self.stage {
+            Stage::Busy(_, _, _, Some(call)) => {
+                trace_span!(target: TARGET, "training quantum", otel.parent = %call)
+            }
+            _ => Span::none(),
         }
     }
 }
@@ -84,7 +95,7 @@ impl Learners {
         for (_, place) in std::mem::take(&mut self.all) {
             match place.stage {
                 Stage::Made(_, reply, _) => drop(reply.send(Err(farewell.clone()))),
-                Stage::Busy(_, reply, _) => drop(reply.send(Err(farewell.clone()))),
+                Stage::Busy(_, reply, ..) => drop(reply.send(Err(farewell.clone()))),
                 Stage::Here(_) | Stage::Lost(_) => {}
             }
             place
@@ -182,9 +193,11 @@ impl Engine {
         let Some(id) = self.learners.next() else {
             return ControlFlow::Continue(false);
         };
+        let span = self.learners.all.get(&id).map(Place::quantum_span);
         let began = Instant::now();
         let done = guard::torch(|| self.advance_learner(id));
         let took = began.elapsed();
+        drop(span);
         self.pace.trained(took, load);
         self.counters.train_seconds += took.as_secs_f64();
         match done {
@@ -275,8 +288,9 @@ impl Engine {
         let nothing = Stage::Lost(String::new());
         match std::mem::replace(&mut place.stage, nothing) {
             Stage::Here(mut driven) => {
+                let trace = batch.trace;
                 driven.begin(batch);
-                place.stage = Stage::Busy(driven, reply, learned);
+                place.stage = Stage::Busy(driven, reply, learned, trace);
             }
             other => place.stage = other,
         }
@@ -286,7 +300,7 @@ impl Engine {
         let place = self.learners.all.get_mut(&id).expect("it is its turn");
         let nothing = Stage::Lost(String::new());
         match std::mem::replace(&mut place.stage, nothing) {
-            Stage::Busy(mut driven, reply, learned) => {
+            Stage::Busy(mut driven, reply, learned, _) => {
                 driven.give_up();
                 if answer.is_ok() {
                     self.counters.trained_tokens += learned;

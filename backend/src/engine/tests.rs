@@ -99,6 +99,8 @@ struct Answer {
     prompt: Option<Vec<Option<Scored>>>,
     vector: Option<Vec<f32>>,
     tokens: Vec<Scored>,
+    /// The last of them said that it is.
+    has_last: bool,
     end: Option<Result<(FinishReason, u32), Fault>>,
 }
 
@@ -142,12 +144,19 @@ fn read(events: &mut mpsc::Receiver<Event>) -> Answer {
                 assert!(answer.prompt.replace(prompt).is_none() && answer.tokens.is_empty());
             }
             Event::Pooled(vector) => assert!(answer.vector.replace(vector).is_none()),
-            Event::Token(token) => answer.tokens.push(token),
+            Event::Token { token, is_last } => {
+                assert!(!answer.has_last, "{token:?} after the last");
+                answer.has_last = is_last;
+                answer.tokens.push(token);
+            }
             Event::Finished {
                 reason,
                 cached_tokens,
                 ..
-            } => answer.end = Some(Ok((reason, cached_tokens))),
+            } => {
+                assert_eq!(answer.has_last, !answer.tokens.is_empty());
+                answer.end = Some(Ok((reason, cached_tokens)));
+            }
             Event::Failed(fault) => answer.end = Some(Err(fault)),
         }
     }

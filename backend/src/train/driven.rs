@@ -134,7 +134,12 @@ impl Driven {
 
     /// Takes a call in; [`Driven::advance`] does it.
     pub fn begin(&mut self, batch: Batch) {
-        let Batch { loss, data, pass } = batch;
+        let Batch {
+            loss,
+            data,
+            pass,
+            trace: _,
+        } = batch;
         let cuts = cuts(&data, self.learner.device());
         self.call = Some(Accumulation {
             loss,

@@ -367,7 +367,7 @@ impl Engine {
             let mut times = vec![];
             loop {
                 match inbox.recv().await.context("the engine dropped a request")? {
-                    Event::Token(_) => times.push(Instant::now()),
+                    Event::Token { .. } => times.push(Instant::now()),
                     Event::Finished { .. } => return Ok(times),
                     Event::Failed(fault) => bail!("a request failed: {fault}"),
                     Event::Prompt(_) | Event::Pooled(_) => {}

@@ -18,6 +18,7 @@ use crate::Router;
 use crate::api::{Client, Reach, RouterError, Work};
 use crate::jobs::keeper::Keeper;
 use crate::jobs::record;
+use crate::traced;
 
 /// Batches at a time, whose lines share the places.
 const MAX_ACTIVE: usize = 8;
@@ -221,16 +222,28 @@ impl Holder {
                 && let Some((number, custom_id, place)) = waiting.next()
             {
                 let (answers, client, endpoint) = (self.answers.clone(), client.clone(), request.endpoint);
-                let (read, custom_id) = (input.body(place), custom_id.clone());
+                let (read, custom_id, batch) = (input.body(place), custom_id.clone(), self.id.clone());
                 asked.spawn(async move {
                     let body = tokio::task::spawn_blocking(read).await;
                     let body = body.expect("reading a file does not panic")?;
+                    let traced = traced::batch_line(&batch, &custom_id);
+                    let (trace, span) = traced.unzip();
                     let line = || Line {
-                        client: client.clone(),
+                        client: Client {
+                            trace,
+                            ..client.clone()
+                        },
                         endpoint,
                         body: body.clone(),
                     };
-                    Ok(output::answered(number, &custom_id, &ask(&answers, line).await))
+                    let answer = ask(&answers, line).await;
+                    if let Some(span) = span {
+                        span.record("http.response.status_code", answer.status);
+                        if answer.status >= 500 {
+                            span.record("error.type", answer.status.to_string());
+                        }
+                    }
+                    Ok(output::answered(number, &custom_id, &answer))
                 });
             }
             if !unkept.is_empty() {

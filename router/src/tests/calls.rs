@@ -61,11 +61,14 @@ impl Engine {
 }
 
 fn token(token: u32) -> Event {
-    Event::Token(Scored {
-        token,
-        logprob: -0.5,
-        top: vec![(EOS, -1.0)],
-    })
+    Event::Token {
+        token: Scored {
+            token,
+            logprob: -0.5,
+            top: vec![(EOS, -1.0)],
+        },
+        is_last: false,
+    }
 }
 
 pub(super) async fn say(events: &mpsc::Sender<Event>, text: &str) {
@@ -97,7 +100,7 @@ pub(super) async fn read(
         let choice = choices.entry(piece.choice).or_default();
         assert!(choice.2.is_none(), "nothing follows the end");
         match piece.what {
-            What::Text { text, tokens } => {
+            What::Text { text, tokens, .. } => {
                 choice.0.push_str(&text.content);
                 choice.1 += tokens.len();
             }
@@ -111,6 +114,34 @@ pub(super) async fn read(
         }
     }
     choices
+}
+
+#[tokio::test]
+async fn the_last_token_is_told_with_the_end() {
+    let house = House::new();
+    let (router, mut engine) = house.open().await;
+    let mut generation = router.generate(call("go")).await.unwrap();
+    let (_, events) = engine.generate().await;
+    let mut next = async || match generation.pieces.recv().await.unwrap().what {
+        What::Text { text, is_last, .. } => Some((text.content, is_last)),
+        _ => None,
+    };
+    say(&events, "a").await;
+    assert_eq!(next().await, Some(("a".to_owned(), false)));
+    let last = Event::Token {
+        token: Scored {
+            token: ids("b")[0],
+            logprob: -0.5,
+            top: vec![],
+        },
+        is_last: true,
+    };
+    events.send(last).await.unwrap();
+    let early = tokio::time::timeout(Duration::from_millis(50), next()).await;
+    assert!(early.is_err(), "it waits for the end");
+    end(&events, FinishReason::Length).await;
+    assert_eq!(next().await, Some(("b".to_owned(), true)));
+    assert_eq!(next().await, None);
 }
 
 #[tokio::test]

@@ -31,6 +31,7 @@ fn batch(token: u32) -> Call {
             loss: Loss::CrossEntropy,
             data: vec![datum],
             pass: Pass::ForwardBackward,
+            trace: None,
         },
         shapes: vec![None],
     }

@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
-use tandem_core::learner::{Adam, Batch, Moments};
+use tandem_core::learner::{Adam, Batch, Moments, Pass};
 use tandem_core::replica::ReplicaHandle;
+use tandem_core::trace::TraceContext;
 use tandem_store::{ids, now};
 use tokio::sync::mpsc;
 
@@ -91,6 +92,8 @@ struct Order {
 pub(super) struct Work {
     pub promise: Promise,
     pub call: Result<Call, String>,
+    /// Of the request that brought it, where that is traced.
+    pub trace: Option<TraceContext>,
 }
 
 /// In a replica's memory.
@@ -100,6 +103,20 @@ pub(super) struct Snapshot {
 }
 
 impl Call {
+    /// By Tinker's word.
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            Call::Accumulate { batch, .. } => match batch.pass {
+                Pass::Forward => "forward",
+                Pass::ForwardBackward => "forward_backward",
+            },
+            Call::Step(_) => "optim_step",
+            Call::Save(_) => "save_weights",
+            Call::SaveForSampler(_) | Call::Sampler { .. } => "save_weights_for_sampler",
+            Call::Load { .. } => "load_weights",
+        }
+    }
+
     fn numbers(&self) -> usize {
         match self {
             Call::Accumulate { batch, .. } => batch.data.iter().map(|datum| 4 * datum.targets.len()).sum(),
@@ -284,7 +301,8 @@ impl View {
         }
         order.queued_calls += 1;
         order.queued_numbers += numbers;
-        order.early.insert(seq, Work { promise, call });
+        let trace = self.client.trace;
+        order.early.insert(seq, Work { promise, call, trace });
         while let Some(work) = {
             let next = order.next;
             order.early.remove(&next)

@@ -316,7 +316,7 @@ async fn gather(ask: Ask, mut generation: Generation, promise: Promise) {
                 samples.prompt_tops = Some(scores.iter().enumerate().map(tops).collect());
             }
             What::Prompt(_) | What::Pooled(_) => {}
-            What::Text { text: _, tokens } => {
+            What::Text { tokens, .. } => {
                 for token in &tokens {
                     sequence.tokens.push(token.id);
                     sequence.logprobs.push(token.logprob);

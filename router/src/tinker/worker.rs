@@ -12,8 +12,10 @@ use tandem_core::learner::{
 };
 use tandem_core::message::Fault;
 use tandem_core::replica::{Command, ReplicaHandle};
+use tandem_core::trace::TraceContext;
 use tandem_store::{SaveKind, SavePlace, SaveRecord, now};
 use tokio::sync::{mpsc, oneshot};
+use tracing::Span;
 
 use super::futures::Promise;
 use super::model::{Call, Learning, Model, SamplerKind, Snapshot, Work};
@@ -21,6 +23,7 @@ use super::sampler::{Sampler, Weights};
 use super::saves::{Keep, path_of};
 use super::{Outcome, lock};
 use crate::api::{Client, RouterError};
+use crate::traced;
 use crate::{LoadMode, Router};
 
 /// Snapshots of a model that are kept to sample from; beyond, the one that was used longest ago goes.
@@ -90,11 +93,17 @@ impl Worker {
         let begun = self.begin(origin).await;
         let failed = begun.as_ref().err().map(ToString::to_string);
         promise.keep(begun.unwrap_or_else(Outcome::of_error));
-        while let Some(Work { promise, call }) = works.recv().await {
+        while let Some(Work {
+            promise,
+            mut call,
+            trace,
+        }) = works.recv().await
+        {
             // What still waits when the session ends is failed by dropping it.
             let Some(model) = model.upgrade() else { break };
             model.took(&call);
             drop(model);
+            let span = self.trace(trace, &mut call);
             let outcome = match (&failed, call) {
                 (Some(why), _) => Outcome::user_failed(format!("the model was not created: {why}")),
                 (None, Ok(call)) => self.obey(call).await.unwrap_or_else(Outcome::of_error),
@@ -103,6 +112,10 @@ impl Worker {
                     Outcome::user_failed(why)
                 }
             };
+            if let Outcome::Failed(failure) = &outcome {
+                span.record("error.type", failure.message.as_str());
+            }
+            drop(span);
             promise.keep(outcome);
         }
         if let Some(replica) = &self.replica {
@@ -161,6 +174,18 @@ impl Worker {
         let command = Command::Learn(self.learner, learn(reply));
         replica.commands.send(command).await.map_err(|_| lost())?;
         answer.await.map_err(|_| lost())?.map_err(RouterError::Engine)
+    }
+
+    /// The span of a call, which its quanta are in; none where the request that brought it is not traced.
+    fn trace(&self, parent: Option<TraceContext>, call: &mut Result<Call, String>) -> Span {
+        let (Some(parent), Ok(call)) = (parent, call) else {
+            return Span::none();
+        };
+        let (context, span) = traced::learner_call(parent, &self.about.id, call.name());
+        if let Call::Accumulate { batch, .. } = call {
+            batch.trace = Some(context);
+        }
+        span
     }
 
     fn spoil(&mut self, why: &str) {

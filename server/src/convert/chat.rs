@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 use tandem_openapi::chat::{ChatContent, ChatMessage, ChatPart, ChatRequest};
-use tandem_router::api::{Answer, Call, Client, Prompt, ToolChoice};
+use tandem_router::api::{Answer, Call, Client, Constraint, Prompt, ToolChoice};
 use tandem_text::chat::{Content, Message, calls_of, modernise};
 
 use super::sampling::{self, Delivery, Fields, Limits};
@@ -82,6 +82,9 @@ pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
         modalities,
     } = request;
     let n = sampling::n(n)?;
+    let of_content = response_format
+        .as_ref()
+        .is_some_and(|format| format.kind.starts_with("json"));
     let constraint = structured::constraint(structured::Asked {
         response_format,
         structured_outputs,
@@ -105,11 +108,15 @@ pub fn call(request: ChatRequest, limits: Limits) -> Result<Chat, ApiError> {
         functions,
         function_call,
     })?;
-    if let (ToolChoice::Required | ToolChoice::Named(_), Some(constraint)) = (&choice, &constraint) {
-        let param = &constraint.param;
-        let text = format!("{param} and tool_choice both say what the answer must be; send one of them");
-        return Err(invalid(param.clone(), text));
-    }
+    let constraint = match (&choice, constraint) {
+        // As at OpenAI: an answer that must be a call has no content whose form it could be.
+        (ToolChoice::Required | ToolChoice::Named(_), Some(_)) if of_content => None,
+        (ToolChoice::Required | ToolChoice::Named(_), Some(Constraint { param, .. })) => {
+            let text = format!("{param} and tool_choice both say what the answer must be; send one of them");
+            return Err(invalid(param, text));
+        }
+        (_, constraint) => constraint,
+    };
     if let Some(other) = modalities.unwrap_or_default().iter().find(|one| *one != "text") {
         let hint = format!(": {other:?} is none of it, only \"text\" is built");
         return Err(ApiError::NotBuilt {

@@ -257,7 +257,7 @@ fn structural_tag(param: &str, tag: &Value) -> Result<Constraint, ApiError> {
                 tags: tags.collect::<Result<_, ApiError>>()?,
                 at_least_one: false,
                 stop_after_first: false,
-                not_first: String::new(),
+                not_first: vec![],
             }
         }
         _ => {
@@ -300,7 +300,7 @@ fn format(at: &str, written: &Value) -> Result<Format, ApiError> {
             tags: tags()?,
             at_least_one: flag("at_least_one"),
             stop_after_first: flag("stop_after_first"),
-            not_first: String::new(),
+            not_first: vec![],
         },
         "tags_with_separator" => Format::Separated {
             tags: tags()?,

@@ -275,7 +275,7 @@ impl Choices for Chunks {
             }));
         }
         match what {
-            What::Text { text, tokens } => {
+            What::Text { text, tokens, .. } => {
                 let with_tokens = !tokens.is_empty() && (top_logprobs.is_some() || return_token_ids);
                 if !text.is_empty() {
                     *begun = Begun::Said;

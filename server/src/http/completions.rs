@@ -238,7 +238,7 @@ impl Choices for Chunks {
             });
         }
         match what {
-            What::Text { text, tokens } => {
+            What::Text { text, tokens, .. } => {
                 let text = text.content;
                 let with_tokens = !tokens.is_empty() && (show.logprobs.is_some() || show.return_token_ids);
                 if text.is_empty() && !with_tokens {

@@ -15,7 +15,6 @@ use tandem_router::api::{
 };
 use tokio::sync::mpsc;
 
-use super::parts::Thought;
 use crate::access_log::Exchange;
 use crate::app::App;
 use crate::error::ApiError;
@@ -206,7 +205,7 @@ pub struct Gathered {
     pub completion_tokens: u32,
     pub cached_tokens: u32,
     pub guessed: Guessed,
-    pub thought: Thought,
+    pub reasoning_tokens: u64,
 }
 
 /// A call, whole.
@@ -260,8 +259,13 @@ pub async fn gather(feed: &mut Feed, n: u32) -> Result<Vec<Gathered>, ApiError> 
             match what {
                 What::Prompt(tokens) => one.prompt = Some(tokens),
                 What::Pooled(vector) => one.vector = Some(vector),
-                What::Text { text, tokens } => {
-                    one.thought.see(&text, tokens.len());
+                What::Text {
+                    text,
+                    tokens,
+                    reasoning_tokens,
+                    is_last: _,
+                } => {
+                    one.reasoning_tokens += u64::from(reasoning_tokens);
                     one.add(text);
                     one.tokens.extend(tokens);
                 }
@@ -297,7 +301,7 @@ pub fn usage(prompts: &[Vec<TokenId>], gathered: &[Gathered], n: u32) -> Usage {
     gathered.iter().for_each(|one| guessed += one.guessed);
     Usage::new(prompt_tokens, completion_tokens, cached_tokens)
         .guessing(guessed.tokens.into(), guessed.accepted.into())
-        .reasoning(gathered.iter().map(|one| one.thought.tokens).sum())
+        .reasoning(gathered.iter().map(|one| one.reasoning_tokens).sum())
 }
 
 pub fn finish_reason(reason: Finish) -> &'static str {

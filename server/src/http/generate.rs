@@ -153,7 +153,7 @@ async fn answered(app: &App, client: Client, request: GenerateRequest) -> Result
             let tokens = Tokens {
                 text: show.before.clone(),
                 show,
-                held: None,
+                last: None,
                 ending: None,
                 index: 0,
             };
@@ -242,25 +242,23 @@ fn alternatives(one: &TokenText, n: u32) -> Vec<GenerateToken> {
     top.map(one).collect()
 }
 
-/// An event for each token. The last one brings the whole text, so each waits for the next.
+/// An event for each token, as it comes. The last one brings the whole text and how it ended.
 struct Tokens {
     show: Show,
     text: String,
-    held: Option<(TokenText, String)>,
+    /// The last token and what it adds: the end comes right behind it.
+    last: Option<(TokenText, String)>,
     ending: Option<(Finish, Option<String>)>,
     index: u64,
 }
 
 impl Tokens {
-    fn event(&mut self, end: Option<StreamDetails>, out: &mut Vec<u8>) {
-        let Some((one, text)) = self.held.take() else {
-            return;
-        };
+    fn event(&mut self, one: &TokenText, text: String, end: Option<StreamDetails>, out: &mut Vec<u8>) {
         self.index += 1;
         let event = StreamedToken {
             index: self.index,
-            token: token(&one, text),
-            top_tokens: alternatives(&one, self.show.top_n_tokens),
+            token: token(one, text),
+            top_tokens: alternatives(one, self.show.top_n_tokens),
             generated_text: end.is_some().then(|| std::mem::take(&mut self.text)),
             details: end,
         };
@@ -271,24 +269,21 @@ impl Tokens {
 impl Writer for Tokens {
     fn show(&mut self, (_, Piece { what, .. }): Placed, _usage: Usage, out: &mut Vec<u8>) {
         match what {
-            What::Text { text, tokens } => {
+            What::Text {
+                text,
+                mut tokens,
+                is_last,
+                ..
+            } => {
                 self.text.push_str(&text.content);
-                let last = tokens.len().saturating_sub(1);
-                if tokens.is_empty()
-                    && let Some((_, held)) = &mut self.held
-                {
-                    // What was held back of a token's text.
-                    held.push_str(&text.content);
+                // Those that came together say together what they say.
+                let Some(last) = tokens.pop() else { return };
+                for token in tokens {
+                    self.event(&token, String::new(), None, out);
                 }
-                for (i, token) in tokens.into_iter().enumerate() {
-                    self.event(None, out);
-                    // Those that came together say together what they say.
-                    let text = if i == last {
-                        text.content.clone()
-                    } else {
-                        String::new()
-                    };
-                    self.held = Some((token, text));
+                match is_last {
+                    true => self.last = Some((last, text.content)),
+                    false => self.event(&last, text.content, None, out),
                 }
             }
             What::Finished {
@@ -306,11 +301,78 @@ impl Writer for Tokens {
             seed: self.show.seed,
             input_length: usage.prompt_tokens,
         };
-        self.event(Some(details), out);
+        if let Some((last, text)) = self.last.take() {
+            self.event(&last, text, Some(details), out);
+        }
     }
 
     fn fail(&mut self, error: &ApiError, _usage: Usage, out: &mut Vec<u8>) {
-        self.event(None, out);
         sse::event(out, &Dialect::Generate.last_words(error, ""));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tandem_router::api::Delta;
+
+    use super::*;
+
+    fn piece(content: &str, ids: &[TokenId], is_last: bool) -> Placed {
+        let token = |&id: &TokenId| TokenText {
+            id,
+            text: String::new(),
+            is_hidden: false,
+            bytes: vec![],
+            logprob: -1.0,
+            top: vec![],
+        };
+        let what = What::Text {
+            text: Delta {
+                content: content.to_owned(),
+                ..Delta::default()
+            },
+            tokens: ids.iter().map(token).collect(),
+            reasoning_tokens: 0,
+            is_last,
+        };
+        (0, Piece { choice: 0, what })
+    }
+
+    /// Ids, text and whether it is the end, of each event.
+    fn events(out: &mut Vec<u8>) -> Vec<(u64, String, Option<String>)> {
+        let text = String::from_utf8(std::mem::take(out)).unwrap();
+        let events = text.lines().filter_map(|line| line.strip_prefix("data:"));
+        let read = |event: &str| {
+            let event: serde_json::Value = serde_json::from_str(event).unwrap();
+            assert_eq!(event["details"].is_null(), event["generated_text"].is_null());
+            let text = |value: &serde_json::Value| value.as_str().map(str::to_owned);
+            (
+                event["token"]["id"].as_u64().unwrap(),
+                text(&event["token"]["text"]).unwrap(),
+                text(&event["generated_text"]),
+            )
+        };
+        events.map(read).collect()
+    }
+
+    #[tokio::test]
+    async fn a_token_is_shown_when_it_comes_and_the_last_with_the_end() {
+        let mut tokens = Tokens {
+            show: Show::default(),
+            text: String::new(),
+            last: None,
+            ending: None,
+            index: 0,
+        };
+        let (mut out, usage) = (vec![], Usage::new(1, 5, 0));
+        let plain = |id, text: &str| (id, text.to_owned(), None);
+        tokens.show(piece("He", &[1], false), usage, &mut out);
+        assert_eq!(events(&mut out), [plain(1, "He")]);
+        tokens.show(piece("llo", &[2, 3], false), usage, &mut out);
+        assert_eq!(events(&mut out), [plain(2, ""), plain(3, "llo")]);
+        tokens.show(piece("!", &[4, 5], true), usage, &mut out);
+        assert_eq!(events(&mut out), [plain(4, "")]);
+        tokens.end(usage, &mut out).await;
+        assert_eq!(events(&mut out), [(5, "!".to_owned(), Some("Hello!".to_owned()))]);
     }
 }

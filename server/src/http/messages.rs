@@ -223,16 +223,12 @@ impl Writer for Events {
     fn show(&mut self, (_, Piece { what, .. }): Placed, _so_far: Usage, out: &mut Vec<u8>) {
         let mut steps = Vec::new();
         match what {
-            What::Text { text, tokens } => self.parts.take(text, tokens, &mut steps),
+            What::Text { text, tokens, .. } => self.parts.take(text, tokens, &mut steps),
             What::Finished {
                 reason, stop_string, ..
             } => {
                 self.parts.finish(&mut steps);
-                self.ending = Some(Ending {
-                    reason,
-                    stop_string,
-                    reasoning_tokens: self.parts.reasoning_tokens(),
-                });
+                self.ending = Some(Ending { reason, stop_string });
             }
             What::Prompt(_) | What::Pooled(_) | What::Failed(_) => {}
         }

@@ -36,8 +36,6 @@ pub struct Parts {
     has_begun: bool,
     /// Of text that has not begun.
     tokens: Vec<TokenText>,
-    /// Tokens of pieces that said nothing but reasoning, or began with it.
-    thought: Thought,
     hides_reasoning: bool,
 }
 
@@ -63,8 +61,6 @@ impl Parts {
             calls,
         } = delta;
         let thinks = !reasoning.is_empty();
-        let says = !content.is_empty() || !calls.is_empty();
-        self.thought.take(thinks, says, tokens.len());
         self.tokens.extend(tokens);
         if !reasoning.is_empty() && !self.hides_reasoning {
             self.go_on(Open::Reasoning, || Kind::Reasoning, steps);
@@ -94,10 +90,6 @@ impl Parts {
                 steps.push(Step::Argue(arguments));
             }
         }
-    }
-
-    pub fn reasoning_tokens(&self) -> u64 {
-        self.thought.tokens
     }
 
     pub fn finish(&mut self, steps: &mut Vec<Step>) {
@@ -151,33 +143,11 @@ pub fn apply(parts: &mut Vec<Part>, step: &Step) {
     }
 }
 
-/// Counts the tokens of one answer that are reasoning. Tokens of which nothing is shown yet are of what they stand in.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Thought {
-    is_open: bool,
-    pub tokens: u64,
-}
-
-impl Thought {
-    pub fn see(&mut self, delta: &Delta, tokens: usize) {
-        let says = !delta.content.is_empty() || !delta.calls.is_empty();
-        self.take(!delta.reasoning.is_empty(), says, tokens);
-    }
-
-    fn take(&mut self, thinks: bool, says: bool, tokens: usize) {
-        if thinks || (self.is_open && !says) {
-            self.tokens += tokens as u64;
-        }
-        self.is_open = (self.is_open || thinks) && !says;
-    }
-}
-
 /// How an answer ended.
 #[derive(Clone, Debug)]
 pub struct Ending {
     pub reason: Finish,
     pub stop_string: Option<String>,
-    pub reasoning_tokens: u64,
 }
 
 /// The one answer to the one prompt, whole, and what it took.
@@ -186,12 +156,20 @@ pub async fn gather(admitted: Admitted, mut taking: Parts) -> Result<(Vec<Part>,
         prompts, mut feed, ..
     } = admitted;
     let (mut parts, mut steps, mut news) = (Vec::new(), Vec::new(), Vec::new());
-    let mut end = None;
+    let (mut thought, mut end) = (0, None);
     while feed.next(&mut news).await {
         for (_, Piece { what, .. }) in news.drain(..) {
             match what {
                 What::Prompt(_) | What::Pooled(_) => {}
-                What::Text { text, tokens } => taking.take(text, tokens, &mut steps),
+                What::Text {
+                    text,
+                    tokens,
+                    reasoning_tokens,
+                    ..
+                } => {
+                    thought += u64::from(reasoning_tokens);
+                    taking.take(text, tokens, &mut steps);
+                }
                 What::Finished {
                     reason,
                     stop_string,
@@ -206,13 +184,9 @@ pub async fn gather(admitted: Admitted, mut taking: Parts) -> Result<(Vec<Part>,
                         u64::from(completion_tokens),
                         u64::from(cached_tokens),
                     )
-                    .guessing(guessed.tokens.into(), guessed.accepted.into());
-                    let ending = Ending {
-                        reason,
-                        stop_string,
-                        reasoning_tokens: taking.reasoning_tokens(),
-                    };
-                    end = Some((ending, usage));
+                    .guessing(guessed.tokens.into(), guessed.accepted.into())
+                    .reasoning(thought);
+                    end = Some((Ending { reason, stop_string }, usage));
                 }
                 What::Failed(fault) => return Err(ApiError::Router(RouterError::Engine(fault))),
             }

@@ -347,12 +347,12 @@ pub fn closed(
             reason: "max_output_tokens",
         }),
         output,
-        usage: Some(usage(used, ending.reasoning_tokens)),
+        usage: Some(usage(used)),
         ..response
     }
 }
 
-pub fn usage(used: Usage, reasoning_tokens: u64) -> ResponsesUsage {
+pub fn usage(used: Usage) -> ResponsesUsage {
     ResponsesUsage {
         input_tokens: used.prompt_tokens,
         input_tokens_details: InputTokensDetails {
@@ -360,7 +360,9 @@ pub fn usage(used: Usage, reasoning_tokens: u64) -> ResponsesUsage {
             cache_write_tokens: 0,
         },
         output_tokens: used.completion_tokens,
-        output_tokens_details: OutputTokensDetails { reasoning_tokens },
+        output_tokens_details: OutputTokensDetails {
+            reasoning_tokens: used.completion_tokens_details.reasoning_tokens,
+        },
         total_tokens: used.total_tokens,
     }
 }

@@ -223,7 +223,7 @@ impl Events {
     fn close(&mut self, error: &ApiError, used: Usage, out: &mut Vec<u8>) {
         self.response.status = "failed";
         self.response.store = false;
-        self.response.usage = Some(usage(used, self.taking.reasoning_tokens()));
+        self.response.usage = Some(usage(used));
         self.response.output = std::mem::take(&mut self.output);
         self.response.error = Some(ResponsesFailure {
             code: "server_error",
@@ -242,15 +242,11 @@ impl Writer for Events {
     fn show(&mut self, (_, Piece { what, .. }): Placed, _usage: Usage, out: &mut Vec<u8>) {
         let mut steps = Vec::new();
         match what {
-            What::Text { text, tokens } => self.taking.take(text, tokens, &mut steps),
+            What::Text { text, tokens, .. } => self.taking.take(text, tokens, &mut steps),
             What::Finished {
                 reason, stop_string, ..
             } => {
-                self.ending = Some(Ending {
-                    reason,
-                    stop_string,
-                    reasoning_tokens: self.taking.reasoning_tokens(),
-                });
+                self.ending = Some(Ending { reason, stop_string });
                 self.taking.finish(&mut steps);
             }
             What::Prompt(_) | What::Pooled(_) | What::Failed(_) => {}

@@ -1,7 +1,6 @@
 //! A streamed answer: pieces in, frames out. Each API has its [`Writer`]; chat and completions share one, whose chunks end with
 //! usage and `[DONE]`, and what a chunk's choice looks like is the caller's [`Choices`]. Not here: admission.
 
-use std::collections::HashMap;
 use std::time::Duration;
 
 use axum::body::Bytes;
@@ -12,7 +11,6 @@ use tandem_openapi::usage::Usage;
 use tandem_router::api::{Piece, RouterError, What};
 
 use super::feed::{Admitted, Feed, Identity, Placed};
-use super::parts::Thought;
 use crate::convert::sampling::StreamUsage;
 use crate::error::ApiError;
 use crate::sse::{self, Envelope, UsageKey};
@@ -88,18 +86,20 @@ struct Tally {
     prompt_tokens: u64,
     completion_tokens: u64,
     cached_tokens: u64,
+    reasoning_tokens: u64,
     guessed: Guessed,
-    /// Of each prompt's choices.
-    thoughts: HashMap<(usize, u32), Thought>,
 }
 
 impl Tally {
-    fn count(&mut self, (prompt, Piece { choice, what }): &Placed) {
+    fn count(&mut self, (_, Piece { choice, what }): &Placed) {
         match what {
-            What::Text { text, tokens } => {
+            What::Text {
+                tokens,
+                reasoning_tokens,
+                ..
+            } => {
                 self.completion_tokens += tokens.len() as u64;
-                let thought = self.thoughts.entry((*prompt, *choice)).or_default();
-                thought.see(text, tokens.len());
+                self.reasoning_tokens += u64::from(*reasoning_tokens);
             }
             What::Finished {
                 cached_tokens,
@@ -119,7 +119,7 @@ impl Tally {
     fn usage(&self) -> Usage {
         Usage::new(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
             .guessing(self.guessed.tokens.into(), self.guessed.accepted.into())
-            .reasoning(self.thoughts.values().map(|thought| thought.tokens).sum())
+            .reasoning(self.reasoning_tokens)
     }
 }
 
@@ -182,8 +182,8 @@ pub async fn run(admitted: Admitted, writer: impl Writer) -> Result<Response, Ap
         prompt_tokens: prompts.iter().map(|prompt| prompt.len() as u64).sum(),
         completion_tokens: 0,
         cached_tokens: 0,
+        reasoning_tokens: 0,
         guessed: Guessed::default(),
-        thoughts: HashMap::new(),
     };
     let stream = Stream {
         feed,

@@ -399,7 +399,7 @@ fn ask(replica: &ReplicaHandle, requests: &[(Vec<TokenId>, Option<AdapterRef>)])
         while let Some(event) = stream.blocking_recv() {
             match event {
                 Event::Prompt(prompt) => answer.extend(prompt.into_iter().flatten()),
-                Event::Token(token) => answer.push(token),
+                Event::Token { token, .. } => answer.push(token),
                 Event::Pooled(_) => panic!("nothing was to be pooled"),
                 Event::Finished { .. } => return answer,
                 Event::Failed(fault) => panic!("{fault}"),

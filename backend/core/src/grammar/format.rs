@@ -30,8 +30,8 @@ pub enum Format {
         at_least_one: bool,
         /// Nothing comes after the first tag.
         stop_after_first: bool,
-        /// The text begins with none of these characters, white space before it not counted.
-        not_first: String,
+        /// The text begins with no match of these regular expressions, white space before it not counted.
+        not_first: Vec<String>,
     },
     /// Tags with this between them, and nothing else.
     Separated {
@@ -131,7 +131,7 @@ impl Writer<'_> {
             } => {
                 let text = match not_first.is_empty() {
                     true => ANY.to_owned(),
-                    false => text_without_first(not_first),
+                    false => self.text_without(not_first),
                 };
                 self.triggered(&text, triggers, tags, *at_least_one, *stop_after_first)?
             }
@@ -222,6 +222,15 @@ impl Writer<'_> {
             true => "\"\"".to_owned(),
             false => parts.join(" "),
         }
+    }
+
+    /// The name of a terminal: text that begins with none of these. Only terminals know a complement.
+    fn text_without(&mut self, beginnings: &[String]) -> String {
+        let name = format!("TEXT{}", self.n_rules);
+        self.n_rules += 1;
+        let begun = lark_regex(&format!(r"\s*({})(?s:.*)", beginnings.join("|")));
+        writeln!(self.rules, "{name}: {ANY} & ~{begun}").expect("a String takes everything");
+        name
     }
 
     /// Content and end of a tag.
@@ -315,13 +324,4 @@ impl Writer<'_> {
             false => format!("({tag} {more} | {text})"),
         })
     }
-}
-
-/// Text that begins with none of these characters. White space before it is not counted.
-fn text_without_first(characters: &str) -> String {
-    let listed: String = characters
-        .chars()
-        .map(|c| format!("\\u{{{:x}}}", u32::from(c)))
-        .collect();
-    format!(r"/\s*([^\s{listed}](?s:.*))?/")
 }

@@ -136,25 +136,32 @@ fn texts_of_which_parts_are_bound() {
             Tag::json("<call b>", json!({"const": "x"}), "</call>"),
         ]
     };
-    let beginning = |not_first: &str, at_least_one, stop_after_first| {
+    let beginning = |not_first: &[&str], at_least_one, stop_after_first| {
         format(Format::Triggered {
             triggers: vec!["<call".to_owned()],
             tags: tags(),
             at_least_one,
             stop_after_first,
-            not_first: not_first.to_owned(),
+            not_first: not_first.iter().map(|&text| text.to_owned()).collect(),
         })
     };
-    let triggered = |at_least_one, stop_after_first| beginning("", at_least_one, stop_after_first);
+    let triggered = |at_least_one, stop_after_first| beginning(&[], at_least_one, stop_after_first);
     for stop_after_first in [false, true] {
         check(
-            beginning("{[", false, stop_after_first),
-            &["", " ", "hello {", "<call a>3</call>", " a [<call a>3</call>"],
-            &["{", " [", "\n{ <call a>3</call>", "<call a>x"],
+            beginning(&[r"\{", r"go\s*\("], false, stop_after_first),
+            &[
+                "",
+                " ",
+                "hello {",
+                "<call a>3</call>",
+                " go on (<call a>3</call>",
+                "go",
+            ],
+            &["{", " go(", "\n{ <call a>3</call>", "go\n(", "<call a>x"],
         );
     }
     check(
-        beginning("{", true, false),
+        beginning(&[r"\{"], true, false),
         &["<call a>3</call> {", "hi <call a>3</call>{<call b>\"x\"</call>"],
         &["", "hi", "{<call a>3</call>"],
     );

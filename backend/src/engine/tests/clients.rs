@@ -14,7 +14,7 @@ fn a_client_that_leaves_frees_its_blocks() {
     let mut leaves = rig.send(endless());
     let aborted = rig.send(endless());
     for _ in 0..3 {
-        assert!(matches!(leaves.blocking_recv(), Some(Event::Token(_))));
+        assert!(matches!(leaves.blocking_recv(), Some(Event::Token { .. })));
     }
     drop(leaves);
     rig.command(Command::Abort(RequestId(2)));
@@ -106,7 +106,7 @@ fn stop_fails_what_runs_and_closes_the_statistics() {
         ..request(&cases()[0].prompt, 480, greedy())
     };
     let mut running = rig.send_with_queue(endless, 4096);
-    assert!(matches!(running.blocking_recv(), Some(Event::Token(_))));
+    assert!(matches!(running.blocking_recv(), Some(Event::Token { .. })));
     rig.command(Command::Stop);
     assert_eq!(read(&mut running).end, Some(Err(Fault::ShuttingDown)));
     let began = Instant::now();

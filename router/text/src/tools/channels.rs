@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::json::beginning;
 use super::reader::Deltas;
+use super::thoughts::Thoughts;
 use super::{Reading, Syntax, Tool};
 
 pub(super) const MARKS: [&str; 7] = [
@@ -28,6 +29,9 @@ pub(super) struct Channels {
     reads_calls: bool,
     reads_reasoning: bool,
     at: At,
+    /// Characters that were read.
+    place: usize,
+    pub thoughts: Thoughts,
     n_calls: usize,
     has_reasoning: bool,
     has_content: bool,
@@ -59,13 +63,27 @@ impl Channels {
             reads_calls: reading.tools.is_some_and(|format| is_channels(&format.syntax)),
             reads_reasoning: reading.reasoning.is_some(),
             at: At::Header(String::new()),
+            place: 0,
+            thoughts: Thoughts::default(),
             n_calls: 0,
             has_reasoning: false,
             has_content: false,
         }
     }
 
-    pub fn take(&mut self, c: char, delta: &mut Deltas) {
+    pub fn push(&mut self, text: &str, delta: &mut Deltas) {
+        for c in text.chars() {
+            self.place += 1;
+            self.take(c, delta);
+        }
+        let held = match &self.at {
+            At::Header(_) => 0,
+            At::Message { held, .. } => held.chars().count(),
+        };
+        self.thoughts.count(self.place - held);
+    }
+
+    fn take(&mut self, c: char, delta: &mut Deltas) {
         match &mut self.at {
             At::Header(text) => {
                 text.push(c);
@@ -105,6 +123,7 @@ impl Channels {
                         }
                     }
                     Some(&mark) => {
+                        self.thoughts.close(self.place - mark.chars().count());
                         self.end(delta);
                         self.at = At::Header(match mark {
                             CHANNEL => CHANNEL.to_owned(),
@@ -149,7 +168,10 @@ impl Channels {
                 self.n_calls += 1;
                 Kind::Call(self.n_calls - 1)
             }
-            _ if self.reads_reasoning && word_behind(CHANNEL) == Some("analysis") => Kind::Reasoning,
+            _ if self.reads_reasoning && word_behind(CHANNEL) == Some("analysis") => {
+                self.thoughts.open(self.place);
+                Kind::Reasoning
+            }
             _ => Kind::Content,
         };
         self.at = At::Message {

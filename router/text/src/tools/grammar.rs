@@ -122,8 +122,8 @@ fn required(layout: &'static Layout, tools: &[&Tool], schemas: Schemas, one: boo
     }
 }
 
-/// Text, in which a call is bound once it was opened, in whichever of the layouts. `None`: how a call begins cannot be told
-/// from text, or what is not strict would have no arguments.
+/// Text, in which a call is bound once it was opened, in whichever of the layouts. `None`: what is not strict would have no
+/// arguments.
 fn free_or_calls(layouts: &'static [Layout], tools: &[&Tool], one: bool) -> Option<Format> {
     let is_json = |piece: &Piece| !matches!(piece, Piece::Tagged { .. } | Piece::Python | Piece::Marked(_));
     let mut first_of_opening: Vec<&Layout> = vec![];
@@ -145,9 +145,9 @@ fn free_or_calls(layouts: &'static [Layout], tools: &[&Tool], one: bool) -> Opti
     let (bare, opened): (Vec<&Layout>, Vec<&Layout>) = first_of_opening
         .into_iter()
         .partition(|layout| layout.open.is_empty());
-    let (mut ways, mut not_first) = (vec![], String::new());
+    let (mut ways, mut not_first) = (vec![], vec![]);
     for layout in bare {
-        not_first.push(layout.first_character()?);
+        not_first.extend(layout.beginnings(tools));
         ways.push(required(layout, tools, schemas, one));
     }
     let tags = |layout: &&'static Layout| match layout.separator {
@@ -169,10 +169,19 @@ fn free_or_calls(layouts: &'static [Layout], tools: &[&Tool], one: bool) -> Opti
 }
 
 impl Layout {
-    /// What calls without an opening begin with; no other text of an answer does.
-    fn first_character(&self) -> Option<char> {
-        let of_object = matches!(self.call.first(), Some(Piece::Object { .. })).then_some('{');
-        self.begin.chars().next().or(of_object)
+    /// What calls without an opening begin with, as regular expressions; no other text of an answer does.
+    fn beginnings(&self, tools: &[&Tool]) -> Vec<String> {
+        let escaped = |text: &str| -> String {
+            text.chars()
+                .map(|c| format!(r"\x{{{:x}}}", u32::from(c)))
+                .collect()
+        };
+        match (self.begin.chars().next(), self.call.first()) {
+            (Some(first), _) => vec![escaped(first.encode_utf8(&mut [0; 4]))],
+            // A name alone may be said; with arguments behind it, it is called.
+            (None, Some(Piece::Name)) => tools.iter().map(|tool| escaped(&tool.name) + r"\s*\{").collect(),
+            (None, _) => vec![escaped("{")],
+        }
     }
 }
 
@@ -213,8 +222,8 @@ fn call(layout: &'static Layout, tool: &Tool, schemas: Schemas) -> Format {
     let mut parts = vec![];
     for piece in layout.call {
         match *piece {
-            Piece::Text(part) => parts.push(text(part)),
-            Piece::Name => parts.push(text(&tool.name)),
+            Piece::Text(part) => say(&mut parts, part),
+            Piece::Name => say(&mut parts, &tool.name),
             Piece::Id(pattern) => parts.push(Format::Regex(pattern.to_owned())),
             Piece::Arguments => parts.push(Format::Schema(parameters.clone())),
             Piece::Object { name, arguments } => {
@@ -266,6 +275,15 @@ fn call(layout: &'static Layout, tool: &Tool, schemas: Schemas) -> Format {
         }
     }
     Format::Sequence(parts)
+}
+
+/// Goes on with the text before it: where free text may begin alike, one text is told from it at its end, and the first of
+/// two would be taken for free text.
+fn say(parts: &mut Vec<Format>, more: &str) {
+    match parts.last_mut() {
+        Some(Format::Text(said)) => said.push_str(more),
+        _ => parts.push(text(more)),
+    }
 }
 
 /// As gpt-oss writes a call. What ends it, `<|call|>`, is an end of the text.

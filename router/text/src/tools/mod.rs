@@ -12,6 +12,7 @@ mod reader;
 mod tagged;
 #[cfg(test)]
 mod tests;
+mod thoughts;
 mod value;
 
 use std::collections::BTreeSet;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use super::call::{Calls, Taken};
 use super::channels::Channels;
 use super::json::beginning;
+use super::thoughts::Thoughts;
 use super::{Layout, Reading, Tool, ToolFormat};
 
 /// Of what was taken for a call and is none: calls are looked for in that much of it. Who begins a call in a call in a call
@@ -103,6 +104,9 @@ struct Texts {
     state: State,
     /// To be read before what comes next.
     input: VecDeque<char>,
+    /// Characters that came in, read or not.
+    pushed: usize,
+    thoughts: Thoughts,
     /// Not given out yet: a mark may begin in it.
     held: String,
     is_reasoning: bool,
@@ -129,6 +133,8 @@ struct Attempt {
     calls: Calls,
     /// The opening was this layout's; those behind it may have the same one.
     layout: usize,
+    /// Where the opening stands, in characters.
+    begin: usize,
 }
 
 impl Reader {
@@ -139,15 +145,22 @@ impl Reader {
         })
     }
 
+    /// The answer has one more token, which adds so many characters to its text. They are pushed now or later.
+    pub fn token(&mut self, chars: usize) {
+        self.thoughts().token(chars);
+    }
+
     /// In the order of the text.
     pub fn push(&mut self, text: &str) -> Vec<Delta> {
         let mut delta = Deltas::default();
         match &mut self.0 {
             Kind::Texts(texts) => {
                 texts.input.extend(text.chars());
+                texts.pushed += text.chars().count();
                 texts.read(&mut delta);
+                texts.thoughts.count(texts.settled());
             }
-            Kind::Channels(channels) => text.chars().for_each(|c| channels.take(c, &mut delta)),
+            Kind::Channels(channels) => channels.push(text, &mut delta),
         }
         delta.0
     }
@@ -159,12 +172,31 @@ impl Reader {
             Kind::Texts(texts) => texts.finish(&mut delta),
             Kind::Channels(channels) => channels.finish(&mut delta),
         }
+        // What has no text to follow stands where the answer ends.
+        self.thoughts().count(usize::MAX);
         delta.0
+    }
+
+    /// How many of the tokens are known to be reasoning.
+    pub fn reasoning_tokens(&mut self) -> u32 {
+        self.thoughts().tokens()
+    }
+
+    fn thoughts(&mut self) -> &mut Thoughts {
+        match &mut self.0 {
+            Kind::Texts(texts) => &mut texts.thoughts,
+            Kind::Channels(channels) => &mut channels.thoughts,
+        }
     }
 }
 
 impl Texts {
     fn new(reading: Reading, tools: Arc<[Tool]>) -> Texts {
+        let is_reasoning = reading.reasoning.is_some() && reading.is_opened;
+        let mut thoughts = Thoughts::default();
+        if is_reasoning {
+            thoughts.open(0);
+        }
         Texts {
             reading,
             tools,
@@ -173,8 +205,10 @@ impl Texts {
                 None => State::Text,
             },
             input: VecDeque::new(),
+            pushed: 0,
+            thoughts,
             held: String::new(),
-            is_reasoning: reading.reasoning.is_some() && reading.is_opened,
+            is_reasoning,
             blank: String::new(),
             is_start: true,
             closing: None,
@@ -220,6 +254,19 @@ impl Texts {
         }
     }
 
+    /// Characters that were read.
+    fn place(&self) -> usize {
+        self.pushed - self.input.len()
+    }
+
+    /// Those of which is known what they are.
+    fn settled(&self) -> usize {
+        match &self.state {
+            State::Calls(attempt) => attempt.begin,
+            State::Start | State::Text => self.place() - self.held.chars().count(),
+        }
+    }
+
     fn unread(&mut self, text: &str) {
         text.chars().rev().for_each(|c| self.input.push_front(c));
     }
@@ -231,6 +278,7 @@ impl Texts {
         if open.contains(&begun) {
             self.held.clear();
             self.is_reasoning = true;
+            self.thoughts.open(self.place());
             self.state = State::Text;
         } else if !open.iter().any(|open| open.starts_with(begun)) {
             self.begin_text();
@@ -248,8 +296,8 @@ impl Texts {
         if self.is_start && !self.is_reasoning && !c.is_whitespace() {
             self.is_start = false;
             if let Some(layout) = self.layouts().iter().position(|layout| layout.open.is_empty()) {
-                self.attempt(layout);
-                return self.input.push_front(c);
+                self.input.push_front(c);
+                return self.attempt(layout, self.place());
             }
         }
         let marks = self.marks();
@@ -268,10 +316,12 @@ impl Texts {
                 .reasoning
                 .is_some_and(|format| format.close.contains(mark))
         };
+        let begin = self.place() - mark.chars().count();
         if self.is_reasoning && closes(mark) {
             self.is_reasoning = false;
+            self.thoughts.close(begin);
         } else if let Some(layout) = self.layouts().iter().position(|layout| layout.open == *mark) {
-            self.attempt(layout);
+            self.attempt(layout, begin);
         } else if self.closing == Some(mark) {
             self.closing = None;
         }
@@ -298,9 +348,9 @@ impl Texts {
         self.reading.tools.map_or(&[], ToolFormat::layouts)
     }
 
-    fn attempt(&mut self, layout: usize) {
+    fn attempt(&mut self, layout: usize, begin: usize) {
         let calls = Calls::new(&self.layouts()[layout], self.tools.clone(), self.n_calls);
-        self.state = State::Calls(Box::new(Attempt { calls, layout }));
+        self.state = State::Calls(Box::new(Attempt { calls, layout, begin }));
     }
 
     /// What is no call is read again: by another layout, or as text.
@@ -308,7 +358,7 @@ impl Texts {
         let State::Calls(attempt) = std::mem::replace(&mut self.state, State::Text) else {
             return;
         };
-        let Attempt { calls, layout } = *attempt;
+        let Attempt { calls, layout, begin } = *attempt;
         let (n_calls, pending) = (calls.n_calls(), calls.into_pending());
         let Layout { open, .. } = self.layouts()[layout];
         if n_calls > self.n_calls {
@@ -316,12 +366,13 @@ impl Texts {
             self.closing = Some(self.layouts()[layout].closing());
             self.is_behind_call = true;
             self.is_reasoning = false;
+            self.thoughts.close(begin);
             self.blank.clear();
             return self.unread(&pending);
         }
         let others = &self.layouts()[layout + 1..];
         match others.iter().position(|other| other.open == open) {
-            Some(other) => self.attempt(layout + 1 + other),
+            Some(other) => self.attempt(layout + 1 + other, begin),
             None => {
                 self.show(open, delta);
                 if pending.len() > MAX_READ_AGAIN_BYTES {

@@ -196,7 +196,12 @@ pub fn batch(body: ForwardBackwardRequest) -> Result<Call, String> {
         true => Pass::Forward,
         false => Pass::ForwardBackward,
     };
-    let batch = Batch { loss, data, pass };
+    let batch = Batch {
+        loss,
+        data,
+        pass,
+        trace: None,
+    };
     Ok(Call::Accumulate { batch, shapes })
 }
 

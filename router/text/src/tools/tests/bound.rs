@@ -354,11 +354,7 @@ fn strict_calls_of_every_format_are_bound_in_free_text() {
             tools: Some(format),
             ..Reading::default()
         };
-        let Some(answer) = bind(reading, &strict, Choice::Auto, true) else {
-            // The name is all that a call begins with.
-            assert_eq!(format.names[0], "glm4");
-            continue;
-        };
+        let answer = bind(reading, &strict, Choice::Auto, true).expect("all tools are strict");
         for special in [vec![], special(format)] {
             let bound = Bound::new(&special);
             let grammar = bound.grammar(&answer);
@@ -406,6 +402,32 @@ fn strict_calls_of_every_format_are_bound_in_free_text() {
         }
     }
     assert!(n_bound > 20, "{n_bound}");
+    // Where nothing but a name opens a call, a name may still be said.
+    let glm = Reading {
+        tools: ToolFormat::named("glm4"),
+        ..Reading::default()
+    };
+    let answer = bind(glm, &strict, Choice::Auto, true).expect("all tools are strict");
+    let bound = Bound::new(&[]);
+    let grammar = bound.grammar(&answer);
+    for (text, is_taken) in [
+        ("get_weather", true),
+        ("get_weather is a tool.\n{}", true),
+        ("get_weather2\n{}", true),
+        ("It is {}.", true),
+        ("now\n{}", true),
+        ("now\n{} and more", false),
+        ("get_weather\n{}", false),
+        ("\n get_weather {\"town\": 1}", false),
+        ("get_weather{", false),
+    ] {
+        assert_eq!(
+            bound.takes(&grammar, text),
+            is_taken,
+            "{text}\n{}",
+            grammar.text()
+        );
+    }
 }
 
 #[test]

@@ -3,6 +3,7 @@
 mod bound;
 mod templates;
 mod texts;
+mod thoughts;
 
 use std::sync::Arc;
 
