@@ -190,10 +190,15 @@ fn remote_away(error: &object_store::Error) -> bool {
     )
 }
 
-/// Of the data folder: a disk that was made read-only.
+/// Of the data folder: a disk that was made read-only, or that nothing can be opened on now.
 fn disk_away(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::ReadOnlyFilesystem
+    let is_crowded = matches!(error.raw_os_error(), Some(ENFILE | EMFILE));
+    is_crowded || error.kind() == io::ErrorKind::ReadOnlyFilesystem
 }
+
+/// The system has, or this process has, as many open files as it may.
+const ENFILE: i32 = 23;
+const EMFILE: i32 = 24;
 
 /// For `map_err`: what was done to which path.
 pub(crate) fn io_at(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
@@ -243,6 +248,7 @@ mod tests {
             at_x(io::ErrorKind::ReadOnlyFilesystem.into()),
             Some(Part::Storage)
         );
+        assert_eq!(at_x(io::Error::from_raw_os_error(EMFILE)), Some(Part::Storage));
         let remote = |source: Box<dyn std::error::Error + Send + Sync>| {
             let what = "writing x".to_owned();
             let source = object_store::Error::Generic { store: "S3", source };
