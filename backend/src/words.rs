@@ -221,6 +221,7 @@ impl RunOptions {
             },
             save_kind,
             team,
+            profile: None,
         })
     }
 }

@@ -103,6 +103,7 @@ pub fn run(args: &[String], started: Option<Started>) -> Result<Outcome, TrainEr
         quantization,
         device,
         data_parallel_size,
+        profile,
         preview,
         settings,
     } = settings::read(&as_settings(args))?;
@@ -237,14 +238,16 @@ pub fn run(args: &[String], started: Option<Started>) -> Result<Outcome, TrainEr
         hyper,
         life: Life::default(),
     };
-    let mut run = Run::start(RunOptions::new(
+    let mut options = RunOptions::new(
         spec,
         model.clone(),
         &dtype,
         quantization.as_deref(),
         &device,
         team,
-    )?)?;
+    )?;
+    options.profile = profile.map(|steps| (output_dir.join("trace.json"), steps));
+    let mut run = Run::start(options)?;
     let signalled = heed_signals().map_err(TrainError::Signals)?;
     let mut progress = Progress::new(run.frozen_parameters());
     let mut logs = Logs::of(&output_dir);
@@ -255,6 +258,9 @@ pub fn run(args: &[String], started: Option<Started>) -> Result<Outcome, TrainEr
             if let (JobEvent::Checkpoint { best, .. }, Some(limit)) = (event, save_total_limit) {
                 record::prune(&output_dir, *best, limit)?;
             }
+        }
+        if let Some(profiled) = run.profiled() {
+            println!("profile: {profiled}");
         }
         if run.stops(signalled.get().is_some())? {
             let signal = signalled.get().copied().unwrap_or(SIGTERM);

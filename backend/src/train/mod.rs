@@ -22,6 +22,7 @@ pub mod memory;
 pub mod noise;
 pub mod objective;
 pub mod pass;
+pub mod profile;
 pub mod run;
 pub mod snapshot;
 pub mod state;
@@ -54,6 +55,7 @@ use mates::Mates;
 use noise::Noise;
 use objective::Scores;
 use pass::{Advanced, KEEP_BYTES, Look, Pass};
+use profile::Doing;
 use snapshot::{AdapterCopy, Copying, Occasion, Snapshot};
 
 #[derive(Debug, thiserror::Error)]
@@ -462,6 +464,25 @@ impl Trainer {
             },
             Stage::Validate(_) => false,
             _ => true,
+        }
+    }
+
+    /// What the next quantum is about.
+    pub fn doing(&self) -> Doing {
+        let whole = |what| Doing(what, None);
+        match &self.stage {
+            Stage::Accumulate(step) => match &step.work {
+                Work::Slices {
+                    pass: Some(OnItsWay::Alone(pass)),
+                    ..
+                } => pass.doing(),
+                Work::Slices { .. } => whole("embedding"),
+                Work::MicroBatches(_) => whole("preferences"),
+            },
+            Stage::Announce { .. } | Stage::Begin => whole("batch"),
+            Stage::Optimize { .. } => whole("optimizer"),
+            Stage::Validate(_) | Stage::Try { .. } => whole("validation"),
+            Stage::KeepBest(_) | Stage::Save | Stage::Finish | Stage::Copy { .. } => whole("saving"),
         }
     }
 

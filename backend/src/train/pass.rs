@@ -35,6 +35,7 @@ use tch::{Device, Tensor};
 
 use super::data::{Label, Slice};
 use super::noise::Noise;
+use super::profile::Doing;
 use crate::family::ParamId;
 use crate::lora::adapter::{Adapter, AdapterRows};
 use crate::lora::params::AdapterParams;
@@ -155,6 +156,15 @@ pub struct Scored {
 }
 
 impl Pass {
+    /// What is next of it.
+    pub fn doing(&self) -> Doing {
+        match self.at {
+            At::Forward(_) => Doing("forward", Some(self.kept.len())),
+            At::Scoring(_) | At::Loss { .. } => Doing("head and loss", None),
+            At::Backward(_) => Doing("backward", self.kept.len().checked_sub(1)),
+        }
+    }
+
     /// The weights of the slices are final: it minimises the sum of -weight * log p over their labels.
     ///
     /// # Panics

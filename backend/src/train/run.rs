@@ -2,6 +2,7 @@
 //! trainer, the same files, which are rank 0's.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -13,6 +14,7 @@ use tch::{Device, Kind};
 use tracing::warn;
 
 use super::mates::Mates;
+use super::profile::Profile;
 use super::{Inputs, TrainError, Trainer, state};
 use crate::guard;
 use crate::model::{Decoder, WeightOptions};
@@ -29,6 +31,8 @@ pub struct RunOptions {
     pub save_kind: Kind,
     /// The ranks that train it, each with a model of its own.
     pub team: Team,
+    /// A trace of so many steps is written to this file.
+    pub profile: Option<(PathBuf, u64)>,
 }
 
 pub struct Run {
@@ -41,6 +45,9 @@ pub struct Run {
     is_finished: bool,
     /// Whether the last quantum ended an optimizer step.
     ended_step: bool,
+    profile: Option<Profile>,
+    /// Where the time of the steps went that a trace was asked of.
+    profiled: Option<String>,
     /// Dropped last.
     _followers: Followers,
 }
@@ -156,6 +163,7 @@ impl Run {
             weights,
             save_kind,
             team,
+            profile,
         } = options;
         let Assembled {
             comm,
@@ -192,6 +200,8 @@ impl Run {
             save_kind,
             is_finished: false,
             ended_step: false,
+            profile: profile.map(|(path, steps)| Profile::new(&path, steps)),
+            profiled: None,
             _followers: followers,
         })
     }
@@ -206,10 +216,18 @@ impl Run {
         if self.is_finished {
             return Ok(None);
         }
+        let (doing, step, began) = (self.trainer.doing(), self.trainer.step(), Instant::now());
         let (trainer, base) = (&mut self.trainer, self.base.as_ref());
         let quantum = guard::torch(|| trainer.quantum(base)).map_err(TrainError::Fault)??;
         let quantum = quantum.write()?;
         self.ended_step = ends_step(&quantum.events);
+        if let Some(mut profile) = self.profile.take() {
+            profile.record(doing, step + 1, began, self.ended_step);
+            match profile.is_full() || quantum.finished {
+                true => self.profiled = Some(profile.write()?),
+                false => self.profile = Some(profile),
+            }
+        }
         if quantum.finished {
             self.write_model()?;
             self.part()?;
@@ -233,6 +251,11 @@ impl Run {
         self.trainer.snapshot().write()?;
         self.part()?;
         Ok(self.trainer.step())
+    }
+
+    /// Once, when the trace that was asked for is written: its place, and what took how much of the time.
+    pub fn profiled(&mut self) -> Option<String> {
+        self.profiled.take()
     }
 
     fn part(&self) -> Result<(), TrainError> {

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tandem_backend::MAX_WORLD;
+use tandem_backend::train::profile;
 use tandem_core::settings::{self, Group, Kind, Refused, Setting, Settings, TABLE};
 use tandem_core::suggest::closest;
 use tandem_router::hyper::Tuning;
@@ -92,6 +93,12 @@ const KEYS: &[Key] = &[
          WORLD_SIZE where torchrun or Slurm start them)",
     ),
     (
+        "profile",
+        &["use_profiler"],
+        "true, or a number of steps: output_dir/trace.json says what took how long in these steps, for Perfetto or \
+         chrome://tracing",
+    ),
+    (
         "preview",
         &[],
         "true, or a number of rows: shows rows as they would be trained, and trains nothing",
@@ -140,6 +147,8 @@ pub struct Recipe {
     pub quantization: Option<String>,
     pub device: String,
     pub data_parallel_size: Option<usize>,
+    /// Steps to trace.
+    pub profile: Option<u64>,
     /// Rows to show.
     pub preview: Option<usize>,
     pub settings: Settings,
@@ -160,17 +169,31 @@ struct Own {
     quantization: Option<String>,
     device: Option<String>,
     data_parallel_size: Option<usize>,
-    preview: Option<Preview>,
+    profile: Option<Number>,
+    preview: Option<Number>,
 }
 
+/// Whether, or how many.
 #[derive(Deserialize)]
-#[serde(untagged, expecting = "true, false or a number of rows")]
-enum Preview {
+#[serde(untagged, expecting = "true, false or a number")]
+enum Number {
     Flag(bool),
-    Rows(usize),
+    Of(usize),
+}
+
+impl Number {
+    fn or(self, number: usize) -> Option<usize> {
+        match self {
+            Number::Flag(false) => None,
+            Number::Flag(true) => Some(number),
+            Number::Of(number) => Some(number),
+        }
+    }
 }
 
 /// Without a number.
+const PROFILE_STEPS: usize = 5;
+
 const PREVIEW_ROWS: usize = 3;
 
 /// One path, or several.
@@ -373,6 +396,7 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
         quantization,
         device,
         data_parallel_size,
+        profile,
         preview,
     } = serde_path_to_error::deserialize(Value::Object(own.clone())).map_err(|error| {
         let required = ["model", "training_file", "output_dir"];
@@ -415,6 +439,13 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
             message: format!("must be a number of ranks between 1 and {MAX_WORLD}, got {ranks}"),
         });
     }
+    let profile = profile.and_then(|profile| profile.or(PROFILE_STEPS));
+    if let Some(steps) = profile.filter(|&steps| !(1..=profile::MAX_STEPS as usize).contains(&steps)) {
+        return Err(SettingsError::Wrong {
+            key: "profile".to_owned(),
+            message: format!("must be a number of steps between 1 and {}, got {steps}", profile::MAX_STEPS),
+        });
+    }
     settings.seed = Some(settings.seed.unwrap_or(DEFAULT_SEED));
     Ok(Recipe {
         model,
@@ -429,11 +460,8 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
         quantization,
         device,
         data_parallel_size,
-        preview: match preview {
-            None | Some(Preview::Flag(false)) => None,
-            Some(Preview::Flag(true)) => Some(PREVIEW_ROWS),
-            Some(Preview::Rows(rows)) => Some(rows),
-        },
+        profile: profile.map(|profile| profile as u64),
+        preview: preview.and_then(|preview| preview.or(PREVIEW_ROWS)),
         settings,
     })
 }

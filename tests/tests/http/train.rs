@@ -216,10 +216,19 @@ fn several_ranks_train_one_job() {
     };
     let alone = losses(&["gradient_accumulation_steps=2"], "step 27/27");
     let ranks = losses(
-        &["nproc_per_node=2", "overwrite_output_dir=true"],
+        &["nproc_per_node=2", "overwrite_output_dir=true", "profile=2"],
         "2 ranks, each with 1 of a step's 2 micro-batches",
     );
     assert_eq!((alone.len(), ranks.len()), (27, 27));
+    let trace = std::fs::read(folder.path().join("out/trace.json")).unwrap();
+    let trace: serde_json::Value = serde_json::from_slice(&trace).unwrap();
+    let events = trace["traceEvents"].as_array().unwrap();
+    let steps: std::collections::BTreeSet<u64> =
+        events.iter().map(|event| event["args"]["step"].as_u64().unwrap()).collect();
+    assert_eq!(steps.into_iter().collect::<Vec<_>>(), [2, 3]);
+    for name in ["forward", "backward", "head and loss", "optimizer"] {
+        assert!(events.iter().any(|event| event["name"] == name), "{name}");
+    }
     for (alone, ranks) in alone.iter().zip(&ranks) {
         assert!(
             (alone - ranks).abs() < 2e-3 * alone,

@@ -163,9 +163,14 @@ const FOREIGN: &[Foreign] = &[
     ),
     row("push_to_hub hf_output_repo_name hf_api_token", off, HUB),
     row(
-        "debug flop_counter use_profiler profiler",
+        "debug flop_counter",
         off,
-        "there is no profiler",
+        "nothing counts them: metrics.jsonl has tokens a second",
+    ),
+    row(
+        "use_profiler profiler profile",
+        off,
+        "`tandem train profile=5` writes a trace; a server's jobs are spans of --otlp-traces-endpoint",
     ),
     // When to look and to save.
     row(
