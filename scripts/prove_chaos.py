@@ -22,17 +22,42 @@ import threading
 import time
 import urllib.parse
 
-from demo import Api, start
+from demo import start
 from prove import DEMO, QUESTIONS, TANDEM, random_adapter, rss_kib
 
 VERSIONS, NAMES = 3, 3
-JOB = {"max_steps": 24, "save_steps": 4, "learning_rate": 1e-3, "batch_size": 2}
-SEEDS = (1, 2)
+JOB = {"max_steps": 24, "save_steps": 4, "learning_rate": 1e-3, "batch_size": 2, "seed": 7}
+# What jobs differ in.
+KINDS = {
+    "sft": {},
+    "dora": {"use_dora": True, "lora_dropout": 0.1},
+    "packed": {"packing": True, "loraplus_lr_ratio": 4, "neftune_noise_alpha": 5},
+    "dpo": {"objective": "dpo"},
+    "kto": {"objective": "kto"},
+    "orpo": {"objective": "orpo"},
+}
 DISK_MIB = 256
 # What a call may come back with while things break: busy, away, full. Anything else that is no success is a fault.
 PASSING = {429, 499, 502, 503, 504, 507}
 # Jobs that may be under way, so that all end soon after the faults do.
 MOST_JOBS = 4
+
+
+def rows(kind):
+    """A training file of its kind: the demo's, whose answers are those that are preferred to their neighbours'."""
+    lines = (DEMO / "finetune.jsonl").read_text().splitlines()[:40]
+    talks = [json.loads(line)["messages"] for line in lines]
+
+    def row(i):
+        *asked, answer = talks[i]
+        other = talks[i - 1][-1]
+        if KINDS[kind].get("objective") in ("dpo", "orpo"):
+            return {"prompt": asked, "chosen": [answer], "rejected": [other]}
+        if KINDS[kind].get("objective") == "kto":
+            return {"prompt": asked, "completion": [answer if i % 2 else other], "label": bool(i % 2)}
+        return {"messages": talks[i]}
+
+    return "".join(json.dumps(row(i)) + "\n" for i in range(len(talks))).encode()
 
 
 class Away(Exception):
@@ -75,6 +100,14 @@ class Server:
                f'name="file"; filename="x.jsonl"\r\n\r\n'
         return self.call("POST", "/v1/files", part.encode() + content + b"\r\n--b--\r\n", "multipart/form-data; boundary=b")
 
+    def train(self, kind):
+        """Status and answer of a job that is created, or of its file."""
+        status, answer, _ = self.upload(rows(kind), "fine-tune")
+        if status != 200:
+            return status, answer
+        body = {"model": "tandem-demo", "training_file": json.loads(answer)["id"], **JOB, **KINDS[kind]}
+        return self.call("POST", "/v1/fine_tuning/jobs", body)[:2]
+
     def load(self, name, folder):
         return self.call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder), "load_inplace": True})[0]
 
@@ -93,7 +126,7 @@ class Ledger:
         self.wrong = []
         self.files, self.gone = {}, set()
         self.names = {}  # name -> digests that may answer to it
-        self.jobs = {}  # id -> seed
+        self.jobs = {}  # id -> kind
 
     def count(self, what):
         with self.lock:
@@ -166,14 +199,10 @@ class Peers:
         ended = {job["id"] for job in json.loads(answer)["data"] if job["status"] in ("succeeded", "failed", "cancelled")}
         if len(set(self.ledger.jobs) - ended) >= MOST_JOBS:
             return 200
-        status, answer, _ = self.server.upload((DEMO / "finetune.jsonl").read_bytes(), "fine-tune")
-        if status != 200:
-            return status
-        seed = rng.choice(SEEDS)
-        status, answer, _ = self.server.call("POST", "/v1/fine_tuning/jobs", {
-            "model": "tandem-demo", "training_file": json.loads(answer)["id"], "seed": seed, **JOB})
+        kind = rng.choice(list(KINDS))
+        status, answer = self.server.train(kind)
         if status == 200:
-            self.ledger.jobs[json.loads(answer)["id"]] = seed
+            self.ledger.jobs[json.loads(answer)["id"]] = kind
         return status
 
 
@@ -272,11 +301,12 @@ def undisturbed(server, folder):
             expected[digest, question] = text
         folders.append((digest, folder / f"version-{version}"))
     made = {}
-    for seed in SEEDS:
-        _, answer, _ = server.upload((DEMO / "finetune.jsonl").read_bytes(), "fine-tune")
-        job = Api(server.base).call("POST", "/v1/fine_tuning/jobs", {
-            "model": "tandem-demo", "training_file": json.loads(answer)["id"], "seed": seed, **JOB})
-        made[seed] = server.bytes_of(ended(server, job["id"]))
+    for kind in KINDS:
+        status, answer = server.train(kind)
+        assert status == 200, answer
+        job = ended(server, json.loads(answer)["id"])
+        assert job["status"] == "succeeded", job
+        made[kind] = server.bytes_of(job)
     return expected, folders, made
 
 
@@ -303,12 +333,12 @@ def judge(server, ledger, made):
         status, _, digest = server.ask(name, QUESTIONS[0])
         if digest not in digests:
             yield f"{name} answers {status} with {digest}, not one of {digests}"
-    for job, seed in ledger.jobs.items():
+    for job, kind in ledger.jobs.items():
         job = ended(server, job)
         if job["status"] != "succeeded":
-            yield f"{job['id']} {job['status']}: {job['error']}"
-        elif server.bytes_of(job) != made[seed]:
-            yield f"{job['id']} made other bytes"
+            yield f"{job['id']} ({kind}) {job['status']}: {job['error']}"
+        elif server.bytes_of(job) != made[kind]:
+            yield f"{job['id']} ({kind}) made other bytes"
 
 
 def main(seconds, seed):
@@ -340,7 +370,8 @@ def main(seconds, seed):
             server.process.wait()
     print("broke:", ", ".join(f"{name} {n}" for name, n in sorted(broke.items())))
     print("heard:", ", ".join(f"{what} {n}" for what, n in sorted(ledger.counts.items())))
-    print(f"kept: {len(ledger.files)} files, {len(ledger.gone)} deleted, {len(ledger.jobs)} jobs, {len(ledger.names)} names; "
+    jobs = ", ".join(f"{kind} {n}" for kind, n in sorted(collections.Counter(ledger.jobs.values()).items()))
+    print(f"kept: {len(ledger.files)} files, {len(ledger.gone)} deleted, {len(ledger.jobs)} jobs ({jobs}), {len(ledger.names)} names; "
           f"{calm[0] >> 10} MiB and {calm[1]} descriptors before, {after[0] >> 10} and {after[1]} at the end")
     if after[1] > calm[1] + 50 or after[0] > 1.5 * calm[0]:
         problems.append("memory or descriptors grew")

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -232,6 +233,7 @@ def hosts(model):
             shell("ip", "-n", name, "address", "add", f"10.77.0.{i + 1}/24", "dev", "tandem0")
             shell("ip", "-n", name, "link", "set", "tandem0", "up")
         two_hosts(args, names)
+        train_on_two_hosts(names)
     finally:
         for name in names:
             shell("ip", "netns", "del", name)
@@ -272,6 +274,51 @@ def two_hosts(args, names):
         assert first.end() == 0, first.log.read_text()
         assert other.process.wait(60) == 0, other.log.read_text()
         print("rank 0 ended in order, and the other host's rank with it")
+
+
+def train_on_two_hosts(names):
+    """Data parallel, each host with its own copy of the model, against one rank with all of the micro-batches."""
+    with tempfile.TemporaryDirectory(prefix="tandem-train-") as folder:
+        folder = pathlib.Path(folder)
+        models = [shutil.copytree("server/demo", folder / f"model-{i}") for i in range(2)]
+
+        def run(i, out, *more, before=(), variables=None):
+            settings = [f"model={models[i]}", "training_file=server/demo/finetune.jsonl", f"output_dir={folder / out}", "max_steps=20",
+                        "batch_size=2", "dtype=float32", "device=cpu", *more]
+            return subprocess.Popen([*before, TANDEM, "train", *settings], env={**os.environ, **(variables or {})}, text=True,
+                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+        def on_both(out):
+            """Exit codes and what was said."""
+            ranks = []
+            for i, name in enumerate(names):
+                variables = {"RANK": str(i), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "10.77.0.1",
+                             "MASTER_PORT": str(PORT), "LOCAL_WORLD_SIZE": "1"}
+                ranks.append(run(i, out, before=["ip", "netns", "exec", name], variables=variables))
+            said = [rank.communicate(timeout=300)[0] for rank in ranks]
+            return [rank.returncode for rank in ranks], said
+
+        def losses(out):
+            lines = map(json.loads, (folder / out / "metrics.jsonl").read_text().splitlines())
+            return [line["loss"] for line in lines if "loss" in line]
+
+        alone = run(0, "alone", "gradient_accumulation_steps=2")
+        assert alone.wait(300) == 0, alone.stdout.read()
+        codes, said = on_both("together")
+        assert codes == [0, 0], said
+        expected, got = losses("alone"), losses("together")
+        assert len(expected) == len(got) == 20
+        worst = max(abs(a - b) for a, b in zip(expected, got))
+        print(f"trained on two hosts against one rank: 20 losses within {worst:.1e}")
+        assert worst < CLOSE
+        # A host whose model is another's is refused, and the run ends on both.
+        weights = models[1] / "model.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-2] ^= 1
+        weights.write_bytes(content)
+        codes, said = on_both("unlike")
+        assert 0 not in codes and "copy of the model is" in said[1], (codes, said)
+        print("another model on one host: refused, and the run ends on both")
 
 
 def ask_inside(namespace, server, expected, trains=True):
