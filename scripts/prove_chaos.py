@@ -320,15 +320,25 @@ def ended(server, job, seconds=180):
     return job_now
 
 
+def listed(server, path):
+    """The ids of all pages."""
+    after = ""
+    while True:
+        page = json.loads(server.call("GET", path + after)[1])
+        yield from (entry["id"] for entry in page["data"])
+        if not page.get("has_more"):
+            return
+        after = f"&after={page['data'][-1]['id']}"
+
+
 def judge(server, ledger, made):
     """What is not as it was acknowledged."""
     for file, digest in ledger.files.items():
         status, content, _ = server.call("GET", f"/v1/files/{file}/content")
         if status != 200 or hashlib.sha256(content).hexdigest() != digest:
             yield f"{file} was uploaded: {status}"
-    for file in ledger.gone:
-        if server.call("GET", f"/v1/files/{file}")[0] != 404:
-            yield f"{file} was deleted and is there"
+    for file in ledger.gone & set(listed(server, "/v1/files?limit=1000")):
+        yield f"{file} was deleted and is there"
     for name, digests in ledger.names.items():
         status, _, digest = server.ask(name, QUESTIONS[0])
         if digest not in digests:

@@ -241,6 +241,11 @@ impl Engine {
                     .order(|| Order::StartJob(Box::new(spec.clone()), inputs));
             }
             Err(TrainError::Damaged(message)) => self.end_job(i, Some(JobEvent::Damaged { message })),
+            // It begins some other time.
+            Err(error) if error.is_no_room() => {
+                warn!(job = %job.spec.id, %error, "training cannot begin now");
+                self.end_job(i, None);
+            }
             Err(error) => {
                 let message = match &job.fall {
                     None => error.to_string(),

@@ -94,15 +94,18 @@ pub enum TrainError {
 }
 
 impl TrainError {
-    /// The disk is full, or a quota used up: another time it may not be.
+    /// The disk is full, a quota used up, or too many files are open: another time it may not be so.
     pub fn is_no_room(&self) -> bool {
         use std::io::ErrorKind as K;
-        let kind = match self {
-            TrainError::File { error, .. } => error.kind(),
-            TrainError::Peft(peft::PeftError::Write { error, .. }) => error.kind(),
+        let error = match self {
+            TrainError::File { error, .. } => error,
+            TrainError::Peft(peft::PeftError::Write { error, .. } | peft::PeftError::Read { error, .. }) => {
+                error
+            }
             _ => return false,
         };
-        matches!(kind, K::StorageFull | K::QuotaExceeded)
+        let is_crowded = matches!(error.raw_os_error(), Some(libc::ENFILE | libc::EMFILE));
+        is_crowded || matches!(error.kind(), K::StorageFull | K::QuotaExceeded)
     }
 }
 

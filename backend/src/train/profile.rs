@@ -70,11 +70,22 @@ impl Profile {
         let mut shares: Vec<(&str, f64)> = self
             .took
             .into_iter()
-            .map(|(what, took)| (what, took.as_secs_f64() / all.as_secs_f64().max(f64::MIN_POSITIVE)))
+            .map(|(what, took)| {
+                (
+                    what,
+                    took.as_secs_f64() / all.as_secs_f64().max(f64::MIN_POSITIVE),
+                )
+            })
             .collect();
         shares.sort_by(|(_, a), (_, b)| b.total_cmp(a));
-        let shares = shares.iter().map(|(what, share)| format!("{what} {:.1} %", 100.0 * share));
+        let shares = shares
+            .iter()
+            .map(|(what, share)| format!("{what} {:.1} %", 100.0 * share));
         let shares = shares.collect::<Vec<_>>().join(", ");
-        Ok(format!("{}: {:.3} s, {shares}", self.path.display(), all.as_secs_f64()))
+        Ok(format!(
+            "{}: {:.3} s, {shares}",
+            self.path.display(),
+            all.as_secs_f64()
+        ))
     }
 }

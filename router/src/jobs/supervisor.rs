@@ -481,7 +481,7 @@ impl<'a> Run<'a> {
                 ));
             }
             JobEvent::NoRoom { message } => {
-                let message = format!("The job waits for room on the disk: {message}");
+                let message = format!("The job waits until it can write: {message}");
                 tracing::warn!(job = %self.id, "{message}");
                 told.events.push(event(Level::Warn, message));
                 told.no_room = true;

@@ -155,7 +155,7 @@ fn line(event: &JobEvent, total_steps: u64, frozen: u64) -> String {
             format!("finished after {} tokens", thousands(*trained_tokens))
         }
         JobEvent::Failed { message } | JobEvent::Damaged { message } => format!("failed: {message}"),
-        JobEvent::NoRoom { message } => format!("waiting for room on the disk: {message}"),
+        JobEvent::NoRoom { message } => format!("waiting until it can write: {message}"),
         JobEvent::Refused { message } => format!("not begun: {message}"),
         JobEvent::Cancelled { step } => format!("cancelled at step {step}"),
         JobEvent::Kept { step } => format!("stopped after step {step}"),

@@ -443,7 +443,10 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
     if let Some(steps) = profile.filter(|&steps| !(1..=profile::MAX_STEPS as usize).contains(&steps)) {
         return Err(SettingsError::Wrong {
             key: "profile".to_owned(),
-            message: format!("must be a number of steps between 1 and {}, got {steps}", profile::MAX_STEPS),
+            message: format!(
+                "must be a number of steps between 1 and {}, got {steps}",
+                profile::MAX_STEPS
+            ),
         });
     }
     settings.seed = Some(settings.seed.unwrap_or(DEFAULT_SEED));

@@ -384,7 +384,11 @@ impl Settings {
             ("profiler", Value::Object(fields)) => match fields.get("enabled") {
                 None | Some(Value::Bool(false)) => {}
                 // Of its schedule, the steps that it records; when these are, and what of torch is recorded, is ours to say.
-                Some(_) => self.put("", "profile", fields.get("active_steps").cloned().unwrap_or(json!(true))),
+                Some(_) => self.put(
+                    "",
+                    "profile",
+                    fields.get("active_steps").cloned().unwrap_or(json!(true)),
+                ),
             },
             ("run_val_every_n_steps", _) => self.put("", "eval_steps", value),
             (_, Value::Object(fields)) if fields.contains_key(COMPONENT) => {
@@ -879,7 +883,10 @@ profiler:
                 &["max_steps_per_epoch=3"],
                 "max_steps_per_epoch: 3 is not supported",
             ),
-            (&["profiler.enabled=True", "profiler.active_steps=0"], "between 1 and 1000, got 0"),
+            (
+                &["profiler.enabled=True", "profiler.active_steps=0"],
+                "between 1 and 1000, got 0",
+            ),
             (
                 &["output_dir=${nowhere}", "metric_logger.log_dir=${nowhere}"],
                 "refers to nothing",

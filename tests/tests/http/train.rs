@@ -223,8 +223,10 @@ fn several_ranks_train_one_job() {
     let trace = std::fs::read(folder.path().join("out/trace.json")).unwrap();
     let trace: serde_json::Value = serde_json::from_slice(&trace).unwrap();
     let events = trace["traceEvents"].as_array().unwrap();
-    let steps: std::collections::BTreeSet<u64> =
-        events.iter().map(|event| event["args"]["step"].as_u64().unwrap()).collect();
+    let steps: std::collections::BTreeSet<u64> = events
+        .iter()
+        .map(|event| event["args"]["step"].as_u64().unwrap())
+        .collect();
     assert_eq!(steps.into_iter().collect::<Vec<_>>(), [2, 3]);
     for name in ["forward", "backward", "head and loss", "optimizer"] {
         assert!(events.iter().any(|event| event["name"] == name), "{name}");

@@ -511,6 +511,12 @@ fn a_job_waits_for_room_on_the_disk_and_goes_on() {
     });
     let expected = ["no room", "checkpoint", "checkpoint", "finished"];
     assert_eq!(steps.collect::<Vec<_>>(), expected, "{heard:?}");
+    // Too many open files pass, too.
+    let passes = |code| {
+        let (file, error) = (files::STATE.to_owned(), std::io::Error::from_raw_os_error(code));
+        TrainError::File { file, error }.is_no_room()
+    };
+    assert!(passes(libc::EMFILE) && passes(libc::ENFILE) && passes(libc::ENOSPC) && !passes(libc::EIO));
 }
 
 #[test]
