@@ -58,7 +58,7 @@ pub struct MethodSettings {
     pub unknown: Unknown,
 }
 
-/// Settings of a run, each absent, null, `"auto"` or a value. Every other key is refused. (The server writes the
+/// Settings of a run, each absent, null, `"auto"`, a value or, for a sweep, a list of values. Every other key is refused. (The server writes the
 /// properties of this schema from the table by which it reads them.)
 #[derive(ToSchema)]
 pub struct TrainingSettings {}
@@ -97,6 +97,41 @@ pub struct Job {
     pub metadata: Option<BTreeMap<String, String>>,
     #[schema(required)]
     pub user_provided_suffix: Option<String>,
+    /// Of a sweep: its trials, as they stood when something was decided last.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub trials: Vec<Trial>,
+    /// Of a trial: the job that is its sweep.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sweep: Option<String>,
+}
+
+/// A combination of settings, which is a job of its own.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct Trial {
+    /// From 1.
+    pub number: usize,
+    /// `ftjob-...`, with events and checkpoints
+    pub job: String,
+    /// In which it differs from the others.
+    #[schema(value_type = BTreeMap<String, serde_json::Value>)]
+    pub hyperparameters: serde_json::Map<String, serde_json::Value>,
+    /// `queued`, `running`, `stopped` (it lost at a rung), `succeeded`, `failed` or `cancelled`
+    pub status: &'static str,
+    /// Rungs at which it was compared.
+    pub rung: u32,
+    pub step: u64,
+    #[schema(required)]
+    pub total_steps: Option<u64>,
+    /// By which it was compared last.
+    #[schema(required)]
+    pub metric_value: Option<f64>,
+    #[schema(required)]
+    pub train_loss: Option<f64>,
+    #[schema(required)]
+    pub valid_loss: Option<f64>,
+    /// What it made, usable as `model`.
+    #[schema(required)]
+    pub fine_tuned_model: Option<String>,
 }
 
 #[derive(Clone, Debug, Serialize, ToSchema)]

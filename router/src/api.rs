@@ -9,10 +9,11 @@ use serde::{Deserialize, Serialize};
 use tandem_core::TokenId;
 use tandem_core::grammar::{Format, Grammar};
 use tandem_core::id::{AdapterDigest, Digest, JobId};
+use tandem_core::job::sweep::Sweep;
 use tandem_core::message::{Fault, Guessed};
 use tandem_core::pooling::Pooling;
 use tandem_core::sampling::{BadSampling, RawSampling};
-use tandem_core::settings::Settings;
+use tandem_core::settings::{Settings, Trial};
 use tandem_core::trace::TraceContext;
 use tandem_text::chat::Message;
 
@@ -302,13 +303,29 @@ pub struct JobRequest {
     pub validation_file: Option<FileIds>,
     pub suffix: Option<String>,
     pub metadata: BTreeMap<String, String>,
+    /// Of a sweep: those of its first trial.
     #[serde(flatten)]
     pub settings: Settings,
+    /// Empty: it is no sweep.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub trials: Vec<Trial>,
+    /// Of a trial: its place in its sweep.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub place: Option<Place>,
     /// Was it asked through the legacy API (only changes the made model's id prefix).
     pub legacy: bool,
     /// The adapter that it starts from, found by its name when the job was created.
     #[serde(default)]
     pub start: Option<AdapterDigest>,
+}
+
+/// Which of how many trials, and what sets it apart.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Place {
+    /// From 1.
+    pub number: usize,
+    pub of: usize,
+    pub varied: serde_json::Map<String, serde_json::Value>,
 }
 
 /// Of one file or several, whose rows are read one after the other.
@@ -354,6 +371,15 @@ impl std::fmt::Display for FileIds {
 }
 
 impl JobRequest {
+    /// Of a sweep and of its trials: how these are compared.
+    pub fn sweep(&self) -> Option<Sweep> {
+        let trials = match &self.place {
+            Some(place) => place.of,
+            None => self.trials.len(),
+        };
+        (trials > 0).then(|| Sweep::new(&self.settings, trials, self.validation_file.is_some()))
+    }
+
     /// The name of the adapter that the job starts from, as it was asked.
     pub fn start_name(&self) -> Option<String> {
         self.start?;
@@ -367,6 +393,8 @@ impl JobRequest {
 pub enum JobStatus {
     ValidatingFiles,
     Queued,
+    /// Of a sweep: its trials wait or run.
+    Sweeping,
     Running,
     Paused,
     Succeeded,
@@ -389,6 +417,43 @@ pub struct Job {
     pub trained_tokens: Option<u64>,
     pub result_files: Vec<String>,
     pub error: Option<JobError>,
+    /// The sweep whose trial it is.
+    pub parent: Option<String>,
+    /// Of a sweep.
+    pub trials: Vec<TrialRecord>,
+}
+
+/// What is known of a trial when something was decided of its sweep.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrialRecord {
+    /// From 1.
+    pub number: usize,
+    /// Its own job.
+    pub job: String,
+    pub varied: serde_json::Map<String, serde_json::Value>,
+    pub status: TrialStatus,
+    /// Rungs at which it was compared.
+    pub rung: u32,
+    pub step: u64,
+    pub total_steps: Option<u64>,
+    /// By which it was compared last.
+    pub value: Option<f64>,
+    pub train_loss: Option<f64>,
+    pub valid_loss: Option<f64>,
+    /// What it made.
+    pub model: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TrialStatus {
+    Queued,
+    Running,
+    /// It lost at a rung.
+    Stopped,
+    Succeeded,
+    Failed,
+    Cancelled,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

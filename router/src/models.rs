@@ -46,7 +46,8 @@ impl Router {
         }
         let _one_at_a_time = self.0.changes.lock().await;
         self.reread_names().await?;
-        self.remove_names(self.0.catalog.names_of_job(job)).await
+        let names = self.names_of_job(job).await?;
+        self.remove_names(names).await
     }
 
     pub(crate) async fn unload_adapter(&self, name: &str) -> Result<(), RouterError> {
@@ -240,10 +241,19 @@ impl Router {
     /// The caller holds `changes`.
     async fn remove(&self, row: NameRow) -> Result<(), RouterError> {
         let names = match &row.source {
-            Source::Job { job, step: None } => self.0.catalog.names_of_job(job),
+            Source::Job { job, step: None } => self.names_of_job(job).await?,
             _ => vec![row.name],
         };
         self.remove_names(names).await
+    }
+
+    /// Of a sweep with those of its trials.
+    async fn names_of_job(&self, job: &str) -> Result<Vec<String>, RouterError> {
+        let mut names = self.0.catalog.names_of_job(job);
+        for trial in self.0.store.trials(job).await? {
+            names.extend(self.0.catalog.names_of_job(&trial.id));
+        }
+        Ok(names)
     }
 
     /// The caller holds `changes`.

@@ -1,41 +1,43 @@
 //! `tandem train`: fine-tuning without a server, from a YAML file and `key=value` overrides. The same tokenisation,
 //! defaults and trainer as a job of the API. Not here: the training (backend), the defaults (router).
 
+mod data;
 mod logs;
 mod progress;
 pub mod recipes;
 mod record;
 mod settings;
+mod sweep;
 mod torchtune;
 
-use std::fs::File;
-use std::io::{self, Write};
+use std::io;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use serde_norway::Mapping;
+use tandem_backend::family::DecoderSpec;
 use tandem_backend::ranks::Team;
 use tandem_backend::train::run::{self, Run, RunOptions};
 use tandem_backend::words;
-use tandem_core::dataset;
-use tandem_core::job::{JobEvent, JobSpec, Life, Lora, base_model, files};
+use tandem_core::job::sweep::Sweep;
+use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, base_model, files};
 use tandem_core::settings::Settings;
 use tandem_router::api::RouterError;
-use tandem_router::hyper::{self, Bounds, Facts, Tuning};
-use tandem_text::dataset::{
-    self as rows, Options, Reading, Rows, Shown, Source, Statistics, Unfit, tokenise,
-};
+use tandem_router::hyper::{self, Bounds, Tuning};
+use tandem_text::dataset::{Options, Reading, Unfit};
 use tandem_text::tokenizer::gguf;
 use tandem_text::{TextError, Tokenizer};
 
 use crate::hub::{self, Content, Found, HubError};
 use crate::listen::{SIGINT, SIGTERM, Signals};
 use crate::ranks::Started;
+use data::Dataset;
 pub use logs::LINES;
 use logs::Logs;
-use progress::{Progress, thousands};
+use progress::Progress;
 use record::{Begin, Record, RecordError};
-use settings::{Files, Recipe, SettingsError};
+use settings::{Recipe, SettingsError};
 
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
@@ -61,6 +63,8 @@ pub enum TrainError {
     Load(#[from] tandem_backend::LoadError),
     #[error(transparent)]
     Train(#[from] tandem_backend::train::TrainError),
+    #[error("none of {trials} trials came to a good end. {first}")]
+    AllFailed { trials: usize, first: String },
 }
 
 /// How it ended.
@@ -90,174 +94,290 @@ pub fn run(args: &[String], started: Option<Started>) -> Result<Outcome, TrainEr
         print!("{}", settings::help());
         return Ok(Outcome::Done);
     }
-    let Recipe {
-        model,
-        revision,
-        chat_template,
-        training_file,
-        validation_file,
-        output_dir,
-        overwrite_output_dir,
-        tuning,
-        dtype,
-        quantization,
-        device,
-        data_parallel_size,
-        profile,
-        preview,
-        settings,
-    } = settings::read(&as_settings(args))?;
-    let at = |path: &Path| {
-        let path = path.to_owned();
-        |source| TrainError::File { path, source }
+    let recipe = settings::read(&as_settings(args))?;
+    let output_dir = recipe.output_dir.clone();
+    let (settings, trials) = (recipe.settings.clone(), recipe.trials.clone());
+    let ground = match Ground::prepare(recipe, started)? {
+        ControlFlow::Continue(ground) => ground,
+        ControlFlow::Break(outcome) => return Ok(outcome),
     };
-    let Found { folder: model, .. } = hub::find(&model, revision.as_deref(), Content::Model)?;
-    tandem_backend::weights::check_folder(&model)?;
-    let model = crate::commands::replica::whole_path(&model).map_err(at(&model))?;
-    if let Some(mate) = started.as_ref().filter(|started| !started.is_rank_0()) {
-        return beside_rank_0(mate, preview.is_some(), &model, &device);
+    match trials.is_empty() {
+        true => alone(&ground, settings, &output_dir),
+        false => sweep::run(&ground, &settings, trials, &output_dir),
     }
-    let team = team(data_parallel_size, started, &device)?;
-    let template = chat_template
-        .map(|given| crate::values::chat_template(&given))
-        .transpose();
-    let template = template.map_err(|message| SettingsError::Wrong {
-        key: "chat_template".to_owned(),
-        message,
-    })?;
-    let tokenizer = match &template {
-        Some(template) => Tokenizer::with_chat_template(&model, template.source.clone()),
-        None => Tokenizer::open(&model),
-    };
-    let tokenizer = tokenizer.map_err(TrainError::Tokenizer)?;
-    let spec = tandem_backend::family::read_spec(&model)?;
-    let bounds = Bounds {
+}
+
+/// What a run learns from, and on which model; the trials of a sweep have it together.
+struct Ground {
+    model: PathBuf,
+    spec: DecoderSpec,
+    /// What the model's chat template is replaced by.
+    template: Option<String>,
+    train: Dataset,
+    valid: Option<Dataset>,
+    start: Option<Start>,
+    tuning: Tuning,
+    dtype: String,
+    quantization: Option<String>,
+    device: String,
+    team: Team,
+    /// Steps to trace.
+    profile: Option<u64>,
+    overwrites: bool,
+}
+
+impl Ground {
+    /// `Break`: rows were only to be shown, or this process trained beside another's.
+    fn prepare(recipe: Recipe, started: Option<Started>) -> Result<ControlFlow<Outcome, Ground>, TrainError> {
+        let Recipe {
+            model,
+            revision,
+            chat_template,
+            training_file,
+            validation_file,
+            output_dir: _,
+            overwrite_output_dir,
+            tuning,
+            dtype,
+            quantization,
+            device,
+            data_parallel_size,
+            profile,
+            preview,
+            settings,
+            trials,
+        } = recipe;
+        if !trials.is_empty() && (started.is_some() || data_parallel_size.is_some_and(|ranks| ranks > 1)) {
+            let message = "the trials of a sweep train beside each other on one rank: leave it out, or train one after the other";
+            return Err(wrong("data_parallel_size", message.to_owned()).into());
+        }
+        if !trials.is_empty() && profile.is_some() {
+            let message = "a trace is of one run: leave it out, or trace one of the trials alone";
+            return Err(wrong("profile", message.to_owned()).into());
+        }
+        let Found { folder: model, .. } = hub::find(&model, revision.as_deref(), Content::Model)?;
+        tandem_backend::weights::check_folder(&model)?;
+        let model = crate::commands::replica::whole_path(&model).map_err(at(&model))?;
+        if let Some(mate) = started.as_ref().filter(|started| !started.is_rank_0()) {
+            let outcome = beside_rank_0(mate, preview.is_some(), &model, &device)?;
+            return Ok(ControlFlow::Break(outcome));
+        }
+        let team = team(data_parallel_size, started, &device)?;
+        let template = chat_template
+            .map(|given| crate::values::chat_template(&given))
+            .transpose();
+        let template = template.map_err(|message| wrong("chat_template", message))?;
+        let template = template.map(|template| template.source);
+        let tokenizer = match &template {
+            Some(template) => Tokenizer::with_chat_template(&model, template.clone()),
+            None => Tokenizer::open(&model),
+        };
+        let tokenizer = tokenizer.map_err(TrainError::Tokenizer)?;
+        let spec = tandem_backend::family::read_spec(&model)?;
+        let targets = spec.lora_targets();
+        let bounds = bounds(&spec, &targets);
+        hyper::fits(&settings, bounds)?;
+        for trial in &trials {
+            hyper::fits(&trial.settings, bounds)?;
+        }
+        let options = Options::new(
+            &settings,
+            hyper::max_seq_length(&settings, bounds),
+            hyper::objective(&settings).rows(),
+        );
+        let reading = Reading::new(&settings).map_err(|(key, message)| wrong(key, message))?;
+        if let Some(rows) = preview {
+            Dataset::show(&training_file, &reading, &tokenizer, &options, rows)?;
+            return Ok(ControlFlow::Break(Outcome::Done));
+        }
+        let start = settings.from_peft_checkpoint.as_ref();
+        let start = start.map(|folder| Start::read(Path::new(folder), &targets));
+        let start = start.transpose()?;
+        let train = Dataset::read(&training_file, &reading, &tokenizer, &options)?;
+        let valid = validation_file
+            .map(|files| Dataset::read(&files, &reading.whole(), &tokenizer, &options))
+            .transpose()?;
+        Ok(ControlFlow::Continue(Ground {
+            model,
+            spec,
+            template,
+            train,
+            valid,
+            start,
+            tuning,
+            dtype,
+            quantization,
+            device,
+            team,
+            profile,
+            overwrites: overwrite_output_dir,
+        }))
+    }
+
+    /// The numbers of a run with these settings; of a trial in its sweep.
+    fn choose(&self, mut settings: Settings, sweep: Option<&Sweep>) -> Result<Hyper, TrainError> {
+        if let Some(start) = &self.start {
+            let taken_over = settings.start_from(&start.lora);
+            taken_over.map_err(|(key, message)| wrong(key, message))?;
+        }
+        let targets = self.spec.lora_targets();
+        let (bounds, facts) = (bounds(&self.spec, &targets), self.train.facts);
+        Ok(match sweep {
+            None => hyper::choose(&settings, self.tuning, bounds, facts),
+            Some(sweep) => hyper::choose_of(sweep, &settings, bounds, facts),
+        })
+    }
+
+    /// What a folder of a run with these settings is made from.
+    fn record(&self, folder: &Path, settings: Mapping) -> Result<Record, TrainError> {
+        let mut all = Mapping::from_iter([("model".into(), self.model.display().to_string().into())]);
+        all.insert("dtype".into(), self.dtype.as_str().into());
+        if let Some(format) = &self.quantization {
+            all.insert("quantization".into(), format.as_str().into());
+        }
+        all.extend(settings);
+        let digest = |bytes: &[u8]| record::digest(bytes);
+        let mut inputs = Mapping::from_iter([("training_file".into(), digest(&self.train.bytes))]);
+        if let Some(template) = &self.template {
+            inputs.insert("chat_template".into(), digest(template.as_bytes()));
+        }
+        if let Some(valid) = &self.valid {
+            inputs.insert("validation_file".into(), digest(&valid.bytes));
+        }
+        if let Some(start) = &self.start {
+            inputs.insert("from_peft_checkpoint".into(), digest(&start.tensors));
+        }
+        // A model that is trained in its own folder changes by it.
+        if folder.canonicalize().map_err(at(folder))? != self.model {
+            let model = record::model_digest(&self.model).map_err(at(&self.model))?;
+            inputs.insert("model".into(), model);
+        }
+        Ok(Record {
+            settings: all,
+            inputs,
+            finished: false,
+        })
+    }
+
+    /// Writes what the trainer reads into a run's folder.
+    fn write(&self, folder: &Path) -> Result<(), TrainError> {
+        self.train.write(&folder.join(files::TRAIN))?;
+        match &self.valid {
+            Some(valid) => valid.write(&folder.join(files::VALID))?,
+            None => forget(&folder.join(files::VALID))?,
+        }
+        let start = self.start.as_ref();
+        for (name, bytes) in [
+            (files::START_CONFIG, start.map(|start| &start.config)),
+            (files::START_TENSORS, start.map(|start| &start.tensors)),
+        ] {
+            let path = folder.join(name);
+            match bytes {
+                Some(bytes) => std::fs::write(&path, bytes).map_err(at(&path))?,
+                None => forget(&path)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn job(&self, id: &str, folder: &Path, hyper: Hyper) -> JobSpec {
+        JobSpec {
+            id: id.parse().expect("a job's id"),
+            folder: folder.to_owned(),
+            tenant: String::new(),
+            base_model: base_model(&self.model),
+            hyper,
+            life: Life::default(),
+        }
+    }
+
+    fn options(&self, spec: JobSpec) -> Result<RunOptions, TrainError> {
+        let quantization = self.quantization.as_deref();
+        let (model, team) = (self.model.clone(), self.team.clone());
+        let options = RunOptions::new(spec, model, &self.dtype, quantization, &self.device, team);
+        Ok(options?)
+    }
+
+    fn say_how_to_serve(&self, result: &Path) {
+        println!("written to {}", result.display());
+        match self.tuning {
+            Tuning::Lora => println!(
+                "serve it: tandem serve {} --lora-modules NAME={}",
+                self.model.display(),
+                result.display()
+            ),
+            Tuning::Full => println!("serve it: tandem serve {}", result.display()),
+        }
+    }
+}
+
+fn bounds<'a>(spec: &DecoderSpec, targets: &'a [String]) -> Bounds<'a> {
+    Bounds {
         hidden_size: u32::try_from(spec.hidden).unwrap_or(u32::MAX),
         max_model_len: u32::try_from(spec.max_positions).unwrap_or(u32::MAX),
         max_lora_rank: u32::MAX,
-        lora_targets: &spec.lora_targets(),
-    };
-    let mut settings = settings;
-    if team.world() > 1 {
+        lora_targets: targets,
+    }
+}
+
+fn say_finished(result: &Path) {
+    println!(
+        "{} was made by this run: there is nothing to do (overwrite_output_dir=true does it again)",
+        result.display()
+    );
+}
+
+fn say_stopped(step: &str, folder: &Path) {
+    println!(
+        "stopped after step {step}; its state is in {}: the same command goes on from there",
+        folder.display()
+    );
+}
+
+fn alone(ground: &Ground, mut settings: Settings, output_dir: &Path) -> Result<Outcome, TrainError> {
+    let (save_total_limit, ranks) = (settings.save_total_limit, ground.team.world());
+    if ranks > 1 {
         // Rows and micro-batches are said of each rank, as everywhere.
         let each = settings.gradient_accumulation_steps.unwrap_or(1);
-        settings.gradient_accumulation_steps = Some(each.saturating_mul(team.world() as u32));
+        settings.gradient_accumulation_steps = Some(each.saturating_mul(ranks as u32));
     }
-    hyper::fits(&settings, bounds)?;
-    let save_total_limit = settings.save_total_limit;
-    let start = settings.from_peft_checkpoint.clone().map(PathBuf::from);
-    let start = start
-        .map(|folder| Start::read(&folder, &spec.lora_targets(), &mut settings))
-        .transpose()?;
-    let options = Options::new(
-        &settings,
-        hyper::max_seq_length(&settings, bounds),
-        hyper::objective(&settings).rows(),
-    );
-    let reading = Reading::new(&settings).map_err(|(key, message)| wrong(key, message))?;
-    if let Some(rows) = preview {
-        Dataset::show(&training_file, &reading, &tokenizer, &options, rows)?;
-        return Ok(Outcome::Done);
+    let hyper = ground.choose(settings, None)?;
+    std::fs::create_dir_all(output_dir).map_err(at(output_dir))?;
+    let mut record = ground.record(output_dir, record::settings(&hyper))?;
+    if ground.overwrites {
+        record::clear(output_dir)?;
     }
-    let train = Dataset::read(&training_file, &reading, &tokenizer, &options)?;
-    let valid = validation_file
-        .map(|files| Dataset::read(&files, &reading.whole(), &tokenizer, &options))
-        .transpose()?;
-    let hyper = hyper::choose(&settings, tuning, bounds, train.facts);
-
-    std::fs::create_dir_all(&output_dir).map_err(at(&output_dir))?;
-    let mut settings = Mapping::from_iter([("model".into(), model.display().to_string().into())]);
-    settings.insert("dtype".into(), dtype.as_str().into());
-    if let Some(format) = &quantization {
-        settings.insert("quantization".into(), format.as_str().into());
-    }
-    settings.extend(record::settings(&hyper));
-    let mut inputs = Mapping::from_iter([("training_file".into(), record::digest(&train.bytes))]);
-    if let Some(template) = &template {
-        inputs.insert("chat_template".into(), record::digest(template.source.as_bytes()));
-    }
-    if let Some(valid) = &valid {
-        inputs.insert("validation_file".into(), record::digest(&valid.bytes));
-    }
-    if let Some(start) = &start {
-        inputs.insert("from_peft_checkpoint".into(), record::digest(&start.tensors));
-    }
-    // A model that is trained in its own folder changes by it.
-    if output_dir.canonicalize().map_err(at(&output_dir))? != model {
-        inputs.insert("model".into(), record::model_digest(&model).map_err(at(&model))?);
-    }
-    let mut record = Record {
-        settings,
-        inputs,
-        finished: false,
-    };
-    if overwrite_output_dir {
-        record::clear(&output_dir)?;
-    }
-    let result = match tuning {
+    let result = match ground.tuning {
         Tuning::Lora => files::ADAPTER,
         Tuning::Full => record::WEIGHTS,
     };
-    if record.begin(&output_dir, result)? == Begin::Finished {
-        println!(
-            "{} was made by this run: there is nothing to do (overwrite_output_dir=true does it again)",
-            output_dir.join(result).display()
-        );
-        run::dismiss(&team, words::device(&device)?)?;
+    if record.begin(output_dir, result)? == Begin::Finished {
+        say_finished(&output_dir.join(result));
+        run::dismiss(&ground.team, words::device(&ground.device)?)?;
         return Ok(Outcome::Done);
     }
-    train.write(&output_dir.join(files::TRAIN))?;
-    match valid {
-        Some(valid) => valid.write(&output_dir.join(files::VALID))?,
-        None => forget(&output_dir.join(files::VALID))?,
-    }
-    for (name, bytes) in [
-        (files::START_CONFIG, start.as_ref().map(|start| &start.config)),
-        (files::START_TENSORS, start.as_ref().map(|start| &start.tensors)),
-    ] {
-        let path = output_dir.join(name);
-        match bytes {
-            Some(bytes) => std::fs::write(&path, bytes).map_err(at(&path))?,
-            None => forget(&path)?,
-        }
-    }
+    ground.write(output_dir)?;
     for (key, value) in &record.settings {
         println!("  {:<28} {}", record::show(Some(key)), record::show(Some(value)));
     }
-    if team.world() > 1 {
-        let (ranks, all) = (team.world(), hyper.gradient_accumulation_steps);
+    if ranks > 1 {
+        let all = hyper.gradient_accumulation_steps;
         let each = all as usize / ranks;
         println!("  {ranks} ranks, each with {each} of a step's {all} micro-batches");
     }
 
-    let spec = JobSpec {
-        id: "train".parse().expect("a job\'s id"),
-        folder: output_dir.clone(),
-        tenant: String::new(),
-        base_model: base_model(&model),
-        hyper,
-        life: Life::default(),
-    };
-    let mut options = RunOptions::new(
-        spec,
-        model.clone(),
-        &dtype,
-        quantization.as_deref(),
-        &device,
-        team,
-    )?;
-    options.profile = profile.map(|steps| (output_dir.join("trace.json"), steps));
+    let spec = ground.job("train", output_dir, hyper);
+    let mut options = ground.options(spec)?;
+    options.profile = ground.profile.map(|steps| (output_dir.join("trace.json"), steps));
     let mut run = Run::start(options)?;
     let signalled = heed_signals().map_err(TrainError::Signals)?;
     let mut progress = Progress::new(run.frozen_parameters());
-    let mut logs = Logs::of(&output_dir);
+    let mut logs = Logs::of(output_dir);
     while let Some(events) = run.advance()? {
         for event in &events {
             progress.show(event);
-            logs.take(event).map_err(at(&output_dir))?;
-            if let (JobEvent::Checkpoint { best, .. }, Some(limit)) = (event, save_total_limit) {
-                record::prune(&output_dir, *best, limit)?;
-            }
+            logs.take(event).map_err(at(output_dir))?;
+            prune(event, save_total_limit, output_dir)?;
         }
         if let Some(profiled) = run.profiled() {
             println!("profile: {profiled}");
@@ -265,33 +385,38 @@ pub fn run(args: &[String], started: Option<Started>) -> Result<Outcome, TrainEr
         if run.stops(signalled.get().is_some())? {
             let signal = signalled.get().copied().unwrap_or(SIGTERM);
             let step = run.keep()?;
-            logs.write_table().map_err(at(&output_dir))?;
+            logs.write_table().map_err(at(output_dir))?;
             progress.end();
-            println!(
-                "stopped after step {step}; its state is in {}: the same command goes on from there",
-                output_dir.display()
-            );
+            say_stopped(&step.to_string(), output_dir);
             return Ok(Outcome::Stopped(signal));
         }
     }
-    if tuning == Tuning::Full && model.is_file() {
+    if ground.tuning == Tuning::Full && ground.model.is_file() {
         // A folder's other files are copied with it; those of a GGUF are made.
-        for (name, content) in gguf::files(&model).map_err(TrainError::Tokenizer)? {
+        for (name, content) in gguf::files(&ground.model).map_err(TrainError::Tokenizer)? {
             let path = output_dir.join(name);
             std::fs::write(&path, content).map_err(at(&path))?;
         }
     }
-    record.finish(&output_dir)?;
-    println!("written to {}", run.result().display());
-    match tuning {
-        Tuning::Lora => println!(
-            "serve it: tandem serve {} --lora-modules NAME={}",
-            model.display(),
-            run.result().display()
-        ),
-        Tuning::Full => println!("serve it: tandem serve {}", run.result().display()),
-    }
+    record.finish(output_dir)?;
+    ground.say_how_to_serve(&run.result());
     Ok(Outcome::Done)
+}
+
+/// After a checkpoint: those that are one too many go.
+fn prune(event: &JobEvent, limit: Option<u32>, folder: &Path) -> Result<(), TrainError> {
+    match (event, limit) {
+        (JobEvent::Checkpoint { best, .. }, Some(limit)) => Ok(record::prune(folder, *best, limit)?),
+        _ => Ok(()),
+    }
+}
+
+fn at(path: &Path) -> impl Fn(io::Error) -> TrainError + use<> {
+    let path = path.to_owned();
+    move |source| TrainError::File {
+        path: path.clone(),
+        source,
+    }
 }
 
 /// Who trains the job of which this process is rank 0.
@@ -405,181 +530,33 @@ fn wrong(key: &str, message: String) -> SettingsError {
     }
 }
 
-/// The adapter that a run starts from: the two files of its folder.
+/// The adapter that a run starts from: the two files of its folder, and what they say.
 struct Start {
     config: Vec<u8>,
     tensors: Vec<u8>,
+    lora: Lora,
 }
 
 impl Start {
-    /// Takes over into `settings` what it says.
-    fn read(folder: &Path, known: &[String], settings: &mut Settings) -> Result<Start, TrainError> {
+    fn read(folder: &Path, known: &[String]) -> Result<Start, TrainError> {
         let read = |name: &str| {
             let path = folder.join(name);
-            std::fs::read(&path).map_err(|source| TrainError::File { path, source })
+            std::fs::read(&path).map_err(at(&path))
         };
         let (config, tensors) = (read("adapter_config.json")?, read("adapter_model.safetensors")?);
         let lora = serde_json::from_slice(&config)
             .map_err(|error| error.to_string())
-            .and_then(|config| Lora::of_peft(&config, known))
-            .map_err(|why| {
-                wrong(
-                    "from_peft_checkpoint",
-                    format!("a run cannot start from it: {why}"),
-                )
-            })?;
-        settings
-            .start_from(&lora)
-            .map_err(|(key, message)| wrong(key, message))?;
-        Ok(Start { config, tensors })
-    }
-}
-
-/// A name on the hub is no file.
-fn is_there(path: &Path) -> Result<(), TrainError> {
-    let name = path.display().to_string();
-    let is_name = name.split('/').count() == 2 && !name.starts_with(['.', '/']);
-    match path.exists() || !is_name {
-        true => Ok(()),
-        false => {
-            let message = format!(
-                "there is no file {name}. A data set of the hub is made one by datasets.load_dataset({name:?}, \
-                 split=\"train\").to_json(\"rows.jsonl\"): then give training_file=rows.jsonl"
-            );
-            Err(wrong("training_file", message).into())
-        }
-    }
-}
-
-/// Files, tokenised.
-struct Dataset {
-    /// As the trainer reads them.
-    bytes: Vec<u8>,
-    facts: Facts,
-}
-
-impl Dataset {
-    fn read(
-        files: &Files,
-        reading: &Reading,
-        tokenizer: &Tokenizer,
-        options: &Options,
-    ) -> Result<Dataset, TrainError> {
-        let rows::Dataset { groups, statistics } = Dataset::tokens(files, reading, tokenizer, options)?;
-        let facts = Facts {
-            examples: statistics.examples,
-            tokens: statistics.tokens,
-        };
-        Ok(Dataset {
-            bytes: dataset::encode(&groups),
-            facts,
-        })
-    }
-
-    /// Prints the first examples, token for token: what is learned stands between marks.
-    fn show(
-        files: &Files,
-        reading: &Reading,
-        tokenizer: &Tokenizer,
-        options: &Options,
-        n: usize,
-    ) -> Result<(), TrainError> {
-        let dataset = Dataset::tokens(files, reading, tokenizer, options)?;
-        println!(
-            "{} tokens are learned, the longest row has {}",
-            thousands(dataset.statistics.trained_tokens),
-            thousands(dataset.statistics.longest)
-        );
-        for (number, group) in dataset.groups.iter().take(n).enumerate() {
-            for example in Shown::of(group, tokenizer) {
-                println!(
-                    "\n--- {} of {} tokens, {} learned (between \u{ab} and \u{bb})",
-                    number + 1,
-                    example.tokens.len(),
-                    example.learned_tokens()
-                );
-                let pieces = example.pieces.iter();
-                let pieces = pieces.map(|piece| match piece.weight {
-                    0.0 => piece.text.clone(),
-                    _ => format!("\u{ab}{}\u{bb}", piece.text),
-                });
-                println!("{}", pieces.collect::<String>());
-            }
-        }
-        Ok(())
-    }
-
-    /// Says what there is.
-    fn tokens(
-        files: &Files,
-        reading: &Reading,
-        tokenizer: &Tokenizer,
-        options: &Options,
-    ) -> Result<rows::Dataset, TrainError> {
-        files.paths().iter().try_for_each(|path| is_there(path))?;
-        let names: Vec<String> = files
-            .paths()
-            .iter()
-            .map(|path| path.display().to_string())
-            .collect();
-        let names = names.join(", ");
-        let unfit = |source| TrainError::Rows {
-            files: names.clone(),
-            source,
-        };
-        let sources = files
-            .paths()
-            .iter()
-            .map(|path| Source::from(path.as_path()))
-            .collect();
-        let mut rows = Rows::open(sources, reading).map_err(|bad| unfit(bad.into()))?;
-        let dataset = tokenise(&mut rows, tokenizer, options, |_, _| true).map_err(unfit)?;
-        let Statistics {
-            rows: n_rows,
-            dropped,
-            cut,
-            examples,
-            tokens,
-            trained_tokens: _,
-            longest: _,
-        } = dataset.statistics;
-        let max_seq_length = options.max_seq_length;
-        if examples == 0 {
-            return Err(TrainError::Empty {
-                files: names,
-                max_seq_length,
-            });
-        }
-        let mut line = format!(
-            "{names} ({}): {} examples, {} tokens",
-            rows.formats(),
-            thousands(examples),
-            thousands(tokens)
-        );
-        if options.wraps {
-            line.push_str(&format!(", blocks of {} rows", thousands(n_rows)));
-        }
-        if cut > 0 {
-            line.push_str(&format!(", {} cut at {max_seq_length} tokens", thousands(cut)));
-        }
-        if dropped > 0 {
-            line.push_str(&format!(
-                ", {dropped} left out: nothing to learn within {max_seq_length} tokens"
-            ));
-        }
-        println!("{line}");
-        Ok(dataset)
-    }
-
-    fn write(&self, target: &Path) -> Result<(), TrainError> {
-        let write = || -> io::Result<()> {
-            let mut file = File::create(target)?;
-            file.write_all(&self.bytes)?;
-            file.sync_all()
-        };
-        write().map_err(|source| TrainError::File {
-            path: target.to_owned(),
-            source,
+            .and_then(|config| Lora::of_peft(&config, known));
+        let lora = lora.map_err(|why| {
+            wrong(
+                "from_peft_checkpoint",
+                format!("a run cannot start from it: {why}"),
+            )
+        })?;
+        Ok(Start {
+            config,
+            tensors,
+            lora,
         })
     }
 }

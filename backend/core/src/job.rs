@@ -3,6 +3,7 @@
 mod objective;
 pub mod selection;
 mod start;
+pub mod sweep;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -7,6 +7,7 @@ mod foreign;
 mod kind;
 mod objective;
 mod selection;
+mod sweep;
 
 use std::collections::BTreeMap;
 
@@ -15,6 +16,7 @@ use serde_json::Value;
 
 pub use kind::{Kind, Range};
 pub use objective::readers;
+pub use sweep::{Asked, MOST_TRIALS, Trial, read_asked};
 
 use crate::job::Schedule;
 use crate::suggest::closest;
@@ -229,6 +231,9 @@ settings! {
         early_stopping_threshold: f64, Real(Closed(0.0, 1e9)),
             [],
             "0", "a validation counts as better for early_stopping_patience only by more than this";
+        reduction_factor: u32, Integer { low: 1, high: 64, unset: None },
+            ["halving_factor"],
+            "2", "of a sweep: at each rung one of so many trials goes on (successive halving); 1: all go on to their ends";
     }
     Lora {
         lora_r: u32, Integer { low: 1, high: i32::MAX as i64, unset: None },

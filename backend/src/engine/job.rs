@@ -18,6 +18,7 @@ use super::files::Ticket;
 use crate::guard::TorchFault;
 use crate::train::Trainer;
 use crate::train::memory::Memory;
+use crate::train::turns::Turn;
 
 pub struct Job {
     pub spec: JobSpec,
@@ -113,17 +114,17 @@ impl Job {
         }
     }
 
-    pub fn is_brief(&self) -> bool {
-        matches!(&self.stage, Stage::Trains(trainer) if trainer.is_brief())
-    }
-
-    /// Rows of its next slice, where that may go with others'. After a fall it goes alone for a step: what made it fall
-    /// must not make others fall again.
-    pub fn rows_to_join(&self) -> Option<usize> {
+    /// After a fall it goes alone for a step: what made it fall must not make others fall again.
+    pub fn turn(&self) -> Turn {
         let has_fallen = self.fall.as_ref().is_some_and(|fall| fall.step >= self.step());
-        match &self.stage {
-            Stage::Trains(trainer) if !has_fallen => trainer.next_rows(),
-            _ => None,
+        let of = match &self.stage {
+            Stage::Trains(trainer) => Turn::of(trainer, self.given),
+            Stage::Begins(_) => Turn::default(),
+        };
+        Turn {
+            is_ready: self.is_ready(),
+            rows_to_join: of.rows_to_join.filter(|_| !has_fallen),
+            ..of
         }
     }
 

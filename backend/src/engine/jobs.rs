@@ -24,6 +24,7 @@ use crate::train::data::slice_tokens;
 use crate::train::joint::{self, Joint};
 use crate::train::memory::Memory;
 use crate::train::snapshot::{Occasion, Published, Written};
+use crate::train::turns::{self, Turn};
 use crate::train::{Quantum, TrainError, Trainer};
 
 pub struct Jobs {
@@ -117,32 +118,8 @@ impl Jobs {
         for job in self.all.iter_mut().filter(|job| !job.can_go_on()) {
             job.given = job.given.max(self.given);
         }
-        let ready = || (0..self.all.len()).filter(|&i| self.all[i].is_ready());
-        if let Some(amid) = ready().find(|&i| self.all[i].holds_activations()) {
-            return vec![amid];
-        }
-        // What is brief goes first, so that more slices are there to go together.
-        let turn = |&i: &usize| (!self.all[i].is_brief(), self.all[i].given);
-        let Some(first) = ready().min_by_key(turn) else {
-            return vec![];
-        };
-        let mut members = vec![first];
-        let mut rows = self.all[first].rows_to_join().unwrap_or(most_rows);
-        // Who is more than a pass ahead waits for its turn, or those whose tenant has many jobs would ride along with each.
-        let due = self.all[first].given + self.last_pass;
-        let mut others: Vec<usize> = ready()
-            .filter(|&i| i != first && self.all[i].given <= due)
-            .collect();
-        others.sort_by_key(|&i| self.all[i].given);
-        for i in others {
-            if let Some(more) = self.all[i].rows_to_join()
-                && rows + more <= most_rows
-            {
-                rows += more;
-                members.push(i);
-            }
-        }
-        members
+        let turns: Vec<Turn> = self.all.iter().map(Job::turn).collect();
+        turns::next(&turns, most_rows, self.last_pass)
     }
 
     /// What each of `members` has of their next quantum; together 1.

@@ -26,6 +26,8 @@ pub mod profile;
 pub mod run;
 pub mod snapshot;
 pub mod state;
+pub mod together;
+pub mod turns;
 
 use std::path::Path;
 use std::time::Instant;
@@ -440,6 +442,11 @@ impl Trainer {
 
     pub fn step(&self) -> u64 {
         self.step
+    }
+
+    /// Of the run, unless it ends early.
+    pub fn total_steps(&self) -> u64 {
+        self.plan.total()
     }
 
     /// Nothing of a step would be done twice if the job went on from a state of now.

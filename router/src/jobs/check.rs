@@ -24,10 +24,16 @@ pub(crate) fn request<'a>(request: &JobRequest, bounds: impl Into<Bounds<'a>>) -
         suffix,
         metadata,
         settings,
+        trials,
+        place: _,
         legacy,
         start: _,
     } = request;
-    fits(settings, bounds.into())?;
+    let bounds = bounds.into();
+    fits(settings, bounds)?;
+    trials
+        .iter()
+        .try_for_each(|trial| fits(&trial.settings, bounds))?;
     for (param, files) in [
         ("training_file", Some(training_file)),
         ("validation_file", validation_file.as_ref()),

@@ -12,6 +12,7 @@
 //! | packing | no | TRL: a batch of 4 rows is 4 rows |
 //! | save_steps | a fifth of the run; 0 with another save_strategy than steps | a kill costs a fifth at most |
 
+use tandem_core::job::sweep::Sweep;
 use tandem_core::job::{Hyper, Lora, Method, Objective, Schedule};
 use tandem_core::replica::ReplicaInfo;
 use tandem_core::settings::{ALL_LINEAR, Settings};
@@ -89,7 +90,25 @@ pub fn objective(settings: &Settings) -> Objective {
 
 /// `settings` have a seed and fit (`fits`).
 pub fn choose<'a>(settings: &Settings, tuning: Tuning, bounds: impl Into<Bounds<'a>>, facts: Facts) -> Hyper {
-    let bounds = bounds.into();
+    chosen(settings, tuning, bounds.into(), facts).0
+}
+
+/// Of a trial, which is validated where those of its sweep are compared.
+pub fn choose_of<'a>(
+    sweep: &Sweep,
+    settings: &Settings,
+    bounds: impl Into<Bounds<'a>>,
+    facts: Facts,
+) -> Hyper {
+    let (hyper, total_steps) = chosen(settings, Tuning::Lora, bounds.into(), facts);
+    Hyper {
+        eval_steps: sweep.eval_steps(settings.eval_steps, settings.max_steps.is_some(), total_steps),
+        ..hyper
+    }
+}
+
+/// And the steps of the run; with packing at least so many.
+fn chosen(settings: &Settings, tuning: Tuning, bounds: Bounds, facts: Facts) -> (Hyper, u64) {
     let max_seq_length = max_seq_length(settings, bounds);
     // Blocks are whole rows of max_seq_length already.
     let packing = settings.packing.unwrap_or(false) && !settings.wraps();
@@ -135,7 +154,7 @@ pub fn choose<'a>(settings: &Settings, tuning: Tuning, bounds: impl Into<Bounds<
         (_, None, Some(ratio)) => ((total_steps as f64 * ratio).ceil() as u64).min(total_steps - 1),
         (_, None, None) => (total_steps as f64 * WARMUP_RATIO) as u64,
     };
-    Hyper {
+    let hyper = Hyper {
         n_epochs: match settings.max_steps {
             Some(steps) => small(steps.div_ceil(epoch_steps)),
             None => small(n_epochs),
@@ -169,7 +188,8 @@ pub fn choose<'a>(settings: &Settings, tuning: Tuning, bounds: impl Into<Bounds<
             Tuning::Lora => Method::Lora(lora(settings, bounds)),
             Tuning::Full => Method::Full,
         },
-    }
+    };
+    (hyper, total_steps)
 }
 
 /// `settings` were read, and so have one.

@@ -7,6 +7,8 @@
 //!                 \------------------\-------------------\---------------> failed, cancelled
 //!                                      queued <-> paused <- running
 //! ```
+//!
+//! A sweep is a job of its own (`sweeping`, then an end) whose trials are jobs like any other (`sweep`).
 
 mod check;
 pub mod hyper;
@@ -17,10 +19,12 @@ pub mod preview;
 pub(crate) mod record;
 mod result;
 pub(crate) mod supervisor;
+mod sweep;
 
 use std::time::Duration;
 
 use tandem_core::job::{Lora, Rows};
+use tandem_core::settings::Settings;
 use tandem_store::{Asked, JobChange, Lease, NewEvent, NewJob, NewName, Source, Tenant, ids};
 use tandem_text::TextError;
 use tandem_text::dataset::{self, Kind, Reading, suits};
@@ -35,6 +39,7 @@ use crate::api::{
 const QUEUED: &str = "queued";
 const RUNNING: &str = "running";
 const PAUSED: &str = "paused";
+const SWEEPING: &str = "sweeping";
 const VALIDATING: &str = "validating_files";
 /// A cancel or a pause is answered between two quanta of the engine, seconds at most; the request stands if that takes
 /// longer.
@@ -102,8 +107,11 @@ impl Router {
             self.check_files("validation_file", files, client).await?;
         }
         self.check_rows(&request).await?;
+        // Trials have one seed, unless that is what they differ in.
         let seed = request.settings.seed.unwrap_or_else(ids::seed);
-        request.settings.seed = Some(seed);
+        for settings in request.all_settings() {
+            settings.seed.get_or_insert(seed);
+        }
         let id = ids::job();
         let from = request.start.map(|digest| {
             let name = request.start_name().expect("it starts from one");
@@ -113,27 +121,33 @@ impl Router {
             )
         });
         let model_names = name::candidates(&request, config, &id, tandem_store::now());
+        let trials = sweep::trials(&request, &id, self.info().base_digest, &client.tenant);
+        let is_sweep = !trials.is_empty();
+        let files = match is_sweep {
+            false => format!("Validating training file: {}", request.training_file),
+            true => sweep::begins(&request),
+        };
         let job = NewJob {
             base: self.info().base_digest,
             tenant: client.tenant.clone(),
-            status: VALIDATING.to_owned(),
+            status: if is_sweep { SWEEPING } else { VALIDATING }.to_owned(),
             request: record::to_json(&request),
             metadata: request.metadata.clone(),
             model_names,
             events: vec![
                 event(Level::Info, format!("Created fine-tuning job: {id}")),
-                event(
-                    Level::Info,
-                    format!("Validating training file: {}", request.training_file),
-                ),
+                event(Level::Info, files),
             ]
             .into_iter()
             .chain(from)
             .collect(),
             id,
         };
-        let row = self.0.store.insert_job(job).await?;
+        let row = self.0.store.insert_sweep(job, trials).await?;
         self.0.desk.created.notify_one();
+        if is_sweep {
+            self.0.desk.queued.notify_one();
+        }
         tracing::info!(job = %row.id, file = %request.training_file, "job created");
         record::job(row)
     }
@@ -176,7 +190,8 @@ impl Router {
         let config = config.map_err(|error| unfit(error.to_string()))?;
         let config = serde_json::from_slice(&config).map_err(|error| unfit(error.to_string()))?;
         let lora = Lora::of_peft(&config, &self.info().lora_targets).map_err(unfit)?;
-        let taken_over = request.settings.start_from(&lora);
+        let mut taken_over = request.all_settings().map(|settings| settings.start_from(&lora));
+        let taken_over = taken_over.find(Result::is_err).unwrap_or(Ok(()));
         taken_over.map_err(|(param, message)| RouterError::invalid(param, message))
     }
 
@@ -248,9 +263,16 @@ impl Router {
         }
         // Before it is looked at again: whoever starts it from here on sees this.
         self.0.store.ask(id, Asked::Cancel).await?;
-        let ended = self
-            .cancel_at_once(id, &[VALIDATING, QUEUED, PAUSED], None)
-            .await?;
+        let ended = match job.is_sweep() {
+            false => {
+                let from = &[VALIDATING, QUEUED, PAUSED];
+                self.cancel_at_once(id, from, None).await?
+            }
+            true => {
+                self.wake_sweep(id, vec![]).await?;
+                false
+            }
+        };
         // Its keeper, here or in another router, stops who prepares it, or tells the replica.
         self.0.desk.asked.send_replace(());
         if ended {
@@ -265,15 +287,13 @@ impl Router {
     pub(crate) async fn pause_job(&self, id: &str) -> Result<Job, RouterError> {
         let mut changed = self.0.desk.watch();
         let job = self.job(id).await?;
+        is_no_trial(&job)?;
         match job.status {
             JobStatus::Paused => return Ok(job),
             status if status.ended() => return Err(already_ended(&job)),
             _ => {}
         }
-        self.0.store.ask(id, Asked::Pause).await?;
-        let paused = self.pause_at_once(id, &[QUEUED], None).await?;
-        self.0.desk.asked.send_replace(());
-        if paused {
+        if self.let_rest(id).await? {
             return self.job(id).await;
         }
         match self.settled(id, JobStatus::Paused, &mut changed).await? {
@@ -282,9 +302,42 @@ impl Router {
         }
     }
 
+    /// Asks for a pause. Whether the job rests already.
+    async fn let_rest(&self, id: &str) -> Result<bool, RouterError> {
+        self.0.store.ask(id, Asked::Pause).await?;
+        let paused = self.pause_at_once(id, &[QUEUED], None).await?;
+        self.0.desk.asked.send_replace(());
+        Ok(paused)
+    }
+
     pub(crate) async fn resume_job(&self, id: &str) -> Result<Job, RouterError> {
-        // A pause that has not happened yet does not happen any more.
+        let before = self.job(id).await?;
+        is_no_trial(&before)?;
         let was = self.0.store.job(id).await?.map(|row| row.asked);
+        let resumed = match before.is_sweep() {
+            false => self.let_go_on(id).await?,
+            true => {
+                self.0.store.ask(id, Asked::Nothing).await?;
+                let resumed = event(Level::Info, "Fine-tuning job resumed".to_owned());
+                self.wake_sweep(id, vec![resumed]).await?
+            }
+        };
+        let job = self.job(id).await?;
+        match resumed || was == Some(Asked::Pause) && !job.status.ended() {
+            true => Ok(job),
+            false if job.status.ended() => Err(already_ended(&job)),
+            false => {
+                let state = record::status_name(job.status);
+                Err(RouterError::Conflict(format!(
+                    "Job {id} is not paused: it is {state}."
+                )))
+            }
+        }
+    }
+
+    /// Withdraws a pause. Whether the job rested.
+    async fn let_go_on(&self, id: &str) -> Result<bool, RouterError> {
+        // A pause that has not happened yet does not happen any more.
         self.0.store.ask(id, Asked::Nothing).await?;
         let resumed = JobChange {
             from: &[PAUSED],
@@ -299,17 +352,21 @@ impl Router {
         if resumed {
             self.0.desk.queued.notify_one();
         }
-        let job = self.job(id).await?;
-        match resumed || was == Some(Asked::Pause) && !job.status.ended() {
-            true => Ok(job),
-            false if job.status.ended() => Err(already_ended(&job)),
-            false => {
-                let state = record::status_name(job.status);
-                Err(RouterError::Conflict(format!(
-                    "Job {id} is not paused: it is {state}."
-                )))
-            }
-        }
+        Ok(resumed)
+    }
+
+    /// A sweep that rests is looked after again. Whether it rested.
+    async fn wake_sweep(&self, id: &str, events: Vec<NewEvent>) -> Result<bool, RouterError> {
+        let woken = JobChange {
+            from: &[PAUSED],
+            status: Some(SWEEPING),
+            events,
+            ..JobChange::default()
+        };
+        let woken = self.change_job(id, woken).await?;
+        self.0.desk.asked.send_replace(());
+        self.0.desk.queued.notify_one();
+        Ok(woken)
     }
 
     /// The job once it is `wanted` or has ended, or as it is after [`ANSWER_WAIT`].
@@ -554,16 +611,44 @@ fn metrics(level: Level, message: String, data: serde_json::Value) -> NewEvent {
     }
 }
 
+/// What a trial does is its sweep's to say.
+fn is_no_trial(job: &Job) -> Result<(), RouterError> {
+    match &job.parent {
+        None => Ok(()),
+        Some(sweep) => {
+            let message = format!("Job {} is a trial of {sweep}: pause and resume that one.", job.id);
+            Err(RouterError::Conflict(message))
+        }
+    }
+}
+
 fn already_ended(job: &Job) -> RouterError {
     let state = record::status_name(job.status);
     RouterError::Conflict(format!("Job {} has already ended: it is {state}.", job.id))
+}
+
+impl Job {
+    fn is_sweep(&self) -> bool {
+        !self.request.trials.is_empty()
+    }
+}
+
+impl JobRequest {
+    fn all_settings(&mut self) -> impl Iterator<Item = &mut Settings> {
+        let trials = self.trials.iter_mut().map(|trial| &mut trial.settings);
+        std::iter::once(&mut self.settings).chain(trials)
+    }
 }
 
 impl JobStatus {
     pub fn ended(self) -> bool {
         match self {
             JobStatus::Succeeded | JobStatus::Failed | JobStatus::Cancelled => true,
-            JobStatus::ValidatingFiles | JobStatus::Queued | JobStatus::Running | JobStatus::Paused => false,
+            JobStatus::ValidatingFiles
+            | JobStatus::Queued
+            | JobStatus::Sweeping
+            | JobStatus::Running
+            | JobStatus::Paused => false,
         }
     }
 }

@@ -107,7 +107,11 @@ async fn queue(router: &Router, row: &JobRow, lease: Lease) -> Result<(), Router
     };
     match prepared {
         Ok(prepared) => {
-            let hyper = hyper::choose(&request.settings, Tuning::Lora, router.info(), prepared.facts);
+            let (settings, info) = (&request.settings, router.info());
+            let hyper = match request.sweep() {
+                None => hyper::choose(settings, Tuning::Lora, info, prepared.facts),
+                Some(sweep) => hyper::choose_of(&sweep, settings, info, prepared.facts),
+            };
             let mut events = prepared.notes;
             events.push("Files validated, moving job to queued state".to_owned());
             router.0.store.publish_datasets(&row.id).await?;

@@ -31,6 +31,8 @@ pub(crate) fn job(row: JobRow) -> Result<Job, RouterError> {
         trained_tokens,
         result_files,
         error,
+        parent,
+        trials,
     } = row;
     Ok(Job {
         created_at,
@@ -44,6 +46,8 @@ pub(crate) fn job(row: JobRow) -> Result<Job, RouterError> {
         trained_tokens,
         result_files: from_json(&result_files)?,
         error: error.as_deref().map(from_json).transpose()?,
+        parent,
+        trials: trials.as_deref().map(from_json).transpose()?.unwrap_or_default(),
         id: job_id(id)?,
     })
 }
@@ -98,6 +102,7 @@ pub(crate) fn status_name(status: JobStatus) -> &'static str {
     match status {
         JobStatus::ValidatingFiles => "validating_files",
         JobStatus::Queued => "queued",
+        JobStatus::Sweeping => "sweeping",
         JobStatus::Running => "running",
         JobStatus::Paused => "paused",
         JobStatus::Succeeded => "succeeded",
@@ -142,6 +147,7 @@ mod tests {
         for status in [
             ValidatingFiles,
             Queued,
+            Sweeping,
             Running,
             Paused,
             Succeeded,

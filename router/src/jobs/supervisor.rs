@@ -21,7 +21,9 @@ use crate::api::{JobError, JobRequest, Level, RouterError};
 use crate::catalog::{Hold, checkpoint_name};
 use crate::fleet::JobSeat;
 use crate::jobs::keeper::Keeper;
-use crate::jobs::{Made, PAUSED, QUEUED, RUNNING, VALIDATING, event, metrics, record, result};
+use crate::jobs::{
+    Made, PAUSED, QUEUED, RUNNING, SWEEPING, VALIDATING, event, metrics, record, result, sweep,
+};
 
 /// After the store failed: it may be a full disk, which passes. The job goes on from its last state.
 const RETRY: Duration = Duration::from_secs(5);
@@ -61,6 +63,11 @@ pub(crate) async fn run(router: Router) {
                 let record = records.remove(id).unwrap_or_default();
                 ids.push(id.clone());
                 underway.spawn(one(router.clone(), *job, record, stopped.clone()));
+                continue;
+            }
+            Ok(Next::Sweep(row, lease)) => {
+                ids.push(row.id.clone());
+                underway.spawn(sweep(router.clone(), *row, lease, stopped.clone()));
                 continue;
             }
             Ok(Next::Changed) => continue,
@@ -110,6 +117,8 @@ fn trouble(router: &Router, error: &RouterError) -> Duration {
 /// What there is to do.
 enum Next {
     Job(Box<Claimed>),
+    /// It takes no seat: its trials do.
+    Sweep(Box<JobRow>, Lease),
     /// A job that only had to be written to.
     Changed,
     NoJob,
@@ -136,11 +145,14 @@ struct Record {
 async fn next(router: &Router, ids: &[String]) -> Result<Next, RouterError> {
     #[cfg(test)]
     router.panic_if_told(crate::SUPERVISOR);
+    let (base, store) = (router.info().base_digest, &router.0.store);
+    store.check_room()?;
+    if let Some((row, lease)) = store.claim_job(base, &[SWEEPING], ids).await? {
+        return Ok(Next::Sweep(Box::new(row), lease));
+    }
     let Some(seat) = router.job_seat() else {
         return Ok(Next::NoReplica);
     };
-    let (base, store) = (router.info().base_digest, &router.0.store);
-    store.check_room()?;
     // What ran before a restart first, then in order of creation.
     let claimed = match store.claim_job(base, &[RUNNING], ids).await? {
         Some(claimed) => Some(claimed),
@@ -176,6 +188,19 @@ async fn one(
     // Others have their turn meanwhile.
     let _ = tokio::time::timeout(pause, stopped.changed()).await;
     (id, Some(record))
+}
+
+async fn sweep(
+    router: Router,
+    row: JobRow,
+    lease: Lease,
+    mut stopped: watch::Receiver<()>,
+) -> (String, Option<Record>) {
+    if let Err(error) = sweep::look_after(&router, &row, lease, &mut stopped).await {
+        let pause = trouble(&router, &error);
+        let _ = tokio::time::timeout(pause, stopped.changed()).await;
+    }
+    (row.id, None)
 }
 
 /// How long to wait until it is tried again. `None`: it is over, or not ours.

@@ -620,7 +620,7 @@ async fn a_cancel_ends_a_job_wherever_it_is() {
 }
 
 /// What the engine does when it is told to pause: the state is written, and that is said.
-async fn pauses(engine: &mut Engine, spec: &JobSpec, events: &mpsc::Sender<JobEvent>, step: u64) {
+pub(super) async fn pauses(engine: &mut Engine, spec: &JobSpec, events: &mpsc::Sender<JobEvent>, step: u64) {
     let Command::PauseJob(id) = engine.next().await else {
         panic!("a PauseJob was expected")
     };

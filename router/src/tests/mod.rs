@@ -6,6 +6,7 @@ mod fleet;
 mod jobs;
 mod models;
 mod shared;
+mod sweeps;
 mod tinker;
 mod uploads;
 

@@ -19,6 +19,7 @@ const SQLITE: &[&str] = &[
     include_str!("../migrations/sqlite/0004_tenants.sql"),
     include_str!("../migrations/sqlite/0005_responses.sql"),
     include_str!("../migrations/sqlite/0006_batches.sql"),
+    include_str!("../migrations/sqlite/0007_sweeps.sql"),
     include_str!("../migrations/sqlite/0008_limits.sql"),
 ];
 const POSTGRES: &[&str] = &[
@@ -28,6 +29,7 @@ const POSTGRES: &[&str] = &[
     include_str!("../migrations/postgres/0004_tenants.sql"),
     include_str!("../migrations/postgres/0005_responses.sql"),
     include_str!("../migrations/postgres/0006_batches.sql"),
+    include_str!("../migrations/postgres/0007_sweeps.sql"),
     include_str!("../migrations/postgres/0008_limits.sql"),
 ];
 /// Readers go on while one writes (WAL); writers queue.

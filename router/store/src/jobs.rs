@@ -21,7 +21,7 @@ use crate::{Rows, Store, StoreError, Tenant, ids, now, unsigned};
 macro_rules! columns {
     () => {
         "seq, id, created_at, updated_at, finished_at, estimated_finish, status, cancel_requested, request, hyper, \
-         model_name, fine_tuned_model, trained_tokens, result_files, error, state_epoch, state_step, tenant"
+         model_name, fine_tuned_model, trained_tokens, result_files, error, state_epoch, state_step, tenant, parent, trials"
     };
 }
 pub(crate) use columns;
@@ -35,7 +35,7 @@ pub struct NewJob {
     pub status: String,
     pub request: String,
     pub metadata: BTreeMap<String, String>,
-    /// The first that no other job has becomes the job's.
+    /// The first that no other job has becomes the job's. Of a trial: what stands behind its sweep's.
     pub model_names: Vec<String>,
     pub events: Vec<NewEvent>,
 }
@@ -90,6 +90,10 @@ pub struct JobRow {
     pub error: Option<String>,
     /// The last state that was kept.
     pub saved: Option<Saved>,
+    /// The sweep whose trial it is.
+    pub parent: Option<String>,
+    /// Of a sweep: what became of its trials, JSON of the caller's.
+    pub trials: Option<String>,
 }
 
 impl<'r> FromRow<'r, AnyRow> for JobRow {
@@ -118,6 +122,8 @@ impl<'r> FromRow<'r, AnyRow> for JobRow {
                 epoch: unsigned(epoch),
                 step: unsigned(step),
             }),
+            parent: row.try_get("parent")?,
+            trials: row.try_get("trials")?,
         })
     }
 }
@@ -141,6 +147,7 @@ pub struct JobChange {
     pub estimated_finish: Option<i64>,
     pub fine_tuned_model: Option<String>,
     pub error: Option<String>,
+    pub trials: Option<String>,
     pub events: Vec<NewEvent>,
     pub checkpoint: Option<NewCheckpoint>,
     /// Checkpoints that go, by their models' names.
@@ -199,45 +206,33 @@ pub enum MetadataFilter {
 
 impl Store {
     pub async fn insert_job(&self, job: NewJob) -> Result<JobRow, StoreError> {
-        let NewJob {
-            id,
-            base,
-            tenant,
-            status,
-            request,
-            metadata,
-            model_names,
-            events,
-        } = job;
+        self.insert_sweep(job, vec![]).await
+    }
+
+    /// A job with its trials: all of them or none.
+    pub async fn insert_sweep(&self, job: NewJob, trials: Vec<NewJob>) -> Result<JobRow, StoreError> {
         let mut tx = self.db.begin().await?;
-        for name in &model_names {
-            let inserted = sqlx::query(
-                "INSERT INTO jobs (id, base, created_at, updated_at, status, request, metadata, model_name, tenant)
-                 VALUES ($1, $2, $3, $3, $4, $5, $6, $7, $8) ON CONFLICT (model_name) DO NOTHING",
-            )
-            .bind(&id)
-            .bind(base.to_string())
-            .bind(now())
-            .bind(&status)
-            .bind(&request)
-            .bind(as_json(&metadata))
-            .bind(name)
-            .bind(tenant.as_str())
-            .execute(&mut *tx)
-            .await?;
-            if inserted.rows_affected() == 0 {
-                continue;
-            }
-            insert_events(&mut tx, &id, &events).await?;
-            let row = sqlx::query_as(concat!("SELECT ", columns!(), " FROM jobs WHERE id = $1"))
-                .bind(&id)
-                .fetch_one(&mut *tx)
-                .await?;
-            changes::note(&mut tx, Kind::Jobs).await?;
-            tx.commit().await?;
-            return Ok(row);
+        let name = insert(&mut tx, &job, None).await?;
+        for trial in &trials {
+            let sweep = Sweep {
+                id: &job.id,
+                name: &name,
+            };
+            insert(&mut tx, trial, Some(sweep)).await?;
         }
-        Err(StoreError::Damaged(format!("every model name for {id} is taken")))
+        let row = sqlx::query_as(concat!("SELECT ", columns!(), " FROM jobs WHERE id = $1"))
+            .bind(&job.id)
+            .fetch_one(&mut *tx)
+            .await?;
+        changes::note(&mut tx, Kind::Jobs).await?;
+        tx.commit().await?;
+        Ok(row)
+    }
+
+    /// In their order.
+    pub async fn trials(&self, sweep: &str) -> Result<Vec<JobRow>, StoreError> {
+        let sql = concat!("SELECT ", columns!(), " FROM jobs WHERE parent = $1 ORDER BY seq");
+        Ok(sqlx::query_as(sql).bind(sweep).fetch_all(self.db.pool()?).await?)
     }
 
     /// All of `change`, or nothing and `None` when the job is not in one of `change.from` or not its holder's any more.
@@ -259,6 +254,7 @@ impl Store {
             estimated_finish,
             fine_tuned_model,
             error,
+            trials,
             events,
             checkpoint,
             drops,
@@ -276,7 +272,8 @@ impl Store {
              hyper = coalesce($5, hyper), trained_tokens = coalesce($6, trained_tokens),
              fine_tuned_model = coalesce($7, fine_tuned_model), error = coalesce($8, error),
              lease_until = CASE WHEN $9 THEN NULL ELSE lease_until END,
-             state_epoch = coalesce($10, state_epoch), state_step = coalesce($11, state_step)
+             state_epoch = coalesce($10, state_epoch), state_step = coalesce($11, state_step),
+             trials = coalesce($18, trials)
              WHERE id = $12 AND status IN ($13, $14, $15) AND ($16 IS NULL OR lease_epoch = $16)
              AND ($17 IS NULL OR cancel_requested = $17)",
         )
@@ -297,6 +294,7 @@ impl Store {
         .bind(from_3)
         .bind(holder.map(|lease| signed(lease.epoch())))
         .bind(asked.map(Asked::code))
+        .bind(trials.as_deref())
         .execute(&mut *tx)
         .await?;
         if changed.rows_affected() == 0 {
@@ -399,7 +397,7 @@ impl Store {
         Ok(unsigned(count))
     }
 
-    /// Newest first, those made before the job `after`; of one tenant, or of all.
+    /// Newest first, those made before the job `after`; of one tenant, or of all. Trials are their sweep's.
     pub async fn jobs(
         &self,
         tenant: Option<&Tenant>,
@@ -410,7 +408,8 @@ impl Store {
         let mut sql = concat!(
             "SELECT ",
             columns!(),
-            " FROM jobs WHERE ($1 IS NULL OR seq < (SELECT seq FROM jobs WHERE id = $1)) AND ($3 IS NULL OR tenant = $3)"
+            " FROM jobs WHERE ($1 IS NULL OR seq < (SELECT seq FROM jobs WHERE id = $1)) AND ($3 IS NULL OR tenant = $3)
+             AND parent IS NULL"
         )
         .to_owned();
         let mut pairs = vec![];
@@ -483,7 +482,7 @@ impl Store {
         Ok(sqlx::query_as(sql).bind(job).fetch_all(self.db.pool()?).await?)
     }
 
-    /// Newest first, those before the checkpoint `after`.
+    /// Those of the latest steps first, from behind the checkpoint `after`; of a sweep those of its trials.
     pub async fn checkpoints(
         &self,
         job: &str,
@@ -491,8 +490,9 @@ impl Store {
         limit: u32,
     ) -> Result<Rows<CheckpointRow>, StoreError> {
         let sql = "SELECT id, created_at, step, model, metrics FROM checkpoints
-                   WHERE job = $1 AND ($2 IS NULL OR step < (SELECT step FROM checkpoints WHERE id = $2))
-                   ORDER BY step DESC LIMIT $3";
+                   WHERE job IN (SELECT jobs.id FROM jobs WHERE jobs.id = $1 OR jobs.parent = $1)
+                   AND ($2 IS NULL OR (step, id) < (SELECT step, id FROM checkpoints WHERE id = $2))
+                   ORDER BY step DESC, id DESC LIMIT $3";
         let query = sqlx::query_as(sql)
             .bind(job)
             .bind(after)
@@ -522,6 +522,56 @@ pub struct Changed {
     pub name: Option<NameRow>,
     /// Names that are gone.
     pub dropped: Vec<String>,
+}
+
+/// Of whom a job is a trial.
+struct Sweep<'a> {
+    id: &'a str,
+    name: &'a str,
+}
+
+/// The name that its model will have.
+async fn insert(
+    tx: &mut Transaction<'static, Any>,
+    job: &NewJob,
+    sweep: Option<Sweep<'_>>,
+) -> Result<String, StoreError> {
+    let NewJob {
+        id,
+        base,
+        tenant,
+        status,
+        request,
+        metadata,
+        model_names,
+        events,
+    } = job;
+    for name in model_names {
+        let name = match &sweep {
+            Some(sweep) => format!("{}{name}", sweep.name),
+            None => name.clone(),
+        };
+        let inserted = sqlx::query(
+            "INSERT INTO jobs (id, base, created_at, updated_at, status, request, metadata, model_name, tenant, parent)
+             VALUES ($1, $2, $3, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT (model_name) DO NOTHING",
+        )
+        .bind(id)
+        .bind(base.to_string())
+        .bind(now())
+        .bind(status)
+        .bind(request)
+        .bind(as_json(metadata))
+        .bind(&name)
+        .bind(tenant.as_str())
+        .bind(sweep.as_ref().map(|sweep| sweep.id))
+        .execute(&mut **tx)
+        .await?;
+        if inserted.rows_affected() > 0 {
+            insert_events(tx, id, events).await?;
+            return Ok(name);
+        }
+    }
+    Err(StoreError::Damaged(format!("every model name for {id} is taken")))
 }
 
 async fn insert_events(

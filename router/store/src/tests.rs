@@ -166,7 +166,7 @@ async fn one_folder_has_one_owner_and_no_future() {
             newer,
             StoreError::Newer {
                 found: 99,
-                known: 6,
+                known: 8,
                 ..
             }
         ),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use tandem_core::settings;
+use tandem_core::settings::{self, Asked};
 use tandem_openapi::files::File;
 use tandem_openapi::fine_tunes::{CreateFineTune, FineTune, FineTuneEvent, HyperParams};
 use tandem_router::api::{FileIds, Job, JobEventRecord, JobRequest, JobStatus, RouterError};
@@ -22,10 +22,13 @@ pub fn request(body: CreateFineTune, default_model: &str) -> Result<JobRequest, 
         suffix,
         settings,
     } = body;
+    let Asked { settings, trials } =
+        settings::read_asked([("", settings)], validation_file.is_some()).map_err(fine_tuning::refused)?;
     Ok(JobRequest {
         model: model.unwrap_or_else(|| default_model.to_owned()),
-        settings: settings::read([("", settings)], validation_file.is_some())
-            .map_err(fine_tuning::refused)?,
+        settings,
+        trials,
+        place: None,
         training_file: FileIds(training_file.into()),
         validation_file: validation_file.map(|files| FileIds(files.into())),
         suffix,
@@ -83,6 +86,8 @@ pub fn fine_tune(job: Job, organization: &str, files: Files, events: Option<Vec<
         trained_tokens: _,
         result_files: _,
         error: _,
+        parent: _,
+        trials: _,
     } = job;
     let Files {
         training,
@@ -104,7 +109,7 @@ pub fn fine_tune(job: Job, organization: &str, files: Files, events: Option<Vec<
         status: match status {
             // The old API knows no pause.
             JobStatus::ValidatingFiles | JobStatus::Queued | JobStatus::Paused => "pending",
-            JobStatus::Running => "running",
+            JobStatus::Sweeping | JobStatus::Running => "running",
             JobStatus::Succeeded => "succeeded",
             JobStatus::Failed => "failed",
             JobStatus::Cancelled => "cancelled",

@@ -29,7 +29,8 @@ pub fn request(body: CreateJob) -> Result<JobRequest, ApiError> {
     let places = places
         .iter()
         .map(|(place, values)| (place.as_str(), values.clone()));
-    let settings = settings::read(places, validation_file.is_some()).map_err(refused)?;
+    let read = settings::read_asked(places, validation_file.is_some()).map_err(refused)?;
+    let settings::Asked { settings, trials } = read;
     if let (Some("supervised"), Some(objective)) = (kind.as_deref(), settings.objective.as_deref())
         && !["sft", "reward_weighted"].contains(&objective)
     {
@@ -41,6 +42,8 @@ pub fn request(body: CreateJob) -> Result<JobRequest, ApiError> {
     }
     Ok(JobRequest {
         settings,
+        trials,
+        place: None,
         model,
         training_file: FileIds(training_file.into()),
         validation_file: validation_file.map(|files| FileIds(files.into())),
@@ -188,13 +191,26 @@ fn property(setting: &Setting) -> Value {
         Kind::Map => json!({"type": "object", "additionalProperties": text}),
         Kind::Text => text.clone(),
     };
+    // Of modules a list is one value, and one with lists in it several.
+    let several = match kind {
+        Kind::Modules => json!({"type": "array", "items": {"type": "array", "items": text}, "minItems": 1}),
+        _ => json!({"type": "array", "items": value, "minItems": 1}),
+    };
+    let mut forms = vec![
+        value,
+        if *kind == Kind::Modules { text } else { auto },
+        json!({"type": "null"}),
+    ];
+    if setting.may_vary() {
+        forms.push(several);
+    }
     let others = match aliases {
         [] => String::new(),
         aliases => format!(" Other names: {}.", aliases.join(", ")),
     };
     json!({
         "description": format!("{help}. Default: {default}.{others}"),
-        "oneOf": [value, if *kind == Kind::Modules { text } else { auto }, {"type": "null"}],
+        "oneOf": forms,
     })
 }
 

@@ -8,9 +8,9 @@ use tandem_openapi::common::{AutoInteger, AutoNumber};
 use tandem_openapi::fine_tuning::{
     Checkpoint, ChosenHyperparameters, ChosenMethod, ChosenMethodSettings, CommonHyperparameters, Job,
     JobError, JobEvent, JobPreview, MethodHyperparameters, PreviewExample, PreviewPiece, PreviewRow,
-    PreviewStatistics, RunData, RunHyperparameters, RunLora, RunObjective, RunSaving, RunSchedule,
+    PreviewStatistics, RunData, RunHyperparameters, RunLora, RunObjective, RunSaving, RunSchedule, Trial,
 };
-use tandem_router::api::{self, JobEventRecord, JobRequest, JobStatus, Level};
+use tandem_router::api::{self, JobEventRecord, JobRequest, JobStatus, Level, TrialRecord, TrialStatus};
 use tandem_router::hyper;
 use tandem_router::preview::Preview;
 use tandem_text::dataset::{Piece, Shown, Statistics};
@@ -29,6 +29,8 @@ pub fn job(job: api::Job, organization: &str) -> Job {
         trained_tokens,
         result_files,
         error,
+        parent,
+        trials,
     } = job;
     let common = common(&request, hyper.as_ref());
     let seed = hyper
@@ -61,6 +63,44 @@ pub fn job(job: api::Job, organization: &str) -> Job {
         integrations: Vec::new(),
         metadata: (!request.metadata.is_empty()).then_some(request.metadata),
         user_provided_suffix: request.suffix,
+        trials: trials.into_iter().map(trial).collect(),
+        sweep: parent,
+    }
+}
+
+fn trial(trial: TrialRecord) -> Trial {
+    let TrialRecord {
+        number,
+        job,
+        varied,
+        status,
+        rung,
+        step,
+        total_steps,
+        value,
+        train_loss,
+        valid_loss,
+        model,
+    } = trial;
+    Trial {
+        number,
+        job,
+        hyperparameters: varied,
+        status: match status {
+            TrialStatus::Queued => "queued",
+            TrialStatus::Running => "running",
+            TrialStatus::Stopped => "stopped",
+            TrialStatus::Succeeded => "succeeded",
+            TrialStatus::Failed => "failed",
+            TrialStatus::Cancelled => "cancelled",
+        },
+        rung,
+        step,
+        total_steps,
+        metric_value: value,
+        train_loss,
+        valid_loss,
+        fine_tuned_model: model,
     }
 }
 
@@ -143,10 +183,23 @@ fn common(request: &JobRequest, hyper: Option<&Hyper>) -> CommonHyperparameters 
             .or(asked)
             .map_or(AutoInteger::AUTO, |n| AutoInteger::Value(i64::from(n)))
     };
-    let multiplier = request.settings.learning_rate_multiplier.or(hyper.map(|_| 1.0));
+    // What trials differ in is the winner's, once there is one.
+    let varies = |name: &str| request.trials.iter().any(|trial| trial.varied.contains_key(name));
+    let asked = |name: &str, asked: Option<u32>| asked.filter(|_| !varies(name));
+    let settings = &request.settings;
+    let multiplier = settings
+        .learning_rate_multiplier
+        .filter(|_| !varies("learning_rate_multiplier"))
+        .or(hyper.map(|_| 1.0));
     CommonHyperparameters {
-        n_epochs: integer(hyper.map(|hyper| hyper.n_epochs), request.settings.n_epochs),
-        batch_size: integer(hyper.map(|hyper| hyper.batch_size), request.settings.batch_size),
+        n_epochs: integer(
+            hyper.map(|hyper| hyper.n_epochs),
+            asked("n_epochs", settings.n_epochs),
+        ),
+        batch_size: integer(
+            hyper.map(|hyper| hyper.batch_size),
+            asked("batch_size", settings.batch_size),
+        ),
         learning_rate_multiplier: multiplier.map_or(AutoNumber::AUTO, AutoNumber::Value),
     }
 }
@@ -284,7 +337,7 @@ fn status(status: JobStatus) -> &'static str {
     match status {
         JobStatus::ValidatingFiles => "validating_files",
         JobStatus::Queued => "queued",
-        JobStatus::Running => "running",
+        JobStatus::Sweeping | JobStatus::Running => "running",
         JobStatus::Paused => "paused",
         JobStatus::Succeeded => "succeeded",
         JobStatus::Failed => "failed",
@@ -381,7 +434,8 @@ mod tests {
         for setting in TABLE {
             let shown = shown(readers(setting.name).last());
             // The seed is a field of the job itself, and so is what it starts from; a ratio comes back as the steps it made.
-            if ["seed", "from_peft_checkpoint", "warmup_ratio"].contains(&setting.name) {
+            // What compares trials is no trial's.
+            if ["seed", "from_peft_checkpoint", "warmup_ratio", "reduction_factor"].contains(&setting.name) {
                 continue;
             }
             let value = shown

@@ -9,6 +9,8 @@ use tandem_core::job::{JobEvent, StepReport};
 
 pub struct Progress {
     is_terminal: bool,
+    /// Before each line.
+    prefix: String,
     /// Parameters that are not trained.
     frozen: u64,
     total_steps: u64,
@@ -22,11 +24,21 @@ impl Progress {
     pub fn new(frozen: u64) -> Progress {
         Progress {
             is_terminal: io::stdout().is_terminal(),
+            prefix: String::new(),
             frozen,
             total_steps: 0,
             began: Instant::now(),
             steps_before: 0,
             last: None,
+        }
+    }
+
+    /// Beside those of others, who have no bar together.
+    pub fn of_trial(frozen: u64, number: usize) -> Progress {
+        Progress {
+            is_terminal: false,
+            prefix: format!("trial {number}: "),
+            ..Progress::new(frozen)
         }
     }
 
@@ -46,7 +58,11 @@ impl Progress {
         }
         let mut text = String::new();
         if !(self.is_terminal && matches!(event, JobEvent::Step(_))) {
-            text = line(event, self.total_steps, self.frozen) + "\n";
+            let said = line(event, self.total_steps, self.frozen);
+            text = said
+                .lines()
+                .map(|line| format!("{}{line}\n", self.prefix))
+                .collect();
         }
         if self.is_terminal {
             // The bar is the last line, drawn anew below what was said.

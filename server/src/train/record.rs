@@ -16,6 +16,10 @@ use tandem_core::{gguf, id};
 use super::logs;
 
 const FILE: &str = "run.yaml";
+/// Prefix of the folders in which a sweep's trials run: `trial-<number>`.
+pub const TRIAL: &str = "trial-";
+/// What a sweep writes of them: a line each.
+pub const TRIALS: &str = "trials.csv";
 /// What full training makes, where LoRA makes [`files::ADAPTER`].
 pub const WEIGHTS: &str = "model.safetensors";
 
@@ -154,6 +158,11 @@ fn traces(folder: &Path) -> Result<Vec<PathBuf>, RecordError> {
 
 /// Step and folder of each, the oldest first.
 fn checkpoints(folder: &Path) -> Result<Vec<(u64, PathBuf)>, RecordError> {
+    numbered(folder, files::CHECKPOINT)
+}
+
+/// What lies there under the prefix and a number, by number.
+fn numbered(folder: &Path, prefix: &str) -> Result<Vec<(u64, PathBuf)>, RecordError> {
     let failed = |source| RecordError::File {
         path: folder.to_owned(),
         source,
@@ -162,11 +171,9 @@ fn checkpoints(folder: &Path) -> Result<Vec<(u64, PathBuf)>, RecordError> {
     for entry in fs::read_dir(folder).map_err(failed)? {
         let entry = entry.map_err(failed)?;
         let name = entry.file_name();
-        let step = name
-            .to_str()
-            .and_then(|name| name.strip_prefix(files::CHECKPOINT));
-        if let Some(step) = step.and_then(|step| step.parse().ok()) {
-            found.push((step, entry.path()));
+        let number = name.to_str().and_then(|name| name.strip_prefix(prefix));
+        if let Some(number) = number.and_then(|number| number.parse().ok()) {
+            found.push((number, entry.path()));
         }
     }
     found.sort();
@@ -186,6 +193,15 @@ pub fn clear(folder: &Path) -> Result<(), RecordError> {
         path: folder.to_owned(),
         source,
     })?);
+    for (_, trial) in numbered(folder, TRIAL)?
+        .into_iter()
+        .filter(|(_, path)| path.is_dir())
+    {
+        clear(&trial)?;
+        // What somebody else put there stays.
+        let _ = fs::remove_dir(&trial);
+    }
+    paths.push(folder.join(TRIALS));
     // The record last: until then the folder is known as what it was.
     paths.extend(
         files::INPUTS

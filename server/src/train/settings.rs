@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tandem_backend::MAX_WORLD;
 use tandem_backend::train::profile;
-use tandem_core::settings::{self, Group, Kind, Refused, Setting, Settings, TABLE};
+use tandem_core::settings::{self, Group, Kind, Refused, Setting, Settings, TABLE, Trial};
 use tandem_core::suggest::closest;
 use tandem_router::hyper::Tuning;
 
@@ -151,7 +151,9 @@ pub struct Recipe {
     pub profile: Option<u64>,
     /// Rows to show.
     pub preview: Option<usize>,
+    /// Of a sweep: those of its first trial.
     pub settings: Settings,
+    pub trials: Vec<Trial>,
 }
 
 /// `KEYS`, typed.
@@ -382,7 +384,11 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
     let places = rest
         .iter()
         .map(|(place, values)| (place.as_str(), values.clone()));
-    let mut settings = settings::read(places, has_validation_file).map_err(suggested)?;
+    let settings::Asked {
+        mut settings,
+        mut trials,
+    } = settings::read_asked(places, has_validation_file).map_err(suggested)?;
+    one_of_each(&own)?;
     let Own {
         model,
         revision,
@@ -431,6 +437,14 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
                 ),
             });
         }
+        if !trials.is_empty() {
+            return Err(SettingsError::Wrong {
+                key: "method".to_owned(),
+                message: "the trials of a sweep train beside each other on one frozen base, which method=full has not: run one \
+                          after the other, or sweep LoRA"
+                    .to_owned(),
+            });
+        }
         device = "cpu".to_owned();
     }
     if let Some(ranks) = data_parallel_size.filter(|ranks| !(1..=MAX_WORLD).contains(ranks)) {
@@ -449,7 +463,10 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
             ),
         });
     }
-    settings.seed = Some(settings.seed.unwrap_or(DEFAULT_SEED));
+    let of_trials = trials.iter_mut().map(|trial| &mut trial.settings);
+    for settings in of_trials.chain([&mut settings]) {
+        settings.seed.get_or_insert(DEFAULT_SEED);
+    }
     Ok(Recipe {
         model,
         revision,
@@ -466,7 +483,22 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
         profile: profile.map(|profile| profile as u64),
         preview: preview.and_then(|preview| preview.or(PREVIEW_ROWS)),
         settings,
+        trials,
     })
+}
+
+/// Files may be lists; nothing else of `KEYS` may.
+fn one_of_each(own: &Map<String, Value>) -> Result<(), SettingsError> {
+    let is_list = |(key, value): &(&String, &Value)| {
+        value.is_array() && !["training_file", "validation_file"].contains(&key.as_str())
+    };
+    match own.iter().find(is_list) {
+        None => Ok(()),
+        Some((key, _)) => Err(SettingsError::Wrong {
+            key: key.clone(),
+            message: "cannot vary among the trials of a sweep: give one value".to_owned(),
+        }),
+    }
 }
 
 /// A run goes on by itself from what its folder holds, and writes events and metrics into it.

@@ -14,5 +14,6 @@ mod readme;
 mod routes;
 mod server;
 mod structured;
+mod sweeps;
 mod tools;
 mod train;

@@ -36,6 +36,7 @@ const PAGES: [(&str, &[&str]); 4] = [
             "\"text\"",
             "fine_tuning.job",
             "is the best",
+            "Rung 2/2",
             "succeeded",
             "succeeded",
             "adapter_model.safetensors",

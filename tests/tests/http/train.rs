@@ -334,6 +334,116 @@ fn free_port() -> String {
     listener.local_addr().unwrap().port().to_string()
 }
 
+/// A sweep to its end, and one that is interrupted again and again: the same winner, with the bytes of a run of its own.
+#[test]
+fn a_sweep_makes_the_same_adapter_however_often_it_is_interrupted() {
+    let adapter = |folder: &Path| std::fs::read(folder.join("adapter/adapter_model.safetensors")).unwrap();
+    let common = ["max_steps=40", "save_steps=0", "batch_size=1"];
+    let lists = ["learning_rate=[1e-6,1e-3]", "lora_r=[2,4]"];
+    let folders = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let valid = |folder: &tempfile::TempDir| {
+        format!("validation_file={}", folder.path().join("rows.jsonl").display())
+    };
+    for folder in &folders {
+        rows(&folder.path().join("rows.jsonl"), "Ahoy");
+    }
+    let [whole, broken] = &folders;
+    let sweep = |folder: &tempfile::TempDir| {
+        let mut command = train(folder.path(), &common);
+        command.args(lists).arg(valid(folder));
+        command
+    };
+    let output = sweep(whole).output().unwrap();
+    let said = text(&output);
+    assert!(output.status.success(), "{said}");
+    for part in [
+        "4 trials, compared by their validation loss at 2 rungs",
+        "rung 1/2, 25 % of the run: 2 of 4 trials go on",
+        "rung 2/2, 50 % of the run: 1 of 2 trials go on",
+        "trial 1: step 10/40",
+        "serve it: tandem serve",
+    ] {
+        assert!(said.contains(part), "{part:?} is not in\n{said}");
+    }
+    let out = whole.path().join("out");
+    let table = std::fs::read_to_string(out.join("trials.csv")).unwrap();
+    let lines: Vec<Vec<&str>> = table.lines().map(|line| line.split(',').collect()).collect();
+    assert_eq!(
+        lines[0],
+        [
+            "trial",
+            "learning_rate",
+            "lora_r",
+            "end",
+            "step",
+            "total_steps",
+            "value"
+        ]
+    );
+    let winner = lines.iter().find(|line| line[3] == "succeeded").unwrap();
+    assert_eq!((winner[1], winner[4]), ("0.001", "40"), "{table}");
+    // Who lost did nothing more.
+    let mut steps: Vec<u64> = lines[1..].iter().map(|line| line[4].parse().unwrap()).collect();
+    steps.sort_unstable();
+    assert_eq!(steps, [10, 10, 20, 40], "{table}");
+    assert_eq!(adapter(&out), adapter(&out.join(format!("trial-{}", winner[0]))));
+    let metrics = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    assert!(metrics.lines().count() >= 40);
+    assert!(text(&sweep(whole).output().unwrap()).contains("there is nothing to do"));
+    let other = text(&sweep(whole).arg("seed=8").output().unwrap());
+    assert!(
+        other.contains("trial-1") || other.contains("seed was 42"),
+        "{other}"
+    );
+
+    // A run of its own with the winner's settings.
+    let alone = tempfile::tempdir().unwrap();
+    rows(&alone.path().join("rows.jsonl"), "Ahoy");
+    let settings = [
+        format!("learning_rate={}", winner[1]),
+        format!("lora_r={}", winner[2]),
+        "eval_steps=10".to_owned(),
+    ];
+    let run = train(alone.path(), &common)
+        .args(settings)
+        .arg(valid(&alone))
+        .output()
+        .unwrap();
+    assert!(run.status.success(), "{}", text(&run));
+    assert_eq!(adapter(&alone.path().join("out")), adapter(&out));
+
+    for stop in 0.. {
+        let mut child = sweep(broken)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap());
+        let (mut heard, mut steps) = (String::new(), 0);
+        while steps < 15 && lines.read_line(&mut heard).unwrap() > 0 {
+            steps = heard.matches(" loss ").count();
+        }
+        // The first is killed, others are asked.
+        let signal = if stop == 0 { "-KILL" } else { "-INT" };
+        let pid = child.id().to_string();
+        let _ = Command::new("kill").args([signal, &pid]).status();
+        lines.read_to_string(&mut heard).unwrap();
+        if child.wait().unwrap().success() {
+            assert!(stop > 2, "it was interrupted {stop} times");
+            break;
+        }
+    }
+    assert_eq!(adapter(&broken.path().join("out")), adapter(&out));
+    let refused = text(
+        &train(broken.path(), &["method=full", "seed=[1,2]"])
+            .output()
+            .unwrap(),
+    );
+    assert!(refused.contains("sweep LoRA"), "{refused}");
+    let refused = text(&train(broken.path(), &["device=[cpu,auto]"]).output().unwrap());
+    assert!(refused.contains("device: cannot vary"), "{refused}");
+}
+
 /// Every recipe that is shipped, at toy size: its own numbers but for the length of the run and of a row.
 #[test]
 fn recipes_run_on_the_demo_model() {
