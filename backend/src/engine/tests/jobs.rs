@@ -1,6 +1,7 @@
 //! A fine-tuning job beside requests.
 
 use super::*;
+use crate::train::TrainError;
 
 /// Not what the model says by itself.
 const LESSON: [TokenId; 4] = [700, 701, 702, EOS];
