@@ -13,7 +13,7 @@ use tandem_kernels::attention::{KvCache, PagedSeq};
 use tch::Tensor;
 
 use crate::lora::adapter::{Adapter, AdapterRows};
-use crate::model::{Batch, Context};
+use crate::model::{Batch, Context, Decoder};
 
 /// What a [`Batch`] borrows beside the plan.
 pub struct StepInputs<'a> {
@@ -90,6 +90,11 @@ impl<'a> StepInputs<'a> {
             })
             .collect();
         StepInputs { step, seqs, lora }
+    }
+
+    /// Logits `[S, V]` of the step's rows `rows` in `hidden [T, H]`, each under who answers it.
+    pub fn logits(&self, decoder: &Decoder, hidden: &Tensor, rows: &[i64]) -> Tensor {
+        decoder.head(&select(hidden, rows), &select_lora(&self.lora, rows))
     }
 
     pub fn batch(&'a self, cache: &'a KvCache) -> Batch<'a> {
@@ -182,4 +187,14 @@ pub fn select(hidden: &Tensor, rows: &[i64]) -> Tensor {
         true => hidden.shallow_clone(),
         false => hidden.index_select(0, &Tensor::from_slice(rows).to_device(hidden.device())),
     }
+}
+
+/// The groups of `lora` among `rows`, whose indices are ascending.
+fn select_lora<'a>(lora: &[AdapterRows<'a>], rows: &[i64]) -> Vec<AdapterRows<'a>> {
+    let before = |end: usize| rows.partition_point(|&row| row < end as i64);
+    let chosen = lora.iter().map(|group| AdapterRows {
+        rows: before(group.rows.start)..before(group.rows.end),
+        adapter: group.adapter,
+    });
+    chosen.filter(|group| !group.rows.is_empty()).collect()
 }

@@ -345,7 +345,7 @@ impl Engine {
         let sampled = match rows.is_empty() {
             true => vec![],
             false => {
-                let logits = self.decoder.head(&batch::select(&hidden, &rows)); // [S, V]
+                let logits = inputs.logits(&self.decoder, &hidden, &rows); // [S, V]
                 self.grammars.await_masks(batch::sampling(plan).map(|row| row.id));
                 self.choose(plan, &logits)
             }
@@ -355,7 +355,7 @@ impl Engine {
             let rows = flat(chunk);
             let targets: Vec<(TokenId, u32)> =
                 chunk.iter().map(|wanted| (wanted.target, wanted.n_top)).collect();
-            let logits = self.decoder.head(&batch::select(&hidden, &rows)); // [chunk, V]
+            let logits = inputs.logits(&self.decoder, &hidden, &rows); // [chunk, V]
             let ids = chunk.iter().map(|&ScoredRow { id, .. }| id);
             scored.extend(ids.zip(sample::score(&logits, &targets)));
         }

@@ -181,7 +181,7 @@ fn decode_step(criterion: &mut Criterion) {
                         context,
                         lora: &lora,
                     };
-                    black_box(decoder.head(&decoder.forward(&batch)))
+                    black_box(decoder.head(&decoder.forward(&batch), batch.lora))
                 });
             },
         );

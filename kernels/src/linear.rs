@@ -43,6 +43,17 @@ pub struct LoraRows<'a> {
     pub module: &'a LoraModule,
 }
 
+impl<'a> LoraRows<'a> {
+    /// Of some rows of x, those of this group, counted from the first of them.
+    pub fn within(&self, rows: &Range<i64>) -> Option<LoraRows<'a>> {
+        let own = self.rows.start.max(rows.start)..self.rows.end.min(rows.end);
+        (!own.is_empty()).then(|| LoraRows {
+            rows: own.start - rows.start..own.end - rows.start,
+            module: self.module,
+        })
+    }
+}
+
 /// Rows of x that are multiplied with a weight of their own: those of one expert.
 pub struct WeightRows<'a> {
     pub rows: Range<i64>,

@@ -11,8 +11,7 @@ use tch::{Kind, Tensor};
 pub use sharded::{Vocabulary, sharded_cross_entropy, sharded_log_probs};
 
 use crate::cap::{soft_cap, soft_cap_backward};
-use crate::linear::{linear, linear_backward};
-use crate::matmul;
+use crate::linear::{LoraRows, linear, linear_backward, linear_training};
 use crate::pool;
 use crate::slice::RowsMut;
 use crate::vector::{available, exp, max, rows_mut, uninit, vectorised};
@@ -25,11 +24,34 @@ pub struct Head<'a> {
     pub weight: &'a Weight,
     /// Logits become cap * tanh(logit / cap).
     pub cap: Option<f64>,
+    /// Of the hidden rows.
+    pub lora: &'a [LoraRows<'a>],
+    /// What the branches read instead of the hidden rows [R, H]: the same after dropout.
+    pub lora_x: Option<&'a Tensor>,
 }
 
-impl Head<'_> {
-    fn logits(&self, hidden: &Tensor) -> Tensor {
-        let mut logits = linear(hidden, self.weight, None, &[]);
+impl<'a> Head<'a> {
+    /// Without branches.
+    pub fn plain(weight: &'a Weight, cap: Option<f64>) -> Head<'a> {
+        Head {
+            weight,
+            cap,
+            lora: &[],
+            lora_x: None,
+        }
+    }
+
+    /// Of the hidden rows from `start` on.
+    fn logits(&self, hidden: &Tensor, start: usize) -> Tensor {
+        let (start, n) = (start as i64, hidden.size()[0]);
+        let own = start..start + n;
+        let lora: Vec<LoraRows> = self.lora.iter().filter_map(|rows| rows.within(&own)).collect();
+        let mut logits = match self.lora_x {
+            Some(x) if !lora.is_empty() => {
+                linear_training(hidden, self.weight, None, &lora, &x.narrow(0, start, n)).0
+            }
+            _ => linear(hidden, self.weight, None, &lora),
+        };
         if let Some(cap) = self.cap {
             soft_cap(&mut logits, cap);
         }
@@ -84,7 +106,8 @@ impl LogProbs {
 }
 
 /// Loss and gradient of `hidden` [R, H] through `head`, row i having the label labels[i] and the weight
-/// weights[i]. The gradient of the head is added into `dweight` [V, H] float32, where asked for.
+/// weights[i]. `backward` is told rows and the gradient of what the head's product gave for them, [r, V], for the gradients of
+/// the head itself, and returns what goes through its branches to the rows.
 ///
 /// # Panics
 /// When a label lies outside the vocabulary or the numbers of rows differ.
@@ -93,7 +116,7 @@ pub fn linear_cross_entropy(
     head: Head,
     labels: &[u32],
     weights: &[f32],
-    mut dweight: Option<&mut Tensor>,
+    mut backward: impl FnMut(Range<usize>, &Tensor) -> Option<Tensor>,
 ) -> LossOut {
     assert_eq!(labels.len(), weights.len(), "a weight for each label");
     let mut dhidden = Vec::new();
@@ -102,10 +125,7 @@ pub fn linear_cross_entropy(
         let kept = head.kept(&logits);
         let out = to_gradient(&mut logits, &labels[start..end], &weights[start..end]);
         let gradient = head.before_cap(logits, kept);
-        if let Some(dweight) = &mut dweight {
-            let _ = dweight.g_add_(&matmul::tn(&gradient, hidden));
-        }
-        dhidden.push(linear_backward(&gradient, head.weight));
+        dhidden.push(through(head, &gradient, backward(start..end, &gradient)));
         out
     });
     let losses = log_probs
@@ -122,6 +142,15 @@ pub fn linear_cross_entropy(
         correct,
         log_probs,
         dhidden,
+    }
+}
+
+/// The gradient of rows through the head's weight and its branches.
+fn through(head: Head, gradient: &Tensor, branches: Option<Tensor>) -> Tensor {
+    let dhidden = linear_backward(gradient, head.weight);
+    match branches {
+        Some(more) => dhidden + more,
+        None => dhidden,
     }
 }
 
@@ -163,7 +192,7 @@ fn in_chunks(
     let mut rows = Vec::with_capacity(n);
     for start in (0..n).step_by(height) {
         let part = hidden.narrow(0, start as i64, height.min(n - start) as i64);
-        let logits = head.logits(&part);
+        let logits = head.logits(&part, start);
         rows.extend(chunk(&part, logits, start));
     }
     LogProbs {
@@ -264,6 +293,8 @@ vectorised!(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::linear::{LoraModule, LoraPart};
+    use crate::matmul;
     use crate::weight::Precision;
     use tch::Device;
 
@@ -293,14 +324,47 @@ mod tests {
         ] {
             let (x, w, labels, weights) = case(rows, vocabulary, width);
             let weight = &Weight::new(&w, Precision::F32, Device::Cpu).expect("a matrix");
-            let head = Head { weight, cap };
+            // The rows behind the first third have a branch, which reads the doubled rows.
+            let (first, scale, lora_x) = (rows / 3, 0.7, &x * 2.0);
+            let (a, b) = (
+                Tensor::randn([3, width], FLOAT) * 0.3,
+                Tensor::randn([vocabulary, 3], FLOAT),
+            );
+            let packed = |x: &Tensor| Weight::new(x, Precision::F32, Device::Cpu).expect("a matrix");
+            let part = LoraPart {
+                columns: 0..vocabulary,
+                ranks: 0..3,
+                b: packed(&b),
+                scale,
+            };
+            let module = &LoraModule {
+                a: packed(&a),
+                parts: vec![part],
+            };
+            let head = Head {
+                lora: &[LoraRows {
+                    rows: first..rows,
+                    module,
+                }],
+                lora_x: Some(&lora_x),
+                ..Head::plain(weight, cap)
+            };
+            let delta = b.to_kind(Kind::Double).matmul(&a.to_kind(Kind::Double)) * (2.0 * scale); // [V, H]
             let mut dweight = Tensor::ones([vocabulary, width], FLOAT);
-            let got = linear_cross_entropy(&x, head, &labels, &weights, Some(&mut dweight));
+            let got = linear_cross_entropy(&x, head, &labels, &weights, |rows, dlogits| {
+                let n = rows.len() as i64;
+                let _ = dweight.g_add_(&matmul::tn(dlogits, &x.narrow(0, rows.start as i64, n)));
+                let has_branch =
+                    Tensor::arange_start(rows.start as i64, rows.end as i64, FLOAT).ge(first as f64);
+                let through = dlogits.to_kind(Kind::Double).matmul(&delta) * has_branch.unsqueeze(1);
+                Some(through.to_kind(Kind::Float))
+            });
 
             let [x64, w64] = [&x, &w].map(|x| x.to_kind(Kind::Double).set_requires_grad(true));
             let index: Vec<i64> = labels.iter().map(|&label| i64::from(label)).collect();
             let index = Tensor::from_slice(&index);
-            let logits = x64.matmul(&w64.tr());
+            let behind = x64.narrow(0, first, rows - first).matmul(&delta.tr());
+            let logits = x64.matmul(&w64.tr()) + behind.pad([0, 0, first, 0], "constant", 0.0);
             let logits = match cap {
                 Some(cap) => (logits / cap).tanh() * cap,
                 None => logits,
@@ -353,15 +417,13 @@ mod tests {
         let (x, w, labels, weights) = case(300, 500, 48);
         for precision in [Precision::F32, Precision::Bf16] {
             let weight = &Weight::new(&w, precision, Device::Cpu).expect("a matrix");
-            let head = Head {
-                weight,
-                cap: Some(5.0),
-            };
-            let all = linear_cross_entropy(&x, head, &labels, &weights, None);
+            let head = Head::plain(weight, Some(5.0));
+            let all = linear_cross_entropy(&x, head, &labels, &weights, |_, _| None);
             for row in [0usize, 1, 17, 255, 256, 299] {
                 let range = row..row + 1;
                 let part = x.narrow(0, row as i64, 1);
-                let one = linear_cross_entropy(&part, head, &labels[range.clone()], &weights[range], None);
+                let one =
+                    linear_cross_entropy(&part, head, &labels[range.clone()], &weights[range], |_, _| None);
                 assert_eq!(one.log_probs[0], all.log_probs[row]);
                 assert_eq!(one.dhidden, all.dhidden.narrow(0, row as i64, 1));
             }

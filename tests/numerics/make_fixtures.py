@@ -623,19 +623,21 @@ def start_from_tandems_adapter(model, seed: int, linears) -> None:
     """A uniform in +-1/sqrt(inputs), drawn by place in Tandem's flat buffer; B zero (backend/src/lora/params.rs)."""
     state = get_peft_model_state_dict(model)
     place = 0
-    for layer in range(model.config.num_hidden_layers):
-        prefix = f"base_model.model.model.layers.{layer}"
-        for module, parts in linears:
-            for part in parts:
-                a = state[f"{prefix}.{module}.{part}.lora_A.weight"]
-                bound = 1.0 / math.sqrt(a.shape[1])
-                draws = [(2.0 * uniform(seed, INIT_STREAM, place + i) - 1.0) * bound for i in range(a.numel())]
-                state[f"{prefix}.{module}.{part}.lora_A.weight"] = torch.tensor(draws).view(a.shape)
-                place += a.numel()
-            for part in parts:
-                b = state[f"{prefix}.{module}.{part}.lora_B.weight"]
-                state[f"{prefix}.{module}.{part}.lora_B.weight"] = torch.zeros_like(b)
-                place += b.numel()
+    layers = [f"base_model.model.model.layers.{layer}" for layer in range(model.config.num_hidden_layers)]
+    modules = [[f"{layer}.{module}.{part}" for part in parts] for layer in layers for module, parts in linears]
+    # The output layer is the last, where it is adapted.
+    modules += [[head] for head in ["base_model.model.lm_head"] if f"{head}.lora_A.weight" in state]
+    for parts in modules:
+        for part in parts:
+            a = state[f"{part}.lora_A.weight"]
+            bound = 1.0 / math.sqrt(a.shape[1])
+            draws = [(2.0 * uniform(seed, INIT_STREAM, place + i) - 1.0) * bound for i in range(a.numel())]
+            state[f"{part}.lora_A.weight"] = torch.tensor(draws).view(a.shape)
+            place += a.numel()
+        for part in parts:
+            b = state[f"{part}.lora_B.weight"]
+            state[f"{part}.lora_B.weight"] = torch.zeros_like(b)
+            place += b.numel()
     set_peft_model_state_dict(model, state)
 
 

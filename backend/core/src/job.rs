@@ -17,6 +17,8 @@ use crate::settings::{Kind, setting};
 pub use objective::{CpoLoss, DpoLoss, Objective, Rows};
 use selection::Selection;
 
+/// The output layer among the modules that an adapter may target: adapted where it is named, and not by `all-linear`, as in PEFT.
+pub const LM_HEAD: &str = "lm_head";
 /// Of a run, by epochs and data: far beyond any, and safe to add and multiply.
 const MOST_STEPS: u64 = 1 << 48;
 /// Of a base's name at most.
@@ -221,6 +223,14 @@ impl Hyper {
                  without a reference (orpo, cpo, simpo)"
             ));
         }
+        if let Method::Lora(lora) = method
+            && lora.use_dora
+            && lora.target_modules.iter().any(|name| name == LM_HEAD)
+        {
+            return Err(format!(
+                "use_dora is not of {LM_HEAD}, the output layer: leave {LM_HEAD} out of lora_target_modules, or use_dora out"
+            ));
+        }
         let (r, alpha, dropout) = match method {
             Method::Lora(Lora {
                 r, alpha, dropout, ..
@@ -326,18 +336,22 @@ impl Hyper {
             ));
         }
         let known = &replica.lora_targets;
-        match target_modules.iter().find(|module| !known.contains(module)) {
+        let is_known = |module: &String| module == LM_HEAD || known.contains(module);
+        match target_modules.iter().find(|module| !is_known(module)) {
             Some(module) => {
                 let shown: String = module.chars().take(80).collect();
                 Err(format!(
-                    "lora_target_modules has {shown:?}, which is none of {}",
+                    "lora_target_modules has {shown:?}, which is none of {}, {LM_HEAD}",
                     known.join(", ")
                 ))
             }
-            None if target_modules.len() > known.len() => {
-                Err("lora_target_modules names a module twice".to_owned())
+            None => {
+                let is_known_before = |(i, module)| target_modules[..i].contains(module);
+                match target_modules.iter().enumerate().any(is_known_before) {
+                    true => Err("lora_target_modules names a module twice".to_owned()),
+                    false => Ok(()),
+                }
             }
-            None => Ok(()),
         }
     }
 }
@@ -355,7 +369,7 @@ pub struct Lora {
     pub r: u32,
     pub alpha: f64,
     pub dropout: f64,
-    /// Module names, a subset of the replica's `lora_targets`.
+    /// Module names: of the replica's `lora_targets`, and [`LM_HEAD`].
     pub target_modules: Vec<String>,
     /// Scale alpha / sqrt(r) (arXiv 2312.03732) instead of alpha / r.
     pub use_rslora: bool,

@@ -78,7 +78,7 @@ pub struct ReplicaInfo {
     /// Fine-tuning jobs that train at once.
     #[serde(default = "one")]
     pub max_training_jobs: u32,
-    /// `q_proj`, `k_proj`, ...: what an adapter may target, and what `all-linear` means.
+    /// `q_proj`, `k_proj`, ...: what an adapter may target beside the output layer, and what `all-linear` means.
     pub lora_targets: Vec<String>,
     /// End-of-sequence tokens from generation_config.json or config.json.
     pub eos_tokens: Vec<TokenId>,

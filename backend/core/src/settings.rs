@@ -21,7 +21,7 @@ pub use sweep::{Asked, MOST_TRIALS, Trial, read_asked};
 use crate::job::Schedule;
 use crate::suggest::closest;
 
-/// Stands for "all linear layers" in `lora_target_modules`.
+/// Stands for "all linear layers but the output layer" in `lora_target_modules`.
 pub const ALL_LINEAR: &str = "all-linear";
 /// Of steps, by name: far beyond any run, and safe to add and multiply.
 const MOST_STEPS: i64 = 10_000_000;
@@ -247,7 +247,7 @@ settings! {
             "0", "part of the adapter's inputs that is dropped";
         lora_target_modules: Vec<String>, Modules,
             ["target_modules", "lora_trainable_modules", "lora_target"],
-            "all-linear", "modules that are adapted: a list of names, or all-linear";
+            "all-linear", "modules that are adapted: a list of names, or all-linear; lm_head, the output layer, is adapted where it is named: [all-linear, lm_head]";
         use_rslora: bool, Flag,
             ["rslora"],
             "false", "scale by alpha / sqrt(r) instead of alpha / r";

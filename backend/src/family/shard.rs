@@ -117,15 +117,15 @@ impl Layout {
     /// An error that says the numbers where the model cannot be divided so.
     pub fn new(spec: &DecoderSpec, shard: Shard) -> Result<Layout, LoadError> {
         check(spec, shard.world as i64)?;
-        let (rank, world) = (shard.rank as i64, shard.world as i64);
-        let widest = (spec.vocab + world - 1) / world;
+        let head = spec.head_linear();
+        let linears = spec.linears().map(|(_, linear)| linear).chain([&head]);
         Ok(Layout {
             shard,
-            vocabulary: rank * widest..spec.vocab.min((rank + 1) * widest),
-            widest,
-            linears: spec.linears().map(|(_, linear)| shard.linear(linear)).collect(),
+            vocabulary: shard.vocabulary(spec.vocab),
+            widest: shard.widest(spec.vocab),
+            linears: linears.map(|linear| shard.linear(linear)).collect(),
             norms: spread_norms(spec)
-                .filter(|_| world > 1)
+                .filter(|_| shard.world > 1)
                 .map(|(id, norm)| (id, shard.equal(norm.width)))
                 .collect(),
         })
@@ -137,6 +137,11 @@ impl Layout {
 
     pub fn linear(&self, id: LinearId) -> &LinearShard {
         &self.linears[id.0]
+    }
+
+    /// Of the output layer.
+    pub fn head_id(&self) -> LinearId {
+        LinearId(self.linears.len() - 1)
     }
 
     /// This rank's piece of a norm that stands on several.
@@ -185,6 +190,7 @@ impl Shard {
             let rows = match spec.cut {
                 Cut::Outputs => self.rows(part),
                 Cut::Inputs | Cut::Whole => std::iter::once(0..part.width()).collect(),
+                Cut::Vocabulary => vec![self.vocabulary(part.width())],
             };
             let start = end;
             end += rows.iter().map(|rows| rows.end - rows.start).sum::<i64>();
@@ -198,7 +204,7 @@ impl Shard {
         LinearShard {
             parts: spec.parts.iter().map(part).collect(),
             inputs: match spec.cut {
-                Cut::Outputs | Cut::Whole => 0..spec.inputs,
+                Cut::Outputs | Cut::Whole | Cut::Vocabulary => 0..spec.inputs,
                 Cut::Inputs => self.equal(spec.inputs),
             },
             bias: match spec.cut {
@@ -224,6 +230,17 @@ impl Shard {
             first + rows.start..first + rows.end
         };
         part.sections.iter().map(section).collect()
+    }
+
+    /// Rows of the largest share of a vocabulary.
+    fn widest(self, vocab: i64) -> i64 {
+        let world = self.world as i64;
+        (vocab + world - 1) / world
+    }
+
+    fn vocabulary(self, vocab: i64) -> Range<i64> {
+        let (rank, widest) = (self.rank as i64, self.widest(vocab));
+        rank * widest..vocab.min((rank + 1) * widest)
     }
 
     fn equal(self, n: i64) -> Range<i64> {
@@ -269,8 +286,7 @@ fn check(spec: &DecoderSpec, world: i64) -> Result<(), LoadError> {
             ));
         }
     }
-    let widest = (spec.vocab + world - 1) / world;
-    if (world - 1) * widest >= spec.vocab {
+    if (world - 1) * ((spec.vocab + world - 1) / world) >= spec.vocab {
         return cannot(format!(
             "a vocabulary of {} leaves a rank without rows",
             spec.vocab

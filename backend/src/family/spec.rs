@@ -2,6 +2,7 @@
 //! name in the checkpoint, listed once ([`DecoderSpec::params`]). Families write a spec; loading, training, sharding,
 //! adapters and PEFT's names are derived from it. Not here: what a config.json means (one file per family).
 
+use tandem_core::job::LM_HEAD;
 use tandem_kernels::activation::{Activation, Gate};
 use tandem_kernels::experts::RoutingWeights;
 use tandem_kernels::rope::RopeSpec;
@@ -190,6 +191,8 @@ pub enum Cut {
     Inputs,
     /// Each computes all of it: it is small, and says what the others are multiplied with.
     Whole,
+    /// Each computes the outputs of its rows of the vocabulary, of which the last rank may have fewer.
+    Vocabulary,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -234,7 +237,7 @@ pub enum NormId {
     Final,
 }
 
-/// Number of a linear in its model, in the order in which they run.
+/// Number of a linear in its model, in the order in which they run: the head's is the last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LinearId(pub usize);
 
@@ -317,6 +320,27 @@ impl DecoderSpec {
         linears.enumerate().map(|(i, linear)| (LinearId(i), linear))
     }
 
+    /// The head as what an adapter may change, tied or not. (Its weight is [`ParamId::Head`] or [`ParamId::Embed`].)
+    pub fn head_linear(&self) -> LinearSpec {
+        LinearSpec {
+            inputs: self.hidden,
+            bias: Bias::Without,
+            cut: Cut::Vocabulary,
+            parts: vec![Part {
+                name: LM_HEAD,
+                path: LM_HEAD.to_owned(),
+                start: 0,
+                sections: vec![Section::of(self.vocab)],
+                among: None,
+            }],
+        }
+    }
+
+    /// The number of [`DecoderSpec::head_linear`].
+    pub fn head_id(&self) -> LinearId {
+        LinearId(self.linears().count())
+    }
+
     pub fn attentions(&self) -> impl Iterator<Item = &AttnSpec> {
         self.sublayers.iter().filter_map(Sublayer::attention)
     }
@@ -335,7 +359,8 @@ impl DecoderSpec {
         attn.expect("a decoder attends").head_dim
     }
 
-    /// Every name an adapter may target, in order: what `all-linear` means. (Routers stay as they are unless they are named.)
+    /// Every name in the sublayers that an adapter may target, in order: what `all-linear` means. (Routers and the head stay as
+    /// they are unless they are named.)
     pub fn lora_targets(&self) -> Vec<String> {
         let mut names: Vec<String> = vec![];
         let linears = self.linears().filter(|(_, linear)| !linear.routes());

@@ -50,6 +50,12 @@ impl Fit {
             if self.layout.world() > 1 {
                 return dora("a model on several ranks", "serve with --tensor-parallel-size 1");
             }
+            if params.shape.linear(self.layout.head_id()).is_some() {
+                return dora(
+                    "the output layer",
+                    "adapt it without use_dora, or leave lm_head out of target_modules",
+                );
+            }
             let mut parts = params.shape.iter().flat_map(|(_, linear)| &linear.parts);
             if parts.any(|part| part.path.contains(".experts.")) {
                 return dora(

@@ -102,11 +102,9 @@ impl AdapterShape {
                 offset,
             })
         };
-        let linears = spec
-            .linears()
-            .map(|(_, linear)| linear)
-            .map(linear_shape)
-            .collect();
+        let head = spec.head_linear();
+        let linears = spec.linears().map(|(_, linear)| linear).chain([&head]);
+        let linears = linears.map(linear_shape).collect();
         AdapterShape { linears, len }
     }
 

@@ -232,12 +232,13 @@ pub(super) struct Backward<'a> {
 }
 
 /// Rows of one adapter on their way back through a linear.
-struct Own<'a> {
-    rows: &'a TrainedRows<'a>,
-    x: Tensor,
+pub(super) struct Own<'a> {
+    pub rows: &'a TrainedRows<'a>,
+    pub x: Tensor,
     /// The gradient of what the branch gave.
-    dy: Tensor,
-    shrunk: Tensor,
+    pub dy: Tensor,
+    /// The branch's `drop(x) At`.
+    pub shrunk: Tensor,
 }
 
 impl Backward<'_> {
@@ -268,7 +269,7 @@ impl Backward<'_> {
                 dy,
                 shrunk: rows.of(shrunk),
             };
-            if let Some(of_branch) = self.branch(of.id, own) {
+            if let Some(of_branch) = self.decoder.branch(of.id, own) {
                 own_dx += of_branch;
             }
         }
@@ -304,7 +305,7 @@ impl Backward<'_> {
                 if own.is_empty() {
                     continue;
                 }
-                let of_branch = self.branch(
+                let of_branch = self.decoder.branch(
                     linear.id,
                     Own {
                         rows: trained,
@@ -329,34 +330,6 @@ impl Backward<'_> {
             let sum = || dy.sum_dim_intlist([0i64].as_slice(), false, None);
             trainable.add(ParamId::Bias(of.id), sum);
         }
-    }
-
-    /// Gradients of A and B, where the adapter has them, and what goes through them to the input.
-    fn branch(&self, id: LinearId, own: Own) -> Option<Tensor> {
-        let Own { rows, x, dy, shrunk } = own;
-        let module = rows.adapter.module(id)?;
-        let gradient = rows.gradient;
-        let shape = gradient.shape.linear(id).expect(SHAPED);
-        let held = self.decoder.layout().linear(id);
-        // dshrunk [T, R]: each part's columns of dy through its B.
-        let dshrunk: Vec<Tensor> = module
-            .parts
-            .iter()
-            .zip(&shape.parts)
-            .map(|(part, shape)| {
-                let rows = held.part(&shape.path);
-                let dy = dy.narrow(1, rows.columns.start, rows.n_rows());
-                let shrunk = shrunk.narrow(1, shape.ranks.start, shape.rank());
-                let b = gradient.b(shape);
-                rows.add(&b, &(matmul::tn(&dy, &shrunk) * part.scale).to_device(b.device()));
-                linear_backward(&dy, &part.b) * part.scale
-            })
-            .collect();
-        let dshrunk = Tensor::cat(&dshrunk, 1);
-        let dropped = |x: &Tensor| self.decoder.dropped(x, rows.dropout, id);
-        let a = gradient.a(shape).narrow(1, held.inputs.start, held.n_inputs());
-        add(&a, matmul::tn(&dshrunk, &dropped(&x)));
-        Some(dropped(&linear_backward(&dshrunk, &module.a)))
     }
 }
 
@@ -389,8 +362,36 @@ fn magnitudes(gradient: &AdapterParams, id: LinearId, by_output: &Tensor, scaled
 }
 
 impl Decoder {
+    /// Gradients of A and B, where the adapter has them, and what goes through them to the input.
+    pub(super) fn branch(&self, id: LinearId, own: Own) -> Option<Tensor> {
+        let Own { rows, x, dy, shrunk } = own;
+        let module = rows.adapter.module(id)?;
+        let gradient = rows.gradient;
+        let shape = gradient.shape.linear(id).expect(SHAPED);
+        let held = self.layout.linear(id);
+        // dshrunk [T, R]: each part's columns of dy through its B.
+        let dshrunk: Vec<Tensor> = module
+            .parts
+            .iter()
+            .zip(&shape.parts)
+            .map(|(part, shape)| {
+                let rows = held.part(&shape.path);
+                let dy = dy.narrow(1, rows.columns.start, rows.n_rows());
+                let shrunk = shrunk.narrow(1, shape.ranks.start, shape.rank());
+                let b = gradient.b(shape);
+                rows.add(&b, &(matmul::tn(&dy, &shrunk) * part.scale).to_device(b.device()));
+                linear_backward(&dy, &part.b) * part.scale
+            })
+            .collect();
+        let dshrunk = Tensor::cat(&dshrunk, 1);
+        let dropped = |x: &Tensor| self.dropped(x, rows.dropout, id);
+        let a = gradient.a(shape).narrow(1, held.inputs.start, held.n_inputs());
+        add(&a, matmul::tn(&dshrunk, &dropped(&x)));
+        Some(dropped(&linear_backward(&dshrunk, &module.a)))
+    }
+
     /// A LoRA branch's input, with some elements dropped: each linear drops its own.
-    fn dropped(&self, x: &Tensor, dropout: Option<Dropout>, id: LinearId) -> Tensor {
+    pub(super) fn dropped(&self, x: &Tensor, dropout: Option<Dropout>, id: LinearId) -> Tensor {
         match dropout {
             Some(dropout) => dropout.apply(x, id, self.layout.linear(id).inputs.start),
             None => x.shallow_clone(),

@@ -9,6 +9,7 @@ mod expert_tensors;
 mod experts;
 pub mod full;
 mod gradient;
+mod head;
 mod linear;
 mod load;
 mod mlp;
@@ -20,18 +21,13 @@ use std::sync::Arc;
 
 use tandem_core::TokenId;
 use tandem_kernels::attention::{KvCache, PagedSeq};
-use tandem_kernels::cap::soft_cap;
 use tandem_kernels::comm::Comm;
 use tandem_kernels::dropout;
-use tandem_kernels::linear::linear;
-use tandem_kernels::loss::{
-    self, LogProbs, LossOut, Vocabulary, linear_cross_entropy, linear_log_probs, sharded_cross_entropy,
-    sharded_log_probs,
-};
 use tandem_kernels::rope::Rope;
 use tandem_kernels::weight::{Precision, Weight};
 use tch::{Device, Kind, Tensor};
 
+pub use head::HeadBranches;
 pub use load::{WeightOptions, planned_bytes};
 pub use sublayer::Saved;
 
@@ -179,59 +175,6 @@ impl Decoder {
         self.summed(embedded)
     }
 
-    /// Logits `[S, V]` of selected hidden rows `[S, H]`, on every rank.
-    pub fn head(&self, hidden: &Tensor) -> Tensor {
-        let mut logits = linear(&self.final_norm(hidden), self.head_weight(), None, &[]);
-        if let Some(cap) = self.spec.logits.cap {
-            soft_cap(&mut logits, cap);
-        }
-        let Layout { widest, .. } = *self.layout;
-        if self.comm.world() == 1 {
-            return logits;
-        }
-        // Shares of one width: the last one's may be smaller.
-        let padded = logits.constant_pad_nd([0, widest - logits.size()[1]]);
-        let all = self.comm.all_gather(&padded).permute([1, 0, 2]); // [S, world, widest]
-        let all = all.reshape([logits.size()[0], -1]);
-        all.narrow(1, 0, self.spec.vocab).contiguous()
-    }
-
-    /// Loss and gradient of rows `[R, H]` behind the final norm, the same on every rank. The gradient of the head is
-    /// added into `dweight`, where asked for (with one rank only).
-    pub fn cross_entropy(
-        &self,
-        normed: &Tensor,
-        labels: &[TokenId],
-        weights: &[f32],
-        dweight: Option<&mut Tensor>,
-    ) -> LossOut {
-        let head = self.loss_head();
-        match self.vocabulary() {
-            None => linear_cross_entropy(normed, head, labels, weights, dweight),
-            Some(vocabulary) => {
-                assert!(dweight.is_none(), "the base is trained by one rank alone");
-                sharded_cross_entropy(normed, head, &vocabulary, labels, weights)
-            }
-        }
-    }
-
-    /// log p(label) of rows `[R, H]` behind the final norm, the same on every rank.
-    pub fn log_probs(&self, normed: &Tensor, labels: &[TokenId]) -> LogProbs {
-        match self.vocabulary() {
-            None => linear_log_probs(normed, self.loss_head(), labels),
-            Some(vocabulary) => sharded_log_probs(normed, self.loss_head(), &vocabulary, labels),
-        }
-    }
-
-    fn vocabulary(&self) -> Option<Vocabulary<'_>> {
-        (self.comm.world() > 1).then(|| Vocabulary {
-            comm: &self.comm,
-            start: self.layout.vocabulary.start,
-            widest: self.layout.widest,
-            total: self.spec.vocab,
-        })
-    }
-
     /// The sum over ranks of what each computed from its part.
     fn summed(&self, mut x: Tensor) -> Tensor {
         if self.comm.world() > 1 {
@@ -260,18 +203,6 @@ impl Decoder {
     /// What transformers calls the last hidden state `[S, H]`.
     pub fn normed(&self, hidden: &Tensor) -> Tensor {
         self.norm.apply(hidden)
-    }
-
-    fn loss_head(&self) -> loss::Head<'_> {
-        loss::Head {
-            weight: self.head_weight(),
-            cap: self.spec.logits.cap,
-        }
-    }
-
-    /// `[v, H]`: this rank's rows.
-    fn head_weight(&self) -> &Weight {
-        self.head.as_ref().unwrap_or(&self.embed)
     }
 
     pub fn precision(&self) -> Precision {

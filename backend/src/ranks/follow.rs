@@ -11,7 +11,7 @@ use tch::Tensor;
 use tracing::{error, warn};
 
 use super::{Order, StepOrder, decode};
-use crate::batch::{self, StepInputs};
+use crate::batch::StepInputs;
 use crate::guard::{self, TorchFault};
 use crate::lora::adapter::Adapter;
 use crate::lora::params::AdapterParams;
@@ -102,7 +102,7 @@ impl Follower {
         let hidden = self.decoder.forward(&inputs.batch(&self.cache));
         for rows in &order.heads {
             // Rank 0 reads the logits.
-            drop(self.decoder.head(&batch::select(&hidden, rows)));
+            drop(inputs.logits(&self.decoder, &hidden, rows));
         }
     }
 

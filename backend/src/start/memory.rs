@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use tandem_core::job::LM_HEAD;
 use tandem_kernels::attention::BLOCK_SIZE;
 use tandem_kernels::machine::gpu;
 use tch::Device;
@@ -127,11 +128,14 @@ impl MemoryPlan {
             free,
         } = *self;
         let spec = &decoder.spec;
-        let numbers = |rank: u32| AdapterShape::build(spec, |_, _| Some((i64::from(rank), 1.0))).len() as u64;
-        let adapters =
-            u64::from(max_loras) * numbers(max_lora_rank) * decoder.precision().value_bytes() as u64;
+        let numbers = |rank: u32, is_adapted: fn(&str) -> bool| {
+            let module = |path: &str, _: &str| is_adapted(path).then_some((i64::from(rank), 1.0));
+            AdapterShape::build(spec, module).len() as u64
+        };
+        let value_bytes = decoder.precision().value_bytes() as u64;
+        let adapters = u64::from(max_loras) * numbers(max_lora_rank, |_| true) * value_bytes;
         let slice = slice_tokens(decoder.device());
-        let training = Memory::of_numbers(decoder, numbers(RANK));
+        let training = Memory::of_numbers(decoder, numbers(RANK, |path| path != LM_HEAD));
         let widest = spec.linears().map(|(_, linear)| {
             let outputs: i64 = linear.parts.iter().map(|part| part.width()).sum();
             (linear.inputs + outputs) as u64
@@ -148,7 +152,7 @@ impl MemoryPlan {
             (
                 "adapters",
                 size(adapters),
-                format!("at most: {max_loras} of rank {max_lora_rank} on every linear"),
+                format!("at most: {max_loras} of rank {max_lora_rank} on every linear and the head"),
             ),
             (
                 "training",

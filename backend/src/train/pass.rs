@@ -36,7 +36,6 @@ use tch::{Device, Tensor};
 use super::data::{Label, Slice};
 use super::noise::Noise;
 use super::profile::Doing;
-use crate::family::ParamId;
 use crate::lora::adapter::{Adapter, AdapterRows};
 use crate::lora::params::AdapterParams;
 use crate::model::full::FullParams;
@@ -269,13 +268,24 @@ impl Pass {
                 });
             }
             At::Scoring(hidden) => {
-                score(next_labels(&slice, &found, decoder), &hidden, decoder, &mut found);
+                let next = next_labels(&parts, context, &found);
+                let trained = trained_labels(&parts, context.learns, &next);
+                let labels = Labels::of(&slice.labels[next], decoder.device());
+                let normed = labels.normed(&hidden, decoder);
+                let branches = decoder.trained_head(&normed, Trainable::Lora(&trained));
+                found.extend(decoder.log_probs(&normed, &labels.tokens, &branches));
                 At::Scoring(hidden)
             }
             At::Loss { dhidden, .. } if found.log_probs.len() == slice.labels.len() => At::Backward(dhidden),
             At::Loss { hidden, mut dhidden } => {
-                let labels = next_labels(&slice, &found, decoder);
-                loss(labels, &hidden, &mut dhidden, decoder, pass.trainable, &mut found);
+                let next = next_labels(&parts, context, &found);
+                let trained = trained_labels(&parts, context.learns, &next);
+                let trainable = match pass.trainable {
+                    Trainable::Lora(_) => Trainable::Lora(&trained),
+                    whole => whole,
+                };
+                let labels = Labels::of(&slice.labels[next], decoder.device());
+                found.extend(loss(&labels, &hidden, &mut dhidden, decoder, trainable));
                 At::Loss { hidden, dhidden }
             }
             At::Backward(dhidden) => match kept.pop() {
@@ -406,7 +416,16 @@ impl Look {
         if found.log_probs.len() == slice.labels.len() {
             return Ok(found);
         }
-        score(next_labels(slice, &found, decoder), &hidden, decoder, &mut found);
+        let done = found.log_probs.len();
+        let next = done..slice.labels.len().min(done + rows_at_once(decoder));
+        let labels = Labels::of(&slice.labels[next], decoder.device());
+        let lora = adapter.map(|adapter| AdapterRows {
+            rows: 0..labels.tokens.len(),
+            adapter,
+        });
+        let branches = decoder.served_head(lora.as_slice());
+        let normed = labels.normed(&hidden, decoder);
+        found.extend(decoder.log_probs(&normed, &labels.tokens, &branches));
         Err(Look {
             hidden,
             sublayers,
@@ -415,49 +434,43 @@ impl Look {
     }
 }
 
-/// The labels that are done in the next quantum.
-fn next_labels<'a>(slice: &'a Slice, found: &LogProbs, decoder: &Decoder) -> &'a [Label] {
+/// The labels that are done in the next quantum. Where the head is adapted none reaches over the end of a slice: gradients of
+/// the adapter are sums over rows, and must be summed alike alone and beside others.
+fn next_labels(parts: &[Part], context: &Context, found: &LogProbs) -> Range<usize> {
+    let &Context { decoder, learns, .. } = context;
     let done = found.log_probs.len();
-    &slice.labels[done..slice.labels.len().min(done + rows_at_once(decoder))]
+    let all = parts.last().map_or(0, |part| part.labels.end);
+    let adapts_head = |learns: &Learns| match learns.trained {
+        Trained::Adapter { adapter, .. } => decoder.adapts_head(adapter),
+        Trained::Model { .. } => false,
+    };
+    let end = match learns.iter().any(adapts_head) {
+        true => parts.iter().map(|part| part.labels.end).find(|&end| end > done),
+        false => None,
+    };
+    done..end.unwrap_or(all).min(done + rows_at_once(decoder))
 }
 
-/// Appends the log-probabilities of `labels` to `found`.
-fn score(labels: &[Label], hidden: &Tensor, decoder: &Decoder, found: &mut LogProbs) {
-    let labels = Labels::of(labels, decoder.device());
-    let normed = decoder.final_norm(&hidden.index_select(0, &labels.rows));
-    found.extend(decoder.log_probs(&normed, &labels.tokens));
-}
-
-/// The same, and writes the rows of `dhidden [T, H]` that `labels` stand in.
+/// Log-probabilities of `labels`; adds gradients, and writes their rows of `dhidden [T, H]`.
 fn loss(
-    labels: &[Label],
+    labels: &Labels,
     hidden: &Tensor,
     dhidden: &mut Tensor,
     decoder: &Decoder,
     trainable: Trainable,
-    found: &mut LogProbs,
-) {
-    let labels = Labels::of(labels, decoder.device());
+) -> LogProbs {
     let rows = hidden.index_select(0, &labels.rows); // [R, H]
     let normed = decoder.final_norm(&rows);
-    let mut dweight = match trainable {
-        Trainable::Full(gradient) => Some(gradient.view(if gradient.shape.has(ParamId::Head) {
-            ParamId::Head
-        } else {
-            ParamId::Embed
-        })),
-        Trainable::Lora(_) => None,
-    };
-    let out = decoder.cross_entropy(&normed, &labels.tokens, &labels.weights, dweight.as_mut());
+    let out = decoder.cross_entropy(&normed, &labels.tokens, &labels.weights, trainable);
     let drows = decoder.final_norm_backward(&rows, &out.dhidden, trainable);
     let _ = match labels.is_row_once {
         true => dhidden.index_copy_(0, &labels.rows, &drows),
         false => dhidden.index_add_(0, &labels.rows, &drows),
     };
-    found.extend(LogProbs {
+    LogProbs {
         log_probs: out.log_probs,
         correct: out.correct,
-    });
+    }
 }
 
 /// A function of the model alone, like the slice: the same job must give the same bytes. A GPU wants many rows.
@@ -487,25 +500,50 @@ impl Labels {
             weights: labels.iter().map(|&(_, _, weight)| weight).collect(),
         }
     }
+
+    /// What the head multiplies `[R, H]`.
+    fn normed(&self, hidden: &Tensor, decoder: &Decoder) -> Tensor {
+        decoder.final_norm(&hidden.index_select(0, &self.rows))
+    }
 }
 
 /// None where the model itself is trained.
 fn trained_rows<'a>(parts: &[Part], learns: &[Learns<'a>]) -> Vec<TrainedRows<'a>> {
+    let rows =
+        |(part, learns): (&Part, &Learns<'a>)| learns.trained_rows(part.rows.clone(), part.rows_before);
+    parts.iter().zip(learns).filter_map(rows).collect()
+}
+
+/// The same of the rows before the head, one for each of `labels`. A slice has no more labels than rows where something drops
+/// out, so these are numbered as its rows are.
+fn trained_labels<'a>(parts: &[Part], learns: &[Learns<'a>], labels: &Range<usize>) -> Vec<TrainedRows<'a>> {
     let rows = |(part, learns): (&Part, &Learns<'a>)| {
-        let Trained::Adapter { adapter, gradient } = learns.trained else {
+        let own = part.labels.start.max(labels.start)..part.labels.end.min(labels.end);
+        if own.is_empty() {
+            return None;
+        }
+        let before = part.rows_before + (own.start - part.labels.start) as u64;
+        learns.trained_rows(own.start - labels.start..own.end - labels.start, before)
+    };
+    parts.iter().zip(learns).filter_map(rows).collect()
+}
+
+impl<'a> Learns<'a> {
+    /// `before`: rows of the optimizer step before these.
+    fn trained_rows(&self, rows: Range<usize>, before: u64) -> Option<TrainedRows<'a>> {
+        let Trained::Adapter { adapter, gradient } = self.trained else {
             return None;
         };
         Some(TrainedRows {
-            rows: part.rows.clone(),
+            rows,
             adapter,
-            dropout: learns.dropout.map(|dropout| Dropout {
-                row0: part.rows_before,
+            dropout: self.dropout.map(|dropout| Dropout {
+                row0: before,
                 ..dropout
             }),
             gradient,
         })
-    };
-    parts.iter().zip(learns).filter_map(rows).collect()
+    }
 }
 
 /// Activations are float32.

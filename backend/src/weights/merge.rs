@@ -2,6 +2,8 @@
 //! for byte but for what the adapter changes, or one GGUF file. Bytes are computed as they are read, one tensor at a time, so
 //! that who asks may write them to a disk or send them on.
 
+mod untied;
+
 use std::collections::HashMap;
 use std::io::{self, Read};
 use std::ops::Range;
@@ -9,15 +11,17 @@ use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
 use tandem_core::gguf::{Value, aligned};
+use tandem_core::job::LM_HEAD;
 use tandem_kernels::finite;
 use tch::{Kind, Tensor};
 
 use super::export::{begin, cannot, others};
 use super::gguf::write::{Conversion, Plan, Planned, plan};
 use super::{Checkpoint, INDEX, LoadError, WEIGHTS, kind, text_name};
-use crate::family::{self, DecoderSpec, LinearId};
+use crate::family::{self, DecoderSpec, Head, LinearId};
 use crate::lora::params::{AdapterParams, LinearShape, PartShape};
 use crate::lora::peft::{self, PeftError};
+use untied::Untied;
 
 #[derive(Debug, thiserror::Error)]
 pub enum MergeError {
@@ -41,7 +45,10 @@ pub struct Merged {
 /// A base and an adapter that can be one.
 pub struct Merge {
     base: PathBuf,
+    /// Of the merged model.
     spec: DecoderSpec,
+    /// The base ties its head to the embedding, and the adapter changes it.
+    untied: Option<Untied>,
     checkpoint: Checkpoint,
     params: AdapterParams,
     /// By the module's path: which part of which linear.
@@ -89,7 +96,7 @@ impl Merge {
             );
             return Err(MergeError::Cannot(message));
         }
-        let (spec, checkpoint) = family::open(base)?;
+        let (mut spec, checkpoint) = family::open(base)?;
         if let Some(kind) = checkpoint.quantization() {
             let message = format!(
                 "{} is quantised ({kind}): merge into the checkpoint it was made from, then `tandem quantize` that",
@@ -104,7 +111,12 @@ impl Merge {
                 parts.insert(part.path.clone(), (id, number));
             }
         }
-        let stored = |path: &str| checkpoint.has(&format!("{path}.weight"));
+        let mut untied = None;
+        if spec.head == Head::Tied && parts.contains_key(LM_HEAD) {
+            untied = Some(Untied::of(&spec, &checkpoint, base)?);
+            spec.head = Head::Own;
+        }
+        let stored = |path: &str| checkpoint.has(checkpoint.table_name(&format!("{path}.weight")));
         if let Some(path) = parts.keys().find(|path| !stored(path)) {
             let message = format!(
                 "the adapter changes `{path}`, which {} holds inside another tensor: serve the adapter beside the base",
@@ -115,6 +127,7 @@ impl Merge {
         let merge = Merge {
             base: base.to_owned(),
             spec,
+            untied,
             checkpoint,
             params: loaded.params,
             parts,
@@ -143,10 +156,14 @@ impl Merge {
     pub fn folder(&self) -> Result<Vec<File>, MergeError> {
         let mut files = vec![];
         for (number, (name, file)) in self.checkpoint.files.iter().enumerate() {
+            let (mut pieces, mut bytes) = (self.pieces(number)?, file.bytes().len());
+            if let Some(table) = self.untied.as_ref().and_then(|untied| untied.added_to(number)) {
+                bytes = table.add(name, file.bytes(), &mut pieces)?;
+            }
             files.push(File {
                 name: name.clone(),
-                bytes: file.bytes().len() as u64,
-                pieces: self.pieces(number)?,
+                bytes: bytes as u64,
+                pieces,
             });
         }
         let mut rest = others(&self.base)?;
@@ -154,6 +171,16 @@ impl Merge {
             rest.push((INDEX.to_owned(), self.base.join(INDEX)));
         }
         for (name, path) in rest {
+            if let Some(untied) = &self.untied
+                && let Some(text) = untied.said_in(&name, &path)?
+            {
+                files.push(File {
+                    name,
+                    bytes: text.len() as u64,
+                    pieces: vec![Piece::Made(text)],
+                });
+                continue;
+            }
             let bytes = std::fs::metadata(&path)
                 .map_err(|error| cannot(&path, error))?
                 .len();
@@ -273,7 +300,7 @@ impl Merge {
 
     /// A tensor of the base as it is stored, with the adapter's product in it where there is one.
     fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor, LoadError> {
-        let stored = self.checkpoint.tensor(name, shape)?;
+        let stored = self.checkpoint.tensor(self.checkpoint.table_name(name), shape)?;
         let at = name
             .strip_suffix(".weight")
             .and_then(|module| self.parts.get(module));

@@ -341,6 +341,15 @@ impl Checkpoint {
         }
     }
 
+    /// Where a model that is to have both a head and an embedding finds them: in a tied one both are the one table.
+    pub fn table_name<'a>(&self, name: &'a str) -> &'a str {
+        match name {
+            EMBED if !self.has(EMBED) => HEAD,
+            HEAD if !self.has(HEAD) => EMBED,
+            name => name,
+        }
+    }
+
     /// The tensor as stored (bf16, f16 or f32; of a GGUF in f32): convert or pack it, do not keep it.
     pub fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor, LoadError> {
         let (rows, columns) = (shape[0], shape[1..].iter().product());

@@ -96,7 +96,7 @@ fn scores(decoder: &Decoder, tokens: &[TokenId], options: &Options) -> Vec<(Tens
                 lora: &[],
             });
             let targets: Vec<i64> = window[1..].iter().map(|&token| i64::from(token)).collect();
-            let log_probs = decoder.head(&hidden).log_softmax(-1, Kind::Float);
+            let log_probs = decoder.head(&hidden, &[]).log_softmax(-1, Kind::Float);
             (log_probs, Tensor::from_slice(&targets))
         })
         .collect()

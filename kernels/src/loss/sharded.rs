@@ -2,11 +2,12 @@
 //! logit, the sum of exponentials, the label's logit) and never a logit more (Megatron-LM's vocabulary-parallel
 //! cross-entropy). Every rank ends with the same bits.
 
+use std::ops::Range;
+
 use tch::{Device, Kind, Tensor};
 
-use super::{Head, LogProbs, LossOut, chunk_rows};
+use super::{Head, LogProbs, LossOut, chunk_rows, through};
 use crate::comm::Comm;
-use crate::linear::linear_backward;
 
 /// Where this rank's rows of the head stand in the vocabulary.
 pub struct Vocabulary<'a> {
@@ -19,8 +20,8 @@ pub struct Vocabulary<'a> {
     pub total: i64,
 }
 
-/// As [`super::linear_cross_entropy`] with a frozen head, of which `shard` (a weight `[v, H]`) stands here. `hidden` is the same on
-/// every rank; so is the result.
+/// As [`super::linear_cross_entropy`], of a head of which `shard` (a weight `[v, H]`) stands here: `backward` is told gradients
+/// `[r, v]`. `hidden` is the same on every rank; so is the result.
 ///
 /// # Panics
 /// When a label lies outside the vocabulary, the numbers of rows differ, or a rank is lost.
@@ -30,12 +31,14 @@ pub fn sharded_cross_entropy(
     vocabulary: &Vocabulary,
     labels: &[u32],
     weights: &[f32],
+    mut backward: impl FnMut(Range<usize>, &Tensor) -> Option<Tensor>,
 ) -> LossOut {
     assert_eq!(labels.len(), weights.len(), "a weight for each label");
     let mut dhidden = Vec::new();
     let LogProbs { log_probs, correct } = in_chunks(hidden, shard, vocabulary, labels, |chunk, start| {
-        let weights = &weights[start..start + chunk.rows.len()];
-        dhidden.push(linear_backward(&chunk.gradient(shard, weights), shard.weight));
+        let rows = start..start + chunk.rows.len();
+        let gradient = chunk.gradient(shard, &weights[rows.clone()]);
+        dhidden.push(through(shard, &gradient, backward(rows, &gradient)));
     });
     let losses = log_probs
         .iter()
@@ -122,7 +125,7 @@ fn in_chunks(
     for start in (0..n).step_by(height) {
         let rows = height.min(n - start);
         let part = hidden.narrow(0, start as i64, rows as i64);
-        let done = softmax(&part, shard, vocabulary, &labels[start..start + rows]);
+        let done = softmax(&part, start, shard, vocabulary, &labels[start..start + rows]);
         log_probs.extend(done.rows.iter().map(|row| row.log_prob));
         correct.extend(done.rows.iter().map(|row| row.correct));
         chunk(done, start);
@@ -130,9 +133,10 @@ fn in_chunks(
     LogProbs { log_probs, correct }
 }
 
-fn softmax(hidden: &Tensor, shard: Head, vocabulary: &Vocabulary, labels: &[u32]) -> Chunk {
+/// Of rows from `first` on.
+fn softmax(hidden: &Tensor, first: usize, shard: Head, vocabulary: &Vocabulary, labels: &[u32]) -> Chunk {
     let Vocabulary { comm, start, .. } = *vocabulary;
-    let logits = shard.logits(hidden); // [r, v]
+    let logits = shard.logits(hidden, first); // [r, v]
     let kept = shard.kept(&logits);
     let device = logits.device();
     let places: Vec<Option<i64>> = labels
@@ -194,8 +198,8 @@ mod tests {
         let weights: Vec<f32> = (0..rows).map(|row| (row % 3) as f32 * 0.5).collect();
         let weight = &Weight::new(&head, Precision::F32, Device::Cpu).expect("a matrix");
         let cap = Some(3.0);
-        let whole = Head { weight, cap };
-        let expected = linear_cross_entropy(&hidden, whole, &labels, &weights, None);
+        let whole = Head::plain(weight, cap);
+        let expected = linear_cross_entropy(&hidden, whole, &labels, &weights, |_, _| None);
         let alone = linear_log_probs(&hidden, whole, &labels);
         for world in [2, 3, 4] {
             let widest = (vocabulary + world - 1) / world;
@@ -203,14 +207,14 @@ mod tests {
                 let start = comm.rank() as i64 * widest;
                 let held = head.narrow(0, start, widest.min(vocabulary - start));
                 let weight = &Weight::new(&held, Precision::F32, Device::Cpu).expect("a matrix");
-                let shard = Head { weight, cap };
+                let shard = Head::plain(weight, cap);
                 let place = Vocabulary {
                     comm: &comm,
                     start,
                     widest,
                     total: vocabulary,
                 };
-                let loss = sharded_cross_entropy(&hidden, shard, &place, &labels, &weights);
+                let loss = sharded_cross_entropy(&hidden, shard, &place, &labels, &weights, |_, _| None);
                 (loss, sharded_log_probs(&hidden, shard, &place, &labels))
             };
             let results: Vec<(LossOut, LogProbs)> = std::thread::scope(|scope| {

@@ -222,8 +222,14 @@ fn lora(settings: &Settings, bounds: Bounds) -> Lora {
     let r = settings.lora_r.unwrap_or(LORA_R.min(bounds.max_lora_rank));
     let target_modules = match settings.lora_target_modules.as_deref() {
         None | Some([]) => bounds.lora_targets.to_vec(),
-        Some([all]) if all == ALL_LINEAR => bounds.lora_targets.to_vec(),
-        Some(some) => some.to_vec(),
+        Some(some) => some
+            .iter()
+            .flat_map(|name| match name.as_str() {
+                ALL_LINEAR => bounds.lora_targets,
+                _ => std::slice::from_ref(name),
+            })
+            .cloned()
+            .collect(),
     };
     Lora {
         r,

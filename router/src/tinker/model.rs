@@ -66,6 +66,7 @@ pub struct Learning {
     pub rank: u32,
     pub train_attn: bool,
     pub train_mlp: bool,
+    pub train_unembed: bool,
     pub user_metadata: Option<BTreeMap<String, serde_json::Value>>,
     pub last_request_at: i64,
 }
@@ -146,18 +147,13 @@ impl View {
                 ),
             ));
         }
-        if new.train_unembed {
-            tracing::warn!(
-                session,
-                "train_unembed is asked, and the output layer is not adapted here: the model trains without it"
-            );
-        }
         let about = |id: String| Learning {
             id,
             base_model: new.base_model.clone(),
             rank: new.rank,
             train_attn: new.train_attn,
             train_mlp: new.train_mlp,
+            train_unembed: new.train_unembed,
             user_metadata: new.user_metadata.clone(),
             last_request_at: now(),
         };
@@ -181,6 +177,7 @@ impl View {
             rank: record.rank,
             train_attn: record.train_attn,
             train_mlp: record.train_mlp,
+            train_unembed: record.train_unembed,
             user_metadata,
             last_request_at: now(),
         };

@@ -87,6 +87,7 @@ pub struct Kept {
     pub rank: u32,
     pub train_attn: bool,
     pub train_mlp: bool,
+    pub train_unembed: bool,
     pub user_metadata: Option<BTreeMap<String, serde_json::Value>>,
 }
 
@@ -101,6 +102,7 @@ fn kept(record: SaveRecord) -> Kept {
         rank,
         train_attn,
         train_mlp,
+        train_unembed,
         public,
         user_metadata,
         file: _,
@@ -118,6 +120,7 @@ fn kept(record: SaveRecord) -> Kept {
         rank,
         train_attn,
         train_mlp,
+        train_unembed,
         user_metadata,
     }
 }

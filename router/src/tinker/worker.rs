@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Instant;
 
 use tandem_core::id::AdapterDigest;
-use tandem_core::job::{self, Lora};
+use tandem_core::job::{self, LM_HEAD, Lora};
 use tandem_core::learner::{
     self, Learn, LearnerId, Moments, NewLearner, Pass, Reply, Save, Saved, Saving, Source,
 };
@@ -140,11 +140,12 @@ impl Worker {
             true => self.about.train_attn,
             false => self.about.train_mlp,
         });
+        let head = self.about.train_unembed.then(|| LM_HEAD.to_owned());
         let lora = Lora {
             r: self.about.rank,
             alpha: ALPHA,
             dropout: 0.0,
-            target_modules: chosen.cloned().collect(),
+            target_modules: chosen.cloned().chain(head).collect(),
             use_rslora: false,
             use_dora: false,
         };
@@ -222,18 +223,28 @@ impl Worker {
             Call::Sampler { seq, kind } => self.make_sampler(seq, kind).await,
             Call::Load { path, moments } => {
                 let record = self.router.saved_state(&self.client, &path).await?;
-                let (there, here) = (&record, &self.about);
-                if (there.rank, there.train_attn, there.train_mlp)
-                    != (here.rank, here.train_attn, here.train_mlp)
-                {
+                let shape = |rank, attn, mlp, unembed| {
+                    format!("rank {rank}, train_attn {attn}, train_mlp {mlp} and train_unembed {unembed}")
+                };
+                let Learning {
+                    rank,
+                    train_attn,
+                    train_mlp,
+                    train_unembed,
+                    ..
+                } = self.about;
+                let here = shape(rank, train_attn, train_mlp, train_unembed);
+                let SaveRecord {
+                    rank,
+                    train_attn,
+                    train_mlp,
+                    train_unembed,
+                    ..
+                } = record;
+                let there = shape(rank, train_attn, train_mlp, train_unembed);
+                if here != there {
                     return Ok(Outcome::user_failed(format!(
-                        "{path} has rank {}, train_attn {} and train_mlp {}; this model has {}, {} and {}",
-                        there.rank,
-                        there.train_attn,
-                        there.train_mlp,
-                        here.rank,
-                        here.train_attn,
-                        here.train_mlp
+                        "{path} has {there}; this model has {here}"
                     )));
                 }
                 let source = self.source(&record, moments)?;
@@ -338,6 +349,7 @@ impl Worker {
             rank: self.about.rank,
             train_attn: self.about.train_attn,
             train_mlp: self.about.train_mlp,
+            train_unembed: self.about.train_unembed,
             public: false,
             user_metadata: keep.user_metadata.clone(),
             file: None,

@@ -78,6 +78,8 @@ pub struct SaveRecord {
     pub rank: u32,
     pub train_attn: bool,
     pub train_mlp: bool,
+    #[serde(default)]
+    pub train_unembed: bool,
     /// Its owner lets everybody see it.
     #[serde(default)]
     pub public: bool,

@@ -4,6 +4,7 @@
 //! `recipes/configs/*.yaml` and the signatures of what they name.
 
 use serde_json::{Map, Value, json};
+use tandem_core::job::LM_HEAD;
 use tandem_core::suggest::closest;
 
 use super::settings::SettingsError;
@@ -56,10 +57,7 @@ const SECTIONS: &[Section] = &[
         &[
             ("lora_attn_modules", Read),
             ("apply_lora_to_mlp", Read),
-            (
-                "apply_lora_to_output",
-                Off("the output layer is not adapted: leave it out"),
-            ),
+            ("apply_lora_to_output", Read),
             ("lora_rank", Itself),
             ("lora_alpha", Itself),
             ("lora_dropout", Itself),
@@ -557,6 +555,9 @@ impl Settings {
         if fields.get("apply_lora_to_mlp") == Some(&json!(true)) {
             modules.extend(MLP.map(Value::from));
         }
+        if fields.get("apply_lora_to_output") == Some(&json!(true)) {
+            modules.push(Value::from(LM_HEAD));
+        }
         if !modules.is_empty() {
             self.put(place, "lora_target_modules", Value::Array(modules));
         }
@@ -810,6 +811,7 @@ profiler:
             "optimizer.betas=[0.8, 0.9]",
             "model=torchtune.models.llama2.qlora_llama2_7b",
             "model.apply_lora_to_mlp=True",
+            "model.apply_lora_to_output=True",
             "tokenizer.max_seq_len=256",
             "lr_scheduler=null",
             "clip_grad_norm=0.5",
@@ -838,7 +840,8 @@ profiler:
         );
         assert_eq!((settings.adam_beta1, settings.adam_beta2), (Some(0.8), Some(0.9)));
         assert_eq!((settings.max_grad_norm, settings.n_epochs), (Some(0.5), Some(1)));
-        assert_eq!(settings.lora_target_modules.unwrap().len(), 6);
+        let modules = settings.lora_target_modules.unwrap();
+        assert_eq!((modules.len(), modules[6].as_str()), (7, LM_HEAD));
         assert_eq!(settings.lr_scheduler_type.as_deref(), Some("constant"));
     }
 
@@ -848,10 +851,6 @@ profiler:
             (
                 &["optimizer.weight_decai=1"][..],
                 "optimizer.weight_decai: an unknown key; did you mean optimizer.weight_decay?",
-            ),
-            (
-                &["model.apply_lora_to_output=True"],
-                "model.apply_lora_to_output: true is not supported",
             ),
             (
                 &["model=my.models.tiny"],

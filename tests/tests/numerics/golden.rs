@@ -20,9 +20,9 @@ use crate::fixture::{
 use crate::run::{Sequence, base, logprobs, packed};
 use crate::training::tensors;
 
-const LOGITS: f64 = 2e-5;
-const LOSS: f64 = 1e-5;
-const GRADIENT: f64 = 1e-4;
+pub const LOGITS: f64 = 2e-5;
+pub const LOSS: f64 = 1e-5;
+pub const GRADIENT: f64 = 1e-4;
 
 /// A model with its adapter in it says what peft says of the two; stacks of experts hold no matrix to merge into.
 #[test]
@@ -354,7 +354,7 @@ fn gradients_of_every_parameter_are_torchs() {
 }
 
 /// The trainer's own passes over `examples` as one optimizer step: its mean loss; gradients are added.
-fn backward(decoder: &Decoder, trained: Trained, examples: &[Example], keep_bytes: i64) -> f64 {
+pub fn backward(decoder: &Decoder, trained: Trained, examples: &[Example], keep_bytes: i64) -> f64 {
     let _no_grad = tch::no_grad_guard();
     let context = Context {
         decoder,

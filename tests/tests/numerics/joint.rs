@@ -6,7 +6,7 @@ use tandem_backend::lora::peft;
 use tandem_backend::model::Decoder;
 use tandem_backend::train::Trainer;
 use tandem_backend::train::joint::{self, Joint};
-use tandem_core::job::{Hyper, Lora, Method, files};
+use tandem_core::job::{Hyper, LM_HEAD, Lora, Method, files};
 use tandem_kernels::weight::Precision;
 
 use crate::fixture::{Fixture, examples};
@@ -15,6 +15,7 @@ use crate::training::{Job, hyper, quantum};
 /// Jobs that differ in all that rows of one pass may differ in: modules, rank, scale, dropout, noise, magnitudes, batch, rate.
 fn hypers(decoder: &Decoder, has_magnitudes: bool) -> Vec<Hyper> {
     let all = decoder.spec.lora_targets();
+    let with_head = [&all[..], &[LM_HEAD.to_owned()]].concat();
     let lora = |r, dropout, target_modules: &[String], use_dora| {
         Method::Lora(Lora {
             r,
@@ -40,6 +41,9 @@ fn hypers(decoder: &Decoder, has_magnitudes: bool) -> Vec<Hyper> {
             n_epochs: 2,
             ..hyper(lora(5, 0.0, &all[..1], false))
         },
+        // Gradients of the head are sums over labels.
+        hyper(lora(6, 0.0, &with_head, false)),
+        hyper(lora(3, 0.2, &with_head[all.len()..], false)),
     ];
     if has_magnitudes {
         hypers.push(hyper(lora(4, 0.0, &all, true)));
@@ -111,7 +115,7 @@ fn jobs_in_one_pass_make_the_bytes_of_each_alone() {
         let decoder = fixture.decoder(precision);
         let rows = examples(&fixture.numbers["lora_training"]["examples"]);
         let jobs = || -> Vec<Job> {
-            let of = |(i, hyper): (usize, Hyper)| Job::new(&rows[..rows.len() - i], hyper);
+            let of = |(i, hyper): (usize, Hyper)| Job::new(&rows[..rows.len() - i / 2], hyper);
             hypers(&decoder, has_magnitudes)
                 .into_iter()
                 .enumerate()

@@ -6,6 +6,7 @@ mod equivalence;
 mod families;
 mod fixture;
 mod golden;
+mod head;
 mod joint;
 mod mates;
 mod preferences;

@@ -10,7 +10,7 @@ use tandem_backend::train::Trainer;
 use tandem_backend::weights::{Checkpoint, Matrix, quantize};
 use tandem_core::TokenId;
 use tandem_core::dataset::Example;
-use tandem_core::job::{Lora, Method};
+use tandem_core::job::{LM_HEAD, Lora, Method};
 use tandem_kernels::weight::{Precision, Recipe};
 use tch::{Device, Kind, Tensor};
 
@@ -144,7 +144,7 @@ fn ten_steps(decoder: &Decoder) -> Vec<f64> {
         r: 4,
         alpha: 8.0,
         dropout: 0.0,
-        target_modules: decoder.spec.lora_targets(),
+        target_modules: [decoder.spec.lora_targets(), vec![LM_HEAD.to_owned()]].concat(),
         use_rslora: false,
         use_dora: false,
     };

@@ -50,7 +50,7 @@ pub fn packed(decoder: &Decoder, sequences: &[Sequence]) -> Vec<Tensor> {
         context,
         lora: &lora,
     });
-    let logits = decoder.head(&hidden).to_device(Device::Cpu);
+    let logits = decoder.head(&hidden, &lora).to_device(Device::Cpu);
     cu_seqlens
         .windows(2)
         .map(|range| logits.narrow(0, range[0] as i64, (range[1] - range[0]) as i64))
@@ -155,7 +155,7 @@ impl Pages {
             context,
             lora: &lora,
         });
-        let logits = decoder.head(&hidden).to_device(Device::Cpu);
+        let logits = decoder.head(&hidden, &lora).to_device(Device::Cpu);
         seqs.iter()
             .map(|seq| logits.narrow(0, seq.rows.start as i64, seq.rows.len() as i64))
             .collect()

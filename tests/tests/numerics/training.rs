@@ -26,7 +26,7 @@ use crate::run::{Sequence, base, packed, paged};
 const LOSS: f64 = 1e-5;
 const GRAD_NORM: f64 = 1e-5;
 /// After ten steps: AdamW divides by a root of second moments, which blows up rounding of small gradients.
-const ADAPTER: f64 = 1e-5;
+pub const ADAPTER: f64 = 1e-5;
 
 #[test]
 fn ten_lora_steps_are_pefts() {
@@ -265,7 +265,7 @@ fn through(learner: &Learner, decoder: &Decoder, slice: &Slice, is_later: bool) 
     }
 }
 
-fn compare_steps(who: &str, run: &Value, job: &Job, reports: &[StepReport]) -> Table {
+pub fn compare_steps(who: &str, run: &Value, job: &Job, reports: &[StepReport]) -> Table {
     let mut plan = DataPlan::new(job.groups.iter().map(Group::tokens).collect(), &job.spec.hyper);
     let steps: Vec<Vec<Vec<usize>>> = serde_json::from_value(run["steps"].clone()).expect("example numbers");
     assert_eq!(

@@ -3,7 +3,7 @@
 
 use serde_json::{Map, Value};
 
-use super::Lora;
+use super::{LM_HEAD, Lora};
 use crate::settings::{ALL_LINEAR, Settings};
 
 impl Lora {
@@ -27,26 +27,27 @@ impl Lora {
             ));
         }
         let number = |name: &str| config.get(name).and_then(Value::as_f64).unwrap_or(8.0);
+        let known_and_head = [known, &[LM_HEAD.to_owned()]].concat();
         let target_modules = match config.get("target_modules") {
             Some(Value::String(all)) if all == ALL_LINEAR => known.to_vec(),
             Some(Value::Array(names)) => {
                 let of = |name: &Value| {
                     let name = name
                         .as_str()
-                        .filter(|name| known.iter().any(|known| known == name));
+                        .filter(|name| known_and_head.iter().any(|known| known == name));
                     name.map(str::to_owned)
                 };
                 names.iter().map(of).collect::<Option<_>>().ok_or_else(|| {
                     format!(
                         "target_modules has others than names of modules ({})",
-                        known.join(", ")
+                        known_and_head.join(", ")
                     )
                 })?
             }
             _ => return Err("target_modules is not a list of names of modules".to_owned()),
         };
         // In the order in which the base lists them: peft writes a set.
-        let target_modules = known.iter().filter(|name| target_modules.contains(name));
+        let target_modules = known_and_head.iter().filter(|name| target_modules.contains(name));
         Ok(Lora {
             r: number("r") as u32,
             alpha: number("lora_alpha"),
@@ -90,7 +91,7 @@ impl Settings {
         if let Some(asked) = &self.lora_target_modules {
             let is_same =
                 asked.len() == target_modules.len() && asked.iter().all(|name| target_modules.contains(name));
-            if !is_same && asked.as_slice() != [ALL_LINEAR] {
+            if !is_same && !asked.iter().any(|name| name == ALL_LINEAR) {
                 return differs("lora_target_modules", asked.join(", "), target_modules.join(", "));
             }
         }
@@ -117,9 +118,11 @@ mod tests {
         let lora = read(plain).unwrap();
         assert_eq!((lora.r, lora.alpha, lora.use_rslora), (4, 6.5, false));
         assert_eq!(lora.target_modules, ["q_proj", "v_proj"]);
+        let with_head = read(json!({"target_modules": ["lm_head", "v_proj"]})).unwrap();
+        assert_eq!(with_head.target_modules, ["v_proj", "lm_head"]);
         for (config, field) in [
             (json!({"target_modules": "q_proj|v_proj"}), "target_modules"),
-            (json!({"target_modules": ["lm_head"]}), "target_modules"),
+            (json!({"target_modules": ["embed_tokens"]}), "target_modules"),
             (
                 json!({"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 2}}),
                 "rank_pattern",

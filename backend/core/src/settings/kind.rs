@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde_json::{Value, json};
 
+use crate::job::LM_HEAD;
+
 use super::{ALL_LINEAR, Refused, Why, refused, shown};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -144,8 +146,14 @@ impl Kind {
                 match names.as_slice() {
                     [] => Err(wrong(Why::Value)),
                     names if names.contains(&"") => Err(wrong(Why::Value)),
-                    names if names.len() > 1 && names.contains(&ALL_LINEAR) => {
-                        let message = format!("{path}: {ALL_LINEAR} stands alone, got {} names", names.len());
+                    names
+                        if names.contains(&ALL_LINEAR)
+                            && !names.iter().all(|name| [ALL_LINEAR, LM_HEAD].contains(name)) =>
+                    {
+                        let message = format!(
+                            "{path}: {ALL_LINEAR} stands alone or beside {LM_HEAD}, got {} names",
+                            names.len()
+                        );
                         Err(refused(path.to_owned(), Why::Value, message))
                     }
                     names => Ok(Some(json!(names))),

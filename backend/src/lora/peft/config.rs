@@ -3,6 +3,7 @@
 
 use regex::Regex;
 use serde_json::{Map, Value};
+use tandem_core::job::LM_HEAD;
 
 use super::{CONFIG, PeftError, TENSORS, pattern};
 use crate::lora::params::AdapterShape;
@@ -252,7 +253,8 @@ impl Modules {
 
     fn have(&self, path: &str) -> bool {
         match self {
-            Modules::All => true,
+            // As in peft, not the output layer.
+            Modules::All => path != LM_HEAD,
             Modules::Named(names) => names.iter().any(|name| is_named(path, name)),
             Modules::Matching(regex) => regex.is_match(path),
         }

@@ -14,7 +14,7 @@ use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use serde_json::json;
 use tandem_core::id::{AdapterDigest, AdapterHasher};
-use tandem_core::job::Lora;
+use tandem_core::job::{LM_HEAD, Lora};
 use tandem_core::lfs;
 use tandem_kernels::finite;
 use tch::{Kind, Tensor};
@@ -134,8 +134,9 @@ pub fn read_bytes(
     if let Some(fault) = fault {
         return Err(fault);
     }
+    notes.extend(tables(&tensors, &mut unread, spec)?);
     if let Some((name, _)) = unread.first_key_value() {
-        let targets = spec.lora_targets().join(", ");
+        let targets = targets(spec).join(", ");
         return Err(PeftError::Tensors(format!(
             "tensor `{name}` is not supported or not of this base model ({} layers; supported modules: {targets})",
             spec.attentions().count()
@@ -148,7 +149,7 @@ pub fn read_bytes(
         true => shape.with_magnitudes(),
         false => shape,
     };
-    config.targets.check(&shape, &spec.lora_targets(), &mut notes)?;
+    config.targets.check(&shape, &targets(spec), &mut notes)?;
     if let Some(path) = without_tensors.first() {
         notes.push(format!(
             "{} targeted modules have no tensors in {TENSORS} and stay as the base has them, {path} first",
@@ -168,6 +169,51 @@ pub fn read_bytes(
         }
     }
     Ok(Loaded { params, notes })
+}
+
+/// What an adapter of this model may change.
+fn targets(spec: &DecoderSpec) -> Vec<String> {
+    let mut names = spec.lora_targets();
+    names.push(LM_HEAD.to_owned());
+    names
+}
+
+/// peft puts the base's own tables beside an adapter of the head (`save_embedding_layers`). They are as the base has them, or
+/// the config says that they were trained (`modules_to_save`), which is refused.
+fn tables(
+    tensors: &SafeTensors,
+    unread: &mut BTreeMap<String, String>,
+    spec: &DecoderSpec,
+) -> Result<Option<String>, PeftError> {
+    let of_table = |name: &str| {
+        let name = name.strip_prefix(PREFIX)?.strip_suffix(".weight")?;
+        let module = name.strip_suffix(".base_layer").unwrap_or(name);
+        let is_table = [LM_HEAD, "model.embed_tokens"].contains(&module);
+        is_table.then(|| module.to_owned())
+    };
+    let found: Vec<(String, String)> = unread
+        .iter()
+        .filter_map(|(name, stored)| Some((stored.clone(), of_table(name)?)))
+        .collect();
+    unread.retain(|name, _| of_table(name).is_none());
+    for (stored, _) in &found {
+        let view = tensors.tensor(stored).expect("it is listed");
+        let expected = [spec.vocab as usize, spec.hidden as usize];
+        if view.shape() != expected {
+            return Err(PeftError::Tensors(format!(
+                "holds the base model's `{stored}` of shape {:?}, this base model's is {expected:?}: the vocabulary was changed \
+                 before training",
+                view.shape()
+            )));
+        }
+    }
+    let modules: Vec<String> = found.into_iter().map(|(_, module)| module).collect();
+    Ok((!modules.is_empty()).then(|| {
+        format!(
+            "{TENSORS} holds a copy of the base model's {}, which is not read: the base's own is used",
+            modules.join(" and ")
+        )
+    }))
 }
 
 /// The file's tensors by the names that peft gives them, and the names they have: where a training script saved the

@@ -133,7 +133,7 @@ pub fn plan(
             // As llama.cpp wants vectors.
             let kind = match shape.len() {
                 1 => Kind::Float,
-                _ => checkpoint.kind_of(stored),
+                _ => checkpoint.kind_of(checkpoint.table_name(stored)),
             };
             let planned = Planned::Stored {
                 name: stored.to_owned(),

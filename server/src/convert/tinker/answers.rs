@@ -161,6 +161,7 @@ pub fn checkpoint(kept: Kept) -> Checkpoint {
         rank: _,
         train_attn: _,
         train_mlp: _,
+        train_unembed: _,
         user_metadata,
     } = kept;
     Checkpoint {

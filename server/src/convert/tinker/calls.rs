@@ -56,10 +56,10 @@ pub fn new_model(body: CreateModelRequest) -> Result<NewModel, ApiError> {
         let message = format!("optimizer_config.type must be \"adamw\", got {kind:?}");
         return Err(invalid("optimizer_config.type", message));
     }
-    let (train_attn, train_mlp) = (train_attn.unwrap_or(true), train_mlp.unwrap_or(true));
-    if !train_attn && !train_mlp {
-        let message =
-            "one of train_attn and train_mlp must be true: the output layer alone is not adapted here";
+    let [train_attn, train_mlp, train_unembed] =
+        [train_attn, train_mlp, train_unembed].map(|asked| asked.unwrap_or(true));
+    if !train_attn && !train_mlp && !train_unembed {
+        let message = "one of train_attn, train_mlp and train_unembed must be true";
         return Err(invalid("lora_config", message));
     }
     Ok(NewModel {
@@ -69,7 +69,7 @@ pub fn new_model(body: CreateModelRequest) -> Result<NewModel, ApiError> {
         seed: seed.map(|seed| seed as u64),
         train_attn,
         train_mlp,
-        train_unembed: train_unembed.unwrap_or(true),
+        train_unembed,
         user_metadata,
     })
 }

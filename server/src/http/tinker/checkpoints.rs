@@ -177,7 +177,7 @@ pub async fn info(
         base_model: own.base_name(),
         is_lora: true,
         lora_rank: kept.rank,
-        train_unembed: false,
+        train_unembed: kept.train_unembed,
         train_mlp: kept.train_mlp,
         train_attn: kept.train_attn,
     }))

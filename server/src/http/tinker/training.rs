@@ -20,8 +20,7 @@ use crate::error::{ApiError, invalid};
 use crate::extract::{Json, Proto};
 use crate::keys::Own;
 
-/// A new model: an adapter beside the base. Tinker adapts the output layer, too, unless `train_unembed` is false; here it
-/// is never adapted.
+/// A new model: an adapter beside the base, of the output layer, too, unless `train_unembed` is false.
 #[utoipa::path(
     post, path = "/api/v1/create_model", tag = "tinker", request_body = CreateModelRequest,
     responses((status = 200, body = UntypedFuture), Errors)
