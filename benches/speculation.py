@@ -1,24 +1,25 @@
 #!/usr/bin/env python3
 """Prompt lookup beside none: the same answers, and how much sooner.
 
-usage: speculation.py PLAIN_URL GUESSING_URL [COUNT [FIRST]]
+usage: speculation.py PLAIN_URL GUESSING_URL [COUNT [FIRST [AT_ONCE]]]
 (two running servers of one instruct model, the second with --speculative-config; wants openai)
 
 COUNT prompts (100), half of them to edit a text that they hold, half to write one; each in turn greedy and with a seed at
 temperature 1. With FIRST (0) they begin at that one of each kind, so that a long run can be several short ones. Every answer
 must be the same on both servers, to the last log-probability. Prints the ratio of their times, by kind, and of the guesses
-those that were right.
+those that were right. With AT_ONCE (1) so many prompts are asked together, and the times say little.
 """
 import inspect
 import statistics
 import sys
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 
 URLS = sys.argv[1:3]
-COUNT, FIRST = map(int, (sys.argv[3:] + ["100", "0"][len(sys.argv[3:]) :])[:2])
+COUNT, FIRST, AT_ONCE = map(int, (sys.argv[3:] + ["100", "0", "1"][len(sys.argv[3:]) :])[:3])
 CLIENTS = [openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=600) for url in URLS]
 MODEL = CLIENTS[0].models.list().data[0].id
 
@@ -69,23 +70,28 @@ def main():
     free = [f"{form} {topic}." for topic in TOPICS for form in FORMS]
     different = 0
     for kind, prompts in [("edits", code), ("free", free)]:
-        before, ratios, ours = counters(URLS[1]), [], 0
-        for number, prompt in list(enumerate(prompts))[FIRST : FIRST + COUNT // 2]:
+        def both(numbered):
+            number, prompt = numbered
             order = [0, 1] if number % 4 < 2 else [1, 0]
             answers = {which: ask(CLIENTS[which], prompt, number) for which in order}
-            ratios.append(answers[0][1] / answers[1][1])
-            ours += len(answers[1][0])
-            different += answers[0][0] != answers[1][0]
+            return answers[0], answers[1]
+
+        before = counters(URLS[1])
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            answers = list(pool.map(both, list(enumerate(prompts))[FIRST : FIRST + COUNT // 2]))
+        ratios = [plain[1] / guessed[1] for plain, guessed in answers]
+        ours = sum(len(guessed[0]) for _, guessed in answers)
+        differ = sum(plain[0] != guessed[0] for plain, guessed in answers)
+        different += differ
         after = counters(URLS[1])
         spent = {name: after[name] - before[name] for name in after}
         quarters = statistics.quantiles(ratios, n=4)
         print(
             f"{kind}: {len(ratios)} prompts, {ours} tokens; {spent['tokens'] / spent['steps']:.2f} tokens a step, "
             f"{spent['accepted']:.0f} of {spent['draft']:.0f} guesses right; time without / with: "
-            f"median {quarters[1]:.2f}, quartiles {quarters[0]:.2f} to {quarters[2]:.2f}"
+            f"median {quarters[1]:.2f}, quartiles {quarters[0]:.2f} to {quarters[2]:.2f}; {differ} answers differ"
         )
-        print("each:", *(f"{ratio:.2f}" for ratio in ratios))
-    print(f"answers that differ: {different}")
+        print("each:", *(f"{ratio:.2f}" for ratio in ratios), flush=True)
     sys.exit(different > 0)
 
 
