@@ -253,6 +253,28 @@ def test_every_setting_of_a_job_is_in_the_form(page, url):
     assert names == set(properties) - shown
 
 
+def test_a_setting_of_the_form_is_the_jobs(page, url, tmp_path):
+    file = tmp_path / "set.jsonl"
+    file.write_text('{"prompt": "Question: ", "completion": " blue."}\n' * 4)
+    go(page, "tune")
+    page.run("document.getElementById('more').open = true")
+    page.wait("document.getElementById('settings').children.length > 10")
+    page.choose_file("file-training", file)
+    given = {"lora_alpha": "4", "lora_target_modules": '["q_proj", "v_proj"]', "use_rslora": "true", "lr_scheduler_type": "cosine",
+             "max_grad_norm": "0.5", "seed": "11"}
+    for name, value in given.items():
+        page.run(f"document.querySelector('#settings [data-name={name}]').value = {json.dumps(value)}")
+        assert page.run(f"document.querySelector('#settings [data-name={name}]').value") == value, "it can be said"
+    for field, value in {"suffix": "set", "epochs": "1", "batch": "4"}.items():
+        page.fill(field, value)
+    page.click("train")
+    page.wait("document.getElementById('said').textContent.includes('the job is ftjob-')")
+    job = page.run("document.getElementById('said').textContent.match(/ftjob-[A-Za-z0-9_-]+/)[0]")
+    chosen = call(url, f"/v1/fine_tuning/jobs/{job}")["hyperparameters"]
+    assert {name: chosen[name] for name in given} == {name: value if name == "lr_scheduler_type" else json.loads(value)
+                                                      for name, value in given.items()}
+
+
 def test_the_curve_begins_at_the_first_step_and_ended_jobs_rest(page, url):
     boundary = "b"
     rows = '{"prompt": "Question: ", "completion": " blue."}\n' * 30

@@ -67,7 +67,8 @@ async function body() {
   for (const [id, name] of Object.entries(SHOWN)) if ($(id).value) settings[name] = +$(id).value;
   for (const input of $('settings').querySelectorAll('[data-name]')) {
     const value = input.value.trim();
-    if (value) settings[input.dataset.name] = input.dataset.kind === 'text' ? value : JSON.parse(value);
+    const { name, kind } = input.dataset, isText = kind === 'text' || kind === 'names' && !value.startsWith('[');
+    if (value) settings[name] = isText ? value : JSON.parse(value);
   }
   say($('said'), `Uploading ${chosen.training.name} ...`);
   return {
@@ -113,12 +114,15 @@ async function drawSettings() {
   const document = await api('openapi.json');
   const { properties } = document.components.schemas.TrainingSettings, shown = new Set(Object.values(SHOWN));
   $('settings').replaceChildren(...Object.entries(properties).filter(([name]) => !shown.has(name)).map(([name, schema]) => {
-    const types = [schema.type].flat(), words = schema.enum || (schema.oneOf || []).flatMap(one => one.enum || []);
-    const kind = types.includes('boolean') || types.includes('number') || types.includes('integer') || types.includes('array') ? 'json' : 'text';
-    const options = types.includes('boolean') ? ['true', 'false'] : words.filter(word => word !== null);
+    // What one value may be. (A list of values makes a sweep: that is asked over HTTP.)
+    const one = (schema.oneOf || [schema]).filter(form => form.type !== 'null' && !form.enum?.includes('auto'));
+    const form = one.find(form => form.type !== 'array') || one[0] || schema, types = [form.type].flat();
+    const options = types.includes('boolean') ? ['true', 'false'] : (form.enum || []).filter(word => word !== null);
+    const names = types.includes('string') && one.some(form => form.items?.type === 'string') && !options.length;
+    const kind = names ? 'names' : types.includes('string') ? 'text' : 'json';
     const input = options.length
       ? el('select', new Option('as the server chooses', ''), options.map(word => new Option(word, word)))
-      : el('input', { placeholder: kind === 'json' && types.includes('array') ? '["q_proj", "v_proj"]' : '' });
+      : el('input', { placeholder: names ? '["q_proj", "v_proj"]' : '' });
     input.dataset.name = name;
     input.dataset.kind = kind;
     return el('label', { title: schema.description || '' }, name, input, el('small', (schema.description || '').split('\n')[0]));
