@@ -87,6 +87,7 @@ impl World {
         self.ask();
         let plan = self.scheduler.plan(usize::MAX).unwrap();
         self.scheduler.audit().unwrap();
+        let mut came = vec![];
         for row in &plan.rows {
             let (id, who) = (row.id.0, self.under_way[&row.id.0]);
             self.given[who] += match row.start() < self.askers[who].prompt {
@@ -97,10 +98,14 @@ impl World {
             if self.waiting.remove(&id) {
                 let others = self.let_in_since.remove(&id).unwrap();
                 self.overtaken[who] = self.overtaken[who].max(others);
-                let stranger = |other: &u64| self.askers[self.under_way[other]].key != self.askers[who].key;
-                let strangers = self.waiting.iter().filter(|&other| stranger(other));
-                strangers.for_each(|other| *self.let_in_since.get_mut(other).unwrap() += 1);
+                came.push(who);
             }
+        }
+        // Of those that come with one step none overtakes another.
+        for (other, overtaken) in &mut self.let_in_since {
+            let key = |who: usize| self.askers[who].key;
+            let own = key(self.under_way[other]);
+            *overtaken += came.iter().filter(|&&who| key(who) != own).count();
         }
         let rows = plan.rows.iter().filter(|row| row.samples > 0);
         let scored = |_| Scored {
@@ -176,7 +181,9 @@ fn who_asks_little_is_next_whatever_waits() {
     // Also where blocks are short and sequences are forced out: not those of the one that asks little.
     for n_blocks in [200, 14] {
         let mut world = World::new(n_blocks, vec![greedy, other, modest]);
-        for _ in 0..3000 {
+        for step in 0..3000 {
+            // Less than its share: it never has more than the others.
+            world.askers[2].at_once = usize::from(step % 12 == 0);
             world.step();
         }
         assert!(
@@ -185,7 +192,7 @@ fn who_asks_little_is_next_whatever_waits() {
             world.overtaken[2]
         );
         let forced = world.scheduler.counts().totals.preemptions;
-        assert_eq!(forced > 50, n_blocks == 14, "{forced} were forced out");
+        assert_eq!(forced > 20, n_blocks == 14, "{forced} were forced out");
     }
 }
 
