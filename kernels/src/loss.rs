@@ -384,12 +384,17 @@ mod tests {
             close(&got.dhidden, &want[0]);
             close(&(dweight - 1.0), &want[1]);
             close(&Tensor::from_slice(&got.log_probs), &log_p.detach());
-            let correct = logits
-                .argmax(-1, false)
-                .eq_tensor(&index)
-                .sum(Kind::Int64)
-                .int64_value(&[]);
-            assert_eq!(got.correct.iter().filter(|&&is| is).count() as i64, correct);
+            // Where a cap is near, logits that differ in float64 may be equal in float32: either is right then.
+            let (best, _) = logits.topk(2, -1, true, true);
+            let of_label = logits.gather(1, &index.unsqueeze(1), false).squeeze_dim(1);
+            let count = |rows: Tensor| rows.sum(Kind::Int64).int64_value(&[]);
+            let surely = count(of_label.gt_tensor(&(best.select(1, 1) + 1e-5)));
+            let perhaps = count(of_label.ge_tensor(&(best.select(1, 0) - 1e-5)));
+            let correct = got.correct.iter().filter(|&&is| is).count() as i64;
+            assert!(
+                (surely..=perhaps).contains(&correct),
+                "{surely} to {perhaps}, got {correct}"
+            );
 
             let forward = linear_log_probs(&x, head, &labels);
             assert_eq!((forward.log_probs, forward.correct), (got.log_probs, got.correct));

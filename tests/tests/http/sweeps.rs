@@ -51,8 +51,9 @@ fn root(server: &Server, model: &Value) -> Value {
 }
 
 fn of_trials(job: &Value, key: &str) -> Vec<Value> {
-    let trials = job["trials"].as_array().unwrap();
-    trials.iter().map(|trial| trial[key].clone()).collect()
+    // A sweep that was just made shows none until it is looked after.
+    let trials = job["trials"].as_array().into_iter().flatten();
+    trials.map(|trial| trial[key].clone()).collect()
 }
 
 fn messages(server: &Server, job: &str) -> Vec<String> {
