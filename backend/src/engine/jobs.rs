@@ -24,7 +24,7 @@ use crate::train::data::slice_tokens;
 use crate::train::joint::{self, Joint};
 use crate::train::memory::Memory;
 use crate::train::snapshot::{Occasion, Published, Written};
-use crate::train::turns::{self, Turn};
+use crate::train::turns::{self, PassClock, Turn};
 use crate::train::{Quantum, TrainError, Trainer};
 
 pub struct Jobs {
@@ -33,9 +33,7 @@ pub struct Jobs {
     most: usize,
     /// Slices of several of them on their way.
     joint: Option<Joint>,
-    /// The time of the pass that is on its way, and of the last one.
-    pass: Duration,
-    last_pass: Duration,
+    passes: PassClock,
     /// The time given to the job whose turn it was last: who could not go on meanwhile does not catch up.
     given: Duration,
 }
@@ -52,8 +50,7 @@ impl Jobs {
             all: vec![],
             most,
             joint: None,
-            pass: Duration::ZERO,
-            last_pass: Duration::ZERO,
+            passes: PassClock::default(),
             given: Duration::ZERO,
         }
     }
@@ -119,7 +116,7 @@ impl Jobs {
             job.given = job.given.max(self.given);
         }
         let turns: Vec<Turn> = self.all.iter().map(Job::turn).collect();
-        turns::next(&turns, most_rows, self.last_pass)
+        turns::next(&turns, most_rows, self.passes.last())
     }
 
     /// What each of `members` has of their next quantum; together 1.
@@ -150,11 +147,8 @@ impl Jobs {
 
     fn ran(&mut self, members: &[usize], shares: &[f64], took: Duration) {
         let goes_on = |&i: &usize| self.all[i].holds_activations();
-        if self.joint.is_some() || members.iter().any(goes_on) {
-            self.pass += took;
-        } else if self.pass > Duration::ZERO {
-            self.last_pass = std::mem::take(&mut self.pass) + took;
-        }
+        let is_amid = self.joint.is_some() || members.iter().any(goes_on);
+        self.passes.took(took, is_amid);
         for (&i, &share) in members.iter().zip(shares) {
             // Jobs of one tenant share its time: what one of them is given counts for each.
             let tenant = &self.all[i].spec.tenant;

@@ -185,14 +185,7 @@ impl Decoder {
 
     /// Sums `x` over ranks in place, wherever it is kept.
     pub fn sum_over_ranks(&self, x: &Tensor) {
-        if self.comm.world() > 1 {
-            let sum = self.summed(x.to_device(self.device));
-            x.shallow_clone().copy_(&sum);
-            // On the CPU the sum has failed itself; on a GPU it was only queued when its call returned.
-            if self.device != Device::Cpu {
-                self.comm.check();
-            }
-        }
+        sum_over(&self.comm, self.device, x);
     }
 
     /// What the head multiplies `[S, H]`: the factor on logits is in it.
@@ -229,6 +222,22 @@ impl Decoder {
 }
 
 /// `x * scale`, `x` itself where that is the same.
+/// Sums `x` over the ranks of `comm` in place, on `device`, wherever it is kept.
+///
+/// # Panics
+/// When a rank was lost.
+pub(crate) fn sum_over(comm: &Comm, device: Device, x: &Tensor) {
+    if comm.world() > 1 {
+        let mut sum = x.to_device(device);
+        comm.all_reduce(&mut sum);
+        x.shallow_clone().copy_(&sum);
+        // On the CPU the sum has failed itself; on a GPU it was only queued when its call returned.
+        if device != Device::Cpu {
+            comm.check();
+        }
+    }
+}
+
 fn scaled(x: &Tensor, scale: f64) -> Tensor {
     match scale {
         1.0 => x.shallow_clone(),

@@ -64,17 +64,18 @@ impl Plan {
         let dtype = CacheDtype::ALL.into_iter().find(named);
         dtype.expect("rank 0 says a dtype that there is")
     }
+}
 
-    fn weights(&self, device: Device) -> WeightOptions {
-        let named = |name: &String| Recipe::ALL.into_iter().find(|recipe| recipe.name() == name);
-        WeightOptions {
-            precision: match self.bf16 {
-                true => Precision::Bf16,
-                false => Precision::F32,
-            },
-            recipe: self.recipe.as_ref().and_then(named),
-            device,
-        }
+/// How weights are held, of what travels.
+pub(crate) fn weights(bf16: bool, recipe: Option<&str>, device: Device) -> WeightOptions {
+    let named = |name: &str| Recipe::ALL.into_iter().find(|recipe| recipe.name() == name);
+    WeightOptions {
+        precision: match bf16 {
+            true => Precision::Bf16,
+            false => Precision::F32,
+        },
+        recipe: recipe.and_then(named),
+        device,
     }
 }
 
@@ -122,7 +123,7 @@ pub(super) fn load(
         local_world,
         ref digests,
     } = *place;
-    let weights = plan.weights(device);
+    let weights = weights(plan.bf16, plan.recipe.as_deref(), device);
     if device != Device::Cpu {
         selftest::run(device, &comm)?;
     }
@@ -197,14 +198,22 @@ fn agreed(own: Option<Digest>, comm: &Comm) -> Result<Digest, LoadError> {
         }
         _ => decode(&comm.broadcast(vec![])),
     };
-    match own {
-        Some(own) if own != digest => Err(LoadError::Option(format!(
+    if let Some(own) = own {
+        is_rank_0s(own, digest, comm)?;
+    }
+    Ok(digest)
+}
+
+/// Whether this rank's copy of the model is rank 0's.
+pub(crate) fn is_rank_0s(own: Digest, rank_0s: Digest, comm: &Comm) -> Result<(), LoadError> {
+    match own == rank_0s {
+        true => Ok(()),
+        false => Err(LoadError::Option(format!(
             "rank {}'s copy of the model is {}, rank 0's is {}",
             comm.rank(),
             own.short(),
-            digest.short()
+            rank_0s.short()
         ))),
-        _ => Ok(digest),
     }
 }
 

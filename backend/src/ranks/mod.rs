@@ -16,6 +16,7 @@ use tandem_core::job::JobSpec;
 use tandem_kernels::comm::Comm;
 
 pub use load::{Plan, Ready, lead};
+pub(crate) use load::{is_rank_0s, weights};
 pub use team::{Assembled, Followers, Team, follow_meeting, follow_parent, gather, train_meeting};
 
 use crate::bank::Change;

@@ -8,6 +8,7 @@ use tandem_kernels::comm::Comm;
 use tch::{Device, Tensor};
 
 use super::objective::Scores;
+use crate::model::sum_over;
 
 #[derive(Clone)]
 pub struct Mates {
@@ -40,13 +41,7 @@ impl Mates {
     /// # Panics
     /// When a rank was lost, as all that follow.
     pub fn sum(&self, gradient: &Tensor) {
-        if self.are_there() {
-            let mut sum = gradient.to_device(self.device);
-            self.comm.all_reduce(&mut sum);
-            // On a GPU a sum was only queued when its call returned.
-            gradient.shallow_clone().copy_(&sum);
-            self.comm.check();
-        }
+        sum_over(&self.comm, self.device, gradient);
     }
 
     /// The scores of all ranks together.

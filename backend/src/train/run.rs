@@ -9,7 +9,7 @@ use serde_json::Value;
 use tandem_core::id::Digest;
 use tandem_core::job::{JobEvent, JobSpec, Method, files};
 use tandem_kernels::comm::Comm;
-use tandem_kernels::weight::{Precision, Recipe};
+use tandem_kernels::weight::Precision;
 use tch::{Device, Kind};
 use tracing::warn;
 
@@ -19,7 +19,7 @@ use super::{Inputs, TrainError, Trainer, state};
 use crate::guard;
 use crate::model::{Decoder, WeightOptions};
 use crate::ranks::{self, Assembled, Errand, Followers, Team};
-use crate::weights::{CONFIG, Checkpoint, LoadError, WEIGHTS, gguf};
+use crate::weights::{CONFIG, Checkpoint, WEIGHTS, gguf, has_weights};
 
 pub struct RunOptions {
     /// `spec.folder` holds the datasets and receives the results.
@@ -61,7 +61,7 @@ pub struct Order {
     bf16: bool,
     /// What dense linears become, by its name.
     recipe: Option<String>,
-    /// Of rank 0's copy of the base, where others may have their own.
+    /// Of rank 0's copy of the model, where others may have their own.
     base: Option<Digest>,
 }
 
@@ -112,18 +112,9 @@ pub fn follow(
     } = order;
     let folder = own_folder.unwrap_or(&model_folder);
     if let Some(expected) = base.filter(|_| own_folder.is_some()) {
-        let own = Checkpoint::open(folder)?.digest(None)?;
-        if own != expected {
-            let (rank, own, expected) = (comm.rank(), own.short(), expected.short());
-            let message = format!("rank {rank}'s copy of the model is {own}, rank 0's is {expected}");
-            return Err(LoadError::Option(message).into());
-        }
+        ranks::is_rank_0s(Checkpoint::open(folder)?.digest(None)?, expected, &comm)?;
     }
-    let weights = WeightOptions {
-        precision: if bf16 { Precision::Bf16 } else { Precision::F32 },
-        recipe: recipe.and_then(|name| Recipe::ALL.into_iter().find(|recipe| recipe.name() == name)),
-        device,
-    };
+    let weights = ranks::weights(bf16, recipe.as_deref(), device);
     let mates = Mates::new(comm, device);
     let Part { mut trainer, base } = Part::begin(spec, &inputs, folder, weights, &mates)?;
     loop {
@@ -173,20 +164,23 @@ impl Run {
         } = ranks::gather(&team, weights.device, None)?;
         let weights = WeightOptions { device, ..weights };
         let inputs = Inputs::read(&spec.folder)?;
-        let has_base = matches!(spec.hyper.method, Method::Lora(_));
-        let base = match has_base && matches!(team, Team::Meeting { .. }) {
-            true => Some(Checkpoint::open(&model_folder)?.digest(None)?),
-            false => None,
-        };
-        let order = Errand::Train(Box::new(Order {
-            spec: spec.clone(),
-            inputs: inputs.clone(),
-            model_folder: model_folder.clone(),
-            bf16: weights.precision == Precision::Bf16,
-            recipe: weights.recipe.map(|recipe| recipe.name().to_owned()),
-            base,
-        }));
-        guard::torch(|| order.announce(&comm)).map_err(TrainError::Fault)?;
+        if comm.world() > 1 {
+            // A model that has no weights yet is drawn, alike everywhere.
+            let may_differ = matches!(team, Team::Meeting { .. }) && has_weights(&model_folder);
+            let base = match may_differ {
+                true => Some(Checkpoint::open(&model_folder)?.digest(None)?),
+                false => None,
+            };
+            let order = Errand::Train(Box::new(Order {
+                spec: spec.clone(),
+                inputs: inputs.clone(),
+                model_folder: model_folder.clone(),
+                bf16: weights.precision == Precision::Bf16,
+                recipe: weights.recipe.map(|recipe| recipe.name().to_owned()),
+                base,
+            }));
+            guard::torch(|| order.announce(&comm)).map_err(TrainError::Fault)?;
+        }
         let mates = Mates::new(comm, device);
         let Part { trainer, base } = Part::begin(spec, &inputs, &model_folder, weights, &mates)?;
         for note in trainer.notes(base.as_ref()) {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tandem_core::job::{JobEvent, JobSpec};
 
 use super::joint::{self, Joint};
-use super::turns::{self, Turn};
+use super::turns::{self, PassClock, Turn};
 use super::{Quantum, TrainError, Trainer};
 use crate::model::{Decoder, WeightOptions};
 use crate::start;
@@ -17,9 +17,7 @@ pub struct Together {
     base: Decoder,
     runs: Vec<Run>,
     joint: Option<Joint>,
-    /// The time of the pass that is on its way, and of the last one.
-    pass: Duration,
-    last_pass: Duration,
+    passes: PassClock,
     /// The time given to the run whose turn it was last: who waits meanwhile does not catch up.
     given: Duration,
 }
@@ -40,8 +38,7 @@ impl Together {
             base: Decoder::open(model_folder, weights)?,
             runs: vec![],
             joint: None,
-            pass: Duration::ZERO,
-            last_pass: Duration::ZERO,
+            passes: PassClock::default(),
             given: Duration::ZERO,
         })
     }
@@ -124,7 +121,7 @@ impl Together {
             }
         };
         let turns: Vec<Turn> = self.runs.iter().zip(goes_on).map(turn).collect();
-        let mut members = turns::next(&turns, slice_tokens(self.base.device()), self.last_pass);
+        let mut members = turns::next(&turns, slice_tokens(self.base.device()), self.passes.last());
         members.sort_unstable();
         members
     }
@@ -134,11 +131,8 @@ impl Together {
             let trainer = self.runs[i].trainer.as_ref();
             trainer.is_some_and(Trainer::holds_activations)
         };
-        if self.joint.is_some() || members.iter().any(is_amid) {
-            self.pass += took;
-        } else if self.pass > Duration::ZERO {
-            self.last_pass = std::mem::take(&mut self.pass) + took;
-        }
+        let is_amid = self.joint.is_some() || members.iter().any(is_amid);
+        self.passes.took(took, is_amid);
         for &i in members {
             let run = &mut self.runs[i];
             self.given = self.given.max(run.given);

@@ -29,6 +29,29 @@ impl Turn {
     }
 }
 
+/// How long passes take.
+#[derive(Default)]
+pub struct PassClock {
+    under_way: Duration,
+    last: Duration,
+}
+
+impl PassClock {
+    /// A quantum took so long. `is_amid`: what it did goes on.
+    pub fn took(&mut self, took: Duration, is_amid: bool) {
+        if is_amid {
+            self.under_way += took;
+        } else if self.under_way > Duration::ZERO {
+            self.last = std::mem::take(&mut self.under_way) + took;
+        }
+    }
+
+    /// The last one, from its first quantum to its last.
+    pub fn last(&self) -> Duration {
+        self.last
+    }
+}
+
 /// One, or several whose slices have `most_rows` together. `pass`: how long a pass takes.
 pub fn next(all: &[Turn], most_rows: usize, pass: Duration) -> Vec<usize> {
     let ready = || (0..all.len()).filter(|&i| all[i].is_ready);

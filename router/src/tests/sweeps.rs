@@ -20,6 +20,13 @@ fn sweep(file: &str, settings: Value) -> JobRequest {
     }
 }
 
+async fn create_sweep(router: &Router, settings: Value) -> String {
+    let file = upload(router, "t.jsonl", "fine-tune", &chat_rows(4))
+        .await
+        .unwrap();
+    create_job(router, sweep(&file, settings)).await
+}
+
 /// Which trial it is: files of several are read at a time, and who is through first begins.
 fn number(spec: &JobSpec) -> usize {
     (spec.hyper.learning_rate * 1e4).round() as usize
@@ -30,14 +37,8 @@ fn number(spec: &JobSpec) -> usize {
 async fn trials_make_room_for_each_other_at_a_rung_and_one_may_fail() {
     let house = House::new();
     let (router, mut engine) = house.open().await;
-    let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
-        .await
-        .unwrap();
-    let asked = sweep(
-        &file,
-        json!({"learning_rate": [1e-4, 2e-4, 3e-4], "seed": 3, "max_steps": 4}),
-    );
-    let id = create_job(&router, asked).await;
+    let settings = json!({"learning_rate": [1e-4, 2e-4, 3e-4], "seed": 3, "max_steps": 4});
+    let id = create_sweep(&router, settings).await;
     assert_eq!(router.own().job(&id).await.unwrap().status, JobStatus::Sweeping);
 
     let (first, events) = engine.started().await;
@@ -130,14 +131,8 @@ async fn trials_make_room_for_each_other_at_a_rung_and_one_may_fail() {
 async fn a_sweep_fails_only_with_all_of_its_trials() {
     let house = House::new();
     let (router, mut engine) = house.open().await;
-    let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
-        .await
-        .unwrap();
-    let asked = sweep(
-        &file,
-        json!({"learning_rate": [1e-4, 2e-4], "reduction_factor": 1}),
-    );
-    let id = create_job(&router, asked).await;
+    let settings = json!({"learning_rate": [1e-4, 2e-4], "reduction_factor": 1});
+    let id = create_sweep(&router, settings).await;
     for _ in 0..2 {
         let (_, events) = engine.started().await;
         events.send(started(None)).await.unwrap();
