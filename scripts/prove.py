@@ -1,6 +1,7 @@
 """Crash, swap and load proofs against the real binary. Standard library only. See scripts/prove."""
 import hashlib
 import json
+import os
 import pathlib
 import random
 import signal
@@ -15,7 +16,7 @@ import urllib.request
 import prove_state
 from demo import Api, start, watch
 
-TANDEM = "target/release/tandem"
+TANDEM = os.environ.get("TANDEM_BINARY", "target/release/tandem")
 DEMO = pathlib.Path("server/demo")
 STREAMS = 8
 QUESTIONS = ["Who is the baker?", "Tell me about the village.", "Where does Ada live?", "Who are you?"]

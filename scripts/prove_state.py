@@ -1,79 +1,15 @@
-"""Two servers on one Postgres and one artifact store: whoever trains is killed, or sleeps longer than its lease. Needs
-the package postgresql; the bucket is moto's (pip install 'moto[server]'), or a folder where that is missing.
-Standard library only. See scripts/prove."""
+"""Two servers on one Postgres and one S3: whoever trains is killed, or sleeps longer than its lease. Needs the package
+postgresql. Standard library only. See scripts/prove."""
 import contextlib
-import importlib.util
 import pathlib
 import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 
 from demo import Api, start, watch
+from prove_pieces import Bucket, Postgres
 
-# Makes a cluster, starts it on a socket in its folder, says where, and ends with its standard input.
-POSTGRES = """
-d=$(mktemp -d)
-"$0/initdb" -D "$d/data" -U postgres -A trust --no-sync >"$d/log" 2>&1 &&
-"$0/pg_ctl" -D "$d/data" -w -l "$d/log" -o "-k $d -c listen_addresses=" start >/dev/null 2>&1 &&
-echo "$d" || { cat "$d/log" >&2; exit 1; }
-cat >/dev/null
-"$0/pg_ctl" -D "$d/data" -m immediate stop >/dev/null 2>&1
-rm -rf "$d"
-"""
 LEASE_S = 15
-
-
-@contextlib.contextmanager
-def postgres():
-    programs = sorted(pathlib.Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not programs:
-        raise SystemExit("no /usr/lib/postgresql/*/bin/initdb: install the package postgresql")
-    root = subprocess.check_output(["id", "-u"]) == b"0\n"
-    shell = ["runuser", "-u", "postgres", "--", "sh"] if root else ["sh"]
-    server = subprocess.Popen([*shell, "-c", POSTGRES, programs[-1].parent], cwd="/", text=True,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    folder = server.stdout.readline().strip()
-    if not folder:
-        raise SystemExit("Postgres did not start")
-    try:
-        yield f"postgres://postgres@localhost/postgres?host={folder}"
-    finally:
-        server.stdin.close()
-        server.wait(30)
-
-
-@contextlib.contextmanager
-def artifacts(folder):
-    """A URL for --artifact-url, and the environment it needs."""
-    if importlib.util.find_spec("moto") is None or importlib.util.find_spec("flask") is None:
-        print("moto is not installed: the artifacts are in a folder")
-        yield f"file://{folder}", {}
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-m", "moto.server", "-p", str(port)],
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    endpoint = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(urllib.request.Request(endpoint + "/bucket", method="PUT"), timeout=5).read()
-                break
-            except OSError:
-                time.sleep(0.1)
-        else:
-            raise SystemExit("moto did not start")
-        print(f"S3 at {endpoint}")
-        yield "s3://bucket/tandem", {"AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1",
-                                     "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
-    finally:
-        server.terminate()
-        server.wait(30)
 
 
 class Server:
@@ -119,9 +55,9 @@ def state(binary, create_job, trained_bytes):
         alone.process.terminate()
         alone.process.wait(30)
         print("undisturbed:", expected)
-        with postgres() as database, artifacts(root / "artifacts") as (url, environment):
-            flags = ["--database-url", database, "--artifact-url", url]
-            servers = [Server(binary, root / name, flags, environment) for name in ("one", "two")]
+        with contextlib.closing(Postgres()) as database, contextlib.closing(Bucket(root / "s3")) as bucket:
+            flags = ["--database-url", database.url, "--artifact-url", bucket.url]
+            servers = [Server(binary, root / name, flags, bucket.environment) for name in ("one", "two")]
             well = True
             for how in (signal.SIGKILL, signal.SIGSTOP):
                 job, _ = create_job(servers[0].api, **options)

@@ -2,7 +2,7 @@
 //! other processes share when there is one; then the folder is its cache. All a backend process needs of the store.
 //! Not here: rows, names, who may write.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -32,6 +32,8 @@ pub struct Artifacts {
     /// `None`: the folder is all there is, and nothing is copied.
     remote: Option<Arc<Remote>>,
     downloads: Arc<Downloads>,
+    /// Adapters of the cache whose bytes this process has fetched or looked at.
+    sound: Arc<std::sync::Mutex<HashSet<AdapterDigest>>>,
 }
 
 /// A hundred requests for a new adapter fetch it once, and who wants another thing does not wait for them.
@@ -100,6 +102,7 @@ impl Artifacts {
             folders: Arc::new(folders),
             remote: remote.map(Arc::new),
             downloads: Arc::default(),
+            sound: Arc::default(),
         }
     }
 
@@ -175,17 +178,18 @@ impl Artifacts {
         &self.folders
     }
 
-    /// The local folder of an adapter; fetched and checked against its digest when it is not here.
+    /// The local folder of an adapter; fetched and checked against its digest when it is not here. What the cache has from
+    /// an earlier run is looked at once, and fetched again when it is damaged.
     pub async fn adapter(&self, digest: AdapterDigest) -> Result<PathBuf, StoreError> {
         let target = self.folders.adapter(&digest);
         let Some(remote) = &self.remote else {
             return Ok(target);
         };
-        if target.exists() {
+        if target.exists() && self.is_sound(&digest) {
             return Ok(target);
         }
         let _turn = self.downloads.turn(&target).await;
-        if target.exists() {
+        if target.exists() && (self.is_sound(&digest) || self.look_at(&target, digest).await?) {
             return Ok(target);
         }
         let folders = self.folders.clone();
@@ -193,7 +197,35 @@ impl Artifacts {
         let fetched = self.fetch_adapter(remote, digest, &staged).await;
         // Gone already when it was renamed.
         let _ = tokio::fs::remove_dir_all(&staged).await;
+        if fetched.is_ok() {
+            self.note_sound(digest);
+        }
         fetched
+    }
+
+    fn is_sound(&self, digest: &AdapterDigest) -> bool {
+        let sound = self.sound.lock().unwrap_or_else(PoisonError::into_inner);
+        sound.contains(digest)
+    }
+
+    fn note_sound(&self, digest: AdapterDigest) {
+        let mut sound = self.sound.lock().unwrap_or_else(PoisonError::into_inner);
+        sound.insert(digest);
+    }
+
+    /// Whether a cached adapter has the bytes that its name says. If not, it goes.
+    async fn look_at(&self, folder: &Path, digest: AdapterDigest) -> Result<bool, StoreError> {
+        let path = folder.to_owned();
+        let got = blocking(move || Ok::<_, StoreError>(folders::digest(&path))).await?;
+        if got.as_ref().is_ok_and(|got| *got == digest) {
+            self.note_sound(digest);
+            return Ok(true);
+        }
+        let got = got.map_or_else(|error| error.to_string(), |got| got.to_string());
+        tracing::warn!(adapter = %digest, got, "the cached adapter is damaged: it is fetched again");
+        let path = folder.to_owned();
+        blocking(move || folders::remove(&path)).await?;
+        Ok(false)
     }
 
     async fn fetch_adapter(

@@ -443,6 +443,18 @@ async fn what_one_process_puts_into_a_bucket_another_gets() {
         "one"
     );
     assert_eq!(b.adapter(digest).await.unwrap(), folder);
+    // What a disk has done to a cache since the last run costs a download.
+    let c = open("some/prefix");
+    let cached = c.folders().adapter(&digest);
+    fs::create_dir_all(&cached).unwrap();
+    fs::copy(
+        folder.join("adapter_config.json"),
+        cached.join("adapter_config.json"),
+    )
+    .unwrap();
+    fs::write(cached.join("adapter_model.safetensors"), "onf").unwrap();
+    let again = c.adapter(digest).await.unwrap().join("adapter_model.safetensors");
+    assert_eq!(fs::read_to_string(again).unwrap(), "one");
 
     // Larger than a part: it goes up in pieces and is never in memory whole.
     let staged = a.folders().staging();
