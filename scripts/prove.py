@@ -16,7 +16,7 @@ import urllib.request
 import prove_state
 from demo import Api, start, watch
 
-TANDEM = os.environ.get("TANDEM_BINARY", "target/release/tandem")
+TANDEM = os.environ.get("PROVE_BINARY", "target/release/tandem")
 DEMO = pathlib.Path("server/demo")
 STREAMS = 8
 QUESTIONS = ["Who is the baker?", "Tell me about the village.", "Where does Ada live?", "Who are you?"]

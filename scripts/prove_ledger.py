@@ -331,11 +331,13 @@ def undisturbed(client, folder):
             _, text, digest = client.ask(f"reference-{version}", question)
             expected[digest, question] = text
         folders.append((digest, folder / f"version-{version}"))
-    made = {}
+    jobs, made = {}, {}
     for kind in KINDS:
         status, answer = client.train(kind)
         assert status == 200, answer
-        job = client.ended(f"/v1/fine_tuning/jobs/{json.loads(answer)['id']}")
+        jobs[kind] = json.loads(answer)["id"]
+    for kind, job in jobs.items():
+        job = client.ended(f"/v1/fine_tuning/jobs/{job}")
         assert job["status"] == "succeeded", job
         made[kind] = client.bytes_of(job)
     return expected, folders, made

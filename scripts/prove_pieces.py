@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 
-TANDEM = os.environ.get("TANDEM_BINARY", "target/release/tandem")
+TANDEM = os.environ.get("PROVE_BINARY", "target/release/tandem")
 # Moves a process's wall clock by what a file says.
 FAKETIME = sorted(pathlib.Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
 

@@ -1,5 +1,7 @@
 //! A completion request to one call per prompt. The answer is shaped in http/completions.rs, as it arrives.
 
+use std::vec;
+
 use tandem_openapi::completions::{CompletionPrompt, CompletionRequest};
 use tandem_router::api::{Call, Client, Prompt};
 
@@ -10,8 +12,39 @@ use crate::error::{ApiError, invalid};
 
 const DEFAULT_MAX_TOKENS: u32 = 16;
 
+/// Calls that differ in their prompts, made one by one: what all have is copied only when those before were not refused, so
+/// that a thousand prompts are no way to have a large field a thousand times.
+pub struct Calls {
+    template: Call,
+    prompts: vec::IntoIter<Prompt>,
+}
+
+impl Calls {
+    pub fn new(template: Call, prompts: Vec<Prompt>) -> Calls {
+        Calls {
+            template,
+            prompts: prompts.into_iter(),
+        }
+    }
+
+    pub fn prompts(&self) -> &[Prompt] {
+        self.prompts.as_slice()
+    }
+}
+
+impl Iterator for Calls {
+    type Item = Call;
+
+    fn next(&mut self) -> Option<Call> {
+        self.prompts.next().map(|prompt| Call {
+            prompt,
+            ..self.template.clone()
+        })
+    }
+}
+
 pub struct Completions {
-    pub calls: Vec<Call>,
+    pub calls: Calls,
     pub n: u32,
     pub delivery: Delivery,
     pub echo: bool,
@@ -138,13 +171,7 @@ pub fn calls(request: CompletionRequest, limits: Limits) -> Result<Completions, 
         add_special_tokens: add_special_tokens.unwrap_or(true),
     };
     Ok(Completions {
-        calls: prompts
-            .into_iter()
-            .map(|prompt| Call {
-                prompt,
-                ..template.clone()
-            })
-            .collect(),
+        calls: Calls::new(template, prompts),
         n,
         delivery,
         echo,

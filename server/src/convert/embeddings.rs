@@ -7,14 +7,15 @@ use tandem_core::sampling::RawSampling;
 use tandem_openapi::embeddings::{EmbeddingRequest, Vector};
 use tandem_router::api::{Call, Client, Prompt};
 
-use super::{completions, natural};
+use super::completions::{self, Calls};
+use super::natural;
 use crate::error::{ApiError, invalid};
 
 /// OpenAI's limit.
 const MAX_INPUTS: usize = 2048;
 
 pub struct Embeddings {
-    pub calls: Vec<Call>,
+    pub calls: Calls,
     pub shape: Shape,
 }
 
@@ -73,11 +74,11 @@ pub fn calls(request: EmbeddingRequest) -> Result<Embeddings, ApiError> {
         );
         return Err(invalid("input", message));
     }
-    let call = |prompt: Prompt| Call {
+    let template = Call {
         client: Client::default(),
         earlier: 0,
-        model: model.clone(),
-        prompt,
+        model,
+        prompt: Prompt::Tokens(Vec::new()),
         n: 1,
         max_tokens: Some(0),
         pooling: Some(pooling),
@@ -94,7 +95,7 @@ pub fn calls(request: EmbeddingRequest) -> Result<Embeddings, ApiError> {
         add_special_tokens: add_special_tokens.unwrap_or(true),
     };
     Ok(Embeddings {
-        calls: prompts.into_iter().map(call).collect(),
+        calls: Calls::new(template, prompts),
         shape: Shape {
             encoding,
             dimensions: dimensions.map(|n| n as usize),

@@ -43,7 +43,11 @@ pub async fn create(
         prompt_logprobs,
         return_token_ids,
     } = convert::completions::calls(request, app.limits())?;
-    let texts: Vec<Option<String>> = calls.iter().map(|call| given_text(&call.prompt, echo)).collect();
+    let texts: Vec<Option<String>> = calls
+        .prompts()
+        .iter()
+        .map(|prompt| given_text(prompt, echo))
+        .collect();
     let admitted = feed::admit(&app, client, calls, "prompt").await?;
     let mut echoes = Vec::new();
     if echo {

@@ -76,7 +76,7 @@ pub struct Admitted {
 pub async fn admit(
     app: &App,
     client: Client,
-    calls: Vec<Call>,
+    calls: impl IntoIterator<Item = Call, IntoIter: Send>,
     prompt_param: &'static str,
 ) -> Result<Admitted, ApiError> {
     let refused = |error: RouterError| match error {
