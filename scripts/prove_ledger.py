@@ -214,7 +214,7 @@ class Peers:
         return status
 
     def files(self, rng):
-        ledger, time_to_go = self.ledger, rng.random() < 0.4
+        ledger, time_to_go = self.ledger, rng.random() < 0.3
         if time_to_go and ledger.files:
             file = rng.choice(sorted(ledger.files))
             del ledger.files[file]  # from now on it may be gone
