@@ -19,6 +19,7 @@ use crate::model::WeightOptions;
 use crate::ranks::Team;
 use crate::start::memory::size;
 use crate::start::{Dtype, Quantization};
+use crate::train::mates::Sharding;
 use crate::train::run::RunOptions;
 use crate::weights::{self, Checkpoint, LoadError, has_weights};
 
@@ -221,6 +222,7 @@ impl RunOptions {
             },
             save_kind,
             team,
+            sharding: Sharding::None,
             profile: None,
         })
     }

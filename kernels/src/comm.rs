@@ -110,6 +110,23 @@ impl Comm {
         }
     }
 
+    /// Sums `x [world * n]` over the ranks and returns this rank's `[n]` of it: the bits that [`Comm::all_reduce`] makes. float32,
+    /// contiguous. (Alone: `x` itself.)
+    pub fn reduce_scatter(&self, x: &Tensor) -> Tensor {
+        assert!(
+            x.kind() == Kind::Float && x.is_contiguous() && x.numel().is_multiple_of(self.world()),
+            "a sum over {} ranks in parts of {:?} {:?}",
+            self.world(),
+            x.kind(),
+            x.size()
+        );
+        match &*self.end {
+            End::Solo => x.shallow_clone(),
+            End::Thread(rank) => or_panic(rank.reduce_scatter(x)),
+            End::Process(rank) => or_panic(rank.reduce_scatter(x)),
+        }
+    }
+
     /// `[n, ...]` of each rank, of one shape and kind, to `[world, n, ...]` in rank order. (Alone: a view of `x`.)
     pub fn all_gather(&self, x: &Tensor) -> Tensor {
         match &*self.end {

@@ -9,6 +9,7 @@ pub(crate) mod packed;
 mod panels;
 mod quantise;
 mod quantised;
+mod shard;
 
 use std::fmt;
 use std::sync::OnceLock;
@@ -24,6 +25,7 @@ use packed::Packed;
 use panels::{gather, pack, readable, unpack};
 pub use quantise::Recipe;
 pub use quantised::{Grid, Quantised};
+pub use shard::Shard;
 
 /// What a multiply rounds its left side to (and what the KV cache stores). Sums are float32 with either.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

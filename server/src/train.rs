@@ -18,6 +18,7 @@ use std::sync::{Arc, OnceLock};
 use serde_norway::Mapping;
 use tandem_backend::family::DecoderSpec;
 use tandem_backend::ranks::Team;
+use tandem_backend::train::mates::Sharding;
 use tandem_backend::train::run::{self, Run, RunOptions};
 use tandem_backend::words;
 use tandem_core::job::sweep::Sweep;
@@ -121,6 +122,7 @@ struct Ground {
     quantization: Option<String>,
     device: String,
     team: Team,
+    sharding: Sharding,
     /// Steps to trace.
     profile: Option<u64>,
     overwrites: bool,
@@ -142,6 +144,7 @@ impl Ground {
             quantization,
             device,
             data_parallel_size,
+            sharding,
             profile,
             preview,
             settings,
@@ -209,6 +212,7 @@ impl Ground {
             quantization,
             device,
             team,
+            sharding,
             profile,
             overwrites: overwrite_output_dir,
         }))
@@ -294,8 +298,11 @@ impl Ground {
     fn options(&self, spec: JobSpec) -> Result<RunOptions, TrainError> {
         let quantization = self.quantization.as_deref();
         let (model, team) = (self.model.clone(), self.team.clone());
-        let options = RunOptions::new(spec, model, &self.dtype, quantization, &self.device, team);
-        Ok(options?)
+        let options = RunOptions::new(spec, model, &self.dtype, quantization, &self.device, team)?;
+        Ok(RunOptions {
+            sharding: self.sharding,
+            ..options
+        })
     }
 
     fn say_how_to_serve(&self, result: &Path) {
@@ -458,11 +465,20 @@ fn as_settings(args: &[String]) -> Vec<String> {
         let Some(flag) = arg.strip_prefix("--") else {
             // Programs of torchtune, whose configs say the rest.
             match arg.as_str() {
-                "lora_finetune_single_device" | "lora_finetune_distributed" | "lora_finetune_fsdp2" => {
-                    settings.push("method=lora".to_owned());
+                "lora_finetune_single_device" => settings.push("method=lora".to_owned()),
+                "full_finetune_single_device" => settings.push("method=full".to_owned()),
+                // These share what their ranks hold.
+                "lora_finetune_distributed" | "lora_finetune_fsdp2" => {
+                    settings.extend([
+                        "method=lora".to_owned(),
+                        "sharding_strategy=FULL_SHARD".to_owned(),
+                    ]);
                 }
-                "full_finetune_single_device" | "full_finetune_distributed" => {
-                    settings.push("method=full".to_owned());
+                "full_finetune_distributed" => {
+                    settings.extend([
+                        "method=full".to_owned(),
+                        "sharding_strategy=FULL_SHARD".to_owned(),
+                    ]);
                 }
                 "lora_dpo_single_device" | "lora_dpo_distributed" => {
                     settings.extend(["method=lora".to_owned(), "objective=dpo".to_owned()]);

@@ -10,6 +10,7 @@ use tch::{Kind, Tensor};
 use super::TrainedRows;
 use super::linear::{Backward, Linear, Project};
 use super::mlp::{self, Mlp};
+use super::stored::Whole;
 
 pub(super) struct Experts {
     pub top_k: usize,
@@ -17,6 +18,8 @@ pub(super) struct Experts {
     pub router: Linear,
     pub experts: Vec<Mlp>,
     pub shared: Option<Shared>,
+    /// Ranks that share parameters go through all experts, whichever of them have rows of theirs.
+    pub all_in_step: bool,
 }
 
 /// What every token goes through, by as much as its gate lets.
@@ -113,7 +116,7 @@ impl Experts {
         dx
     }
 
-    /// One linear of every expert that has rows.
+    /// One linear of every expert that has rows, or of every expert.
     fn grouped<'a>(&'a self, routing: &'a Routing, linear: impl Fn(&'a Mlp) -> &'a Linear) -> Grouped<'a> {
         let groups = self.experts.iter().enumerate().map(|(e, mlp)| Group {
             expert: e,
@@ -122,7 +125,9 @@ impl Experts {
         });
         Grouped {
             routing,
-            groups: groups.filter(|group| !group.rows.is_empty()).collect(),
+            groups: groups
+                .filter(|group| self.all_in_step || !group.rows.is_empty())
+                .collect(),
         }
     }
 
@@ -149,10 +154,19 @@ pub(super) struct Group<'a> {
 }
 
 impl<'a> Grouped<'a> {
-    pub fn weights(&self) -> Vec<WeightRows<'a>> {
-        let weights = self.groups.iter().map(|group| WeightRows {
+    /// The groups' weights, for [`Grouped::weights`].
+    pub fn whole(&self) -> Vec<Whole<'a>> {
+        self.groups
+            .iter()
+            .map(|group| group.linear.weight.whole())
+            .collect()
+    }
+
+    pub fn weights<'w>(&'w self, whole: &'w [Whole]) -> Vec<WeightRows<'w>> {
+        let groups = self.groups.iter().zip(whole);
+        let weights = groups.map(|(group, weight)| WeightRows {
             rows: group.rows.clone(),
-            weight: &group.linear.weight,
+            weight,
             bias: group.linear.bias.as_ref(),
         });
         weights.collect()

@@ -1,14 +1,17 @@
 //! Every parameter of a decoder in one flat float32 buffer, for training all of them. Only `tandem train` does: a
 //! served base never changes.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 
 use safetensors::tensor::TensorView;
 use tandem_core::rng;
+use tandem_kernels::comm::Comm;
 use tch::{Device, Kind, Tensor};
 
+use super::gradient::add;
 use crate::family::{self, DecoderSpec, Head, NormId, NormKind, Param, ParamId, Source};
 use crate::weights::{Checkpoint, LoadError, has_weights};
 
@@ -17,20 +20,34 @@ pub fn decays(id: ParamId) -> bool {
     matches!(id, ParamId::Embed | ParamId::Linear(_) | ParamId::Head)
 }
 
-#[derive(Clone, Debug, PartialEq)]
+/// Where the numbers of each parameter lie in a flat buffer. Ranks may share every parameter: each holds an equal part of its
+/// numbers, in row order, the last padded with zeroes (ZeRO, arXiv 1910.02054).
+#[derive(Clone)]
 pub struct FullShape {
     /// In buffer order, each with its offset.
     params: Vec<(i64, Param)>,
     index: HashMap<ParamId, usize>,
+    /// Of this rank's buffer.
     len: i64,
+    /// Of all parameters.
+    total: i64,
+    /// Who shares.
+    comm: Comm,
 }
 
 impl FullShape {
+    /// All of every parameter.
     pub fn new(spec: &DecoderSpec) -> FullShape {
-        let mut len = 0;
+        FullShape::shared(spec, Comm::solo())
+    }
+
+    pub fn shared(spec: &DecoderSpec, comm: Comm) -> FullShape {
+        let (mut len, mut total) = (0, 0);
+        let world = comm.world();
         let place = |param: Param| {
             let offset = len;
-            len += numbers(&param);
+            len += share(&param, world);
+            total += numbers(&param);
             (offset, param)
         };
         let params: Vec<(i64, Param)> = spec.params().into_iter().map(place).collect();
@@ -39,9 +56,16 @@ impl FullShape {
             .enumerate()
             .map(|(i, (_, param))| (param.id, i))
             .collect();
-        FullShape { params, index, len }
+        FullShape {
+            params,
+            index,
+            len,
+            total,
+            comm,
+        }
     }
 
+    /// Numbers of this rank's buffer.
     pub fn len(&self) -> i64 {
         self.len
     }
@@ -49,14 +73,112 @@ impl FullShape {
         self.len == 0
     }
 
+    /// Numbers of all parameters.
+    pub fn total(&self) -> i64 {
+        self.total
+    }
+
+    pub fn comm(&self) -> &Comm {
+        &self.comm
+    }
+
+    pub fn is_shared(&self) -> bool {
+        self.comm.world() > 1
+    }
+
     pub fn has(&self, id: ParamId) -> bool {
         self.index.contains_key(&id)
     }
 
-    /// Every parameter and its range in the flat buffer, in order.
+    /// Every checkpoint tensor by its Hugging Face name: the parameter that it is of, and its first row in it.
+    pub fn tensors(&self) -> impl Iterator<Item = (String, (ParamId, i64))> {
+        self.params.iter().flat_map(|(_, param)| {
+            let mut start = 0;
+            let place = move |Source { name, rows, .. }: &Source| {
+                let first = start;
+                start += rows;
+                (name.clone(), (param.id, first))
+            };
+            param.tensors.iter().map(place)
+        })
+    }
+
+    /// Every parameter and its range in this rank's buffer, in order.
     pub fn ranges(&self) -> impl Iterator<Item = (ParamId, Range<i64>)> {
         let ranges = self.params.iter();
-        ranges.map(|(offset, param)| (param.id, *offset..offset + numbers(param)))
+        ranges.map(|(offset, param)| (param.id, *offset..offset + self.share(param)))
+    }
+
+    /// Numbers of a parameter that are this rank's, padding included.
+    fn share(&self, param: &Param) -> i64 {
+        share(param, self.comm.world())
+    }
+
+    /// The number in its parameter of the first that is this rank's, and how many of them there are.
+    fn own(&self, param: &Param) -> (i64, i64) {
+        let (all, share) = (numbers(param), self.share(param));
+        let first = (share * self.comm.rank() as i64).min(all);
+        (first, share.min(all - first))
+    }
+
+    /// Of `flat`, all parameters' numbers without padding, what is this rank's.
+    pub fn share_of(&self, flat: &Tensor) -> Tensor {
+        if !self.is_shared() {
+            return flat.shallow_clone();
+        }
+        let own = Tensor::zeros([self.len], (Kind::Float, Device::Cpu));
+        let mut before = 0;
+        for (offset, param) in &self.params {
+            let (first, n) = self.own(param);
+            own.narrow(0, *offset, n)
+                .copy_(&flat.narrow(0, before + first, n));
+            before += numbers(param);
+        }
+        own
+    }
+
+    /// The ranks' shares together, `[total]`: on rank 0 alone, for whom it is made parameter by parameter.
+    pub fn together(&self, own: Tensor) -> Option<Tensor> {
+        if !self.is_shared() {
+            return Some(own);
+        }
+        let all = (self.comm.rank() == 0).then(|| Tensor::empty([self.total], (Kind::Float, Device::Cpu)));
+        let mut before = 0;
+        for placed in &self.params {
+            let whole = self.gathered(&own, placed);
+            if let Some(all) = &all {
+                all.narrow(0, before, numbers(&placed.1)).copy_(&whole.view([-1]));
+            }
+            before += numbers(&placed.1);
+        }
+        all
+    }
+
+    /// A parameter in its own shape, of the ranks' shares in `flat`.
+    fn gathered(&self, flat: &Tensor, (offset, param): &(i64, Param)) -> Tensor {
+        let all = self.comm.all_gather(&flat.narrow(0, *offset, self.share(param)));
+        all.view([-1])
+            .narrow(0, 0, numbers(param))
+            .view(param.shape.as_slice())
+    }
+
+    /// The norm of all ranks' numbers, of which this rank's have the norm `own`: squares are added up in rank order.
+    pub fn norm_over_ranks(&self, own: f64) -> f64 {
+        if !self.is_shared() {
+            return own;
+        }
+        let squares = self.comm.all_gather(&Tensor::from_slice(&[own * own]));
+        let squares = Vec::<f64>::try_from(squares.view([-1])).expect("a number of each rank");
+        squares.into_iter().sum::<f64>().sqrt()
+    }
+
+    /// Whether it holds on every rank.
+    pub fn on_all_ranks(&self, is: bool) -> bool {
+        if !self.is_shared() {
+            return is;
+        }
+        let said = self.comm.all_gather(&Tensor::from_slice(&[i64::from(is)]));
+        said.min().int64_value(&[]) == 1
     }
 }
 
@@ -64,46 +186,60 @@ fn numbers(param: &Param) -> i64 {
     param.shape.iter().product()
 }
 
+/// Numbers of a parameter on each of `world` ranks.
+fn share(param: &Param, world: usize) -> i64 {
+    (numbers(param) as u64).div_ceil(world as u64) as i64
+}
+
 /// Numbers of every parameter, or anything shaped like them.
 pub struct FullParams {
-    /// `[P]` float32
+    /// `[P]` float32: this rank's.
     pub flat: Tensor,
     pub shape: FullShape,
+    /// Gradients of what stands outside the sublayers, where ranks share them: ranks have unlike numbers of labels, so these are
+    /// summed when a pass is through.
+    waiting: RefCell<HashMap<ParamId, Tensor>>,
 }
 
 impl FullParams {
     pub fn zeros(shape: FullShape) -> FullParams {
+        FullParams::of(Tensor::zeros([shape.len()], (Kind::Float, Device::Cpu)), shape)
+    }
+
+    fn of(flat: Tensor, shape: FullShape) -> FullParams {
         FullParams {
-            flat: Tensor::zeros([shape.len()], (Kind::Float, Device::Cpu)),
+            flat,
             shape,
+            waiting: RefCell::default(),
         }
     }
 
     /// Matrices normal with deviation 0.02 (transformers' `initializer_range`), norms one, biases zero.
-    pub fn init(spec: &DecoderSpec, seed: u64) -> FullParams {
-        let shape = FullShape::new(spec);
-        let mut numbers = vec![0f32; shape.len() as usize];
+    pub fn init(shape: FullShape, spec: &DecoderSpec, seed: u64) -> FullParams {
+        let mut drawn = vec![0f32; shape.len() as usize];
         let kinds: HashMap<NormId, NormKind> = spec.norms().map(|(id, norm)| (id, norm.kind)).collect();
-        for (id, range) in shape.ranges() {
-            for i in range {
-                numbers[i as usize] = match id {
+        let mut before = 0;
+        for (offset, param) in &shape.params {
+            let (first, n) = shape.own(param);
+            for i in 0..n {
+                drawn[(offset + i) as usize] = match param.id {
                     ParamId::Norm(id) => match kinds[&id] {
                         NormKind::Rms | NormKind::Layer { .. } => 1.0,
                         NormKind::RmsPlusOne => 0.0,
                     },
                     ParamId::Bias(_) | ParamId::NormBias(_) | ParamId::Sinks(_) => 0.0,
                     ParamId::Embed | ParamId::Linear(_) | ParamId::Head => {
-                        (0.02 * rng::normal(seed, INIT_STREAM, i as u64)) as f32
+                        let number = (before + first + i) as u64;
+                        (0.02 * rng::normal(seed, INIT_STREAM, number)) as f32
                     }
                 };
             }
+            before += numbers(param);
         }
-        FullParams {
-            flat: Tensor::from_slice(&numbers),
-            shape,
-        }
+        FullParams::of(Tensor::from_slice(&drawn), shape)
     }
 
+    /// Each tensor of the checkpoint is read whole, one after the other.
     pub fn read(shape: FullShape, checkpoint: &Checkpoint) -> Result<FullParams, LoadError> {
         let params = FullParams::zeros(shape);
         let head = if params.shape.has(ParamId::Head) {
@@ -111,40 +247,122 @@ impl FullParams {
         } else {
             Head::Tied
         };
-        for (name, mut view) in params.named() {
-            view.copy_(&checkpoint.tensor(checkpoint.stored_name(&name, head), &view.size())?);
+        for placed in &params.shape.params {
+            let (offset, param) = placed;
+            let whole = match params.shape.is_shared() {
+                false => params.view_of(placed),
+                true => Tensor::zeros(param.shape.as_slice(), (Kind::Float, Device::Cpu)),
+            };
+            for (name, mut part) in tensors(param, &whole) {
+                part.copy_(&checkpoint.tensor(checkpoint.stored_name(&name, head), &part.size())?);
+            }
+            if params.shape.is_shared() {
+                let (first, n) = params.shape.own(param);
+                let own = whole.view([-1]).narrow(0, first, n);
+                params.flat.narrow(0, *offset, n).copy_(&own);
+            }
         }
         Ok(params)
     }
 
-    /// A parameter in its own shape, a view.
-    pub fn view(&self, id: ParamId) -> Tensor {
-        self.view_of(&self.shape.params[self.shape.index[&id]])
+    /// A parameter in its own shape: a view, or brought together of all ranks' shares.
+    pub fn whole(&self, id: ParamId) -> Tensor {
+        let placed = self.placed(id);
+        match self.shape.is_shared() {
+            false => self.view_of(placed),
+            true => self.shape.gathered(&self.flat, placed),
+        }
     }
 
+    /// This rank's numbers of a parameter, padding included: a view.
+    pub fn share(&self, id: ParamId) -> Tensor {
+        let (offset, param) = self.placed(id);
+        self.flat.narrow(0, *offset, self.shape.share(param))
+    }
+
+    fn placed(&self, id: ParamId) -> &(i64, Param) {
+        &self.shape.params[self.shape.index[&id]]
+    }
+
+    /// Where nothing is shared.
     fn view_of(&self, (offset, param): &(i64, Param)) -> Tensor {
         self.flat
             .narrow(0, *offset, numbers(param))
             .view(param.shape.as_slice())
     }
 
-    /// Every checkpoint tensor by its Hugging Face name, views.
-    pub fn named(&self) -> Vec<(String, Tensor)> {
-        let tensors = |placed: &(i64, Param)| {
-            let view = self.view_of(placed);
-            let mut start = 0;
-            let tensor = |Source { name, rows, .. }: &Source| {
-                let first = start;
-                start += rows;
-                (name.clone(), view.narrow(0, first, *rows))
-            };
-            placed.1.tensors.iter().map(tensor).collect::<Vec<_>>()
-        };
-        self.shape.params.iter().flat_map(tensors).collect()
+    /// Adds the gradient of a parameter, in its own shape; where ranks share it, all ranks' gradients, which all bring here.
+    pub fn add(&self, id: ParamId, gradient: Tensor) {
+        if !self.shape.is_shared() {
+            return add(&self.view_of(self.placed(id)), gradient);
+        }
+        if !is_outside(id) {
+            return self.sum(id, gradient);
+        }
+        let mut waiting = self.waiting.borrow_mut();
+        match waiting.get(&id) {
+            Some(sum) => add(sum, gradient),
+            None => {
+                waiting.insert(id, gradient.to_device(Device::Cpu));
+            }
+        }
     }
 
-    /// The bytes of a model.safetensors, numbers stored as `kind` (float32 or bfloat16).
-    pub fn serialise(&self, kind: Kind) -> Vec<u8> {
+    /// Adds to rows of the embedding's gradient.
+    pub fn add_rows(&self, id: ParamId, rows: &Tensor, gradient: &Tensor) {
+        let to = match self.shape.is_shared() {
+            false => self.view_of(self.placed(id)),
+            true => {
+                let shape = self.placed(id).1.shape.as_slice();
+                let mut waiting = self.waiting.borrow_mut();
+                let zeros = || Tensor::zeros(shape, (Kind::Float, Device::Cpu));
+                waiting.entry(id).or_insert_with(zeros).shallow_clone()
+            }
+        };
+        let device = to.device();
+        let _ = to
+            .shallow_clone()
+            .index_add_(0, &rows.to_device(device), &gradient.to_device(device));
+    }
+
+    /// A pass is through.
+    pub fn settle(&self) {
+        if !self.shape.is_shared() {
+            return;
+        }
+        let mut waiting = self.waiting.borrow_mut();
+        for (_, param) in self.shape.params.iter().filter(|(_, param)| is_outside(param.id)) {
+            let none = || Tensor::zeros(param.shape.as_slice(), (Kind::Float, Device::Cpu));
+            let gradient = waiting.remove(&param.id).unwrap_or_else(none);
+            self.sum(param.id, gradient);
+        }
+    }
+
+    fn sum(&self, id: ParamId, gradient: Tensor) {
+        let share = self.share(id);
+        let world = self.shape.comm.world() as i64;
+        let flat = gradient.to_device(Device::Cpu).contiguous().view([-1]);
+        let padding = share.size()[0] * world - flat.size()[0];
+        let padded = match padding {
+            0 => flat,
+            _ => flat.constant_pad_nd([0, padding]),
+        };
+        add(&share, self.shape.comm.reduce_scatter(&padded));
+    }
+
+    /// Every checkpoint tensor by its Hugging Face name: a view, or brought together when it is its turn.
+    pub fn named(&self) -> impl Iterator<Item = (String, Tensor)> {
+        let whole = |placed: &(i64, Param)| tensors(&placed.1, &self.whole(placed.1.id));
+        self.shape.params.iter().flat_map(whole)
+    }
+
+    /// The bytes of a model.safetensors, numbers stored as `kind` (float32 or bfloat16). `None` on a rank other than 0, which
+    /// only brings its share.
+    pub fn serialise(&self, kind: Kind) -> Option<Vec<u8>> {
+        if self.shape.comm.rank() > 0 {
+            self.named().for_each(drop);
+            return None;
+        }
         let dtype = match kind {
             Kind::BFloat16 => safetensors::Dtype::BF16,
             Kind::Half => safetensors::Dtype::F16,
@@ -152,7 +370,6 @@ impl FullParams {
         };
         let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = self
             .named()
-            .into_iter()
             .map(|(name, view)| {
                 let shape = view.size().iter().map(|&n| n as usize).collect();
                 let stored = view.to_kind(kind).contiguous();
@@ -168,12 +385,32 @@ impl FullParams {
             )
         });
         let metadata = Some([("format".to_owned(), "pt".to_owned())].into());
-        safetensors::serialize(views, metadata).expect("plain views serialise")
+        Some(safetensors::serialize(views, metadata).expect("plain views serialise"))
     }
 }
 
-/// The model of a folder and its parameters, drawn when it has no weights (a model to be made from its config.json).
-pub fn read_or_init(folder: &Path, seed: u64) -> Result<(DecoderSpec, FullParams), LoadError> {
+/// What a pass reads and differentiates outside its sublayers.
+fn is_outside(id: ParamId) -> bool {
+    use NormId::Final;
+    matches!(
+        id,
+        ParamId::Embed | ParamId::Head | ParamId::Norm(Final) | ParamId::NormBias(Final)
+    )
+}
+
+/// The checkpoint's tensors of a parameter, views of `whole`.
+fn tensors(param: &Param, whole: &Tensor) -> Vec<(String, Tensor)> {
+    let mut start = 0;
+    let tensor = |Source { name, rows, .. }: &Source| {
+        let first = start;
+        start += rows;
+        (name.clone(), whole.narrow(0, first, *rows))
+    };
+    param.tensors.iter().map(tensor).collect()
+}
+
+/// The model of a folder and its parameters, each shared by `shared`, drawn when it has no weights (a model to be made from its config.json).
+pub fn read_or_init(folder: &Path, seed: u64, shared: Comm) -> Result<(DecoderSpec, FullParams), LoadError> {
     let trainable = |spec: &DecoderSpec| match spec
         .params()
         .iter()
@@ -189,12 +426,12 @@ pub fn read_or_init(folder: &Path, seed: u64) -> Result<(DecoderSpec, FullParams
     if has_weights(folder) {
         let (spec, checkpoint) = family::open(folder)?;
         trainable(&spec)?;
-        let params = FullParams::read(FullShape::new(&spec), &checkpoint)?;
+        let params = FullParams::read(FullShape::shared(&spec, shared), &checkpoint)?;
         return Ok((spec, params));
     }
     let spec = family::read_spec(folder)?;
     trainable(&spec)?;
-    let params = FullParams::init(&spec, seed);
+    let params = FullParams::init(FullShape::shared(&spec, shared), &spec, seed);
     Ok((spec, params))
 }
 

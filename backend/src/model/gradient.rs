@@ -19,7 +19,7 @@ impl<'a> Trainable<'a> {
     /// To the gradient of a parameter of the base: computed only where it is trained.
     pub(super) fn add(self, id: ParamId, gradient: impl FnOnce() -> Tensor) {
         if let Trainable::Full(gradients) = self {
-            add(&gradients.view(id), gradient());
+            gradients.add(id, gradient());
         }
     }
 }
@@ -38,16 +38,13 @@ impl Decoder {
             .backward(hidden, &scaled(dnormed, self.spec.logits.scale), trainable)
     }
 
-    /// The embedding's gradient (nothing when it is frozen).
+    /// The embedding's gradient (nothing when it is frozen), the last of a pass.
     pub fn embed_backward(&self, dhidden: &Tensor, pass: &TrainPass) {
         if let Trainable::Full(gradients) = pass.trainable {
             let rows: Vec<i64> = pass.tokens.iter().map(|&token| i64::from(token)).collect();
-            let mut embed = gradients.view(ParamId::Embed);
-            let _ = embed.index_add_(
-                0,
-                &Tensor::from_slice(&rows).to_device(embed.device()),
-                &scaled(dhidden, self.embed_scale).to_device(embed.device()),
-            );
+            let embedded = scaled(dhidden, self.embed_scale);
+            gradients.add_rows(ParamId::Embed, &Tensor::from_slice(&rows), &embedded);
+            gradients.settle();
         }
     }
 }

@@ -17,6 +17,7 @@ use tch::Tensor;
 
 use super::gradient::{add, narrow_rows};
 use super::linear::Own;
+use super::stored::{Stored, Whole};
 use super::{Decoder, Dropout, Trainable, TrainedRows};
 use crate::family::shard::Layout;
 use crate::family::{self, LinearId, ParamId};
@@ -29,11 +30,18 @@ pub struct HeadBranches<'a> {
     input: Option<Tensor>,
 }
 
+/// The head's weight while it is multiplied with, some rows at a time: ranks that share it have unlike numbers of rows.
+pub enum HeadHere {
+    Resident,
+    Gathered(Box<Weight>),
+}
+
 impl Decoder {
     /// Logits `[S, V]` of selected hidden rows `[S, H]`, on every rank. `lora` is of these rows.
     pub fn head(&self, hidden: &Tensor, lora: &[AdapterRows]) -> Tensor {
         let HeadBranches { lora, .. } = self.served_head(lora);
-        let mut logits = linear(&self.final_norm(hidden), self.head_weight(), None, &lora);
+        let here = self.head_here();
+        let mut logits = linear(&self.final_norm(hidden), self.head_weight(&here), None, &lora);
         if let Some(cap) = self.spec.logits.cap {
             soft_cap(&mut logits, cap);
         }
@@ -85,8 +93,14 @@ impl Decoder {
     }
 
     /// log p(label) of rows `[R, H]` behind the final norm, the same on every rank.
-    pub fn log_probs(&self, normed: &Tensor, labels: &[TokenId], branches: &HeadBranches) -> LogProbs {
-        let head = self.loss_head(branches);
+    pub fn log_probs(
+        &self,
+        normed: &Tensor,
+        labels: &[TokenId],
+        here: &HeadHere,
+        branches: &HeadBranches,
+    ) -> LogProbs {
+        let head = self.loss_head(here, branches);
         match self.vocabulary() {
             None => linear_log_probs(normed, head, labels),
             Some(vocabulary) => sharded_log_probs(normed, head, &vocabulary, labels),
@@ -100,13 +114,14 @@ impl Decoder {
         normed: &Tensor,
         labels: &[TokenId],
         weights: &[f32],
+        here: &HeadHere,
         trainable: Trainable,
     ) -> LossOut {
         let branches = self.trained_head(normed, trainable);
         let backward = |rows: Range<usize>, dlogits: &Tensor| {
             self.head_backward(normed, rows.start as i64..rows.end as i64, dlogits, trainable)
         };
-        let head = self.loss_head(&branches);
+        let head = self.loss_head(here, &branches);
         match self.vocabulary() {
             None => linear_cross_entropy(normed, head, labels, weights, backward),
             Some(vocabulary) => {
@@ -166,9 +181,9 @@ impl Decoder {
         self.branch(id, own).expect("it is adapted")
     }
 
-    fn loss_head<'a>(&'a self, branches: &'a HeadBranches) -> Head<'a> {
+    fn loss_head<'a>(&'a self, here: &'a HeadHere, branches: &'a HeadBranches) -> Head<'a> {
         Head {
-            weight: self.head_weight(),
+            weight: self.head_weight(here),
             cap: self.spec.logits.cap,
             lora: &branches.lora,
             lora_x: branches.input.as_ref(),
@@ -176,7 +191,23 @@ impl Decoder {
     }
 
     /// `[v, H]`: this rank's rows.
-    fn head_weight(&self) -> &Weight {
+    fn head_weight<'a>(&'a self, here: &'a HeadHere) -> &'a Weight {
+        match (here, self.stored_head()) {
+            (HeadHere::Gathered(weight), _) => weight,
+            (HeadHere::Resident, Stored::Here(weight)) => weight,
+            (HeadHere::Resident, _) => unreachable!("a shared head is brought together first"),
+        }
+    }
+
+    /// For the labels of a pass.
+    pub fn head_here(&self) -> HeadHere {
+        match self.stored_head().whole() {
+            Whole::Here(_) => HeadHere::Resident,
+            Whole::Gathered(weight) => HeadHere::Gathered(weight),
+        }
+    }
+
+    fn stored_head(&self) -> &Stored {
         self.head.as_ref().unwrap_or(&self.embed)
     }
 

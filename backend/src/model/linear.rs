@@ -10,10 +10,11 @@ use tandem_kernels::linear::{
 };
 use tandem_kernels::matmul;
 use tandem_kernels::weight::Weight;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::experts::{Group, Grouped};
 use super::gradient::{add, narrow_rows};
+use super::stored::Stored;
 use super::{Decoder, Dropout, TrainPass, Trainable, TrainedRows};
 use crate::family::{LinearId, ParamId};
 use crate::lora::adapter::{Adapter, AdapterRows};
@@ -22,7 +23,7 @@ use crate::lora::params::AdapterParams;
 
 pub(super) struct Linear {
     pub id: LinearId,
-    pub weight: Weight,
+    pub weight: Stored,
     /// `[N]` float32
     pub bias: Option<Tensor>,
     /// Of the weight's rows, where somebody asked.
@@ -30,16 +31,16 @@ pub(super) struct Linear {
 }
 
 impl Linear {
-    /// `||w||^2` of each row of the weight.
-    pub fn row_squares(&self) -> &[f32] {
-        self.squares.get_or_init(|| dora::row_squares(&self.weight))
+    /// `||w||^2` of each row of its weight.
+    pub fn row_squares(&self, weight: &Weight) -> &[f32] {
+        self.squares.get_or_init(|| dora::row_squares(weight))
     }
 
     /// What DoRA scales this linear's outputs by, where the adapter has magnitudes.
-    fn scaled<'a>(&self, adapter: &'a Adapter) -> Option<&'a Scaled> {
+    fn scaled<'a>(&self, weight: &Weight, adapter: &'a Adapter) -> Option<&'a Scaled> {
         let magnitudes = adapter.magnitudes(self.id)?;
         let module = adapter.module(self.id)?;
-        Some(magnitudes.scaled(module, &self.weight, self.row_squares()))
+        Some(magnitudes.scaled(module, weight, self.row_squares(weight)))
     }
 }
 
@@ -47,12 +48,12 @@ impl Linear {
 const ADAPTED: &str = "it is adapted";
 
 /// `(W + s B A) x` of all rows, without the bias.
-fn adapted(of: &Linear, x: &Tensor, module: &LoraModule) -> Tensor {
+fn adapted(weight: &Weight, x: &Tensor, module: &LoraModule) -> Tensor {
     let rows = LoraRows {
         rows: 0..x.size()[0],
         module,
     };
-    linear(x, &of.weight, None, &[rows])
+    linear(x, weight, None, &[rows])
 }
 
 /// What differs between serving a sublayer and saving it for a backward: LoRA.
@@ -99,13 +100,13 @@ impl Serving<'_> {
     }
 
     /// Adds to `y` what DoRA makes of its rows, and nothing of others'.
-    fn add_dora(&self, of: &Linear, x: &Tensor, y: &Tensor) {
+    fn add_dora(&self, of: &Linear, weight: &Weight, x: &Tensor, y: &Tensor) {
         for AdapterRows { rows, adapter } in self.lora {
-            let (Some(scaled), Some(module)) = (of.scaled(adapter), adapter.module(of.id)) else {
+            let (Some(scaled), Some(module)) = (of.scaled(weight, adapter), adapter.module(of.id)) else {
                 continue;
             };
             let own = |all: &Tensor| all.narrow(0, rows.start as i64, rows.len() as i64);
-            let more = adapted(of, &own(x).contiguous(), module) * scaled.gain(x.device());
+            let more = adapted(weight, &own(x).contiguous(), module) * scaled.gain(x.device());
             let _ = own(y).g_add_(&more);
         }
     }
@@ -113,8 +114,9 @@ impl Serving<'_> {
 
 impl Project for Serving<'_> {
     fn project(&mut self, of: &Linear, x: &Tensor) -> Tensor {
-        let y = linear(x, &of.weight, of.bias.as_ref(), &self.lora_rows(of.id));
-        self.add_dora(of, x, &y);
+        let weight = of.weight.whole();
+        let y = linear(x, &weight, of.bias.as_ref(), &self.lora_rows(of.id));
+        self.add_dora(of, &weight, x, &y);
         y
     }
 
@@ -123,21 +125,23 @@ impl Project for Serving<'_> {
             return self.project(of, x);
         };
         let lora = self.lora_rows(of.id);
-        linear_add(x, &of.weight, of.bias.as_ref(), &lora, &mut residual);
-        self.add_dora(of, x, &residual);
+        let weight = of.weight.whole();
+        linear_add(x, &weight, of.bias.as_ref(), &lora, &mut residual);
+        self.add_dora(of, &weight, x, &residual);
         residual
     }
 
     fn project_grouped(&mut self, linears: &Grouped, x: &Tensor) -> Tensor {
         let tokens: Vec<Range<usize>> = self.lora.iter().map(|rows| rows.rows.clone()).collect();
         let lora = linears.lora(&tokens, |i, of| self.lora[i].adapter.module(of.id));
-        linear_grouped(x, &linears.weights(), &lora)
+        linear_grouped(x, &linears.weights(&linears.whole()), &lora)
     }
 }
 
 impl Project for Saving<'_> {
     fn project(&mut self, of: &Linear, x: &Tensor) -> Tensor {
         let Linear { id, weight, bias, .. } = of;
+        let weight = weight.whole();
         let trained = self.trainable.adapted();
         let lora = trained.iter().filter_map(|rows| {
             let module = rows.adapter.module(*id)?;
@@ -148,14 +152,15 @@ impl Project for Saving<'_> {
         });
         let lora: Vec<LoraRows> = lora.collect();
         if lora.is_empty() {
-            return linear(x, weight, bias.as_ref(), &[]);
+            return linear(x, &weight, bias.as_ref(), &[]);
         }
         let dropped = self.dropped(x, *id, trained.iter().map(|rows| (rows, rows.of(x))));
-        let (y, shrunk) = linear_training(x, weight, bias.as_ref(), &lora, &dropped);
+        let (y, shrunk) = linear_training(x, &weight, bias.as_ref(), &lora, &dropped);
         self.shrunk.0.push((*id, shrunk));
         for rows in trained {
-            if let (Some(scaled), Some(module)) = (of.scaled(rows.adapter), rows.adapter.module(*id)) {
-                let more = adapted(of, &rows.of(&dropped), module) * scaled.gain(x.device());
+            if let (Some(scaled), Some(module)) = (of.scaled(&weight, rows.adapter), rows.adapter.module(*id))
+            {
+                let more = adapted(&weight, &rows.of(&dropped), module) * scaled.gain(x.device());
                 let _ = rows.of(&y).g_add_(&more);
             }
         }
@@ -174,8 +179,10 @@ impl Project for Saving<'_> {
         let trained = self.trainable.adapted();
         let tokens: Vec<Range<usize>> = trained.iter().map(|rows| rows.rows.clone()).collect();
         let lora = linears.lora(&tokens, |i, of| trained[i].adapter.module(of.id));
+        let whole = linears.whole();
+        let weights = linears.weights(&whole);
         if lora.is_empty() {
-            return linear_grouped(x, &linears.weights(), &[]);
+            return linear_grouped(x, &weights, &[]);
         }
         let dropped = linears.groups.iter().map(|group| {
             let own = |rows| (rows, narrow_rows(x, linears.rows_of(group, rows)));
@@ -189,7 +196,7 @@ impl Project for Saving<'_> {
             true => Tensor::cat(&dropped.collect::<Vec<_>>(), 0),
             false => x.shallow_clone(),
         };
-        let (y, shrunk) = linear_grouped_training(x, &linears.weights(), &lora, &dropped);
+        let (y, shrunk) = linear_grouped_training(x, &weights, &lora, &dropped);
         for Group { rows, linear, .. } in &linears.groups {
             self.shrunk
                 .0
@@ -247,13 +254,15 @@ impl Backward<'_> {
     /// of a sum, zero where another rank is responsible.
     pub fn linear(&self, of: &Linear, x: &Tensor, dy: &Tensor) -> Tensor {
         let trained = self.pass.trainable.adapted();
-        let gained: Vec<Option<Tensor>> = trained.iter().map(|rows| self.gained(of, rows, x, dy)).collect();
-        let dx = linear_backward(&into_weight(trained, &gained, dy), &of.weight);
+        let weight = of.weight.whole();
+        let gained = trained.iter().map(|rows| self.gained(of, &weight, rows, x, dy));
+        let gained: Vec<Option<Tensor>> = gained.collect();
+        let dx = linear_backward(&into_weight(trained, &gained, dy), &weight);
         self.parameters(of, x, dy);
         for (rows, gained) in trained.iter().zip(gained) {
             let mut own_dx = rows.of(&dx);
             if let (Some(gained), Some(_)) = (&gained, rows.dropout) {
-                let through = linear_backward(gained, &of.weight);
+                let through = linear_backward(gained, &weight);
                 own_dx += self.decoder.dropped(&through, rows.dropout, of.id);
             }
             let dy = match gained {
@@ -278,18 +287,25 @@ impl Backward<'_> {
 
     /// What DoRA makes of `dy`: `y` of its rows has `+ gain * drop(x) (W + s B A)t`, see [`dora`]. Adds the magnitudes'
     /// gradient.
-    fn gained(&self, of: &Linear, rows: &TrainedRows, x: &Tensor, dy: &Tensor) -> Option<Tensor> {
-        let scaled = of.scaled(rows.adapter)?;
+    fn gained(
+        &self,
+        of: &Linear,
+        weight: &Weight,
+        rows: &TrainedRows,
+        x: &Tensor,
+        dy: &Tensor,
+    ) -> Option<Tensor> {
+        let scaled = of.scaled(weight, rows.adapter)?;
         let dy = rows.of(dy);
         let dropped = self.decoder.dropped(&rows.of(x), rows.dropout, of.id);
-        let outputs = adapted(of, &dropped, rows.adapter.module(of.id).expect(ADAPTED));
+        let outputs = adapted(weight, &dropped, rows.adapter.module(of.id).expect(ADAPTED));
         magnitudes(rows.gradient, of.id, &(&dy * outputs), scaled);
         Some(&dy * scaled.gain(dy.device()))
     }
 
     /// The same of rows laid out by expert.
     pub fn linear_grouped(&self, linears: &Grouped, x: &Tensor, dy: &Tensor) -> Tensor {
-        let dx = linear_grouped_backward(dy, &linears.weights());
+        let dx = linear_grouped_backward(dy, &linears.weights(&linears.whole()));
         for group in &linears.groups {
             let Group { rows, linear, .. } = group;
             self.parameters(
@@ -325,7 +341,10 @@ impl Backward<'_> {
     /// Gradients of the base's own weight and bias, where they are trained.
     fn parameters(&self, of: &Linear, x: &Tensor, dy: &Tensor) {
         let trainable = self.pass.trainable;
-        trainable.add(ParamId::Linear(of.id), || matmul::tn(dy, x));
+        trainable.add(ParamId::Linear(of.id), || match x.size()[0] {
+            0 => Tensor::zeros([dy.size()[1], x.size()[1]], (Kind::Float, x.device())),
+            _ => matmul::tn(dy, x),
+        });
         if of.bias.is_some() {
             let sum = || dy.sum_dim_intlist([0i64].as_slice(), false, None);
             trainable.add(ParamId::Bias(of.id), sum);

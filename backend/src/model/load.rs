@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 
 use tandem_kernels::comm::Comm;
 use tandem_kernels::rope::Rope;
-use tandem_kernels::weight::{Format, Precision, Recipe, Weight};
+use tandem_kernels::weight::{Format, Precision, Recipe, Shard as WeightShard, Weight};
 use tch::{Device, Kind, Tensor};
 
 use super::Decoder;
@@ -18,6 +18,7 @@ use super::full::FullParams;
 use super::linear::Linear;
 use super::mlp::Mlp;
 use super::norm::{Norm, Spread};
+use super::stored::{Stored, TrainedShare};
 use super::sublayer::{Body, Sublayer};
 use crate::family::shard::{Layout, Shard};
 use crate::family::{
@@ -80,6 +81,16 @@ impl Decoder {
         Decoder::from_checkpoint(spec, &checkpoint, options, Comm::solo())
     }
 
+    /// The whole model, each matrix shared by the ranks of `shared` ([`super::stored`]): no more than one of them is whole at
+    /// a time.
+    pub fn open_shared(folder: &Path, options: WeightOptions, shared: Comm) -> Result<Decoder, LoadError> {
+        let (spec, checkpoint) = family::open(folder)?;
+        let share = |_, weight| Stored::Shared(WeightShard::new(weight, shared.clone()));
+        let mut decoder = Decoder::of_checkpoint(spec, &checkpoint, options, Comm::solo(), &share)?;
+        decoder.sublayers.iter_mut().for_each(Sublayer::keep_in_step);
+        Ok(decoder)
+    }
+
     /// This rank's part of the model; nothing else of the checkpoint is read, but for scales that a recipe makes of whole
     /// rows.
     pub fn from_checkpoint(
@@ -88,9 +99,19 @@ impl Decoder {
         options: WeightOptions,
         comm: Comm,
     ) -> Result<Decoder, LoadError> {
+        Decoder::of_checkpoint(spec, checkpoint, options, comm, &here)
+    }
+
+    fn of_checkpoint(
+        spec: DecoderSpec,
+        checkpoint: &Checkpoint,
+        options: WeightOptions,
+        comm: Comm,
+        store: &dyn Fn(ParamId, Weight) -> Stored,
+    ) -> Result<Decoder, LoadError> {
         let head = spec.head;
         let experts = ExpertTensors::new(checkpoint);
-        Decoder::build(spec, options, comm, |piece| {
+        Decoder::build(spec, options, comm, store, |piece| {
             let Piece {
                 name,
                 shape,
@@ -106,28 +127,44 @@ impl Decoder {
         })
     }
 
-    /// A decoder over parameters in training, to be refreshed by [`Decoder::update_full`] after each step.
+    /// A decoder over parameters in training, to be refreshed by [`Decoder::update_full`] after each step. Where ranks share
+    /// them, `keeps_whole` says whether it keeps its matrices whole, or brings one together when it is multiplied with.
     pub fn from_params(
         spec: DecoderSpec,
         params: &FullParams,
         precision: Precision,
+        keeps_whole: bool,
     ) -> Result<Decoder, LoadError> {
-        let views: std::collections::HashMap<String, Tensor> = params.named().into_iter().collect();
         let options = WeightOptions::new(precision, Device::Cpu);
-        Decoder::build(spec, options, Comm::solo(), |piece| {
+        let is_shared = params.shape.is_shared();
+        let ids: HashMap<String, (ParamId, i64)> = params.shape.tensors().collect();
+        let store = |id, weight: Weight| match is_shared && !keeps_whole {
+            false => Stored::Here(weight),
+            true => Stored::Trained(TrainedShare {
+                n: weight.n(),
+                k: weight.k(),
+                precision,
+                share: params.share(id),
+                comm: params.shape.comm().clone(),
+            }),
+        };
+        let mut decoder = Decoder::build(spec, options, Comm::solo(), &store, |piece| {
             let Piece { name, rows, .. } = piece;
-            Ok(Matrix::Dense(views[name].narrow(
-                0,
-                rows.start,
-                rows.end - rows.start,
-            )))
-        })
+            let (id, first) = ids[name];
+            let n = rows.end - rows.start;
+            Ok(Matrix::Dense(params.whole(id).narrow(0, first + rows.start, n)))
+        })?;
+        if is_shared {
+            decoder.sublayers.iter_mut().for_each(Sublayer::keep_in_step);
+        }
+        Ok(decoder)
     }
 
     fn build(
         spec: DecoderSpec,
         options: WeightOptions,
         comm: Comm,
+        store: &dyn Fn(ParamId, Weight) -> Stored,
         read: impl Fn(&Piece) -> Result<Matrix, LoadError>,
     ) -> Result<Decoder, LoadError> {
         let WeightOptions {
@@ -153,7 +190,7 @@ impl Decoder {
             Ok(numbers.to_device(device).to_kind(Kind::Float))
         };
         let routers = routers(&spec);
-        let packed = |id: ParamId| -> Result<Weight, LoadError> {
+        let packed = |id: ParamId| -> Result<Stored, LoadError> {
             let matrix = match (id, recipe) {
                 // A row is quantised as a whole, so that it is the same on any number of ranks.
                 (ParamId::Linear(linear), Some(recipe)) if !routers.contains(&linear) => {
@@ -165,7 +202,7 @@ impl Decoder {
                 }
                 _ => stacked(id, &read),
             };
-            matrix?.weight(precision, device)
+            Ok(store(id, matrix?.weight(precision, device)?))
         };
         let norm = |id: NormId, norm: &NormSpec| -> Result<Norm, LoadError> {
             let width = norm.width;
@@ -250,6 +287,7 @@ impl Decoder {
                             mlp: mlp(&shared.mlp, &mut linear)?,
                         }),
                     },
+                    all_in_step: false,
                 })),
             })
         };
@@ -303,26 +341,22 @@ impl Decoder {
 
     /// Takes over `params` after an optimizer step of full training.
     pub fn update_full(&mut self, params: &FullParams) {
-        self.embed
-            .overwrite(&params.view(ParamId::Embed))
-            .expect(SAME_SHAPE);
+        self.embed.update(params, ParamId::Embed);
         if let Some(head) = &mut self.head {
-            head.overwrite(&params.view(ParamId::Head)).expect(SAME_SHAPE);
+            head.update(params, ParamId::Head);
         }
         self.norm.update(params);
         for sublayer in &mut self.sublayers {
             for attn in sublayer.attentions_mut() {
                 if let Some(sinks) = &mut attn.sinks {
-                    *sinks = params.view(ParamId::Sinks(attn.sublayer)).copy();
+                    *sinks = params.whole(ParamId::Sinks(attn.sublayer)).copy();
                 }
             }
             sublayer.norms_mut().for_each(|norm| norm.update(params));
             for Linear { id, weight, bias, .. } in sublayer.linears_mut() {
-                weight
-                    .overwrite(&params.view(ParamId::Linear(*id)))
-                    .expect(SAME_SHAPE);
+                weight.update(params, ParamId::Linear(*id));
                 if let Some(bias) = bias {
-                    *bias = params.view(ParamId::Bias(*id)).copy();
+                    *bias = params.whole(ParamId::Bias(*id)).copy();
                 }
             }
         }
@@ -330,12 +364,12 @@ impl Decoder {
 
     /// Numbers in the checkpoint.
     pub fn parameters(&self) -> u64 {
-        super::full::FullShape::new(&self.spec).len() as u64
+        super::full::FullShape::new(&self.spec).total() as u64
     }
 
     /// Bytes this rank's weights take in memory (padding included; norms and biases are left out as nothing).
     pub fn weight_bytes(&self) -> u64 {
-        self.weights().map(Weight::bytes).sum()
+        self.weights().map(Stored::bytes).sum()
     }
 
     /// Bytes of this rank's weights by how they are stored, most first.
@@ -359,11 +393,16 @@ impl Decoder {
             .collect()
     }
 
-    fn weights(&self) -> impl Iterator<Item = &Weight> {
+    fn weights(&self) -> impl Iterator<Item = &Stored> {
         let linears = self.sublayers.iter().flat_map(Sublayer::linears);
         let linears = linears.map(|linear| &linear.weight);
         std::iter::once(&self.embed).chain(&self.head).chain(linears)
     }
+}
+
+/// All of every matrix.
+fn here(_: ParamId, weight: Weight) -> Stored {
+    Stored::Here(weight)
 }
 
 /// What no recipe rounds.
@@ -447,7 +486,8 @@ impl Decoder {
         let linear = linears
             .find(|linear| linear.id == id)
             .expect("a linear of this model");
-        linear.row_squares().iter().map(|square| square.sqrt()).collect()
+        let squares = linear.row_squares(&linear.weight.whole());
+        squares.iter().map(|square| square.sqrt()).collect()
     }
 }
 
@@ -494,6 +534,15 @@ impl Sublayer {
         })
     }
 
+    /// See [`Experts::all_in_step`].
+    fn keep_in_step(&mut self) {
+        for body in &mut self.bodies {
+            if let Body::Experts(experts) = body {
+                experts.all_in_step = true;
+            }
+        }
+    }
+
     fn attentions_mut(&mut self) -> impl Iterator<Item = &mut Attention> {
         self.bodies.iter_mut().filter_map(|body| match body {
             Body::Attention(attn) => Some(&mut **attn),
@@ -511,11 +560,20 @@ impl Sublayer {
     }
 }
 
+impl Stored {
+    /// After an optimizer step. What lies in shares reads the new numbers by itself.
+    fn update(&mut self, params: &FullParams, id: ParamId) {
+        if let Stored::Here(weight) = self {
+            weight.overwrite(&params.whole(id)).expect(SAME_SHAPE);
+        }
+    }
+}
+
 impl Norm {
     fn update(&mut self, params: &FullParams) {
-        self.weight = Norm::weight_of(self.kind, &params.view(ParamId::Norm(self.id)));
+        self.weight = Norm::weight_of(self.kind, &params.whole(ParamId::Norm(self.id)));
         if let Some(bias) = &mut self.bias {
-            *bias = params.view(ParamId::NormBias(self.id)).copy();
+            *bias = params.whole(ParamId::NormBias(self.id)).copy();
         }
     }
 }

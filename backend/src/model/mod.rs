@@ -14,6 +14,7 @@ mod linear;
 mod load;
 mod mlp;
 mod norm;
+mod stored;
 mod sublayer;
 
 use std::ops::Range;
@@ -24,10 +25,10 @@ use tandem_kernels::attention::{KvCache, PagedSeq};
 use tandem_kernels::comm::Comm;
 use tandem_kernels::dropout;
 use tandem_kernels::rope::Rope;
-use tandem_kernels::weight::{Precision, Weight};
+use tandem_kernels::weight::Precision;
 use tch::{Device, Kind, Tensor};
 
-pub use head::HeadBranches;
+pub use head::{HeadBranches, HeadHere};
 pub use load::{WeightOptions, planned_bytes};
 pub use sublayer::Saved;
 
@@ -38,6 +39,7 @@ use crate::lora::fit::Fit;
 use crate::lora::params::AdapterParams;
 use full::FullParams;
 use norm::Norm;
+use stored::Stored;
 use sublayer::Sublayer;
 
 pub struct Decoder {
@@ -48,13 +50,13 @@ pub struct Decoder {
     comm: Comm,
     precision: Precision,
     device: Device,
-    embed: Weight,
+    embed: Stored,
     /// In the precision's dtype, as the reference models multiply.
     embed_scale: f64,
     sublayers: Vec<Sublayer>,
     norm: Norm,
     /// `None`: tied to `embed`.
-    head: Option<Weight>,
+    head: Option<Stored>,
     /// By [`crate::family::AttnSpec::rope`].
     ropes: Vec<Rope>,
 }
@@ -158,7 +160,7 @@ impl Decoder {
 
     fn embedded(&self, tokens: &[TokenId]) -> Tensor {
         if self.comm.world() == 1 {
-            return self.embed.gather(tokens);
+            return self.embed.whole().gather(tokens);
         }
         let held = &self.layout.vocabulary;
         let (rows, here): (Vec<i64>, Vec<TokenId>) = (0i64..)
@@ -171,7 +173,7 @@ impl Decoder {
             (Kind::Float, self.device),
         );
         let rows = Tensor::from_slice(&rows).to_device(self.device);
-        let _ = embedded.index_copy_(0, &rows, &self.embed.gather(&here));
+        let _ = embedded.index_copy_(0, &rows, &self.embed.whole().gather(&here));
         self.summed(embedded)
     }
 
@@ -221,7 +223,6 @@ impl Decoder {
     }
 }
 
-/// `x * scale`, `x` itself where that is the same.
 /// Sums `x` over the ranks of `comm` in place, on `device`, wherever it is kept.
 ///
 /// # Panics
@@ -238,6 +239,7 @@ pub(crate) fn sum_over(comm: &Comm, device: Device, x: &Tensor) {
     }
 }
 
+/// `x * scale`, `x` itself where that is the same.
 fn scaled(x: &Tensor, scale: f64) -> Tensor {
     match scale {
         1.0 => x.shallow_clone(),

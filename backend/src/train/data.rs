@@ -61,6 +61,13 @@ impl Slice {
         self.tokens.is_empty() || self.tokens.len() + inputs <= slice_tokens(device)
     }
 
+    /// Of nobody, and with nothing to learn: what a rank goes through when only others have slices left.
+    pub fn idle() -> Slice {
+        let mut slice = Slice::default();
+        slice.push(&[0], []);
+        slice
+    }
+
     /// The sequences of `other` as well, behind its own.
     pub fn append(&mut self, other: &Slice) {
         let (row, label) = (self.tokens.len(), self.labels.len());

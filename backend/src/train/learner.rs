@@ -109,10 +109,10 @@ impl Learner {
         }))
     }
 
-    /// Every parameter of a model, in float32.
-    pub fn full(spec: DecoderSpec, params: FullParams) -> Result<Learner, TrainError> {
+    /// Every parameter of a model, in float32. Ranks may share them; `keeps_whole`: [`Decoder::from_params`].
+    pub fn full(spec: DecoderSpec, params: FullParams, keeps_whole: bool) -> Result<Learner, TrainError> {
         let precision = tandem_kernels::weight::Precision::F32;
-        let decoder = Box::new(Decoder::from_params(spec, &params, precision)?);
+        let decoder = Box::new(Decoder::from_params(spec, &params, precision, keeps_whole)?);
         Ok(Learner::new(Subject::Full {
             gradient: FullParams::zeros(params.shape.clone()),
             params,
@@ -129,7 +129,7 @@ impl Learner {
         }
     }
 
-    /// Goes on with numbers and moments that were kept, `[P]` each.
+    /// Goes on with numbers and moments that were kept, all of them: `[P]` each.
     pub fn resume(&mut self, params: &Tensor, moment1: &Tensor, moment2: &Tensor) -> Result<(), TrainError> {
         if params.numel() as u64 != self.len() {
             let (there, here) = (params.numel(), self.len());
@@ -137,13 +137,37 @@ impl Learner {
                 "its state has {there} numbers, this model makes it {here}"
             )));
         }
-        self.moment1.copy_(moment1);
-        self.moment2.copy_(moment2);
-        self.load(params);
+        self.moment1.copy_(&self.share_of(moment1));
+        self.moment2.copy_(&self.share_of(moment2));
+        self.load(&self.share_of(params));
         Ok(())
     }
 
-    /// Takes other numbers, `[P]`. The moments stay.
+    /// Of all numbers `[P]`, or what is shaped like them, what is this rank's.
+    pub fn share_of(&self, whole: &Tensor) -> Tensor {
+        match &self.subject {
+            Subject::Lora { .. } => whole.shallow_clone(),
+            Subject::Full { params, .. } => params.shape.share_of(whole),
+        }
+    }
+
+    /// All ranks' shares together, `[P]`: where ranks share, on rank 0 alone, and all bring theirs.
+    pub fn together(&self, share: Tensor) -> Option<Tensor> {
+        match &self.subject {
+            Subject::Lora { .. } => Some(share),
+            Subject::Full { params, .. } => params.shape.together(share),
+        }
+    }
+
+    /// Whether ranks share the numbers, their gradient and moments.
+    pub fn is_shared(&self) -> bool {
+        match &self.subject {
+            Subject::Lora { .. } => false,
+            Subject::Full { params, .. } => params.shape.is_shared(),
+        }
+    }
+
+    /// Takes other numbers, shaped as [`Learner::flat`]. The moments stay.
     pub fn load(&mut self, params: &Tensor) {
         self.flat().copy_(params);
         self.repack();
@@ -174,14 +198,17 @@ impl Learner {
 
     /// Numbers that are trained.
     pub fn len(&self) -> u64 {
-        self.gradient().numel() as u64
+        match &self.subject {
+            Subject::Lora { gradient, .. } => gradient.flat.numel() as u64,
+            Subject::Full { params, .. } => params.shape.total() as u64,
+        }
     }
 
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The numbers, `[P]` float32 on the CPU, shared storage.
+    /// The numbers, `[P]` float32 on the CPU, shared storage; this rank's where ranks share them.
     pub fn flat(&self) -> Tensor {
         match &self.subject {
             Subject::Lora { params, .. } => params.flat.shallow_clone(),
@@ -256,7 +283,13 @@ impl Learner {
         if let Some(base) = base {
             base.sum_over_ranks(self.gradient());
         }
-        let norm = adamw::global_norm(self.gradient());
+        let norm = match &self.subject {
+            Subject::Lora { gradient, .. } => adamw::global_norm(&gradient.flat),
+            Subject::Full { gradient, .. } => {
+                let own = adamw::global_norm(&gradient.flat);
+                gradient.shape.norm_over_ranks(own)
+            }
+        };
         if !norm.is_finite() {
             return Err(Unusable::GradNorm(norm));
         }
@@ -307,7 +340,12 @@ impl Learner {
             );
         }
         self.repack();
-        match finite::all(&self.flat()) {
+        let is_finite = finite::all(&self.flat());
+        let is_finite = match &self.subject {
+            Subject::Lora { .. } => is_finite,
+            Subject::Full { params, .. } => params.shape.on_all_ranks(is_finite),
+        };
+        match is_finite {
             true => Ok(norm),
             false => Err(Unusable::Numbers),
         }
@@ -321,10 +359,10 @@ impl Learner {
         }
     }
 
-    /// The bytes of the trained model's model.safetensors, where every parameter is trained.
+    /// The bytes of the trained model's model.safetensors, where every parameter is trained; on rank 0 where ranks share them.
     pub fn full_weights(&self, kind: Kind) -> Option<Vec<u8>> {
         match &self.subject {
-            Subject::Full { params, .. } => Some(params.serialise(kind)),
+            Subject::Full { params, .. } => params.serialise(kind),
             Subject::Lora { .. } => None,
         }
     }

@@ -2,8 +2,12 @@
 //! scores are summed, and every rank takes the same AdamW step, so numbers and moments stay whole and alike everywhere.
 //! Nothing that is written says how many ranks there were: a run goes on under another number of them, or alone.
 //!
-//! Not here: ranks that divide one model (ranks), who starts them (ranks/team).
+//! Ranks may share what they hold ([`Sharding`]). They go in step then: each pass of one is a pass of all, and who has no slice left
+//! goes through an idle one.
+//!
+//! Not here: ranks that divide one model (ranks), who starts them (ranks/team), how shares lie (model/stored, model/full).
 
+use serde::{Deserialize, Serialize};
 use tandem_kernels::comm::Comm;
 use tch::{Device, Tensor};
 
@@ -15,11 +19,82 @@ pub struct Mates {
     comm: Comm,
     /// On which sums over ranks are taken.
     device: Device,
+    sharding: Sharding,
+    goes_in_step: bool,
+}
+
+/// What ranks hold in shares, each an equal part, and bring together while it is needed. What is learned is the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Sharding {
+    /// Nothing: every rank has all of it.
+    #[default]
+    None,
+    /// What is trained, its gradient and moments (ZeRO-2, SHARD_GRAD_OP); but for an adapter, which is small.
+    Gradients,
+    /// The parameters too, frozen or trained (ZeRO-3, FULL_SHARD).
+    Parameters,
 }
 
 impl Mates {
     pub fn new(comm: Comm, device: Device) -> Mates {
-        Mates { comm, device }
+        Mates {
+            comm,
+            device,
+            sharding: Sharding::None,
+            goes_in_step: false,
+        }
+    }
+
+    /// The ranks share what `sharding` says of a run that trains all parameters, or an adapter beside frozen ones.
+    pub fn sharing(self, sharding: Sharding, all: bool) -> Mates {
+        let shares = match sharding {
+            Sharding::None => false,
+            Sharding::Gradients => all,
+            Sharding::Parameters => true,
+        };
+        Mates {
+            goes_in_step: shares && self.are_there(),
+            sharding,
+            ..self
+        }
+    }
+
+    /// Who shares frozen parameters, if the ranks do.
+    pub fn share_frozen(&self) -> Option<Comm> {
+        let shares = self.goes_in_step && self.sharding == Sharding::Parameters;
+        shares.then(|| self.comm.clone())
+    }
+
+    /// Who shares parameters in training, and whether each rank has them whole for its passes.
+    pub fn share_trained(&self) -> (Comm, bool) {
+        match self.goes_in_step {
+            true => (self.comm.clone(), self.sharding != Sharding::Parameters),
+            false => (Comm::solo(), true),
+        }
+    }
+
+    pub fn why_nothing_is_shared(&self) -> &'static str {
+        match self.are_there() {
+            false => "there is one rank (data_parallel_size)",
+            true => "of an adapter gradient and moments are small; FULL_SHARD shares the base",
+        }
+    }
+
+    /// Whether ranks bring shares together in their passes: all go through as many, at the same time.
+    pub fn go_in_step(&self) -> bool {
+        self.goes_in_step
+    }
+
+    /// Of the things that have these numbers ([`Mates::has`]), the most that are one rank's.
+    pub fn rounds(&self, numbers: impl Iterator<Item = usize>) -> usize {
+        let mut of_ranks = vec![0; self.comm.world()];
+        numbers.for_each(|i| of_ranks[i % self.comm.world()] += 1);
+        of_ranks.into_iter().max().unwrap_or(0)
+    }
+
+    /// The number of the `round`-th that this rank has.
+    pub fn own(&self, round: usize) -> usize {
+        round * self.comm.world() + self.comm.rank()
     }
 
     /// A rank alone.

@@ -243,6 +243,8 @@ enum Stage {
 /// What one step learns on its way through the layers.
 struct Accumulation {
     work: Work,
+    /// Tokens of the longest slice, of any rank.
+    longest: usize,
     scores: Scores,
     /// That are trained.
     tokens: u64,
@@ -271,9 +273,9 @@ struct Validation {
 }
 
 enum Looking {
-    /// `next`: slice of the validation set; `look` goes through it.
+    /// `round`: so many slices of the validation set each rank went through; `look` goes through the next.
     Slices {
-        next: usize,
+        round: usize,
         look: Option<Look>,
     },
     MicroBatches(Vec<MicroBatch>),
@@ -312,9 +314,16 @@ impl Trainer {
     }
 
     /// Trains every parameter of the model in `model_folder` (drawn at random when it has no weights), in float32.
-    pub fn start_full(spec: JobSpec, inputs: &Inputs, model_folder: &Path) -> Result<Trainer, TrainError> {
-        let (decoder_spec, params) = full::read_or_init(model_folder, spec.hyper.seed)?;
-        let learner = Learner::full(decoder_spec, params)?;
+    /// The ranks of `mates` may share them.
+    pub fn start_full(
+        spec: JobSpec,
+        inputs: &Inputs,
+        model_folder: &Path,
+        mates: &Mates,
+    ) -> Result<Trainer, TrainError> {
+        let (shared, keeps_whole) = mates.share_trained();
+        let (decoder_spec, params) = full::read_or_init(model_folder, spec.hyper.seed, shared)?;
+        let learner = Learner::full(decoder_spec, params, keeps_whole)?;
         Trainer::new(spec, inputs, learner, None)
     }
 
@@ -424,6 +433,7 @@ impl Trainer {
             return Err(TrainError::State(message.to_owned()));
         }
         self.learner.resume(&params, &moment1, &moment2)?;
+        let best = best.map(|numbers| self.learner.share_of(&numbers));
         self.best.resume(standing, best);
         self.step = step;
         self.plan.reach(step);
@@ -641,6 +651,7 @@ impl Trainer {
         self.learner.forget_gradient();
         let micro_batches = self.plan.step(self.step);
         let device = self.learner.device();
+        let mut longest = 0;
         let (work, tokens) = if objective::is_known(&self.spec.hyper.objective) {
             let (mut slices, mut micro_batch_of) = (vec![], vec![]);
             for (i, micro_batch) in micro_batches.iter().enumerate() {
@@ -654,13 +665,18 @@ impl Trainer {
                 objective::by_reward(&mut slices, of_step);
             }
             let mut tokens = 0;
+            let rounds = self.mates.rounds(micro_batch_of.iter().copied());
             let placed = slices.into_iter().map(|slice| {
                 let before = tokens;
                 tokens += slice.tokens.len() as u64;
+                longest = longest.max(slice.tokens.len());
                 (slice, before)
             });
             let own = placed.zip(micro_batch_of).filter(|(_, i)| self.mates.has(*i));
             let mut slices: Vec<(Slice, u64)> = own.map(|(slice, _)| slice).collect();
+            if self.mates.go_in_step() {
+                slices.resize_with(rounds, || (Slice::idle(), tokens));
+            }
             slices.reverse(); // taken from the end
             (Work::Slices { slices, pass: None }, tokens)
         } else {
@@ -680,6 +696,7 @@ impl Trainer {
         };
         Stage::Accumulate(Box::new(Accumulation {
             work,
+            longest,
             scores: Scores::default(),
             tokens,
         }))
@@ -702,6 +719,7 @@ impl Trainer {
     fn accumulate(&mut self, base: Option<&Decoder>, step: Accumulation) -> Stage {
         let Accumulation {
             work,
+            longest,
             mut scores,
             tokens,
         } = step;
@@ -711,7 +729,11 @@ impl Trainer {
                 let context = pass::Context {
                     decoder,
                     learns: &[self.learns()],
-                    keep_bytes: KEEP_BYTES,
+                    keep_bytes: match self.mates.go_in_step() {
+                        // All ranks keep activations, or none: what runs again brings weights together again.
+                        true => pass::all_or_nothing(longest, decoder),
+                        false => KEEP_BYTES,
+                    },
                 };
                 let pass = match (pass, slices.last()) {
                     (Some(OnItsWay::Alone(pass)), _) => match pass.advance(&context) {
@@ -746,7 +768,12 @@ impl Trainer {
                 Work::MicroBatches(micro_batches)
             }
         };
-        Stage::Accumulate(Box::new(Accumulation { work, scores, tokens }))
+        Stage::Accumulate(Box::new(Accumulation {
+            work,
+            longest,
+            scores,
+            tokens,
+        }))
     }
 
     /// Who learns from its slices.
@@ -763,23 +790,20 @@ impl Trainer {
         let (decoder, adapter) = self.learner.parts(base);
         let Validation { work, mut scores } = validation;
         let work = match work {
-            Looking::Slices { next, .. } if next == self.valid_slices.len() => return Err(scores),
-            Looking::Slices { next, .. } if !self.mates.has(next) => Looking::Slices {
-                next: next + 1,
-                look: None,
-            },
-            Looking::Slices { next, look } => {
-                let slice = &self.valid_slices[next];
+            Looking::Slices { round, .. } if round == self.valid_rounds() => return Err(scores),
+            Looking::Slices { round, look } => {
+                let idle = Slice::idle();
+                let slice = self.valid_slices.get(self.mates.own(round)).unwrap_or(&idle);
                 let look = look.unwrap_or_else(|| Look::enter(slice, decoder));
                 match look.advance(slice, decoder, adapter) {
                     Err(look) => Looking::Slices {
-                        next,
+                        round,
                         look: Some(look),
                     },
                     Ok(found) => {
                         scores.add(&slice.labels, &found);
                         Looking::Slices {
-                            next: next + 1,
+                            round: round + 1,
                             look: None,
                         }
                     }
@@ -802,9 +826,18 @@ impl Trainer {
         Ok(Validation { work, scores })
     }
 
+    /// Slices of the validation set that this rank goes through.
+    fn valid_rounds(&self) -> usize {
+        let slices = 0..self.valid_slices.len();
+        match self.mates.go_in_step() {
+            true => self.mates.rounds(slices),
+            false => slices.filter(|&i| self.mates.has(i)).count(),
+        }
+    }
+
     fn begin_validation(&self) -> Stage {
         let work = if objective::is_known(&self.spec.hyper.objective) {
-            Looking::Slices { next: 0, look: None }
+            Looking::Slices { round: 0, look: None }
         } else {
             let groups: Vec<&Group> = self.valid.iter().collect();
             let batch_size = self.spec.hyper.batch_size.max(1) as usize;
@@ -883,7 +916,9 @@ impl Trainer {
             max_grad_norm,
             step,
         };
-        self.mates.sum(self.learner.gradient());
+        if !self.learner.is_shared() {
+            self.mates.sum(self.learner.gradient());
+        }
         let grad_norm = self
             .learner
             .update(base, &update)
@@ -959,12 +994,28 @@ impl Trainer {
                     ..
                 }
         );
-        let copies = self.numbers(Occasion::Stop).iter().map(Tensor::copy).collect();
-        self.snapshot_of(Occasion::Stop, copies, is_rest_due)
+        let mut numbers = self.numbers(Occasion::Stop);
+        if !self.learner.is_shared() {
+            numbers = numbers.iter().map(Tensor::copy).collect();
+        }
+        self.snapshot_of(Occasion::Stop, numbers, is_rest_due)
+    }
+
+    /// What rank 0 does with this rank's shares when the run ends, `finished` or to go on some other time.
+    pub fn bring_shares(&self, finished: bool) {
+        match (self.learner.is_shared(), finished) {
+            (false, _) => {}
+            (true, false) => drop(self.snapshot()),
+            (true, true) => drop(self.full_weights(Kind::Float)),
+        }
     }
 
     fn copy(&self, occasion: Occasion) -> Stage {
-        let copying = Copying::of(self.numbers(occasion));
+        let numbers = self.numbers(occasion);
+        let copying = match self.learner.is_shared() {
+            true => Copying::nothing(numbers),
+            false => Copying::of(numbers),
+        };
         Stage::Copy { occasion, copying }
     }
 
@@ -979,8 +1030,15 @@ impl Trainer {
 
     /// `copies` are of [`Trainer::numbers`].
     fn snapshot_of(&self, occasion: Occasion, copies: Vec<Tensor>, is_rest_due: bool) -> Snapshot {
-        let mut copies = copies.into_iter();
-        let params = copies.next().expect("the numbers come first");
+        // Every rank brings its shares, of all of them.
+        let whole = |share| self.learner.together(share);
+        let copies: Vec<Option<Tensor>> = copies.into_iter().map(whole).collect();
+        let best = match copies.len() {
+            1 => None,
+            _ => self.best.numbers().and_then(whole),
+        };
+        let mut copies = copies.into_iter().flatten();
+        let params = copies.next().unwrap_or_default();
         let name = match occasion {
             Occasion::Checkpoint => Some(format!("{}{}", files::CHECKPOINT, self.step)),
             Occasion::End => Some(files::ADAPTER.to_owned()),
@@ -1018,7 +1076,7 @@ impl Trainer {
                 params,
                 moment1,
                 moment2,
-                best: self.best.numbers(),
+                best,
             };
             (progress, tensors)
         });
@@ -1039,7 +1097,7 @@ impl Trainer {
         &self.learner.parts(base).0.spec.notes
     }
 
-    /// The bytes of the trained model's model.safetensors, after full training.
+    /// The bytes of the trained model's model.safetensors, after full training: rank 0's, where ranks share it.
     pub fn full_weights(&self, kind: Kind) -> Option<Vec<u8>> {
         self.learner.full_weights(kind)
     }

@@ -39,7 +39,9 @@ use super::profile::Doing;
 use crate::lora::adapter::{Adapter, AdapterRows};
 use crate::lora::params::AdapterParams;
 use crate::model::full::FullParams;
-use crate::model::{Batch, Context as Attention, Decoder, Dropout, Saved, TrainPass, Trainable, TrainedRows};
+use crate::model::{
+    Batch, Context as Attention, Decoder, Dropout, HeadHere, Saved, TrainPass, Trainable, TrainedRows,
+};
 
 /// Activations of the slices that are on their way that may be kept for their backward; beyond, layers run again in the
 /// backward.
@@ -118,9 +120,13 @@ enum At {
     /// Hidden states.
     Forward(Tensor),
     /// Hidden states behind the last sublayer, of which labels are scored.
-    Scoring(Tensor),
+    Scoring { hidden: Tensor, head: HeadHere },
     /// The labels that are done have their rows of the gradient.
-    Loss { hidden: Tensor, dhidden: Tensor },
+    Loss {
+        hidden: Tensor,
+        dhidden: Tensor,
+        head: HeadHere,
+    },
     /// Gradient of hidden states.
     Backward(Tensor),
 }
@@ -152,6 +158,7 @@ pub struct Scored {
     found: LogProbs,
     /// Behind the last sublayer.
     hidden: Tensor,
+    head: HeadHere,
 }
 
 impl Pass {
@@ -159,7 +166,7 @@ impl Pass {
     pub fn doing(&self) -> Doing {
         match self.at {
             At::Forward(_) => Doing("forward", Some(self.kept.len())),
-            At::Scoring(_) | At::Loss { .. } => Doing("head and loss", None),
+            At::Scoring { .. } | At::Loss { .. } => Doing("head and loss", None),
             At::Backward(_) => Doing("backward", self.kept.len().checked_sub(1)),
         }
     }
@@ -251,33 +258,42 @@ impl Pass {
                 });
                 match (kept.len() == decoder.n_sublayers(), is_weighed) {
                     (false, _) => At::Forward(hidden),
-                    (true, false) => At::Scoring(hidden),
+                    (true, false) => At::Scoring {
+                        hidden,
+                        head: decoder.head_here(),
+                    },
                     (true, true) => At::Loss {
                         dhidden: hidden.zeros_like(),
                         hidden,
+                        head: decoder.head_here(),
                     },
                 }
             }
-            At::Scoring(hidden) if found.log_probs.len() == slice.labels.len() => {
+            At::Scoring { hidden, head } if found.log_probs.len() == slice.labels.len() => {
                 return Advanced::Scored(Scored {
                     slice,
                     parts,
                     kept,
                     found,
                     hidden,
+                    head,
                 });
             }
-            At::Scoring(hidden) => {
+            At::Scoring { hidden, head } => {
                 let next = next_labels(&parts, context, &found);
                 let trained = trained_labels(&parts, context.learns, &next);
                 let labels = Labels::of(&slice.labels[next], decoder.device());
                 let normed = labels.normed(&hidden, decoder);
                 let branches = decoder.trained_head(&normed, Trainable::Lora(&trained));
-                found.extend(decoder.log_probs(&normed, &labels.tokens, &branches));
-                At::Scoring(hidden)
+                found.extend(decoder.log_probs(&normed, &labels.tokens, &head, &branches));
+                At::Scoring { hidden, head }
             }
             At::Loss { dhidden, .. } if found.log_probs.len() == slice.labels.len() => At::Backward(dhidden),
-            At::Loss { hidden, mut dhidden } => {
+            At::Loss {
+                hidden,
+                mut dhidden,
+                head,
+            } => {
                 let next = next_labels(&parts, context, &found);
                 let trained = trained_labels(&parts, context.learns, &next);
                 let trainable = match pass.trainable {
@@ -285,8 +301,12 @@ impl Pass {
                     whole => whole,
                 };
                 let labels = Labels::of(&slice.labels[next], decoder.device());
-                found.extend(loss(&labels, &hidden, &mut dhidden, decoder, trainable));
-                At::Loss { hidden, dhidden }
+                found.extend(loss(&labels, &hidden, &mut dhidden, decoder, &head, trainable));
+                At::Loss {
+                    hidden,
+                    dhidden,
+                    head,
+                }
             }
             At::Backward(dhidden) => match kept.pop() {
                 None => {
@@ -344,6 +364,7 @@ impl Scored {
             kept,
             found: _,
             hidden,
+            head,
         } = self;
         assert_eq!(dlogp.len(), slice.labels.len(), "a number for each label");
         for (label, dlogp) in slice.labels.iter_mut().zip(dlogp) {
@@ -359,6 +380,7 @@ impl Scored {
             at: At::Loss {
                 dhidden: hidden.zeros_like(),
                 hidden,
+                head,
             },
         }
     }
@@ -369,6 +391,8 @@ pub struct Look {
     hidden: Tensor,
     /// Sublayers it went through.
     sublayers: usize,
+    /// Behind the last of them.
+    head: Option<HeadHere>,
     found: LogProbs,
 }
 
@@ -377,6 +401,7 @@ impl Look {
         Look {
             hidden: decoder.embed(&slice.tokens),
             sublayers: 0,
+            head: None,
             found: LogProbs::default(),
         }
     }
@@ -392,6 +417,7 @@ impl Look {
         let Look {
             hidden,
             sublayers,
+            head,
             mut found,
         } = self;
         if sublayers < decoder.n_sublayers() {
@@ -410,9 +436,11 @@ impl Look {
             return Err(Look {
                 hidden: decoder.sublayer(sublayers, hidden, &batch),
                 sublayers: sublayers + 1,
+                head,
                 found,
             });
         }
+        let head = head.unwrap_or_else(|| decoder.head_here());
         if found.log_probs.len() == slice.labels.len() {
             return Ok(found);
         }
@@ -425,10 +453,11 @@ impl Look {
         });
         let branches = decoder.served_head(lora.as_slice());
         let normed = labels.normed(&hidden, decoder);
-        found.extend(decoder.log_probs(&normed, &labels.tokens, &branches));
+        found.extend(decoder.log_probs(&normed, &labels.tokens, &head, &branches));
         Err(Look {
             hidden,
             sublayers,
+            head: Some(head),
             found,
         })
     }
@@ -457,11 +486,12 @@ fn loss(
     hidden: &Tensor,
     dhidden: &mut Tensor,
     decoder: &Decoder,
+    head: &HeadHere,
     trainable: Trainable,
 ) -> LogProbs {
     let rows = hidden.index_select(0, &labels.rows); // [R, H]
     let normed = decoder.final_norm(&rows);
-    let out = decoder.cross_entropy(&normed, &labels.tokens, &labels.weights, trainable);
+    let out = decoder.cross_entropy(&normed, &labels.tokens, &labels.weights, head, trainable);
     let drows = decoder.final_norm_backward(&rows, &out.dhidden, trainable);
     let _ = match labels.is_row_once {
         true => dhidden.index_copy_(0, &labels.rows, &drows),
@@ -546,8 +576,19 @@ impl<'a> Learns<'a> {
     }
 }
 
-/// Activations are float32.
 fn keeps_all(slice: &Slice, context: &Context) -> bool {
-    let numbers = context.decoder.saved_numbers() * slice.tokens.len();
-    4 * numbers as i64 <= context.keep_bytes
+    activation_bytes(slice.tokens.len(), context.decoder) <= context.keep_bytes
+}
+
+/// The bytes that passes of up to `rows` may keep, such that all of them keep their activations or none does.
+pub fn all_or_nothing(rows: usize, decoder: &Decoder) -> i64 {
+    match activation_bytes(rows, decoder) <= KEEP_BYTES {
+        true => i64::MAX,
+        false => 0,
+    }
+}
+
+/// Activations are float32.
+fn activation_bytes(rows: usize, decoder: &Decoder) -> i64 {
+    4 * (decoder.saved_numbers() * rows) as i64
 }

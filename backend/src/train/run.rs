@@ -13,9 +13,9 @@ use tandem_kernels::weight::Precision;
 use tch::{Device, Kind};
 use tracing::warn;
 
-use super::mates::Mates;
+use super::mates::{Mates, Sharding};
 use super::profile::Profile;
-use super::{Inputs, TrainError, Trainer, state};
+use super::{Inputs, TrainError, Trainer, objective, state};
 use crate::guard;
 use crate::model::{Decoder, WeightOptions};
 use crate::ranks::{self, Assembled, Errand, Followers, Team};
@@ -31,6 +31,7 @@ pub struct RunOptions {
     pub save_kind: Kind,
     /// The ranks that train it, each with a model of its own.
     pub team: Team,
+    pub sharding: Sharding,
     /// A trace of so many steps is written to this file.
     pub profile: Option<(PathBuf, u64)>,
 }
@@ -63,6 +64,7 @@ pub struct Order {
     recipe: Option<String>,
     /// Of rank 0's copy of the model, where others may have their own.
     base: Option<Digest>,
+    sharding: Sharding,
 }
 
 /// The part of one rank.
@@ -79,13 +81,21 @@ impl Part {
         weights: WeightOptions,
         mates: &Mates,
     ) -> Result<Part, TrainError> {
-        let base = match spec.hyper.method {
-            Method::Lora(_) => Some(Decoder::open(model_folder, weights)?),
-            Method::Full => None,
+        if mates.go_in_step() && !objective::is_known(&spec.hyper.objective) {
+            let name = spec.hyper.objective.name();
+            return Err(TrainError::Data(format!(
+                "{name} does not train on ranks that share parameters: its ranks have unlike numbers of passes; take \
+                 sharding_strategy NO_SHARD"
+            )));
+        }
+        let base = match (&spec.hyper.method, mates.share_frozen()) {
+            (Method::Lora(_), Some(shared)) => Some(Decoder::open_shared(model_folder, weights, shared)?),
+            (Method::Lora(_), None) => Some(Decoder::open(model_folder, weights)?),
+            (Method::Full, _) => None,
         };
         let trainer = match &base {
             Some(base) => Trainer::start_with(spec, inputs, base.fit())?,
-            None => Trainer::start_full(spec, inputs, model_folder)?,
+            None => Trainer::start_full(spec, inputs, model_folder, mates)?,
         };
         Ok(Part {
             trainer: trainer.beside(mates.clone()),
@@ -109,13 +119,14 @@ pub fn follow(
         bf16,
         recipe,
         base,
+        sharding,
     } = order;
     let folder = own_folder.unwrap_or(&model_folder);
     if let Some(expected) = base.filter(|_| own_folder.is_some()) {
         ranks::is_rank_0s(Checkpoint::open(folder)?.digest(None)?, expected, &comm)?;
     }
     let weights = ranks::weights(bf16, recipe.as_deref(), device);
-    let mates = Mates::new(comm, device);
+    let mates = Mates::new(comm, device).sharing(sharding, spec.hyper.method == Method::Full);
     let Part { mut trainer, base } = Part::begin(spec, &inputs, folder, weights, &mates)?;
     loop {
         let quantum = guard::torch(|| trainer.quantum(base.as_ref())).map_err(TrainError::Fault)??;
@@ -123,7 +134,11 @@ pub fn follow(
             || ends_step(&quantum.events)
                 && guard::torch(|| mates.any(stops())).map_err(TrainError::Fault)?;
         if is_over {
-            return guard::torch(|| mates.part()).map_err(TrainError::Fault);
+            let part = || {
+                trainer.bring_shares(quantum.finished);
+                mates.part();
+            };
+            return guard::torch(part).map_err(TrainError::Fault);
         }
     }
 }
@@ -154,6 +169,7 @@ impl Run {
             weights,
             save_kind,
             team,
+            sharding,
             profile,
         } = options;
         let Assembled {
@@ -178,11 +194,15 @@ impl Run {
                 bf16: weights.precision == Precision::Bf16,
                 recipe: weights.recipe.map(|recipe| recipe.name().to_owned()),
                 base,
+                sharding,
             }));
             guard::torch(|| order.announce(&comm)).map_err(TrainError::Fault)?;
         }
-        let mates = Mates::new(comm, device);
+        let mates = Mates::new(comm, device).sharing(sharding, spec.hyper.method == Method::Full);
         let Part { trainer, base } = Part::begin(spec, &inputs, &model_folder, weights, &mates)?;
+        if sharding != Sharding::None && !mates.go_in_step() {
+            warn!("nothing is shared: {}", mates.why_nothing_is_shared());
+        }
         for note in trainer.notes(base.as_ref()) {
             warn!(model = %model_folder.display(), "{note}");
         }
@@ -242,7 +262,8 @@ impl Run {
 
     /// Writes the state, from which a run in the same folder goes on. Returns the optimizer steps done.
     pub fn keep(&self) -> Result<u64, TrainError> {
-        self.trainer.snapshot().write()?;
+        let snapshot = guard::torch(|| self.trainer.snapshot()).map_err(TrainError::Fault)?;
+        snapshot.write()?;
         self.part()?;
         Ok(self.trainer.step())
     }
@@ -267,7 +288,8 @@ impl Run {
 
     /// After full training: the weights, and beside them what else the model's folder has.
     fn write_model(&self) -> Result<(), TrainError> {
-        let Some(weights) = self.trainer.full_weights(self.save_kind) else {
+        let weights = guard::torch(|| self.trainer.full_weights(self.save_kind));
+        let Some(weights) = weights.map_err(TrainError::Fault)? else {
             return Ok(());
         };
         let folder = &self.trainer.spec().folder;

@@ -119,15 +119,38 @@ impl Rank {
         let part = elements.div_ceil(world);
         let mine = Tensor::zeros([(part * world) as i64], (kind, Device::Cpu));
         mine.narrow(0, 0, elements as i64).copy_(&x.view([-1]));
-        let parts = mine.empty_like();
-        self.group.all_to_all(&mut bytes(&parts), &bytes(&mine))?;
-        let mut sums = Tensor::empty([part as i64], (kind, Device::Cpu));
-        // SAFETY: `parts` holds this rank's part, of `part` elements, of each rank's tensor.
-        unsafe { sum_rows::<T>(&parts, world, &mut sums) };
+        let sums = self.sum_of_parts::<T>(&mine)?;
         let all = mine;
         self.group.all_gather(&mut bytes(&all), &bytes(&sums))?;
         x.view([-1]).copy_(&all.narrow(0, 0, elements as i64));
         Ok(())
+    }
+
+    /// This rank's part of the sum of `x [world * n]`, which is of `T`s and contiguous.
+    fn sum_of_parts<T: Element>(&self, x: &Tensor) -> Result<Tensor, Failure> {
+        let parts = x.empty_like();
+        self.group.all_to_all(&mut bytes(&parts), &bytes(x))?;
+        let part = (x.numel() / self.world) as i64;
+        let mut sums = Tensor::empty([part], (x.kind(), Device::Cpu));
+        // SAFETY: `parts` holds this rank's part, of `part` elements, of each rank's tensor.
+        unsafe { sum_rows::<T>(&parts, self.world, &mut sums) };
+        Ok(sums)
+    }
+
+    /// `x [world * n]`: contiguous float32. On a GPU all of the sum is made: NCCL's own reduce-scatter would move half as much.
+    pub fn reduce_scatter(&self, x: &Tensor) -> Result<Tensor, Lost> {
+        self.check_device(x);
+        let _turn = self.turn();
+        let sums = match self.device {
+            Device::Cpu => self.sum_of_parts::<f32>(x),
+            _ => {
+                let mut sum = x.copy();
+                let part = (x.numel() / self.world) as i64;
+                let own = |sum: &Tensor| sum.view([-1]).narrow(0, self.rank as i64 * part, part).copy();
+                self.group.all_reduce(&mut sum).map(|()| own(&sum))
+            }
+        };
+        sums.map_err(|failure| self.lost(failure))
     }
 
     /// `x`: contiguous.

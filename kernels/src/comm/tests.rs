@@ -67,6 +67,14 @@ fn exercise(comm: &Comm) {
                 "{length} of {kind:?}, rank {rank} of {world}"
             );
         }
+        if kind == Kind::Float {
+            let part = comm.reduce_scatter(&tensor(rank, world * length, kind));
+            let expected = &reference(world, world * length, kind)[rank * length..][..length];
+            assert!(
+                floats(&part) == expected,
+                "{length} of {kind:?}, part {rank} of {world}"
+            );
+        }
         let all = comm.all_gather(&own);
         assert_eq!(all.size(), [world as i64, length as i64]);
         for other in 0..world {

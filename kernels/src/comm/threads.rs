@@ -106,6 +106,7 @@ struct Slot {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Deed {
     Reduce { elements: usize, kind: Kind },
+    ReduceScatter { elements: usize },
     Gather { bytes: usize },
     Broadcast,
     Meet,
@@ -122,6 +123,7 @@ impl Deed {
             Deed::Gather { bytes } => (3, bytes),
             Deed::Broadcast => (4, 0),
             Deed::Meet => (5, 0),
+            Deed::ReduceScatter { elements } => (6, elements),
         };
         (size as u64) << 4 | number
     }
@@ -159,6 +161,25 @@ impl Rank {
                 });
             }
         })
+    }
+
+    /// `x [world * n]`: contiguous float32.
+    pub fn reduce_scatter(&self, x: &Tensor) -> Result<Tensor, Lost> {
+        let (elements, world) = (x.numel(), self.group.world);
+        let part = elements / world;
+        let out = Tensor::empty([part as i64], (Kind::Float, Device::Cpu));
+        let target = cpu_data(&out).cast::<f32>();
+        self.together(cpu_data(x), Deed::ReduceScatter { elements }, |brought| {
+            let parts = brought.map(|data| data.cast::<f32>().wrapping_add(part * self.rank).cast_const());
+            // SAFETY: between the meetings every rank lends its tensor, of this many elements, and nobody writes to it; `out`
+            // is new.
+            unsafe {
+                sum::in_rank_order(&parts[..world], part, |offset, sums| {
+                    std::ptr::copy_nonoverlapping(sums.as_ptr(), target.add(offset), sums.len());
+                });
+            }
+        })?;
+        Ok(out)
     }
 
     /// `x`: contiguous.

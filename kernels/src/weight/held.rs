@@ -50,6 +50,42 @@ impl Held {
         codes.numel() + (scales.numel() + offsets) * Kind::Float.elt_size_in_bytes()
     }
 
+    /// The memory that it lies in: codes, scales, offsets.
+    pub fn buffers(&self) -> Vec<Tensor> {
+        let Quantised {
+            codes,
+            scales,
+            offsets,
+            ..
+        } = &self.stored;
+        let tensors = [codes, scales].into_iter().chain(offsets);
+        tensors.map(Tensor::shallow_clone).collect()
+    }
+
+    /// The same with buffers of these shapes, whose numbers mean nothing.
+    pub fn sized(&self, shapes: &[Vec<i64>]) -> Held {
+        let sized = |tensor: &Tensor, shape: &Vec<i64>| {
+            Tensor::empty(shape.as_slice(), (tensor.kind(), tensor.device()))
+        };
+        let Quantised {
+            grid,
+            codes,
+            group,
+            scales,
+            offsets,
+        } = &self.stored;
+        Held {
+            k: self.k,
+            stored: Quantised {
+                grid: *grid,
+                codes: sized(codes, &shapes[0]),
+                group: *group,
+                scales: sized(scales, &shapes[1]),
+                offsets: offsets.as_ref().map(|offsets| sized(offsets, &shapes[2])),
+            },
+        }
+    }
+
     /// Grid, group and whether there are offsets.
     pub fn format(&self) -> (Grid, usize, bool) {
         let Quantised {

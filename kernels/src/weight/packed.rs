@@ -9,7 +9,7 @@ use std::ops::Range;
 use half::{bf16, f16};
 use tch::{Device, Kind, Tensor};
 
-use super::{Grid, Precision, Quantised};
+use super::{Grid, Precision, Quantised, shard};
 use crate::matmul::gemm::Left;
 use crate::pool::{self, Scratch};
 #[cfg(target_arch = "x86_64")]
@@ -104,6 +104,24 @@ impl Packed {
     pub fn bytes(&self) -> usize {
         let offsets = self.offsets.as_ref().map_or(0, Scales::bytes);
         self.codes.len() + self.scales.bytes() + offsets
+    }
+
+    /// The memory that it lies in: codes, scales, offsets.
+    pub fn buffers(&self) -> Vec<Tensor> {
+        let scales = std::iter::once(&self.scales).chain(&self.offsets);
+        std::iter::once(shard::pages(&self.codes, Kind::Uint8))
+            .chain(scales.map(Scales::buffer))
+            .collect()
+    }
+
+    /// The same with buffers of these shapes, whose numbers mean nothing.
+    pub fn sized(&self, shapes: &[Vec<i64>]) -> Packed {
+        Packed {
+            codes: shard::room(&shapes[0]),
+            scales: self.scales.sized(&shapes[1]),
+            offsets: self.offsets.as_ref().map(|offsets| offsets.sized(&shapes[2])),
+            ..*self
+        }
     }
 
     pub fn has_offsets(&self) -> bool {
@@ -414,6 +432,20 @@ impl Scales {
         let mut to = Pages::zeroed(len);
         placed.for_each(|(at, number)| to[at] = number);
         Scales::F32(to)
+    }
+
+    fn buffer(&self) -> Tensor {
+        match self {
+            Scales::F16(scales) => shard::pages(scales, Kind::Int16),
+            Scales::F32(scales) => shard::pages(scales, Kind::Float),
+        }
+    }
+
+    fn sized(&self, shape: &[i64]) -> Scales {
+        match self {
+            Scales::F16(_) => Scales::F16(shard::room(shape)),
+            Scales::F32(_) => Scales::F32(shard::room(shape)),
+        }
     }
 
     /// The numbers of groups from `group` on, 32 each.

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tandem_backend::MAX_WORLD;
+use tandem_backend::train::mates::Sharding;
 use tandem_backend::train::profile;
 use tandem_core::settings::{self, Group, Kind, Refused, Setting, Settings, TABLE, Trial};
 use tandem_core::suggest::closest;
@@ -93,6 +94,17 @@ const KEYS: &[Key] = &[
          WORLD_SIZE where torchrun or Slurm start them)",
     ),
     (
+        "sharding_strategy",
+        &["fsdp"],
+        "what these ranks hold in equal shares: NO_SHARD (default), SHARD_GRAD_OP (with method=full what is trained, its gradient \
+         and moments: ZeRO-2) or FULL_SHARD (the base too, each matrix whole only while it is multiplied with: ZeRO-3)",
+    ),
+    (
+        "enable_fsdp",
+        &[],
+        "true is sharding_strategy FULL_SHARD, unless that says another",
+    ),
+    (
         "profile",
         &["use_profiler"],
         "true, or a number of steps: output_dir/trace.json says what took how long in these steps, for Perfetto or \
@@ -147,6 +159,7 @@ pub struct Recipe {
     pub quantization: Option<String>,
     pub device: String,
     pub data_parallel_size: Option<usize>,
+    pub sharding: Sharding,
     /// Steps to trace.
     pub profile: Option<u64>,
     /// Rows to show.
@@ -171,6 +184,8 @@ struct Own {
     quantization: Option<String>,
     device: Option<String>,
     data_parallel_size: Option<usize>,
+    sharding_strategy: Option<String>,
+    enable_fsdp: Option<bool>,
     profile: Option<Number>,
     preview: Option<Number>,
 }
@@ -402,6 +417,8 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
         quantization,
         device,
         data_parallel_size,
+        sharding_strategy,
+        enable_fsdp,
         profile,
         preview,
     } = serde_path_to_error::deserialize(Value::Object(own.clone())).map_err(|error| {
@@ -453,6 +470,7 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
             message: format!("must be a number of ranks between 1 and {MAX_WORLD}, got {ranks}"),
         });
     }
+    let sharding = sharding(sharding_strategy.as_deref(), enable_fsdp)?;
     let profile = profile.and_then(|profile| profile.or(PROFILE_STEPS));
     if let Some(steps) = profile.filter(|&steps| !(1..=profile::MAX_STEPS as usize).contains(&steps)) {
         return Err(SettingsError::Wrong {
@@ -480,6 +498,7 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
         quantization,
         device,
         data_parallel_size,
+        sharding,
         profile: profile.map(|profile| profile as u64),
         preview: preview.and_then(|preview| preview.or(PREVIEW_ROWS)),
         settings,
@@ -507,6 +526,8 @@ fn is_done_anyway(name: &str, value: &Value) -> bool {
         "resume_from_checkpoint" => value.is_boolean(),
         "report_to" => [json!("tensorboard"), json!(["tensorboard"])].contains(value),
         "save_metrics" => true,
+        // A matrix is shared as soon as it is read.
+        "low_cpu_fsdp" => true,
         _ => false,
     }
 }
@@ -520,7 +541,45 @@ fn of_others(key: &str, value: Value) -> Value {
         // bitsandbytes', which llama-recipes asks for.
         ("quantization", Some("8bit"), _) | ("quantization", _, Some(true)) => "int8".into(),
         ("quantization", Some("4bit"), _) => "nf4".into(),
+        // transformers' list of words, of which one is about wrapping modules.
+        ("sharding_strategy", Some(words), _) => {
+            let words = words
+                .split([' ', ','])
+                .filter(|word| !word.is_empty() && *word != "auto_wrap");
+            words.map(str::to_uppercase).collect::<Vec<_>>().join(" ").into()
+        }
+        ("sharding_strategy", _, Some(true)) => "FULL_SHARD".into(),
+        ("sharding_strategy", _, Some(false)) => Value::Null,
         _ => value,
+    }
+}
+
+fn sharding(strategy: Option<&str>, enable_fsdp: Option<bool>) -> Result<Sharding, SettingsError> {
+    let wrong = |message: String| SettingsError::Wrong {
+        key: "sharding_strategy".to_owned(),
+        message,
+    };
+    let sharding = match strategy {
+        None if enable_fsdp == Some(true) => Sharding::Parameters,
+        None | Some("" | "NO_SHARD") => Sharding::None,
+        Some("SHARD_GRAD_OP") => Sharding::Gradients,
+        Some("FULL_SHARD") => Sharding::Parameters,
+        Some(hybrid @ ("HYBRID_SHARD" | "HYBRID_SHARD_ZERO2" | "_HYBRID_SHARD_ZERO2")) => {
+            return Err(wrong(format!(
+                "{hybrid} divides ranks in groups, which is not supported: FULL_SHARD shares over all of them"
+            )));
+        }
+        Some(other) => {
+            return Err(wrong(format!(
+                "must be NO_SHARD, SHARD_GRAD_OP or FULL_SHARD, got {other}"
+            )));
+        }
+    };
+    match (enable_fsdp, strategy) {
+        (Some(false), Some(strategy)) if sharding != Sharding::None => Err(wrong(format!(
+            "{strategy} shares, enable_fsdp=false does not: give one of them"
+        ))),
+        _ => Ok(sharding),
     }
 }
 
@@ -662,7 +721,17 @@ mod tests {
             (&["load_in_4bit=true"], "not supported"),
             (&["nproc_per_node=0"], "between 1 and 64, got 0"),
             (&["nnodes=2"], "on each machine"),
-            (&["enable_fsdp=true"], "not supported"),
+            (&["hsdp=true"], "sharding_strategy"),
+            (&["deepspeed=ds.json"], "FULL_SHARD"),
+            (&["sharding_strategy=HYBRID_SHARD"], "FULL_SHARD shares over all"),
+            (
+                &["fsdp=full_shard offload"],
+                "NO_SHARD, SHARD_GRAD_OP or FULL_SHARD, got FULL_SHARD OFFLOAD",
+            ),
+            (
+                &["enable_fsdp=false", "sharding_strategy=FULL_SHARD"],
+                "give one of them",
+            ),
             (&["training_file.x=1"], "training_file"),
             (&["method=full", "lora_r=8"], "has no adapter"),
             (&["method=full", "device=cuda"], "on the CPU only"),
@@ -687,6 +756,26 @@ mod tests {
         );
         let missing = asked(&["model=m"]).unwrap_err().to_string();
         assert!(missing.contains("training_file"), "{missing}");
+    }
+
+    #[test]
+    fn strategies_of_fsdp_are_read() {
+        use Sharding::{Gradients, None, Parameters};
+        for (more, expected) in [
+            (&[][..], None),
+            (&["sharding_strategy=NO_SHARD"], None),
+            (&["sharding_strategy=SHARD_GRAD_OP"], Gradients),
+            (&["enable_fsdp=true", "low_cpu_fsdp=true"], Parameters),
+            (&["enable_fsdp=true", "sharding_strategy=NO_SHARD"], None),
+            (&["fsdp=full_shard auto_wrap"], Parameters),
+            (&["fsdp=shard_grad_op"], Gradients),
+            (&["fsdp="], None),
+            (&["fsdp=true"], Parameters),
+        ] {
+            let args: Vec<&str> = NEEDED.iter().chain(more).copied().collect();
+            let recipe = asked(&args).unwrap_or_else(|error| panic!("{more:?}: {error}"));
+            assert_eq!(recipe.sharding, expected, "{more:?}");
+        }
     }
 
     /// As their command lines have them.

@@ -131,7 +131,7 @@ fn merged_weights_answer_as_the_adapter() {
                 }
             }
             let merged =
-                Decoder::from_params(decoder.spec.clone(), &merged, Precision::F32).expect("it builds");
+                Decoder::from_params(decoder.spec.clone(), &merged, Precision::F32, true).expect("it builds");
             let packed_adapter = fixture.adapter(adapter_name, &decoder);
             let tokens = fixture.tokens("long");
             let ours = packed(

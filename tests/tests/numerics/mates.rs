@@ -2,20 +2,25 @@
 
 use std::fs;
 
+use tandem_backend::family::read_spec;
 use tandem_backend::lora::peft;
 use tandem_backend::ranks::Team;
+use tandem_backend::train::mates::Sharding;
+use tandem_backend::train::objective;
 use tandem_backend::train::run::{Run, RunOptions};
 use tandem_core::dataset;
 use tandem_core::job::{Hyper, JobEvent, Lora, Method, StepReport, files};
 use tandem_kernels::weight::Precision;
 use tch::Tensor;
 
-use crate::fixture::{Fixture, Table, examples, max_difference};
+use crate::fixture::{FAMILIES, Fixture, Table, examples, max_difference, trained_whole};
 use crate::preferences;
 use crate::training::{Job, hyper, tensors};
 
 /// Sums of gradients in another order.
 const CLOSE: f64 = 1e-5;
+/// Adam divides a gradient by its own size: where it is hardly more than rounding, all of a step is.
+const CLOSE_NUMBERS: f64 = 1e-4;
 
 struct Ended {
     reports: Vec<StepReport>,
@@ -23,17 +28,12 @@ struct Ended {
 }
 
 /// To the end, or to a stop behind step `until`.
-fn run(fixture: &Fixture, job: &Job, world: usize, until: u64) -> Ended {
-    let model = fixture.folder.clone();
-    let options = RunOptions::new(
-        job.spec.clone(),
-        model,
-        "float32",
-        None,
-        "cpu",
-        Team::Threads(world),
-    );
-    let mut run = Run::start(options.expect("the model is there")).expect("the run starts");
+fn run(fixture: &Fixture, job: &Job, (world, sharding): (usize, Sharding), until: u64) -> Ended {
+    run_with(options(fixture, job, world, sharding, None), until)
+}
+
+fn run_with(options: RunOptions, until: u64) -> Ended {
+    let mut run = Run::start(options).expect("the run starts");
     let (mut reports, mut validations) = (vec![], vec![]);
     while let Some(events) = run.advance().expect("it advances") {
         for event in events {
@@ -50,6 +50,28 @@ fn run(fixture: &Fixture, job: &Job, world: usize, until: u64) -> Ended {
         }
     }
     Ended { reports, validations }
+}
+
+fn options(
+    fixture: &Fixture,
+    job: &Job,
+    world: usize,
+    sharding: Sharding,
+    quantization: Option<&str>,
+) -> RunOptions {
+    let model = fixture.folder.clone();
+    let options = RunOptions::new(
+        job.spec.clone(),
+        model,
+        "float32",
+        quantization,
+        "cpu",
+        Team::Threads(world),
+    );
+    RunOptions {
+        sharding,
+        ..options.expect("the model is there")
+    }
 }
 
 /// What was made: an adapter, or a model.
@@ -108,7 +130,7 @@ fn several_ranks_train_as_one_that_has_their_micro_batches() {
             job
         };
         let alone = job();
-        let expected = run(&fixture, &alone, 1, u64::MAX);
+        let expected = run(&fixture, &alone, (1, Sharding::None), u64::MAX);
         assert!(expected.reports.len() >= 6 && !expected.validations.is_empty());
         let mut compare = |what: &str, job: &Job, parts: &[Ended]| {
             let reports: Vec<&StepReport> = parts.iter().flat_map(|part| &part.reports).collect();
@@ -160,15 +182,93 @@ fn several_ranks_train_as_one_that_has_their_micro_batches() {
                 CLOSE,
             );
         };
-        for world in [2, 3] {
+        let shares = objective::is_known(&job().spec.hyper.objective);
+        let shardings = [Sharding::None, Sharding::Gradients, Sharding::Parameters];
+        for (world, sharding) in [2, 3]
+            .into_iter()
+            .flat_map(|world| shardings.map(|sharding| (world, sharding)))
+        {
             let job = job();
-            let ended = run(&fixture, &job, world, u64::MAX);
-            compare(&format!("{world} ranks"), &job, &[ended]);
+            if !shares && sharding == Sharding::Parameters {
+                let error = Run::start(options(&fixture, &job, world, sharding, None))
+                    .err()
+                    .expect("it is refused");
+                assert!(error.to_string().contains("NO_SHARD"), "{error}");
+                continue;
+            }
+            let ended = run(&fixture, &job, (world, sharding), u64::MAX);
+            compare(&format!("{world} ranks, {sharding:?}"), &job, &[ended]);
         }
         // What is kept says nothing of ranks.
         let job = job();
-        let parts = [(3, 2), (1, 4), (2, u64::MAX)].map(|(world, until)| run(&fixture, &job, world, until));
+        let [three, two] = match shares {
+            true => [(3, Sharding::Parameters), (2, Sharding::Gradients)],
+            false => [(3, Sharding::None), (2, Sharding::None)],
+        };
+        let parts = [(three, 2), ((1, Sharding::None), 4), (two, u64::MAX)];
+        let parts = parts.map(|(team, until)| run(&fixture, &job, team, until));
         compare("on 3, then 1, then 2 ranks", &job, &parts);
     }
     table.judge("data parallel against one rank");
+}
+
+/// Every kind of layer, experts of which a rank may have no rows among them; weights in few bits.
+#[test]
+fn ranks_that_share_parameters_train_every_family() {
+    let mut table = Table::default();
+    for name in FAMILIES {
+        let fixture = Fixture::open(name);
+        let spec = read_spec(&fixture.folder).expect("the fixture has a config");
+        let lora = Method::Lora(Lora {
+            r: 4,
+            alpha: 8.0,
+            dropout: 0.1,
+            target_modules: spec.lora_targets(),
+            use_rslora: false,
+            use_dora: false,
+        });
+        let mut methods = vec![("lora", lora.clone(), None)];
+        if trained_whole().any(|whole| whole == name) {
+            methods.push(("full", Method::Full, None));
+        }
+        if name == FAMILIES[0] {
+            let formats = ["int8", "int4", "nf4"];
+            methods.extend(formats.map(|format| (format, lora.clone(), Some(format))));
+        }
+        for (what, method, quantization) in methods {
+            let hyper = Hyper {
+                n_epochs: 2,
+                batch_size: 1,
+                gradient_accumulation_steps: 3,
+                ..hyper(method)
+            };
+            let rows = fixture.examples();
+            let train = |world, sharding| {
+                let job = Job::new(&rows, hyper.clone());
+                let options = options(&fixture, &job, world, sharding, quantization);
+                let Ended { reports, .. } = run_with(options, u64::MAX);
+                (reports, made(&job))
+            };
+            let (expected, expected_made) = train(1, Sharding::None);
+            let (reports, made) = train(2, Sharding::Parameters);
+            assert!(reports.len() > 1 && reports.len() == expected.len());
+            let losses = reports.iter().zip(&expected);
+            let losses = losses.map(|(ours, expected)| (ours.loss - expected.loss).abs());
+            table.add(
+                name,
+                &format!("{what}: losses"),
+                losses.fold(0.0, f64::max),
+                CLOSE,
+            );
+            let numbers = made.iter().zip(&expected_made);
+            let numbers = numbers.map(|((_, ours), (_, expected))| max_difference(ours, expected));
+            table.add(
+                name,
+                &format!("{what}: numbers"),
+                numbers.fold(0.0, f64::max),
+                CLOSE_NUMBERS,
+            );
+        }
+    }
+    table.judge("ranks that share parameters against one rank");
 }

@@ -8,6 +8,7 @@ use tandem_backend::lora::peft;
 use tandem_backend::model::Decoder;
 use tandem_backend::train::data::{self, DataPlan, Slice};
 use tandem_backend::train::learner::{Learner, Update};
+use tandem_backend::train::mates::Mates;
 use tandem_backend::train::pass::{Advanced, Context, Look, Pass, Trained};
 use tandem_backend::train::{Inputs, Quantum, Trainer};
 use tandem_backend::weights::merge;
@@ -148,8 +149,8 @@ fn five_full_steps_are_torchs() {
     let run = &fixture.numbers["full_training"];
     let job = Job::new(&examples(&run["examples"]), hyper_of(&run["hyper"], Method::Full));
     let inputs = Inputs::read(&job.spec.folder).expect("the job's files");
-    let mut trainer =
-        Trainer::start_full(job.spec.clone(), &inputs, &fixture.folder).expect("the job starts");
+    let mut trainer = Trainer::start_full(job.spec.clone(), &inputs, &fixture.folder, &Mates::none())
+        .expect("the job starts");
     let reports = finish(&mut trainer, None);
     compare_steps("full", run, &job, &reports).judge("five full steps against torch.optim.AdamW");
 

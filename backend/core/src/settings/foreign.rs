@@ -78,7 +78,8 @@ const HALF: &str = "nothing is computed in float16: the base keeps the dtype it 
                     leave it out";
 const HUB: &str = "nothing is pushed: take the adapter's folder from the server or from output_dir";
 const QUANTISED: &str = "a job trains on the base as it is served: tandem serve --quantization nf4 (QLoRA), or tandem train quantization=nf4";
-const RANKS: &str = "ranks are the server's: tandem serve --tensor-parallel-size N";
+const RANKS: &str = "ranks are the server's (tandem serve --tensor-parallel-size N); `tandem train` has data_parallel_size and \
+                     sharding_strategy";
 const LORA_ONLY: &str =
     "a job trains LoRA (lora_r, lora_alpha, ...); `tandem train method=full` trains every parameter";
 const PLAIN_LORA: &str =
@@ -498,10 +499,15 @@ const FOREIGN: &[Foreign] = &[
     ),
     // Several devices.
     row(
-        "accelerator_config parallelism_config fsdp fsdp_config enable_fsdp low_cpu_fsdp enable_ddp deepspeed tp_size hsdp
+        "accelerator_config parallelism_config fsdp fsdp_config enable_fsdp low_cpu_fsdp enable_ddp tp_size hsdp
          tensor_parallel_dim",
         off,
         RANKS,
+    ),
+    row(
+        "deepspeed",
+        off,
+        "its stages 1 and 2 are `tandem train`'s sharding_strategy SHARD_GRAD_OP, its stage 3 FULL_SHARD",
     ),
     row(
         "nproc_per_node num_processes data_parallel_size",
@@ -517,7 +523,7 @@ const FOREIGN: &[Foreign] = &[
     row(
         "sharding_strategy",
         |value, _| word(value, &["no_shard"]),
-        "every rank holds the parameters whole",
+        "a server's job shares nothing; `tandem train` does, on the ranks of data_parallel_size",
     ),
     row(
         "max_train_step max_eval_step",
