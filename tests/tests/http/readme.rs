@@ -41,6 +41,7 @@ const PAGES: [(&str, &[&str]); 4] = [
             "succeeded",
             "adapter_model.safetensors",
             "2 ranks, each with 1",
+            "2 ranks, each with 1",
         ],
     ),
     (

@@ -329,6 +329,80 @@ fn several_ranks_train_one_job() {
     }
 }
 
+/// Ranks that hold parameters, gradients and moments in shares train as one that has all of them; stopped, the run goes on
+/// alone.
+#[test]
+fn ranks_share_what_they_hold() {
+    let folder = tempfile::tempdir().unwrap();
+    rows(&folder.path().join("rows.jsonl"), "Ahoy");
+    let losses = || -> Vec<f64> {
+        let lines = std::fs::read_to_string(folder.path().join("out/metrics.jsonl")).unwrap();
+        let line = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["loss"].as_f64();
+        lines.lines().filter_map(line).collect()
+    };
+    let run = |more: &[&str], expected: &str| {
+        let output = train(folder.path(), more).output().unwrap();
+        let text = text(&output);
+        assert!(output.status.success() && text.contains(expected), "{text}");
+        losses()
+    };
+    let alone = "gradient_accumulation_steps=2";
+    for (method, strategy) in [
+        ("lora", "enable_fsdp=true"),
+        ("full", "sharding_strategy=SHARD_GRAD_OP"),
+        ("full", "fsdp=full_shard auto_wrap"),
+    ] {
+        let method = &format!("method={method}");
+        let same = [method, "max_steps=8", "save_steps=3", "learning_rate=1e-4"];
+        let anew = [&same[..], &["overwrite_output_dir=true"]].concat();
+        let expected = run(&[&anew[..], &[alone]].concat(), "step 8/8");
+        let ranks = [&anew[..], &["data_parallel_size=2", strategy]].concat();
+        let shared = run(&ranks, "2 ranks, each with 1 of a step's 2 micro-batches");
+        assert_eq!((shared.len(), expected.len()), (8, 8));
+
+        let mut stopped = train(folder.path(), &ranks)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (mut out, mut heard) = (BufReader::new(stopped.stdout.take().unwrap()), String::new());
+        while !heard.contains("step 4/8") {
+            assert!(out.read_line(&mut heard).unwrap() > 0, "it ended: {heard}");
+        }
+        let pid = stopped.id().to_string();
+        let interrupted = Command::new("kill").args(["-INT", &pid]).status().unwrap();
+        assert!(interrupted.success());
+        out.read_to_string(&mut heard).unwrap();
+        assert_eq!(stopped.wait().unwrap().code(), Some(130), "{heard}");
+        let gone_on = run(&[&same[..], &[alone]].concat(), "step 8/8");
+        assert_eq!(gone_on.len(), 8);
+        for (what, losses) in [("shared", shared), ("shared, then alone", gone_on)] {
+            for (expected, loss) in expected.iter().zip(&losses) {
+                assert!(
+                    (expected - loss).abs() < 2e-3 * expected,
+                    "{method} {strategy}: {expected} alone, {loss} {what}"
+                );
+            }
+        }
+    }
+    for (settings, expected) in [
+        (&["objective=dpo", "sharding_strategy=FULL_SHARD"][..], "NO_SHARD"),
+        (&["sharding_strategy=HYBRID_SHARD"], "FULL_SHARD shares over all"),
+    ] {
+        if settings[0] == "objective=dpo" {
+            let pair = "{\"prompt\": \"Who?\", \"chosen\": \" I.\", \"rejected\": \" They.\"}\n";
+            std::fs::write(folder.path().join("rows.jsonl"), pair.repeat(4)).unwrap();
+        }
+        let mut refused = train(folder.path(), settings);
+        refused.args(["data_parallel_size=2", "overwrite_output_dir=true"]);
+        let refused = refused.output().unwrap();
+        assert!(
+            !refused.status.success() && text(&refused).contains(expected),
+            "{}",
+            text(&refused)
+        );
+    }
+}
+
 fn free_port() -> String {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     listener.local_addr().unwrap().port().to_string()
