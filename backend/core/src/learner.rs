@@ -32,7 +32,7 @@ pub enum Learn {
     Snapshot(Reply<AdapterDigest>),
     /// The same in files.
     Save(Save, Reply<Saved>),
-    /// Take on the numbers of a state of the same shape.
+    /// Take on numbers of the same shape.
     Load(Source, Reply<()>),
     Drop,
 }
@@ -63,11 +63,13 @@ pub struct NewLearner {
     pub from: Option<Source>,
 }
 
-/// A state that [`Learn::Save`] wrote.
+/// Numbers that were kept.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Source {
-    pub file: PathBuf,
-    pub moments: Moments,
+pub enum Source {
+    /// A state that [`Learn::Save`] wrote.
+    State { file: PathBuf, moments: Moments },
+    /// A PEFT folder, which has no moments: the optimizer is a new one.
+    Adapter { folder: PathBuf },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

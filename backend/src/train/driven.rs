@@ -24,7 +24,7 @@ use super::pass::{Advanced, Context, KEEP_BYTES, Look, Pass};
 use super::state::{self, Tensors};
 use crate::lora::adapter::Adapter;
 use crate::lora::fit::Fit;
-use crate::lora::params::AdapterParams;
+use crate::lora::params::{AdapterParams, AdapterShape};
 use crate::lora::peft::{self, PeftConfig};
 use crate::model::Decoder;
 
@@ -102,26 +102,38 @@ impl Driven {
     }
 
     fn take(&mut self, lora: &Lora, source: &learner::Source) -> Result<(), TrainError> {
-        let (record, tensors): (Record, Tensors) = state::read_file(&source.file)?;
-        if record.lora != *lora {
-            return Err(TrainError::State("its state is of another adapter".to_owned()));
-        }
-        let Tensors {
-            params,
-            moment1,
-            moment2,
-            best: _,
-        } = tensors;
-        match source.moments {
-            learner::Moments::Restored => {
-                self.steps = record.steps;
-                self.learner.resume(&params, &moment1, &moment2)
+        match source {
+            learner::Source::State { file, moments } => {
+                let (record, tensors): (Record, Tensors) = state::read_file(file)?;
+                if record.lora != *lora {
+                    return Err(TrainError::State("its state is of another adapter".to_owned()));
+                }
+                match moments {
+                    learner::Moments::Restored => {
+                        self.steps = record.steps;
+                        let Tensors { moment1, moment2, .. } = &tensors;
+                        self.learner.resume(&tensors.params, moment1, moment2)
+                    }
+                    learner::Moments::Fresh => self.take_numbers(&tensors.params),
+                }
             }
-            learner::Moments::Fresh => {
-                let fresh = params.zeros_like();
-                self.learner.resume(&params, &fresh, &fresh)
+            learner::Source::Adapter { folder } => {
+                let spec = self.learner.spec();
+                let there = peft::read(folder, spec, u32::MAX)?.params;
+                if there.shape != AdapterShape::new(spec, lora) {
+                    let message =
+                        "the adapter has other modules, ranks or scales than the model that is to take it on";
+                    return Err(TrainError::State(message.to_owned()));
+                }
+                self.take_numbers(&there.flat)
             }
         }
+    }
+
+    /// With an optimizer that has done nothing.
+    fn take_numbers(&mut self, params: &Tensor) -> Result<(), TrainError> {
+        let fresh = params.zeros_like();
+        self.learner.resume(params, &fresh, &fresh)
     }
 
     pub fn lora(&self) -> &Lora {

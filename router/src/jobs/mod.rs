@@ -21,8 +21,10 @@ mod result;
 pub(crate) mod supervisor;
 mod sweep;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
+use tandem_core::id::AdapterDigest;
 use tandem_core::job::{Lora, Rows};
 use tandem_core::settings::Settings;
 use tandem_store::{Asked, JobChange, Lease, NewEvent, NewJob, NewName, Source, Tenant, ids};
@@ -181,18 +183,27 @@ impl Router {
         let Some(digest) = request.start else {
             return Ok(());
         };
-        let folder = self.0.store.adapter_folder(digest).await?;
-        let config = tokio::fs::read(folder.join("adapter_config.json")).await;
-        let unfit = |why: String| {
-            let message = format!("a job cannot start from this adapter: {why}");
-            RouterError::invalid("model", message)
-        };
-        let config = config.map_err(|error| unfit(error.to_string()))?;
-        let config = serde_json::from_slice(&config).map_err(|error| unfit(error.to_string()))?;
-        let lora = Lora::of_peft(&config, &self.info().lora_targets).map_err(unfit)?;
+        let (_, lora) = self.adapter_shape(digest).await?;
+        let unfit =
+            |why| RouterError::invalid("model", format!("a job cannot start from this adapter: {why}"));
+        let lora = lora.map_err(unfit)?;
         let mut taken_over = request.all_settings().map(|settings| settings.start_from(&lora));
         let taken_over = taken_over.find(Result::is_err).unwrap_or(Ok(()));
         taken_over.map_err(|(param, message)| RouterError::invalid(param, message))
+    }
+
+    /// Where an adapter lies, and its shape; or why nothing can be trained on from it.
+    pub(crate) async fn adapter_shape(
+        &self,
+        digest: AdapterDigest,
+    ) -> Result<(PathBuf, Result<Lora, String>), RouterError> {
+        let folder = self.0.store.adapter_folder(digest).await?;
+        let config = tokio::fs::read(folder.join("adapter_config.json")).await;
+        let config = config.map_err(|error| error.to_string());
+        let config =
+            config.and_then(|bytes| serde_json::from_slice(&bytes).map_err(|error| error.to_string()));
+        let lora = config.and_then(|config| Lora::of_peft(&config, &self.info().lora_targets));
+        Ok((folder, lora))
     }
 
     /// An objective wants files of its rows, a weight of prompts such that have some. Their first row says it; the others

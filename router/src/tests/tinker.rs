@@ -5,16 +5,18 @@ use tandem_core::message::Fault;
 use tandem_core::replica::Command;
 
 use super::*;
-use crate::tinker::{By, Call, Failure, NewModel, Outcome, Retrieved};
+use crate::tinker::{By, Call, Failure, NewModel, Outcome, Reach, Retrieved};
 
 fn new_model() -> NewModel {
     NewModel {
         base_model: BASE.to_owned(),
-        rank: 4,
+        reach: Reach {
+            rank: 4,
+            train_attn: true,
+            train_mlp: true,
+            train_unembed: false,
+        },
         seed: Some(1),
-        train_attn: true,
-        train_mlp: true,
-        train_unembed: false,
         user_metadata: None,
     }
 }

@@ -1,11 +1,13 @@
 //! Tinker: clients that train and sample call by call. A session has models, which it trains, and samplers. Every call is
 //! answered at once by the id of a future (`futures`); a model's calls are done strictly in the order of their numbers
-//! (`model`, `worker`); samplers answer from the base, from a snapshot of a model or from what was saved (`sampler`, `saves`).
+//! (`model`, `worker`); samplers answer from the base, from a snapshot of a model, from what was saved or from any adapter that
+//! has a name (`sampler`, `saves`).
 //! Sessions, models and snapshots live in memory and in one replica: what a client wants to keep, it saves.
 //! Not here: the wire (server), the arithmetic (backend).
 
 mod futures;
 mod model;
+mod reach;
 mod sampler;
 mod saves;
 mod worker;
@@ -26,6 +28,7 @@ use crate::api::{Client, RouterError};
 use crate::{Router, View};
 
 pub use model::{Call, Learning, NewModel, SamplerKind, Shape};
+pub use reach::Reach;
 pub use sampler::{Ask, Sampled, SamplerInfo, Samples, Stop, Top};
 pub use saves::{Keep, Kept, Path};
 

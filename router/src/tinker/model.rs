@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
+use tandem_core::job::Lora;
 use tandem_core::learner::{Adam, Batch, Moments, Pass};
 use tandem_core::replica::ReplicaHandle;
 use tandem_core::trace::TraceContext;
@@ -12,6 +13,7 @@ use tandem_store::{ids, now};
 use tokio::sync::mpsc;
 
 use super::futures::Promise;
+use super::reach::Reach;
 use super::saves::Keep;
 use super::worker::{Origin, Worker};
 use super::{MAX_MODELS, Outcome, lock};
@@ -50,11 +52,8 @@ pub enum SamplerKind {
 #[derive(Clone, Debug)]
 pub struct NewModel {
     pub base_model: String,
-    pub rank: u32,
+    pub reach: Reach,
     pub seed: Option<u64>,
-    pub train_attn: bool,
-    pub train_mlp: bool,
-    pub train_unembed: bool,
     pub user_metadata: Option<BTreeMap<String, serde_json::Value>>,
 }
 
@@ -63,10 +62,7 @@ pub struct NewModel {
 pub struct Learning {
     pub id: String,
     pub base_model: String,
-    pub rank: u32,
-    pub train_attn: bool,
-    pub train_mlp: bool,
-    pub train_unembed: bool,
+    pub lora: Lora,
     pub user_metadata: Option<BTreeMap<String, serde_json::Value>>,
     pub last_request_at: i64,
 }
@@ -138,22 +134,17 @@ impl View {
             ));
         }
         let most = router.info().max_lora_rank;
-        if new.rank == 0 || new.rank > most {
+        let rank = new.reach.rank;
+        if rank == 0 || rank > most {
             return Err(RouterError::invalid(
                 "lora_config.rank",
-                format!(
-                    "lora_config.rank must be between 1 and {most} (--max-lora-rank), got {}",
-                    new.rank
-                ),
+                format!("lora_config.rank must be between 1 and {most} (--max-lora-rank), got {rank}"),
             ));
         }
         let about = |id: String| Learning {
             id,
             base_model: new.base_model.clone(),
-            rank: new.rank,
-            train_attn: new.train_attn,
-            train_mlp: new.train_mlp,
-            train_unembed: new.train_unembed,
+            lora: new.reach.lora(&router.info().lora_targets),
             user_metadata: new.user_metadata.clone(),
             last_request_at: now(),
         };
@@ -161,7 +152,7 @@ impl View {
         self.begin_model(session, seq, about, Origin::New { seed })
     }
 
-    /// The future of a new model that begins with what was saved.
+    /// The future of a new model that begins with what was kept: a checkpoint, or an adapter that has a name.
     pub async fn load_model(
         &self,
         session: &str,
@@ -170,21 +161,18 @@ impl View {
         moments: Moments,
         user_metadata: Option<BTreeMap<String, serde_json::Value>>,
     ) -> Result<String, RouterError> {
-        let record = self.router.saved_state(&self.client, path).await?;
+        let kept = self.router.kept_numbers(&self.client, path, moments).await?;
+        let lora = kept.lora.clone();
         let about = |id: String| Learning {
             id,
             base_model: self.router.config().served_model_name.clone(),
-            rank: record.rank,
-            train_attn: record.train_attn,
-            train_mlp: record.train_mlp,
-            train_unembed: record.train_unembed,
+            lora,
             user_metadata,
             last_request_at: now(),
         };
-        let origin = Origin::Saved {
+        let origin = Origin::Kept {
             path: path.to_owned(),
-            record: Box::new(record.clone()),
-            moments,
+            kept: Box::new(kept),
         };
         self.begin_model(session, seq, about, origin)
     }

@@ -103,7 +103,7 @@ impl Sampler {
 }
 
 impl View {
-    /// A sampler of the base, or of what was saved as `path`.
+    /// A sampler of the base, or of what is kept as `path`.
     pub async fn create_sampler(
         &self,
         session: &str,
@@ -119,7 +119,10 @@ impl View {
         }
         let base = base_model.unwrap_or(&served).to_owned();
         let weights = match path {
-            Some(path) => Weights::Named(router.saved_adapter(&self.client, path).await?),
+            Some(path) => match router.sampled_by(&self.client, path).await? {
+                Some(name) => Weights::Named(name),
+                None => Weights::Base,
+            },
             None if base_model.is_some() => Weights::Base,
             None => {
                 let message = "base_model or model_path must say what to sample from";

@@ -1,12 +1,18 @@
 //! Checkpoints as Tinker names them, `tinker://RUN/KIND/NAME`. A state is loaded by training clients; an adapter is also a
-//! model's name for everybody else's routes. Not here: where they lie (store).
+//! model's name for everybody else's routes, as any other adapter's name is a path here: one kind of thing. Not here: where
+//! they lie (store).
 
 use std::collections::BTreeMap;
 use std::fmt;
 
+use tandem_core::id::AdapterDigest;
+use tandem_core::job::Lora;
+use tandem_core::learner::{self, Moments};
 use tandem_store::{SaveKind, SavePlace, SaveRecord, now};
 
-use crate::api::{Client, RouterError};
+use super::reach::{Reach, lora_of};
+use crate::api::{Client, ModelKind, RouterError};
+use crate::catalog::Hold;
 use crate::{Router, View};
 
 const SCHEME: &str = "tinker://";
@@ -85,9 +91,6 @@ pub struct Kept {
     pub bytes: u64,
     pub public: bool,
     pub rank: u32,
-    pub train_attn: bool,
-    pub train_mlp: bool,
-    pub train_unembed: bool,
     pub user_metadata: Option<BTreeMap<String, serde_json::Value>>,
 }
 
@@ -100,9 +103,10 @@ fn kept(record: SaveRecord) -> Kept {
         expires_at,
         bytes,
         rank,
-        train_attn,
-        train_mlp,
-        train_unembed,
+        train_attn: _,
+        train_mlp: _,
+        train_unembed: _,
+        lora: _,
         public,
         user_metadata,
         file: _,
@@ -118,11 +122,23 @@ fn kept(record: SaveRecord) -> Kept {
         bytes,
         public,
         rank,
-        train_attn,
-        train_mlp,
-        train_unembed,
         user_metadata,
     }
+}
+
+/// What a model can begin with.
+pub(super) struct KeptNumbers {
+    pub lora: Lora,
+    pub source: learner::Source,
+    /// An adapter stays as long as it takes to read it.
+    _hold: Option<Hold>,
+}
+
+/// What a client may mean by a path: a checkpoint, or the name of an adapter, whoever made that.
+enum Named {
+    Save(Box<SaveRecord>),
+    Adapter(AdapterDigest),
+    Base,
 }
 
 impl Router {
@@ -140,27 +156,94 @@ impl Router {
         Ok(record)
     }
 
-    pub(super) async fn saved_state(&self, client: &Client, path: &str) -> Result<SaveRecord, RouterError> {
-        let record = self.saved(client, &Path::parse(path)?).await?;
-        match record.place.kind {
-            SaveKind::State => Ok(record),
-            SaveKind::Adapter => Err(RouterError::invalid(
-                "path",
-                format!("{path} is for sampling and has no state to go on from: load what save_state saved"),
-            )),
+    async fn named(&self, client: &Client, path: &str) -> Result<Named, RouterError> {
+        if path.starts_with(SCHEME) {
+            let record = self.saved(client, &Path::parse(path)?).await?;
+            return Ok(Named::Save(Box::new(record)));
+        }
+        self.refresh_names().await?;
+        match self.0.catalog.find(client, path).map(|card| card.kind) {
+            Some(ModelKind::Adapter { digest, .. }) => Ok(Named::Adapter(digest)),
+            Some(ModelKind::Base) => Ok(Named::Base),
+            None => Err(RouterError::Unknown {
+                what: "checkpoint or adapter",
+                id: path.to_owned(),
+            }),
         }
     }
 
-    /// The model's name by which it is sampled.
-    pub(super) async fn saved_adapter(&self, client: &Client, path: &str) -> Result<String, RouterError> {
-        let record = self.saved(client, &Path::parse(path)?).await?;
-        match record.place.kind {
-            SaveKind::Adapter => Ok(path.to_owned()),
-            SaveKind::State => Err(RouterError::invalid(
+    pub(super) async fn kept_numbers(
+        &self,
+        client: &Client,
+        path: &str,
+        moments: Moments,
+    ) -> Result<KeptNumbers, RouterError> {
+        let digest = match self.named(client, path).await? {
+            Named::Save(record) => match (self.0.store.state_of(&record), record.adapter) {
+                (Some(file), _) => {
+                    return Ok(KeptNumbers {
+                        lora: lora_of(&record, &self.info().lora_targets),
+                        source: learner::Source::State { file, moments },
+                        _hold: None,
+                    });
+                }
+                (None, Some(digest)) => digest,
+                (None, None) => return Err(RouterError::invalid("path", format!("{path} has no numbers"))),
+            },
+            Named::Adapter(digest) => digest,
+            Named::Base => {
+                let message = format!("{path} is the base, not an adapter: a model on it begins anew");
+                return Err(RouterError::invalid("path", message));
+            }
+        };
+        if moments == Moments::Restored {
+            let message = format!(
+                "{path} is an adapter: it has weights, but no state of an optimizer. Load it without \
+                 (create_training_client_from_state, load_state), and the optimizer is a new one; with its optimizer a model \
+                 goes on from what save_state saved."
+            );
+            return Err(RouterError::invalid("optimizer", message));
+        }
+        let hold = self.0.catalog.hold(digest).await;
+        let (folder, lora) = self.adapter_shape(digest).await?;
+        Ok(KeptNumbers {
+            lora: lora
+                .map_err(|why| RouterError::invalid("path", format!("{path} cannot be trained on: {why}")))?,
+            source: learner::Source::Adapter { folder },
+            _hold: Some(hold),
+        })
+    }
+
+    /// What samples by `path`: a model's name, or none for the base.
+    pub(super) async fn sampled_by(
+        &self,
+        client: &Client,
+        path: &str,
+    ) -> Result<Option<String>, RouterError> {
+        match self.named(client, path).await? {
+            Named::Base => Ok(None),
+            Named::Adapter(_) => Ok(Some(path.to_owned())),
+            Named::Save(record) if record.place.kind == SaveKind::Adapter => Ok(Some(path.to_owned())),
+            Named::Save(_) => Err(RouterError::invalid(
                 "model_path",
                 format!("{path} is a state to train on from: sample what save_weights_for_sampler saved"),
             )),
         }
+    }
+
+    async fn reach_of(&self, client: &Client, path: &str) -> Result<Reach, RouterError> {
+        let lora = match self.named(client, path).await? {
+            Named::Save(record) => lora_of(&record, &self.info().lora_targets),
+            Named::Adapter(digest) => {
+                let shape = self.adapter_shape(digest).await?.1;
+                shape.map_err(|why| RouterError::invalid("tinker_path", format!("{path}: {why}")))?
+            }
+            Named::Base => {
+                let message = format!("{path} is the base: it has no weights of a training client");
+                return Err(RouterError::invalid("tinker_path", message));
+            }
+        };
+        Ok(Reach::of(&lora))
     }
 
     async fn drop_save(&self, record: &SaveRecord) -> Result<(), RouterError> {
@@ -184,8 +267,9 @@ impl View {
         Ok(records.into_iter().filter(seen).map(kept).collect())
     }
 
-    pub async fn saved(&self, path: &Path) -> Result<Kept, RouterError> {
-        self.router.saved(&self.client, path).await.map(kept)
+    /// What was kept as `path`, a checkpoint's or an adapter's name, is of which shape.
+    pub async fn reach_of(&self, path: &str) -> Result<Reach, RouterError> {
+        self.router.reach_of(&self.client, path).await
     }
 
     async fn own_save(&self, path: &Path) -> Result<SaveRecord, RouterError> {

@@ -6,10 +6,8 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Instant;
 
 use tandem_core::id::AdapterDigest;
-use tandem_core::job::{self, LM_HEAD, Lora};
-use tandem_core::learner::{
-    self, Learn, LearnerId, Moments, NewLearner, Pass, Reply, Save, Saved, Saving, Source,
-};
+use tandem_core::job;
+use tandem_core::learner::{self, Learn, LearnerId, NewLearner, Pass, Reply, Save, Saved, Saving};
 use tandem_core::message::Fault;
 use tandem_core::replica::{Command, ReplicaHandle};
 use tandem_core::trace::TraceContext;
@@ -19,8 +17,9 @@ use tracing::Span;
 
 use super::futures::Promise;
 use super::model::{Call, Learning, Model, SamplerKind, Snapshot, Work};
+use super::reach::{Reach, words};
 use super::sampler::{Sampler, Weights};
-use super::saves::{Keep, path_of};
+use super::saves::{Keep, KeptNumbers, path_of};
 use super::{Outcome, lock};
 use crate::api::{Client, RouterError};
 use crate::traced;
@@ -29,20 +28,10 @@ use crate::{LoadMode, Router};
 /// Snapshots of a model that are kept to sample from; beyond, the one that was used longest ago goes.
 const MAX_SNAPSHOTS: usize = 32;
 
-/// W' = W + (alpha / rank) B A, as Tinker has it ("LoRA Without Regret").
-const ALPHA: f64 = 32.0;
-const ATTENTION: [&str; 4] = ["q_proj", "k_proj", "v_proj", "o_proj"];
-
 /// How a model begins.
 pub(super) enum Origin {
-    New {
-        seed: u64,
-    },
-    Saved {
-        path: String,
-        record: Box<SaveRecord>,
-        moments: Moments,
-    },
+    New { seed: u64 },
+    Kept { path: String, kept: Box<KeptNumbers> },
 }
 
 pub(super) struct Worker {
@@ -133,36 +122,17 @@ impl Worker {
     async fn begin(&mut self, origin: Origin) -> Done {
         let (seed, from) = match &origin {
             Origin::New { seed } => (*seed, None),
-            Origin::Saved { record, moments, .. } => (0, Some(self.source(record, *moments)?)),
+            Origin::Kept { kept, .. } => (0, Some(kept.source.clone())),
         };
-        let targets = self.router.info().lora_targets.iter();
-        let chosen = targets.filter(|name| match ATTENTION.contains(&name.as_str()) {
-            true => self.about.train_attn,
-            false => self.about.train_mlp,
-        });
-        let head = self.about.train_unembed.then(|| LM_HEAD.to_owned());
-        let lora = Lora {
-            r: self.about.rank,
-            alpha: ALPHA,
-            dropout: 0.0,
-            target_modules: chosen.cloned().chain(head).collect(),
-            use_rslora: false,
-            use_dora: false,
-        };
+        let lora = self.about.lora.clone();
         self.replica = Some(self.router.learners_replica().map_err(RouterError::Engine)?);
         let new = Box::new(NewLearner { lora, seed, from });
         self.ask(|reply| Learn::Create(new, reply)).await?;
         let model_id = self.about.id.clone();
         Ok(match origin {
             Origin::New { .. } => Outcome::Created { model_id },
-            Origin::Saved { path, .. } => Outcome::Loaded { path, model_id },
+            Origin::Kept { path, .. } => Outcome::Loaded { path, model_id },
         })
-    }
-
-    fn source(&self, record: &SaveRecord, moments: Moments) -> Result<Source, RouterError> {
-        let file = self.router.0.store.state_of(record);
-        let file = file.ok_or_else(|| RouterError::invalid("path", "it has no state to go on from"))?;
-        Ok(Source { file, moments })
     }
 
     async fn ask<T>(&self, learn: impl FnOnce(Reply<T>) -> Learn) -> Result<T, RouterError> {
@@ -222,33 +192,14 @@ impl Worker {
             Call::SaveForSampler(keep) => self.save_for_sampler(keep).await,
             Call::Sampler { seq, kind } => self.make_sampler(seq, kind).await,
             Call::Load { path, moments } => {
-                let record = self.router.saved_state(&self.client, &path).await?;
-                let shape = |rank, attn, mlp, unembed| {
-                    format!("rank {rank}, train_attn {attn}, train_mlp {mlp} and train_unembed {unembed}")
-                };
-                let Learning {
-                    rank,
-                    train_attn,
-                    train_mlp,
-                    train_unembed,
-                    ..
-                } = self.about;
-                let here = shape(rank, train_attn, train_mlp, train_unembed);
-                let SaveRecord {
-                    rank,
-                    train_attn,
-                    train_mlp,
-                    train_unembed,
-                    ..
-                } = record;
-                let there = shape(rank, train_attn, train_mlp, train_unembed);
-                if here != there {
+                let kept = self.router.kept_numbers(&self.client, &path, moments).await?;
+                if kept.lora != self.about.lora {
+                    let (there, here) = (words(&kept.lora), words(&self.about.lora));
                     return Ok(Outcome::user_failed(format!(
                         "{path} has {there}; this model has {here}"
                     )));
                 }
-                let source = self.source(&record, moments)?;
-                self.ask(|reply| Learn::Load(source, reply)).await?;
+                self.ask(|reply| Learn::Load(kept.source, reply)).await?;
                 self.spoiled = None;
                 let model_id = self.about.id.clone();
                 Ok(Outcome::Loaded { path, model_id })
@@ -339,6 +290,12 @@ impl Worker {
     }
 
     fn record(&self, place: SavePlace, keep: &Keep) -> SaveRecord {
+        let Reach {
+            rank,
+            train_attn,
+            train_mlp,
+            train_unembed,
+        } = Reach::of(&self.about.lora);
         SaveRecord {
             place,
             base: self.router.info().base_digest,
@@ -346,10 +303,11 @@ impl Worker {
             created_at: now(),
             expires_at: keep.ttl_s.map(|ttl_s| now().saturating_add(ttl_s)),
             bytes: 0,
-            rank: self.about.rank,
-            train_attn: self.about.train_attn,
-            train_mlp: self.about.train_mlp,
-            train_unembed: self.about.train_unembed,
+            rank,
+            train_attn,
+            train_mlp,
+            train_unembed,
+            lora: Some(self.about.lora.clone()),
             public: false,
             user_metadata: keep.user_metadata.clone(),
             file: None,

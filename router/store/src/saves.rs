@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use tandem_core::id::{AdapterDigest, Digest};
+use tandem_core::job::Lora;
 
 use crate::error::io_at;
 use crate::folders::{self, Folders, sync_parent};
@@ -80,6 +81,9 @@ pub struct SaveRecord {
     pub train_mlp: bool,
     #[serde(default)]
     pub train_unembed: bool,
+    /// `None`: as a training client makes one of that rank and reach.
+    #[serde(default)]
+    pub lora: Option<Lora>,
     /// Its owner lets everybody see it.
     #[serde(default)]
     pub public: bool,

@@ -159,9 +159,6 @@ pub fn checkpoint(kept: Kept) -> Checkpoint {
         bytes,
         public,
         rank: _,
-        train_attn: _,
-        train_mlp: _,
-        train_unembed: _,
         user_metadata,
     } = kept;
     Checkpoint {
@@ -190,7 +187,7 @@ pub fn training_runs(learnings: Vec<Learning>, saves: Vec<Kept>, base: String) -
     for learning in learnings {
         let run = Run {
             base_model: learning.base_model,
-            rank: learning.rank,
+            rank: learning.lora.r,
             last: learning.last_request_at,
             checkpoint: None,
             sampler: None,

@@ -9,7 +9,7 @@ use tandem_openapi::tinker::{
     SamplingParams, SaveWeightsForSamplerRequest, SaveWeightsRequest, Stop,
 };
 use tandem_router::tinker as api;
-use tandem_router::tinker::{Ask, Call, Keep, NewModel, SamplerKind, Shape};
+use tandem_router::tinker::{Ask, Call, Keep, NewModel, Reach, SamplerKind, Shape};
 
 use super::arrays::{self, Array};
 use crate::error::{ApiError, invalid};
@@ -64,12 +64,14 @@ pub fn new_model(body: CreateModelRequest) -> Result<NewModel, ApiError> {
     }
     Ok(NewModel {
         base_model,
-        rank,
+        reach: Reach {
+            rank,
+            train_attn,
+            train_mlp,
+            train_unembed,
+        },
         // Its bits, whatever its sign.
         seed: seed.map(|seed| seed as u64),
-        train_attn,
-        train_mlp,
-        train_unembed,
         user_metadata,
     })
 }

@@ -163,7 +163,7 @@ pub async fn ttl(Own(own): Own, place: Place, Json(body): Json<TtlRequest>) -> R
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// What was saved is of which shape.
+/// What was saved, or an adapter by its name, is of which shape.
 #[utoipa::path(
     post, path = "/api/v1/weights_info", tag = "tinker", request_body = WeightsInfoRequest,
     responses((status = 200, body = WeightsInfoResponse), Errors)
@@ -172,13 +172,13 @@ pub async fn info(
     Own(own): Own,
     Json(body): Json<WeightsInfoRequest>,
 ) -> Result<Answer<WeightsInfoResponse>, ApiError> {
-    let kept = own.saved(&Path::parse(&body.tinker_path)?).await?;
+    let reach = own.reach_of(&body.tinker_path).await?;
     Ok(Answer(WeightsInfoResponse {
         base_model: own.base_name(),
         is_lora: true,
-        lora_rank: kept.rank,
-        train_unembed: kept.train_unembed,
-        train_mlp: kept.train_mlp,
-        train_attn: kept.train_attn,
+        lora_rank: reach.rank,
+        train_unembed: reach.train_unembed,
+        train_mlp: reach.train_mlp,
+        train_attn: reach.train_attn,
     }))
 }

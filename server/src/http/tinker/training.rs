@@ -46,7 +46,7 @@ pub async fn info(
     Json(body): Json<GetInfoRequest>,
 ) -> Result<Answer<GetInfoResponse>, ApiError> {
     let Learning {
-        id, base_model, rank, ..
+        id, base_model, lora, ..
     } = own.learning(&body.model_id)?;
     Ok(Answer(GetInfoResponse {
         model_id: id,
@@ -56,7 +56,7 @@ pub async fn info(
             tokenizer_id: app.router.config().served_model_name.clone(),
         },
         is_lora: true,
-        lora_rank: rank,
+        lora_rank: lora.r,
         model_name: base_model,
     }))
 }
@@ -120,7 +120,7 @@ pub async fn save_for_sampler(
     Ok((Extension(Object(model)), answer))
 }
 
-/// A new model that begins with what was saved, or the same into one that is there.
+/// A new model that begins with what was saved, or with any adapter by its name; or the same into one that is there.
 #[utoipa::path(
     post, path = "/api/v1/load_weights", tag = "tinker", request_body = LoadWeightsRequest,
     responses((status = 200, body = UntypedFuture), Errors)
