@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Reinforcement learning by a rule: the same loop by Tandem, by peft in one process, and by two processes that pass files.
 
-usage: rl.py MODEL [--turns N] [--steps N] [--sdk-python PYTHON] [--peer-python PYTHON] [--ways tandem,peft,files]
+usage: rl.py MODEL [--turns N] [--steps N] [--threads N] [--sdk-python PYTHON] [--peer-python PYTHON] [--ways tandem,peft,files]
 (wants the release binary; the first PYTHON has tinker and transformers, the other torch, transformers and peft)
 
 A step: a group of samples of each prompt, their rewards (the share of tokens that hold the letter e) less the group's mean as
 advantages, one step of AdamW along importance-weighted policy gradients. Prompts, sizes, rank, rate and numbers (a base in
 bfloat16, adapters and moments in float32) are the same for all. Each turn runs every way once, so that who else uses the
-machine meets them alike. Prints a table: rewards of the first and the last steps, and medians over all steps with the best one.
+machine meets them alike. Prints a table: rewards of the first and the last steps; medians over all steps with the best one;
+tokens for each second of a core, which says most where others use the machine.
 """
 import argparse
 import json
@@ -22,7 +23,7 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 QUESTIONS = ["Tell me about the sea.", "What is a garden for?", "Describe a winter day.", "How does a clock work?"]
-GROUP, TOKENS, RANK, RATE = 8, 24, 8, 1e-3
+GROUP, TOKENS, RANK, RATE = 8, 24, 8, 2e-3
 
 
 class Loop:
@@ -42,25 +43,32 @@ class Loop:
     def run(self, way, steps):
         """One record a step: seconds of its parts, reward, how far sampler and trainer are apart."""
         for _ in range(steps):
-            times = [time.monotonic()]
+            times, cores = [time.monotonic()], [way.cores()]
+
+            def done():
+                times.append(time.monotonic())
+                cores.append(way.cores())
+
             publication = way.publish()
-            times.append(time.monotonic())
+            done()
             groups = way.sample(self.prompts)
-            times.append(time.monotonic())
+            done()
             rows, rewards = [], []
             for prompt, group in zip(self.prompts, groups):
                 scores = [self.reward(tokens) for tokens, _ in group]
                 rewards += scores
                 mean = statistics.mean(scores)
                 rows += [(prompt, *sample, score - mean) for sample, score in zip(group, scores)]
-            times.append(time.monotonic())
+            done()
             trained = way.learn(rows)
-            times.append(time.monotonic())
+            done()
             apart = [abs(p - q) for (_, _, sampled, _), found in zip(rows, trained) for p, q in zip(found, sampled)]
             publish, sample, score, learn = (after - before for before, after in zip(times, times[1:]))
+            _, sample_cores, _, learn_cores = (after - before for before, after in zip(cores, cores[1:]))
             yield {
                 "reward": statistics.mean(rewards), "publish": publish, "sample": sample, "score": score, "learn": learn,
-                "publication": publication, "sampled": sum(len(row[1]) for row in rows),
+                "publication": publication, "sample_cores": sample_cores, "learn_cores": learn_cores,
+                "sampled": sum(len(row[1]) for row in rows),
                 "trained": sum(len(row[0]) + len(row[1]) for row in rows),
                 "apart": statistics.mean(apart), "most_apart": max(apart),
             }
@@ -69,12 +77,12 @@ class Loop:
 class Tandem:
     """The unmodified SDK against the server."""
 
-    def __init__(self, model):
+    def __init__(self, model, threads):
         import tinker
 
         self.tinker = tinker
         os.environ |= {"TINKER_API_KEY": "tml-none", "TINKER_TELEMETRY": "0"}
-        command = [ROOT / "target/release/tandem", "serve", model, "--port", "0", "--data-dir", tempfile.mkdtemp()]
+        command = [ROOT / "target/release/tandem", "serve", model, "--port", "0", "--threads", str(threads), "--data-dir", tempfile.mkdtemp()]
         self.server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         service = tinker.ServiceClient(base_url=self.server.stdout.readline().split()[-1])
         base = next(model.model_name for model in service.get_server_capabilities().supported_models)
@@ -112,6 +120,9 @@ class Tandem:
         found = found.result().loss_fn_outputs
         return [one["logprobs"].data[len(row[0]) - 1 :] for one, row in zip(found, rows)]
 
+    def cores(self):
+        return core_seconds(self.server.pid) + core_seconds("self")
+
     def memory(self):
         return peak(self.server.pid)
 
@@ -123,7 +134,7 @@ class Tandem:
 class Peft:
     """peft and transformers' generate, in this process."""
 
-    def __init__(self, model, threads=2):
+    def __init__(self, model, threads):
         import torch
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
@@ -180,8 +191,11 @@ class Peft:
         self.optimizer.zero_grad()
         return p.detach().tolist()
 
+    def cores(self):
+        return core_seconds("self")
+
     def memory(self):
-        return peak(os.getpid())
+        return peak("self")
 
     def end(self):
         pass
@@ -190,10 +204,10 @@ class Peft:
 class Files(Peft):
     """A trainer here, a sampler in a process of its own, adapter folders from one to the other."""
 
-    def __init__(self, model):
-        super().__init__(model)
+    def __init__(self, model, threads):
+        super().__init__(model, threads)
         self.folder = tempfile.mkdtemp()
-        command = [sys.executable, __file__, model, "--way", "sampler"]
+        command = [sys.executable, __file__, model, "--way", "sampler", "--threads", str(threads)]
         self.other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         self.tell("ready")
 
@@ -211,6 +225,9 @@ class Files(Peft):
     def sample(self, prompts):
         return self.tell("sample", prompts)
 
+    def cores(self):
+        return super().cores() + core_seconds(self.other.pid)
+
     def memory(self):
         return super().memory() + peak(self.other.pid)
 
@@ -219,11 +236,11 @@ class Files(Peft):
         self.other.wait()
 
 
-def sampler(model):
+def sampler(model, threads):
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    peft = Peft(model)
+    peft = Peft(model, threads)
     for line in sys.stdin:
         answer = None
         match json.loads(line):
@@ -232,6 +249,11 @@ def sampler(model):
             case ["sample", prompts]:
                 answer = peft.sample(prompts)
         print(json.dumps(answer), flush=True)
+
+
+def core_seconds(pid):
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def peak(pid):
@@ -243,7 +265,7 @@ WAYS = {"tandem": Tandem, "peft": Peft, "files": Files}
 
 
 def one_way(arguments):
-    loop, way = Loop(arguments.model), WAYS[arguments.way](arguments.model)
+    loop, way = Loop(arguments.model), WAYS[arguments.way](arguments.model, arguments.threads)
     for record in loop.run(way, arguments.steps):
         print(json.dumps(record), flush=True)
     print(json.dumps({"memory": way.memory()}))
@@ -271,6 +293,8 @@ def table(name, runs):
         median_and(min, whole, ".1f"),
         median_and(max, lambda s: s["sampled"] / s["sample"], ".0f"),
         median_and(max, lambda s: s["trained"] / s["learn"], ".0f"),
+        median_and(max, lambda s: s["sampled"] / s["sample_cores"], ".0f"),
+        median_and(max, lambda s: s["trained"] / s["learn_cores"], ".0f"),
         median_and(min, lambda s: 1e3 * s["publication"], ".0f"),
         " and ".join(map(share, idle.get(name, [lambda s: s["publish"] + s["score"]]))),
         f"{statistics.median(s['apart'] for s in steps):.0e}, {max(s['most_apart'] for s in steps):.0e}",
@@ -284,13 +308,14 @@ def main():
     parser.add_argument("model")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sdk-python", default=sys.executable)
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--ways", default="tandem,peft,files")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.way == "sampler":
-        return sampler(arguments.model)
+        return sampler(arguments.model, arguments.threads)
     if arguments.way:
         return one_way(arguments)
     runs = {way: [] for way in arguments.ways.split(",")}
@@ -298,10 +323,11 @@ def main():
         for way in runs:
             python = arguments.sdk_python if way == "tandem" else arguments.peer_python
             command = [python, __file__, arguments.model, "--way", way, "--steps", str(arguments.steps)]
+            command += ["--threads", str(arguments.threads)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             runs[way].append([json.loads(line) for line in done.stdout.splitlines()])
             print(way, [round(step["reward"], 2) for step in runs[way][-1][:-1]], file=sys.stderr)
-    head = ["way", "reward before, after", "a step, s", "sampled, tokens/s", "trained, tokens/s", "published in, ms", "waiting"]
+    head = ["way", "reward before, after", "a step, s", "sampled, tokens/s", "trained", "sampled for a core's second", "trained", "published in, ms", "waiting"]
     head += ["log-probabilities apart: mean, most", "peak memory, MB"]
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for way, found in runs.items():

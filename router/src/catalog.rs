@@ -95,8 +95,8 @@ impl Drop for Leaving {
 #[derive(Clone, Copy)]
 pub(crate) struct Wish<'a> {
     pub model: &'a str,
-    /// What answers in its place: an adapter that is in memory only.
-    pub snapshot: Option<AdapterDigest>,
+    /// What answers in the base's place: an adapter without a name, or with one that the client does not see.
+    pub nameless: Option<AdapterDigest>,
     pub client: &'a Client,
     pub n: u32,
     /// Sequences of the same request that came in before.
@@ -328,7 +328,7 @@ impl Catalog {
     pub fn admit(self: &Arc<Catalog>, wish: Wish<'_>) -> Result<Lease, RouterError> {
         let Wish {
             model,
-            snapshot,
+            nameless,
             client,
             n,
             earlier,
@@ -338,7 +338,7 @@ impl Catalog {
         // The names stay locked until the requests are live: an adapter cannot be retired in between.
         let names = self.read();
         let adapter = match self.is_base(model) {
-            true => snapshot,
+            true => nameless,
             false => match lookup(&names, model) {
                 Some(row) if is_seen(row, client) => Some(row.digest),
                 _ => return Err(RouterError::UnknownModel(model.to_owned())),

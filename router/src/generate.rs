@@ -7,6 +7,7 @@ use std::time::Instant;
 use tandem_core::TokenId;
 use tandem_core::id::{AdapterDigest, AdapterRef, Digest};
 use tandem_core::message::{Fault, LAST_PRIORITY};
+use tandem_core::replica::Command;
 use tandem_core::sampling::Sampling;
 use tandem_text::chat::Ending;
 use tandem_text::stop::{Matched, StopStrings};
@@ -30,17 +31,24 @@ const MAX_STOP_TOKENS: usize = 1024;
 /// Pieces that may wait for a slow reader before its sequences are parked.
 const PIECE_QUEUE: usize = 32;
 
+/// An adapter that answers without a name of the client's.
+pub(crate) struct Nameless {
+    pub digest: AdapterDigest,
+    /// The one replica that has it, in memory and in no folder.
+    pub at: Option<mpsc::Sender<Command>>,
+}
+
 impl Router {
     /// Admit a call. Its sequences run until they end or `Generation::pieces` is dropped.
     pub async fn generate(&self, call: Call) -> Result<Generation, RouterError> {
         self.generate_from(call, None).await
     }
 
-    /// `snapshot`: what answers instead of `call.model`, which is resident in the one replica there is.
+    /// `nameless`: what answers instead of `call.model`.
     pub(crate) async fn generate_from(
         &self,
         call: Call,
-        snapshot: Option<AdapterDigest>,
+        nameless: Option<Nameless>,
     ) -> Result<Generation, RouterError> {
         let began = Instant::now();
         let traced = Traced::begin(&call);
@@ -109,7 +117,7 @@ impl Router {
         let fleet = &self.0.fleet;
         let wish = Wish {
             model: &model,
-            snapshot,
+            nameless: nameless.as_ref().map(|adapter| adapter.digest),
             client: &client,
             n,
             earlier,
@@ -160,7 +168,8 @@ impl Router {
         } else {
             Matched::Hidden
         };
-        let adapter = match (lease.adapter, snapshot) {
+        let at = nameless.and_then(|adapter| adapter.at);
+        let adapter = match (lease.adapter, &at) {
             (None, _) => None,
             // It lies in no folder.
             (Some(digest), Some(_)) => Some(AdapterRef {
@@ -185,6 +194,7 @@ impl Router {
             order: Order {
                 prompt: prompt.clone(),
                 adapter,
+                at,
                 sampling,
                 bounds,
                 priority: match client.work {

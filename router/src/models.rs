@@ -221,6 +221,7 @@ impl Router {
             adapter: Some(digest),
             max_tokens: 0,
             n: 0,
+            at: None,
         };
         let seat = self.0.fleet.seat(ask).await.map_err(RouterError::Engine)?;
         // A replica that is gone drops the reply.

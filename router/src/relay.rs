@@ -45,6 +45,8 @@ pub(crate) struct Relay {
 pub(crate) struct Order {
     pub prompt: Arc<[TokenId]>,
     pub adapter: Option<AdapterRef>,
+    /// The one replica that has it.
+    pub at: Option<mpsc::Sender<Command>>,
     pub sampling: Sampling,
     pub bounds: Bounds,
     pub priority: i32,
@@ -348,6 +350,7 @@ impl Order {
             adapter: self.adapter.as_ref().map(|adapter| adapter.digest),
             max_tokens: self.max_tokens,
             n,
+            at: self.at.as_ref(),
         }
     }
 

@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, HeaderValue, header};
+use axum::http::{HeaderMap, header};
 use tandem_core::id::Digest;
 use tandem_router::View;
 use tandem_router::api::{Client, Meter, Reach, Work};
-use tandem_store::{KeyRow, Keys, Role, StoreError, Tenant, key_hash};
+use tandem_store::{KEY_PREFIX, KeyRow, Keys, Role, StoreError, Tenant, key_hash};
 
 use crate::access_log::Exchange;
 use crate::app::{App, now};
@@ -215,18 +215,25 @@ impl FromRequestParts<App> for Own {
     }
 }
 
-/// OpenAI's clients send a bearer token, Anthropic's older ones `x-api-key`.
+/// OpenAI's clients send a bearer token, Anthropic's older ones and Tinker's `x-api-key`. Tinker's SDK takes no key but those
+/// that begin with `tml-`: before one of ours that is not part of it.
 pub fn given_key(headers: &HeaderMap) -> Option<&[u8]> {
     let bearer = headers.get(header::AUTHORIZATION).and_then(|value| {
         let (scheme, key) = value.as_bytes().split_at_checked(7)?;
         scheme.eq_ignore_ascii_case(b"bearer ").then(|| key.trim_ascii())
     });
-    bearer.or_else(|| headers.get("x-api-key").map(HeaderValue::as_bytes))
+    bearer.or_else(|| {
+        let key = headers.get("x-api-key")?.as_bytes();
+        let ours = key
+            .strip_prefix(b"tml-")
+            .filter(|key| key.starts_with(KEY_PREFIX.as_bytes()));
+        Some(ours.unwrap_or(key))
+    })
 }
 
 #[cfg(test)]
 mod tests {
-    use axum::http::HeaderName;
+    use axum::http::{HeaderName, HeaderValue};
 
     use super::*;
 
@@ -240,6 +247,8 @@ mod tests {
             (headers("authorization", "bearer  k "), Some("k")),
             (headers("authorization", "Basic k"), None),
             (headers("x-api-key", "k"), Some("k")),
+            (headers("x-api-key", "tml-k"), Some("tml-k")),
+            (headers("x-api-key", "tml-sk-tandem-k"), Some("sk-tandem-k")),
             (HeaderMap::new(), None),
         ] {
             assert_eq!(given_key(&headers), expected.map(str::as_bytes));

@@ -54,7 +54,7 @@ impl Learn {
     }
 }
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NewLearner {
     pub lora: Lora,
     /// Of the first numbers.
@@ -64,15 +64,15 @@ pub struct NewLearner {
 }
 
 /// Numbers that were kept.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Source {
     /// A state that [`Learn::Save`] wrote.
     State { file: PathBuf, moments: Moments },
     /// A PEFT folder, which has no moments: the optimizer is a new one.
-    Adapter { folder: PathBuf },
+    Adapter(AdapterRef),
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Moments {
     /// As they were, with the number of steps.
     Restored,
@@ -80,14 +80,14 @@ pub enum Moments {
     Fresh,
 }
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Save {
     /// Empty, and the caller's to remove when this fails.
     pub folder: PathBuf,
     pub what: Saving,
 }
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Saving {
     /// A state to go on from.
     State,
@@ -101,8 +101,9 @@ pub struct Saved {
     pub adapter: Option<AdapterRef>,
 }
 
-/// Name of the state's file in the folder of a [`Saving::State`].
+/// Name of the state's file in the folder of a [`Saving::State`], and of the PEFT folder in that of a [`Saving::Adapter`].
 pub const STATE: &str = "state.safetensors";
+pub const ADAPTER: &str = "adapter";
 
 /// What one call learns from.
 #[derive(Clone, Debug, PartialEq)]
@@ -280,7 +281,7 @@ pub struct Scores {
 }
 
 /// One step of AdamW, in torch's meaning.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Adam {
     pub learning_rate: f64,
     pub beta1: f64,
@@ -316,7 +317,7 @@ impl Adam {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Stepped {
     /// Steps done.
     pub step: u64,

@@ -4,6 +4,7 @@
 mod outgoing;
 mod table;
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -53,9 +54,11 @@ pub struct ConnectError {
     pub message: String,
 }
 
-/// Opens a session with the backend at `url` (`http://host:port`), showing it the token.
-pub async fn connect(url: &str, token: Option<&Token>) -> Result<Remote, ConnectError> {
-    let opened = tokio::time::timeout(CONNECT_PATIENCE + OPEN_PATIENCE, open(url, token.cloned())).await;
+/// Opens a session with the backend at `url` (`http://host:port`), showing it the token. `root`: the data folder here, which
+/// may be another path there.
+pub async fn connect(url: &str, token: Option<&Token>, root: &Path) -> Result<Remote, ConnectError> {
+    let opened = open(url, token.cloned(), root.to_owned());
+    let opened = tokio::time::timeout(CONNECT_PATIENCE + OPEN_PATIENCE, opened).await;
     let opened = opened.unwrap_or_else(|_| Err(format!("no session after {OPEN_PATIENCE:?}")));
     opened.map_err(|message| ConnectError {
         url: url.to_owned(),
@@ -63,7 +66,7 @@ pub async fn connect(url: &str, token: Option<&Token>) -> Result<Remote, Connect
     })
 }
 
-async fn open(url: &str, token: Option<Token>) -> Result<Remote, String> {
+async fn open(url: &str, token: Option<Token>, root: PathBuf) -> Result<Remote, String> {
     let channel = Endpoint::from_shared(url.to_owned())
         .map_err(|error| chain(&error))?
         .connect_timeout(CONNECT_PATIENCE)
@@ -97,7 +100,7 @@ async fn open(url: &str, token: Option<Token>) -> Result<Remote, String> {
     let (commands, inbox) = mpsc::channel(COMMAND_QUEUE);
     let (control, wishes) = mpsc::unbounded_channel();
     let table = Arc::new(Table::default());
-    let outgoing = Outgoing::new(inbox, wishes, table.clone());
+    let outgoing = Outgoing::new(inbox, wishes, table.clone(), root);
     let mut inbound = client.session(outgoing).await.map_err(said)?.into_inner();
     // The first word is the replica's numbers: nobody chooses by numbers that were never said.
     let first = inbound.message().await.map_err(said)?;
@@ -169,7 +172,10 @@ impl Session {
             closed,
             stats_json,
             pong,
+            learned,
         } = down;
+        // Before what closes streams.
+        self.table.learned(learned)?;
         self.table
             .deliver(events, job_events, adapters, closed, &self.control)?;
         if let Some(stats) = stats_json {

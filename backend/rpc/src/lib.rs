@@ -7,6 +7,7 @@
 mod client;
 mod codec;
 mod files;
+mod learn;
 mod service;
 #[cfg(test)]
 mod tests;

@@ -1,10 +1,12 @@
 //! The replica's side: sessions of routers over one `ReplicaHandle`, and how they end. Not here: one session's streams
 //! (`session`), the socket's address (server).
 
+mod learners;
 mod session;
 mod source;
 
 use std::future::Future;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -38,6 +40,8 @@ const STATS_PERIOD: Duration = Duration::from_millis(100);
 pub trait Hooks: Send + Sync + 'static {
     /// The adapter with a folder of this machine. Ready at once when the folder is here.
     fn adapter(&self, digest: AdapterDigest) -> BoxFuture<'static, Result<AdapterRef, Fault>>;
+    /// What lies at a path below the data folder that routers have, too.
+    fn below(&self, path: &Path) -> Result<PathBuf, Fault>;
     /// The job with its folder on this machine, datasets and last state in it.
     fn job(&self, spec: JobSpec) -> BoxFuture<'static, Result<JobSpec, String>>;
     /// Before an event leaves: what it names must be where other machines can find it. An error ends the session's
@@ -53,8 +57,9 @@ pub(crate) struct Shared {
     replica: ReplicaHandle,
     hooks: Box<dyn Hooks>,
     description: Description,
-    /// Routers count their requests each from 0; the engine's ids are the service's.
+    /// Routers count their requests each from 0; the engine's ids are the service's. So it is with learners.
     next_request: AtomicU64,
+    next_learner: AtomicU64,
     /// Requests that have not ended.
     open: AtomicUsize,
     closed_one: Notify,
@@ -92,6 +97,7 @@ impl Service {
             replica,
             hooks: Box::new(hooks),
             next_request: AtomicU64::new(0),
+            next_learner: AtomicU64::new(0),
             open: AtomicUsize::new(0),
             closed_one: Notify::new(),
             draining: AtomicBool::new(false),
@@ -134,6 +140,10 @@ impl Shared {
             draining: self.draining.load(Ordering::Acquire),
             ..self.replica.stats.borrow().clone()
         }
+    }
+
+    fn next_learner(&self) -> u64 {
+        self.next_learner.fetch_add(1, Ordering::Relaxed)
     }
 
     fn open(self: &Arc<Shared>) -> (RequestId, Open) {

@@ -1,7 +1,7 @@
 //! A real session over loopback, with the test in the engine's place at the command channel.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
@@ -43,6 +43,10 @@ impl Hooks for Machine {
             }
         }
         .boxed()
+    }
+
+    fn below(&self, path: &Path) -> Result<PathBuf, Fault> {
+        Ok(Path::new("/elsewhere").join(path))
     }
 
     fn job(&self, spec: JobSpec) -> BoxFuture<'static, Result<JobSpec, String>> {
@@ -112,7 +116,7 @@ impl Backend {
     }
 
     async fn connect(&self) -> Remote {
-        connect(&self.url, None).await.unwrap()
+        connect(&self.url, None, Path::new("/here")).await.unwrap()
     }
 
     async fn next(&mut self) -> Command {
@@ -978,7 +982,7 @@ async fn who_does_not_know_the_token_learns_and_does_nothing() {
         (Some("0123456789abcdef0"), "not the backend's"),
     ] {
         let shown = shown.map(token);
-        let refused = connect(&backend.url, shown.as_ref())
+        let refused = connect(&backend.url, shown.as_ref(), Path::new("/here"))
             .await
             .err()
             .expect("no session");
@@ -988,7 +992,7 @@ async fn who_does_not_know_the_token_learns_and_does_nothing() {
         .await
         .unwrap_err();
     assert_eq!(status.code(), tonic::Code::Unauthenticated);
-    let remote = connect(&backend.url, Some(&token("0123456789abcdef")))
+    let remote = connect(&backend.url, Some(&token("0123456789abcdef")), Path::new("/here"))
         .await
         .unwrap();
     let _answer = ask(&remote, request(1)).await;

@@ -117,7 +117,7 @@ impl Driven {
                     learner::Moments::Fresh => self.take_numbers(&tensors.params),
                 }
             }
-            learner::Source::Adapter { folder } => {
+            learner::Source::Adapter(AdapterRef { folder, .. }) => {
                 let spec = self.learner.spec();
                 let there = peft::read(folder, spec, u32::MAX)?.params;
                 if there.shape != AdapterShape::new(spec, lora) {
@@ -384,11 +384,10 @@ impl Copy {
             }
             Copied::Adapter { base_model } => {
                 let config = PeftConfig { base_model, lora };
-                const NAME: &str = "adapter";
-                state::replace_folder(folder, NAME, |folder: &Path| {
+                state::replace_folder(folder, learner::ADAPTER, |folder: &Path| {
                     Ok(peft::write(folder, params, &config)?)
                 })?;
-                let folder = folder.join(NAME);
+                let folder = folder.join(learner::ADAPTER);
                 let digest = peft::digest(&folder)?;
                 let adapter = Some(AdapterRef { digest, folder });
                 Ok(Saved { adapter })

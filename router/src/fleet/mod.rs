@@ -5,6 +5,7 @@ mod affinity;
 mod choice;
 
 use std::future::Future;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -61,12 +62,12 @@ impl Member {
     }
 
     /// The backend at `url`, which is shown the token.
-    pub fn remote(url: &str, token: Option<Token>) -> Member {
-        let address = url.to_owned();
+    pub fn remote(url: &str, token: Option<Token>, data_dir: &Path) -> Member {
+        let (address, data_dir) = (url.to_owned(), data_dir.to_owned());
         Member::new(url, move || {
-            let (address, token) = (address.clone(), token.clone());
+            let (address, token, data_dir) = (address.clone(), token.clone(), data_dir.clone());
             async move {
-                let remote = tandem_rpc::connect(&address, token.as_ref()).await;
+                let remote = tandem_rpc::connect(&address, token.as_ref(), &data_dir).await;
                 let tandem_rpc::Remote {
                     replica,
                     files,
@@ -145,6 +146,8 @@ pub struct Ask<'a> {
     pub max_tokens: u32,
     /// Sequences that go together.
     pub n: u32,
+    /// The member that alone has what answers.
+    pub at: Option<&'a mpsc::Sender<Command>>,
 }
 
 /// Sequences' place at a member, counted until it is dropped.
@@ -305,6 +308,10 @@ impl Fleet {
                 if *phase.borrow_and_update() == Phase::Stops {
                     return Err(Fault::ShuttingDown);
                 }
+                if ask.at.is_some_and(mpsc::Sender::is_closed) {
+                    let why = "the replica that held what was to answer, in memory only";
+                    return Err(Fault::ReplicaLost(why.to_owned()));
+                }
                 if let Some(seat) = self.best(ask) {
                     return Ok(seat);
                 }
@@ -335,13 +342,20 @@ impl Fleet {
             adapter,
             max_tokens,
             n,
+            at,
         }: Ask<'_>,
     ) -> Option<Seat> {
         let need = Need {
             prompt_tokens: prompt.len() as u32,
             tokens: prompt.len() as u32 + max_tokens,
         };
-        let usable: Vec<(&Place, ReplicaHandle)> = self.usable().collect();
+        let usable: Vec<(&Place, ReplicaHandle)> = match at {
+            None => self.usable().collect(),
+            Some(at) => {
+                let is_there = |replica: &ReplicaHandle| replica.commands.same_channel(at);
+                self.replicas().filter(|(_, replica)| is_there(replica)).collect()
+            }
+        };
         // With one member there is nothing to choose, and nothing to remember.
         let chain = match usable.len() {
             0 | 1 => Vec::new(),
@@ -399,6 +413,11 @@ impl Fleet {
             .filter(|((jobs, _), _, replica)| *jobs < replica.info.max_training_jobs)
             .min_by_key(|(busy, ..)| *busy)
             .map(|(_, place, replica)| JobSeat::new(replica, &place.jobs))
+    }
+
+    /// Every member that takes what is new.
+    pub fn takers(&self) -> Vec<ReplicaHandle> {
+        self.usable().map(|(_, replica)| replica).collect()
     }
 
     /// Every member that lives, those that drain too.

@@ -130,6 +130,8 @@ pub(crate) struct Tinker {
 struct Session {
     client: Client,
     heard: Instant,
+    /// Where its models live.
+    replica: Option<ReplicaHandle>,
     models: BTreeMap<u32, Arc<Model>>,
     samplers: BTreeMap<u64, Arc<Sampler>>,
 }
@@ -194,6 +196,7 @@ impl View {
         let session = Session {
             client: self.client.clone(),
             heard: Instant::now(),
+            replica: None,
             models: BTreeMap::new(),
             samplers: BTreeMap::new(),
         };
@@ -266,16 +269,27 @@ impl View {
 }
 
 impl Router {
-    /// The one replica in which learners live.
-    fn learners_replica(&self) -> Result<ReplicaHandle, Fault> {
-        let mut replicas = self.0.fleet.all();
-        match replicas.len() {
-            0 => Err(Fault::ReplicaLost("there is none now".to_owned())),
-            1 => Ok(replicas.remove(0)),
-            n => Err(Fault::Refused(format!(
-                "this router has {n} backends, and a model that a client trains lives in one process: use `tandem serve`"
-            ))),
+    /// Where a session's models live: all in one replica, and new ones in another when that is gone.
+    fn learners_replica(&self, session: &str) -> Result<ReplicaHandle, Fault> {
+        let mut sessions = self.0.tinker.sessions();
+        let lives = |replica: &ReplicaHandle| !replica.commands.is_closed();
+        let taken: Vec<ReplicaHandle> = sessions
+            .values()
+            .filter_map(|session| session.replica.clone().filter(lives))
+            .collect();
+        let session = sessions.get_mut(session);
+        let session = session.ok_or_else(|| Fault::Refused("its session has ended".to_owned()))?;
+        if let Some(replica) = session.replica.clone().filter(lives) {
+            return Ok(replica);
         }
+        let sessions_of = |replica: &ReplicaHandle| {
+            let is_here = |taken: &&ReplicaHandle| taken.commands.same_channel(&replica.commands);
+            taken.iter().filter(is_here).count()
+        };
+        let emptiest = self.0.fleet.takers().into_iter().min_by_key(sessions_of);
+        let emptiest = emptiest.ok_or_else(|| Fault::ReplicaLost("there is none now".to_owned()))?;
+        session.replica = Some(emptiest.clone());
+        Ok(emptiest)
     }
 }
 

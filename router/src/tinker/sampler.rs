@@ -13,6 +13,7 @@ use tandem_store::ids;
 use super::futures::Promise;
 use super::{MAX_SAMPLERS, Outcome, check_tokens, lock};
 use crate::api::{Call, Finish, Generation, Prompt, RouterError, TokenText, What};
+use crate::generate::Nameless;
 use crate::{Router, View};
 
 /// Numbers of calls that are remembered, so that one that is sent again counts once.
@@ -86,6 +87,8 @@ pub(super) enum Weights {
     Base,
     /// A name of the catalog: what was saved.
     Named(String),
+    /// What another tenant published, as long as it is.
+    Published(String),
     Snapshot(AdapterDigest),
     Inflight(Arc<Mutex<AdapterDigest>>),
 }
@@ -119,10 +122,7 @@ impl View {
         }
         let base = base_model.unwrap_or(&served).to_owned();
         let weights = match path {
-            Some(path) => match router.sampled_by(&self.client, path).await? {
-                Some(name) => Weights::Named(name),
-                None => Weights::Base,
-            },
+            Some(path) => router.sampled_by(&self.client, path).await?,
             None if base_model.is_some() => Weights::Base,
             None => {
                 let message = "base_model or model_path must say what to sample from";
@@ -213,14 +213,15 @@ impl View {
 
     async fn begin(&self, sampler: &Sampler, ask: &Ask) -> Result<Generation, RouterError> {
         let router = &self.router;
-        let snapshot = match &sampler.weights {
+        let adapter = match &sampler.weights {
             Weights::Base | Weights::Named(_) => None,
-            Weights::Snapshot(digest) => Some(*digest),
-            Weights::Inflight(digest) => Some(*lock(digest)),
+            Weights::Published(path) => Some(router.published(&self.client, path).await?),
+            Weights::Snapshot(digest) => Some(router.use_snapshot(*digest)?),
+            Weights::Inflight(digest) => {
+                let digest = *lock(digest);
+                Some(router.use_snapshot(digest)?)
+            }
         };
-        if let Some(digest) = snapshot {
-            router.use_snapshot(digest)?;
-        }
         let model = match &sampler.weights {
             Weights::Named(path) => path.clone(),
             _ => router.config().served_model_name.clone(),
@@ -266,18 +267,19 @@ impl View {
             add_special_tokens: false,
             pooling: None,
         };
-        router.generate_from(call, snapshot).await
+        router.generate_from(call, adapter).await
     }
 }
 
 impl Router {
     /// It was just used, and is still there.
-    fn use_snapshot(&self, digest: AdapterDigest) -> Result<(), RouterError> {
+    fn use_snapshot(&self, digest: AdapterDigest) -> Result<Nameless, RouterError> {
         let mut snapshots = self.0.tinker.snapshots();
         match snapshots.get_mut(&digest) {
             Some(snapshot) if !snapshot.replica.commands.is_closed() => {
                 snapshot.used = Instant::now();
-                Ok(())
+                let at = snapshot.replica.commands.clone();
+                Ok(Nameless { digest, at: Some(at) })
             }
             _ => {
                 let message = "the weights of this sampler are no longer in memory: newer snapshots took their place, or the \

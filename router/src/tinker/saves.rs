@@ -5,14 +5,16 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use tandem_core::id::AdapterDigest;
+use tandem_core::id::{AdapterDigest, AdapterRef};
 use tandem_core::job::Lora;
 use tandem_core::learner::{self, Moments};
 use tandem_store::{SaveKind, SavePlace, SaveRecord, now};
 
 use super::reach::{Reach, lora_of};
+use super::sampler::Weights;
 use crate::api::{Client, ModelKind, RouterError};
 use crate::catalog::Hold;
+use crate::generate::Nameless;
 use crate::{Router, View};
 
 const SCHEME: &str = "tinker://";
@@ -134,10 +136,11 @@ pub(super) struct KeptNumbers {
     _hold: Option<Hold>,
 }
 
-/// What a client may mean by a path: a checkpoint, or the name of an adapter, whoever made that.
-enum Named {
+/// What a client may mean by a path: a checkpoint, or the name of an adapter, whoever made that. The SDK samples from nothing
+/// that does not begin as a path, so a name may stand behind `tinker://`.
+enum Named<'a> {
     Save(Box<SaveRecord>),
-    Adapter(AdapterDigest),
+    Adapter(&'a str, AdapterDigest),
     Base,
 }
 
@@ -156,14 +159,15 @@ impl Router {
         Ok(record)
     }
 
-    async fn named(&self, client: &Client, path: &str) -> Result<Named, RouterError> {
-        if path.starts_with(SCHEME) {
-            let record = self.saved(client, &Path::parse(path)?).await?;
+    async fn named<'a>(&self, client: &Client, path: &'a str) -> Result<Named<'a>, RouterError> {
+        if let Ok(place) = Path::parse(path) {
+            let record = self.saved(client, &place).await?;
             return Ok(Named::Save(Box::new(record)));
         }
         self.refresh_names().await?;
-        match self.0.catalog.find(client, path).map(|card| card.kind) {
-            Some(ModelKind::Adapter { digest, .. }) => Ok(Named::Adapter(digest)),
+        let name = path.strip_prefix(SCHEME).unwrap_or(path);
+        match self.0.catalog.find(client, name).map(|card| card.kind) {
+            Some(ModelKind::Adapter { digest, .. }) => Ok(Named::Adapter(name, digest)),
             Some(ModelKind::Base) => Ok(Named::Base),
             None => Err(RouterError::Unknown {
                 what: "checkpoint or adapter",
@@ -190,7 +194,7 @@ impl Router {
                 (None, Some(digest)) => digest,
                 (None, None) => return Err(RouterError::invalid("path", format!("{path} has no numbers"))),
             },
-            Named::Adapter(digest) => digest,
+            Named::Adapter(_, digest) => digest,
             Named::Base => {
                 let message = format!("{path} is the base, not an adapter: a model on it begins anew");
                 return Err(RouterError::invalid("path", message));
@@ -209,32 +213,42 @@ impl Router {
         Ok(KeptNumbers {
             lora: lora
                 .map_err(|why| RouterError::invalid("path", format!("{path} cannot be trained on: {why}")))?,
-            source: learner::Source::Adapter { folder },
+            source: learner::Source::Adapter(AdapterRef { digest, folder }),
             _hold: Some(hold),
         })
     }
 
-    /// What samples by `path`: a model's name, or none for the base.
-    pub(super) async fn sampled_by(
-        &self,
-        client: &Client,
-        path: &str,
-    ) -> Result<Option<String>, RouterError> {
-        match self.named(client, path).await? {
-            Named::Base => Ok(None),
-            Named::Adapter(_) => Ok(Some(path.to_owned())),
-            Named::Save(record) if record.place.kind == SaveKind::Adapter => Ok(Some(path.to_owned())),
-            Named::Save(_) => Err(RouterError::invalid(
-                "model_path",
-                format!("{path} is a state to train on from: sample what save_weights_for_sampler saved"),
-            )),
-        }
+    pub(super) async fn sampled_by(&self, client: &Client, path: &str) -> Result<Weights, RouterError> {
+        Ok(match self.named(client, path).await? {
+            Named::Base => Weights::Base,
+            Named::Adapter(name, _) => Weights::Named(name.to_owned()),
+            Named::Save(record) => match record.place.kind {
+                SaveKind::Adapter if client.sees(&record.tenant) => Weights::Named(path.to_owned()),
+                SaveKind::Adapter => Weights::Published(path.to_owned()),
+                SaveKind::State => {
+                    let message = format!(
+                        "{path} is a state to train on from: sample what save_weights_for_sampler saved"
+                    );
+                    return Err(RouterError::invalid("model_path", message));
+                }
+            },
+        })
+    }
+
+    pub(super) async fn published(&self, client: &Client, path: &str) -> Result<Nameless, RouterError> {
+        let digest = match self.named(client, path).await? {
+            Named::Save(record) => record.adapter,
+            Named::Adapter(..) | Named::Base => None,
+        };
+        let digest =
+            digest.ok_or_else(|| RouterError::invalid("model_path", format!("{path} is no adapter")))?;
+        Ok(Nameless { digest, at: None })
     }
 
     async fn reach_of(&self, client: &Client, path: &str) -> Result<Reach, RouterError> {
         let lora = match self.named(client, path).await? {
             Named::Save(record) => lora_of(&record, &self.info().lora_targets),
-            Named::Adapter(digest) => {
+            Named::Adapter(_, digest) => {
                 let shape = self.adapter_shape(digest).await?.1;
                 shape.map_err(|why| RouterError::invalid("tinker_path", format!("{path}: {why}")))?
             }

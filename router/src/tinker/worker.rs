@@ -125,7 +125,11 @@ impl Worker {
             Origin::Kept { kept, .. } => (0, Some(kept.source.clone())),
         };
         let lora = self.about.lora.clone();
-        self.replica = Some(self.router.learners_replica().map_err(RouterError::Engine)?);
+        self.replica = Some(
+            self.router
+                .learners_replica(&self.session)
+                .map_err(RouterError::Engine)?,
+        );
         let new = Box::new(NewLearner { lora, seed, from });
         self.ask(|reply| Learn::Create(new, reply)).await?;
         let model_id = self.about.id.clone();

@@ -106,6 +106,11 @@ impl Artifacts {
         }
     }
 
+    /// A path below the folder; `None` where that is of this process alone.
+    pub fn below(&self, path: &Path) -> Option<PathBuf> {
+        self.remote.is_none().then(|| self.folders.root().join(path))
+    }
+
     /// Whether other processes see the same artifacts by another way than this folder.
     pub(crate) fn is_cached(&self) -> bool {
         self.remote.is_some()

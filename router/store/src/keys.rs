@@ -16,7 +16,7 @@ use crate::db::Database;
 use crate::{Places, Store, StoreError, ids, now};
 
 /// Before the random part, so that people and scanners for leaked secrets know one when they see it.
-const PREFIX: &str = "sk-tandem-";
+pub const PREFIX: &str = "sk-tandem-";
 const MAX_NAME_CHARS: usize = 200;
 
 /// Whose a thing is.

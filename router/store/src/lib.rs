@@ -57,7 +57,9 @@ pub use jobs::{
     Asked, Changed, CheckpointRow, EventRow, JobChange, JobRow, MetadataFilter, NewCheckpoint, NewEvent,
     NewJob,
 };
-pub use keys::{KeyRow, Keys, Limits, NewKey, NotARole, NotATenant, Role, Tenant, hash as key_hash};
+pub use keys::{
+    KeyRow, Keys, Limits, NewKey, NotARole, NotATenant, PREFIX as KEY_PREFIX, Role, Tenant, hash as key_hash,
+};
 pub use lease::{LEASE, Lease, Renewal};
 pub use names::{NameRow, NewName, Source};
 pub use remote::use_ring;

@@ -54,7 +54,7 @@ pub fn run(options: Router, given: &Given) -> Result<()> {
     let adapters = edge::adapters(&options)?;
     let members: Vec<Member> = backends
         .into_iter()
-        .map(|url| Member::remote(url, token.clone()))
+        .map(|url| Member::remote(url, token.clone(), &state.artifacts.data_dir))
         .collect();
     block_on(async {
         let mut signals = Signals::new()?;

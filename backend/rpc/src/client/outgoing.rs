@@ -1,19 +1,20 @@
 //! The session's commands as the connection reads them: straight off the handle's channel. Not here: answers.
 
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use futures::Stream;
 use tandem_core::job::JobSpec;
-use tandem_core::message::{Fault, Generate};
+use tandem_core::message::Generate;
 use tandem_core::replica::Command;
 use tokio::sync::mpsc;
 
 use super::table::Table;
-use crate::codec;
 use crate::wire::up::Say;
 use crate::wire::{self, Up};
+use crate::{codec, learn};
 
 /// Ends with [`Command::Stop`], with the last handle, or with the session; the command channel closes with it.
 pub struct Outgoing {
@@ -21,6 +22,8 @@ pub struct Outgoing {
     /// Credits, goodbyes and probes, which the reader of the session wants sent.
     wishes: mpsc::UnboundedReceiver<Up>,
     table: Arc<Table>,
+    /// The data folder.
+    root: PathBuf,
 }
 
 impl Outgoing {
@@ -28,11 +31,13 @@ impl Outgoing {
         commands: mpsc::Receiver<Command>,
         wishes: mpsc::UnboundedReceiver<Up>,
         table: Arc<Table>,
+        root: PathBuf,
     ) -> Outgoing {
         Outgoing {
             commands,
             wishes,
             table,
+            root,
         }
     }
 
@@ -95,11 +100,13 @@ impl Outgoing {
             }
             Command::CancelJob(id) => Say::CancelJob(id.to_string()),
             Command::PauseJob(id) => Say::PauseJob(id.to_string()),
-            Command::Learn(_, learn) => {
-                let message = "a model that a client trains lives in the process that serves it: `tandem serve`, not a router \
-                               with backends";
-                learn.refuse(Fault::Refused(message.to_owned()));
-                return None;
+            Command::Learn(id, learn) => {
+                let (ask, waiting) = learn::ask(learn, &self.root)?;
+                Say::Learn(wire::Learn {
+                    stream: table.learn(waiting)?,
+                    learner: id.0,
+                    ask: Some(ask),
+                })
             }
             Command::Stop => return None,
         })

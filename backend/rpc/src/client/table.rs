@@ -12,8 +12,9 @@ use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::codec::{self, Damaged};
+use crate::learn::Waiting;
 use crate::wire::up::Say;
-use crate::wire::{AdapterAnswer, Credit, Events, JobEvents, Up};
+use crate::wire::{AdapterAnswer, Credit, Events, JobEvents, LearnAnswer, Up};
 
 type Reply = oneshot::Sender<Result<AdapterInfo, Fault>>;
 type Control = mpsc::UnboundedSender<Up>;
@@ -28,6 +29,7 @@ struct Inner {
     requests: HashMap<u64, Listener<Event>>,
     jobs: HashMap<u64, Listener<JobEvent>>,
     adapters: HashMap<u64, Reply>,
+    learners: HashMap<u64, Waiting>,
     /// By the id that `Abort` names.
     streams: HashMap<RequestId, u64>,
 }
@@ -131,6 +133,23 @@ impl Table {
         Some(stream)
     }
 
+    pub fn learn(&self, waiting: Option<Waiting>) -> Option<u64> {
+        let mut inner = self.lock();
+        let stream = inner.stream()?;
+        inner.learners.extend(waiting.map(|waiting| (stream, waiting)));
+        Some(stream)
+    }
+
+    pub fn learned(&self, answers: Vec<LearnAnswer>) -> Result<(), Damaged> {
+        let mut inner = self.lock();
+        for answer in answers {
+            if let Some(waiting) = inner.learners.remove(&answer.stream) {
+                waiting.answer(answer)?;
+            }
+        }
+        Ok(())
+    }
+
     /// The stream of a request that nobody waits for any more; `None` when it has ended.
     pub fn forget(&self, id: RequestId) -> Option<u64> {
         let mut inner = self.lock();
@@ -208,6 +227,8 @@ impl Table {
         inner.state = State::Closed;
         inner.streams.clear();
         inner.jobs.clear();
+        // Who trains knows what was lost.
+        inner.learners.clear();
         for (_, listener) in inner.requests.drain() {
             // A full channel is closed without a last word, which means the same.
             let _ = listener.events.try_send(Event::Failed(why.clone()));
@@ -261,6 +282,7 @@ impl Inner {
         }
         self.jobs.remove(&stream);
         self.adapters.remove(&stream);
+        self.learners.remove(&stream);
     }
 }
 

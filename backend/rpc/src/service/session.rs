@@ -23,6 +23,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Interval, MissedTickBehavior};
 use tonic::{Status, Streaming};
 
+use super::learners::Learners;
 use super::source::{Kind, Link, Said, Source};
 use super::{STATS_PERIOD, Shared};
 use crate::codec::{self, Damaged};
@@ -71,10 +72,11 @@ pub async fn hear(
     peer: String,
 ) {
     let mut ear = Ear {
-        shared,
+        shared: shared.clone(),
         links,
         notes,
         jobs: HashMap::new(),
+        learners: Learners::new(shared),
     };
     let refused = loop {
         match inbound.message().await {
@@ -94,6 +96,7 @@ pub async fn hear(
         // A writer that is gone tells nobody.
         drop(ear.notes.send(Note::Refused(status)).await);
     }
+    ear.learners.end().await;
     // The writer sees the closed channel, drops its sources, and the engine aborts what nobody reads.
     tracing::info!(peer, why, "a router left");
 }
@@ -103,6 +106,7 @@ struct Ear {
     links: Links,
     notes: mpsc::Sender<Note>,
     jobs: HashMap<JobId, Job>,
+    learners: Learners,
 }
 
 impl Ear {
@@ -145,8 +149,15 @@ impl Ear {
                 });
             }
             Say::UnloadAdapter(adapter) => {
-                self.command(Command::UnloadAdapter(codec::digest(&adapter)?))
-                    .await;
+                let digest = codec::digest(&adapter)?;
+                self.learners.forget_snapshot(digest);
+                self.command(Command::UnloadAdapter(digest)).await;
+            }
+            Say::Learn(wire::Learn { stream, learner, ask }) => {
+                let ask = ask.ok_or_else(|| Damaged("a word to a learner of an unknown kind".to_owned()))?;
+                let answered = self.learners.obey(learner, ask).await?;
+                self.open(stream, Link::new(1), None, Kind::Learner(answered))
+                    .await?;
             }
             Say::StartJob(wire::StartJob {
                 stream,
@@ -264,6 +275,11 @@ impl Ear {
             self.command(Command::Generate(request(None), events)).await;
             return Ok(());
         };
+        if let Some(snapshot) = self.learners.snapshot(digest) {
+            self.command(Command::Generate(request(Some(snapshot)), events))
+                .await;
+            return Ok(());
+        }
         let mut found = self.shared.hooks.adapter(digest);
         match (&mut found).now_or_never() {
             Some(Ok(adapter)) => {
@@ -423,6 +439,11 @@ impl Outgoing {
             Said::Adapter(stream, result) => {
                 let result_json = codec::json(&result);
                 down.adapters.push(wire::AdapterAnswer { stream, result_json });
+                1
+            }
+            Said::Learner(stream, answer) => {
+                let answer = Some(answer);
+                down.learned.push(wire::LearnAnswer { stream, answer });
                 1
             }
             Said::Closed(stream) => {

@@ -1,4 +1,4 @@
-//! Where a session's events come from: one source per request, job or adapter that was asked for. A source speaks only
+//! Where a session's events come from: one source per request, job or adapter that was asked for, and per word to a learner. A source speaks only
 //! while its reader has room. Not here: how what it says travels.
 
 use std::pin::Pin;
@@ -13,6 +13,8 @@ use tandem_core::replica::AdapterInfo;
 use tokio::sync::{mpsc, oneshot};
 
 use super::Open;
+use super::learners::Answered;
+use crate::wire::learn_answer::Answer;
 
 /// Events that one source may put into one message.
 const BATCH: usize = 64;
@@ -65,6 +67,7 @@ pub enum Kind {
     /// JSON of `JobEvent`s, after the hooks.
     Job(mpsc::Receiver<Vec<u8>>),
     Adapter(oneshot::Receiver<Result<AdapterInfo, Fault>>),
+    Learner(Answered),
     /// Has said its last word.
     Over,
 }
@@ -73,6 +76,7 @@ pub enum Said {
     Events(u64, Vec<Event>),
     Job(u64, Vec<Vec<u8>>),
     Adapter(u64, Result<AdapterInfo, Fault>),
+    Learner(u64, Answer),
     /// The engine closed it without an end.
     Closed(u64),
 }
@@ -83,6 +87,7 @@ impl Said {
             Said::Events(stream, _)
             | Said::Job(stream, _)
             | Said::Adapter(stream, _)
+            | Said::Learner(stream, _)
             | Said::Closed(stream) => *stream,
         }
     }
@@ -94,7 +99,7 @@ impl Said {
                 matches!(events.last(), Some(Event::Finished { .. } | Event::Failed(_)))
             }
             Said::Job(..) => false,
-            Said::Adapter(..) | Said::Closed(_) => true,
+            Said::Adapter(..) | Said::Learner(..) | Said::Closed(_) => true,
         }
     }
 }
@@ -130,6 +135,10 @@ impl Stream for Source {
             Kind::Adapter(answer) => match ready!(Pin::new(answer).poll(context)) {
                 Ok(answer) => Said::Adapter(*stream, answer),
                 Err(_) => Said::Closed(*stream),
+            },
+            Kind::Learner(answered) => match ready!(answered.as_mut().poll(context)) {
+                Some(answer) => Said::Learner(*stream, answer),
+                None => Said::Closed(*stream),
             },
         };
         if let Said::Events(_, events) = &said {

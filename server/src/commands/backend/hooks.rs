@@ -1,6 +1,8 @@
 //! What a backend fetches before it obeys and keeps before it tells: adapters and jobs, by way of the artifact store.
 //! Not here: where that is (store), what the router writes down.
 
+use std::path::{Path, PathBuf};
+
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use tandem_core::id::{AdapterDigest, AdapterRef};
@@ -26,6 +28,14 @@ impl Hooks for Kept {
             }
         }
         .boxed()
+    }
+
+    fn below(&self, path: &Path) -> Result<PathBuf, Fault> {
+        self.0.below(path).ok_or_else(|| {
+            let why = "checkpoints of training clients lie in a data folder that router and backends share, and with \
+                       --artifact-url they share none";
+            Fault::Refused(why.to_owned())
+        })
     }
 
     fn job(&self, spec: JobSpec) -> BoxFuture<'static, Result<JobSpec, String>> {
