@@ -153,6 +153,7 @@ def test_another_tenant_loads_and_samples_what_is_published(tmp_path, monkeypatc
         command = [binary, "keys", "create", "--role", "train", "--tenant", name, "--data-dir", tmp_path / "data"]
         made = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         key = "tml-" + re.search(r"sk-tandem-\S+", made)[0]
+        time.sleep(2.5)  # keys count within two seconds
         return tinker.ServiceClient(base_url=server.url, api_key=key), tinker.RestClient(base_url=server.url, api_key=key)
 
     (alice, rest), (bob, _) = tenant("alice"), tenant("bob")

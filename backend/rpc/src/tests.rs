@@ -1,5 +1,7 @@
 //! A real session over loopback, with the test in the engine's place at the command channel.
 
+mod learners;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -428,7 +430,7 @@ async fn what_a_lost_session_carried_is_lost() {
         "{last:?}"
     );
     soon(remote.replica.commands.closed()).await;
-    assert!(connect(&backend.url, None).await.is_err());
+    assert!(connect(&backend.url, None, Path::new("/here")).await.is_err());
 }
 
 #[tokio::test]
@@ -999,7 +1001,8 @@ async fn who_does_not_know_the_token_learns_and_does_nothing() {
     backend.generate().await;
     // A backend without one takes any.
     let open = Backend::start().await;
-    assert!(connect(&open.url, Some(&token("0123456789abcdef"))).await.is_ok());
+    let any = token("0123456789abcdef");
+    assert!(connect(&open.url, Some(&any), Path::new("/here")).await.is_ok());
     for (text, expected) in [
         ("0123456789abcde", BadToken::Short(15)),
         ("", BadToken::Short(0)),
