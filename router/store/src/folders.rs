@@ -258,9 +258,13 @@ impl Folders {
         Ok(staged)
     }
 
-    /// Give a staged adapter its final place. That it is there already is as good.
+    /// Give a staged adapter its final place. That it is there already is as good, unless a disk has damaged it since.
     pub fn place_adapter(&self, staged: &Path, digest: &AdapterDigest) -> Result<PathBuf, StoreError> {
         let target = self.adapter(digest);
+        if target.exists() && !self::digest(&target).is_ok_and(|got| got == *digest) {
+            tracing::warn!(adapter = %digest, "the stored adapter was damaged: this copy takes its place");
+            remove(&target)?;
+        }
         if !target.exists() {
             File::open(staged)
                 .and_then(|folder| folder.sync_all())

@@ -454,7 +454,11 @@ async fn what_one_process_puts_into_a_bucket_another_gets() {
     .unwrap();
     fs::write(cached.join("adapter_model.safetensors"), "onf").unwrap();
     let again = c.adapter(digest).await.unwrap().join("adapter_model.safetensors");
-    assert_eq!(fs::read_to_string(again).unwrap(), "one");
+    assert_eq!(fs::read_to_string(&again).unwrap(), "one");
+    // Who brings a sound copy mends it, too.
+    fs::write(&again, "onf").unwrap();
+    assert_eq!(publish(&c, &adapter(root.path(), "one")).await, digest);
+    assert_eq!(fs::read_to_string(&again).unwrap(), "one");
 
     // Larger than a part: it goes up in pieces and is never in memory whole.
     let staged = a.folders().staging();
