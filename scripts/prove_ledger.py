@@ -67,6 +67,7 @@ class Client:
 
     def __init__(self, bases, adapters, database):
         self.bases, self.adapters, self.database = bases, pathlib.Path(adapters), database
+        self.refused = threading.local()  # what the last call of a thread was refused with
 
     def call(self, method, path, body=None, kind="application/json", timeout=30, key=ADMIN):
         """Status, body and headers."""
@@ -75,7 +76,9 @@ class Client:
             data = json.dumps(body).encode() if isinstance(body, dict) else body
             connection.request(method, path, data, {"Authorization": f"Bearer {key}"} | ({"Content-Type": kind} if data else {}))
             response = connection.getresponse()
-            return response.status, response.read(), response.headers
+            answer = response.read()
+            self.refused.words = answer[:300] if response.status >= 400 else b""
+            return response.status, answer, response.headers
         except (OSError, http.client.HTTPException) as error:
             raise Away(repr(error)) from error
         finally:
@@ -166,10 +169,10 @@ class Ledger:
         with self.lock:
             self.counts[what] += 1
 
-    def fault(self, what):
+    def fault(self, what, words=b""):
         with self.lock:
             if what != self.excused:
-                self.wrong.append(what)
+                self.wrong.append(f"{what} {words.decode(errors='replace')}")
 
     def __str__(self):
         jobs = ", ".join(f"{kind} {n}" for kind, n in sorted(collections.Counter(self.jobs.values()).items()))
@@ -196,7 +199,7 @@ class Peers:
                 status = kind(rng)
                 self.ledger.count(f"{kind.__name__} {status}")
                 if status != 200 and status not in PASSING:
-                    self.ledger.fault(f"{kind.__name__}: {status}")
+                    self.ledger.fault(f"{kind.__name__}: {status}", self.client.refused.words)
             except Away:
                 self.ledger.count(f"{kind.__name__} no answer")
                 time.sleep(0.2)
