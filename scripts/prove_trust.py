@@ -353,7 +353,7 @@ def full_disk():
             with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as content:
                 while True:
                     content.write(bytes(1 << 20))
-            full = words(server.client.upload(b"x" * (1 << 20), "fine-tune"))
+            full = words(server.client.upload(b'{"text": "' + b"x" * (2 << 20) + b'"}\n', "fine-tune"))
             time.sleep(2)
             ready = server.call("GET", "/ready")
             deleted = server.call("DELETE", f"/v1/files/{file}")[0]
