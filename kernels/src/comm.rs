@@ -129,10 +129,30 @@ impl Comm {
 
     /// `[n, ...]` of each rank, of one shape and kind, to `[world, n, ...]` in rank order. (Alone: a view of `x`.)
     pub fn all_gather(&self, x: &Tensor) -> Tensor {
+        if let End::Solo = *self.end {
+            return x.unsqueeze(0);
+        }
+        let shape: Vec<i64> = std::iter::once(self.world() as i64).chain(x.size()).collect();
+        let out = Tensor::empty(shape, (x.kind(), x.device()));
+        self.all_gather_into(&out, x);
+        out
+    }
+
+    /// [`Comm::all_gather`] into memory that is there: contiguous, of the world times as many elements of the kind of `x`.
+    pub fn all_gather_into(&self, out: &Tensor, x: &Tensor) {
+        assert!(
+            out.is_contiguous() && out.kind() == x.kind() && out.numel() == self.world() * x.numel(),
+            "{:?} {:?} of {} ranks into {:?} {:?}",
+            x.kind(),
+            x.size(),
+            self.world(),
+            out.kind(),
+            out.size()
+        );
         match &*self.end {
-            End::Solo => x.unsqueeze(0),
-            End::Thread(rank) => or_panic(rank.all_gather(&x.contiguous())),
-            End::Process(rank) => or_panic(rank.all_gather(&x.contiguous())),
+            End::Solo => out.shallow_clone().view([-1]).copy_(&x.reshape([-1])),
+            End::Thread(rank) => or_panic(rank.all_gather(out, &x.contiguous())),
+            End::Process(rank) => or_panic(rank.all_gather(out, &x.contiguous())),
         }
     }
 

@@ -111,7 +111,9 @@ impl Rank {
             return self.group.all_reduce(x);
         }
         if small {
-            let parts = self.gather_bytes(x)?;
+            let shape: Vec<i64> = std::iter::once(world as i64).chain(x.size()).collect();
+            let parts = Tensor::empty(shape, (kind, Device::Cpu));
+            self.group.all_gather(&mut bytes(&parts), &bytes(x))?;
             // SAFETY: `parts` holds the elements of each rank's tensor.
             unsafe { sum_rows::<T>(&parts, world, x) };
             return Ok(());
@@ -153,31 +155,15 @@ impl Rank {
         sums.map_err(|failure| self.lost(failure))
     }
 
-    /// `x`: contiguous.
-    pub fn all_gather(&self, x: &Tensor) -> Result<Tensor, Lost> {
+    /// Both contiguous, `out` the world times as large.
+    pub fn all_gather(&self, out: &Tensor, x: &Tensor) -> Result<(), Lost> {
         self.check_device(x);
         let _turn = self.turn();
-        let out = match self.device {
-            Device::Cpu => self.gather_bytes(x),
-            _ => {
-                let out = self.room_for_all(x);
-                let gathered = self.group.all_gather(&mut out.view([-1]), &x.view([-1]));
-                gathered.map(|()| out)
-            }
+        let gathered = match self.device {
+            Device::Cpu => self.group.all_gather(&mut bytes(out), &bytes(x)),
+            _ => self.group.all_gather(&mut out.view([-1]), &x.view([-1])),
         };
-        out.map_err(|failure| self.lost(failure))
-    }
-
-    /// `[world, ...]`, whatever the kind.
-    fn gather_bytes(&self, x: &Tensor) -> Result<Tensor, Failure> {
-        let out = self.room_for_all(x);
-        self.group.all_gather(&mut bytes(&out), &bytes(x))?;
-        Ok(out)
-    }
-
-    fn room_for_all(&self, x: &Tensor) -> Tensor {
-        let shape: Vec<i64> = std::iter::once(self.world as i64).chain(x.size()).collect();
-        Tensor::empty(shape, (x.kind(), x.device()))
+        gathered.map_err(|failure| self.lost(failure))
     }
 
     pub fn broadcast(&self, message: Vec<u8>) -> Result<Vec<u8>, Lost> {

@@ -182,19 +182,16 @@ impl Rank {
         Ok(out)
     }
 
-    /// `x`: contiguous.
-    pub fn all_gather(&self, x: &Tensor) -> Result<Tensor, Lost> {
-        let shape: Vec<i64> = std::iter::once(self.group.world as i64).chain(x.size()).collect();
-        let out = Tensor::empty(shape, (x.kind(), Device::Cpu));
+    /// Both contiguous, `out` the world times as large.
+    pub fn all_gather(&self, out: &Tensor, x: &Tensor) -> Result<(), Lost> {
         let bytes = x.numel() * x.kind().elt_size_in_bytes();
-        let target = cpu_data(&out);
+        let target = cpu_data(out);
         self.together(cpu_data(x), Deed::Gather { bytes }, |brought| {
             for (rank, part) in brought[..self.group.world].iter().enumerate() {
-                // SAFETY: between the meetings every rank lends its tensor, of this many bytes; `out` is new.
+                // SAFETY: between the meetings every rank lends its tensor, of this many bytes; `out` has room for all.
                 unsafe { std::ptr::copy_nonoverlapping(part.cast_const(), target.add(rank * bytes), bytes) }
             }
-        })?;
-        Ok(out)
+        })
     }
 
     pub fn broadcast(&self, bytes: Vec<u8>) -> Result<Vec<u8>, Lost> {

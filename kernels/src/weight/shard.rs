@@ -12,10 +12,17 @@ pub struct Shard {
     comm: Comm,
     /// The weight without its numbers.
     frame: Weight,
-    /// Of the weight's buffers.
-    shapes: Vec<Vec<i64>>,
-    /// This rank's bytes of each, of one length on all ranks.
-    shares: Vec<Tensor>,
+    /// One of each of its buffers.
+    shares: Vec<Share>,
+}
+
+struct Share {
+    /// Of the buffer.
+    shape: Vec<i64>,
+    /// This rank's bytes, of one length on all ranks.
+    own: Tensor,
+    /// Bytes at the end that do not divide, fewer than there are ranks: all have them.
+    rest: Tensor,
 }
 
 impl Shard {
@@ -25,21 +32,19 @@ impl Shard {
         let share = |buffer: &Tensor| {
             let bytes = flat_bytes(buffer);
             let (len, world) = (bytes.numel(), comm.world());
-            let part = len.div_ceil(world);
-            let own = (part * comm.rank()).min(len)..(part * (comm.rank() + 1)).min(len);
-            let share = Tensor::zeros([part as i64], (Kind::Uint8, weight.device));
-            share
-                .narrow(0, 0, own.len() as i64)
-                .copy_(&bytes.narrow(0, own.start as i64, own.len() as i64));
-            share
+            let part = len / world;
+            let copy = |first: usize, n: usize| bytes.narrow(0, first as i64, n as i64).copy();
+            Share {
+                shape: buffer.size(),
+                own: copy(part * comm.rank(), part),
+                rest: copy(part * world, len % world),
+            }
         };
-        let shares = buffers.iter().map(share).collect();
-        let shapes: Vec<Vec<i64>> = buffers.iter().map(Tensor::size).collect();
-        let nothing: Vec<Vec<i64>> = shapes.iter().map(|shape| vec![0; shape.len()]).collect();
+        let shares: Vec<Share> = buffers.iter().map(share).collect();
+        let nothing: Vec<Vec<i64>> = shares.iter().map(|share| vec![0; share.shape.len()]).collect();
         Shard {
             frame: weight.sized(&nothing),
             comm,
-            shapes,
             shares,
         }
     }
@@ -49,13 +54,14 @@ impl Shard {
     /// # Panics
     /// When a rank was lost.
     pub fn whole(&self) -> Weight {
-        let whole = self.frame.sized(&self.shapes);
-        for (buffer, share) in whole.store.buffers().iter().zip(&self.shares) {
+        let shapes: Vec<Vec<i64>> = self.shares.iter().map(|share| share.shape.clone()).collect();
+        let whole = self.frame.sized(&shapes);
+        for (buffer, Share { own, rest, .. }) in whole.store.buffers().iter().zip(&self.shares) {
             let bytes = flat_bytes(buffer);
-            let all = self.comm.all_gather(share).view([-1]);
-            bytes
-                .shallow_clone()
-                .copy_(&all.narrow(0, 0, bytes.numel() as i64));
+            let rest_bytes = rest.size()[0];
+            let shared = bytes.size()[0] - rest_bytes;
+            self.comm.all_gather_into(&bytes.narrow(0, 0, shared), own);
+            bytes.narrow(0, shared, rest_bytes).copy_(rest);
         }
         // On the CPU a gather has failed itself; on a GPU it was only queued when its call returned.
         if self.frame.device != Device::Cpu {
@@ -74,7 +80,8 @@ impl Shard {
 
     /// Resident memory of this rank.
     pub fn bytes(&self) -> u64 {
-        self.shares.iter().map(|share| share.numel() as u64).sum()
+        let bytes = |share: &Share| share.own.numel() + share.rest.numel();
+        self.shares.iter().map(|share| bytes(share) as u64).sum()
     }
 
     pub fn format(&self) -> Format {
