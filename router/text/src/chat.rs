@@ -5,7 +5,6 @@ mod calls;
 mod offers;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io;
 use std::sync::Arc;
 
 use minijinja::value::Value;
@@ -77,8 +76,6 @@ pub enum Ending {
 /// (`enable_thinking`, ...).
 pub type Kwargs = BTreeMap<String, Json>;
 
-/// Bytes that a template may write; a request's body has fewer.
-const MAX_TEXT_BYTES: usize = 64 << 20;
 /// Variables that are not for a client to set.
 const RESERVED: [&str; 2] = ["messages", "add_generation_prompt"];
 /// Names of a message's reasoning. Templates differ in which they read, clients in which they send.
@@ -109,9 +106,9 @@ impl ChatTemplate {
     /// `special_tokens`: `bos_token`, `eos_token`, ... as the template sees them.
     pub fn new(source: &str, special_tokens: BTreeMap<String, String>) -> Result<ChatTemplate, TextError> {
         let mut environment = python::environment();
-        environment
-            .add_template_owned(NAME, python::source(source))
-            .map_err(|error| TextError::BrokenTemplate(describe(&error)))?;
+        let broken = |error: Error| TextError::BrokenTemplate(describe(&error));
+        let compiled = python::source(source).map_err(broken)?;
+        environment.add_template_owned(NAME, compiled).map_err(broken)?;
         let template = environment.get_template(NAME).expect("just added");
         let asked = |name: &String| {
             let globals = environment.globals().map(|(name, _)| name);
@@ -257,12 +254,8 @@ impl ChatTemplate {
         context.extend(kwargs.map(|(name, value)| (name.as_str(), python::value(value))));
         context.insert("messages", messages.iter().map(python::value).collect());
         context.insert("add_generation_prompt", Value::from(prompts));
-        let template = self.environment.get_template(NAME).expect("added by new");
-        let mut text = Limited(Vec::new());
-        template
-            .render_captured_to(Value::from_pairs(context), &mut text)
-            .map_err(|error| TextError::Refused(describe(&error)))?;
-        Ok(String::from_utf8(text.0).expect("templates write text"))
+        python::render(&self.environment, NAME, Value::from_pairs(context))
+            .map_err(|error| TextError::Refused(describe(&error)))
     }
 
     /// A message as the template sees it.
@@ -420,22 +413,6 @@ fn not_as_it_is() -> TextError {
     TextError::Refused(message.to_owned())
 }
 
-/// Takes `MAX_TEXT_BYTES`.
-struct Limited(Vec<u8>);
-
-impl io::Write for Limited {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self.0.len() + bytes.len() <= MAX_TEXT_BYTES {
-            true => self.0.write(bytes),
-            false => Err(io::ErrorKind::FileTooLarge.into()),
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 /// The message of `raise_exception` alone, or what went wrong and on which line of the template.
 fn describe(error: &Error) -> String {
     match (error.kind(), error.detail(), error.line()) {
@@ -443,7 +420,6 @@ fn describe(error: &Error) -> String {
             detail[python::RAISED.len()..].to_owned()
         }
         (ErrorKind::OutOfFuel, ..) => format!("it takes more than {} steps", python::MAX_STEPS),
-        (ErrorKind::WriteFailure, ..) => format!("the text has more than {MAX_TEXT_BYTES} bytes"),
         (kind, detail, line) => {
             let detail = detail.map(|detail| format!(": {detail}")).unwrap_or_default();
             let line = line

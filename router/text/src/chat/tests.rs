@@ -413,10 +413,11 @@ fn refusals_say_why() {
 /// A template comes with a model, from anywhere: each of these would hold a thread, or its memory, for minutes.
 #[test]
 fn a_template_has_limits() {
+    const BYTES: &str = "its values and its text take more than 16777216 bytes";
     let cases = [
         (
             "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
-            "more than 5000000 steps",
+            "more than 10000000 steps",
         ),
         (
             "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
@@ -432,19 +433,114 @@ fn a_template_has_limits() {
         ),
         (
             "{% set n = namespace(x=[]) %}{% for i in range(300) %}{% set n.x = [n.x] %}{% endfor %}{{ n.x | tojson }}",
-            "more than 256 levels",
+            "more than 200 levels",
         ),
         ("{{ 'x'.center(99999999) }}", "1048576 characters"),
-        ("{{ 'x' * 999999999 }}", "too large"),
         (
-            "{% set x = 'x' * 9000000 %}{% for i in range(9) %}{{ x }}{% endfor %}",
-            "more than 67108864 bytes",
+            "{% set x = 'x' * 9000000 %}{% for i in range(99) %}{{ x }}{% endfor %}",
+            BYTES,
+        ),
+        // One step doubles, or multiplies, what there was.
+        (
+            "{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+            BYTES,
+        ),
+        (
+            "{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
+            BYTES,
+        ),
+        (
+            "{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s %}{{ n.s }}{{ n.s }}{% endset %}{% endfor %}",
+            BYTES,
+        ),
+        (
+            "{% set x %}{% for i in range(99999) %}{% for i in range(9) %}a line of the template, again and again and again, \
+          which nobody has counted before and which is kept until the end, longer than any line of text would have to be, and \
+          longer still, because three hundred of its letters are what it takes to get there before the steps are used up \
+          {% endfor %}{% endfor %}{% endset %}",
+            BYTES,
+        ),
+        ("{{ 'x' * 999999999 }}", BYTES),
+        (
+            "{{ ('x' * 99999999)|length }}{{ ('x' * 99999999)|length }}{{ ('x' * 99999999)|length }}",
+            BYTES,
+        ),
+        ("{% set x = 'x' * 99999 %}{{ x|replace('x', x) }}", BYTES),
+        ("{% set x = 'x' * 99999 %}{{ x.replace('', x) }}", BYTES),
+        ("{% set x = 'x' * 99999 %}{{ x.join(x) }}", BYTES),
+        ("{% set x = 'x' * 99999 %}{{ ([x] * 99999)|join }}", BYTES),
+        (
+            "{% set x = 'x' * 99999 %}{{ ([x] * 99999)|map('upper')|list }}",
+            BYTES,
+        ),
+        ("{% set x = 'x' * 99999 %}{{ ([x] * 99999)|string }}", BYTES),
+        ("{% set x = 'x' * 99999 %}{{ ('{0}' * 99999).format(x) }}", BYTES),
+        ("{{ ('\\n' * 99999)|indent(99999) }}", BYTES),
+        ("{{ '%999999999s'|format(1) }}", "1048576 characters"),
+        ("{{ ('x' * 99999999).split('x')|length }}", BYTES),
+        ("{{ ([1] * 99999999)|list }}", "longer than the 1048576"),
+        (
+            "{% set n = namespace(l=[1]) %}{% for i in range(99) %}{% set n.l = n.l + n.l %}{% endfor %}",
+            BYTES,
+        ),
+        (
+            "{% set n = namespace(l=[1]) %}{% for i in range(99) %}{% set n.l = [n.l, n.l] %}{% endfor %}{{ n.l == n.l }}",
+            BYTES,
+        ),
+        (
+            "{% set n = namespace(l=[1]) %}{% for i in range(99999) %}{% set n.l = [n.l] %}{% endfor %}",
+            "more than 200 levels",
+        ),
+        (
+            "{% set n = namespace(l=[1]) %}{% for i in range(99999) %}{% set n.l = n.l|batch(1) %}{% endfor %}",
+            "more than 200 levels",
+        ),
+        (
+            "{% set n = namespace(l='x') %}{% for i in range(99999) %}{% set n.l = dict(a=n.l) %}{% endfor %}",
+            "more than 200 levels",
+        ),
+        (
+            "{% set n = namespace() %}{% set n.n = n %}{{ n }}",
+            "a namespace cannot be kept",
+        ),
+        (
+            "{% set n = namespace() %}{% set n.n = [1]|map('default', n)|list %}{{ n }}",
+            "a namespace cannot be kept",
+        ),
+        (
+            "{% for i in range(99999) %}{% for i in range(9) %}{% macro m() %}{{ i }}{% endmacro %}{% endfor %}{% endfor %}",
+            BYTES,
+        ),
+        (
+            "{% set x = 'x' * 9999999 %}{% for i in range(99999) %}{% if x.count('y') %}{% endif %}{% endfor %}",
+            BYTES,
         ),
     ];
+    let mut wrong = vec![];
     for (source, expected) in cases {
-        let error = template(source)
-            .render(&chat(&[("user", "x")]), Ending::Closed, &Kwargs::new())
+        let rendered = template(source).render(&chat(&[("user", "x")]), Ending::Closed, &Kwargs::new());
+        match rendered {
+            Err(error) if error.to_string().contains(expected) => {}
+            Err(error) => wrong.push(format!("{source}: {error}")),
+            Ok(text) => wrong.push(format!("{source}: {} bytes", text.len())),
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn a_template_is_alone() {
+    for source in [
+        "{% include 'chat_template' %}",
+        "{% import 'chat_template' as x %}",
+        "{% extends 'chat_template' %}",
+    ] {
+        let error = ChatTemplate::new(source, BTreeMap::new())
+            .and_then(|template| template.render(&chat(&[("user", "x")]), Ending::Closed, &Kwargs::new()))
             .unwrap_err();
-        assert!(error.to_string().contains(expected), "{source}: {error}");
+        assert!(
+            error.to_string().contains("a chat template is alone"),
+            "{source}: {error}"
+        );
     }
 }

@@ -4,6 +4,7 @@
 mod array;
 mod csv;
 mod lines;
+mod pages;
 mod parquet;
 
 use std::fmt;

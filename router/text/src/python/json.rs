@@ -2,10 +2,11 @@
 
 use std::fmt::Write;
 
+use minijinja::Error;
 use minijinja::value::{Kwargs, Value, ValueKind};
-use minijinja::{Error, ErrorKind};
 
 use super::shown::{self, Float};
+use super::weight;
 
 /// Bytes that one `tojson` writes at most, and levels it goes down: an indent of a billion, or a list in a list in a
 /// list, ends with an error.
@@ -212,5 +213,5 @@ fn too_large() -> Error {
 }
 
 fn invalid(message: String) -> Error {
-    Error::new(ErrorKind::InvalidOperation, message)
+    weight::invalid(&message)
 }

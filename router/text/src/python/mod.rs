@@ -2,22 +2,27 @@
 //! strings, lists and dictionaries, filters and tests where the template language differs, `raise_exception`,
 //! `strftime_now`, `{% generation %}`. Not here: messages.
 
+mod filters;
 mod json;
 mod shown;
 mod strings;
 mod time;
+mod weighed;
+mod weight;
 
+use minijinja::filters as own;
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Value, ValueKind, from_args};
-use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, escape_formatter, filters};
+use minijinja::value::{Kwargs, Rest, Value, ValueKind, ValueOrKwargs, from_args};
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, escape_formatter, functions};
 
 pub use json::dumped;
 use shown::Float;
 pub use shown::value;
+pub use weighed::render;
 
-/// Steps that one rendering may take, a step being about an operator or a call: a second. A conversation of a thousand
+/// Steps that one rendering may take, an operator or a call being up to four: a second. A conversation of a thousand
 /// turns takes some hundred thousand.
-pub const MAX_STEPS: u64 = 5_000_000;
+pub const MAX_STEPS: u64 = 10_000_000;
 /// How deep macros, loops and blocks may call one another; one macro in another counts four.
 pub const MAX_RECURSION: usize = 400;
 /// Marks the error of a template that refused on purpose.
@@ -25,40 +30,39 @@ pub const RAISED: &str = "raised: ";
 
 pub fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
-    let syntax = SyntaxConfig::builder()
-        .trim_blocks(true)
-        .lstrip_blocks(true)
-        .build();
-    environment.set_syntax(syntax.expect("only whitespace is configured"));
+    environment.set_syntax(syntax());
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_fuel(Some(MAX_STEPS));
     environment.set_recursion_limit(MAX_RECURSION);
     environment.set_unknown_method_callback(call_method);
-    environment.set_formatter(|out, state, value| match shown::is_own(value) {
-        true => Ok(out.write_str(&shown::text(value))?),
-        false => escape_formatter(out, state, value),
+    environment.set_formatter(|out, state, value| {
+        let text = match (value.as_str(), shown::is_own(value)) {
+            (Some(text), _) => {
+                weight::spend(state, text.len())?;
+                return Ok(out.write_str(text)?);
+            }
+            (None, true) => weight::text(state, value)?,
+            (None, false) => return escape_formatter(out, state, value),
+        };
+        weight::spend(state, text.len())?;
+        Ok(out.write_str(&text)?)
     });
-    environment.add_filter("tojson", json::to_json);
-    environment.add_filter("string", |value: &Value| match value.kind() {
-        ValueKind::String => value.clone(),
-        _ => Value::from(shown::text(value)),
+    environment.add_filter("string", |state: &mut State, value: &Value| {
+        Ok::<Value, Error>(match value.kind() {
+            ValueKind::String => value.clone(),
+            _ => {
+                let text = Value::from(weight::text(state, value)?);
+                weight::paid(state, &text)?;
+                text
+            }
+        })
     });
     for name in ["length", "count"] {
         environment.add_filter(name, length);
     }
-    environment.add_filter(
-        "replace",
-        |text: &Value, from: String, to: String, count: Option<i64>| {
-            strings::replace(&shown::text(text), &from, &to, count)
-        },
-    );
     for name in ["default", "d"] {
         environment.add_filter(name, default);
     }
-    environment.add_filter("items", |value: &Value| match value.is_undefined() {
-        true => Ok(Value::from(Vec::<Value>::new())),
-        false => filters::items(value),
-    });
     environment.add_test("number", |value: &Value| {
         matches!(value.kind(), ValueKind::Number | ValueKind::Bool) || Float::of(value).is_some()
     });
@@ -70,19 +74,48 @@ pub fn environment() -> Environment<'static> {
     environment.add_test("callable", |value: &Value| {
         value.kind() == ValueKind::Plain && Float::of(value).is_none()
     });
-    environment.add_function("raise_exception", |message: &Value| -> Result<Value, Error> {
-        Err(Error::new(
-            ErrorKind::InvalidOperation,
-            format!("{RAISED}{message}"),
-        ))
-    });
+    for (name, function) in [
+        ("dict", Value::from_function(functions::dict)),
+        ("namespace", Value::from_function(functions::namespace)),
+    ] {
+        environment.add_function(name, move |state: &mut State, args: Rest<ValueOrKwargs>| {
+            let made = function.call(state, &args.into_values())?;
+            weight::weigh(state, &made)?;
+            Ok::<Value, Error>(made)
+        });
+    }
+    environment.add_function(
+        "raise_exception",
+        |state: &mut State, message: &Value| -> Result<Value, Error> {
+            let message = weight::text(state, message)?;
+            Err(weight::invalid(&format!("{RAISED}{message}")))
+        },
+    );
     environment.add_function("strftime_now", time::strftime_now);
+    filters::add_to(&mut environment);
+    weighed::add_to(&mut environment);
     environment
 }
 
-/// The text that Jinja2 compiles: every end of line is a newline.
-pub fn source(text: &str) -> String {
-    without_generation_tags(&text.replace("\r\n", "\n").replace('\r', "\n"))
+fn syntax() -> SyntaxConfig {
+    let syntax = SyntaxConfig::builder()
+        .trim_blocks(true)
+        .lstrip_blocks(true)
+        .build();
+    syntax.expect("only whitespace is configured")
+}
+
+/// The text that is compiled: every end of line is a newline.
+pub fn source(text: &str) -> Result<String, Error> {
+    let text = without_generation_tags(&text.replace("\r\n", "\n").replace('\r', "\n"));
+    weighed::without_constant_factors(&text)
+}
+
+fn items(value: &Value) -> Result<Value, Error> {
+    match value.is_undefined() {
+        true => Ok(Value::from(Vec::<Value>::new())),
+        false => own::items(value),
+    }
 }
 
 /// transformers' `{% generation %}` marks assistant text for training masks and renders as nothing.
@@ -111,7 +144,7 @@ fn without_generation_tags(source: &str) -> String {
 fn length(value: &Value) -> Result<usize, Error> {
     match value.is_undefined() {
         true => Ok(0),
-        false => filters::length(value),
+        false => own::length(value),
     }
 }
 
@@ -144,9 +177,9 @@ fn is_sequence(value: &Value) -> bool {
 
 fn call_method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
     match (value.as_str(), value.kind()) {
-        (Some(text), _) => strings::call(text, method, args),
+        (Some(text), _) => strings::call(state, text, method, args),
         (None, ValueKind::Map) => call_dict_method(state, value, method, args),
-        (None, ValueKind::Seq | ValueKind::Iterable) => call_list_method(value, method, args),
+        (None, ValueKind::Seq | ValueKind::Iterable) => call_list_method(state, value, method, args),
         _ => Err(Error::from(ErrorKind::UnknownMethod)),
     }
 }
@@ -184,7 +217,10 @@ fn call_dict_method(state: &mut State, value: &Value, method: &str, args: &[Valu
     }
 }
 
-fn call_list_method(value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
+fn call_list_method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
+    for arg in args {
+        weight::weigh(state, arg)?;
+    }
     match method {
         "count" => {
             let (wanted,): (&Value,) = from_args(args)?;
@@ -194,12 +230,9 @@ fn call_list_method(value: &Value, method: &str, args: &[Value]) -> Result<Value
         "index" => {
             let (wanted,): (&Value,) = from_args(args)?;
             let found = value.try_iter()?.position(|item| item == *wanted);
-            found.map(Value::from).ok_or_else(|| {
-                Error::new(
-                    ErrorKind::InvalidOperation,
-                    format!("{wanted} is not in the list"),
-                )
-            })
+            found
+                .map(Value::from)
+                .ok_or_else(|| weight::invalid("index: the value is not in the list"))
         }
         "copy" => {
             let () = from_args(args)?;

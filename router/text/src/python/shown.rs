@@ -7,6 +7,8 @@ use std::sync::Arc;
 use minijinja::value::{Object, ObjectRepr, Value, ValueKind};
 use serde_json::Value as Json;
 
+use super::weight::MAX_DEPTH;
+
 /// A value for a template. Floats that the template language would write in another way than Python wherever it joins
 /// texts become `Float`s.
 pub fn value(json: &Json) -> Value {
@@ -60,13 +62,11 @@ impl Object for Float {
 }
 
 /// `str(value)`.
-pub fn text(value: &Value) -> String {
-    let mut out = String::new();
+pub fn write(value: &Value, out: &mut dyn Write) -> fmt::Result {
     match is_own(value) {
-        true => repr(value, &mut out),
-        false => write!(out, "{value}").expect("a String takes everything"),
+        true => repr(value, 0, out),
+        false => write!(out, "{value}"),
     }
-    out
 }
 
 /// Values that the template language would write in another way than Python.
@@ -100,17 +100,20 @@ pub fn float(value: f64) -> String {
     }
 }
 
-fn repr(value: &Value, out: &mut String) {
+fn repr(value: &Value, depth: usize, out: &mut dyn Write) -> fmt::Result {
+    if depth > MAX_DEPTH {
+        return Err(fmt::Error);
+    }
     match (value.kind(), value.as_str()) {
         (_, Some(text)) => quoted(text, out),
         (ValueKind::Number, _) => match Float::of(value) {
-            Some(number) => out.push_str(&float(number)),
-            None => write!(out, "{value}").expect("a String takes everything"),
+            Some(number) => out.write_str(&float(number)),
+            None => write!(out, "{value}"),
         },
         (ValueKind::Map, _) => {
             let pairs = value.try_iter().into_iter().flatten();
             let pairs = pairs.map(|key| (value.get_item(&key).unwrap_or_default(), Some(key)));
-            listed(pairs.map(|(item, key)| (key, item)), ["{", "}"], out);
+            listed(pairs.map(|(item, key)| (key, item)), ["{", "}"], depth, out)
         }
         (ValueKind::Seq | ValueKind::Iterable, _) => {
             let brackets = match (value.is_tuple(), value.len()) {
@@ -118,56 +121,63 @@ fn repr(value: &Value, out: &mut String) {
                 (true, _) => ["(", ")"],
                 (false, _) => ["[", "]"],
             };
-            listed(
-                value.try_iter().into_iter().flatten().map(|item| (None, item)),
-                brackets,
-                out,
-            );
+            let items = value.try_iter().into_iter().flatten().map(|item| (None, item));
+            listed(items, brackets, depth, out)
         }
-        (ValueKind::Undefined, _) => out.push_str("Undefined"),
-        _ => write!(out, "{value}").expect("a String takes everything"),
+        (ValueKind::Undefined, _) => out.write_str("Undefined"),
+        _ => write!(out, "{value}"),
     }
 }
 
-fn listed(items: impl Iterator<Item = (Option<Value>, Value)>, [open, close]: [&str; 2], out: &mut String) {
-    out.push_str(open);
+fn listed(
+    items: impl Iterator<Item = (Option<Value>, Value)>,
+    [open, close]: [&str; 2],
+    depth: usize,
+    out: &mut dyn Write,
+) -> fmt::Result {
+    out.write_str(open)?;
     for (i, (key, item)) in items.enumerate() {
         if i > 0 {
-            out.push_str(", ");
+            out.write_str(", ")?;
         }
         if let Some(key) = key {
-            repr(&key, out);
-            out.push_str(": ");
+            repr(&key, depth + 1, out)?;
+            out.write_str(": ")?;
         }
-        repr(&item, out);
+        repr(&item, depth + 1, out)?;
     }
-    out.push_str(close);
+    out.write_str(close)
 }
 
-fn quoted(text: &str, out: &mut String) {
+fn quoted(text: &str, out: &mut dyn Write) -> fmt::Result {
     let quote = if text.contains('\'') && !text.contains('"') {
         '"'
     } else {
         '\''
     };
-    out.push(quote);
-    for c in text.chars() {
+    out.write_char(quote)?;
+    let is_plain = |c: char| matches!(c, ' '..='~') && c != '\\' && c != quote;
+    let mut rest = text;
+    while let Some(end) = rest.find(|c| !is_plain(c)) {
+        let c = rest[end..].chars().next().expect("it was found");
+        out.write_str(&rest[..end])?;
+        rest = &rest[end + c.len_utf8()..];
         match c {
-            '\n' => out.push_str("\\n"),
-            '\r' => out.push_str("\\r"),
-            '\t' => out.push_str("\\t"),
-            '\\' => out.push_str("\\\\"),
-            c if c == quote => out.extend(['\\', c]),
-            c if is_printable(c) => out.push(c),
+            '\n' => out.write_str("\\n"),
+            '\r' => out.write_str("\\r"),
+            '\t' => out.write_str("\\t"),
+            '\\' => out.write_str("\\\\"),
+            c if c == quote => write!(out, "\\{c}"),
+            c if is_printable(c) => out.write_char(c),
             c => match u32::from(c) {
                 code @ ..=0xFF => write!(out, "\\x{code:02x}"),
                 code @ ..=0xFFFF => write!(out, "\\u{code:04x}"),
                 code => write!(out, "\\U{code:08x}"),
-            }
-            .expect("a String takes everything"),
-        }
+            },
+        }?;
     }
-    out.push(quote);
+    out.write_str(rest)?;
+    out.write_char(quote)
 }
 
 /// `str.isprintable`: neither a control, a format, a private or an unassigned character, nor a space other than " ".

@@ -4,12 +4,20 @@ use std::ops::Range;
 
 use minijinja::formatting::{FormatStyle, format};
 use minijinja::value::{Kwargs, Value, from_args};
-use minijinja::{Error, ErrorKind};
+use minijinja::{Error, ErrorKind, State};
+
+use super::weight::{self, invalid};
 
 /// `"x".center(n)` and the like make texts of this many characters at most.
 const MAX_PADDED_CHARS: usize = 1 << 20;
+/// A piece of a text that was taken apart, beside its letters.
+const PIECE_BYTES: usize = 64;
 
-pub fn call(text: &str, method: &str, args: &[Value]) -> Result<Value, Error> {
+pub fn call(state: &mut State, text: &str, method: &str, args: &[Value]) -> Result<Value, Error> {
+    weight::read(state, text)?;
+    for arg in args {
+        weight::weigh(state, arg)?;
+    }
     Ok(match method {
         "strip" | "lstrip" | "rstrip" => {
             let (chars,): (Option<&str>,) = from_args(args)?;
@@ -48,6 +56,7 @@ pub fn call(text: &str, method: &str, args: &[Value]) -> Result<Value, Error> {
             let separator = separator.or(kwargs.get("sep")?);
             let maxsplit = maxsplit.or(kwargs.get("maxsplit")?).unwrap_or(-1);
             kwargs.assert_all_used()?;
+            self::pieces(state, text, separator)?;
             let pieces = usize::try_from(maxsplit).map_or(usize::MAX, |splits| splits.saturating_add(1));
             split(text, separator, pieces, method == "rsplit")?
         }
@@ -68,13 +77,14 @@ pub fn call(text: &str, method: &str, args: &[Value]) -> Result<Value, Error> {
             let (keepends, kwargs): (Option<bool>, Kwargs) = from_args(args)?;
             let keepends = keepends.or(kwargs.get("keepends")?).unwrap_or(false);
             kwargs.assert_all_used()?;
+            pieces(state, text, None)?;
             lines(text, keepends)
         }
         "replace" => {
             let (from, to, count, kwargs): (&str, &str, Option<i64>, Kwargs) = from_args(args)?;
             let count = count.or(kwargs.get("count")?);
             kwargs.assert_all_used()?;
-            Value::from(replace(text, from, to, count))
+            Value::from(replace(state, text, from, to, count)?)
         }
         "find" | "rfind" | "index" | "rindex" | "count" => {
             let (part, start, end): (&str, Option<i64>, Option<i64>) = from_args(args)?;
@@ -95,8 +105,7 @@ pub fn call(text: &str, method: &str, args: &[Value]) -> Result<Value, Error> {
         }
         "join" => {
             let (parts,): (&Value,) = from_args(args)?;
-            let parts: Vec<String> = parts.try_iter()?.map(|part| part.to_string()).collect();
-            Value::from(parts.join(text))
+            Value::from(join(state, text, parts)?)
         }
         "ljust" | "rjust" | "center" => {
             let (width, fill): (i64, Option<char>) = from_args(args)?;
@@ -124,7 +133,10 @@ pub fn call(text: &str, method: &str, args: &[Value]) -> Result<Value, Error> {
             };
             Value::from(format!("{sign}{zeros}{}", &text[sign.len()..]))
         }
-        "format" => Value::from(format(FormatStyle::StrFormat, text, args)?),
+        "format" => {
+            formatted(state, text, args)?;
+            Value::from(format(FormatStyle::StrFormat, text, args)?)
+        }
         _ => {
             let () = from_args(args).map_err(|error| match is_known(method) {
                 true => error,
@@ -136,11 +148,77 @@ pub fn call(text: &str, method: &str, args: &[Value]) -> Result<Value, Error> {
 }
 
 /// `str.replace`; a negative count, like none, means all.
-pub fn replace(text: &str, from: &str, to: &str, count: Option<i64>) -> String {
-    match count.and_then(|count| usize::try_from(count).ok()) {
-        Some(count) => text.replacen(from, to, count),
-        None => text.replace(from, to),
+pub fn replace(
+    state: &mut State,
+    text: &str,
+    from: &str,
+    to: &str,
+    count: Option<i64>,
+) -> Result<String, Error> {
+    let count = count
+        .and_then(|count| usize::try_from(count).ok())
+        .unwrap_or(usize::MAX);
+    let found = text.matches(from).take(count).count();
+    weight::room(state, found.saturating_mul(to.len()).saturating_add(text.len()))?;
+    Ok(text.replacen(from, to, found))
+}
+
+pub fn join(state: &mut State, text: &str, parts: &Value) -> Result<String, Error> {
+    let mut joined = String::new();
+    for (i, part) in parts.try_iter()?.enumerate() {
+        let bytes = weight::joined_bytes(state, &part)?;
+        weight::room(
+            state,
+            joined.len().saturating_add(bytes).saturating_add(text.len()),
+        )?;
+        if i > 0 {
+            joined.push_str(text);
+        }
+        match part.as_str() {
+            Some(part) => joined.push_str(part),
+            None => joined.push_str(&part.to_string()),
+        }
     }
+    Ok(joined)
+}
+
+/// Room for the pieces of a text that is taken apart. A piece takes more than its letters.
+pub fn pieces(state: &mut State, text: &str, separator: Option<&str>) -> Result<(), Error> {
+    let n = match separator {
+        Some(separator) => text.matches(separator).count(),
+        None => text.matches(is_space).count(),
+    };
+    weight::room(state, n.saturating_mul(PIECE_BYTES).saturating_add(text.len()))
+}
+
+/// Room for what `'{:9}'.format(...)` or `'%9s'|format(...)` will write: each place at most its width and all that is given.
+pub fn formatted(state: &mut State, text: &str, args: &[Value]) -> Result<(), Error> {
+    let mut given = 0_usize;
+    for arg in args {
+        given = given.saturating_add(weight::joined_bytes(state, arg)?);
+    }
+    let numbers = text
+        .split(|c: char| !c.is_ascii_digit())
+        .filter(|digits| !digits.is_empty());
+    let widths = numbers.map(|digits| digits.parse().unwrap_or(usize::MAX));
+    // A width may be given as well.
+    let widths = widths.chain(
+        args.iter()
+            .filter_map(Value::as_usize)
+            .filter(|_| text.contains('*')),
+    );
+    let widest = widths.max().unwrap_or(0);
+    if widest > MAX_PADDED_CHARS {
+        return Err(too_wide(widest));
+    }
+    let places = text.matches(['{', '%']).count();
+    weight::room(
+        state,
+        given
+            .saturating_add(4 * widest)
+            .saturating_mul(places)
+            .saturating_add(text.len()),
+    )
 }
 
 fn is_known(method: &str) -> bool {
@@ -193,14 +271,14 @@ fn room(text: &str, width: i64) -> Result<usize, Error> {
     let width = usize::try_from(width).unwrap_or(0);
     match width <= MAX_PADDED_CHARS {
         true => Ok(width.saturating_sub(text.chars().count())),
-        false => Err(invalid(&format!(
-            "a width of {width} is more than the {MAX_PADDED_CHARS} characters that are allowed"
-        ))),
+        false => Err(too_wide(width)),
     }
 }
 
-fn invalid(message: &str) -> Error {
-    Error::new(ErrorKind::InvalidOperation, message.to_owned())
+fn too_wide(width: usize) -> Error {
+    invalid(&format!(
+        "a width of {width} is more than the {MAX_PADDED_CHARS} characters that are allowed"
+    ))
 }
 
 fn split(text: &str, separator: Option<&str>, pieces: usize, from_right: bool) -> Result<Value, Error> {

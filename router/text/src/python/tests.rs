@@ -39,7 +39,7 @@ fn strftime_is_pythons() {
 #[test]
 fn templates_print_what_python_prints() {
     let fixture: serde_json::Value = serde_json::from_str(include_str!("../fixture/python.json")).unwrap();
-    let environment = environment();
+    let mut environment = environment();
     let context = serde_json::json!({
         "schema": {"default": 1e-7, "list": [1e16, 0.0001, 1e-5, 2.0, 123456789.123], "n": 3},
         "messages": [{"role": "user", "content": "Hi "}], "tools": null, "bos_token": "<s>", "eos_token": "</s>",
@@ -48,13 +48,17 @@ fn templates_print_what_python_prints() {
     assert!(cases.len() > 100);
     let mut wrong = Vec::new();
     for case in cases {
-        let source = source(case["source"].as_str().unwrap());
-        let printed = environment.render_str(&source, value(&context));
+        let plain = case["source"].as_str().unwrap();
+        let source = source(plain);
+        let printed = source.and_then(|source| {
+            environment.add_template_owned("case", source)?;
+            render(&environment, "case", value(&context))
+        });
         match (printed, case["text"].as_str()) {
             (Ok(printed), Some(expected)) if printed == expected => {}
             (Err(_), None) => {}
             (printed, expected) => {
-                wrong.push(format!("{source:?}\n   here {printed:?}\n python {expected:?}"))
+                wrong.push(format!("{plain:?}\n   here {printed:?}\n python {expected:?}"))
             }
         }
     }

@@ -4,18 +4,27 @@
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::reader::RowIter;
 use parquet::record::{Field, Row};
 use serde_json::{Map, Value, json};
 
-use super::{BadLine, Place, Record, whole};
+use super::{BadLine, Place, Record, pages, whole};
 
 pub const MAGIC: &[u8] = b"PAR1";
 
 pub fn rows(file: File) -> Result<impl Iterator<Item = Result<Record, BadLine>>, BadLine> {
     let opened = guarded(|| {
+        let pages = file.try_clone()?;
         let reader: Box<dyn FileReader> = Box::new(SerializedFileReader::new(file)?);
+        pages::check(
+            &pages,
+            reader.metadata(),
+            pages::MAX_PAGE_BYTES,
+            pages::MAX_PAGES_BYTES,
+        )
+        .map_err(ParquetError::General)?;
         Ok(RowIter::from_file_into(reader))
     });
     let mut rows = opened.map_err(|why| whole(damaged(&why)))?;
@@ -87,4 +96,67 @@ fn value(field: Field) -> Result<Value, String> {
         Field::Bytes(_) => return Err("bytes, only text is trained: leave it out of the file".to_owned()),
         Field::MapInternal(_) => return Err("a map: store it as a struct, or leave it out".to_owned()),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::path::Path;
+
+    use super::*;
+
+    fn fixture(name: &str) -> Vec<u8> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/fixture/parquet");
+        std::fs::read(folder.join(name)).unwrap()
+    }
+
+    fn file_of(bytes: &[u8]) -> File {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(bytes).unwrap();
+        file
+    }
+
+    fn checked(bytes: &[u8], max_page: u64, max_pages: u64) -> Result<(), String> {
+        let file = file_of(bytes);
+        let reader = SerializedFileReader::new(file.try_clone().unwrap()).unwrap();
+        pages::check(&file, reader.metadata(), max_page, max_pages)
+    }
+
+    #[test]
+    fn pages_are_looked_at_before_they_are_unpacked() {
+        for name in [
+            "pandas", "zstd", "gzip", "required", "calls", "numbers", "datasets",
+        ] {
+            let bytes = fixture(&format!("{name}.parquet"));
+            checked(&bytes, 64 << 10, 1 << 20).unwrap_or_else(|why| panic!("{name}: {why}"));
+            let why = checked(&bytes, 1, 1 << 20).unwrap_err();
+            assert!(
+                why.contains("unpacks to") && why.contains("1 are allowed"),
+                "{name}: {why}"
+            );
+        }
+        let why = checked(&fixture("pandas.parquet"), 64 << 10, 100).unwrap_err();
+        assert!(why.contains("at the same time, 100 are allowed"), "{why}");
+    }
+
+    /// A header begins with its kind and its unpacked size: fields 1 and 2, numbers of one or two bytes each.
+    #[test]
+    fn a_gzip_page_that_unpacks_to_more_than_it_claims_is_refused() {
+        let mut bytes = fixture("gzip.parquet");
+        let reader = SerializedFileReader::new(file_of(&bytes)).unwrap();
+        let (start, _) = reader.metadata().row_group(0).column(0).byte_range();
+        let size = &mut bytes[start as usize..][..6];
+        assert_eq!([size[0], size[2]], [0x15, 0x15], "{size:?}");
+        // A number of two bytes has its high bits in the second.
+        let low = if size[3] < 128 { 3 } else { 4 };
+        assert!(size[low] > 1, "{size:?}");
+        size[low] -= 2 * u8::from(low == 3) + u8::from(low == 4);
+        let why = checked(&bytes, 1 << 20, 1 << 30).unwrap_err();
+        assert!(
+            why.contains("more than the") && why.contains("that it claims"),
+            "{why}"
+        );
+        let error = rows(file_of(&bytes)).err().unwrap();
+        assert!(error.to_string().contains("that it claims"), "{error}");
+    }
 }
