@@ -18,6 +18,7 @@ use tandem_core::trace::TraceContext;
 use tandem_text::chat::Message;
 
 pub use crate::meter::{Left, Meter, UsedUp};
+pub use crate::quota::QuotaExceeded;
 pub use tandem_text::tools::{CallDelta, Delta, Tool};
 
 pub use tandem_store::{Keep, MetadataFilter, Order, Part, Tenant};
@@ -102,6 +103,11 @@ impl Client {
         if let Some(meter) = &self.meter {
             meter.take_tokens(tokens);
         }
+    }
+
+    /// The id of its key, where that one's training is limited.
+    pub(crate) fn training_key(&self) -> Option<&str> {
+        self.meter.as_ref().and_then(Meter::training_key)
     }
 
     pub fn sees(&self, tenant: &str) -> bool {
@@ -544,6 +550,8 @@ pub enum RouterError {
     Adapter { not_found: bool, message: String },
     #[error(transparent)]
     UsedUp(#[from] UsedUp),
+    #[error(transparent)]
+    Quota(#[from] QuotaExceeded),
     /// What the key's limits do not let it ask.
     #[error("{0}")]
     Limited(String),

@@ -13,6 +13,7 @@ mod grammars;
 mod jobs;
 mod meter;
 mod models;
+mod quota;
 mod relay;
 mod responses;
 mod tasks;

@@ -1,7 +1,7 @@
 //! What a key may ask in a minute: requests and tokens, of buckets that fill steadily and hold a minute's worth. A request
 //! comes in while something is left, and takes what it turns out to cost: nobody has to guess how long an answer will be,
 //! and what is under way may overdraw a bucket, which later requests wait for. Each router counts what comes to it. Not here:
-//! which key has which limits (store), places among clients (catalog).
+//! which key has which limits, and what it trains in a day (store), places among clients (catalog).
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -14,6 +14,8 @@ pub struct Meter(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
+    /// Its id.
+    key: String,
     limits: Limits,
     requests: Option<Mutex<Bucket>>,
     tokens: Option<Mutex<Bucket>>,
@@ -45,14 +47,17 @@ struct Bucket {
 }
 
 impl Meter {
-    /// `None` where nothing is limited.
-    pub fn new(limits: Limits) -> Option<Meter> {
+    /// `None` where nothing is limited. `key`: its id.
+    pub fn new(key: &str, limits: Limits) -> Option<Meter> {
         let bucket = |limit: Option<u32>| limit.map(|limit| Mutex::new(Bucket::full(limit, Instant::now())));
         let Limits {
             requests_per_minute,
             tokens_per_minute,
+            // Kept in the database: a day outlives a process.
+            training_tokens_per_day: _,
         } = limits;
         let inner = Inner {
+            key: key.to_owned(),
             limits,
             requests: bucket(requests_per_minute),
             tokens: bucket(tokens_per_minute),
@@ -62,6 +67,16 @@ impl Meter {
 
     pub fn limits(&self) -> Limits {
         self.0.limits
+    }
+
+    /// Whether what it asks models is limited.
+    pub fn limits_asking(&self) -> bool {
+        self.0.requests.is_some() || self.0.tokens.is_some()
+    }
+
+    /// The key's id, where its training is limited.
+    pub fn training_key(&self) -> Option<&str> {
+        self.0.limits.training_tokens_per_day.map(|_| self.0.key.as_str())
     }
 
     /// A request comes.
@@ -182,12 +197,12 @@ mod tests {
 
     #[test]
     fn only_what_is_limited_is_counted() {
-        assert_eq!(Meter::new(Limits::default()), None);
+        assert_eq!(Meter::new("key-1", Limits::default()), None);
         let requests = Limits {
             requests_per_minute: Some(2),
-            tokens_per_minute: None,
+            ..Limits::default()
         };
-        let meter = Meter::new(requests).expect("requests are limited");
+        let meter = Meter::new("key-1", requests).expect("requests are limited");
         meter.take_tokens(1_000_000);
         assert_eq!([meter.admit(), meter.admit()], [Ok(()), Ok(())]);
         let refused = meter.admit().expect_err("two a minute");

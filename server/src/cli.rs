@@ -155,6 +155,8 @@ pub struct Backend {
     #[command(flatten)]
     pub token: TokenOptions,
     #[command(flatten)]
+    pub ssl: SslOptions,
+    #[command(flatten)]
     pub model: ModelOptions,
     #[command(flatten)]
     pub artifacts: ArtifactOptions,
@@ -166,11 +168,14 @@ pub struct Backend {
 /// the environment, the environment over the file.
 #[derive(Clone, Debug, Args)]
 pub struct Router {
-    /// A backend's address, e.g. http://10.0.0.7:8001; repeat it, or separate by commas
+    /// A backend's address, e.g. http://10.0.0.7:8001, or https:// (the same as grpcs://) where it serves over TLS; repeat it, or
+    /// separate by commas
     #[arg(long, value_name = "URL", value_delimiter = ',')]
     pub backend: Vec<String>,
     #[command(flatten)]
     pub token: TokenOptions,
+    #[command(flatten)]
+    pub backend_ssl: BackendSslOptions,
     /// Names of the base model in the API, the first of which answers carry [default: what the first backend calls it]
     #[arg(long, value_name = "NAME", num_args = 1.., value_delimiter = ',')]
     pub served_model_name: Vec<String>,
@@ -180,6 +185,38 @@ pub struct Router {
     pub state: StateOptions,
     #[command(flatten)]
     pub process: ProcessOptions,
+}
+
+/// TLS of whoever listens.
+#[derive(Clone, Debug, Args)]
+pub struct SslOptions {
+    /// Certificate of the server (PEM, with those between it and the root behind it): all is then served over TLS alone.
+    /// SIGHUP reads the files again
+    #[arg(long, value_name = "FILE")]
+    pub ssl_certfile: Option<PathBuf>,
+    /// Its private key (PEM, without a password) [default: in the file of --ssl-certfile]
+    #[arg(long, value_name = "FILE")]
+    pub ssl_keyfile: Option<PathBuf>,
+    /// Certificates (PEM) of those who sign clients' certificates
+    #[arg(long, value_name = "FILE")]
+    pub ssl_ca_certs: Option<PathBuf>,
+    /// 0: no client's certificate is asked for, 1: one may be shown, 2: one must be
+    #[arg(long, value_name = "0|1|2", default_value = "0", value_parser = cert_reqs)]
+    pub ssl_cert_reqs: CertReqs,
+}
+
+/// TLS of a router to its backends.
+#[derive(Clone, Debug, Args)]
+pub struct BackendSslOptions {
+    /// Certificates (PEM) of those who sign backends', for backends at https://
+    #[arg(long, value_name = "FILE")]
+    pub backend_ssl_ca_certs: Option<PathBuf>,
+    /// Certificate (PEM) that the router shows to backends which want one (their --ssl-cert-reqs 2)
+    #[arg(long, value_name = "FILE")]
+    pub backend_ssl_certfile: Option<PathBuf>,
+    /// Its private key (PEM, without a password) [default: in the file of --backend-ssl-certfile]
+    #[arg(long, value_name = "FILE")]
+    pub backend_ssl_keyfile: Option<PathBuf>,
 }
 
 /// What router and backend both know.
@@ -337,19 +374,8 @@ pub struct EdgeOptions {
     /// Days that a response is kept
     #[arg(long, value_name = "DAYS", default_value_t = 30, value_parser = count(1..=36_500))]
     pub response_store_days: u32,
-    /// Certificate of the server (PEM, with those between it and the root behind it): the API is then served over TLS alone.
-    /// SIGHUP reads the files again
-    #[arg(long, value_name = "FILE")]
-    pub ssl_certfile: Option<PathBuf>,
-    /// Its private key (PEM, without a password) [default: in the file of --ssl-certfile]
-    #[arg(long, value_name = "FILE")]
-    pub ssl_keyfile: Option<PathBuf>,
-    /// Certificates (PEM) of those who sign clients' certificates
-    #[arg(long, value_name = "FILE")]
-    pub ssl_ca_certs: Option<PathBuf>,
-    /// 0: no client's certificate is asked for, 1: one may be shown, 2: one must be
-    #[arg(long, value_name = "0|1|2", default_value = "0", value_parser = cert_reqs)]
-    pub ssl_cert_reqs: CertReqs,
+    #[command(flatten)]
+    pub ssl: SslOptions,
     /// Path under which a proxy shows the server: requests may have it before theirs
     #[arg(long, value_name = "PATH", default_value = "/", value_parser = root_path)]
     pub root_path: RootPath,
@@ -490,6 +516,9 @@ pub enum KeyCommand {
         /// Tokens of prompts and answers [default: as many as it likes]
         #[arg(long, value_name = "N", value_parser = count(1..=u32::MAX))]
         tokens_per_minute: Option<u32>,
+        /// Tokens that its jobs and its calls train, in a day (UTC), on all routers of the database [default: as many as it likes]
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+        training_tokens_per_day: Option<u64>,
         #[command(flatten)]
         place: KeyPlace,
     },

@@ -327,6 +327,10 @@ impl ApiError {
             RouterError::Adapter { not_found: false, .. } => bad(Some("lora_path"), Some("invalid_adapter")),
             RouterError::Busy { retry_after_s, .. } => busy(*retry_after_s),
             RouterError::UsedUp(used_up) => busy(used_up.retry_after_s),
+            RouterError::Quota(exceeded) => Answer {
+                code: Some("exceeded_quota"),
+                ..busy(u32::try_from(exceeded.quota.renews_after_s).unwrap_or(u32::MAX))
+            },
             RouterError::Limited(_) => with(S::FORBIDDEN, INVALID, None, Some("key_limited")),
             RouterError::Engine(Fault::Overloaded { .. } | Fault::Unread) => busy(1),
             RouterError::Engine(Fault::Refused(_)) => bad(prompt, Some("request_too_large")),

@@ -129,11 +129,11 @@ impl Ring {
             } = row;
             let meter = known.get(&hash).filter(|meter| meter.limits() == limits);
             let grant = Grant {
+                meter: meter.cloned().or_else(|| Meter::new(&id, limits)),
                 id,
                 name,
                 tenant,
                 role,
-                meter: meter.cloned().or_else(|| Meter::new(limits)),
                 expires_at,
             };
             (hash, grant)

@@ -24,7 +24,7 @@ use tandem_store::{BatchRow, NewBatch, Tally, Tenant};
 use tokio::sync::{Notify, watch};
 
 use crate::Router;
-use crate::api::{Client, Page, RouterError};
+use crate::api::{Client, Meter, Page, RouterError};
 
 pub(crate) use run::run;
 
@@ -209,7 +209,7 @@ impl Router {
         client: &Client,
     ) -> Result<Batch, RouterError> {
         check(&request)?;
-        if client.meter.is_some() {
+        if client.meter.as_ref().is_some_and(Meter::limits_asking) {
             // Its lines are asked later, by nobody's key.
             let message = "a batch does not count for its key's limits: a key that has none makes batches";
             return Err(RouterError::Limited(message.to_owned()));

@@ -17,7 +17,7 @@ use tandem_core::id::AdapterDigest;
 use tandem_core::message::Fault;
 use tandem_core::replica::{Command, ReplicaHandle, ReplicaInfo};
 use tandem_core::stats::Stats;
-use tandem_rpc::{ModelFiles, Token};
+use tandem_rpc::{ClientTls, ModelFiles, Token};
 use tokio::sync::{mpsc, watch};
 
 use affinity::Memory;
@@ -61,13 +61,13 @@ impl Member {
         }
     }
 
-    /// The backend at `url`, which is shown the token.
-    pub fn remote(url: &str, token: Option<Token>, data_dir: &Path) -> Member {
+    /// The backend at `url`, which is shown the token; one at `https://` by `tls`.
+    pub fn remote(url: &str, token: Option<Token>, tls: Option<ClientTls>, data_dir: &Path) -> Member {
         let (address, data_dir) = (url.to_owned(), data_dir.to_owned());
         Member::new(url, move || {
-            let (address, token, data_dir) = (address.clone(), token.clone(), data_dir.clone());
+            let (address, token, tls, data_dir) = (address.clone(), token.clone(), tls.clone(), data_dir.clone());
             async move {
-                let remote = tandem_rpc::connect(&address, token.as_ref(), &data_dir).await;
+                let remote = tandem_rpc::connect(&address, token.as_ref(), tls.as_ref(), &data_dir).await;
                 let tandem_rpc::Remote {
                     replica,
                     files,

@@ -65,6 +65,19 @@ pub struct Facts {
     pub tokens: u64,
 }
 
+/// About as many tokens as a run trains.
+pub fn trained_tokens(hyper: &Hyper, facts: Facts) -> u64 {
+    let Some(steps) = hyper.max_steps else {
+        return facts.tokens.saturating_mul(hyper.n_epochs.into());
+    };
+    let row = match hyper.packing {
+        true => u64::from(hyper.max_seq_length),
+        false => facts.tokens.div_ceil(facts.examples.max(1)),
+    };
+    let rows = u64::from(hyper.batch_size) * u64::from(hyper.gradient_accumulation_steps);
+    steps.saturating_mul(rows).saturating_mul(row)
+}
+
 /// What is trained.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Tuning {

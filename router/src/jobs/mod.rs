@@ -101,6 +101,7 @@ impl Router {
         client: &Client,
     ) -> Result<Job, RouterError> {
         let config = self.config();
+        self.check_quota(client.training_key(), 0).await?;
         self.find_start(&mut request, client).await?;
         check::request(&request, self.info())?;
         self.check_files("training_file", &request.training_file, client)
@@ -123,7 +124,7 @@ impl Router {
             )
         });
         let model_names = name::candidates(&request, config, &id, tandem_store::now());
-        let trials = sweep::trials(&request, &id, self.info().base_digest, &client.tenant);
+        let trials = sweep::trials(&request, &id, self.info().base_digest, client);
         let is_sweep = !trials.is_empty();
         let files = match is_sweep {
             false => format!("Validating training file: {}", request.training_file),
@@ -132,6 +133,7 @@ impl Router {
         let job = NewJob {
             base: self.info().base_digest,
             tenant: client.tenant.clone(),
+            key_id: client.training_key().map(str::to_owned),
             status: if is_sweep { SWEEPING } else { VALIDATING }.to_owned(),
             request: record::to_json(&request),
             metadata: request.metadata.clone(),
@@ -324,7 +326,10 @@ impl Router {
     pub(crate) async fn resume_job(&self, id: &str) -> Result<Job, RouterError> {
         let before = self.job(id).await?;
         is_no_trial(&before)?;
-        let was = self.0.store.job(id).await?.map(|row| row.asked);
+        let row = self.0.store.job(id).await?;
+        self.check_quota(row.as_ref().and_then(|row| row.key_id.as_deref()), 0)
+            .await?;
+        let was = row.map(|row| row.asked);
         let resumed = match before.is_sweep() {
             false => self.let_go_on(id).await?,
             true => {

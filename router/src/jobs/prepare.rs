@@ -21,6 +21,7 @@ use crate::api::{FileIds, JobError, JobRequest, Level, RouterError};
 use crate::jobs::hyper::{self, Facts, Tuning};
 use crate::jobs::keeper::Keeper;
 use crate::jobs::{QUEUED, VALIDATING, event, record};
+use crate::quota::EXCEEDED_QUOTA;
 
 /// After the store failed: it may be a full disk, which passes.
 const RETRY: Duration = Duration::from_secs(5);
@@ -112,6 +113,18 @@ async fn queue(router: &Router, row: &JobRow, lease: Lease) -> Result<(), Router
                 None => hyper::choose(settings, Tuning::Lora, info, prepared.facts),
                 Some(sweep) => hyper::choose_of(&sweep, settings, info, prepared.facts),
             };
+            let tokens = hyper::trained_tokens(&hyper, prepared.facts);
+            if let Err(error) = router.check_quota(row.key_id.as_deref(), tokens).await {
+                let RouterError::Quota(exceeded) = error else {
+                    return Err(error);
+                };
+                let error = JobError {
+                    code: EXCEEDED_QUOTA.to_owned(),
+                    param: None,
+                    message: format!("The job was not trained: {exceeded}."),
+                };
+                return router.fail_job(&row.id, lease, error).await;
+            }
             let mut events = prepared.notes;
             events.push("Files validated, moving job to queued state".to_owned());
             router.0.store.publish_datasets(&row.id).await?;

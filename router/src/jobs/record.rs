@@ -14,6 +14,7 @@ pub(crate) fn job_id(id: String) -> Result<JobId, RouterError> {
 
 pub(crate) fn job(row: JobRow) -> Result<Job, RouterError> {
     let JobRow {
+        key_id: _,
         seq: _,
         tenant: _,
         id,

@@ -279,6 +279,10 @@ struct Run<'a> {
     _seat: JobSeat,
     /// It ran before a restart.
     is_restart: bool,
+    /// The key that made it, where its training is limited.
+    key_id: Option<String>,
+    /// Who rests where nothing is left to train: the job, or the sweep whose trial it is.
+    rests: String,
     /// Its model's name, once it succeeds.
     model: String,
     /// Checkpoints that are kept; `None`: all.
@@ -336,11 +340,13 @@ impl<'a> Run<'a> {
         tracing::info!(job = %id, epoch = life.epoch, "job started");
         Ok(Some(Run {
             router,
+            rests: row.parent.unwrap_or_else(|| id.as_str().to_owned()),
             id,
             lease,
             keeper,
             _seat: seat,
             is_restart,
+            key_id: row.key_id,
             model: row.model_name,
             save_total_limit: request.settings.save_total_limit,
             rank,
@@ -595,7 +601,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    async fn write(&self, told: Told) -> Result<ControlFlow<()>, RouterError> {
+    async fn write(&mut self, told: Told) -> Result<ControlFlow<()>, RouterError> {
         let Told {
             events,
             trained_tokens,
@@ -603,6 +609,7 @@ impl<'a> Run<'a> {
             no_room,
             is_started,
         } = told;
+        let trains = trained_tokens.is_some();
         if no_room {
             // It may be the disk of this data folder.
             self.router.0.store.look_for_room().await;
@@ -618,7 +625,34 @@ impl<'a> Run<'a> {
             events,
             ..JobChange::default()
         };
-        self.change(change).await
+        let changed = self.change(change).await?;
+        if changed.is_continue() && trains {
+            self.rest_if_used_up().await?;
+        }
+        Ok(changed)
+    }
+
+    /// Its steps are counted; where none is left today, the job is paused, and may be resumed tomorrow.
+    async fn rest_if_used_up(&mut self) -> Result<(), RouterError> {
+        let Some(key) = &self.key_id else { return Ok(()) };
+        match self.router.check_quota(Some(key), 0).await {
+            Err(RouterError::Quota(exceeded)) => {
+                // Once.
+                self.key_id = None;
+                let message = format!("The job is paused: {exceeded}, then resume it");
+                tracing::warn!(job = %self.id, "{message}");
+                let told = JobChange {
+                    from: HERE,
+                    events: vec![event(Level::Warn, message)],
+                    ..JobChange::default()
+                };
+                if self.change(told).await?.is_continue() {
+                    self.router.let_rest(&self.rests).await?;
+                }
+                Ok(())
+            }
+            checked => checked,
+        }
     }
 
     async fn turn(&mut self, turn: Turn) -> Result<ControlFlow<End>, RouterError> {

@@ -8,11 +8,13 @@ use serde_json::{Map, Value, json};
 use tandem_core::id::Digest;
 use tandem_core::job::Hyper;
 use tandem_core::job::sweep::{Call, Course, Decision, End, Rung, Sweep};
-use tandem_store::{Asked, JobChange, JobRow, Lease, NewEvent, NewJob, Tenant, ids};
+use tandem_store::{Asked, JobChange, JobRow, Lease, NewEvent, NewJob, ids};
 use tokio::sync::watch;
 
 use crate::Router;
-use crate::api::{JobError, JobRequest, JobStatus, Level, Place, RouterError, TrialRecord, TrialStatus};
+use crate::api::{
+    Client, JobError, JobRequest, JobStatus, Level, Place, RouterError, TrialRecord, TrialStatus,
+};
 use crate::jobs::keeper::Keeper;
 use crate::jobs::{Made, PAUSED, QUEUED, SWEEPING, VALIDATING, event, metrics, record, result};
 
@@ -23,7 +25,7 @@ const PAGE: u32 = 1000;
 const RESTING: &[&str] = &[VALIDATING, QUEUED, PAUSED];
 
 /// The jobs that a sweep's trials are.
-pub(super) fn trials(request: &JobRequest, sweep: &str, base: Digest, tenant: &Tenant) -> Vec<NewJob> {
+pub(super) fn trials(request: &JobRequest, sweep: &str, base: Digest, client: &Client) -> Vec<NewJob> {
     let of = request.trials.len();
     let trial = |(number, trial): (usize, &tandem_core::settings::Trial)| {
         let of_trial = JobRequest {
@@ -43,7 +45,8 @@ pub(super) fn trials(request: &JobRequest, sweep: &str, base: Digest, tenant: &T
         NewJob {
             id: ids::job(),
             base,
-            tenant: tenant.clone(),
+            tenant: client.tenant.clone(),
+            key_id: client.training_key().map(str::to_owned),
             status: VALIDATING.to_owned(),
             request: record::to_json(&of_trial),
             metadata: request.metadata.clone(),

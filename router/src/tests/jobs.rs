@@ -5,11 +5,13 @@ use std::collections::BTreeMap;
 use tandem_core::dataset;
 use tandem_core::job::{JobEvent, JobSpec, Method, StepReport, files};
 use tandem_core::settings::Settings;
-use tandem_store::{Placement, StoreError};
+use tandem_store::{Limits, NewKey, Placement, Role, StoreError, Tenant};
 
 use super::calls::call;
 use super::*;
-use crate::api::{AdapterSource, Call, Job, JobRequest, JobStatus, MetadataFilter, ModelKind};
+use crate::api::{
+    AdapterSource, Call, Client, Job, JobRequest, JobStatus, MetadataFilter, Meter, ModelKind, RouterError,
+};
 
 pub(super) fn request(training_file: &str) -> JobRequest {
     JobRequest {
@@ -1058,4 +1060,97 @@ async fn a_job_goes_on_from_an_adapter_and_learns_what_its_rows_say() {
     };
     assert_eq!((lora.r, lora.alpha), (4, 6.0));
     assert_eq!(lora.target_modules, ["v_proj"]);
+}
+
+/// Nothing of it is in memory: it is asked of the database, as after a restart or by another router.
+#[tokio::test]
+async fn a_key_trains_as_much_as_it_may_in_a_day() {
+    let house = House::new();
+    let (router, mut engine) = house.open().await;
+    let limits = Limits {
+        training_tokens_per_day: Some(1000),
+        ..Limits::default()
+    };
+    let new = NewKey {
+        name: String::new(),
+        tenant: Tenant::default(),
+        role: Role::Train,
+        limits,
+        expires_after_s: None,
+    };
+    let key = router.0.store.keys().create(new).await.unwrap().0;
+    let client = Client {
+        meter: Meter::new(&key.id, limits),
+        ..Client::default()
+    };
+    let create = async |router: &Router, max_steps| {
+        let file = upload(router, "t.jsonl", "fine-tune", &chat_rows(4))
+            .await
+            .unwrap();
+        let settings = Settings {
+            max_steps: Some(max_steps),
+            ..Settings::default()
+        };
+        let request = JobRequest {
+            settings,
+            ..request(&file)
+        };
+        router.of(&client).create_job(request).await
+    };
+    // More than a day's worth is known when the file is read.
+    let large = create(&router, 1_000_000).await.unwrap().id.to_string();
+    let failed = wait(&router, &large, |job| job.status.ended()).await;
+    let error = failed.error.expect("it failed");
+    assert_eq!(error.code, "exceeded_quota");
+    assert!(
+        error.message.contains("1000 tokens a day") && error.message.contains("would train about"),
+        "{error:?}"
+    );
+
+    let id = create(&router, 4).await.unwrap().id.to_string();
+    let (spec, events) = engine.started().await;
+    events.send(started(None)).await.unwrap();
+    events.send(step(30, 3.0)).await.unwrap();
+    wait(&router, &id, |job| job.trained_tokens == Some(300)).await;
+    assert_eq!(
+        router
+            .0
+            .store
+            .training_quota(&key.id)
+            .await
+            .unwrap()
+            .unwrap()
+            .trained,
+        300
+    );
+    events.send(step(101, 3.0)).await.unwrap();
+    pauses(&mut engine, &spec, &events, 101).await;
+    drop(events);
+    wait(&router, &id, |job| job.status == JobStatus::Paused).await;
+    let told = router.own().job_events(&id, None, 9).await.unwrap().data;
+    assert!(
+        told.iter()
+            .any(|event| event.message.contains("of which 1010 are trained")),
+        "{told:?}"
+    );
+
+    for refused in [create(&router, 4).await, router.of(&client).resume_job(&id).await] {
+        let refused = refused.unwrap_err();
+        assert!(matches!(refused, RouterError::Quota(_)), "{refused}");
+        assert!(
+            refused
+                .to_string()
+                .contains("of which 1010 are trained; try again in"),
+            "{refused}"
+        );
+    }
+    // Others are not concerned.
+    assert!(
+        router.own().resume_job(&id).await.is_err(),
+        "whoever asks, the key's job trains no more"
+    );
+    let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
+        .await
+        .unwrap();
+    create_job(&router, request(&file)).await;
 }

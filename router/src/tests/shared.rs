@@ -244,6 +244,8 @@ async fn names_files_and_cancels_cross_from_router_to_router() {
         true => (&second, &mut first_engine),
         false => (&first, &mut second_engine),
     };
+    // Until then it would be cancelled without its engine.
+    wait(elsewhere, &id, |job| job.status == JobStatus::Running).await;
     let answer = async {
         loop {
             if let Command::CancelJob(cancelled) = engine.next().await {

@@ -171,7 +171,19 @@ impl Worker {
         match call {
             Call::Accumulate { batch, shapes } => {
                 let is_backward = batch.pass == Pass::ForwardBackward;
-                let scored = self.ask(|reply| Learn::Accumulate(Box::new(batch), reply)).await;
+                let key = self
+                    .client
+                    .training_key()
+                    .filter(|_| is_backward)
+                    .map(str::to_owned);
+                let tokens = batch.data.iter().map(|datum| datum.targets.len() as u64).sum();
+                let scored = match self.router.check_quota(key.as_deref(), tokens).await {
+                    Ok(()) => self.ask(|reply| Learn::Accumulate(Box::new(batch), reply)).await,
+                    Err(refused) => Err(refused),
+                };
+                if let (Ok(_), Some(key)) = (&scored, &key) {
+                    self.router.0.store.add_trained(key, tokens).await?;
+                }
                 if let (Err(error), true) = (&scored, is_backward) {
                     self.spoil(&error.to_string());
                 }

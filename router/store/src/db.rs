@@ -21,6 +21,7 @@ const SQLITE: &[&str] = &[
     include_str!("../migrations/sqlite/0006_batches.sql"),
     include_str!("../migrations/sqlite/0007_sweeps.sql"),
     include_str!("../migrations/sqlite/0008_limits.sql"),
+    include_str!("../migrations/sqlite/0009_training_quota.sql"),
 ];
 const POSTGRES: &[&str] = &[
     include_str!("../migrations/postgres/0001_first.sql"),
@@ -31,6 +32,7 @@ const POSTGRES: &[&str] = &[
     include_str!("../migrations/postgres/0006_batches.sql"),
     include_str!("../migrations/postgres/0007_sweeps.sql"),
     include_str!("../migrations/postgres/0008_limits.sql"),
+    include_str!("../migrations/postgres/0009_training_quota.sql"),
 ];
 /// Readers go on while one writes (WAL); writers queue.
 const SQLITE_CONNECTIONS: u32 = 4;

@@ -15,13 +15,15 @@ use crate::db::Dialect;
 use crate::files::{self, FileRow};
 use crate::lease::Lease;
 use crate::names::{self, NameRow, NewName};
+use crate::quota;
 use crate::{Rows, Store, StoreError, Tenant, ids, now, unsigned};
 
 /// By name: a newer program may have added others meanwhile.
 macro_rules! columns {
     () => {
         "seq, id, created_at, updated_at, finished_at, estimated_finish, status, cancel_requested, request, hyper, \
-         model_name, fine_tuned_model, trained_tokens, result_files, error, state_epoch, state_step, tenant, parent, trials"
+         model_name, fine_tuned_model, trained_tokens, result_files, error, state_epoch, state_step, tenant, parent, trials, \
+         key_id"
     };
 }
 pub(crate) use columns;
@@ -32,6 +34,8 @@ pub struct NewJob {
     pub id: String,
     pub base: Digest,
     pub tenant: Tenant,
+    /// The key that makes it, where its training is limited.
+    pub key_id: Option<String>,
     pub status: String,
     pub request: String,
     pub metadata: BTreeMap<String, String>,
@@ -74,6 +78,8 @@ pub struct JobRow {
     pub seq: i64,
     pub id: String,
     pub tenant: String,
+    /// The key that made it, where its training is limited.
+    pub key_id: Option<String>,
     pub created_at: i64,
     pub updated_at: i64,
     pub finished_at: Option<i64>,
@@ -105,6 +111,7 @@ impl<'r> FromRow<'r, AnyRow> for JobRow {
             seq: row.try_get("seq")?,
             id: row.try_get("id")?,
             tenant: row.try_get("tenant")?,
+            key_id: row.try_get("key_id")?,
             created_at: row.try_get("created_at")?,
             updated_at: row.try_get("updated_at")?,
             finished_at: row.try_get("finished_at")?,
@@ -265,6 +272,10 @@ impl Store {
         let (status, ends, lets_go, saved, holder) = (*status, *ends, *lets_go, *saved, *holder);
         let mut tx = self.db.begin().await?;
         let [from_1, from_2, from_3] = three(from);
+        let trained = match trained_tokens {
+            Some(tokens) => quota::newly_trained(&mut tx, id, *tokens).await?,
+            None => None,
+        };
         let changed = sqlx::query(
             "UPDATE jobs SET updated_at = $1, status = coalesce($2, status),
              finished_at = CASE WHEN $3 THEN $1 ELSE finished_at END,
@@ -299,6 +310,9 @@ impl Store {
         .await?;
         if changed.rows_affected() == 0 {
             return Ok(None);
+        }
+        if let Some((key, tokens)) = trained {
+            quota::add(&mut tx, &key, tokens).await?;
         }
         // What a job makes is its tenant's.
         let tenant: String = sqlx::query_scalar("SELECT tenant FROM jobs WHERE id = $1")
@@ -540,6 +554,7 @@ async fn insert(
         id,
         base,
         tenant,
+        key_id,
         status,
         request,
         metadata,
@@ -552,8 +567,8 @@ async fn insert(
             None => name.clone(),
         };
         let inserted = sqlx::query(
-            "INSERT INTO jobs (id, base, created_at, updated_at, status, request, metadata, model_name, tenant, parent)
-             VALUES ($1, $2, $3, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT (model_name) DO NOTHING",
+            "INSERT INTO jobs (id, base, created_at, updated_at, status, request, metadata, model_name, tenant, parent,
+             key_id) VALUES ($1, $2, $3, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT (model_name) DO NOTHING",
         )
         .bind(id)
         .bind(base.to_string())
@@ -564,6 +579,7 @@ async fn insert(
         .bind(&name)
         .bind(tenant.as_str())
         .bind(sweep.as_ref().map(|sweep| sweep.id))
+        .bind(key_id.as_deref())
         .execute(&mut **tx)
         .await?;
         if inserted.rows_affected() > 0 {

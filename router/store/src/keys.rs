@@ -13,7 +13,8 @@ use tandem_core::id::Digest;
 
 use crate::changes::{self, Kind};
 use crate::db::Database;
-use crate::{Places, Store, StoreError, ids, now};
+use crate::jobs::signed;
+use crate::{Places, Store, StoreError, ids, now, unsigned};
 
 /// Before the random part, so that people and scanners for leaked secrets know one when they see it.
 pub const PREFIX: &str = "sk-tandem-";
@@ -102,12 +103,13 @@ impl FromStr for Role {
     }
 }
 
-/// What a key may ask in a minute. `None`: as much as it likes.
+/// What a key may ask in a minute and train in a day. `None`: as much as it likes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
     pub requests_per_minute: Option<u32>,
     /// Of prompts and of answers.
     pub tokens_per_minute: Option<u32>,
+    pub training_tokens_per_day: Option<u64>,
 }
 
 /// A key, without what opens.
@@ -183,8 +185,8 @@ impl Keys {
 
     /// From the oldest on, with those that were revoked.
     pub async fn list(&self) -> Result<Vec<KeyRow>, StoreError> {
-        let sql = "SELECT id, hash, name, tenant, role, requests_per_minute, tokens_per_minute, created_at, expires_at,
-                   revoked_at FROM keys ORDER BY created_at, id";
+        let sql = "SELECT id, hash, name, tenant, role, requests_per_minute, tokens_per_minute, training_tokens_per_day, created_at,
+                   expires_at, revoked_at FROM keys ORDER BY created_at, id";
         let rows: Vec<RawKey> = sqlx::query_as(sql).fetch_all(self.0.pool()?).await?;
         rows.into_iter().map(RawKey::parse).collect()
     }
@@ -299,10 +301,11 @@ async fn insert(tx: &mut sqlx::Transaction<'static, sqlx::Any>, row: &KeyRow) ->
     let Limits {
         requests_per_minute,
         tokens_per_minute,
+        training_tokens_per_day,
     } = limits;
     sqlx::query(
-        "INSERT INTO keys (id, hash, name, tenant, role, requests_per_minute, tokens_per_minute, created_at, expires_at,
-         revoked_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+        "INSERT INTO keys (id, hash, name, tenant, role, requests_per_minute, tokens_per_minute, training_tokens_per_day,
+         created_at, expires_at, revoked_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
     )
     .bind(id)
     .bind(hash.to_string())
@@ -311,6 +314,7 @@ async fn insert(tx: &mut sqlx::Transaction<'static, sqlx::Any>, row: &KeyRow) ->
     .bind(role.name())
     .bind(requests_per_minute.map(i64::from))
     .bind(tokens_per_minute.map(i64::from))
+    .bind(training_tokens_per_day.map(signed))
     .bind(*created_at)
     .bind(*expires_at)
     .bind(*revoked_at)
@@ -328,6 +332,7 @@ struct RawKey {
     role: String,
     requests_per_minute: Option<i64>,
     tokens_per_minute: Option<i64>,
+    training_tokens_per_day: Option<i64>,
     created_at: i64,
     expires_at: Option<i64>,
     revoked_at: Option<i64>,
@@ -343,6 +348,7 @@ impl RawKey {
             role,
             requests_per_minute,
             tokens_per_minute,
+            training_tokens_per_day,
             created_at,
             expires_at,
             revoked_at,
@@ -359,6 +365,7 @@ impl RawKey {
             limits: Limits {
                 requests_per_minute: limit(requests_per_minute)?,
                 tokens_per_minute: limit(tokens_per_minute)?,
+                training_tokens_per_day: training_tokens_per_day.map(unsigned),
             },
             id,
             name,

@@ -36,6 +36,7 @@ mod keys;
 mod lease;
 mod leftovers;
 mod names;
+mod quota;
 mod remote;
 mod responses;
 mod room;
@@ -62,6 +63,7 @@ pub use keys::{
 };
 pub use lease::{LEASE, Lease, Renewal};
 pub use names::{NameRow, NewName, Source};
+pub use quota::Quota;
 pub use remote::use_ring;
 pub use responses::{Keep, ResponseRow};
 pub use saves::{SaveKind, SavePlace, SaveRecord};

@@ -131,6 +131,7 @@ fn job(id: &str, metadata: &[(&str, &str)]) -> NewJob {
         id: id.to_owned(),
         base: BASE,
         tenant: Tenant::default(),
+        key_id: None,
         status: "queued".to_owned(),
         request: "{}".to_owned(),
         metadata: metadata
@@ -166,7 +167,7 @@ async fn one_folder_has_one_owner_and_no_future() {
             newer,
             StoreError::Newer {
                 found: 99,
-                known: 8,
+                known: 9,
                 ..
             }
         ),
@@ -422,6 +423,7 @@ async fn keys_are_kept_as_hashes_and_end() {
         let limits = Limits {
             requests_per_minute: Some(60),
             tokens_per_minute: None,
+            training_tokens_per_day: Some(1000),
         };
         let new = |name: &str, expires_after_s| NewKey {
             limits,
@@ -468,5 +470,49 @@ async fn keys_are_kept_as_hashes_and_end() {
     }
     for bad in ["", "a/b", "a b", "\0", "é", &"x".repeat(65)] {
         assert!(bad.parse::<Tenant>().is_err(), "{bad:?}");
+    }
+}
+
+/// Each count of a job adds what is new in it; who went back to an earlier state pays again.
+#[tokio::test]
+async fn what_a_key_trains_is_counted_by_day() {
+    let root = tempfile::tempdir().unwrap();
+    for store in each_kind(root.path()).await {
+        let new = |training_tokens_per_day| NewKey {
+            name: String::new(),
+            tenant: Tenant::default(),
+            role: Role::Train,
+            limits: Limits {
+                training_tokens_per_day,
+                ..Limits::default()
+            },
+            expires_after_s: None,
+        };
+        let (key, _) = store.keys().create(new(Some(500))).await.unwrap();
+        let (free, _) = store.keys().create(new(None)).await.unwrap();
+        assert_eq!(store.training_quota(&free.id).await.unwrap(), None);
+        let id = ids::job();
+        let job = NewJob {
+            key_id: Some(key.id.clone()),
+            ..job(&id, &[])
+        };
+        assert_eq!(store.insert_job(job).await.unwrap().key_id, Some(key.id.clone()));
+        for (tokens, sum) in [(100, 100), (150, 150), (150, 150), (50, 150), (120, 220)] {
+            let change = JobChange {
+                from: &["queued"],
+                trained_tokens: Some(tokens),
+                ..JobChange::default()
+            };
+            store
+                .change_job(&id, change)
+                .await
+                .unwrap()
+                .expect("it is queued");
+            let quota = store.training_quota(&key.id).await.unwrap().unwrap();
+            assert_eq!((quota.limit, quota.trained), (500, sum), "{tokens}");
+            assert!((1..=24 * 3600).contains(&quota.renews_after_s));
+        }
+        store.add_trained(&key.id, 30).await.unwrap();
+        assert_eq!(store.training_quota(&key.id).await.unwrap().unwrap().trained, 250);
     }
 }

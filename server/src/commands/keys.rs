@@ -21,6 +21,7 @@ pub fn run(options: KeyOptions) -> Result<()> {
                 expires_days,
                 requests_per_minute,
                 tokens_per_minute,
+                training_tokens_per_day,
                 place,
             } => {
                 let keys = open(&place).await?;
@@ -31,6 +32,7 @@ pub fn run(options: KeyOptions) -> Result<()> {
                     limits: Limits {
                         requests_per_minute,
                         tokens_per_minute,
+                        training_tokens_per_day,
                     },
                     expires_after_s: expires_days.map(|days| u64::from(days) * DAY_S),
                 });
@@ -97,10 +99,17 @@ fn line(row: &KeyRow) -> String {
     let Limits {
         requests_per_minute,
         tokens_per_minute,
-    } = limits;
-    let limits = [(requests_per_minute, "requests"), (tokens_per_minute, "tokens")];
-    let limits = limits.map(|(limit, what)| limit.map(|limit| format!("{limit} {what} a minute")));
-    let limits = limits.into_iter().flatten().collect::<Vec<_>>().join(", ");
+        training_tokens_per_day,
+    } = *limits;
+    let limits = [
+        (requests_per_minute.map(u64::from), "requests a minute"),
+        (tokens_per_minute.map(u64::from), "tokens a minute"),
+        (training_tokens_per_day, "training tokens a day"),
+    ];
+    let limits = limits
+        .into_iter()
+        .filter_map(|(limit, what)| Some(format!("{} {what}", limit?)));
+    let limits = limits.collect::<Vec<_>>().join(", ");
     let state = match (revoked_at, row.opens(now())) {
         (Some(_), _) => "revoked",
         (None, true) => "active",
