@@ -6,11 +6,12 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use tandem_rpc::Token;
+use tandem_rpc::{ClientTls, Token};
 use tracing::warn;
 
-use crate::cli::TokenOptions;
+use crate::cli::{BackendSslOptions, TokenOptions};
 use crate::exit::WrongSetting;
+use crate::tls;
 
 /// The keys of `--api-key` and those of `--api-key-file`, one a line.
 pub fn keys(given: &[String], file: Option<&Path>) -> Result<Vec<String>> {
@@ -63,14 +64,69 @@ pub fn token(options: &TokenOptions) -> Result<Option<Token>> {
     }
 }
 
-/// A backend obeys whoever reaches it: other machines only with a token.
-pub fn check_backend(listen: SocketAddr, has_token: bool) -> Result<()> {
-    if has_token || listen.ip().is_loopback() {
+/// How a router knows its backends, and shows who it is. `None`: all of them speak plainly.
+pub fn backend_tls(options: &BackendSslOptions, backends: &[String]) -> Result<Option<ClientTls>> {
+    let BackendSslOptions {
+        backend_ssl_ca_certs: roots,
+        backend_ssl_certfile: certificate,
+        backend_ssl_keyfile: key,
+    } = options;
+    let is_given = roots.is_some() || certificate.is_some() || key.is_some();
+    let Some(url) = backends.iter().find(|url| url.starts_with("https://")) else {
+        if is_given {
+            bail!(WrongSetting(
+                "--backend-ssl-ca-certs, --backend-ssl-certfile and --backend-ssl-keyfile are for backends at https://, and no \
+                 --backend is"
+                    .to_owned()
+            ));
+        }
+        return Ok(None);
+    };
+    let Some(roots) = roots else {
+        bail!(WrongSetting(format!(
+            "--backend {url} wants --backend-ssl-ca-certs: a file with the certificates of those who sign backends'"
+        )));
+    };
+    if certificate.is_none() && key.is_some() {
+        bail!(WrongSetting(
+            "--backend-ssl-keyfile wants --backend-ssl-certfile".to_owned()
+        ));
+    }
+    // What is no certificate or no key is told now, not with each attempt to reach a backend.
+    let wrong = |error: anyhow::Error| WrongSetting(format!("{error:#}"));
+    let read = |file: &Path| std::fs::read(file).with_context(|| file.display().to_string());
+    tls::certificates(roots)
+        .context("--backend-ssl-ca-certs")
+        .map_err(wrong)?;
+    let roots = read(roots)?;
+    let own = match certificate {
+        None => None,
+        Some(certificate) => {
+            let key = key.as_ref().unwrap_or(certificate);
+            tls::certificates(certificate)
+                .context("--backend-ssl-certfile")
+                .map_err(wrong)?;
+            tls::private_key(key)
+                .context("--backend-ssl-keyfile")
+                .map_err(wrong)?;
+            Some((read(certificate)?, read(key)?))
+        }
+    };
+    let own = own
+        .as_ref()
+        .map(|(certificate, key)| (&certificate[..], &key[..]));
+    Ok(Some(ClientTls::new(&roots, own)))
+}
+
+/// A backend obeys whoever reaches it: other machines only with a token, or with a certificate.
+pub fn check_backend(listen: SocketAddr, knows_routers: bool) -> Result<()> {
+    if knows_routers || listen.ip().is_loopback() {
         return Ok(());
     }
     bail!(WrongSetting(format!(
         "--listen {listen} lets other machines command this backend, and there is no token: give it and its routers the \
-         same --backend-token-file (or the variable TANDEM_BACKEND_TOKEN), or listen at 127.0.0.1"
+         same --backend-token-file (or the variable TANDEM_BACKEND_TOKEN), let it ask for their certificates (--ssl-cert-reqs 2), or \
+         listen at 127.0.0.1"
     )))
 }
 

@@ -14,6 +14,7 @@ use tokio_rustls::rustls::server::WebPkiClientVerifier;
 use tokio_rustls::rustls::{RootCertStore, ServerConfig, crypto};
 use tracing::{info, warn};
 
+use crate::cli::SslOptions;
 use crate::exit::WrongSetting;
 
 /// Whether clients must show a certificate, by the numbers of Python's `ssl` module.
@@ -42,12 +43,13 @@ pub struct Tls {
 
 impl Files {
     /// `None`: TLS was not asked for.
-    pub fn given(
-        certificate: Option<PathBuf>,
-        key: Option<PathBuf>,
-        ca: Option<PathBuf>,
-        reqs: CertReqs,
-    ) -> Result<Option<Files>> {
+    pub fn given(options: &SslOptions) -> Result<Option<Files>> {
+        let SslOptions {
+            ssl_certfile: certificate,
+            ssl_keyfile: key,
+            ssl_ca_certs: ca,
+            ssl_cert_reqs: reqs,
+        } = options.clone();
         let Some(certificate) = certificate else {
             if key.is_some() || ca.is_some() || reqs != CertReqs::None {
                 bail!(WrongSetting(
@@ -69,6 +71,11 @@ impl Files {
             certificate,
             clients,
         }))
+    }
+
+    /// Whether who comes in must show a certificate.
+    pub fn know_clients(&self) -> bool {
+        matches!(self.clients, Some((_, CertReqs::Required)))
     }
 
     fn read(&self) -> Result<ServerConfig> {
@@ -143,7 +150,7 @@ impl Tls {
     }
 }
 
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
+pub fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
     let read = || CertificateDer::pem_file_iter(path)?.collect::<Result<Vec<_>, _>>();
     let found = read().with_context(|| format!("cannot read certificates (PEM) from {}", path.display()))?;
     if found.is_empty() {
@@ -152,7 +159,7 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
     Ok(found)
 }
 
-fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>> {
+pub fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>> {
     PrivateKeyDer::from_pem_file(path).with_context(|| {
         format!(
             "cannot read a private key (PEM, without a password: `openssl pkey` takes it off) from {}",

@@ -31,10 +31,10 @@ def certificate(folder, name):
     return cert, key
 
 
-def signed(folder, name, authority):
-    """A certificate of a client, which `authority` signed."""
+def signed(folder, name, authority, use="clientAuth"):
+    """A certificate of a client (or of a server on this machine), which `authority` signed."""
     cert, key, request, kind = (folder / f"{name}.{end}" for end in ("pem", "key", "csr", "ext"))
-    kind.write_text("basicConstraints=CA:FALSE\nextendedKeyUsage=clientAuth\n")
+    kind.write_text(f"basicConstraints=CA:FALSE\nextendedKeyUsage={use}\nsubjectAltName=IP:127.0.0.1\n")
     new = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", f"/CN={name}"]
     subprocess.run(["openssl", "req", *new, "-keyout", key, "-out", request], check=True, capture_output=True)
     by = ["-CA", authority[0], "-CAkey", authority[1], "-CAcreateserial", "-days", "2", "-extfile", kind]
@@ -119,6 +119,40 @@ def test_root_path_and_log(tmp_path):
         assert (line["model"], line["prompt_tokens"], line["generated_tokens"]) == (model, whole.usage.prompt_tokens, 5)
         assert 0 < line["ttft_ms"] <= line["total_ms"]
     assert lines["wrong"]["status"] == 404 and "model" not in lines["wrong"]
+
+
+@needs_openssl
+def test_router_and_backend_know_each_other_by_certificates(tmp_path):
+    backends, routers = certificate(tmp_path, "backends"), certificate(tmp_path, "routers")
+    cert, key = signed(tmp_path, "backend", backends, "serverAuth")
+    router, stranger = signed(tmp_path, "router", routers), signed(tmp_path, "stranger", backends)
+    ssl_options = ("--ssl-certfile", cert, "--ssl-keyfile", key, "--ssl-ca-certs", routers[0], "--ssl-cert-reqs", "2")
+    (tmp_path / "b").mkdir()
+    # Beyond this machine, without a token: a certificate is enough.
+    backend = Process(tmp_path / "b", "backend", "--listen", "0.0.0.0:0", *ssl_options)
+    url = f"grpcs://127.0.0.1:{backend.url.rsplit(':', 1)[1]}"
+    shown = ("--backend-ssl-certfile", router[0], "--backend-ssl-keyfile", router[1])
+    (tmp_path / "r").mkdir()
+    front = Process(tmp_path / "r", "router", "--port", "0", "--backend", url, "--backend-ssl-ca-certs", backends[0], *shown)
+    client = openai.OpenAI(base_url=front.url + "/v1", api_key="x", max_retries=0)
+    model = client.models.list().data[0].id
+    assert client.completions.create(model=model, prompt="The bakery", max_tokens=4).choices[0].text
+    front.end()
+
+    def refused(*options, url=url):
+        folder = ("--data-dir", tmp_path / "x", "--port", "0", "--replica-wait", "2")
+        command = [backend.process.args[0], "router", "--backend", url, *folder, *options]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert ended.returncode != 0
+        return ended.stdout + ended.stderr
+
+    trusted = ("--backend-ssl-ca-certs", backends[0])
+    assert "invalid peer certificate" in refused("--backend-ssl-ca-certs", routers[0], *shown)
+    assert "ertificate" in refused(*trusted), "none is shown"
+    assert "ertificate" in refused(*trusted, "--backend-ssl-certfile", stranger[0], "--backend-ssl-keyfile", stranger[1])
+    assert "wants --backend-ssl-ca-certs" in refused()
+    assert "are for backends at https://" in refused(*trusted, url="http://127.0.0.1:9")
+    backend.end()
 
 
 @needs_openssl

@@ -19,6 +19,7 @@ use tonic::{Request, Status, Streaming};
 
 use crate::codec::{self, Damaged};
 use crate::files::ModelFiles;
+use crate::tls::ClientTls;
 use crate::token::Token;
 use crate::wire::replica_client::ReplicaClient;
 use crate::wire::up::Say;
@@ -54,10 +55,15 @@ pub struct ConnectError {
     pub message: String,
 }
 
-/// Opens a session with the backend at `url` (`http://host:port`), showing it the token. `root`: the data folder here, which
-/// may be another path there.
-pub async fn connect(url: &str, token: Option<&Token>, root: &Path) -> Result<Remote, ConnectError> {
-    let opened = open(url, token.cloned(), root.to_owned());
+/// Opens a session with the backend at `url` (`http://host:port`, or `https://host:port` with `tls`), showing it the token.
+/// `root`: the data folder here, which may be another path there.
+pub async fn connect(
+    url: &str,
+    token: Option<&Token>,
+    tls: Option<&ClientTls>,
+    root: &Path,
+) -> Result<Remote, ConnectError> {
+    let opened = open(url, token.cloned(), tls, root.to_owned());
     let opened = tokio::time::timeout(CONNECT_PATIENCE + OPEN_PATIENCE, opened).await;
     let opened = opened.unwrap_or_else(|_| Err(format!("no session after {OPEN_PATIENCE:?}")));
     opened.map_err(|message| ConnectError {
@@ -66,9 +72,17 @@ pub async fn connect(url: &str, token: Option<&Token>, root: &Path) -> Result<Re
     })
 }
 
-async fn open(url: &str, token: Option<Token>, root: PathBuf) -> Result<Remote, String> {
-    let channel = Endpoint::from_shared(url.to_owned())
-        .map_err(|error| chain(&error))?
+async fn open(
+    url: &str,
+    token: Option<Token>,
+    tls: Option<&ClientTls>,
+    root: PathBuf,
+) -> Result<Remote, String> {
+    let mut endpoint = Endpoint::from_shared(url.to_owned()).map_err(|error| chain(&error))?;
+    if let Some(tls) = tls.filter(|_| url.starts_with("https://")) {
+        endpoint = endpoint.tls_config(tls.config()).map_err(|error| chain(&error))?;
+    }
+    let channel = endpoint
         .connect_timeout(CONNECT_PATIENCE)
         .tcp_nodelay(true)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)

@@ -5,23 +5,27 @@
 //! one message, and each request has its own credit, so a client that does not read parks its own sequence only.
 
 mod client;
-mod codec;
+#[doc(hidden)] // for tests/fuzz
+pub mod codec;
 mod files;
 mod learn;
 mod service;
 #[cfg(test)]
 mod tests;
+mod tls;
 mod token;
 
 pub use client::{ConnectError, Remote, connect};
 pub use files::ModelFiles;
-pub use service::{Hooks, Service, serve};
+pub use service::{Acceptor, Hooks, Service, serve};
+pub use tls::ClientTls;
 pub use token::{BadToken, Token};
 
 use std::time::Duration;
 
 /// What protox and prost made of proto/replica.proto.
-mod wire {
+#[doc(hidden)] // for tests/fuzz
+pub mod wire {
     #![allow(clippy::all)]
     tonic::include_proto!("tandem.replica.v1");
 }

@@ -1,6 +1,7 @@
 //! The replica's side: sessions of routers over one `ReplicaHandle`, and how they end. Not here: one session's streams
 //! (`session`), the socket's address (server).
 
+mod door;
 mod learners;
 mod session;
 mod source;
@@ -21,7 +22,6 @@ use tokio::net::TcpListener;
 use tokio::sync::{Notify, mpsc};
 use tonic::service::Routes;
 use tonic::service::interceptor::InterceptedService;
-use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::files::ModelFiles;
@@ -32,6 +32,7 @@ use crate::{
     CONNECTION_WINDOW_BYTES, KEEP_ALIVE_PATIENCE, KEEP_ALIVE_PERIOD, MESSAGE_BYTES, STREAM_WINDOW_BYTES,
     UP_BYTES, codec,
 };
+pub use door::Acceptor;
 
 /// Between two looks at the engine's numbers.
 const STATS_PERIOD: Duration = Duration::from_millis(100);
@@ -185,11 +186,12 @@ impl Replica for Service {
 }
 
 /// Serves until `until`, then until all sessions have ended; they do when the engine is gone. `pages` answer plain HTTP
-/// on the same port, to everybody; who shows no `token` where there is one cannot do more.
+/// on the same port, to everybody; who shows no `token` where there is one cannot do more. With `tls` nothing is plain.
 pub async fn serve(
     listener: TcpListener,
     service: Service,
     token: Option<Token>,
+    tls: Option<Acceptor>,
     pages: axum::Router,
     until: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
@@ -207,6 +209,6 @@ pub async fn serve(
         .http2_keepalive_interval(Some(KEEP_ALIVE_PERIOD))
         .http2_keepalive_timeout(Some(KEEP_ALIVE_PATIENCE))
         .add_routes(Routes::from(pages).add_service(replica))
-        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), until)
+        .serve_with_incoming_shutdown(door::connections(listener, tls), until)
         .await
 }

@@ -4,6 +4,7 @@ mod learners;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
@@ -22,7 +23,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::wire::replica_client::ReplicaClient;
 use crate::wire::up::Say;
 use crate::wire::{self, Up};
-use crate::{BadToken, Hooks, ModelFiles, Remote, Service, Token, connect};
+use crate::{Acceptor, BadToken, ClientTls, Hooks, ModelFiles, Remote, Service, Token, connect};
 
 /// Nothing here waits this long unless it is broken.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -83,10 +84,10 @@ struct Backend {
 
 impl Backend {
     async fn start() -> Backend {
-        Backend::with(None).await
+        Backend::with(None, None).await
     }
 
-    async fn with(token: Option<Token>) -> Backend {
+    async fn with(token: Option<Token>, tls: Option<Acceptor>) -> Backend {
         let (sender, commands) = mpsc::channel(COMMAND_QUEUE);
         let (stats, published) = watch::channel(Stats::default());
         let replica = ReplicaHandle {
@@ -100,11 +101,13 @@ impl Backend {
         let files = ModelFiles::read(folder.path()).unwrap();
         let service = Service::new(replica, Machine, &files, "base");
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        let url = format!("{scheme}://{}", listener.local_addr().unwrap());
         let serve = crate::serve(
             listener,
             service.clone(),
             token,
+            tls,
             axum::Router::new(),
             std::future::pending(),
         );
@@ -118,7 +121,7 @@ impl Backend {
     }
 
     async fn connect(&self) -> Remote {
-        connect(&self.url, None, Path::new("/here")).await.unwrap()
+        connect(&self.url, None, None, Path::new("/here")).await.unwrap()
     }
 
     async fn next(&mut self) -> Command {
@@ -430,7 +433,11 @@ async fn what_a_lost_session_carried_is_lost() {
         "{last:?}"
     );
     soon(remote.replica.commands.closed()).await;
-    assert!(connect(&backend.url, None, Path::new("/here")).await.is_err());
+    assert!(
+        connect(&backend.url, None, None, Path::new("/here"))
+            .await
+            .is_err()
+    );
 }
 
 #[tokio::test]
@@ -977,14 +984,14 @@ async fn what_no_router_says_is_refused() {
 #[tokio::test]
 async fn who_does_not_know_the_token_learns_and_does_nothing() {
     let token = |text: &str| Token::new(text).unwrap();
-    let mut backend = Backend::with(Some(token("0123456789abcdef\n"))).await;
+    let mut backend = Backend::with(Some(token("0123456789abcdef\n")), None).await;
     for (shown, text) in [
         (None, "wants a token"),
         (Some("0123456789abcdeF"), "not the backend's"),
         (Some("0123456789abcdef0"), "not the backend's"),
     ] {
         let shown = shown.map(token);
-        let refused = connect(&backend.url, shown.as_ref(), Path::new("/here"))
+        let refused = connect(&backend.url, shown.as_ref(), None, Path::new("/here"))
             .await
             .err()
             .expect("no session");
@@ -994,15 +1001,24 @@ async fn who_does_not_know_the_token_learns_and_does_nothing() {
         .await
         .unwrap_err();
     assert_eq!(status.code(), tonic::Code::Unauthenticated);
-    let remote = connect(&backend.url, Some(&token("0123456789abcdef")), Path::new("/here"))
-        .await
-        .unwrap();
+    let remote = connect(
+        &backend.url,
+        Some(&token("0123456789abcdef")),
+        None,
+        Path::new("/here"),
+    )
+    .await
+    .unwrap();
     let _answer = ask(&remote, request(1)).await;
     backend.generate().await;
     // A backend without one takes any.
     let open = Backend::start().await;
     let any = token("0123456789abcdef");
-    assert!(connect(&open.url, Some(&any), Path::new("/here")).await.is_ok());
+    assert!(
+        connect(&open.url, Some(&any), None, Path::new("/here"))
+            .await
+            .is_ok()
+    );
     for (text, expected) in [
         ("0123456789abcde", BadToken::Short(15)),
         ("", BadToken::Short(0)),
@@ -1012,4 +1028,113 @@ async fn who_does_not_know_the_token_learns_and_does_nothing() {
     ] {
         assert_eq!(Token::new(text).err(), Some(expected), "{text:?}");
     }
+}
+
+/// Someone who signs, and what they signed for 127.0.0.1: certificate and key, PEM.
+struct Authority {
+    root: String,
+    issuer: rcgen::Issuer<'static, rcgen::KeyPair>,
+}
+
+impl Authority {
+    fn new() -> Authority {
+        let mut params = rcgen::CertificateParams::new(vec![]).unwrap();
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let key = rcgen::KeyPair::generate().unwrap();
+        Authority {
+            root: params.self_signed(&key).unwrap().pem(),
+            issuer: rcgen::Issuer::new(params, key),
+        }
+    }
+
+    fn signed(&self) -> (String, String) {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let params = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        (certificate.pem(), key.serialize_pem())
+    }
+
+    /// Of a backend that it signed; `clients` signs those of its routers.
+    fn acceptor(&self, clients: Option<&Authority>) -> Acceptor {
+        use tokio_rustls::TlsAcceptor;
+        use tokio_rustls::rustls::pki_types::pem::PemObject;
+        use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
+        use tokio_rustls::rustls::server::WebPkiClientVerifier;
+        use tokio_rustls::rustls::{RootCertStore, ServerConfig, crypto};
+
+        let read = |pem: &str| CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
+        let provider = Arc::new(crypto::ring::default_provider());
+        let config = ServerConfig::builder_with_provider(provider.clone());
+        let config = config.with_safe_default_protocol_versions().unwrap();
+        let config = match clients {
+            None => config.with_no_client_auth(),
+            Some(clients) => {
+                let mut roots = RootCertStore::empty();
+                roots.add(read(&clients.root)).unwrap();
+                let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider);
+                config.with_client_cert_verifier(verifier.build().unwrap())
+            }
+        };
+        let (certificate, key) = self.signed();
+        let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap();
+        let mut config = config.with_single_cert(vec![read(&certificate)], key).unwrap();
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        let config = Arc::new(config);
+        Arc::new(move || TlsAcceptor::from(config.clone()))
+    }
+}
+
+#[tokio::test]
+async fn router_and_backend_know_each_other_by_certificates() {
+    let (ours, others) = (Authority::new(), Authority::new());
+    let (certificate, key) = ours.signed();
+    let (strange, strange_key) = others.signed();
+    let roots = |authority: &Authority| ClientTls::new(authority.root.as_bytes(), None);
+    let shown = |certificate: &str, key: &str| {
+        ClientTls::new(
+            ours.root.as_bytes(),
+            Some((certificate.as_bytes(), key.as_bytes())),
+        )
+    };
+    let server_only = Backend::with(None, Some(ours.acceptor(None))).await;
+    let mutual = Backend::with(None, Some(ours.acceptor(Some(&ours)))).await;
+    for (backend, tls, expected) in [
+        (&server_only, roots(&ours), None),
+        (&server_only, shown(&certificate, &key), None),
+        (&server_only, roots(&others), Some("invalid peer certificate")),
+        (&mutual, shown(&certificate, &key), None),
+        (&mutual, roots(&ours), Some("")),
+        (&mutual, shown(&strange, &strange_key), Some("")),
+    ] {
+        let connected = connect(&backend.url, None, Some(&tls), Path::new("/here")).await;
+        match expected {
+            None => assert_eq!(connected.unwrap().model_name, "base"),
+            Some(why) => {
+                let error = connected.err().expect("it is refused").to_string();
+                assert!(error.contains(why), "{error}");
+            }
+        }
+    }
+    // Neither side speaks plainly to the other.
+    let plain = Backend::start().await;
+    let as_tls = plain.url.replace("http://", "https://");
+    assert!(
+        connect(&as_tls, None, Some(&roots(&ours)), Path::new("/here"))
+            .await
+            .is_err()
+    );
+    let as_plain = server_only.url.replace("https://", "http://");
+    assert!(connect(&as_plain, None, None, Path::new("/here")).await.is_err());
+
+    // What goes over it is what goes without.
+    let mut backend = mutual;
+    let tls = shown(&certificate, &key);
+    let remote = connect(&backend.url, None, Some(&tls), Path::new("/here"))
+        .await
+        .unwrap();
+    let mut answer = ask(&remote, request(1)).await;
+    let (heard, events) = backend.generate().await;
+    assert_eq!(heard.prompt, request(1).prompt);
+    events.send(token(9)).await.unwrap();
+    assert_eq!(soon(answer.recv()).await, Some(token(9)));
 }

@@ -65,7 +65,8 @@ impl Member {
     pub fn remote(url: &str, token: Option<Token>, tls: Option<ClientTls>, data_dir: &Path) -> Member {
         let (address, data_dir) = (url.to_owned(), data_dir.to_owned());
         Member::new(url, move || {
-            let (address, token, tls, data_dir) = (address.clone(), token.clone(), tls.clone(), data_dir.clone());
+            let (address, token, tls, data_dir) =
+                (address.clone(), token.clone(), tls.clone(), data_dir.clone());
             async move {
                 let remote = tandem_rpc::connect(&address, token.as_ref(), tls.as_ref(), &data_dir).await;
                 let tandem_rpc::Remote {

@@ -13,7 +13,7 @@ use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
 use tandem_core::replica::{Command, ReplicaHandle};
-use tandem_rpc::Service;
+use tandem_rpc::{Acceptor, Service};
 use tandem_store::Artifacts;
 use tandem_text::Tokenizer;
 use tokio::net::TcpListener;
@@ -28,6 +28,7 @@ use crate::exposure;
 use crate::listen::{self, Signals};
 use crate::metrics::Metrics;
 use crate::ranks::{self, Followed};
+use crate::tls::{self, Tls};
 use hooks::Kept;
 
 /// What the engine may need to write a running job's state at the end.
@@ -40,6 +41,7 @@ pub fn run(options: Backend, given: &Given) -> Result<()> {
     let Backend {
         listen: address,
         token,
+        ssl,
         model,
         artifacts: ArtifactOptions {
             data_dir,
@@ -54,11 +56,16 @@ pub fn run(options: Backend, given: &Given) -> Result<()> {
             },
     } = options;
     let token = exposure::token(&token)?;
-    exposure::check_backend(address, token.is_some())?;
+    let files = tls::Files::given(&ssl)?;
+    let knows_routers = files.as_ref().is_some_and(tls::Files::know_clients);
+    exposure::check_backend(address, token.is_some() || knows_routers)?;
     let started = ranks::started()?;
     if let Followed::ToTheEnd = ranks::followed(&model, &started, &data_dir)? {
         return Ok(());
     }
+    let tls = files.map(Tls::open).transpose()?;
+    let is_secure = tls.is_some();
+    let acceptor = tls.map(|tls| -> Acceptor { Arc::new(move || tls.acceptor()) });
     let listener = listen::bind(address).with_context(|| format!("cannot listen on {address}"))?;
     let address = listener.local_addr().context("the socket has no address")?;
     edge::make_data_dir(&data_dir)?;
@@ -85,7 +92,7 @@ pub fn run(options: Backend, given: &Given) -> Result<()> {
         let listener = TcpListener::from_std(listener)?;
         let (stop, stopped) = oneshot::channel::<()>();
         let pages = pages(service.clone(), metrics);
-        let server = tandem_rpc::serve(listener, service.clone(), token, pages, async {
+        let server = tandem_rpc::serve(listener, service.clone(), token, acceptor, pages, async {
             drop(stopped.await)
         });
         let mut server = tokio::spawn(server);
@@ -93,7 +100,7 @@ pub fn run(options: Backend, given: &Given) -> Result<()> {
             address,
             names: &names,
             replica: &replica.info,
-            door: Door::Grpc,
+            door: Door::Grpc { is_secure },
         };
         greeting.say();
         let end = until_the_end(signals, &service, replica, Duration::from_secs(shutdown_grace));

@@ -85,12 +85,7 @@ impl Door {
         if is_judged {
             exposure::check(options.published.as_deref(), address.ip(), ring.is_wanted())?;
         }
-        let files = tls::Files::given(
-            options.ssl_certfile.clone(),
-            options.ssl_keyfile.clone(),
-            options.ssl_ca_certs.clone(),
-            options.ssl_cert_reqs,
-        )?;
+        let files = tls::Files::given(&options.ssl)?;
         let tls = files.map(Tls::open).transpose()?;
         let audit = Audit::open(options.audit_log.as_deref()).context("--audit-log")?;
         let origins = Origins::parse(&options.allowed_origins).context("--allowed-origins")?;
@@ -233,10 +228,7 @@ pub async fn run(edge: Edge) -> Result<()> {
         lora_root,
         response_store_bytes,
         response_store_days,
-        ssl_certfile: _,
-        ssl_keyfile: _,
-        ssl_ca_certs: _,
-        ssl_cert_reqs: _,
+        ssl: _,
         root_path,
         disable_uvicorn_access_log: _,
         disable_access_log_for_endpoints: _,

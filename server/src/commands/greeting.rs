@@ -16,7 +16,7 @@ pub struct Greeting<'a> {
 
 pub enum Door {
     Api { is_secure: bool, wants_key: bool },
-    Grpc,
+    Grpc { is_secure: bool },
 }
 
 impl Greeting<'_> {
@@ -48,8 +48,8 @@ impl Greeting<'_> {
             ..
         } = replica;
         let scheme = match door {
-            Door::Api { is_secure: true, .. } => "https",
-            Door::Api { .. } | Door::Grpc => "http",
+            Door::Api { is_secure, .. } | Door::Grpc { is_secure } if *is_secure => "https",
+            Door::Api { .. } | Door::Grpc { .. } => "http",
         };
         let mut text = format!("tandem is listening on {scheme}://{address}\n");
         let mut say = |name: &str, value: String| {
@@ -79,7 +79,7 @@ impl Greeting<'_> {
         );
         let base = format!("{scheme}://{}", reachable(*address));
         match door {
-            Door::Grpc => say("routers", format!("tandem router --backend {base}")),
+            Door::Grpc { .. } => say("routers", format!("tandem router --backend {base}")),
             Door::Api { wants_key, .. } => {
                 say("page", format!("{base}/"));
                 let key = if *wants_key { ", with an API key" } else { "" };
@@ -179,7 +179,7 @@ mod tests {
              API       http://127.0.0.1:8000/v1, with an API key; described at http://127.0.0.1:8000/docs\n  \
              stop      Ctrl-C\n"
         );
-        let grpc = text("[::1]:8001", Door::Grpc);
+        let grpc = text("[::1]:8001", Door::Grpc { is_secure: false });
         assert!(
             grpc.contains("tandem router --backend http://[::1]:8001\n"),
             "{grpc}"

@@ -22,6 +22,7 @@ pub fn run(options: Router, given: &Given) -> Result<()> {
     let Router {
         backend,
         token,
+        backend_ssl,
         served_model_name,
         edge: options,
         state,
@@ -39,22 +40,15 @@ pub fn run(options: Router, given: &Given) -> Result<()> {
                 .to_owned()
         )
     );
-    for url in &backends {
-        let known = url.starts_with("http://") && url.len() > "http://".len();
-        ensure!(
-            known,
-            WrongSetting(format!(
-                "--backend {url}: an address such as http://127.0.0.1:8001 is wanted"
-            ))
-        );
-    }
+    let backends = backends.into_iter().map(address).collect::<Result<Vec<_>>>()?;
+    let tls = exposure::backend_tls(&backend_ssl, &backends)?;
     let token = exposure::token(&token)?;
     let door = Door::open(SocketAddr::new(options.host, options.port), &options, &state)?;
     edge::make_data_dir(&state.artifacts.data_dir)?;
     let adapters = edge::adapters(&options)?;
     let members: Vec<Member> = backends
         .into_iter()
-        .map(|url| Member::remote(url, token.clone(), &state.artifacts.data_dir))
+        .map(|url| Member::remote(&url, token.clone(), tls.clone(), &state.artifacts.data_dir))
         .collect();
     block_on(async {
         let mut signals = Signals::new()?;
@@ -88,4 +82,22 @@ pub fn run(options: Router, given: &Given) -> Result<()> {
         })
         .await
     })
+}
+
+/// Of a backend, with one name for TLS.
+fn address(url: &str) -> Result<String> {
+    let address = match url.strip_prefix("grpcs://") {
+        Some(host) => format!("https://{host}"),
+        None => url.to_owned(),
+    };
+    let host = address
+        .strip_prefix("http://")
+        .or(address.strip_prefix("https://"));
+    ensure!(
+        host.is_some_and(|host| !host.is_empty()),
+        WrongSetting(format!(
+            "--backend {url}: an address such as http://127.0.0.1:8001 is wanted, or https:// where it serves over TLS"
+        ))
+    );
+    Ok(address)
 }

@@ -405,7 +405,7 @@ enum Life {
 }
 
 impl Outgoing {
-    pub fn new(shared: Arc<Shared>, inbox: mpsc::Receiver<Note>, links: Links) -> Outgoing {
+    pub(super) fn new(shared: Arc<Shared>, inbox: mpsc::Receiver<Note>, links: Links) -> Outgoing {
         let mut look = tokio::time::interval(STATS_PERIOD);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Outgoing {

@@ -53,13 +53,13 @@ impl Link {
     }
 }
 
-pub struct Source {
+pub(crate) struct Source {
     pub stream: u64,
     pub link: Arc<Link>,
     pub kind: Kind,
 }
 
-pub enum Kind {
+pub(crate) enum Kind {
     Request {
         events: mpsc::Receiver<Event>,
         _open: Open,
