@@ -1,10 +1,13 @@
 //! AdamW (Loshchilov and Hutter, 2019) over flat float32 buffers, the arithmetic of torch.optim.AdamW, and what a
 //! trainer does to gradients before it: their norm and their scaling. Schedules and clipping policy are the trainer's.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use tch::{Kind, Tensor};
 
+use crate::flat::{flat, for_each_piece};
 use crate::pool;
-use crate::vector::{vector, vectorised};
+use crate::vector::vectorised;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamW {
@@ -14,12 +17,9 @@ pub struct AdamW {
     pub weight_decay: f64,
 }
 
-/// Elements of a task. Fixed, because the order of a sum over pieces of this size must not depend on the threads.
-const PIECE: usize = 32 * 1024;
-
 /// The step's numbers, computed in float64 as Python does.
 #[derive(Clone, Copy)]
-struct Coefficients {
+pub(crate) struct Coefficients {
     decay: f32,
     one_minus_beta1: f32,
     beta2: f32,
@@ -34,16 +34,17 @@ impl AdamW {
     /// gradients are updated in place; `m` and `v` are the first and second moments (`exp_avg`, `exp_avg_sq`).
     pub fn step(&self, params: &Tensor, grads: &Tensor, m: &Tensor, v: &Tensor, lr: f64, step: u64) {
         assert!(step > 0, "steps count from 1");
-        let n = params.numel();
-        let lengths = [grads.numel(), m.numel(), v.numel()];
-        assert!(
-            lengths.iter().all(|&len| len == n),
-            "buffers of {n} parameters have {lengths:?} elements"
-        );
-        let (Some(p), Some(g), Some(m_flat), Some(v_flat)) = (flat(params), flat(grads), flat(m), flat(v))
-        else {
+        if flat(params).is_none() {
             return self.step_reference(params, grads, m, v, lr, step);
-        };
+        }
+        let coefficients = self.coefficients(lr, step);
+        for_each_piece(params, grads, [m, v], |params, grads, [m, v]| {
+            update(params, grads, m, v, coefficients);
+        });
+    }
+
+    /// Of the `step`-th step.
+    pub(crate) fn coefficients(&self, lr: f64, step: u64) -> Coefficients {
         let AdamW {
             beta1,
             beta2,
@@ -51,7 +52,7 @@ impl AdamW {
             weight_decay,
         } = *self;
         let step = step as f64;
-        let coefficients = Coefficients {
+        Coefficients {
             decay: (1.0 - lr * weight_decay) as f32,
             one_minus_beta1: (1.0 - beta1) as f32,
             beta2: beta2 as f32,
@@ -59,19 +60,7 @@ impl AdamW {
             sqrt_bias_correction2: (1.0 - beta2.powf(step)).sqrt() as f32,
             epsilon: epsilon as f32,
             step_size: (lr / (1.0 - beta1.powf(step))) as f32,
-        };
-        pool::for_each(n.div_ceil(PIECE), |piece| {
-            // SAFETY: pieces are disjoint, and nobody else touches the four tensors meanwhile.
-            unsafe {
-                update(
-                    p.piece_mut(piece),
-                    g.piece(piece),
-                    m_flat.piece_mut(piece),
-                    v_flat.piece_mut(piece),
-                    coefficients,
-                )
-            }
-        });
+        }
     }
 
     /// [`AdamW::step`] in plain tch, on any device and in any dtype.
@@ -110,12 +99,11 @@ pub fn global_norm(grads: &Tensor) -> f64 {
             .double_value(&[])
             .sqrt();
     };
-    let pieces = flat.len.div_ceil(PIECE);
-    let sums: Vec<std::sync::atomic::AtomicU64> = (0..pieces).map(|_| Default::default()).collect();
-    pool::for_each(pieces, |piece| {
+    let sums: Vec<AtomicU64> = (0..flat.pieces()).map(|_| AtomicU64::default()).collect();
+    pool::for_each(flat.pieces(), |piece| {
         // SAFETY: the tensor is borrowed for the call and nobody writes it.
-        let sum = sum_of_squares(unsafe { flat.piece(piece) });
-        sums[piece].store(sum.to_bits(), std::sync::atomic::Ordering::Relaxed);
+        let sum = sum_of_squares(unsafe { flat.part(flat.range(piece)) });
+        sums[piece].store(sum.to_bits(), Ordering::Relaxed);
     });
     sums.into_iter()
         .map(|sum| f64::from_bits(sum.into_inner()))
@@ -129,51 +117,20 @@ pub fn scale(grads: &Tensor, factor: f64) {
         let _ = grads.shallow_clone().g_mul_scalar_(factor);
         return;
     };
-    pool::for_each(flat.len.div_ceil(PIECE), |piece| {
+    pool::for_each(flat.pieces(), |piece| {
         // SAFETY: pieces are disjoint and nobody else writes the tensor meanwhile.
-        scale_piece(unsafe { flat.piece_mut(piece) }, factor as f32);
+        scale_piece(unsafe { flat.part_mut(flat.range(piece)) }, factor as f32);
     });
 }
 
-/// A contiguous float32 CPU tensor as memory that tasks share, a piece each.
-#[derive(Clone, Copy)]
-struct Flat {
-    first: *mut f32,
-    len: usize,
-}
-
-// SAFETY: an address with a bound; `piece` and `piece_mut` carry the obligation.
-unsafe impl Send for Flat {}
-// SAFETY: as above.
-unsafe impl Sync for Flat {}
-
-fn flat(tensor: &Tensor) -> Option<Flat> {
-    vector(tensor).map(|slice| Flat {
-        first: tensor.data_ptr().cast(),
-        len: slice.len(),
-    })
-}
-
-impl Flat {
-    /// # Safety
-    /// The tensor lives and nobody writes the piece for as long as the slice does.
-    unsafe fn piece<'a>(self, piece: usize) -> &'a [f32] {
-        let start = piece * PIECE;
-        // SAFETY: inside the tensor; the rest is the caller's.
-        unsafe { std::slice::from_raw_parts(self.first.add(start), PIECE.min(self.len - start)) }
-    }
-
-    /// # Safety
-    /// The tensor lives and nobody else touches the piece for as long as the slice does.
-    unsafe fn piece_mut<'a>(self, piece: usize) -> &'a mut [f32] {
-        let start = piece * PIECE;
-        // SAFETY: inside the tensor; the rest is the caller's.
-        unsafe { std::slice::from_raw_parts_mut(self.first.add(start), PIECE.min(self.len - start)) }
-    }
-}
-
 vectorised!(
-    fn update(params: &mut [f32], grads: &[f32], m: &mut [f32], v: &mut [f32], coefficients: Coefficients) {
+    pub(crate) fn update(
+        params: &mut [f32],
+        grads: &[f32],
+        m: &mut [f32],
+        v: &mut [f32],
+        coefficients: Coefficients,
+    ) {
         let Coefficients {
             decay,
             one_minus_beta1,
@@ -193,7 +150,7 @@ vectorised!(
 );
 
 vectorised!(
-    fn sum_of_squares(x: &[f32]) -> f64 {
+    pub(crate) fn sum_of_squares(x: &[f32]) -> f64 {
         const LANES: usize = 32;
         let mut sums = [0.0f64; LANES];
         let (blocks, rest) = x.as_chunks::<LANES>();

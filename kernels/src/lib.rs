@@ -14,7 +14,9 @@
 //! the number of threads: every output element sums over its reduction in one fixed order.
 
 pub mod activation;
+pub mod adafactor;
 pub mod adamw;
+pub mod adamw8bit;
 pub mod attention;
 pub mod cap;
 pub mod comm;
@@ -22,8 +24,10 @@ pub mod dropout;
 mod error;
 pub mod experts;
 pub mod finite;
+mod flat;
 pub mod host;
 pub mod linear;
+pub mod lion;
 pub mod loss;
 pub mod machine;
 pub mod mapped;
@@ -31,6 +35,7 @@ pub mod matmul;
 pub mod norm;
 pub mod pool;
 pub mod rope;
+pub mod sgd;
 mod simd;
 mod slice;
 mod vector;

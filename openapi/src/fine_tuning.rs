@@ -190,6 +190,8 @@ pub struct RunHyperparameters {
     #[serde(flatten)]
     pub schedule: RunSchedule,
     pub warmup_steps: u64,
+    #[serde(flatten)]
+    pub optimizer: RunOptimizer,
     pub weight_decay: f64,
     pub adam_beta1: f64,
     pub adam_beta2: f64,
@@ -243,6 +245,18 @@ pub struct RunSchedule {
     pub lr_end: Option<f64>,
     #[schema(required)]
     pub gamma: Option<f64>,
+}
+
+/// What makes a step of a gradient; what others do not have is null.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct RunOptimizer {
+    pub optim: String,
+    #[schema(required)]
+    pub momentum: Option<f64>,
+    #[schema(required)]
+    pub nesterov: Option<bool>,
+    #[schema(required)]
+    pub scale_parameter: Option<bool>,
 }
 
 /// How the rows were read, as it was asked.

@@ -560,6 +560,11 @@ def adamw(model, trainable, decays, hyper: dict, examples: list[dict]) -> dict:
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=hyper["learning_rate"], betas=betas, eps=hyper["adam_epsilon"]
     )
+    return steps_of(optimizer, model, trainable, hyper, examples)
+
+
+def steps_of(optimizer, model, trainable, hyper: dict, examples: list[dict]) -> dict:
+    """A run as transformers' Trainer makes it."""
     steps = batches(len(examples), hyper)
     scheduler = get_scheduler(
         hyper["lr_scheduler"], optimizer, num_warmup_steps=hyper["warmup_steps"], num_training_steps=len(steps)

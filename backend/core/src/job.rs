@@ -1,6 +1,7 @@
 //! A fine-tuning job as the engine sees it: tokens and numbers. Files' text, names and queues are the router's.
 
 mod objective;
+mod optimizer;
 pub mod selection;
 mod start;
 pub mod sweep;
@@ -15,6 +16,7 @@ use crate::replica::ReplicaInfo;
 use crate::settings::{Kind, setting};
 
 pub use objective::{CpoLoss, DpoLoss, Objective, Rows};
+pub use optimizer::Optimizer;
 use selection::Selection;
 
 /// The output layer among the modules that an adapter may target: adapted where it is named, and not by `all-linear`, as in PEFT.
@@ -118,6 +120,8 @@ pub struct Hyper {
     pub lr_scheduler: Schedule,
     /// Optimizer steps of linear warm-up; `Schedule::Constant` has none.
     pub warmup_steps: u64,
+    #[serde(default)]
+    pub optimizer: Optimizer,
     pub weight_decay: f64,
     pub adam_beta1: f64,
     pub adam_beta2: f64,
@@ -200,12 +204,14 @@ impl Hyper {
             max_grad_norm,
             loraplus_lr_ratio,
             neftune_noise_alpha,
+            optimizer,
             selection,
             objective,
             method,
             ..
         } = self;
         objective.check()?;
+        optimizer.check()?;
         selection.as_ref().map_or(Ok(()), Selection::check)?;
         if loraplus_lr_ratio.is_some() && *method == Method::Full {
             return Err("loraplus_lr_ratio is of an adapter's B: full training has none".to_owned());
@@ -652,6 +658,7 @@ mod tests {
             learning_rate: 1e-4,
             lr_scheduler: Schedule::Linear,
             warmup_steps: 0,
+            optimizer: Optimizer::AdamW,
             weight_decay: 0.0,
             adam_beta1: 0.9,
             adam_beta2: 0.999,

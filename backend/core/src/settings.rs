@@ -6,6 +6,7 @@
 mod foreign;
 mod kind;
 mod objective;
+mod optimizer;
 mod selection;
 mod sweep;
 
@@ -90,6 +91,9 @@ settings! {
             "1", "micro-batches of an optimizer step";
     }
     Optimizer {
+        optim: String, Word(&optimizer::OPTIMIZERS),
+            ["optimizer"],
+            "adamw_torch", "what makes a step of a gradient: AdamW, also fused or paged; with moments in 8 bits (adamw_8bit); sgd; lion_32bit; adafactor";
         learning_rate: f64, Real(Above(0.0, 1.0)),
             ["lr"],
             "by the model's width", "peak of the schedule";
@@ -119,19 +123,28 @@ settings! {
             "0.03", "part of the run that warms up, in place of warmup_steps";
         weight_decay: f64, Real(Closed(0.0, 1.0)),
             ["wd"],
-            "0", "AdamW's, decoupled";
+            "0", "of the numbers at each step, times the learning rate (of sgd a part of the gradient)";
         max_grad_norm: f64, Real(Closed(0.0, 1e6)),
             ["clip_grad_norm", "gradient_clipping_threshold", "gradient_clip_val"],
             "1", "gradients are scaled down to this norm; 0: never";
         adam_beta1: f64, Real(Below(0.0, 1.0)),
             ["beta1"],
-            "0.9", "AdamW's decay of the first moment";
+            "0.9", "AdamW's decay of the first moment; of lion_32bit that of the step's mean";
         adam_beta2: f64, Real(Below(0.0, 1.0)),
             ["beta2"],
-            "0.999", "AdamW's decay of the second moment";
+            "0.999", "AdamW's decay of the second moment; of lion_32bit that of the mean that is kept";
         adam_epsilon: f64, Real(Above(0.0, 1.0)),
             ["adam_eps", "eps"],
             "1e-8", "AdamW's, beside the root of the second moment";
+        momentum: f64, Real(Below(0.0, 1.0)),
+            [],
+            "0", "of sgd";
+        nesterov: bool, Flag,
+            [],
+            "false", "of sgd with momentum: looks ahead along it";
+        scale_parameter: bool, Flag,
+            [],
+            "false", "of adafactor: the learning rate is a part of each matrix's own size";
     }
     Data {
         max_seq_length: u32, Integer { low: 2, high: i32::MAX as i64, unset: None },
@@ -377,6 +390,7 @@ pub fn read<'a>(
     warms_up(&settings)?;
     packs(&settings)?;
     settings.schedule().map(drop)?;
+    optimizer::check(&settings)?;
     settings.objective()?;
     selection::check(&settings, has_validation_file)?;
     let beside = Beside {
@@ -409,6 +423,7 @@ fn opened(mut values: serde_json::Map<String, Value>) -> serde_json::Map<String,
             .collect();
         values.extend(found);
     }
+    optimizer::open(&mut values);
     for (name, in_order) in [
         ("train_sampling_strategy", Value::from("sequential")),
         ("disable_shuffling", true.into()),

@@ -55,13 +55,6 @@ impl LinearShape {
     pub fn rank(&self) -> i64 {
         self.parts.iter().map(PartShape::rank).sum()
     }
-
-    /// Where A and B lie in the flat buffer, one behind the other.
-    pub fn a_and_b(&self) -> [Range<i64>; 2] {
-        let middle = self.offset + self.rank() * self.inputs;
-        let b: i64 = self.parts.iter().map(|part| part.width() * part.rank()).sum();
-        [self.offset..middle, middle..middle + b]
-    }
 }
 
 impl AdapterShape {
@@ -132,6 +125,32 @@ impl AdapterShape {
             self.len += part.width();
         }
         self
+    }
+
+    /// The whole buffer in order, as the tensors that peft has: where each lies, the numbers of a row of a matrix, and whether
+    /// it is an A.
+    pub fn parameters(&self) -> impl Iterator<Item = (Range<i64>, Option<i64>, bool)> {
+        let matrices = self.iter().flat_map(|(_, linear)| {
+            let a = linear.parts.iter().map(|part| {
+                let rows = linear.offset + part.ranks.start * linear.inputs;
+                (
+                    rows..rows + part.rank() * linear.inputs,
+                    Some(linear.inputs),
+                    true,
+                )
+            });
+            let b = linear.parts.iter().map(|part| {
+                let numbers = part.width() * part.rank();
+                (part.b_offset..part.b_offset + numbers, Some(part.rank()), false)
+            });
+            a.chain(b)
+        });
+        let parts = self.iter().flat_map(|(_, linear)| &linear.parts);
+        let magnitudes = parts.filter_map(|part| {
+            let start = part.magnitude_offset?;
+            Some((start..start + part.width(), None, false))
+        });
+        matrices.chain(magnitudes)
     }
 
     /// Where the magnitudes lie in the flat buffer, where there are some.

@@ -180,6 +180,26 @@ impl FullShape {
         let said = self.comm.all_gather(&Tensor::from_slice(&[i64::from(is)]));
         said.min().int64_value(&[]) == 1
     }
+
+    /// This rank's buffer in order, as the tensors of the checkpoint: where each lies, and the numbers of a row of a matrix. Where
+    /// ranks share, as parts of parameters.
+    pub fn parameters(&self) -> Vec<(ParamId, Range<i64>, Option<i64>)> {
+        let parts = self.ranges().map(|(id, range)| (id, range, None));
+        let tensors = self.params.iter().flat_map(|(offset, param)| {
+            let row: i64 = param.shape[1..].iter().product();
+            let columns = (param.shape.len() > 1).then_some(row);
+            let mut start = *offset;
+            param.tensors.iter().map(move |source| {
+                let range = start..start + source.rows * row;
+                start = range.end;
+                (param.id, range, columns)
+            })
+        });
+        match self.is_shared() {
+            true => parts.collect(),
+            false => tensors.collect(),
+        }
+    }
 }
 
 fn numbers(param: &Param) -> i64 {

@@ -82,7 +82,7 @@ pub struct Copy {
 }
 
 enum Copied {
-    State { moments: [Tensor; 2] },
+    State { memory: Vec<(String, Tensor)> },
     Adapter { base_model: String },
 }
 
@@ -111,8 +111,7 @@ impl Driven {
                 match moments {
                     learner::Moments::Restored => {
                         self.steps = record.steps;
-                        let Tensors { moment1, moment2, .. } = &tensors;
-                        self.learner.resume(&tensors.params, moment1, moment2)
+                        self.learner.resume(&tensors.params, &tensors.memory)
                     }
                     learner::Moments::Fresh => self.take_numbers(&tensors.params),
                 }
@@ -132,8 +131,10 @@ impl Driven {
 
     /// With an optimizer that has done nothing.
     fn take_numbers(&mut self, params: &Tensor) -> Result<(), TrainError> {
-        let fresh = params.zeros_like();
-        self.learner.resume(params, &fresh, &fresh)
+        let memory = self.learner.memory();
+        self.learner.resume(params, &memory)?;
+        self.learner.forget_updates();
+        Ok(())
     }
 
     pub fn lora(&self) -> &Lora {
@@ -303,7 +304,12 @@ impl Driven {
             },
             what: match what {
                 Saving::State => Copied::State {
-                    moments: self.learner.moments().map(|moment| moment.copy()),
+                    memory: self
+                        .learner
+                        .memory()
+                        .into_iter()
+                        .map(|(name, tensor)| (name, tensor.copy()))
+                        .collect(),
                 },
                 Saving::Adapter { base_model } => Copied::Adapter { base_model },
             },
@@ -366,17 +372,17 @@ impl Copy {
             what,
         } = self;
         match what {
-            Copied::State {
-                moments: [moment1, moment2],
-            } => {
+            Copied::State { memory } => {
                 let record = Record {
                     lora: lora.clone(),
                     steps: *steps,
                 };
                 let tensors = Tensors {
                     params: params.flat.shallow_clone(),
-                    moment1: moment1.shallow_clone(),
-                    moment2: moment2.shallow_clone(),
+                    memory: memory
+                        .iter()
+                        .map(|(name, tensor)| (name.clone(), tensor.shallow_clone()))
+                        .collect(),
                     best: None,
                 };
                 state::replace(folder, learner::STATE, &state::bytes(&record, &tensors))?;

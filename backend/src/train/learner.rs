@@ -1,4 +1,4 @@
-//! The numbers that are trained, with their gradient and AdamW's moments: an adapter beside the served base, or every
+//! The numbers that are trained, with their gradient and what the optimizer remembers: an adapter beside the served base, or every
 //! parameter of a decoder of its own. A fine-tune job has one ([`super::Trainer`]); so may a client that drives training
 //! call by call:
 //!
@@ -12,14 +12,15 @@
 //!
 //! Not here: what the gradient is of (pass, objective), files (snapshot, state).
 
-use tandem_core::job::Lora;
+use tandem_core::job::{self, Lora};
 use tandem_kernels::adamw::{self, AdamW};
 use tandem_kernels::finite;
 use tch::{Device, Kind, Tensor};
 
 use super::TrainError;
+use super::optimizer::{Optimizer, Parameter, Role, Step};
 use super::pass::Trained;
-use crate::family::DecoderSpec;
+use crate::family::{DecoderSpec, ParamId};
 use crate::lora::adapter::Adapter;
 use crate::lora::fit::Fit;
 use crate::lora::params::{AdapterParams, AdapterShape};
@@ -28,8 +29,7 @@ use crate::model::full::{self, FullParams};
 
 pub struct Learner {
     subject: Subject,
-    moment1: Tensor,
-    moment2: Tensor,
+    optimizer: Optimizer,
 }
 
 /// What is trained.
@@ -55,7 +55,8 @@ enum Subject {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Update {
     pub learning_rate: f64,
-    /// Norms and biases of a model do not decay, whatever it says; an adapter decays whole.
+    /// Norms and biases of a model do not decay, whatever it says; an adapter decays whole. Other optimizers take from it what
+    /// they have, too.
     pub adamw: AdamW,
     /// Of an adapter's B over its A.
     pub b_ratio: f64,
@@ -121,24 +122,33 @@ impl Learner {
     }
 
     fn new(subject: Subject) -> Learner {
-        let moment = || subject.gradient().zeros_like();
         Learner {
-            moment1: moment(),
-            moment2: moment(),
+            optimizer: Optimizer::new(job::Optimizer::AdamW, subject.parameters()),
             subject,
         }
     }
 
-    /// Goes on with numbers and moments that were kept, all of them: `[P]` each.
-    pub fn resume(&mut self, params: &Tensor, moment1: &Tensor, moment2: &Tensor) -> Result<(), TrainError> {
+    /// Before the first update; without it AdamW steps.
+    pub fn stepping_by(self, rule: job::Optimizer) -> Learner {
+        Learner {
+            optimizer: Optimizer::new(rule, self.subject.parameters()),
+            ..self
+        }
+    }
+
+    /// Goes on with numbers that were kept, all of them `[P]`, and with what the optimizer remembered of them.
+    pub fn resume(&mut self, params: &Tensor, memory: &[(String, Tensor)]) -> Result<(), TrainError> {
         if params.numel() as u64 != self.len() {
             let (there, here) = (params.numel(), self.len());
             return Err(TrainError::State(format!(
                 "its state has {there} numbers, this model makes it {here}"
             )));
         }
-        self.moment1.copy_(&self.share_of(moment1));
-        self.moment2.copy_(&self.share_of(moment2));
+        let memory = memory.iter();
+        let memory: Vec<(String, Tensor)> = memory
+            .map(|(name, tensor)| (name.clone(), self.share_of(tensor)))
+            .collect();
+        self.optimizer.resume(&memory).map_err(TrainError::State)?;
         self.load(&self.share_of(params));
         Ok(())
     }
@@ -167,7 +177,12 @@ impl Learner {
         }
     }
 
-    /// Takes other numbers, shaped as [`Learner::flat`]. The moments stay.
+    /// The optimizer is as before its first update.
+    pub fn forget_updates(&mut self) {
+        self.optimizer.forget();
+    }
+
+    /// Takes other numbers, shaped as [`Learner::flat`]. What the optimizer remembers stays.
     pub fn load(&mut self, params: &Tensor) {
         self.flat().copy_(params);
         self.repack();
@@ -216,9 +231,9 @@ impl Learner {
         }
     }
 
-    /// The first and the second moment, as the numbers.
-    pub fn moments(&self) -> [Tensor; 2] {
-        [&self.moment1, &self.moment2].map(Tensor::shallow_clone)
+    /// What the optimizer remembers, by name, shared storage.
+    pub fn memory(&self) -> Vec<(String, Tensor)> {
+        self.optimizer.memory()
     }
 
     /// Where the passes run.
@@ -270,7 +285,7 @@ impl Learner {
         let _ = self.gradient().shallow_clone().zero_();
     }
 
-    /// Sums the gradient over ranks, clips it, takes an AdamW step, and has the forward read the new numbers. The norm of
+    /// Sums the gradient over ranks, clips it, takes a step, and has the forward read the new numbers. The norm of
     /// the gradient before clipping.
     pub fn update(&mut self, base: Option<&Decoder>, update: &Update) -> Result<f64, Unusable> {
         let &Update {
@@ -297,48 +312,13 @@ impl Learner {
             // torch.nn.utils.clip_grad_norm_
             adamw::scale(self.gradient(), max_grad_norm / (norm + 1e-6));
         }
-        let all = |range, weight_decay| (range, weight_decay, learning_rate);
-        let ranges = match &self.subject {
-            Subject::Lora { params, .. } if b_ratio == 1.0 => {
-                vec![all(0..params.shape.len(), adamw.weight_decay)]
-            }
-            Subject::Lora { params, .. } => {
-                // As peft's create_loraplus_optimizer: magnitudes learn like B.
-                let magnitudes = params.shape.magnitudes();
-                let magnitudes = magnitudes.map(|range| (range, adamw.weight_decay, learning_rate * b_ratio));
-                let halves = params.shape.iter().flat_map(|(_, linear)| {
-                    let [a, b] = linear.a_and_b();
-                    [
-                        (a, adamw.weight_decay, learning_rate),
-                        (b, adamw.weight_decay, learning_rate * b_ratio),
-                    ]
-                });
-                halves.chain(magnitudes).collect()
-            }
-            Subject::Full { params, .. } => {
-                let decay = |id| if full::decays(id) { adamw.weight_decay } else { 0.0 };
-                params
-                    .shape
-                    .ranges()
-                    .map(|(id, range)| all(range, decay(id)))
-                    .collect()
-            }
+        let step = Step {
+            learning_rate,
+            adamw,
+            b_ratio,
+            number: step,
         };
-        for (range, weight_decay, learning_rate) in ranges {
-            let part = |tensor: &Tensor| tensor.narrow(0, range.start, range.end - range.start);
-            AdamW {
-                weight_decay,
-                ..adamw
-            }
-            .step(
-                &part(&self.flat()),
-                &part(self.gradient()),
-                &part(&self.moment1),
-                &part(&self.moment2),
-                learning_rate,
-                step,
-            );
-        }
+        self.optimizer.step(&self.flat(), self.gradient(), &step);
         self.repack();
         let is_finite = finite::all(&self.flat());
         let is_finite = match &self.subject {
@@ -369,6 +349,37 @@ impl Learner {
 }
 
 impl Subject {
+    /// As they are in torch.
+    fn parameters(&self) -> Vec<Parameter> {
+        match self {
+            Subject::Lora { params, .. } => {
+                let parameters = params.shape.parameters();
+                parameters
+                    .map(|(range, columns, is_a)| Parameter {
+                        range,
+                        columns,
+                        // As peft's create_loraplus_optimizer: magnitudes learn like B.
+                        role: if is_a { Role::Plain } else { Role::B },
+                    })
+                    .collect()
+            }
+            Subject::Full { params, .. } => params
+                .shape
+                .parameters()
+                .into_iter()
+                .map(|(id, range, columns)| Parameter {
+                    range,
+                    columns,
+                    role: match id {
+                        ParamId::Embed => Role::Embedding,
+                        id if full::decays(id) => Role::Plain,
+                        _ => Role::Undecayed,
+                    },
+                })
+                .collect(),
+        }
+    }
+
     fn gradient(&self) -> &Tensor {
         match self {
             Subject::Lora { gradient, .. } => &gradient.flat,

@@ -1,6 +1,6 @@
 //! What training takes of the memory: numbers for as long as a job is there, activations while a slice of it is on its way.
 
-use tandem_core::job::{Hyper, Method};
+use tandem_core::job::{Hyper, Method, Optimizer};
 
 use super::data::slice_tokens;
 use super::objective;
@@ -9,15 +9,28 @@ use crate::lora::params::AdapterShape;
 use crate::model::Decoder;
 use crate::start::memory::{Free, size};
 
-/// Of a number that is trained: itself, its gradient and two moments, in float32.
-const TRAINED: u64 = 4 * 4;
-/// What the forward reads of it, and the copies that are written, at their most.
-const COPIED: u64 = 4 * 4;
+/// Of a number that is trained: itself and its gradient, in float32.
+const TRAINED: u64 = 4 * 2;
+/// What the forward reads of it, and its copy that is written, at their most.
+const COPIED: u64 = 4 * 2;
 const FLOAT: u64 = 4;
 /// Of the best model's numbers: those that are kept, and those that take their place.
 const BEST: u64 = 4 * 2;
 /// Of what is free, the most that a job beside others takes: requests and the system want some.
 const SHARE: f64 = 0.8;
+
+/// Of a number, what the optimizer remembers, at most.
+fn remembered(optimizer: Optimizer) -> u64 {
+    match optimizer {
+        Optimizer::AdamW => 8,
+        // Two codes, and two scales for 256 of them.
+        Optimizer::AdamW8bit => 3,
+        Optimizer::Sgd { momentum: 0.0, .. } => 0,
+        Optimizer::Sgd { .. } | Optimizer::Lion => 4,
+        // Of its row and its column.
+        Optimizer::Adafactor { .. } => 1,
+    }
+}
 
 /// Bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,14 +40,14 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Of an adapter of so many numbers.
+    /// Of an adapter of so many numbers that AdamW steps.
     pub fn of_numbers(decoder: &Decoder, numbers: u64) -> Memory {
         let slice = slice_tokens(decoder.device()) as u64;
         let saved = FLOAT * slice * decoder.saved_numbers() as u64;
         // Beyond that every other sublayer's input alone is kept.
         let inputs = FLOAT * slice * (decoder.n_sublayers() / 2) as u64 * decoder.spec.hidden as u64;
         Memory {
-            numbers: TRAINED * numbers,
+            numbers: (TRAINED + remembered(Optimizer::AdamW)) * numbers,
             activations: if saved <= KEEP_BYTES as u64 { saved } else { inputs },
         }
     }
@@ -50,7 +63,8 @@ impl Memory {
             _ => 0,
         };
         Memory {
-            numbers: (TRAINED + COPIED + best) * numbers,
+            // What the optimizer remembers is written, too.
+            numbers: (TRAINED + COPIED + 2 * remembered(hyper.optimizer) + best) * numbers,
             activations: match objective::is_known(&hyper.objective) {
                 true => activations,
                 // Those of a pair are on their way together.

@@ -4,7 +4,7 @@
 //!
 //! With several ranks each runs the same quanta over its part of the model. An adapter's numbers, gradients and moments
 //! are whole on every rank: a rank's backward fills what it is responsible for, one sum over ranks makes the gradient,
-//! and AdamW takes the same step everywhere. Files are rank 0's, and say nothing of ranks: a job may go on under another
+//! and the optimizer takes the same step everywhere. Files are rank 0's, and say nothing of ranks: a job may go on under another
 //! number of them.
 //!
 //! A trainer touches no file after its start: what is to be kept leaves it as a [`Snapshot`], which somebody else writes.
@@ -21,6 +21,7 @@ pub mod mates;
 pub mod memory;
 pub mod noise;
 pub mod objective;
+pub mod optimizer;
 pub mod pass;
 pub mod profile;
 pub mod run;
@@ -363,6 +364,14 @@ impl Trainer {
             valid_slices = data::slices(valid.iter().flat_map(|group| &group.examples), device);
             objective::by_reward(&mut valid_slices, factors(&valid).into_iter().flatten());
         }
+        let rule = spec.hyper.optimizer;
+        if learner.is_shared() && !rule.is_of_numbers() {
+            let name = rule.name();
+            return Err(TrainError::Data(format!(
+                "optim {name} goes by whole tensors, of which each rank holds a part: sharding_strategy NO_SHARD, or adamw_torch"
+            )));
+        }
+        let learner = learner.stepping_by(rule);
         let mut trainer = Trainer {
             factors: factors(&train),
             valid,
@@ -413,12 +422,7 @@ impl Trainer {
             order,
             standing,
         } = progress;
-        let state::Tensors {
-            params,
-            moment1,
-            moment2,
-            best,
-        } = tensors;
+        let state::Tensors { params, memory, best } = tensors;
         let other = match (hyper == self.spec.hyper, data == self.data) {
             (true, true) => None,
             (false, _) => Some("with other hyperparameters"),
@@ -432,7 +436,7 @@ impl Trainer {
                 "its state has the model's parameters in the order of another version of this program";
             return Err(TrainError::State(message.to_owned()));
         }
-        self.learner.resume(&params, &moment1, &moment2)?;
+        self.learner.resume(&params, &memory)?;
         let best = best.map(|numbers| self.learner.share_of(&numbers));
         self.best.resume(standing, best);
         self.step = step;
@@ -1019,11 +1023,11 @@ impl Trainer {
         Stage::Copy { occasion, copying }
     }
 
-    /// What is copied: the trained numbers, and their moments where the job is to go on from them.
+    /// What is copied: the trained numbers, and what the optimizer remembers of them where the job is to go on from them.
     fn numbers(&self, occasion: Occasion) -> Vec<Tensor> {
         let mut numbers = vec![self.learner.flat()];
         if occasion != Occasion::End {
-            numbers.extend(self.learner.moments());
+            numbers.extend(self.learner.memory().into_iter().map(|(_, tensor)| tensor));
         }
         numbers
     }
@@ -1033,12 +1037,15 @@ impl Trainer {
         // Every rank brings its shares, of all of them.
         let whole = |share| self.learner.together(share);
         let copies: Vec<Option<Tensor>> = copies.into_iter().map(whole).collect();
-        let best = match copies.len() {
-            1 => None,
+        let best = match occasion {
+            Occasion::End => None,
             _ => self.best.numbers().and_then(whole),
         };
         let mut copies = copies.into_iter().flatten();
-        let params = copies.next().unwrap_or_default();
+        let (is_here, params) = match copies.next() {
+            Some(params) => (true, params),
+            None => (false, Tensor::new()),
+        };
         let name = match occasion {
             Occasion::Checkpoint => Some(format!("{}{}", files::CHECKPOINT, self.step)),
             Occasion::End => Some(files::ADAPTER.to_owned()),
@@ -1061,8 +1068,8 @@ impl Trainer {
                 fit: fit.clone(),
             }
         });
-        let moments = copies.next().zip(copies.next());
-        let state = moments.map(|(moment1, moment2)| {
+        let state = (is_here && occasion != Occasion::End).then(|| {
+            let names = self.learner.memory().into_iter().map(|(name, _)| name);
             let progress = state::Progress {
                 step: self.step,
                 trained_tokens: self.trained_tokens,
@@ -1074,8 +1081,7 @@ impl Trainer {
             };
             let tensors = state::Tensors {
                 params,
-                moment1,
-                moment2,
+                memory: names.zip(copies).collect(),
                 best,
             };
             (progress, tensors)

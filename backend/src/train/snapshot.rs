@@ -138,12 +138,12 @@ impl AdapterCopy {
     }
 }
 
-/// Flat tensors of one length on their way into a snapshot, some of their numbers in each quantum.
+/// Flat tensors on their way into a snapshot, some of their numbers in each quantum.
 pub(super) struct Copying {
     from: Vec<Tensor>,
     to: Vec<Tensor>,
-    /// Numbers copied, over all tensors.
-    done: i64,
+    /// The tensor that is copied, and how many of its numbers are.
+    at: (usize, i64),
 }
 
 impl Copying {
@@ -151,14 +151,14 @@ impl Copying {
         Copying {
             to: from.iter().map(Tensor::empty_like).collect(),
             from,
-            done: 0,
+            at: (0, 0),
         }
     }
 
     /// The numbers themselves: what is to be written is made of them before they change.
     pub fn nothing(from: Vec<Tensor>) -> Copying {
         Copying {
-            done: from.iter().map(|tensor| tensor.numel() as i64).sum(),
+            at: (from.len(), 0),
             to: from.iter().map(Tensor::shallow_clone).collect(),
             from,
         }
@@ -166,16 +166,19 @@ impl Copying {
 
     /// Copies the next numbers. The copies, when all are there.
     pub fn advance(mut self) -> Result<Vec<Tensor>, Copying> {
-        let len = self.from[0].numel() as i64;
-        if self.done == len * self.from.len() as i64 {
+        if self.at.0 == self.from.len() {
             return Ok(self.to);
         }
-        let (tensor, start) = ((self.done / len) as usize, self.done % len);
+        let (tensor, start) = self.at;
+        let len = self.from[tensor].numel() as i64;
         let n = COPIED_AT_ONCE.min(len - start);
         let part = |tensor: &Tensor| tensor.narrow(0, start, n);
         part(&self.to[tensor]).copy_(&part(&self.from[tensor]));
-        self.done += n;
-        match self.done == len * self.from.len() as i64 {
+        self.at = match start + n == len {
+            true => (tensor + 1, 0),
+            false => (tensor, start + n),
+        };
+        match self.at.0 == self.from.len() {
             true => Ok(self.to),
             false => Err(self),
         }

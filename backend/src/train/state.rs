@@ -1,4 +1,4 @@
-//! What a job must remember to go on as if it had never stopped: numbers, moments, step. One file with a digest, replaced
+//! What a job must remember to go on as if it had never stopped: numbers, what the optimizer remembers of them, step. One file with a digest, replaced
 //! whole, and the one before it. (The data cursor and every random draw are functions of the step, see data.rs and core's
 //! rng.)
 
@@ -6,8 +6,8 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -41,16 +41,17 @@ pub struct Progress {
 /// numbers has always been the same.)
 pub const ORDER: u32 = 1;
 
-/// `[P]` float32 each.
+/// Flat, each.
 pub struct Tensors {
+    /// `[P]` float32.
     pub params: Tensor,
-    pub moment1: Tensor,
-    pub moment2: Tensor,
+    /// The optimizer's, in the order of their names.
+    pub memory: Vec<(String, Tensor)>,
     /// The numbers of the best model so far, where it may become the result.
     pub best: Option<Tensor>,
 }
 
-const TENSORS: [&str; 3] = ["params", "moment1", "moment2"];
+const PARAMS: &str = "params";
 const BEST: &str = "best";
 const METADATA: &str = "tandem";
 /// Of the progress and the tensors.
@@ -74,23 +75,28 @@ pub fn write(folder: &Path, progress: &Progress, tensors: &Tensors) -> Result<()
 
 /// A file with `record`, which says what the tensors are, and a digest of all of it.
 pub fn bytes(record: &impl Serialize, tensors: &Tensors) -> Vec<u8> {
-    let Tensors {
-        params,
-        moment1,
-        moment2,
-        best,
-    } = tensors;
-    let named = TENSORS.into_iter().zip([params, moment1, moment2]);
+    let Tensors { params, memory, best } = tensors;
+    let memory = memory.iter().map(|(name, tensor)| (name.as_str(), tensor));
+    let named = [(PARAMS, params)].into_iter().chain(memory);
     let named = named.chain(best.as_ref().map(|best| (BEST, best)));
-    let bytes: Vec<(&str, Vec<u8>)> = named.map(|(name, tensor)| (name, bytes_of(tensor))).collect();
-    let views = bytes.iter().map(|(name, bytes)| {
-        let view = TensorView::new(safetensors::Dtype::F32, vec![bytes.len() / 4], bytes);
-        (*name, view.expect("bytes are float32"))
+    let bytes: Vec<(&str, Dtype, Vec<u8>)> = named
+        .map(|(name, tensor)| match tensor.kind() {
+            Kind::Uint8 => (
+                name,
+                Dtype::U8,
+                Vec::<u8>::try_from(tensor).expect("a flat tensor of bytes"),
+            ),
+            _ => (name, Dtype::F32, bytes_of(tensor)),
+        })
+        .collect();
+    let views = bytes.iter().map(|(name, dtype, bytes)| {
+        let view = TensorView::new(*dtype, vec![bytes.len() * 8 / dtype.bitsize()], bytes);
+        (*name, view.expect("bytes are of that type"))
     });
     let record = serde_json::to_string(record).expect("plain data serialises");
-    let digest = digest(&record, bytes.iter().map(|(_, bytes)| bytes.as_slice()));
+    let digest = digest(&record, bytes.iter().map(|(.., bytes)| bytes.as_slice()));
     let metadata = [(METADATA.to_owned(), record), (DIGEST.to_owned(), digest)];
-    safetensors::serialize(views, Some(metadata.into())).expect("float32 views serialise")
+    safetensors::serialize(views, Some(metadata.into())).expect("views serialise")
 }
 
 /// What [`bytes`] made, undamaged.
@@ -153,7 +159,8 @@ fn verify(bytes: &[u8]) -> Result<(), String> {
     };
     let tensors = SafeTensors::deserialize(bytes).map_err(|error| error.to_string())?;
     let has_best = tensors.names().contains(&BEST);
-    let names = TENSORS.into_iter().chain(has_best.then_some(BEST));
+    let names = [PARAMS].into_iter().chain(memory_names(&tensors));
+    let names = names.chain(has_best.then_some(BEST));
     let data: Result<Vec<&[u8]>, _> = names
         .map(|name| tensors.tensor(name).map(|view| view.data()))
         .collect();
@@ -161,6 +168,14 @@ fn verify(bytes: &[u8]) -> Result<(), String> {
         true => Ok(()),
         false => Err("its content does not have its digest".to_owned()),
     }
+}
+
+/// Of what the optimizer remembers, in order.
+fn memory_names<'a>(tensors: &'a SafeTensors) -> Vec<&'a str> {
+    let mut names = tensors.names();
+    names.retain(|name| ![PARAMS, BEST].contains(name));
+    names.sort_unstable();
+    names
 }
 
 fn digest<'a>(progress: &'a str, tensors: impl Iterator<Item = &'a [u8]>) -> String {
@@ -183,17 +198,23 @@ pub fn parse<R: DeserializeOwned>(bytes: &[u8]) -> Result<(R, Tensors), TrainErr
     let read = |name: &str| {
         let view = tensors.tensor(name).map_err(|error| damaged(error.to_string()))?;
         let shape: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
-        Tensor::f_from_data_size(view.data(), &shape, Kind::Float).map_err(|error| damaged(error.to_string()))
+        let kind = match view.dtype() {
+            Dtype::F32 => Kind::Float,
+            Dtype::U8 => Kind::Uint8,
+            other => return Err(damaged(format!("{name} is {other:?}"))),
+        };
+        Tensor::f_from_data_size(view.data(), &shape, kind).map_err(|error| damaged(error.to_string()))
     };
-    let [params, moment1, moment2] = TENSORS.map(read);
+    let memory = memory_names(&tensors).into_iter();
+    let memory = memory.map(|name| Ok((name.to_owned(), read(name)?)));
+    let memory = memory.collect::<Result<_, TrainError>>()?;
     let has_best = tensors.names().contains(&BEST);
     let best = has_best.then(|| read(BEST)).transpose()?;
     Ok((
         progress,
         Tensors {
-            params: params?,
-            moment1: moment1?,
-            moment2: moment2?,
+            params: read(PARAMS)?,
+            memory,
             best,
         },
     ))

@@ -490,6 +490,7 @@ fn hyper(batch_size: u32, lora: Lora) -> Hyper {
         adam_beta1: 0.9,
         adam_beta2: 0.999,
         adam_epsilon: 1e-8,
+        optimizer: Default::default(),
         max_grad_norm: 1.0,
         loraplus_lr_ratio: None,
         neftune_noise_alpha: None,

@@ -7,6 +7,7 @@
 //! | learning_rate | by the width, x learning_rate_multiplier | see `learning_rate` |
 //! | the same of preferences | a twentieth (orpo: a quarter) | how much lower published recipes have it; not measured here |
 //! | lr_scheduler_type, warmup | linear, 3 % of the steps | transformers; QLoRA |
+//! | optim | AdamW | transformers; the rates of the rule are its, so others want one |
 //! | weight_decay, max_grad_norm | 0, 1.0 | TRL |
 //! | r, alpha, dropout | 16, 2 r, 0 | alpha = 2 r is the common choice; all linear layers matter more than r (QLoRA) |
 //! | packing | no | TRL: a batch of 4 rows is 4 rows |
@@ -178,6 +179,7 @@ fn chosen(settings: &Settings, tuning: Tuning, bounds: Bounds, facts: Facts) -> 
         learning_rate,
         lr_scheduler,
         warmup_steps,
+        optimizer: settings.optimizer(),
         weight_decay: settings.weight_decay.unwrap_or(0.0),
         adam_beta1: settings.adam_beta1.unwrap_or(0.9),
         adam_beta2: settings.adam_beta2.unwrap_or(0.999),

@@ -2,13 +2,14 @@
 
 use serde_json::json;
 use tandem_core::job::selection::{EVAL, LOSS};
-use tandem_core::job::{Hyper, Lora, Method as CoreMethod, Schedule};
+use tandem_core::job::{Hyper, Lora, Method as CoreMethod, Optimizer, Schedule};
 use tandem_core::settings::Settings;
 use tandem_openapi::common::{AutoInteger, AutoNumber};
 use tandem_openapi::fine_tuning::{
     Checkpoint, ChosenHyperparameters, ChosenMethod, ChosenMethodSettings, CommonHyperparameters, Job,
     JobError, JobEvent, JobPreview, MethodHyperparameters, PreviewExample, PreviewPiece, PreviewRow,
-    PreviewStatistics, RunData, RunHyperparameters, RunLora, RunObjective, RunSaving, RunSchedule, Trial,
+    PreviewStatistics, RunData, RunHyperparameters, RunLora, RunObjective, RunOptimizer, RunSaving,
+    RunSchedule, Trial,
 };
 use tandem_router::api::{self, JobEventRecord, JobRequest, JobStatus, Level, TrialRecord, TrialStatus};
 use tandem_router::hyper;
@@ -204,6 +205,27 @@ fn common(request: &JobRequest, hyper: Option<&Hyper>) -> CommonHyperparameters 
     }
 }
 
+fn run_optimizer(optimizer: Optimizer) -> RunOptimizer {
+    let of = RunOptimizer {
+        optim: optimizer.name().to_owned(),
+        momentum: None,
+        nesterov: None,
+        scale_parameter: None,
+    };
+    match optimizer {
+        Optimizer::AdamW | Optimizer::AdamW8bit | Optimizer::Lion => of,
+        Optimizer::Sgd { momentum, nesterov } => RunOptimizer {
+            momentum: Some(momentum),
+            nesterov: Some(nesterov),
+            ..of
+        },
+        Optimizer::Adafactor { scale_parameter } => RunOptimizer {
+            scale_parameter: Some(scale_parameter),
+            ..of
+        },
+    }
+}
+
 fn run(hyper: Hyper, settings: &Settings) -> RunHyperparameters {
     let Hyper {
         n_epochs: _,
@@ -213,6 +235,7 @@ fn run(hyper: Hyper, settings: &Settings) -> RunHyperparameters {
         learning_rate,
         lr_scheduler,
         warmup_steps,
+        optimizer,
         weight_decay,
         adam_beta1,
         adam_beta2,
@@ -254,6 +277,7 @@ fn run(hyper: Hyper, settings: &Settings) -> RunHyperparameters {
         lr_scheduler_type: lr_scheduler.name().to_owned(),
         schedule: schedule(lr_scheduler, learning_rate),
         warmup_steps,
+        optimizer: run_optimizer(optimizer),
         weight_decay,
         adam_beta1,
         adam_beta2,

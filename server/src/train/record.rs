@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_norway::{Mapping, Value};
 use sha2::{Digest, Sha256};
 use tandem_core::job::selection::{self, Selection};
-use tandem_core::job::{Hyper, Lora, Method, files};
+use tandem_core::job::{Hyper, Lora, Method, Optimizer, files};
 use tandem_core::{gguf, id};
 
 use super::logs;
@@ -244,6 +244,7 @@ pub fn settings(hyper: &Hyper) -> Mapping {
         learning_rate,
         lr_scheduler,
         warmup_steps,
+        optimizer,
         weight_decay,
         adam_beta1,
         adam_beta2,
@@ -312,6 +313,15 @@ pub fn settings(hyper: &Hyper) -> Mapping {
         put(name, number.into());
     }
     put("warmup_steps", (*warmup_steps).into());
+    put("optim", optimizer.name().into());
+    match *optimizer {
+        Optimizer::Sgd { momentum, nesterov } => {
+            put("momentum", momentum.into());
+            put("nesterov", nesterov.into());
+        }
+        Optimizer::Adafactor { scale_parameter } => put("scale_parameter", scale_parameter.into()),
+        Optimizer::AdamW | Optimizer::AdamW8bit | Optimizer::Lion => {}
+    }
     put("weight_decay", (*weight_decay).into());
     put("max_grad_norm", (*max_grad_norm).into());
     if let Some(ratio) = loraplus_lr_ratio {

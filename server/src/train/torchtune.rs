@@ -92,6 +92,11 @@ const SECTIONS: &[Section] = &[
             ("fused", Harmless),
             ("foreach", Harmless),
             ("capturable", Harmless),
+            ("momentum", Itself),
+            ("nesterov", Itself),
+            ("dampening", Itself),
+            ("is_paged", Harmless),
+            ("block_size", Off("moments in 8 bits have blocks of 256")),
             ("amsgrad", Off("AdamW is plain: leave it out")),
             ("maximize", Off("the loss is minimised: leave it out")),
         ],
@@ -218,13 +223,23 @@ const SCHEDULES: &[Component] = &[(
     "get_cosine_schedule_with_warmup",
     &[("lr_scheduler_type", "cosine")],
 )];
-/// torch's own defaults.
+/// Of torch, bitsandbytes and torchao, with their own defaults.
 const OPTIMIZERS: &[Component] = &[
     ("AdamW", ADAMW),
+    ("AdamW32bit", ADAMW),
     ("PagedAdamW", ADAMW),
     ("PagedAdamW32bit", ADAMW),
+    ("AdamW8bit", ADAMW_8BIT),
+    ("PagedAdamW8bit", ADAMW_8BIT),
+    ("SGD", &[("optim", "sgd"), ("lr", "0.001")]),
+    ("Lion", LION),
+    ("Lion32bit", LION),
+    ("PagedLion", LION),
+    ("PagedLion32bit", LION),
 ];
 const ADAMW: &[(&str, &str)] = &[("lr", "0.001"), ("weight_decay", "0.01")];
+const ADAMW_8BIT: &[(&str, &str)] = &[("optim", "adamw_8bit"), ("lr", "0.001"), ("weight_decay", "0.01")];
+const LION: &[(&str, &str)] = &[("optim", "lion_32bit"), ("lr", "0.0001"), ("adam_beta2", "0.99")];
 
 /// Where a component of others is said instead.
 const INSTEAD: &[(&str, &str)] = &[
@@ -247,7 +262,7 @@ const INSTEAD: &[(&str, &str)] = &[
     ("lr_scheduler", "lr_scheduler_type names a schedule"),
     (
         "optimizer",
-        "AdamW with float32 moments is the optimizer: torch.optim.AdamW",
+        "torch.optim.AdamW and SGD are, and of bitsandbytes AdamW8bit, PagedAdamW8bit and Lion; optim=adafactor is transformers'",
     ),
 ];
 
@@ -468,12 +483,12 @@ impl Settings {
                     .for_each(|output| self.put(&place, "output_dir", output));
             }
             "optimizer" => {
-                self.component(&place, &component, OPTIMIZERS)?;
                 if let Some(Value::Array(betas)) = fields.get("betas") {
                     for (name, beta) in ["adam_beta1", "adam_beta2"].into_iter().zip(betas) {
                         self.put(&place, name, beta.clone());
                     }
                 }
+                self.component(&place, &component, OPTIMIZERS)?;
             }
             "lr_scheduler" => {
                 self.component(&place, &component, SCHEDULES)?;
@@ -857,8 +872,8 @@ profiler:
                 "model._component_: my.models.tiny is not known",
             ),
             (
-                &["optimizer=torch.optim.SGD"],
-                "optimizer._component_: torch.optim.SGD is not built: AdamW",
+                &["optimizer=torch.optim.Adagrad"],
+                "optimizer._component_: torch.optim.Adagrad is not built: torch.optim.AdamW and SGD",
             ),
             (&["loss=torchtune.rlhf.loss.SimPOLoss"], "objective=sft"),
             (

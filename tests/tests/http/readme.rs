@@ -39,6 +39,7 @@ const PAGES: [(&str, &[&str]); 4] = [
             "Rung 2/2",
             "succeeded",
             "succeeded",
+            "succeeded",
             "adapter_model.safetensors",
             "2 ranks, each with 1",
             "2 ranks, each with 1",

@@ -8,7 +8,7 @@ use tandem_backend::model::Decoder;
 use tandem_backend::train::{TrainError, Trainer};
 use tandem_core::dataset::{self, Example, Group};
 use tandem_core::job::selection::{LOSS, Selection};
-use tandem_core::job::{Hyper, JobEvent, Lora, Method, files};
+use tandem_core::job::{Hyper, JobEvent, Lora, Method, Optimizer, files};
 use tandem_core::rng;
 use tandem_kernels::weight::Precision;
 
@@ -158,6 +158,49 @@ fn a_killed_job_ends_with_the_same_bytes() {
             adapter_bytes(&job) == expected,
             "seed {seed}: other bytes after {lives} lives"
         );
+    }
+}
+
+/// Whatever the optimizer remembers, of matrices and of DoRA's magnitudes.
+#[test]
+fn a_killed_job_of_any_optimizer_ends_with_the_same_bytes() {
+    let fixture = Fixture::open("gqa_tied");
+    let decoder = fixture.decoder(Precision::F32);
+    let mut plain = vec![];
+    for optimizer in [
+        Optimizer::AdamW,
+        Optimizer::AdamW8bit,
+        Optimizer::Sgd {
+            momentum: 0.9,
+            nesterov: true,
+        },
+        Optimizer::Lion,
+        Optimizer::Adafactor {
+            scale_parameter: true,
+        },
+    ] {
+        let run = |stops: &[u64]| {
+            let mut job = job(&fixture, &decoder);
+            job.spec.hyper.optimizer = optimizer;
+            let Method::Lora(lora) = &mut job.spec.hyper.method else {
+                unreachable!("it trains an adapter")
+            };
+            // So that most matrices have 8-bit moments.
+            lora.r = 96;
+            for &stop in stops {
+                let mut trainer = Trainer::start(job.spec.clone(), &decoder).expect("it starts");
+                while trainer.step() < stop {
+                    quantum(&mut trainer, Some(&decoder));
+                }
+            }
+            let mut trainer = Trainer::start(job.spec.clone(), &decoder).expect("it starts");
+            finish(&mut trainer, Some(&decoder));
+            adapter_bytes(&job)
+        };
+        let undisturbed = run(&[]);
+        assert_eq!(undisturbed, run(&[2, 5, 7]), "{optimizer:?}");
+        assert!(!plain.contains(&undisturbed), "{optimizer:?} is another's");
+        plain.push(undisturbed);
     }
 }
 

@@ -14,7 +14,8 @@ use tandem_backend::train::{Inputs, Quantum, Trainer};
 use tandem_backend::weights::merge;
 use tandem_core::dataset::{self, Example, Group};
 use tandem_core::job::{
-    Hyper, JobEvent, JobSpec, Life, Lora, Method, Objective, SaveStrategy, Schedule, StepReport, files,
+    Hyper, JobEvent, JobSpec, Life, Lora, Method, Objective, Optimizer, SaveStrategy, Schedule, StepReport,
+    files,
 };
 use tandem_kernels::adamw::AdamW;
 use tandem_kernels::loss::LogProbs;
@@ -174,6 +175,36 @@ fn five_full_steps_are_torchs() {
         max_difference(&logits[0], &logits[1]) > 0.1,
         "five steps changed nothing"
     );
+}
+
+/// SGD as torch has it, Lion and AdamW with 8-bit moments as bitsandbytes, Adafactor as transformers: of adapters, and of whole
+/// models, whose norms go another way than their matrices.
+#[test]
+fn steps_of_other_optimizers_are_theirs() {
+    let fixture = Fixture::open("gqa_tied");
+    let runs =
+        std::fs::read(fixture.folder.with_file_name("optimizers.json")).expect("scripts/fixtures made it");
+    let runs: BTreeMap<String, Value> = serde_json::from_slice(&runs).expect("runs by name");
+    assert_eq!(runs.len(), 8);
+    let decoder = fixture.decoder(Precision::F32);
+    for (name, run) in &runs {
+        let (job, reports) = match run["lora"].is_null() {
+            false => {
+                let job = lora_job(run);
+                let mut trainer = Trainer::start(job.spec.clone(), &decoder).expect("the job starts");
+                let reports = finish(&mut trainer, Some(&decoder));
+                (job, reports)
+            }
+            true => {
+                let job = Job::new(&examples(&run["examples"]), hyper_of(&run["hyper"], Method::Full));
+                let inputs = Inputs::read(&job.spec.folder).expect("the job's files");
+                let trainer = Trainer::start_full(job.spec.clone(), &inputs, &fixture.folder);
+                let reports = finish(&mut trainer.expect("the job starts"), None);
+                (job, reports)
+            }
+        };
+        compare_steps(name, run, &job, &reports).judge(&format!("steps of {name}"));
+    }
 }
 
 /// What a client does that drives training call by call: passes whose weights come after their forward add up to the
@@ -369,6 +400,7 @@ pub fn hyper(method: Method) -> Hyper {
         adam_beta1: 0.9,
         adam_beta2: 0.95,
         adam_epsilon: 1e-8,
+        optimizer: Default::default(),
         max_grad_norm: 1.0,
         loraplus_lr_ratio: None,
         neftune_noise_alpha: None,
@@ -412,6 +444,10 @@ pub fn hyper_of(value: &Value, method: Method) -> Hyper {
         seed: whole("seed"),
         loraplus_lr_ratio: value["loraplus_lr_ratio"].as_f64(),
         neftune_noise_alpha: value["neftune_noise_alpha"].as_f64(),
+        optimizer: match &value["optimizer"] {
+            Value::Null => Optimizer::AdamW,
+            optimizer => serde_json::from_value(optimizer.clone()).expect("an optimizer"),
+        },
         ..hyper(method)
     }
 }

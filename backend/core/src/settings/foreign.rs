@@ -350,28 +350,15 @@ const FOREIGN: &[Foreign] = &[
     ),
     // The optimizer.
     row(
-        "optim optimizer",
-        |value, _| {
-            word(
-                value,
-                &[
-                    "adamw",
-                    "adamw_torch",
-                    "adamw_torch_fused",
-                    "adamw_hf",
-                    "adamw_apex_fused",
-                    "paged_adamw_32bit",
-                    "paged_adamw",
-                    "anyprecision",
-                ],
-            )
-        },
-        "AdamW with float32 moments is the optimizer: adamw_torch",
-    ),
-    row(
         "optim_args optim_target_modules lr_scheduler_kwargs",
         off,
-        "AdamW and its schedule have named settings only",
+        "the optimizer and its schedule have named settings: momentum, nesterov, adam_beta1, weight_decay, ...",
+    ),
+    row("dampening", off, "sgd's momentum is torch's without dampening"),
+    row(
+        "relative_step warmup_init",
+        off,
+        "adafactor takes its rate from learning_rate and lr_scheduler_type, as transformers' Trainer has it",
     ),
     row("betas", never, "give adam_beta1 and adam_beta2"),
     row(

@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use super::*;
+use crate::job::Optimizer;
 
 fn asked(body: Value) -> Result<Settings, Refused> {
     let Value::Object(body) = body else {
@@ -11,19 +12,30 @@ fn asked(body: Value) -> Result<Settings, Refused> {
     read([("", body)], true)
 }
 
-/// Beside an objective that reads it, where it needs one.
+/// Beside others, where it needs them.
 fn one(name: &str, value: Value) -> Result<Settings, Refused> {
     let canonical = setting(name).map_or(name, |setting| setting.name);
     let mut read = asked(json!({name: value}));
     // Some metrics are reported by preferences alone.
     let of_metrics = (canonical == "metric_for_best_model").then_some("dpo");
-    for reader in readers(canonical).chain(of_metrics) {
+    let objectives = readers(canonical).chain(of_metrics);
+    let mut companions: Vec<Value> = objectives.map(|reader| json!({"objective": reader})).collect();
+    companions.extend(match canonical {
+        "optim" => Some(json!({"learning_rate": 0.1})),
+        "momentum" => Some(json!({"learning_rate": 0.1, "optim": "sgd"})),
+        "nesterov" => Some(json!({"learning_rate": 0.1, "optim": "sgd", "momentum": 0.5})),
+        "scale_parameter" => Some(json!({"learning_rate": 0.1, "optim": "adafactor"})),
+        _ => None,
+    });
+    for companion in companions {
         read = read.or_else(|_| {
-            let settings = asked(json!({name: value, "objective": reader}))?;
-            Ok(Settings {
-                objective: None,
-                ..settings
-            })
+            let mut body = companion.clone();
+            body[name] = value.clone();
+            let mut settings = serde_json::to_value(asked(body)?).expect("settings are plain data");
+            for (other, _) in companion.as_object().expect("an object") {
+                settings[other] = Value::Null;
+            }
+            Ok(serde_json::from_value(settings).expect("settings"))
         });
     }
     read
@@ -165,6 +177,26 @@ fn settings_that_contradict_each_other_are_refused() {
             "warmup_steps",
             "constant_with_warmup",
         ),
+        (
+            json!({"learning_rate": 0.1, "momentum": 0.9}),
+            "momentum",
+            "belongs to optim sgd, not to adamw_torch",
+        ),
+        (
+            json!({"optim": "sgd", "learning_rate": 0.1, "nesterov": true}),
+            "nesterov",
+            "give momentum",
+        ),
+        (
+            json!({"optim": "adafactor", "learning_rate": 0.1, "adam_beta1": 0.8}),
+            "adam_beta1",
+            "adamw_torch and lion_32bit",
+        ),
+        (
+            json!({"optim": "lion"}),
+            "optim",
+            "lion_32bit wants a learning_rate",
+        ),
         (json!({"beta": 0.1}), "beta", "read by objective dpo, kto"),
         (
             json!({"lr_scheduler_type": "cosine", "power": 2}),
@@ -252,6 +284,29 @@ use Is::{Harmless, Honoured, Unknown};
 
 /// What the field's users write. The defaults of transformers' TrainingArguments, TRL's SFTConfig and ModelConfig and
 /// PEFT's LoraConfig stand beside values that ask for something else.
+/// transformers' optim_args, and its defaults of AdamW beside another optimizer.
+#[test]
+fn an_optimizer_is_what_was_asked() {
+    let read = |body| asked(body).map(|settings| settings.optimizer());
+    let sgd = json!({"optim": "SGD", "learning_rate": 0.1, "adam_beta1": 0.9, "optim_args": "momentum=0.9, nesterov=True"});
+    let expected = Optimizer::Sgd {
+        momentum: 0.9,
+        nesterov: true,
+    };
+    assert_eq!(read(sgd), Ok(expected));
+    for (name, expected) in [
+        ("adamw_torch_fused", Optimizer::AdamW),
+        ("paged_adamw_32bit", Optimizer::AdamW),
+        ("paged_adamw_8bit", Optimizer::AdamW8bit),
+        ("adamw_bnb_8bit", Optimizer::AdamW8bit),
+        ("paged_lion_32bit", Optimizer::Lion),
+    ] {
+        assert_eq!(read(json!({"optim": name, "learning_rate": 0.1})), Ok(expected));
+    }
+    let refused = read(json!({"optim": "adamw_torch", "optim_args": "rank=8"})).unwrap_err();
+    assert_eq!(refused.path, "optim_args");
+}
+
 #[test]
 fn what_the_field_asks_is_honoured_harmless_or_refused() {
     #[rustfmt::skip] // one case, one line
@@ -274,9 +329,11 @@ fn what_the_field_asks_is_honoured_harmless_or_refused() {
         ("warmup_steps", json!(0.1), Honoured("warmup_ratio")),
         ("warmup_steps", json!(1.5), Is::Refused("an integer")),
         ("warmup_ratio", json!(0.1), Honoured("warmup_ratio")),
-        ("optim", json!("adamw_torch_fused"), Harmless),
-        ("optim", json!("adafactor"), Is::Refused("adamw_torch")),
-        ("optim", json!("paged_adamw_8bit"), Is::Refused("adamw_torch")),
+        ("optim", json!("adamw_torch_fused"), Honoured("optim")),
+        ("optim", json!("muon"), Is::Refused("adamw_torch")),
+        ("optim", json!("paged_adamw_8bit"), Honoured("optim")),
+        ("relative_step", json!(true), Is::Refused("learning_rate")),
+        ("dampening", json!(0.1), Is::Refused("without dampening")),
         ("optim_args", json!("rank=8"), Is::Refused("")),
         ("optim_target_modules", json!(["attn"]), Is::Refused("")),
         ("weight_decay", json!(0.01), Honoured("weight_decay")),
