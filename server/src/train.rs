@@ -33,7 +33,7 @@ use tandem_text::{TextError, Tokenizer};
 use crate::hub::{self, Content, Found, HubError};
 use crate::listen::{SIGINT, SIGTERM, Signals};
 use crate::ranks::Started;
-use data::Dataset;
+use data::{Dataset, OfHub, split_of_hub};
 pub use logs::LINES;
 use logs::Logs;
 use progress::Progress;
@@ -137,6 +137,9 @@ impl Ground {
             chat_template,
             training_file,
             validation_file,
+            dataset_config,
+            dataset_revision,
+            dataset_test_split,
             output_dir: _,
             overwrite_output_dir,
             tuning,
@@ -147,7 +150,7 @@ impl Ground {
             sharding,
             profile,
             preview,
-            settings,
+            mut settings,
             trials,
         } = recipe;
         if !trials.is_empty() && (started.is_some() || data_parallel_size.is_some_and(|ranks| ranks > 1)) {
@@ -188,7 +191,16 @@ impl Ground {
             hyper::max_seq_length(&settings, bounds),
             hyper::objective(&settings).rows(),
         );
+        let of_hub = OfHub {
+            revision: dataset_revision,
+            config: dataset_config,
+        };
+        let split = split_of_hub(&training_file, settings.split.as_deref()).map(|(name, part)| {
+            settings.split = Some(part);
+            name
+        });
         let reading = Reading::new(&settings).map_err(|(key, message)| wrong(key, message))?;
+        let training_file = of_hub.files(&training_file, &[split.as_deref().unwrap_or("train")])?;
         if let Some(rows) = preview {
             Dataset::show(&training_file, &reading, &tokenizer, &options, rows)?;
             return Ok(ControlFlow::Break(Outcome::Done));
@@ -198,7 +210,12 @@ impl Ground {
         let start = start.transpose()?;
         let train = Dataset::read(&training_file, &reading, &tokenizer, &options)?;
         let valid = validation_file
-            .map(|files| Dataset::read(&files, &reading.whole(), &tokenizer, &options))
+            .map(|files| {
+                let split = dataset_test_split.as_deref();
+                let splits = split.map_or(vec!["validation", "test"], |split| vec![split]);
+                let files = of_hub.files(&files, &splits)?;
+                Dataset::read(&files, &reading.whole(), &tokenizer, &options)
+            })
             .transpose()?;
         Ok(ControlFlow::Continue(Ground {
             model,

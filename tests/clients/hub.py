@@ -8,6 +8,8 @@ import threading
 import urllib.parse
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+# Of the branch of data sets that were converted.
+CONVERTED, ITS_COMMIT = "refs/convert/parquet", "f" * 40
 TOKEN = "hf_known"
 LARGE = ".safetensors"
 
@@ -20,7 +22,8 @@ def etag(file, content):
 
 
 class Hub:
-    """`repositories`: name -> file -> content. A name that begins with `gated/` wants TOKEN."""
+    """`repositories`: name -> file -> content; names of data sets begin with `datasets/`, and end with `@refs/convert/parquet` for
+    that branch. A name that begins with `gated/` wants TOKEN."""
 
     def __init__(self, repositories):
         self.repositories = repositories
@@ -58,11 +61,17 @@ class Hub:
         parts = path.strip("/").split("/")
         if parts[0] == "storage":
             return self.send_large(request, self.repositories["/".join(parts[1:3])]["/".join(parts[3:])])
-        if parts[:2] == ["api", "models"]:
+        kind = "datasets/" if "datasets" in parts[:2] else ""
+        if parts[0] == "datasets":
+            parts = parts[1:]
+        if parts[0] == "api":
             # .../revision/REVISION, and newer clients' .../tree/REVISION.
             name, listing, revision, file = "/".join(parts[2:4]), parts[4], "/".join(parts[5:]), None
         else:
             name, revision, file = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
+        name, commit = kind + name, COMMIT
+        if revision in (CONVERTED, ITS_COMMIT) and f"{name}@{CONVERTED}" in self.repositories:
+            name, revision, commit = f"{name}@{CONVERTED}", "main", ITS_COMMIT
         token = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token != TOKEN:
             return self.refuse(request, 401, "", "Invalid credentials in Authorization header")
@@ -75,12 +84,12 @@ class Hub:
         files = self.repositories[name]
         if file is None:
             entries = [{"type": "file", "path": file, "size": len(files[file]), "oid": etag(file, files[file])} for file in files]
-            about = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
+            about = {"id": name, "sha": commit, "siblings": [{"rfilename": file} for file in files]}
             return self.send(request, 200, json.dumps(about if listing == "revision" else entries).encode())
         if file not in files:
             return self.refuse(request, 404, "EntryNotFound", "Entry not found")
         content = files[file]
-        headers = {"X-Repo-Commit": COMMIT}
+        headers = {"X-Repo-Commit": commit}
         if not file.endswith(LARGE):
             headers["ETag"] = f'"{etag(file, content)}"'
             return self.send(request, 200, content, headers)

@@ -11,10 +11,15 @@ import urllib.request
 import huggingface_hub
 import pytest
 from conftest import ROOT, Process
-from hub import COMMIT, TOKEN, Hub
+from hub import COMMIT, CONVERTED, ITS_COMMIT, TOKEN, Hub
 
+PARQUET, PARQUET_ROWS = ROOT / "router/text/src/fixture/parquet/datasets.parquet", 5
 MODEL, ADAPTER = "tandem/demo", "tandem/ahoy"
 BINARY = os.environ.get("TANDEM_BINARY", ROOT / "target/release/tandem")
+
+
+def rows(*answers):
+    return "".join(json.dumps({"prompt": "Ahoy", "completion": f" {answer}"}) + "\n" for answer in answers).encode()
 
 
 def contents(folder):
@@ -35,6 +40,24 @@ def repositories(tmp_path_factory):
         ADAPTER: contents(folder / "adapter"),
         "tandem/pickled": {**demo, "pytorch_model.bin": b"pickle"},
         "gated/demo": {**demo, "model.safetensors": weights},
+        "datasets/tandem/rows": {
+            "README.md": b"# Rows",
+            "data/train-00000-of-00002.jsonl": rows("a", "b"),
+            "data/train-00001-of-00002.jsonl": rows("c", "d"),
+            "data/validation-00000-of-00001.jsonl": rows("e"),
+        },
+        "datasets/tandem/parts": {
+            "README.md": b"---\nconfigs:\n- config_name: en\n  data_files: en/*.jsonl\n- config_name: de\n  data_files: de.jsonl\n---\n",
+            "en/1.jsonl": rows("a"),
+            "en/2.jsonl": rows("b"),
+            "de.jsonl": rows("c", "d", "e"),
+        },
+        # A program makes its rows; the hub has them as Parquet.
+        "datasets/tandem/scripted": {"scripted.py": b"import os", "README.md": b"# Scripted"},
+        f"datasets/tandem/scripted@{CONVERTED}": {
+            "default/train/0000.parquet": PARQUET.read_bytes(),
+            "default/test/0000.parquet": PARQUET.read_bytes(),
+        },
     }
 
 
@@ -197,3 +220,62 @@ def test_serving_by_name(hub, cache, tmp_path):
         assert ask(process.url, load, {"lora_name": "fourth", "lora_path": "tandem/other"})[0] == 503
     finally:
         process.end()
+
+
+def train(*words):
+    recipe = [f"model={ROOT / 'server/demo'}", *words]
+    return subprocess.run([BINARY, "train", *recipe], capture_output=True, text=True)
+
+
+def learned(done):
+    """What the rows that were shown teach."""
+    return [line.split("\u00ab")[1].split("\u00bb")[0].strip() for line in done.stdout.splitlines() if "\u00ab" in line]
+
+
+def test_rows_of_a_data_set(hub, cache, tmp_path, repositories, monkeypatch):
+    shown = train("training_file=tandem/rows", "split=train[1:75%]", f"output_dir={tmp_path / 'x'}", "preview=9")
+    assert shown.returncode == 0, shown.stderr
+    assert "2 examples" in shown.stdout and [text[:1] for text in learned(shown)] == ["b", "c"], shown.stdout
+    name = "data/train-00001-of-00002.jsonl"
+    found = huggingface_hub.try_to_load_from_cache("tandem/rows", name, cache_dir=cache, repo_type="dataset")
+    assert pathlib.Path(found).read_bytes() == repositories["datasets/tandem/rows"][name]
+    # What is not wanted does not come.
+    assert not hub.ranges("validation-00000")
+
+    whole = ["dataset_name=tandem/rows", "validation_file=tandem/rows", "max_steps=1"]
+    done = train(*whole, f"output_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert "4 examples" in done.stdout and "1 examples" in done.stdout, done.stdout
+    before = len(hub.asked)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    again = train(*whole, f"output_dir={tmp_path / 'again'}")
+    assert again.returncode == 0 and "4 examples" in again.stdout, again.stderr
+    assert len(hub.asked) == before
+    tensors = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "run" / tensors).read_bytes() == (tmp_path / "again" / tensors).read_bytes()
+
+
+def test_parts_and_converted_data_sets(cache, tmp_path):
+    for words, count in [
+        (["training_file=tandem/parts", "dataset_config=de"], "3 examples"),
+        (["training_file=tandem/parts", "subset=en"], "2 examples"),
+        (["training_file=tandem/scripted", "split=test"], f"{PARQUET_ROWS} examples"),
+    ]:
+        shown = train(*words, f"output_dir={tmp_path / 'x'}", "preview=1")
+        assert count in shown.stdout, shown.stdout + shown.stderr
+    found = huggingface_hub.try_to_load_from_cache(
+        "tandem/scripted", "default/test/0000.parquet", cache_dir=cache, repo_type="dataset", revision=CONVERTED
+    )
+    assert ITS_COMMIT in found
+
+
+@pytest.mark.parametrize("words, said", [
+    (["training_file=tandem/parts"], "several parts, en, de: give one as dataset_config"),
+    (["training_file=tandem/rows", "split=dev"], "no split dev, its splits are train, validation"),
+    (["training_file=tandem/no-rows"], "no data set tandem/no-rows"),
+    (["training_file=tandem/rows", "dataset_revision=v9"], "no revision"),
+    (["training_file=tandem/rows.jsonl"], "tandem/rows.jsonl"),
+])
+def test_data_sets_that_are_not_there(cache, tmp_path, words, said):
+    done = train(*words, f"output_dir={tmp_path / 'x'}", "preview=1")
+    assert done.returncode != 0 and said in done.stderr, done.stderr

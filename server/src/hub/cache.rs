@@ -7,7 +7,7 @@ use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use super::client::Facts;
-use super::{HubError, RepoName};
+use super::{HubError, Kind, RepoName};
 
 /// A repository's folder in the cache.
 pub struct Repository {
@@ -16,8 +16,8 @@ pub struct Repository {
 }
 
 impl Repository {
-    pub fn new(cache: &Path, name: &RepoName) -> Repository {
-        let folder = format!("models--{}", name.as_str().replace('/', "--"));
+    pub fn new(cache: &Path, kind: Kind, name: &RepoName) -> Repository {
+        let folder = format!("{}--{}", kind.plural(), name.as_str().replace('/', "--"));
         Repository {
             root: cache.join(&folder),
             locks: cache.join(".locks").join(folder),
@@ -54,6 +54,22 @@ impl Repository {
             .and_then(|()| fs::rename(&fresh, &path))
             .map_err(disk(&path))
     }
+}
+
+/// Of a snapshot, by their paths in it.
+pub fn files(folder: &Path) -> Vec<String> {
+    let mut files = vec![];
+    let mut folders = vec![PathBuf::new()];
+    while let Some(within) = folders.pop() {
+        for entry in fs::read_dir(folder.join(&within)).into_iter().flatten().flatten() {
+            let path = within.join(entry.file_name());
+            match folder.join(&path).is_dir() {
+                true => folders.push(path),
+                false => files.extend(path.to_str().map(str::to_owned)),
+            }
+        }
+    }
+    files
 }
 
 pub enum Target<'a> {

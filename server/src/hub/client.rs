@@ -9,7 +9,7 @@ use reqwest::{RequestBuilder, Response, StatusCode};
 use serde::Deserialize;
 
 use super::error::Refusal;
-use super::{HubError, Place, RepoName};
+use super::{HubError, Kind, Place, RepoName};
 
 const CONNECT: Duration = Duration::from_secs(10);
 /// Without a byte.
@@ -18,6 +18,7 @@ const MAX_REDIRECTS: usize = 5;
 
 pub struct Client<'a> {
     place: &'a Place,
+    kind: Kind,
     name: &'a RepoName,
     http: reqwest::Client,
     /// Does not follow: what is known of a large file stands in the hub's redirect to where it lies.
@@ -52,7 +53,7 @@ pub struct Piece {
 }
 
 impl<'a> Client<'a> {
-    pub fn new(place: &'a Place, name: &'a RepoName) -> Result<Client<'a>, HubError> {
+    pub fn new(place: &'a Place, kind: Kind, name: &'a RepoName) -> Result<Client<'a>, HubError> {
         tandem_store::use_ring();
         let build = |policy| {
             let agent = concat!("tandem/", env!("CARGO_PKG_VERSION"));
@@ -67,6 +68,7 @@ impl<'a> Client<'a> {
         };
         Ok(Client {
             place,
+            kind,
             name,
             http: build(Policy::limited(MAX_REDIRECTS))?,
             straight: build(Policy::none())?,
@@ -90,8 +92,9 @@ impl<'a> Client<'a> {
             rfilename: String,
         }
         let url = format!(
-            "{}/api/models/{}/revision/{}",
+            "{}/api/{}/{}/revision/{}",
             self.place.endpoint,
+            self.kind.plural(),
             self.name(),
             escaped(revision)
         );
@@ -192,8 +195,12 @@ impl<'a> Client<'a> {
 
     fn url(&self, commit: &str, file: &str) -> String {
         let path: Vec<String> = file.split('/').map(escaped).collect();
+        let kind = match self.kind {
+            Kind::Model => "",
+            Kind::Dataset => "datasets/",
+        };
         format!(
-            "{}/{}/resolve/{}/{}",
+            "{}/{kind}{}/resolve/{}/{}",
             self.place.endpoint,
             self.name(),
             escaped(commit),
@@ -227,6 +234,7 @@ impl<'a> Client<'a> {
         }
         Err(Refusal {
             endpoint: &self.place.endpoint,
+            kind: self.kind,
             name: self.name(),
             revision,
             has_token: self.place.token.is_some(),

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use super::Kind;
+
 #[derive(Debug, thiserror::Error)]
 pub enum HubError {
     #[error(
@@ -29,12 +31,15 @@ pub enum HubError {
     )]
     Token { endpoint: String },
     #[error(
-        "there is no folder {name} in {}, and no model or adapter {name} on {endpoint}{}",
+        "there is no {} {name} in {}, and no {} {name} on {endpoint}{}",
+        if *kind == Kind::Dataset { "file" } else { "folder" },
         cwd.display(),
+        kind.name(),
         if *has_token { " that this token may see" } else { "; if it is private, set HF_TOKEN" }
     )]
     Unknown {
         endpoint: String,
+        kind: Kind,
         name: String,
         has_token: bool,
         cwd: PathBuf,
@@ -102,6 +107,7 @@ impl HubError {
 /// An answer that is no success.
 pub(super) struct Refusal<'a> {
     pub endpoint: &'a str,
+    pub kind: Kind,
     pub name: &'a str,
     pub revision: &'a str,
     pub has_token: bool,
@@ -116,6 +122,7 @@ impl Refusal<'_> {
     pub fn into_error(self) -> HubError {
         let Refusal {
             endpoint,
+            kind,
             name,
             revision,
             has_token,
@@ -145,6 +152,7 @@ impl Refusal<'_> {
             (_, 401) if has_token && said.contains("Invalid credentials") => HubError::Token { endpoint },
             ("RepoNotFound", _) | (_, 401 | 404) => HubError::Unknown {
                 endpoint,
+                kind,
                 name,
                 has_token,
                 cwd: std::env::current_dir().unwrap_or_default(),

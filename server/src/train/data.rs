@@ -2,31 +2,63 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use tandem_core::dataset;
 use tandem_router::hyper::Facts;
 use tandem_text::Tokenizer;
 use tandem_text::dataset::{self as rows, Options, Reading, Rows, Shown, Source, Statistics, tokenise};
 
+use super::TrainError;
 use super::progress::thousands;
 use super::settings::Files;
-use super::{TrainError, wrong};
+use crate::hub::{self, RepoName};
 
-/// A name on the hub is no file.
-fn is_there(path: &Path) -> Result<(), TrainError> {
-    let name = path.display().to_string();
-    let is_name = name.split('/').count() == 2 && !name.starts_with(['.', '/']);
-    match path.exists() || !is_name {
-        true => Ok(()),
-        false => {
-            let message = format!(
-                "there is no file {name}. A data set of the hub is made one by datasets.load_dataset({name:?}, \
-                 split=\"train\").to_json(\"rows.jsonl\"): then give training_file=rows.jsonl"
-            );
-            Err(wrong("training_file", message).into())
+/// What says which rows of a hub's data set are meant.
+pub struct OfHub {
+    pub revision: Option<String>,
+    pub config: Option<String>,
+}
+
+/// The data set's name, where it can be no file.
+fn name_on_hub(path: &Path) -> Option<RepoName> {
+    const ROWS: [&str; 7] = ["jsonl", "json", "ndjson", "csv", "tsv", "parquet", "txt"];
+    let is_file = path.exists()
+        || path
+            .extension()
+            .is_some_and(|end| ROWS.iter().any(|known| end == *known));
+    path.to_str().filter(|_| !is_file).and_then(RepoName::parse)
+}
+
+impl OfHub {
+    /// The files, of names on the hub those of the first of these splits that is there.
+    pub fn files(&self, given: &Files, splits: &[&str]) -> Result<Vec<PathBuf>, TrainError> {
+        let mut files = vec![];
+        for path in given.paths() {
+            match name_on_hub(path) {
+                None => files.push(path.clone()),
+                Some(name) => files.extend(hub::rows(hub::Rows {
+                    name: &name,
+                    revision: self.revision.as_deref(),
+                    config: self.config.as_deref(),
+                    splits,
+                })?),
+            }
         }
+        Ok(files)
     }
+}
+
+/// `validation[:10%]` of a hub's data set is the part `[:10%]` of its split `validation`; a file is one split.
+pub fn split_of_hub(training: &Files, split: Option<&str>) -> Option<(String, String)> {
+    let is_of_hub = training.paths().iter().any(|path| name_on_hub(path).is_some());
+    let split = split.unwrap_or_default();
+    let (name, part) = split.split_at(split.find('[').unwrap_or(split.len()));
+    let name = match name.trim() {
+        "" => "train",
+        name => name,
+    };
+    is_of_hub.then(|| (name.to_owned(), format!("train{part}")))
 }
 
 /// Files, tokenised.
@@ -38,7 +70,7 @@ pub struct Dataset {
 
 impl Dataset {
     pub fn read(
-        files: &Files,
+        files: &[PathBuf],
         reading: &Reading,
         tokenizer: &Tokenizer,
         options: &Options,
@@ -56,7 +88,7 @@ impl Dataset {
 
     /// Prints the first examples, token for token: what is learned stands between marks.
     pub fn show(
-        files: &Files,
+        files: &[PathBuf],
         reading: &Reading,
         tokenizer: &Tokenizer,
         options: &Options,
@@ -89,27 +121,18 @@ impl Dataset {
 
     /// Says what there is.
     fn tokens(
-        files: &Files,
+        files: &[PathBuf],
         reading: &Reading,
         tokenizer: &Tokenizer,
         options: &Options,
     ) -> Result<rows::Dataset, TrainError> {
-        files.paths().iter().try_for_each(|path| is_there(path))?;
-        let names: Vec<String> = files
-            .paths()
-            .iter()
-            .map(|path| path.display().to_string())
-            .collect();
+        let names: Vec<String> = files.iter().map(|path| path.display().to_string()).collect();
         let names = names.join(", ");
         let unfit = |source| TrainError::Rows {
             files: names.clone(),
             source,
         };
-        let sources = files
-            .paths()
-            .iter()
-            .map(|path| Source::from(path.as_path()))
-            .collect();
+        let sources = files.iter().map(|path| Source::from(path.as_path())).collect();
         let mut rows = Rows::open(sources, reading).map_err(|bad| unfit(bad.into()))?;
         let dataset = tokenise(&mut rows, tokenizer, options, |_, _| true).map_err(unfit)?;
         let Statistics {

@@ -144,10 +144,7 @@ const DATASET: &[(&str, Means)] = &[
     ("add_eos", Itself),
     ("new_system_prompt", Itself),
     ("trust_remote_code", Itself),
-    (
-        "name",
-        Off("give the file of that part of the data set as training_file"),
-    ),
+    ("name", Setting("dataset_config")),
     ("data_dir", Off("give the file as training_file")),
     ("filter_fn", Off("no code is run: filter the file")),
 ];
@@ -617,6 +614,9 @@ impl Settings {
     /// Of validation, what differs from the training data: its file.
     fn validation(&mut self, place: &str, fields: &Map<String, Value>) -> Result<(), SettingsError> {
         self.files(place, "validation_file", fields);
+        if let Some(split) = fields.get("split").filter(|split| *split != "train") {
+            self.put(place, "dataset_test_split", split.clone());
+        }
         Ok(())
     }
 
