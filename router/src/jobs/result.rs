@@ -1,9 +1,10 @@
-//! `step_metrics.csv`: what a job's events say of its steps, one line a step.
+//! What a job's events say of its steps, as files: `step_metrics.csv`, one line a step, and an event file for TensorBoard.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use serde_json::Value;
+use tandem_core::report::{self, Report};
 use tandem_store::{EventRow, FileRow, NewFile, Tenant};
 
 use crate::Router;
@@ -27,8 +28,8 @@ const COLUMNS: [(&str, &str); 10] = [
 ];
 const PAGE: u32 = 1000;
 
-/// Durable bytes; the row comes with the change that ends the job.
-pub(crate) async fn publish(router: &Router, job: &str) -> Result<FileRow, RouterError> {
+/// Durable bytes; the rows come with the change that ends the job.
+pub(crate) async fn publish(router: &Router, job: &str) -> Result<Vec<FileRow>, RouterError> {
     let mut steps = Steps::default();
     let mut seq = 0;
     loop {
@@ -41,20 +42,39 @@ pub(crate) async fn publish(router: &Router, job: &str) -> Result<FileRow, Route
             break;
         }
     }
-    let csv = steps.csv();
-    let file = NewFile {
-        filename: FILENAME,
-        purpose: PURPOSE,
-        expires_after_s: None,
-        // The change makes it the job's tenant's.
-        tenant: &Tenant::default(),
-    };
-    Ok(router.0.store.publish_result(csv.as_bytes(), file).await?)
+    let events = format!("events.out.tfevents.{}.{job}", steps.began_s());
+    let mut rows = vec![];
+    for (filename, bytes) in [(FILENAME, steps.csv().into_bytes()), (&events, steps.tensorboard())] {
+        let file = NewFile {
+            filename,
+            purpose: PURPOSE,
+            expires_after_s: None,
+            // The change makes it the job's tenant's.
+            tenant: &Tenant::default(),
+        };
+        rows.push(router.0.store.publish_result(&bytes, file).await?);
+    }
+    Ok(rows)
+}
+
+/// Of a job that ended otherwise.
+pub(crate) async fn discard(router: &Router, files: &[FileRow]) -> Result<(), RouterError> {
+    for file in files {
+        router.0.store.discard_file(file).await?;
+    }
+    Ok(())
 }
 
 /// The metrics of each step. A job that went on from a checkpoint reports steps again: the later report counts.
 #[derive(Default)]
-struct Steps(BTreeMap<u64, serde_json::Map<String, Value>>);
+struct Steps(BTreeMap<u64, Step>);
+
+#[derive(Default)]
+struct Step {
+    /// Of the last report, in seconds since 1970.
+    at: i64,
+    metrics: serde_json::Map<String, Value>,
+}
 
 impl Steps {
     fn read(&mut self, event: &EventRow) -> Result<(), RouterError> {
@@ -63,9 +83,30 @@ impl Steps {
             return Ok(());
         };
         if data.contains_key("train_loss") || data.contains_key("valid_loss") {
-            self.0.entry(step).or_default().extend(data.clone());
+            let of_step = self.0.entry(step).or_default();
+            of_step.at = event.created_at;
+            of_step.metrics.extend(data.clone());
         }
         Ok(())
+    }
+
+    fn began_s(&self) -> i64 {
+        self.0.values().next().map_or(0, |step| step.at)
+    }
+
+    /// The bytes of an event file, with the tags of transformers' callback.
+    fn tensorboard(&self) -> Vec<u8> {
+        let mut bytes = report::tensorboard_head(self.began_s() as f64);
+        for (&step, Step { at, metrics }) in &self.0 {
+            let named = metrics.iter().filter(|(key, _)| !["step", "total_steps"].contains(&key.as_str()));
+            let values = named.filter_map(|(key, value)| Some((tag(key), value.as_f64()?)));
+            let report = Report {
+                step,
+                values: values.collect(),
+            };
+            bytes.extend(report.tensorboard(*at as f64));
+        }
+        bytes
     }
 
     fn csv(&self) -> String {
@@ -73,7 +114,7 @@ impl Steps {
         let mut others: Vec<&str> = self
             .0
             .values()
-            .flat_map(|metrics| metrics.keys())
+            .flat_map(|step| step.metrics.keys())
             .map(String::as_str)
             .collect();
         others.retain(|key| !known(key));
@@ -85,6 +126,7 @@ impl Steps {
         for metrics in self
             .0
             .values()
+            .map(|step| &step.metrics)
             .filter(|metrics| metrics.contains_key("train_loss"))
         {
             let cell = |key| metrics.get(key).map(Value::to_string).unwrap_or_default();
@@ -92,6 +134,16 @@ impl Steps {
             writeln!(csv, "{}", cells.join(",")).expect("a String takes all");
         }
         csv
+    }
+}
+
+/// As `tandem train` and transformers' Trainer call it.
+fn tag(key: &str) -> String {
+    match key.split_once('_') {
+        _ if key == "trained_tokens" => "num_tokens".to_owned(),
+        Some(("train", name)) => name.to_owned(),
+        Some(("valid", name)) => format!("eval_{name}"),
+        _ => key.to_owned(),
     }
 }
 
@@ -127,5 +179,11 @@ mod tests {
         assert!(lines[0].starts_with("step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy,"));
         assert!(lines[0].ends_with(",valid_rewards/margins"));
         assert_eq!(lines[1..], ["1,3.0,,,,,,,,,", "2,2.0,0.5,2.25,,,,,,,0.5"]);
+
+        let tags = ["train_loss", "valid_rewards/margins", "trained_tokens", "grad_norm"].map(tag);
+        assert_eq!(tags, ["loss", "eval_rewards/margins", "num_tokens", "grad_norm"]);
+        let read = |text: &str| steps.tensorboard().windows(text.len()).filter(|part| *part == text.as_bytes()).count();
+        let counts = ["brain.Event:2", "train/loss", "eval/loss", "train/mean_token_accuracy"].map(read);
+        assert_eq!(counts, [1, 2, 1, 1]);
     }
 }

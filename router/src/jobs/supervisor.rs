@@ -780,13 +780,13 @@ impl<'a> Run<'a> {
         Ok(rows)
     }
 
-    /// The name, the result file and the success are one transaction: a client that reads `succeeded` can use all.
+    /// The name, the result files and the success are one transaction: a client that reads `succeeded` can use all.
     async fn finish(
         &mut self,
         adapter: AdapterRef,
         trained_tokens: u64,
     ) -> Result<ControlFlow<()>, RouterError> {
-        let result_file = result::publish(self.router, self.id.as_str()).await?;
+        let result_files = result::publish(self.router, self.id.as_str()).await?;
         let kept = self.router.keep_adapter(&adapter).await?;
         let made = self.made(&kept);
         let change = JobChange {
@@ -806,12 +806,12 @@ impl<'a> Run<'a> {
                 self.router
                     .job_name(self.id.as_str(), self.model.clone(), None, made),
             ),
-            result_file: Some(result_file.clone()),
+            result_files: result_files.clone(),
             ..JobChange::default()
         };
         let done = self.rename(change).await?;
         if done.is_break() {
-            self.router.0.store.discard_file(&result_file).await?;
+            result::discard(self.router, &result_files).await?;
             return Ok(done);
         }
         tracing::info!(job = %self.id, model = self.model, trained_tokens, "job succeeded");

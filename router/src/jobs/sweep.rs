@@ -275,11 +275,11 @@ impl Watched<'_> {
             return self.fail(error).await;
         };
         let (number, trial) = (winner + 1, &trials[winner]);
-        let result_file = result::publish(self.router, &trial.id).await?;
+        let result_files = result::publish(self.router, &trial.id).await?;
         let _one_at_a_time = self.router.0.changes.lock().await;
         let name = trial.fine_tuned_model.as_ref();
         let Some(made) = name.and_then(|name| self.router.0.catalog.row(name)) else {
-            self.router.0.store.discard_file(&result_file).await?;
+            result::discard(self.router, &result_files).await?;
             let message = format!(
                 "The model of trial {number}, which is the best, was deleted before the sweep ended."
             );
@@ -308,11 +308,11 @@ impl Watched<'_> {
                 event(Level::Info, "Fine tuning job successfully completed".to_owned()),
             ],
             name: Some(name),
-            result_file: Some(result_file.clone()),
+            result_files: result_files.clone(),
             ..self.change()
         };
         if !self.router.change_job(self.id, change).await? {
-            self.router.0.store.discard_file(&result_file).await?;
+            result::discard(self.router, &result_files).await?;
         }
         Ok(Look::Over)
     }

@@ -162,8 +162,8 @@ pub struct JobChange {
     /// From [`crate::Artifacts::push_job`].
     pub saved: Option<Saved>,
     pub name: Option<NewName>,
-    /// From [`Store::publish_file`].
-    pub result_file: Option<FileRow>,
+    /// From [`Store::publish_result`].
+    pub result_files: Vec<FileRow>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -267,7 +267,7 @@ impl Store {
             drops,
             saved,
             name,
-            result_file,
+            result_files,
         } = change;
         let (status, ends, lets_go, saved, holder) = (*status, *ends, *lets_go, *saved, *holder);
         let mut tx = self.db.begin().await?;
@@ -335,7 +335,7 @@ impl Store {
             .execute(&mut *tx)
             .await?;
         }
-        if let Some(file) = result_file {
+        for file in result_files {
             let file = FileRow {
                 tenant: tenant.clone(),
                 ..file.clone()

@@ -71,7 +71,7 @@ fn word(value: &Value, words: &[&str]) -> bool {
 
 const SPEED: &str = "it changes time and memory, not what is learned";
 const LOGS: &str = "every step is reported, and there is no other log to shape";
-const EVENTS: &str = "a job's events and its step_metrics.csv hold the metrics of every step";
+const EVENTS: &str = "the metrics of every step are in a job's events and its result files: step_metrics.csv, and TensorBoard's events";
 const PRECISION: &str =
     "the base keeps the dtype it is served in, everything else is float32: at least as precise";
 const HALF: &str = "nothing is computed in float16: the base keeps the dtype it is served in, everything else is float32; \
@@ -155,7 +155,15 @@ const FOREIGN: &[Foreign] = &[
         "only push_to_hub pushes",
     ),
     // Trackers and the hub.
-    row("report_to save_metrics", off, EVENTS),
+    row(
+        "report_to",
+        |value, beside| {
+            let one = value.as_array().filter(|list| list.len() == 1).map_or(value, |list| &list[0]);
+            off(value, beside) || word(one, &["tensorboard"])
+        },
+        EVENTS,
+    ),
+    row("save_metrics", off, EVENTS),
     row(
         "integrations use_wandb wandb_project wandb_api_key wandb_name wandb_base_url wandb_project_name
          trackio_space_id trackio_bucket_id trackio_static_space_id",

@@ -370,6 +370,7 @@ fn what_the_field_asks_is_honoured_harmless_or_refused() {
         ("disable_tqdm", json!(true), Harmless),
         ("report_to", json!("none"), Harmless),
         ("report_to", json!([]), Harmless),
+        ("report_to", json!(["tensorboard"]), Harmless),
         ("report_to", json!(["wandb"]), Is::Refused("events")),
         ("run_name", json!("mine"), Harmless),
         ("project", json!("huggingface"), Harmless),
