@@ -147,7 +147,8 @@ impl Router {
             .collect(),
             id,
         };
-        let row = self.0.store.insert_sweep(job, trials).await?;
+        let records = is_sweep.then(|| record::to_json(&sweep::at_first(&request, &trials)));
+        let row = self.0.store.insert_sweep(job, trials, records).await?;
         self.0.desk.created.notify_one();
         if is_sweep {
             self.0.desk.queued.notify_one();

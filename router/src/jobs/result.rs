@@ -44,7 +44,10 @@ pub(crate) async fn publish(router: &Router, job: &str) -> Result<Vec<FileRow>, 
     }
     let events = format!("events.out.tfevents.{}.{job}", steps.began_s());
     let mut rows = vec![];
-    for (filename, bytes) in [(FILENAME, steps.csv().into_bytes()), (&events, steps.tensorboard())] {
+    for (filename, bytes) in [
+        (FILENAME, steps.csv().into_bytes()),
+        (&events, steps.tensorboard()),
+    ] {
         let file = NewFile {
             filename,
             purpose: PURPOSE,
@@ -98,7 +101,9 @@ impl Steps {
     fn tensorboard(&self) -> Vec<u8> {
         let mut bytes = report::tensorboard_head(self.began_s() as f64);
         for (&step, Step { at, metrics }) in &self.0 {
-            let named = metrics.iter().filter(|(key, _)| !["step", "total_steps"].contains(&key.as_str()));
+            let named = metrics
+                .iter()
+                .filter(|(key, _)| !["step", "total_steps"].contains(&key.as_str()));
             let values = named.filter_map(|(key, value)| Some((tag(key), value.as_f64()?)));
             let report = Report {
                 step,
@@ -180,10 +185,28 @@ mod tests {
         assert!(lines[0].ends_with(",valid_rewards/margins"));
         assert_eq!(lines[1..], ["1,3.0,,,,,,,,,", "2,2.0,0.5,2.25,,,,,,,0.5"]);
 
-        let tags = ["train_loss", "valid_rewards/margins", "trained_tokens", "grad_norm"].map(tag);
+        let tags = [
+            "train_loss",
+            "valid_rewards/margins",
+            "trained_tokens",
+            "grad_norm",
+        ]
+        .map(tag);
         assert_eq!(tags, ["loss", "eval_rewards/margins", "num_tokens", "grad_norm"]);
-        let read = |text: &str| steps.tensorboard().windows(text.len()).filter(|part| *part == text.as_bytes()).count();
-        let counts = ["brain.Event:2", "train/loss", "eval/loss", "train/mean_token_accuracy"].map(read);
+        let read = |text: &str| {
+            steps
+                .tensorboard()
+                .windows(text.len())
+                .filter(|part| *part == text.as_bytes())
+                .count()
+        };
+        let counts = [
+            "brain.Event:2",
+            "train/loss",
+            "eval/loss",
+            "train/mean_token_accuracy",
+        ]
+        .map(read);
         assert_eq!(counts, [1, 2, 1, 1]);
     }
 }

@@ -57,6 +57,24 @@ pub(super) fn trials(request: &JobRequest, sweep: &str, base: Digest, client: &C
     (1..).zip(&request.trials).map(trial).collect()
 }
 
+/// What is known of the trials before anybody looked after them.
+pub(super) fn at_first(request: &JobRequest, trials: &[NewJob]) -> Vec<TrialRecord> {
+    let record = |(number, (asked, job)): (usize, (&tandem_core::settings::Trial, &NewJob))| TrialRecord {
+        number,
+        job: job.id.clone(),
+        varied: asked.varied.clone(),
+        status: TrialStatus::Queued,
+        rung: 0,
+        step: 0,
+        total_steps: None,
+        value: None,
+        train_loss: None,
+        valid_loss: None,
+        model: None,
+    };
+    (1..).zip(request.trials.iter().zip(trials)).map(record).collect()
+}
+
 /// What a sweep's first event says of it.
 pub(super) fn begins(request: &JobRequest) -> String {
     let of = request.trials.len();

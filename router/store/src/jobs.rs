@@ -213,11 +213,17 @@ pub enum MetadataFilter {
 
 impl Store {
     pub async fn insert_job(&self, job: NewJob) -> Result<JobRow, StoreError> {
-        self.insert_sweep(job, vec![]).await
+        self.insert_sweep(job, vec![], None).await
     }
 
     /// A job with its trials: all of them or none.
-    pub async fn insert_sweep(&self, job: NewJob, trials: Vec<NewJob>) -> Result<JobRow, StoreError> {
+    /// `records`: what is known of the trials before anybody looked after them.
+    pub async fn insert_sweep(
+        &self,
+        job: NewJob,
+        trials: Vec<NewJob>,
+        records: Option<String>,
+    ) -> Result<JobRow, StoreError> {
         let mut tx = self.db.begin().await?;
         let name = insert(&mut tx, &job, None).await?;
         for trial in &trials {
@@ -226,6 +232,13 @@ impl Store {
                 name: &name,
             };
             insert(&mut tx, trial, Some(sweep)).await?;
+        }
+        if let Some(records) = records {
+            sqlx::query("UPDATE jobs SET trials = $1 WHERE id = $2")
+                .bind(records)
+                .bind(&job.id)
+                .execute(&mut *tx)
+                .await?;
         }
         let row = sqlx::query_as(concat!("SELECT ", columns!(), " FROM jobs WHERE id = $1"))
             .bind(&job.id)

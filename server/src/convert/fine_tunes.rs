@@ -87,7 +87,7 @@ pub fn fine_tune(job: Job, organization: &str, files: Files, events: Option<Vec<
         result_files: _,
         error: _,
         parent: _,
-        trials: _,
+        trials,
     } = job;
     let Files {
         training,
@@ -109,6 +109,7 @@ pub fn fine_tune(job: Job, organization: &str, files: Files, events: Option<Vec<
         status: match status {
             // The old API knows no pause.
             JobStatus::ValidatingFiles | JobStatus::Queued | JobStatus::Paused => "pending",
+            JobStatus::Sweeping if super::jobs::waits(&trials) => "pending",
             JobStatus::Sweeping | JobStatus::Running => "running",
             JobStatus::Succeeded => "succeeded",
             JobStatus::Failed => "failed",

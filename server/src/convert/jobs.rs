@@ -50,7 +50,7 @@ pub fn job(job: api::Job, organization: &str) -> Job {
         fine_tuned_model,
         organization_id: organization.to_owned(),
         result_files,
-        status: self::status(status),
+        status: self::status(status, &trials),
         training_file: request.training_file.0.into(),
         validation_file: request.validation_file.map(|files| files.0.into()),
         trained_tokens,
@@ -357,8 +357,9 @@ fn data(settings: &Settings) -> RunData {
     }
 }
 
-fn status(status: JobStatus) -> &'static str {
+fn status(status: JobStatus, trials: &[TrialRecord]) -> &'static str {
     match status {
+        JobStatus::Sweeping if waits(trials) => "queued",
         JobStatus::ValidatingFiles => "validating_files",
         JobStatus::Queued => "queued",
         JobStatus::Sweeping | JobStatus::Running => "running",
@@ -367,6 +368,12 @@ fn status(status: JobStatus) -> &'static str {
         JobStatus::Failed => "failed",
         JobStatus::Cancelled => "cancelled",
     }
+}
+
+/// A sweep of which no trial has begun.
+pub fn waits(trials: &[TrialRecord]) -> bool {
+    let has_not_begun = |trial: &TrialRecord| trial.status == TrialStatus::Queued && trial.step == 0;
+    trials.iter().all(has_not_begun)
 }
 
 pub fn level(level: Level) -> &'static str {

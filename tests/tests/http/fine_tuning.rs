@@ -145,9 +145,19 @@ fn a_job_makes_a_model_that_answers() {
     assert!(csv.starts_with("step,train_loss"), "{csv}");
     let events = done["result_files"][1].as_str().unwrap();
     let about = client::get(server.address, &format!("/v1/files/{events}")).ok();
-    assert!(about["filename"].as_str().unwrap().starts_with("events.out.tfevents."));
+    assert!(
+        about["filename"]
+            .as_str()
+            .unwrap()
+            .starts_with("events.out.tfevents.")
+    );
     let events = client::get(server.address, &format!("/v1/files/{events}/content")).body;
-    let named = |tag: &str| events.windows(tag.len()).filter(|part| *part == tag.as_bytes()).count();
+    let named = |tag: &str| {
+        events
+            .windows(tag.len())
+            .filter(|part| *part == tag.as_bytes())
+            .count()
+    };
     assert_eq!(named("train/loss"), csv.lines().count() - 1);
     let mine = client::get(server.address, "/v1/fine_tuning/jobs?metadata%5Bwho%5D=me").ok();
     let none = client::get(server.address, "/v1/fine_tuning/jobs?metadata%5Bwho%5D=you").ok();

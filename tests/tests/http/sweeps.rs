@@ -51,8 +51,7 @@ fn root(server: &Server, model: &Value) -> Value {
 }
 
 fn of_trials(job: &Value, key: &str) -> Vec<Value> {
-    // A sweep that was just made shows none until it is looked after.
-    let trials = job["trials"].as_array().into_iter().flatten();
+    let trials = job["trials"].as_array().unwrap().iter();
     trials.map(|trial| trial[key].clone()).collect()
 }
 
@@ -202,7 +201,10 @@ fn a_sweep_is_cancelled_as_a_whole_and_a_bad_one_is_refused() {
     let file = upload(&server);
     let mut long = asked(&server, &file);
     long["max_steps"] = json!(100_000);
-    let job = created(&server, &long);
+    let made = post(&server, "", &long).ok();
+    assert_eq!(made["status"], "queued");
+    assert_eq!(of_trials(&made, "status"), vec![json!("queued"); 4]);
+    let job = format!("/{}", made["id"].as_str().unwrap());
     wait_for("training", || {
         of_trials(&get(&server, &job), "status")
             .contains(&json!("running"))
