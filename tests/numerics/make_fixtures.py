@@ -591,7 +591,7 @@ def steps_of(optimizer, model, trainable, hyper: dict, examples: list[dict]) -> 
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
-INIT_STREAM, SHUFFLE_STREAM = 0x1417, 0x5F1E00000
+INIT_STREAM, EMBED_STREAM, SHUFFLE_STREAM = 0x1417, 0x1418, 0x5F1E00000
 
 
 def finalise(z: int) -> int:
@@ -603,6 +603,11 @@ def finalise(z: int) -> int:
 def uniform(seed: int, stream: int, counter: int) -> float:
     key = finalise(finalise((seed + GOLDEN) & MASK) ^ ((stream * GOLDEN) & MASK))
     return (finalise((key + counter * GOLDEN) & MASK) >> 11) / (1 << 53)
+
+
+def normal(seed: int, stream: int, counter: int) -> float:
+    first, second = (uniform(seed, stream, 2 * counter + i) for i in (0, 1))
+    return math.sqrt(-2.0 * math.log(1.0 - first)) * math.cos(2.0 * math.pi * second)
 
 
 def permutation(n: int, seed: int, stream: int) -> list[int]:
@@ -632,6 +637,7 @@ def start_from_tandems_adapter(model, seed: int, linears) -> None:
     modules = [[f"{layer}.{module}.{part}" for part in parts] for layer in layers for module, parts in linears]
     # The output layer is the last, where it is adapted.
     modules += [[head] for head in ["base_model.model.lm_head"] if f"{head}.lora_A.weight" in state]
+    embed = "base_model.model.model.embed_tokens.lora_embedding_"
     for parts in modules:
         for part in parts:
             a = state[f"{part}.lora_A.weight"]
@@ -643,6 +649,11 @@ def start_from_tandems_adapter(model, seed: int, linears) -> None:
             b = state[f"{part}.lora_B.weight"]
             state[f"{part}.lora_B.weight"] = torch.zeros_like(b)
             place += b.numel()
+    if f"{embed}A" in state:
+        a, b = state[f"{embed}A"], state[f"{embed}B"]
+        place += a.numel()
+        draws = [normal(seed, EMBED_STREAM, place + i) for i in range(b.numel())]
+        state |= {f"{embed}A": torch.zeros_like(a), f"{embed}B": torch.tensor(draws).view(b.shape)}
     set_peft_model_state_dict(model, state)
 
 

@@ -1,4 +1,4 @@
-"""Adapters of the output layer as peft makes, saves and trains them, on fixtures that are there: tied to the embedding and not,
+"""Adapters of the output layer and of the embedding as peft makes, saves and trains them, on fixtures that are there: tied to the embedding and not,
 with a cap and with a factor on logits. Run by scripts/fixtures."""
 
 import json
@@ -21,13 +21,18 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 FOLDER = FIXTURES / "head"
-# Of each fixture: what is adapted, and whether ten steps are trained.
+# Of each the fixture, what is adapted, and whether ten steps are trained.
 CASES = {
-    "gqa_tied": (["q_proj", "down_proj", "lm_head"], True),
-    "head_dim": (["lm_head"], False),
-    "sharded": (["k_proj", "lm_head"], False),
-    "gemma2": (["o_proj", "lm_head"], False),
-    "granite": (["lm_head"], False),
+    "gqa_tied": ("gqa_tied", ["q_proj", "down_proj", "lm_head"], True),
+    "head_dim": ("head_dim", ["lm_head"], False),
+    "sharded": ("sharded", ["k_proj", "lm_head"], False),
+    "gemma2": ("gemma2", ["o_proj", "lm_head"], False),
+    "granite": ("granite", ["lm_head"], False),
+    "embed_tied": ("gqa_tied", ["v_proj", "embed_tokens"], True),
+    "embed_untied": ("head_dim", ["embed_tokens"], False),
+    "embed_scaled": ("gemma2", ["embed_tokens"], False),
+    "embed_multiplied": ("granite", ["k_proj", "embed_tokens"], False),
+    "both": ("gqa_tied", ["embed_tokens", "lm_head"], False),
 }
 
 
@@ -37,10 +42,10 @@ def adapted(name: str, targets: list[str], **options):
     return get_peft_model(base, config)
 
 
-def answers(name: str, targets: list[str], tensors: dict) -> dict:
+def answers(name: str, fixture: str, targets: list[str], tensors: dict) -> dict:
     """An adapter as peft saves it, its logits, its loss and the gradients of that."""
-    asked = json.loads((FIXTURES / name / "expected.json").read_text())
-    model = adapted(name, targets, r=4, lora_alpha=8).eval()
+    asked = json.loads((FIXTURES / fixture / "expected.json").read_text())
+    model = adapted(fixture, targets, r=4, lora_alpha=8).eval()
     draw_adapter(model, sum((name + "head").encode()))
     save_adapter(model, FOLDER / name)
     with torch.no_grad():
@@ -57,12 +62,12 @@ def answers(name: str, targets: list[str], tensors: dict) -> dict:
     return {"loss": loss.item()}
 
 
-def training(name: str, targets: list[str], tensors: dict) -> dict:
+def training(name: str, fixture: str, targets: list[str], tensors: dict) -> dict:
     """Ten steps from Tandem's initial adapter in Tandem's order of examples."""
-    plain = json.loads((FIXTURES / name / "expected.json").read_text())["lora_training"]
+    plain = json.loads((FIXTURES / fixture / "expected.json").read_text())["lora_training"]
     hyper, examples = plain["hyper"], plain["examples"]
     linears = [(module, [part for part in parts if part in targets]) for module, parts in SPLIT]
-    model = adapted(name, targets, r=4, lora_alpha=8.0).train()
+    model = adapted(fixture, targets, r=4, lora_alpha=8.0).train()
     start_from_tandems_adapter(model, hyper["seed"], linears)
     trainable = [(key, parameter) for key, parameter in model.named_parameters() if parameter.requires_grad]
     report = adamw(model, trainable, lambda _: True, hyper, examples)
@@ -78,10 +83,10 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     shutil.rmtree(FOLDER, ignore_errors=True)
     numbers, tensors = {}, {}
-    for name, (targets, is_trained) in CASES.items():
-        numbers[name] = answers(name, targets, tensors)
+    for name, (fixture, targets, is_trained) in CASES.items():
+        numbers[name] = answers(name, fixture, targets, tensors)
         if is_trained:
-            numbers[name] |= training(name, targets, tensors)
+            numbers[name] |= training(name, fixture, targets, tensors)
     save_file({key: value.contiguous() for key, value in tensors.items()}, FOLDER / "expected.safetensors")
     write_json(FOLDER / "expected.json", numbers)
 

@@ -21,6 +21,10 @@ use selection::Selection;
 
 /// The output layer among the modules that an adapter may target: adapted where it is named, and not by `all-linear`, as in PEFT.
 pub const LM_HEAD: &str = "lm_head";
+/// The embedding among them, likewise.
+pub const EMBED_TOKENS: &str = "embed_tokens";
+/// What is adapted only where it is named.
+pub const TABLES: [&str; 2] = [LM_HEAD, EMBED_TOKENS];
 /// Of a run, by epochs and data: far beyond any, and safe to add and multiply.
 const MOST_STEPS: u64 = 1 << 48;
 /// Of a base's name at most.
@@ -231,10 +235,12 @@ impl Hyper {
         }
         if let Method::Lora(lora) = method
             && lora.use_dora
-            && lora.target_modules.iter().any(|name| name == LM_HEAD)
+            && let Some(table) = TABLES
+                .iter()
+                .find(|table| lora.target_modules.iter().any(|name| name == *table))
         {
             return Err(format!(
-                "use_dora is not of {LM_HEAD}, the output layer: leave {LM_HEAD} out of lora_target_modules, or use_dora out"
+                "use_dora is not of {table}, a table of the vocabulary: leave {table} out of lora_target_modules, or use_dora out"
             ));
         }
         let (r, alpha, dropout) = match method {
@@ -342,13 +348,14 @@ impl Hyper {
             ));
         }
         let known = &replica.lora_targets;
-        let is_known = |module: &String| module == LM_HEAD || known.contains(module);
+        let is_known = |module: &String| TABLES.contains(&module.as_str()) || known.contains(module);
         match target_modules.iter().find(|module| !is_known(module)) {
             Some(module) => {
                 let shown: String = module.chars().take(80).collect();
                 Err(format!(
-                    "lora_target_modules has {shown:?}, which is none of {}, {LM_HEAD}",
-                    known.join(", ")
+                    "lora_target_modules has {shown:?}, which is none of {}, {}",
+                    known.join(", "),
+                    TABLES.join(", ")
                 ))
             }
             None => {
@@ -375,7 +382,7 @@ pub struct Lora {
     pub r: u32,
     pub alpha: f64,
     pub dropout: f64,
-    /// Module names: of the replica's `lora_targets`, and [`LM_HEAD`].
+    /// Module names: of the replica's `lora_targets`, and [`TABLES`].
     pub target_modules: Vec<String>,
     /// Scale alpha / sqrt(r) (arXiv 2312.03732) instead of alpha / r.
     pub use_rslora: bool,

@@ -260,7 +260,7 @@ settings! {
             "0", "part of the adapter's inputs that is dropped";
         lora_target_modules: Vec<String>, Modules,
             ["target_modules", "lora_trainable_modules", "lora_target"],
-            "all-linear", "modules that are adapted: a list of names, or all-linear; lm_head, the output layer, is adapted where it is named: [all-linear, lm_head]";
+            "all-linear", "modules that are adapted: a list of names, or all-linear; lm_head, the output layer, and embed_tokens are adapted where they are named: [all-linear, lm_head]";
         use_rslora: bool, Flag,
             ["rslora"],
             "false", "scale by alpha / sqrt(r) instead of alpha / r";

@@ -117,13 +117,15 @@ impl Layout {
     /// An error that says the numbers where the model cannot be divided so.
     pub fn new(spec: &DecoderSpec, shard: Shard) -> Result<Layout, LoadError> {
         check(spec, shard.world as i64)?;
-        let head = spec.head_linear();
-        let linears = spec.linears().map(|(_, linear)| linear).chain([&head]);
         Ok(Layout {
             shard,
             vocabulary: shard.vocabulary(spec.vocab),
             widest: shard.widest(spec.vocab),
-            linears: linears.map(|linear| shard.linear(linear)).collect(),
+            linears: spec
+                .adaptable()
+                .iter()
+                .map(|linear| shard.linear(linear))
+                .collect(),
             norms: spread_norms(spec)
                 .filter(|_| shard.world > 1)
                 .map(|(id, norm)| (id, shard.equal(norm.width)))
@@ -141,7 +143,16 @@ impl Layout {
 
     /// Of the output layer.
     pub fn head_id(&self) -> LinearId {
+        LinearId(self.linears.len() - 2)
+    }
+
+    /// Of the embedding.
+    pub fn embed_id(&self) -> LinearId {
         LinearId(self.linears.len() - 1)
+    }
+
+    pub fn is_first(&self) -> bool {
+        self.shard.rank == 0
     }
 
     /// This rank's piece of a norm that stands on several.

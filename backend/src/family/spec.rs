@@ -2,12 +2,12 @@
 //! name in the checkpoint, listed once ([`DecoderSpec::params`]). Families write a spec; loading, training, sharding,
 //! adapters and PEFT's names are derived from it. Not here: what a config.json means (one file per family).
 
-use tandem_core::job::LM_HEAD;
+use tandem_core::job::{EMBED_TOKENS, LM_HEAD};
 use tandem_kernels::activation::{Activation, Gate};
 use tandem_kernels::experts::RoutingWeights;
 use tandem_kernels::rope::RopeSpec;
 
-use crate::weights::{EMBED, HEAD};
+use crate::weights::{EMBED, EMBED_PATH, HEAD};
 
 #[derive(Clone, Debug)]
 pub struct DecoderSpec {
@@ -237,7 +237,7 @@ pub enum NormId {
     Final,
 }
 
-/// Number of a linear in its model, in the order in which they run: the head's is the last.
+/// Number of a linear in its model, in the order in which they run: behind them the head's, then the embedding's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LinearId(pub usize);
 
@@ -334,6 +334,29 @@ impl DecoderSpec {
                 among: None,
             }],
         }
+    }
+
+    /// The embedding as what an adapter may change: of a token's row alone one input is not zero. Its weight is the other way
+    /// round.
+    pub fn embed_linear(&self) -> LinearSpec {
+        LinearSpec {
+            inputs: self.vocab,
+            bias: Bias::Without,
+            cut: Cut::Whole,
+            parts: vec![Part {
+                name: EMBED_TOKENS,
+                path: EMBED_PATH.to_owned(),
+                start: 0,
+                sections: vec![Section::of(self.hidden)],
+                among: None,
+            }],
+        }
+    }
+
+    /// All that an adapter may change, by its number.
+    pub fn adaptable(&self) -> Vec<LinearSpec> {
+        let linears = self.linears().map(|(_, linear)| linear.clone());
+        linears.chain([self.head_linear(), self.embed_linear()]).collect()
     }
 
     /// The number of [`DecoderSpec::head_linear`].

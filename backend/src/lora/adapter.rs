@@ -19,8 +19,18 @@ pub struct Adapter {
     modules: Vec<Option<LoraModule>>,
     /// The same; empty where the adapter has none.
     magnitudes: Vec<Option<Magnitudes>>,
+    embedding: Option<EmbeddingBranch>,
     max_rank: i64,
     layout: Arc<Layout>,
+}
+
+/// What is added to a token's row of the embedding.
+pub struct EmbeddingBranch {
+    /// A row for each token `[V, r]`.
+    pub a: Weight,
+    /// `[H, r]`
+    pub b: Weight,
+    pub scale: f64,
 }
 
 /// Rows of a batch that one adapter answers.
@@ -53,10 +63,19 @@ impl Adapter {
             })
         };
         let module = |id: LinearId| {
-            let shape = params.shape.linear(id);
+            let shape = params.shape.linear(id).filter(|shape| !shape.is_embedding());
             shape.map(|shape| module(shape, layout.linear(id))).transpose()
         };
+        let embedding = params.shape.linear(layout.embed_id()).map(|shape| {
+            let [a, b] = tables(params, shape);
+            Ok::<_, KernelError>(EmbeddingBranch {
+                a: Weight::passing(&a, precision, device)?,
+                b: Weight::passing(&b, precision, device)?,
+                scale: shape.parts[0].scale,
+            })
+        });
         Ok(Adapter {
+            embedding: embedding.transpose()?,
             modules: params.shape.ids().map(module).collect::<Result<_, _>>()?,
             magnitudes: magnitudes(params),
             max_rank: params.shape.max_rank(),
@@ -67,6 +86,12 @@ impl Adapter {
     /// Takes over the numbers of `params` (same shape), after an optimizer step.
     pub fn update(&mut self, params: &AdapterParams) {
         for (id, shape) in params.shape.iter() {
+            if let (true, Some(embedding)) = (shape.is_embedding(), &mut self.embedding) {
+                let [a, b] = tables(params, shape);
+                embedding.a.overwrite(&a).expect(SAME_SHAPE);
+                embedding.b.overwrite(&b).expect(SAME_SHAPE);
+                continue;
+            }
             let module = self.modules[id.0].as_mut().expect("update keeps the shape");
             let held = self.layout.linear(id);
             module
@@ -89,6 +114,10 @@ impl Adapter {
         self.modules[id.0].as_ref()
     }
 
+    pub fn embedding(&self) -> Option<&EmbeddingBranch> {
+        self.embedding.as_ref()
+    }
+
     /// Largest rank of a module.
     pub fn rank(&self) -> i64 {
         self.max_rank
@@ -97,9 +126,11 @@ impl Adapter {
     /// Of what this rank holds.
     pub fn bytes(&self) -> u64 {
         let modules = self.modules.iter().flatten();
-        modules
+        let modules: u64 = modules
             .map(|module| module.a.bytes() + module.parts.iter().map(|part| part.b.bytes()).sum::<u64>())
-            .sum()
+            .sum();
+        let embedding = self.embedding.as_ref();
+        modules + embedding.map_or(0, |branch| branch.a.bytes() + branch.b.bytes())
     }
 }
 
@@ -113,6 +144,11 @@ fn magnitudes(params: &AdapterParams) -> Vec<Option<Magnitudes>> {
         Some(Magnitudes::new(parts.map(of_part).collect::<Option<_>>()?))
     };
     params.shape.ids().map(of_linear).collect()
+}
+
+/// A with a row for each token, and B.
+fn tables(params: &AdapterParams, shape: &LinearShape) -> [Tensor; 2] {
+    [params.a(shape).tr().contiguous(), params.b(&shape.parts[0])]
 }
 
 /// `[R, inputs held]`

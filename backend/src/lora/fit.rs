@@ -56,6 +56,12 @@ impl Fit {
                     "adapt it without use_dora, or leave lm_head out of target_modules",
                 );
             }
+            if params.shape.linear(self.layout.embed_id()).is_some() {
+                return dora(
+                    "the embedding",
+                    "adapt it without use_dora, or leave embed_tokens out of target_modules",
+                );
+            }
             let mut parts = params.shape.iter().flat_map(|(_, linear)| &linear.parts);
             if parts.any(|part| part.path.contains(".experts.")) {
                 return dora(

@@ -8,6 +8,7 @@ use tandem_core::rng;
 use tch::{Device, Kind, Tensor};
 
 use crate::family::{DecoderSpec, LinearId, LinearSpec};
+use crate::weights::EMBED_PATH;
 
 /// Which parts of which linears are adapted, with what rank and scale. Layers and ranks may be ragged.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -57,6 +58,12 @@ impl LinearShape {
     }
 }
 
+impl LinearShape {
+    pub fn is_embedding(&self) -> bool {
+        self.parts[0].path == EMBED_PATH
+    }
+}
+
 impl AdapterShape {
     /// `choose(path, name)` gives the rank and scale of a module, or `None` when it is not adapted.
     pub fn build(
@@ -95,9 +102,7 @@ impl AdapterShape {
                 offset,
             })
         };
-        let head = spec.head_linear();
-        let linears = spec.linears().map(|(_, linear)| linear).chain([&head]);
-        let linears = linears.map(linear_shape).collect();
+        let linears = spec.adaptable().iter().map(linear_shape).collect();
         AdapterShape { linears, len }
     }
 
@@ -203,10 +208,19 @@ impl AdapterParams {
         }
     }
 
-    /// A uniform in +-1/sqrt(inputs), B zero: PEFT's default (kaiming_uniform with a = sqrt 5).
+    /// A uniform in +-1/sqrt(inputs), B zero: PEFT's default (kaiming_uniform with a = sqrt 5). Of the embedding A is zero and B
+    /// normal, as there.
     pub fn init(shape: AdapterShape, seed: u64) -> AdapterParams {
         let mut numbers = vec![0f32; shape.len() as usize];
         for (_, linear) in shape.iter() {
+            if linear.is_embedding() {
+                let part = &linear.parts[0];
+                let b = part.b_offset..part.b_offset + part.width() * part.rank();
+                for i in b.start as usize..b.end as usize {
+                    numbers[i] = rng::normal(seed, EMBED_STREAM, i as u64) as f32;
+                }
+                continue;
+            }
             let bound = 1.0 / (linear.inputs as f64).sqrt();
             let a = linear.offset as usize..(linear.offset + linear.rank() * linear.inputs) as usize;
             for i in a {
@@ -246,3 +260,4 @@ impl AdapterParams {
 
 /// Keeps the draws of initialisation apart from those of shuffling and dropout.
 const INIT_STREAM: u64 = 0x1417;
+const EMBED_STREAM: u64 = 0x1418;

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use tch::Tensor;
 
-use super::{Decoder, TrainPass, Trainable, TrainedRows, scaled};
+use super::{Decoder, Trainable, TrainedRows, scaled};
 use crate::family::ParamId;
 
 impl<'a> Trainable<'a> {
@@ -36,16 +36,6 @@ impl Decoder {
     pub fn final_norm_backward(&self, hidden: &Tensor, dnormed: &Tensor, trainable: Trainable) -> Tensor {
         self.norm
             .backward(hidden, &scaled(dnormed, self.spec.logits.scale), trainable)
-    }
-
-    /// The embedding's gradient (nothing when it is frozen), the last of a pass.
-    pub fn embed_backward(&self, dhidden: &Tensor, pass: &TrainPass) {
-        if let Trainable::Full(gradients) = pass.trainable {
-            let rows: Vec<i64> = pass.tokens.iter().map(|&token| i64::from(token)).collect();
-            let embedded = scaled(dhidden, self.embed_scale);
-            gradients.add_rows(ParamId::Embed, &Tensor::from_slice(&rows), &embedded);
-            gradients.settle();
-        }
     }
 }
 

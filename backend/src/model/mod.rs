@@ -5,6 +5,7 @@
 //! whole everywhere (hidden states, logits, losses) has the same bits everywhere: sums over ranks are taken in rank order.
 
 mod attention;
+mod embedding;
 mod expert_tensors;
 mod experts;
 pub mod full;
@@ -146,18 +147,14 @@ impl Dropout {
 impl Decoder {
     /// Rows' final hidden states `[T, H]`, before the final norm.
     pub fn forward(&self, batch: &Batch) -> Tensor {
-        let mut hidden = self.embed(batch.tokens);
+        let mut hidden = self.embed(batch.tokens, batch.lora);
         for i in 0..self.n_sublayers() {
             hidden = self.sublayer(i, hidden, batch);
         }
         hidden
     }
 
-    /// `[T, H]`
-    pub fn embed(&self, tokens: &[TokenId]) -> Tensor {
-        scaled(&self.embedded(tokens), self.embed_scale)
-    }
-
+    /// The base's rows `[T, H]`, not scaled.
     fn embedded(&self, tokens: &[TokenId]) -> Tensor {
         if self.comm.world() == 1 {
             return self.embed.whole().gather(tokens);

@@ -11,7 +11,7 @@ use crate::lora::params::AdapterShape;
 use crate::model::Decoder;
 use crate::train::data::slice_tokens;
 use crate::train::memory::Memory;
-use crate::weights::LoadError;
+use crate::weights::{EMBED_PATH, LoadError};
 
 /// Of the memory that is free after the weights are loaded, the most the KV cache takes by itself. The rest is for
 /// activations, adapters, a fine-tuning job and the page cache.
@@ -135,7 +135,10 @@ impl MemoryPlan {
         let value_bytes = decoder.precision().value_bytes() as u64;
         let adapters = u64::from(max_loras) * numbers(max_lora_rank, |_| true) * value_bytes;
         let slice = slice_tokens(decoder.device());
-        let training = Memory::of_numbers(decoder, numbers(RANK, |path| path != LM_HEAD));
+        let training = Memory::of_numbers(
+            decoder,
+            numbers(RANK, |path| ![LM_HEAD, EMBED_PATH].contains(&path)),
+        );
         let widest = spec.linears().map(|(_, linear)| {
             let outputs: i64 = linear.parts.iter().map(|part| part.width()).sum();
             (linear.inputs + outputs) as u64

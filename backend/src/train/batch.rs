@@ -90,7 +90,10 @@ struct Looks {
 impl Looks {
     fn advance(&mut self, slices: &[Slice], decoder: &Decoder, adapter: Option<&Adapter>) {
         let slice = &slices[self.found.len()];
-        let look = self.look.take().unwrap_or_else(|| Look::enter(slice, decoder));
+        let look = self
+            .look
+            .take()
+            .unwrap_or_else(|| Look::enter(slice, decoder, adapter));
         match look.advance(slice, decoder, adapter) {
             Ok(found) => self.found.push(found),
             Err(look) => self.look = Some(look),

@@ -179,7 +179,9 @@ impl Driven {
         let at = match (call.at.take(), call.pass) {
             (None, pass) => match (call.cuts.pop_front(), pass) {
                 (None, _) => return Ok(Progress::Done(call.scores)),
-                (Some(cut), learner::Pass::Forward) => At::Scores(Look::enter(&cut.slice, decoder), cut),
+                (Some(cut), learner::Pass::Forward) => {
+                    At::Scores(Look::enter(&cut.slice, decoder, adapter), cut)
+                }
                 (Some(Cut { mut slice, data }), learner::Pass::ForwardBackward) => {
                     let pass = match call.loss {
                         // Its weights are known: the loss and its gradient are one product of the head.

@@ -567,7 +567,7 @@ impl Trainer {
             },
             Stage::Try { occasion, look } => {
                 let (decoder, adapter) = self.learner.parts(base);
-                let look = look.unwrap_or_else(|| Look::enter(&self.trial, decoder));
+                let look = look.unwrap_or_else(|| Look::enter(&self.trial, decoder, adapter));
                 match look.advance(&self.trial, decoder, adapter) {
                     Err(look) => Stage::Try {
                         occasion,
@@ -798,7 +798,7 @@ impl Trainer {
             Looking::Slices { round, look } => {
                 let idle = Slice::idle();
                 let slice = self.valid_slices.get(self.mates.own(round)).unwrap_or(&idle);
-                let look = look.unwrap_or_else(|| Look::enter(slice, decoder));
+                let look = look.unwrap_or_else(|| Look::enter(slice, decoder, adapter));
                 match look.advance(slice, decoder, adapter) {
                     Err(look) => Looking::Slices {
                         round,

@@ -158,18 +158,15 @@ impl Optimizer {
 
     /// One step of all numbers, `[P]` float32 on the CPU, in place.
     pub fn step(&self, params: &Tensor, gradient: &Tensor, step: &Step) {
-        match self.rule {
-            job::Optimizer::AdamW | job::Optimizer::Sgd { .. } | job::Optimizer::Lion => {
-                self.step_numbers(params, gradient, step);
-            }
-            job::Optimizer::AdamW8bit | job::Optimizer::Adafactor { .. } => {
-                for (parameter, memory) in &self.parameters {
-                    let range = &parameter.range;
-                    let part = |tensor: &Tensor| tensor.narrow(0, range.start, range.end - range.start);
-                    let numbers = step.of(parameter);
-                    self.step_one(&part(params), &part(gradient), memory, step, numbers);
-                }
-            }
+        if self.rule.is_of_numbers() {
+            self.step_numbers(params, gradient, step);
+            return;
+        }
+        for (parameter, memory) in &self.parameters {
+            let range = &parameter.range;
+            let part = |tensor: &Tensor| tensor.narrow(0, range.start, range.end - range.start);
+            let numbers = step.of(parameter);
+            self.step_one(&part(params), &part(gradient), memory, step, numbers);
         }
     }
 

@@ -189,7 +189,17 @@ impl Pass {
                 rows_before,
             });
         }
-        let mut embedded = decoder.embed(&slice.tokens);
+        let adapted = parts
+            .iter()
+            .zip(learns)
+            .filter_map(|(part, learns)| match learns.trained {
+                Trained::Adapter { adapter, .. } => Some(AdapterRows {
+                    rows: part.rows.clone(),
+                    adapter,
+                }),
+                Trained::Model { .. } => None,
+            });
+        let mut embedded = decoder.embed(&slice.tokens, &adapted.collect::<Vec<_>>());
         if learns.iter().any(|learns| learns.noise.is_some()) {
             let noisy = slices
                 .iter()
@@ -397,9 +407,14 @@ pub struct Look {
 }
 
 impl Look {
-    pub fn enter(slice: &Slice, decoder: &Decoder) -> Look {
+    /// With the adapter that it will advance with.
+    pub fn enter(slice: &Slice, decoder: &Decoder, adapter: Option<&Adapter>) -> Look {
+        let lora = adapter.map(|adapter| AdapterRows {
+            rows: 0..slice.tokens.len(),
+            adapter,
+        });
         Look {
-            hidden: decoder.embed(&slice.tokens),
+            hidden: decoder.embed(&slice.tokens, lora.as_slice()),
             sublayers: 0,
             head: None,
             found: LogProbs::default(),

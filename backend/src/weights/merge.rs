@@ -17,7 +17,7 @@ use tch::{Kind, Tensor};
 
 use super::export::{begin, cannot, others};
 use super::gguf::write::{Conversion, Plan, Planned, plan};
-use super::{Checkpoint, INDEX, LoadError, WEIGHTS, kind, text_name};
+use super::{Checkpoint, EMBED_PATH, INDEX, LoadError, WEIGHTS, kind, text_name};
 use crate::family::{self, DecoderSpec, Head, LinearId};
 use crate::lora::params::{AdapterParams, LinearShape, PartShape};
 use crate::lora::peft::{self, PeftError};
@@ -112,7 +112,8 @@ impl Merge {
             }
         }
         let mut untied = None;
-        if spec.head == Head::Tied && parts.contains_key(LM_HEAD) {
+        // A table that is changed is no more the other one.
+        if spec.head == Head::Tied && [LM_HEAD, EMBED_PATH].iter().any(|path| parts.contains_key(*path)) {
             untied = Some(Untied::of(&spec, &checkpoint, base)?);
             spec.head = Head::Own;
         }
@@ -135,7 +136,11 @@ impl Merge {
         };
         for (path, (linear, part)) in merge.parts.iter().map(|(path, at)| (path, merge.part(*at))) {
             let name = format!("{path}.weight");
-            let sum = merge.tensor(&name, &[part.width(), linear.inputs])?;
+            let shape = match linear.is_embedding() {
+                true => [linear.inputs, part.width()],
+                false => [part.width(), linear.inputs],
+            };
+            let sum = merge.tensor(&name, &shape)?;
             if !finite::all(&sum) {
                 let message = format!(
                     "`{name}` with the adapter in it holds numbers that {:?} cannot: it would answer nothing",
@@ -307,6 +312,11 @@ impl Merge {
         let Some(&at) = at else { return Ok(stored) };
         let (linear, part) = self.part(at);
         let product = self.params.b(part).matmul(&self.params.part_a(linear, part));
+        let product = if linear.is_embedding() {
+            product.tr()
+        } else {
+            product
+        };
         let sum = stored.to_kind(Kind::Float) + product * part.scale;
         let sum = match self.params.magnitude(part) {
             None => sum,

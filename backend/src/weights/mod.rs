@@ -60,6 +60,7 @@ pub const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 /// The embedding table and the output head as checkpoints name them.
 pub const EMBED: &str = "model.embed_tokens.weight";
+pub const EMBED_PATH: &str = "model.embed_tokens";
 pub const HEAD: &str = "lm_head.weight";
 /// Does the model have weights at all? (One to be made is a folder with only its config.json and tokenizer.)
 pub fn has_weights(model: &Path) -> bool {

@@ -1,7 +1,7 @@
 //! What a job may ask for beyond core's table of settings: names, and the limits of this replica. Whether files exist is
 //! the caller's question; what is not asked is `hyper`'s.
 
-use tandem_core::job::LM_HEAD;
+use tandem_core::job::TABLES;
 use tandem_core::settings::{ALL_LINEAR, Settings};
 use tandem_text::dataset::Reading;
 
@@ -96,10 +96,12 @@ pub fn fits(settings: &Settings, bounds: Bounds) -> Result<(), RouterError> {
     let param = "lora_target_modules";
     let asked = settings.lora_target_modules.as_deref().unwrap_or_default();
     for (i, name) in asked.iter().enumerate() {
-        if ![ALL_LINEAR, LM_HEAD].contains(&name.as_str()) && !bounds.lora_targets.contains(name) {
+        let is_table = TABLES.contains(&name.as_str());
+        if name != ALL_LINEAR && !is_table && !bounds.lora_targets.contains(name) {
             let known = bounds.lora_targets.join(", ");
             let message = format!(
-                "{param}: this model has no '{name}'; use {ALL_LINEAR}, or some of {known}, {LM_HEAD}"
+                "{param}: this model has no '{name}'; use {ALL_LINEAR}, or some of {known}, {}",
+                TABLES.join(", ")
             );
             return Err(RouterError::invalid(param, message));
         }

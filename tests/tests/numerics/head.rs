@@ -1,4 +1,5 @@
-//! Adapters of the output layer, tied to the embedding and not: against peft's, which made tests/numerics/fixtures/head.
+//! Adapters of the output layer and of the embedding, tied to each other and not: against peft's, which made
+//! tests/numerics/fixtures/head.
 
 use std::collections::HashMap;
 use std::fs;
@@ -22,7 +23,19 @@ use crate::golden::{GRADIENT, LOGITS, LOSS, backward};
 use crate::run::{Sequence, base, packed, paged};
 use crate::training::{ADAPTER, Job, compare_steps, finish, hyper, lora_job, quantum, tensors};
 
-const CASES: [&str; 5] = ["gqa_tied", "head_dim", "sharded", "gemma2", "granite"];
+/// Each with the fixture that it is beside.
+const CASES: [(&str, &str); 10] = [
+    ("gqa_tied", "gqa_tied"),
+    ("head_dim", "head_dim"),
+    ("sharded", "sharded"),
+    ("gemma2", "gemma2"),
+    ("granite", "granite"),
+    ("embed_tied", "gqa_tied"),
+    ("embed_untied", "head_dim"),
+    ("embed_scaled", "gemma2"),
+    ("embed_multiplied", "granite"),
+    ("both", "gqa_tied"),
+];
 
 /// What peft computed: numbers by fixture, and tensors.
 fn expected() -> (Value, HashMap<String, Tensor>) {
@@ -37,16 +50,16 @@ fn expected() -> (Value, HashMap<String, Tensor>) {
 
 /// Alone and beside others, whole and in pages, and merged into the base, whose head is its own then.
 #[test]
-fn an_adapted_head_answers_as_in_peft() {
+fn adapted_tables_answer_as_in_peft() {
     let (_, expected) = expected();
     let mut table = Table::default();
-    for name in CASES {
-        let fixture = Fixture::open(name);
+    for (name, fixture) in CASES {
+        let fixture = Fixture::open(fixture);
         let folder = fixtures_folder().join("head").join(name);
         let decoder = fixture.decoder(Precision::F32);
         let read = peft::read(&folder, &decoder.spec, 64).expect("peft's adapter is read");
         assert!(
-            read.notes.len() == 1 && read.notes[0].contains("a copy of the base model's lm_head"),
+            read.notes.len() == 1 && read.notes[0].contains("a copy of the base model's"),
             "{:?}",
             read.notes
         );
@@ -130,11 +143,11 @@ fn a_tied_head_is_its_own_when_it_is_merged() {
 }
 
 #[test]
-fn gradients_of_an_adapted_head_are_pefts() {
+fn gradients_of_adapted_tables_are_pefts() {
     let (numbers, expected) = expected();
     let mut table = Table::default();
-    for name in CASES {
-        let fixture = Fixture::open(name);
+    for (name, fixture) in CASES {
+        let fixture = Fixture::open(fixture);
         let decoder = fixture.decoder(Precision::F32);
         let folder = fixtures_folder().join("head").join(name);
         let params = peft::read(&folder, &decoder.spec, 64).expect("it is read").params;
@@ -149,12 +162,12 @@ fn gradients_of_an_adapted_head_are_pefts() {
         table.add(name, "training loss", (loss - wanted).abs(), LOSS);
         for (_, linear) in gradient.shape.iter() {
             for part in &linear.parts {
-                for (which, ours) in [
-                    ("lora_A", gradient.part_a(linear, part)),
-                    ("lora_B", gradient.b(part)),
-                ] {
-                    let wanted =
-                        &expected[&format!("{name}.grad.base_model.model.{}.{which}.weight", part.path)];
+                for (which, ours) in [("A", gradient.part_a(linear, part)), ("B", gradient.b(part))] {
+                    let tensor = match linear.is_embedding() {
+                        true => format!("lora_embedding_{which}"),
+                        false => format!("lora_{which}.weight"),
+                    };
+                    let wanted = &expected[&format!("{name}.grad.base_model.model.{}.{tensor}", part.path)];
                     let what = format!("{} {which}", part.path.trim_start_matches("model.layers."));
                     table.add(name, &what, relative_difference(&ours, wanted), GRADIENT);
                 }
@@ -165,22 +178,28 @@ fn gradients_of_an_adapted_head_are_pefts() {
 }
 
 #[test]
-fn ten_steps_of_an_adapted_head_are_pefts() {
+fn ten_steps_of_adapted_tables_are_pefts() {
     let (numbers, expected) = expected();
-    let name = "gqa_tied";
-    let run = &numbers[name]["training"];
-    let decoder = Fixture::open(name).decoder(Precision::F32);
-    let job = lora_job(run);
-    let mut trainer = Trainer::start(job.spec.clone(), &decoder).expect("the job starts");
-    let reports = finish(&mut trainer, Some(&decoder));
-    let mut table = compare_steps(name, run, &job, &reports);
-    let trained = tensors(&job.spec.folder.join(files::ADAPTER).join(peft::TENSORS));
-    assert!(trained.iter().any(|(name, _)| name.contains("lm_head.lora_B")));
-    for (of, ours) in trained {
-        let wanted = &expected[&format!("{name}.final.{of}")];
-        table.add(&of, "", max_difference(&ours, wanted), ADAPTER);
+    let decoder = Fixture::open("gqa_tied").decoder(Precision::F32);
+    for (name, b) in [
+        ("gqa_tied", "lm_head.lora_B"),
+        ("embed_tied", "embed_tokens.lora_embedding_B"),
+    ] {
+        let run = &numbers[name]["training"];
+        let job = lora_job(run);
+        let mut trainer = Trainer::start(job.spec.clone(), &decoder).expect("the job starts");
+        let reports = finish(&mut trainer, Some(&decoder));
+        let mut table = compare_steps(name, run, &job, &reports);
+        let trained = tensors(&job.spec.folder.join(files::ADAPTER).join(peft::TENSORS));
+        assert!(trained.iter().any(|(name, _)| name.contains(b)));
+        for (of, ours) in trained {
+            let wanted = &expected[&format!("{name}.final.{of}")];
+            table.add(&of, "", max_difference(&ours, wanted), ADAPTER);
+        }
+        table.judge(&format!(
+            "ten steps of an adapter of a table and layers against peft: {name}"
+        ));
     }
-    table.judge("ten steps of an adapter of head and layers against peft");
 }
 
 /// Cut anywhere, with dropout before the head.

@@ -6,7 +6,7 @@ use tandem_backend::lora::peft;
 use tandem_backend::model::Decoder;
 use tandem_backend::train::Trainer;
 use tandem_backend::train::joint::{self, Joint};
-use tandem_core::job::{Hyper, LM_HEAD, Lora, Method, files};
+use tandem_core::job::{Hyper, Lora, Method, TABLES, files};
 use tandem_kernels::weight::Precision;
 
 use crate::fixture::{Fixture, examples};
@@ -15,7 +15,7 @@ use crate::training::{Job, hyper, quantum};
 /// Jobs that differ in all that rows of one pass may differ in: modules, rank, scale, dropout, noise, magnitudes, batch, rate.
 fn hypers(decoder: &Decoder, has_magnitudes: bool) -> Vec<Hyper> {
     let all = decoder.spec.lora_targets();
-    let with_head = [&all[..], &[LM_HEAD.to_owned()]].concat();
+    let with_tables = [&all[..], &TABLES.map(str::to_owned)].concat();
     let lora = |r, dropout, target_modules: &[String], use_dora| {
         Method::Lora(Lora {
             r,
@@ -42,8 +42,8 @@ fn hypers(decoder: &Decoder, has_magnitudes: bool) -> Vec<Hyper> {
             ..hyper(lora(5, 0.0, &all[..1], false))
         },
         // Gradients of the head are sums over labels.
-        hyper(lora(6, 0.0, &with_head, false)),
-        hyper(lora(3, 0.2, &with_head[all.len()..], false)),
+        hyper(lora(6, 0.0, &with_tables, false)),
+        hyper(lora(3, 0.2, &with_tables[all.len()..], false)),
     ];
     if has_magnitudes {
         hypers.push(hyper(lora(4, 0.0, &all, true)));

@@ -18,7 +18,7 @@ use tandem_backend::{Dtype, Options, start};
 use tandem_core::TokenId;
 use tandem_core::dataset::Example;
 use tandem_core::id::{AdapterRef, RequestId};
-use tandem_core::job::{Hyper, JobEvent, JobSpec, LM_HEAD, Lora, Method, StepReport, files};
+use tandem_core::job::{EMBED_TOKENS, Hyper, JobEvent, JobSpec, LM_HEAD, Lora, Method, StepReport, files};
 use tandem_core::message::{Event, Generate, Scored};
 use tandem_core::replica::{Command, EVENT_QUEUE, JOB_EVENT_QUEUE, ReplicaHandle};
 use tandem_core::sampling::{RawSampling, Sampling};
@@ -226,6 +226,7 @@ fn lora() -> Lora {
             "up_proj",
             "down_proj",
             LM_HEAD,
+            EMBED_TOKENS,
         ]
         .map(str::to_owned)
         .to_vec(),

@@ -247,7 +247,7 @@ fn weights_that_come_later_make_the_same_gradient() {
             unreachable!("it trains an adapter")
         };
         for (slice, found) in slices.iter().zip(&found) {
-            let mut look = Look::enter(slice, &decoder);
+            let mut look = Look::enter(slice, &decoder, Some(adapter));
             let looked = loop {
                 match look.advance(slice, &decoder, Some(adapter)) {
                     Ok(found) => break found,

@@ -3,7 +3,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{LM_HEAD, Lora};
+use super::{Lora, TABLES};
 use crate::settings::{ALL_LINEAR, Settings};
 
 impl Lora {
@@ -27,20 +27,20 @@ impl Lora {
             ));
         }
         let number = |name: &str| config.get(name).and_then(Value::as_f64).unwrap_or(8.0);
-        let known_and_head = [known, &[LM_HEAD.to_owned()]].concat();
+        let known_and_tables = [known, &TABLES.map(str::to_owned)].concat();
         let target_modules = match config.get("target_modules") {
             Some(Value::String(all)) if all == ALL_LINEAR => known.to_vec(),
             Some(Value::Array(names)) => {
                 let of = |name: &Value| {
                     let name = name
                         .as_str()
-                        .filter(|name| known_and_head.iter().any(|known| known == name));
+                        .filter(|name| known_and_tables.iter().any(|known| known == name));
                     name.map(str::to_owned)
                 };
                 names.iter().map(of).collect::<Option<_>>().ok_or_else(|| {
                     format!(
                         "target_modules has others than names of modules ({})",
-                        known_and_head.join(", ")
+                        known_and_tables.join(", ")
                     )
                 })?
             }
@@ -122,7 +122,7 @@ mod tests {
         assert_eq!(with_head.target_modules, ["v_proj", "lm_head"]);
         for (config, field) in [
             (json!({"target_modules": "q_proj|v_proj"}), "target_modules"),
-            (json!({"target_modules": ["embed_tokens"]}), "target_modules"),
+            (json!({"target_modules": ["embeddings"]}), "target_modules"),
             (
                 json!({"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 2}}),
                 "rank_pattern",

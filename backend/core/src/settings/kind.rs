@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde_json::{Value, json};
 
-use crate::job::LM_HEAD;
+use crate::job::TABLES;
 
 use super::{ALL_LINEAR, Refused, Why, refused, shown};
 
@@ -148,10 +148,13 @@ impl Kind {
                     names if names.contains(&"") => Err(wrong(Why::Value)),
                     names
                         if names.contains(&ALL_LINEAR)
-                            && !names.iter().all(|name| [ALL_LINEAR, LM_HEAD].contains(name)) =>
+                            && !names
+                                .iter()
+                                .all(|name| *name == ALL_LINEAR || TABLES.contains(name)) =>
                     {
                         let message = format!(
-                            "{path}: {ALL_LINEAR} stands alone or beside {LM_HEAD}, got {} names",
+                            "{path}: {ALL_LINEAR} stands alone or beside {}, got {} names",
+                            TABLES.join(" and "),
                             names.len()
                         );
                         Err(refused(path.to_owned(), Why::Value, message))

@@ -7,6 +7,7 @@ use tandem_core::job::LM_HEAD;
 
 use super::{CONFIG, PeftError, TENSORS, pattern};
 use crate::lora::params::AdapterShape;
+use crate::weights::EMBED_PATH;
 
 pub(super) struct Config {
     r: i64,
@@ -61,12 +62,7 @@ const HARMLESS: [(&str, &[&str]); 4] = [
     ),
     (
         "only with a field that is refused",
-        &[
-            "ensure_weight_tying",
-            "megatron_core",
-            "qalora_group_size",
-            "runtime_config",
-        ],
+        &["megatron_core", "qalora_group_size", "runtime_config"],
     ),
 ];
 
@@ -122,6 +118,11 @@ impl Config {
                     "adapter_config.json: `fan_in_fan_out` is true and has no effect on this model's linears, as in peft"
                         .to_owned(),
                 ),
+                ("ensure_weight_tying", Value::Bool(true)) if config.targets.names_tables() => {
+                    let why = "it ties the adapters of the embedding and of the output layer to each other: train them without it";
+                    return Err(wrong(field, value, why));
+                }
+                ("ensure_weight_tying", Value::Bool(_)) => {}
                 ("init_lora_weights", Value::Bool(_)) => {}
                 ("init_lora_weights", Value::String(init))
                     if ["gaussian", "eva", "orthogonal"].contains(&init.as_str()) => {}
@@ -191,6 +192,11 @@ impl Targets {
         !excluded && self.modules.have(path) && layer()
     }
 
+    /// Does it adapt a table of the vocabulary?
+    fn names_tables(&self) -> bool {
+        [LM_HEAD, EMBED_PATH].iter().any(|path| self.hit(path))
+    }
+
     /// As peft, a name that fits no module is left at that as long as another does. One that fits and has no tensor
     /// means that config and file are not of one adapter.
     pub fn check(
@@ -253,8 +259,8 @@ impl Modules {
 
     fn have(&self, path: &str) -> bool {
         match self {
-            // As in peft, not the output layer.
-            Modules::All => path != LM_HEAD,
+            // As in peft, neither the output layer nor the embedding.
+            Modules::All => ![LM_HEAD, EMBED_PATH].contains(&path),
             Modules::Named(names) => names.iter().any(|name| is_named(path, name)),
             Modules::Matching(regex) => regex.is_match(path),
         }

@@ -14,14 +14,14 @@ use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use serde_json::json;
 use tandem_core::id::{AdapterDigest, AdapterHasher};
-use tandem_core::job::{LM_HEAD, Lora};
+use tandem_core::job::{LM_HEAD, Lora, TABLES};
 use tandem_core::lfs;
 use tandem_kernels::finite;
 use tch::{Kind, Tensor};
 
 use super::params::{AdapterParams, AdapterShape};
 use crate::family::DecoderSpec;
-use crate::weights::{kind, text_name, text_prefix};
+use crate::weights::{EMBED_PATH, kind, text_name, text_prefix};
 use config::Config;
 
 pub const CONFIG: &str = "adapter_config.json";
@@ -174,11 +174,11 @@ pub fn read_bytes(
 /// What an adapter of this model may change.
 fn targets(spec: &DecoderSpec) -> Vec<String> {
     let mut names = spec.lora_targets();
-    names.push(LM_HEAD.to_owned());
+    names.extend(TABLES.map(str::to_owned));
     names
 }
 
-/// peft puts the base's own tables beside an adapter of the head (`save_embedding_layers`). They are as the base has them, or
+/// peft puts the base's own tables beside an adapter of one of them (`save_embedding_layers`). They are as the base has them, or
 /// the config says that they were trained (`modules_to_save`), which is refused.
 fn tables(
     tensors: &SafeTensors,
@@ -188,7 +188,7 @@ fn tables(
     let of_table = |name: &str| {
         let name = name.strip_prefix(PREFIX)?.strip_suffix(".weight")?;
         let module = name.strip_suffix(".base_layer").unwrap_or(name);
-        let is_table = [LM_HEAD, "model.embed_tokens"].contains(&module);
+        let is_table = [LM_HEAD, EMBED_PATH].contains(&module);
         is_table.then(|| module.to_owned())
     };
     let found: Vec<(String, String)> = unread
@@ -259,6 +259,12 @@ fn without_adapter(stored: &str) -> (String, Option<String>) {
     {
         return (format!("{module}{MAGNITUDE}"), Some(adapter.to_owned()));
     }
+    // Of an embedding they are parameters without a `.weight`.
+    for matrix in [".lora_embedding_A", ".lora_embedding_B"] {
+        if let Some((module, adapter)) = stored.rsplit_once(&format!("{matrix}.")) {
+            return (format!("{module}{matrix}"), Some(adapter.to_owned()));
+        }
+    }
     (stored.to_owned(), None)
 }
 
@@ -321,11 +327,17 @@ pub fn digest(folder: &Path) -> Result<AdapterDigest, PeftError> {
 }
 
 fn a_name(path: &str) -> String {
-    format!("{PREFIX}{path}.lora_A.weight")
+    match path {
+        EMBED_PATH => format!("{PREFIX}{path}.lora_embedding_A"),
+        path => format!("{PREFIX}{path}.lora_A.weight"),
+    }
 }
 
 fn b_name(path: &str) -> String {
-    format!("{PREFIX}{path}.lora_B.weight")
+    match path {
+        EMBED_PATH => format!("{PREFIX}{path}.lora_embedding_B"),
+        path => format!("{PREFIX}{path}.lora_B.weight"),
+    }
 }
 
 /// DoRA's.

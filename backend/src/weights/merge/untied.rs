@@ -1,4 +1,4 @@
-//! A head that is tied to the embedding and adapted: the merged model has two tables where the base has one. The second stands
+//! A head that is tied to the embedding, one of which is adapted: the merged model has two tables where the base has one. The second stands
 //! behind the first's file, and the configuration says that they are two.
 
 use std::path::Path;
@@ -48,8 +48,8 @@ impl Untied {
             }
         }
         Err(MergeError::Cannot(format!(
-            "the adapter changes `{LM_HEAD}`, which {} ties to the embedding of one part of several: serve the adapter beside the \
-             base",
+            "the adapter changes `{LM_HEAD}` or the embedding, which {} ties to each other in one part of several: serve the adapter \
+             beside the base",
             base.display()
         )))
     }
