@@ -216,8 +216,9 @@ impl AdapterParams {
             if linear.is_embedding() {
                 let part = &linear.parts[0];
                 let b = part.b_offset..part.b_offset + part.width() * part.rank();
-                for i in b.start as usize..b.end as usize {
-                    numbers[i] = rng::normal(seed, EMBED_STREAM, i as u64) as f32;
+                let numbers = &mut numbers[b.start as usize..b.end as usize];
+                for (i, number) in (b.start..).zip(numbers) {
+                    *number = rng::normal(seed, EMBED_STREAM, i as u64) as f32;
                 }
                 continue;
             }

@@ -46,7 +46,7 @@ pub(crate) async fn publish(router: &Router, job: &str) -> Result<Vec<FileRow>, 
     let mut rows = vec![];
     for (filename, bytes) in [
         (FILENAME, steps.csv().into_bytes()),
-        (&events, steps.tensorboard()),
+        (events.as_str(), steps.tensorboard()),
     ] {
         let file = NewFile {
             filename,

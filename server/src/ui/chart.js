@@ -1,8 +1,8 @@
-/* The loss of a job over its steps, however long it is: what falls on one pixel is drawn as its range. */
+/* Losses over steps, however long: what falls on one pixel is drawn as its range. `curves` are [name, color, [step, loss]...]. */
 
 const MARGIN = { left: 52, right: 12, top: 12, bottom: 30 };
 
-export function chart(canvas, points, empty) {
+export function chart(canvas, curves, empty) {
   const { clientWidth: width, clientHeight: height } = canvas, ratio = devicePixelRatio || 1;
   if (!width) return;
   canvas.width = width * ratio;
@@ -11,10 +11,11 @@ export function chart(canvas, points, empty) {
   c.scale(ratio, ratio);
   c.font = '12px system-ui, sans-serif';
   c.fillStyle = color('--soft');
-  const values = points.flatMap(point => [point.train_loss, point.valid_loss]).filter(Number.isFinite);
+  const lines = curves.map(([name, tint, points]) => [name, tint, points.filter(([, loss]) => Number.isFinite(loss))]).filter(([, , points]) => points.length);
+  const points = lines.flatMap(([, , points]) => points), values = points.map(([, loss]) => loss);
   if (!values.length) { c.fillText(empty, 20, height / 2); return; }
   const most = (a, b) => Math.max(a, b), least = (a, b) => Math.min(a, b);
-  const high = values.reduce(most), low = values.reduce(least), room = (high - low || 1) * 0.05, steps = points.map(point => point.step).reduce(most, 2);
+  const high = values.reduce(most), low = values.reduce(least), room = (high - low || 1) * 0.05, steps = points.map(([step]) => step).reduce(most, 2);
   const x = step => MARGIN.left + (width - MARGIN.left - MARGIN.right) * (step - 1) / (steps - 1);
   const y = loss => MARGIN.top + (height - MARGIN.top - MARGIN.bottom) * (high + room - loss) / (high - low + 2 * room || 1);
   c.strokeStyle = color('--line');
@@ -25,15 +26,14 @@ export function chart(canvas, points, empty) {
   }
   c.fillText(`step ${steps}`, width - 80, height - 10);
   let at = MARGIN.left;
-  for (const [name, tint] of [['train_loss', '--warm'], ['valid_loss', '--cool']]) {
-    const line = points.filter(point => Number.isFinite(point[name])).map(point => [x(point.step), point[name]]);
-    if (!line.length) continue;
-    c.strokeStyle = c.fillStyle = color(tint);
+  for (const [name, tint, points] of lines) {
+    const line = points.map(([step, loss]) => [x(step), loss]);
+    c.strokeStyle = c.fillStyle = tint.startsWith('--') ? color(tint) : tint;
     c.lineWidth = 1.5;
     c.beginPath();
     thinned(line).forEach(([x, loss], i) => i ? c.lineTo(x, y(loss)) : c.moveTo(x, y(loss)));
     c.stroke();
-    const text = `${name.replace('_', ' ')} ${line[line.length - 1][1].toFixed(3)}`;
+    const text = `${name} ${line[line.length - 1][1].toFixed(3)}`;
     c.fillText(text, at, height - 10);
     at += c.measureText(text).width + 20;
   }

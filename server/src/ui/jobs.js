@@ -56,10 +56,19 @@ export async function look() {
   drawJobs();
   const job = jobs.find(job => job.id === picked);
   if (job) {
-    await follow(job);
+    await Promise.all([job, ...(job.trials || []).map(trial => ({ id: trial.job, status: job.status }))].map(follow));
     draw();
   }
   return jobs.every(job => ended(job.status) || job.status === 'paused') ? 5000 : 1500;
+}
+
+/* Of a sweep, each trial's; names grow short, so that many stand in one line. */
+function curves(job) {
+  const of = (id, key) => logOf(id).points.map(point => [point.step, point[key]]);
+  const trials = job.trials || [];
+  return trials.length
+    ? trials.map((trial, i) => [`${trial.number}:`, `hsl(${360 * i / trials.length} 65% 45%)`, of(trial.job, 'train_loss')])
+    : [['train loss', '--warm', of(job.id, 'train_loss')], ['valid loss', '--cool', of(job.id, 'valid_loss')]];
 }
 
 /* Of a job's steps, as far as its events were read. */
@@ -106,7 +115,7 @@ function drawJobs() {
 function draw() {
   const job = jobs.find(job => job.id === picked), log = picked && logOf(picked);
   $('about-job').hidden = !job;
-  chart($('curve'), log ? log.points : [], 'The loss appears here while a job trains.');
+  chart($('curve'), job ? curves(job) : [], 'The loss appears here while a job trains.');
   if (!job) return;
   const newest = log.events[log.events.length - 1];
   say($('news'), job.error ? job.error.message : newest ? newest.message : '', !!job.error);

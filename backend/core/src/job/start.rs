@@ -47,7 +47,9 @@ impl Lora {
             _ => return Err("target_modules is not a list of names of modules".to_owned()),
         };
         // In the order in which the base lists them: peft writes a set.
-        let target_modules = known_and_head.iter().filter(|name| target_modules.contains(name));
+        let target_modules = known_and_tables
+            .iter()
+            .filter(|name| target_modules.contains(name));
         Ok(Lora {
             r: number("r") as u32,
             alpha: number("lora_alpha"),
