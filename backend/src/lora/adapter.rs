@@ -19,7 +19,7 @@ pub struct Adapter {
     modules: Vec<Option<LoraModule>>,
     /// The same; empty where the adapter has none.
     magnitudes: Vec<Option<Magnitudes>>,
-    embedding: Option<EmbeddingBranch>,
+    embedding: Option<Box<EmbeddingBranch>>,
     max_rank: i64,
     layout: Arc<Layout>,
 }
@@ -68,11 +68,11 @@ impl Adapter {
         };
         let embedding = params.shape.linear(layout.embed_id()).map(|shape| {
             let [a, b] = tables(params, shape);
-            Ok::<_, KernelError>(EmbeddingBranch {
+            Ok::<_, KernelError>(Box::new(EmbeddingBranch {
                 a: Weight::passing(&a, precision, device)?,
                 b: Weight::passing(&b, precision, device)?,
                 scale: shape.parts[0].scale,
-            })
+            }))
         });
         Ok(Adapter {
             embedding: embedding.transpose()?,
@@ -115,7 +115,7 @@ impl Adapter {
     }
 
     pub fn embedding(&self) -> Option<&EmbeddingBranch> {
-        self.embedding.as_ref()
+        self.embedding.as_deref()
     }
 
     /// Largest rank of a module.

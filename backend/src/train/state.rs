@@ -53,6 +53,10 @@ pub struct Tensors {
 
 const PARAMS: &str = "params";
 const BEST: &str = "best";
+/// All that an optimizer may remember. A name is in no digest: another one is damage.
+const MEMORY: [&str; 10] = [
+    "codes1", "codes2", "columns", "moment1", "moment2", "rows", "scales1", "scales2", "squares", "velocity",
+];
 const METADATA: &str = "tandem";
 /// Of the progress and the tensors.
 const DIGEST: &str = "sha256";
@@ -158,8 +162,12 @@ fn verify(bytes: &[u8]) -> Result<(), String> {
         return Err("it has no digest".to_owned());
     };
     let tensors = SafeTensors::deserialize(bytes).map_err(|error| error.to_string())?;
+    let memory = memory_names(&tensors);
+    if let Some(name) = memory.iter().find(|name| !MEMORY.contains(name)) {
+        return Err(format!("it has a tensor {name:?}, which no optimizer remembers"));
+    }
     let has_best = tensors.names().contains(&BEST);
-    let names = [PARAMS].into_iter().chain(memory_names(&tensors));
+    let names = [PARAMS].into_iter().chain(memory);
     let names = names.chain(has_best.then_some(BEST));
     let data: Result<Vec<&[u8]>, _> = names
         .map(|name| tensors.tensor(name).map(|view| view.data()))

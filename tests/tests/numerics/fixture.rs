@@ -256,6 +256,12 @@ impl Table {
             .push((fixture.to_owned(), what.to_owned(), difference, limit));
     }
 
+    /// With limits so many times as far.
+    pub fn loosened(mut self, times: f64) -> Table {
+        self.rows.iter_mut().for_each(|(.., limit)| *limit *= times);
+        self
+    }
+
     pub fn judge(self, title: &str) {
         let mut text = format!("\n{title}\n");
         for (fixture, what, difference, limit) in &self.rows {
