@@ -1,9 +1,10 @@
 //! Uploaded and result files. Training files are checked row by row before they exist.
 
+use std::io;
 use std::path::PathBuf;
 
-use tandem_store::{FileRow, NewFile, Tenant};
-use tandem_text::dataset::{self, Source};
+use tandem_store::{FileRow, NewFile, StoreError, Tenant};
+use tandem_text::dataset::{self, BadLine, Source};
 
 use crate::Router;
 use crate::api::{FileInfo, Order, Page, RouterError, Upload};
@@ -118,21 +119,27 @@ pub(crate) fn check_expiry(seconds: Option<u64>) -> Result<(), RouterError> {
 
 pub(crate) async fn check_training_file(staged: PathBuf, name: String) -> Result<(), RouterError> {
     let source = Source { path: staged, name };
-    let checked = tokio::task::spawn_blocking(move || {
-        dataset::check(&source)
-            .map(drop)
-            .map_err(|error| error.to_string())
-    });
+    let checked = tokio::task::spawn_blocking(move || dataset::check(&source).map(drop));
     match checked.await {
         Ok(Ok(())) => Ok(()),
-        // OpenAI sends neither a param nor a code with these.
-        Ok(Err(message)) => Err(RouterError::Invalid {
-            param: None,
-            code: None,
-            message,
+        Ok(Err(bad)) => Err(match passing(&bad) {
+            Some(error) => error.into(),
+            // OpenAI sends neither a param nor a code with these.
+            None => RouterError::Invalid {
+                param: None,
+                code: None,
+                message: bad.to_string(),
+            },
         }),
         Err(panic) => std::panic::resume_unwind(panic.into_panic()),
     }
+}
+
+/// Where nothing is wrong with the file, what was with the machine.
+pub(crate) fn passing(bad: &BadLine) -> Option<StoreError> {
+    let source = io::Error::from_raw_os_error(bad.passing?);
+    let what = "reading an uploaded file".to_owned();
+    Some(StoreError::Io { what, source })
 }
 
 /// The last component of what a client called its file: only a label, but others may save under it.
@@ -197,5 +204,16 @@ mod tests {
             assert_eq!(plain_name("file", given).ok().as_deref(), expected, "{given:?}");
         }
         assert!(plain_name("file", &"x".repeat(256)).is_err());
+    }
+
+    #[test]
+    fn too_many_open_files_are_no_fault_of_a_file() {
+        let bad = |passing| BadLine {
+            line: 1,
+            message: String::new(),
+            passing,
+        };
+        assert!(passing(&bad(Some(24))).is_some_and(|error| error.away().is_some()));
+        assert!(passing(&bad(None)).is_none());
     }
 }

@@ -151,7 +151,7 @@ impl Ground {
             profile,
             preview,
             mut settings,
-            trials,
+            mut trials,
         } = recipe;
         if !trials.is_empty() && (started.is_some() || data_parallel_size.is_some_and(|ranks| ranks > 1)) {
             let message = "the trials of a sweep train beside each other on one rank: leave it out, or train one after the other";
@@ -182,6 +182,14 @@ impl Ground {
         let spec = tandem_backend::family::read_spec(&model)?;
         let targets = spec.lora_targets();
         let bounds = bounds(&spec, &targets);
+        let mut split = None;
+        let of_trials = trials.iter_mut().map(|trial| &mut trial.settings);
+        for settings in of_trials.chain([&mut settings]) {
+            if let Some((name, part)) = split_of_hub(&training_file, settings.split.as_deref()) {
+                settings.split = Some(part);
+                split = Some(name);
+            }
+        }
         hyper::fits(&settings, bounds)?;
         for trial in &trials {
             hyper::fits(&trial.settings, bounds)?;
@@ -195,10 +203,6 @@ impl Ground {
             revision: dataset_revision,
             config: dataset_config,
         };
-        let split = split_of_hub(&training_file, settings.split.as_deref()).map(|(name, part)| {
-            settings.split = Some(part);
-            name
-        });
         let reading = Reading::new(&settings).map_err(|(key, message)| wrong(key, message))?;
         let training_file = of_hub.files(&training_file, &[split.as_deref().unwrap_or("train")])?;
         if let Some(rows) = preview {
@@ -602,7 +606,7 @@ mod tests {
             ("recipe.yaml lr=1e-4", "recipe.yaml lr=1e-4"),
             (
                 "--nproc_per_node 1 lora_finetune_distributed --config x.yaml dataset.split=train[:1%]",
-                "x.yaml nproc_per_node=1 method=lora dataset.split=train[:1%]",
+                "x.yaml nproc_per_node=1 method=lora sharding_strategy=FULL_SHARD dataset.split=train[:1%]",
             ),
             ("recipe.yaml --preview", "recipe.yaml preview=true"),
             ("--preview lr=1", "preview=true lr=1"),

@@ -229,7 +229,8 @@ def train(*words):
 
 def learned(done):
     """What the rows that were shown teach."""
-    return [line.split("\u00ab")[1].split("\u00bb")[0].strip() for line in done.stdout.splitlines() if "\u00ab" in line]
+    lines = [line for line in done.stdout.splitlines() if "\u00ab" in line and not line.startswith("---")]
+    return [line.split("\u00ab")[1].split("\u00bb")[0].strip() for line in lines]
 
 
 def test_rows_of_a_data_set(hub, cache, tmp_path, repositories, monkeypatch):

@@ -12,7 +12,7 @@ use tandem_core::dataset;
 use tandem_core::job::files;
 use tandem_store::{JobChange, JobRow, Lease, Part, StoreError};
 use tandem_text::Tokenizer;
-use tandem_text::dataset::{self as rows, Options, Reading, Rows, Source, Statistics, tokenise};
+use tandem_text::dataset::{self as rows, BadLine, Options, Reading, Rows, Source, Statistics, tokenise};
 use tokio::task::JoinSet;
 use tokio::time::Sleep;
 
@@ -293,13 +293,18 @@ fn convert(
         let message = format!("The job failed due to an invalid {kind}. {message}");
         Unfit::Job(invalid(param, message))
     };
-    let mut rows = Rows::open(sources, reading).map_err(|error| bad(&error))?;
+    let bad_line = |error: &BadLine| match crate::files::passing(error) {
+        Some(error) => Unfit::Router(error.into()),
+        None => bad(error),
+    };
+    let mut rows = Rows::open(sources, reading).map_err(|error| bad_line(&error))?;
     let read = tokenise(&mut rows, tokenizer, options, |_, _| {
         !given_up.load(Ordering::Acquire)
     });
     let rows::Dataset { groups, statistics } = match read {
         Ok(dataset) => dataset,
         Err(rows::Unfit::GivenUp) => return Err(Unfit::GivenUp),
+        Err(rows::Unfit::Row(error)) => return Err(bad_line(&error)),
         Err(error) => return Err(bad(&error)),
     };
     let Statistics {

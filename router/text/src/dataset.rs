@@ -83,6 +83,8 @@ impl Row {
 pub struct BadLine {
     pub line: u64,
     pub message: String,
+    /// The system's number of an error that another time may not be there: nothing is wrong with the file.
+    pub passing: Option<i32>,
 }
 
 /// How the rows of a job's files are read.

@@ -256,11 +256,21 @@ mod tests {
                 let alone = json!({*name: value});
                 let read =
                     |settings: &Value| settings::read([("", settings.as_object().unwrap().clone())], true);
-                // Some are read by one objective alone, or with one loss.
+                // Some are read by one objective or optimizer alone, or with one loss.
                 let of_readers =
                     settings::readers(setting.name).map(|reader| json!({*name: value, "objective": reader}));
+                let of_optimizers = [
+                    json!({"optim": "sgd", "learning_rate": 1e-3}),
+                    json!({"optim": "sgd", "learning_rate": 1e-3, "momentum": 0.5}),
+                    json!({"optim": "adafactor", "learning_rate": 1e-3}),
+                ];
+                let of_optimizers = of_optimizers.into_iter().map(|mut more| {
+                    more[*name] = value.clone();
+                    more
+                });
                 let settings = std::iter::once(alone.clone())
                     .chain(of_readers)
+                    .chain(of_optimizers)
                     .find(|settings| read(settings).is_ok())
                     .unwrap_or(alone);
                 let expected = read(&settings).unwrap();

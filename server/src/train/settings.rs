@@ -692,6 +692,13 @@ mod tests {
         assert_eq!(tuning, Tuning::Lora);
     }
 
+    /// What makes the settings of one optimizer mean something.
+    const OF_OPTIMIZERS: [&str; 3] = [
+        "optim=sgd learning_rate=1e-3",
+        "optim=sgd learning_rate=1e-3 momentum=0.5",
+        "optim=adafactor learning_rate=1e-3",
+    ];
+
     #[test]
     fn every_spelling_of_every_setting_is_read() {
         for setting in TABLE {
@@ -706,16 +713,22 @@ mod tests {
                     Kind::Text => "x".to_owned(),
                 };
                 let word = format!("{name}={text}");
-                // Some are read by one objective alone, or with one loss.
-                let readers = settings::readers(setting.name).map(|reader| format!("objective={reader}"));
-                let read = |more: Option<&str>| {
+                // Some are read by one objective or optimizer alone, or with one loss.
+                let of_objectives =
+                    settings::readers(setting.name).map(|reader| format!("objective={reader}"));
+                let of_optimizers = OF_OPTIMIZERS.map(str::to_owned);
+                let read = |more: &str| {
+                    let more = more
+                        .split(' ')
+                        .filter(|more| !more.is_empty() && !more.starts_with(name));
                     let words: Vec<&str> = NEEDED.into_iter().chain([&*word]).chain(more).collect();
                     asked(&words)
                 };
-                let read = match readers.map(|reader| read(Some(&reader))).find(Result::is_ok) {
-                    Some(read) => read,
-                    None => read(None),
-                };
+                let alone = [String::new()].into_iter();
+                let ways = alone.chain(of_objectives).chain(of_optimizers);
+                let mut reads = ways.map(|more| read(&more)).collect::<Vec<_>>();
+                let found = reads.iter().position(Result::is_ok).unwrap_or(0);
+                let read = reads.swap_remove(found);
                 let given = serde_json::to_value(read.unwrap().settings).unwrap();
                 assert!(!given[setting.name].is_null(), "{word}");
             }

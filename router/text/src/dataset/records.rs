@@ -19,6 +19,8 @@ use super::{BadLine, HINT_CHARS};
 
 /// Bytes of one row at most: about four million tokens, more than any context.
 pub const MAX_ROW_BYTES: usize = 16 << 20;
+/// EMFILE and ENFILE.
+const TOO_MANY_FILES: [i32; 2] = [24, 23];
 /// A file's beginning, by which its format is known.
 const SNIFFED_BYTES: u64 = 4096;
 
@@ -125,6 +127,7 @@ impl Place {
         BadLine {
             line: self.number,
             message,
+            passing: None,
         }
     }
 }
@@ -147,7 +150,10 @@ pub struct Records {
 impl Records {
     /// `asked`: the format that its owner says it has.
     pub fn open(source: &Source, asked: Option<Format>, sample_by: SampleBy) -> Result<Records, BadLine> {
-        let unreadable = |error: io::Error| whole(format!("The file cannot be read: {error}"));
+        let unreadable = |error: io::Error| BadLine {
+            passing: error.raw_os_error().filter(|n| TOO_MANY_FILES.contains(n)),
+            ..whole(format!("The file cannot be read: {error}"))
+        };
         let mut file = File::open(&source.path).map_err(unreadable)?;
         let mut beginning = Vec::new();
         file.by_ref()

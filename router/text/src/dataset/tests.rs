@@ -212,6 +212,7 @@ fn what_is_wrong_is_said_with_its_place() {
         let BadLine {
             line: number,
             message,
+            passing: _,
         } = parse_line(7, line).unwrap_err();
         assert_eq!(number, 7);
         assert!(message.contains(expected), "{line}: {message}");
@@ -466,7 +467,7 @@ fn files_are_checked_line_by_line() {
         let (_file, source) = file("rows.jsonl", &bytes);
         match (check(&source), expected) {
             (Ok(rows), Ok(expected)) => assert_eq!(rows, expected),
-            (Err(BadLine { line, message }), Err((expected, text))) => {
+            (Err(BadLine { line, message, .. }), Err((expected, text))) => {
                 assert_eq!(line, expected, "{message}");
                 assert!(message.contains(text), "{message}");
             }
