@@ -155,8 +155,8 @@ def test_router_and_backend_know_each_other_by_certificates(tmp_path):
 
     trusted = ("--backend-ssl-ca-certs", backends[0])
     refused("invalid peer certificate", "--backend-ssl-ca-certs", routers[0], *shown)
-    refused("ertificate", *trusted)
-    refused("ertificate", *trusted, "--backend-ssl-certfile", stranger[0], "--backend-ssl-keyfile", stranger[1])
+    refused("CertificateRequired", *trusted)
+    refused("UnknownCA", *trusted, "--backend-ssl-certfile", stranger[0], "--backend-ssl-keyfile", stranger[1])
     refused("wants --backend-ssl-ca-certs")
     refused("are for backends at https://", *trusted, url="http://127.0.0.1:9")
     backend.end()
