@@ -248,7 +248,7 @@ fn the_legacy_api_streams_its_events() {
 fn a_job_that_rested_makes_the_same_adapter() {
     let server = Server::start(&[]);
     let file = training_file(&server, 16);
-    let asked = json!({"training_file": file, "max_steps": 40, "seed": 5, "save_steps": 0});
+    let asked = json!({"training_file": file, "max_steps": 250, "seed": 5, "save_steps": 0});
     let created = job(&server, asked.clone()).ok();
     let id = created["id"].as_str().unwrap();
     assert_eq!(ended(&server, id)["status"], "succeeded");
