@@ -156,6 +156,17 @@ impl Comm {
         }
     }
 
+    /// Whether any rank says so. `device`: where the ranks' tensors are.
+    pub fn any(&self, is: bool, device: Device) -> bool {
+        match self.world() {
+            1 => is,
+            _ => {
+                let said = self.all_gather(&Tensor::from_slice(&[i64::from(is)]).to_device(device));
+                said.max().int64_value(&[]) != 0
+            }
+        }
+    }
+
     /// Rank 0's bytes to every rank; what the others pass is not looked at. A rank other than 0 may wait here for as
     /// long as rank 0 has nothing to say.
     pub fn broadcast(&self, bytes: Vec<u8>) -> Vec<u8> {

@@ -93,13 +93,8 @@ impl FullShape {
     /// Every checkpoint tensor by its Hugging Face name: the parameter that it is of, and its first row in it.
     pub fn tensors(&self) -> impl Iterator<Item = (String, (ParamId, i64))> {
         self.params.iter().flat_map(|(_, param)| {
-            let mut start = 0;
-            let place = move |Source { name, rows, .. }: &Source| {
-                let first = start;
-                start += rows;
-                (name.clone(), (param.id, first))
-            };
-            param.tensors.iter().map(place)
+            let place = |(source, first): (&Source, i64)| (source.name.clone(), (param.id, first));
+            sources(param).map(place)
         })
     }
 
@@ -174,11 +169,7 @@ impl FullShape {
 
     /// Whether it holds on every rank.
     pub fn on_all_ranks(&self, is: bool) -> bool {
-        if !self.is_shared() {
-            return is;
-        }
-        let said = self.comm.all_gather(&Tensor::from_slice(&[i64::from(is)]));
-        said.min().int64_value(&[]) == 1
+        !self.comm.any(!is, Device::Cpu)
     }
 
     /// This rank's buffer in order, as the tensors of the checkpoint: where each lies, and the numbers of a row of a matrix. Where
@@ -188,11 +179,9 @@ impl FullShape {
         let tensors = self.params.iter().flat_map(|(offset, param)| {
             let row: i64 = param.shape[1..].iter().product();
             let columns = (param.shape.len() > 1).then_some(row);
-            let mut start = *offset;
-            param.tensors.iter().map(move |source| {
-                let range = start..start + source.rows * row;
-                start = range.end;
-                (param.id, range, columns)
+            sources(param).map(move |(source, first)| {
+                let start = offset + first * row;
+                (param.id, start..start + source.rows * row, columns)
             })
         });
         match self.is_shared() {
@@ -420,13 +409,17 @@ fn is_outside(id: ParamId) -> bool {
 
 /// The checkpoint's tensors of a parameter, views of `whole`.
 fn tensors(param: &Param, whole: &Tensor) -> Vec<(String, Tensor)> {
-    let mut start = 0;
-    let tensor = |Source { name, rows, .. }: &Source| {
-        let first = start;
-        start += rows;
-        (name.clone(), whole.narrow(0, first, *rows))
-    };
-    param.tensors.iter().map(tensor).collect()
+    let tensor = |(source, first): (&Source, i64)| (source.name.clone(), whole.narrow(0, first, source.rows));
+    sources(param).map(tensor).collect()
+}
+
+/// The checkpoint's tensors of a parameter, one under the other, each with its first row in it.
+fn sources(param: &Param) -> impl Iterator<Item = (&Source, i64)> {
+    param.tensors.iter().scan(0, |end, source| {
+        let first = *end;
+        *end += source.rows;
+        Some((source, first))
+    })
 }
 
 /// The model of a folder and its parameters, each shared by `shared`, drawn when it has no weights (a model to be made from its config.json).

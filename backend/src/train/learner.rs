@@ -25,7 +25,7 @@ use crate::lora::adapter::Adapter;
 use crate::lora::fit::Fit;
 use crate::lora::params::{AdapterParams, AdapterShape};
 use crate::model::Decoder;
-use crate::model::full::{self, FullParams};
+use crate::model::full::{self, FullParams, FullShape};
 
 pub struct Learner {
     subject: Subject,
@@ -155,25 +155,30 @@ impl Learner {
 
     /// Of all numbers `[P]`, or what is shaped like them, what is this rank's.
     pub fn share_of(&self, whole: &Tensor) -> Tensor {
-        match &self.subject {
-            Subject::Lora { .. } => whole.shallow_clone(),
-            Subject::Full { params, .. } => params.shape.share_of(whole),
+        match self.whole_model() {
+            None => whole.shallow_clone(),
+            Some(shape) => shape.share_of(whole),
         }
     }
 
     /// All ranks' shares together, `[P]`: where ranks share, on rank 0 alone, and all bring theirs.
     pub fn together(&self, share: Tensor) -> Option<Tensor> {
-        match &self.subject {
-            Subject::Lora { .. } => Some(share),
-            Subject::Full { params, .. } => params.shape.together(share),
+        match self.whole_model() {
+            None => Some(share),
+            Some(shape) => shape.together(share),
         }
     }
 
     /// Whether ranks share the numbers, their gradient and moments.
     pub fn is_shared(&self) -> bool {
+        self.whole_model().is_some_and(FullShape::is_shared)
+    }
+
+    /// How the parameters lie, where all are trained; ranks share these alone.
+    fn whole_model(&self) -> Option<&FullShape> {
         match &self.subject {
-            Subject::Lora { .. } => false,
-            Subject::Full { params, .. } => params.shape.is_shared(),
+            Subject::Lora { .. } => None,
+            Subject::Full { params, .. } => Some(&params.shape),
         }
     }
 
@@ -213,9 +218,9 @@ impl Learner {
 
     /// Numbers that are trained.
     pub fn len(&self) -> u64 {
-        match &self.subject {
-            Subject::Lora { gradient, .. } => gradient.flat.numel() as u64,
-            Subject::Full { params, .. } => params.shape.total() as u64,
+        match self.whole_model() {
+            None => self.gradient().numel() as u64,
+            Some(shape) => shape.total() as u64,
         }
     }
 
@@ -298,13 +303,8 @@ impl Learner {
         if let Some(base) = base {
             base.sum_over_ranks(self.gradient());
         }
-        let norm = match &self.subject {
-            Subject::Lora { gradient, .. } => adamw::global_norm(&gradient.flat),
-            Subject::Full { gradient, .. } => {
-                let own = adamw::global_norm(&gradient.flat);
-                gradient.shape.norm_over_ranks(own)
-            }
-        };
+        let own = adamw::global_norm(self.gradient());
+        let norm = self.whole_model().map_or(own, |shape| shape.norm_over_ranks(own));
         if !norm.is_finite() {
             return Err(Unusable::GradNorm(norm));
         }
@@ -320,11 +320,8 @@ impl Learner {
         };
         self.optimizer.step(&self.flat(), self.gradient(), &step);
         self.repack();
-        let is_finite = finite::all(&self.flat());
-        let is_finite = match &self.subject {
-            Subject::Lora { .. } => is_finite,
-            Subject::Full { params, .. } => params.shape.on_all_ranks(is_finite),
-        };
+        let own = finite::all(&self.flat());
+        let is_finite = self.whole_model().map_or(own, |shape| shape.on_all_ranks(own));
         match is_finite {
             true => Ok(norm),
             false => Err(Unusable::Numbers),

@@ -92,6 +92,16 @@ impl Mates {
         of_ranks.into_iter().max().unwrap_or(0)
     }
 
+    /// Rounds of `n` things that are dealt out in order: those of the rank that has most, or this rank's own where it need
+    /// not wait for others.
+    pub fn rounds_of(&self, n: usize) -> usize {
+        let first = match self.goes_in_step {
+            true => 0,
+            false => self.comm.rank(),
+        };
+        n.saturating_sub(first).div_ceil(self.comm.world())
+    }
+
     /// The number of the `round`-th that this rank has.
     pub fn own(&self, round: usize) -> usize {
         round * self.comm.world() + self.comm.rank()
@@ -134,10 +144,7 @@ impl Mates {
 
     /// Whether any rank says so.
     pub fn any(&self, is: bool) -> bool {
-        match self.are_there() {
-            true => self.gather(&[u8::from(is)]).iter().any(|said| said[0] != 0),
-            false => is,
-        }
+        self.comm.any(is, self.device)
     }
 
     /// Every rank's bytes, in rank order.

@@ -794,10 +794,18 @@ impl Trainer {
         let (decoder, adapter) = self.learner.parts(base);
         let Validation { work, mut scores } = validation;
         let work = match work {
-            Looking::Slices { round, .. } if round == self.valid_rounds() => return Err(scores),
+            Looking::Slices { round, .. } if round == self.mates.rounds_of(self.valid_slices.len()) => {
+                return Err(scores);
+            }
             Looking::Slices { round, look } => {
-                let idle = Slice::idle();
-                let slice = self.valid_slices.get(self.mates.own(round)).unwrap_or(&idle);
+                let idle;
+                let slice = match self.valid_slices.get(self.mates.own(round)) {
+                    Some(slice) => slice,
+                    None => {
+                        idle = Slice::idle();
+                        &idle
+                    }
+                };
                 let look = look.unwrap_or_else(|| Look::enter(slice, decoder, adapter));
                 match look.advance(slice, decoder, adapter) {
                     Err(look) => Looking::Slices {
@@ -828,15 +836,6 @@ impl Trainer {
             }
         };
         Ok(Validation { work, scores })
-    }
-
-    /// Slices of the validation set that this rank goes through.
-    fn valid_rounds(&self) -> usize {
-        let slices = 0..self.valid_slices.len();
-        match self.mates.go_in_step() {
-            true => self.mates.rounds(slices),
-            false => slices.filter(|&i| self.mates.has(i)).count(),
-        }
     }
 
     fn begin_validation(&self) -> Stage {
@@ -1041,17 +1040,16 @@ impl Trainer {
             Occasion::End => None,
             _ => self.best.numbers().and_then(whole),
         };
+        // None on a rank that only brought its shares.
         let mut copies = copies.into_iter().flatten();
-        let (is_here, params) = match copies.next() {
-            Some(params) => (true, params),
-            None => (false, Tensor::new()),
-        };
+        let params = copies.next();
         let name = match occasion {
             Occasion::Checkpoint => Some(format!("{}{}", files::CHECKPOINT, self.step)),
             Occasion::End => Some(files::ADAPTER.to_owned()),
             Occasion::Stop => None,
         };
-        let adapter = self.learner.as_lora().zip(name).map(|(of, name)| {
+        let of_lora = self.learner.as_lora().zip(name).zip(params.as_ref());
+        let adapter = of_lora.map(|((of, name), params)| {
             let LoraView {
                 lora,
                 params: own,
@@ -1068,7 +1066,8 @@ impl Trainer {
                 fit: fit.clone(),
             }
         });
-        let state = (is_here && occasion != Occasion::End).then(|| {
+        let goes_on = params.filter(|_| occasion != Occasion::End);
+        let state = goes_on.map(|params| {
             let names = self.learner.memory().into_iter().map(|(name, _)| name);
             let progress = state::Progress {
                 step: self.step,
