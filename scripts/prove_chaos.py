@@ -135,13 +135,21 @@ class Faults:
         if not self.disk:
             return
         self.server.kill()
-        subprocess.run(["mount", "-o", "remount,ro", self.disk], check=True)
+        self.remount_read_only()
         command = [TANDEM, "serve", "--port", "0", "--data-dir", self.server.folder]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         subprocess.run(["mount", "-o", "remount,rw", self.disk], check=True)
         if done.returncode == 0 or "Read-only file system" not in done.stderr:
             self.ledger.fault(f"on a read-only disk: {done.returncode} {done.stderr[-300:]}")
         self.server.begin()
+
+    def remount_read_only(self):
+        """Busy while somebody holds a file open to write, as `tandem keys` of a peer does for a moment."""
+        until = time.monotonic() + 30
+        while (done := subprocess.run(["mount", "-o", "remount,ro", self.disk], capture_output=True, text=True)).returncode:
+            if "busy" not in done.stderr or time.monotonic() > until:
+                raise RuntimeError(done.stderr)
+            time.sleep(0.02)
 
     def cut(self):
         self.server.proxy.cut()
