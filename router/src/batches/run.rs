@@ -22,6 +22,8 @@ use crate::traced;
 
 /// Batches at a time, whose lines share the places.
 const MAX_ACTIVE: usize = 8;
+/// With those of tenants of whom no other is worked on: nobody waits for the end of another's.
+const MAX_OF_MORE_TENANTS: usize = 64;
 /// After the store failed: it may be a full disk, which passes.
 const RETRY: Duration = Duration::from_secs(5);
 /// Answers that are kept in one transaction.
@@ -44,8 +46,14 @@ pub(crate) async fn run(router: Router) {
     let answers = answers.expect("it was waited for");
     let mut active = JoinSet::new();
     while !router.stopping() {
-        while active.len() < MAX_ACTIVE {
-            match router.0.store.claim_batch(router.info().base_digest).await {
+        while active.len() < MAX_OF_MORE_TENANTS {
+            let is_crowded = active.len() >= MAX_ACTIVE;
+            match router
+                .0
+                .store
+                .claim_batch(router.info().base_digest, is_crowded)
+                .await
+            {
                 Ok(Some((row, lease))) => {
                     let work = attend(router.clone(), answers.clone(), row, lease);
                     active.spawn(work);

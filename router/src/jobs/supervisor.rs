@@ -31,6 +31,10 @@ const RETRY: Duration = Duration::from_secs(5);
 const REPLICA_RETRY: Duration = Duration::from_millis(500);
 /// After every replica that was asked had no room for it.
 const REFUSED_RETRY: Duration = Duration::from_secs(2);
+/// How long a tenant's last job is trained before it makes room for that of a tenant of whom none is.
+const TURN: Duration = Duration::from_secs(600);
+/// Between two looks whether somebody is to make room, and between two words to a replica that has not heard.
+const FAIR: Duration = Duration::from_secs(2);
 /// Replicas that may go under a job, one after the other and before it makes a step, until it is to blame.
 const MAX_STUMBLES: u32 = 5;
 /// A job that is the supervisor's.
@@ -55,14 +59,32 @@ pub(crate) async fn run(router: Router) {
     let mut underway = JoinSet::new();
     let mut ids: Vec<String> = vec![];
     let mut records: HashMap<String, Record> = HashMap::new();
+    let mut held: HashMap<String, Held> = HashMap::new();
+    let mut looked = Instant::now();
     let (over, stopped) = watch::channel(());
     while !router.stopping() {
+        if looked.elapsed() >= FAIR {
+            looked = Instant::now();
+            if let Err(error) = share_places(&router, &mut held).await {
+                trouble(&router, &error);
+            }
+        }
         let pause = match next(&router, &ids).await {
             Ok(Next::Job(job)) => {
                 let id = &job.row.id;
                 let record = records.remove(id).unwrap_or_default();
                 ids.push(id.clone());
-                underway.spawn(one(router.clone(), *job, record, stopped.clone()));
+                let (gives_up, to_give_up) = watch::channel(false);
+                let tenant = job.row.tenant.clone();
+                held.insert(
+                    id.clone(),
+                    Held {
+                        tenant,
+                        since: Instant::now(),
+                        gives_up,
+                    },
+                );
+                underway.spawn(one(router.clone(), *job, to_give_up, record, stopped.clone()));
                 continue;
             }
             Ok(Next::Sweep(row, lease)) => {
@@ -85,6 +107,7 @@ pub(crate) async fn run(router: Router) {
             Some(done) = underway.join_next() => match done {
                 Ok((id, record)) => {
                     ids.retain(|other| *other != id);
+                    held.remove(&id);
                     records.extend(record.map(|record| (id, record)));
                 }
                 Err(error) => match error.try_into_panic() {
@@ -98,6 +121,42 @@ pub(crate) async fn run(router: Router) {
     drop(over);
     // Each writes what its replica says last.
     while underway.join_next().await.is_some() {}
+}
+
+/// A job in training here.
+struct Held {
+    tenant: String,
+    since: Instant,
+    /// It is to be kept and to wait again.
+    gives_up: watch::Sender<bool>,
+}
+
+/// Where every place is taken and a tenant waits who has fewer than another, the other's newest job gives up its own. Where that is
+/// the other's last one, after its turn.
+async fn share_places(router: &Router, held: &mut HashMap<String, Held>) -> Result<(), RouterError> {
+    let is_over = held.values().any(|held| *held.gives_up.borrow());
+    if held.is_empty() || is_over || router.job_seat().is_some() {
+        return Ok(());
+    }
+    let of_tenants = router.0.store.jobs_of_tenants(router.info().base_digest).await?;
+    let waiting = of_tenants.iter().filter(|(_, waiting, _)| *waiting > 0);
+    let Some(fewest) = waiting.map(|(_, _, trained)| *trained).min() else {
+        return Ok(());
+    };
+    let trained: HashMap<&str, u64> = of_tenants
+        .iter()
+        .map(|(tenant, _, trained)| (tenant.as_str(), *trained))
+        .collect();
+    let rich = held.iter().filter(|(_, held)| {
+        let trained = trained.get(held.tenant.as_str()).copied().unwrap_or(0);
+        trained > fewest + 1 || trained > fewest && held.since.elapsed() >= TURN
+    });
+    let newest = rich.max_by_key(|(_, held)| (trained.get(held.tenant.as_str()), held.since));
+    if let Some((id, held)) = newest {
+        tracing::info!(job = id, "the job gives up its place to another tenant's");
+        held.gives_up.send_replace(true);
+    }
+    Ok(())
 }
 
 /// Logs it; how long to wait.
@@ -176,11 +235,12 @@ async fn next(router: &Router, ids: &[String]) -> Result<Next, RouterError> {
 async fn one(
     router: Router,
     job: Claimed,
+    to_give_up: watch::Receiver<bool>,
     mut record: Record,
     mut stopped: watch::Receiver<()>,
 ) -> (String, Option<Record>) {
     let id = job.row.id.clone();
-    let pause = match train(&router, job, &mut record).await {
+    let pause = match train(&router, job, to_give_up, &mut record).await {
         Ok(None) => return (id, None),
         Ok(Some(pause)) => pause,
         Err(error) => trouble(&router, &error),
@@ -207,11 +267,12 @@ async fn sweep(
 async fn train(
     router: &Router,
     claimed: Claimed,
+    to_give_up: watch::Receiver<bool>,
     record: &mut Record,
 ) -> Result<Option<Duration>, RouterError> {
     let Claimed { row, lease, seat } = claimed;
     let (id, store) = (row.id.clone(), &router.0.store);
-    let Some(run) = Run::start(router, row, lease, seat).await? else {
+    let Some(run) = Run::start(router, row, lease, seat, to_give_up).await? else {
         store.release_lease(&id, lease).await?;
         return Ok(Some(REPLICA_RETRY));
     };
@@ -258,6 +319,16 @@ async fn train(
     }
 }
 
+/// Returns when it is to be said that the job gives up its place: again and again.
+async fn give_up(to_give_up: &mut watch::Receiver<bool>) {
+    if *to_give_up.borrow_and_update() {
+        tokio::time::sleep(FAIR).await;
+    }
+    if to_give_up.wait_for(|&gives_up| gives_up).await.is_err() {
+        std::future::pending().await
+    }
+}
+
 /// How a life of a job ended.
 enum End {
     /// The replica said how, and it is written.
@@ -276,7 +347,9 @@ struct Run<'a> {
     id: JobId,
     lease: Lease,
     keeper: Keeper,
-    _seat: JobSeat,
+    /// Whether it is to be kept, for another tenant's.
+    to_give_up: watch::Receiver<bool>,
+    seat: JobSeat,
     /// It ran before a restart.
     is_restart: bool,
     /// The key that made it, where its training is limited.
@@ -307,6 +380,7 @@ impl<'a> Run<'a> {
         row: JobRow,
         lease: Lease,
         seat: JobSeat,
+        to_give_up: watch::Receiver<bool>,
     ) -> Result<Option<Run<'a>>, RouterError> {
         let missing = || RouterError::Store(StoreError::Damaged(format!("{} has no hyper", row.id)));
         let hyper: Hyper = record::from_json(row.hyper.as_deref().ok_or_else(missing)?)?;
@@ -344,7 +418,8 @@ impl<'a> Run<'a> {
             id,
             lease,
             keeper,
-            _seat: seat,
+            to_give_up,
+            seat,
             is_restart,
             key_id: row.key_id,
             model: row.model_name,
@@ -366,6 +441,12 @@ impl<'a> Run<'a> {
             let heard = tokio::select! {
                 biased;
                 () = self.keeper.lost() => return Ok(End::Lost),
+                () = give_up(&mut self.to_give_up) => {
+                    // One that has not begun is told again. A replica that is gone trains nothing.
+                    let pause = Command::PauseJob(self.id.clone());
+                    let _ = self.seat.replica.commands.send(pause).await;
+                    continue;
+                }
                 heard = self.events.recv_many(&mut events, JOB_EVENT_QUEUE) => heard,
             };
             if heard == 0 {
@@ -426,6 +507,24 @@ impl<'a> Run<'a> {
         };
         if self.change(paused).await?.is_continue() {
             return Ok(End::Told);
+        }
+        if *self.to_give_up.borrow() {
+            let waits = JobChange {
+                asked: Some(Asked::Nothing),
+                status: Some(QUEUED),
+                lets_go: true,
+                events: vec![metrics(
+                    Level::Info,
+                    format!(
+                        "The job gave its place to another tenant's after step {step}, and waits for the next."
+                    ),
+                    json!({ "step": step }),
+                )],
+                ..kept()
+            };
+            if self.change(waits).await?.is_continue() {
+                return Ok(End::Told);
+            }
         }
         Ok(match self.change(kept()).await? {
             ControlFlow::Continue(()) => self.silence(),

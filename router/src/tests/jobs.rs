@@ -810,6 +810,57 @@ async fn as_many_jobs_run_as_the_replica_takes_and_a_refused_one_waits() {
     );
 }
 
+/// One tenant has every place: of its jobs the newest is kept and waits, and that of another takes its place.
+#[tokio::test]
+async fn a_tenant_that_has_every_place_gives_one_to_another() {
+    let house = House::new();
+    let (mut replica, mut engine) = replica();
+    replica.info.max_training_jobs = 2;
+    let router = house.open_with(Config::default(), replica).await.unwrap();
+    let other = Client {
+        tenant: "other".parse().unwrap(),
+        ..Client::default()
+    };
+    let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
+        .await
+        .unwrap();
+    let mut running = vec![];
+    for _ in 0..2 {
+        let id = create_job(&router, request(&file)).await;
+        let (spec, events) = engine.started().await;
+        events.send(started(None)).await.unwrap();
+        events.send(step(1, 3.0)).await.unwrap();
+        wait(&router, &id, |job| job.trained_tokens == Some(10)).await;
+        running.push((id, spec, events));
+    }
+    let third = create_job(&router, request(&file)).await;
+    wait(&router, &third, |job| job.status == JobStatus::Queued).await;
+    let theirs = upload_by(router.of(&other), "t.jsonl", "fine-tune", &chat_rows(4))
+        .await
+        .unwrap();
+    let theirs = router.of(&other).create_job(request(&theirs)).await.unwrap().id;
+    let (newest, spec, events) = running.pop().unwrap();
+    pauses(&mut engine, &spec, &events, 1).await;
+    let (spec, _their_events) = engine.started().await;
+    assert_eq!(spec.id, theirs, "before the third, which was there first");
+    let job = router.own().job(&newest).await.unwrap();
+    assert_eq!(job.status, JobStatus::Queued);
+    let told = &router.own().job_events(&newest, None, 1).await.unwrap().data[0];
+    assert_eq!(
+        told.message,
+        "The job gave its place to another tenant's after step 1, and waits for the next."
+    );
+    // It is the older of the two that wait now, and goes on from where it was.
+    let (_, _, oldest_events) = running.pop().unwrap();
+    let message = "it broke".to_owned();
+    oldest_events.send(JobEvent::Failed { message }).await.unwrap();
+    let (spec, _events) = engine.started().await;
+    assert_eq!(
+        (spec.id.as_str(), spec.life.saved.map(|saved| saved.step)),
+        (newest.as_str(), Some(1))
+    );
+}
+
 #[tokio::test]
 async fn a_job_fails_with_the_reason() {
     let house = House::new();

@@ -263,7 +263,11 @@ async fn upload(
     purpose: &str,
     content: &str,
 ) -> Result<String, RouterError> {
-    let staged = router.staging();
+    upload_by(router.own(), filename, purpose, content).await
+}
+
+async fn upload_by(view: View, filename: &str, purpose: &str, content: &str) -> Result<String, RouterError> {
+    let staged = view.router.staging();
     std::fs::write(&staged, content).unwrap();
     let upload = Upload {
         staged: staged.clone(),
@@ -272,7 +276,7 @@ async fn upload(
         purpose: purpose.to_owned(),
         expires_after_seconds: None,
     };
-    let created = router.own().create_file(upload).await.map(|file| file.id);
+    let created = view.create_file(upload).await.map(|file| file.id);
     assert!(!staged.exists(), "an upload is taken over or removed");
     created
 }

@@ -45,8 +45,8 @@ pub enum Renewal {
 }
 
 impl Store {
-    /// Claim the oldest job for `base` in one of `statuses` (at most three) that nobody holds, or that this process
-    /// holds from an earlier try; but none of `except`, on which it works.
+    /// Claim a job for `base` in one of `statuses` (at most three) that nobody holds, or that this process
+    /// holds from an earlier try; but none of `except`, on which it works. The oldest of the tenant of whose jobs the fewest are held.
     pub async fn claim_job(
         &self,
         base: Digest,
@@ -59,11 +59,14 @@ impl Store {
         let lock = match self.db.dialect {
             Dialect::Sqlite => "",
             // Routers that claim at the same moment take different jobs.
-            Dialect::Postgres => " FOR UPDATE SKIP LOCKED",
+            Dialect::Postgres => " FOR UPDATE OF jobs SKIP LOCKED",
         };
         let candidate = format!(
-            "SELECT id FROM jobs WHERE base = $1 AND status IN ($2, $3, $4)
-             AND (lease_until IS NULL OR lease_until <= $5 OR lease_owner = $6){others} ORDER BY seq LIMIT 1{lock}"
+            "WITH held AS (SELECT tenant AS of_tenant, count(*) AS jobs_held FROM jobs
+                 WHERE base = $1 AND finished_at IS NULL AND lease_until > $5 AND status <> 'sweeping' GROUP BY tenant)
+             SELECT id FROM jobs LEFT JOIN held ON of_tenant = tenant WHERE base = $1 AND status IN ($2, $3, $4)
+             AND (lease_until IS NULL OR lease_until <= $5 OR lease_owner = $6){others}
+             ORDER BY coalesce(jobs_held, 0), seq LIMIT 1{lock}"
         );
         let [status_1, status_2, status_3] = three(statuses);
         let mut tx = self.db.begin().await?;
@@ -99,6 +102,18 @@ impl Store {
             .await?;
         tx.commit().await?;
         Ok(Some((row, Lease::of(epoch))))
+    }
+
+    /// Of each tenant with jobs for `base` that wait or are trained: how many wait, and how many are trained.
+    pub async fn jobs_of_tenants(&self, base: Digest) -> Result<Vec<(String, u64, u64)>, StoreError> {
+        let sql = "SELECT tenant, sum(CASE WHEN status = 'queued' THEN 1 ELSE 0 END), sum(CASE WHEN status = 'running' THEN 1 ELSE 0 END)
+                   FROM jobs WHERE base = $1 AND status IN ('queued', 'running') GROUP BY tenant ORDER BY tenant";
+        let rows: Vec<(String, i64, i64)> = sqlx::query_as(sql)
+            .bind(base.to_string())
+            .fetch_all(self.db.pool()?)
+            .await?;
+        let counted = |(tenant, waiting, trained)| (tenant, unsigned(waiting), unsigned(trained));
+        Ok(rows.into_iter().map(counted).collect())
     }
 
     /// Hold on to a job, unless it was let go. Also tells what somebody asked of it meanwhile.

@@ -388,6 +388,44 @@ async fn jobs_are_found_by_their_metadata_and_paged() {
     }
 }
 
+/// Of two tenants: the second's only one before the first's others, and where many are worked on it alone.
+#[tokio::test]
+async fn work_is_claimed_for_the_tenant_of_whom_least_is_held() {
+    let root = tempfile::tempdir().unwrap();
+    for store in each_kind(root.path()).await {
+        for (i, tenant) in ["x", "x", "x", "y"].into_iter().enumerate() {
+            let tenant: Tenant = tenant.parse().unwrap();
+            let batch = NewBatch {
+                base: BASE,
+                tenant: tenant.clone(),
+                status: "validating",
+                expires_after_s: 3600,
+                request: "{}".to_owned(),
+            };
+            store.insert_batch(batch).await.unwrap();
+            let job = NewJob {
+                tenant,
+                ..job(&format!("{i}"), &[])
+            };
+            store.insert_job(job).await.unwrap();
+        }
+        let mut tenants = vec![];
+        for is_crowded in [false, true, true, false] {
+            let claimed = store.claim_batch(BASE, is_crowded).await.unwrap();
+            tenants.push(claimed.map(|(row, _)| row.tenant));
+        }
+        let [x, y] = ["x", "y"].map(|tenant| Some(tenant.to_owned()));
+        assert_eq!(tenants, [x.clone(), y, None, x]);
+        let mut ids: Vec<String> = vec![];
+        while let Some((row, _)) = store.claim_job(BASE, &["queued"], &ids).await.unwrap() {
+            ids.push(row.id);
+        }
+        assert_eq!(ids, ["0", "3", "1", "2"]);
+        let counted = store.jobs_of_tenants(BASE).await.unwrap();
+        assert_eq!(counted, [("x".to_owned(), 3, 0), ("y".to_owned(), 1, 0)]);
+    }
+}
+
 #[tokio::test]
 async fn expired_files_are_not_there() {
     let root = tempfile::tempdir().unwrap();

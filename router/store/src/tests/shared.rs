@@ -120,9 +120,9 @@ async fn a_batch_has_one_holder_and_each_line_one_answer() {
         .await
         .unwrap();
     let id = made.id.as_str();
-    let (row, lease) = a.claim_batch(BASE).await.unwrap().unwrap();
+    let (row, lease) = a.claim_batch(BASE, false).await.unwrap().unwrap();
     assert_eq!(row, made);
-    assert!(b.claim_batch(BASE).await.unwrap().is_none());
+    assert!(b.claim_batch(BASE, false).await.unwrap().is_none());
     let begins = BatchChange::Begins { total: 3 };
     assert!(
         a.change_batch(id, lease, &["validating"], "in_progress", begins)
@@ -138,7 +138,7 @@ async fn a_batch_has_one_holder_and_each_line_one_answer() {
     assert!(a.keep_batch_lines(id, lease, &first).await.unwrap());
     // `a` sleeps until `b` may.
     let (row, next) = loop {
-        if let Some(claimed) = b.claim_batch(BASE).await.unwrap() {
+        if let Some(claimed) = b.claim_batch(BASE, false).await.unwrap() {
             break claimed;
         }
         tokio::time::sleep(SHORT_LEASE / 10).await;
@@ -187,7 +187,7 @@ async fn a_batch_has_one_holder_and_each_line_one_answer() {
         ("cancelled", true)
     );
     assert!(a.batch_lines(id, 0, 10).await.unwrap().is_empty());
-    assert!(a.claim_batch(BASE).await.unwrap().is_none());
+    assert!(a.claim_batch(BASE, false).await.unwrap().is_none());
     assert_eq!(a.batches(None, None, 10).await.unwrap().rows, [row]);
 }
 
