@@ -19,7 +19,7 @@ use crate::model::WeightOptions;
 use crate::ranks::Team;
 use crate::start::memory::size;
 use crate::start::{Dtype, Quantization};
-use crate::train::mates::Sharding;
+use crate::train::mesh::Mesh;
 use crate::train::run::RunOptions;
 use crate::weights::{self, Checkpoint, LoadError, has_weights};
 
@@ -222,7 +222,7 @@ impl RunOptions {
             },
             save_kind,
             team,
-            sharding: Sharding::None,
+            mesh: Mesh::PLAIN,
             profile: None,
         })
     }

@@ -171,6 +171,16 @@ c10::intrusive_ptr<c10d::Backend> make_nccl(const TandemGroup& group, int rank, 
 #endif
 }
 
+void make_groups(TandemGroup& group, int rank, int world, const char* own_address) {
+  group.gloo = make_gloo(group, rank, world, own_address);
+  if (group.device.is_cpu()) {
+    group.tensors = group.gloo;
+  } else {
+    c10::DeviceGuard guard(group.device);
+    group.tensors = make_nccl(group, rank, world);
+  }
+}
+
 } // namespace
 
 extern "C" {
@@ -205,13 +215,25 @@ char* tandem_c10d_join(
     options.timeout = group->limit;
     group->store =
         c10::make_intrusive<c10d::PrefixStore>(prefix, c10::make_intrusive<c10d::TCPStore>(host, options));
-    group->gloo = make_gloo(*group, rank, world, own_address);
-    if (gpu >= 0) {
-      c10::DeviceGuard guard(group->device);
-      group->tensors = make_nccl(*group, rank, world);
-    } else {
-      group->tensors = group->gloo;
-    }
+    make_groups(*group, rank, world, own_address);
+    *out = group.release();
+  });
+}
+
+// Meets `world` of the ranks of `whole` within its limit, by its store: a group of their own, on the same device.
+char* tandem_c10d_part(
+    const TandemGroup* whole,
+    const char* prefix,
+    int rank,
+    int world,
+    const char* own_address,
+    TandemGroup** out) {
+  return caught([&] {
+    auto group = std::make_unique<TandemGroup>();
+    group->limit = whole->limit;
+    group->device = whole->device;
+    group->store = c10::make_intrusive<c10d::PrefixStore>(prefix, whole->store);
+    make_groups(*group, rank, world, own_address);
     *out = group.release();
   });
 }

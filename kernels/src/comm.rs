@@ -93,6 +93,25 @@ impl Comm {
         }
     }
 
+    /// The group of the ranks that call it with the same `colour`, in rank order (MPI_Comm_split). Every rank calls. A process that is
+    /// lost to one of its groups is lost to all; a thread's ends are dropped together.
+    pub fn split(&self, colour: usize) -> Comm {
+        let device = match &*self.end {
+            End::Process(rank) => rank.device(),
+            _ => Device::Cpu,
+        };
+        let colours = self.all_gather(&Tensor::from_slice(&[colour as i64]).to_device(device));
+        let colours = Vec::<i64>::try_from(colours.view([-1])).expect("a colour of each rank");
+        let has_it = |rank: &usize| colours[*rank] == colour as i64;
+        let members: Vec<usize> = (0..self.world()).filter(has_it).collect();
+        let part = match &*self.end {
+            End::Solo => None,
+            End::Thread(rank) => or_panic(rank.part(&members)).map(End::Thread),
+            End::Process(rank) => or_panic(rank.part(&members)).map(End::Process),
+        };
+        part.map_or_else(Comm::solo, Comm::of)
+    }
+
     /// Sums `x` over the ranks, in place. Any shape, the same on every rank; float32 or bfloat16 (which is summed in
     /// float32 and rounded once), contiguous.
     pub fn all_reduce(&self, x: &mut Tensor) {

@@ -3,6 +3,7 @@
 
 mod data;
 mod logs;
+mod placing;
 mod progress;
 pub mod recipes;
 mod record;
@@ -18,7 +19,7 @@ use std::sync::{Arc, OnceLock};
 use serde_norway::Mapping;
 use tandem_backend::family::DecoderSpec;
 use tandem_backend::ranks::Team;
-use tandem_backend::train::mates::Sharding;
+use tandem_backend::train::mesh::Mesh;
 use tandem_backend::train::run::{self, Run, RunOptions};
 use tandem_backend::words;
 use tandem_core::job::sweep::Sweep;
@@ -36,6 +37,7 @@ use crate::ranks::Started;
 use data::{Dataset, OfHub, split_of_hub};
 pub use logs::LINES;
 use logs::Logs;
+use placing::Placing;
 use progress::Progress;
 use record::{Begin, Record, RecordError};
 use settings::{Recipe, SettingsError};
@@ -122,7 +124,7 @@ struct Ground {
     quantization: Option<String>,
     device: String,
     team: Team,
-    sharding: Sharding,
+    mesh: Mesh,
     /// Steps to trace.
     profile: Option<u64>,
     overwrites: bool,
@@ -146,14 +148,13 @@ impl Ground {
             dtype,
             quantization,
             device,
-            data_parallel_size,
-            sharding,
+            placing,
             profile,
             preview,
             mut settings,
             mut trials,
         } = recipe;
-        if !trials.is_empty() && (started.is_some() || data_parallel_size.is_some_and(|ranks| ranks > 1)) {
+        if !trials.is_empty() && (started.is_some() || placing.is_of_several()) {
             let message = "the trials of a sweep train beside each other on one rank: leave it out, or train one after the other";
             return Err(wrong("data_parallel_size", message.to_owned()).into());
         }
@@ -168,7 +169,8 @@ impl Ground {
             let outcome = beside_rank_0(mate, preview.is_some(), &model, &device)?;
             return Ok(ControlFlow::Break(outcome));
         }
-        let team = team(data_parallel_size, started, &device)?;
+        let team = team(&placing, started, &device)?;
+        let mesh = placing.on(&team)?;
         let template = chat_template
             .map(|given| crate::values::chat_template(&given))
             .transpose();
@@ -233,7 +235,7 @@ impl Ground {
             quantization,
             device,
             team,
-            sharding,
+            mesh,
             profile,
             overwrites: overwrite_output_dir,
         }))
@@ -321,7 +323,7 @@ impl Ground {
         let (model, team) = (self.model.clone(), self.team.clone());
         let options = RunOptions::new(spec, model, &self.dtype, quantization, &self.device, team)?;
         Ok(RunOptions {
-            sharding: self.sharding,
+            mesh: self.mesh,
             ..options
         })
     }
@@ -363,11 +365,12 @@ fn say_stopped(step: &str, folder: &Path) {
 }
 
 fn alone(ground: &Ground, mut settings: Settings, output_dir: &Path) -> Result<Outcome, TrainError> {
-    let (save_total_limit, ranks) = (settings.save_total_limit, ground.team.world());
-    if ranks > 1 {
+    let ranks = ground.team.world();
+    let (save_total_limit, models) = (settings.save_total_limit, ground.mesh.models(ranks));
+    if models > 1 {
         // Rows and micro-batches are said of each rank, as everywhere.
         let each = settings.gradient_accumulation_steps.unwrap_or(1);
-        settings.gradient_accumulation_steps = Some(each.saturating_mul(ranks as u32));
+        settings.gradient_accumulation_steps = Some(each.saturating_mul(models as u32));
     }
     let hyper = ground.choose(settings, None)?;
     std::fs::create_dir_all(output_dir).map_err(at(output_dir))?;
@@ -390,8 +393,8 @@ fn alone(ground: &Ground, mut settings: Settings, output_dir: &Path) -> Result<O
     }
     if ranks > 1 {
         let all = hyper.gradient_accumulation_steps;
-        let each = all as usize / ranks;
-        println!("  {ranks} ranks, each with {each} of a step's {all} micro-batches");
+        let each = all as usize / models;
+        println!("  {ranks} ranks, {models} models, each with {each} of a step's {all} micro-batches");
     }
 
     let spec = ground.job("train", output_dir, hyper);
@@ -448,10 +451,15 @@ fn at(path: &Path) -> impl Fn(io::Error) -> TrainError + use<> {
 }
 
 /// Who trains the job of which this process is rank 0.
-fn team(asked: Option<usize>, started: Option<Started>, device: &str) -> Result<Team, TrainError> {
+fn team(placing: &Placing, started: Option<Started>, device: &str) -> Result<Team, TrainError> {
+    let Placing {
+        ranks,
+        tensor_parallel,
+        ..
+    } = *placing;
     if let Some(started) = started {
-        let unlike = |message| wrong("data_parallel_size", message);
-        return Ok(started.team(asked).map_err(unlike)?);
+        let unlike = |message| wrong("num_processes", message);
+        return Ok(started.team(ranks).map_err(unlike)?);
     }
     let program = std::env::current_exe().map_err(|source| TrainError::File {
         path: PathBuf::from("this program's own path"),
@@ -459,7 +467,7 @@ fn team(asked: Option<usize>, started: Option<Started>, device: &str) -> Result<
     })?;
     // Processes also on a CPU: threads would share its compute threads, which one rank uses all of.
     Ok(words::team(
-        asked.unwrap_or(1),
+        ranks.unwrap_or(tensor_parallel),
         Some("mp"),
         words::device(device)?,
         program,

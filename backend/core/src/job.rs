@@ -325,22 +325,13 @@ impl Hyper {
                 "max_seq_length must be at most {most}, the context length, got {asked}"
             ));
         }
-        let Method::Lora(Lora {
-            r,
-            target_modules,
-            use_dora,
-            ..
-        }) = &self.method
-        else {
+        let Method::Lora(lora) = &self.method else {
             return Err("a replica that serves trains adapters only, not every parameter".to_owned());
         };
-        if *use_dora && replica.tensor_parallel_size > 1 {
-            let ranks = replica.tensor_parallel_size;
-            return Err(format!(
-                "use_dora: its norms are of whole rows, and this replica divides them over {ranks} ranks: leave use_dora out, or \
-                 serve with --tensor-parallel-size 1"
-            ));
-        }
+        lora.fits_ranks(replica.tensor_parallel_size)?;
+        let Lora {
+            r, target_modules, ..
+        } = lora;
         if *r > replica.max_lora_rank {
             let most = replica.max_lora_rank;
             return Err(format!(
@@ -392,6 +383,17 @@ pub struct Lora {
 }
 
 impl Lora {
+    /// Whether ranks that divide a model train it.
+    pub fn fits_ranks(&self, tensor_parallel_size: u32) -> Result<(), String> {
+        match self.use_dora && tensor_parallel_size > 1 {
+            true => Err(format!(
+                "use_dora: its norms are of whole rows, and {tensor_parallel_size} ranks divide them: leave use_dora out, or take \
+                 a tensor parallel size of 1"
+            )),
+            false => Ok(()),
+        }
+    }
+
     pub fn scale(&self) -> f64 {
         match self.use_rslora {
             true => self.alpha / f64::from(self.r).sqrt(),

@@ -77,16 +77,26 @@ impl Decoder {
 
     /// The whole model.
     pub fn open(folder: &Path, options: WeightOptions) -> Result<Decoder, LoadError> {
-        let (spec, checkpoint) = family::open(folder)?;
-        Decoder::from_checkpoint(spec, &checkpoint, options, Comm::solo())
+        Decoder::open_part(folder, options, Comm::solo())
     }
 
-    /// The whole model, each matrix shared by the ranks of `shared` ([`super::stored`]): no more than one of them is whole at
-    /// a time.
-    pub fn open_shared(folder: &Path, options: WeightOptions, shared: Comm) -> Result<Decoder, LoadError> {
+    /// The part of the model that is this rank's.
+    pub fn open_part(folder: &Path, options: WeightOptions, comm: Comm) -> Result<Decoder, LoadError> {
+        let (spec, checkpoint) = family::open(folder)?;
+        Decoder::from_checkpoint(spec, &checkpoint, options, comm)
+    }
+
+    /// The part of the model that is this rank's of `comm`, each matrix shared by the ranks of `shared` ([`super::stored`]): no more
+    /// than one of them is whole at a time.
+    pub fn open_shared(
+        folder: &Path,
+        options: WeightOptions,
+        comm: Comm,
+        shared: Comm,
+    ) -> Result<Decoder, LoadError> {
         let (spec, checkpoint) = family::open(folder)?;
         let share = |_, weight| Stored::Shared(WeightShard::new(weight, shared.clone()));
-        let mut decoder = Decoder::of_checkpoint(spec, &checkpoint, options, Comm::solo(), &share)?;
+        let mut decoder = Decoder::of_checkpoint(spec, &checkpoint, options, comm, &share)?;
         decoder.sublayers.iter_mut().for_each(Sublayer::keep_in_step);
         Ok(decoder)
     }

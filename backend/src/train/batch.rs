@@ -9,7 +9,7 @@ use tch::Device;
 
 use super::data::{self, Bundle, Labelled, Slice};
 use super::objective::{self, Beside, Scores, Sequence};
-use super::pass::{Advanced, Context, KEEP_BYTES, Learns, Look, Pass, Scored, Trained};
+use super::pass::{self, Advanced, Context, KEEP_BYTES, Learns, Look, Pass, Scored, Trained};
 use crate::lora::adapter::Adapter;
 use crate::model::{Decoder, Dropout};
 
@@ -35,6 +35,32 @@ pub struct Place {
     pub max_seq_length: usize,
 }
 
+/// Which passes a micro-batch goes through, in order. Ranks that go in step agree on one.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Course {
+    /// Slices of KTO's prompts with each other's answers.
+    divergence: usize,
+    /// Of each bundle.
+    slices: Vec<usize>,
+}
+
+impl Course {
+    /// One that is long enough for either.
+    pub fn or(self, other: Course) -> Course {
+        let (mut long, short) = match self.slices.len() >= other.slices.len() {
+            true => (self.slices, other.slices),
+            false => (other.slices, self.slices),
+        };
+        for (slices, other) in long.iter_mut().zip(short) {
+            *slices = (*slices).max(other);
+        }
+        Course {
+            divergence: self.divergence.max(other.divergence),
+            slices: long,
+        }
+    }
+}
+
 pub struct MicroBatch {
     objective: Objective,
     beside: Beside,
@@ -43,6 +69,8 @@ pub struct MicroBatch {
     rows_before: u64,
     /// Still to go, the next at the end.
     bundles: Vec<Bundle>,
+    /// Where all ranks go through the same passes: the rows that a bundle has at most, on any of them.
+    in_step: Option<usize>,
     at: At,
 }
 
@@ -141,11 +169,43 @@ impl MicroBatch {
                 likelihood_labels: groups.iter().map(likelihood).sum(),
                 divergence: 0.0,
             },
-            share: 1.0 / (groups.len() * micro_batches) as f64,
+            share: 1.0 / (groups.len().max(1) * micro_batches) as f64,
             rows_before,
             bundles,
+            in_step: None,
             at,
         }
+    }
+
+    pub fn course(&self) -> Course {
+        Course {
+            divergence: match &self.at {
+                At::Divergence { slices, .. } => slices.len(),
+                _ => 0,
+            },
+            slices: self
+                .bundles
+                .iter()
+                .rev()
+                .map(|bundle| bundle.slices.len())
+                .collect(),
+        }
+    }
+
+    /// As one that goes through these passes, idle ones among them. No slice, of any rank, has more rows than `longest`.
+    pub fn in_step(mut self, course: &Course, longest: usize) -> MicroBatch {
+        if let At::Divergence { slices, .. } = &mut self.at {
+            slices.resize_with(course.divergence, Slice::idle);
+        }
+        self.bundles.reverse();
+        self.bundles.resize_with(course.slices.len(), Bundle::default);
+        for (bundle, &slices) in self.bundles.iter_mut().zip(&course.slices) {
+            bundle.slices.resize_with(slices, Slice::idle);
+        }
+        self.bundles.reverse();
+        let most = course.slices.iter().max().copied().unwrap_or(0);
+        self.in_step = Some(most * longest);
+        self
     }
 
     /// So many times as heavy: for a mean over groups of several micro-batches.
@@ -158,8 +218,21 @@ impl MicroBatch {
 
     /// Tokens that are trained.
     pub fn rows(&self) -> u64 {
-        let slices = self.bundles.iter().flat_map(|bundle| &bundle.slices);
-        slices.map(|slice| slice.tokens.len() as u64).sum()
+        self.slices().map(|slice| slice.tokens.len() as u64).sum()
+    }
+
+    /// Of the slice that has most.
+    pub fn longest(&self) -> usize {
+        let divergence = match &self.at {
+            At::Divergence { slices, .. } => slices.as_slice(),
+            _ => &[],
+        };
+        let slices = self.slices().chain(divergence);
+        slices.map(|slice| slice.tokens.len()).max().unwrap_or(0)
+    }
+
+    fn slices(&self) -> impl Iterator<Item = &Slice> {
+        self.bundles.iter().flat_map(|bundle| &bundle.slices)
     }
 
     /// Whether slices are on their way, whose activations wait for their backward.
@@ -205,7 +278,8 @@ impl MicroBatch {
                             let found = looks.found.iter().flat_map(|found| &found.log_probs);
                             found.map(|&log_prob| f64::from(log_prob)).sum()
                         };
-                        let sequences: usize = slices.iter().map(|slice| slice.sequences.len()).sum();
+                        let busy = slices.iter().filter(|slice| !slice.is_idle());
+                        let sequences: usize = busy.map(|slice| slice.sequences.len()).sum();
                         let mean = (sum(&trained) - sum(&reference)) / sequences.max(1) as f64;
                         self.beside.divergence = mean.max(0.0);
                         return Some(self);
@@ -224,11 +298,11 @@ impl MicroBatch {
                         bundle,
                         looks: Looks::default(),
                     },
-                    false => forward(bundle, vec![], is_trained),
+                    false => self.forward(bundle, vec![], is_trained, decoder),
                 }
             }
             At::Reference { bundle, looks } if looks.is_through(&bundle.slices) => {
-                forward(bundle, looks.found, is_trained)
+                self.forward(bundle, looks.found, is_trained, decoder)
             }
             At::Reference { bundle, mut looks } => {
                 looks.advance(&bundle.slices, decoder, reference_adapter);
@@ -287,7 +361,9 @@ impl MicroBatch {
                     None => {
                         let slice = bundle.slices.remove(0);
                         let rows_before = self.rows_before;
-                        self.rows_before += slice.tokens.len() as u64;
+                        if !slice.is_idle() {
+                            self.rows_before += slice.tokens.len() as u64;
+                        }
                         let entry = (&slice, rows_before);
                         Some(Box::new(Pass::enter_to_be_weighed(entry, &context)))
                     }
@@ -334,6 +410,7 @@ impl MicroBatch {
         scores: &mut Scores,
     ) -> Vec<Vec<f32>> {
         let sequences: Vec<Sequence> = (0..slices.len())
+            .filter(|&i| !slices[i].is_idle())
             .flat_map(|i| {
                 let reference = reference.get(i);
                 slices[i].sequences.iter().map(move |labels| Sequence {
@@ -344,7 +421,8 @@ impl MicroBatch {
             })
             .collect();
         let mut derivatives: Vec<f32> = vec![];
-        for (group, &value) in sequences.chunks(sequences.len() / values.len()).zip(values) {
+        let of_group = sequences.len().checked_div(values.len()).unwrap_or(1);
+        for (group, &value) in sequences.chunks(of_group).zip(values) {
             let weighed = objective::weigh(&self.objective, group, value, &self.beside);
             scores.add_weighed(&weighed, self.share);
             let shares = weighed.dlogp.iter().flatten().map(|d| (self.share * d) as f32);
@@ -357,22 +435,25 @@ impl MicroBatch {
         });
         by_slice.collect()
     }
-}
 
-fn forward(bundle: Bundle, reference: Vec<LogProbs>, is_trained: bool) -> At {
-    match is_trained {
-        true => At::Forward {
-            keep_bytes: KEEP_BYTES / bundle.slices.len() as i64,
-            bundle,
-            reference,
-            pass: None,
-            scored: vec![],
-        },
-        false => At::Looking {
-            bundle,
-            reference,
-            looks: Looks::default(),
-        },
+    fn forward(&self, bundle: Bundle, reference: Vec<LogProbs>, is_trained: bool, decoder: &Decoder) -> At {
+        match is_trained {
+            true => At::Forward {
+                keep_bytes: match self.in_step {
+                    Some(rows) => pass::all_or_nothing(rows, decoder),
+                    None => KEEP_BYTES / bundle.slices.len() as i64,
+                },
+                bundle,
+                reference,
+                pass: None,
+                scored: vec![],
+            },
+            false => At::Looking {
+                bundle,
+                reference,
+                looks: Looks::default(),
+            },
+        }
     }
 }
 

@@ -68,6 +68,10 @@ impl Slice {
         slice
     }
 
+    pub fn is_idle(&self) -> bool {
+        self.labels.is_empty()
+    }
+
     /// The sequences of `other` as well, behind its own.
     pub fn append(&mut self, other: &Slice) {
         let (row, label) = (self.tokens.len(), self.labels.len());
@@ -259,6 +263,7 @@ pub enum Labelled {
 }
 
 /// Slices whose sequences are weighed together: several groups that fit one slice, or one group.
+#[derive(Default)]
 pub struct Bundle {
     /// The sequences of all groups, in order.
     pub slices: Vec<Slice>,

@@ -2,10 +2,13 @@
 //! scores are summed, and every rank takes the same AdamW step, so numbers and moments stay whole and alike everywhere.
 //! Nothing that is written says how many ranks there were: a run goes on under another number of them, or alone.
 //!
-//! Ranks may share what they hold ([`Sharding`]). They go in step then: each pass of one is a pass of all, and who has no slice left
-//! goes through an idle one.
+//! Ranks may share what they hold ([`Sharding`]), in groups if there are several. They go in step then: each pass of one is a pass of
+//! all, and who has no slice left goes through an idle one.
 //!
-//! Not here: ranks that divide one model (ranks), who starts them (ranks/team), how shares lie (model/stored, model/full).
+//! Where several ranks divide a model (tensor parallel), those with the same part of it are mates: they train on other rows.
+//!
+//! Not here: who is whose mate (mesh), ranks that divide one model (ranks), who starts them (ranks/team), how shares lie
+//! (model/stored, model/full).
 
 use serde::{Deserialize, Serialize};
 use tandem_kernels::comm::Comm;
@@ -16,7 +19,14 @@ use crate::model::sum_over;
 
 #[derive(Clone)]
 pub struct Mates {
+    /// Everyone who trains the job.
+    all: Comm,
+    /// Those who train on other rows.
     comm: Comm,
+    /// Of these, who share what they hold.
+    sharers: Comm,
+    /// And who hold the same share.
+    twins: Comm,
     /// On which sums over ranks are taken.
     device: Device,
     sharding: Sharding,
@@ -35,47 +45,50 @@ pub enum Sharding {
     Parameters,
 }
 
-impl Mates {
-    pub fn new(comm: Comm, device: Device) -> Mates {
-        Mates {
-            comm,
-            device,
-            sharding: Sharding::None,
-            goes_in_step: false,
-        }
-    }
+/// The groups of one rank.
+pub struct Groups {
+    pub all: Comm,
+    pub beside: Comm,
+    pub sharers: Comm,
+    pub twins: Comm,
+}
 
-    /// The ranks share what `sharding` says of a run that trains all parameters, or an adapter beside frozen ones.
-    pub fn sharing(self, sharding: Sharding, all: bool) -> Mates {
+impl Mates {
+    /// The ranks share what `sharding` says of a run that trains all parameters (`trains_all`), or an adapter beside frozen ones.
+    pub fn new(groups: Groups, device: Device, sharding: Sharding, trains_all: bool) -> Mates {
         let shares = match sharding {
             Sharding::None => false,
-            Sharding::Gradients => all,
+            Sharding::Gradients => trains_all,
             Sharding::Parameters => true,
         };
         Mates {
-            goes_in_step: shares && self.are_there(),
+            goes_in_step: shares && groups.sharers.world() > 1,
+            all: groups.all,
+            comm: groups.beside,
+            sharers: groups.sharers,
+            twins: groups.twins,
+            device,
             sharding,
-            ..self
         }
     }
 
     /// Who shares frozen parameters, if the ranks do.
     pub fn share_frozen(&self) -> Option<Comm> {
         let shares = self.goes_in_step && self.sharding == Sharding::Parameters;
-        shares.then(|| self.comm.clone())
+        shares.then(|| self.sharers.clone())
     }
 
     /// Who shares parameters in training, and whether each rank has them whole for its passes.
     pub fn share_trained(&self) -> (Comm, bool) {
         match self.goes_in_step {
-            true => (self.comm.clone(), self.sharding != Sharding::Parameters),
+            true => (self.sharers.clone(), self.sharding != Sharding::Parameters),
             false => (Comm::solo(), true),
         }
     }
 
     pub fn why_nothing_is_shared(&self) -> &'static str {
-        match self.are_there() {
-            false => "there is one rank (data_parallel_size)",
+        match self.sharers.world() > 1 {
+            false => "no two ranks have the same to hold (data_parallel_size, sharding_group_size)",
             true => "of an adapter gradient and moments are small; FULL_SHARD shares the base",
         }
     }
@@ -109,11 +122,17 @@ impl Mates {
 
     /// A rank alone.
     pub fn none() -> Mates {
-        Mates::new(Comm::solo(), Device::Cpu)
+        let groups = Groups {
+            all: Comm::solo(),
+            beside: Comm::solo(),
+            sharers: Comm::solo(),
+            twins: Comm::solo(),
+        };
+        Mates::new(groups, Device::Cpu, Sharding::None, false)
     }
 
     pub fn are_there(&self) -> bool {
-        self.comm.world() > 1
+        self.all.world() > 1
     }
 
     /// Whether the `i`-th of a step's micro-batches is this rank's, or the `i`-th slice of a validation.
@@ -121,17 +140,21 @@ impl Mates {
         i % self.comm.world() == self.comm.rank()
     }
 
-    /// Sums the gradient over ranks, in place.
+    /// Sums the gradient over ranks, in place: one that `is_shared` was summed over those who share it as it was made.
     ///
     /// # Panics
     /// When a rank was lost, as all that follow.
-    pub fn sum(&self, gradient: &Tensor) {
-        sum_over(&self.comm, self.device, gradient);
+    pub fn sum(&self, gradient: &Tensor, is_shared: bool) {
+        let comm = match is_shared {
+            true => &self.twins,
+            false => &self.comm,
+        };
+        sum_over(comm, self.device, gradient);
     }
 
     /// The scores of all ranks together.
     pub fn total(&self, scores: Scores) -> Scores {
-        if !self.are_there() {
+        if self.comm.world() == 1 {
             return scores;
         }
         let bytes = postcard::to_allocvec(&scores).expect("plain data serialises");
@@ -144,7 +167,7 @@ impl Mates {
 
     /// Whether any rank says so.
     pub fn any(&self, is: bool) -> bool {
-        self.comm.any(is, self.device)
+        self.all.any(is, self.device)
     }
 
     /// Every rank's bytes, in rank order.
@@ -167,8 +190,13 @@ impl Mates {
             .collect()
     }
 
+    /// Ranks that train on rows of their own.
+    pub fn rows(&self) -> usize {
+        self.comm.world()
+    }
+
     /// Returns when every rank is at its end.
     pub fn part(&self) {
-        self.comm.meet();
+        self.all.meet();
     }
 }

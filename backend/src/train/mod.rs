@@ -19,6 +19,7 @@ pub mod joint;
 pub mod learner;
 pub mod mates;
 pub mod memory;
+pub mod mesh;
 pub mod noise;
 pub mod objective;
 pub mod optimizer;
@@ -50,7 +51,7 @@ use crate::lora::params::{AdapterParams, AdapterShape};
 use crate::lora::peft;
 use crate::model::{Decoder, Dropout, full};
 use crate::weights::LoadError;
-use batch::{MicroBatch, Models, Place};
+use batch::{Course, MicroBatch, Models, Place};
 use best::{Best, Judged};
 use data::{DataPlan, Slice};
 use learner::{Learner, LoraView, Unusable, Update};
@@ -692,11 +693,8 @@ impl Trainer {
                 tokens += made.rows();
                 made
             };
-            let placed = micro_batches.iter().map(place).enumerate();
-            let own = placed.filter(|(i, _)| self.mates.has(*i));
-            let mut micro_batches: Vec<MicroBatch> = own.map(|(_, micro_batch)| micro_batch).collect();
-            micro_batches.reverse();
-            (Work::MicroBatches(micro_batches), tokens)
+            let placed = micro_batches.iter().map(place).collect();
+            (Work::MicroBatches(self.own(placed)), tokens)
         };
         Stage::Accumulate(Box::new(Accumulation {
             work,
@@ -718,6 +716,29 @@ impl Trainer {
             max_seq_length: max_seq_length as usize,
         };
         MicroBatch::new(groups, objective, place, self.learner.device())
+    }
+
+    /// Those of this rank, the next at the end; where ranks go in step all go through the same passes.
+    fn own(&self, all: Vec<MicroBatch>) -> Vec<MicroBatch> {
+        let mut own = vec![];
+        let mut all = all.into_iter();
+        loop {
+            let mut round: Vec<MicroBatch> = all.by_ref().take(self.mates.rows()).collect();
+            if round.is_empty() {
+                break;
+            }
+            if self.mates.go_in_step() {
+                let course = round.iter().map(MicroBatch::course).reduce(Course::or);
+                let course = course.expect("a round has one");
+                let longest = round.iter().map(MicroBatch::longest).max().unwrap_or(0);
+                round.resize_with(self.mates.rows(), || self.micro_batch(&[], 1, 0));
+                let in_step = round.into_iter().map(|one| one.in_step(&course, longest));
+                round = in_step.collect();
+            }
+            own.extend(round.into_iter().nth(self.mates.own(0)));
+        }
+        own.reverse();
+        own
     }
 
     fn accumulate(&mut self, base: Option<&Decoder>, step: Accumulation) -> Stage {
@@ -845,12 +866,10 @@ impl Trainer {
             let groups: Vec<&Group> = self.valid.iter().collect();
             let batch_size = self.spec.hyper.batch_size.max(1) as usize;
             // Each as heavy as its groups, so that the result is their mean.
-            let micro_batches = groups.chunks(batch_size).enumerate().rev();
-            let own = micro_batches.filter(|(i, _)| self.mates.has(*i));
-            Looking::MicroBatches(
-                own.map(|(_, groups)| self.micro_batch(groups, 1, 0).weighing(groups.len()))
-                    .collect(),
-            )
+            let micro_batches = groups.chunks(batch_size);
+            let micro_batches =
+                micro_batches.map(|groups| self.micro_batch(groups, 1, 0).weighing(groups.len()));
+            Looking::MicroBatches(self.own(micro_batches.collect()))
         };
         Stage::Validate(Box::new(Validation {
             work,
@@ -919,9 +938,7 @@ impl Trainer {
             max_grad_norm,
             step,
         };
-        if !self.learner.is_shared() {
-            self.mates.sum(self.learner.gradient());
-        }
+        self.mates.sum(self.learner.gradient(), self.learner.is_shared());
         let grad_norm = self
             .learner
             .update(base, &update)

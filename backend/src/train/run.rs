@@ -14,8 +14,9 @@ use tch::{Device, Kind};
 use tracing::warn;
 
 use super::mates::{Mates, Sharding};
+use super::mesh::Mesh;
 use super::profile::Profile;
-use super::{Inputs, TrainError, Trainer, objective, state};
+use super::{Inputs, TrainError, Trainer, state};
 use crate::guard;
 use crate::model::{Decoder, WeightOptions};
 use crate::ranks::{self, Assembled, Errand, Followers, Team};
@@ -29,9 +30,9 @@ pub struct RunOptions {
     pub weights: WeightOptions,
     /// What full training stores.
     pub save_kind: Kind,
-    /// The ranks that train it, each with a model of its own.
+    /// The ranks that train it.
     pub team: Team,
-    pub sharding: Sharding,
+    pub mesh: Mesh,
     /// A trace of so many steps is written to this file.
     pub profile: Option<(PathBuf, u64)>,
 }
@@ -64,7 +65,7 @@ pub struct Order {
     recipe: Option<String>,
     /// Of rank 0's copy of the model, where others may have their own.
     base: Option<Digest>,
-    sharding: Sharding,
+    mesh: Mesh,
 }
 
 /// The part of one rank.
@@ -79,18 +80,14 @@ impl Part {
         inputs: &Inputs,
         model_folder: &Path,
         weights: WeightOptions,
+        model: Comm,
         mates: &Mates,
     ) -> Result<Part, TrainError> {
-        if mates.go_in_step() && !objective::is_known(&spec.hyper.objective) {
-            let name = spec.hyper.objective.name();
-            return Err(TrainError::Data(format!(
-                "{name} does not train on ranks that share parameters: its ranks have unlike numbers of passes; take \
-                 sharding_strategy NO_SHARD"
-            )));
-        }
         let base = match (&spec.hyper.method, mates.share_frozen()) {
-            (Method::Lora(_), Some(shared)) => Some(Decoder::open_shared(model_folder, weights, shared)?),
-            (Method::Lora(_), None) => Some(Decoder::open(model_folder, weights)?),
+            (Method::Lora(_), Some(shared)) => {
+                Some(Decoder::open_shared(model_folder, weights, model, shared)?)
+            }
+            (Method::Lora(_), None) => Some(Decoder::open_part(model_folder, weights, model)?),
             (Method::Full, _) => None,
         };
         let trainer = match &base {
@@ -102,6 +99,12 @@ impl Part {
             base,
         })
     }
+}
+
+/// A rank's place: with whom it divides its model, and its mates.
+fn placed(mesh: &Mesh, all: Comm, device: Device, spec: &JobSpec) -> Result<(Comm, Mates), TrainError> {
+    let trains_all = spec.hyper.method == Method::Full;
+    guard::torch(|| mesh.place(all, device, trains_all)).map_err(TrainError::Fault)
 }
 
 /// A rank beside rank 0, until the run ends or some rank `stops`. It writes nothing.
@@ -119,15 +122,15 @@ pub fn follow(
         bf16,
         recipe,
         base,
-        sharding,
+        mesh,
     } = order;
     let folder = own_folder.unwrap_or(&model_folder);
     if let Some(expected) = base.filter(|_| own_folder.is_some()) {
         ranks::is_rank_0s(Checkpoint::open(folder)?.digest(None)?, expected, &comm)?;
     }
     let weights = ranks::weights(bf16, recipe.as_deref(), device);
-    let mates = Mates::new(comm, device).sharing(sharding, spec.hyper.method == Method::Full);
-    let Part { mut trainer, base } = Part::begin(spec, &inputs, folder, weights, &mates)?;
+    let (model, mates) = placed(&mesh, comm, device, &spec)?;
+    let Part { mut trainer, base } = Part::begin(spec, &inputs, folder, weights, model, &mates)?;
     loop {
         let quantum = guard::torch(|| trainer.quantum(base.as_ref())).map_err(TrainError::Fault)??;
         let is_over = quantum.finished
@@ -169,9 +172,18 @@ impl Run {
             weights,
             save_kind,
             team,
-            sharding,
+            mesh,
             profile,
         } = options;
+        let place = mesh.check(team.world()).and_then(|()| match &spec.hyper.method {
+            Method::Lora(lora) => lora.fits_ranks(mesh.tensor_parallel as u32),
+            Method::Full if mesh.tensor_parallel > 1 => Err(
+                "ranks that divide one model train LoRA: for method=full take tensor_parallel_size 1 and                  sharding_strategy FULL_SHARD"
+                    .to_owned(),
+            ),
+            Method::Full => Ok(()),
+        });
+        place.map_err(TrainError::Data)?;
         let Assembled {
             comm,
             device,
@@ -194,13 +206,13 @@ impl Run {
                 bf16: weights.precision == Precision::Bf16,
                 recipe: weights.recipe.map(|recipe| recipe.name().to_owned()),
                 base,
-                sharding,
+                mesh,
             }));
             guard::torch(|| order.announce(&comm)).map_err(TrainError::Fault)?;
         }
-        let mates = Mates::new(comm, device).sharing(sharding, spec.hyper.method == Method::Full);
-        let Part { trainer, base } = Part::begin(spec, &inputs, &model_folder, weights, &mates)?;
-        if sharding != Sharding::None && !mates.go_in_step() {
+        let (model, mates) = placed(&mesh, comm, device, &spec)?;
+        let Part { trainer, base } = Part::begin(spec, &inputs, &model_folder, weights, model, &mates)?;
+        if mesh.sharding != Sharding::None && !mates.go_in_step() {
             warn!("nothing is shared: {}", mates.why_nothing_is_shared());
         }
         for note in trainer.notes(base.as_ref()) {

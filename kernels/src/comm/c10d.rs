@@ -63,6 +63,14 @@ unsafe extern "C" {
         limit_ms: i64,
         out: *mut *mut RawGroup,
     ) -> *mut c_char;
+    fn tandem_c10d_part(
+        whole: *const RawGroup,
+        prefix: *const c_char,
+        rank: c_int,
+        world: c_int,
+        own_address: *const c_char,
+        out: *mut *mut RawGroup,
+    ) -> *mut c_char;
     fn tandem_c10d_set(group: *mut RawGroup, key: *const c_char, value: *const c_char) -> *mut c_char;
     fn tandem_c10d_get(group: *mut RawGroup, key: *const c_char, value: *mut *mut c_char) -> *mut c_char;
     fn tandem_c10d_all_reduce(group: *mut RawGroup, x: *const C_tensor) -> *mut c_char;
@@ -103,6 +111,26 @@ impl Group {
             )
         })?;
         let raw = NonNull::new(raw).expect("a join without an error made a group");
+        Ok(Group { raw })
+    }
+
+    /// A group of some of these ranks, this one as `rank` of `world`; all of them call, with the same `prefix`, which no other
+    /// part of this group has.
+    pub fn part(&self, prefix: &str, rank: usize, world: usize, own_address: &str) -> Result<Group, Failure> {
+        let (prefix, own_address) = (text(prefix), text(own_address));
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: a live group, strings that live until the call returns; `raw` is written only on success.
+        failure(unsafe {
+            tandem_c10d_part(
+                self.raw.as_ptr(),
+                prefix.as_ptr(),
+                rank as c_int,
+                world as c_int,
+                own_address.as_ptr(),
+                &mut raw,
+            )
+        })?;
+        let raw = NonNull::new(raw).expect("a part without an error made a group");
         Ok(Group { raw })
     }
 

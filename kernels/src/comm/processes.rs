@@ -2,6 +2,7 @@
 //! a watch over who is alive. Not here: how the processes are started.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, ToSocketAddrs, UdpSocket};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
@@ -29,8 +30,12 @@ pub(super) struct Rank {
     device: Device,
     /// Held during a collective: clones of a `Comm` take turns.
     turn: Mutex<()>,
-    // The watch ends before the group it would give up.
-    watch: Watch,
+    /// Splits so far.
+    splits: AtomicUsize,
+    /// The address that the others reach us by.
+    own_address: String,
+    // The watch ends before the group it would give up. It is of all ranks that met, also in a part of them.
+    watch: Arc<Watch>,
     group: Arc<Group>,
 }
 
@@ -47,6 +52,7 @@ impl Rank {
         let deadline = Instant::now() + timeout;
         let master = resolve(meeting, deadline)?;
         let own_address = own_address(master, master_port).map_err(|error| meeting.failed(error))?;
+        let own_address = own_address.to_string();
         let (store, prefix) = agent_store().unwrap_or_else(|| match rank {
             0 => (StoreSide::Serves, "tandem".to_owned()),
             _ => (StoreSide::Asks, "tandem".to_owned()),
@@ -59,7 +65,7 @@ impl Rank {
             prefix: &prefix,
             rank,
             world,
-            own_address: &own_address.to_string(),
+            own_address: &own_address,
             device,
             limit: timeout,
         })
@@ -76,10 +82,44 @@ impl Rank {
             rank,
             world,
             device,
-            turn: Mutex::new(()),
-            watch,
+            turn: Mutex::default(),
+            splits: AtomicUsize::default(),
+            own_address,
+            watch: Arc::new(watch),
             group,
         })
+    }
+
+    /// This rank's end in a group of `members`, of which it is one. Every rank calls, each of a part with the same members. Who is
+    /// lost to one group is lost to all. `None`: it is the only one.
+    pub fn part(&self, members: &[usize]) -> Result<Option<Rank>, Lost> {
+        let split = self.splits.fetch_add(1, Relaxed);
+        if members.len() == 1 {
+            return Ok(None);
+        }
+        let (rank, world) = (
+            members.iter().position(|&member| member == self.rank),
+            members.len(),
+        );
+        let rank = rank.expect("a rank is a member of its part");
+        let prefix = format!("part/{split}/{}", members[0]);
+        let group = self.group.part(&prefix, rank, world, &self.own_address);
+        let group = Arc::new(group.map_err(|failure| self.lost(failure))?);
+        self.watch.also_over(group.clone());
+        Ok(Some(Rank {
+            rank,
+            world,
+            device: self.device,
+            turn: Mutex::default(),
+            splits: AtomicUsize::default(),
+            own_address: self.own_address.clone(),
+            watch: self.watch.clone(),
+            group,
+        }))
+    }
+
+    pub fn device(&self) -> Device {
+        self.device
     }
 
     pub fn rank(&self) -> usize {

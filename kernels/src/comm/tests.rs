@@ -47,8 +47,29 @@ fn floats(x: &Tensor) -> Vec<f32> {
     Vec::try_from(x.to_kind(Kind::Float).view([-1])).unwrap()
 }
 
-/// Every collective, several times, against the reference.
+/// Every collective in the whole group and in parts of it, and in parts of parts.
 fn exercise(comm: &Comm) {
+    exercise_one(comm);
+    for colour in [
+        |rank| rank % 2,
+        |rank| rank / 2,
+        |rank| usize::from(rank > 0),
+        |rank| rank,
+    ] {
+        let part = comm.split(colour(comm.rank()));
+        let members = (0..comm.world()).filter(|&rank| colour(rank) == colour(comm.rank()));
+        let members: Vec<usize> = members.collect();
+        assert_eq!(part.world(), members.len());
+        assert_eq!(members[part.rank()], comm.rank());
+        exercise_one(&part);
+        let part = part.split(part.rank() / 2);
+        exercise_one(&part);
+    }
+    comm.meet();
+}
+
+/// Every collective, several times, against the reference.
+fn exercise_one(comm: &Comm) {
     let (rank, world) = (comm.rank(), comm.world());
     comm.meet();
     comm.check();
@@ -248,6 +269,7 @@ fn a_rank() {
     };
     let comm = Comm::join(&meeting, Device::Cpu).expect("the ranks meet");
     exercise(&comm);
+    let part = comm.split(comm.rank() % 2);
     let begun = Instant::now();
     match std::env::var(PART).expect("a part").as_str() {
         "exercise" => {
@@ -257,7 +279,7 @@ fn a_rank() {
             return;
         }
         "sum" => drop(lost_in(|| {
-            comm.all_reduce(&mut Tensor::ones([8], (Kind::Float, Device::Cpu)))
+            part.all_reduce(&mut Tensor::ones([8], (Kind::Float, Device::Cpu)))
         })),
         "listen" => drop(lost_in(|| drop(comm.broadcast(Vec::new())))),
         "die" => {
@@ -291,7 +313,7 @@ fn ranks_that_are_processes() {
     }
 }
 
-/// One waits for its part of a sum, one idles; both notice, and rank 0 tells what the third cannot see.
+/// One waits for its part of a sum, in a group with the one that is killed; one idles. Both notice, and rank 0 tells what the third cannot see.
 #[test]
 fn a_killed_process_is_noticed() {
     let meeting = meeting(3, LONG);

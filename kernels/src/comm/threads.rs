@@ -5,6 +5,7 @@
 //! at the second all are done and the tensors are their owners' again. A rank may be given up only before the first is
 //! complete: it withdraws then and nobody touches its tensor. Between the two nothing waits and nothing fails.
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering::*};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -37,6 +38,7 @@ pub(super) fn group(world: usize) -> impl Iterator<Item = Rank> {
         spin: if world <= cores { SPIN } else { Duration::ZERO },
         brought: (0..world).map(|_| Slot::default()).collect(),
         message: Mutex::default(),
+        parts: Mutex::default(),
         arrivals: CacheLine(AtomicU64::new(0)),
         done: CacheLine(AtomicU64::new(0)),
         sleepers: AtomicUsize::new(0),
@@ -55,6 +57,8 @@ struct Group {
     brought: Box<[Slot]>,
     /// Of the broadcast under way; rank 0 writes it before it arrives.
     message: Mutex<Arc<[u8]>>,
+    /// Of a split under way: the end of each rank in its part.
+    parts: Mutex<HashMap<usize, Rank>>,
     /// [`Arrivals`], packed.
     arrivals: CacheLine<AtomicU64>,
     /// Ranks that were done with their part, over all rounds.
@@ -212,6 +216,20 @@ impl Rank {
 
     pub fn meet(&self) -> Result<(), Lost> {
         self.together(std::ptr::null_mut(), Deed::Meet, |_| ())
+    }
+
+    /// This rank's end in a group of `members`, of which it is one. Every rank calls, each of a part with the same members. Between
+    /// two calls all meet. `None`: it is the only one.
+    pub fn part(&self, members: &[usize]) -> Result<Option<Rank>, Lost> {
+        let parts = || {
+            let parts = self.group.parts.lock();
+            parts.expect("nothing panics while it holds this lock")
+        };
+        if members.len() > 1 && members.first() == Some(&self.rank) {
+            parts().extend(members.iter().copied().zip(group(members.len())));
+        }
+        self.meet()?;
+        Ok(parts().remove(&self.rank))
     }
 
     pub fn check(&self) -> Result<(), Lost> {

@@ -5,8 +5,8 @@
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::*};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -34,10 +34,17 @@ pub(super) struct Watch {
 struct Circle {
     rank: usize,
     world: usize,
-    group: Arc<Group>,
+    groups: Mutex<Groups>,
     lines: Vec<Line>,
     /// Lost, or ended here: nothing more is said.
     over: AtomicBool,
+}
+
+/// That end with the circle: of all its ranks, and of parts of them.
+struct Groups {
+    all: Vec<Arc<Group>>,
+    /// Why they were given up.
+    why: Option<(String, Over)>,
 }
 
 struct Line {
@@ -69,7 +76,10 @@ impl Watch {
         let circle = Arc::new(Circle {
             rank: place.rank,
             world: place.world,
-            group,
+            groups: Mutex::new(Groups {
+                all: vec![group],
+                why: None,
+            }),
             lines,
             over: AtomicBool::new(false),
         });
@@ -91,9 +101,17 @@ impl Watch {
         let Circle { rank, world, .. } = *self.circle;
         let how = "left the group";
         self.circle
-            .group
-            .give_up(&format!("rank {rank} of {world} {how}"), Over::Lost);
+            .give_up(format!("rank {rank} of {world} {how}"), Over::Lost);
         self.circle.part(rank, Over::Lost, how);
+    }
+
+    /// Another group of these ranks, or of some: it is given up with the first.
+    pub fn also_over(&self, group: Arc<Group>) {
+        let mut groups = self.circle.groups();
+        if let Some((why, over)) = &groups.why {
+            group.give_up(why, *over);
+        }
+        groups.all.push(group);
     }
 }
 
@@ -146,8 +164,7 @@ impl Circle {
         if self.over.swap(true, SeqCst) {
             return;
         }
-        self.group
-            .give_up(&format!("rank {rank} of {} {how}", self.world), over);
+        self.give_up(format!("rank {rank} of {} {how}", self.world), over);
         let word = match over {
             Over::Ended => rank as u8 | ENDED,
             Over::Lost => rank as u8,
@@ -158,6 +175,17 @@ impl Circle {
             let _ = stream.write_all(&[word]);
         }
         self.hang_up();
+    }
+
+    fn give_up(&self, why: String, over: Over) {
+        let mut groups = self.groups();
+        groups.all.iter().for_each(|group| group.give_up(&why, over));
+        groups.why = Some((why, over));
+    }
+
+    fn groups(&self) -> MutexGuard<'_, Groups> {
+        let groups = self.groups.lock();
+        groups.expect("nothing panics while it holds this lock")
     }
 
     fn hang_up(&self) {

@@ -7,13 +7,12 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use tandem_backend::MAX_WORLD;
-use tandem_backend::train::mates::Sharding;
 use tandem_backend::train::profile;
 use tandem_core::settings::{self, Group, Kind, Refused, Setting, Settings, TABLE, Trial};
 use tandem_core::suggest::closest;
 use tandem_router::hyper::Tuning;
 
+use super::placing::{Places, Placing};
 use super::{recipes, torchtune};
 
 /// As the field's examples do.
@@ -104,15 +103,41 @@ const KEYS: &[Key] = &[
     ),
     (
         "data_parallel_size",
-        &["nproc_per_node", "num_processes"],
-        "ranks that train together, each with a whole model: batch_size and gradient_accumulation_steps are of each (default: 1, or \
-         WORLD_SIZE where torchrun or Slurm start them)",
+        &[],
+        "models that train together, each on a rank or on tensor_parallel_size of them: batch_size and gradient_accumulation_steps \
+         are of each (default: as many as num_processes allows)",
+    ),
+    (
+        "tensor_parallel_size",
+        &["tensor_parallel_dim", "tp_size"],
+        "ranks that divide each model (default 1); LoRA",
+    ),
+    (
+        "num_processes",
+        &["nproc_per_node"],
+        "all ranks: data_parallel_size times tensor_parallel_size (default: WORLD_SIZE where torchrun or Slurm start them)",
     ),
     (
         "sharding_strategy",
         &["fsdp"],
-        "what these ranks hold in equal shares: NO_SHARD (default), SHARD_GRAD_OP (with method=full what is trained, its gradient \
-         and moments: ZeRO-2) or FULL_SHARD (the base too, each matrix whole only while it is multiplied with: ZeRO-3)",
+        "what models hold in equal shares: NO_SHARD (default), SHARD_GRAD_OP (with method=full what is trained, its gradient \
+         and moments: ZeRO-2) or FULL_SHARD (the base too, each matrix whole only while it is multiplied with: ZeRO-3); \
+         HYBRID_SHARD and HYBRID_SHARD_ZERO2 are these two within each machine, with copies between machines",
+    ),
+    (
+        "sharding_group_size",
+        &["data_parallel_shard_dim"],
+        "models that share, in groups, with copies between groups (default and -1: all, with HYBRID_SHARD those of a machine)",
+    ),
+    (
+        "replica_group_size",
+        &["data_parallel_replicate_dim"],
+        "groups that share; data_parallel_size is this times sharding_group_size",
+    ),
+    (
+        "hsdp",
+        &[],
+        "true: sharding_strategy is of groups, as in HYBRID_SHARD",
     ),
     (
         "enable_fsdp",
@@ -176,8 +201,7 @@ pub struct Recipe {
     pub dtype: String,
     pub quantization: Option<String>,
     pub device: String,
-    pub data_parallel_size: Option<usize>,
-    pub sharding: Sharding,
+    pub placing: Placing,
     /// Steps to trace.
     pub profile: Option<u64>,
     /// Rows to show.
@@ -205,7 +229,12 @@ struct Own {
     quantization: Option<String>,
     device: Option<String>,
     data_parallel_size: Option<usize>,
+    tensor_parallel_size: Option<usize>,
+    num_processes: Option<usize>,
     sharding_strategy: Option<String>,
+    sharding_group_size: Option<i64>,
+    replica_group_size: Option<usize>,
+    hsdp: Option<bool>,
     enable_fsdp: Option<bool>,
     profile: Option<Number>,
     preview: Option<Number>,
@@ -441,7 +470,12 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
         quantization,
         device,
         data_parallel_size,
+        tensor_parallel_size,
+        num_processes,
         sharding_strategy,
+        sharding_group_size,
+        replica_group_size,
+        hsdp,
         enable_fsdp,
         profile,
         preview,
@@ -488,13 +522,16 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
         }
         device = "cpu".to_owned();
     }
-    if let Some(ranks) = data_parallel_size.filter(|ranks| !(1..=MAX_WORLD).contains(ranks)) {
-        return Err(SettingsError::Wrong {
-            key: "data_parallel_size".to_owned(),
-            message: format!("must be a number of ranks between 1 and {MAX_WORLD}, got {ranks}"),
-        });
-    }
-    let sharding = sharding(sharding_strategy.as_deref(), enable_fsdp)?;
+    let placing = Placing::read(&Places {
+        data_parallel_size,
+        tensor_parallel_size,
+        num_processes,
+        sharding_strategy: sharding_strategy.as_deref(),
+        sharding_group_size,
+        replica_group_size,
+        hsdp,
+        enable_fsdp,
+    })?;
     let profile = profile.and_then(|profile| profile.or(PROFILE_STEPS));
     if let Some(steps) = profile.filter(|&steps| !(1..=profile::MAX_STEPS as usize).contains(&steps)) {
         return Err(SettingsError::Wrong {
@@ -524,8 +561,7 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
         dtype,
         quantization,
         device,
-        data_parallel_size,
-        sharding,
+        placing,
         profile: profile.map(|profile| profile as u64),
         preview: preview.and_then(|preview| preview.or(PREVIEW_ROWS)),
         settings,
@@ -578,35 +614,6 @@ fn of_others(key: &str, value: Value) -> Value {
         ("sharding_strategy", _, Some(true)) => "FULL_SHARD".into(),
         ("sharding_strategy", _, Some(false)) => Value::Null,
         _ => value,
-    }
-}
-
-fn sharding(strategy: Option<&str>, enable_fsdp: Option<bool>) -> Result<Sharding, SettingsError> {
-    let wrong = |message: String| SettingsError::Wrong {
-        key: "sharding_strategy".to_owned(),
-        message,
-    };
-    let sharding = match strategy {
-        None if enable_fsdp == Some(true) => Sharding::Parameters,
-        None | Some("" | "NO_SHARD") => Sharding::None,
-        Some("SHARD_GRAD_OP") => Sharding::Gradients,
-        Some("FULL_SHARD") => Sharding::Parameters,
-        Some(hybrid @ ("HYBRID_SHARD" | "HYBRID_SHARD_ZERO2" | "_HYBRID_SHARD_ZERO2")) => {
-            return Err(wrong(format!(
-                "{hybrid} divides ranks in groups, which is not supported: FULL_SHARD shares over all of them"
-            )));
-        }
-        Some(other) => {
-            return Err(wrong(format!(
-                "must be NO_SHARD, SHARD_GRAD_OP or FULL_SHARD, got {other}"
-            )));
-        }
-    };
-    match (enable_fsdp, strategy) {
-        (Some(false), Some(strategy)) if sharding != Sharding::None => Err(wrong(format!(
-            "{strategy} shares, enable_fsdp=false does not: give one of them"
-        ))),
-        _ => Ok(sharding),
     }
 }
 
@@ -761,12 +768,14 @@ mod tests {
             (&["load_in_4bit=true"], "not supported"),
             (&["nproc_per_node=0"], "between 1 and 64, got 0"),
             (&["nnodes=2"], "on each machine"),
-            (&["hsdp=true"], "sharding_strategy"),
             (&["deepspeed=ds.json"], "FULL_SHARD"),
-            (&["sharding_strategy=HYBRID_SHARD"], "FULL_SHARD shares over all"),
+            (
+                &["sharding_strategy=HALF_SHARD"],
+                "HYBRID_SHARD_ZERO2, got HALF_SHARD",
+            ),
             (
                 &["fsdp=full_shard offload"],
-                "NO_SHARD, SHARD_GRAD_OP or FULL_SHARD, got FULL_SHARD OFFLOAD",
+                "HYBRID_SHARD_ZERO2, got FULL_SHARD OFFLOAD",
             ),
             (
                 &["enable_fsdp=false", "sharding_strategy=FULL_SHARD"],
@@ -800,7 +809,7 @@ mod tests {
 
     #[test]
     fn strategies_of_fsdp_are_read() {
-        use Sharding::{Gradients, None, Parameters};
+        use tandem_backend::train::mates::Sharding::{Gradients, None, Parameters};
         for (more, expected) in [
             (&[][..], None),
             (&["sharding_strategy=NO_SHARD"], None),
@@ -811,10 +820,23 @@ mod tests {
             (&["fsdp=shard_grad_op"], Gradients),
             (&["fsdp="], None),
             (&["fsdp=true"], Parameters),
+            (&["fsdp=hybrid_shard auto_wrap"], Parameters),
+            (
+                &["hsdp=true", "sharding_group_size=2", "replica_group_size=1"],
+                Parameters,
+            ),
+            (
+                &[
+                    "data_parallel_shard_dim=-1",
+                    "data_parallel_replicate_dim=1",
+                    "tensor_parallel_dim=1",
+                ],
+                Parameters,
+            ),
         ] {
             let args: Vec<&str> = NEEDED.iter().chain(more).copied().collect();
             let recipe = asked(&args).unwrap_or_else(|error| panic!("{more:?}: {error}"));
-            assert_eq!(recipe.sharding, expected, "{more:?}");
+            assert_eq!(recipe.placing.sharding, expected, "{more:?}");
         }
     }
 

@@ -6,7 +6,7 @@ use tandem_backend::family::read_spec;
 use tandem_backend::lora::peft;
 use tandem_backend::ranks::Team;
 use tandem_backend::train::mates::Sharding;
-use tandem_backend::train::objective;
+use tandem_backend::train::mesh::Mesh;
 use tandem_backend::train::run::{Run, RunOptions};
 use tandem_core::dataset;
 use tandem_core::job::{Hyper, JobEvent, Lora, Method, StepReport, files};
@@ -28,8 +28,8 @@ struct Ended {
 }
 
 /// To the end, or to a stop behind step `until`.
-fn run(fixture: &Fixture, job: &Job, (world, sharding): (usize, Sharding), until: u64) -> Ended {
-    run_with(options(fixture, job, world, sharding, None), until)
+fn run(fixture: &Fixture, job: &Job, (world, mesh): (usize, Mesh), until: u64) -> Ended {
+    run_with(options(fixture, job, world, mesh, None), until)
 }
 
 fn run_with(options: RunOptions, until: u64) -> Ended {
@@ -52,13 +52,7 @@ fn run_with(options: RunOptions, until: u64) -> Ended {
     Ended { reports, validations }
 }
 
-fn options(
-    fixture: &Fixture,
-    job: &Job,
-    world: usize,
-    sharding: Sharding,
-    quantization: Option<&str>,
-) -> RunOptions {
+fn options(fixture: &Fixture, job: &Job, world: usize, mesh: Mesh, quantization: Option<&str>) -> RunOptions {
     let model = fixture.folder.clone();
     let options = RunOptions::new(
         job.spec.clone(),
@@ -69,8 +63,15 @@ fn options(
         Team::Threads(world),
     );
     RunOptions {
-        sharding,
+        mesh,
         ..options.expect("the model is there")
+    }
+}
+
+fn sharing(sharding: Sharding) -> Mesh {
+    Mesh {
+        sharding,
+        ..Mesh::PLAIN
     }
 }
 
@@ -130,7 +131,7 @@ fn several_ranks_train_as_one_that_has_their_micro_batches() {
             job
         };
         let alone = job();
-        let expected = run(&fixture, &alone, (1, Sharding::None), u64::MAX);
+        let expected = run(&fixture, &alone, (1, Mesh::PLAIN), u64::MAX);
         assert!(expected.reports.len() >= 6 && !expected.validations.is_empty());
         let mut compare = |what: &str, job: &Job, parts: &[Ended]| {
             let reports: Vec<&StepReport> = parts.iter().flat_map(|part| &part.reports).collect();
@@ -182,37 +183,41 @@ fn several_ranks_train_as_one_that_has_their_micro_batches() {
                 CLOSE,
             );
         };
-        let shares = objective::is_known(&job().spec.hyper.objective);
-        let shardings = [Sharding::None, Sharding::Gradients, Sharding::Parameters];
-        for (world, sharding) in [2, 3]
+        let shardings = [Sharding::None, Sharding::Gradients, Sharding::Parameters].map(sharing);
+        let plain = [2, 3]
             .into_iter()
-            .flat_map(|world| shardings.map(|sharding| (world, sharding)))
-        {
+            .flat_map(|world| shardings.map(|mesh| (world, mesh)));
+        // In groups of two.
+        let hybrid = [Sharding::Gradients, Sharding::Parameters].map(|sharding| {
+            let sharers = Some(2);
+            (
+                4,
+                Mesh {
+                    sharers,
+                    ..sharing(sharding)
+                },
+            )
+        });
+        for (world, mesh) in plain.chain(hybrid) {
             let job = job();
-            if !shares && sharding == Sharding::Parameters {
-                let error = Run::start(options(&fixture, &job, world, sharding, None))
-                    .err()
-                    .expect("it is refused");
-                assert!(error.to_string().contains("NO_SHARD"), "{error}");
-                continue;
-            }
-            let ended = run(&fixture, &job, (world, sharding), u64::MAX);
-            compare(&format!("{world} ranks, {sharding:?}"), &job, &[ended]);
+            let ended = run(&fixture, &job, (world, mesh), u64::MAX);
+            compare(&format!("{world} ranks, {mesh:?}"), &job, &[ended]);
         }
         // What is kept says nothing of ranks.
         let job = job();
-        let [three, two] = match shares {
-            true => [(3, Sharding::Parameters), (2, Sharding::Gradients)],
-            false => [(3, Sharding::None), (2, Sharding::None)],
-        };
-        let parts = [(three, 2), ((1, Sharding::None), 4), (two, u64::MAX)];
+        let parts = [
+            ((3, sharing(Sharding::Parameters)), 2),
+            ((1, Mesh::PLAIN), 4),
+            ((2, sharing(Sharding::Gradients)), u64::MAX),
+        ];
         let parts = parts.map(|(team, until)| run(&fixture, &job, team, until));
         compare("on 3, then 1, then 2 ranks", &job, &parts);
     }
     table.judge("data parallel against one rank");
 }
 
-/// Every kind of layer, experts of which a rank may have no rows among them; weights in few bits.
+/// Every kind of layer, experts of which a rank may have no rows among them; weights in few bits. Models of two ranks beside each
+/// other, too.
 #[test]
 fn ranks_that_share_parameters_train_every_family() {
     let mut table = Table::default();
@@ -243,31 +248,57 @@ fn ranks_that_share_parameters_train_every_family() {
                 ..hyper(method)
             };
             let rows = fixture.examples();
-            let train = |world, sharding| {
+            let train = |world, mesh| {
                 let job = Job::new(&rows, hyper.clone());
-                let options = options(&fixture, &job, world, sharding, quantization);
+                let options = options(&fixture, &job, world, mesh, quantization);
                 let Ended { reports, .. } = run_with(options, u64::MAX);
                 (reports, made(&job))
             };
-            let (expected, expected_made) = train(1, Sharding::None);
-            let (reports, made) = train(2, Sharding::Parameters);
-            assert!(reports.len() > 1 && reports.len() == expected.len());
-            let losses = reports.iter().zip(&expected);
-            let losses = losses.map(|(ours, expected)| (ours.loss - expected.loss).abs());
-            table.add(
-                name,
-                &format!("{what}: losses"),
-                losses.fold(0.0, f64::max),
-                CLOSE,
-            );
-            let numbers = made.iter().zip(&expected_made);
-            let numbers = numbers.map(|((_, ours), (_, expected))| max_difference(ours, expected));
-            table.add(
-                name,
-                &format!("{what}: numbers"),
-                numbers.fold(0.0, f64::max),
-                CLOSE_NUMBERS,
-            );
+            let (expected, expected_made) = train(1, Mesh::PLAIN);
+            let divided = |sharding, sharers| Mesh {
+                tensor_parallel: 2,
+                sharding,
+                sharers,
+            };
+            let mut meshes = vec![("shared", 2, sharing(Sharding::Parameters))];
+            if what != "full" {
+                meshes.push(("divided and shared", 4, divided(Sharding::Parameters, None)));
+            }
+            if what == "lora" && name == FAMILIES[0] {
+                meshes.extend([
+                    ("divided", 2, divided(Sharding::None, None)),
+                    ("divided, two models", 4, divided(Sharding::None, None)),
+                    (
+                        "divided, shared in groups",
+                        8,
+                        divided(Sharding::Parameters, Some(2)),
+                    ),
+                ]);
+            }
+            for (how, world, mesh) in meshes {
+                let (reports, made) = train(world, mesh);
+                assert!(reports.len() > 1 && reports.len() == expected.len());
+                let losses = reports.iter().zip(&expected);
+                let losses = losses.map(|(ours, expected)| (ours.loss - expected.loss).abs());
+                let losses = losses.fold(0.0, f64::max);
+                table.add(name, &format!("{what}, {how}: losses"), losses, CLOSE);
+                let numbers = made.iter().zip(&expected_made);
+                let numbers = numbers.map(|((_, ours), (_, expected))| max_difference(ours, expected));
+                let numbers = numbers.fold(0.0, f64::max);
+                table.add(name, &format!("{what}, {how}: numbers"), numbers, CLOSE_NUMBERS);
+            }
+            if what == "full" {
+                let job = Job::new(&rows, hyper.clone());
+                let refused = Run::start(options(&fixture, &job, 2, divided(Sharding::None, None), None));
+                let error = refused
+                    .err()
+                    .expect("every parameter is trained whole")
+                    .to_string();
+                assert!(
+                    error.contains("ranks that divide one model train LoRA"),
+                    "{error}"
+                );
+            }
         }
     }
     table.judge("ranks that share parameters against one rank");
