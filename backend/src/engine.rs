@@ -10,6 +10,7 @@ mod learners;
 #[cfg(test)]
 mod tests;
 mod traced;
+mod training;
 
 use std::hash::{BuildHasher, RandomState};
 use std::ops::ControlFlow;
@@ -42,6 +43,7 @@ use inbox::{Inbox, Word};
 use job::Supervisor;
 use jobs::Jobs;
 use learners::Learners;
+use training::Turns;
 
 /// Bytes of logits at a time when prompts are scored: `[T, V]` never exists whole.
 const SCORE_BYTES: usize = 32 << 20;
@@ -66,8 +68,7 @@ pub struct Engine {
     /// Supervisors of jobs that are over, with events they have not read or that are not due yet.
     farewells: Vec<Supervisor>,
     learners: Learners,
-    /// Else of a job.
-    is_turn_of_learners: bool,
+    turns: Turns,
     pace: Pace,
     counters: Counters,
     ranks: Ranks,
@@ -149,7 +150,7 @@ impl Engine {
             jobs: Jobs::new(max_training_jobs),
             farewells: vec![],
             learners: Learners::default(),
-            is_turn_of_learners: false,
+            turns: Turns::default(),
             pace,
             counters: Counters::default(),
             stats,
@@ -606,6 +607,7 @@ impl Engine {
                 self.ranks.leave();
                 // They go on from their last states: what is half done here is not to be kept.
                 self.jobs.forget();
+                self.turns.forget();
                 Fault::ReplicaLost(why)
             }
             None => {

@@ -13,7 +13,7 @@ use crate::message::Fault;
 use crate::trace::TraceContext;
 
 /// One learner of a replica. Unique for the life of the router that made it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct LearnerId(pub u64);
 
 /// Where an answer goes. Dropped when the replica is lost.
@@ -59,6 +59,9 @@ pub struct NewLearner {
     pub lora: Lora,
     /// Of the first numbers.
     pub seed: u64,
+    /// Whose it is: tenants share the time.
+    #[serde(default)]
+    pub tenant: String,
     /// The numbers to begin with instead.
     pub from: Option<Source>,
 }

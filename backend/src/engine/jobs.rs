@@ -1,10 +1,7 @@
-//! Fine-tuning jobs as the engine's tenants: whether one is begun beside others, whose quantum is next, what a failure
-//! costs. Jobs take turns by the time they were given, tenants alike however many jobs they have. Slices of several that fit into one go through the layers together.
-//! What is on its way is finished before another job has its turn, so that the activations of one slice are held at a
-//! time, however many jobs there are. Not here: training.
+//! Fine-tuning jobs as the engine's tenants: whether one is begun beside others, what becomes of what it did, what a failure
+//! costs. Not here: whose turn it is (training), one job (job).
 
-use std::ops::ControlFlow;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tandem_core::id::JobId;
 use tandem_core::job::{JobEvent, JobSpec};
@@ -16,26 +13,18 @@ use super::clients::Delivery;
 use super::files::{Begun, Done, Ticket};
 use super::job::{Fall, Job, Stage, Supervisor};
 use crate::guard::{self, TorchFault};
-use crate::model::Decoder;
-use crate::pace::{Budget, Load};
 use crate::ranks::Order;
 use crate::start::memory::Free;
-use crate::train::data::slice_tokens;
-use crate::train::joint::{self, Joint};
+use crate::train::joint::{Member, Who};
 use crate::train::memory::Memory;
 use crate::train::snapshot::{Occasion, Published, Written};
-use crate::train::turns::{self, PassClock, Turn};
+use crate::train::turns::Turn;
 use crate::train::{Quantum, TrainError, Trainer};
 
 pub struct Jobs {
     all: Vec<Job>,
     /// That train at once.
     most: usize,
-    /// Slices of several of them on their way.
-    joint: Option<Joint>,
-    passes: PassClock,
-    /// The time given to the job whose turn it was last: who could not go on meanwhile does not catch up.
-    given: Duration,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -46,13 +35,7 @@ enum Fate {
 
 impl Jobs {
     pub fn new(most: usize) -> Jobs {
-        Jobs {
-            all: vec![],
-            most,
-            joint: None,
-            passes: PassClock::default(),
-            given: Duration::ZERO,
-        }
+        Jobs { all: vec![], most }
     }
 
     pub fn len(&self) -> usize {
@@ -70,7 +53,6 @@ impl Jobs {
     /// What is half done is not to be kept.
     pub fn forget(&mut self) {
         self.all.clear();
-        self.joint = None;
     }
 
     fn find(&self, id: &JobId) -> Option<usize> {
@@ -106,58 +88,58 @@ impl Jobs {
         }
     }
 
-    /// Whose quantum is next: of several together, where there are several.
-    fn next(&mut self, most_rows: usize) -> Vec<usize> {
-        if let Some(joint) = &self.joint {
-            let member = |id| self.find(id).expect("a pass is given up when a job of it ends");
-            return joint.jobs().iter().map(member).collect();
-        }
+    fn job(&self, id: &JobId) -> Option<&Job> {
+        self.all.iter().find(|job| job.spec.id == *id)
+    }
+
+    fn job_mut(&mut self, id: &JobId) -> Option<&mut Job> {
+        self.all.iter_mut().find(|job| job.spec.id == *id)
+    }
+
+    pub fn trainer(&mut self, id: &JobId) -> Option<&mut Trainer> {
+        self.job_mut(id)?.trainer()
+    }
+
+    /// Those that have begun.
+    pub fn members(&mut self) -> impl Iterator<Item = (Who, &mut dyn Member)> {
+        self.all.iter_mut().filter_map(|job| {
+            let who = Who::Job(job.spec.id.clone());
+            Some((who, job.trainer()? as &mut dyn Member))
+        })
+    }
+
+    pub fn turns(&self) -> impl Iterator<Item = (Who, Turn)> {
+        let turn = |job: &Job| (Who::Job(job.spec.id.clone()), job.turn());
+        self.all.iter().map(turn)
+    }
+
+    /// Those that cannot go on now have been given as much as everybody.
+    pub fn do_not_catch_up(&mut self, given: Duration) {
         for job in self.all.iter_mut().filter(|job| !job.can_go_on()) {
-            job.given = job.given.max(self.given);
-        }
-        let turns: Vec<Turn> = self.all.iter().map(Job::turn).collect();
-        turns::next(&turns, most_rows, self.passes.last())
-    }
-
-    /// What each of `members` has of their next quantum; together 1.
-    fn shares(&self, members: &[usize]) -> Vec<f64> {
-        let rows = members.iter().map(|&i| match &self.all[i].stage {
-            Stage::Trains(trainer) => trainer.slice_rows() as f64,
-            Stage::Begins(_) => 0.0,
-        });
-        let rows: Vec<f64> = rows.collect();
-        match (members.len(), rows.iter().sum::<f64>()) {
-            (1, _) => vec![1.0],
-            (_, all) => rows.iter().map(|rows| rows / all).collect(),
+            job.given = job.given.max(given);
         }
     }
 
-    fn quantum(&mut self, members: &[usize], base: &Decoder) -> Result<Quantum, TrainError> {
-        let mut all: Vec<Option<&mut Trainer>> = self.all.iter_mut().map(Job::trainer).collect();
-        let trainer = |&i: &usize| all[i].take().expect("what is ready has begun");
-        let mut trainers: Vec<&mut Trainer> = members.iter().map(trainer).collect();
-        match &mut trainers[..] {
-            [alone] => alone.quantum(Some(base)),
-            several => {
-                joint::quantum(&mut self.joint, several, base);
-                Ok(Quantum::default())
-            }
-        }
+    pub fn holds_activations(&self, id: &JobId) -> bool {
+        self.job(id).is_some_and(Job::holds_activations)
     }
 
-    fn ran(&mut self, members: &[usize], shares: &[f64], took: Duration) {
-        let goes_on = |&i: &usize| self.all[i].holds_activations();
-        let is_amid = self.joint.is_some() || members.iter().any(goes_on);
-        self.passes.took(took, is_amid);
-        for (&i, &share) in members.iter().zip(shares) {
-            // Jobs of one tenant share its time: what one of them is given counts for each.
-            let tenant = &self.all[i].spec.tenant;
-            let of_tenant = |job: &&Job| job.can_go_on() && job.spec.tenant == *tenant;
-            let n = self.all.iter().filter(of_tenant).count().max(1);
-            let job = &mut self.all[i];
-            self.given = self.given.max(job.given);
-            job.given += took.mul_f64(share * n as f64);
-        }
+    pub fn given(&mut self, id: &JobId) -> Option<&mut Duration> {
+        self.job_mut(id).map(|job| &mut job.given)
+    }
+
+    pub fn tenant(&self, id: &JobId) -> Option<&str> {
+        self.job(id).map(|job| job.spec.tenant.as_str())
+    }
+
+    /// How many of a tenant's go on.
+    pub fn going_on(&self, tenant: &str) -> usize {
+        let of_tenant = |job: &&Job| job.can_go_on() && job.spec.tenant == tenant;
+        self.all.iter().filter(of_tenant).count()
+    }
+
+    pub fn quantum_span(&mut self, id: &JobId) -> Span {
+        self.job_mut(id).map_or(Span::none(), Job::quantum_span)
     }
 }
 
@@ -170,7 +152,7 @@ impl Engine {
             return drop(events.try_send(JobEvent::Refused { message }));
         }
         let ticket = self.files.begin(spec.clone());
-        let job = Job::new(spec, ticket, events, memory, self.jobs.given);
+        let job = Job::new(spec, ticket, events, memory, self.turns.given());
         self.jobs.all.push(job);
     }
 
@@ -310,93 +292,30 @@ impl Engine {
         self.farewells.iter().for_each(Supervisor::give_up_waiting);
     }
 
-    /// As many quanta as the pace allows, of jobs and of learners in turns. Alone, one a turn: a turn costs microseconds
-    /// and hears what was said.
-    pub(super) fn train_within(&mut self) -> ControlFlow<()> {
-        loop {
-            let load = self.load();
-            if self.pace.budget(load) == Budget::Nothing {
-                return ControlFlow::Continue(());
-            }
-            self.is_turn_of_learners ^= true;
-            let first = self.quantum(load)?;
-            // Who has nothing to do gives its turn to the other.
-            if !first {
-                self.is_turn_of_learners ^= true;
-                if !self.quantum(load)? {
-                    return ControlFlow::Continue(());
-                }
-            }
-            if load == Load::Idle || !self.inbox.is_empty() {
-                return ControlFlow::Continue(());
-            }
-        }
-    }
-
-    /// `Continue(false)`: whose turn it is has nothing to do.
-    fn quantum(&mut self, load: Load) -> ControlFlow<(), bool> {
-        match self.is_turn_of_learners {
-            true => self.learner_quantum(load),
-            false => self.job_quantum(load),
-        }
-    }
-
-    fn job_quantum(&mut self, load: Load) -> ControlFlow<(), bool> {
+    pub(super) fn let_unsupervised_jobs_go(&mut self) {
         let left = |job: &mut Job| job.supervisor.deliver() == Delivery::Left;
         while let Some(i) = self.jobs.all.iter_mut().position(left) {
             warn!(job = %self.jobs.all[i].spec.id, "nobody supervises the job any more");
             self.keep_job(i);
         }
-        let members = self.jobs.next(slice_tokens(self.decoder.device()));
-        let Some(&i) = members.first() else {
-            return ControlFlow::Continue(false);
-        };
-        let id = |&i: &usize| self.jobs.all[i].spec.id.clone();
-        let ids: Vec<JobId> = members.iter().map(id).collect();
-        let shares = self.jobs.shares(&members);
-        if members.len() > 1 && self.jobs.joint.is_none() {
-            self.counters.shared_passes += 1;
-            self.counters.shared_slices += members.len() as u64;
-        }
-        // In the trace of each.
-        let spans = members.iter().map(|&i| self.jobs.all[i].quantum_span());
-        let spans: Vec<Span> = spans.collect();
-        let began = Instant::now();
-        let result = guard::torch(|| {
-            self.ranks.order_adapters(self.bank.changes());
-            self.ranks.order(|| Order::Quantum(ids.clone()));
-            self.ranks.send();
-            self.jobs.quantum(&members, &self.decoder)
-        });
-        let took = began.elapsed();
-        drop(spans);
-        self.pace.trained(took, load);
-        self.counters.train_seconds += took.as_secs_f64();
-        self.jobs.ran(&members, &shares, took);
-        match result {
-            Ok(Ok(quantum)) => match self.trained(i, quantum) {
+    }
+
+    /// What came of a quantum of a job alone.
+    pub(super) fn job_trained(&mut self, who: &Who, quantum: Result<Quantum, TrainError>) {
+        let Who::Job(id) = who else { return };
+        let Some(i) = self.jobs.find(id) else { return };
+        match quantum {
+            Ok(quantum) => match self.trained(i, quantum) {
                 Fate::GoesOn => {}
                 Fate::Over => self.end_job(i, None),
             },
-            // Of one alone: nothing of a pass is judged.
-            Ok(Err(error)) => {
+            Err(error) => {
                 let job = &self.jobs.all[i];
                 warn!(job = %job.spec.id, step = job.step(), %error, "training failed");
                 let message = error.to_string();
                 self.end_job(i, Some(JobEvent::Failed { message }));
             }
-            Err(fault) if self.is_fatal(&fault) => {
-                self.lose(fault)?;
-            }
-            Err(fault) => {
-                self.jobs.joint = None;
-                for id in ids {
-                    let i = self.jobs.find(&id).expect("it was to run");
-                    self.job_fell(i, fault.clone());
-                }
-            }
         }
-        ControlFlow::Continue(true)
     }
 
     fn trained(&mut self, i: usize, quantum: Quantum) -> Fate {
@@ -432,7 +351,8 @@ impl Engine {
     }
 
     /// A quantum panicked: what it left is unknown, so the job goes on from its last state.
-    fn job_fell(&mut self, i: usize, fault: TorchFault) {
+    pub(super) fn job_fell(&mut self, id: &JobId, fault: TorchFault) {
+        let Some(i) = self.jobs.find(id) else { return };
         let job = &mut self.jobs.all[i];
         let step = job.step();
         warn!(job = %job.spec.id, step, %fault, "a training quantum failed");
@@ -470,10 +390,14 @@ impl Engine {
     /// The job is over; its last events reach its supervisor even when the channel is full now, or they are not due.
     fn end_job(&mut self, i: usize, last: Option<JobEvent>) {
         let Job {
-            mut supervisor, spec, ..
+            mut supervisor,
+            spec,
+            stage,
+            ..
         } = self.jobs.all.remove(i);
-        let others = self.jobs.all.iter_mut().filter_map(Job::trainer);
-        joint::part(&mut self.jobs.joint, &spec.id, others);
+        if let Stage::Trains(trainer) = stage {
+            self.turns.leave(&Who::Job(spec.id.clone()), trainer);
+        }
         self.ranks.order(|| Order::EndJob(spec.id));
         last.into_iter().for_each(|event| supervisor.tell(event));
         if supervisor.is_to_hear_more() {

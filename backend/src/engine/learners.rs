@@ -1,9 +1,8 @@
-//! Learners that clients drive, as the engine's tenants: each does what it is asked in order, a quantum at a time, in turns
-//! with the others and with the job. Not here: what a quantum computes (train), the order of a client's calls (router).
+//! Learners that clients drive, as the engine's tenants: each does what it is asked in order, a quantum at a time. Not here:
+//! whose turn it is (training), what a quantum computes (train), the order of a client's calls (router).
 
 use std::collections::{BTreeMap, VecDeque};
-use std::ops::ControlFlow;
-use std::time::Instant;
+use std::time::Duration;
 
 use tandem_core::id::{AdapterDigest, Digest};
 use tandem_core::learner::{Batch, Learn, LearnerId, NewLearner, Pass, Reply, Saved, Scores};
@@ -14,10 +13,11 @@ use tracing::{Span, trace_span, warn};
 
 use super::Engine;
 use super::files::Ticket;
-use crate::guard::{self, TorchFault};
-use crate::pace::Load;
+use crate::guard::TorchFault;
 use crate::train::TrainError;
 use crate::train::driven::{Driven, Progress};
+use crate::train::joint::{Member, Who};
+use crate::train::turns::Turn;
 
 /// Learners of a replica at most.
 const MAX_LEARNERS: usize = 128;
@@ -27,8 +27,6 @@ const SNAPSHOTS: u64 = 2;
 #[derive(Default)]
 pub struct Learners {
     all: BTreeMap<LearnerId, Place>,
-    /// Whose turn was last.
-    last: Option<LearnerId>,
     /// Snapshots made.
     snapshots: u64,
     /// Being written, and who waits for it.
@@ -40,16 +38,38 @@ struct Place {
     queue: VecDeque<Learn>,
     /// Of the numbers as they are now.
     snapshot: Option<AdapterDigest>,
+    tenant: String,
+    /// The time of its quanta, and what it did not get while it had nothing to do.
+    given: Duration,
+    /// Its last call ended by a fault: what made it fall must not make others fall, so its slices go alone.
+    has_fallen: bool,
 }
 
 enum Stage {
     /// Its numbers are drawn or read; meanwhile it may have others, which stay if that fails.
     Made(Ticket, Reply<()>, Option<Box<Driven>>),
     Here(Box<Driven>),
-    /// In the midst of a call, how many tokens that is, and the call's span.
-    Busy(Box<Driven>, Reply<Scores>, u64, Option<TraceContext>),
+    Busy(Box<Driven>, Task),
     /// It could not be made.
     Lost(String),
+}
+
+/// What a learner is in the midst of, and who waits for it.
+enum Task {
+    /// How many tokens it learns from, and the call's span.
+    Call(Reply<Scores>, u64, Option<TraceContext>),
+    /// Its numbers are being copied.
+    Save(Reply<Saved>),
+}
+
+impl Task {
+    fn refuse(self, fault: Fault) {
+        // Whoever asked may be gone.
+        match self {
+            Task::Call(reply, ..) => drop(reply.send(Err(fault))),
+            Task::Save(reply) => drop(reply.send(Err(fault))),
+        }
+    }
 }
 
 impl Place {
@@ -61,10 +81,33 @@ impl Place {
         }
     }
 
+    fn turn(&self) -> Turn {
+        let turn = match &self.stage {
+            Stage::Busy(driven, _) => Turn::of_driven(driven, self.given),
+            Stage::Made(..) | Stage::Here(_) | Stage::Lost(_) => Turn {
+                is_brief: true,
+                given: self.given,
+                ..Turn::default()
+            },
+        };
+        Turn {
+            is_ready: self.can_go_on(),
+            rows_to_join: turn.rows_to_join.filter(|_| !self.has_fallen),
+            ..turn
+        }
+    }
+
+    fn member(&mut self) -> Option<&mut dyn Member> {
+        match &mut self.stage {
+            Stage::Busy(driven, _) => Some(driven.as_mut()),
+            Stage::Made(..) | Stage::Here(_) | Stage::Lost(_) => None,
+        }
+    }
+
     /// Of the next quantum, in that of its call; to be held as long as it takes.
     fn quantum_span(&self) -> Span {
         match &self.stage {
-            Stage::Busy(_, _, _, Some(call)) => {
+            Stage::Busy(_, Task::Call(_, _, Some(call))) => {
                 trace_span!(target: TARGET, "training quantum", otel.parent = %call)
             }
             _ => Span::none(),
@@ -77,17 +120,45 @@ impl Learners {
         self.all.values().any(Place::can_go_on)
     }
 
-    /// The next that has something to do, after the one whose turn was last.
-    fn next(&mut self) -> Option<LearnerId> {
-        let ready = || {
-            self.all
-                .iter()
-                .filter(|(_, place)| place.can_go_on())
-                .map(|(id, _)| *id)
-        };
-        let next = ready().find(|id| self.last.is_none_or(|last| *id > last));
-        self.last = next.or_else(|| ready().next());
-        self.last
+    /// Those in the midst of a call.
+    pub fn members(&mut self) -> impl Iterator<Item = (Who, &mut dyn Member)> {
+        let places = self.all.iter_mut();
+        places.filter_map(|(id, place)| Some((Who::Learner(*id), place.member()?)))
+    }
+
+    pub fn turns(&self) -> impl Iterator<Item = (Who, Turn)> {
+        let turn = |(id, place): (&LearnerId, &Place)| (Who::Learner(*id), place.turn());
+        self.all.iter().map(turn)
+    }
+
+    /// Those that have nothing to do now have been given as much as everybody.
+    pub fn do_not_catch_up(&mut self, given: Duration) {
+        for place in self.all.values_mut().filter(|place| !place.can_go_on()) {
+            place.given = place.given.max(given);
+        }
+    }
+
+    pub fn holds_activations(&self, id: LearnerId) -> bool {
+        let turn = self.all.get(&id).map(Place::turn);
+        turn.is_some_and(|turn| turn.holds_activations)
+    }
+
+    pub fn given(&mut self, id: LearnerId) -> Option<&mut Duration> {
+        self.all.get_mut(&id).map(|place| &mut place.given)
+    }
+
+    pub fn tenant(&self, id: LearnerId) -> Option<&str> {
+        self.all.get(&id).map(|place| place.tenant.as_str())
+    }
+
+    /// How many of a tenant's have something to do.
+    pub fn going_on(&self, tenant: &str) -> usize {
+        let of_tenant = |place: &&Place| place.can_go_on() && place.tenant == tenant;
+        self.all.values().filter(of_tenant).count()
+    }
+
+    pub fn quantum_span(&self, id: LearnerId) -> Span {
+        self.all.get(&id).map_or(Span::none(), Place::quantum_span)
     }
 
     /// Everybody hears why it ends.
@@ -95,7 +166,7 @@ impl Learners {
         for (_, place) in std::mem::take(&mut self.all) {
             match place.stage {
                 Stage::Made(_, reply, _) => drop(reply.send(Err(farewell.clone()))),
-                Stage::Busy(_, reply, ..) => drop(reply.send(Err(farewell.clone()))),
+                Stage::Busy(_, task) => task.refuse(farewell.clone()),
                 Stage::Here(_) | Stage::Lost(_) => {}
             }
             place
@@ -112,7 +183,7 @@ impl Learners {
 impl Engine {
     pub(super) fn learn(&mut self, id: LearnerId, learn: Learn) {
         match (learn, self.learners.all.get_mut(&id)) {
-            (Learn::Drop, _) => drop(self.learners.all.remove(&id)),
+            (Learn::Drop, _) => self.drop_learner(id),
             (Learn::Create(new, reply), None) => self.make_learner(id, &new, reply),
             (learn @ Learn::Create(..), Some(_)) => {
                 learn.refuse(Fault::Refused(format!("learner {} is there already", id.0)));
@@ -122,6 +193,16 @@ impl Engine {
                 let why = "the engine was started since and does not have this model: load what was saved as a new one";
                 learn.refuse(Fault::ReplicaLost(why.to_owned()));
             }
+        }
+    }
+
+    fn drop_learner(&mut self, id: LearnerId) {
+        if let Some(Place {
+            stage: Stage::Busy(driven, _),
+            ..
+        }) = self.learners.all.remove(&id)
+        {
+            self.turns.leave(&Who::Learner(id), driven);
         }
     }
 
@@ -146,6 +227,9 @@ impl Engine {
             stage: Stage::Made(ticket, reply, None),
             queue: VecDeque::new(),
             snapshot: None,
+            tenant: new.tenant.clone(),
+            given: self.turns.given(),
+            has_fallen: false,
         };
         self.learners.all.insert(id, place);
     }
@@ -188,34 +272,19 @@ impl Engine {
         }
     }
 
-    /// One quantum of the learner whose turn it is. `Continue(false)`: none has anything to do.
-    pub(super) fn learner_quantum(&mut self, load: Load) -> ControlFlow<(), bool> {
-        let Some(id) = self.learners.next() else {
-            return ControlFlow::Continue(false);
-        };
-        let span = self.learners.all.get(&id).map(Place::quantum_span);
-        let began = Instant::now();
-        let done = guard::torch(|| self.advance_learner(id));
-        let took = began.elapsed();
-        drop(span);
-        self.pace.trained(took, load);
-        self.counters.train_seconds += took.as_secs_f64();
-        match done {
-            Ok(()) => {}
-            Err(fault) if self.is_fatal(&fault) => {
-                self.lose(fault)?;
-            }
-            Err(fault) => self.learner_fell(id, &fault),
-        }
-        ControlFlow::Continue(true)
-    }
-
-    fn advance_learner(&mut self, id: LearnerId) {
+    /// One quantum of a learner alone.
+    pub(super) fn advance_learner(&mut self, id: LearnerId) {
         let place = self.learners.all.get_mut(&id).expect("it is its turn");
-        if let Stage::Busy(driven, ..) = &mut place.stage {
+        if let Stage::Busy(driven, _) = &mut place.stage {
             match driven.advance(&self.decoder) {
                 Ok(Progress::On) => {}
-                Ok(Progress::Done(scores)) => self.answer_call(id, Ok(scores)),
+                Ok(Progress::Scored(scores)) => self.answer_call(id, Ok(scores)),
+                Ok(Progress::Copied(copy)) => {
+                    let ticket = self.files.save_learner(*copy);
+                    if let Some(Task::Save(reply)) = self.end_task(id) {
+                        self.learners.saving.push((ticket, reply));
+                    }
+                }
                 Err(fault) => self.answer_call(id, Err(fault)),
             }
             return;
@@ -255,13 +324,14 @@ impl Engine {
                 let _ = reply.send(snapshot);
             }
             Learn::Save(save, reply) => {
-                let ticket = self.files.save_learner(driven.copy(save));
-                self.learners.saving.push((ticket, reply));
+                driven.begin_save(save);
+                self.begin_task(id, Task::Save(reply));
             }
             Learn::Load(source, reply) => {
                 let new = NewLearner {
                     lora: driven.lora().clone(),
                     seed: 0,
+                    tenant: place.tenant.clone(),
                     from: Some(source),
                 };
                 let ticket = self.files.make_learner(new);
@@ -285,36 +355,58 @@ impl Engine {
             Pass::ForwardBackward => batch.data.iter().map(|datum| datum.tokens.len() as u64).sum(),
         };
         let place = self.learners.all.get_mut(&id).expect("it is its turn");
+        if let Stage::Here(driven) = &mut place.stage {
+            let trace = batch.trace;
+            driven.begin(batch);
+            self.begin_task(id, Task::Call(reply, learned, trace));
+        }
+    }
+
+    fn begin_task(&mut self, id: LearnerId, task: Task) {
+        let place = self.learners.all.get_mut(&id).expect("it is its turn");
+        let nothing = Stage::Lost(String::new());
+        place.stage = match std::mem::replace(&mut place.stage, nothing) {
+            Stage::Here(driven) => Stage::Busy(driven, task),
+            other => other,
+        };
+    }
+
+    fn end_task(&mut self, id: LearnerId) -> Option<Task> {
+        let place = self.learners.all.get_mut(&id)?;
         let nothing = Stage::Lost(String::new());
         match std::mem::replace(&mut place.stage, nothing) {
-            Stage::Here(mut driven) => {
-                let trace = batch.trace;
-                driven.begin(batch);
-                place.stage = Stage::Busy(driven, reply, learned, trace);
+            Stage::Busy(mut driven, task) => {
+                driven.give_up();
+                place.stage = Stage::Here(driven);
+                Some(task)
             }
-            other => place.stage = other,
+            other => {
+                place.stage = other;
+                None
+            }
         }
     }
 
     fn answer_call(&mut self, id: LearnerId, answer: Result<Scores, Fault>) {
-        let place = self.learners.all.get_mut(&id).expect("it is its turn");
-        let nothing = Stage::Lost(String::new());
-        match std::mem::replace(&mut place.stage, nothing) {
-            Stage::Busy(mut driven, reply, learned, _) => {
-                driven.give_up();
+        match (self.end_task(id), answer) {
+            (Some(Task::Call(reply, learned, _)), answer) => {
                 if answer.is_ok() {
                     self.counters.trained_tokens += learned;
+                    self.learners.all.get_mut(&id).expect("it is there").has_fallen = false;
                 }
                 let _ = reply.send(answer);
-                place.stage = Stage::Here(driven);
             }
-            other => place.stage = other,
+            (Some(task), Err(fault)) => task.refuse(fault),
+            (Some(Task::Save(_)), Ok(_)) | (None, _) => {}
         }
     }
 
     /// A quantum panicked: the call fails, gradients are not to be used any more, the numbers are as they were.
-    fn learner_fell(&mut self, id: LearnerId, fault: &TorchFault) {
+    pub(super) fn learner_fell(&mut self, id: LearnerId, fault: &TorchFault) {
         warn!(learner = id.0, %fault, "a client's training quantum failed");
+        if let Some(place) = self.learners.all.get_mut(&id) {
+            place.has_fallen = true;
+        }
         self.answer_call(id, Err(Fault::Step(fault.message.clone())));
     }
 }

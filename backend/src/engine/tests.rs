@@ -29,6 +29,7 @@ mod answers;
 mod clients;
 mod grammars;
 mod jobs;
+mod learners;
 
 /// The trained model in the repository.
 fn demo() -> PathBuf {

@@ -17,7 +17,7 @@ use crate::lora::adapter::Adapter;
 use crate::lora::params::AdapterParams;
 use crate::model::Decoder;
 use crate::train::Trainer;
-use crate::train::joint::{self, Joint};
+use crate::train::joint::{self, Joint, Member, Who};
 
 pub struct Follower {
     decoder: Decoder,
@@ -83,9 +83,9 @@ impl Follower {
                 self.part(&id);
                 self.jobs.insert(id, trainer);
             }
-            Order::Quantum(jobs) => match &jobs[..] {
-                [job] => self.quantum(job.clone()),
-                several => self.joint_quantum(several),
+            Order::Quantum(who) => match &who[..] {
+                [Who::Job(job)] if self.joint.is_none() => self.quantum(job.clone()),
+                together => self.joint_quantum(together),
             },
             Order::EndJob(job) => self.part(&job),
             Order::Stop => return ControlFlow::Break(()),
@@ -124,20 +124,23 @@ impl Follower {
         }
     }
 
-    fn joint_quantum(&mut self, ids: &[JobId]) {
-        let mut all: HashMap<&JobId, &mut Trainer> = self.jobs.iter_mut().collect();
-        let trainer = |id| match all.remove(id) {
-            Some(trainer) => trainer,
-            None => panic!("a quantum of {id}, which is not here"),
+    fn joint_quantum(&mut self, together: &[Who]) {
+        let jobs = self.jobs.iter_mut();
+        let jobs = jobs.map(|(id, job)| (Who::Job(id.clone()), job as &mut dyn Member));
+        let mut all: HashMap<Who, &mut dyn Member> = jobs.collect();
+        let member = |who: &Who| match all.remove(who) {
+            Some(member) => (who.clone(), member),
+            None => panic!("a quantum of {who:?}, which is not here"),
         };
-        let mut trainers: Vec<&mut Trainer> = ids.iter().map(trainer).collect();
-        joint::quantum(&mut self.joint, &mut trainers, &self.decoder);
+        let mut members: Vec<(Who, &mut dyn Member)> = together.iter().map(member).collect();
+        joint::quantum(&mut self.joint, &mut members, &self.decoder);
     }
 
     /// The job ends, or begins anew.
     fn part(&mut self, id: &JobId) {
-        self.jobs.remove(id);
-        joint::part(&mut self.joint, id, self.jobs.values_mut());
+        if let Some(job) = self.jobs.remove(id) {
+            joint::leave(&mut self.joint, &Who::Job(id.clone()), Box::new(job));
+        }
     }
 
     fn packed(&self, params: &AdapterParams) -> Adapter {

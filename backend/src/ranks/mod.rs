@@ -22,6 +22,7 @@ pub use team::{Assembled, Followers, Team, follow_meeting, follow_parent, gather
 use crate::bank::Change;
 use crate::batch::{Step, StepRow};
 use crate::lora::params::{AdapterParams, AdapterShape};
+use crate::train::joint::Who;
 use crate::train::{Inputs, run};
 
 /// What the ranks have come for: the first thing that rank 0 says.
@@ -63,8 +64,8 @@ pub enum Order {
     Publish(AdapterDigest, JobId),
     Evict(AdapterDigest),
     StartJob(Box<JobSpec>, Inputs),
-    /// The job's next quantum; of several jobs together, where there are several.
-    Quantum(Vec<JobId>),
+    /// The next quantum of one, or of several together.
+    Quantum(Vec<Who>),
     EndJob(JobId),
     /// The replica ends in order.
     Stop,

@@ -1,26 +1,26 @@
 //! A learner that a client drives call by call: batches are scored and add gradients a quantum at a time, as a job's do, and
 //! between calls its numbers are stepped, packed to answer, or copied to be kept. What one call computes depends on its own
 //! data alone: how they are cut into slices, and the numbers that are trained, never on who else is served or trained.
-//! Not here: when it runs (engine), what a loss is (objective).
+//! Not here: when it runs (engine), a batch on its way (call).
 
-use std::collections::VecDeque;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use tandem_core::id::AdapterRef;
 use tandem_core::job::Lora;
-use tandem_core::learner::{self, Adam, Batch, Datum, Loss, NewLearner, Saved, Saving, Scores, Stepped};
+use tandem_core::learner::{self, Adam, Batch, NewLearner, Save, Saved, Saving, Scores, Stepped};
 use tandem_core::message::Fault;
 use tandem_kernels::adamw::AdamW;
-use tch::{Device, Tensor};
+use tandem_kernels::loss::LogProbs;
+use tch::Tensor;
 
 use super::TrainError;
-use super::data::Slice;
+use super::call::{self, Call};
+use super::joint::{Member, Next};
 use super::learner::{Learner, LoraView, Unusable, Update};
-use super::objective::policy;
-use super::pass::{Advanced, Context, KEEP_BYTES, Look, Pass};
+use super::pass::Learns;
+use super::snapshot::Copying;
 use super::state::{self, Tensors};
 use crate::lora::adapter::Adapter;
 use crate::lora::fit::Fit;
@@ -28,41 +28,24 @@ use crate::lora::params::{AdapterParams, AdapterShape};
 use crate::lora::peft::{self, PeftConfig};
 use crate::model::Decoder;
 
-/// Of the activations that a pass keeps: several learners may each hold one beside a job's.
-const LEARNER_KEEP_BYTES: i64 = KEEP_BYTES / 4;
-
 pub struct Driven {
     learner: Learner,
     /// Optimizer steps of its numbers.
     steps: u64,
-    call: Option<Accumulation>,
+    work: Option<Work>,
 }
 
-/// A batch on its way.
-struct Accumulation {
-    loss: Loss,
-    pass: learner::Pass,
-    data: Vec<Datum>,
-    cuts: VecDeque<Cut>,
-    at: Option<At>,
-    scores: Scores,
-}
-
-/// Neighbouring data that go through the layers together. Labels stand in the order of the data's targets.
-struct Cut {
-    slice: Slice,
-    data: Range<usize>,
-}
-
-enum At {
-    Scores(Look, Cut),
-    Learns(Pass, Range<usize>),
+/// What is on its way.
+enum Work {
+    Call(Box<Call>),
+    Save(Save, Copying),
 }
 
 /// What [`Driven::advance`] came to.
 pub enum Progress {
     On,
-    Done(Scores),
+    Scored(Scores),
+    Copied(Box<Copy>),
 }
 
 /// What is kept of a learner, beside the tensors.
@@ -92,7 +75,7 @@ impl Driven {
         let mut made = Driven {
             learner: Learner::lora(new.lora.clone(), fit, new.seed)?,
             steps: 0,
-            call: None,
+            work: None,
         };
         if let Some(source) = &new.from {
             made.take(&new.lora, source)?;
@@ -147,93 +130,62 @@ impl Driven {
 
     /// Takes a call in; [`Driven::advance`] does it.
     pub fn begin(&mut self, batch: Batch) {
-        let Batch {
-            loss,
-            data,
-            pass,
-            trace: _,
-        } = batch;
-        let cuts = cuts(&data, self.learner.device());
-        self.call = Some(Accumulation {
-            loss,
-            pass,
-            scores: Scores {
-                loss: 0.0,
-                logprobs: vec![vec![]; data.len()],
-            },
-            cuts,
-            data,
-            at: None,
-        });
+        let call = Call::new(batch, self.learner.device());
+        self.work = Some(Work::Call(Box::new(call)));
     }
 
-    /// One quantum of the call that [`Driven::begin`] took in.
+    /// Takes in that the numbers are to be kept as they are now; [`Driven::advance`] copies them.
+    pub fn begin_save(&mut self, save: Save) {
+        let mut numbers = vec![self.learner.flat()];
+        if save.what == Saving::State {
+            numbers.extend(self.learner.memory().into_iter().map(|(_, tensor)| tensor));
+        }
+        self.work = Some(Work::Save(save, Copying::of(numbers)));
+    }
+
+    /// One quantum of what was begun.
     pub fn advance(&mut self, base: &Decoder) -> Result<Progress, Fault> {
-        let mut call = self.call.take().expect("a call was begun");
-        let (decoder, adapter) = self.learner.parts(Some(base));
-        let context = Context {
-            decoder,
-            learns: &[self.learner.trained().into()],
-            keep_bytes: LEARNER_KEEP_BYTES,
-        };
-        let at = match (call.at.take(), call.pass) {
-            (None, pass) => match (call.cuts.pop_front(), pass) {
-                (None, _) => return Ok(Progress::Done(call.scores)),
-                (Some(cut), learner::Pass::Forward) => {
-                    At::Scores(Look::enter(&cut.slice, decoder, adapter), cut)
-                }
-                (Some(Cut { mut slice, data }), learner::Pass::ForwardBackward) => {
-                    let pass = match call.loss {
-                        // Its weights are known: the loss and its gradient are one product of the head.
-                        Loss::CrossEntropy => {
-                            let weights = call.data[data.clone()].iter().flat_map(|datum| {
-                                let n = datum.targets.len();
-                                (0..n).map(|i| datum.weights.get(i).copied().unwrap_or(1.0))
-                            });
-                            for (label, weight) in slice.labels.iter_mut().zip(weights) {
-                                label.2 = weight;
-                            }
-                            Pass::enter(&[(&slice, 0)], &context)
-                        }
-                        _ => Pass::enter_to_be_weighed((&slice, 0), &context),
-                    };
-                    At::Learns(pass, data)
-                }
+        match self.work.take().expect("something was begun") {
+            Work::Call(mut call) => match call.advance(&self.learner, base)? {
+                call::Progress::Done(scores) => return Ok(Progress::Scored(scores)),
+                call::Progress::On => self.work = Some(Work::Call(call)),
             },
-            (Some(At::Scores(look, cut)), _) => match look.advance(&cut.slice, decoder, adapter) {
-                Err(look) => At::Scores(look, cut),
-                Ok(found) => {
-                    call.weigh(cut.data, &found.log_probs)?;
-                    return Ok(self.go_on(call));
-                }
+            Work::Save(save, copying) => match copying.advance() {
+                Ok(copies) => return Ok(Progress::Copied(Box::new(self.copy(save, copies)))),
+                Err(copying) => self.work = Some(Work::Save(save, copying)),
             },
-            (Some(At::Learns(pass, data)), _) => match pass.advance(&context) {
-                Advanced::On(pass) => At::Learns(pass, data),
-                Advanced::Scored(scored) => {
-                    let log_probs = scored.found().log_probs.clone();
-                    let dlogp = call.weigh(data.clone(), &log_probs)?;
-                    At::Learns(scored.weighed(&dlogp), data)
-                }
-                Advanced::Through(found) => {
-                    if call.loss == Loss::CrossEntropy {
-                        call.weigh(data, &found[0].log_probs)?;
-                    }
-                    return Ok(self.go_on(call));
-                }
-            },
-        };
-        call.at = Some(at);
-        Ok(self.go_on(call))
+        }
+        Ok(Progress::On)
     }
 
-    fn go_on(&mut self, call: Accumulation) -> Progress {
-        self.call = Some(call);
-        Progress::On
+    fn call(&self) -> Option<&Call> {
+        match &self.work {
+            Some(Work::Call(call)) => Some(call),
+            Some(Work::Save(..)) | None => None,
+        }
+    }
+
+    /// In a pass that others share.
+    fn lent(&mut self) -> &mut Call {
+        match &mut self.work {
+            Some(Work::Call(call)) => call,
+            Some(Work::Save(..)) | None => unreachable!("a call gives slices"),
+        }
+    }
+
+    /// Whether a slice is on its way, whose activations wait for its backward.
+    pub fn holds_activations(&self) -> bool {
+        self.call().is_some_and(Call::holds_activations)
+    }
+
+    /// Whether the next quantum is short.
+    pub fn is_brief(&self) -> bool {
+        self.call().is_none_or(Call::is_over)
     }
 
     /// What was begun is given up; gradients that it added stay until they are cleared.
     pub fn give_up(&mut self) {
-        self.call = None;
+        self.work = None;
     }
 
     pub fn clear(&mut self) {
@@ -293,75 +245,56 @@ impl Driven {
             .map_err(|error| Fault::Refused(error.to_string()))
     }
 
-    pub fn copy(&self, save: learner::Save) -> Copy {
+    /// `copies`: of the numbers, and of what the optimizer remembers of them.
+    fn copy(&self, save: Save, copies: Vec<Tensor>) -> Copy {
         let LoraView { lora, params, .. } = self.adapter();
-        let learner::Save { folder, what } = save;
+        let Save { folder, what } = save;
+        let mut copies = copies.into_iter();
         Copy {
             folder,
             lora: lora.clone(),
             steps: self.steps,
             params: AdapterParams {
-                flat: params.flat.copy(),
+                flat: copies.next().expect("the numbers are copied first"),
                 shape: params.shape.clone(),
             },
             what: match what {
-                Saving::State => Copied::State {
-                    memory: self
-                        .learner
-                        .memory()
-                        .into_iter()
-                        .map(|(name, tensor)| (name, tensor.copy()))
-                        .collect(),
-                },
+                Saving::State => {
+                    let names = self.learner.memory().into_iter().map(|(name, _)| name);
+                    Copied::State {
+                        memory: names.zip(copies).collect(),
+                    }
+                }
                 Saving::Adapter { base_model } => Copied::Adapter { base_model },
             },
         }
     }
 }
 
-impl Accumulation {
-    /// Log-probabilities of all targets of `data`: kept, and their loss with its derivatives.
-    fn weigh(&mut self, data: Range<usize>, log_probs: &[f32]) -> Result<Vec<f32>, Fault> {
-        let mut dlogp = Vec::with_capacity(log_probs.len());
-        let mut rest = log_probs;
-        for n in data {
-            let datum = &self.data[n];
-            let (of_datum, behind) = rest.split_at(datum.targets.len());
-            rest = behind;
-            let weighed = policy::weigh(self.loss, datum, of_datum);
-            if !weighed.loss.is_finite() || weighed.dlogp.iter().any(|number| !number.is_finite()) {
-                return Err(Fault::Refused(format!(
-                    "datum {n}: its {} is {}: log-probabilities of the model or of who sampled are out of range",
-                    self.loss.name(),
-                    weighed.loss
-                )));
-            }
-            self.scores.loss += weighed.loss;
-            self.scores.logprobs[n] = of_datum.to_vec();
-            dlogp.extend(weighed.dlogp);
-        }
-        Ok(dlogp)
+impl Member for Driven {
+    fn next_slice(&self) -> Option<Next<'_>> {
+        self.call()?.next_slice()
     }
-}
 
-/// The data as slices, in order.
-fn cuts(data: &[Datum], device: Device) -> VecDeque<Cut> {
-    let mut cuts: VecDeque<Cut> = VecDeque::new();
-    for (n, datum) in data.iter().enumerate() {
-        let fits = |cut: &Cut| cut.slice.has_room(datum.tokens.len(), device);
-        if !cuts.back().is_some_and(fits) {
-            cuts.push_back(Cut {
-                slice: Slice::default(),
-                data: n..n,
-            });
-        }
-        let cut = cuts.back_mut().expect("there is one now");
-        let label = |(i, &target): (usize, &u32)| ((i / datum.columns) as i64, target, 0.0);
-        cut.slice
-            .push(&datum.tokens, datum.targets.iter().enumerate().map(label));
-        cut.data.end = n + 1;
+    fn lend(&mut self) {
+        self.lent().lend();
     }
-    cuts
+
+    fn learns(&self) -> Learns<'_> {
+        self.learner.trained().into()
+    }
+
+    fn weigh(&mut self, log_probs: &[f32]) -> Vec<f32> {
+        self.lent().weigh_beside(log_probs)
+    }
+
+    fn take_back(&mut self, found: &LogProbs) {
+        self.lent().take_back(found);
+    }
+
+    fn slice_rows(&self) -> usize {
+        self.call().map_or(0, Call::slice_rows)
+    }
 }
 
 impl Copy {

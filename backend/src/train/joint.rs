@@ -1,76 +1,153 @@
-//! Slices of several jobs in one pass: the base's products read its weights once for all of them, forward and back. Each
-//! job's rows have their own adapter, dropout and gradient, and a row's numbers do not depend on the rows beside it, so a
-//! job comes to the same bytes alone and with others. Not here: which jobs go together (engine).
+//! Slices of several who train in one pass: the base's products read its weights once for all of them, forward and back. Each
+//! one's rows have their own adapter, dropout and gradient, and a row's numbers do not depend on the rows beside it, so jobs and
+//! clients' calls come to the same bytes alone and with others. Who leaves while a slice is on its way leaves it with the pass:
+//! nobody else has to begin anew. Not here: who goes together (turns).
 
+use serde::{Deserialize, Serialize};
 use tandem_core::id::JobId;
+use tandem_core::learner::LearnerId;
 use tandem_kernels::loss::LogProbs;
 
-use super::pass::{Advanced, Context, Entry, KEEP_BYTES, Learns, Pass};
+use super::pass::{Advanced, Context, Entry, KEEP_BYTES, Learns, Pass, Scored};
 use super::{OnItsWay, Stage, Trainer, Work, through};
 use crate::model::Decoder;
 
+/// Who trains.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Who {
+    Job(JobId),
+    Learner(LearnerId),
+}
+
+/// Who gives slices to passes that others share.
+pub trait Member: Send {
+    /// The slice that goes into a pass with the next quantum, alone or with those of others. None where something else is
+    /// next.
+    fn next_slice(&self) -> Option<Next<'_>>;
+    /// It goes with others.
+    fn lend(&mut self);
+    fn learns(&self) -> Learns<'_>;
+    /// The derivative of what is minimised by each log-probability of its slice's labels, where they are to be weighed.
+    fn weigh(&mut self, log_probs: &[f32]) -> Vec<f32>;
+    /// Its slice went forward and back with others.
+    fn take_back(&mut self, found: &LogProbs);
+    /// Rows of the slice that is next or on its way.
+    fn slice_rows(&self) -> usize;
+
+    /// Rows of the slice that goes into a pass with the next quantum.
+    fn next_rows(&self) -> Option<usize> {
+        self.next_slice().map(|next| next.entry.0.tokens.len())
+    }
+}
+
+/// A slice that is next.
+pub struct Next<'a> {
+    pub entry: Entry<'a>,
+    /// Else its labels are scored and then weighed.
+    pub is_weighed: bool,
+}
+
 pub struct Joint {
-    jobs: Vec<JobId>,
+    members: Vec<Place>,
     pass: Pass,
 }
 
-/// One quantum of `trainers` together: a sublayer, or some labels, further; without `joint` the next slice of each
-/// ([`Trainer::next_rows`]) goes in. `joint` is gone when they are through.
-pub fn quantum(joint: &mut Option<Joint>, trainers: &mut [&mut Trainer], base: &Decoder) {
+enum Place {
+    Here(Who),
+    /// It left. What its rows add to nobody reads.
+    Left(Box<dyn Member>),
+}
+
+/// One quantum of `members` together: a sublayer, or some labels, further; without `joint` the next slice of each goes in.
+/// They are those of `joint` that have not left, in its order. `joint` is gone when they are through.
+pub fn quantum(joint: &mut Option<Joint>, members: &mut [(Who, &mut dyn Member)], base: &Decoder) {
     let _no_grad = tch::no_grad_guard();
     *joint = match joint.take() {
-        Some(joint) => joint.advance(trainers, base),
-        None => Some(Joint::begin(trainers, base)),
+        Some(joint) => joint.advance(members, base),
+        None => Some(Joint::begin(members, base)),
     };
 }
 
 impl Joint {
-    fn begin(trainers: &mut [&mut Trainer], base: &Decoder) -> Joint {
-        let slices = trainers.iter().map(|trainer| trainer.next_slice());
-        let slices: Vec<Entry> = slices
-            .map(|slice| slice.expect("who joins has a slice"))
-            .collect();
-        let pass = Pass::enter(&slices, &context(&learns(trainers), base));
-        trainers.iter_mut().for_each(|trainer| trainer.lend());
+    fn begin(members: &mut [(Who, &mut dyn Member)], base: &Decoder) -> Joint {
+        let next = members.iter().map(|(_, member)| member.next_slice());
+        let next: Vec<Next> = next.map(|next| next.expect("who joins has a slice")).collect();
+        let entries: Vec<Entry> = next.iter().map(|next| next.entry).collect();
+        let later = (0..next.len()).filter(|&i| !next[i].is_weighed);
+        let learns: Vec<Learns> = members.iter().map(|(_, member)| member.learns()).collect();
+        let pass = Pass::enter(&entries, &context(&learns, base)).to_be_weighed(later);
+        members.iter_mut().for_each(|(_, member)| member.lend());
+        let place = |(who, _): &(Who, _)| Place::Here(who.clone());
         Joint {
-            jobs: trainers.iter().map(|trainer| trainer.spec().id.clone()).collect(),
+            members: members.iter().map(place).collect(),
             pass,
         }
     }
 
-    fn advance(self, trainers: &mut [&mut Trainer], base: &Decoder) -> Option<Joint> {
-        let Joint { jobs, pass } = self;
-        assert!(
-            trainers.iter().map(|trainer| &trainer.spec().id).eq(&jobs),
-            "a pass ends with those it began with"
-        );
-        match pass.advance(&context(&learns(trainers), base)) {
-            Advanced::On(pass) => Some(Joint { jobs, pass }),
-            Advanced::Through(found) => {
-                for (trainer, found) in trainers.iter_mut().zip(found) {
-                    trainer.take_back(&found);
+    fn advance(self, members: &mut [(Who, &mut dyn Member)], base: &Decoder) -> Option<Joint> {
+        let Joint {
+            members: mut places,
+            pass,
+        } = self;
+        let mut here = members.iter_mut();
+        let mut all: Vec<&mut dyn Member> = vec![];
+        for place in &mut places {
+            all.push(match place {
+                Place::Left(member) => member.as_mut(),
+                Place::Here(who) => {
+                    let (same, member) = here.next().expect("a pass ends with those it began with");
+                    assert_eq!(who, same, "a pass goes on in its order");
+                    &mut **member
                 }
-                None
-            }
-            Advanced::Scored(_) => unreachable!("its weights are known"),
+            });
         }
+        let advanced = {
+            let learns: Vec<Learns> = all.iter().map(|member| member.learns()).collect();
+            pass.advance(&context(&learns, base))
+        };
+        let pass = match advanced {
+            Advanced::On(pass) => pass,
+            Advanced::Scored(scored) => weighed(scored, &mut all),
+            Advanced::Through(found) => {
+                all.iter_mut()
+                    .zip(&found)
+                    .for_each(|(member, found)| member.take_back(found));
+                return None;
+            }
+        };
+        Some(Joint {
+            members: places,
+            pass,
+        })
     }
 
-    pub fn jobs(&self) -> &[JobId] {
-        &self.jobs
+    /// Those that have not left.
+    pub fn members(&self) -> impl Iterator<Item = &Who> {
+        self.members.iter().filter_map(|place| match place {
+            Place::Here(who) => Some(who),
+            Place::Left(_) => None,
+        })
     }
 }
 
-/// `job` leaves: where it is of `joint`, that is given up, and those of `trainers` who were of it begin their step again.
-pub fn part<'a>(joint: &mut Option<Joint>, job: &JobId, trainers: impl Iterator<Item = &'a mut Trainer>) {
-    if joint.as_ref().is_some_and(|joint| joint.jobs.contains(job)) {
+fn weighed(scored: Scored, members: &mut [&mut dyn Member]) -> Pass {
+    let derivatives = scored
+        .by_slice()
+        .map(|(i, log_probs)| members[i].weigh(log_probs));
+    let derivatives: Vec<Vec<f32>> = derivatives.collect();
+    scored.weighed(&derivatives.concat())
+}
+
+/// `who` leaves: where its slice is on its way with others, `member` stays with the pass to its end.
+pub fn leave(joint: &mut Option<Joint>, who: &Who, member: Box<dyn Member>) {
+    let Some(pass) = joint else { return };
+    let is_it = |place: &&mut Place| matches!(place, Place::Here(here) if here == who);
+    if let Some(place) = pass.members.iter_mut().find(is_it) {
+        *place = Place::Left(member);
+    }
+    if pass.members().next().is_none() {
         *joint = None;
-        trainers.for_each(Trainer::begin_again);
     }
-}
-
-fn learns<'a>(trainers: &'a [&mut Trainer]) -> Vec<Learns<'a>> {
-    trainers.iter().map(|trainer| trainer.learns()).collect()
 }
 
 fn context<'a>(learns: &'a [Learns<'a>], decoder: &'a Decoder) -> Context<'a> {
@@ -81,25 +158,49 @@ fn context<'a>(learns: &'a [Learns<'a>], decoder: &'a Decoder) -> Context<'a> {
     }
 }
 
-impl Trainer {
-    /// Rows of the slice that goes into a pass with the next quantum, alone or with those of other jobs. None where
-    /// something else is next. Slices that are weighed after their forward go alone.
-    pub fn next_rows(&self) -> Option<usize> {
-        self.next_slice().map(|(slice, _)| slice.tokens.len())
-    }
-
-    fn next_slice(&self) -> Option<Entry<'_>> {
+impl Member for Trainer {
+    /// Slices of objectives that weigh several together go alone.
+    fn next_slice(&self) -> Option<Next<'_>> {
         match self.slice()? {
-            (slice, None) => Some(slice),
+            (entry, None) => Some(Next {
+                entry,
+                is_weighed: true,
+            }),
             (_, Some(_)) => None,
         }
     }
 
-    /// Rows of the slice that is next or on its way.
-    pub fn slice_rows(&self) -> usize {
-        self.slice().map_or(0, |((slice, _), _)| slice.tokens.len())
+    fn lend(&mut self) {
+        if let Stage::Accumulate(step) = &mut self.stage
+            && let Work::Slices { pass, .. } = &mut step.work
+        {
+            *pass = Some(OnItsWay::WithOthers);
+        }
     }
 
+    fn learns(&self) -> Learns<'_> {
+        Trainer::learns(self)
+    }
+
+    fn weigh(&mut self, _: &[f32]) -> Vec<f32> {
+        unreachable!("its weights are known")
+    }
+
+    fn take_back(&mut self, found: &LogProbs) {
+        if let Stage::Accumulate(step) = &mut self.stage
+            && let Work::Slices { slices, pass } = &mut step.work
+        {
+            *pass = None;
+            through(slices, &mut step.scores, found);
+        }
+    }
+
+    fn slice_rows(&self) -> usize {
+        self.slice().map_or(0, |((slice, _), _)| slice.tokens.len())
+    }
+}
+
+impl Trainer {
     /// The slice that is next or on its way.
     fn slice(&self) -> Option<(Entry<'_>, Option<&OnItsWay>)> {
         let Stage::Accumulate(step) = &self.stage else {
@@ -110,31 +211,5 @@ impl Trainer {
         };
         let (slice, before) = slices.last()?;
         Some(((slice, *before), pass.as_ref()))
-    }
-
-    /// Its next slice goes with others.
-    fn lend(&mut self) {
-        if let Stage::Accumulate(step) = &mut self.stage
-            && let Work::Slices { pass, .. } = &mut step.work
-        {
-            *pass = Some(OnItsWay::WithOthers);
-        }
-    }
-
-    /// Its slice went forward and back with others.
-    fn take_back(&mut self, found: &LogProbs) {
-        if let Stage::Accumulate(step) = &mut self.stage
-            && let Work::Slices { slices, pass } = &mut step.work
-        {
-            *pass = None;
-            through(slices, &mut step.scores, found);
-        }
-    }
-
-    /// The pass that its slice went into is given up: what it added to the gradient is unknown.
-    fn begin_again(&mut self) {
-        if matches!(self.slice(), Some((_, Some(OnItsWay::WithOthers)))) {
-            self.stage = Stage::Begin;
-        }
     }
 }

@@ -13,6 +13,7 @@
 
 pub mod batch;
 mod best;
+mod call;
 pub mod data;
 pub mod driven;
 pub mod joint;
@@ -265,7 +266,7 @@ enum Work {
 
 enum OnItsWay {
     Alone(Box<Pass>),
-    /// In a pass with those of other jobs ([`joint::Joint`]).
+    /// In a pass with those of others ([`joint::Joint`]).
     WithOthers,
 }
 

@@ -28,26 +28,28 @@
 //!
 //! Not here: which sequences (data), what is minimised (objective), the optimizer (learner).
 
+mod labels;
+mod look;
+
 use std::ops::Range;
 
 use tandem_kernels::loss::LogProbs;
-use tch::{Device, Tensor};
+use tch::Tensor;
 
-use super::data::{Label, Slice};
+pub use look::Look;
+
+use super::data::Slice;
 use super::noise::Noise;
 use super::profile::Doing;
 use crate::lora::adapter::{Adapter, AdapterRows};
 use crate::lora::params::AdapterParams;
 use crate::model::full::FullParams;
-use crate::model::{
-    Batch, Context as Attention, Decoder, Dropout, HeadHere, Saved, TrainPass, Trainable, TrainedRows,
-};
+use crate::model::{Decoder, Dropout, HeadHere, Saved, TrainPass, Trainable, TrainedRows};
+use labels::{Labels, rows_at_once};
 
 /// Activations of the slices that are on their way that may be kept for their backward; beyond, layers run again in the
 /// backward.
 pub const KEEP_BYTES: i64 = 2 << 30;
-/// Multiplications of the head in one go: what bounds the loss's part of a quantum as the slice bounds a layer's.
-const HEAD_PRODUCTS: i64 = 1 << 28;
 
 /// What every quantum of a pass is given. The same one for all quanta of a pass: what it says must not change meanwhile.
 #[derive(Clone, Copy)]
@@ -101,8 +103,6 @@ pub struct Pass {
     parts: Vec<Part>,
     /// Of each sublayer that it went through forward, and not yet backward.
     kept: Vec<Kept>,
-    /// Whether the weights of `slice` are final.
-    is_weighed: bool,
     /// Of the labels that are done.
     found: LogProbs,
     at: At,
@@ -114,12 +114,16 @@ struct Part {
     rows: Range<usize>,
     labels: Range<usize>,
     rows_before: u64,
+    /// Whether the weights of its labels are final.
+    is_weighed: bool,
+    /// Whether no row has several labels.
+    is_row_once: bool,
 }
 
 enum At {
     /// Hidden states.
     Forward(Tensor),
-    /// Hidden states behind the last sublayer, of which labels are scored.
+    /// Hidden states behind the last sublayer, of which the labels that have no weights yet are scored.
     Scoring { hidden: Tensor, head: HeadHere },
     /// The labels that are done have their rows of the gradient.
     Loss {
@@ -144,7 +148,7 @@ enum Kept {
 pub enum Advanced {
     /// There is more to do.
     On(Pass),
-    /// All labels have their log-probabilities, and wait for weights. Only after [`Pass::enter_to_be_weighed`].
+    /// Labels have their log-probabilities, and wait for weights. Only after [`Pass::to_be_weighed`].
     Scored(Scored),
     /// Through: gradients were added. What was found of the labels of each slice.
     Through(Vec<LogProbs>),
@@ -187,6 +191,8 @@ impl Pass {
                 rows: first_row..slice.tokens.len(),
                 labels: first_label..slice.labels.len(),
                 rows_before,
+                is_weighed: true,
+                is_row_once: next.labels.windows(2).all(|pair| pair[0].0 < pair[1].0),
             });
         }
         let adapted = parts
@@ -218,18 +224,22 @@ impl Pass {
             slice,
             parts,
             kept: vec![],
-            is_weighed: true,
             found: LogProbs::default(),
             at: At::Forward(embedded),
         }
     }
 
-    /// It stops when its labels are scored, for [`Scored::weighed`].
-    pub fn enter_to_be_weighed(slice: Entry, context: &Context) -> Pass {
-        Pass {
-            is_weighed: false,
-            ..Pass::enter(&[slice], context)
+    /// It stops when the labels of the slices of these numbers are scored, for [`Scored::weighed`].
+    pub fn to_be_weighed(mut self, slices: impl IntoIterator<Item = usize>) -> Pass {
+        for i in slices {
+            self.parts[i].is_weighed = false;
         }
+        self
+    }
+
+    /// Of one slice, which is to be weighed.
+    pub fn enter_to_be_weighed(slice: Entry, context: &Context) -> Pass {
+        Pass::enter(&[slice], context).to_be_weighed([0])
     }
 
     /// A sublayer, or some labels, further.
@@ -238,7 +248,6 @@ impl Pass {
             slice,
             parts,
             mut kept,
-            is_weighed,
             mut found,
             at,
         } = self;
@@ -266,6 +275,7 @@ impl Pass {
                     false if kept.len().is_multiple_of(2) => Kept::Input(input),
                     false => Kept::Nothing,
                 });
+                let is_weighed = parts.iter().all(|part| part.is_weighed);
                 match (kept.len() == decoder.n_sublayers(), is_weighed) {
                     (false, _) => At::Forward(hidden),
                     (true, false) => At::Scoring {
@@ -279,25 +289,26 @@ impl Pass {
                     },
                 }
             }
-            At::Scoring { hidden, head } if found.log_probs.len() == slice.labels.len() => {
-                return Advanced::Scored(Scored {
-                    slice,
-                    parts,
-                    kept,
-                    found,
-                    hidden,
-                    head,
-                });
-            }
-            At::Scoring { hidden, head } => {
-                let next = next_labels(&parts, context, &found);
-                let trained = trained_labels(&parts, context.learns, &next);
-                let labels = Labels::of(&slice.labels[next], decoder.device());
-                let normed = labels.normed(&hidden, decoder);
-                let branches = decoder.trained_head(&normed, Trainable::Lora(&trained));
-                found.extend(decoder.log_probs(&normed, &labels.tokens, &head, &branches));
-                At::Scoring { hidden, head }
-            }
+            At::Scoring { hidden, head } => match next_scored(&parts, decoder, &found) {
+                None => {
+                    return Advanced::Scored(Scored {
+                        slice,
+                        parts,
+                        kept,
+                        found,
+                        hidden,
+                        head,
+                    });
+                }
+                Some(next) => {
+                    let trained = trained_labels(&parts, context.learns, &next);
+                    let labels = Labels::of(&slice.labels[next], decoder.device());
+                    let normed = labels.normed(&hidden, decoder);
+                    let branches = decoder.trained_head(&normed, Trainable::Lora(&trained));
+                    found.extend(decoder.log_probs(&normed, &labels.tokens, &head, &branches));
+                    At::Scoring { hidden, head }
+                }
+            },
             At::Loss { dhidden, .. } if found.log_probs.len() == slice.labels.len() => At::Backward(dhidden),
             At::Loss {
                 hidden,
@@ -310,8 +321,19 @@ impl Pass {
                     Trainable::Lora(_) => Trainable::Lora(&trained),
                     whole => whole,
                 };
+                let is_within = |part: &&Part| part.labels.start < next.end && next.start < part.labels.end;
+                let is_row_once = parts.iter().filter(is_within).all(|part| part.is_row_once);
                 let labels = Labels::of(&slice.labels[next], decoder.device());
-                found.extend(loss(&labels, &hidden, &mut dhidden, decoder, &head, trainable));
+                let out = loss(
+                    &labels,
+                    is_row_once,
+                    &hidden,
+                    &mut dhidden,
+                    decoder,
+                    &head,
+                    trainable,
+                );
+                found.extend(out);
                 At::Loss {
                     hidden,
                     dhidden,
@@ -346,7 +368,6 @@ impl Pass {
             slice,
             parts,
             kept,
-            is_weighed,
             found,
             at,
         })
@@ -358,33 +379,50 @@ impl Scored {
         &self.slice
     }
 
-    /// log p of each label of the slice, in order.
+    /// log p of each label that is to be weighed, in order.
     pub fn found(&self) -> &LogProbs {
         &self.found
     }
 
-    /// Goes backward with `dlogp`: the derivative of what is minimised by the log-probability of each label, in order.
+    /// The same by slice, for those that are to be weighed: which, and what was found.
+    pub fn by_slice(&self) -> impl Iterator<Item = (usize, &[f32])> {
+        let mut before = 0;
+        let later = self.parts.iter().enumerate().filter(|(_, part)| !part.is_weighed);
+        later.map(move |(i, part)| {
+            let start = before;
+            before += part.labels.len();
+            (i, &self.found.log_probs[start..before])
+        })
+    }
+
+    /// Goes backward with `dlogp`: the derivative of what is minimised by the log-probability of each label that was to be
+    /// weighed, in order.
     ///
     /// # Panics
-    /// When there is not one number for each label.
+    /// When there is not one number for each.
     pub fn weighed(self, dlogp: &[f32]) -> Pass {
         let Scored {
             mut slice,
-            parts,
+            mut parts,
             kept,
-            found: _,
+            found,
             hidden,
             head,
         } = self;
-        assert_eq!(dlogp.len(), slice.labels.len(), "a number for each label");
-        for (label, dlogp) in slice.labels.iter_mut().zip(dlogp) {
-            label.2 = -dlogp;
+        assert_eq!(dlogp.len(), found.log_probs.len(), "a number for each label");
+        let mut dlogp = dlogp.iter();
+        for part in parts.iter_mut().filter(|part| !part.is_weighed) {
+            part.is_weighed = true;
+            let labels = &mut slice.labels[part.labels.clone()];
+            labels
+                .iter_mut()
+                .zip(&mut dlogp)
+                .for_each(|(label, dlogp)| label.2 = -dlogp);
         }
         Pass {
             slice,
             parts,
             kept,
-            is_weighed: true,
             // The head runs again, to the same bits: the gradient of logits needs all of them.
             found: LogProbs::default(),
             at: At::Loss {
@@ -396,90 +434,27 @@ impl Scored {
     }
 }
 
-/// A slice on its way to the log-probabilities of its labels and no further: validation, references. No dropout.
-pub struct Look {
-    hidden: Tensor,
-    /// Sublayers it went through.
-    sublayers: usize,
-    /// Behind the last of them.
-    head: Option<HeadHere>,
-    found: LogProbs,
+/// The labels that are scored in the next quantum: of slices that lie side by side.
+fn next_scored(parts: &[Part], decoder: &Decoder, found: &LogProbs) -> Option<Range<usize>> {
+    let mut before = found.log_probs.len();
+    let mut later = parts.iter().filter(|part| !part.is_weighed);
+    let first = later.find(|part| match before < part.labels.len() {
+        true => true,
+        false => {
+            before -= part.labels.len();
+            false
+        }
+    })?;
+    let start = first.labels.start + before;
+    let end = later.fold(first.labels.end, |end, part| match part.labels.start == end {
+        true => part.labels.end,
+        false => end,
+    });
+    Some(start..end.min(start + rows_at_once(decoder)))
 }
 
-impl Look {
-    /// With the adapter that it will advance with.
-    pub fn enter(slice: &Slice, decoder: &Decoder, adapter: Option<&Adapter>) -> Look {
-        let lora = adapter.map(|adapter| AdapterRows {
-            rows: 0..slice.tokens.len(),
-            adapter,
-        });
-        Look {
-            hidden: decoder.embed(&slice.tokens, lora.as_slice()),
-            sublayers: 0,
-            head: None,
-            found: LogProbs::default(),
-        }
-    }
-
-    /// A sublayer, or some labels, further, under `adapter` or the base. The log-probabilities of all labels, in order,
-    /// when it is through.
-    pub fn advance(
-        self,
-        slice: &Slice,
-        decoder: &Decoder,
-        adapter: Option<&Adapter>,
-    ) -> Result<LogProbs, Look> {
-        let Look {
-            hidden,
-            sublayers,
-            head,
-            mut found,
-        } = self;
-        if sublayers < decoder.n_sublayers() {
-            let lora = adapter.map(|adapter| AdapterRows {
-                rows: 0..slice.tokens.len(),
-                adapter,
-            });
-            let batch = Batch {
-                tokens: &slice.tokens,
-                positions: &slice.positions,
-                context: Attention::Packed {
-                    cu_seqlens: &slice.cu_seqlens,
-                },
-                lora: lora.as_slice(),
-            };
-            return Err(Look {
-                hidden: decoder.sublayer(sublayers, hidden, &batch),
-                sublayers: sublayers + 1,
-                head,
-                found,
-            });
-        }
-        let head = head.unwrap_or_else(|| decoder.head_here());
-        if found.log_probs.len() == slice.labels.len() {
-            return Ok(found);
-        }
-        let done = found.log_probs.len();
-        let next = done..slice.labels.len().min(done + rows_at_once(decoder));
-        let labels = Labels::of(&slice.labels[next], decoder.device());
-        let lora = adapter.map(|adapter| AdapterRows {
-            rows: 0..labels.tokens.len(),
-            adapter,
-        });
-        let branches = decoder.served_head(lora.as_slice());
-        let normed = labels.normed(&hidden, decoder);
-        found.extend(decoder.log_probs(&normed, &labels.tokens, &head, &branches));
-        Err(Look {
-            hidden,
-            sublayers,
-            head: Some(head),
-            found,
-        })
-    }
-}
-
-/// The labels that are done in the next quantum. Where the head is adapted none reaches over the end of a slice: gradients of
-/// the adapter are sums over rows, and must be summed alike alone and beside others.
+/// The labels that are done in the next quantum. None reaches over the end of a slice where the head is adapted, because gradients
+/// of the adapter are sums over rows, or where a row has several labels: these sums must be the same alone and beside others.
 fn next_labels(parts: &[Part], context: &Context, found: &LogProbs) -> Range<usize> {
     let &Context { decoder, learns, .. } = context;
     let done = found.log_probs.len();
@@ -488,7 +463,8 @@ fn next_labels(parts: &[Part], context: &Context, found: &LogProbs) -> Range<usi
         Trained::Adapter { adapter, .. } => decoder.adapts_head(adapter),
         Trained::Model { .. } => false,
     };
-    let end = match learns.iter().any(adapts_head) {
+    let has_sums = learns.iter().any(adapts_head) || !parts.iter().all(|part| part.is_row_once);
+    let end = match has_sums {
         true => parts.iter().map(|part| part.labels.end).find(|&end| end > done),
         false => None,
     };
@@ -498,6 +474,7 @@ fn next_labels(parts: &[Part], context: &Context, found: &LogProbs) -> Range<usi
 /// Log-probabilities of `labels`; adds gradients, and writes their rows of `dhidden [T, H]`.
 fn loss(
     labels: &Labels,
+    is_row_once: bool,
     hidden: &Tensor,
     dhidden: &mut Tensor,
     decoder: &Decoder,
@@ -508,47 +485,13 @@ fn loss(
     let normed = decoder.final_norm(&rows);
     let out = decoder.cross_entropy(&normed, &labels.tokens, &labels.weights, head, trainable);
     let drows = decoder.final_norm_backward(&rows, &out.dhidden, trainable);
-    let _ = match labels.is_row_once {
+    let _ = match is_row_once {
         true => dhidden.index_copy_(0, &labels.rows, &drows),
         false => dhidden.index_add_(0, &labels.rows, &drows),
     };
     LogProbs {
         log_probs: out.log_probs,
         correct: out.correct,
-    }
-}
-
-/// A function of the model alone, like the slice: the same job must give the same bytes. A GPU wants many rows.
-fn rows_at_once(decoder: &Decoder) -> usize {
-    let per_row = decoder.spec.vocab * decoder.spec.hidden;
-    match decoder.device() {
-        Device::Cpu => (HEAD_PRODUCTS / per_row).clamp(64, 512) as usize,
-        _ => 2048,
-    }
-}
-
-/// Label rows of a slice.
-struct Labels {
-    rows: Tensor,
-    tokens: Vec<u32>,
-    weights: Vec<f32>,
-    is_row_once: bool,
-}
-
-impl Labels {
-    fn of(labels: &[Label], device: Device) -> Labels {
-        let rows: Vec<i64> = labels.iter().map(|&(row, _, _)| row).collect();
-        Labels {
-            is_row_once: rows.windows(2).all(|pair| pair[0] < pair[1]),
-            rows: Tensor::from_slice(&rows).to_device(device),
-            tokens: labels.iter().map(|&(_, token, _)| token).collect(),
-            weights: labels.iter().map(|&(_, _, weight)| weight).collect(),
-        }
-    }
-
-    /// What the head multiplies `[R, H]`.
-    fn normed(&self, hidden: &Tensor, decoder: &Decoder) -> Tensor {
-        decoder.final_norm(&hidden.index_select(0, &self.rows))
     }
 }
 

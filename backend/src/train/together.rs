@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tandem_core::job::{JobEvent, JobSpec};
 
-use super::joint::{self, Joint};
+use super::joint::{self, Joint, Member, Who};
 use super::turns::{self, PassClock, Turn};
 use super::{Quantum, TrainError, Trainer};
 use crate::model::{Decoder, WeightOptions};
@@ -26,6 +26,10 @@ struct Run {
     /// `None`: it has ended.
     trainer: Option<Trainer>,
     given: Duration,
+}
+
+fn who(trainer: &Trainer) -> Who {
+    Who::Job(trainer.spec().id.clone())
 }
 
 /// What the run of this number has to say. An error is its end.
@@ -77,23 +81,25 @@ impl Together {
         let members = self.next(goes_on);
         let began = Instant::now();
         let mut said = vec![];
-        let mut trainers: Vec<&mut Trainer> = vec![];
-        for (i, run) in self.runs.iter_mut().enumerate() {
-            if let (true, Some(trainer)) = (members.contains(&i), &mut run.trainer) {
-                trainers.push(trainer);
-            }
-        }
-        match &mut trainers[..] {
+        match members[..] {
             [] => return said,
-            [alone] => {
-                let quantum = alone.quantum(Some(&self.base)).and_then(Quantum::write);
-                let i = members[0];
+            [i] if self.joint.is_none() => {
+                let trainer = self.runs[i].trainer.as_mut().expect("what has ended has no turn");
+                let quantum = trainer.quantum(Some(&self.base)).and_then(Quantum::write);
                 if quantum.as_ref().map_or(true, |quantum| quantum.finished) {
                     self.runs[i].trainer = None;
                 }
                 said.push((i, quantum.map(|quantum| quantum.events)));
             }
-            several => joint::quantum(&mut self.joint, several, &self.base),
+            _ => {
+                let mut trainers: Vec<(Who, &mut dyn Member)> = vec![];
+                for (i, run) in self.runs.iter_mut().enumerate() {
+                    if let (true, Some(trainer)) = (members.contains(&i), &mut run.trainer) {
+                        trainers.push((who(trainer), trainer));
+                    }
+                }
+                joint::quantum(&mut self.joint, &mut trainers, &self.base);
+            }
         }
         self.ran(&members, began.elapsed());
         said
@@ -103,7 +109,7 @@ impl Together {
     fn next(&self, goes_on: &[bool]) -> Vec<usize> {
         let is_member = |joint: &Joint, run: &Run| {
             let trainer = run.trainer.as_ref();
-            trainer.is_some_and(|trainer| joint.jobs().contains(&trainer.spec().id))
+            trainer.is_some_and(|trainer| joint.members().any(|member| *member == who(trainer)))
         };
         if let Some(joint) = &self.joint {
             return (0..self.runs.len())

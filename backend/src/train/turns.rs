@@ -4,6 +4,8 @@
 use std::time::Duration;
 
 use super::Trainer;
+use super::driven::Driven;
+use super::joint::Member;
 
 /// What of a run its turn depends on.
 #[derive(Clone, Copy, Debug, Default)]
@@ -24,6 +26,16 @@ impl Turn {
             holds_activations: trainer.holds_activations(),
             is_brief: trainer.is_brief(),
             rows_to_join: trainer.next_rows(),
+            given,
+        }
+    }
+
+    pub fn of_driven(driven: &Driven, given: Duration) -> Turn {
+        Turn {
+            is_ready: true,
+            holds_activations: driven.holds_activations(),
+            is_brief: driven.is_brief(),
+            rows_to_join: driven.next_rows(),
             given,
         }
     }

@@ -130,7 +130,12 @@ impl Worker {
                 .learners_replica(&self.session)
                 .map_err(RouterError::Engine)?,
         );
-        let new = Box::new(NewLearner { lora, seed, from });
+        let new = Box::new(NewLearner {
+            lora,
+            seed,
+            tenant: self.client.tenant.as_str().to_owned(),
+            from,
+        });
         self.ask(|reply| Learn::Create(new, reply)).await?;
         let model_id = self.about.id.clone();
         Ok(match origin {
@@ -204,8 +209,8 @@ impl Worker {
                     self.ask(|reply| Learn::Step(adam, reply)).await?,
                 ))
             }
-            Call::Save(keep) => self.save(keep).await,
-            Call::SaveForSampler(keep) => self.save_for_sampler(keep).await,
+            Call::Save(keep) => self.save(SaveKind::State, keep).await,
+            Call::SaveForSampler(keep) => self.save(SaveKind::Adapter, keep).await,
             Call::Sampler { seq, kind } => self.make_sampler(seq, kind).await,
             Call::Load { path, moments } => {
                 let kept = self.router.kept_numbers(&self.client, &path, moments).await?;
@@ -223,48 +228,36 @@ impl Worker {
         }
     }
 
-    async fn save(&mut self, keep: Keep) -> Done {
-        let place = self.place(SaveKind::State, &keep).await?;
+    /// Everything that is saved has a name under which it answers; a state can also be gone on from.
+    async fn save(&mut self, kind: SaveKind, keep: Keep) -> Done {
+        let place = self.place(kind, &keep).await?;
         let folder = self.router.0.store.staging_folder().await?;
-        let save = Save {
-            folder: folder.clone(),
-            what: Saving::State,
-        };
-        let saved = self.ask(|reply| Learn::Save(save, reply)).await;
-        let kept = match saved {
-            Ok(_) => {
-                let record = self.record(place, &keep);
-                let state = folder.join(learner::STATE);
-                self.router.0.store.keep_save(record, Some(state)).await
-            }
-            Err(error) => {
-                remove(folder).await;
-                return Err(error);
-            }
-        };
-        remove(folder).await;
-        let path = path_of(&kept?.place);
-        Ok(Outcome::Saved { path })
-    }
-
-    async fn save_for_sampler(&mut self, keep: Keep) -> Done {
-        let place = self.place(SaveKind::Adapter, &keep).await?;
-        let folder = self.router.0.store.staging_folder().await?;
-        let base_model = job::base_model(&self.router.info().model_folder);
-        let save = Save {
-            folder: folder.clone(),
-            what: Saving::Adapter { base_model },
-        };
-        let saved = self.ask(|reply| Learn::Save(save, reply)).await;
-        let named = match saved {
-            Ok(saved) => self.name(&place, &keep, saved).await,
-            Err(error) => Err(error),
-        };
+        let named = self.save_in(&folder, &place, &keep).await;
         remove(folder).await;
         Ok(Outcome::Saved { path: named? })
     }
 
-    async fn name(&self, place: &SavePlace, keep: &Keep, saved: Saved) -> Result<String, RouterError> {
+    async fn save_in(
+        &self,
+        folder: &std::path::Path,
+        place: &SavePlace,
+        keep: &Keep,
+    ) -> Result<String, RouterError> {
+        let ask = |what| Save {
+            folder: folder.to_owned(),
+            what,
+        };
+        let state = match place.kind {
+            SaveKind::Adapter => None,
+            SaveKind::State => {
+                let save = ask(Saving::State);
+                self.ask(|reply| Learn::Save(save, reply)).await?;
+                Some(folder.join(learner::STATE))
+            }
+        };
+        let base_model = job::base_model(&self.router.info().model_folder);
+        let save = ask(Saving::Adapter { base_model });
+        let saved: Saved = self.ask(|reply| Learn::Save(save, reply)).await?;
         let adapter = saved
             .adapter
             .ok_or_else(|| RouterError::Engine(Fault::Step("the engine wrote no adapter".to_owned())))?;
@@ -284,7 +277,7 @@ impl Worker {
             adapter: Some(adapter.digest),
             ..self.record(place.clone(), keep)
         };
-        self.router.0.store.keep_save(record, None).await?;
+        self.router.0.store.keep_save(record, state).await?;
         Ok(path)
     }
 

@@ -1,12 +1,16 @@
-//! Jobs whose slices go through the layers together make the bytes that each makes alone.
+//! Jobs and clients' calls whose slices go through the layers together make the bytes that each makes alone.
 
+use std::collections::VecDeque;
 use std::fs;
 
 use tandem_backend::lora::peft;
 use tandem_backend::model::Decoder;
 use tandem_backend::train::Trainer;
-use tandem_backend::train::joint::{self, Joint};
-use tandem_core::job::{Hyper, Lora, Method, TABLES, files};
+use tandem_backend::train::driven::{Driven, Progress};
+use tandem_backend::train::joint::{self, Joint, Member, Who};
+use tandem_core::dataset::Example;
+use tandem_core::job::{Hyper, LM_HEAD, Lora, Method, TABLES, files};
+use tandem_core::learner::{Adam, Batch, Clip, Datum, LearnerId, Loss, NewLearner, Pass, Save, Saving};
 use tandem_kernels::weight::Precision;
 
 use crate::fixture::{Fixture, examples};
@@ -52,58 +56,263 @@ fn hypers(decoder: &Decoder, has_magnitudes: bool) -> Vec<Hyper> {
     hypers
 }
 
-fn adapter(job: &Job) -> Vec<u8> {
-    fs::read(job.spec.folder.join(files::ADAPTER).join(peft::TENSORS)).expect("the adapter is there")
+/// A client, what it still asks, and what it was told.
+struct Client {
+    driven: Driven,
+    is_busy: bool,
+    asks: VecDeque<Batch>,
+    told: Vec<String>,
+    folder: tempfile::TempDir,
 }
 
-/// To the end of each job in `together`, all that have a slice in one pass. The second pass of all is given up on its way back.
-/// How many jobs each pass had.
-fn run(jobs: &[Job], together: &[usize], decoder: &Decoder) -> Vec<usize> {
-    let start = |&i: &usize| {
-        let mut spec = jobs[i].spec.clone();
-        spec.id = format!("ftjob-{i}").parse().unwrap();
-        Trainer::start(spec, decoder).expect("it starts")
+/// The losses of each, in the order of its calls.
+fn losses() -> [Vec<Loss>; 3] {
+    let clip = |low, high| Clip { low, high };
+    [
+        vec![Loss::CrossEntropy, Loss::Gspo(clip(0.5, 1.5))],
+        vec![
+            Loss::ImportanceSampling,
+            Loss::CrossEntropy,
+            Loss::Ppo(clip(0.8, 1.2)),
+        ],
+        vec![
+            Loss::Dro { beta: 0.05 },
+            Loss::Cispo(clip(0.0, 4.0)),
+            Loss::CrossEntropy,
+        ],
+    ]
+}
+
+/// `rows`, each with the loss after it; cross-entropy has two targets a token, of weights of either sign.
+fn batch(rows: &[Example], loss: Loss, pass: Pass) -> Batch {
+    let datum = |row: &Example| {
+        let (inputs, last) = (&row.tokens[..row.tokens.len() - 1], row.tokens.len() - 1);
+        let plain = Datum {
+            tokens: inputs.to_vec(),
+            columns: 1,
+            targets: row.tokens[1..].to_vec(),
+            ..Datum::default()
+        };
+        let waves = |at: f32| {
+            (0..last)
+                .map(move |i| (at * (i + 1) as f32).sin())
+                .collect::<Vec<f32>>()
+        };
+        match loss {
+            Loss::CrossEntropy => Datum {
+                columns: 2,
+                targets: row.tokens[1..]
+                    .iter()
+                    .flat_map(|&token| [token, token / 2])
+                    .collect(),
+                weights: waves(0.7)
+                    .into_iter()
+                    .flat_map(|wave| [1.0, 0.5 * wave])
+                    .collect(),
+                ..plain
+            },
+            _ => Datum {
+                sampled: waves(0.3).into_iter().map(|wave| wave - 3.0).collect(),
+                advantages: waves(1.1),
+                ..plain
+            },
+        }
     };
-    let mut trainers: Vec<Trainer> = together.iter().map(start).collect();
-    let mut going: Vec<usize> = (0..trainers.len()).collect();
-    let (mut passes, mut given_up) = (vec![], false);
+    Batch {
+        loss,
+        data: rows.iter().map(datum).collect(),
+        pass,
+        trace: None,
+    }
+}
+
+impl Client {
+    /// Client number `i`. Its second call is wrong: a ratio is infinite.
+    fn new(i: usize, rows: &[Example], decoder: &Decoder) -> Client {
+        let all = decoder.spec.lora_targets();
+        let head = [LM_HEAD.to_owned()];
+        let target_modules = match i {
+            0 => [&all[..], &head].concat(),
+            1 => all[..2].to_vec(),
+            _ => head.to_vec(),
+        };
+        let lora = Lora {
+            r: 2 + 3 * i as u32,
+            alpha: 32.0,
+            dropout: 0.0,
+            target_modules,
+            use_rslora: false,
+            use_dora: false,
+        };
+        let new = NewLearner {
+            lora,
+            seed: i as u64,
+            tenant: String::new(),
+            from: None,
+        };
+        let mut asks = VecDeque::new();
+        for loss in losses()[i].repeat(2) {
+            asks.push_back(batch(&rows[..rows.len() - i], loss, Pass::ForwardBackward));
+        }
+        asks.push_back(batch(rows, Loss::CrossEntropy, Pass::Forward));
+        let mut wrong = batch(&rows[..2], Loss::ImportanceSampling, Pass::ForwardBackward);
+        wrong.data[1].sampled[0] = -1e30;
+        asks.insert(1, wrong);
+        Client {
+            driven: Driven::make(&new, decoder.fit()).expect("it is made"),
+            is_busy: false,
+            asks,
+            told: vec![],
+            folder: tempfile::tempdir().expect("a folder"),
+        }
+    }
+
+    /// A quantum alone; after each call a step. Whether it was the last: its adapter is saved.
+    fn quantum(&mut self, decoder: &Decoder) -> bool {
+        if !self.is_busy {
+            self.is_busy = true;
+            match self.asks.pop_front() {
+                Some(batch) => self.driven.begin(batch),
+                None => self.driven.begin_save(Save {
+                    folder: self.folder.path().to_owned(),
+                    what: Saving::Adapter {
+                        base_model: "fixture".to_owned(),
+                    },
+                }),
+            }
+            return false;
+        }
+        match self.driven.advance(decoder) {
+            Ok(Progress::On) => return false,
+            Ok(Progress::Scored(scores)) => {
+                let adam = Adam {
+                    learning_rate: 1e-2,
+                    beta1: 0.9,
+                    beta2: 0.95,
+                    epsilon: 1e-8,
+                    weight_decay: 0.0,
+                    grad_clip_norm: 1.0,
+                };
+                let stepped = self.driven.step(decoder, &adam).expect("a step");
+                self.told.push(format!("{scores:?}, {stepped:?}"));
+            }
+            Ok(Progress::Copied(copy)) => {
+                let saved = copy.write().expect("it is written");
+                self.told
+                    .push(saved.adapter.expect("an adapter").digest.to_string());
+                return true;
+            }
+            Err(fault) => {
+                self.driven.clear();
+                self.told.push(fault.to_string());
+            }
+        }
+        self.is_busy = false;
+        false
+    }
+}
+
+enum Actor<'a> {
+    Job(&'a Job, Box<Trainer>),
+    Client(Box<Client>),
+}
+
+impl Actor<'_> {
+    fn member(&mut self) -> &mut dyn Member {
+        match self {
+            Actor::Job(_, trainer) => trainer.as_mut(),
+            Actor::Client(client) => &mut client.driven,
+        }
+    }
+
+    /// What it made, when it was the last.
+    fn quantum(&mut self, decoder: &Decoder) -> Option<Vec<String>> {
+        match self {
+            Actor::Job(job, trainer) => {
+                let adapter = job.spec.folder.join(files::ADAPTER).join(peft::TENSORS);
+                let is_finished = quantum(trainer, Some(decoder)).finished;
+                is_finished.then(|| vec![format!("{:?}", fs::read(adapter).expect("the adapter is there"))])
+            }
+            Actor::Client(client) => client.quantum(decoder).then(|| std::mem::take(&mut client.told)),
+        }
+    }
+}
+
+/// To the end of each, all that have a slice in one pass. From the second pass of all a job leaves on its way back, to begin
+/// again, and from the third a client, for ever. What each made, and how many slices each pass had.
+fn run(
+    jobs: &[Job],
+    clients: Vec<Client>,
+    leaver: Option<Client>,
+    decoder: &Decoder,
+) -> (Vec<Vec<String>>, Vec<usize>) {
+    let start = |i: usize| {
+        let mut spec = jobs[i].spec.clone();
+        spec.id = format!("ftjob-{i}").parse().expect("an id");
+        Box::new(Trainer::start(spec, decoder).expect("it starts"))
+    };
+    let mut actors: Vec<Actor> = (0..jobs.len()).map(|i| Actor::Job(&jobs[i], start(i))).collect();
+    actors.extend(clients.into_iter().map(|client| Actor::Client(Box::new(client))));
+    let n = actors.len();
+    let is_shared = n > 1;
+    actors.extend(leaver.map(|client| Actor::Client(Box::new(client))));
+    let who = |i: usize| Who::Learner(LearnerId(i as u64));
+    let mut made = vec![vec![]; n];
+    let mut going: Vec<usize> = (0..actors.len()).collect();
+    let mut passes = vec![];
     while !going.is_empty() {
-        if let Some(&i) = going.iter().find(|&&i| trainers[i].next_rows().is_none()) {
-            if quantum(&mut trainers[i], Some(decoder)).finished {
+        if let Some(&i) = going.iter().find(|&&i| actors[i].member().next_rows().is_none()) {
+            if let Some(end) = actors[i].quantum(decoder) {
+                made[i] = end;
                 going.retain(|&other| other != i);
             }
             continue;
         }
-        let mut members: Vec<&mut Trainer> = trainers
-            .iter_mut()
-            .enumerate()
-            .filter(|(i, _)| going.contains(i))
-            .map(|(_, trainer)| trainer)
-            .collect();
-        passes.push(members.len());
+        passes.push(going.len());
         let (mut pass, mut quanta): (Option<Joint>, usize) = (None, 0);
+        let mut members = going.clone();
         loop {
-            joint::quantum(&mut pass, &mut members, decoder);
+            let mut together: Vec<(Who, &mut dyn Member)> = vec![];
+            for (i, actor) in actors.iter_mut().enumerate() {
+                if members.contains(&i) {
+                    together.push((who(i), actor.member()));
+                }
+            }
+            joint::quantum(&mut pass, &mut together, decoder);
             quanta += 1;
-            if passes.len() == 2 && !given_up && quanta == decoder.n_sublayers() + 4 {
-                given_up = true;
-                let leaver = members[0].spec().id.clone();
-                joint::part(
-                    &mut pass,
-                    &leaver,
-                    members.iter_mut().map(|trainer| &mut **trainer),
-                );
+            if is_shared && quanta == decoder.n_sublayers() + 6 {
+                let left = match passes.len() {
+                    2 => 0,
+                    3 => n,
+                    _ => usize::MAX,
+                };
+                if let Some(at) = members.iter().position(|&i| i == left) {
+                    members.remove(at);
+                    match (left, &mut actors[left]) {
+                        (0, Actor::Job(_, trainer)) => {
+                            let old = std::mem::replace(trainer, start(0));
+                            joint::leave(&mut pass, &who(0), old);
+                        }
+                        (_, _) => {
+                            let Some(Actor::Client(client)) = actors.pop() else {
+                                panic!("the leaver is a client")
+                            };
+                            going.retain(|&i| i != left);
+                            joint::leave(&mut pass, &who(left), Box::new(client.driven));
+                        }
+                    }
+                }
             }
             if pass.is_none() {
                 break;
             }
         }
     }
-    passes
+    (made, passes)
 }
 
 #[test]
-fn jobs_in_one_pass_make_the_bytes_of_each_alone() {
+fn those_in_one_pass_make_the_bytes_of_each_alone() {
     for (name, precision, has_magnitudes) in [
         ("gqa_tied", Precision::F32, true),
         ("gqa_tied", Precision::Bf16, true),
@@ -122,21 +331,32 @@ fn jobs_in_one_pass_make_the_bytes_of_each_alone() {
                 .map(of)
                 .collect()
         };
-        let (alone, together) = (jobs(), jobs());
-        for i in 0..alone.len() {
-            assert!(run(&alone, &[i], &decoder).iter().all(|&jobs| jobs == 1));
+        let client = |i| Client::new(i, &rows[..4], &decoder);
+        let mut alone = vec![];
+        for job in jobs().chunks(1) {
+            alone.extend(run(job, vec![], None, &decoder).0);
         }
-        let all: Vec<usize> = (0..together.len()).collect();
-        let passes = run(&together, &all, &decoder);
+        for i in 0..losses().len() {
+            alone.extend(run(&[], vec![client(i)], None, &decoder).0);
+        }
+        let clients = (0..losses().len()).map(client).collect();
+        let (together, passes) = run(&jobs(), clients, Some(client(1)), &decoder);
+        let fullest = alone.len();
         assert!(
-            passes.iter().filter(|&&jobs| jobs == all.len()).count() > 2,
-            "{name}: {passes:?} jobs a pass"
+            passes.iter().filter(|&&slices| slices >= fullest).count() > 2,
+            "{name}: {passes:?} slices a pass"
         );
         for (i, (alone, together)) in alone.iter().zip(&together).enumerate() {
-            assert!(
-                adapter(alone) == adapter(together),
-                "{name} in {precision:?}: job {i}"
-            );
+            assert!(!alone.is_empty());
+            assert_eq!(alone.len(), together.len(), "{name} in {precision:?}: number {i}");
+            for (alone, together) in alone.iter().zip(together) {
+                assert!(
+                    alone == together,
+                    "{name} in {precision:?}: number {i}: {:.300}, alone {:.300}",
+                    together,
+                    alone
+                );
+            }
         }
     }
 }

@@ -49,6 +49,7 @@ async fn a_clients_model_travels_whole_and_ends_with_its_session() {
             use_dora: false,
         },
         seed: u64::MAX,
+        tenant: "acme".to_owned(),
         from: Some(from),
     };
     let created = learn(&remote, |reply| {

@@ -7,7 +7,7 @@ use crate::train::TrainError;
 const LESSON: [TokenId; 4] = [700, 701, 702, EOS];
 
 /// A job that teaches the cases' prompts another end.
-fn job(folder: &Path, cases: &[Case], max_steps: u64) -> JobSpec {
+pub fn job(folder: &Path, cases: &[Case], max_steps: u64) -> JobSpec {
     let example = |case: &Case| {
         let tokens = [&case.prompt[..], &LESSON].concat();
         let weights = (0..tokens.len())
@@ -62,13 +62,13 @@ fn named(id: &str, spec: JobSpec) -> JobSpec {
     }
 }
 
-fn train(rig: &Rig, spec: JobSpec) -> mpsc::Receiver<JobEvent> {
+pub fn train(rig: &Rig, spec: JobSpec) -> mpsc::Receiver<JobEvent> {
     let (events, receiver) = mpsc::channel(JOB_EVENT_QUEUE);
     rig.command(Command::StartJob(Box::new(spec), events));
     receiver
 }
 
-fn to_the_end(events: &mut mpsc::Receiver<JobEvent>) -> Vec<JobEvent> {
+pub fn to_the_end(events: &mut mpsc::Receiver<JobEvent>) -> Vec<JobEvent> {
     let mut heard = vec![];
     while let Some(event) = events.blocking_recv() {
         heard.push(event);
@@ -270,7 +270,7 @@ fn tenants_share(which: fn([JobSpec; 3]) -> JobSpec, bounds: std::ops::Range<f64
     );
 }
 
-fn finished(heard: &[JobEvent]) -> AdapterDigest {
+pub fn finished(heard: &[JobEvent]) -> AdapterDigest {
     match heard.last() {
         Some(JobEvent::Finished { adapter, .. }) => adapter.digest,
         other => panic!("{other:?}"),
