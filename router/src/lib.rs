@@ -83,6 +83,8 @@ pub struct Config {
     pub keep_responses: Keep,
     /// A call may say that it goes before others. That it goes behind them may always be said.
     pub overtaking: bool,
+    /// Of training clients.
+    pub tinker: tinker::Limits,
 }
 
 impl Default for Config {
@@ -103,6 +105,7 @@ impl Default for Config {
                 age_s: 30 * 24 * 3600,
             },
             overtaking: false,
+            tinker: tinker::Limits::DEFAULT,
         }
     }
 }

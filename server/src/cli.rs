@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Parser, Subcommand};
 use reqwest::Url;
 use tandem_backend::ModelLen;
+use tandem_router::tinker::Limits;
 use tandem_store::{Role, Tenant};
 use tandem_text::reasoning::ReasoningFormat;
 use tandem_text::tools::ToolFormat;
@@ -375,6 +376,8 @@ pub struct EdgeOptions {
     #[arg(long, value_name = "DAYS", default_value_t = 30, value_parser = count(1..=36_500))]
     pub response_store_days: u32,
     #[command(flatten)]
+    pub tinker: TinkerOptions,
+    #[command(flatten)]
     pub ssl: SslOptions,
     /// Path under which a proxy shows the server: requests may have it before theirs
     #[arg(long, value_name = "PATH", default_value = "/", value_parser = root_path)]
@@ -397,6 +400,45 @@ pub struct EdgeOptions {
     pub replica_wait: u64,
     #[command(flatten)]
     pub connections: ConnectionOptions,
+}
+
+/// What clients that train call by call (Tinker's API) may have.
+#[derive(Clone, Debug, Args)]
+pub struct TinkerOptions {
+    /// Sessions of Tinker clients at once; more are told to come back
+    #[arg(long, value_name = "N", default_value_t = Limits::DEFAULT.sessions, value_parser = count(1..=1 << 20))]
+    pub tinker_max_sessions: u32,
+    /// Models that one session of a Tinker client trains at a time
+    #[arg(long, value_name = "N", default_value_t = Limits::DEFAULT.models, value_parser = count(1..=4096))]
+    pub tinker_max_models: u32,
+    /// Calls of one model of a Tinker client that wait for their turn; more are told to come back
+    #[arg(long, value_name = "N", default_value_t = Limits::DEFAULT.queued_calls, value_parser = count(1..=1 << 20))]
+    pub tinker_max_queued_calls: u32,
+    /// Bytes of one forward_backward of a Tinker client, which cuts its calls into parts of 5 MB where it can
+    #[arg(long, value_name = "BYTES", default_value = "64M", value_parser = bytes)]
+    pub tinker_max_call_bytes: u64,
+    /// Results of Tinker clients' calls that are kept until they are fetched; beyond, the oldest go
+    #[arg(long, value_name = "N", default_value_t = Limits::DEFAULT.kept_results, value_parser = count(1..=100_000_000))]
+    pub tinker_max_kept_results: u32,
+}
+
+impl TinkerOptions {
+    pub fn limits(&self) -> Limits {
+        let &TinkerOptions {
+            tinker_max_sessions: sessions,
+            tinker_max_models: models,
+            tinker_max_queued_calls: queued_calls,
+            tinker_max_call_bytes: call_bytes,
+            tinker_max_kept_results: kept_results,
+        } = self;
+        Limits {
+            sessions,
+            models,
+            queued_calls,
+            call_bytes,
+            kept_results,
+        }
+    }
 }
 
 /// How many connections, and how long is waited for who holds one.

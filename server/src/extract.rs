@@ -20,8 +20,6 @@ use crate::fields::{Rule, strays};
 
 /// A JSON body at most: a long prompt as token ids, with room.
 pub const JSON_LIMIT_BYTES: u64 = 32 << 20;
-/// A protobuf body at most: one long datum of a training client, whose calls are cut into parts of 5 MB.
-pub const PROTO_LIMIT_BYTES: u64 = 64 << 20;
 /// What is read on a worker, in a few milliseconds; more has a thread of its own.
 const AT_ONCE_BYTES: usize = 256 << 10;
 /// Of a field's name in a message.
@@ -62,17 +60,17 @@ impl<T: Body> FromRequest<App> for Json<T> {
 /// A protobuf body, and said to be one.
 pub struct Proto<T>(pub T);
 
-impl<T: prost::Message + Default + 'static, S: Sync> FromRequest<S> for Proto<T> {
+impl<T: prost::Message + Default + 'static> FromRequest<App> for Proto<T> {
     type Rejection = ApiError;
 
-    async fn from_request(request: Request, _: &S) -> Result<Proto<T>, ApiError> {
+    async fn from_request(request: Request, app: &App) -> Result<Proto<T>, ApiError> {
         let (parts, body) = request.into_parts();
         must_be(proto::MEDIA_TYPE, &parts.headers)?;
         if let Some(coding) = parts.headers.get(header::CONTENT_ENCODING) {
             let message = format!("a body in the coding {coding:?} is not read: send it as it is");
             return Err(invalid("Content-Encoding", message));
         }
-        let bytes = read(&parts.headers, body, PROTO_LIMIT_BYTES).await?;
+        let bytes = read(&parts.headers, body, app.router.config().tinker.call_bytes).await?;
         let decoded = tokio::task::spawn_blocking(move || T::decode(bytes.as_slice())).await;
         let decoded = decoded.map_err(|error| ApiError::Internal(format!("a body was not read: {error}")))?;
         let decoded =

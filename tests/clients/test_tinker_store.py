@@ -132,14 +132,18 @@ def test_a_client_goes_on_from_what_a_job_made(server, extra):
         service.create_training_client_from_state("nobody").result()
 
 
-def test_a_job_starts_from_what_a_client_saved(server):
+@pytest.mark.parametrize("save", ["save_weights_for_sampler", "save_state"])
+def test_what_a_client_saved_answers_and_a_job_starts_from_it(server, save):
     client = openai.OpenAI(base_url=server + "/v1", api_key="x", max_retries=0)
     service = connect(server)
     base = client.models.list().data[0].id
     model = trainer(service, base)
     for _ in range(40):
         learn(model, DATA)
-    named = model.save_weights_for_sampler("start").result().path
+    named = getattr(model, save)("start").result().path
+    assert [greedy(service.create_sampling_client(model_path=named).result(), text) for text in TEXTS] == [text[2:] for text in TEXTS]
+    answer = client.completions.create(model=named, prompt=TEXTS[0][:2], max_tokens=4, temperature=0, extra_body={"return_token_ids": True})
+    assert answer.choices[0].token_ids == TEXTS[0][2:6]
     job = fine_tune(client, named, max_steps=1, learning_rate=1e-12)
     sampler = service.create_sampling_client(model_path=f"tinker://{job.fine_tuned_model}").result()
     assert [greedy(sampler, text) for text in TEXTS] == [text[2:] for text in TEXTS]
@@ -167,8 +171,9 @@ def test_another_tenant_loads_and_samples_what_is_published(tmp_path, monkeypatc
             attempt().result()
     for path in (state, adapter):
         rest.publish_checkpoint_from_tinker_path(path).result()
-    sampler = bob.create_sampling_client(model_path=adapter).result()
-    assert [greedy(sampler, text) for text in TEXTS] == [text[2:] for text in TEXTS]
+    for path in (state, adapter):
+        sampler = bob.create_sampling_client(model_path=path).result()
+        assert [greedy(sampler, text) for text in TEXTS] == [text[2:] for text in TEXTS]
     numpy.testing.assert_array_equal(scores(bob.create_training_client_from_state(state).result()), scores(model))
     rest.unpublish_checkpoint_from_tinker_path(adapter).result()
     with pytest.raises(Exception, match="No such checkpoint"):

@@ -14,8 +14,6 @@ use super::Outcome;
 const KEPT_AFTER_FETCH: Duration = Duration::from_secs(120);
 /// How long a result waits for who asked.
 const KEPT: Duration = Duration::from_secs(30 * 60);
-/// Results that may wait at most; beyond, the oldest go.
-const MAX_KEPT: usize = 100_000;
 
 #[derive(Default)]
 pub(crate) struct Futures(Mutex<HashMap<String, Arc<Future>>>);
@@ -94,14 +92,15 @@ impl Futures {
         self.all().remove(id);
     }
 
-    pub fn sweep(&self) {
+    /// At most `most` results wait; beyond, the oldest go.
+    pub fn sweep(&self, most: usize) {
         let mut all = self.all();
         all.retain(|_, future| !future.is_over());
-        if all.len() > MAX_KEPT {
+        if all.len() > most {
             let done = |(id, future): (&String, &Arc<Future>)| Some((lock(&future.times).done?, id.clone()));
             let mut done: Vec<(Instant, String)> = all.iter().filter_map(done).collect();
             done.sort_unstable();
-            let too_many = all.len() - MAX_KEPT;
+            let too_many = all.len() - most;
             for (_, id) in done.into_iter().take(too_many) {
                 all.remove(&id);
             }

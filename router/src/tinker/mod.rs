@@ -6,6 +6,7 @@
 //! Not here: the wire (server), the arithmetic (backend).
 
 mod futures;
+mod limits;
 mod model;
 mod reach;
 mod sampler;
@@ -27,6 +28,7 @@ use tandem_store::ids;
 use crate::api::{Client, RouterError};
 use crate::{Router, View};
 
+pub use limits::Limits;
 pub use model::{Call, Learning, NewModel, SamplerKind, Shape};
 pub use reach::Reach;
 pub use sampler::{Ask, Sampled, SamplerInfo, Samples, Stop, Top};
@@ -36,10 +38,7 @@ use futures::Futures;
 use model::{Model, Snapshot};
 use sampler::Sampler;
 
-/// Sessions of a server at most.
-const MAX_SESSIONS: usize = 256;
-/// Models that one session trains at a time, and samplers that it has.
-const MAX_MODELS: usize = 64;
+/// Samplers that a session has at most.
 const MAX_SAMPLERS: usize = 10_000;
 /// A session whose heartbeat stays away so long has ended: its models and snapshots are let go.
 const SESSION_PATIENCE: Duration = Duration::from_secs(300);
@@ -186,9 +185,10 @@ fn parse<'a>(id: &'a str, kind: &str) -> Option<(&'a str, u64)> {
 impl View {
     pub fn open_session(&self) -> Result<String, RouterError> {
         let mut sessions = self.router.0.tinker.sessions();
-        if sessions.len() >= MAX_SESSIONS {
+        let most = self.router.config().tinker.sessions;
+        if sessions.len() >= most as usize {
             return Err(RouterError::Busy {
-                waiting: MAX_SESSIONS as u32,
+                waiting: most,
                 retry_after_s: SESSION_PATIENCE.as_secs() as u32,
             });
         }
@@ -299,7 +299,7 @@ pub(crate) async fn housekeeping(router: Router) {
     loop {
         tokio::time::sleep(SWEEP_PERIOD).await;
         let tinker = &router.0.tinker;
-        tinker.futures.sweep();
+        tinker.futures.sweep(router.config().tinker.kept_results as usize);
         tinker.sessions().retain(|id, session| {
             let lives = session.heard.elapsed() < SESSION_PATIENCE;
             if !lives {

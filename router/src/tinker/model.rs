@@ -16,12 +16,11 @@ use super::futures::Promise;
 use super::reach::Reach;
 use super::saves::Keep;
 use super::worker::{Origin, Worker};
-use super::{MAX_MODELS, Outcome, lock};
+use super::{Outcome, lock};
 use crate::View;
 use crate::api::RouterError;
 
-/// Calls of one model that may wait, and the numbers in them.
-const MAX_QUEUED_CALLS: usize = 256;
+/// Numbers in the calls of one model that may wait.
 const MAX_QUEUED_NUMBERS: usize = 64 << 20;
 /// Numbers of calls that are remembered, so that one that is sent again counts once.
 const MAX_KNOWN: usize = 4096;
@@ -189,10 +188,13 @@ impl View {
             if let Some(model) = session.models.get(&seq) {
                 return Ok(model.creation.clone());
             }
-            if session.models.len() >= MAX_MODELS {
+            let most = router.config().tinker.models;
+            if session.models.len() >= most as usize {
                 return Err(RouterError::invalid(
                     "model_seq_id",
-                    format!("a session trains at most {MAX_MODELS} models; begin another session"),
+                    format!(
+                        "a session trains at most {most} models (--tinker-max-models); begin another session"
+                    ),
                 ));
             }
             let creation = ids::future();
@@ -261,7 +263,7 @@ impl View {
             return Ok(known.clone());
         }
         let numbers = call.as_ref().map_or(0, Call::numbers);
-        let is_full = order.queued_calls >= MAX_QUEUED_CALLS
+        let is_full = order.queued_calls >= self.router.config().tinker.queued_calls as usize
             || order.queued_numbers + numbers > MAX_QUEUED_NUMBERS && order.queued_calls > 0;
         // What all others wait for is always taken.
         if is_full && seq != order.next {

@@ -1,6 +1,6 @@
 //! What of a model an adapter changes: in Tinker's words, and as PEFT has it. Not here: numbers.
 
-use tandem_core::job::{LM_HEAD, Lora};
+use tandem_core::job::{LM_HEAD, Lora, TABLES};
 use tandem_store::SaveRecord;
 
 /// W' = W + (alpha / rank) B A, as Tinker has it ("LoRA Without Regret").
@@ -23,7 +23,7 @@ impl Reach {
         Reach {
             rank: lora.r,
             train_attn: names().any(|name| is_attention(&name)),
-            train_mlp: names().any(|name| !is_attention(&name) && name != LM_HEAD),
+            train_mlp: names().any(|name| !is_attention(&name) && !TABLES.contains(&name.as_str())),
             train_unembed: names().any(|name| name == LM_HEAD),
         }
     }
@@ -76,4 +76,35 @@ pub(super) fn words(lora: &Lora) -> String {
         "rank {r} and alpha {alpha}{kind} on {}",
         target_modules.join(", ")
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_are_neither_attention_nor_mlp() {
+        let reach = |modules: &[&str]| {
+            let asked = Reach {
+                rank: 4,
+                train_attn: false,
+                train_mlp: false,
+                train_unembed: false,
+            };
+            let target_modules = modules.iter().map(|&name| name.to_owned()).collect();
+            let Reach {
+                rank: _,
+                train_attn,
+                train_mlp,
+                train_unembed,
+            } = Reach::of(&Lora {
+                target_modules,
+                ..asked.lora(&[])
+            });
+            (train_attn, train_mlp, train_unembed)
+        };
+        assert_eq!(reach(&["embed_tokens"]), (false, false, false));
+        assert_eq!(reach(&["embed_tokens", "lm_head"]), (false, false, true));
+        assert_eq!(reach(&["q_proj", "up_proj"]), (true, true, false));
+    }
 }

@@ -1,6 +1,6 @@
-//! Checkpoints as Tinker names them, `tinker://RUN/KIND/NAME`. A state is loaded by training clients; an adapter is also a
-//! model's name for everybody else's routes, as any other adapter's name is a path here: one kind of thing. Not here: where
-//! they lie (store).
+//! Checkpoints as Tinker names them, `tinker://RUN/KIND/NAME`. Each is also a model's name for everybody else's routes, as any
+//! other adapter's name is a path here: one kind of thing. A state has the optimizer's memory beside. Not here: where they lie
+//! (store).
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -222,12 +222,12 @@ impl Router {
         Ok(match self.named(client, path).await? {
             Named::Base => Weights::Base,
             Named::Adapter(name, _) => Weights::Named(name.to_owned()),
-            Named::Save(record) => match record.place.kind {
-                SaveKind::Adapter if client.sees(&record.tenant) => Weights::Named(path.to_owned()),
-                SaveKind::Adapter => Weights::Published(path.to_owned()),
-                SaveKind::State => {
+            Named::Save(record) => match record.adapter {
+                Some(_) if client.sees(&record.tenant) => Weights::Named(path.to_owned()),
+                Some(_) => Weights::Published(path.to_owned()),
+                None => {
                     let message = format!(
-                        "{path} is a state to train on from: sample what save_weights_for_sampler saved"
+                        "{path} was saved by an older version, as a state alone: load it and save it again, then it answers"
                     );
                     return Err(RouterError::invalid("model_path", message));
                 }
@@ -262,7 +262,7 @@ impl Router {
 
     async fn drop_save(&self, record: &SaveRecord) -> Result<(), RouterError> {
         let path = path_of(&record.place);
-        if record.place.kind == SaveKind::Adapter {
+        if record.adapter.is_some() {
             match self.unload_adapter(&path).await {
                 // Its name was removed by another route.
                 Err(RouterError::Adapter { not_found: true, .. }) => {}

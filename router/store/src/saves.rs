@@ -90,7 +90,7 @@ pub struct SaveRecord {
     pub user_metadata: Option<BTreeMap<String, serde_json::Value>>,
     /// Of a state: its file, beside the record.
     pub file: Option<String>,
-    /// Of an adapter.
+    /// Under the save's path as its name. `None`: a state of an older version.
     pub adapter: Option<AdapterDigest>,
 }
 
@@ -120,7 +120,7 @@ impl Store {
             fs::create_dir_all(&folder).map_err(io_at("making", &folder))?;
             if let Some(state) = state {
                 let name = format!("state-{}.safetensors", ids::random());
-                record.bytes = folders.publish_file(&state, &folder.join(&name))?;
+                record.bytes += folders.publish_file(&state, &folder.join(&name))?;
                 record.file = Some(name);
             }
             write(&folders, &record)?;

@@ -26,7 +26,7 @@ const CHUNK_BYTES: u64 = 5_000_000;
     post, path = "/api/v1/client/config", tag = "tinker", request_body = ClientConfigRequest,
     responses((status = 200, body = ClientConfig), Errors)
 )]
-pub async fn config(Json(body): Json<ClientConfigRequest>) -> Answer<ClientConfig> {
+pub async fn config(State(app): State<App>, Json(body): Json<ClientConfigRequest>) -> Answer<ClientConfig> {
     let ClientConfigRequest {
         sdk_version,
         r#type: _,
@@ -34,7 +34,7 @@ pub async fn config(Json(body): Json<ClientConfigRequest>) -> Answer<ClientConfi
     debug!(sdk_version, "a training client begins");
     Answer(ClientConfig {
         fwdbwd_max_chunk_len: CHUNK_DATA,
-        fwdbwd_max_chunk_bytes_count: CHUNK_BYTES,
+        fwdbwd_max_chunk_bytes_count: CHUNK_BYTES.min(app.router.config().tinker.call_bytes),
         proto_compress_fwdbwd: false,
     })
 }
