@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Two training clients and a fine-tune job beside four streams: the same digests as alone, and what the streams notice.
 
-usage: beside.py MODEL [--steps N] [--seconds N]
+usage: beside.py MODEL [--steps N] [--seconds N] [--rows N] [--tokens N]
 (wants tinker and openai, and the release binary)
 
 First each client and the job train alone, then all three together beside four clients that stream answers one after the
-other. Adapters must have the digests they had alone. Prints the gaps between tokens of the streams: without training, and beside it.
+other. Adapters must have the digests they had alone. Prints the gaps between tokens of the streams: without training, and beside it;
+and how many slices shared passes. (Those of 256 tokens together can: calls of few rows.)
 """
 import argparse
 import json
@@ -17,6 +18,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import urllib.request
 
 import openai
 import tinker
@@ -26,9 +28,9 @@ ROWS = "".join(json.dumps({"prompt": f"What is {i} and {i}?", "completion": f" I
 
 
 class Work:
-    def __init__(self, url, steps):
+    def __init__(self, url, steps, rows, tokens):
         os.environ |= {"TINKER_API_KEY": "tml-none", "TINKER_TELEMETRY": "0"}
-        self.url, self.steps = url, steps
+        self.url, self.steps, self.rows, self.tokens = url, steps, rows, tokens
         self.openai = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=1200)
         self.base = self.openai.models.list().data[0].id
 
@@ -40,10 +42,10 @@ class Work:
         model = service.create_lora_training_client(self.base, rank=8, seed=seed).result()
         texts = random.Random(seed)
         for _ in range(self.steps):
-            rows = [[texts.randrange(100, 5000) for _ in range(64)] for _ in range(4)]
+            rows = [[texts.randrange(100, 5000) for _ in range(self.tokens + 1)] for _ in range(self.rows)]
             data = [
                 tinker.Datum(model_input=tinker.ModelInput.from_ints(row[:-1]),
-                             loss_fn_inputs={"target_tokens": row[1:], "weights": [1.0] * 63})
+                             loss_fn_inputs={"target_tokens": row[1:], "weights": [1.0] * self.tokens})
                 for row in rows
             ]
             model.forward_backward(data, "cross_entropy")
@@ -59,6 +61,11 @@ class Work:
             job = self.openai.fine_tuning.jobs.retrieve(job.id)
         assert job.status == "succeeded", job.error
         return self.digest(job.fine_tuned_model)
+
+    def shared(self):
+        lines = urllib.request.urlopen(self.url + "/metrics").read().decode().splitlines()
+        value = lambda name: sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+        return value("tandem:train_shared_slices_total"), value("tandem:train_shared_passes_total")
 
     def streams(self, stop):
         """Gaps between tokens of four streams until `stop` is set."""
@@ -93,11 +100,13 @@ def main():
     parser.add_argument("model")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--seconds", type=int, default=30)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=63)
     arguments = parser.parse_args()
     command = [ROOT / "target/release/tandem", "serve", arguments.model, "--port", "0", "--data-dir", tempfile.mkdtemp()]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
-        work = Work(server.stdout.readline().split()[-1], arguments.steps)
+        work = Work(server.stdout.readline().split()[-1], arguments.steps, arguments.rows, arguments.tokens)
         tasks = {"one client": lambda: work.client(1), "another": lambda: work.client(2), "job": work.job}
         stop = threading.Event()
         threading.Timer(arguments.seconds, stop.set).start()
@@ -123,6 +132,7 @@ def main():
         [thread.start() for thread in threads]
         threading.Thread(target=end).start()
         told("streams beside training", work.streams(stop))
+        print("{:.0f} slices in {:.0f} shared passes".format(*work.shared()))
         print("digests as alone:", {name: beside.get(name) == digest for name, digest in alone.items()})
         assert alone == beside
     finally:

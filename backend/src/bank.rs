@@ -360,10 +360,9 @@ impl AdapterBank {
     }
 
     fn leave(&mut self, digest: AdapterDigest) {
-        if self.kept.remove(&digest).is_some() {
-            return;
+        if self.kept.remove(&digest).is_none() {
+            self.slots.remove(&digest);
         }
-        self.slots.remove(&digest);
         self.changed(Change::Left(digest));
     }
 }

@@ -106,12 +106,12 @@ const COUNTERS: [Of<u64>; 16] = [
     ("tandem:train_steps_total", "Optimizer steps", |s| s.train_steps),
     (
         "tandem:train_shared_passes_total",
-        "Passes through the model that slices of several jobs had together",
+        "Passes through the model that slices of several jobs or training clients had together",
         |s| s.shared_passes,
     ),
     (
         "tandem:train_shared_slices_total",
-        "Slices of jobs that shared a pass",
+        "Slices of jobs and training clients that shared a pass",
         |s| s.shared_slices,
     ),
     (

@@ -109,16 +109,17 @@ pub const STATE: &str = "state.safetensors";
 pub const ADAPTER: &str = "adapter";
 
 /// What one call learns from.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Batch {
     pub loss: Loss,
     pub data: Vec<Datum>,
     pub pass: Pass,
     /// Of the call, where it is traced.
+    #[serde(skip)]
     pub trace: Option<TraceContext>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Pass {
     Forward,
     ForwardBackward,
@@ -126,7 +127,7 @@ pub enum Pass {
 
 /// A sequence, and what is predicted after each of its tokens. Row i of `targets` follows `tokens[..=i]`: who made them has
 /// shifted. Checked by [`Batch::check`].
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Datum {
     pub tokens: Vec<TokenId>,
     /// Targets of each token: a `[tokens, columns]` matrix by rows.

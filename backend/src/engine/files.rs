@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 
 use crate::guard;
 use crate::lora::fit::Fit;
-use crate::train::driven::{Copy, Driven};
+use crate::train::driven::{self, Copy, Driven};
 use crate::train::snapshot::{Occasion, Snapshot, Written};
 use crate::train::{Inputs, TrainError, Trainer};
 
@@ -43,7 +43,7 @@ pub enum Done {
     /// The job can train; or why not.
     Begun(Ticket, Result<Begun, TrainError>),
     Written(Ticket, JobId, Occasion, Result<Written, TrainError>),
-    LearnerMade(Ticket, Result<Box<Driven>, TrainError>),
+    LearnerMade(Ticket, Result<Box<Made>, TrainError>),
     LearnerSaved(Ticket, Result<Saved, TrainError>),
     /// It waits for room on the disk; said once.
     NoRoom(Ticket, String),
@@ -57,6 +57,13 @@ pub struct Begun {
     pub trainer: Box<Trainer>,
     /// What other ranks begin from.
     pub inputs: Inputs,
+}
+
+pub struct Made {
+    pub driven: Box<Driven>,
+    /// What other ranks make it from.
+    pub new: NewLearner,
+    pub inputs: driven::Inputs,
 }
 
 impl Files {
@@ -180,7 +187,7 @@ fn obey_all(mut orders: mpsc::UnboundedReceiver<(Ticket, Order)>, desk: &Desk, f
                 Done::Written(ticket, snapshot.job().clone(), snapshot.occasion(), written)
             }
             Order::MakeLearner(new) => {
-                let made = guard::torch(|| Driven::make(&new, fit.clone()).map(Box::new));
+                let made = guard::torch(|| make(*new, fit).map(Box::new));
                 Done::LearnerMade(ticket, made.unwrap_or_else(|fault| Err(TrainError::Fault(fault))))
             }
             Order::SaveLearner(copy) => {
@@ -201,4 +208,10 @@ fn begin(spec: JobSpec, fit: &Fit) -> Result<Begun, TrainError> {
     let inputs = Inputs::read(&spec.folder)?;
     let trainer = Box::new(Trainer::start_with(spec, &inputs, fit.clone())?);
     Ok(Begun { trainer, inputs })
+}
+
+fn make(new: NewLearner, fit: &Fit) -> Result<Made, TrainError> {
+    let inputs = driven::Inputs::read(&new)?;
+    let driven = Box::new(Driven::make(&new, &inputs, fit.clone())?);
+    Ok(Made { driven, new, inputs })
 }

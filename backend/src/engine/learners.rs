@@ -12,8 +12,9 @@ use tandem_core::trace::{TARGET, TraceContext};
 use tracing::{Span, trace_span, warn};
 
 use super::Engine;
-use super::files::Ticket;
+use super::files::{Made, Ticket};
 use crate::guard::TorchFault;
+use crate::ranks::{LearnerOrder, Order};
 use crate::train::TrainError;
 use crate::train::driven::{Driven, Progress};
 use crate::train::joint::{Member, Who};
@@ -204,22 +205,12 @@ impl Engine {
         {
             self.turns.leave(&Who::Learner(id), driven);
         }
+        self.ranks.order(|| Order::Learner(id, LearnerOrder::Drop));
     }
 
     fn make_learner(&mut self, id: LearnerId, new: &NewLearner, reply: Reply<()>) {
-        let refusal = if self.ranks.are_many() {
-            Some(
-                "a model that a client trains is of one rank: start the server without --tensor-parallel-size"
-                    .to_owned(),
-            )
-        } else if self.learners.all.len() >= MAX_LEARNERS {
-            Some(format!(
-                "{MAX_LEARNERS} models are trained by clients already: end one of them"
-            ))
-        } else {
-            None
-        };
-        if let Some(why) = refusal {
+        if self.learners.all.len() >= MAX_LEARNERS {
+            let why = format!("{MAX_LEARNERS} models are trained by clients already: end one of them");
             return drop(reply.send(Err(Fault::Refused(why))));
         }
         let ticket = self.files.make_learner(new.clone());
@@ -235,11 +226,11 @@ impl Engine {
     }
 
     /// The thread for files has made one.
-    pub(super) fn learner_made(&mut self, ticket: Ticket, made: Result<Box<Driven>, TrainError>) {
-        let awaits =
-            |place: &&mut Place| matches!(place.stage, Stage::Made(awaited, ..) if awaited == ticket);
+    pub(super) fn learner_made(&mut self, ticket: Ticket, made: Result<Box<Made>, TrainError>) {
+        let awaits = |place: &Place| matches!(place.stage, Stage::Made(awaited, ..) if awaited == ticket);
         // It may have been dropped meanwhile.
-        let Some(place) = self.learners.all.values_mut().find(awaits) else {
+        let mut places = self.learners.all.iter_mut();
+        let Some((&id, place)) = places.find(|(_, place)| awaits(place)) else {
             return;
         };
         let nothing = Stage::Lost(String::new());
@@ -248,8 +239,10 @@ impl Engine {
         };
         let answer;
         (place.stage, answer) = match (made, before) {
-            (Ok(driven), _) => {
+            (Ok(made), _) => {
                 place.snapshot = None;
+                let Made { driven, new, inputs } = *made;
+                self.ranks.order(|| Order::MakeLearner(id, Box::new(new), inputs));
                 (Stage::Here(driven), Ok(()))
             }
             (Err(error), Some(before)) => (Stage::Here(before), Err(error.to_string())),
@@ -276,6 +269,10 @@ impl Engine {
     pub(super) fn advance_learner(&mut self, id: LearnerId) {
         let place = self.learners.all.get_mut(&id).expect("it is its turn");
         if let Stage::Busy(driven, _) = &mut place.stage {
+            if driven.computes() {
+                self.ranks.order(|| Order::Quantum(vec![Who::Learner(id)]));
+                self.ranks.send();
+            }
             match driven.advance(&self.decoder) {
                 Ok(Progress::On) => {}
                 Ok(Progress::Scored(scores)) => self.answer_call(id, Ok(scores)),
@@ -299,11 +296,14 @@ impl Engine {
             Learn::Accumulate(batch, reply) => self.begin_call(id, *batch, reply),
             Learn::Step(adam, reply) => {
                 place.snapshot = None;
+                self.ranks.order(|| Order::Learner(id, LearnerOrder::Step(adam)));
+                self.ranks.send();
                 let stepped = driven.step(&self.decoder, &adam);
                 self.counters.train_steps += u64::from(stepped.is_ok());
                 let _ = reply.send(stepped);
             }
             Learn::Clear(reply) => {
+                self.ranks.order(|| Order::Learner(id, LearnerOrder::Clear));
                 driven.clear();
                 let _ = reply.send(Ok(()));
             }
@@ -316,6 +316,8 @@ impl Engine {
                         let engine = rng::bits(self.nonce, SNAPSHOTS, self.learners.snapshots);
                         let name = format!("snapshot {} of {} in {engine:x}", self.learners.snapshots, id.0);
                         let digest = Digest::of(name.as_bytes());
+                        self.ranks
+                            .order(|| Order::Learner(id, LearnerOrder::Snapshot(digest)));
                         self.bank.keep(digest, adapter);
                         place.snapshot = Some(digest);
                         digest
@@ -357,6 +359,8 @@ impl Engine {
         let place = self.learners.all.get_mut(&id).expect("it is its turn");
         if let Stage::Here(driven) = &mut place.stage {
             let trace = batch.trace;
+            self.ranks
+                .order(|| Order::Learner(id, LearnerOrder::Begin(Box::new(batch.clone()))));
             driven.begin(batch);
             self.begin_task(id, Task::Call(reply, learned, trace));
         }

@@ -6,17 +6,19 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use tandem_core::id::{AdapterDigest, JobId};
+use tandem_core::learner::LearnerId;
 use tandem_kernels::attention::KvCache;
 use tch::Tensor;
 use tracing::{error, warn};
 
-use super::{Order, StepOrder, decode};
+use super::{LearnerOrder, Order, StepOrder, decode};
 use crate::batch::StepInputs;
 use crate::guard::{self, TorchFault};
 use crate::lora::adapter::Adapter;
 use crate::lora::params::AdapterParams;
 use crate::model::Decoder;
 use crate::train::Trainer;
+use crate::train::driven::Driven;
 use crate::train::joint::{self, Joint, Member, Who};
 
 pub struct Follower {
@@ -24,6 +26,7 @@ pub struct Follower {
     cache: KvCache,
     adapters: HashMap<AdapterDigest, Arc<Adapter>>,
     jobs: HashMap<JobId, Trainer>,
+    learners: HashMap<LearnerId, Driven>,
     joint: Option<Joint>,
     /// Packed by a job, not yet named: rank 0 names it once it is written, and before the job saves again. (One that is
     /// not written, or finds no slot, is never named.)
@@ -37,6 +40,7 @@ impl Follower {
             cache,
             adapters: HashMap::new(),
             jobs: HashMap::new(),
+            learners: HashMap::new(),
             joint: None,
             made: HashMap::new(),
         }
@@ -85,9 +89,23 @@ impl Follower {
             }
             Order::Quantum(who) => match &who[..] {
                 [Who::Job(job)] if self.joint.is_none() => self.quantum(job.clone()),
+                [Who::Learner(id)] if self.joint.is_none() => {
+                    // What is wrong with a call rank 0 finds as well, and says it.
+                    let _ = self
+                        .learners
+                        .get_mut(id)
+                        .map(|driven| driven.advance(&self.decoder));
+                }
                 together => self.joint_quantum(together),
             },
             Order::EndJob(job) => self.part(&job),
+            Order::MakeLearner(id, new, inputs) => {
+                let made = Driven::make(&new, &inputs, self.decoder.fit());
+                // Rank 0 made it from the same.
+                let made = made.unwrap_or_else(|error| panic!("a learner is not made here: {error}"));
+                self.learners.insert(id, made);
+            }
+            Order::Learner(id, order) => self.learner(id, order),
             Order::Stop => return ControlFlow::Break(()),
         }
         ControlFlow::Continue(())
@@ -124,10 +142,38 @@ impl Follower {
         }
     }
 
+    fn learner(&mut self, id: LearnerId, order: LearnerOrder) {
+        // It may have been let go before it was made.
+        let Some(driven) = self.learners.get_mut(&id) else {
+            return;
+        };
+        match order {
+            LearnerOrder::Begin(batch) => driven.begin(*batch),
+            LearnerOrder::Step(adam) => {
+                if let Err(fault) = driven.step(&self.decoder, &adam) {
+                    warn!(learner = id.0, %fault, "a step was not made");
+                }
+            }
+            LearnerOrder::Clear => driven.clear(),
+            LearnerOrder::Snapshot(digest) => {
+                let packed = driven.packed();
+                let packed = packed.unwrap_or_else(|fault| panic!("a snapshot does not fit here: {fault}"));
+                self.adapters.insert(digest, packed);
+            }
+            LearnerOrder::Drop => {
+                if let Some(driven) = self.learners.remove(&id) {
+                    joint::leave(&mut self.joint, &Who::Learner(id), Box::new(driven));
+                }
+            }
+        }
+    }
+
     fn joint_quantum(&mut self, together: &[Who]) {
         let jobs = self.jobs.iter_mut();
         let jobs = jobs.map(|(id, job)| (Who::Job(id.clone()), job as &mut dyn Member));
-        let mut all: HashMap<Who, &mut dyn Member> = jobs.collect();
+        let learners = self.learners.iter_mut();
+        let learners = learners.map(|(id, driven)| (Who::Learner(*id), driven as &mut dyn Member));
+        let mut all: HashMap<Who, &mut dyn Member> = jobs.chain(learners).collect();
         let member = |who: &Who| match all.remove(who) {
             Some(member) => (who.clone(), member),
             None => panic!("a quantum of {who:?}, which is not here"),

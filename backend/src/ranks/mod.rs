@@ -13,6 +13,7 @@ use tandem_core::TokenId;
 use tandem_core::blocks::BlockId;
 use tandem_core::id::{AdapterDigest, JobId};
 use tandem_core::job::JobSpec;
+use tandem_core::learner::{Adam, Batch, LearnerId, NewLearner};
 use tandem_kernels::comm::Comm;
 
 pub use load::{Plan, Ready, lead};
@@ -23,7 +24,7 @@ use crate::bank::Change;
 use crate::batch::{Step, StepRow};
 use crate::lora::params::{AdapterParams, AdapterShape};
 use crate::train::joint::Who;
-use crate::train::{Inputs, run};
+use crate::train::{Inputs, driven, run};
 
 /// What the ranks have come for: the first thing that rank 0 says.
 #[derive(Serialize, Deserialize)]
@@ -67,8 +68,22 @@ pub enum Order {
     /// The next quantum of one, or of several together.
     Quantum(Vec<Who>),
     EndJob(JobId),
+    /// A learner is there, or begins anew with other numbers.
+    MakeLearner(LearnerId, Box<NewLearner>, driven::Inputs),
+    Learner(LearnerId, LearnerOrder),
     /// The replica ends in order.
     Stop,
+}
+
+/// What rank 0 has every rank do with a learner, beside the quanta of its calls.
+#[derive(Serialize, Deserialize)]
+pub enum LearnerOrder {
+    Begin(Box<Batch>),
+    Step(Adam),
+    Clear,
+    /// Its numbers as they are now join under this digest.
+    Snapshot(AdapterDigest),
+    Drop,
 }
 
 /// One forward, and which of its rows go through the head.

@@ -9,7 +9,9 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use tandem_core::id::AdapterRef;
 use tandem_core::job::Lora;
-use tandem_core::learner::{self, Adam, Batch, NewLearner, Save, Saved, Saving, Scores, Stepped};
+use tandem_core::learner::{
+    self, Adam, Batch, Moments, NewLearner, Save, Saved, Saving, Scores, Source, Stepped,
+};
 use tandem_core::message::Fault;
 use tandem_kernels::adamw::AdamW;
 use tandem_kernels::loss::LogProbs;
@@ -27,6 +29,33 @@ use crate::lora::fit::Fit;
 use crate::lora::params::{AdapterParams, AdapterShape};
 use crate::lora::peft::{self, PeftConfig};
 use crate::model::Decoder;
+
+/// What a learner begins with, from the files that it names.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Inputs {
+    Nothing,
+    State(Vec<u8>, Moments),
+    /// Configuration and tensors.
+    Adapter(Vec<u8>, Vec<u8>),
+}
+
+impl Inputs {
+    pub fn read(new: &NewLearner) -> Result<Inputs, TrainError> {
+        Ok(match &new.from {
+            None => Inputs::Nothing,
+            Some(Source::State { file, moments }) => Inputs::State(state::read_file(file)?, *moments),
+            Some(Source::Adapter(AdapterRef { folder, .. })) => {
+                let read = |name: &str| {
+                    std::fs::read(folder.join(name)).map_err(|error| TrainError::File {
+                        file: name.to_owned(),
+                        error,
+                    })
+                };
+                Inputs::Adapter(read(peft::CONFIG)?, read(peft::TENSORS)?)
+            }
+        })
+    }
+}
 
 pub struct Driven {
     learner: Learner,
@@ -70,38 +99,37 @@ enum Copied {
 }
 
 impl Driven {
-    /// Takes a while: numbers are drawn, or read from a file.
-    pub fn make(new: &NewLearner, fit: Fit) -> Result<Driven, TrainError> {
+    /// Takes a while: numbers are drawn, or parsed. On every rank from the same.
+    pub fn make(new: &NewLearner, inputs: &Inputs, fit: Fit) -> Result<Driven, TrainError> {
         let mut made = Driven {
             learner: Learner::lora(new.lora.clone(), fit, new.seed)?,
             steps: 0,
             work: None,
         };
-        if let Some(source) = &new.from {
-            made.take(&new.lora, source)?;
-        }
+        made.take(&new.lora, inputs)?;
         made.learner.forget_gradient();
         Ok(made)
     }
 
-    fn take(&mut self, lora: &Lora, source: &learner::Source) -> Result<(), TrainError> {
-        match source {
-            learner::Source::State { file, moments } => {
-                let (record, tensors): (Record, Tensors) = state::read_file(file)?;
+    fn take(&mut self, lora: &Lora, inputs: &Inputs) -> Result<(), TrainError> {
+        match inputs {
+            Inputs::Nothing => Ok(()),
+            Inputs::State(bytes, moments) => {
+                let (record, tensors): (Record, Tensors) = state::parse(bytes)?;
                 if record.lora != *lora {
                     return Err(TrainError::State("its state is of another adapter".to_owned()));
                 }
                 match moments {
-                    learner::Moments::Restored => {
+                    Moments::Restored => {
                         self.steps = record.steps;
                         self.learner.resume(&tensors.params, &tensors.memory)
                     }
-                    learner::Moments::Fresh => self.take_numbers(&tensors.params),
+                    Moments::Fresh => self.take_numbers(&tensors.params),
                 }
             }
-            learner::Source::Adapter(AdapterRef { folder, .. }) => {
+            Inputs::Adapter(config, tensors) => {
                 let spec = self.learner.spec();
-                let there = peft::read(folder, spec, u32::MAX)?.params;
+                let there = peft::read_bytes(config, tensors, spec, u32::MAX)?.params;
                 if there.shape != AdapterShape::new(spec, lora) {
                     let message =
                         "the adapter has other modules, ranks or scales than the model that is to take it on";
@@ -156,6 +184,11 @@ impl Driven {
             },
         }
         Ok(Progress::On)
+    }
+
+    /// Whether it is in the midst of a call, which every rank computes.
+    pub fn computes(&self) -> bool {
+        self.call().is_some()
     }
 
     fn call(&self) -> Option<&Call> {

@@ -6,11 +6,14 @@ use std::fs;
 use tandem_backend::lora::peft;
 use tandem_backend::model::Decoder;
 use tandem_backend::train::Trainer;
-use tandem_backend::train::driven::{Driven, Progress};
+use tandem_backend::train::driven::{Driven, Inputs, Progress};
 use tandem_backend::train::joint::{self, Joint, Member, Who};
 use tandem_core::dataset::Example;
+use tandem_core::id::AdapterDigest;
 use tandem_core::job::{Hyper, LM_HEAD, Lora, Method, TABLES, files};
-use tandem_core::learner::{Adam, Batch, Clip, Datum, LearnerId, Loss, NewLearner, Pass, Save, Saving};
+use tandem_core::learner::{
+    Adam, Batch, Clip, Datum, LearnerId, Loss, NewLearner, Pass, Save, Saving, Scores, Stepped,
+};
 use tandem_kernels::weight::Precision;
 
 use crate::fixture::{Fixture, examples};
@@ -57,16 +60,24 @@ fn hypers(decoder: &Decoder, has_magnitudes: bool) -> Vec<Hyper> {
 }
 
 /// A client, what it still asks, and what it was told.
-struct Client {
+pub struct Client {
     driven: Driven,
     is_busy: bool,
     asks: VecDeque<Batch>,
-    told: Vec<String>,
+    told: Vec<Told>,
     folder: tempfile::TempDir,
 }
 
+#[derive(Clone, Debug, PartialEq)]
+pub enum Told {
+    Learned(Scores, Stepped),
+    Scored(Scores),
+    Wrong(String),
+    Saved(AdapterDigest),
+}
+
 /// The losses of each, in the order of its calls.
-fn losses() -> [Vec<Loss>; 3] {
+pub fn losses() -> [Vec<Loss>; 3] {
     let clip = |low, high| Clip { low, high };
     [
         vec![Loss::CrossEntropy, Loss::Gspo(clip(0.5, 1.5))],
@@ -128,7 +139,7 @@ fn batch(rows: &[Example], loss: Loss, pass: Pass) -> Batch {
 
 impl Client {
     /// Client number `i`. Its second call is wrong: a ratio is infinite.
-    fn new(i: usize, rows: &[Example], decoder: &Decoder) -> Client {
+    pub fn new(i: usize, rows: &[Example], decoder: &Decoder) -> Client {
         let all = decoder.spec.lora_targets();
         let head = [LM_HEAD.to_owned()];
         let target_modules = match i {
@@ -159,7 +170,7 @@ impl Client {
         wrong.data[1].sampled[0] = -1e30;
         asks.insert(1, wrong);
         Client {
-            driven: Driven::make(&new, decoder.fit()).expect("it is made"),
+            driven: Driven::make(&new, &Inputs::Nothing, decoder.fit()).expect("it is made"),
             is_busy: false,
             asks,
             told: vec![],
@@ -167,7 +178,13 @@ impl Client {
         }
     }
 
-    /// A quantum alone; after each call a step. Whether it was the last: its adapter is saved.
+    /// All it was told, alone.
+    pub fn run(mut self, decoder: &Decoder) -> Vec<Told> {
+        while !self.quantum(decoder) {}
+        self.told
+    }
+
+    /// A quantum alone; after each call that learned a step. Whether it was the last: its adapter is saved.
     fn quantum(&mut self, decoder: &Decoder) -> bool {
         if !self.is_busy {
             self.is_busy = true;
@@ -184,6 +201,7 @@ impl Client {
         }
         match self.driven.advance(decoder) {
             Ok(Progress::On) => return false,
+            Ok(Progress::Scored(scores)) if self.asks.is_empty() => self.told.push(Told::Scored(scores)),
             Ok(Progress::Scored(scores)) => {
                 let adam = Adam {
                     learning_rate: 1e-2,
@@ -194,22 +212,28 @@ impl Client {
                     grad_clip_norm: 1.0,
                 };
                 let stepped = self.driven.step(decoder, &adam).expect("a step");
-                self.told.push(format!("{scores:?}, {stepped:?}"));
+                self.told.push(Told::Learned(scores, stepped));
             }
             Ok(Progress::Copied(copy)) => {
                 let saved = copy.write().expect("it is written");
                 self.told
-                    .push(saved.adapter.expect("an adapter").digest.to_string());
+                    .push(Told::Saved(saved.adapter.expect("an adapter").digest));
                 return true;
             }
             Err(fault) => {
                 self.driven.clear();
-                self.told.push(fault.to_string());
+                self.told.push(Told::Wrong(fault.to_string()));
             }
         }
         self.is_busy = false;
         false
     }
+}
+
+#[derive(Debug, PartialEq)]
+enum Made {
+    Adapter(Vec<u8>),
+    Told(Told),
 }
 
 enum Actor<'a> {
@@ -226,14 +250,17 @@ impl Actor<'_> {
     }
 
     /// What it made, when it was the last.
-    fn quantum(&mut self, decoder: &Decoder) -> Option<Vec<String>> {
+    fn quantum(&mut self, decoder: &Decoder) -> Option<Vec<Made>> {
         match self {
             Actor::Job(job, trainer) => {
                 let adapter = job.spec.folder.join(files::ADAPTER).join(peft::TENSORS);
                 let is_finished = quantum(trainer, Some(decoder)).finished;
-                is_finished.then(|| vec![format!("{:?}", fs::read(adapter).expect("the adapter is there"))])
+                is_finished.then(|| vec![Made::Adapter(fs::read(adapter).expect("the adapter is there"))])
             }
-            Actor::Client(client) => client.quantum(decoder).then(|| std::mem::take(&mut client.told)),
+            Actor::Client(client) => client.quantum(decoder).then(|| {
+                let told = std::mem::take(&mut client.told);
+                told.into_iter().map(Made::Told).collect()
+            }),
         }
     }
 }
@@ -245,7 +272,7 @@ fn run(
     clients: Vec<Client>,
     leaver: Option<Client>,
     decoder: &Decoder,
-) -> (Vec<Vec<String>>, Vec<usize>) {
+) -> (Vec<Vec<Made>>, Vec<usize>) {
     let start = |i: usize| {
         let mut spec = jobs[i].spec.clone();
         spec.id = format!("ftjob-{i}").parse().expect("an id");
@@ -257,7 +284,7 @@ fn run(
     let is_shared = n > 1;
     actors.extend(leaver.map(|client| Actor::Client(Box::new(client))));
     let who = |i: usize| Who::Learner(LearnerId(i as u64));
-    let mut made = vec![vec![]; n];
+    let mut made: Vec<Vec<Made>> = (0..n).map(|_| vec![]).collect();
     let mut going: Vec<usize> = (0..actors.len()).collect();
     let mut passes = vec![];
     while !going.is_empty() {
@@ -350,12 +377,7 @@ fn those_in_one_pass_make_the_bytes_of_each_alone() {
             assert!(!alone.is_empty());
             assert_eq!(alone.len(), together.len(), "{name} in {precision:?}: number {i}");
             for (alone, together) in alone.iter().zip(together) {
-                assert!(
-                    alone == together,
-                    "{name} in {precision:?}: number {i}: {:.300}, alone {:.300}",
-                    together,
-                    alone
-                );
+                assert!(alone == together, "{name} in {precision:?}: number {i}");
             }
         }
     }

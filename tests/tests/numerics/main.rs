@@ -8,6 +8,7 @@ mod fixture;
 mod golden;
 mod head;
 mod joint;
+mod learners;
 mod mates;
 mod preferences;
 mod quantised;

@@ -35,17 +35,17 @@ use crate::training::{Job, hyper, tensors};
 const CLOSE: f64 = 1e-4;
 /// Of numbers behind ten steps of AdamW, which divides by a root of second moments.
 const ADAPTER: f64 = 1e-3;
-const WORLDS: [usize; 2] = [2, 4];
+pub const WORLDS: [usize; 2] = [2, 4];
 const VOCAB: i64 = 101;
 
 /// A checkpoint that is drawn, not trained: sharp enough that a wrong head or row is seen in every number.
-struct Model {
-    name: &'static str,
+pub struct Model {
+    pub name: &'static str,
     folder: tempfile::TempDir,
     spec: DecoderSpec,
 }
 
-fn models() -> [Model; 2] {
+pub fn models() -> [Model; 2] {
     [("kv 4, biases", 4, true), ("kv 2, tied", 2, false)].map(|(name, kv_heads, biases)| {
         let folder = tempfile::tempdir().expect("a folder");
         let config = json!({
@@ -79,7 +79,7 @@ fn waves(size: &[i64], seed: f64) -> Tensor {
     (index * 12.9898 + seed).sin().to_kind(Kind::Float).view(size)
 }
 
-fn prompt(tokens: usize, seed: usize) -> Vec<TokenId> {
+pub fn prompt(tokens: usize, seed: usize) -> Vec<TokenId> {
     (0..tokens)
         .map(|i| ((i * i * 31 + i * 7 + seed * 13) % VOCAB as usize) as TokenId)
         .collect()
@@ -90,7 +90,7 @@ impl Model {
         self.folder.path().to_owned()
     }
 
-    fn on_ranks<T: Send>(&self, world: usize, run: impl Fn(Decoder) -> T + Sync) -> Vec<T> {
+    pub fn on_ranks<T: Send>(&self, world: usize, run: impl Fn(Decoder) -> T + Sync) -> Vec<T> {
         on_ranks(&self.path(), &self.spec, world, run)
     }
 

@@ -1,7 +1,8 @@
 //! Models that clients train, beside jobs and requests.
 
 use tandem_core::learner::{
-    Adam, Batch, Clip, Datum, Learn, LearnerId, Loss, NewLearner, Pass, Reply, Save, Saving, Scores, Stepped,
+    self, Adam, Batch, Clip, Datum, Learn, LearnerId, Loss, Moments, NewLearner, Pass, Reply, Save, Saving,
+    Scores, Source, Stepped,
 };
 
 use super::jobs::{finished, job, to_the_end, train};
@@ -119,15 +120,17 @@ fn trained(
     (told, client.save(folder).digest)
 }
 
-/// Three clients and a job, each alone, then all at once beside requests.
+/// Three clients and a job, each alone, then all at once beside requests; on one rank and on two.
 #[test]
 fn clients_beside_a_job_and_requests_come_to_what_each_comes_to_alone() {
     let (folder, cases) = (demo(), cases());
-    for dtype in [Dtype::F32, Dtype::Bf16] {
+    let mut losses: Vec<Vec<f64>> = vec![];
+    for (dtype, ranks) in [(Dtype::Bf16, 1), (Dtype::F32, 1), (Dtype::F32, 2)] {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
         let mut rig = Rig::new(Options {
             dtype,
+            team: Team::Threads(ranks),
             ..options(&folder)
         });
         let alone = CLIENTS.map(|(rank, loss)| {
@@ -156,7 +159,7 @@ fn clients_beside_a_job_and_requests_come_to_what_each_comes_to_alone() {
             }
             threads.map(|thread| thread.join().unwrap())
         });
-        assert_eq!(beside, alone);
+        assert_eq!(beside, alone, "{ranks} ranks");
         assert_eq!(finished(&to_the_end(&mut job_events)), alone_job);
         let stats = rig.stats();
         let (passes, slices) = (stats.shared_passes, stats.shared_slices);
@@ -165,7 +168,79 @@ fn clients_beside_a_job_and_requests_come_to_what_each_comes_to_alone() {
             passes > 0 && slices >= 2 * passes,
             "{slices} slices in {passes} passes"
         );
+        if dtype == Dtype::F32 {
+            let of = |(told, _): &(Vec<(Scores, Stepped)>, AdapterDigest)| {
+                told.iter().map(|(scores, _)| scores.loss).collect::<Vec<_>>()
+            };
+            losses.push(alone.iter().flat_map(of).collect());
+        }
     }
+    let [one, two] = &losses[..] else {
+        panic!("one rank and two")
+    };
+    for (one, two) in one.iter().zip(two) {
+        assert!(
+            (one - two).abs() < 1e-4 * one.abs().max(1.0),
+            "{two} on two ranks, {one} on one"
+        );
+    }
+}
+
+/// What is kept in memory or in files is the same numbers, on one rank and on two.
+#[test]
+fn a_snapshot_answers_and_a_state_is_gone_on_from() {
+    let (folder, cases) = (demo(), cases());
+    let mut answers = vec![];
+    for ranks in [1, 2] {
+        let directory = tempfile::tempdir().unwrap();
+        let mut rig = Rig::new(Options {
+            team: Team::Threads(ranks),
+            ..options(&folder)
+        });
+        let client = Client::new(&rig, 1, 8);
+        let learn = |client: &Client| {
+            let scores = client.learn(batch(&cases, Loss::CrossEntropy)).unwrap();
+            (scores, client.step(5e-3))
+        };
+        (0..3).for_each(|_| drop(learn(&client)));
+        let state = directory.path().join("state");
+        std::fs::create_dir(&state).unwrap();
+        let save = Save {
+            folder: state.clone(),
+            what: Saving::State,
+        };
+        client.ask(|reply| Learn::Save(save, reply)).unwrap();
+        let kept = directory.path().join("kept");
+        std::fs::create_dir(&kept).unwrap();
+        let kept = client.save(&kept);
+        let snapshot = AdapterRef {
+            digest: client.ask(Learn::Snapshot).unwrap(),
+            folder: PathBuf::new(),
+        };
+        let with = |adapter: AdapterRef| Generate {
+            adapter: Some(adapter),
+            stop_tokens: vec![],
+            ..request(&cases[1].prompt, 12, greedy())
+        };
+        let answer = rig.ask(with(snapshot.clone()));
+        let expected: Vec<_> = (0..2).map(|_| learn(&client)).collect();
+        // It does not change, and says what the file says.
+        rig.ask(with(snapshot.clone()))
+            .assert_same(&answer, "after two steps");
+        rig.ask(with(kept)).assert_same(&answer, "from a file");
+        let source = Source::State {
+            file: state.join(learner::STATE),
+            moments: Moments::Restored,
+        };
+        client.ask(|reply| Learn::Load(source, reply)).unwrap();
+        let again: Vec<_> = (0..2).map(|_| learn(&client)).collect();
+        assert_eq!(again, expected, "{ranks} ranks");
+        rig.command(Command::UnloadAdapter(snapshot.digest));
+        let gone = rig.ask(with(snapshot));
+        assert!(matches!(gone.end, Some(Err(_))), "{:?}", gone.end);
+        answers.push(answer);
+    }
+    assert_eq!(answers[0].ids(), answers[1].ids());
 }
 
 /// One that is let go in the midst, and one whose call is wrong, leave the others as they were.
