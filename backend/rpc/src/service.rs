@@ -15,6 +15,7 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 use tandem_core::id::{AdapterDigest, AdapterRef, RequestId};
 use tandem_core::job::{JobEvent, JobSpec};
+use tandem_core::learner::Saved;
 use tandem_core::message::Fault;
 use tandem_core::replica::ReplicaHandle;
 use tandem_core::stats::Stats;
@@ -41,8 +42,12 @@ const STATS_PERIOD: Duration = Duration::from_millis(100);
 pub trait Hooks: Send + Sync + 'static {
     /// The adapter with a folder of this machine. Ready at once when the folder is here.
     fn adapter(&self, digest: AdapterDigest) -> BoxFuture<'static, Result<AdapterRef, Fault>>;
-    /// What lies at a path below the data folder that routers have, too.
-    fn below(&self, path: &Path) -> Result<PathBuf, Fault>;
+    /// The file that a router names by its path below the data folder, on this machine.
+    fn file(&self, path: &Path) -> BoxFuture<'static, Result<PathBuf, Fault>>;
+    /// The folder that a router names by its path below the data folder, on this machine, to be written to.
+    fn folder(&self, path: &Path) -> BoxFuture<'static, Result<PathBuf, Fault>>;
+    /// Before it is told: what was written to such a folder must be where the router finds it.
+    fn saved(&self, folder: &Path, saved: &Saved) -> BoxFuture<'static, Result<(), Fault>>;
     /// The job with its folder on this machine, datasets and last state in it.
     fn job(&self, spec: JobSpec) -> BoxFuture<'static, Result<JobSpec, String>>;
     /// Before an event leaves: what it names must be where other machines can find it. An error ends the session's

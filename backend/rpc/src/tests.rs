@@ -11,6 +11,7 @@ use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
 use tandem_core::id::{AdapterDigest, AdapterRef, Digest, RequestId};
 use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Lora, Method, Objective, SaveStrategy, Schedule};
+use tandem_core::learner::Saved;
 use tandem_core::message::{Event, Fault, FinishReason, Generate, Guessed, Scored};
 use tandem_core::pooling::Pooling;
 use tandem_core::replica::{AdapterInfo, COMMAND_QUEUE, Command, EVENT_QUEUE, ReplicaHandle, ReplicaInfo};
@@ -48,8 +49,27 @@ impl Hooks for Machine {
         .boxed()
     }
 
-    fn below(&self, path: &Path) -> Result<PathBuf, Fault> {
-        Ok(Path::new("/elsewhere").join(path))
+    fn file(&self, path: &Path) -> BoxFuture<'static, Result<PathBuf, Fault>> {
+        let found = Path::new("/elsewhere").join(path);
+        async move { Ok(found) }.boxed()
+    }
+
+    fn folder(&self, path: &Path) -> BoxFuture<'static, Result<PathBuf, Fault>> {
+        self.file(path)
+    }
+
+    fn saved(&self, folder: &Path, saved: &Saved) -> BoxFuture<'static, Result<(), Fault>> {
+        let is_there = saved
+            .adapter
+            .as_ref()
+            .is_none_or(|adapter| adapter.folder.ends_with(folder.join("adapter")));
+        async move {
+            match is_there {
+                true => Ok(()),
+                false => Err(Fault::Step("it was saved elsewhere".to_owned())),
+            }
+        }
+        .boxed()
     }
 
     fn job(&self, spec: JobSpec) -> BoxFuture<'static, Result<JobSpec, String>> {

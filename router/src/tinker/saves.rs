@@ -183,7 +183,7 @@ impl Router {
         moments: Moments,
     ) -> Result<KeptNumbers, RouterError> {
         let digest = match self.named(client, path).await? {
-            Named::Save(record) => match (self.0.store.state_of(&record), record.adapter) {
+            Named::Save(record) => match (self.0.store.state_of(&record).await?, record.adapter) {
                 (Some(file), _) => {
                     return Ok(KeptNumbers {
                         lora: lora_of(&record, &self.info().lora_targets),

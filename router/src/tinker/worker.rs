@@ -231,7 +231,7 @@ impl Worker {
     /// Everything that is saved has a name under which it answers; a state can also be gone on from.
     async fn save(&mut self, kind: SaveKind, keep: Keep) -> Done {
         let place = self.place(kind, &keep).await?;
-        let folder = self.router.0.store.staging_folder().await?;
+        let folder = self.router.0.store.save_folder(&place).await?;
         let named = self.save_in(&folder, &place, &keep).await;
         remove(folder).await;
         Ok(Outcome::Saved { path: named? })
@@ -262,11 +262,16 @@ impl Worker {
             .adapter
             .ok_or_else(|| RouterError::Engine(Fault::Step("the engine wrote no adapter".to_owned())))?;
         let path = path_of(place);
-        let bytes = tokio::fs::metadata(adapter.folder.join("adapter_model.safetensors")).await;
+        // Where the engine is elsewhere, the shared store has it by its digest.
+        let made = match adapter.folder.exists() {
+            true => adapter.folder,
+            false => self.router.0.store.artifacts().adapter(adapter.digest).await?,
+        };
+        let bytes = tokio::fs::metadata(made.join("adapter_model.safetensors")).await;
         self.router
             .load(
                 &path,
-                &adapter.folder,
+                &made,
                 LoadMode::Replace,
                 tandem_store::Source::Loaded,
                 &self.client,

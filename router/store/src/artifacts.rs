@@ -106,13 +106,49 @@ impl Artifacts {
         }
     }
 
-    /// A path below the folder; `None` where that is of this process alone.
-    pub fn below(&self, path: &Path) -> Option<PathBuf> {
-        self.remote.is_none().then(|| self.folders.root().join(path))
+    /// A path below the folder.
+    pub fn below(&self, path: &Path) -> PathBuf {
+        self.folders.root().join(path)
+    }
+
+    /// The file at a path below the folder; fetched when it is not here.
+    pub async fn file_below(&self, path: &Path) -> Result<PathBuf, StoreError> {
+        let target = self.below(path);
+        let Some(remote) = &self.remote else {
+            return Ok(target);
+        };
+        let _turn = self.downloads.turn(&target).await;
+        if let Some(folder) = target.parent() {
+            let made = tokio::fs::create_dir_all(folder).await;
+            made.map_err(crate::error::io_at("making", folder))?;
+        }
+        match self.fetch(remote, &parts_of(path), &target).await? {
+            true => Ok(target),
+            false => Err(StoreError::Damaged(format!(
+                "the artifact store has no {}",
+                path.display()
+            ))),
+        }
+    }
+
+    /// See that the shared store has the file that was written at a path below the folder.
+    pub async fn keep_file_below(&self, path: &Path) -> Result<(), StoreError> {
+        if let Some(remote) = &self.remote {
+            let here = self.below(path);
+            remote.put(&here, &parts_of(path)).await?;
+            // Whoever wants it fetches it.
+            let removed = tokio::fs::remove_file(&here).await;
+            removed.map_err(crate::error::io_at("removing", &here))?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn remote(&self) -> Option<&Remote> {
+        self.remote.as_deref()
     }
 
     /// Whether other processes see the same artifacts by another way than this folder.
-    pub(crate) fn is_cached(&self) -> bool {
+    pub fn is_cached(&self) -> bool {
         self.remote.is_some()
     }
 
@@ -554,6 +590,11 @@ impl Artifacts {
         blocking(move || folders.publish_file(&staged, &target)).await?;
         Ok(true)
     }
+}
+
+/// A path below the folder is a key of the shared store, too.
+pub(crate) fn parts_of(path: &Path) -> Vec<&str> {
+    path.iter().filter_map(|part| part.to_str()).collect()
 }
 
 /// For what a job needs: while the artifact store is away, try again.

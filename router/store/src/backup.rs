@@ -234,7 +234,7 @@ async fn copy(
                 wanted.push(path);
             }
         }
-        for (path, found) in saves::all_files(artifacts.folders())? {
+        for (path, found) in saves::all_files(artifacts).await? {
             // One that is overwritten meanwhile is found again by its new name.
             is_whole &= fetch(&path, Ok(found), target, &mut copied).await?;
             wanted.push(path);

@@ -7,6 +7,7 @@
 //!          adapters/<digest>/{adapter_config.json, adapter_model.safetensors, README.md, complete}
 //!          jobs/<id>/{train.tokens, valid.tokens}
 //!          jobs/<id>/<epoch>/<step>/state.safetensors
+//!          tinker/<run>/<kind>/<name>/{save.json, <random>/state.safetensors}
 //! ```
 //! An object appears whole or not at all; `complete` is written last and deleted first, so half an adapter is no adapter.
 
@@ -216,12 +217,33 @@ impl Remote {
     }
 
     pub async fn has(&self, parts: &[&str]) -> Result<bool, StoreError> {
+        Ok(self.size(parts).await?.is_some())
+    }
+
+    /// Bytes of an object. `None`: there is no such object.
+    pub async fn size(&self, parts: &[&str]) -> Result<Option<u64>, StoreError> {
         self.health.check()?;
         match self.store.head(&self.key(parts)).await {
-            Ok(_) => Ok(true),
-            Err(Error::NotFound { .. }) => Ok(false),
+            Ok(found) => Ok(Some(found.size)),
+            Err(Error::NotFound { .. }) => Ok(None),
             Err(error) => Err(self.failed("looking for", parts, error)),
         }
+    }
+
+    /// The objects under `parts`, each as the parts of its key.
+    pub async fn list(&self, parts: &[&str]) -> Result<Vec<Vec<String>>, StoreError> {
+        self.health.check()?;
+        let above = self.prefix.parts().count();
+        let found = self.store.list(Some(&self.key(parts)));
+        let parts_of = |key: Key| {
+            let parts = key.parts().skip(above);
+            parts.map(|part| part.as_ref().to_owned()).collect()
+        };
+        let found = found.map_ok(|object| parts_of(object.location));
+        found
+            .try_collect()
+            .await
+            .map_err(|error| self.failed("listing", parts, error))
     }
 
     /// That it is gone already is fine.

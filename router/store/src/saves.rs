@@ -1,10 +1,10 @@
 //! What clients that train call by call have saved: states to go on from, and which adapters they named. Each is a folder
-//! with a record, which names the other file and is written last: a kill leaves the save of before, or the new one. Of one
-//! machine: other routers do not see them.
+//! with a record, which names the other file and is written last: a kill leaves the save of before, or the new one. They lie in
+//! the shared place where there is one, else in the data folder.
 //!
 //! ```text
-//! <data_dir>/tinker/<run>/<kind>/<name>/save.json
-//!                                       state-<random>.safetensors
+//! tinker/<run>/<kind>/<name>/save.json
+//!                            state-<random>.safetensors, in the shared place <random>/state.safetensors
 //! ```
 
 use std::collections::BTreeMap;
@@ -16,9 +16,11 @@ use serde::{Deserialize, Serialize};
 use tandem_core::id::{AdapterDigest, Digest};
 use tandem_core::job::Lora;
 
+use crate::artifacts::parts_of;
 use crate::error::io_at;
 use crate::folders::{self, Folders, sync_parent};
-use crate::{Store, StoreError, blocking, ids, now};
+use crate::remote::Remote;
+use crate::{Artifacts, Store, StoreError, blocking, ids, now};
 
 pub(crate) const FOLDER: &str = "tinker";
 const RECORD: &str = "save.json";
@@ -101,21 +103,43 @@ impl SaveRecord {
 }
 
 impl Store {
-    /// A fresh, empty folder, for who writes what is then kept.
-    pub async fn staging_folder(&self) -> Result<PathBuf, StoreError> {
-        let folders = self.artifacts().folders().clone();
-        blocking(move || folders.staging_folder()).await
+    /// A fresh, empty folder for who writes what is then kept at `place`.
+    pub async fn save_folder(&self, place: &SavePlace) -> Result<PathBuf, StoreError> {
+        self.check_room()?;
+        let (folders, is_cached) = (self.artifacts().folders().clone(), self.artifacts().is_cached());
+        // Its path is where others find what was written there.
+        let folder = place.folder(&folders).join(ids::random());
+        blocking(move || {
+            if !is_cached {
+                return folders.staging_folder();
+            }
+            fs::create_dir_all(&folder).map_err(io_at("making", &folder))?;
+            Ok(folder)
+        })
+        .await
     }
 
-    /// Keeps a save, in the place of one that was there. `state`: a durable file that is taken over.
+    /// Keeps a save, in the place of one that was there. `state`: a durable file in a [`Store::save_folder`], of here or of who
+    /// shares the artifacts.
     pub async fn keep_save(
+        &self,
+        record: SaveRecord,
+        state: Option<PathBuf>,
+    ) -> Result<SaveRecord, StoreError> {
+        let kept = match self.artifacts().remote() {
+            None => self.keep_here(record, state).await,
+            Some(remote) => self.keep_there(remote, record, state).await,
+        };
+        kept.inspect_err(|error| self.note(error))
+    }
+
+    async fn keep_here(
         &self,
         mut record: SaveRecord,
         state: Option<PathBuf>,
     ) -> Result<SaveRecord, StoreError> {
-        self.check_room()?;
         let folders = self.artifacts().folders().clone();
-        let kept = blocking(move || {
+        blocking(move || {
             let folder = record.place.folder(&folders);
             fs::create_dir_all(&folder).map_err(io_at("making", &folder))?;
             if let Some(state) = state {
@@ -124,31 +148,83 @@ impl Store {
                 record.file = Some(name);
             }
             write(&folders, &record)?;
-            for entry in fs::read_dir(&folder)
-                .map_err(io_at("reading", &folder))?
-                .flatten()
-            {
-                let name = entry.file_name();
-                let is_of_record =
-                    name == RECORD || Some(name.to_string_lossy().as_ref()) == record.file.as_deref();
-                if !is_of_record {
-                    folders::remove(&entry.path())?;
+            for path in entries(&folder)? {
+                let name = path.file_name().and_then(|name| name.to_str());
+                if name != Some(RECORD) && name != record.file.as_deref() {
+                    folders::remove(&path)?;
                 }
             }
             Ok(record)
-        });
-        kept.await.inspect_err(|error| self.note(error))
+        })
+        .await
+    }
+
+    async fn keep_there(
+        &self,
+        remote: &Remote,
+        mut record: SaveRecord,
+        state: Option<PathBuf>,
+    ) -> Result<SaveRecord, StoreError> {
+        let folder = record.place.folder(self.artifacts().folders());
+        let below = self.below(&folder);
+        if let Some(state) = state {
+            let path = self.below(&state);
+            if state.exists() {
+                self.artifacts().keep_file_below(&path).await?;
+            }
+            let size = remote.size(&parts_of(&path)).await?;
+            record.bytes +=
+                size.ok_or_else(|| StoreError::Damaged(format!("{} was not kept", path.display())))?;
+            let file = path.strip_prefix(&below).ok().and_then(Path::to_str);
+            record.file = file.map(str::to_owned);
+        }
+        self.change_save(record.clone()).await?;
+        for key in remote.list(&parts_of(&below)).await? {
+            let key: Vec<&str> = key.iter().map(String::as_str).collect();
+            let name = key[parts_of(&below).len()..].join("/");
+            if name != RECORD && Some(name.as_str()) != record.file.as_deref() {
+                remote.delete(&key).await?;
+            }
+        }
+        blocking(move || folders::remove(&folder)).await?;
+        Ok(record)
+    }
+
+    fn below(&self, path: &Path) -> PathBuf {
+        let root = self.artifacts().folders().root();
+        path.strip_prefix(root).unwrap_or(path).to_owned()
     }
 
     /// All of them, or those of one run; in the order of their making.
     pub async fn saves(&self, run: Option<&str>) -> Result<Vec<SaveRecord>, StoreError> {
-        let folders = self.artifacts().folders().clone();
-        let run = run.map(str::to_owned);
+        // Not a path, or there is none of it.
+        if run.is_some_and(|run| SavePlace::new(run, SaveKind::State, "x").is_none()) {
+            return Ok(vec![]);
+        }
+        let mut records = match self.artifacts().remote() {
+            None => self.local_saves(run.map(str::to_owned)).await?,
+            Some(remote) => {
+                let mut records = vec![];
+                let parts: Vec<&str> = [FOLDER].into_iter().chain(run).collect();
+                for key in remote.list(&parts).await? {
+                    let key: Vec<&str> = key.iter().map(String::as_str).collect();
+                    if key.last() == Some(&RECORD)
+                        && let Some(text) = remote.read(&key).await?
+                    {
+                        records.push(parsed(&text, &key.join("/"))?);
+                    }
+                }
+                records
+            }
+        };
+        records.sort_by_key(|record| (record.created_at, record.place.clone()));
+        Ok(records)
+    }
+
+    async fn local_saves(&self, run: Option<String>) -> Result<Vec<SaveRecord>, StoreError> {
+        let root = self.artifacts().folders().root().join(FOLDER);
         blocking(move || {
-            let root = folders.root().join(FOLDER);
             let runs = match run {
-                // Not a path, or there is none of it.
-                Some(run) if SavePlace::new(&run, SaveKind::State, "x").is_none() => vec![],
                 Some(run) => vec![root.join(run)],
                 None => entries(&root)?,
             };
@@ -160,7 +236,6 @@ impl Store {
                     }
                 }
             }
-            records.sort_by_key(|record| (record.created_at, record.place.clone()));
             Ok(records)
         })
         .await
@@ -168,25 +243,47 @@ impl Store {
 
     pub async fn save(&self, place: &SavePlace) -> Result<Option<SaveRecord>, StoreError> {
         let folder = place.folder(self.artifacts().folders());
-        let record = blocking(move || read(&folder)).await?;
+        let record = match self.artifacts().remote() {
+            None => blocking(move || read(&folder)).await?,
+            Some(remote) => {
+                let path = self.below(&folder).join(RECORD);
+                let text = remote.read(&parts_of(&path)).await?;
+                text.map(|text| parsed(&text, &path.display().to_string()))
+                    .transpose()?
+            }
+        };
         Ok(record.filter(|record| !record.has_expired()))
     }
 
-    /// The file of a state.
-    pub fn state_of(&self, record: &SaveRecord) -> Option<PathBuf> {
-        let file = record.file.as_deref()?;
-        Some(record.place.folder(self.artifacts().folders()).join(file))
+    /// The file of a state, fetched when it is not here.
+    pub async fn state_of(&self, record: &SaveRecord) -> Result<Option<PathBuf>, StoreError> {
+        let Some(file) = record.file.as_deref() else {
+            return Ok(None);
+        };
+        let path = record.place.folder(self.artifacts().folders()).join(file);
+        self.artifacts().file_below(&self.below(&path)).await.map(Some)
     }
 
     /// Another expiry, or another reach.
     pub async fn change_save(&self, record: SaveRecord) -> Result<(), StoreError> {
         let folders = self.artifacts().folders().clone();
-        blocking(move || write(&folders, &record)).await
+        if let Some(remote) = self.artifacts().remote() {
+            let path = self.below(&record.place.folder(&folders)).join(RECORD);
+            let text = serde_json::to_string(&record).expect("plain data are JSON");
+            return remote.mark(&parts_of(&path), &text).await;
+        }
+        let written = blocking(move || write(&folders, &record)).await;
+        written.inspect_err(|error| self.note(error))
     }
 
     /// The record goes first.
     pub async fn remove_save(&self, place: &SavePlace) -> Result<(), StoreError> {
         let folder = place.folder(self.artifacts().folders());
+        if let Some(remote) = self.artifacts().remote() {
+            let below = self.below(&folder);
+            remote.delete(&parts_of(&below.join(RECORD))).await?;
+            remote.delete_all(&parts_of(&below)).await?;
+        }
         blocking(move || {
             folders::remove(&folder.join(RECORD))?;
             folders::remove(&folder)
@@ -195,11 +292,23 @@ impl Store {
     }
 }
 
-/// Every file of every save, by its path in the data folder.
-pub(crate) fn all_files(folders: &Folders) -> Result<Vec<(PathBuf, PathBuf)>, StoreError> {
-    let root = folders.root();
-    let mut open = vec![root.join(FOLDER)];
+/// Every file of every save, by its path in the data folder; fetched where they lie elsewhere.
+pub(crate) async fn all_files(artifacts: &Artifacts) -> Result<Vec<(PathBuf, PathBuf)>, StoreError> {
     let mut files = vec![];
+    if let Some(remote) = artifacts.remote() {
+        for key in remote.list(&[FOLDER]).await? {
+            let path: PathBuf = key.iter().collect();
+            // A record changes under its name: what is here of it is no copy of what is there.
+            if key.last().is_some_and(|name| name == RECORD) {
+                folders::remove(&artifacts.below(&path))?;
+            }
+            let found = artifacts.file_below(&path).await?;
+            files.push((path, found));
+        }
+        return Ok(files);
+    }
+    let root = artifacts.folders().root();
+    let mut open = vec![root.join(FOLDER)];
     while let Some(folder) = open.pop() {
         for path in entries(&folder)? {
             match path.is_dir() {
@@ -227,10 +336,11 @@ fn read(folder: &Path) -> Result<Option<SaveRecord>, StoreError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         read => read.map_err(io_at("reading", &path))?,
     };
-    let record = serde_json::from_slice(&text);
-    record
-        .map(Some)
-        .map_err(|error| StoreError::Damaged(format!("{}: {error}", path.display())))
+    parsed(&text, &path.display().to_string()).map(Some)
+}
+
+fn parsed(text: &[u8], path: &str) -> Result<SaveRecord, StoreError> {
+    serde_json::from_slice(text).map_err(|error| StoreError::Damaged(format!("{path}: {error}")))
 }
 
 fn entries(folder: &Path) -> Result<Vec<PathBuf>, StoreError> {

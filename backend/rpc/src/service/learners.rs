@@ -1,7 +1,7 @@
 //! Models that a session's clients train: they and their snapshots end with the session. Not here: what they compute.
 
 use std::collections::{HashMap, HashSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures::FutureExt;
@@ -78,10 +78,14 @@ impl Learners {
                 }
             }
             Ask::SaveJson(json) => {
-                let Save { folder, what } = codec::from_json(&json)?;
-                let digest = |saved: Saved| saved.adapter.map(|adapter| adapter.digest);
-                let (reply, answered) = wait(move |saved: Result<Saved, Fault>| json_of(saved.map(digest)));
-                match self.below(&folder) {
+                let Save { folder: below, what } = codec::from_json(&json)?;
+                let folder = match learn::is_below(&below) {
+                    true => self.shared.hooks.folder(&below).await,
+                    false => Err(outside(&below)),
+                };
+                let (reply, answer) = oneshot::channel();
+                let answered = saved(self.shared.clone(), below, answer).boxed();
+                match folder {
                     Ok(folder) => (Learn::Save(Save { folder, what }, reply), answered),
                     Err(fault) => return Ok(refused(reply, fault, answered)),
                 }
@@ -129,22 +133,35 @@ impl Learners {
     async fn found(&self, source: Source) -> Result<Source, Fault> {
         Ok(match source {
             Source::State { file, moments } => Source::State {
-                file: self.below(&file)?,
+                file: match learn::is_below(&file) {
+                    true => self.shared.hooks.file(&file).await?,
+                    false => return Err(outside(&file)),
+                },
                 moments,
             },
             Source::Adapter(adapter) => Source::Adapter(self.shared.hooks.adapter(adapter.digest).await?),
         })
     }
+}
 
-    fn below(&self, path: &Path) -> Result<std::path::PathBuf, Fault> {
-        match learn::is_below(path) {
-            true => self.shared.hooks.below(path),
-            false => Err(Fault::Step(format!(
-                "{} is not in the data folder",
-                path.display()
-            ))),
+fn outside(path: &Path) -> Fault {
+    Fault::Step(format!("{} is not in the data folder", path.display()))
+}
+
+/// What was saved is told when a router can find it. `below`: the folder that it named.
+async fn saved(
+    shared: Arc<Shared>,
+    below: PathBuf,
+    answer: oneshot::Receiver<Result<Saved, Fault>>,
+) -> Option<Answer> {
+    let digest = match answer.await.ok()? {
+        Ok(saved) => {
+            let kept = shared.hooks.saved(&below, &saved).await;
+            kept.map(|()| saved.adapter.map(|adapter| adapter.digest))
         }
-    }
+        Err(fault) => Err(fault),
+    };
+    Some(json_of(digest))
 }
 
 fn wait<T: Send + 'static>(

@@ -1,8 +1,7 @@
 //! A model that a client trains, over the wire.
 
 use tandem_core::learner::{
-    Batch, Datum, Learn, LearnerId, Loss, Moments, NewLearner, Pass, Reply, Save, Saved, Saving, Scores,
-    Source,
+    Batch, Datum, Learn, LearnerId, Loss, Moments, NewLearner, Pass, Reply, Save, Saving, Scores, Source,
 };
 
 use super::*;

@@ -7,6 +7,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use tandem_core::id::{AdapterDigest, AdapterRef};
 use tandem_core::job::{JobEvent, JobSpec};
+use tandem_core::learner::{self, Saved};
 use tandem_core::message::Fault;
 use tandem_rpc::Hooks;
 use tandem_store::{Artifacts, StoreError};
@@ -30,12 +31,36 @@ impl Hooks for Kept {
         .boxed()
     }
 
-    fn below(&self, path: &Path) -> Result<PathBuf, Fault> {
-        self.0.below(path).ok_or_else(|| {
-            let why = "checkpoints of training clients lie in a data folder that router and backends share, and with \
-                       --artifact-url they share none";
-            Fault::Refused(why.to_owned())
-        })
+    fn file(&self, path: &Path) -> BoxFuture<'static, Result<PathBuf, Fault>> {
+        let (artifacts, path) = (self.0.clone(), path.to_owned());
+        async move { artifacts.file_below(&path).await.map_err(unkept) }.boxed()
+    }
+
+    fn folder(&self, path: &Path) -> BoxFuture<'static, Result<PathBuf, Fault>> {
+        let folder = self.0.below(path);
+        async move {
+            let made = tokio::fs::create_dir_all(&folder).await;
+            made.map_err(|error| Fault::Step(format!("{}: {error}", folder.display())))?;
+            Ok(folder)
+        }
+        .boxed()
+    }
+
+    fn saved(&self, folder: &Path, saved: &Saved) -> BoxFuture<'static, Result<(), Fault>> {
+        let (artifacts, adapter) = (self.0.clone(), saved.adapter.clone());
+        let state = folder.join(learner::STATE);
+        async move {
+            let Some(adapter) = adapter else {
+                return artifacts.keep_file_below(&state).await.map_err(unkept);
+            };
+            artifacts.keep_adapter(&adapter).await.map_err(unkept)?;
+            if artifacts.is_cached() {
+                // The store's own copy stays.
+                let _ = tokio::fs::remove_dir_all(adapter.folder).await;
+            }
+            Ok(())
+        }
+        .boxed()
     }
 
     fn job(&self, spec: JobSpec) -> BoxFuture<'static, Result<JobSpec, String>> {
@@ -75,6 +100,12 @@ impl Hooks for Kept {
         }
         .boxed()
     }
+}
+
+fn unkept(error: StoreError) -> Fault {
+    tracing::error!(%error, "a training client's state is not kept or fetched");
+    // Where it lies is nothing for clients.
+    Fault::Step("the backend could not reach the artifact store".to_owned())
 }
 
 fn said(error: StoreError) -> String {
