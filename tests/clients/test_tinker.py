@@ -22,9 +22,9 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("tinker")
 
 
-def start(folder):
+def start(folder, *options):
     model = os.environ.get("TANDEM_TEST_MODEL")
-    return Process(folder, "serve", "--port", "0", *(["--model", model] if model else []))
+    return Process(folder, "serve", "--port", "0", *options, *(["--model", model] if model else []))
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,13 @@
 """What the real `tinker` SDK keeps and finds again: every route of it, and one kind of adapter for it and for fine-tune jobs."""
 
 import asyncio
+import concurrent.futures
 import json
 import os
 import re
 import subprocess
 import time
+import urllib.request
 
 import numpy
 import openai
@@ -132,6 +134,67 @@ def test_a_client_goes_on_from_what_a_job_made(server, extra):
         service.create_training_client_from_state("nobody").result()
 
 
+def test_clients_and_a_job_share_passes_and_come_to_what_each_comes_to_alone(server):
+    client = openai.OpenAI(base_url=server + "/v1", api_key="x", max_retries=0)
+    base = client.models.list().data[0].id
+    losses = {31: "cross_entropy", 32: "importance_sampling"}
+
+    def train(seed, name):
+        model = trainer(connect(server), base, seed=seed)
+        told = [learn(model, of_loss(losses[seed]), losses[seed]) for _ in range(12)]
+        path = model.save_weights_for_sampler(name).result().path
+        return [(one.metrics, [list(row) for row in logprobs(one)]) for one in told], digest(path)
+
+    def of_loss(loss):
+        if loss == "cross_entropy":
+            return DATA
+        inputs = lambda text: {"target_tokens": text[1:], "logprobs": [-2.0] * (len(text) - 1), "advantages": [1.0] * (len(text) - 1)}
+        return [tinker.Datum(model_input=prompt(*text[:-1]), loss_fn_inputs=inputs(text)) for text in TEXTS]
+
+    def digest(name):
+        return next(model.root for model in client.models.list().data if model.id == name)
+
+    def job():
+        return digest(fine_tune(client, base, max_steps=12, batch_size=2, seed=5).fine_tuned_model)
+
+    def shared():
+        lines = urllib.request.urlopen(server + "/metrics").read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("tandem:train_shared_slices_total"))
+
+    alone, before = [train(31, "alone"), train(32, "alone"), job()], shared()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        works = [pool.submit(train, 31, "beside"), pool.submit(train, 32, "beside"), pool.submit(job)]
+        sampler = connect(server).create_sampling_client(base_model=base).result()
+        while not all(work.done() for work in works):
+            sampler.sample(prompt(*TEXTS[1][:3]), 2, tinker.SamplingParams(max_tokens=8)).result()
+    assert [work.result() for work in works] == alone
+    assert shared() > before
+
+
+def test_two_ranks_train_as_one(tmp_path):
+    told = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        server = Process(folder, "serve", "--port", "0", "--tensor-parallel-size", str(ranks), "--dtype", "float32")
+        service = connect(server.url)
+        base = service.get_server_capabilities().supported_models[0].model_name
+        model = trainer(service, base)
+        losses = [learn(model, DATA).metrics["loss:sum"] for _ in range(6)]
+        sampler, path = sampler_of(model), model.save_state("six").result().path
+        text = greedy(sampler, TEXTS[0])
+        losses.append(learn(model, DATA).metrics["loss:sum"])
+        again = service.create_training_client_from_state_with_optimizer(path).result()
+        assert learn(again, DATA).metrics["loss:sum"] == losses[-1]
+        # A snapshot never changes, and a saved one says the same.
+        for kept in (sampler, service.create_sampling_client(model_path=path).result()):
+            assert greedy(kept, TEXTS[0]) == text
+        told.append((losses, text))
+        server.end()
+    numpy.testing.assert_allclose(told[1][0], told[0][0], rtol=1e-5)
+    assert told[1][1] == told[0][1]
+
+
 @pytest.mark.parametrize("save", ["save_weights_for_sampler", "save_state"])
 def test_what_a_client_saved_answers_and_a_job_starts_from_it(server, save):
     client = openai.OpenAI(base_url=server + "/v1", api_key="x", max_retries=0)
@@ -181,15 +244,24 @@ def test_another_tenant_loads_and_samples_what_is_published(tmp_path, monkeypatc
     server.end()
 
 
-def test_a_lost_backend_takes_what_was_not_saved(tmp_path):
+@pytest.mark.parametrize("share", ["data folder", "artifacts"])
+def test_a_lost_backend_takes_what_was_not_saved(tmp_path, share):
     """Behind a router a session lives on one backend; another goes on from what was saved, to the same numbers."""
-    backends = [Process(tmp_path, "backend", "--listen", "127.0.0.1:0") for _ in range(2)]
-    router = Process(tmp_path, "router", "--port", "0", *(part for one in backends for part in ("--backend", one.url)))
+    kept = [] if share == "data folder" else ["--artifact-url", f"file://{tmp_path}/shared"]
+
+    def start(name, *command):
+        folder = tmp_path / (name if kept else "one")
+        folder.mkdir(exist_ok=True)
+        return Process(folder, *command, *kept)
+
+    backends = [start(name, "backend", "--listen", "127.0.0.1:0") for name in ("first", "second")]
+    router = start("router", "router", "--port", "0", *(part for one in backends for part in ("--backend", one.url)))
     service, base = connect(router.url), "tandem-demo"
     model, other = trainer(service, base, seed=17), trainer(connect(router.url), base, seed=17)
     for _ in range(3):
         assert learn(model, DATA).metrics == learn(other, DATA).metrics
     path = model.save_state("three").result().path
+    assert model.save_state("three", overwrite=True).result().path == path
     named = model.save_weights_for_sampler("named").result().path
     sampler = sampler_of(model)
     before = greedy(sampler, TEXTS[0])
@@ -215,5 +287,14 @@ def test_a_lost_backend_takes_what_was_not_saved(tmp_path):
     assert greedy(sampler_of(again), TEXTS[0]) == before
     assert [learn(again, DATA).metrics["loss:sum"] for _ in range(5)] == expected
     assert greedy(service.create_sampling_client(model_path=named).result(), TEXTS[0])
+    # Nothing is left of what was overwritten, or is deleted.
+    rest = tinker.RestClient(base_url=router.url)
+    listed = lambda: [one.tinker_path for one in rest.list_user_checkpoints().result().checkpoints]
+    assert sorted(listed()) == sorted([path, named])
+    files = lambda: [file for file in tmp_path.glob("**/tinker/**/*.safetensors") if kept and "shared" in file.parts or not kept]
+    assert len(files()) == 1, files()
+    for one in (path, named):
+        rest.delete_checkpoint_from_tinker_path(one).result()
+    assert not listed() and not files()
     for process in (router, backends[1]):
         process.end()

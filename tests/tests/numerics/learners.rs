@@ -6,7 +6,7 @@ use crate::fixture::Table;
 use crate::joint::{Client, Told, losses};
 use crate::ranks::{WORLDS, models, prompt};
 
-/// Of log-probabilities and losses of a token; of the gradient's norm, relative.
+/// Of log-probabilities (of their size, where that is beyond 1), of the loss of a token, of the size of the gradient's norm.
 const CLOSE: f64 = 1e-5;
 
 #[test]
@@ -56,7 +56,8 @@ fn clients_on_ranks_are_told_what_one_rank_tells() {
                         .iter()
                         .flatten()
                         .zip(expected.logprobs.iter().flatten());
-                    logprobs = both.fold(logprobs, |worst, (a, b)| worst.max(f64::from((a - b).abs())));
+                    let apart = |(a, b): (&f32, &f32)| f64::from((a - b).abs() / b.abs().max(1.0));
+                    logprobs = both.map(apart).fold(logprobs, f64::max);
                     let n = expected.logprobs.iter().flatten().count() as f64;
                     loss = loss.max((ours.loss - expected.loss).abs() / n);
                 }
