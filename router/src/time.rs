@@ -1,7 +1,7 @@
 //! Moments for people and for other programs.
 
 /// Year, month, day, hour, minute and second, UTC.
-pub(crate) fn calendar(unix_s: i64) -> [i64; 6] {
+pub fn calendar(unix_s: i64) -> [i64; 6] {
     let (days, second) = (unix_s.div_euclid(86_400), unix_s.rem_euclid(86_400));
     // Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms": civil_from_days. Years begin in March.
     let days = days + 719_468;

@@ -10,6 +10,7 @@ mod record;
 mod settings;
 mod sweep;
 mod torchtune;
+mod wandb;
 
 use std::io;
 use std::ops::ControlFlow;
@@ -125,6 +126,8 @@ struct Ground {
     device: String,
     team: Team,
     mesh: Mesh,
+    /// Project and name at W&B.
+    wandb: Option<(String, Option<String>)>,
     /// Steps to trace.
     profile: Option<u64>,
     overwrites: bool,
@@ -149,6 +152,7 @@ impl Ground {
             quantization,
             device,
             placing,
+            wandb,
             profile,
             preview,
             mut settings,
@@ -236,6 +240,7 @@ impl Ground {
             device,
             team,
             mesh,
+            wandb,
             profile,
             overwrites: overwrite_output_dir,
         }))
@@ -305,6 +310,23 @@ impl Ground {
             }
         }
         Ok(())
+    }
+
+    /// What W&B is told of a run, or of a trial of a sweep.
+    fn tracked(&self, record: &Record, trial: Option<String>) -> Option<wandb::Asked> {
+        let (project, name) = self.wandb.clone()?;
+        let config = serde_json::to_value(&record.settings).expect("settings are plain data");
+        let serde_json::Value::Object(config) = config else {
+            unreachable!("settings have names")
+        };
+        Some(wandb::Asked {
+            project,
+            name: match (name, trial) {
+                (Some(name), Some(trial)) => Some(format!("{name}-{trial}")),
+                (name, trial) => name.or(trial),
+            },
+            config,
+        })
     }
 
     fn job(&self, id: &str, folder: &Path, hyper: Hyper) -> JobSpec {
@@ -403,7 +425,7 @@ fn alone(ground: &Ground, mut settings: Settings, output_dir: &Path) -> Result<O
     let mut run = Run::start(options)?;
     let signalled = heed_signals().map_err(TrainError::Signals)?;
     let mut progress = Progress::new(run.frozen_parameters());
-    let mut logs = Logs::of(output_dir);
+    let mut logs = Logs::of(output_dir, ground.tracked(&record, None));
     while let Some(events) = run.advance()? {
         for event in &events {
             progress.show(event);

@@ -1,8 +1,11 @@
 //! What a run reports of a step or a validation, as lines that others read: JSON and a table with the names that
-//! transformers' Trainer logs, and TensorBoard's event files. Bytes only. Not here: which files, and when.
+//! transformers' Trainer logs, TensorBoard's event files, and W&B's. Bytes only. Not here: which files, and when.
 //!
 //! An event file is a sequence of TFRecords (tensorflow/core/lib/io/record_writer.h), each an `Event`
 //! (tensorflow/core/util/event.proto) with a `Summary` (tensorflow/core/framework/summary.proto).
+
+mod protobuf;
+pub mod wandb;
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -10,6 +13,7 @@ use std::fmt::Write;
 use serde_json::Value;
 
 use crate::job::{JobEvent, StepReport};
+use protobuf::Message;
 
 /// Of validations: as Trainer names them.
 const EVAL: &str = "eval_";
@@ -98,32 +102,30 @@ impl Report {
 
     /// A record of an event file, of `time_s` seconds since 1970. Tags are those of transformers' TensorBoardCallback.
     pub fn tensorboard(&self, time_s: f64) -> Vec<u8> {
-        let mut summary = vec![];
-        for (name, value) in &self.values {
-            let tag = match name.strip_prefix(EVAL) {
-                Some(name) => format!("eval/{name}"),
-                None => format!("train/{name}"),
-            };
-            let mut entry = vec![];
-            bytes_field(1, tag.as_bytes(), &mut entry);
-            // simple_value, a float.
-            entry.push(2 << 3 | 5);
-            entry.extend((*value as f32).to_le_bytes());
-            bytes_field(1, &entry, &mut summary);
-        }
-        let mut event = event_at(time_s);
-        event.push(2 << 3);
-        varint(self.step, &mut event);
-        bytes_field(5, &summary, &mut event);
-        record(&event)
+        let summary = self
+            .values
+            .iter()
+            .fold(Message::default(), |summary, (name, value)| {
+                let entry = Message::default().bytes(1, tag(name).as_bytes());
+                // simple_value
+                summary.message(1, entry.float(2, *value as f32))
+            });
+        let event = event_at(time_s).integer(2, self.step);
+        record(&event.message(5, summary).0)
+    }
+}
+
+/// A value's name where training and validation are told apart by folders.
+fn tag(name: &str) -> String {
+    match name.strip_prefix(EVAL) {
+        Some(name) => format!("eval/{name}"),
+        None => format!("train/{name}"),
     }
 }
 
 /// The first record of an event file.
 pub fn tensorboard_head(time_s: f64) -> Vec<u8> {
-    let mut event = event_at(time_s);
-    bytes_field(3, b"brain.Event:2", &mut event);
-    record(&event)
+    record(&event_at(time_s).bytes(3, b"brain.Event:2").0)
 }
 
 /// A line a step, in a table with a column for each name; a validation joins its step's line. Where a step was reported
@@ -153,26 +155,9 @@ pub fn csv<'a>(reports: impl IntoIterator<Item = &'a Report>) -> String {
     table
 }
 
-fn event_at(time_s: f64) -> Vec<u8> {
-    // wall_time, a double.
-    let mut event = vec![1 << 3 | 1];
-    event.extend(time_s.to_le_bytes());
-    event
-}
-
-/// Of protobuf: bytes, a text, or a message.
-fn bytes_field(number: u8, bytes: &[u8], to: &mut Vec<u8>) {
-    to.push(number << 3 | 2);
-    varint(bytes.len() as u64, to);
-    to.extend(bytes);
-}
-
-fn varint(mut number: u64, to: &mut Vec<u8>) {
-    while number >= 1 << 7 {
-        to.push(number as u8 | 1 << 7);
-        number >>= 7;
-    }
-    to.push(number as u8);
+fn event_at(time_s: f64) -> Message {
+    // wall_time
+    Message::default().double(1, time_s)
 }
 
 /// A TFRecord: the length and its checksum, the data and theirs.
@@ -180,9 +165,9 @@ fn record(data: &[u8]) -> Vec<u8> {
     let length = (data.len() as u64).to_le_bytes();
     [
         &length[..],
-        &masked(crc32c(&length)).to_le_bytes(),
+        &masked(crc(CASTAGNOLI, &length)).to_le_bytes(),
         data,
-        &masked(crc32c(data)).to_le_bytes(),
+        &masked(crc(CASTAGNOLI, data)).to_le_bytes(),
     ]
     .concat()
 }
@@ -191,11 +176,14 @@ fn masked(crc: u32) -> u32 {
     crc.rotate_right(15).wrapping_add(0xa282_ead8)
 }
 
-/// Castagnoli's (RFC 3720, appendix B.4), bit by bit: records are short.
-fn crc32c(bytes: &[u8]) -> u32 {
+/// The polynomial of iSCSI's checksum (RFC 3720, appendix B.4), bits turned around.
+const CASTAGNOLI: u32 = 0x82f6_3b78;
+
+/// Bit by bit: records are short.
+fn crc(polynomial: u32, bytes: &[u8]) -> u32 {
     let crc = bytes.iter().fold(!0_u32, |crc, &byte| {
         (0..8).fold(crc ^ u32::from(byte), |crc, _| {
-            (crc >> 1) ^ (0x82f6_3b78 & (crc & 1).wrapping_neg())
+            (crc >> 1) ^ (polynomial & (crc & 1).wrapping_neg())
         })
     });
     !crc
@@ -261,7 +249,7 @@ mod tests {
     /// The checksum's standard example, and records as TensorBoard's own writer makes them.
     #[test]
     fn records_are_tensorboards() {
-        assert_eq!(crc32c(b"123456789"), 0xe306_9283);
+        assert_eq!(crc(CASTAGNOLI, b"123456789"), 0xe306_9283);
         let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
         assert_eq!(hex(&tensorboard_head(1.5)), HEAD);
         assert_eq!(hex(&reports()[3].tensorboard(2.5)), VALIDATION);

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use tandem_backend::train::profile;
 use tandem_core::settings::{self, Group, Kind, Refused, Setting, Settings, TABLE, Trial};
 use tandem_core::suggest::closest;
@@ -145,6 +145,17 @@ const KEYS: &[Key] = &[
         "true is sharding_strategy FULL_SHARD, unless that says another",
     ),
     (
+        "report_to",
+        &["use_wandb"],
+        "wandb (or true): output_dir/wandb/offline-run-* beside what is written anyway, for `wandb sync`; tensorboard, none or all",
+    ),
+    (
+        "wandb_project",
+        &["wandb_project_name"],
+        "of report_to wandb (default: WANDB_PROJECT, else tandem)",
+    ),
+    ("run_name", &["wandb_name"], "the run's name there"),
+    (
         "profile",
         &["use_profiler"],
         "true, or a number of steps: output_dir/trace.json says what took how long in these steps, for Perfetto or \
@@ -202,6 +213,8 @@ pub struct Recipe {
     pub quantization: Option<String>,
     pub device: String,
     pub placing: Placing,
+    /// Project and name of the run, where W&B is reported to.
+    pub wandb: Option<(String, Option<String>)>,
     /// Steps to trace.
     pub profile: Option<u64>,
     /// Rows to show.
@@ -236,6 +249,9 @@ struct Own {
     replica_group_size: Option<usize>,
     hsdp: Option<bool>,
     enable_fsdp: Option<bool>,
+    report_to: Option<Words>,
+    wandb_project: Option<String>,
+    run_name: Option<String>,
     profile: Option<Number>,
     preview: Option<Number>,
 }
@@ -262,6 +278,23 @@ impl Number {
 const PROFILE_STEPS: usize = 5;
 
 const PREVIEW_ROWS: usize = 3;
+
+/// One word, or several.
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "a word, or a list of words")]
+enum Words {
+    One(String),
+    Several(Vec<String>),
+}
+
+impl Words {
+    fn all(self) -> Vec<String> {
+        match self {
+            Words::One(word) => vec![word],
+            Words::Several(words) => words,
+        }
+    }
+}
 
 /// One path, or several.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -477,6 +510,9 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
         replica_group_size,
         hsdp,
         enable_fsdp,
+        report_to,
+        wandb_project,
+        run_name,
         profile,
         preview,
     } = serde_path_to_error::deserialize(Value::Object(own.clone())).map_err(|error| {
@@ -532,6 +568,7 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
         hsdp,
         enable_fsdp,
     })?;
+    let wandb = wandb(report_to, wandb_project, run_name)?;
     let profile = profile.and_then(|profile| profile.or(PROFILE_STEPS));
     if let Some(steps) = profile.filter(|&steps| !(1..=profile::MAX_STEPS as usize).contains(&steps)) {
         return Err(SettingsError::Wrong {
@@ -562,6 +599,7 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
         quantization,
         device,
         placing,
+        wandb,
         profile: profile.map(|profile| profile as u64),
         preview: preview.and_then(|preview| preview.or(PREVIEW_ROWS)),
         settings,
@@ -572,7 +610,7 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
 /// Files may be lists; nothing else of `KEYS` may.
 fn one_of_each(own: &Map<String, Value>) -> Result<(), SettingsError> {
     let is_list = |(key, value): &(&String, &Value)| {
-        value.is_array() && !["training_file", "validation_file"].contains(&key.as_str())
+        value.is_array() && !["training_file", "validation_file", "report_to"].contains(&key.as_str())
     };
     match own.iter().find(is_list) {
         None => Ok(()),
@@ -587,7 +625,6 @@ fn one_of_each(own: &Map<String, Value>) -> Result<(), SettingsError> {
 fn is_done_anyway(name: &str, value: &Value) -> bool {
     match name {
         "resume_from_checkpoint" => value.is_boolean(),
-        "report_to" => [json!("tensorboard"), json!(["tensorboard"])].contains(value),
         "save_metrics" => true,
         // A matrix is shared as soon as it is read.
         "low_cpu_fsdp" => true,
@@ -611,10 +648,52 @@ fn of_others(key: &str, value: Value) -> Value {
                 .filter(|word| !word.is_empty() && *word != "auto_wrap");
             words.map(str::to_uppercase).collect::<Vec<_>>().join(" ").into()
         }
+        ("report_to", _, Some(true)) => "wandb".into(),
+        ("report_to", _, Some(false)) => "none".into(),
         ("sharding_strategy", _, Some(true)) => "FULL_SHARD".into(),
         ("sharding_strategy", _, Some(false)) => Value::Null,
         _ => value,
     }
+}
+
+/// Where W&B is reported to, the project and the run's name. TensorBoard's events are written anyway.
+fn wandb(
+    report_to: Option<Words>,
+    project: Option<String>,
+    name: Option<String>,
+) -> Result<Option<(String, Option<String>)>, SettingsError> {
+    let wrong = |key: &str, message: String| {
+        Err(SettingsError::Wrong {
+            key: key.to_owned(),
+            message,
+        })
+    };
+    let words = report_to.map_or(vec![], Words::all);
+    let known = ["wandb", "tensorboard", "none", "all"];
+    if let Some(other) = words.iter().find(|word| !known.contains(&word.as_str())) {
+        return wrong(
+            "report_to",
+            format!("must be wandb, tensorboard, none or all, got {other}"),
+        );
+    }
+    if !words.iter().any(|word| ["wandb", "all"].contains(&word.as_str())) {
+        return match project {
+            Some(project) => wrong(
+                "wandb_project",
+                format!("{project} is nothing without report_to=wandb"),
+            ),
+            None => Ok(None),
+        };
+    }
+    let of_environment = || {
+        std::env::var("WANDB_PROJECT")
+            .ok()
+            .filter(|project| !project.is_empty())
+    };
+    let project = project
+        .or_else(of_environment)
+        .unwrap_or_else(|| "tandem".to_owned());
+    Ok(Some((project, name)))
 }
 
 /// An unknown name may have been meant as one of `KEYS`.
@@ -768,6 +847,8 @@ mod tests {
             (&["load_in_4bit=true"], "not supported"),
             (&["nproc_per_node=0"], "between 1 and 64, got 0"),
             (&["nnodes=2"], "on each machine"),
+            (&["report_to=[wandb, mlflow]"], "none or all, got mlflow"),
+            (&["wandb_project=p"], "nothing without report_to=wandb"),
             (&["deepspeed=ds.json"], "FULL_SHARD"),
             (
                 &["sharding_strategy=HALF_SHARD"],

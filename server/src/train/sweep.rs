@@ -160,8 +160,8 @@ fn place(ground: &Ground, sweep: &Sweep, asked: Vec<Asked>, output_dir: &Path) -
         courses.push(course);
         trials.push(Trial {
             asked,
+            logs: Logs::of(&folder, ground.tracked(&record, Some(name(number)))),
             record,
-            logs: Logs::of(&folder),
             progress: Progress::of_trial(together.frozen_parameters(), number),
             folder,
             failure: None,

@@ -122,6 +122,13 @@ const SECTIONS: &[Section] = &[
             ("filename", Harmless),
             ("output_dir", Harmless),
             ("organize_logs", Harmless),
+            ("project", Setting("wandb_project")),
+            ("name", Setting("run_name")),
+            (
+                "entity",
+                Off("`wandb sync --entity` says it when the run is sent: leave it out"),
+            ),
+            ("group", Off("runs are not grouped: leave it out")),
         ],
     ),
 ];
@@ -214,6 +221,7 @@ const LOGGERS: &[Component] = &[
     ("DiskLogger", &[]),
     ("StdoutLogger", &[]),
     ("TensorBoardLogger", &[]),
+    ("WandBLogger", &[("report_to", "wandb")]),
 ];
 const CHECKPOINTERS: &[Component] = &[("FullModelHFCheckpointer", &[])];
 const SCHEDULES: &[Component] = &[(
@@ -250,7 +258,7 @@ const INSTEAD: &[(&str, &str)] = &[
     ),
     (
         "metric_logger",
-        "every step is printed, and lies in output_dir as lines and as TensorBoard's events: leave it out",
+        "every step is printed, and lies in output_dir as lines and as TensorBoard's events; WandBLogger adds an offline W&B run: leave it out",
     ),
     (
         "checkpointer",
@@ -889,7 +897,7 @@ profiler:
                 "training_file",
             ),
             (
-                &["metric_logger=torchtune.utils.metric_logging.WandBLogger"],
+                &["metric_logger=torchtune.utils.metric_logging.CometLogger"],
                 "every step is printed",
             ),
             (&["lr_scheduler.num_cycles=2"], "num_cycles 0.5"),
