@@ -22,7 +22,7 @@ const FILES: &[(&str, &[u8])] = embed![
     "tokenizer_config.json",
 ];
 
-/// `<data_dir>/demo-model-<digest8>`, complete or not at all.
+/// `<data_dir>/demo-model-<digest8>`, complete or not at all. A file of it that is damaged is made anew.
 pub fn materialise(data_dir: &Path) -> io::Result<PathBuf> {
     let mut hasher = Sha256::new();
     for (name, bytes) in FILES {
@@ -38,14 +38,22 @@ pub fn materialise(data_dir: &Path) -> io::Result<PathBuf> {
         .collect();
     let folder = data_dir.join(format!("demo-model-{digest}"));
     if folder.is_dir() {
+        for (name, bytes) in FILES {
+            let path = folder.join(name);
+            if fs::read(&path).is_ok_and(|found| found == *bytes) {
+                continue;
+            }
+            tracing::warn!(path = %path.display(), "a file of the demo model was damaged; it is made anew");
+            let fresh = folder.join(format!(".{name}-{}", std::process::id()));
+            write(&fresh, bytes)?;
+            fs::rename(&fresh, &path)?;
+        }
         return Ok(folder);
     }
     let fresh = data_dir.join(format!(".demo-model-{}", std::process::id()));
     fs::create_dir_all(&fresh)?;
     for (name, bytes) in FILES {
-        let mut file = fs::File::create(fresh.join(name))?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
+        write(&fresh.join(name), bytes)?;
     }
     match fs::rename(&fresh, &folder) {
         Ok(()) => fs::File::open(data_dir)?.sync_all()?,
@@ -56,6 +64,12 @@ pub fn materialise(data_dir: &Path) -> io::Result<PathBuf> {
     Ok(folder)
 }
 
+fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = fs::File::create(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -64,6 +78,8 @@ mod tests {
     fn it_is_written_once_and_whole() {
         let data = tempfile::tempdir().unwrap();
         let folder = materialise(data.path()).unwrap();
+        fs::write(folder.join(FILES[2].0), "cut").unwrap();
+        fs::remove_file(folder.join(FILES[4].0)).unwrap();
         assert_eq!(materialise(data.path()).unwrap(), folder);
         for (name, bytes) in FILES {
             assert_eq!(fs::read(folder.join(name)).unwrap(), *bytes, "{name}");
@@ -73,5 +89,6 @@ mod tests {
             1,
             "nothing else is left behind"
         );
+        assert_eq!(fs::read_dir(folder).unwrap().count(), FILES.len());
     }
 }

@@ -69,6 +69,10 @@ impl Folders {
         // Absolute, because the engine reads adapters and datasets by these paths.
         let root = fs::canonicalize(root).map_err(io_at("finding", root))?;
         let mut staging = root.join("staging");
+        if staging.is_symlink() {
+            let why = "it is a link, and what lies in it is removed at each start: make it a folder";
+            return Err(io_at("using", &staging)(io::Error::other(why)));
+        }
         if tenancy == Tenancy::Guest {
             staging.push(ids::random());
         }

@@ -63,6 +63,8 @@ impl Known {
 pub(crate) struct Leftovers {
     half_done: Vec<PathBuf>,
     pub strays: Vec<PathBuf>,
+    /// What the database names and is not there.
+    pub missing: Vec<PathBuf>,
 }
 
 impl Folders {
@@ -70,6 +72,7 @@ impl Folders {
         let mut leftovers = Leftovers {
             half_done: vec![],
             strays: vec![],
+            missing: vec![],
         };
         for path in self.entries("staging")? {
             // That of a process which works beside this one.
@@ -89,6 +92,14 @@ impl Folders {
                     Fate::Stray => leftovers.strays.push(path),
                 }
             }
+        }
+        // In a cache nothing needs to be.
+        if !known.is_cache {
+            for (kind, names) in [("files", &known.files), ("adapters", &known.adapters)] {
+                let paths = names.iter().map(|name| self.root().join(kind).join(name));
+                leftovers.missing.extend(paths.filter(|path| !path.exists()));
+            }
+            leftovers.missing.sort();
         }
         Ok(leftovers)
     }
@@ -130,11 +141,11 @@ impl Folders {
 }
 
 impl Leftovers {
-    /// For an error: how many, and the first.
-    pub fn strays_shown(&self, root: &Path) -> String {
+    /// For an error: the first, and how many more.
+    pub fn shown(paths: &[PathBuf], root: &Path) -> String {
         let shown = |path: &PathBuf| path.strip_prefix(root).unwrap_or(path).display().to_string();
-        let first: Vec<String> = self.strays.iter().take(3).map(shown).collect();
-        let more = match self.strays.len() - first.len() {
+        let first: Vec<String> = paths.iter().take(3).map(shown).collect();
+        let more = match paths.len() - first.len() {
             0 => String::new(),
             n => format!(" and {n} more"),
         };

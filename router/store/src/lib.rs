@@ -76,7 +76,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use db::{Database, Dialect};
 use folders::{Folders, Tenancy};
-use leftovers::Known;
+use leftovers::{Known, Leftovers};
 use room::Room;
 
 /// Where a server keeps what must survive.
@@ -267,9 +267,20 @@ impl Store {
         .await?;
         if !leftovers.strays.is_empty() && strays == Strays::Refuse {
             let root = folders.root();
-            let (n, shown) = (leftovers.strays.len(), leftovers.strays_shown(root));
+            let shown = Leftovers::shown(&leftovers.strays, root);
+            let n = leftovers.strays.len();
             let how = format!("knows nothing of {n} artifacts in {} ({shown})", root.display());
             return Err(self.apart(how));
+        }
+        if !is_cached && !leftovers.missing.is_empty() {
+            let root = folders.root();
+            tracing::error!(
+                missing = leftovers.missing.len(),
+                "files and adapters that the database names are not in {}: {}; what needs them fails. Is a volume not mounted, or a copy \
+                 in part?",
+                root.display(),
+                Leftovers::shown(&leftovers.missing, root)
+            );
         }
         blocking(move || {
             folders.quarantine(&leftovers.strays)?;

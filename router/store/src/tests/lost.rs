@@ -358,3 +358,51 @@ async fn a_copy_of_a_store_in_use_is_a_store() {
         "{refused}"
     );
 }
+
+/// What lies behind a link is not of this folder, though it is called staging.
+#[tokio::test]
+async fn a_start_empties_no_folder_elsewhere() {
+    let root = tempfile::tempdir().unwrap();
+    let (data, elsewhere) = (root.path().join("data"), root.path().join("elsewhere"));
+    for folder in [&data, &elsewhere] {
+        fs::create_dir(folder).unwrap();
+    }
+    fs::write(elsewhere.join("kept"), "x").unwrap();
+    std::os::unix::fs::symlink(&elsewhere, data.join("staging")).unwrap();
+    let refused = Store::open(&Places::local(&data))
+        .await
+        .err()
+        .expect("it is refused");
+    let refused = causes(&refused);
+    assert!(
+        refused.contains("staging") && refused.contains("it is a link"),
+        "{refused}"
+    );
+    assert!(elsewhere.join("kept").exists());
+}
+
+/// An error and what caused it.
+fn causes(error: &dyn std::error::Error) -> String {
+    let chain = std::iter::successors(Some(error), |error| error.source());
+    chain.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
+#[test]
+fn what_the_database_names_and_is_not_there_is_known() {
+    let root = tempfile::tempdir().unwrap();
+    let folders = crate::folders::Folders::make(root.path(), crate::folders::Tenancy::Owner).unwrap();
+    fs::write(folders.file("file-there"), "x").unwrap();
+    let names = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
+    let known = |is_cache| crate::leftovers::Known {
+        files: names(&["file-there", "file-gone"]),
+        loose_files: names(&[]),
+        adapters: names(&["aa"]),
+        jobs: names(&[]),
+        ended_jobs: names(&[]),
+        is_cache,
+    };
+    let missing = folders.leftovers(&known(false)).unwrap().missing;
+    let shown = crate::leftovers::Leftovers::shown(&missing, folders.root());
+    assert_eq!(shown, "adapters/aa, files/file-gone");
+    assert!(folders.leftovers(&known(true)).unwrap().missing.is_empty());
+}
