@@ -43,6 +43,10 @@ pub struct Limits {
     pub lookup: Option<Lookup>,
 }
 
+/// Tokens that a sequence has of a place before it may be asked to give it to a key that has none: what it costs to come back
+/// is then little beside them.
+const TURN: usize = 16;
+
 /// Of so many steps in which somebody waits for an answer, what nobody waits for ([`LAST_PRIORITY`]) has one.
 const YIELDING: u64 = 8;
 
@@ -308,17 +312,21 @@ impl Scheduler {
             && let Some(next) = self.next(priority, line)
         {
             let seat = match next {
-                Next::Runs(seat) => Some(seat),
-                Next::Waits(place) => self.let_in(place),
-            };
-            let Some(seat) = seat else {
-                // Neither a parked sequence nor one of a higher number must keep out one that could run.
-                match self.parked().or_else(|| self.last_behind(priority)) {
-                    Some(victim) => self.preempt(victim),
-                    // Nobody overtakes the first in line, so it starves only behind those of lower numbers.
-                    None => line = Line::Stands,
-                }
-                continue;
+                Next::Runs(seat) => seat,
+                Next::Waits(place) => match self.let_in(place) {
+                    Some(seat) => seat,
+                    None => {
+                        // Neither a parked sequence nor one of a higher number must keep out one that could run, nor a key
+                        // that has several places one that has none.
+                        let victim = self.parked().or_else(|| self.last_behind(priority));
+                        match victim.or_else(|| self.spare(place)) {
+                            Some(victim) => self.preempt(victim),
+                            // Nobody overtakes the first in line, so it starves only behind those of lower numbers.
+                            None => line = Line::Stands,
+                        }
+                        continue;
+                    }
+                },
             };
             let running = &mut self.running[seat];
             running.planned = running.pending().min(budget);
@@ -556,6 +564,7 @@ impl Scheduler {
         self.running.insert(
             seat,
             Running {
+                let_in_at: seq.len(),
                 seq,
                 table,
                 computed,
@@ -576,6 +585,32 @@ impl Scheduler {
     fn last_behind(&self, priority: i32) -> Option<usize> {
         self.last()
             .filter(|&seat| self.running[seat].seq.turn.priority > priority)
+    }
+
+    /// Where the key of one that waits has no place: the last in line of the key of its priority that has most of them, if those
+    /// are several, it had its turn, and its place and blocks are enough.
+    fn spare(&self, place: usize) -> Option<usize> {
+        let waiting = &self.waiting[place].seq;
+        let of_priority = || {
+            let seats = 0..self.running.len();
+            seats.filter(|&seat| self.running[seat].seq.turn.priority == waiting.turn.priority)
+        };
+        let key = |seat: usize| self.running[seat].seq.payer.key;
+        let mut places: BTreeMap<u64, usize> = BTreeMap::new();
+        of_priority().for_each(|seat| *places.entry(key(seat)).or_default() += 1);
+        if places.contains_key(&waiting.payer.key) {
+            return None;
+        }
+        let most = places.values().copied().max().filter(|&most| most > 1)?;
+        let needed = self.pool.blocks_for(waiting.len()) + self.running.len();
+        let fits = |seat: &usize| {
+            let running = &self.running[*seat];
+            running.seq.len() >= running.let_in_at + TURN && needed <= self.pool.free() + running.table.len()
+        };
+        of_priority()
+            .filter(|&seat| places[&key(seat)] == most)
+            .filter(fits)
+            .max_by_key(|&seat| self.rank(&self.running[seat].seq))
     }
 
     /// Blocks for all tokens a waiting sequence has, and how many of those tokens a known prefix covers.

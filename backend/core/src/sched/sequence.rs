@@ -65,6 +65,8 @@ pub(super) struct Waiting {
 /// Holds blocks for all its tokens but perhaps the newest.
 pub(super) struct Running {
     pub seq: Sequence,
+    /// Its tokens when it was let in.
+    pub let_in_at: usize,
     pub table: Vec<BlockId>,
     /// Tokens whose keys and values are in the cache.
     pub computed: usize,
@@ -295,6 +297,7 @@ impl Running {
     pub fn audit(&self, pool: &BlockPool) -> Result<(), String> {
         let Running {
             seq,
+            let_in_at: _,
             table,
             computed,
             named,
