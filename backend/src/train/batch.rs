@@ -2,6 +2,8 @@
 //! weights, the backward, bundle by bundle. Trained, or only looked at. Not here: the objectives' arithmetic (objective), which
 //! groups a micro-batch has (data).
 
+use std::cell::RefCell;
+
 use tandem_core::dataset::{Example, Group};
 use tandem_core::job::Objective;
 use tandem_kernels::loss::LogProbs;
@@ -10,6 +12,7 @@ use tch::Device;
 use super::data::{self, Bundle, Labelled, Slice};
 use super::objective::{self, Beside, Scores, Sequence};
 use super::pass::{self, Advanced, Context, KEEP_BYTES, Learns, Look, Pass, Scored, Trained};
+use super::references::References;
 use crate::lora::adapter::Adapter;
 use crate::model::{Decoder, Dropout};
 
@@ -21,6 +24,8 @@ pub struct Models<'a> {
     pub adapter: Option<&'a Adapter>,
     /// `None`: the base.
     pub reference: Option<&'a Adapter>,
+    /// What it said before.
+    pub references: &'a RefCell<References>,
     pub dropout: Option<Dropout>,
 }
 
@@ -134,7 +139,13 @@ impl Looks {
 }
 
 impl MicroBatch {
-    pub fn new(groups: &[&Group], objective: Objective, place: Place, device: Device) -> MicroBatch {
+    /// Of groups with their numbers in the run.
+    pub fn new(
+        numbered: &[(usize, &Group)],
+        objective: Objective,
+        place: Place,
+        device: Device,
+    ) -> MicroBatch {
         let Place {
             micro_batches,
             rows_before,
@@ -145,7 +156,13 @@ impl MicroBatch {
             (Objective::Orpo { .. }, 0) => Labelled::All,
             _ => Labelled::Weighted,
         };
+        let groups: Vec<&Group> = numbered.iter().map(|(_, group)| *group).collect();
+        let groups = groups.as_slice();
         let mut bundles = data::bundles(groups, labelled, device);
+        let mut numbers = numbered.iter().map(|(number, _)| *number);
+        for bundle in &mut bundles {
+            bundle.numbers.extend(numbers.by_ref().take(bundle.values.len()));
+        }
         bundles.reverse();
         let at = match objective {
             Objective::Kto { .. } => {
@@ -251,6 +268,7 @@ impl MicroBatch {
             decoder,
             adapter,
             reference: reference_adapter,
+            references,
             dropout,
         } = *models;
         let is_trained = trained.is_some();
@@ -293,15 +311,24 @@ impl MicroBatch {
             }
             At::Next => {
                 let bundle = self.bundles.pop()?;
-                match self.objective.has_reference() {
-                    true => At::Reference {
+                // Ranks that go in step have unlike groups, of which some may be known and others not.
+                let known = match (self.objective.has_reference(), self.in_step) {
+                    (false, _) => Some(vec![]),
+                    (true, None) => references.borrow().of(&bundle),
+                    (true, Some(_)) => None,
+                };
+                match known {
+                    Some(known) => self.forward(bundle, known, is_trained, decoder),
+                    None => At::Reference {
                         bundle,
                         looks: Looks::default(),
                     },
-                    false => self.forward(bundle, vec![], is_trained, decoder),
                 }
             }
             At::Reference { bundle, looks } if looks.is_through(&bundle.slices) => {
+                if self.in_step.is_none() {
+                    references.borrow_mut().keep(&bundle, &looks.found);
+                }
                 self.forward(bundle, looks.found, is_trained, decoder)
             }
             At::Reference { bundle, mut looks } => {

@@ -269,6 +269,8 @@ pub struct Bundle {
     pub slices: Vec<Slice>,
     /// Of each group.
     pub values: Vec<f32>,
+    /// Of each group, where it has one.
+    pub numbers: Vec<usize>,
 }
 
 /// Groups in order, whole. All have as many examples, each of two tokens at least; `labelled`: by its number in the group.
@@ -283,6 +285,7 @@ pub fn bundles(groups: &[&Group], labelled: impl Fn(usize) -> Labelled, device: 
             bundles.push(Bundle {
                 slices: vec![],
                 values: vec![],
+                numbers: vec![],
             });
         }
         let bundle = bundles.last_mut().expect("there is one now");
@@ -435,7 +438,7 @@ mod tests {
         let bundles = bundles(&groups, |_| Labelled::Weighted, Device::Cpu);
         let got: Vec<_> = bundles
             .iter()
-            .map(|Bundle { slices, values }| {
+            .map(|Bundle { slices, values, .. }| {
                 let rows = slices.iter().map(|slice| slice.tokens.len());
                 (rows.collect::<Vec<_>>(), values.as_slice())
             })

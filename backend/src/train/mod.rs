@@ -26,12 +26,14 @@ pub mod objective;
 pub mod optimizer;
 pub mod pass;
 pub mod profile;
+mod references;
 pub mod run;
 pub mod snapshot;
 pub mod state;
 pub mod together;
 pub mod turns;
 
+use std::cell::RefCell;
 use std::path::Path;
 use std::time::Instant;
 
@@ -61,6 +63,7 @@ use noise::Noise;
 use objective::Scores;
 use pass::{Advanced, KEEP_BYTES, Look, Pass};
 use profile::Doing;
+use references::References;
 use snapshot::{AdapterCopy, Copying, Occasion, Snapshot};
 
 #[derive(Debug, thiserror::Error)]
@@ -194,6 +197,7 @@ pub struct Trainer {
     valid_slices: Vec<Slice>,
     /// What the job started from, where its objective compares with that. `None`: the base.
     reference: Option<Adapter>,
+    references: RefCell<References>,
     /// An example that an adapter is tried on before it is published.
     trial: Slice,
     plan: DataPlan,
@@ -379,6 +383,7 @@ impl Trainer {
             valid,
             valid_slices,
             reference,
+            references: RefCell::default(),
             trial,
             learner,
             plan,
@@ -689,7 +694,8 @@ impl Trainer {
             let mut tokens = 0;
             let n = micro_batches.len();
             let place = |micro_batch: &Vec<usize>| {
-                let groups: Vec<&Group> = micro_batch.iter().map(|&group| &self.train[group]).collect();
+                let groups = micro_batch.iter().map(|&group| (group, &self.train[group]));
+                let groups: Vec<(usize, &Group)> = groups.collect();
                 let made = self.micro_batch(&groups, n, tokens);
                 tokens += made.rows();
                 made
@@ -705,7 +711,7 @@ impl Trainer {
         }))
     }
 
-    fn micro_batch(&self, groups: &[&Group], micro_batches: usize, rows_before: u64) -> MicroBatch {
+    fn micro_batch(&self, groups: &[(usize, &Group)], micro_batches: usize, rows_before: u64) -> MicroBatch {
         let Hyper {
             objective,
             max_seq_length,
@@ -784,6 +790,7 @@ impl Trainer {
                     decoder,
                     adapter,
                     reference: self.reference.as_ref(),
+                    references: &self.references,
                     dropout: self.dropout(),
                 };
                 let trained = Some(self.learner.trained());
@@ -848,6 +855,7 @@ impl Trainer {
                     decoder,
                     adapter,
                     reference: self.reference.as_ref(),
+                    references: &self.references,
                     dropout: None,
                 };
                 match micro_batches.pop() {
@@ -864,7 +872,8 @@ impl Trainer {
         let work = if objective::is_known(&self.spec.hyper.objective) {
             Looking::Slices { round: 0, look: None }
         } else {
-            let groups: Vec<&Group> = self.valid.iter().collect();
+            // Numbered behind those that are trained.
+            let groups: Vec<(usize, &Group)> = (self.train.len()..).zip(&self.valid).collect();
             let batch_size = self.spec.hyper.batch_size.max(1) as usize;
             // Each as heavy as its groups, so that the result is their mean.
             let micro_batches = groups.chunks(batch_size);

@@ -6,7 +6,7 @@ use tandem_backend::lora::peft;
 use tandem_backend::model::Decoder;
 use tandem_backend::train::Trainer;
 use tandem_core::dataset::{self, Example, Group};
-use tandem_core::job::{Hyper, Lora, Method, Objective, StepReport, files};
+use tandem_core::job::{Hyper, JobEvent, Lora, Method, Objective, StepReport, files};
 use tandem_core::settings;
 use tandem_kernels::weight::Precision;
 
@@ -207,5 +207,37 @@ fn a_killed_job_of_every_objective_ends_with_the_same_bytes() {
             quanta += 7;
         }
         assert_eq!(bytes(&killed), bytes(&undisturbed), "{}", objective.name());
+    }
+}
+
+/// The reference is asked of each group once: steps of the second epoch are shorter.
+#[test]
+fn the_reference_is_asked_once() {
+    let fixture = Fixture::open("gqa_tied");
+    let decoder = fixture.decoder(Precision::F32);
+    let expected = trls();
+    for (name, asks) in [("dpo", true), ("simpo", false)] {
+        let job = job(&expected, objective(&expected["cases"][name]), |hyper| Hyper {
+            n_epochs: 2,
+            max_steps: None,
+            ..hyper
+        });
+        let mut trainer = Trainer::start(job.spec.clone(), &decoder).expect("it starts");
+        // Behind which step each quantum came.
+        let mut quanta: Vec<usize> = vec![];
+        let mut now = 0;
+        loop {
+            let done = quantum(&mut trainer, Some(&decoder));
+            now += 1;
+            if done.events.iter().any(|event| matches!(event, JobEvent::Step(_))) {
+                quanta.push(std::mem::take(&mut now));
+            }
+            if done.finished {
+                break;
+            }
+        }
+        let (first, second) = quanta.split_at(quanta.len() / 2);
+        let [first, second] = [first, second].map(|epoch| epoch.iter().sum::<usize>() as f64);
+        assert_eq!(second < 0.85 * first, asks, "{name}: {quanta:?} quanta");
     }
 }
