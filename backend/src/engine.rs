@@ -6,6 +6,7 @@ mod files;
 mod inbox;
 mod job;
 mod jobs;
+mod learner;
 mod learners;
 #[cfg(test)]
 mod tests;

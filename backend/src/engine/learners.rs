@@ -4,19 +4,19 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use tandem_core::id::{AdapterDigest, Digest};
+use tandem_core::id::Digest;
 use tandem_core::learner::{Batch, Learn, LearnerId, NewLearner, Pass, Reply, Saved, Scores};
 use tandem_core::message::Fault;
 use tandem_core::rng;
-use tandem_core::trace::{TARGET, TraceContext};
-use tracing::{Span, trace_span, warn};
+use tracing::{Span, warn};
 
 use super::Engine;
 use super::files::{Made, Ticket};
+use super::learner::{Place, Stage, Task};
 use crate::guard::TorchFault;
 use crate::ranks::{LearnerOrder, Order};
 use crate::train::TrainError;
-use crate::train::driven::{Driven, Progress};
+use crate::train::driven::Progress;
 use crate::train::joint::{Member, Who};
 use crate::train::turns::Turn;
 
@@ -32,88 +32,6 @@ pub struct Learners {
     snapshots: u64,
     /// Being written, and who waits for it.
     saving: Vec<(Ticket, Reply<Saved>)>,
-}
-
-struct Place {
-    stage: Stage,
-    queue: VecDeque<Learn>,
-    /// Of the numbers as they are now.
-    snapshot: Option<AdapterDigest>,
-    tenant: String,
-    /// The time of its quanta, and what it did not get while it had nothing to do.
-    given: Duration,
-    /// Its last call ended by a fault: what made it fall must not make others fall, so its slices go alone.
-    has_fallen: bool,
-}
-
-enum Stage {
-    /// Its numbers are drawn or read; meanwhile it may have others, which stay if that fails.
-    Made(Ticket, Reply<()>, Option<Box<Driven>>),
-    Here(Box<Driven>),
-    Busy(Box<Driven>, Task),
-    /// It could not be made.
-    Lost(String),
-}
-
-/// What a learner is in the midst of, and who waits for it.
-enum Task {
-    /// How many tokens it learns from, and the call's span.
-    Call(Reply<Scores>, u64, Option<TraceContext>),
-    /// Its numbers are being copied.
-    Save(Reply<Saved>),
-}
-
-impl Task {
-    fn refuse(self, fault: Fault) {
-        // Whoever asked may be gone.
-        match self {
-            Task::Call(reply, ..) => drop(reply.send(Err(fault))),
-            Task::Save(reply) => drop(reply.send(Err(fault))),
-        }
-    }
-}
-
-impl Place {
-    fn can_go_on(&self) -> bool {
-        match &self.stage {
-            Stage::Made(..) => false,
-            Stage::Busy(..) => true,
-            Stage::Here(_) | Stage::Lost(_) => !self.queue.is_empty(),
-        }
-    }
-
-    fn turn(&self) -> Turn {
-        let turn = match &self.stage {
-            Stage::Busy(driven, _) => Turn::of_driven(driven, self.given),
-            Stage::Made(..) | Stage::Here(_) | Stage::Lost(_) => Turn {
-                is_brief: true,
-                given: self.given,
-                ..Turn::default()
-            },
-        };
-        Turn {
-            is_ready: self.can_go_on(),
-            rows_to_join: turn.rows_to_join.filter(|_| !self.has_fallen),
-            ..turn
-        }
-    }
-
-    fn member(&mut self) -> Option<&mut dyn Member> {
-        match &mut self.stage {
-            Stage::Busy(driven, _) => Some(driven.as_mut()),
-            Stage::Made(..) | Stage::Here(_) | Stage::Lost(_) => None,
-        }
-    }
-
-    /// Of the next quantum, in that of its call; to be held as long as it takes.
-    fn quantum_span(&self) -> Span {
-        match &self.stage {
-            Stage::Busy(_, Task::Call(_, _, Some(call))) => {
-                trace_span!(target: TARGET, "training quantum", otel.parent = %call)
-            }
-            _ => Span::none(),
-        }
-    }
 }
 
 impl Learners {

@@ -1,7 +1,7 @@
 //! Does the calls of one model, one after the other, at the replica where the model lives. Not here: their order (model).
 
 use std::collections::VecDeque;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Instant;
 
@@ -237,12 +237,7 @@ impl Worker {
         Ok(Outcome::Saved { path: named? })
     }
 
-    async fn save_in(
-        &self,
-        folder: &std::path::Path,
-        place: &SavePlace,
-        keep: &Keep,
-    ) -> Result<String, RouterError> {
+    async fn save_in(&self, folder: &Path, place: &SavePlace, keep: &Keep) -> Result<String, RouterError> {
         let ask = |what| Save {
             folder: folder.to_owned(),
             what,

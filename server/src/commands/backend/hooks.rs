@@ -48,15 +48,15 @@ impl Hooks for Kept {
 
     fn saved(&self, folder: &Path, saved: &Saved) -> BoxFuture<'static, Result<(), Fault>> {
         let (artifacts, adapter) = (self.0.clone(), saved.adapter.clone());
-        let state = folder.join(learner::STATE);
+        let (state, folder) = (folder.join(learner::STATE), self.0.below(folder));
         async move {
             let Some(adapter) = adapter else {
                 return artifacts.keep_file_below(&state).await.map_err(unkept);
             };
             artifacts.keep_adapter(&adapter).await.map_err(unkept)?;
             if artifacts.is_cached() {
-                // The store's own copy stays.
-                let _ = tokio::fs::remove_dir_all(adapter.folder).await;
+                // The store's own copy stays; an adapter is what is saved last.
+                let _ = tokio::fs::remove_dir_all(folder).await;
             }
             Ok(())
         }
