@@ -745,6 +745,8 @@ fn fits_full(settings: &Settings, dtype: &str, device: &str) -> Result<(), Setti
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn asked(args: &[&str]) -> Result<Recipe, SettingsError> {
