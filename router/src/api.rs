@@ -295,6 +295,8 @@ pub struct FileInfo {
 pub struct Upload {
     pub staged: PathBuf,
     pub bytes: u64,
+    /// Made while they were written.
+    pub sha256: Digest,
     pub filename: String,
     pub purpose: String,
     pub expires_after_seconds: Option<u64>,
@@ -557,6 +559,17 @@ pub enum RouterError {
     Limited(String),
     #[error("the server is busy: {waiting} requests wait; try again in {retry_after_s} s")]
     Busy { waiting: u32, retry_after_s: u32 },
+    /// Of places that tenants share.
+    #[error(
+        "your tenant has {own} {what}, as many as it leaves free of {places} for others: end some, or try again in \
+         {retry_after_s} s"
+    )]
+    NoShare {
+        what: &'static str,
+        own: usize,
+        places: usize,
+        retry_after_s: u32,
+    },
     #[error(transparent)]
     Engine(Fault),
     #[error(transparent)]

@@ -35,6 +35,7 @@ impl Router {
         let Upload {
             staged,
             bytes,
+            sha256,
             filename,
             purpose,
             expires_after_seconds,
@@ -43,17 +44,46 @@ impl Router {
         check_purpose(&purpose)?;
         check_expiry(expires_after_seconds)?;
         if purpose == FINE_TUNE {
-            check_training_file(staged.clone(), filename.clone()).await?;
+            self.check_training_file(staged.clone(), filename.clone(), tenant)
+                .await?;
         }
         let file = NewFile {
             filename: &filename,
             purpose: &purpose,
             expires_after_s: expires_after_seconds,
             tenant,
+            sha256,
         };
         let row = self.0.store.add_file(&staged, file).await?;
         tracing::info!(file = %row.id, bytes, purpose, "file stored");
         Ok(info(row))
+    }
+
+    pub(crate) async fn check_training_file(
+        &self,
+        staged: PathBuf,
+        name: String,
+        tenant: &Tenant,
+    ) -> Result<(), RouterError> {
+        let source = Source { path: staged, name };
+        let turn = self.0.readers.wait(tenant).await;
+        let checked = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            dataset::check(&source).map(drop)
+        });
+        match checked.await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(bad)) => Err(match passing(&bad) {
+                Some(error) => error.into(),
+                // OpenAI sends neither a param nor a code with these.
+                None => RouterError::Invalid {
+                    param: None,
+                    code: None,
+                    message: bad.to_string(),
+                },
+            }),
+            Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+        }
     }
 
     pub(crate) async fn files(
@@ -77,12 +107,6 @@ impl Router {
             true => Ok(()),
             false => Err(RouterError::UnknownFile(id.to_owned())),
         }
-    }
-
-    pub(crate) async fn file_content(&self, id: &str) -> Result<(FileInfo, PathBuf), RouterError> {
-        let row = self.file_row(id).await?;
-        let path = self.0.store.file_path(&row).await?;
-        Ok((info(row), path))
     }
 
     pub(crate) async fn file_row(&self, id: &str) -> Result<FileRow, RouterError> {
@@ -114,24 +138,6 @@ pub(crate) fn check_expiry(seconds: Option<u64>) -> Result<(), RouterError> {
             let message = format!("expires_after[seconds] must be between {low} and {high}, got {s}");
             Err(RouterError::invalid("expires_after", message))
         }
-    }
-}
-
-pub(crate) async fn check_training_file(staged: PathBuf, name: String) -> Result<(), RouterError> {
-    let source = Source { path: staged, name };
-    let checked = tokio::task::spawn_blocking(move || dataset::check(&source).map(drop));
-    match checked.await {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(bad)) => Err(match passing(&bad) {
-            Some(error) => error.into(),
-            // OpenAI sends neither a param nor a code with these.
-            None => RouterError::Invalid {
-                param: None,
-                code: None,
-                message: bad.to_string(),
-            },
-        }),
-        Err(panic) => std::panic::resume_unwind(panic.into_panic()),
     }
 }
 
@@ -172,6 +178,7 @@ pub(crate) fn info(row: FileRow) -> FileInfo {
         filename,
         purpose,
         tenant: _,
+        sha256: _,
     } = row;
     FileInfo {
         id,

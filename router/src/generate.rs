@@ -16,7 +16,7 @@ use tandem_text::{Skip, SpecialTokens, TextError, Tokenizer};
 use tokio::sync::mpsc;
 
 use crate::answer::{Bounds, Plan};
-use crate::api::{Call, Generation, Prompt, RouterError, Tenant, Work};
+use crate::api::{Call, Client, Generation, Prompt, RouterError, Tenant, Work};
 use crate::catalog::Wish;
 use crate::relay::{self, Choice, Order, Path, Relay};
 use crate::texts::text_bytes;
@@ -137,7 +137,7 @@ impl Router {
             true => SpecialTokens::Add,
             false => SpecialTokens::Omit,
         };
-        let prompt: Arc<[TokenId]> = self.prompt_tokens(prompt, special).await?.into();
+        let prompt: Arc<[TokenId]> = self.prompt_tokens(&client, prompt, special).await?.into();
         let max_tokens = fit(prompt.len(), max_tokens, limit, is_chat)?;
         client.took(prompt.len());
         if let Some(traced) = &traced {
@@ -258,6 +258,7 @@ impl Router {
 
     async fn prompt_tokens(
         &self,
+        client: &Client,
         prompt: Prompt,
         special: SpecialTokens,
     ) -> Result<Vec<TokenId>, RouterError> {
@@ -268,7 +269,8 @@ impl Router {
             let is_chat = matches!(prompt, Prompt::Chat { .. });
             return Err(too_long(limit, &format!("at least {least}"), is_chat));
         }
-        let tokens = self.encode(prompt, special).await?;
+        let most_bytes = (limit as usize).saturating_mul(self.0.longest_token_bytes);
+        let tokens = self.encode(&client.tenant, prompt, special, most_bytes).await?;
         if tokens.is_empty() {
             return Err(RouterError::invalid(
                 "prompt",
@@ -280,11 +282,12 @@ impl Router {
     }
 }
 
-/// The tokens of a prompt; `special` is for plain text.
+/// The tokens of a prompt; `special` is for plain text, `most_bytes` for what a template makes.
 pub(crate) fn encode(
     tokenizer: &Tokenizer,
     prompt: Prompt,
     special: SpecialTokens,
+    most_bytes: usize,
 ) -> Result<Vec<TokenId>, RouterError> {
     match prompt {
         Prompt::Tokens(tokens) => Ok(tokens),
@@ -303,7 +306,7 @@ pub(crate) fn encode(
                 (false, false) => Ending::Closed,
             };
             tokenizer
-                .encode_chat(&messages, ending, &kwargs)
+                .encode_chat(&messages, ending, &kwargs, most_bytes)
                 .map_err(|error| match &error {
                     TextError::UnreadVariable { name, .. } => text_error(&name.clone(), error),
                     TextError::NoTools => text_error("tools", error),

@@ -5,6 +5,7 @@ mod answer;
 pub mod api;
 pub mod batches;
 mod catalog;
+mod content;
 mod defaults;
 mod files;
 pub mod fleet;
@@ -23,6 +24,7 @@ mod texts;
 pub mod time;
 pub mod tinker;
 mod traced;
+mod turns;
 pub mod uploads;
 mod view;
 mod watch;
@@ -42,12 +44,16 @@ use tandem_text::{TextError, Tokenizer};
 use tokio::task::JoinHandle;
 
 pub use api::{Keep, LoadMode, MetadataFilter, Order, Part};
+pub use content::Content;
 pub use defaults::Defaults;
 pub use fleet::Fleet;
 use fleet::JobSeat;
 pub use jobs::{hyper, preview};
 pub use texts::MAX_TEXT_BYTES;
 pub use view::View;
+
+/// Data sets that are read at once for uploads and previews: a row may take a hundred times its bytes meanwhile.
+const READERS: usize = 2;
 
 use answer::Formats;
 use api::RouterError;
@@ -57,6 +63,7 @@ use grammars::Grammars;
 use jobs::Desk;
 use tasks::Down;
 use texts::Texts;
+use turns::Turns;
 
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -117,6 +124,8 @@ pub struct Router(Arc<Shared>);
 struct Shared {
     store: Store,
     texts: Texts,
+    /// For data sets that are read while somebody waits.
+    readers: Arc<Turns>,
     grammars: Grammars,
     formats: Formats,
     /// Bytes of the longest token: no text has fewer tokens than its bytes over this.
@@ -182,6 +191,7 @@ impl Router {
             grammars: Grammars::new(&tokenizer, fleet.info()),
             formats: Formats::new(config.tool_format, config.reasoning_format, &tokenizer),
             texts: Texts::new(tokenizer),
+            readers: Turns::new(READERS),
             longest_token_bytes,
             fleet,
             config,

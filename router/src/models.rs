@@ -278,6 +278,10 @@ impl Router {
                 format!("it has {chars} characters, at most {MAX_NAME_CHARS} are allowed")
             }
             name if name.chars().any(char::is_control) => "it has a control character".to_owned(),
+            // Clients resolve them in URLs, and archives are unpacked under them.
+            name if name.split('/').any(|part| [".", ".."].contains(&part)) => {
+                "a part of it is . or ..".to_owned()
+            }
             name if name.trim() != name => "it begins or ends with a space".to_owned(),
             _ => return Ok(()),
         };

@@ -1,15 +1,16 @@
 //! Work on texts, which takes a millisecond for some kilobytes and seconds for the longest that are taken: long ones go
-//! to threads where no other request waits behind them, a few at a time. Not here: what is done with the text.
+//! to threads where no other request waits behind them, a few at a time, of tenants in turns. Not here: what is done with the text.
 
 use std::sync::Arc;
 
 use serde_json::Value;
 use tandem_core::TokenId;
+use tandem_store::Tenant;
 use tandem_text::{Message, Skip, SpecialTokens, Tokenizer};
-use tokio::sync::Semaphore;
 
 use crate::api::{Prompt, RouterError};
-use crate::{Router, generate, text_error};
+use crate::turns::Turns;
+use crate::{Router, View, generate, text_error};
 
 /// Up to here a text is worked on where it is: moving it to another thread costs as much.
 const INLINE_TEXT_BYTES: usize = 4 << 10;
@@ -17,10 +18,13 @@ const INLINE_TEXT_BYTES: usize = 4 << 10;
 /// Of a text that is tokenized for its own sake: two seconds of a core, and many times the context of any model.
 pub const MAX_TEXT_BYTES: usize = 4 << 20;
 
+/// Of what a chat template makes: some seconds of a core.
+const MAX_RENDERED_BYTES: usize = 2 * MAX_TEXT_BYTES;
+
 pub(crate) struct Texts {
     pub tokenizer: Tokenizer,
     /// One for each core: more at once would only take the cores from each other, and from the engine.
-    places: Arc<Semaphore>,
+    turns: Arc<Turns>,
 }
 
 impl Texts {
@@ -28,22 +32,23 @@ impl Texts {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Texts {
             tokenizer,
-            places: Arc::new(Semaphore::new(cores)),
+            turns: Turns::new(cores),
         }
     }
 
     pub async fn work<T: Send + 'static>(
         &self,
+        tenant: &Tenant,
         bytes: usize,
         work: impl FnOnce(&Tokenizer) -> T + Send + 'static,
     ) -> T {
         if bytes <= INLINE_TEXT_BYTES {
             return work(&self.tokenizer);
         }
-        let place = self.places.clone().acquire_owned().await;
+        let turn = self.turns.wait(tenant).await;
         let tokenizer = self.tokenizer.clone();
         let elsewhere = tokio::task::spawn_blocking(move || {
-            let _place = place.expect("the semaphore is never closed");
+            let _turn = turn;
             work(&tokenizer)
         });
         match elsewhere.await {
@@ -56,6 +61,26 @@ impl Texts {
 impl Router {
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.0.texts.tokenizer
+    }
+
+    /// Whatever its length: who asks has looked at it. Of what a template makes at most `most_bytes` are tokenized.
+    pub(crate) async fn encode(
+        &self,
+        tenant: &Tenant,
+        prompt: Prompt,
+        special: SpecialTokens,
+        most_bytes: usize,
+    ) -> Result<Vec<TokenId>, RouterError> {
+        let bytes = work_bytes(&prompt);
+        let most_bytes = most_bytes.min(MAX_RENDERED_BYTES);
+        let encode = move |tokenizer: &Tokenizer| generate::encode(tokenizer, prompt, special, most_bytes);
+        self.0.texts.work(tenant, bytes, encode).await
+    }
+}
+
+impl View {
+    pub fn tokenizer(&self) -> &Tokenizer {
+        self.router.tokenizer()
     }
 
     /// `special` is for [`Prompt::Text`]; a chat template writes its own.
@@ -74,18 +99,8 @@ impl Router {
                 format!("a text of {bytes} bytes is too long: at most {MAX_TEXT_BYTES} are tokenized");
             return Err(RouterError::invalid(param, message));
         }
-        self.encode(prompt, special).await
-    }
-
-    /// Whatever its length: who asks has looked at it.
-    pub(crate) async fn encode(
-        &self,
-        prompt: Prompt,
-        special: SpecialTokens,
-    ) -> Result<Vec<TokenId>, RouterError> {
-        let bytes = work_bytes(&prompt);
-        let encode = move |tokenizer: &Tokenizer| generate::encode(tokenizer, prompt, special);
-        self.0.texts.work(bytes, encode).await
+        let tenant = &self.client.tenant;
+        self.router.encode(tenant, prompt, special, usize::MAX).await
     }
 
     pub async fn detokenize(&self, tokens: Vec<TokenId>) -> Result<String, RouterError> {
@@ -98,7 +113,8 @@ impl Router {
         }
         let bytes = size_of_val(&*tokens);
         let decode = move |tokenizer: &Tokenizer| tokenizer.decode(&tokens, Skip::Nothing);
-        let text = self.0.texts.work(bytes, decode).await;
+        let texts = &self.router.0.texts;
+        let text = texts.work(&self.client.tenant, bytes, decode).await;
         text.map_err(|error| text_error("tokens", error))
     }
 
@@ -106,7 +122,8 @@ impl Router {
     pub async fn spell(&self, tokens: Vec<TokenId>) -> Vec<String> {
         let bytes = size_of_val(&*tokens);
         let spell = move |tokenizer: &Tokenizer| tokens.iter().map(|&id| tokenizer.token_text(id)).collect();
-        self.0.texts.work(bytes, spell).await
+        let texts = &self.router.0.texts;
+        texts.work(&self.client.tenant, bytes, spell).await
     }
 }
 

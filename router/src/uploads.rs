@@ -6,7 +6,8 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
-use md5::{Digest, Md5};
+use md5::{Digest as _, Md5};
+use tandem_core::id::{Digest, Hasher};
 use tandem_store::{NewUpload, PartRow, StoreError, Tenant, UploadRow};
 
 use crate::Router;
@@ -90,7 +91,12 @@ impl Router {
     }
 
     /// The staged bytes are taken over.
-    pub(crate) async fn add_part(&self, upload: &UploadRow, staged: &Path) -> Result<PartInfo, RouterError> {
+    pub(crate) async fn add_part(
+        &self,
+        upload: &UploadRow,
+        staged: &Path,
+        sha256: Digest,
+    ) -> Result<PartInfo, RouterError> {
         must_be_pending(upload)?;
         let store = &self.0.store;
         let parts = store.parts(&upload.id).await?;
@@ -107,7 +113,7 @@ impl Router {
             let message = format!("an upload has at most {MAX_PARTS} parts: send larger ones");
             return Err(RouterError::invalid("data", message));
         }
-        match store.add_part(&upload.id, staged).await? {
+        match store.add_part(&upload.id, staged, sha256).await? {
             Some(part) => Ok(PartInfo {
                 id: part.id,
                 created_at: part.created_at,
@@ -155,19 +161,27 @@ impl Router {
         let staged = Staged(self.staging());
         let target = staged.0.clone();
         let joined = tokio::task::spawn_blocking(move || join(&paths, &target)).await;
-        let digest = match joined {
+        let joined = match joined {
             Ok(joined) => joined.map_err(failed(&staged.0))?,
             Err(panic) => std::panic::resume_unwind(panic.into_panic()),
         };
-        if let Some(md5) = md5.filter(|md5| !md5.eq_ignore_ascii_case(&digest)) {
+        for (part, (bytes, sha256)) in ordered.iter().zip(&joined.parts) {
+            part.check(*bytes, *sha256)?;
+        }
+        if let Some(md5) = md5.filter(|md5| !md5.eq_ignore_ascii_case(&joined.md5)) {
             let md5: String = md5.chars().take(64).collect();
-            let message = format!("the parts together have the MD5 {digest}, not {md5:?}: send them again");
+            let message = format!(
+                "the parts together have the MD5 {}, not {md5:?}: send them again",
+                joined.md5
+            );
             return Err(RouterError::invalid("md5", message));
         }
         if upload.purpose == FINE_TUNE {
-            files::check_training_file(staged.0.clone(), upload.filename.clone()).await?;
+            let tenant = upload.tenant.parse().unwrap_or_default();
+            let (path, name) = (staged.0.clone(), upload.filename.clone());
+            self.check_training_file(path, name, &tenant).await?;
         }
-        match store.complete_upload(upload, &staged.0).await? {
+        match store.complete_upload(upload, &staged.0, joined.sha256).await? {
             Some(file) => {
                 tracing::info!(file = %file.id, bytes, purpose = upload.purpose, "file stored");
                 let row = UploadRow {
@@ -189,28 +203,42 @@ impl Router {
     }
 }
 
-/// All of them, one behind the other; the MD5 of that.
-fn join(parts: &[PathBuf], target: &Path) -> io::Result<String> {
+struct Joined {
+    /// Of each part, how many bytes it has and their digest.
+    parts: Vec<(u64, Digest)>,
+    /// Of the whole.
+    md5: String,
+    sha256: Digest,
+}
+
+/// All of them, one behind the other.
+fn join(parts: &[PathBuf], target: &Path) -> io::Result<Joined> {
     let mut file = File::create(target)?;
-    let mut hasher = Md5::new();
+    let (mut md5, mut whole) = (Md5::new(), Hasher::default());
+    let mut read = vec![];
     let mut buffer = vec![0; COPY_BYTES];
     for part in parts {
-        let mut part = File::open(part)?;
+        let mut input = File::open(part)?;
+        let (mut bytes, mut of_part) = (0, Hasher::default());
         loop {
-            let n = part.read(&mut buffer)?;
+            let n = input.read(&mut buffer)?;
             if n == 0 {
                 break;
             }
-            hasher.update(&buffer[..n]);
+            md5.update(&buffer[..n]);
+            whole.update(&buffer[..n]);
+            of_part.update(&buffer[..n]);
             file.write_all(&buffer[..n])?;
+            bytes += n as u64;
         }
+        read.push((bytes, of_part.finish()));
     }
     file.flush()?;
-    Ok(hasher
-        .finalize()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect())
+    Ok(Joined {
+        parts: read,
+        md5: md5.finalize().iter().map(|byte| format!("{byte:02x}")).collect(),
+        sha256: whole.finish(),
+    })
 }
 
 /// What is left of it goes when it is dropped.

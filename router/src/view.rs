@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use tandem_core::id::Digest;
 use tandem_store::{BatchRow, FileRow, JobRow, ResponseRow, Source, UploadRow};
 use tokio::sync::mpsc;
 
@@ -12,6 +13,7 @@ use crate::api::{
     ModelCard, ModelKind, Order, Page, RouterError, Upload,
 };
 use crate::batches::{self, Batch, BatchRequest};
+use crate::content::Content;
 use crate::files;
 use crate::jobs::preview::Preview;
 use crate::jobs::record;
@@ -65,7 +67,7 @@ impl View {
         self.router.delete_file(id).await
     }
 
-    pub async fn file_content(self, id: &str) -> Result<(FileInfo, PathBuf), RouterError> {
+    pub async fn file_content(self, id: &str) -> Result<Content, RouterError> {
         self.see_file(id).await?;
         self.router.file_content(id).await
     }
@@ -75,9 +77,14 @@ impl View {
     }
 
     /// Takes the staged bytes over.
-    pub async fn add_part(self, upload: &str, staged: &Path) -> Result<PartInfo, RouterError> {
+    pub async fn add_part(
+        self,
+        upload: &str,
+        staged: &Path,
+        sha256: Digest,
+    ) -> Result<PartInfo, RouterError> {
         let row = self.see_upload(upload).await?;
-        self.router.add_part(&row, staged).await
+        self.router.add_part(&row, staged, sha256).await
     }
 
     /// The parts that are named, in this order, become one file.

@@ -33,6 +33,7 @@ use crate::layers;
 use crate::metrics::Metrics;
 use crate::origins::{Guard, Origins};
 use crate::roots::LoraRoots;
+use crate::shares::{self, Shares};
 use crate::unread;
 
 #[derive(Clone)]
@@ -44,6 +45,7 @@ pub struct App {
     pub document: Bytes,
     pub lora_roots: Arc<LoraRoots>,
     pub merges: Merges,
+    pub shares: Arc<Shares>,
     stopping: Arc<AtomicBool>,
 }
 
@@ -65,6 +67,7 @@ impl App {
             document,
             lora_roots: Arc::new(lora_roots),
             merges,
+            shares: Arc::default(),
             stopping: Arc::default(),
         })
     }
@@ -238,6 +241,7 @@ pub struct Access {
 pub fn inner(app: App) -> Routes {
     let (routes, _) = documented().split_for_parts();
     routes
+        .route_layer(from_fn_with_state(app.clone(), shares::hold))
         .layer(DefaultBodyLimit::disable())
         .with_state(app)
         .layer(CatchPanicLayer::custom(layers::panicked))
@@ -257,6 +261,7 @@ pub fn routes(app: App, access: Access, body_patience: Duration) -> Routes {
     let routes = routes
         .merge(http::fine_tunes::second_spelling())
         .route_layer(from_fn_with_state(app.clone(), layers::query))
+        .route_layer(from_fn_with_state(app.clone(), shares::hold))
         .route("/", get(http::pages::index))
         .route("/ui/{part}", get(http::pages::part))
         .route("/docs", get(http::pages::docs))

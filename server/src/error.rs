@@ -9,7 +9,7 @@ use axum::response::{IntoResponse, Response};
 use tandem_core::message::Fault;
 use tandem_openapi::error::{ErrorObject, ErrorResponse};
 use tandem_router::api::{Part, RouterError};
-use tandem_store::Role;
+use tandem_store::{Role, StoreError};
 use tracing::error;
 
 use crate::hub::HubError;
@@ -45,6 +45,11 @@ pub enum ApiError {
     NotJson(String),
     #[error("the request body is larger than {limit_bytes} bytes, the limit of this route")]
     TooLarge { limit_bytes: u64 },
+    #[error(
+        "the request body has so many values that they would take about {bytes} bytes of memory, at most {limit_bytes} are \
+         taken: send it in parts"
+    )]
+    TooDense { bytes: usize, limit_bytes: usize },
     #[error(
         "the body must be sent with the header Content-Type: {wanted}{}",
         instead_of(given)
@@ -233,7 +238,7 @@ impl ApiError {
             ApiError::SlowBody(_) => {
                 return with(S::REQUEST_TIMEOUT, INVALID, None, Some("request_timeout"));
             }
-            ApiError::TooLarge { .. } => {
+            ApiError::TooLarge { .. } | ApiError::TooDense { .. } => {
                 return with(S::PAYLOAD_TOO_LARGE, INVALID, None, Some("request_too_large"));
             }
             ApiError::MediaType { .. } => {
@@ -325,7 +330,9 @@ impl ApiError {
                 Some("adapter_not_found"),
             ),
             RouterError::Adapter { not_found: false, .. } => bad(Some("lora_path"), Some("invalid_adapter")),
-            RouterError::Busy { retry_after_s, .. } => busy(*retry_after_s),
+            RouterError::Busy { retry_after_s, .. } | RouterError::NoShare { retry_after_s, .. } => {
+                busy(*retry_after_s)
+            }
             RouterError::UsedUp(used_up) => busy(used_up.retry_after_s),
             RouterError::Quota(exceeded) => Answer {
                 code: Some("exceeded_quota"),
@@ -351,6 +358,10 @@ impl ApiError {
                 ..stopping()
             },
             RouterError::Store(error) if let Some(part) = error.away() => away(part),
+            RouterError::Store(StoreError::Altered { .. }) => Answer {
+                code: Some("file_damaged"),
+                ..failed(Never, None)
+            },
             RouterError::Store(_) => failed(
                 Retry::AsStatusSays,
                 Some("The server could not reach its storage."),

@@ -28,12 +28,22 @@ pub fn keys(given: &[String], file: Option<&Path>) -> Result<Vec<String>> {
     }
     let text = std::fs::read_to_string(file).with_context(doing)?;
     let before = keys.len();
-    keys.extend(
-        text.lines()
-            .map(str::trim)
-            .filter(|line| !line.is_empty())
-            .map(str::to_owned),
-    );
+    // Some editors begin a file with a byte order mark.
+    let text = text.trim_start_matches('\u{feff}');
+    let lines = text.lines().map(str::trim);
+    for (n, line) in lines
+        .enumerate()
+        .filter(|(_, line)| !line.is_empty() && !line.starts_with('#'))
+    {
+        if line.contains(char::is_whitespace) {
+            bail!(WrongSetting(format!(
+                "--api-key-file {}: line {} has a space in it: a key has none, and a comment begins with #",
+                file.display(),
+                n + 1
+            )));
+        }
+        keys.push(line.to_owned());
+    }
     if keys.len() == before {
         bail!(WrongSetting(format!(
             "--api-key-file {} holds no key: write one on each line (/dev/null says that none is wanted)",

@@ -2,6 +2,7 @@
 //! Not here: what the values mean.
 
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 
 use axum::body::{self, Bytes};
 use axum::extract::{FromRequest, FromRequestParts, Request};
@@ -17,6 +18,7 @@ use crate::app::App;
 use crate::convert::fine_tunes::JobName;
 use crate::error::{ApiError, invalid, unreadable};
 use crate::fields::{Rule, strays};
+use crate::shares::Share;
 
 /// A JSON body at most: a long prompt as token ids, with room.
 pub const JSON_LIMIT_BYTES: u64 = 32 << 20;
@@ -45,7 +47,11 @@ impl<T: Body> FromRequest<App> for Json<T> {
     async fn from_request(request: Request, app: &App) -> Result<Json<T>, ApiError> {
         let (parts, body) = request.into_parts();
         must_be("application/json", &parts.headers)?;
-        let bytes = read(&parts.headers, body, JSON_LIMIT_BYTES).await?;
+        let share = parts.extensions.get::<Arc<Share>>();
+        let bytes = read(&parts.headers, body, JSON_LIMIT_BYTES, share).await?;
+        if let Some(share) = share {
+            share.reach(bytes.len() + json::tree_bytes(&bytes))?;
+        }
         if bytes.len() <= AT_ONCE_BYTES {
             return judged(&bytes, app).map(Json);
         }
@@ -70,7 +76,9 @@ impl<T: prost::Message + Default + 'static> FromRequest<App> for Proto<T> {
             let message = format!("a body in the coding {coding:?} is not read: send it as it is");
             return Err(invalid("Content-Encoding", message));
         }
-        let bytes = read(&parts.headers, body, app.router.config().tinker.call_bytes).await?;
+        let share = parts.extensions.get::<Arc<Share>>();
+        let limit = app.router.config().tinker.call_bytes;
+        let bytes = read(&parts.headers, body, limit, share).await?;
         let decoded = tokio::task::spawn_blocking(move || T::decode(bytes.as_slice())).await;
         let decoded = decoded.map_err(|error| ApiError::Internal(format!("a body was not read: {error}")))?;
         let decoded =
@@ -110,18 +118,27 @@ pub fn must_be(wanted: &'static str, headers: &HeaderMap) -> Result<(), ApiError
 }
 
 /// Announced and actual size are both held against the limit.
-async fn read(headers: &HeaderMap, body: body::Body, limit_bytes: u64) -> Result<Vec<u8>, ApiError> {
+async fn read(
+    headers: &HeaderMap,
+    body: body::Body,
+    limit_bytes: u64,
+    share: Option<&Arc<Share>>,
+) -> Result<Vec<u8>, ApiError> {
     let mut chunks = body.into_data_stream();
     let announced = announced_bytes(headers);
     if announced.is_some_and(|bytes| bytes > limit_bytes) {
         return Err(ApiError::TooLarge { limit_bytes });
     }
-    let mut bytes = Vec::with_capacity(announced.unwrap_or(0) as usize);
+    let reach = |bytes| share.map_or(Ok(()), |share| share.reach(bytes));
+    let announced = announced.unwrap_or(0) as usize;
+    reach(announced)?;
+    let mut bytes = Vec::with_capacity(announced);
     while let Some(chunk) = chunks.next().await {
         let chunk: Bytes = chunk.map_err(|error| unreadable(&error))?;
         if (bytes.len() + chunk.len()) as u64 > limit_bytes {
             return Err(ApiError::TooLarge { limit_bytes });
         }
+        reach(bytes.len() + chunk.len())?;
         bytes.extend_from_slice(&chunk);
     }
     Ok(bytes)

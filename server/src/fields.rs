@@ -16,6 +16,8 @@ use crate::error::ApiError;
 
 /// Names that are remembered as logged; a client can make up any number of them.
 const MAX_LOGGED: usize = 1000;
+/// Each is held against all that are known, to say which was meant.
+const MAX_STRAYS: usize = 200;
 /// Of a field's name in the log.
 const NAME_CHARS: usize = 80;
 
@@ -86,6 +88,17 @@ impl Strays {
     }
 
     pub fn judge_all(&self, strays: Vec<Stray>, rules: &[&[Rule]]) -> Result<(), ApiError> {
+        if let (Some(first), true) = (strays.first(), strays.len() > MAX_STRAYS) {
+            return Err(ApiError::Invalid {
+                param: Some(first.path.clone()),
+                code: Some("unknown_parameter"),
+                message: format!(
+                    "{} fields are unknown here, '{}' first: at most {MAX_STRAYS} are looked at",
+                    strays.len(),
+                    first.path
+                ),
+            });
+        }
         let mut ignored = Vec::new();
         for stray in &strays {
             ignored.extend(self.judge(stray, rules)?);

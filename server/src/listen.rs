@@ -71,13 +71,16 @@ pub async fn serve(
 fn affordable(limits: Limits) -> Limits {
     let room = process::descriptors().saturating_sub(OWN_DESCRIPTORS).max(16);
     let all = u32::try_from(room).unwrap_or(u32::MAX).min(limits.all);
-    if all < limits.all {
-        warn!(
-            max_connections = limits.all,
-            "the limit on open files (ulimit -n) has room for {all} connections"
-        );
+    if all == limits.all {
+        return limits;
     }
-    Limits { all, ..limits }
+    // Another address finds a place, whatever one does.
+    let per_address = limits.per_address.min(all.div_ceil(2));
+    warn!(
+        max_connections = limits.all,
+        "the limit on open files (ulimit -n) has room for {all} connections, {per_address} of one address"
+    );
+    Limits { all, per_address }
 }
 
 /// Until `stopping`, and until the connections that are open then have ended.

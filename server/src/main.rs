@@ -34,6 +34,7 @@ mod plot;
 mod process;
 mod ranks;
 mod roots;
+mod shares;
 mod sse;
 mod tls;
 mod train;

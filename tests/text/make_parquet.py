@@ -28,6 +28,9 @@ CALLS = [
 PAIRS = [{"prompt": f"Question {n % 3}?", "completion": f" Answer {n % 2}." if n != 4 else None} for n in range(40)]
 NUMBERS = [{"text": f"row {n}", "label": n % 2 == 0, "reward": n / 4, "count": n, "tags": ["a", "b"][: n % 3]} for n in range(6)]
 
+# Its one row is a list of one long entry, a hundred times.
+REFUSED = "repeated.parquet"
+
 
 def without_nulls(value):
     if isinstance(value, dict):
@@ -50,9 +53,12 @@ def main():
     write(table(CALLS), FOLDER / "calls.parquet")
     write(table(NUMBERS), FOLDER / "numbers.parquet", use_compliant_nested_type=False)
     datasets.Dataset.from_list(MESSAGES).to_parquet(str(FOLDER / "datasets.parquet"))
-    rows = {path.name: without_nulls(pyarrow.parquet.read_table(path).to_pylist()) for path in sorted(FOLDER.glob("*.parquet"))}
+    rows = {path.name: without_nulls(pyarrow.parquet.read_table(path).to_pylist()) for path in sorted(FOLDER.glob("*.parquet")) if path.name != REFUSED}
     text = json.dumps({"pyarrow": pyarrow.__version__, "files": rows}, indent=None)
     (FOLDER / "rows.json").write_text(text + "\n")
+    entry = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 100, pyarrow.int32()), pyarrow.array(["y" * 300_000]))
+    lists = pyarrow.ListArray.from_arrays(pyarrow.array([0, 100], pyarrow.int32()), entry)
+    write(pyarrow.table({"messages": lists}), FOLDER / REFUSED, compression="zstd")
 
 
 main()

@@ -10,11 +10,15 @@ use crate::TokenId;
 use crate::id::{AdapterDigest, AdapterRef};
 use crate::job::Lora;
 use crate::message::Fault;
+use crate::replica::ReplicaInfo;
 use crate::trace::TraceContext;
 
 /// One learner of a replica. Unique for the life of the router that made it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct LearnerId(pub u64);
+
+/// Learners of a replica at most.
+pub const MAX_LEARNERS: usize = 256;
 
 /// Where an answer goes. Dropped when the replica is lost.
 pub type Reply<T> = oneshot::Sender<Result<T, Fault>>;
@@ -64,6 +68,21 @@ pub struct NewLearner {
     pub tenant: String,
     /// The numbers to begin with instead.
     pub from: Option<Source>,
+}
+
+impl NewLearner {
+    /// What whoever takes one in asks, however it came.
+    pub fn check(&self, replica: &ReplicaInfo) -> Result<(), String> {
+        let (rank, most) = (self.lora.r, replica.max_lora_rank);
+        if !(1..=most).contains(&rank) {
+            return Err(format!("a rank must be between 1 and {most}, got {rank}"));
+        }
+        let alpha = self.lora.alpha;
+        if !(alpha as f32).is_finite() {
+            return Err(format!("alpha must be a number that float32 holds, got {alpha}"));
+        }
+        Ok(())
+    }
 }
 
 /// Numbers that were kept.

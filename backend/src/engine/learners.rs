@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use tandem_core::id::Digest;
-use tandem_core::learner::{Batch, Learn, LearnerId, NewLearner, Pass, Reply, Saved, Scores};
+use tandem_core::learner::{Batch, Learn, LearnerId, MAX_LEARNERS, NewLearner, Pass, Reply, Saved, Scores};
 use tandem_core::message::Fault;
 use tandem_core::rng;
 use tracing::{Span, warn};
@@ -20,8 +20,6 @@ use crate::train::driven::Progress;
 use crate::train::joint::{Member, Who};
 use crate::train::turns::Turn;
 
-/// Learners of a replica at most.
-const MAX_LEARNERS: usize = 128;
 /// Stream of [`rng`] that keeps snapshots of one engine apart from another's.
 const SNAPSHOTS: u64 = 2;
 

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
+use tandem_core::id::{Digest, Hasher};
 use tandem_store::{BatchLine, FileRow, NewFile, Tenant, ids};
 use tokio::io::{AsyncWriteExt, BufWriter};
 
@@ -83,7 +84,7 @@ impl Files {
             }
         }
         let publish = async |lines: Lines, kind: &str| {
-            let Some(staged) = lines.finish().await? else {
+            let Some((staged, sha256)) = lines.finish().await? else {
                 return Ok(None);
             };
             let file = NewFile {
@@ -91,6 +92,7 @@ impl Files {
                 purpose: OUTPUT_PURPOSE,
                 expires_after_s,
                 tenant,
+                sha256,
             };
             let row = router.0.store.publish_file(&staged.0, file).await?;
             Ok::<_, RouterError>(Some(row))
@@ -114,6 +116,7 @@ impl Files {
 struct Lines {
     staged: Staged,
     file: Option<BufWriter<tokio::fs::File>>,
+    hasher: Hasher,
 }
 
 /// What is left of it goes when it is dropped.
@@ -131,6 +134,7 @@ impl Lines {
         Lines {
             staged: Staged(router.staging()),
             file: None,
+            hasher: Hasher::default(),
         }
     }
 
@@ -143,16 +147,19 @@ impl Lines {
                 none.insert(BufWriter::new(file))
             }
         };
-        file.write_all(line.as_bytes()).await.map_err(failed(path))?;
-        file.write_all(b"\n").await.map_err(failed(path))
+        for bytes in [line.as_bytes(), b"\n"] {
+            self.hasher.update(bytes);
+            file.write_all(bytes).await.map_err(failed(path))?;
+        }
+        Ok(())
     }
 
-    async fn finish(self) -> Result<Option<Staged>, RouterError> {
+    async fn finish(self) -> Result<Option<(Staged, Digest)>, RouterError> {
         let Some(mut file) = self.file else {
             return Ok(None);
         };
         file.flush().await.map_err(failed(&self.staged.0))?;
-        Ok(Some(self.staged))
+        Ok(Some((self.staged, self.hasher.finish())))
     }
 }
 

@@ -180,16 +180,23 @@ impl Holder {
     /// Its file, or why nothing of it can be asked.
     async fn read(&self, request: &BatchRequest) -> Result<Result<Input, Vec<LineError>>, RouterError> {
         let store = &self.router.0.store;
-        let Some(row) = store.file(&request.input_file).await? else {
-            let id = &request.input_file;
-            return Ok(Err(vec![LineError {
+        let unfit = |message| {
+            Ok(Err(vec![LineError {
                 code: "invalid_input_file".to_owned(),
-                message: format!("the input file {id} was deleted, or has expired"),
+                message,
                 line: None,
                 param: Some("input_file_id".to_owned()),
-            }]));
+            }]))
         };
-        let (path, endpoint) = (store.file_path(&row).await?, request.endpoint);
+        let Some(row) = store.file(&request.input_file).await? else {
+            let id = &request.input_file;
+            return unfit(format!("the input file {id} was deleted, or has expired"));
+        };
+        let path = match store.sound_file(&row).await {
+            Err(error @ StoreError::Altered { .. }) => return unfit(format!("the input {error}")),
+            path => path?,
+        };
+        let endpoint = request.endpoint;
         let what = format!("reading {}", path.display());
         let read = tokio::task::spawn_blocking(move || Input::read(&path, endpoint)).await;
         match read {

@@ -44,6 +44,11 @@ pub(crate) fn request<'a>(request: &JobRequest, bounds: impl Into<Bounds<'a>>) -
             let message = format!("{param} must be a file or a list of 1 to {MAX_FILES} files, got {n}");
             return Err(RouterError::invalid(param, message));
         }
+        let ids = files.map_or(&[][..], |files| &files.0);
+        if let Some((_, id)) = ids.iter().enumerate().find(|(i, id)| ids[..*i].contains(id)) {
+            let message = format!("{param}: {id} is there twice; n_epochs says how often a file is seen");
+            return Err(RouterError::invalid(param, message));
+        }
     }
     if let Some(suffix) = suffix {
         let most = if *legacy {

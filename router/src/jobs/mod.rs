@@ -476,12 +476,13 @@ impl Router {
         Ok(())
     }
 
-    /// Where the files lie, and what they are called.
+    /// Where the files lie, as they were written, and what they are called.
     async fn sources(&self, files: &FileIds) -> Result<Vec<dataset::Source>, RouterError> {
         let mut sources = vec![];
         for id in &files.0 {
-            let (info, path) = self.file_content(id).await?;
-            let name = info.filename;
+            let row = self.file_row(id).await?;
+            let path = self.0.store.sound_file(&row).await?;
+            let name = row.filename;
             sources.push(dataset::Source { path, name });
         }
         Ok(sources)

@@ -274,6 +274,10 @@ async fn uploads(router: &Router, param: &'static str, files: &FileIds) -> Resul
             let message = format!("The job failed because its file {id} was deleted or has expired.");
             Err(Unfit::Job(invalid(param, message)))
         }
+        Err(RouterError::Store(error @ StoreError::Altered { .. })) => Err(Unfit::Job(invalid(
+            param,
+            format!("The job failed because its {error}."),
+        ))),
         Err(error) => Err(Unfit::Router(error)),
     }
 }

@@ -53,9 +53,11 @@ impl Router {
         let reading =
             Reading::new(&settings).map_err(|(param, message)| RouterError::invalid(param, message))?;
         let tokenizer = self.tokenizer().clone();
+        let turn = self.0.readers.wait(&client.tenant).await;
         let given_up = Arc::new(AtomicBool::new(false));
         let _waiting = Waiting(given_up.clone());
         let read = move || {
+            let _turn = turn;
             let bad = |error: &dyn std::fmt::Display| RouterError::invalid(param, error.to_string());
             let mut rows = Rows::open(sources, &reading).map_err(|error| bad(&error))?;
             let beginning = rows.by_ref().take(MOST_ROWS);

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use serde_json::Value;
+use tandem_core::id::Digest;
 use tandem_core::report::{self, Report};
 use tandem_store::{EventRow, FileRow, NewFile, Tenant};
 
@@ -54,6 +55,7 @@ pub(crate) async fn publish(router: &Router, job: &str) -> Result<Vec<FileRow>, 
             expires_after_s: None,
             // The change makes it the job's tenant's.
             tenant: &Tenant::default(),
+            sha256: Digest::of(&bytes),
         };
         rows.push(router.0.store.publish_result(&bytes, file).await?);
     }

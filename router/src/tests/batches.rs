@@ -66,12 +66,12 @@ fn request(file: &str) -> BatchRequest {
     }
 }
 
-async fn batch_of(router: &Router, text: &str) -> Batch {
+pub(super) async fn batch_of(router: &Router, text: &str) -> Batch {
     let file = upload(router, "in.jsonl", "batch", text).await.unwrap();
     router.own().create_batch(request(&file)).await.unwrap()
 }
 
-async fn until(router: &Router, id: &str, is_there: impl Fn(&Batch) -> bool) -> Batch {
+pub(super) async fn until(router: &Router, id: &str, is_there: impl Fn(&Batch) -> bool) -> Batch {
     for _ in 0..2000 {
         let batch = router.own().batch(id).await.unwrap();
         if is_there(&batch) {
@@ -85,13 +85,9 @@ async fn until(router: &Router, id: &str, is_there: impl Fn(&Batch) -> bool) -> 
 /// The lines of a file.
 async fn lines(router: &Router, file: Option<&str>) -> Vec<Value> {
     let Some(file) = file else { return vec![] };
-    let (info, path) = router.own().file_content(file).await.unwrap();
+    let (info, text) = content(router, file).await.unwrap();
     assert_eq!(info.purpose, "batch_output");
-    std::fs::read_to_string(path)
-        .unwrap()
-        .lines()
-        .map(value)
-        .collect()
+    text.lines().map(value).collect()
 }
 
 #[tokio::test]

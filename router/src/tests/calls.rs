@@ -747,11 +747,14 @@ async fn long_texts_are_worked_on_by_another_thread() {
     };
     for (prompt, expected) in [(text(1 << 10), true), (text(1 << 16), false), (chat, false)] {
         assert_eq!(
-            is_inline(router.tokenize(prompt, SpecialTokens::Add)).await,
+            is_inline(router.own().tokenize(prompt, SpecialTokens::Add)).await,
             expected
         );
     }
     let ids = vec![FIRST_BYTE + 97; 1 << 16];
-    assert!(!is_inline(router.detokenize(ids.clone())).await);
-    assert_eq!(router.detokenize(ids.clone()).await.unwrap().len(), ids.len());
+    assert!(!is_inline(router.own().detokenize(ids.clone())).await);
+    assert_eq!(
+        router.own().detokenize(ids.clone()).await.unwrap().len(),
+        ids.len()
+    );
 }

@@ -2,6 +2,7 @@
 
 mod batches;
 mod calls;
+mod damaged;
 mod fleet;
 mod jobs;
 mod models;
@@ -26,7 +27,7 @@ use tandem_text::Tokenizer;
 use tempfile::TempDir;
 use tokio::sync::{mpsc, watch};
 
-use crate::api::{Client, RouterError, Upload};
+use crate::api::{Client, FileInfo, RouterError, Upload};
 use crate::fleet::{Made, Member};
 use crate::{Config, Fleet, Router, View};
 
@@ -272,6 +273,7 @@ async fn upload_by(view: View, filename: &str, purpose: &str, content: &str) -> 
     let upload = Upload {
         staged: staged.clone(),
         bytes: content.len() as u64,
+        sha256: Digest::of(content.as_bytes()),
         filename: filename.to_owned(),
         purpose: purpose.to_owned(),
         expires_after_seconds: None,
@@ -279,6 +281,16 @@ async fn upload_by(view: View, filename: &str, purpose: &str, content: &str) -> 
     let created = view.create_file(upload).await.map(|file| file.id);
     assert!(!staged.exists(), "an upload is taken over or removed");
     created
+}
+
+/// A file, as whoever downloads it gets it.
+async fn content(router: &Router, id: &str) -> Result<(FileInfo, String), RouterError> {
+    let mut content = router.own().file_content(id).await?;
+    let mut bytes = vec![];
+    while let Some(chunk) = content.next().await? {
+        bytes.extend(chunk);
+    }
+    Ok((content.info(), String::from_utf8(bytes).unwrap()))
 }
 
 /// Param of an `Invalid`, or the variant's name.

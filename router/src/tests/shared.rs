@@ -161,12 +161,8 @@ async fn a_job_whose_router_dies_ends_once_on_the_other() {
         .filter(|event| event.message.contains("successfully"))
         .count();
     assert_eq!(ends, 1);
-    let (_, csv) = other.own().file_content(&job.result_files[0]).await.unwrap();
-    assert_eq!(
-        std::fs::read_to_string(csv).unwrap().lines().count(),
-        5,
-        "each step once"
-    );
+    let (_, csv) = content(&other, &job.result_files[0]).await.unwrap();
+    assert_eq!(csv.lines().count(), 5, "each step once");
 }
 
 async fn wait_for_checkpoint(router: &Router, id: &str) {
@@ -235,8 +231,7 @@ async fn names_files_and_cancels_cross_from_router_to_router() {
     let file = upload(&first, "t.jsonl", "fine-tune", &chat_rows(2))
         .await
         .unwrap();
-    let (_, path) = second.own().file_content(&file).await.unwrap();
-    assert_eq!(std::fs::read_to_string(path).unwrap(), chat_rows(2));
+    assert_eq!(content(&second, &file).await.unwrap().1, chat_rows(2));
     let id = create_job(&second, request(&file)).await;
     let (on_first, _, events) = either(&mut first_engine, &mut second_engine).await;
     events.send(started(None)).await.unwrap();

@@ -170,3 +170,48 @@ async fn calls_are_done_in_the_order_of_their_numbers_and_once() {
         ]
     );
 }
+
+#[tokio::test]
+async fn one_tenant_leaves_places_for_others() {
+    let house = House::new();
+    let (router, _engine) = house.open().await;
+    let [greedy, modest] = ["greedy", "modest"].map(|tenant| {
+        router.of(&Client {
+            tenant: tenant.parse().unwrap(),
+            ..Client::default()
+        })
+    });
+    let mut opened = 0;
+    let refused = loop {
+        match greedy.open_session() {
+            Ok(_) => opened += 1,
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(opened, 128);
+    assert!(
+        matches!(
+            refused,
+            RouterError::NoShare {
+                own: 128,
+                places: 256,
+                ..
+            }
+        ),
+        "{refused}"
+    );
+    let session = modest.open_session().unwrap();
+    // A sampler keeps what it is, not all that was said of it.
+    let sampler = modest
+        .create_sampler(&session, 1, Some(BASE), None)
+        .await
+        .unwrap();
+    let ask = || Err("it is refused".to_owned());
+    let (id, names) = modest.sample(&sampler, 1, 3, ask()).await.unwrap();
+    assert_eq!(names, [format!("{id}-0"), format!("{id}-1"), format!("{id}-2")]);
+    assert_eq!(
+        modest.sample(&sampler, 1, 3, ask()).await.unwrap(),
+        (id, names),
+        "sent again"
+    );
+}

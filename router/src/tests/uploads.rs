@@ -3,7 +3,7 @@
 use super::*;
 use crate::uploads::UploadRequest;
 
-fn asked(purpose: &str, bytes: u64) -> UploadRequest {
+pub(super) fn asked(purpose: &str, bytes: u64) -> UploadRequest {
     UploadRequest {
         filename: "rows.jsonl".to_owned(),
         purpose: purpose.to_owned(),
@@ -12,10 +12,12 @@ fn asked(purpose: &str, bytes: u64) -> UploadRequest {
     }
 }
 
-async fn part(router: &Router, upload: &str, text: &str) -> Result<String, RouterError> {
+pub(super) async fn part(router: &Router, upload: &str, text: &str) -> Result<String, RouterError> {
     let staged = router.staging();
     std::fs::write(&staged, text).unwrap();
-    let added = router.own().add_part(upload, &staged).await.map(|part| part.id);
+    let sha256 = Digest::of(text.as_bytes());
+    let added = router.own().add_part(upload, &staged, sha256).await;
+    let added = added.map(|part| part.id);
     let _ = std::fs::remove_file(&staged);
     added
 }
@@ -61,8 +63,7 @@ async fn parts_become_one_file_in_the_order_that_is_asked() {
         (done.status.as_str(), file.bytes, file.purpose.as_str()),
         ("completed", 9, "batch")
     );
-    let (_, path) = router.own().file_content(&file.id).await.unwrap();
-    assert_eq!(std::fs::read_to_string(path).unwrap(), "123456789");
+    assert_eq!(content(&router, &file.id).await.unwrap().1, "123456789");
     assert_eq!(stored_files(&house), 1, "the parts are gone");
     for error in [
         complete(&[&first, &second], None).await.unwrap_err(),

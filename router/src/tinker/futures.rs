@@ -2,6 +2,7 @@
 //! been fetched, and a while longer, because an answer can be lost on its way. Not here: what is computed.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,14 +15,26 @@ use super::Outcome;
 const KEPT_AFTER_FETCH: Duration = Duration::from_secs(120);
 /// How long a result waits for who asked.
 const KEPT: Duration = Duration::from_secs(30 * 60);
+/// Bytes of all results that wait. A tenant's take as much room as they leave free; beyond, its oldest go.
+const MAX_BYTES: usize = 1 << 30;
+/// What a result takes beside its numbers.
+const OVERHEAD_BYTES: usize = 1 << 10;
+/// After so many bytes of new results it is looked whether there are too many.
+const LOOK_BYTES: usize = 32 << 20;
 
 #[derive(Default)]
-pub(crate) struct Futures(Mutex<HashMap<String, Arc<Future>>>);
+pub(crate) struct Futures {
+    all: Mutex<HashMap<String, Arc<Future>>>,
+    /// Since it was looked.
+    fresh_bytes: Arc<AtomicUsize>,
+}
 
 pub(crate) struct Future {
     pub tenant: Tenant,
     outcome: watch::Sender<Option<Arc<Outcome>>>,
     times: Mutex<Times>,
+    bytes: AtomicUsize,
+    fresh_bytes: Arc<AtomicUsize>,
 }
 
 #[derive(Default)]
@@ -52,6 +65,9 @@ impl Drop for Promise {
 impl Future {
     fn set(&self, outcome: Outcome) {
         lock(&self.times).done = Some(Instant::now());
+        let bytes = OVERHEAD_BYTES + outcome.bytes();
+        self.bytes.store(bytes, Ordering::Relaxed);
+        self.fresh_bytes.fetch_add(bytes, Ordering::Relaxed);
         self.outcome.send_replace(Some(Arc::new(outcome)));
     }
 
@@ -74,10 +90,15 @@ impl Future {
 
 impl Futures {
     pub fn promise(&self, id: &str, tenant: &Tenant) -> Promise {
+        if self.fresh_bytes.load(Ordering::Relaxed) > LOOK_BYTES {
+            self.sweep_to(MAX_BYTES, 0);
+        }
         let future = Arc::new(Future {
             tenant: tenant.clone(),
             outcome: watch::Sender::new(None),
             times: Mutex::default(),
+            bytes: AtomicUsize::new(OVERHEAD_BYTES),
+            fresh_bytes: self.fresh_bytes.clone(),
         });
         self.all().insert(id.to_owned(), future.clone());
         Promise(future)
@@ -92,26 +113,76 @@ impl Futures {
         self.all().remove(id);
     }
 
-    /// At most `most` results wait; beyond, the oldest go.
+    pub fn has(&self, id: &str) -> bool {
+        self.all().contains_key(id)
+    }
+
+    /// `most` results fill the room, however small they are.
     pub fn sweep(&self, most: usize) {
+        self.sweep_to(MAX_BYTES, MAX_BYTES / most.max(1));
+    }
+
+    fn sweep_to(&self, max_bytes: usize, least_bytes: usize) {
+        let taken = |future: &Future| future.bytes.load(Ordering::Relaxed).max(least_bytes);
+        self.fresh_bytes.store(0, Ordering::Relaxed);
         let mut all = self.all();
         all.retain(|_, future| !future.is_over());
-        if all.len() > most {
+        let mut total = 0;
+        let mut tenants: HashMap<Tenant, usize> = HashMap::new();
+        for future in all.values() {
+            let bytes = taken(future);
+            total += bytes;
+            *tenants.entry(future.tenant.clone()).or_default() += bytes;
+        }
+        let mut tenants: Vec<(Tenant, usize)> = tenants.into_iter().collect();
+        tenants.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
+        for (tenant, mut own) in tenants {
+            // The others have less, which fits as well.
+            if own <= max_bytes.saturating_sub(total) {
+                return;
+            }
             let done = |(id, future): (&String, &Arc<Future>)| Some((lock(&future.times).done?, id.clone()));
-            let mut done: Vec<(Instant, String)> = all.iter().filter_map(done).collect();
+            let of_tenant = all.iter().filter(|(_, future)| future.tenant == tenant);
+            let mut done: Vec<(Instant, String)> = of_tenant.filter_map(done).collect();
             done.sort_unstable();
-            let too_many = all.len() - most;
-            for (_, id) in done.into_iter().take(too_many) {
-                all.remove(&id);
+            for (_, id) in done {
+                if own <= max_bytes.saturating_sub(total) {
+                    break;
+                }
+                let gone = all.remove(&id).map_or(0, |future| taken(&future));
+                (own, total) = (own - gone, total - gone);
             }
         }
     }
 
     fn all(&self) -> MutexGuard<'_, HashMap<String, Arc<Future>>> {
-        lock(&self.0)
+        lock(&self.all)
     }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What one leaves, others keep.
+    #[test]
+    fn results_of_one_tenant_push_out_none_of_another() {
+        let futures = Futures::default();
+        let tenants: [Tenant; 2] = ["greedy", "modest"].map(|name| name.parse().unwrap());
+        let keep = |id: String, tenant| futures.promise(&id, tenant).keep(Outcome::user_failed(""));
+        keep("m".to_owned(), &tenants[1]);
+        let waits = futures.promise("waits", &tenants[0]);
+        for n in 0..20 {
+            keep(format!("g{n:02}"), &tenants[0]);
+        }
+        futures.sweep_to(11 * OVERHEAD_BYTES, 0);
+        let mut left: Vec<String> = futures.all().keys().cloned().collect();
+        left.sort_unstable();
+        assert_eq!(left, ["g16", "g17", "g18", "g19", "m", "waits"]);
+        drop(waits);
+    }
 }

@@ -38,10 +38,13 @@ use futures::Futures;
 use model::{Model, Snapshot};
 use sampler::Sampler;
 
-/// Samplers that a session has at most.
+/// Samplers of all sessions, and those that one has.
+const MAX_ALL_SAMPLERS: usize = 200_000;
 const MAX_SAMPLERS: usize = 10_000;
 /// A session whose heartbeat stays away so long has ended: its models and snapshots are let go.
 const SESSION_PATIENCE: Duration = Duration::from_secs(300);
+/// Who finds no place may ask again after this time.
+const SHARE_PATIENCE_S: u32 = 30;
 /// How often that is looked at.
 const SWEEP_PERIOD: Duration = Duration::from_secs(5);
 /// How long one question for a future is held.
@@ -74,6 +77,29 @@ pub enum By {
 }
 
 impl Outcome {
+    /// How much memory it takes, roughly.
+    fn bytes(&self) -> usize {
+        let numbers = match self {
+            Outcome::Scored { scores, shapes } => {
+                scores.logprobs.iter().map(|row| row.len() + 6).sum::<usize>() + 4 * shapes.len()
+            }
+            Outcome::Sampled(samples) => {
+                let tops = |tops: &[sampler::Top]| tops.iter().map(|top| 2 * top.len() + 6).sum::<usize>();
+                let of = |sequence: &Sampled| 2 * sequence.tokens.len() + tops(&sequence.tops);
+                samples.sequences.iter().map(of).sum::<usize>()
+                    + samples.prompt_logprobs.as_ref().map_or(0, Vec::len)
+                    + samples.prompt_tops.as_deref().map_or(0, tops)
+            }
+            Outcome::Failed(failure) => failure.message.len() / 4,
+            Outcome::Created { .. }
+            | Outcome::Stepped(_)
+            | Outcome::Saved { .. }
+            | Outcome::Sampler { .. }
+            | Outcome::Loaded { .. } => 0,
+        };
+        4 * numbers
+    }
+
     pub(crate) fn user_failed(message: impl Into<String>) -> Outcome {
         Outcome::Failed(Failure {
             message: message.into(),
@@ -154,6 +180,29 @@ impl Tinker {
         LearnerId(self.learners.fetch_add(1, Ordering::Relaxed))
     }
 
+    /// Whether another model or sampler may be made in a session, of whose tenant and of all there are as many as `count` finds.
+    fn check_share(
+        &self,
+        session: &str,
+        what: &'static str,
+        places: usize,
+        count: impl Fn(&Session) -> usize,
+    ) -> Result<(), RouterError> {
+        let sessions = self.sessions();
+        let Some(tenant) = sessions.get(session).map(|session| &session.client.tenant) else {
+            return Ok(());
+        };
+        let of_tenant = sessions
+            .values()
+            .filter(|session| session.client.tenant == *tenant);
+        share(
+            what,
+            of_tenant.map(&count).sum(),
+            sessions.values().map(&count).sum(),
+            places,
+        )
+    }
+
     fn model(&self, client: &Client, id: &str) -> Option<Arc<Model>> {
         let (session, seq) = parse(id, "train")?;
         let sessions = self.sessions();
@@ -186,12 +235,9 @@ impl View {
     pub fn open_session(&self) -> Result<String, RouterError> {
         let mut sessions = self.router.0.tinker.sessions();
         let most = self.router.config().tinker.sessions;
-        if sessions.len() >= most as usize {
-            return Err(RouterError::Busy {
-                waiting: most,
-                retry_after_s: SESSION_PATIENCE.as_secs() as u32,
-            });
-        }
+        let is_own = |session: &&Session| session.client.tenant == self.client.tenant;
+        let own = sessions.values().filter(is_own).count();
+        share("sessions of training clients", own, sessions.len(), most as usize)?;
         let id = ids::session();
         let session = Session {
             client: self.client.clone(),
@@ -257,7 +303,7 @@ impl View {
         let future = self.router.0.tinker.futures.get(request_id);
         let future = future.filter(|future| self.client.sees(future.tenant.as_str()));
         let unknown = || RouterError::Unknown {
-            what: "request",
+            what: "request (its result is kept for 30 minutes, or until newer ones of its tenant take the room)",
             id: request_id.to_owned(),
         };
         let future = future.ok_or_else(unknown)?;
@@ -300,6 +346,11 @@ pub(crate) async fn housekeeping(router: Router) {
         tokio::time::sleep(SWEEP_PERIOD).await;
         let tinker = &router.0.tinker;
         tinker.futures.sweep(router.config().tinker.kept_results as usize);
+        for session in tinker.sessions().values() {
+            for sampler in session.samplers.values() {
+                sampler.forget(&tinker.futures);
+            }
+        }
         tinker.sessions().retain(|id, session| {
             let lives = session.heard.elapsed() < SESSION_PATIENCE;
             if !lives {
@@ -318,6 +369,19 @@ pub(crate) async fn housekeeping(router: Router) {
         }
         sweeps += 1;
     }
+}
+
+/// A tenant takes as many places as it leaves free: one alone half of them, and there is always one for another.
+fn share(what: &'static str, own: usize, all: usize, places: usize) -> Result<(), RouterError> {
+    if own < places.saturating_sub(all) {
+        return Ok(());
+    }
+    Err(RouterError::NoShare {
+        what,
+        own,
+        places,
+        retry_after_s: SHARE_PATIENCE_S,
+    })
 }
 
 fn check_tokens(tokens: &[TokenId], vocab_size: u32) -> Result<(), String> {

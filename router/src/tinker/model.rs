@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
 use tandem_core::job::Lora;
-use tandem_core::learner::{Adam, Batch, Moments, Pass};
+use tandem_core::learner::{Adam, Batch, MAX_LEARNERS, Moments, Pass};
 use tandem_core::replica::ReplicaHandle;
 use tandem_core::trace::TraceContext;
 use tandem_store::{ids, now};
@@ -16,7 +16,7 @@ use super::futures::Promise;
 use super::reach::Reach;
 use super::saves::Keep;
 use super::worker::{Origin, Worker};
-use super::{Outcome, lock};
+use super::{Outcome, Session, lock};
 use crate::View;
 use crate::api::RouterError;
 
@@ -184,6 +184,12 @@ impl View {
         origin: Origin,
     ) -> Result<String, RouterError> {
         let router = &self.router;
+        let places = MAX_LEARNERS * router.0.fleet.takers().len().max(1);
+        let count = |session: &Session| session.models.len();
+        let has_share = router
+            .0
+            .tinker
+            .check_share(session_id, "models of training clients", places, count);
         self.in_session(session_id, |session| {
             if let Some(model) = session.models.get(&seq) {
                 return Ok(model.creation.clone());
@@ -197,6 +203,7 @@ impl View {
                     ),
                 ));
             }
+            has_share?;
             let creation = ids::future();
             let promise = router.0.tinker.futures.promise(&creation, &session.client.tenant);
             let (works, inbox) = mpsc::unbounded_channel();

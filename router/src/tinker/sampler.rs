@@ -10,8 +10,8 @@ use tandem_core::id::AdapterDigest;
 use tandem_core::sampling::RawSampling;
 use tandem_store::ids;
 
-use super::futures::Promise;
-use super::{MAX_SAMPLERS, Outcome, check_tokens, lock};
+use super::futures::{Futures, Promise};
+use super::{MAX_ALL_SAMPLERS, MAX_SAMPLERS, Outcome, Session, check_tokens, lock};
 use crate::api::{Call, Finish, Generation, Prompt, RouterError, TokenText, What};
 use crate::generate::Nameless;
 use crate::{Router, View};
@@ -78,8 +78,8 @@ pub(super) struct Sampler {
     base_model: String,
     path: Option<String>,
     weights: Weights,
-    /// The futures of numbers that came, and the names of their samples.
-    known: Mutex<BTreeMap<u64, (String, Vec<String>)>>,
+    /// The futures of numbers that came, and how many samples each was promised.
+    known: Mutex<BTreeMap<u64, (String, u32)>>,
 }
 
 #[derive(Clone)]
@@ -103,6 +103,16 @@ impl Sampler {
             known: Mutex::default(),
         }
     }
+
+    /// Numbers whose results nobody can fetch any more.
+    pub fn forget(&self, futures: &Futures) {
+        lock(&self.known).retain(|_, (id, _)| futures.has(id));
+    }
+}
+
+/// Of the samples of one call.
+fn names(id: &str, n: u32) -> Vec<String> {
+    (0..n).map(|i| format!("{id}-{i}")).collect()
 }
 
 impl View {
@@ -120,7 +130,8 @@ impl View {
             let message = format!("base_model {asked:?} is not served here: it must be {served:?}");
             return Err(RouterError::invalid("base_model", message));
         }
-        let base = base_model.unwrap_or(&served).to_owned();
+        let base = base_model.filter(|asked| router.0.catalog.is_base(asked));
+        let base = base.unwrap_or(&served).to_owned();
         let weights = match path {
             Some(path) => router.sampled_by(&self.client, path).await?,
             None if base_model.is_some() => Weights::Base,
@@ -141,7 +152,13 @@ impl View {
         seq: u64,
         sampler: Sampler,
     ) -> Result<String, RouterError> {
+        let count = |session: &Session| session.samplers.len();
+        let tinker = &self.router.0.tinker;
+        let has_share = tinker.check_share(session, "samplers", MAX_ALL_SAMPLERS, count);
         self.in_session(session, |session| {
+            if !session.samplers.contains_key(&seq) {
+                has_share?;
+            }
             if session.samplers.len() >= MAX_SAMPLERS && !session.samplers.contains_key(&seq) {
                 let message = format!("a session has at most {MAX_SAMPLERS} samplers; begin another session");
                 return Err(RouterError::invalid("sampling_session_seq_id", message));
@@ -178,14 +195,12 @@ impl View {
     ) -> Result<(String, Vec<String>), RouterError> {
         let sampler = self.seen_sampler(sampler)?;
         let id = ids::future();
-        let names: Vec<String> = (0..n).map(|i| format!("{id}-{i}")).collect();
-        let promised = (id.clone(), names);
         {
             let mut known = lock(&sampler.known);
-            if let Some(known) = known.get(&seq) {
-                return Ok(known.clone());
+            if let Some((id, n)) = known.get(&seq) {
+                return Ok((id.clone(), names(id, *n)));
             }
-            known.insert(seq, promised.clone());
+            known.insert(seq, (id.clone(), n));
             if known.len() > MAX_KNOWN {
                 known.pop_first();
             }
@@ -208,7 +223,8 @@ impl View {
             Err(failed) => promise.keep(failed),
             Ok((ask, generation)) => drop(tokio::spawn(gather(ask, generation, promise))),
         }
-        Ok(promised)
+        let names = names(&id, n);
+        Ok((id, names))
     }
 
     async fn begin(&self, sampler: &Sampler, ask: &Ask) -> Result<Generation, RouterError> {

@@ -319,8 +319,11 @@ impl View {
 
 pub(super) async fn remove_expired(router: &Router) -> Result<(), RouterError> {
     for record in router.0.store.saves(None).await? {
-        if record.has_expired() {
-            router.drop_save(&record).await?;
+        // The next one goes all the same.
+        if record.has_expired()
+            && let Err(error) = router.drop_save(&record).await
+        {
+            tracing::warn!(path = path_of(&record.place), %error, "a save that has expired is not removed");
         }
     }
     Ok(())

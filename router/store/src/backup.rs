@@ -17,7 +17,7 @@ use crate::error::io_at;
 use crate::folders::{self, Folders, IDENTITY, Tenancy};
 use crate::identity::Identity;
 use crate::saves;
-use crate::{Places, StoreError, blocking, db, unsigned};
+use crate::{Places, StoreError, blocking, db, files, unsigned};
 
 const MANIFEST: &str = "backup.json";
 const DATABASE: &str = "tandem.db";
@@ -61,8 +61,8 @@ impl Manifest {
 /// What one snapshot of the database names.
 struct Named {
     identity: Option<Identity>,
-    /// Id and size.
-    files: Vec<(String, i64)>,
+    /// Id, size and digest.
+    files: Vec<(String, i64, Option<String>)>,
     adapters: Vec<String>,
     /// Those that have not ended, each with its last state's life and step.
     jobs: Vec<(String, Option<i64>, Option<i64>)>,
@@ -186,12 +186,12 @@ async fn copy(
         let named = snapshot(source, &database).await?;
         let mut wanted: Vec<PathBuf> = vec![];
         let mut is_whole = true;
-        for (id, bytes) in &named.files {
+        for (id, bytes, sha256) in &named.files {
             let path = Path::new("files").join(id);
             is_whole &= fetch(&path, artifacts.file(id).await, target, &mut copied).await?;
-            if let Some(entry) = copied.get(&path).filter(|entry| entry.bytes != unsigned(*bytes)) {
-                let message = format!("{id} has {} bytes, its row says {bytes}", entry.bytes);
-                return Err(StoreError::Damaged(message));
+            if let Some(entry) = copied.get(&path) {
+                let expected = (unsigned(*bytes), sha256.as_deref());
+                files::must_be(&format!("file {id}"), expected, (entry.bytes, entry.sha256))?;
             }
             wanted.push(path);
         }
@@ -277,9 +277,7 @@ async fn snapshot(source: &Path, target: &Path) -> Result<Named, StoreError> {
     let mut copy = db::connect(target, "rw").await?;
     let named = Named {
         identity: identity(&mut copy).await?,
-        files: sqlx::query_as("SELECT id, bytes FROM files")
-            .fetch_all(&mut copy)
-            .await?,
+        files: named_files(&mut copy).await?,
         adapters: sqlx::query_scalar("SELECT DISTINCT digest FROM names")
             .fetch_all(&mut copy)
             .await?,
@@ -289,6 +287,19 @@ async fn snapshot(source: &Path, target: &Path) -> Result<Named, StoreError> {
     };
     copy.close().await?;
     Ok(named)
+}
+
+async fn named_files(
+    connection: &mut AnyConnection,
+) -> Result<Vec<(String, i64, Option<String>)>, StoreError> {
+    let sql = "SELECT count(*) FROM pragma_table_info('files') WHERE name = 'sha256'";
+    let digests: i64 = sqlx::query_scalar(sql).fetch_one(&mut *connection).await?;
+    let sql = match digests {
+        // An older program wrote it.
+        0 => "SELECT id, bytes, NULL FROM files",
+        _ => "SELECT id, bytes, sha256 FROM files",
+    };
+    Ok(sqlx::query_as(sql).fetch_all(connection).await?)
 }
 
 /// `None`: an older program wrote it.

@@ -22,6 +22,7 @@ const SQLITE: &[&str] = &[
     include_str!("../migrations/sqlite/0007_sweeps.sql"),
     include_str!("../migrations/sqlite/0008_limits.sql"),
     include_str!("../migrations/sqlite/0009_training_quota.sql"),
+    include_str!("../migrations/sqlite/0010_digests.sql"),
 ];
 const POSTGRES: &[&str] = &[
     include_str!("../migrations/postgres/0001_first.sql"),
@@ -33,6 +34,7 @@ const POSTGRES: &[&str] = &[
     include_str!("../migrations/postgres/0007_sweeps.sql"),
     include_str!("../migrations/postgres/0008_limits.sql"),
     include_str!("../migrations/postgres/0009_training_quota.sql"),
+    include_str!("../migrations/postgres/0010_digests.sql"),
 ];
 /// Readers go on while one writes (WAL); writers queue.
 const SQLITE_CONNECTIONS: u32 = 4;

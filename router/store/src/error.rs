@@ -67,6 +67,16 @@ pub enum StoreError {
     /// The tables hold what this program never writes, or the artifact store lacks what they name.
     #[error("damaged store: {0}")]
     Damaged(String),
+    /// A disk changed what was uploaded.
+    #[error(
+        "{what} is damaged: it has {got}, but was written with {expected}. Delete it and upload it again, or bring a backup \
+         back (`tandem restore`)"
+    )]
+    Altered {
+        what: String,
+        expected: String,
+        got: String,
+    },
 }
 
 impl StoreError {
@@ -95,7 +105,8 @@ impl StoreError {
             | StoreError::Backup(_)
             | StoreError::Url { .. }
             | StoreError::Adapter { .. }
-            | StoreError::Damaged(_) => None,
+            | StoreError::Damaged(_)
+            | StoreError::Altered { .. } => None,
         }
     }
 }

@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use sqlx::{Any, FromRow, Transaction};
+use tandem_core::id::Digest;
 
 use crate::jobs::signed;
-use crate::{Rows, Store, StoreError, Tenant, ids, now};
+use crate::{Rows, Store, StoreError, Tenant, blocking, folders, ids, now};
 
 /// In a place that others share, bytes without a row stay this long: an upload to it takes a while.
 const LOOSE_GRACE_S: i64 = 24 * 3600;
@@ -20,6 +21,8 @@ pub struct FileRow {
     pub filename: String,
     pub purpose: String,
     pub tenant: String,
+    /// Of its bytes, in hexadecimal digits. `None`: they came before there were digests, and were not read since.
+    pub sha256: Option<String>,
 }
 
 /// A file to take in.
@@ -29,6 +32,8 @@ pub struct NewFile<'a> {
     pub purpose: &'a str,
     pub expires_after_s: Option<u64>,
     pub tenant: &'a Tenant,
+    /// Made while its bytes were written.
+    pub sha256: Digest,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +48,7 @@ fn published(id: String, bytes: u64, file: NewFile<'_>) -> FileRow {
         purpose,
         expires_after_s,
         tenant,
+        sha256,
     } = file;
     let created_at = now();
     FileRow {
@@ -53,6 +59,7 @@ fn published(id: String, bytes: u64, file: NewFile<'_>) -> FileRow {
         filename: filename.to_owned(),
         purpose: purpose.to_owned(),
         tenant: tenant.to_string(),
+        sha256: Some(sha256.to_string()),
     }
 }
 
@@ -152,7 +159,7 @@ impl Store {
             return Ok(None);
         }
         let sql =
-            "SELECT id, bytes, created_at, expires_at, filename, purpose, tenant FROM files WHERE id = $1
+            "SELECT id, bytes, created_at, expires_at, filename, purpose, tenant, sha256 FROM files WHERE id = $1
                    AND (expires_at IS NULL OR expires_at > $2)";
         Ok(sqlx::query_as(sql)
             .bind(id)
@@ -166,6 +173,48 @@ impl Store {
         self.artifacts.file(&row.id).await
     }
 
+    /// The same, once they were read whole and are those that were written.
+    pub async fn sound_file(&self, row: &FileRow) -> Result<PathBuf, StoreError> {
+        let look = async || {
+            let path = self.file_path(row).await?;
+            let (bytes, sha256) = blocking({
+                let (path, most) = (path.clone(), row.bytes);
+                move || folders::file_digest(&path, most)
+            })
+            .await?;
+            self.check_file(row, bytes, sha256).await?;
+            Ok(path)
+        };
+        match look().await {
+            // Of a cache, it was removed.
+            Err(StoreError::Altered { .. }) if self.artifacts.is_cached() => look().await,
+            looked => looked,
+        }
+    }
+
+    /// Whether what was read of a file, all of it, is what was written. A row without a digest gets this one. A damaged copy in
+    /// a cache goes, so that it is fetched again.
+    pub async fn check_file(&self, row: &FileRow, bytes: u64, sha256: Digest) -> Result<(), StoreError> {
+        if row.sha256.is_none() && bytes == row.bytes {
+            sqlx::query("UPDATE files SET sha256 = $1 WHERE id = $2 AND sha256 IS NULL")
+                .bind(sha256.to_string())
+                .bind(&row.id)
+                .execute(self.db.pool()?)
+                .await?;
+            return Ok(());
+        }
+        let expected = (row.bytes, row.sha256.as_deref());
+        let same = must_be(&format!("file {}", row.id), expected, (bytes, sha256));
+        if let Err(error) = &same {
+            tracing::error!(%error, "a file is not served");
+            if self.artifacts.is_cached() {
+                let path = self.artifacts.folders().file(&row.id);
+                blocking(move || folders::remove(&path)).await?;
+            }
+        }
+        same
+    }
+
     /// A page of the files that have not expired, those after the file `after` in this order; of one tenant, or of all.
     pub async fn files(
         &self,
@@ -177,12 +226,12 @@ impl Store {
     ) -> Result<Rows<FileRow>, StoreError> {
         let sql = match order {
             Order::Newest => {
-                "SELECT id, bytes, created_at, expires_at, filename, purpose, tenant FROM files WHERE ($1 IS NULL OR purpose = $1) AND (expires_at IS NULL OR expires_at > $2)
+                "SELECT id, bytes, created_at, expires_at, filename, purpose, tenant, sha256 FROM files WHERE ($1 IS NULL OR purpose = $1) AND (expires_at IS NULL OR expires_at > $2)
                  AND ($3 IS NULL OR seq < (SELECT seq FROM files WHERE id = $3))
                  AND ($5 IS NULL OR tenant = $5) ORDER BY seq DESC LIMIT $4"
             }
             Order::Oldest => {
-                "SELECT id, bytes, created_at, expires_at, filename, purpose, tenant FROM files WHERE ($1 IS NULL OR purpose = $1) AND (expires_at IS NULL OR expires_at > $2)
+                "SELECT id, bytes, created_at, expires_at, filename, purpose, tenant, sha256 FROM files WHERE ($1 IS NULL OR purpose = $1) AND (expires_at IS NULL OR expires_at > $2)
                  AND ($3 IS NULL OR seq > (SELECT seq FROM files WHERE id = $3))
                  AND ($5 IS NULL OR tenant = $5) ORDER BY seq LIMIT $4"
             }
@@ -244,6 +293,25 @@ impl<T> Rows<T> {
     }
 }
 
+/// Whether bytes that were read are those that were written, by their number and digest.
+pub(crate) fn must_be(
+    what: &str,
+    expected: (u64, Option<&str>),
+    got: (u64, Digest),
+) -> Result<(), StoreError> {
+    let (bytes, sha256) = got;
+    let sha256 = sha256.to_string();
+    if bytes == expected.0 && expected.1.is_none_or(|expected| expected == sha256) {
+        return Ok(());
+    }
+    let described = |bytes, sha256| format!("{bytes} bytes with the SHA-256 {sha256}");
+    Err(StoreError::Altered {
+        what: what.to_owned(),
+        expected: described(expected.0, expected.1.unwrap_or("unknown")),
+        got: described(bytes, &sha256),
+    })
+}
+
 pub(crate) async fn loosen(tx: &mut Transaction<'static, Any>, id: &str) -> Result<(), StoreError> {
     sqlx::query("INSERT INTO loose_files (id, created_at) VALUES ($1, $2)")
         .bind(id)
@@ -263,10 +331,11 @@ pub(crate) async fn insert(tx: &mut Transaction<'static, Any>, row: &FileRow) ->
         filename,
         purpose,
         tenant,
+        sha256,
     } = row;
     sqlx::query(
-        "INSERT INTO files (id, bytes, created_at, expires_at, filename, purpose, tenant)
-         VALUES ($1, $2, $3, $4, $5, $6, $7)",
+        "INSERT INTO files (id, bytes, created_at, expires_at, filename, purpose, tenant, sha256)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
     )
     .bind(id)
     .bind(signed(*bytes))
@@ -275,6 +344,7 @@ pub(crate) async fn insert(tx: &mut Transaction<'static, Any>, row: &FileRow) ->
     .bind(filename)
     .bind(purpose)
     .bind(tenant)
+    .bind(sha256)
     .execute(&mut **tx)
     .await?;
     unloosen(tx, id).await

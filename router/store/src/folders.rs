@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tandem_core::dataset;
-use tandem_core::id::{AdapterDigest, AdapterHasher};
+use tandem_core::id::{AdapterDigest, AdapterHasher, Digest, Hasher};
 use tandem_core::job::files;
 
 use crate::error::{StoreError, io_at};
@@ -372,6 +372,22 @@ fn link(source: &Path, target: &Path) -> Result<(), StoreError> {
             .map_err(io_at("copying", source))?;
     }
     Ok(())
+}
+
+/// How many bytes a file has, and their digest. One that has more than `most` is not read to its end.
+pub(crate) fn file_digest(path: &Path, most: u64) -> Result<(u64, Digest), StoreError> {
+    let mut file = File::open(path).map_err(io_at("opening", path))?;
+    let (mut hasher, mut bytes) = (Hasher::default(), 0);
+    let mut buffer = vec![0; COPY_BUFFER_BYTES];
+    loop {
+        match file.read(&mut buffer).map_err(io_at("reading", path))? {
+            n if n == 0 || bytes > most => return Ok((bytes, hasher.finish())),
+            n => {
+                hasher.update(&buffer[..n]);
+                bytes += n as u64;
+            }
+        }
+    }
 }
 
 /// The digest of the adapter in `folder`.

@@ -14,7 +14,7 @@ use tandem_core::id::Digest;
 use crate::changes::{self, Kind};
 use crate::db::Database;
 use crate::jobs::signed;
-use crate::{Places, Store, StoreError, ids, now, unsigned};
+use crate::{Places, Store, StoreError, ids, now, quota, unsigned};
 
 /// Before the random part, so that people and scanners for leaked secrets know one when they see it.
 pub const PREFIX: &str = "sk-tandem-";
@@ -214,8 +214,8 @@ impl Keys {
         Ok(revoked.rows_affected() > 0)
     }
 
-    /// Another key with the same name, tenant, role and limits. The old one opens for `overlap_s` more. `None`: there is none that
-    /// opens.
+    /// Another key with the same name, tenant, role and limits, which has trained today what the old one did. The old one opens for
+    /// `overlap_s` more. `None`: there is none that opens.
     pub async fn rotate(&self, id: &str, overlap_s: u64) -> Result<Option<(KeyRow, String)>, StoreError> {
         let now = now();
         let old = self
@@ -233,6 +233,7 @@ impl Keys {
         })?;
         let mut tx = self.0.begin().await?;
         insert(&mut tx, &row).await?;
+        quota::inherit(&mut tx, id, &row.id).await?;
         let ends = match overlap_s {
             0 => "UPDATE keys SET revoked_at = $1 WHERE id = $2",
             _ => {

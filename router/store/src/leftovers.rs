@@ -134,7 +134,7 @@ impl Folders {
         tracing::warn!(
             moved = strays.len(),
             to = %target.display(),
-            "the database knows nothing of some artifacts; they were moved aside"
+            "artifacts were moved aside"
         );
         Ok(())
     }

@@ -76,3 +76,20 @@ pub(crate) async fn add(
         .await?;
     Ok(())
 }
+
+/// A key that takes another's place goes on with its day.
+pub(crate) async fn inherit(
+    tx: &mut Transaction<'static, Any>,
+    old: &str,
+    new: &str,
+) -> Result<(), StoreError> {
+    let sql = "INSERT INTO training_days (key_id, day, tokens)
+               SELECT $1, day, tokens FROM training_days WHERE key_id = $2 AND day = $3";
+    sqlx::query(sql)
+        .bind(new)
+        .bind(old)
+        .bind(now() / DAY_S)
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}

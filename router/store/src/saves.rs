@@ -211,7 +211,7 @@ impl Store {
                     if key.last() == Some(&RECORD)
                         && let Some(text) = remote.read(&key).await?
                     {
-                        records.push(parsed(&text, &key.join("/"))?);
+                        records.extend(readable(parsed(&text, &key.join("/")).map(Some))?);
                     }
                 }
                 records
@@ -232,7 +232,7 @@ impl Store {
             for run in runs {
                 for kind in entries(&run)? {
                     for place in entries(&kind)? {
-                        records.extend(read(&place)?);
+                        records.extend(readable(read(&place))?);
                     }
                 }
             }
@@ -244,7 +244,7 @@ impl Store {
     pub async fn save(&self, place: &SavePlace) -> Result<Option<SaveRecord>, StoreError> {
         let folder = place.folder(self.artifacts().folders());
         let record = match self.artifacts().remote() {
-            None => blocking(move || read(&folder)).await?,
+            None => readable(blocking(move || read(&folder)).await)?,
             Some(remote) => {
                 let path = self.below(&folder).join(RECORD);
                 let text = remote.read(&parts_of(&path)).await?;
@@ -351,5 +351,16 @@ fn entries(folder: &Path) -> Result<Vec<PathBuf>, StoreError> {
             .flatten()
             .map(|entry| entry.path())
             .collect()),
+    }
+}
+
+/// One that is damaged is as good as none: it stops nobody's others, and what is saved there takes its place.
+fn readable(read: Result<Option<SaveRecord>, StoreError>) -> Result<Option<SaveRecord>, StoreError> {
+    match read {
+        Err(error @ StoreError::Damaged(_)) => {
+            tracing::error!(%error, "a checkpoint of a training client is left out");
+            Ok(None)
+        }
+        read => read,
     }
 }

@@ -116,13 +116,19 @@ async fn responses_stay_within_their_bytes_and_age() {
     }
 }
 
-fn new_file(filename: &'static str, purpose: &'static str, expires_after_s: Option<u64>) -> NewFile<'static> {
+fn new_file(
+    content: &str,
+    filename: &'static str,
+    purpose: &'static str,
+    expires_after_s: Option<u64>,
+) -> NewFile<'static> {
     static TENANT: std::sync::LazyLock<Tenant> = std::sync::LazyLock::new(Tenant::default);
     NewFile {
         filename,
         purpose,
         expires_after_s,
         tenant: &TENANT,
+        sha256: Digest::of(content.as_bytes()),
     }
 }
 
@@ -184,7 +190,7 @@ async fn what_was_acknowledged_is_there_and_what_was_half_done_is_not() {
         let staged = store.staging();
         fs::write(&staged, "rows").unwrap();
         file = store
-            .add_file(&staged, new_file("rows.jsonl", "fine-tune", None))
+            .add_file(&staged, new_file("rows", "rows.jsonl", "fine-tune", None))
             .await
             .unwrap();
         digest = store
@@ -201,7 +207,7 @@ async fn what_was_acknowledged_is_there_and_what_was_half_done_is_not() {
         let staged = store.staging();
         fs::write(&staged, "result").unwrap();
         store
-            .publish_file(&staged, new_file("r.csv", "fine-tune-results", None))
+            .publish_file(&staged, new_file("result", "r.csv", "fine-tune-results", None))
             .await
             .unwrap();
         store
@@ -433,7 +439,7 @@ async fn expired_files_are_not_there() {
         let staged = store.staging();
         fs::write(&staged, "x").unwrap();
         let row = store
-            .add_file(&staged, new_file("x", "user_data", Some(0)))
+            .add_file(&staged, new_file("x", "x", "user_data", Some(0)))
             .await
             .unwrap();
         assert_eq!(store.file(&row.id).await.unwrap(), None);
@@ -550,6 +556,10 @@ async fn what_a_key_trains_is_counted_by_day() {
             assert_eq!((quota.limit, quota.trained), (500, sum), "{tokens}");
             assert!((1..=24 * 3600).contains(&quota.renews_after_s));
         }
+        // A key in its place goes on with its day.
+        let (next, _) = store.keys().rotate(&key.id, 0).await.unwrap().unwrap();
+        let quota = store.training_quota(&next.id).await.unwrap().unwrap();
+        assert_eq!((quota.limit, quota.trained), (500, 220));
         store.add_trained(&key.id, 30).await.unwrap();
         assert_eq!(store.training_quota(&key.id).await.unwrap().unwrap().trained, 250);
     }

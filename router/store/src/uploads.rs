@@ -1,9 +1,10 @@
 //! Files that come in parts. A part's bytes lie where files lie, and its row knows of them; when the upload is completed
 //! they become one file, and when it is cancelled or its time is over they go. Not here: what a file must be.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use sqlx::{Any, FromRow, Transaction};
+use tandem_core::id::Digest;
 
 use crate::files::{self, FileRow, NewFile};
 use crate::jobs::signed;
@@ -48,6 +49,16 @@ pub struct PartRow {
     pub created_at: i64,
     #[sqlx(try_from = "i64")]
     pub bytes: u64,
+    /// As of a file.
+    pub sha256: Option<String>,
+}
+
+impl PartRow {
+    /// Whether what was read of it is what was written.
+    pub fn check(&self, bytes: u64, sha256: Digest) -> Result<(), StoreError> {
+        let what = format!("part {} of upload {}", self.id, self.upload);
+        files::must_be(&what, (self.bytes, self.sha256.as_deref()), (bytes, sha256))
+    }
 }
 
 impl Store {
@@ -112,7 +123,8 @@ impl Store {
     pub async fn add_part(
         &self,
         upload: &str,
-        staged: &std::path::Path,
+        staged: &Path,
+        sha256: Digest,
     ) -> Result<Option<PartRow>, StoreError> {
         self.db.health.check()?;
         self.check_room()?;
@@ -124,6 +136,7 @@ impl Store {
             file,
             created_at: now(),
             bytes,
+            sha256: Some(sha256.to_string()),
         };
         match self.insert_part(&part).await {
             Ok(true) => Ok(Some(part)),
@@ -148,13 +161,14 @@ impl Store {
             return Ok(false);
         }
         sqlx::query(
-            "INSERT INTO upload_parts (id, upload, file, created_at, bytes) VALUES ($1, $2, $3, $4, $5)",
+            "INSERT INTO upload_parts (id, upload, file, created_at, bytes, sha256) VALUES ($1, $2, $3, $4, $5, $6)",
         )
         .bind(&part.id)
         .bind(&part.upload)
         .bind(&part.file)
         .bind(part.created_at)
         .bind(signed(part.bytes))
+        .bind(&part.sha256)
         .execute(&mut *tx)
         .await?;
         files::unloosen(&mut tx, &part.file).await?;
@@ -163,12 +177,11 @@ impl Store {
     }
 
     pub async fn parts(&self, upload: &str) -> Result<Vec<PartRow>, StoreError> {
-        Ok(
-            sqlx::query_as("SELECT id, upload, file, created_at, bytes FROM upload_parts WHERE upload = $1")
-                .bind(upload)
-                .fetch_all(self.db.pool()?)
-                .await?,
-        )
+        let sql = "SELECT id, upload, file, created_at, bytes, sha256 FROM upload_parts WHERE upload = $1";
+        Ok(sqlx::query_as(sql)
+            .bind(upload)
+            .fetch_all(self.db.pool()?)
+            .await?)
     }
 
     /// Where the bytes of a part lie; they are fetched when they are not here.
@@ -181,7 +194,8 @@ impl Store {
     pub async fn complete_upload(
         &self,
         upload: &UploadRow,
-        staged: &std::path::Path,
+        staged: &Path,
+        sha256: Digest,
     ) -> Result<Option<FileRow>, StoreError> {
         let tenant: Tenant = upload
             .tenant
@@ -192,6 +206,7 @@ impl Store {
             purpose: &upload.purpose,
             expires_after_s: upload.expires_after_s.map(unsigned),
             tenant: &tenant,
+            sha256,
         };
         let noted = |error: &StoreError| self.note(error);
         let row = self.publish_file(staged, file).await.inspect_err(noted)?;

@@ -158,8 +158,15 @@ impl Tokenizer {
         messages: &[Message],
         ending: Ending,
         kwargs: &Kwargs,
+        most_bytes: usize,
     ) -> Result<Vec<u32>, TextError> {
         let rendered = self.chat_template(kwargs)?.render(messages, ending, kwargs)?;
+        if rendered.len() > most_bytes {
+            return Err(TextError::Refused(format!(
+                "it makes {} bytes of them, at most {most_bytes} are tokenized",
+                rendered.len()
+            )));
+        }
         self.encode(&rendered, SpecialTokens::Omit)
     }
 

@@ -6,4 +6,4 @@ mod arrays;
 mod calls;
 
 pub use answers::{answer, checkpoint, training_runs};
-pub use calls::{MAX_SAMPLES, ask, batch, new_model, save, save_for_sampler, step};
+pub use calls::{MAX_SAMPLES, ask, batch, metadata, new_model, path, save, save_for_sampler, step};

@@ -1,21 +1,22 @@
 //! Adapters at run time: vLLM's two routes, whose success is plain text, and the way out.
 
-use std::io::{self, Write};
+use std::io;
 use std::path::Path;
 
 use axum::Extension;
-use axum::body::Body;
+use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
+use futures::{StreamExt, stream};
 use serde_json::Value;
 use tandem_openapi::adapters::{LoadLoraAdapter, UnloadLoraAdapter};
 use tandem_openapi::error::Errors;
 use tandem_router::LoadMode;
 use tandem_router::View;
 use tandem_router::api::{AdapterSource, Checkpoint, Job, ModelKind, RouterError};
-use tokio_util::io::{ReaderStream, SyncIoBridge};
-use tracing::warn;
+use tokio::io::AsyncReadExt;
+use tokio_util::io::ReaderStream;
 
 use super::files::attachment;
 use super::to_the_end;
@@ -82,8 +83,6 @@ pub async fn unload(
 
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
-/// Of the archive, on its way from the thread that writes it.
-const PIPE_BYTES: usize = 256 << 10;
 /// Checkpoints that are looked at in one go.
 const PAGE: u32 = 100;
 
@@ -131,25 +130,27 @@ pub async fn download(Own(own): Own, Segment(name): Segment) -> Result<Response,
         &serde_json::from_slice(&config).unwrap_or(Value::Null),
         origin.as_ref(),
     );
-    let (reader, writer) = tokio::io::duplex(PIPE_BYTES);
-    let writer = SyncIoBridge::new(writer);
-    let (file, made) = (name.replace('/', "--"), card.created_at);
-    let top = file.clone();
-    tokio::task::spawn_blocking(move || {
-        let archived = archive(writer, &top, made, readme.as_bytes(), &config, tensors);
-        // A client that goes away is no fault.
-        if let Err(error) = archived.or_else(|error| match error.kind() {
-            io::ErrorKind::BrokenPipe => Ok(()),
-            _ => Err(error),
-        }) {
-            warn!(%error, "an adapter's archive breaks off");
-        }
-    });
+    let file = name.replace('/', "--");
+    let archive = Archive {
+        top: &file,
+        made: card.created_at,
+    };
+    let bytes = tensors.metadata().map(|metadata| metadata.len());
+    let bytes = bytes.map_err(|error| ApiError::Internal(format!("cannot read adapter {name}: {error}")))?;
+    let (head, tail) = archive
+        .around(&readme, &config, bytes)
+        .map_err(|error| ApiError::Internal(format!("cannot archive adapter {name}: {error}")))?;
+    // Read as it is sent: nobody waits for a client that does not read.
+    let tensors = ReaderStream::new(tokio::fs::File::from_std(tensors).take(bytes));
+    let ends = |bytes: Vec<u8>| stream::once(async { io::Result::Ok(Bytes::from(bytes)) });
+    let length = head.len() as u64 + bytes + tail.len() as u64;
+    let body = Body::from_stream(ends(head).chain(tensors).chain(ends(tail)));
     let mut headers = HeaderMap::new();
     let kind = HeaderValue::from_static("application/x-tar");
     headers.insert(header::CONTENT_TYPE, kind);
     headers.insert(header::CONTENT_DISPOSITION, attachment(&format!("{file}.tar")));
-    Ok((headers, Body::from_stream(ReaderStream::new(reader))).into_response())
+    headers.insert(header::CONTENT_LENGTH, HeaderValue::from(length));
+    Ok((headers, body).into_response())
 }
 
 /// That of `step`, or a job's last.
@@ -172,24 +173,33 @@ async fn checkpoint(own: View, job: &Job, step: Option<u64>) -> Result<Option<Ch
 }
 
 /// The folder `top`, made at `made` (Unix seconds).
-fn archive(
-    out: impl Write,
-    top: &str,
+struct Archive<'a> {
+    top: &'a str,
     made: i64,
-    readme: &[u8],
-    config: &[u8],
-    tensors: std::fs::File,
-) -> io::Result<()> {
-    let mut archive = tar::Builder::new(out);
-    let mut add = |name: &str, bytes: u64, content: &mut dyn io::Read| {
-        let mut header = tar::Header::new_gnu();
-        header.set_size(bytes);
-        header.set_mode(0o644);
-        header.set_mtime(made.max(0) as u64);
-        archive.append_data(&mut header, format!("{top}/{name}"), content)
-    };
-    add("README.md", readme.len() as u64, &mut { readme })?;
-    add(CONFIG, config.len() as u64, &mut { config })?;
-    add(TENSORS, tensors.metadata()?.len(), &mut { tensors })?;
-    archive.into_inner()?.flush()
 }
+
+impl Archive<'_> {
+    /// What stands before so many bytes of tensors, and behind them.
+    fn around(&self, readme: &str, config: &[u8], tensors_bytes: u64) -> io::Result<(Vec<u8>, Vec<u8>)> {
+        let mut archive = tar::Builder::new(vec![]);
+        // Of the tensors the head alone.
+        for (name, bytes, content) in [
+            ("README.md", readme.len() as u64, readme.as_bytes()),
+            (CONFIG, config.len() as u64, config),
+            (TENSORS, tensors_bytes, &[]),
+        ] {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(bytes);
+            header.set_mode(0o644);
+            header.set_mtime(self.made.max(0) as u64);
+            archive.append_data(&mut header, format!("{}/{name}", self.top), content)?;
+        }
+        let head = archive.get_ref().clone();
+        // Whole blocks, and two empty ones.
+        let filled = (tensors_bytes % TAR_BLOCK) as usize;
+        let padding = (TAR_BLOCK as usize - filled) % TAR_BLOCK as usize;
+        Ok((head, vec![0; padding + 2 * TAR_BLOCK as usize]))
+    }
+}
+
+const TAR_BLOCK: u64 = 512;

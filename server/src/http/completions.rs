@@ -6,6 +6,7 @@ use axum::response::{IntoResponse, Response};
 use tandem_core::TokenId;
 use tandem_openapi::completions::{Completion, CompletionChoice, CompletionLogprobs, CompletionRequest};
 use tandem_openapi::error::Errors;
+use tandem_router::View;
 use tandem_router::api::{Piece, Prompt, TokenText, What};
 
 use super::feed::{self, Admitted, Gathered, Placed, finish_reason};
@@ -48,11 +49,12 @@ pub async fn create(
         .iter()
         .map(|prompt| given_text(prompt, echo))
         .collect();
+    let own = app.router.of(&client);
     let admitted = feed::admit(&app, client, calls, "prompt").await?;
     let mut echoes = Vec::new();
     if echo {
         for (text, ids) in texts.into_iter().zip(&admitted.prompts) {
-            echoes.push(Echo::new(&app, text, ids).await?);
+            echoes.push(Echo::new(&own, text, ids).await?);
         }
     }
     let show = Show {
@@ -112,14 +114,14 @@ struct Echo {
 }
 
 impl Echo {
-    async fn new(app: &App, text: Option<String>, ids: &[TokenId]) -> Result<Echo, ApiError> {
-        let first = ids.first().copied();
-        let first_token = first.map_or_else(String::new, |id| app.router.tokenizer().token_text(id));
-        let is_first_hidden = first.is_some_and(|id| app.router.tokenizer().is_special(id))
+    async fn new(own: &View, text: Option<String>, ids: &[TokenId]) -> Result<Echo, ApiError> {
+        let (first, tokenizer) = (ids.first().copied(), own.tokenizer());
+        let first_token = first.map_or_else(String::new, |id| tokenizer.token_text(id));
+        let is_first_hidden = first.is_some_and(|id| tokenizer.is_special(id))
             && text.as_ref().is_some_and(|text| !text.starts_with(&first_token));
         let text = match text {
             Some(text) => text,
-            None => app.router.detokenize(ids.to_vec()).await?,
+            None => own.detokenize(ids.to_vec()).await?,
         };
         Ok(Echo {
             text,

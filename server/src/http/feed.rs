@@ -17,11 +17,13 @@ use tokio::sync::mpsc;
 
 use crate::access_log::Exchange;
 use crate::app::App;
-use crate::error::ApiError;
+use crate::error::{ApiError, invalid};
 use crate::metrics::Meter;
 
 /// Pieces that are taken from one prompt's channel at once.
 const BATCH: usize = 64;
+/// Log-probabilities of a request's prompts, which are held until all are there: about 300 bytes each.
+const MAX_PROMPT_SCORES: usize = 1 << 20;
 
 /// Which weights answer.
 #[derive(Clone, Copy, Debug)]
@@ -94,8 +96,10 @@ pub async fn admit(
     };
     let exchange = Exchange::current();
     let (mut admitted, mut earlier): (Option<Admitted>, u32) = (None, 0);
+    let mut scores = 0;
     for call in calls {
         let (n, model) = (call.n, call.model.clone());
+        let of_token = call.sampling.prompt_logprobs.map_or(0, |k| k as usize + 1);
         let call = Call {
             client: client.clone(),
             earlier,
@@ -109,6 +113,16 @@ pub async fn admit(
             base,
             pieces,
         } = generation;
+        scores += of_token * prompt_tokens.len();
+        if scores > MAX_PROMPT_SCORES {
+            return Err(invalid(
+                "prompt_logprobs",
+                format!(
+                    "the prompts have more than {MAX_PROMPT_SCORES} log-probabilities to tell, alternatives counted: send fewer \
+                     prompts, or ask for fewer"
+                ),
+            ));
+        }
         if let Some(exchange) = &exchange {
             exchange.asks(&model, adapter, prompt_tokens.len());
         }

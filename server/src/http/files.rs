@@ -8,13 +8,15 @@ use axum::extract::{FromRequest, Multipart, Request, State};
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
+use futures::{StreamExt, stream};
+use tandem_core::id::{Digest, Hasher};
 use tandem_openapi::common::{CursorList, Deleted};
 use tandem_openapi::error::Errors;
 use tandem_openapi::files::{File, UploadForm};
 use tandem_router::api::{RouterError, Upload};
 use tandem_store::StoreError;
 use tokio::io::AsyncWriteExt;
-use tokio_util::io::ReaderStream;
+use tracing::error;
 
 use crate::app::App;
 use crate::audit::Object;
@@ -49,11 +51,12 @@ pub async fn create(
         purpose,
         expires_after_seconds,
     } = read(&app, &mut form, &staged, limit_bytes).await?;
-    let (filename, bytes) = file.ok_or_else(|| files::missing("file"))?;
+    let (filename, Written { bytes, sha256 }) = file.ok_or_else(|| files::missing("file"))?;
     let purpose = files::purpose(purpose)?;
     let upload = Upload {
         staged: staged.0.clone(),
         bytes,
+        sha256,
         filename,
         purpose,
         expires_after_seconds,
@@ -95,8 +98,8 @@ impl Drop for Staged {
 
 #[derive(Default)]
 struct Form {
-    /// Name and size.
-    file: Option<(String, u64)>,
+    /// Its name and what came of it.
+    file: Option<(String, Written)>,
     purpose: Option<String>,
     expires_after_seconds: Option<u64>,
 }
@@ -133,13 +136,18 @@ async fn read(app: &App, form: &mut Multipart, staged: &Staged, limit_bytes: u64
     Ok(read)
 }
 
-/// How many bytes there were.
+/// Bytes of an upload, as they came.
+pub(super) struct Written {
+    pub bytes: u64,
+    pub sha256: Digest,
+}
+
 pub(super) async fn write(
     app: &App,
     mut field: Field<'_>,
     staged: &Staged,
     limit_bytes: u64,
-) -> Result<u64, ApiError> {
+) -> Result<Written, ApiError> {
     let failed = |source: std::io::Error| {
         let what = "writing an upload".to_owned();
         let error = RouterError::Store(StoreError::Io { what, source });
@@ -147,16 +155,20 @@ pub(super) async fn write(
         ApiError::Router(error)
     };
     let mut file = tokio::fs::File::create(&staged.0).await.map_err(failed)?;
-    let mut bytes = 0;
+    let (mut bytes, mut hasher) = (0, Hasher::default());
     while let Some(chunk) = field.chunk().await.map_err(broken)? {
         bytes += chunk.len() as u64;
         if bytes > limit_bytes {
             return Err(ApiError::TooLarge { limit_bytes });
         }
+        hasher.update(&chunk);
         file.write_all(&chunk).await.map_err(failed)?;
     }
     file.flush().await.map_err(failed)?;
-    Ok(bytes)
+    Ok(Written {
+        bytes,
+        sha256: hasher.finish(),
+    })
 }
 
 async fn text(mut field: Field<'_>, param: &'static str) -> Result<String, ApiError> {
@@ -228,16 +240,23 @@ pub async fn delete(Own(own): Own, Segment(id): Segment) -> Result<Json<Deleted>
     }))
 }
 
-/// A file's bytes, as they were uploaded.
+/// A file's bytes, as they were uploaded. Of a file that a disk has damaged since, the last ones do not come.
 #[utoipa::path(
     get, path = "/v1/files/{id}/content", tag = "files", params(("id" = String, Path)),
     responses((status = 200, body = Vec<u8>, content_type = "application/octet-stream"), Errors)
 )]
 pub async fn content(Own(own): Own, Segment(id): Segment) -> Result<Response, ApiError> {
-    let (info, path) = own.file_content(&id).await?;
-    let file = tokio::fs::File::open(path).await;
-    let file = file.map_err(|error| ApiError::Internal(format!("cannot open file {id}: {error}")))?;
-    let chunks: ReaderStream<_> = ReaderStream::new(file);
+    let mut content = own.file_content(&id).await?;
+    let info = content.info();
+    let first = content.next().await?;
+    let rest = stream::try_unfold(content, async |mut content| {
+        let chunk = content
+            .next()
+            .await
+            .inspect_err(|error| error!(%error, "a download was cut"))?;
+        Ok::<_, RouterError>(chunk.map(|chunk| (chunk, content)))
+    });
+    let chunks = stream::iter(first.map(Ok)).chain(rest);
     let mut headers = HeaderMap::new();
     headers.insert(
         header::CONTENT_TYPE,

@@ -12,6 +12,7 @@ use tandem_openapi::generate::{
     StreamedToken,
 };
 use tandem_openapi::usage::Usage;
+use tandem_router::View;
 use tandem_router::api::{Client, Finish, Piece, TokenText, What};
 use tandem_text::{SpecialTokens, Tokenizer};
 
@@ -130,7 +131,7 @@ async fn answered(app: &App, client: Client, request: GenerateRequest) -> Result
     let in_words = |error: ApiError| error.in_words(WORDS);
     let base = &app.router.config().served_model_name;
     let (mut request, truncate, show) = generate::completion(request, base, app.limits())?;
-    cut(app, &mut request.prompt, truncate).await?;
+    cut(&app.router.of(&client), &mut request.prompt, truncate).await?;
     let Completions { calls, delivery, .. } = completions::calls(request, app.limits()).map_err(in_words)?;
     let admitted = feed::admit(app, client, calls, "inputs")
         .await
@@ -163,16 +164,16 @@ async fn answered(app: &App, client: Client, request: GenerateRequest) -> Result
 }
 
 /// The end of the inputs. What a prompt begins with stays: models are lost without it.
-async fn cut(app: &App, prompt: &mut CompletionPrompt, truncate: Truncate) -> Result<(), ApiError> {
+async fn cut(own: &View, prompt: &mut CompletionPrompt, truncate: Truncate) -> Result<(), ApiError> {
     let (Some(limit), CompletionPrompt::Text(text)) = (truncate, &*prompt) else {
         return Ok(());
     };
     let given = tandem_router::api::Prompt::Text(text.clone());
-    let mut tokens = app.router.tokenize(given, SpecialTokens::Add).await?;
+    let mut tokens = own.tokenize(given, SpecialTokens::Add).await?;
     if tokens.len() <= limit {
         return Ok(());
     }
-    let bos = app.router.tokenizer().bos().map(|(id, _)| id);
+    let bos = own.tokenizer().bos().map(|(id, _)| id);
     let begins = usize::from(limit > 1 && tokens.first().copied() == bos && bos.is_some());
     tokens.drain(begins..tokens.len() - (limit - begins));
     *prompt = CompletionPrompt::Tokens(tokens.into_iter().map(i64::from).collect());

@@ -94,11 +94,11 @@ pub async fn count_tokens(
     Own(own): Own,
     Json(request): Json<CountTokensRequest>,
 ) -> Result<Answer<TokensCount>, ApiError> {
-    own.model(&request.model)?;
+    own.clone().model(&request.model)?;
     let request = messages::prompt_of(request, app.router.reasoning())?;
     let in_words = |error: ApiError| error.in_words(WORDS);
     let Chat { call, .. } = chat::call(request, app.limits()).map_err(in_words)?;
-    let tokens = app.router.tokenize(call.prompt, SpecialTokens::Add).await;
+    let tokens = own.tokenize(call.prompt, SpecialTokens::Add).await;
     let tokens = tokens.map_err(|error| ApiError::from(error).in_words(WORDS))?;
     Ok(Answer(TokensCount {
         input_tokens: tokens.len(),

@@ -183,11 +183,11 @@ pub async fn input_tokens(
 ) -> Result<Answer<InputTokens>, ApiError> {
     own.clone().model(&request.model)?;
     let items = responses::items(request.input.clone())?;
-    let earlier = conversation(own, request.previous_response_id.as_deref()).await?;
+    let earlier = conversation(own.clone(), request.previous_response_id.as_deref()).await?;
     let in_words = |error: ApiError| error.in_words(WORDS);
     let request = responses::prompt_of(request, earlier, items)?;
     let Chat { call, .. } = chat::call(request, app.limits()).map_err(in_words)?;
-    let tokens = app.router.tokenize(call.prompt, SpecialTokens::Add).await;
+    let tokens = own.tokenize(call.prompt, SpecialTokens::Add).await;
     let tokens = tokens.map_err(|error| in_words(ApiError::from(error)))?;
     Ok(Answer(InputTokens {
         object: "response.input_tokens",

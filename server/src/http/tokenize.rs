@@ -41,7 +41,7 @@ pub async fn tokenize(
         chat_template_kwargs,
         return_token_strs,
     } = body;
-    model.map(|model| own.model(&model)).transpose()?;
+    model.map(|model| own.clone().model(&model)).transpose()?;
     let prompt = match (prompt, messages) {
         (Some(text), None) => {
             let given = [("tools", tools.is_some()), ("documents", documents.is_some())];
@@ -69,9 +69,9 @@ pub async fn tokenize(
         Some(false) => SpecialTokens::Omit,
         _ => SpecialTokens::Add,
     };
-    let tokens = app.router.tokenize(prompt, special).await?;
+    let tokens = own.tokenize(prompt, special).await?;
     let token_strs = match return_token_strs {
-        Some(true) => Some(app.router.spell(tokens.clone()).await),
+        Some(true) => Some(own.spell(tokens.clone()).await),
         Some(false) | None => None,
     };
     let max_model_len = app.router.info().max_model_len;
@@ -89,16 +89,12 @@ pub async fn tokenize(
     responses((status = 200, body = DetokenizeResponse), Errors)
 )]
 pub async fn detokenize(
-    State(app): State<App>,
     Own(own): Own,
     Json(body): Json<DetokenizeRequest>,
 ) -> Result<Answer<DetokenizeResponse>, ApiError> {
     let DetokenizeRequest { model, tokens } = body;
-    model.map(|model| own.model(&model)).transpose()?;
-    let prompt = app
-        .router
-        .detokenize(convert::token_ids("tokens", tokens)?)
-        .await?;
+    model.map(|model| own.clone().model(&model)).transpose()?;
+    let prompt = own.detokenize(convert::token_ids("tokens", tokens)?).await?;
     Ok(Answer(DetokenizeResponse { prompt }))
 }
 

@@ -6,7 +6,7 @@ use tandem_openapi::error::Errors;
 use tandem_openapi::uploads::{CompleteUpload, CreateUpload, PartForm, Upload, UploadPart};
 use tandem_router::uploads::MAX_PART_BYTES;
 
-use super::files::{Staged, broken, form, write};
+use super::files::{Staged, Written, broken, form, write};
 use super::to_the_end;
 use crate::app::App;
 use crate::audit::Object;
@@ -53,11 +53,11 @@ pub async fn part(
                 .judge_all(stray_field("PartForm", other).into_iter().collect(), &[])?,
         }
     }
-    let bytes = written.ok_or_else(|| files::missing("data"))?;
+    let Written { bytes, sha256 } = written.ok_or_else(|| files::missing("data"))?;
     let part = to_the_end(async move {
         // With it what is left of a part that was refused.
         let staged = staged;
-        own.add_part(&id, &staged.0).await
+        own.add_part(&id, &staged.0, sha256).await
     })
     .await?;
     app.metrics.uploaded(bytes);

@@ -6,6 +6,8 @@ use std::sync::{Arc, LazyLock};
 
 use prost::Message;
 use serde::de::DeserializeOwned;
+use tandem_backend::family::{DecoderSpec, described};
+use tandem_backend::lora::peft;
 use tandem_core::gguf::Gguf;
 use tandem_core::grammar::{Compiler, Grammar, Vocabulary, Whitespace};
 use tandem_core::id::Digest;
@@ -33,6 +35,29 @@ pub fn rows(bytes: &[u8]) {
     let _ = check(&source);
     if let Ok(rows) = Rows::open(vec![source], &Reading::default()) {
         rows.take_while(Result::is_ok).for_each(drop);
+    }
+}
+
+/// An adapter for a small base: the length of its adapter_config.json in two bytes, that file, and the tensors.
+pub fn adapter(bytes: &[u8]) {
+    static BASE: LazyLock<DecoderSpec> = LazyLock::new(|| {
+        let config = include_str!("../../numerics/fixtures/gqa_tied/config.json");
+        described(serde_json::from_str(config).expect("an object")).expect("a model's config")
+    });
+    let Some((length, bytes)) = bytes.split_first_chunk() else {
+        return;
+    };
+    let length = usize::from(u16::from_le_bytes(*length));
+    let (config, tensors) = bytes.split_at(length.min(bytes.len()));
+    let _ = peft::read_bytes(config, tensors, &BASE, 64);
+}
+
+/// A model's config.json, and all its parameters by name.
+pub fn model(bytes: &[u8]) {
+    if let Ok(config) = serde_json::from_slice(bytes)
+        && let Ok(spec) = described(config)
+    {
+        drop(spec.params());
     }
 }
 

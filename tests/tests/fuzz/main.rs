@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 
 type Target = (&'static str, fn(&[u8]), fn() -> Vec<Vec<u8>>);
 
-const TARGETS: [Target; 6] = [
+const TARGETS: [Target; 8] = [
+    ("adapter", targets::adapter, adapters),
+    ("model", targets::model, models),
     ("rows", targets::rows, rows),
     ("template", targets::template, || {
         files("router/text/src/fixture", "jinja", &[])
@@ -50,6 +52,30 @@ fn files(folder: &str, ending: &str, before: &[u8]) -> Vec<Vec<u8>> {
     paths.sort();
     let content = |path| [before, &fs::read(path).unwrap()].concat();
     paths.into_iter().map(content).collect()
+}
+
+const FIXTURES: &str = "tests/numerics/fixtures";
+
+fn adapters() -> Vec<Vec<u8>> {
+    let folders = ["gqa_tied/adapter-all", "gqa_tied/adapter-some", "dora"];
+    let of = |folder| {
+        let file = |name| files(&format!("{FIXTURES}/{folder}"), name, &[]).remove(0);
+        let (config, tensors) = (file("adapter_config.json"), file("adapter_model.safetensors"));
+        let length = u16::try_from(config.len()).unwrap().to_le_bytes();
+        [&length[..], &config, &tensors].concat()
+    };
+    folders.into_iter().map(of).collect()
+}
+
+fn models() -> Vec<Vec<u8>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let mut names: Vec<String> = fs::read_dir(root.join(FIXTURES))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    let of = |name: &String| files(&format!("{FIXTURES}/{name}"), "/config.json", &[]);
+    names.iter().flat_map(of).collect()
 }
 
 fn chosen(seeds: &[(u8, &str)]) -> Vec<Vec<u8>> {

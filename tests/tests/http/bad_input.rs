@@ -236,6 +236,22 @@ fn bodies() {
         None,
         "33554432",
     );
+    // Brackets take a hundred times their bytes.
+    let lists = "[[]],".repeat(1 << 20);
+    let dense = format!(r#"{{"model": "m", "messages": [], "chat_template_kwargs": {{"x": [{lists}1]}}}}"#);
+    check(
+        "dense",
+        &client::send(
+            server.address,
+            "POST",
+            "/v1/chat/completions",
+            &[json],
+            dense.as_bytes(),
+        ),
+        &[413],
+        None,
+        "so many values",
+    );
     // What a page of another origin may send without asking is not taken for JSON; parameters of the type are.
     let body = json!({"model": server.model(), "prompt": "Hi", "max_tokens": 1}).to_string();
     for (content_type, status) in [

@@ -1,5 +1,7 @@
 //! From an upload to an answer of the new model, in both APIs, and the ends a job can have.
 
+use std::io::{Read, Write};
+
 use serde_json::{Value, json};
 
 use crate::client;
@@ -413,5 +415,50 @@ fn columns_are_previewed_and_trained() {
         let error = &refused.json()["error"];
         assert_eq!((refused.status, &error["param"]), (400, &json!(param)), "{error}");
         assert!(error["message"].as_str().unwrap().contains(says), "{error}");
+    }
+}
+
+/// What a disk has changed since it was uploaded is said, and not sent: of a small file nothing, of a large one never the end.
+#[test]
+fn a_damaged_file_is_not_served() {
+    let data = std::sync::Arc::new(tempfile::tempdir().unwrap());
+    let server = Server::start_in(data.clone(), &[]);
+    for size in [1_000, 5 << 20] {
+        let content = vec![b'x'; size];
+        let form = [
+            ("purpose", None, &b"user_data"[..]),
+            ("file", Some("x"), &content),
+        ];
+        let file = client::form(server.address, "/v1/files", &form).ok();
+        let id = file["id"].as_str().unwrap();
+        let path = format!("/v1/files/{id}/content");
+        assert!(client::get(server.address, &path).body == content);
+        let stored = data.path().join("files").join(id);
+        std::fs::write(&stored, [&content[1..], b"y"].concat()).unwrap();
+        let mut stream = client::connect(server.address);
+        let request = format!("GET {path} HTTP/1.1\r\nhost: tandem\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut answer = vec![];
+        // It may be reset.
+        let _ = stream.read_to_end(&mut answer);
+        let text = String::from_utf8_lossy(&answer);
+        match size {
+            1_000 => {
+                assert!(
+                    text.starts_with("HTTP/1.1 500 ") && text.contains("\"file_damaged\""),
+                    "{text}"
+                );
+                assert!(text.contains(id) && text.contains("upload it again"), "{text}");
+            }
+            _ => {
+                assert!(
+                    text.starts_with("HTTP/1.1 200 ") && answer.len() < size,
+                    "{}",
+                    answer.len()
+                );
+                let log = server.log();
+                assert!(log.contains("a download was cut") && log.contains(id), "{log}");
+            }
+        }
     }
 }

@@ -575,14 +575,20 @@ fn the_exit_code_says_whether_another_start_can_help() {
 #[test]
 fn keys_come_from_a_file() {
     let file = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(file.path(), "first\r\n\n second \n").unwrap();
+    std::fs::write(file.path(), "\u{feff}first\r\n# a comment\n second \n").unwrap();
     let server = Server::start(&[
         "--api-key-file",
         file.path().to_str().unwrap(),
         "--published",
         "0.0.0.0:1",
     ]);
-    for (key, expected) in [("first", 200), ("second", 200), ("third", 401), ("", 401)] {
+    for (key, expected) in [
+        ("first", 200),
+        ("second", 200),
+        ("third", 401),
+        ("# a comment", 401),
+        ("", 401),
+    ] {
         let headers = [("authorization", format!("Bearer {key}"))];
         let headers = headers.each_ref().map(|(name, value)| (*name, value.as_str()));
         let reply = client::send(server.address, "GET", "/v1/models", &headers, b"");

@@ -58,6 +58,9 @@ impl Learners {
             Ask::CreateJson(json) => {
                 let new: NewLearner = codec::from_json(&json)?;
                 let (reply, answered) = wait(json_of);
+                if let Err(message) = new.check(&self.shared.replica.info) {
+                    return Ok(refused(reply, Fault::Refused(message), answered));
+                }
                 let from = match new.from {
                     None => Ok(None),
                     Some(source) => self.found(source).await.map(Some),
@@ -79,7 +82,8 @@ impl Learners {
             }
             Ask::SaveJson(json) => {
                 let Save { folder: below, what } = codec::from_json(&json)?;
-                let folder = match learn::is_below(&below) {
+                // The root is nobody's to write to.
+                let folder = match learn::is_below(&below) && !below.as_os_str().is_empty() {
                     true => self.shared.hooks.folder(&below).await,
                     false => Err(outside(&below)),
                 };

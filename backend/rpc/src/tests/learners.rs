@@ -51,6 +51,12 @@ async fn a_clients_model_travels_whole_and_ends_with_its_session() {
         tenant: "acme".to_owned(),
         from: Some(from),
     };
+    // Nothing is made before it was looked at.
+    let mut huge = new(state("/here"));
+    huge.lora.r = u32::MAX;
+    let refused = learn(&remote, |reply| Learn::Create(Box::new(huge), reply)).await;
+    let refused = soon(refused).await.unwrap().unwrap_err().to_string();
+    assert!(refused.contains("a rank must be between 1 and"), "{refused}");
     let created = learn(&remote, |reply| {
         Learn::Create(Box::new(new(state("/here"))), reply)
     })

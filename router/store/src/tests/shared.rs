@@ -361,7 +361,7 @@ async fn a_database_that_goes_is_said_soon_and_comes_back() {
     let staged = store.staging();
     fs::write(&staged, "{}").unwrap();
     store
-        .add_file(&staged, new_file("t.jsonl", "fine-tune", None))
+        .add_file(&staged, new_file("{}", "t.jsonl", "fine-tune", None))
         .await
         .unwrap_err();
     assert_eq!(
@@ -373,7 +373,7 @@ async fn a_database_that_goes_is_said_soon_and_comes_back() {
     assert_eq!(store.away(), []);
     assert!(store.job("ftjob-x").await.unwrap().is_some());
     store
-        .add_file(&staged, new_file("t.jsonl", "fine-tune", None))
+        .add_file(&staged, new_file("{}", "t.jsonl", "fine-tune", None))
         .await
         .unwrap();
 }
@@ -493,6 +493,54 @@ async fn what_one_process_puts_into_a_bucket_another_gets() {
     a.remove_adapter(&digest).await.unwrap();
     a.remove_file("file-x").await.unwrap();
     assert!(open("some/prefix").file("file-x").await.is_err());
+}
+
+/// What a disk has done to a cached file costs a download; what it has done to the file itself is said.
+#[tokio::test]
+async fn a_damaged_copy_of_a_file_is_fetched_again() {
+    let root = tempfile::tempdir().unwrap();
+    let place = root.path().join("shared");
+    let store = Store::open(&Places {
+        artifact_url: Some(place.display().to_string()),
+        ..Places::local(root.path().join("data"))
+    })
+    .await
+    .unwrap();
+    let staged = store.staging();
+    fs::write(&staged, "rows").unwrap();
+    let new = new_file("rows", "rows.jsonl", "fine-tune", None);
+    let row = store.add_file(&staged, new).await.unwrap();
+    let copy = store.file_path(&row).await.unwrap();
+    fs::write(&copy, "rowt").unwrap();
+    let path = store.sound_file(&row).await.unwrap();
+    assert_eq!(fs::read_to_string(path).unwrap(), "rows");
+    fs::write(&copy, "rowt").unwrap();
+    fs::write(place.join("files").join(&row.id), "rowt").unwrap();
+    let error = store.sound_file(&row).await.unwrap_err();
+    assert!(matches!(error, StoreError::Altered { .. }), "{error}");
+}
+
+/// One that is older than digests gets its own when it is next read whole, if it has as many bytes as its row says.
+#[tokio::test]
+async fn a_file_without_a_digest_gets_one() {
+    let root = tempfile::tempdir().unwrap();
+    for store in each_kind(root.path()).await {
+        let staged = store.staging();
+        fs::write(&staged, "rows").unwrap();
+        let new = new_file("rows", "rows.jsonl", "fine-tune", None);
+        let id = store.add_file(&staged, new).await.unwrap().id;
+        let forgotten = "UPDATE files SET sha256 = NULL";
+        sqlx::query(forgotten).execute(&store.db.raw_pool).await.unwrap();
+        let row = async || store.file(&id).await.unwrap().unwrap();
+        let old = row().await;
+        let path = store.file_path(&old).await.unwrap();
+        fs::write(&path, "row").unwrap();
+        assert!(store.sound_file(&old).await.is_err());
+        assert_eq!(row().await.sha256, None);
+        fs::write(&path, "rows").unwrap();
+        store.sound_file(&old).await.unwrap();
+        assert_eq!(row().await.sha256, Some(Digest::of(b"rows").to_string()));
+    }
 }
 
 #[tokio::test]

@@ -515,6 +515,19 @@ fn a_template_has_limits() {
             "{% set x = 'x' * 9999999 %}{% for i in range(99999) %}{% if x.count('y') %}{% endif %}{% endfor %}",
             BYTES,
         ),
+        (
+            "{{ (range(10)|slice(1000000000))|list|length }}",
+            "a list of 1000000000 items",
+        ),
+        // Searched for at each place nearly to its end.
+        (
+            "{% set h = 'a'*1000000 %}{% set n = 'a'*500000~'b' %}{% for i in range(9) %}{{ h.find(n) }}{% endfor %}",
+            BYTES,
+        ),
+        (
+            "{% set h = 'a'*1000000 %}{% set n = 'a'*500000~'b' %}{% for i in range(9) %}{{ n in h }}{% endfor %}",
+            BYTES,
+        ),
     ];
     let mut wrong = vec![];
     for (source, expected) in cases {

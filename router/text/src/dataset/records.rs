@@ -6,6 +6,7 @@ mod csv;
 mod lines;
 mod pages;
 mod parquet;
+mod unpacked;
 
 use std::fmt;
 use std::fs::File;

@@ -1,11 +1,16 @@
 //! Prompts made of columns: a text with `{placeholders}`, or one by its name. The wording of a name is that of the trainer
 //! whose users know it: torchtune 0.2 (`torchtune/data/_instruct_templates.py`), llama-recipes (`llama_recipes/datasets/`).
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use serde_json::{Map, Value};
 
+use super::records::MAX_ROW_BYTES;
 use super::{excerpt, type_name};
+
+/// Of a template's text.
+const MAX_TEMPLATE_BYTES: usize = 64 << 10;
 
 /// The column of what is learned.
 pub const OUTPUT: &str = "output";
@@ -98,6 +103,12 @@ enum Part {
 impl Template {
     /// Errors say what to give instead.
     pub fn new(given: &str) -> Result<Template, String> {
+        if given.len() > MAX_TEMPLATE_BYTES {
+            return Err(format!(
+                "template has {} bytes, at most {MAX_TEMPLATE_BYTES} are taken",
+                given.len()
+            ));
+        }
         if given.contains('{') {
             let text = parts(given)?;
             return match text.iter().any(|part| matches!(part, Part::Column(_))) {
@@ -164,14 +175,14 @@ impl Template {
                 )
             })
         };
-        let text = |wanted: &str| -> Result<String, String> {
+        let text = |wanted: &str| -> Result<Cow<str>, String> {
             let name = column(wanted)?;
             match row.get(&name) {
-                Some(Value::String(text)) => Ok(text.clone()),
+                Some(Value::String(text)) => Ok(text.into()),
                 Some(Value::Null) | None => Err(format!(
                     ": the column {name}, for {wanted} of the template, is empty."
                 )),
-                Some(number @ (Value::Number(_) | Value::Bool(_))) => Ok(number.to_string()),
+                Some(number @ (Value::Number(_) | Value::Bool(_))) => Ok(number.to_string().into()),
                 Some(other) => Err(format!(
                     ": the column {name}, for {wanted} of the template, must be a string, got {}.",
                     type_name(other)
@@ -191,12 +202,18 @@ impl Template {
         };
         let mut prompt = String::new();
         for part in parts {
-            match part {
-                Part::Text(text) => prompt.push_str(text),
-                Part::Column(name) => prompt.push_str(&text(name)?),
+            let more = match part {
+                Part::Text(text) => Cow::from(text),
+                Part::Column(name) => text(name)?,
+            };
+            if prompt.len() + more.len() > MAX_ROW_BYTES {
+                return Err(format!(
+                    ": the template makes more than {MAX_ROW_BYTES} bytes of it, which is a row's limit."
+                ));
             }
+            prompt.push_str(&more);
         }
-        Ok((prompt, text(OUTPUT)?))
+        Ok((prompt, text(OUTPUT)?.into_owned()))
     }
 }
 

@@ -96,9 +96,17 @@ fn the_prompt_is_what_serving_sends() {
             &OPTIONS,
         )
         .unwrap();
+        // What is too long is not tokenized, whatever made it so.
+        let closed = |most| tokenizer.encode_chat(&messages, Ending::Closed, &Kwargs::new(), most);
+        assert!(matches!(closed(9), Err(TextError::Refused(_))) && closed(999).is_ok());
         for (i, turn) in [(1, 0), (3, 1)] {
             let prompt = tokenizer
-                .encode_chat(&messages[..i], Ending::GenerationPrompt, &Kwargs::new())
+                .encode_chat(
+                    &messages[..i],
+                    Ending::GenerationPrompt,
+                    &Kwargs::new(),
+                    usize::MAX,
+                )
                 .unwrap();
             assert_eq!(tokens[..prompt.len()], prompt, "turn {turn}");
             assert_eq!(

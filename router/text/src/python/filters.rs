@@ -97,7 +97,14 @@ fn look_at(state: &mut State, name: &str, args: &[Value]) -> Result<(), Error> {
     let Some((value, others)) = args.split_first() else {
         return Ok(());
     };
+    // So many lists, or lists of so many, whatever they are made of.
+    if let ("slice" | "batch", Some(n)) = (name, others.first().and_then(Value::as_usize)) {
+        super::weighed::longest(n)?;
+    }
     for other in others {
+        if let (Some(text), Some(part)) = (value.as_str(), other.as_str()) {
+            weight::searched(state, text, part)?;
+        }
         weight::weigh(state, other)?;
         weight::no_namespace(other)?;
         weight::joined_bytes(state, other)?;

@@ -123,7 +123,7 @@ fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(open) = rest.find("{%") {
-        let Some(close) = rest[open..].find("%}").map(|length| open + length + 2) else {
+        let Some(close) = rest[open + 2..].find("%}").map(|length| open + length + 4) else {
             break;
         };
         let tag = &rest[open..close];

@@ -13,10 +13,27 @@ const MAX_PADDED_CHARS: usize = 1 << 20;
 /// A piece of a text that was taken apart, beside its letters.
 const PIECE_BYTES: usize = 64;
 
+/// Methods that look for what they are given.
+const SEARCHES: [&str; 10] = [
+    "split",
+    "rsplit",
+    "partition",
+    "rpartition",
+    "replace",
+    "find",
+    "rfind",
+    "index",
+    "rindex",
+    "count",
+];
+
 pub fn call(state: &mut State, text: &str, method: &str, args: &[Value]) -> Result<Value, Error> {
     weight::read(state, text)?;
     for arg in args {
         weight::weigh(state, arg)?;
+        if let (Some(part), true) = (arg.as_str(), SEARCHES.contains(&method)) {
+            weight::searched(state, text, part)?;
+        }
     }
     Ok(match method {
         "strip" | "lstrip" | "rstrip" => {

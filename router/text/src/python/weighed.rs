@@ -51,8 +51,10 @@ pub fn add_to(environment: &mut Environment<'static>) {
     });
     environment.add_filter(SOUGHT, |state: &mut State, wanted: Value, container: Value| {
         compared(state, &wanted)?;
-        if let Some(text) = container.as_str() {
-            weight::read(state, text)?;
+        match (container.as_str(), wanted.as_str()) {
+            (Some(text), Some(part)) => weight::searched(state, text, part)?,
+            (Some(text), None) => weight::read(state, text)?,
+            (None, _) => {}
         }
         Ok::<_, Error>(turned(wanted, container))
     });
@@ -89,7 +91,7 @@ fn turned(a: Value, b: Value) -> Value {
     Value::from(vec![b, a])
 }
 
-fn longest(items: usize) -> Result<(), Error> {
+pub fn longest(items: usize) -> Result<(), Error> {
     match items <= weight::MAX_ITEMS {
         true => Ok(()),
         false => Err(weight::invalid(&format!(

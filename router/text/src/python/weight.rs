@@ -19,6 +19,7 @@ pub const MAX_DEPTH: usize = 200;
 const ITEM_BYTES: usize = 32;
 /// A byte that is looked at costs less than one that is made.
 const READS_PER_BYTE: usize = 8;
+const SHORT_PART_BYTES: usize = 32;
 
 /// What is left of `MAX_VALUE_BYTES`.
 struct Left(usize);
@@ -45,6 +46,14 @@ pub fn room(state: &mut State, bytes: usize) -> Result<(), Error> {
 /// A text is looked through.
 pub fn read(state: &mut State, text: &str) -> Result<(), Error> {
     spend(state, text.len() / READS_PER_BYTE)
+}
+
+/// A text is searched for another: slower than it is read, and slowest for a long part that matches nearly everywhere.
+pub fn searched(state: &mut State, text: &str, part: &str) -> Result<(), Error> {
+    match part.len() {
+        0..=SHORT_PART_BYTES => spend(state, text.len()),
+        _ => spend(state, 4 * (text.len() + part.len())),
+    }
 }
 
 /// A value that came out of an operation. A lazy list becomes one that holds its items: lazy lists of lazy lists would have no

@@ -14,6 +14,8 @@ use tandem_router::tinker::{Ask, Call, Keep, NewModel, Reach, SamplerKind, Shape
 use super::arrays::{self, Array};
 use crate::error::{ApiError, invalid};
 
+type Metadata = BTreeMap<String, serde_json::Value>;
+
 /// The SDK's own defaults, should a client leave one away.
 const RANK: u32 = 32;
 const ADAM: Adam = Adam {
@@ -26,6 +28,8 @@ const ADAM: Adam = Adam {
 };
 /// Samples of one question at most; the router's own limit may be lower.
 pub const MAX_SAMPLES: u32 = 1024;
+const METADATA_BYTES: usize = 16 << 10;
+const PATH_BYTES: usize = 4 << 10;
 
 pub fn new_model(body: CreateModelRequest) -> Result<NewModel, ApiError> {
     let CreateModelRequest {
@@ -72,7 +76,7 @@ pub fn new_model(body: CreateModelRequest) -> Result<NewModel, ApiError> {
         },
         // Its bits, whatever its sign.
         seed: seed.map(|seed| seed as u64),
-        user_metadata,
+        user_metadata: metadata(user_metadata).map_err(|message| invalid("user_metadata", message))?,
     })
 }
 
@@ -122,10 +126,10 @@ pub fn save(body: SaveWeightsRequest) -> Result<Call, String> {
         r#type: _,
     } = body;
     Ok(Call::Save(Keep {
-        name: path.unwrap_or_else(|| format!("seq-{seq_id}")),
+        name: path.map_or_else(|| Ok(format!("seq-{seq_id}")), self::path)?,
         overwrite: overwrite.unwrap_or(false),
         ttl_s: positive("ttl_seconds", ttl_seconds)?,
-        user_metadata,
+        user_metadata: metadata(user_metadata)?,
     }))
 }
 
@@ -152,15 +156,36 @@ pub fn save_for_sampler(body: SaveWeightsForSamplerRequest) -> Result<Call, Stri
     };
     match (path, sampling_session_seq_id) {
         (Some(name), None) => Ok(Call::SaveForSampler(Keep {
-            name,
+            name: self::path(name)?,
             overwrite: overwrite.unwrap_or(false),
             ttl_s: positive("ttl_seconds", ttl_seconds)?,
-            user_metadata,
+            user_metadata: metadata(user_metadata)?,
         })),
         (None, Some(seq)) => Ok(Call::Sampler { seq, kind }),
         _ => {
             Err("either path (a checkpoint) or sampling_session_seq_id (a sampler) must be given".to_owned())
         }
+    }
+}
+
+/// What a client writes beside a model or a checkpoint.
+pub fn metadata(given: Option<Metadata>) -> Result<Option<Metadata>, String> {
+    let bytes = given
+        .as_ref()
+        .map_or(0, |given| serde_json::to_vec(given).map_or(0, |text| text.len()));
+    match bytes {
+        0..=METADATA_BYTES => Ok(given),
+        _ => Err(format!(
+            "user_metadata has {bytes} bytes as JSON, at most {METADATA_BYTES} are kept"
+        )),
+    }
+}
+
+/// A checkpoint's path or name.
+pub fn path(given: String) -> Result<String, String> {
+    match given.len() {
+        0..=PATH_BYTES => Ok(given),
+        bytes => Err(format!("path has {bytes} bytes, at most {PATH_BYTES} are read")),
     }
 }
 

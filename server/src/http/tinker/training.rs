@@ -148,6 +148,9 @@ pub async fn load(
     };
     match (session_id, model_seq_id, model_id, seq_id) {
         (Some(session), Some(seq), None, None) => {
+            let wrong = |param| move |message| invalid(param, message);
+            let path = convert::path(path).map_err(wrong("path"))?;
+            let user_metadata = convert::metadata(user_metadata).map_err(wrong("user_metadata"))?;
             let request_id = own
                 .load_model(&session, seq, &path, moments, user_metadata)
                 .await?;
@@ -155,7 +158,8 @@ pub async fn load(
             Ok((made, Answer(UntypedFuture { request_id })))
         }
         (None, None, Some(model), Some(seq)) => {
-            let answer = submit(&own, &model, seq, Ok(Call::Load { path, moments }))?;
+            let call = convert::path(path).map(|path| Call::Load { path, moments });
+            let answer = submit(&own, &model, seq, call)?;
             Ok((Extension(Object(model)), answer))
         }
         _ => Err(invalid(

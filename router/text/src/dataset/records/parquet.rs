@@ -10,9 +10,11 @@ use parquet::record::reader::RowIter;
 use parquet::record::{Field, Row};
 use serde_json::{Map, Value, json};
 
-use super::{BadLine, Place, Record, pages, whole};
+use super::{BadLine, MAX_ROW_BYTES, Place, Record, pages, unpacked, whole};
 
 pub const MAGIC: &[u8] = b"PAR1";
+/// Of all rows of a file: thirty times the largest upload.
+const MAX_TEXT_BYTES: u64 = 16 << 30;
 
 pub fn rows(file: File) -> Result<impl Iterator<Item = Result<Record, BadLine>>, BadLine> {
     let opened = guarded(|| {
@@ -25,6 +27,7 @@ pub fn rows(file: File) -> Result<impl Iterator<Item = Result<Record, BadLine>>,
             pages::MAX_PAGES_BYTES,
         )
         .map_err(ParquetError::General)?;
+        unpacked::check(&*reader, MAX_ROW_BYTES, MAX_TEXT_BYTES)?;
         Ok(RowIter::from_file_into(reader))
     });
     let mut rows = opened.map_err(|why| whole(damaged(&why)))?;
@@ -137,6 +140,25 @@ mod tests {
         }
         let why = checked(&fixture("pandas.parquet"), 64 << 10, 10).unwrap_err();
         assert!(why.contains("at the same time, 10 are allowed"), "{why}");
+    }
+
+    /// A list that repeats a long entry of its dictionary: 30 MB of some hundred bytes.
+    #[test]
+    fn rows_are_weighed_before_they_are_made() {
+        let error = rows(file_of(&fixture("repeated.parquet")))
+            .err()
+            .unwrap()
+            .to_string();
+        assert!(
+            error.contains("unpacks to more than 16777216 bytes in row 1"),
+            "{error}"
+        );
+        for name in ["pandas", "zstd", "calls", "datasets", "required"] {
+            let reader = SerializedFileReader::new(file_of(&fixture(&format!("{name}.parquet")))).unwrap();
+            assert!(unpacked::check(&reader, 1 << 10, 1 << 20).is_ok(), "{name}");
+            assert!(unpacked::check(&reader, 3, 1 << 20).is_err(), "{name}");
+            assert!(unpacked::check(&reader, 1 << 10, 20).is_err(), "{name}");
+        }
     }
 
     /// A header begins with its kind and its unpacked size: fields 1 and 2, numbers of one or two bytes each.
