@@ -12,7 +12,7 @@
 //!            tinker/<run>/       what clients that train call by call have saved
 //!            staging/         being written; emptied at start
 //!            reserve          room for the database, given to it when the disk is full
-//!            quarantine/      what no row spoke of at a start that was told to go on, and what is damaged
+//!            quarantine/      what no row spoke of at a start that was told to go on
 //! ```
 //! With an artifact store elsewhere (`remote`), files, adapters and jobs here are its cache: all of it may be lost.
 //! Bytes are published (fsync, rename, fsync of the folder) before the row that names them is committed, and a row is
