@@ -173,7 +173,7 @@ async fn one_folder_has_one_owner_and_no_future() {
             newer,
             StoreError::Newer {
                 found: 99,
-                known: 9,
+                known: 10,
                 ..
             }
         ),
