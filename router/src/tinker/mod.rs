@@ -11,6 +11,7 @@ mod model;
 mod reach;
 mod sampler;
 mod saves;
+mod waiting;
 mod worker;
 
 use std::collections::{BTreeMap, HashMap};
@@ -150,6 +151,7 @@ pub(crate) struct Tinker {
     /// Numbers in a replica's memory that something may sample from.
     snapshots: Mutex<HashMap<AdapterDigest, Snapshot>>,
     learners: AtomicU64,
+    waiting: waiting::Waiting,
 }
 
 struct Session {

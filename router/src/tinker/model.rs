@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 use super::futures::Promise;
 use super::reach::Reach;
 use super::saves::Keep;
+use super::waiting::Taken;
 use super::worker::{Origin, Worker};
 use super::{Outcome, Session, lock};
 use crate::View;
@@ -86,6 +87,8 @@ struct Order {
 }
 
 pub(super) struct Work {
+    /// While it waits and is done.
+    pub taken: Taken,
     pub promise: Promise,
     pub call: Result<Call, String>,
     /// Of the request that brought it, where that is traced.
@@ -272,15 +275,21 @@ impl View {
         let numbers = call.as_ref().map_or(0, Call::numbers);
         let is_full = order.queued_calls >= self.router.config().tinker.queued_calls as usize
             || order.queued_numbers + numbers > MAX_QUEUED_NUMBERS && order.queued_calls > 0;
-        // What all others wait for is always taken.
-        if is_full && seq != order.next {
+        // What all others wait for is always taken, as far as its model goes.
+        let is_due = seq <= order.next;
+        let tenant = &self.client.tenant;
+        let room = match is_full && !is_due {
+            true => None,
+            false => tinker.waiting.take(tenant, numbers, is_due),
+        };
+        let Some(taken) = room else {
             return Err(RouterError::Busy {
                 waiting: order.queued_calls as u32,
                 retry_after_s: 1,
             });
-        }
+        };
         let id = ids::future();
-        let promise = tinker.futures.promise(&id, &self.client.tenant);
+        let promise = tinker.futures.promise(&id, tenant);
         if seq < order.next {
             promise.keep(Outcome::user_failed(format!(
                 "seq_id {seq} was done long ago: {} is the next",
@@ -296,7 +305,13 @@ impl View {
         order.queued_calls += 1;
         order.queued_numbers += numbers;
         let trace = self.client.trace;
-        order.early.insert(seq, Work { promise, call, trace });
+        let work = Work {
+            taken,
+            promise,
+            call,
+            trace,
+        };
+        order.early.insert(seq, work);
         while let Some(work) = {
             let next = order.next;
             order.early.remove(&next)

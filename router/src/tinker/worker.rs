@@ -83,6 +83,7 @@ impl Worker {
         let failed = begun.as_ref().err().map(ToString::to_string);
         promise.keep(begun.unwrap_or_else(Outcome::of_error));
         while let Some(Work {
+            taken: _taken,
             promise,
             mut call,
             trace,

@@ -14,11 +14,12 @@ enum Numbers {
     Integers(Vec<i64>),
 }
 
-/// Numbers of one tensor at most, so that a sparse one cannot ask for any amount of memory.
-const MAX_NUMBERS: usize = 1 << 28;
+/// Numbers that the sparse tensors of one call become at most: a few bytes ask for any amount.
+pub const MAX_NUMBERS: usize = 16 << 20;
 
 impl Array {
-    pub fn read(tensor: proto::Tensor) -> Result<Array, String> {
+    /// A sparse one takes what it becomes from `room`.
+    pub fn read(tensor: proto::Tensor, room: &mut usize) -> Result<Array, String> {
         let proto::Tensor {
             encoding,
             dtype,
@@ -38,6 +39,10 @@ impl Array {
                 let [rows, columns] = shape[..] else {
                     return Err(format!("a sparse tensor has two dimensions, not {shape:?}"));
                 };
+                let becomes = rows.saturating_mul(columns);
+                *room = room.checked_sub(becomes).ok_or_else(|| {
+                    format!("a sparse tensor of {rows} x {columns}: those of a call become {MAX_NUMBERS} numbers at most")
+                })?;
                 let (crow, col) = (i64s(&csr.crow_indices)?, i64s(&csr.col_indices)?);
                 let places = places(rows, columns, &crow, &col)?;
                 match numbers(&csr.values)? {
@@ -80,7 +85,7 @@ impl Array {
 /// Of each value its place in the dense tensor.
 fn places(rows: usize, columns: usize, crow: &[i64], col: &[i64]) -> Result<Vec<usize>, String> {
     let wrong = || format!("its crow and col indices do not make a {rows} x {columns} matrix");
-    if crow.len() != rows + 1 || rows.checked_mul(columns).is_none_or(|n| n > MAX_NUMBERS) {
+    if crow.len() != rows + 1 {
         return Err(wrong());
     }
     let mut places = Vec::with_capacity(col.len());
@@ -154,7 +159,7 @@ mod tests {
             dtype: proto::FLOAT32,
             shape: shape.to_vec(),
         };
-        Array::read(tensor).map(Array::floats)
+        Array::read(tensor, &mut 9).map(Array::floats)
     }
 
     #[test]
@@ -169,6 +174,7 @@ mod tests {
             (&[0, 2, 2], &[0, 1], &[1, 3]),
             (&[0, 2], &[0, 1], &[3]),
             (&[0, 2], &[0, 1], &[1, 1 << 40]),
+            (&[0, 2], &[0, 1], &[1, 10]), // more than there is room for
         ] {
             assert!(
                 csr(&[1.0, 2.0], crow, col, shape).is_err(),

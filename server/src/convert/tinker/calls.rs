@@ -214,9 +214,10 @@ pub fn batch(body: ForwardBackwardRequest) -> Result<Call, String> {
         }
     }
     let loss = loss(&loss_fn, config)?;
+    let mut room = arrays::MAX_NUMBERS;
     let mut read = Vec::with_capacity(data.len());
     for (n, one) in data.into_iter().enumerate() {
-        read.push(datum(one, loss).map_err(|why| format!("datum {n}: {why}"))?);
+        read.push(datum(one, loss, &mut room).map_err(|why| format!("datum {n}: {why}"))?);
     }
     let (data, shapes) = read.into_iter().unzip();
     let pass = match forward_only {
@@ -285,7 +286,7 @@ fn loss(name: &str, mut config: BTreeMap<String, f64>) -> Result<Loss, String> {
     }
 }
 
-fn datum(datum: proto::Datum, loss: Loss) -> Result<(Datum, Shape), String> {
+fn datum(datum: proto::Datum, loss: Loss, room: &mut usize) -> Result<(Datum, Shape), String> {
     let mut tokens = vec![];
     for chunk in datum.model_input {
         match chunk.chunk {
@@ -300,7 +301,7 @@ fn datum(datum: proto::Datum, loss: Loss) -> Result<(Datum, Shape), String> {
     }
     let mut inputs: BTreeMap<String, Array> = BTreeMap::new();
     for (name, tensor) in datum.loss_fn_inputs {
-        let array = Array::read(tensor).map_err(|why| format!("loss_fn_inputs.{name}: {why}"))?;
+        let array = Array::read(tensor, room).map_err(|why| format!("loss_fn_inputs.{name}: {why}"))?;
         inputs.insert(name, array);
     }
     let targets = inputs

@@ -73,6 +73,8 @@ pub async fn forward_backward(
 ) -> Result<Answer<UntypedFuture>, ApiError> {
     let model = body.model_id.clone();
     let seq = u32::try_from(body.seq_id).map_err(|_| invalid("seq_id", "seq_id must not be negative"))?;
+    // Before anything is made of it.
+    own.learning(&model)?;
     let call = tokio::task::spawn_blocking(move || convert::batch(body)).await;
     let call = call.map_err(|error| ApiError::Internal(format!("a batch was not read: {error}")))?;
     submit(&own, &model, seq, call)
