@@ -416,7 +416,12 @@ fn alone(ground: &Ground, mut settings: Settings, output_dir: &Path) -> Result<O
     if ranks > 1 {
         let all = hyper.gradient_accumulation_steps;
         let each = all as usize / models;
-        println!("  {ranks} ranks, {models} models, each with {each} of a step's {all} micro-batches");
+        let who = match models {
+            _ if models == ranks => format!("{ranks} ranks"),
+            1 => format!("one model on {ranks} ranks"),
+            _ => format!("{models} models on {ranks} ranks"),
+        };
+        println!("  {who}, each with {each} of a step's {all} micro-batches");
     }
 
     let spec = ground.job("train", output_dir, hyper);

@@ -433,7 +433,7 @@ fn a_damaged_file_is_not_served() {
         let id = file["id"].as_str().unwrap();
         let path = format!("/v1/files/{id}/content");
         assert!(client::get(server.address, &path).body == content);
-        let stored = data.path().join("files").join(id);
+        let stored = data.path().join("data/files").join(id);
         std::fs::write(&stored, [&content[1..], b"y"].concat()).unwrap();
         let mut stream = client::connect(server.address);
         let request = format!("GET {path} HTTP/1.1\r\nhost: tandem\r\nconnection: close\r\n\r\n");

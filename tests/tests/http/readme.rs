@@ -43,6 +43,7 @@ const PAGES: [(&str, &[&str]); 4] = [
             "adapter_model.safetensors",
             "2 ranks, each with 1",
             "2 ranks, each with 1",
+            "2 models on 4 ranks, each with 1",
         ],
     ),
     (

@@ -384,21 +384,29 @@ fn ranks_share_what_they_hold() {
             }
         }
     }
-    for (settings, expected) in [
-        (&["objective=dpo", "sharding_strategy=FULL_SHARD"][..], "NO_SHARD"),
-        (&["sharding_strategy=HYBRID_SHARD"], "FULL_SHARD shares over all"),
-    ] {
-        if settings[0] == "objective=dpo" {
-            let pair = "{\"prompt\": \"Who?\", \"chosen\": \" I.\", \"rejected\": \" They.\"}\n";
-            std::fs::write(folder.path().join("rows.jsonl"), pair.repeat(4)).unwrap();
-        }
-        let mut refused = train(folder.path(), settings);
-        refused.args(["data_parallel_size=2", "overwrite_output_dir=true"]);
-        let refused = refused.output().unwrap();
+    // Preferences in groups that share.
+    let pair = "{\"prompt\": \"Who?\", \"chosen\": \" I.\", \"rejected\": \" They.\"}\n";
+    std::fs::write(folder.path().join("rows.jsonl"), pair.repeat(4)).unwrap();
+    let same = [
+        "objective=dpo",
+        "max_steps=4",
+        "batch_size=1",
+        "overwrite_output_dir=true",
+    ];
+    let expected = run(
+        &[&same[..], &["gradient_accumulation_steps=4"]].concat(),
+        "step 4/4",
+    );
+    let groups = ["data_parallel_size=4", "hsdp=true", "sharding_group_size=2"];
+    let shared = run(
+        &[&same[..], &groups].concat(),
+        "4 ranks, each with 1 of a step's 4 micro-batches",
+    );
+    assert_eq!(shared.len(), 4);
+    for (expected, loss) in expected.iter().zip(&shared) {
         assert!(
-            !refused.status.success() && text(&refused).contains(expected),
-            "{}",
-            text(&refused)
+            (expected - loss).abs() < 2e-3 * expected,
+            "{expected} alone, {loss} in groups"
         );
     }
 }
