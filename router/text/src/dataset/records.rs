@@ -20,6 +20,8 @@ use super::{BadLine, HINT_CHARS};
 
 /// Bytes of one row at most: about four million tokens, more than any context.
 pub const MAX_ROW_BYTES: usize = 16 << 20;
+/// That a row's values may take in memory: of text hardly more than its bytes, of empty lists a hundred times as many.
+const MAX_ROW_TREE_BYTES: usize = 256 << 20;
 /// EMFILE and ENFILE.
 const TOO_MANY_FILES: [i32; 2] = [24, 23];
 /// A file's beginning, by which its format is known.
@@ -284,6 +286,7 @@ fn dictionary(place: Place, text: &str) -> Result<Map<String, Value>, BadLine> {
             format!("{what}{place} is not a dictionary (HINT: {here} starts with: \"{start}...\").{detail}");
         place.bad(message)
     };
+    not_too_dense(place, text)?;
     match serde_json::from_str(text) {
         Ok(Value::Object(object)) => match json::twice(text.as_bytes()) {
             Some(name) => Err(place.bad(format!(
@@ -309,6 +312,16 @@ fn utf8(place: Place, bytes: &[u8]) -> Result<&str, BadLine> {
             error.valid_up_to() + 1
         ))
     })
+}
+
+/// Before values are made of it.
+fn not_too_dense(place: Place, json_text: &str) -> Result<(), BadLine> {
+    match json::tree_bytes(json_text.as_bytes()) {
+        0..=MAX_ROW_TREE_BYTES => Ok(()),
+        bytes => Err(place.bad(format!(
+            "{place} has so many values that they take {bytes} bytes, at most {MAX_ROW_TREE_BYTES} are taken."
+        ))),
+    }
 }
 
 fn too_long(place: Place) -> BadLine {

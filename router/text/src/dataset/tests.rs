@@ -459,6 +459,10 @@ fn files_are_checked_line_by_line() {
         (format!("{good}\n{pair}\n").into(), Err((2, "one shape"))),
         (format!("{good}\n{long}\n").into(), Err((2, "longer than"))),
         (
+            format!("{good}\n{{\"messages\": [{}[]]}}\n", "[[]],".repeat(600_000)).into(),
+            Err((2, "so many values")),
+        ),
+        (
             [good.as_bytes(), b"\n{\"text\": \"\xFF\"}"].concat(),
             Err((2, "Line 2 is not UTF-8 text: invalid byte at column 11")),
         ),

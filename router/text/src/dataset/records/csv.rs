@@ -6,7 +6,7 @@ use std::io::BufRead;
 
 use serde_json::{Map, Value};
 
-use super::{BadLine, MAX_ROW_BYTES, Place, Record, too_long, unread, utf8, without_mark};
+use super::{BadLine, MAX_ROW_BYTES, Place, Record, not_too_dense, too_long, unread, utf8, without_mark};
 
 /// Columns of lists, written as JSON.
 const LISTS: [&str; 6] = [
@@ -178,6 +178,9 @@ fn value(place: Place, name: &str, text: String, is_quoted: bool) -> Result<Valu
         serde_json::from_str(text)
             .map_err(|error| place.bad(format!("{place}: the column {name} holds no JSON: {error}.")))
     };
+    if SCALAR.iter().chain(&LISTS).chain(&EITHER).any(|&one| one == name) {
+        not_too_dense(place, &text)?;
+    }
     match text.trim() {
         "" if !is_quoted => Ok(Value::Null),
         // As Python prints them.
