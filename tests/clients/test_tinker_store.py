@@ -155,19 +155,24 @@ def test_clients_and_a_job_share_passes_and_come_to_what_each_comes_to_alone(ser
         return next(model.root for model in client.models.list().data if model.id == name)
 
     def job():
-        return digest(fine_tune(client, base, max_steps=12, batch_size=2, seed=5).fine_tuned_model)
+        return digest(fine_tune(client, base, max_steps=60, batch_size=2, seed=5).fine_tuned_model)
 
     def shared():
         lines = urllib.request.urlopen(server + "/metrics").read().decode().splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith("tandem:train_shared_slices_total"))
 
     alone, before = [train(31, "alone"), train(32, "alone"), job()], shared()
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        works = [pool.submit(train, 31, "beside"), pool.submit(train, 32, "beside"), pool.submit(job)]
-        sampler = connect(server).create_sampling_client(base_model=base).result()
-        while not all(work.done() for work in works):
-            sampler.sample(prompt(*TEXTS[1][:3]), 2, tinker.SamplingParams(max_tokens=8)).result()
-    assert [work.result() for work in works] == alone
+    # Whether two want to go at the same moment is chance; that some do in five rounds is not.
+    for turn in range(5):
+        names = [f"beside-{turn}", f"besides-{turn}"]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            works = [pool.submit(train, 31, names[0]), pool.submit(train, 32, names[1]), pool.submit(job)]
+            sampler = connect(server).create_sampling_client(base_model=base).result()
+            while not all(work.done() for work in works):
+                sampler.sample(prompt(*TEXTS[1][:3]), 2, tinker.SamplingParams(max_tokens=8)).result()
+        assert [work.result() for work in works] == alone
+        if shared() > before:
+            return
     assert shared() > before
 
 
