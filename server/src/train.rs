@@ -41,7 +41,7 @@ use logs::Logs;
 use placing::Placing;
 use progress::Progress;
 use record::{Begin, Record, RecordError};
-use settings::{Recipe, SettingsError};
+use settings::{Recipe, SettingsError, wrong};
 
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
@@ -592,13 +592,6 @@ fn forget(path: &Path) -> Result<(), TrainError> {
             source: error,
         }),
         _ => Ok(()),
-    }
-}
-
-fn wrong(key: &str, message: String) -> SettingsError {
-    SettingsError::Wrong {
-        key: key.to_owned(),
-        message,
     }
 }
 

@@ -6,7 +6,7 @@ use tandem_backend::ranks::Team;
 use tandem_backend::train::mates::Sharding;
 use tandem_backend::train::mesh::Mesh;
 
-use super::settings::SettingsError;
+use super::settings::{SettingsError, wrong};
 
 /// What was said of them.
 #[derive(Default)]
@@ -192,13 +192,6 @@ fn sharding(places: &Places) -> Result<(Sharding, bool), SettingsError> {
             strategy.unwrap_or("a group's size")
         )),
         _ => Ok((sharding, is_hybrid)),
-    }
-}
-
-fn wrong(key: &str, message: String) -> SettingsError {
-    SettingsError::Wrong {
-        key: key.to_owned(),
-        message,
     }
 }
 

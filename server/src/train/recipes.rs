@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use super::TrainError;
-use super::settings::{self, SettingsError};
+use super::settings::{self, SettingsError, wrong};
 use crate::cli::Recipes;
 
 pub struct Recipe {
@@ -105,11 +105,4 @@ fn unknown(name: &str) -> SettingsError {
         None => "`tandem recipes ls` lists them".to_owned(),
     };
     wrong("NAME", format!("there is no recipe {name}; {hint}"))
-}
-
-fn wrong(key: &str, message: String) -> SettingsError {
-    SettingsError::Wrong {
-        key: key.to_owned(),
-        message,
-    }
 }

@@ -34,6 +34,13 @@ pub enum SettingsError {
     Refused(#[from] Refused),
 }
 
+pub(super) fn wrong(key: &str, message: String) -> SettingsError {
+    SettingsError::Wrong {
+        key: key.to_owned(),
+        message,
+    }
+}
+
 /// Key, other spellings, what it says.
 type Key = (&'static str, &'static [&'static str], &'static str);
 
@@ -662,26 +669,20 @@ fn wandb(
     project: Option<String>,
     name: Option<String>,
 ) -> Result<Option<(String, Option<String>)>, SettingsError> {
-    let wrong = |key: &str, message: String| {
-        Err(SettingsError::Wrong {
-            key: key.to_owned(),
-            message,
-        })
-    };
     let words = report_to.map_or(vec![], Words::all);
     let known = ["wandb", "tensorboard", "none", "all"];
     if let Some(other) = words.iter().find(|word| !known.contains(&word.as_str())) {
-        return wrong(
+        return Err(wrong(
             "report_to",
             format!("must be wandb, tensorboard, none or all, got {other}"),
-        );
+        ));
     }
     if !words.iter().any(|word| ["wandb", "all"].contains(&word.as_str())) {
         return match project {
-            Some(project) => wrong(
+            Some(project) => Err(wrong(
                 "wandb_project",
                 format!("{project} is nothing without report_to=wandb"),
-            ),
+            )),
             None => Ok(None),
         };
     }

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use tandem_core::job::LM_HEAD;
 use tandem_core::suggest::closest;
 
-use super::settings::SettingsError;
+use super::settings::{SettingsError, wrong};
 
 const COMPONENT: &str = "_component_";
 
@@ -694,13 +694,6 @@ fn resolved(value: &Value, whole: &Value, path: &str) -> Result<Value, SettingsE
         }
         other => other.clone(),
     })
-}
-
-fn wrong(key: &str, message: String) -> SettingsError {
-    SettingsError::Wrong {
-        key: key.to_owned(),
-        message,
-    }
 }
 
 #[cfg(test)]
