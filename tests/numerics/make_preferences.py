@@ -83,16 +83,16 @@ def main() -> None:
     save_file(tensors, TARGET / "expected.safetensors")
 
 
-def train(name: str, objective: str, settings: dict, rows: list[dict]):
-    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, attn_implementation="eager")
+def train(name: str, objective: str, settings: dict, rows: list[dict], folder=MODEL, hyper=HYPER, lora=LORA):
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     if name.endswith("from_adapter"):
-        model = PeftModel.from_pretrained(base, MODEL / "adapter-all", is_trainable=True)
+        model = PeftModel.from_pretrained(base, folder / "adapter-all", is_trainable=True)
     else:
-        model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **LORA))
-        start_from_tandems_adapter(model, HYPER["seed"], SPLIT)
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    tokenizer.pad_token = "<unk>"
-    order = [row for step in batches(len(rows), HYPER) for micro_batch in step for row in micro_batch]
+        model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **lora))
+        start_from_tandems_adapter(model, hyper["seed"], SPLIT)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.pad_token or "<unk>"
+    order = [row for step in batches(len(rows), hyper) for micro_batch in step for row in micro_batch]
     trainer_of, config_of = TRAINERS[objective]
     losses, logs = [], []
 
@@ -112,20 +112,20 @@ def train(name: str, objective: str, settings: dict, rows: list[dict]):
         def tokenize_row(self, feature, model=None):
             return feature
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as place:
         config = config_of(
-            output_dir=folder,
-            per_device_train_batch_size=HYPER["batch_size"],
-            gradient_accumulation_steps=HYPER["gradient_accumulation_steps"],
+            output_dir=place,
+            per_device_train_batch_size=hyper["batch_size"],
+            gradient_accumulation_steps=hyper["gradient_accumulation_steps"],
             num_train_epochs=1,
-            learning_rate=HYPER["learning_rate"],
-            lr_scheduler_type=HYPER["lr_scheduler"],
-            warmup_steps=HYPER["warmup_steps"],
-            weight_decay=HYPER["weight_decay"],
-            adam_beta1=HYPER["adam_beta1"],
-            adam_beta2=HYPER["adam_beta2"],
-            adam_epsilon=HYPER["adam_epsilon"],
-            max_grad_norm=HYPER["max_grad_norm"],
+            learning_rate=hyper["learning_rate"],
+            lr_scheduler_type=hyper["lr_scheduler"],
+            warmup_steps=hyper["warmup_steps"],
+            weight_decay=hyper["weight_decay"],
+            adam_beta1=hyper["adam_beta1"],
+            adam_beta2=hyper["adam_beta2"],
+            adam_epsilon=hyper["adam_epsilon"],
+            max_grad_norm=hyper["max_grad_norm"],
             train_sampling_strategy="sequential",
             remove_unused_columns=False,
             logging_steps=1,
@@ -139,14 +139,14 @@ def train(name: str, objective: str, settings: dict, rows: list[dict]):
         rows = [row_of(objective, rows[i]) for i in order]
         if objective == "kto":
             # As its _prepare_dataset does: each prompt with the completion of the row before it in the micro-batch.
-            for start in range(0, len(rows), HYPER["batch_size"]):
-                batch = rows[start : start + HYPER["batch_size"]]
+            for start in range(0, len(rows), hyper["batch_size"]):
+                batch = rows[start : start + hyper["batch_size"]]
                 for i, row in enumerate(batch):
                     row["KL_completion_ids"] = batch[i - 1]["completion_ids"]
         dataset = Dataset.from_list(rows)
         trainer = Recorded(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
         trainer.train()
-    accumulation = HYPER["gradient_accumulation_steps"]
+    accumulation = hyper["gradient_accumulation_steps"]
     steps = [losses[i : i + accumulation] for i in range(0, len(losses), accumulation)]
     logs = [log for log in logs if "grad_norm" in log]
     metrics = [{key: log[key] for key in log if any(key.startswith(known) for known in METRICS)} for log in logs]
