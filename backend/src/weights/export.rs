@@ -289,9 +289,13 @@ impl File {
     }
 }
 
-/// Integers anew under their scales as `dtype` rounds them, so that rounding scales costs nothing.
+/// Integers anew under their scales as `dtype` rounds them, so that rounding scales costs nothing. Where it rounds none they stay:
+/// a number in the middle of two codes would go to either.
 fn with_scales_of(quantised: Quantised, tensor: &Tensor, dtype: Kind) -> Result<Quantised, LoadError> {
     let scales = quantised.scales.to_kind(dtype).to_kind(Kind::Float);
+    if scales.equal(&quantised.scales) {
+        return Ok(quantised);
+    }
     let spread = scales
         .f_repeat_interleave_self_int(quantised.group, 1, None)
         .map_err(kernel)?;
