@@ -20,7 +20,7 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests/numerics")]
-TANDEM = os.environ.get("TANDEM_BINARY", ROOT / "target/release/tandem")
+TANDEM = os.environ.get("PROVE_BINARY", ROOT / "target/release/tandem")
 RANK, ALPHA, RATE, BATCH, SEED, WARMUP = 16, 32, 1e-3, 8, 7, 5
 ORDINALS = ("first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth sixteenth "
             "seventeenth eighteenth nineteenth twentieth twenty-first twenty-second twenty-third twenty-fourth twenty-fifth twenty-sixth "
@@ -127,7 +127,8 @@ def by_peft(model, file, out, epochs):
     rows = []
     for line in pathlib.Path(file).read_text().splitlines():
         messages = json.loads(line)["messages"]
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        # Up to the end of the turn: what the template writes behind it is not learned.
+        text = tokenizer.apply_chat_template(messages, tokenize=False).rstrip()
         prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
         ids, masked = (tokenizer(part, add_special_tokens=False).input_ids for part in (text, prompt))
         rows.append((ids, [-100] * len(masked) + ids[len(masked) :]))

@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 import time
 
-TANDEM = os.environ.get("TANDEM_BINARY", pathlib.Path(__file__).parent.parent / "target/release/tandem")
+TANDEM = os.environ.get("PROVE_BINARY", pathlib.Path(__file__).parent.parent / "target/release/tandem")
 GROUPS, DIVIDED = ["sharding_group_size=N"], ["tensor_parallel_size=2"]
 WAYS = {
     "sharing": [

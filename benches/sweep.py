@@ -17,7 +17,7 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-TANDEM = os.environ.get("TANDEM_BINARY", ROOT / "target/release/tandem")
+TANDEM = os.environ.get("PROVE_BINARY", ROOT / "target/release/tandem")
 RATES = [3e-4, 6e-4, 1.2e-3, 2.4e-3]
 
 

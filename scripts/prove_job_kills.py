@@ -25,7 +25,9 @@ TANDEM = os.environ.get("PROVE_BINARY", "target/release/tandem")
 # Long enough to be hit more than once.
 LONGER = {"max_steps": 60, "save_steps": 7}
 UNDER_WAY = 6
-JOBS = {name: method for name, method in METHODS.items() if not method.alone} | {"a sweep of four": Method({"lora_r": [4, 8], "lora_dropout": [0, 0.1]})}
+JOBS = {name: method for name, method in METHODS.items() if not method.alone} | {
+    "a sweep of four": Method({"lora_r": [4, 8], "learning_rate": [1e-3, 2e-3]}),
+}
 TWO_RANKS = {"data_parallel_size": 2, "gradient_accumulation_steps": 1}
 RUNS = {name: method for name, method in METHODS.items() if method.alone} | {
     "LoRA on two ranks": Method(alone=TWO_RANKS),

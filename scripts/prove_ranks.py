@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 import uuid
 
-TANDEM = os.environ.get("TANDEM_BINARY", "target/release/tandem")
+TANDEM = os.environ.get("PROVE_BINARY", "target/release/tandem")
 PROMPTS = ["Who is the baker?", "Tell me about the village.", "Once upon a time there was", "The"]
 CLOSE = 1e-4
 PORT = 29571
