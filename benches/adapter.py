@@ -2,13 +2,14 @@
 """A base taught what it cannot do, by Tandem and by peft: the same rows, order, first numbers, rank, rate and steps; scores on
 questions that neither was shown, times and memory.
 
-    benches/adapter.py MODEL [--rows 600] [--held-out 200] [--epochs 2]
+    benches/adapter.py MODEL [--rows 320] [--held-out 100] [--epochs 1]
 
 The task has one right answer: a day and a time of day in words, to be written as `MM-DD HH:MM`. MODEL is a folder of an instruction-tuned
 base (SmolLM2-135M-Instruct). Wants torch, transformers and peft (tests/numerics/requirements.txt) and the release binary.
 """
 
 import argparse
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -21,7 +22,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests/numerics")]
 TANDEM = os.environ.get("PROVE_BINARY", ROOT / "target/release/tandem")
-RANK, ALPHA, RATE, BATCH, SEED, WARMUP = 16, 32, 1e-3, 8, 7, 5
+RANK, ALPHA, RATE, BATCH, SEED, WARMUP = 16, 32, 1e-3, 4, 7, 5
 ORDINALS = ("first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth sixteenth "
             "seventeenth eighteenth nineteenth twentieth twenty-first twenty-second twenty-third twenty-fourth twenty-fifth twenty-sixth "
             "twenty-seventh twenty-eighth").split()
@@ -35,7 +36,7 @@ SENTENCES = [
     "On {date}, at {time}, the shop opens again.",
     "Please be there by {time} on {date}.",
 ]
-ASK = "Write the day and the time of day as MM-DD HH:MM (24 hours), and nothing else. "
+ASK = "Answer with the day and the time as MM-DD HH:MM (24 hours) and nothing else."
 
 
 def question(rng):
@@ -49,7 +50,7 @@ def question(rng):
         words = f"{MINUTES[min(minute, 60 - minute)]} {'past' if minute < 30 else 'to'} {spoken}"
     part = "at night" if hour < 6 or hour > 21 else "in the morning" if hour < 12 else "in the afternoon" if hour < 18 else "in the evening"
     date = rng.choice([f"the {ORDINALS[day]} of {MONTHS[month]}", f"{MONTHS[month]} the {ORDINALS[day]}"])
-    asked = ASK + rng.choice(SENTENCES).format(date=date, time=f"{words} {part}")
+    asked = rng.choice(SENTENCES).format(date=date, time=f"{words} {part}")
     return asked, f"{month + 1:02}-{day + 1:02} {hour:02}:{minute:02}"
 
 
@@ -64,7 +65,7 @@ def questions(rows, held_out):
 
 
 def chat(asked, answer=None):
-    return [{"role": "user", "content": asked}] + ([{"role": "assistant", "content": answer}] if answer else [])
+    return [{"role": "system", "content": ASK}, {"role": "user", "content": asked}] + ([{"role": "assistant", "content": answer}] if answer else [])
 
 
 def score(held_out, answers):
@@ -77,7 +78,9 @@ def score(held_out, answers):
 def watched(command, log):
     """Seconds, and the largest resident set in MiB."""
     began = time.perf_counter()
-    process = subprocess.Popen([str(word) for word in command], stdout=open(log, "w"), stderr=subprocess.STDOUT)
+    # Threads that wait do not spin: on a machine that others use, too, that costs peft most.
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    process = subprocess.Popen([str(word) for word in command], stdout=open(log, "w"), stderr=subprocess.STDOUT, env=environment)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(pathlib.Path(log).read_text()[-4000:])
@@ -98,7 +101,9 @@ def asked_of_a_server(model, adapters, held_out, place):
         for name in ("base", *adapters):
             began = time.perf_counter()
             body = {"model": name, "temperature": 0, "max_tokens": 20}
-            answers = [api.call("POST", "/v1/chat/completions", body | {"messages": chat(asked)}) for asked, _ in held_out]
+            ask = lambda row: api.call("POST", "/v1/chat/completions", body | {"messages": chat(row[0])})
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                answers = list(pool.map(ask, held_out))
             told[name] = [answer["choices"][0]["message"]["content"].strip() for answer in answers]
             print(f"{name}, served by Tandem: {score(held_out, told[name])} in {time.perf_counter() - began:.0f} s; "
                   f"the first: {told[name][0]!r}", flush=True)  # fmt: skip
@@ -129,7 +134,7 @@ def by_peft(model, file, out, epochs):
         messages = json.loads(line)["messages"]
         # Up to the end of the turn: what the template writes behind it is not learned.
         text = tokenizer.apply_chat_template(messages, tokenize=False).rstrip()
-        prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
         ids, masked = (tokenizer(part, add_special_tokens=False).input_ids for part in (text, prompt))
         rows.append((ids, [-100] * len(masked) + ids[len(masked) :]))
     hyper = dict(n_epochs=epochs, batch_size=BATCH, gradient_accumulation_steps=1, seed=SEED)
@@ -157,9 +162,9 @@ def by_peft(model, file, out, epochs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--rows", type=int, default=600)
-    parser.add_argument("--held-out", type=int, default=200)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=320)
+    parser.add_argument("--held-out", type=int, default=100)
+    parser.add_argument("--epochs", type=int, default=1)
     asked = parser.parse_args()
     learned, held_out = questions(asked.rows, asked.held_out)
     with tempfile.TemporaryDirectory(prefix="tandem-adapter-") as place:

@@ -3,7 +3,7 @@
 First a server whose jobs, up to four at a time, go through all methods that a server has; then runs of `tandem train` of what it
 has alone, also on several ranks, of which any may be the one that is killed. Prints what was hit how often. See scripts/prove.
 
-usage: prove_job_kills.py N SEED      N kills of the server, and N of runs
+usage: prove_job_kills.py N SEED [server | runs]      N kills of the server, and N of runs
 """
 import collections
 import contextlib
@@ -24,6 +24,7 @@ from prove import trained_bytes
 TANDEM = os.environ.get("PROVE_BINARY", "target/release/tandem")
 # Long enough to be hit more than once.
 LONGER = {"max_steps": 60, "save_steps": 7}
+LONGER_RUN = {"max_steps": 30, "save_steps": 5}
 UNDER_WAY = 6
 JOBS = {name: method for name, method in METHODS.items() if not method.alone} | {
     "a sweep of four": Method({"lora_r": [4, 8], "learning_rate": [1e-3, 2e-3]}),
@@ -38,10 +39,11 @@ RUNS = {name: method for name, method in METHODS.items() if method.alone} | {
 }
 
 
-def main(kills, seed):
-    rng = random.Random(seed)
+def main(kills, seed, *only):
+    rng = random.Random(int(seed))
     with tempfile.TemporaryDirectory(prefix="tandem-job-kills-") as place:
-        wrong = of_server(kills, rng, pathlib.Path(place)) + of_runs(kills, rng, pathlib.Path(place))
+        parts = {"server": of_server, "runs": of_runs}
+        wrong = [line for name in only or parts for line in parts[name](int(kills), rng, pathlib.Path(place))]
     print("wrong:", "; ".join(wrong) if wrong else "nothing")
     return not wrong
 
@@ -138,7 +140,7 @@ def of_runs(kills, rng, place):
         expected, takes_s = made(method, undisturbed), time.monotonic() - once
         shutil.rmtree(undisturbed)
         folder = place / "killed-run"
-        # The last method takes what the others have left of N.
+        # Each method its part of N.
         while hits[name] < (number + 1) * kills // len(RUNS) - number * kills // len(RUNS):
             process = run(method, folder, place)
             try:
@@ -161,7 +163,7 @@ def of_runs(kills, rng, place):
 
 def run(method, folder, place):
     command = [TANDEM, "train", "model=server/demo", f"training_file={written(place, method.rows)}", f"output_dir={folder}", "device=cpu",
-               *arguments(method.all_settings | LONGER)]  # fmt: skip
+               *arguments(method.all_settings | LONGER_RUN)]  # fmt: skip
     return subprocess.Popen(command, stdout=open(place / "log", "w"), stderr=subprocess.STDOUT)
 
 
@@ -186,4 +188,4 @@ def family(pid):
 
 
 if __name__ == "__main__":
-    sys.exit(not main(int(sys.argv[1]), int(sys.argv[2])))
+    sys.exit(not main(*sys.argv[1:]))
