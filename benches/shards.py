@@ -19,7 +19,7 @@ import tempfile
 import time
 
 TANDEM = os.environ.get("PROVE_BINARY", pathlib.Path(__file__).parent.parent / "target/release/tandem")
-GROUPS, DIVIDED = ["sharding_group_size=N"], ["tensor_parallel_size=2"]
+GROUPS, DIVIDED = ["sharding_group_size=N"], ["tensor_parallel_size=2", "dtype=float32"]
 WAYS = {
     "sharing": [
         ("lora", "1", "NO_SHARD", []),
@@ -38,8 +38,9 @@ WAYS = {
         ("full", "2N", "HYBRID_SHARD_ZERO2", GROUPS),
         ("full", "2N", "HYBRID_SHARD", GROUPS),
     ],
+    # In bfloat16 halves of a sum would be rounded before they are added.
     "divided": [
-        ("lora", "1", "NO_SHARD", []),
+        ("lora", "1", "NO_SHARD", ["dtype=float32"]),
         ("lora", "N", "NO_SHARD", DIVIDED),
         ("lora", "2N", "NO_SHARD", DIVIDED),
         ("lora", "2N", "FULL_SHARD", DIVIDED),

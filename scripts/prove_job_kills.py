@@ -23,8 +23,7 @@ from prove import trained_bytes
 
 TANDEM = os.environ.get("PROVE_BINARY", "target/release/tandem")
 # Long enough to be hit more than once.
-LONGER = {"max_steps": 60, "save_steps": 7}
-LONGER_RUN = {"max_steps": 30, "save_steps": 5}
+LONGER = {"max_steps": 30, "save_steps": 5}
 UNDER_WAY = 6
 JOBS = {name: method for name, method in METHODS.items() if not method.alone} | {
     "a sweep of four": Method({"lora_r": [4, 8], "learning_rate": [1e-3, 2e-3]}),
@@ -82,14 +81,15 @@ def of_server(kills, rng, place):
     data_dir = place / "killed"
     data_dir.mkdir()
     hits, jobs, states = collections.Counter(), {}, {}
-    names = iter(sorted(JOBS, key=lambda _: rng.random()) * (2 * kills))
     began = time.monotonic()
     for kill in range(kills):
         with serving(data_dir) as (server, api):
             files = files if kill else uploaded(api, place)
             states = statuses(api, jobs)
             while sum(state not in ("succeeded", "failed") for state in states.values()) < UNDER_WAY:
-                name = next(names)
+                # Whoever was hit least, and is not about to be.
+                waiting = collections.Counter(jobs[job] for job, state in states.items() if state != "succeeded")
+                name = min(JOBS, key=lambda name: (hits[name] + 4 * waiting[name], rng.random()))
                 job = create(api, name, files)
                 jobs[job], states[job] = name, "queued"
             time.sleep(rng.uniform(0, 2))
@@ -148,7 +148,8 @@ def of_runs(kills, rng, place):
             except subprocess.TimeoutExpired:
                 ended = False
                 os.kill(rng.choice(family(process.pid)), 9)
-                process.wait(60)
+                # A rank that is lost while ranks meet is noticed after a minute.
+                process.wait(120)
                 hits[name] += 1
             if ended:
                 done[name] += 1
@@ -157,13 +158,14 @@ def of_runs(kills, rng, place):
         process.wait()
         done[name] += 1
         wrong += judged(name, method, folder, process, expected)
+        print(f"{name}: {hits[name]} kills; wrong until now: {len(wrong)}", file=sys.stderr, flush=True)
     print(f"{sum(hits.values())} kills of runs in {time.monotonic() - began:.0f} s")
     return tell("a run", hits, done, wrong)
 
 
 def run(method, folder, place):
     command = [TANDEM, "train", "model=server/demo", f"training_file={written(place, method.rows)}", f"output_dir={folder}", "device=cpu",
-               *arguments(method.all_settings | LONGER_RUN)]  # fmt: skip
+               *arguments(method.all_settings | LONGER)]  # fmt: skip
     return subprocess.Popen(command, stdout=open(place / "log", "w"), stderr=subprocess.STDOUT)
 
 
