@@ -110,6 +110,17 @@ impl Client {
         self.meter.as_ref().and_then(Meter::training_key)
     }
 
+    /// The id of its key, where what that one trains or stores is limited.
+    pub(crate) fn quota_key(&self) -> Option<&str> {
+        let meter = self.meter.as_ref()?;
+        meter.training_key().or(meter.storing_key())
+    }
+
+    /// Bytes that its tenant may store by its key.
+    pub(crate) fn stored_bytes(&self) -> Option<u64> {
+        self.meter.as_ref()?.limits().stored_bytes
+    }
+
     pub fn sees(&self, tenant: &str) -> bool {
         self.reach == Reach::All || self.tenant.as_str() == tenant
     }

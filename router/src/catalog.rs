@@ -505,6 +505,15 @@ impl Catalog {
         free.into_iter().map(leave).collect()
     }
 
+    /// Adapters without a name that requests, waiting or running, still have.
+    pub fn used_unnamed(&self) -> BTreeSet<AdapterDigest> {
+        let names = self.read();
+        let live: BTreeSet<AdapterDigest> = self.live.iter().filter_map(|entry| *entry.value()).collect();
+        let held = self.unnamed().held.keys().copied().collect();
+        let used = live.union(&held).copied();
+        used.filter(|digest| !is_named(&names, *digest)).collect()
+    }
+
     fn retire_unnamed(&self, names: &BTreeMap<String, NameRow>, old: Option<NameRow>) {
         let Some(old) = old else { return };
         if !is_named(names, old.digest) {

@@ -7,7 +7,7 @@ use tandem_store::{FileRow, NewFile, StoreError, Tenant};
 use tandem_text::dataset::{self, BadLine, Source};
 
 use crate::Router;
-use crate::api::{FileInfo, Order, Page, RouterError, Upload};
+use crate::api::{Client, FileInfo, Order, Page, RouterError, Upload};
 
 pub(crate) const FINE_TUNE: &str = "fine-tune";
 const MAX_FILENAME_BYTES: usize = 255;
@@ -21,9 +21,9 @@ impl Router {
         self.0.store.staging()
     }
 
-    pub(crate) async fn create_file(&self, upload: Upload, tenant: &Tenant) -> Result<FileInfo, RouterError> {
+    pub(crate) async fn create_file(&self, upload: Upload, client: &Client) -> Result<FileInfo, RouterError> {
         let staged = upload.staged.clone();
-        let created = self.take_upload(upload, tenant).await;
+        let created = self.take_upload(upload, client).await;
         if created.is_err() {
             // That it is gone already is fine.
             let _ = tokio::fs::remove_file(&staged).await;
@@ -31,7 +31,8 @@ impl Router {
         created
     }
 
-    async fn take_upload(&self, upload: Upload, tenant: &Tenant) -> Result<FileInfo, RouterError> {
+    async fn take_upload(&self, upload: Upload, client: &Client) -> Result<FileInfo, RouterError> {
+        let tenant = &client.tenant;
         let Upload {
             staged,
             bytes,
@@ -54,7 +55,11 @@ impl Router {
             tenant,
             sha256,
         };
-        let row = self.0.store.add_file(&staged, file).await?;
+        let row = self
+            .0
+            .store
+            .add_file(&staged, file, client.stored_bytes())
+            .await?;
         tracing::info!(file = %row.id, bytes, purpose, "file stored");
         Ok(info(row))
     }

@@ -17,6 +17,8 @@ mod models;
 mod quota;
 mod relay;
 mod responses;
+pub mod shares;
+mod storage;
 mod tasks;
 #[cfg(test)]
 mod tests;
@@ -61,6 +63,7 @@ use batches::Counter;
 use catalog::Catalog;
 use grammars::Grammars;
 use jobs::Desk;
+use shares::Shares;
 use tasks::Down;
 use texts::Texts;
 use turns::Turns;
@@ -141,6 +144,8 @@ struct Shared {
     /// From a call to the commands it became.
     admission: Histogram,
     tinker: tinker::Tinker,
+    /// Bytes of uploads on their way.
+    incoming: Arc<Shares>,
     stopping: AtomicBool,
     tasks: Mutex<Option<Tasks>>,
     down: Down,
@@ -201,6 +206,7 @@ impl Router {
             counter: Counter::new(),
             admission: Histogram::default(),
             tinker: tinker::Tinker::default(),
+            incoming: Arc::default(),
             stopping: AtomicBool::new(false),
             tasks: Mutex::new(None),
             down: Down::default(),

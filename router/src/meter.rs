@@ -53,8 +53,9 @@ impl Meter {
         let Limits {
             requests_per_minute,
             tokens_per_minute,
-            // Kept in the database: a day outlives a process.
+            // Counted in the database: they outlive a process.
             training_tokens_per_day: _,
+            stored_bytes: _,
         } = limits;
         let inner = Inner {
             key: key.to_owned(),
@@ -77,6 +78,11 @@ impl Meter {
     /// The key's id, where its training is limited.
     pub fn training_key(&self) -> Option<&str> {
         self.0.limits.training_tokens_per_day.map(|_| self.0.key.as_str())
+    }
+
+    /// The key's id, where what it stores is limited.
+    pub fn storing_key(&self) -> Option<&str> {
+        self.0.limits.stored_bytes.map(|_| self.0.key.as_str())
     }
 
     /// A request comes.

@@ -359,6 +359,10 @@ pub(crate) async fn housekeeping(router: Router) {
                         Ok(files) => tracing::info!(files, "bytes that no file names deleted"),
                         Err(error) => tracing::warn!(%error, "bytes that no file names were not deleted"),
                     }
+                    // Each router says what its own requests need.
+                    if let Err(error) = router.0.store.keep_unnamed(router.0.catalog.used_unnamed()).await {
+                        tracing::warn!(%error, "adapters without a name that are in use may be deleted");
+                    }
                     match router.0.store.delete_unnamed_adapters().await {
                         Ok(0) => {}
                         Ok(adapters) => tracing::info!(adapters, "adapters without a name deleted"),

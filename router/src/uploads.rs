@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 
 use md5::{Digest as _, Md5};
 use tandem_core::id::{Digest, Hasher};
-use tandem_store::{NewUpload, PartRow, StoreError, Tenant, UploadRow};
+use tandem_store::{NewUpload, NoPart, PartRow, StoreError, UploadRow};
 
 use crate::Router;
-use crate::api::{FileInfo, RouterError};
+use crate::api::{Client, FileInfo, RouterError};
 use crate::files::{self, FINE_TUNE};
 
 /// OpenAI's limits.
@@ -51,11 +51,28 @@ pub struct PartInfo {
     pub upload: String,
 }
 
+/// What may come of an upload, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct PartRoom {
+    had: u64,
+    announced: u64,
+}
+
+impl PartRoom {
+    /// Whether a part may have so many bytes.
+    pub fn check(self, bytes: u64) -> Result<(), RouterError> {
+        match self.had.saturating_add(bytes) {
+            all if all > self.announced => Err(too_large(all, self.announced)),
+            _ => Ok(()),
+        }
+    }
+}
+
 impl Router {
     pub(crate) async fn create_upload(
         &self,
         request: UploadRequest,
-        tenant: &Tenant,
+        client: &Client,
     ) -> Result<UploadInfo, RouterError> {
         let UploadRequest {
             filename,
@@ -79,7 +96,8 @@ impl Router {
                 bytes,
                 open_s: OPEN_S,
                 expires_after_s: expires_after_seconds,
-                tenant,
+                tenant: &client.tenant,
+                limit: client.stored_bytes(),
             })
             .await?;
         Ok(info(row, None))
@@ -97,29 +115,32 @@ impl Router {
         staged: &Path,
         sha256: Digest,
     ) -> Result<PartInfo, RouterError> {
-        must_be_pending(upload)?;
+        let bytes = tokio::fs::metadata(staged).await.map_err(failed(staged))?.len();
+        self.room_for_part(upload).await?.check(bytes)?;
         let store = &self.0.store;
-        let parts = store.parts(&upload.id).await?;
-        let had: u64 = parts.iter().map(|part| part.bytes).sum();
-        let bytes = had + tokio::fs::metadata(staged).await.map_err(failed(staged))?.len();
-        if bytes > upload.bytes {
-            let message = format!(
-                "the parts have {bytes} bytes together, the upload was announced with {}",
-                upload.bytes
-            );
-            return Err(RouterError::invalid("data", message));
-        }
-        if parts.len() >= MAX_PARTS {
-            let message = format!("an upload has at most {MAX_PARTS} parts: send larger ones");
-            return Err(RouterError::invalid("data", message));
-        }
-        match store.add_part(&upload.id, staged, sha256).await? {
-            Some(part) => Ok(PartInfo {
+        // Others may have come since.
+        match store.add_part(upload, staged, sha256, MAX_PARTS).await? {
+            Ok(part) => Ok(PartInfo {
                 id: part.id,
                 created_at: part.created_at,
                 upload: part.upload,
             }),
-            None => Err(ended(&self.upload_row(&upload.id).await?)),
+            Err(NoPart::Ended) => Err(ended(&self.upload_row(&upload.id).await?)),
+            Err(NoPart::TooMany) => Err(too_many()),
+            Err(NoPart::TooLarge { had }) => Err(too_large(had + bytes, upload.bytes)),
+        }
+    }
+
+    /// Before a part is read: what others left of what was announced.
+    pub(crate) async fn room_for_part(&self, upload: &UploadRow) -> Result<PartRoom, RouterError> {
+        must_be_pending(upload)?;
+        let parts = self.0.store.parts(&upload.id).await?;
+        match parts.len() < MAX_PARTS {
+            false => Err(too_many()),
+            true => Ok(PartRoom {
+                had: parts.iter().map(|part| part.bytes).sum(),
+                announced: upload.bytes,
+            }),
         }
     }
 
@@ -256,6 +277,16 @@ fn must_be_pending(upload: &UploadRow) -> Result<(), RouterError> {
         "pending" => Ok(()),
         _ => Err(ended(upload)),
     }
+}
+
+fn too_large(bytes: u64, announced: u64) -> RouterError {
+    let message = format!("the parts have {bytes} bytes together, the upload was announced with {announced}");
+    RouterError::invalid("data", message)
+}
+
+fn too_many() -> RouterError {
+    let message = format!("an upload has at most {MAX_PARTS} parts: send larger ones");
+    RouterError::invalid("data", message)
 }
 
 fn ended(upload: &UploadRow) -> RouterError {

@@ -18,7 +18,7 @@ use crate::files;
 use crate::jobs::preview::Preview;
 use crate::jobs::record;
 use crate::responses;
-use crate::uploads::{self, PartInfo, UploadInfo, UploadRequest};
+use crate::uploads::{self, PartInfo, PartRoom, UploadInfo, UploadRequest};
 
 /// Cheap to make: one for each use.
 #[derive(Clone)]
@@ -39,7 +39,7 @@ impl Router {
 impl View {
     /// Takes the staged file over: published, or removed on an error.
     pub async fn create_file(self, upload: Upload) -> Result<FileInfo, RouterError> {
-        self.router.create_file(upload, &self.client.tenant).await
+        self.router.create_file(upload, &self.client).await
     }
 
     pub async fn files(
@@ -73,7 +73,13 @@ impl View {
     }
 
     pub async fn create_upload(self, request: UploadRequest) -> Result<UploadInfo, RouterError> {
-        self.router.create_upload(request, &self.client.tenant).await
+        self.router.create_upload(request, &self.client).await
+    }
+
+    /// What may come of an upload.
+    pub async fn room_for_part(&self, upload: &str) -> Result<PartRoom, RouterError> {
+        let row = self.see_upload(upload).await?;
+        self.router.room_for_part(&row).await
     }
 
     /// Takes the staged bytes over.
@@ -272,6 +278,7 @@ impl View {
         folder: &Path,
         mode: LoadMode,
     ) -> Result<ModelCard, RouterError> {
+        self.router.check_storage(&self.client).await?;
         self.router
             .load(name, folder, mode, Source::Loaded, &self.client)
             .await

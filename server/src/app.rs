@@ -11,6 +11,7 @@ use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::get;
 use tandem_openapi::error::ErrorResponse;
 use tandem_router::Router;
+use tandem_router::shares::Shares;
 use tower_http::catch_panic::CatchPanicLayer;
 use utoipa::openapi::extensions::ExtensionsBuilder;
 use utoipa::openapi::path::PathItem;
@@ -33,7 +34,7 @@ use crate::layers;
 use crate::metrics::Metrics;
 use crate::origins::{Guard, Origins};
 use crate::roots::LoraRoots;
-use crate::shares::{self, Shares};
+use crate::shares;
 use crate::unread;
 
 #[derive(Clone)]

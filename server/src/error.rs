@@ -358,6 +358,9 @@ impl ApiError {
                 ..stopping()
             },
             RouterError::Store(error) if let Some(part) = error.away() => away(part),
+            RouterError::Store(StoreError::OverLimit(_)) => {
+                with(S::FORBIDDEN, INVALID, None, Some("storage_limit_exceeded"))
+            }
             RouterError::Store(StoreError::Altered { .. }) => Answer {
                 code: Some("file_damaged"),
                 ..failed(Never, None)

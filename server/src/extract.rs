@@ -18,7 +18,7 @@ use crate::app::App;
 use crate::convert::fine_tunes::JobName;
 use crate::error::{ApiError, invalid, unreadable};
 use crate::fields::{Rule, strays};
-use crate::shares::Share;
+use crate::shares::Held;
 
 /// A JSON body at most: a long prompt as token ids, with room.
 pub const JSON_LIMIT_BYTES: u64 = 32 << 20;
@@ -47,10 +47,10 @@ impl<T: Body> FromRequest<App> for Json<T> {
     async fn from_request(request: Request, app: &App) -> Result<Json<T>, ApiError> {
         let (parts, body) = request.into_parts();
         must_be("application/json", &parts.headers)?;
-        let share = parts.extensions.get::<Arc<Share>>();
-        let bytes = read(&parts.headers, body, JSON_LIMIT_BYTES, share).await?;
-        if let Some(share) = share {
-            share.reach(bytes.len() + json::tree_bytes(&bytes))?;
+        let held = parts.extensions.get::<Arc<Held>>();
+        let bytes = read(&parts.headers, body, JSON_LIMIT_BYTES, held).await?;
+        if let Some(held) = held {
+            held.reach(bytes.len() + json::tree_bytes(&bytes))?;
         }
         if bytes.len() <= AT_ONCE_BYTES {
             return judged(&bytes, app).map(Json);
@@ -76,9 +76,9 @@ impl<T: prost::Message + Default + 'static> FromRequest<App> for Proto<T> {
             let message = format!("a body in the coding {coding:?} is not read: send it as it is");
             return Err(invalid("Content-Encoding", message));
         }
-        let share = parts.extensions.get::<Arc<Share>>();
+        let held = parts.extensions.get::<Arc<Held>>();
         let limit = app.router.config().tinker.call_bytes;
-        let bytes = read(&parts.headers, body, limit, share).await?;
+        let bytes = read(&parts.headers, body, limit, held).await?;
         let decoded = tokio::task::spawn_blocking(move || T::decode(bytes.as_slice())).await;
         let decoded = decoded.map_err(|error| ApiError::Internal(format!("a body was not read: {error}")))?;
         let decoded =
@@ -122,14 +122,14 @@ async fn read(
     headers: &HeaderMap,
     body: body::Body,
     limit_bytes: u64,
-    share: Option<&Arc<Share>>,
+    held: Option<&Arc<Held>>,
 ) -> Result<Vec<u8>, ApiError> {
     let mut chunks = body.into_data_stream();
     let announced = announced_bytes(headers);
     if announced.is_some_and(|bytes| bytes > limit_bytes) {
         return Err(ApiError::TooLarge { limit_bytes });
     }
-    let reach = |bytes| share.map_or(Ok(()), |share| share.reach(bytes));
+    let reach = |bytes| held.map_or(Ok(()), |held| held.reach(bytes));
     let announced = announced.unwrap_or(0) as usize;
     reach(announced)?;
     let mut bytes = Vec::with_capacity(announced);

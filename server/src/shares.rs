@@ -1,14 +1,13 @@
-//! Memory for the bodies of requests, which tenants share: each takes as much as it leaves free, so one alone gets half and there
-//! is always some for another. Not here: how large one body may be.
+//! Memory for the bodies of requests, which tenants share: each takes as much as it leaves free. Not here: how large one body
+//! may be.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use axum::extract::{FromRequestParts, Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
 use tandem_router::api::RouterError;
-use tandem_store::Tenant;
+use tandem_router::shares::{Share, as_much_as_it_leaves};
 
 use crate::app::App;
 use crate::error::ApiError;
@@ -20,66 +19,27 @@ const BYTES: usize = 1 << 30;
 pub const BODY_BYTES: usize = BYTES / 2;
 const RETRY_AFTER_S: u32 = 1;
 
-/// What is taken.
-#[derive(Default)]
-pub struct Shares(Mutex<HashMap<Tenant, usize>>);
+/// What one request has taken.
+pub struct Held(Share);
 
-/// What one request has taken. It is given back when it is dropped.
-pub struct Share {
-    shares: Arc<Shares>,
-    tenant: Tenant,
-    bytes: Mutex<usize>,
-}
-
-impl Shares {
-    pub fn of(self: Arc<Shares>, tenant: Tenant) -> Share {
-        Share {
-            shares: self,
-            tenant,
-            bytes: Mutex::default(),
-        }
-    }
-}
-
-impl Share {
+impl Held {
     /// So much memory, with what it had before.
     pub fn reach(&self, bytes: usize) -> Result<(), ApiError> {
-        let mut had = lock(&self.bytes);
-        let more = bytes.saturating_sub(*had);
-        if more == 0 {
-            return Ok(());
-        }
         if bytes > BODY_BYTES {
             return Err(ApiError::TooDense {
                 bytes,
                 limit_bytes: BODY_BYTES,
             });
         }
-        let mut taken = lock(&self.shares.0);
-        let all: usize = taken.values().sum();
-        let own = taken.get(&self.tenant).copied().unwrap_or(0);
-        if own + more > BYTES.saturating_sub(all + more) {
-            return Err(ApiError::Router(RouterError::NoShare {
+        let most = |others| as_much_as_it_leaves(BYTES as u64, others);
+        self.0.reach(bytes as u64, most).map_err(|own| {
+            ApiError::Router(RouterError::NoShare {
                 what: "bytes of request bodies in memory",
-                own,
+                own: own as usize,
                 places: BYTES,
                 retry_after_s: RETRY_AFTER_S,
-            }));
-        }
-        taken.insert(self.tenant.clone(), own + more);
-        *had = bytes;
-        Ok(())
-    }
-}
-
-impl Drop for Share {
-    fn drop(&mut self) {
-        let mut taken = lock(&self.shares.0);
-        let left = taken.get(&self.tenant).map_or(0, |own| own - *lock(&self.bytes));
-        match left {
-            0 => drop(taken.remove(&self.tenant)),
-            _ => drop(taken.insert(self.tenant.clone(), left)),
-        }
+            })
+        })
     }
 }
 
@@ -87,38 +47,30 @@ impl Drop for Share {
 pub async fn hold(State(app): State<App>, request: Request, next: Next) -> Response {
     let (mut parts, body) = request.into_parts();
     let Ok(Asker(client)) = Asker::from_request_parts(&mut parts, &app).await;
-    let share = Arc::new(app.shares.clone().of(client.tenant));
-    parts.extensions.insert(share.clone());
+    let held = Arc::new(Held(app.shares.of(client.tenant)));
+    parts.extensions.insert(held.clone());
     let response = next.run(Request::from_parts(parts, body)).await;
-    drop(share);
+    drop(held);
     response
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
 mod tests {
+    use tandem_router::shares::Shares;
+
     use super::*;
 
     #[test]
-    fn one_takes_as_much_as_it_leaves_free() {
+    fn a_body_is_within_what_one_may_be_and_what_its_tenant_may_have() {
         let shares = Arc::new(Shares::default());
-        let [one, two, other] =
-            ["greedy", "greedy", "modest"].map(|tenant| shares.clone().of(tenant.parse().unwrap()));
+        let [one, two] = ["a", "a"].map(|tenant| Held(shares.of(tenant.parse().unwrap())));
         one.reach(BODY_BYTES - 1).unwrap();
         let refused = two.reach(4).unwrap_err();
         assert!(
             matches!(refused, ApiError::Router(RouterError::NoShare { .. })),
             "{refused}"
         );
-        other.reach(BYTES / 8).unwrap();
-        let refused = other.reach(BODY_BYTES + 1).unwrap_err();
+        let refused = two.reach(BODY_BYTES + 1).unwrap_err();
         assert!(matches!(refused, ApiError::TooDense { .. }), "{refused}");
-        drop(one);
-        two.reach(BYTES / 4).unwrap();
-        drop((two, other));
-        assert!(lock(&shares.0).is_empty());
     }
 }

@@ -4,12 +4,17 @@
 //! token ids, length x f32 weights. Where an example does not stand alone or has a value, what follows says of each group,
 //! until the end: u32 examples, f32 value.
 
+use std::io::{self, BufWriter, Cursor, Read, Seek, SeekFrom, Write};
+
 use sha2::{Digest, Sha256};
 
 use crate::TokenId;
 
 const MAGIC: &[u8; 8] = b"TNDMDS02";
 const DIGEST_BYTES: usize = 32;
+const COUNT_BYTES: usize = 8;
+/// At once, of what was written.
+const READ_BYTES: usize = 1 << 16;
 
 /// One example. `weights[i]` is the loss weight of *predicting* `tokens[i]` from the tokens before it (the first is
 /// never predicted, its weight is ignored).
@@ -63,32 +68,103 @@ impl From<Example> for Group {
 #[error("damaged dataset: {0}")]
 pub struct Damaged(pub String);
 
-pub fn encode(groups: &[Group]) -> Vec<u8> {
-    let examples = || groups.iter().flat_map(|group| &group.examples);
-    let tokens: usize = groups.iter().map(Group::tokens).sum();
-    let count = examples().count();
-    let mut bytes = Vec::with_capacity(16 + DIGEST_BYTES + 4 * count + 8 * tokens + 8 * groups.len());
-    bytes.extend(MAGIC);
-    bytes.extend([0; DIGEST_BYTES]);
-    bytes.extend((count as u64).to_le_bytes());
-    for Example { tokens, weights } in examples() {
-        assert_eq!(tokens.len(), weights.len(), "one weight per token");
-        bytes.extend((tokens.len() as u32).to_le_bytes());
-        bytes.extend(tokens.iter().flat_map(|token| token.to_le_bytes()));
-        bytes.extend(weights.iter().flat_map(|weight| weight.to_le_bytes()));
+/// Writes groups as they come: none is kept. What is there before [`Encoder::finish`] is no data set.
+pub struct Encoder<W: Write> {
+    to: BufWriter<W>,
+    examples: u64,
+    groups: u64,
+    bytes: u64,
+    /// Of each group, once there was one that is not an example alone.
+    kinds: Option<Vec<Kind>>,
+}
+
+/// How many examples a group has, and its value.
+type Kind = (u32, f32);
+const ALONE: Kind = (1, 0.0);
+
+impl<W: Read + Write + Seek> Encoder<W> {
+    /// `to` is empty.
+    pub fn new(to: W) -> io::Result<Encoder<W>> {
+        let mut to = BufWriter::new(to);
+        to.write_all(MAGIC)?;
+        to.write_all(&[0; DIGEST_BYTES + COUNT_BYTES])?;
+        Ok(Encoder {
+            to,
+            examples: 0,
+            groups: 0,
+            bytes: (MAGIC.len() + DIGEST_BYTES + COUNT_BYTES) as u64,
+            kinds: None,
+        })
     }
-    if groups
-        .iter()
-        .any(|group| group.examples.len() != 1 || group.value != 0.0)
-    {
-        for Group { examples, value } in groups {
-            bytes.extend((examples.len() as u32).to_le_bytes());
-            bytes.extend(value.to_le_bytes());
+
+    pub fn push(&mut self, group: &Group) -> io::Result<()> {
+        let Group { examples, value } = group;
+        for Example { tokens, weights } in examples {
+            assert_eq!(tokens.len(), weights.len(), "one weight per token");
+            self.to.write_all(&(tokens.len() as u32).to_le_bytes())?;
+            for token in tokens {
+                self.to.write_all(&token.to_le_bytes())?;
+            }
+            for weight in weights {
+                self.to.write_all(&weight.to_le_bytes())?;
+            }
+            self.bytes += 4 + 8 * tokens.len() as u64;
         }
+        let kind = (examples.len() as u32, *value);
+        if kind != ALONE && self.kinds.is_none() {
+            self.kinds = Some(vec![ALONE; self.groups as usize]);
+        }
+        if let Some(kinds) = &mut self.kinds {
+            kinds.push(kind);
+        }
+        self.examples += examples.len() as u64;
+        self.groups += 1;
+        Ok(())
     }
-    let (head, content) = bytes.split_at_mut(MAGIC.len() + DIGEST_BYTES);
-    head[MAGIC.len()..].copy_from_slice(&Sha256::digest(content));
-    bytes
+
+    /// Written so far.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    pub fn finish(self) -> io::Result<W> {
+        let Encoder {
+            mut to,
+            examples,
+            kinds,
+            ..
+        } = self;
+        for (size, value) in kinds.unwrap_or_default() {
+            to.write_all(&size.to_le_bytes())?;
+            to.write_all(&value.to_le_bytes())?;
+        }
+        let mut to = to.into_inner().map_err(|error| error.into_error())?;
+        let digest_at = MAGIC.len() as u64;
+        let content_at = digest_at + DIGEST_BYTES as u64;
+        to.seek(SeekFrom::Start(content_at))?;
+        to.write_all(&examples.to_le_bytes())?;
+        to.seek(SeekFrom::Start(content_at))?;
+        let mut digest = Sha256::new();
+        let mut buffer = vec![0; READ_BYTES];
+        loop {
+            match to.read(&mut buffer)? {
+                0 => break,
+                n => digest.update(&buffer[..n]),
+            }
+        }
+        to.seek(SeekFrom::Start(digest_at))?;
+        to.write_all(&digest.finalize())?;
+        Ok(to)
+    }
+}
+
+pub fn encode(groups: &[Group]) -> Vec<u8> {
+    let encode = || {
+        let mut encoder = Encoder::new(Cursor::new(vec![]))?;
+        groups.iter().try_for_each(|group| encoder.push(group))?;
+        encoder.finish()
+    };
+    encode().expect("memory takes what is written").into_inner()
 }
 
 /// What the digest is of, when it is right.

@@ -209,6 +209,7 @@ impl Router {
         client: &Client,
     ) -> Result<Batch, RouterError> {
         check(&request)?;
+        self.check_storage(client).await?;
         if client.meter.as_ref().is_some_and(Meter::limits_asking) {
             // Its lines are asked later, by nobody's key.
             let message = "a batch does not count for its key's limits: a key that has none makes batches";
@@ -241,6 +242,7 @@ impl Router {
                 status: VALIDATING,
                 expires_after_s: request.window_s,
                 request: serde_json::to_string(&request).expect("plain data are JSON"),
+                key_id: client.quota_key().map(str::to_owned),
             })
             .await?;
         self.0.counter.created.notify_one();
@@ -347,6 +349,7 @@ pub(crate) fn batch(row: BatchRow) -> Result<Batch, RouterError> {
         errors,
         output_file,
         error_file,
+        key_id: _,
     } = row;
     Ok(Batch {
         request: crate::jobs::record::from_json(&request)?,

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tandem_store::{BatchChange, BatchEnd, BatchLine, BatchRow, Lease, StoreError, Tenant};
+use tandem_store::{BatchChange, BatchEnd, BatchLine, BatchRow, Lease, StorageExceeded, StoreError, Tenant};
 use tokio::task::JoinSet;
 
 use super::input::{Input, What};
@@ -18,6 +18,7 @@ use crate::Router;
 use crate::api::{Client, Reach, RouterError, Work};
 use crate::jobs::keeper::Keeper;
 use crate::jobs::record;
+use crate::storage::STORAGE_LIMIT;
 use crate::traced;
 
 /// Batches at a time, whose lines share the places.
@@ -88,6 +89,7 @@ async fn attend(router: Router, answers: Answers, row: BatchRow, lease: Lease) {
     let id = row.id.clone();
     let holder = Holder {
         keeper: Keeper::of_batch(&router, &id, lease),
+        key_id: row.key_id.clone(),
         router: router.clone(),
         answers,
         id: id.clone(),
@@ -112,6 +114,8 @@ struct Holder {
     id: String,
     lease: Lease,
     keeper: Keeper,
+    /// The key that made it, where what it stores is limited.
+    key_id: Option<String>,
 }
 
 /// Why no more lines are asked.
@@ -119,6 +123,8 @@ enum Stop {
     Done,
     Cancelled,
     Expired,
+    /// Its tenant stores as much as it may.
+    Full(StorageExceeded),
     /// The batch is another's.
     Lost,
 }
@@ -159,21 +165,29 @@ impl Holder {
             Stop::Lost => Ok(()),
             Stop::Cancelled => self.end(CANCELLED, None, ending).await,
             Stop::Expired => {
-                self.refuse_the_rest(&input).await?;
+                let over = "This request could not be executed before the completion window expired.";
+                self.refuse_the_rest(&input, "batch_expired", over).await?;
                 self.end(EXPIRED, None, ending).await
             }
-            Stop::Done => {
-                let finalizes = BatchChange::Finalizes;
-                let store = &self.router.0.store;
-                match store
-                    .change_batch(&self.id, self.lease, &[IN_PROGRESS], FINALIZING, finalizes)
-                    .await?
-                {
-                    true => self.end(COMPLETED, None, ending).await,
-                    // Somebody wanted it cancelled a moment ago.
-                    false => self.end(CANCELLED, None, ending).await,
-                }
+            Stop::Full(exceeded) => {
+                let message = format!("This request was not executed: {exceeded}.");
+                self.refuse_the_rest(&input, STORAGE_LIMIT, &message).await?;
+                self.complete(ending).await
             }
+            Stop::Done => self.complete(ending).await,
+        }
+    }
+
+    async fn complete(&self, ending: Ending<'_>) -> Result<(), RouterError> {
+        let finalizes = BatchChange::Finalizes;
+        let store = &self.router.0.store;
+        match store
+            .change_batch(&self.id, self.lease, &[IN_PROGRESS], FINALIZING, finalizes)
+            .await?
+        {
+            true => self.end(COMPLETED, None, ending).await,
+            // Somebody wanted it cancelled a moment ago.
+            false => self.end(CANCELLED, None, ending).await,
         }
     }
 
@@ -214,6 +228,9 @@ impl Holder {
     ) -> Result<Stop, RouterError> {
         let answered = self.router.0.store.answered_batch_lines(&self.id).await?;
         let mut unkept: Vec<BatchLine> = wrong(input, &answered).collect();
+        if let Some(exceeded) = self.full().await? {
+            return Ok(Stop::Full(exceeded));
+        }
         let mut waiting = input
             .lines
             .iter()
@@ -266,6 +283,9 @@ impl Holder {
                 if !self.keep(&kept).await? {
                     return Ok(Stop::Lost);
                 }
+                if let Some(exceeded) = self.full().await? {
+                    return Ok(Stop::Full(exceeded));
+                }
                 continue;
             }
             if asked.is_empty() {
@@ -297,12 +317,20 @@ impl Holder {
         }
     }
 
-    /// Lines without an answer, of a batch whose time is over.
-    async fn refuse_the_rest(&self, input: &Input) -> Result<(), RouterError> {
+    /// Whether no more answers may be stored.
+    async fn full(&self) -> Result<Option<StorageExceeded>, RouterError> {
+        match self.router.check_storage_by(self.key_id.as_deref()).await {
+            Err(RouterError::Store(StoreError::OverLimit(exceeded))) => Ok(Some(exceeded)),
+            checked => checked.map(|_| None),
+        }
+    }
+
+    /// Lines without an answer, of a batch that ends before.
+    async fn refuse_the_rest(&self, input: &Input, code: &str, message: &str) -> Result<(), RouterError> {
         let answered = self.router.0.store.answered_batch_lines(&self.id).await?;
         let over = |line: u64| LineError {
-            code: "batch_expired".to_owned(),
-            message: "This request could not be executed before the completion window expired.".to_owned(),
+            code: code.to_owned(),
+            message: message.to_owned(),
             line: Some(line),
             param: None,
         };

@@ -102,6 +102,7 @@ impl Router {
     ) -> Result<Job, RouterError> {
         let config = self.config();
         self.check_quota(client.training_key(), 0).await?;
+        self.check_storage(client).await?;
         self.find_start(&mut request, client).await?;
         check::request(&request, self.info())?;
         self.check_files("training_file", &request.training_file, client)
@@ -133,7 +134,7 @@ impl Router {
         let job = NewJob {
             base: self.info().base_digest,
             tenant: client.tenant.clone(),
-            key_id: client.training_key().map(str::to_owned),
+            key_id: client.quota_key().map(str::to_owned),
             status: if is_sweep { SWEEPING } else { VALIDATING }.to_owned(),
             request: record::to_json(&request),
             metadata: request.metadata.clone(),
@@ -328,8 +329,9 @@ impl Router {
         let before = self.job(id).await?;
         is_no_trial(&before)?;
         let row = self.0.store.job(id).await?;
-        self.check_quota(row.as_ref().and_then(|row| row.key_id.as_deref()), 0)
-            .await?;
+        let key = row.as_ref().and_then(|row| row.key_id.as_deref());
+        self.check_quota(key, 0).await?;
+        self.check_storage_by(key).await?;
         let was = row.map(|row| row.asked);
         let resumed = match before.is_sweep() {
             false => self.let_go_on(id).await?,

@@ -3,16 +3,18 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use tandem_core::dataset;
+use tandem_core::dataset::{Encoder, Group};
 use tandem_core::job::files;
-use tandem_store::{JobChange, JobRow, Lease, Part, StoreError};
+use tandem_store::{JobChange, JobRow, Lease, Part, Storage, StorageExceeded, StoreError};
 use tandem_text::Tokenizer;
-use tandem_text::dataset::{self as rows, BadLine, Options, Reading, Rows, Source, Statistics, tokenise};
+use tandem_text::dataset::{
+    self as rows, BadLine, Options, Reading, Rows, Sample, Source, Statistics, tokenise,
+};
 use tokio::task::JoinSet;
 use tokio::time::Sleep;
 
@@ -22,6 +24,7 @@ use crate::jobs::hyper::{self, Facts, Tuning};
 use crate::jobs::keeper::Keeper;
 use crate::jobs::{QUEUED, VALIDATING, event, record};
 use crate::quota::EXCEEDED_QUOTA;
+use crate::storage::STORAGE_LIMIT;
 
 /// After the store failed: it may be a full disk, which passes.
 const RETRY: Duration = Duration::from_secs(5);
@@ -127,7 +130,7 @@ async fn queue(router: &Router, row: &JobRow, lease: Lease) -> Result<(), Router
             }
             let mut events = prepared.notes;
             events.push("Files validated, moving job to queued state".to_owned());
-            router.0.store.publish_datasets(&row.id).await?;
+            router.0.store.publish_datasets(&row.id, prepared.bytes).await?;
             let queued = JobChange {
                 from: &[VALIDATING],
                 holder: Some(lease),
@@ -172,6 +175,8 @@ async fn queue(router: &Router, row: &JobRow, lease: Lease) -> Result<(), Router
 
 struct Prepared {
     facts: Facts,
+    /// Of its datasets.
+    bytes: u64,
     /// For the job's events.
     notes: Vec<String>,
 }
@@ -219,6 +224,13 @@ async fn prepare(router: &Router, row: &JobRow, request: &JobRequest) -> Result<
             Some(router.0.store.adapter_folder(digest).await.map_err(gone)?)
         }
     };
+    let storage = match router.check_storage_by(row.key_id.as_deref()).await {
+        Ok(storage) => storage,
+        Err(RouterError::Store(StoreError::OverLimit(exceeded))) => {
+            return Err(Unfit::Job(too_much("training_file", exceeded)));
+        }
+        Err(error) => return Err(Unfit::Router(error)),
+    };
     let (tokenizer, folder) = (router.tokenizer().clone(), router.0.store.job_folder(&row.id));
     let given_up = Arc::new(AtomicBool::new(false));
     let _waiting = Waiting(given_up.clone());
@@ -233,22 +245,29 @@ async fn prepare(router: &Router, row: &JobRow, request: &JobRequest) -> Result<
                 write(&folder.join(to), &bytes).map_err(unwritten)?;
             }
         }
-        let convert = |uploads, reading: &Reading, name| {
-            convert(
-                uploads,
-                reading,
-                &tokenizer,
-                &options,
-                &folder.join(name),
-                &given_up,
-            )
+        let convert = |uploads, reading: &Reading, name, storage| {
+            let target = Target {
+                path: folder.join(name),
+                storage,
+            };
+            convert(uploads, reading, &tokenizer, &options, target, &given_up)
         };
-        let (facts, note) = convert(training, &reading, files::TRAIN)?;
-        let mut notes = vec![note];
+        let Converted { facts, note, bytes } = convert(training, &reading, files::TRAIN, storage)?;
+        let mut prepared = Prepared {
+            facts,
+            notes: vec![note],
+            bytes,
+        };
         if let Some(validation) = validation {
-            notes.push(convert(validation, &reading.whole(), files::VALID)?.1);
+            let storage = storage.map(|storage| Storage {
+                stored: storage.stored + bytes,
+                ..storage
+            });
+            let Converted { note, bytes, .. } = convert(validation, &reading.whole(), files::VALID, storage)?;
+            prepared.notes.push(note);
+            prepared.bytes += bytes;
         }
-        Ok(Prepared { facts, notes })
+        Ok(prepared)
     };
     match tokio::task::spawn_blocking(work).await {
         Ok(prepared) => prepared,
@@ -282,15 +301,28 @@ async fn uploads(router: &Router, param: &'static str, files: &FileIds) -> Resul
     }
 }
 
-/// Tokenise one data set. What has nothing to learn is left out and counted.
+/// Where a data set is written, and what its tenant may store.
+struct Target {
+    path: PathBuf,
+    storage: Option<Storage>,
+}
+
+/// A data set that was written.
+struct Converted {
+    facts: Facts,
+    note: String,
+    bytes: u64,
+}
+
+/// Tokenise one data set, row by row, into its file. What has nothing to learn is left out and counted.
 fn convert(
     uploads: Uploads,
     reading: &Reading,
     tokenizer: &Tokenizer,
     options: &Options,
-    target: &Path,
+    target: Target,
     given_up: &AtomicBool,
-) -> Result<(Facts, String), Unfit> {
+) -> Result<Converted, Unfit> {
     let Uploads { param, sources } = uploads;
     let kind = param.replace('_', " ");
     let bad = |message: &dyn std::fmt::Display| {
@@ -302,13 +334,28 @@ fn convert(
         None => bad(error),
     };
     let mut rows = Rows::open(sources, reading).map_err(|error| bad_line(&error))?;
-    let read = tokenise(&mut rows, tokenizer, options, |_, _| {
-        !given_up.load(Ordering::Acquire)
-    });
-    let rows::Dataset { groups, statistics } = match read {
-        Ok(dataset) => dataset,
+    let partial = Partial(target.path.with_extension("partial"));
+    let mut encoder = partial.open().and_then(Encoder::new).map_err(unwritten)?;
+    let mut exceeded = None;
+    let keep = |group: Group| {
+        encoder.push(&group)?;
+        if let Some(Err(too_much)) = target.storage.map(|storage| storage.check(encoder.bytes())) {
+            exceeded = Some(too_much);
+            return Err(io::ErrorKind::Other.into());
+        }
+        Ok(())
+    };
+    let each = |_: &Sample, _: &Group| !given_up.load(Ordering::Acquire);
+    let statistics = match tokenise(&mut rows, tokenizer, options, each, keep) {
+        Ok(statistics) => statistics,
         Err(rows::Unfit::GivenUp) => return Err(Unfit::GivenUp),
         Err(rows::Unfit::Row(error)) => return Err(bad_line(&error)),
+        Err(rows::Unfit::Unkept(error)) => {
+            return Err(match exceeded {
+                Some(exceeded) => Unfit::Job(too_much(param, exceeded)),
+                None => unwritten(error),
+            });
+        }
         Err(error) => return Err(bad(&error)),
     };
     let Statistics {
@@ -333,7 +380,10 @@ fn convert(
         };
         return Err(Unfit::Job(error));
     }
-    write(target, &dataset::encode(&groups)).map_err(unwritten)?;
+    let bytes = encoder
+        .finish()
+        .and_then(|file| partial.publish(&file, &target.path))
+        .map_err(unwritten)?;
     let formats = rows.formats();
     let mut note = match options.wraps {
         true => format!(
@@ -351,23 +401,45 @@ fn convert(
             "; {dropped} were left out, nothing to learn is within their first {limit} tokens"
         ));
     }
-    Ok((Facts { examples, tokens }, note))
+    Ok(Converted {
+        facts: Facts { examples, tokens },
+        note,
+        bytes,
+    })
+}
+
+/// A file that is durable in the end, or goes: it takes room that others may need.
+struct Partial(PathBuf);
+
+impl Partial {
+    fn open(&self) -> io::Result<File> {
+        let mut options = File::options();
+        options.read(true).write(true).create(true).truncate(true);
+        options.open(&self.0)
+    }
+
+    /// Its size.
+    fn publish(&self, file: &File, target: &Path) -> io::Result<u64> {
+        file.sync_all()?;
+        fs::rename(&self.0, target)?;
+        File::open(target.parent().expect("a dataset lies in its job's folder"))?.sync_all()?;
+        Ok(file.metadata()?.len())
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        // Moved away, where it was published.
+        drop(fs::remove_file(&self.0));
+    }
 }
 
 /// Durable or absent.
 fn write(target: &Path, bytes: &[u8]) -> io::Result<()> {
-    let partial = target.with_extension("partial");
-    let written = File::create(&partial).and_then(|mut file| {
-        file.write_all(bytes)?;
-        file.sync_all()
-    });
-    if let Err(error) = written {
-        // It takes room that others may need.
-        let _ = fs::remove_file(&partial);
-        return Err(error);
-    }
-    fs::rename(&partial, target)?;
-    File::open(target.parent().expect("a dataset lies in its job's folder"))?.sync_all()
+    let partial = Partial(target.with_extension("partial"));
+    let mut file = partial.open()?;
+    file.write_all(bytes)?;
+    partial.publish(&file, target).map(drop)
 }
 
 /// A full disk passes; whatever else a disk says does not.
@@ -377,6 +449,14 @@ fn unwritten(source: io::Error) -> Unfit {
     match error.away() {
         Some(_) => Unfit::Router(error.into()),
         None => Unfit::Job(server_error(format!("The datasets cannot be written: {error}"))),
+    }
+}
+
+fn too_much(param: &str, exceeded: StorageExceeded) -> JobError {
+    JobError {
+        code: STORAGE_LIMIT.to_owned(),
+        param: Some(param.to_owned()),
+        message: format!("The job was not prepared: {exceeded}."),
     }
 }
 

@@ -4,8 +4,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use tandem_core::dataset::Group;
 use tandem_core::job::Hyper;
-use tandem_text::dataset::{Options, Reading, Rows, Shown, Statistics, tokenise};
+use tandem_text::dataset::{Options, Reading, Rows, Sample, Shown, Statistics, tokenise};
 
 use crate::Router;
 use crate::api::{Client, JobRequest, RouterError};
@@ -61,14 +62,18 @@ impl Router {
             let bad = |error: &dyn std::fmt::Display| RouterError::invalid(param, error.to_string());
             let mut rows = Rows::open(sources, &reading).map_err(|error| bad(&error))?;
             let beginning = rows.by_ref().take(MOST_ROWS);
-            let dataset = tokenise(beginning, &tokenizer, &options, |_, _| {
-                !given_up.load(Ordering::Acquire)
-            })
-            .map_err(|error| bad(&error))?;
-            let shown = dataset.groups.iter().take(n_rows);
-            let shown: Vec<Vec<Shown>> = shown.map(|group| Shown::of(group, &tokenizer)).collect();
-            let is_whole = (dataset.statistics.rows as usize) < MOST_ROWS || rows.next().is_none();
-            Ok::<_, RouterError>((rows.formats(), dataset.statistics, is_whole, shown))
+            let each = |_: &Sample, _: &Group| !given_up.load(Ordering::Acquire);
+            let mut shown = vec![];
+            let keep = |group| {
+                if shown.len() < n_rows {
+                    shown.push(Shown::of(&group, &tokenizer));
+                }
+                Ok(())
+            };
+            let statistics =
+                tokenise(beginning, &tokenizer, &options, each, keep).map_err(|error| bad(&error))?;
+            let is_whole = (statistics.rows as usize) < MOST_ROWS || rows.next().is_none();
+            Ok::<_, RouterError>((rows.formats(), statistics, is_whole, shown))
         };
         let (formats, statistics, is_whole, rows) = match tokio::task::spawn_blocking(read).await {
             Ok(read) => read?,

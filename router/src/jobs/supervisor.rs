@@ -352,7 +352,7 @@ struct Run<'a> {
     seat: JobSeat,
     /// It ran before a restart.
     is_restart: bool,
-    /// The key that made it, where its training is limited.
+    /// The key that made it, where what it trains or stores is limited.
     key_id: Option<String>,
     /// Who rests where nothing is left to train: the job, or the sweep whose trial it is.
     rests: String,
@@ -733,32 +733,44 @@ impl<'a> Run<'a> {
 
     /// Its steps are counted; where none is left today, the job is paused, and may be resumed tomorrow.
     async fn rest_if_used_up(&mut self) -> Result<(), RouterError> {
-        let Some(key) = &self.key_id else { return Ok(()) };
-        match self.router.check_quota(Some(key), 0).await {
-            Err(RouterError::Quota(exceeded)) => {
-                // Once.
-                self.key_id = None;
-                let message = format!("The job is paused: {exceeded}, then resume it");
-                tracing::warn!(job = %self.id, "{message}");
-                let told = JobChange {
-                    from: HERE,
-                    events: vec![event(Level::Warn, message)],
-                    ..JobChange::default()
-                };
-                if self.change(told).await?.is_continue() {
-                    self.router.let_rest(&self.rests).await?;
-                }
-                Ok(())
-            }
-            checked => checked,
+        let checked = self.router.check_quota(self.key_id.as_deref(), 0).await;
+        self.rest_if_exceeded(checked).await
+    }
+
+    /// Its checkpoints are stored; where no room is left for another, the job is paused.
+    async fn rest_if_full(&mut self) -> Result<(), RouterError> {
+        let checked = self.router.check_storage_by(self.key_id.as_deref()).await;
+        self.rest_if_exceeded(checked.map(drop)).await
+    }
+
+    async fn rest_if_exceeded(&mut self, checked: Result<(), RouterError>) -> Result<(), RouterError> {
+        let exceeded = match checked {
+            Err(error @ (RouterError::Quota(_) | RouterError::Store(StoreError::OverLimit(_)))) => error,
+            checked => return checked,
+        };
+        // Once.
+        self.key_id = None;
+        let message = format!("The job is paused: {exceeded}, then resume it");
+        tracing::warn!(job = %self.id, "{message}");
+        let told = JobChange {
+            from: HERE,
+            events: vec![event(Level::Warn, message)],
+            ..JobChange::default()
+        };
+        if self.change(told).await?.is_continue() {
+            self.router.let_rest(&self.rests).await?;
         }
+        Ok(())
     }
 
     async fn turn(&mut self, turn: Turn) -> Result<ControlFlow<End>, RouterError> {
         let done = match turn {
             Turn::Checkpoint { step, adapter, best } => {
                 return Ok(match self.checkpoint(step, adapter, best).await? {
-                    ControlFlow::Continue(()) => ControlFlow::Continue(()),
+                    ControlFlow::Continue(()) => {
+                        self.rest_if_full().await?;
+                        ControlFlow::Continue(())
+                    }
                     ControlFlow::Break(()) => ControlFlow::Break(End::Lost),
                 });
             }

@@ -46,7 +46,7 @@ pub(super) fn trials(request: &JobRequest, sweep: &str, base: Digest, client: &C
             id: ids::job(),
             base,
             tenant: client.tenant.clone(),
-            key_id: client.training_key().map(str::to_owned),
+            key_id: client.quota_key().map(str::to_owned),
             status: VALIDATING.to_owned(),
             request: record::to_json(&of_trial),
             metadata: request.metadata.clone(),

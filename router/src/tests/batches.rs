@@ -9,20 +9,20 @@ use crate::batches::{Answers, Batch, BatchNumbers, BatchRequest, Endpoint, LineA
 
 /// Every body it was asked, and how many answers it gives before it waits for ever.
 #[derive(Clone, Default)]
-struct Edge {
+pub(super) struct Edge {
     asked: Arc<Mutex<Vec<Value>>>,
     patience: Arc<AtomicUsize>,
 }
 
 impl Edge {
-    fn new(patience: usize) -> Edge {
+    pub(super) fn new(patience: usize) -> Edge {
         Edge {
             asked: Arc::default(),
             patience: Arc::new(AtomicUsize::new(patience)),
         }
     }
 
-    fn answers(&self) -> Answers {
+    pub(super) fn answers(&self) -> Answers {
         let edge = self.clone();
         Arc::new(move |line| {
             let edge = edge.clone();
@@ -51,11 +51,11 @@ impl Edge {
     }
 }
 
-fn line(id: &str, body: &Value) -> String {
+pub(super) fn line(id: &str, body: &Value) -> String {
     json!({"custom_id": id, "method": "POST", "url": "/v1/embeddings", "body": body}).to_string() + "\n"
 }
 
-fn request(file: &str) -> BatchRequest {
+pub(super) fn request(file: &str) -> BatchRequest {
     BatchRequest {
         input_file: file.to_owned(),
         endpoint: Endpoint::Embeddings,
@@ -83,7 +83,7 @@ pub(super) async fn until(router: &Router, id: &str, is_there: impl Fn(&Batch) -
 }
 
 /// The lines of a file.
-async fn lines(router: &Router, file: Option<&str>) -> Vec<Value> {
+pub(super) async fn lines(router: &Router, file: Option<&str>) -> Vec<Value> {
     let Some(file) = file else { return vec![] };
     let (info, text) = content(router, file).await.unwrap();
     assert_eq!(info.purpose, "batch_output");

@@ -7,6 +7,7 @@ mod fleet;
 mod jobs;
 mod models;
 mod shared;
+mod stored;
 mod sweeps;
 mod tinker;
 mod uploads;

@@ -147,6 +147,10 @@ async fn a_load_that_waits_for_a_slot_waits_alone() {
 
     // What it waits for is not swept away meanwhile, and goes when its client does.
     assert!(late.folder.exists() && busy.folder.exists() && !reply.is_closed());
+    assert_eq!(
+        router.0.catalog.used_unnamed().into_iter().collect::<Vec<_>>(),
+        [late.digest]
+    );
     waiting.abort();
     assert!(matches!(engine.next().await, Command::UnloadAdapter(digest) if digest == late.digest));
     gone(&late.folder).await;

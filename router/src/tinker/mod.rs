@@ -11,7 +11,6 @@ mod model;
 mod reach;
 mod sampler;
 mod saves;
-mod waiting;
 mod worker;
 
 use std::collections::{BTreeMap, HashMap};
@@ -24,9 +23,10 @@ use tandem_core::id::AdapterDigest;
 use tandem_core::learner::{LearnerId, Scores, Stepped};
 use tandem_core::message::Fault;
 use tandem_core::replica::ReplicaHandle;
-use tandem_store::ids;
+use tandem_store::{StoreError, ids};
 
 use crate::api::{Client, RouterError};
+use crate::shares::Shares;
 use crate::{Router, View};
 
 pub use limits::Limits;
@@ -128,6 +128,7 @@ impl Outcome {
         match error {
             RouterError::Engine(fault) => Outcome::of_fault(fault),
             RouterError::Busy { .. } => Outcome::server_failed(error.to_string()),
+            RouterError::Store(StoreError::OverLimit(exceeded)) => Outcome::user_failed(exceeded.to_string()),
             RouterError::Store(error) => {
                 tracing::error!(%error, "a call of a training client failed");
                 Outcome::server_failed("the server could not use its storage")
@@ -151,7 +152,8 @@ pub(crate) struct Tinker {
     /// Numbers in a replica's memory that something may sample from.
     snapshots: Mutex<HashMap<AdapterDigest, Snapshot>>,
     learners: AtomicU64,
-    waiting: waiting::Waiting,
+    /// Numbers in the calls of all models that wait.
+    waiting: Arc<Shares>,
 }
 
 struct Session {

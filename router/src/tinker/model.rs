@@ -15,14 +15,16 @@ use tokio::sync::mpsc;
 use super::futures::Promise;
 use super::reach::Reach;
 use super::saves::Keep;
-use super::waiting::Taken;
 use super::worker::{Origin, Worker};
 use super::{Outcome, Session, lock};
 use crate::View;
 use crate::api::RouterError;
+use crate::shares::{Share, as_much_as_it_leaves};
 
 /// Numbers in the calls of one model that may wait.
 const MAX_QUEUED_NUMBERS: usize = 64 << 20;
+/// In those of all models, which tenants share: a gigabyte.
+const MAX_WAITING_NUMBERS: u64 = 256 << 20;
 /// Numbers of calls that are remembered, so that one that is sent again counts once.
 const MAX_KNOWN: usize = 4096;
 
@@ -88,7 +90,7 @@ struct Order {
 
 pub(super) struct Work {
     /// While it waits and is done.
-    pub taken: Taken,
+    pub taken: Share,
     pub promise: Promise,
     pub call: Result<Call, String>,
     /// Of the request that brought it, where that is traced.
@@ -278,16 +280,16 @@ impl View {
         // What all others wait for is always taken, as far as its model goes.
         let is_due = seq <= order.next;
         let tenant = &self.client.tenant;
-        let room = match is_full && !is_due {
-            true => None,
-            false => tinker.waiting.take(tenant, numbers, is_due),
-        };
-        let Some(taken) = room else {
+        let taken = tinker.waiting.of(tenant.clone());
+        let numbers_of_call = numbers as u64;
+        // A call alone may be as large as a call may be.
+        let most = |others| most_waiting(others, is_due).max(numbers_of_call);
+        if is_full && !is_due || taken.reach(numbers_of_call, most).is_err() {
             return Err(RouterError::Busy {
                 waiting: order.queued_calls as u32,
                 retry_after_s: 1,
             });
-        };
+        }
         let id = ids::future();
         let promise = tinker.futures.promise(&id, tenant);
         if seq < order.next {
@@ -324,6 +326,12 @@ impl View {
     }
 }
 
+/// Numbers of a tenant: half as many for calls that came before their turn, so that the one that all others wait for is taken.
+fn most_waiting(others: u64, is_due: bool) -> u64 {
+    let due = as_much_as_it_leaves(MAX_WAITING_NUMBERS, others);
+    if is_due { due } else { due / 2 }
+}
+
 impl Model {
     fn order(&self) -> MutexGuard<'_, Order> {
         lock(&self.order)
@@ -334,5 +342,27 @@ impl Model {
         let mut order = self.order();
         order.queued_calls -= 1;
         order.queued_numbers -= call.as_ref().map_or(0, Call::numbers);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shares::Shares;
+
+    #[test]
+    fn early_calls_leave_room_for_those_that_are_due_and_for_other_tenants() {
+        let waiting = Arc::new(Shares::default());
+        let call = MAX_WAITING_NUMBERS / 32;
+        let taken = |tenant: &str, is_due| {
+            let share = waiting.of(tenant.parse().unwrap());
+            let most = |others| most_waiting(others, is_due);
+            share.reach(call, most).ok().map(|()| share)
+        };
+        let all = |tenant, is_due| -> Vec<Share> { (0..100).map_while(|_| taken(tenant, is_due)).collect() };
+        let early = all("greedy", false);
+        let due = all("greedy", true);
+        let theirs = all("modest", true);
+        assert_eq!([early.len(), due.len(), theirs.len()], [8, 8, 8]);
     }
 }

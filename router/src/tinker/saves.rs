@@ -276,9 +276,9 @@ impl Router {
 impl View {
     /// The oldest first; of one run, or of all.
     pub async fn saves(&self, run: Option<&str>) -> Result<Vec<Kept>, RouterError> {
-        let records = self.router.0.store.saves(run).await?;
-        let seen = |record: &SaveRecord| self.client.sees(&record.tenant) && !record.has_expired();
-        Ok(records.into_iter().filter(seen).map(kept).collect())
+        let records = self.router.0.store.saves(self.client.only(), run).await?;
+        let lives = |record: &SaveRecord| !record.has_expired();
+        Ok(records.into_iter().filter(lives).map(kept).collect())
     }
 
     /// What was kept as `path`, a checkpoint's or an adapter's name, is of which shape.
@@ -303,7 +303,7 @@ impl View {
     pub async fn publish_save(&self, path: &Path, public: bool) -> Result<(), RouterError> {
         let record = self.own_save(path).await?;
         let record = SaveRecord { public, ..record };
-        Ok(self.router.0.store.change_save(record).await?)
+        Ok(self.router.0.store.change_save(&record).await?)
     }
 
     /// `None`: for ever.
@@ -313,16 +313,14 @@ impl View {
             expires_at: ttl_s.map(|ttl_s| now().saturating_add(ttl_s)),
             ..record
         };
-        Ok(self.router.0.store.change_save(record).await?)
+        Ok(self.router.0.store.change_save(&record).await?)
     }
 }
 
 pub(super) async fn remove_expired(router: &Router) -> Result<(), RouterError> {
-    for record in router.0.store.saves(None).await? {
+    for record in router.0.store.expired_saves().await? {
         // The next one goes all the same.
-        if record.has_expired()
-            && let Err(error) = router.drop_save(&record).await
-        {
+        if let Err(error) = router.drop_save(&record).await {
             tracing::warn!(path = path_of(&record.place), %error, "a save that has expired is not removed");
         }
     }

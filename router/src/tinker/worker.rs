@@ -232,6 +232,7 @@ impl Worker {
     /// Everything that is saved has a name under which it answers; a state can also be gone on from.
     async fn save(&mut self, kind: SaveKind, keep: Keep) -> Done {
         let place = self.place(kind, &keep).await?;
+        self.router.check_storage(&self.client).await?;
         let folder = self.router.0.store.save_folder(&place).await?;
         let named = self.save_in(&folder, &place, &keep).await;
         remove(folder).await;

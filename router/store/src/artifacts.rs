@@ -367,6 +367,16 @@ impl Artifacts {
         }
     }
 
+    /// Of its numbers. `None`: it is not there.
+    pub(crate) async fn adapter_bytes(&self, digest: &AdapterDigest) -> Result<Option<u64>, StoreError> {
+        let here = tokio::fs::metadata(self.folders.adapter(digest).join(TENSORS)).await;
+        match (here, &self.remote) {
+            (Ok(file), _) => Ok(Some(file.len())),
+            (Err(_), None) => Ok(None),
+            (Err(_), Some(remote)) => remote.size(&["adapters", &digest.to_string(), TENSORS]).await,
+        }
+    }
+
     pub(crate) async fn remove_adapter(&self, digest: &AdapterDigest) -> Result<(), StoreError> {
         if let Some(remote) = &self.remote {
             let hex = digest.to_string();

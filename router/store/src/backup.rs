@@ -66,6 +66,8 @@ struct Named {
     adapters: Vec<String>,
     /// Those that have not ended, each with its last state's life and step.
     jobs: Vec<(String, Option<i64>, Option<i64>)>,
+    /// Files of what training clients saved.
+    saves: Vec<PathBuf>,
 }
 
 /// Copies the store at `places` to the folder `target`, which must be new or empty. A server may be using it.
@@ -239,6 +241,7 @@ async fn copy(
             is_whole &= fetch(&path, Ok(found), target, &mut copied).await?;
             wanted.push(path);
         }
+        is_whole &= named.saves.iter().all(|path| copied.contains_key(path));
         if !is_whole {
             continue;
         }
@@ -284,6 +287,7 @@ async fn snapshot(source: &Path, target: &Path) -> Result<Named, StoreError> {
         jobs: sqlx::query_as("SELECT id, state_epoch, state_step FROM jobs WHERE finished_at IS NULL")
             .fetch_all(&mut copy)
             .await?,
+        saves: saves::named_files(&mut copy).await?,
     };
     copy.close().await?;
     Ok(named)

@@ -17,7 +17,7 @@ use crate::{Rows, Store, StoreError, Tenant, ids, now, unsigned};
 macro_rules! columns {
     () => {
         "id, tenant, created_at, expires_at, request, status, in_progress_at, finalizing_at, cancelling_at, finished_at, \
-         total, completed, failed, errors, output_file, error_file"
+         total, completed, failed, errors, output_file, error_file, key_id"
     };
 }
 
@@ -28,6 +28,8 @@ pub struct NewBatch {
     pub status: &'static str,
     pub expires_after_s: u64,
     pub request: String,
+    /// The key that makes it, where what it stores is limited.
+    pub key_id: Option<String>,
 }
 
 /// Requests of a batch.
@@ -56,6 +58,8 @@ pub struct BatchRow {
     pub errors: Option<String>,
     pub output_file: Option<String>,
     pub error_file: Option<String>,
+    /// The key that made it, where what it stores is limited.
+    pub key_id: Option<String>,
 }
 
 impl<'r> FromRow<'r, AnyRow> for BatchRow {
@@ -80,6 +84,7 @@ impl<'r> FromRow<'r, AnyRow> for BatchRow {
             errors: row.try_get("errors")?,
             output_file: row.try_get("output_file")?,
             error_file: row.try_get("error_file")?,
+            key_id: row.try_get("key_id")?,
         })
     }
 }
@@ -120,12 +125,13 @@ impl Store {
             status,
             expires_after_s,
             request,
+            key_id,
         } = batch;
         self.check_room()?;
         let (id, created_at) = (ids::batch(), now());
         let inserted = sqlx::query(
-            "INSERT INTO batches (id, tenant, base, created_at, expires_at, request, status)
-             VALUES ($1, $2, $3, $4, $5, $6, $7)",
+            "INSERT INTO batches (id, tenant, base, created_at, expires_at, request, status, key_id)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
         )
         .bind(&id)
         .bind(tenant.as_str())
@@ -134,6 +140,7 @@ impl Store {
         .bind(created_at.saturating_add_unsigned(expires_after_s))
         .bind(request)
         .bind(status)
+        .bind(key_id)
         .execute(self.db.pool()?)
         .await;
         inserted
@@ -333,7 +340,7 @@ impl Store {
     ) -> Result<bool, StoreError> {
         self.check_room()?;
         let mut tx = self.db.begin().await?;
-        let (mut completed, mut failed) = (0, 0);
+        let (mut completed, mut failed, mut bytes) = (0, 0, 0);
         for BatchLine { line, ok, answer } in lines {
             let inserted = sqlx::query(
                 "INSERT INTO batch_lines (batch, line, ok, answer) VALUES ($1, $2, $3, $4)
@@ -345,16 +352,19 @@ impl Store {
             .bind(answer)
             .execute(&mut *tx)
             .await?;
-            *(if *ok { &mut completed } else { &mut failed }) += signed(inserted.rows_affected());
+            let rows = signed(inserted.rows_affected());
+            *(if *ok { &mut completed } else { &mut failed }) += rows;
+            bytes += rows * signed(answer.len() as u64);
         }
         let changed = sqlx::query(
-            "UPDATE batches SET completed = completed + $1, failed = failed + $2
+            "UPDATE batches SET completed = completed + $1, failed = failed + $2, answer_bytes = answer_bytes + $5
              WHERE id = $3 AND lease_epoch = $4 AND finished_at IS NULL",
         )
         .bind(completed)
         .bind(failed)
         .bind(id)
         .bind(signed(lease.epoch()))
+        .bind(bytes)
         .execute(&mut *tx)
         .await?;
         if changed.rows_affected() == 0 {

@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::health::Part;
+use crate::storage::StorageExceeded;
 
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -67,6 +68,9 @@ pub enum StoreError {
     /// The tables hold what this program never writes, or the artifact store lacks what they name.
     #[error("damaged store: {0}")]
     Damaged(String),
+    /// A tenant would have more than its key lets it.
+    #[error(transparent)]
+    OverLimit(#[from] StorageExceeded),
     /// A disk changed what was uploaded.
     #[error(
         "{what} is damaged: it has {got}, but was written with {expected}. Delete it and upload it again, or bring a backup \
@@ -106,6 +110,7 @@ impl StoreError {
             | StoreError::Url { .. }
             | StoreError::Adapter { .. }
             | StoreError::Damaged(_)
+            | StoreError::OverLimit(_)
             | StoreError::Altered { .. } => None,
         }
     }

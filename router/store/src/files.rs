@@ -64,8 +64,13 @@ fn published(id: String, bytes: u64, file: NewFile<'_>) -> FileRow {
 }
 
 impl Store {
-    /// Take a staged file in. It exists for others from the moment this returns.
-    pub async fn add_file(&self, staged: &Path, file: NewFile<'_>) -> Result<FileRow, StoreError> {
+    /// Take a staged file in. It exists for others from the moment this returns. `limit`: what its tenant may have with it.
+    pub async fn add_file(
+        &self,
+        staged: &Path,
+        file: NewFile<'_>,
+        limit: Option<u64>,
+    ) -> Result<FileRow, StoreError> {
         // Before the long part: an upload that no row can name is in vain.
         self.db.health.check()?;
         self.check_room()?;
@@ -75,6 +80,7 @@ impl Store {
             .inspect_err(|error| self.note(error))?;
         let written = async {
             let mut tx = self.db.begin().await?;
+            self.check_stored(&mut tx, file.tenant, limit, row.bytes).await?;
             insert(&mut tx, &row).await?;
             Ok(tx.commit().await?)
         };

@@ -34,7 +34,7 @@ pub struct NewJob {
     pub id: String,
     pub base: Digest,
     pub tenant: Tenant,
-    /// The key that makes it, where its training is limited.
+    /// The key that makes it, where what it trains or stores is limited.
     pub key_id: Option<String>,
     pub status: String,
     pub request: String,
@@ -78,7 +78,7 @@ pub struct JobRow {
     pub seq: i64,
     pub id: String,
     pub tenant: String,
-    /// The key that made it, where its training is limited.
+    /// The key that made it, where what it trains or stores is limited.
     pub key_id: Option<String>,
     pub created_at: i64,
     pub updated_at: i64,
@@ -532,8 +532,13 @@ impl Store {
         self.artifacts.job_folder(id)
     }
 
-    /// Whoever runs the job may be elsewhere.
-    pub async fn publish_datasets(&self, id: &str) -> Result<(), StoreError> {
+    /// Whoever runs the job may be elsewhere. `bytes`: of the datasets.
+    pub async fn publish_datasets(&self, id: &str, bytes: u64) -> Result<(), StoreError> {
+        sqlx::query("UPDATE jobs SET data_bytes = $1 WHERE id = $2")
+            .bind(signed(bytes))
+            .bind(id)
+            .execute(self.db.pool()?)
+            .await?;
         self.artifacts.push_datasets(id).await
     }
 

@@ -14,7 +14,7 @@ use tandem_core::id::Digest;
 use crate::changes::{self, Kind};
 use crate::db::Database;
 use crate::jobs::signed;
-use crate::{Places, Store, StoreError, ids, now, quota, unsigned};
+use crate::{Places, Store, StoreError, ids, now, quota, storage, unsigned};
 
 /// Before the random part, so that people and scanners for leaked secrets know one when they see it.
 pub const PREFIX: &str = "sk-tandem-";
@@ -103,13 +103,15 @@ impl FromStr for Role {
     }
 }
 
-/// What a key may ask in a minute and train in a day. `None`: as much as it likes.
+/// What a key may ask in a minute and train in a day, and what its tenant may store by it. `None`: as much as it likes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
     pub requests_per_minute: Option<u32>,
     /// Of prompts and of answers.
     pub tokens_per_minute: Option<u32>,
     pub training_tokens_per_day: Option<u64>,
+    /// All that the tenant has, whichever key brought it.
+    pub stored_bytes: Option<u64>,
 }
 
 /// A key, without what opens.
@@ -185,10 +187,15 @@ impl Keys {
 
     /// From the oldest on, with those that were revoked.
     pub async fn list(&self) -> Result<Vec<KeyRow>, StoreError> {
-        let sql = "SELECT id, hash, name, tenant, role, requests_per_minute, tokens_per_minute, training_tokens_per_day, created_at,
-                   expires_at, revoked_at FROM keys ORDER BY created_at, id";
+        let sql = "SELECT id, hash, name, tenant, role, requests_per_minute, tokens_per_minute, training_tokens_per_day, stored_bytes,
+                   created_at, expires_at, revoked_at FROM keys ORDER BY created_at, id";
         let rows: Vec<RawKey> = sqlx::query_as(sql).fetch_all(self.0.pool()?).await?;
         rows.into_iter().map(RawKey::parse).collect()
+    }
+
+    /// Bytes that a tenant has.
+    pub async fn stored(&self, tenant: &Tenant) -> Result<u64, StoreError> {
+        storage::stored(self.0.pool()?, tenant).await
     }
 
     /// What the key is comes back beside its row, this once.
@@ -303,10 +310,11 @@ async fn insert(tx: &mut sqlx::Transaction<'static, sqlx::Any>, row: &KeyRow) ->
         requests_per_minute,
         tokens_per_minute,
         training_tokens_per_day,
+        stored_bytes,
     } = limits;
     sqlx::query(
         "INSERT INTO keys (id, hash, name, tenant, role, requests_per_minute, tokens_per_minute, training_tokens_per_day,
-         created_at, expires_at, revoked_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
+         stored_bytes, created_at, expires_at, revoked_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
     )
     .bind(id)
     .bind(hash.to_string())
@@ -316,6 +324,7 @@ async fn insert(tx: &mut sqlx::Transaction<'static, sqlx::Any>, row: &KeyRow) ->
     .bind(requests_per_minute.map(i64::from))
     .bind(tokens_per_minute.map(i64::from))
     .bind(training_tokens_per_day.map(signed))
+    .bind(stored_bytes.map(signed))
     .bind(*created_at)
     .bind(*expires_at)
     .bind(*revoked_at)
@@ -334,6 +343,7 @@ struct RawKey {
     requests_per_minute: Option<i64>,
     tokens_per_minute: Option<i64>,
     training_tokens_per_day: Option<i64>,
+    stored_bytes: Option<i64>,
     created_at: i64,
     expires_at: Option<i64>,
     revoked_at: Option<i64>,
@@ -350,6 +360,7 @@ impl RawKey {
             requests_per_minute,
             tokens_per_minute,
             training_tokens_per_day,
+            stored_bytes,
             created_at,
             expires_at,
             revoked_at,
@@ -367,6 +378,7 @@ impl RawKey {
                 requests_per_minute: limit(requests_per_minute)?,
                 tokens_per_minute: limit(tokens_per_minute)?,
                 training_tokens_per_day: training_tokens_per_day.map(unsigned),
+                stored_bytes: stored_bytes.map(unsigned),
             },
             id,
             name,

@@ -9,7 +9,7 @@
 //!            files/<id>       uploaded and result files
 //!            adapters/<digest>/   immutable PEFT folders
 //!            jobs/<id>/       datasets of a job that has not ended, and a folder for each of its lives
-//!            tinker/<run>/       what clients that train call by call have saved
+//!            tinker/<run>/       states that clients which train call by call have saved
 //!            staging/         being written; emptied at start
 //!            reserve          room for the database, given to it when the disk is full
 //!            quarantine/      what no row spoke of at a start that was told to go on
@@ -41,6 +41,7 @@ mod remote;
 mod responses;
 mod room;
 mod saves;
+mod storage;
 #[cfg(test)]
 mod tests;
 mod uploads;
@@ -67,7 +68,8 @@ pub use quota::Quota;
 pub use remote::use_ring;
 pub use responses::{Keep, ResponseRow};
 pub use saves::{SaveKind, SavePlace, SaveRecord};
-pub use uploads::{NewUpload, PartRow, UploadRow};
+pub use storage::{Storage, StorageExceeded};
+pub use uploads::{NewUpload, NoPart, PartRow, UploadRow};
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -169,6 +171,8 @@ impl Store {
         };
         let strays = store.identify(*strays).await?;
         store.clear_up(strays).await?;
+        store.measure_adapters().await?;
+        store.take_in_saves().await?;
         Ok(store)
     }
 

@@ -6,7 +6,7 @@ use sqlx::{Any, FromRow, Transaction};
 use tandem_core::id::{AdapterDigest, AdapterRef, Digest};
 
 use crate::changes::{self, Kind};
-use crate::folders::Placement;
+use crate::folders::{Placement, TENSORS};
 use crate::jobs::signed;
 use crate::{Store, StoreError, now, unsigned};
 
@@ -64,10 +64,11 @@ impl Store {
                 .stage_adapter(source, placement, limit_bytes)
                 .await?;
             let digest = staged.digest;
-            self.announce(digest).await?;
+            self.announce(digest, None).await?;
             self.artifacts.publish_adapter(staged).await?;
             // Whoever deleted it meanwhile, unnamed as it was, took the row.
-            self.announce(digest).await?;
+            let bytes = self.artifacts.adapter_bytes(&digest).await?;
+            self.announce(digest, bytes).await?;
             Ok(digest)
         };
         published.await.inspect_err(|error| self.note(error))
@@ -75,10 +76,11 @@ impl Store {
 
     /// See that the store has an adapter that a job made.
     pub async fn keep_adapter(&self, adapter: &AdapterRef) -> Result<AdapterDigest, StoreError> {
-        self.announce(adapter.digest).await?;
+        self.announce(adapter.digest, None).await?;
         let digest = self.artifacts.keep_adapter_patiently(adapter).await?;
         // It may have waited longer than an adapter without a name is left alone.
-        self.announce(adapter.digest).await?;
+        let bytes = self.artifacts.adapter_bytes(&digest).await?;
+        self.announce(digest, bytes).await?;
         Ok(digest)
     }
 
@@ -92,16 +94,40 @@ impl Store {
         self.artifacts.adapter(digest).await
     }
 
-    /// From here on nobody deletes the adapter for [`UNNAMED_GRACE_S`]; who is deleting it now ends before.
-    async fn announce(&self, digest: AdapterDigest) -> Result<(), StoreError> {
-        let sql = "INSERT INTO adapters (digest, rank, created_at) VALUES ($1, 0, $2)
-                   ON CONFLICT (digest) DO UPDATE SET created_at = excluded.created_at";
+    /// From here on nobody deletes the adapter for [`UNNAMED_GRACE_S`]; who is deleting it now ends before. `bytes`: once they
+    /// are there.
+    async fn announce(&self, digest: AdapterDigest, bytes: Option<u64>) -> Result<(), StoreError> {
+        let sql = "INSERT INTO adapters (digest, rank, created_at, bytes) VALUES ($1, 0, $2, coalesce($3, 0))
+                   ON CONFLICT (digest) DO UPDATE SET created_at = excluded.created_at, bytes = coalesce($3, adapters.bytes)";
         sqlx::query(sql)
             .bind(digest.to_string())
             .bind(now())
+            .bind(bytes.map(signed))
             .execute(self.db.pool()?)
             .await?;
         Ok(())
+    }
+
+    /// How large those are that an older program published, as far as they are in the data folder.
+    pub(crate) async fn measure_adapters(&self) -> Result<(), StoreError> {
+        let unknown: Vec<String> = sqlx::query_scalar("SELECT digest FROM adapters WHERE bytes = 0")
+            .fetch_all(self.db.pool()?)
+            .await?;
+        if unknown.is_empty() {
+            return Ok(());
+        }
+        let mut tx = self.db.begin().await?;
+        for hex in unknown {
+            let Ok(digest) = hex.parse() else { continue };
+            if let Ok(file) = self.artifacts.folders().adapter(&digest).join(TENSORS).metadata() {
+                sqlx::query("UPDATE adapters SET bytes = $1 WHERE digest = $2")
+                    .bind(signed(file.len()))
+                    .bind(hex)
+                    .execute(&mut *tx)
+                    .await?;
+            }
+        }
+        Ok(tx.commit().await?)
     }
 
     /// All names for one base model.
@@ -198,6 +224,21 @@ impl Store {
         self.artifacts.remove_adapter(&digest).await?;
         tx.commit().await?;
         Ok(true)
+    }
+
+    /// Adapters without a name that somebody uses: they stay for [`UNNAMED_GRACE_S`] from now on.
+    pub async fn keep_unnamed(
+        &self,
+        used: impl IntoIterator<Item = AdapterDigest>,
+    ) -> Result<(), StoreError> {
+        for digest in used {
+            sqlx::query("UPDATE adapters SET created_at = $1 WHERE digest = $2")
+                .bind(now())
+                .bind(digest.to_string())
+                .execute(self.db.pool()?)
+                .await?;
+        }
+        Ok(())
     }
 
     /// Delete what lost its last name, or never had one: in any router, a while ago, when others use the database too;

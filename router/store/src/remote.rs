@@ -7,7 +7,7 @@
 //!          adapters/<digest>/{adapter_config.json, adapter_model.safetensors, README.md, complete}
 //!          jobs/<id>/{train.tokens, valid.tokens}
 //!          jobs/<id>/<epoch>/<step>/state.safetensors
-//!          tinker/<run>/<kind>/<name>/{save.json, <random>/state.safetensors}
+//!          tinker/<run>/<kind>/<name>/<random>/state.safetensors
 //! ```
 //! An object appears whole or not at all; `complete` is written last and deleted first, so half an adapter is no adapter.
 

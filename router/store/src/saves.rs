@@ -1,29 +1,41 @@
-//! What clients that train call by call have saved: states to go on from, and which adapters they named. Each is a folder
-//! with a record, which names the other file and is written last: a kill leaves the save of before, or the new one. They lie in
-//! the shared place where there is one, else in the data folder.
+//! What clients that train call by call have saved: states to go on from, and which adapters they named. Each is a row, which
+//! holds all that is known of it, and a state has a file in a folder of the save's own. The file is written before the row that
+//! names it: a kill leaves the save of before, or the new one. Files lie in the shared place where there is one, else in the
+//! data folder.
 //!
 //! ```text
-//! tinker/<run>/<kind>/<name>/save.json
-//!                            state-<random>.safetensors, in the shared place <random>/state.safetensors
+//! tinker/<run>/<kind>/<name>/state-<random>.safetensors, in the shared place <random>/state.safetensors
 //! ```
+
+mod files;
+mod older;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use sqlx::{Any, AnyConnection, Transaction};
 use tandem_core::id::{AdapterDigest, Digest};
 use tandem_core::job::Lora;
 
 use crate::artifacts::parts_of;
 use crate::error::io_at;
-use crate::folders::{self, Folders, sync_parent};
-use crate::remote::Remote;
-use crate::{Artifacts, Store, StoreError, blocking, ids, now};
+use crate::folders::{self, Folders};
+use crate::jobs::signed;
+use crate::{Store, StoreError, Tenant, blocking, ids, now};
+pub(crate) use files::all_files;
 
 pub(crate) const FOLDER: &str = "tinker";
+/// Where older programs kept what is a row now.
 const RECORD: &str = "save.json";
+
+const OF_ALL: &str = "SELECT record FROM saves ORDER BY created_at, run, kind, name";
+/// A statement of its own: with one for both, SQLite would read everybody's.
+pub(crate) const OF_TENANT: &str =
+    "SELECT record FROM saves WHERE tenant = $1 ORDER BY created_at, run, kind, name";
+const OF_RUN: &str = "SELECT record FROM saves WHERE run = $1 AND ($2 IS NULL OR tenant = $2)
+                      ORDER BY created_at, run, kind, name";
 
 /// Where a save lies. The run is a model's id, the name its client's; both are made of letters, digits and `-_.:`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -56,17 +68,23 @@ impl SavePlace {
         })
     }
 
+    /// Below the data folder.
+    fn path(&self) -> PathBuf {
+        let SavePlace { run, kind, name } = self;
+        Path::new(FOLDER).join(run).join(kind.name()).join(name)
+    }
+
     fn folder(&self, folders: &Folders) -> PathBuf {
-        let kind = match self.kind {
+        folders.root().join(self.path())
+    }
+}
+
+impl SaveKind {
+    fn name(self) -> &'static str {
+        match self {
             SaveKind::State => "state",
             SaveKind::Adapter => "adapter",
-        };
-        folders
-            .root()
-            .join(FOLDER)
-            .join(&self.run)
-            .join(kind)
-            .join(&self.name)
+        }
     }
 }
 
@@ -123,244 +141,181 @@ impl Store {
     /// shares the artifacts.
     pub async fn keep_save(
         &self,
-        record: SaveRecord,
-        state: Option<PathBuf>,
-    ) -> Result<SaveRecord, StoreError> {
-        let kept = match self.artifacts().remote() {
-            None => self.keep_here(record, state).await,
-            Some(remote) => self.keep_there(remote, record, state).await,
-        };
-        kept.inspect_err(|error| self.note(error))
-    }
-
-    async fn keep_here(
-        &self,
         mut record: SaveRecord,
         state: Option<PathBuf>,
     ) -> Result<SaveRecord, StoreError> {
-        let folders = self.artifacts().folders().clone();
-        blocking(move || {
-            let folder = record.place.folder(&folders);
-            fs::create_dir_all(&folder).map_err(io_at("making", &folder))?;
+        let kept = async {
+            let mut bytes = 0;
             if let Some(state) = state {
-                let name = format!("state-{}.safetensors", ids::random());
-                record.bytes += folders.publish_file(&state, &folder.join(&name))?;
+                let (name, size) = match self.artifacts().remote() {
+                    None => self.place_state(&record.place, state).await?,
+                    Some(remote) => self.push_state(remote, &record.place, &state).await?,
+                };
                 record.file = Some(name);
+                bytes = size;
             }
-            write(&folders, &record)?;
-            for path in entries(&folder)? {
-                let name = path.file_name().and_then(|name| name.to_str());
-                if name != Some(RECORD) && name != record.file.as_deref() {
-                    folders::remove(&path)?;
-                }
-            }
+            record.bytes += bytes;
+            self.write_save(&record, bytes).await?;
+            self.remove_others(&record).await?;
             Ok(record)
-        })
-        .await
+        };
+        kept.await.inspect_err(|error| self.note(error))
     }
 
-    async fn keep_there(
+    async fn write_save(&self, record: &SaveRecord, bytes: u64) -> Result<(), StoreError> {
+        let mut tx = self.db.begin().await?;
+        insert(&mut tx, record, bytes, Taken::IsReplaced).await?;
+        Ok(tx.commit().await?)
+    }
+
+    /// In the order of their making: of a run or of all, those of one tenant.
+    pub async fn saves(
         &self,
-        remote: &Remote,
-        mut record: SaveRecord,
-        state: Option<PathBuf>,
-    ) -> Result<SaveRecord, StoreError> {
-        let folder = record.place.folder(self.artifacts().folders());
-        let below = self.below(&folder);
-        if let Some(state) = state {
-            let path = self.below(&state);
-            if state.exists() {
-                self.artifacts().keep_file_below(&path).await?;
-            }
-            let size = remote.size(&parts_of(&path)).await?;
-            record.bytes +=
-                size.ok_or_else(|| StoreError::Damaged(format!("{} was not kept", path.display())))?;
-            let file = path.strip_prefix(&below).ok().and_then(Path::to_str);
-            record.file = file.map(str::to_owned);
-        }
-        self.change_save(record.clone()).await?;
-        for key in remote.list(&parts_of(&below)).await? {
-            let key: Vec<&str> = key.iter().map(String::as_str).collect();
-            let name = key[parts_of(&below).len()..].join("/");
-            if name != RECORD && Some(name.as_str()) != record.file.as_deref() {
-                remote.delete(&key).await?;
-            }
-        }
-        blocking(move || folders::remove(&folder)).await?;
-        Ok(record)
-    }
-
-    fn below(&self, path: &Path) -> PathBuf {
-        let root = self.artifacts().folders().root();
-        path.strip_prefix(root).unwrap_or(path).to_owned()
-    }
-
-    /// All of them, or those of one run; in the order of their making.
-    pub async fn saves(&self, run: Option<&str>) -> Result<Vec<SaveRecord>, StoreError> {
-        // Not a path, or there is none of it.
-        if run.is_some_and(|run| SavePlace::new(run, SaveKind::State, "x").is_none()) {
+        tenant: Option<&Tenant>,
+        run: Option<&str>,
+    ) -> Result<Vec<SaveRecord>, StoreError> {
+        if run.is_some_and(|run| run.contains('\0')) {
+            // Postgres would not take it for a text.
             return Ok(vec![]);
         }
-        let mut records = match self.artifacts().remote() {
-            None => self.local_saves(run.map(str::to_owned)).await?,
-            Some(remote) => {
-                let mut records = vec![];
-                let parts: Vec<&str> = [FOLDER].into_iter().chain(run).collect();
-                for key in remote.list(&parts).await? {
-                    let key: Vec<&str> = key.iter().map(String::as_str).collect();
-                    if key.last() == Some(&RECORD)
-                        && let Some(text) = remote.read(&key).await?
-                    {
-                        records.extend(readable(parsed(&text, &key.join("/")).map(Some))?);
-                    }
-                }
-                records
-            }
+        let tenant = tenant.map(Tenant::as_str);
+        let query = match (run, tenant) {
+            (Some(run), _) => sqlx::query_scalar(OF_RUN).bind(run).bind(tenant),
+            (None, Some(tenant)) => sqlx::query_scalar(OF_TENANT).bind(tenant),
+            (None, None) => sqlx::query_scalar(OF_ALL),
         };
-        records.sort_by_key(|record| (record.created_at, record.place.clone()));
-        Ok(records)
+        let rows: Vec<String> = query.fetch_all(self.db.pool()?).await?;
+        Ok(rows.iter().filter_map(|text| readable(text)).collect())
     }
 
-    async fn local_saves(&self, run: Option<String>) -> Result<Vec<SaveRecord>, StoreError> {
-        let root = self.artifacts().folders().root().join(FOLDER);
-        blocking(move || {
-            let runs = match run {
-                Some(run) => vec![root.join(run)],
-                None => entries(&root)?,
-            };
-            let mut records = vec![];
-            for run in runs {
-                for kind in entries(&run)? {
-                    for place in entries(&kind)? {
-                        records.extend(readable(read(&place))?);
-                    }
-                }
-            }
-            Ok(records)
-        })
-        .await
+    /// Whose time is over.
+    pub async fn expired_saves(&self) -> Result<Vec<SaveRecord>, StoreError> {
+        let rows: Vec<String> = sqlx::query_scalar("SELECT record FROM saves WHERE expires_at <= $1")
+            .bind(now())
+            .fetch_all(self.db.pool()?)
+            .await?;
+        Ok(rows.iter().filter_map(|text| readable(text)).collect())
     }
 
     pub async fn save(&self, place: &SavePlace) -> Result<Option<SaveRecord>, StoreError> {
-        let folder = place.folder(self.artifacts().folders());
-        let record = match self.artifacts().remote() {
-            None => readable(blocking(move || read(&folder)).await)?,
-            Some(remote) => {
-                let path = self.below(&folder).join(RECORD);
-                let text = remote.read(&parts_of(&path)).await?;
-                text.map(|text| parsed(&text, &path.display().to_string()))
-                    .transpose()?
-            }
-        };
+        let SavePlace { run, kind, name } = place;
+        let sql = "SELECT record FROM saves WHERE run = $1 AND kind = $2 AND name = $3";
+        let row: Option<String> = sqlx::query_scalar(sql)
+            .bind(run)
+            .bind(kind.name())
+            .bind(name)
+            .fetch_optional(self.db.pool()?)
+            .await?;
+        let record = row.and_then(|text| readable(&text));
         Ok(record.filter(|record| !record.has_expired()))
     }
 
-    /// The file of a state, fetched when it is not here.
-    pub async fn state_of(&self, record: &SaveRecord) -> Result<Option<PathBuf>, StoreError> {
-        let Some(file) = record.file.as_deref() else {
-            return Ok(None);
-        };
-        let path = record.place.folder(self.artifacts().folders()).join(file);
-        self.artifacts().file_below(&self.below(&path)).await.map(Some)
+    /// Another expiry, or another reach, of one that is still there.
+    pub async fn change_save(&self, record: &SaveRecord) -> Result<(), StoreError> {
+        let SavePlace { run, kind, name } = &record.place;
+        let sql = "UPDATE saves SET record = $1, expires_at = $2 WHERE run = $3 AND kind = $4 AND name = $5";
+        let changed = sqlx::query(sql)
+            .bind(text_of(record))
+            .bind(record.expires_at)
+            .bind(run)
+            .bind(kind.name())
+            .bind(name)
+            .execute(self.db.pool()?)
+            .await;
+        changed
+            .map(drop)
+            .map_err(StoreError::from)
+            .inspect_err(|error| self.note(error))
     }
 
-    /// Another expiry, or another reach.
-    pub async fn change_save(&self, record: SaveRecord) -> Result<(), StoreError> {
-        let folders = self.artifacts().folders().clone();
-        if let Some(remote) = self.artifacts().remote() {
-            let path = self.below(&record.place.folder(&folders)).join(RECORD);
-            let text = serde_json::to_string(&record).expect("plain data are JSON");
-            return remote.mark(&parts_of(&path), &text).await;
-        }
-        let written = blocking(move || write(&folders, &record)).await;
-        written.inspect_err(|error| self.note(error))
-    }
-
-    /// The record goes first.
+    /// The row goes first.
     pub async fn remove_save(&self, place: &SavePlace) -> Result<(), StoreError> {
-        let folder = place.folder(self.artifacts().folders());
-        if let Some(remote) = self.artifacts().remote() {
-            let below = self.below(&folder);
-            remote.delete(&parts_of(&below.join(RECORD))).await?;
-            remote.delete_all(&parts_of(&below)).await?;
-        }
-        blocking(move || {
-            folders::remove(&folder.join(RECORD))?;
-            folders::remove(&folder)
+        let SavePlace { run, kind, name } = place;
+        self.on_reserve(async || {
+            let sql = "DELETE FROM saves WHERE run = $1 AND kind = $2 AND name = $3";
+            sqlx::query(sql)
+                .bind(run)
+                .bind(kind.name())
+                .bind(name)
+                .execute(self.db.pool()?)
+                .await?;
+            Ok(())
         })
-        .await
-    }
-}
-
-/// Every file of every save, by its path in the data folder; fetched where they lie elsewhere.
-pub(crate) async fn all_files(artifacts: &Artifacts) -> Result<Vec<(PathBuf, PathBuf)>, StoreError> {
-    let mut files = vec![];
-    if let Some(remote) = artifacts.remote() {
-        for key in remote.list(&[FOLDER]).await? {
-            let path: PathBuf = key.iter().collect();
-            // A record changes under its name: what is here of it is no copy of what is there.
-            if key.last().is_some_and(|name| name == RECORD) {
-                folders::remove(&artifacts.below(&path))?;
-            }
-            let found = artifacts.file_below(&path).await?;
-            files.push((path, found));
+        .await?;
+        if let Some(remote) = self.artifacts().remote() {
+            remote.delete_all(&parts_of(&place.path())).await?;
         }
-        return Ok(files);
+        let folder = place.folder(self.artifacts().folders());
+        blocking(move || folders::remove(&folder)).await
     }
-    let root = artifacts.folders().root();
-    let mut open = vec![root.join(FOLDER)];
-    while let Some(folder) = open.pop() {
-        for path in entries(&folder)? {
-            match path.is_dir() {
-                true => open.push(path),
-                false => files.push((path.strip_prefix(root).unwrap_or(&path).to_owned(), path)),
-            }
+}
+
+/// What becomes of a save that has the place.
+enum Taken {
+    IsReplaced,
+    Stays,
+}
+
+/// `bytes`: of its file.
+async fn insert(
+    tx: &mut Transaction<'static, Any>,
+    record: &SaveRecord,
+    bytes: u64,
+    taken: Taken,
+) -> Result<(), StoreError> {
+    let SavePlace { run, kind, name } = &record.place;
+    let sql = match taken {
+        Taken::IsReplaced => {
+            "INSERT INTO saves (run, kind, name, tenant, created_at, expires_at, bytes, record)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+             ON CONFLICT (run, kind, name) DO UPDATE SET tenant = excluded.tenant, created_at = excluded.created_at,
+             expires_at = excluded.expires_at, bytes = excluded.bytes, record = excluded.record"
         }
-    }
-    Ok(files)
-}
-
-fn write(folders: &Folders, record: &SaveRecord) -> Result<(), StoreError> {
-    let staged = folders.staging();
-    let text = serde_json::to_vec(record).expect("plain data are JSON");
-    fs::write(&staged, text).map_err(io_at("writing", &staged))?;
-    let folder = record.place.folder(folders);
-    folders.publish_file(&staged, &folder.join(RECORD))?;
-    sync_parent(&folder)
-}
-
-/// `None`: it was never finished.
-fn read(folder: &Path) -> Result<Option<SaveRecord>, StoreError> {
-    let path = folder.join(RECORD);
-    let text = match fs::read(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        read => read.map_err(io_at("reading", &path))?,
+        Taken::Stays => {
+            "INSERT INTO saves (run, kind, name, tenant, created_at, expires_at, bytes, record)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT (run, kind, name) DO NOTHING"
+        }
     };
-    parsed(&text, &path.display().to_string()).map(Some)
+    sqlx::query(sql)
+        .bind(run)
+        .bind(kind.name())
+        .bind(name)
+        .bind(&record.tenant)
+        .bind(record.created_at)
+        .bind(record.expires_at)
+        .bind(signed(bytes))
+        .bind(text_of(record))
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
 }
 
-fn parsed(text: &[u8], path: &str) -> Result<SaveRecord, StoreError> {
-    serde_json::from_slice(text).map_err(|error| StoreError::Damaged(format!("{path}: {error}")))
+fn text_of(record: &SaveRecord) -> String {
+    serde_json::to_string(record).expect("plain data are JSON")
 }
 
-fn entries(folder: &Path) -> Result<Vec<PathBuf>, StoreError> {
-    match fs::read_dir(folder) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(vec![]),
-        read => Ok(read
-            .map_err(io_at("reading", folder))?
-            .flatten()
-            .map(|entry| entry.path())
-            .collect()),
+/// The files that rows of saves name, by their paths in the data folder.
+pub(crate) async fn named_files(connection: &mut AnyConnection) -> Result<Vec<PathBuf>, StoreError> {
+    let sql = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = 'saves'";
+    let tables: i64 = sqlx::query_scalar(sql).fetch_one(&mut *connection).await?;
+    if tables == 0 {
+        // An older program wrote it.
+        return Ok(vec![]);
     }
+    let rows: Vec<String> = sqlx::query_scalar("SELECT record FROM saves")
+        .fetch_all(&mut *connection)
+        .await?;
+    let file = |record: SaveRecord| Some(record.place.path().join(record.file?));
+    Ok(rows.iter().filter_map(|text| file(readable(text)?)).collect())
 }
 
 /// One that is damaged is as good as none: it stops nobody's others, and what is saved there takes its place.
-fn readable(read: Result<Option<SaveRecord>, StoreError>) -> Result<Option<SaveRecord>, StoreError> {
-    match read {
-        Err(error @ StoreError::Damaged(_)) => {
-            tracing::error!(%error, "a checkpoint of a training client is left out");
-            Ok(None)
+fn readable(text: &str) -> Option<SaveRecord> {
+    match serde_json::from_str(text) {
+        Ok(record) => Some(record),
+        Err(error) => {
+            tracing::error!(%error, text, "a checkpoint of a training client is left out");
+            None
         }
-        read => read,
     }
 }

@@ -4,6 +4,7 @@ mod full;
 mod lost;
 mod servers;
 mod shared;
+mod stored;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -173,7 +174,7 @@ async fn one_folder_has_one_owner_and_no_future() {
             newer,
             StoreError::Newer {
                 found: 99,
-                known: 10,
+                known: 11,
                 ..
             }
         ),
@@ -190,7 +191,7 @@ async fn what_was_acknowledged_is_there_and_what_was_half_done_is_not() {
         let staged = store.staging();
         fs::write(&staged, "rows").unwrap();
         file = store
-            .add_file(&staged, new_file("rows", "rows.jsonl", "fine-tune", None))
+            .add_file(&staged, new_file("rows", "rows.jsonl", "fine-tune", None), None)
             .await
             .unwrap();
         digest = store
@@ -407,6 +408,7 @@ async fn work_is_claimed_for_the_tenant_of_whom_least_is_held() {
                 status: "validating",
                 expires_after_s: 3600,
                 request: "{}".to_owned(),
+                key_id: None,
             };
             store.insert_batch(batch).await.unwrap();
             let job = NewJob {
@@ -439,7 +441,7 @@ async fn expired_files_are_not_there() {
         let staged = store.staging();
         fs::write(&staged, "x").unwrap();
         let row = store
-            .add_file(&staged, new_file("x", "x", "user_data", Some(0)))
+            .add_file(&staged, new_file("x", "x", "user_data", Some(0)), None)
             .await
             .unwrap();
         assert_eq!(store.file(&row.id).await.unwrap(), None);
@@ -468,6 +470,7 @@ async fn keys_are_kept_as_hashes_and_end() {
             requests_per_minute: Some(60),
             tokens_per_minute: None,
             training_tokens_per_day: Some(1000),
+            stored_bytes: Some(1 << 40),
         };
         let new = |name: &str, expires_after_s| NewKey {
             limits,

@@ -22,6 +22,19 @@ pub struct NewUpload<'a> {
     /// Of the file that it becomes.
     pub expires_after_s: Option<u64>,
     pub tenant: &'a Tenant,
+    /// What the tenant may have with all that is to come.
+    pub limit: Option<u64>,
+}
+
+/// Why a part was not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NoPart {
+    /// The upload takes no more.
+    Ended,
+    /// Others came meanwhile, and have so many bytes.
+    TooLarge { had: u64 },
+    /// There are as many as may be.
+    TooMany,
 }
 
 #[derive(Clone, Debug, PartialEq, FromRow)]
@@ -70,6 +83,7 @@ impl Store {
             open_s,
             expires_after_s,
             tenant,
+            limit,
         } = upload;
         self.check_room()?;
         let created_at = now();
@@ -85,6 +99,8 @@ impl Store {
             expires_after_s: expires_after_s.map(signed),
             file: None,
         };
+        let mut tx = self.db.begin().await?;
+        self.check_stored(&mut tx, tenant, limit, bytes).await?;
         sqlx::query(
             "INSERT INTO uploads (id, tenant, created_at, expires_at, status, filename, purpose, bytes, expires_after_s)
              VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
@@ -98,8 +114,9 @@ impl Store {
         .bind(&row.purpose)
         .bind(signed(row.bytes))
         .bind(row.expires_after_s)
-        .execute(self.db.pool()?)
+        .execute(&mut *tx)
         .await?;
+        tx.commit().await?;
         Ok(row)
     }
 
@@ -119,30 +136,31 @@ impl Store {
             .await?)
     }
 
-    /// Take a staged part in. `None`: the upload takes no more.
+    /// Take a staged part in, of which there are `max_parts` at most, with no more bytes together than were announced.
     pub async fn add_part(
         &self,
-        upload: &str,
+        upload: &UploadRow,
         staged: &Path,
         sha256: Digest,
-    ) -> Result<Option<PartRow>, StoreError> {
+        max_parts: usize,
+    ) -> Result<Result<PartRow, NoPart>, StoreError> {
         self.db.health.check()?;
         self.check_room()?;
         let noted = |error: &StoreError| self.note(error);
         let (file, bytes) = self.publish_bytes(staged).await.inspect_err(noted)?;
         let part = PartRow {
             id: ids::part(),
-            upload: upload.to_owned(),
+            upload: upload.id.clone(),
             file,
             created_at: now(),
             bytes,
             sha256: Some(sha256.to_string()),
         };
-        match self.insert_part(&part).await {
-            Ok(true) => Ok(Some(part)),
-            Ok(false) => {
+        match self.insert_part(&part, upload.bytes, max_parts).await {
+            Ok(Ok(())) => Ok(Ok(part)),
+            Ok(Err(refused)) => {
                 self.remove_loose_file(&part.file).await?;
-                Ok(None)
+                Ok(Err(refused))
             }
             Err(error) => {
                 self.note(&error);
@@ -154,11 +172,26 @@ impl Store {
         }
     }
 
-    async fn insert_part(&self, part: &PartRow) -> Result<bool, StoreError> {
+    async fn insert_part(
+        &self,
+        part: &PartRow,
+        announced_bytes: u64,
+        max_parts: usize,
+    ) -> Result<Result<(), NoPart>, StoreError> {
         let mut tx = self.db.begin().await?;
-        // The row stays locked, so that no part comes behind an end.
+        // The row stays locked, so that no part comes behind an end, or beside another.
         if !still_pending(&mut tx, &part.upload).await? {
-            return Ok(false);
+            return Ok(Err(NoPart::Ended));
+        }
+        let sql =
+            "SELECT count(*), CAST(coalesce(SUM(bytes), 0) AS BIGINT) FROM upload_parts WHERE upload = $1";
+        let (parts, had): (i64, i64) = sqlx::query_as(sql).bind(&part.upload).fetch_one(&mut *tx).await?;
+        let had = unsigned(had);
+        if unsigned(parts) >= max_parts as u64 {
+            return Ok(Err(NoPart::TooMany));
+        }
+        if had.saturating_add(part.bytes) > announced_bytes {
+            return Ok(Err(NoPart::TooLarge { had }));
         }
         sqlx::query(
             "INSERT INTO upload_parts (id, upload, file, created_at, bytes, sha256) VALUES ($1, $2, $3, $4, $5, $6)",
@@ -173,7 +206,7 @@ impl Store {
         .await?;
         files::unloosen(&mut tx, &part.file).await?;
         tx.commit().await?;
-        Ok(true)
+        Ok(Ok(()))
     }
 
     pub async fn parts(&self, upload: &str) -> Result<Vec<PartRow>, StoreError> {

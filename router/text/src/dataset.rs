@@ -24,7 +24,7 @@ pub use sample::Sample;
 pub use shown::{Piece, Shown};
 use split::Split;
 use template::Template;
-pub use tokens::{Dataset, Statistics, Unfit, tokenise};
+pub use tokens::{Statistics, Unfit, tokenise};
 
 const HINT_CHARS: usize = 20;
 const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];

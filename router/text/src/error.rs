@@ -42,6 +42,9 @@ pub enum TextError {
     UnknownToken { id: u32, vocab_size: usize },
     #[error("this text cannot be tokenized: {0}")]
     Encode(String),
+    /// A training row whose tokens would take too much memory while they are made.
+    #[error("its text has {bytes} bytes, at most {most} are tokenized at once: make several rows of it")]
+    TooLong { bytes: usize, most: usize },
     /// A training row of which nothing is left to learn after cutting. Callers skip and count these.
     #[error("no token with loss is left: the row has {tokens} tokens, max_seq_length is {max_seq_length}")]
     NoLabels { tokens: usize, max_seq_length: usize },

@@ -58,6 +58,9 @@ pub struct Labelled {
     pub whole_tokens: usize,
 }
 
+/// Text of one row at most: a tokenizer takes about a hundred times as much memory meanwhile, and it is more than a million
+/// tokens, which no model reads at once.
+const MAX_TEXT_BYTES: usize = 4 << 20;
 /// What finding the turns of one row may render at most, where each turn takes all before it: some seconds.
 const MAX_RENDERED_BYTES: usize = 1 << 30;
 /// What rendering a message costs beside its text, as so many bytes of it.
@@ -138,6 +141,7 @@ pub fn tokenize(row: &Row, tokenizer: &Tokenizer, options: &Options) -> Result<(
             completion_row(prompt, completion, tokenizer, prompt_loss_weight)?
         }
         Row::Text { text } => {
+            must_fit(text.len())?;
             let tokens = end(tokenizer.encode(text, SpecialTokens::Add)?, tokenizer);
             let weights = vec![1.0; tokens.len()];
             (tokens, weights)
@@ -177,6 +181,14 @@ pub fn tokenize(row: &Row, tokenizer: &Tokenizer, options: &Options) -> Result<(
 
 type Weighted = (Vec<u32>, Vec<f32>);
 
+fn must_fit(bytes: usize) -> Result<(), TextError> {
+    let most = MAX_TEXT_BYTES;
+    match bytes <= most {
+        true => Ok(()),
+        false => Err(TextError::TooLong { bytes, most }),
+    }
+}
+
 /// Appends EOS where the tokenizer did not.
 fn end(mut tokens: Vec<u32>, tokenizer: &Tokenizer) -> Vec<u32> {
     if let Some((eos, _)) = tokenizer.eos().filter(|(eos, _)| tokens.last() != Some(eos)) {
@@ -193,6 +205,7 @@ fn completion_row(
     tokenizer: &Tokenizer,
     prompt_loss_weight: f32,
 ) -> Result<Weighted, TextError> {
+    must_fit(prompt.len() + completion.len())?;
     let prompt_tokens = without_end(tokenizer.encode(prompt, SpecialTokens::Add)?, tokenizer);
     let mut whole = tokenizer.encode(&format!("{prompt}{completion}"), SpecialTokens::Add)?;
     let mut n_prompt = prompt_tokens.len();
@@ -232,6 +245,7 @@ fn chat(messages: &[Message], tools: &[Json], tokenizer: &Tokenizer) -> Result<W
     let kwargs = &Kwargs::from_iter(tools);
     let template = tokenizer.chat_template(kwargs)?;
     let text = template.render(messages, Ending::Closed, kwargs)?;
+    must_fit(text.len())?;
     let placed = tokenizer.encode_placed(&text, SpecialTokens::Omit)?;
     let mut tokens: Vec<u32> = placed.iter().map(|token| token.id).collect();
     let mut weights = vec![0.0; tokens.len()];

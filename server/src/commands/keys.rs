@@ -22,6 +22,7 @@ pub fn run(options: KeyOptions) -> Result<()> {
                 requests_per_minute,
                 tokens_per_minute,
                 training_tokens_per_day,
+                stored_bytes,
                 place,
             } => {
                 let keys = open(&place).await?;
@@ -33,14 +34,16 @@ pub fn run(options: KeyOptions) -> Result<()> {
                         requests_per_minute,
                         tokens_per_minute,
                         training_tokens_per_day,
+                        stored_bytes,
                     },
                     expires_after_s: expires_days.map(|days| u64::from(days) * DAY_S),
                 });
-                show(&made.await.context("no key was made")?);
+                show(&keys, &made.await.context("no key was made")?).await?;
             }
             KeyCommand::List { place } => {
-                for row in open(&place).await?.list().await? {
-                    println!("{}", line(&row));
+                let keys = open(&place).await?;
+                for row in keys.list().await? {
+                    println!("{}", line(&keys, &row).await?);
                 }
             }
             KeyCommand::Revoke { id, place } => {
@@ -55,10 +58,13 @@ pub fn run(options: KeyOptions) -> Result<()> {
                 id,
                 overlap_seconds,
                 place,
-            } => match open(&place).await?.rotate(&id, overlap_seconds).await? {
-                Some(made) => show(&made),
-                None => bail!(WrongSetting(format!("there is no key {id} that opens anything"))),
-            },
+            } => {
+                let keys = open(&place).await?;
+                match keys.rotate(&id, overlap_seconds).await? {
+                    Some(made) => show(&keys, &made).await?,
+                    None => bail!(WrongSetting(format!("there is no key {id} that opens anything"))),
+                }
+            }
         }
         Ok(())
     })
@@ -77,14 +83,16 @@ async fn open(place: &KeyPlace) -> Result<Keys> {
 }
 
 /// The key alone goes to standard output, for scripts.
-fn show((row, secret): &(KeyRow, String)) {
-    eprintln!("{}", line(row));
+async fn show(keys: &Keys, (row, secret): &(KeyRow, String)) -> Result<()> {
+    eprintln!("{}", line(keys, row).await?);
     eprintln!("This is the only time that the key is shown:");
     println!("{secret}");
+    Ok(())
 }
 
-/// Columns by tabs: id, state, role, tenant, name, when it was made and when it ends (seconds since 1970), its limits.
-fn line(row: &KeyRow) -> String {
+/// Columns by tabs: id, state, role, tenant, name, when it was made and when it ends (seconds since 1970), its limits, with
+/// what its tenant stores.
+async fn line(keys: &Keys, row: &KeyRow) -> Result<String> {
     let KeyRow {
         id,
         hash: _,
@@ -100,7 +108,12 @@ fn line(row: &KeyRow) -> String {
         requests_per_minute,
         tokens_per_minute,
         training_tokens_per_day,
+        stored_bytes,
     } = *limits;
+    let stored = match stored_bytes {
+        None => None,
+        Some(limit) => Some(format!("{} of {limit} bytes stored", keys.stored(tenant).await?)),
+    };
     let limits = [
         (requests_per_minute.map(u64::from), "requests a minute"),
         (tokens_per_minute.map(u64::from), "tokens a minute"),
@@ -109,12 +122,14 @@ fn line(row: &KeyRow) -> String {
     let limits = limits
         .into_iter()
         .filter_map(|(limit, what)| Some(format!("{} {what}", limit?)));
-    let limits = limits.collect::<Vec<_>>().join(", ");
+    let limits = limits.chain(stored).collect::<Vec<_>>().join(", ");
     let state = match (revoked_at, row.opens(now())) {
         (Some(_), _) => "revoked",
         (None, true) => "active",
         (None, false) => "expired",
     };
     let end = expires_at.map_or_else(|| "never".to_owned(), |end| end.to_string());
-    format!("{id}\t{state}\t{role}\t{tenant}\t{name}\t{created_at}\t{end}\t{limits}")
+    Ok(format!(
+        "{id}\t{state}\t{role}\t{tenant}\t{name}\t{created_at}\t{end}\t{limits}"
+    ))
 }

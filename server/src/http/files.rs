@@ -44,13 +44,21 @@ pub async fn create(
     request: Request,
 ) -> Result<(Extension<Object>, Json<File>), ApiError> {
     let limit_bytes = FILE_LIMIT_BYTES;
+    let announced = announced_bytes(request.headers());
     let mut form = form(&app, request, "file", limit_bytes).await?;
+    let incoming = own.incoming().await?;
+    // What surely comes of it, before it does.
+    incoming.reach(announced.unwrap_or(0).saturating_sub(FORM_OVERHEAD_BYTES))?;
+    let within = |bytes| match bytes > limit_bytes {
+        true => Err(ApiError::TooLarge { limit_bytes }),
+        false => Ok(incoming.reach(bytes)?),
+    };
     let staged = Staged(app.router.staging());
     let Form {
         file,
         purpose,
         expires_after_seconds,
-    } = read(&app, &mut form, &staged, limit_bytes).await?;
+    } = read(&app, &mut form, &staged, within).await?;
     let (filename, Written { bytes, sha256 }) = file.ok_or_else(|| files::missing("file"))?;
     let purpose = files::purpose(purpose)?;
     let upload = Upload {
@@ -105,14 +113,19 @@ struct Form {
 }
 
 /// Fields come in any order; `purpose` before `file` in openai-python.
-async fn read(app: &App, form: &mut Multipart, staged: &Staged, limit_bytes: u64) -> Result<Form, ApiError> {
+async fn read(
+    app: &App,
+    form: &mut Multipart,
+    staged: &Staged,
+    within: impl Fn(u64) -> Result<(), ApiError>,
+) -> Result<Form, ApiError> {
     let mut read = Form::default();
     while let Some(field) = form.next_field().await.map_err(broken)? {
         match field.name().unwrap_or_default() {
             "file" if read.file.is_some() => return Err(invalid("file", "the form has two files")),
             "file" => {
                 let name = files::filename(field.file_name());
-                read.file = Some((name, write(app, field, staged, limit_bytes).await?));
+                read.file = Some((name, write(app, field, staged, &within).await?));
             }
             "purpose" => read.purpose = Some(text(field, "purpose").await?),
             "expires_after[anchor]" => {
@@ -142,11 +155,12 @@ pub(super) struct Written {
     pub sha256: Digest,
 }
 
+/// `within`: whether so many bytes are taken.
 pub(super) async fn write(
     app: &App,
     mut field: Field<'_>,
     staged: &Staged,
-    limit_bytes: u64,
+    within: impl Fn(u64) -> Result<(), ApiError>,
 ) -> Result<Written, ApiError> {
     let failed = |source: std::io::Error| {
         let what = "writing an upload".to_owned();
@@ -158,9 +172,7 @@ pub(super) async fn write(
     let (mut bytes, mut hasher) = (0, Hasher::default());
     while let Some(chunk) = field.chunk().await.map_err(broken)? {
         bytes += chunk.len() as u64;
-        if bytes > limit_bytes {
-            return Err(ApiError::TooLarge { limit_bytes });
-        }
+        within(bytes)?;
         hasher.update(&chunk);
         file.write_all(&chunk).await.map_err(failed)?;
     }

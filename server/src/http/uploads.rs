@@ -40,13 +40,18 @@ pub async fn part(
 ) -> Result<Answer<UploadPart>, ApiError> {
     let limit_bytes = MAX_PART_BYTES;
     let mut form = form(&app, request, "data", limit_bytes).await?;
+    let room = own.room_for_part(&id).await?;
+    let within = |bytes| match bytes > limit_bytes {
+        true => Err(ApiError::TooLarge { limit_bytes }),
+        false => Ok(room.check(bytes)?),
+    };
     let staged = Staged(app.router.staging());
     let mut written = None;
     while let Some(field) = form.next_field().await.map_err(broken)? {
         match field.name().unwrap_or_default() {
             "data" if written.is_some() => return Err(invalid("data", "the form has two parts")),
             "data" => {
-                written = Some(write(&app, field, &staged, limit_bytes).await?);
+                written = Some(write(&app, field, &staged, within).await?);
             }
             other => app
                 .strays

@@ -1,13 +1,13 @@
 //! Files of rows as `tandem train` reads them, and what it says of them. Not here: how rows are read (text).
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Cursor, Write};
 use std::path::{Path, PathBuf};
 
-use tandem_core::dataset;
+use tandem_core::dataset::{Encoder, Group};
 use tandem_router::hyper::Facts;
 use tandem_text::Tokenizer;
-use tandem_text::dataset::{self as rows, Options, Reading, Rows, Shown, Source, Statistics, tokenise};
+use tandem_text::dataset::{Options, Reading, Rows, Shown, Source, Statistics, tokenise};
 
 use super::TrainError;
 use super::progress::thousands;
@@ -75,13 +75,18 @@ impl Dataset {
         tokenizer: &Tokenizer,
         options: &Options,
     ) -> Result<Dataset, TrainError> {
-        let rows::Dataset { groups, statistics } = Dataset::tokens(files, reading, tokenizer, options)?;
+        let mut encoder = Encoder::new(Cursor::new(vec![])).expect("memory takes what is written");
+        let keep = |group: Group| encoder.push(&group);
+        let statistics = Dataset::tokens(files, reading, tokenizer, options, keep)?;
         let facts = Facts {
             examples: statistics.examples,
             tokens: statistics.tokens,
         };
         Ok(Dataset {
-            bytes: dataset::encode(&groups),
+            bytes: encoder
+                .finish()
+                .expect("memory takes what is written")
+                .into_inner(),
             facts,
         })
     }
@@ -94,13 +99,20 @@ impl Dataset {
         options: &Options,
         n: usize,
     ) -> Result<(), TrainError> {
-        let dataset = Dataset::tokens(files, reading, tokenizer, options)?;
+        let mut first = vec![];
+        let keep = |group| {
+            if first.len() < n {
+                first.push(group);
+            }
+            Ok(())
+        };
+        let statistics = Dataset::tokens(files, reading, tokenizer, options, keep)?;
         println!(
             "{} tokens are learned, the longest row has {}",
-            thousands(dataset.statistics.trained_tokens),
-            thousands(dataset.statistics.longest)
+            thousands(statistics.trained_tokens),
+            thousands(statistics.longest)
         );
-        for (number, group) in dataset.groups.iter().take(n).enumerate() {
+        for (number, group) in first.iter().enumerate() {
             for example in Shown::of(group, tokenizer) {
                 println!(
                     "\n--- {} of {} tokens, {} learned (between \u{ab} and \u{bb})",
@@ -125,7 +137,8 @@ impl Dataset {
         reading: &Reading,
         tokenizer: &Tokenizer,
         options: &Options,
-    ) -> Result<rows::Dataset, TrainError> {
+        keep: impl FnMut(Group) -> io::Result<()>,
+    ) -> Result<Statistics, TrainError> {
         let names: Vec<String> = files.iter().map(|path| path.display().to_string()).collect();
         let names = names.join(", ");
         let unfit = |source| TrainError::Rows {
@@ -134,7 +147,7 @@ impl Dataset {
         };
         let sources = files.iter().map(|path| Source::from(path.as_path())).collect();
         let mut rows = Rows::open(sources, reading).map_err(|bad| unfit(bad.into()))?;
-        let dataset = tokenise(&mut rows, tokenizer, options, |_, _| true).map_err(unfit)?;
+        let statistics = tokenise(&mut rows, tokenizer, options, |_, _| true, keep).map_err(unfit)?;
         let Statistics {
             rows: n_rows,
             dropped,
@@ -143,7 +156,7 @@ impl Dataset {
             tokens,
             trained_tokens: _,
             longest: _,
-        } = dataset.statistics;
+        } = statistics;
         let max_seq_length = options.max_seq_length;
         if examples == 0 {
             return Err(TrainError::Empty {
@@ -169,7 +182,7 @@ impl Dataset {
             ));
         }
         println!("{line}");
-        Ok(dataset)
+        Ok(statistics)
     }
 
     pub fn write(&self, target: &Path) -> Result<(), TrainError> {

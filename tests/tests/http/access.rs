@@ -380,6 +380,57 @@ fn a_key_with_limits_waits_when_they_are_used_up() {
 }
 
 #[test]
+fn a_key_stores_what_it_may_and_an_upload_what_it_announced() {
+    let server = Server::start(&["--api-key", ADMIN]);
+    let (id, small) = limited_key(&server, "acme", "train", &["--stored-bytes", "1000"]);
+    is_taken(&server, &small);
+    let bearer = format!("Bearer {small}");
+    let send = |path: &str, field: &str, content: &str| {
+        let form = format!(
+            "--b\r\ncontent-disposition: form-data; name=\"purpose\"\r\n\r\nuser_data\r\n--b\r\n\
+             content-disposition: form-data; name=\"{field}\"; filename=\"x\"\r\n\r\n{content}\r\n--b--\r\n"
+        );
+        let headers = [
+            ("content-type", "multipart/form-data; boundary=b"),
+            ("authorization", bearer.as_str()),
+        ];
+        client::send(server.address, "POST", path, &headers, form.as_bytes())
+    };
+    let file = send("/v1/files", "file", &"x".repeat(600)).ok();
+    let refused = send("/v1/files", "file", &"x".repeat(401));
+    assert_eq!(refused.status, 403, "{}", refused.text());
+    let error = &refused.json()["error"];
+    assert_eq!(error["code"], "storage_limit_exceeded");
+    let said = "this key lets its tenant store 1000 bytes, 600 are stored, and this would add";
+    assert!(error["message"].as_str().unwrap().contains(said), "{error}");
+
+    // What is announced is counted, and a part beyond it is refused when it comes.
+    let begin = |bytes: u64| {
+        let body =
+            json!({"filename": "x", "purpose": "user_data", "bytes": bytes, "mime_type": "text/plain"});
+        ask(&server, "POST", "/v1/uploads", Some(&small), &body)
+    };
+    assert_eq!(begin(401).status, 403);
+    let upload = begin(400).ok();
+    let parts = format!("/v1/uploads/{}/parts", upload["id"].as_str().unwrap());
+    let refused = send(&parts, "data", &"x".repeat(401));
+    assert_eq!(refused.status, 400, "{}", refused.text());
+    let said = "the parts have 401 bytes together, the upload was announced with 400";
+    assert!(refused.text().contains(said), "{}", refused.text());
+    let listed = command(&["keys", "list", "--data-dir"])
+        .arg(server.data.path().join("data"))
+        .output()
+        .unwrap();
+    let listed = String::from_utf8(listed.stdout).unwrap();
+    let row = listed.lines().find(|line| line.starts_with(&id)).unwrap();
+    assert!(row.ends_with("1000 of 1000 bytes stored"), "{row}");
+
+    let path = format!("/v1/files/{}", file["id"].as_str().unwrap());
+    ask(&server, "DELETE", &path, Some(&small), &Value::Null).ok();
+    send("/v1/files", "file", &"x".repeat(600)).ok();
+}
+
+#[test]
 fn the_first_key_closes_an_open_server() {
     let server = Server::start(&[]);
     assert_eq!(client::get(server.address, "/v1/models").status, 200);

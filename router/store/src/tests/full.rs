@@ -13,7 +13,7 @@ async fn room_is_kept_given_and_made_again() {
     let staged = store.staging();
     fs::write(&staged, "rows").unwrap();
     let refused = store
-        .add_file(&staged, new_file("rows", "rows.jsonl", "fine-tune", None))
+        .add_file(&staged, new_file("rows", "rows.jsonl", "fine-tune", None), None)
         .await;
     assert_eq!(refused.unwrap_err().away(), Some(Part::Room));
     let folder = adapter(root.path(), "one");
@@ -24,7 +24,7 @@ async fn room_is_kept_given_and_made_again() {
     assert_eq!(store.away(), []);
     assert!(fs::metadata(&reserve).unwrap().len() > 1 << 20);
     store
-        .add_file(&staged, new_file("rows", "rows.jsonl", "fine-tune", None))
+        .add_file(&staged, new_file("rows", "rows.jsonl", "fine-tune", None), None)
         .await
         .unwrap();
     store

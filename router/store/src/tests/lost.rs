@@ -13,7 +13,7 @@ async fn fill(store: &Store, root: &Path, content: &str) -> (FileRow, Digest) {
     let staged = store.staging();
     fs::write(&staged, content).unwrap();
     let file = store
-        .add_file(&staged, new_file(content, "rows.jsonl", "fine-tune", None))
+        .add_file(&staged, new_file(content, "rows.jsonl", "fine-tune", None), None)
         .await
         .unwrap();
     let source = adapter(root, content);
@@ -30,7 +30,7 @@ async fn fill(store: &Store, root: &Path, content: &str) -> (FileRow, Digest) {
     store.insert_job(job(&id, &[])).await.unwrap();
     fs::create_dir_all(store.job_folder(&id)).unwrap();
     fs::write(store.job_folder(&id).join(files::TRAIN), content).unwrap();
-    store.publish_datasets(&id).await.unwrap();
+    store.publish_datasets(&id, 0).await.unwrap();
     let life = Life {
         epoch: 1,
         saved: None,
@@ -285,7 +285,7 @@ async fn a_copy_of_a_store_in_use_is_a_store() {
                 let staged = store.staging();
                 fs::write(&staged, "x").unwrap();
                 let row = store
-                    .add_file(&staged, new_file("x", "x", "user_data", None))
+                    .add_file(&staged, new_file("x", "x", "user_data", None), None)
                     .await
                     .unwrap();
                 if n % 2 == 0 {
@@ -405,37 +405,4 @@ fn what_the_database_names_and_is_not_there_is_known() {
     let shown = crate::leftovers::Leftovers::shown(&missing, folders.root());
     assert_eq!(shown, "adapters/aa, files/file-gone");
     assert!(folders.leftovers(&known(true)).unwrap().missing.is_empty());
-}
-
-/// What was saved and cannot be read any more stops nobody's others, and may be saved again.
-#[tokio::test]
-async fn a_damaged_save_stops_no_other() {
-    let root = tempfile::tempdir().unwrap();
-    let place = |run: &str| SavePlace::new(run, SaveKind::State, "n").unwrap();
-    let record = |run: &str| SaveRecord {
-        place: place(run),
-        base: BASE,
-        tenant: "x".to_owned(),
-        created_at: 7,
-        expires_at: None,
-        bytes: 0,
-        rank: 4,
-        train_attn: true,
-        train_mlp: true,
-        train_unembed: false,
-        lora: None,
-        public: false,
-        user_metadata: None,
-        file: None,
-        adapter: None,
-    };
-    let store = Store::open(&Places::local(root.path())).await.unwrap();
-    for run in ["a", "b"] {
-        store.keep_save(record(run), None).await.unwrap();
-    }
-    fs::write(root.path().join("tinker/b/state/n/save.json"), "{\"place\"").unwrap();
-    assert_eq!(store.saves(None).await.unwrap(), [record("a")]);
-    assert!(store.save(&place("b")).await.unwrap().is_none());
-    store.keep_save(record("b"), None).await.unwrap();
-    assert_eq!(store.saves(None).await.unwrap().len(), 2);
 }

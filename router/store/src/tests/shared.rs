@@ -101,6 +101,16 @@ async fn a_lease_has_one_holder_and_who_slept_writes_nothing() {
     // A name that is gone leaves its adapter for a while: another router may be about to use it.
     a.remove_names(BASE, ["awake"]).await.unwrap();
     assert!(!b.remove_adapter_if_unnamed(digest).await.unwrap());
+    // And longer, as long as one says that its requests have it.
+    let age = async || {
+        let aged = sqlx::query("UPDATE adapters SET created_at = 0").execute(&a.db.raw_pool);
+        aged.await.unwrap();
+    };
+    age().await;
+    a.keep_unnamed([digest]).await.unwrap();
+    assert_eq!(b.delete_unnamed_adapters().await.unwrap(), 0);
+    age().await;
+    assert_eq!(b.delete_unnamed_adapters().await.unwrap(), 1);
 }
 
 #[tokio::test]
@@ -116,6 +126,7 @@ async fn a_batch_has_one_holder_and_each_line_one_answer() {
             status: "validating",
             expires_after_s: 3600,
             request: "{}".to_owned(),
+            key_id: None,
         })
         .await
         .unwrap();
@@ -231,7 +242,7 @@ async fn a_newer_database_and_one_without_shared_artifacts_are_refused() {
     for (places, expected) in [
         (
             places(root.path(), "b", &url),
-            "version 99, this program knows versions up to 10",
+            "version 99, this program knows versions up to 11",
         ),
         (alone, "needs an artifact store"),
         (
@@ -361,7 +372,7 @@ async fn a_database_that_goes_is_said_soon_and_comes_back() {
     let staged = store.staging();
     fs::write(&staged, "{}").unwrap();
     store
-        .add_file(&staged, new_file("{}", "t.jsonl", "fine-tune", None))
+        .add_file(&staged, new_file("{}", "t.jsonl", "fine-tune", None), None)
         .await
         .unwrap_err();
     assert_eq!(
@@ -373,7 +384,7 @@ async fn a_database_that_goes_is_said_soon_and_comes_back() {
     assert_eq!(store.away(), []);
     assert!(store.job("ftjob-x").await.unwrap().is_some());
     store
-        .add_file(&staged, new_file("{}", "t.jsonl", "fine-tune", None))
+        .add_file(&staged, new_file("{}", "t.jsonl", "fine-tune", None), None)
         .await
         .unwrap();
 }
@@ -509,7 +520,7 @@ async fn a_damaged_copy_of_a_file_is_fetched_again() {
     let staged = store.staging();
     fs::write(&staged, "rows").unwrap();
     let new = new_file("rows", "rows.jsonl", "fine-tune", None);
-    let row = store.add_file(&staged, new).await.unwrap();
+    let row = store.add_file(&staged, new, None).await.unwrap();
     let copy = store.file_path(&row).await.unwrap();
     fs::write(&copy, "rowt").unwrap();
     let path = store.sound_file(&row).await.unwrap();
@@ -528,7 +539,7 @@ async fn a_file_without_a_digest_gets_one() {
         let staged = store.staging();
         fs::write(&staged, "rows").unwrap();
         let new = new_file("rows", "rows.jsonl", "fine-tune", None);
-        let id = store.add_file(&staged, new).await.unwrap().id;
+        let id = store.add_file(&staged, new, None).await.unwrap().id;
         let forgotten = "UPDATE files SET sha256 = NULL";
         sqlx::query(forgotten).execute(&store.db.raw_pool).await.unwrap();
         let row = async || store.file(&id).await.unwrap().unwrap();

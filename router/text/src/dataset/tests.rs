@@ -3,6 +3,8 @@
 use std::io::Write;
 use std::path::Path;
 
+use tandem_core::dataset::Group;
+
 use super::records::MAX_ROW_BYTES;
 use super::*;
 
@@ -533,20 +535,24 @@ fn formats_are_what_other_trainers_make_of_them() {
         for (file_name, bytes) in [("a.jsonl", lines), ("a.json", case["rows"].to_string())] {
             let (_file, source) = file(file_name, bytes.as_bytes());
             let mut rows = Rows::open(vec![source], &reading).unwrap();
-            let mut prompts = vec![];
-            let dataset = tokenise(&mut rows, &tokenizer, &options, |sample, _| {
+            let (mut prompts, mut groups) = (vec![], vec![]);
+            let each = |sample: &Sample, _: &Group| {
                 if let Sample::Example(Row::Completion { prompt, completion }) = sample {
                     prompts.push(json!({"prompt": prompt, "completion": completion}));
                 }
                 true
-            })
-            .unwrap();
+            };
+            let keep = |group| {
+                groups.push(group);
+                Ok(())
+            };
+            tokenise(&mut rows, &tokenizer, &options, each, keep).unwrap();
             if let Some(expected) = case["pairs"].as_array() {
                 assert_eq!(&prompts, expected, "{name}");
             }
             let expected = list(&case["examples"]);
-            assert_eq!(dataset.groups.len(), expected.len(), "{name}");
-            for (group, expected) in dataset.groups.iter().zip(&expected) {
+            assert_eq!(groups.len(), expected.len(), "{name}");
+            for (group, expected) in groups.iter().zip(&expected) {
                 let example = &group.examples[0];
                 // What no label follows is not kept; the first token is never predicted.
                 let mask: Vec<u64> = list(&expected["mask"])
@@ -985,5 +991,51 @@ fn columns_are_read_by_template_and_map() {
     ] {
         let (_file, source) = file("a.jsonl", line.as_bytes());
         assert_eq!(check(&source).is_ok(), is_taken, "{line}");
+    }
+}
+
+/// Tokens are handed on row by row, and one huge row is refused before it is tokenized.
+#[test]
+fn a_data_set_is_never_whole_in_memory() {
+    let tokenizer = crate::fixture::demo();
+    let options = Options {
+        max_seq_length: 4,
+        wraps: false,
+        prompt_loss_weight: 0.0,
+        train_on_input: false,
+        rows: tandem_core::job::Rows::Examples,
+    };
+    let kept = std::cell::Cell::new(0);
+    let text = |text: String| Ok((Place::line(kept.get() + 1), Sample::Example(Row::Text { text })));
+    let keep = |_: Group| {
+        kept.set(kept.get() + 1);
+        Ok(())
+    };
+    for wraps in [false, true] {
+        kept.set(0);
+        let options = Options { wraps, ..options };
+        let rows = (0..3u64).map(|n| {
+            assert!(kept.get() >= n, "row {n} comes before the one before was kept");
+            text("one two three four five six".to_owned())
+        });
+        let statistics = tokenise(rows, &tokenizer, &options, |_, _| true, keep).unwrap();
+        assert_eq!((statistics.rows, statistics.examples), (3, kept.get()));
+        assert_eq!(statistics.cut, if wraps { 0 } else { 3 });
+    }
+    let huge = "a ".repeat((4 << 20) / 2 + 1);
+    for row in [
+        Row::Text { text: huge.clone() },
+        Row::Completion {
+            prompt: huge.clone(),
+            completion: "b".to_owned(),
+        },
+    ] {
+        let row = std::iter::once(Ok((Place::line(7), Sample::Example(row))));
+        let error = tokenise(row, &tokenizer, &options, |_, _| true, |_| Ok(())).unwrap_err();
+        let error = error.to_string();
+        assert!(
+            error.starts_with("Line 7: its text has 419430") && error.contains("at most 4194304"),
+            "{error}"
+        );
     }
 }

@@ -1,4 +1,7 @@
-//! A whole data set as tokens, with what is to be known of it. Not here: one row (`label`), where the result is kept.
+//! A whole data set as tokens, row by row, with what is to be known of it. Not here: one row (`label`), where its tokens are
+//! kept.
+
+use std::io;
 
 use tandem_core::dataset::{Example, Group};
 
@@ -6,13 +9,6 @@ use super::{BadLine, Options, Place, Sample, group};
 use crate::error::TextError;
 use crate::label::Labelled;
 use crate::tokenizer::Tokenizer;
-
-/// What can be learned of some files, in the order of their rows.
-#[derive(Debug)]
-pub struct Dataset {
-    pub groups: Vec<Group>,
-    pub statistics: Statistics,
-}
 
 /// Of the files, as they are trained.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,19 +33,31 @@ pub enum Unfit {
     Row(#[from] BadLine),
     #[error("{place}: {source}")]
     Tokens { place: Place, source: TextError },
+    /// What takes them could not.
+    #[error("{0}")]
+    Unkept(io::Error),
     /// Nobody waits for it.
     #[error("given up")]
     GivenUp,
 }
 
-/// `each`: shown every row that is trained, with its tokens; false gives up.
+/// `each`: shown every row that is trained, with its tokens; false gives up. `keep`: takes what can be learned, in the order of
+/// the rows.
 pub fn tokenise(
     rows: impl Iterator<Item = Result<(Place, Sample), BadLine>>,
     tokenizer: &Tokenizer,
     options: &Options,
     mut each: impl FnMut(&Sample, &Group) -> bool,
-) -> Result<Dataset, Unfit> {
-    let (mut groups, mut statistics) = (Vec::new(), Statistics::default());
+    mut keep: impl FnMut(Group) -> io::Result<()>,
+) -> Result<Statistics, Unfit> {
+    let mut statistics = Statistics::default();
+    let mut counted = |group: Group, statistics: &mut Statistics| {
+        statistics.examples += 1;
+        statistics.tokens += group.tokens() as u64;
+        statistics.trained_tokens += group.label_tokens() as u64;
+        keep(group).map_err(Unfit::Unkept)
+    };
+    let mut blocks = options.wraps.then(|| Blocks::of(options.max_seq_length as usize));
     for row in rows {
         let (place, sample) = row?;
         statistics.rows += 1;
@@ -60,7 +68,10 @@ pub fn tokenise(
                 if !each(&sample, &group) {
                     return Err(Unfit::GivenUp);
                 }
-                groups.push(group);
+                match &mut blocks {
+                    None => counted(group, &mut statistics)?,
+                    Some(blocks) => blocks.push(group, |group| counted(group, &mut statistics))?,
+                }
             }
             Err(TextError::NoLabels { tokens, .. }) => {
                 statistics.dropped += 1;
@@ -69,31 +80,54 @@ pub fn tokenise(
             Err(source) => return Err(Unfit::Tokens { place, source }),
         }
     }
-    if options.wraps {
-        groups = blocks(groups, options.max_seq_length as usize);
+    if let Some(blocks) = blocks {
+        blocks.finish(|group| counted(group, &mut statistics))?;
     }
-    statistics.examples = groups.len() as u64;
-    statistics.tokens = groups.iter().map(|group| group.tokens() as u64).sum();
-    statistics.trained_tokens = groups.iter().map(|group| group.label_tokens() as u64).sum();
-    Ok(Dataset { groups, statistics })
+    Ok(statistics)
 }
 
 /// All examples as one text, cut every `length` tokens, as TRL's `wrapped` and llama-recipes' `packing` do. A last block of
-/// fewer is kept. The first token of a block is never predicted.
-fn blocks(groups: Vec<Group>, length: usize) -> Vec<Group> {
-    let examples = groups.into_iter().flat_map(|group| group.examples);
-    let mut tokens = Vec::new();
-    let mut weights = Vec::new();
-    for example in examples {
-        tokens.extend(example.tokens);
-        weights.extend(example.weights);
+/// fewer is kept, one without a label is not. The first token of a block is never predicted.
+struct Blocks {
+    length: usize,
+    /// What is no whole block yet.
+    rest: Example,
+}
+
+impl Blocks {
+    fn of(length: usize) -> Blocks {
+        let rest = Example {
+            tokens: vec![],
+            weights: vec![],
+        };
+        Blocks { length, rest }
     }
-    let cut = tokens.chunks(length).zip(weights.chunks(length));
-    cut.map(|(tokens, weights)| Example {
-        tokens: tokens.to_vec(),
-        weights: weights.to_vec(),
-    })
-    .filter(|example| example.label_tokens() > 0)
-    .map(Group::from)
-    .collect()
+
+    fn push(&mut self, group: Group, mut keep: impl FnMut(Group) -> Result<(), Unfit>) -> Result<(), Unfit> {
+        for example in group.examples {
+            self.rest.tokens.extend(example.tokens);
+            self.rest.weights.extend(example.weights);
+        }
+        let whole = self.rest.tokens.len() / self.length * self.length;
+        let tokens: Vec<_> = self.rest.tokens.drain(..whole).collect();
+        let weights: Vec<_> = self.rest.weights.drain(..whole).collect();
+        let cut = tokens.chunks(self.length).zip(weights.chunks(self.length));
+        for (tokens, weights) in cut {
+            let block = Example {
+                tokens: tokens.to_vec(),
+                weights: weights.to_vec(),
+            };
+            if block.label_tokens() > 0 {
+                keep(block.into())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(self, mut keep: impl FnMut(Group) -> Result<(), Unfit>) -> Result<(), Unfit> {
+        match self.rest.label_tokens() {
+            0 => Ok(()),
+            _ => keep(self.rest.into()),
+        }
+    }
 }

@@ -29,7 +29,7 @@ const MAX_PAGE: u32 = 1000;
     responses((status = 200, body = TrainingRuns), Errors)
 )]
 pub async fn runs(Own(own): Own, query: Pairs) -> Result<Answer<TrainingRuns>, ApiError> {
-    let (training_runs, cursor) = page(all_runs(&own).await?, &query)?;
+    let (training_runs, cursor) = page(runs_of(&own, None).await?, &query)?;
     Ok(Answer(TrainingRuns {
         training_runs,
         cursor,
@@ -43,7 +43,7 @@ pub async fn runs(Own(own): Own, query: Pairs) -> Result<Answer<TrainingRuns>, A
     responses((status = 200, body = TrainingRun), Errors)
 )]
 pub async fn run(Own(own): Own, Segment(id): Segment) -> Result<Answer<TrainingRun>, ApiError> {
-    let mut runs = all_runs(&own).await?.into_iter();
+    let mut runs = runs_of(&own, Some(&id)).await?.into_iter();
     let run = runs.find(|run| run.training_run_id == id);
     let unknown = RouterError::Unknown {
         what: "training run",
@@ -52,8 +52,8 @@ pub async fn run(Own(own): Own, Segment(id): Segment) -> Result<Answer<TrainingR
     Ok(Answer(run.ok_or(unknown)?))
 }
 
-async fn all_runs(own: &View) -> Result<Vec<TrainingRun>, ApiError> {
-    let saves = own.saves(None).await?;
+async fn runs_of(own: &View, run: Option<&str>) -> Result<Vec<TrainingRun>, ApiError> {
+    let saves = own.saves(run).await?;
     Ok(training_runs(own.learnings(), saves, own.base_name()))
 }
 
