@@ -16,7 +16,7 @@ use tch::{Device, Kind, Tensor};
 use crate::matmul::gemm::{Block, Gemm, Left, Part, views};
 use crate::slice::{Rows, RowsMut};
 use crate::weight::{Multiplied, Precision, Weight};
-pub use backward::{linear_backward, linear_grouped_backward};
+pub use backward::{BranchBack, linear_backward, linear_backward_with, linear_grouped_backward};
 use branch::{Branch, shrink};
 
 /// One projection's share of a LoRA module: `y[:, columns] += scale (x A[ranks]t) Bt`.
@@ -72,7 +72,7 @@ pub fn linear(x: &Tensor, w: &Weight, bias: Option<&Tensor>, lora: &[LoraRows]) 
 /// one shape and precision. No group of `lora` reaches over the end of a group.
 pub fn linear_grouped(x: &Tensor, groups: &[WeightRows], lora: &[LoraRows]) -> Tensor {
     match Job::new(x, groups, lora, x) {
-        Some(job) => job.into_new(),
+        Some(job) => job.into_new(None),
         None => reference(x, groups, lora, x).0,
     }
 }
@@ -81,7 +81,7 @@ pub fn linear_grouped(x: &Tensor, groups: &[WeightRows], lora: &[LoraRows]) -> T
 pub fn linear_add(x: &Tensor, w: &Weight, bias: Option<&Tensor>, lora: &[LoraRows], residual: &mut Tensor) {
     let groups = [all_rows(x, w, bias)];
     match (Job::new(x, &groups, lora, x), RowsMut::of(residual)) {
-        (Some(job), Some(to)) => job.run(to, |to, y| to.iter_mut().zip(y).for_each(|(to, y)| *to += y)),
+        (Some(job), Some(to)) => job.run(to, Store::Added),
         _ => {
             let _ = residual.g_add_(&reference(x, &groups, lora, x).0);
         }
@@ -90,15 +90,16 @@ pub fn linear_add(x: &Tensor, w: &Weight, bias: Option<&Tensor>, lora: &[LoraRow
 
 /// As [`linear`], the branches reading `lora_x` `[T, K]` (the input after dropout). Also returns the shrunk rows
 /// `lora_x At` `[T, R]`, before scaling, which the gradient of B wants: as wide as the largest module's ranks; what belongs
-/// to no module is zero.
+/// to no module is zero. A residual `[T, N]` is added to y.
 pub fn linear_training(
     x: &Tensor,
     w: &Weight,
     bias: Option<&Tensor>,
     lora: &[LoraRows],
     lora_x: &Tensor,
+    residual: Option<&Tensor>,
 ) -> (Tensor, Tensor) {
-    linear_grouped_training(x, &[all_rows(x, w, bias)], lora, lora_x)
+    linear_grouped_training(x, &[all_rows(x, w, bias)], lora, lora_x, residual)
 }
 
 /// As [`linear_grouped`], the branches reading `lora_x`, and the shrunk rows as [`linear_training`].
@@ -107,15 +108,26 @@ pub fn linear_grouped_training(
     groups: &[WeightRows],
     lora: &[LoraRows],
     lora_x: &Tensor,
+    residual: Option<&Tensor>,
 ) -> (Tensor, Tensor) {
     assert_eq!(x.size(), lora_x.size(), "the branch reads the same rows");
-    match Job::new(x, groups, lora, lora_x) {
-        Some(mut job) => {
+    let around = match residual {
+        Some(residual) => views([residual]).map(|[rows]| Some(rows)),
+        None => Some(None),
+    };
+    match (Job::new(x, groups, lora, lora_x), around) {
+        (Some(mut job), Some(around)) => {
             let mut shrunk = Tensor::zeros([x.size()[0], most_ranks(lora)], (Kind::Float, Device::Cpu));
             job.shrunk = RowsMut::of(&mut shrunk);
-            (job.into_new(), shrunk)
+            (job.into_new(around), shrunk)
         }
-        None => reference(x, groups, lora, lora_x),
+        _ => {
+            let (y, shrunk) = reference(x, groups, lora, lora_x);
+            (
+                residual.map_or_else(|| y.shallow_clone(), |residual| residual + &y),
+                shrunk,
+            )
+        }
     }
 }
 
@@ -251,16 +263,27 @@ impl<'a> Job<'a> {
         })
     }
 
-    fn into_new(self) -> Tensor {
+    /// y, and what went around it.
+    fn into_new(self, around: Option<Rows>) -> Tensor {
         let n = self.groups[0].weight.n();
         let mut y = Tensor::empty([self.x.rows as i64, n], (Kind::Float, Device::Cpu));
         let to = RowsMut::of(&mut y).expect("a new float CPU tensor");
-        self.run(to, <[f32]>::copy_from_slice);
+        match around {
+            None => self.run(to, Store::Sums),
+            Some(around) => {
+                assert_eq!(
+                    (around.rows, around.width),
+                    (to.rows, to.width),
+                    "the output's shape"
+                );
+                self.run(to, Store::Around(around))
+            }
+        }
         y
     }
 
-    /// Computes y and gives each piece of a row of it to `store`, with the same piece of `to`.
-    fn run(mut self, to: RowsMut, store: impl Fn(&mut [f32], &[f32]) + Sync) {
+    /// Computes y and stores it in `to`.
+    fn run(mut self, to: RowsMut, store: Store) {
         let first = self.groups[0].weight;
         assert_eq!(
             (to.rows, to.width),
@@ -273,7 +296,7 @@ impl<'a> Job<'a> {
         }
     }
 
-    fn run_in<T: Multiplied>(&mut self, to: RowsMut, store: impl Fn(&mut [f32], &[f32]) + Sync) {
+    fn run_in<T: Multiplied>(&mut self, to: RowsMut, store: Store) {
         let left = Left::<T>::round(self.x);
         shrink(&mut self.branches, &left, self.shrunk);
         let with_rows = self.groups.iter().filter(|group| !group.rows.is_empty());
@@ -287,20 +310,44 @@ impl<'a> Job<'a> {
             k: self.x.width,
             n: to.width,
         };
-        gemm.run(|part, mut block: Block| {
-            branches.iter().for_each(|branch| branch.expand(&mut block));
-            for (i, row) in block.rows.clone().enumerate() {
-                let sums = &mut block.sums[i * block.stride..][..block.columns.len()];
-                if let Some(bias) = biases[part] {
-                    sums.iter_mut()
-                        .zip(&bias[block.columns.clone()])
-                        .for_each(|(sum, bias)| *sum += bias);
-                }
-                // SAFETY: a block's columns of a row belong to its task.
-                store(unsafe { to.columns(row, block.columns.clone()) }, sums);
+        let whole = |part: usize, block: &mut Block| {
+            branches.iter().for_each(|branch| branch.expand(block));
+            if let Some(bias) = biases[part] {
+                let bias = &bias[block.columns.clone()];
+                (0..block.rows.len()).for_each(|i| add(block.row_mut(i), bias));
             }
-        });
+        };
+        match store {
+            Store::Sums => gemm.run_into(to, |part, mut block| whole(part, &mut block)),
+            Store::Around(around) => gemm.run_into(to, |part, mut block| {
+                whole(part, &mut block);
+                for (i, row) in block.rows.clone().enumerate() {
+                    let columns = block.columns.clone();
+                    add(block.row_mut(i), &around.row(row)[columns]);
+                }
+            }),
+            Store::Added => gemm.run(|part, mut block| {
+                whole(part, &mut block);
+                for (i, row) in block.rows.clone().enumerate() {
+                    // SAFETY: a block's columns of a row belong to its task.
+                    add(unsafe { to.columns(row, block.columns.clone()) }, block.row(i));
+                }
+            }),
+        }
     }
+}
+
+/// What becomes of y.
+enum Store<'a> {
+    Sums,
+    /// These are added.
+    Around(Rows<'a>),
+    /// It is added to what stands there.
+    Added,
+}
+
+fn add(to: &mut [f32], more: &[f32]) {
+    to.iter_mut().zip(more).for_each(|(to, more)| *to += more);
 }
 
 /// A bias as a slice; None where only the reference can go.

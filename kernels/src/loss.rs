@@ -48,7 +48,7 @@ impl<'a> Head<'a> {
         let lora: Vec<LoraRows> = self.lora.iter().filter_map(|rows| rows.within(&own)).collect();
         let mut logits = match self.lora_x {
             Some(x) if !lora.is_empty() => {
-                linear_training(hidden, self.weight, None, &lora, &x.narrow(0, start, n)).0
+                linear_training(hidden, self.weight, None, &lora, &x.narrow(0, start, n), None).0
             }
             _ => linear(hidden, self.weight, None, &lora),
         };

@@ -20,14 +20,24 @@ pub fn exit_at_once(code: i32) -> ! {
     unsafe { libc::_exit(code) }
 }
 
-/// Lets the allocator keep what is freed, up to a few hundred megabytes. A step's tensors are freed and asked for again all
-/// the time; each time given back to the system, their pages are faulted in and zeroed anew (a tenth of a training step).
+/// Lets the allocator keep what is freed, up to the activations of a training step, which are freed and asked for again all the
+/// time: each time given back to the system, their pages are faulted in and zeroed anew (a tenth of a step). Who is done with
+/// much calls [`give_back_memory`].
 pub fn keep_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: two settings of glibc's allocator, which takes them at any time and from any thread.
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, 256 << 20);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+    }
+}
+
+/// Gives what [`keep_freed_memory`] kept back to the system.
+pub fn give_back_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: glibc's allocator looks through its own free memory, under its own locks.
+    unsafe {
+        libc::malloc_trim(0);
     }
 }
 

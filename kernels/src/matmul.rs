@@ -14,7 +14,7 @@ use crate::simd::pack::{self, Words};
 use crate::simd::{Element, PANEL};
 use crate::slice::{Plain, Rows, RowsMut, Shared};
 use crate::weight::{self, Precision};
-use gemm::{Gemm, Left, Part, Right, left_stride, views};
+use gemm::{Block, Gemm, Left, Part, Right, left_stride, views};
 
 /// `a bt`: a `[M, K]`, b `[N, K]` -> `[M, N]`.
 pub fn nt(a: &Tensor, b: &Tensor) -> Tensor {
@@ -71,11 +71,61 @@ fn product(a: &Tensor, a_side: Side, b: &Tensor, b_side: Side, precision: Precis
     );
     let mut out = Tensor::empty([m as i64, n as i64], (Kind::Float, Device::Cpu));
     let to = RowsMut::of(&mut out).expect("a new float CPU tensor");
+    let (left, right, store) = match (a_side, b_side) {
+        // at b is (bt a)t, to the same bits. The left side is turned, which is dearer than to cut the right one into panels:
+        // the gradient of an adapter's B has a thousand rows, of a few ranks each.
+        (Side::Columns, Side::Rows) if n * TURNED_FEWER <= m => {
+            ((rows_b, Side::Columns), (rows_a, Side::Rows), Store::Turned(to))
+        }
+        _ => ((rows_a, a_side), (rows_b, b_side), Store::AsItIs(to)),
+    };
     match precision {
-        Precision::F32 => fast::<f32>(rows_a, a_side, rows_b, b_side, to),
-        Precision::Bf16 => fast::<u16>(rows_a, a_side, rows_b, b_side, to),
+        Precision::F32 => fast::<f32>(left, right, &store),
+        Precision::Bf16 => fast::<u16>(left, right, &store),
     }
     out
+}
+
+/// How many times fewer columns the right side has where the product's transpose is computed: its result is turned.
+const TURNED_FEWER: usize = 4;
+
+/// Where a result goes.
+enum Store<'a> {
+    AsItIs(RowsMut<'a>),
+    /// The result's transpose.
+    Turned(RowsMut<'a>),
+}
+
+impl Store<'_> {
+    /// The block of a result whose part begins at `row` and `column`.
+    fn put(&self, block: &Block, row: usize, column: usize) {
+        let (row, column) = (row + block.rows.start, column + block.columns.start);
+        match self {
+            Store::AsItIs(to) => {
+                for i in 0..block.rows.len() {
+                    // SAFETY: a block's columns of a row belong to its task.
+                    let to = unsafe { to.columns(row + i, column..column + block.columns.len()) };
+                    to.copy_from_slice(block.row(i));
+                }
+            }
+            Store::Turned(to) => {
+                let from = Words {
+                    ptr: block.sums.cast_const().cast(),
+                    stride: block.stride,
+                };
+                let (rows, columns) = (block.rows.len(), block.columns.len());
+                assert!(
+                    column + columns <= to.rows && row + rows <= to.width,
+                    "inside the result"
+                );
+                // SAFETY: fast paths are available; the block's rows, into as many columns of the rows of `to` that are
+                // its columns: this task's alone.
+                unsafe {
+                    pack::transpose(from, rows, columns, to.at(column, row).cast(), to.stride);
+                }
+            }
+        }
+    }
 }
 
 /// The operand's own shape.
@@ -93,7 +143,7 @@ fn reference(a: &Tensor, a_side: Side, b: &Tensor, b_side: Side, precision: Prec
     weight::product(&a, &b, precision)
 }
 
-fn fast<T: Element + Plain>(a: Rows, a_side: Side, b: Rows, b_side: Side, to: RowsMut) {
+fn fast<T: Element + Plain>((a, a_side): (Rows, Side), (b, b_side): (Rows, Side), store: &Store) {
     let ((m, k), (_, n)) = (shape(a, a_side), shape(b, b_side));
     let side_rows = |stride: usize| (SIDE_BYTES / size_of::<T>() / stride.max(1) / PANEL).max(1) * PANEL;
     let (left_rows, right_columns) = (side_rows(left_stride::<T>(k)), side_rows(k));
@@ -115,14 +165,7 @@ fn fast<T: Element + Plain>(a: Rows, a_side: Side, b: Rows, b_side: Side, to: Ro
                 k,
                 n: columns.len(),
             };
-            gemm.run(|_, block| {
-                let start = first_column + block.columns.start;
-                for (i, row) in block.rows.clone().enumerate() {
-                    // SAFETY: a block's columns of a row belong to its task.
-                    let to = unsafe { to.columns(first_row + row, start..start + block.columns.len()) };
-                    to.copy_from_slice(block.row(i));
-                }
-            });
+            gemm.run(|_, block| store.put(&block, first_row, first_column));
         }
     }
 }
@@ -220,6 +263,7 @@ mod tests {
             (33, 16, 129),
             (70, 65, 300),
             (200, 130, 64),
+            (300, 16, 600),
         ] {
             for precision in [Precision::F32, Precision::Bf16] {
                 for (a_side, b_side) in [

@@ -11,8 +11,8 @@ pub use layer::{
 use tch::Tensor;
 
 use crate::pool;
-use crate::slice::Rows;
-use crate::vector::{dot, map_rows, rows, rows_mut, uninit, vector, vectorised};
+use crate::slice::{Rows, RowsMut};
+use crate::vector::{dot, in_chunks, map_rows, rows, rows_mut, uninit, vector, vectorised};
 
 /// x / sqrt(mean(x^2) + eps) * weight. `x` is [T, n H] and `weight` [H]: every run of H columns is a norm of its own
 /// (n = 1 before a block, n = heads for the norm of queries and keys). The result is [T, n H].
@@ -56,6 +56,33 @@ pub fn rms_norm_backward_input(x: &Tensor, weight: &Tensor, eps: f64, dy: &Tenso
             backward_row(x, weight_row, eps as f32, dy, dx);
         }
     })
+}
+
+/// `to` [T, n H] and dx: what reaches a residual stream around the norm and through it.
+pub fn rms_norm_backward_add(x: &Tensor, weight: &Tensor, eps: f64, dy: &Tensor, mut to: Tensor) -> Tensor {
+    assert_eq!(to.size(), x.size(), "a gradient of x");
+    let (Some(from), Some(weight_row), Some(grad), Some(sums)) =
+        (rows(x), vector(weight), rows(dy), RowsMut::of(&mut to))
+    else {
+        return to + rms_norm_backward_input(x, weight, eps, dy);
+    };
+    let width = group_width(from.width, weight_row.len());
+    in_chunks(from.rows, from.width, |chunk| {
+        let mut dx = pool::scratch::<f32>(width);
+        for row in chunk {
+            // SAFETY: the row is this task's alone.
+            let sums = unsafe { sums.row(row) };
+            let groups = from
+                .row(row)
+                .chunks_exact(width)
+                .zip(grad.row(row).chunks_exact(width));
+            for ((x, dy), sums) in groups.zip(sums.chunks_exact_mut(width)) {
+                backward_row(x, weight_row, eps as f32, dy, &mut dx);
+                sums.iter_mut().zip(&*dx).for_each(|(sum, dx)| *sum += dx);
+            }
+        }
+    });
+    to
 }
 
 /// dweight [H] alone. Its sum over rows runs in one order.
@@ -214,6 +241,9 @@ mod tests {
             let (want_dx, want_dweight) =
                 rms_norm_backward_reference(&double(&x), &double(&weight), 1e-5, &double(&dy));
             close(&dx, &want_dx, 3e-6);
+            let around = Tensor::randn([t, groups * width], FLOAT);
+            let sum = rms_norm_backward_add(&x, &weight, 1e-5, &dy, around.copy());
+            assert!(sum.equal(&(around + &dx)), "added as it is");
             close(&dweight, &want_dweight, 3e-6);
         }
     }

@@ -89,6 +89,10 @@ impl<'a> RowsMut<'a> {
         })
     }
 
+    pub fn at(&self, row: usize, column: usize) -> *mut f32 {
+        self.ptr.wrapping_add(row * self.stride + column)
+    }
+
     /// # Safety
     /// No other reference to this row lives while the returned one does.
     pub unsafe fn row(&self, row: usize) -> &'a mut [f32] {

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
+use tandem_kernels::machine;
 use tracing::Span;
 
 use super::Engine;
@@ -35,6 +36,7 @@ impl Turns {
     /// Ends; a slice of it that is on its way with others' stays with these.
     pub fn leave(&mut self, who: &Who, member: Box<dyn Member>) {
         joint::leave(&mut self.joint, who, member);
+        machine::give_back_memory();
     }
 
     /// What is half done is given up.

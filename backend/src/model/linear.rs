@@ -5,8 +5,8 @@ use std::ops::Range;
 use std::sync::OnceLock;
 
 use tandem_kernels::linear::{
-    LoraModule, LoraRows, linear, linear_add, linear_backward, linear_grouped, linear_grouped_backward,
-    linear_grouped_training, linear_training,
+    BranchBack, LoraModule, LoraRows, linear, linear_add, linear_backward, linear_backward_with,
+    linear_grouped, linear_grouped_backward, linear_grouped_training, linear_training,
 };
 use tandem_kernels::matmul;
 use tandem_kernels::weight::Weight;
@@ -140,39 +140,11 @@ impl Project for Serving<'_> {
 
 impl Project for Saving<'_> {
     fn project(&mut self, of: &Linear, x: &Tensor) -> Tensor {
-        let Linear { id, weight, bias, .. } = of;
-        let weight = weight.whole();
-        let trained = self.trainable.adapted();
-        let lora = trained.iter().filter_map(|rows| {
-            let module = rows.adapter.module(*id)?;
-            Some(LoraRows {
-                rows: rows.rows.start as i64..rows.rows.end as i64,
-                module,
-            })
-        });
-        let lora: Vec<LoraRows> = lora.collect();
-        if lora.is_empty() {
-            return linear(x, &weight, bias.as_ref(), &[]);
-        }
-        let dropped = self.dropped(x, *id, trained.iter().map(|rows| (rows, rows.of(x))));
-        let (y, shrunk) = linear_training(x, &weight, bias.as_ref(), &lora, &dropped);
-        self.shrunk.0.push((*id, shrunk));
-        for rows in trained {
-            if let (Some(scaled), Some(module)) = (of.scaled(&weight, rows.adapter), rows.adapter.module(*id))
-            {
-                let more = adapted(&weight, &rows.of(&dropped), module) * scaled.gain(x.device());
-                let _ = rows.of(&y).g_add_(&more);
-            }
-        }
-        y
+        self.around(of, x, None)
     }
 
     fn project_add(&mut self, of: &Linear, x: &Tensor, residual: Option<Tensor>) -> Tensor {
-        let y = self.project(of, x);
-        match residual {
-            Some(residual) => residual + y,
-            None => y,
-        }
+        self.around(of, x, residual.as_ref())
     }
 
     fn project_grouped(&mut self, linears: &Grouped, x: &Tensor) -> Tensor {
@@ -196,11 +168,46 @@ impl Project for Saving<'_> {
             true => Tensor::cat(&dropped.collect::<Vec<_>>(), 0),
             false => x.shallow_clone(),
         };
-        let (y, shrunk) = linear_grouped_training(x, &weights, &lora, &dropped);
+        let (y, shrunk) = linear_grouped_training(x, &weights, &lora, &dropped, None);
         for Group { rows, linear, .. } in &linears.groups {
             self.shrunk
                 .0
                 .push((linear.id, narrow_rows(&shrunk, rows.clone())));
+        }
+        y
+    }
+}
+
+impl Saving<'_> {
+    /// `residual + project(x)`
+    fn around(&mut self, of: &Linear, x: &Tensor, residual: Option<&Tensor>) -> Tensor {
+        let Linear { id, weight, bias, .. } = of;
+        let weight = weight.whole();
+        let trained = self.trainable.adapted();
+        let lora = trained.iter().filter_map(|rows| {
+            let module = rows.adapter.module(*id)?;
+            Some(LoraRows {
+                rows: rows.rows.start as i64..rows.rows.end as i64,
+                module,
+            })
+        });
+        let lora: Vec<LoraRows> = lora.collect();
+        if lora.is_empty() {
+            let y = linear(x, &weight, bias.as_ref(), &[]);
+            return match residual {
+                Some(residual) => residual + y,
+                None => y,
+            };
+        }
+        let dropped = self.dropped(x, *id, trained.iter().map(|rows| (rows, rows.of(x))));
+        let (y, shrunk) = linear_training(x, &weight, bias.as_ref(), &lora, &dropped, residual);
+        self.shrunk.0.push((*id, shrunk));
+        for rows in trained {
+            if let (Some(scaled), Some(module)) = (of.scaled(&weight, rows.adapter), rows.adapter.module(*id))
+            {
+                let more = adapted(&weight, &rows.of(&dropped), module) * scaled.gain(x.device());
+                let _ = rows.of(&y).g_add_(&more);
+            }
         }
         y
     }
@@ -257,29 +264,47 @@ impl Backward<'_> {
         let weight = of.weight.whole();
         let gained = trained.iter().map(|rows| self.gained(of, &weight, rows, x, dy));
         let gained: Vec<Option<Tensor>> = gained.collect();
-        let dx = linear_backward(&into_weight(trained, &gained, dy), &weight);
         self.parameters(of, x, dy);
-        for (rows, gained) in trained.iter().zip(gained) {
-            let mut own_dx = rows.of(&dx);
-            if let (Some(gained), Some(_)) = (&gained, rows.dropout) {
-                let through = linear_backward(gained, &weight);
-                own_dx += self.decoder.dropped(&through, rows.dropout, of.id);
-            }
-            let dy = match gained {
-                Some(gained) => rows.of(dy) + gained,
-                None => rows.of(dy),
-            };
+        let mut branches = vec![];
+        for (rows, gained) in trained.iter().zip(&gained) {
             let Some(shrunk) = self.shrunk.of(of.id) else {
                 continue;
             };
             let own = Own {
                 rows,
                 x: rows.of(x),
-                dy,
+                dy: match gained {
+                    Some(gained) => rows.of(dy) + gained,
+                    None => rows.of(dy),
+                },
                 shrunk: rows.of(shrunk),
             };
-            if let Some(of_branch) = self.decoder.branch(of.id, own) {
-                own_dx += of_branch;
+            if let Some(dshrunk) = self.decoder.branch_gradients(of.id, &own) {
+                branches.push((rows, dshrunk, &rows.adapter.module(of.id).expect(ADAPTED).a));
+            }
+        }
+        // A branch that reads what W reads goes back with it.
+        let at_once = branches.iter().filter(|(rows, ..)| rows.dropout.is_none());
+        let at_once = at_once.map(|(rows, dshrunk, a)| BranchBack {
+            rows: rows.rows.start as i64..rows.rows.end as i64,
+            dshrunk,
+            a,
+        });
+        let into_weight = into_weight(trained, &gained, dy);
+        let dx = linear_backward_with(&into_weight, &weight, &at_once.collect::<Vec<_>>());
+        let add_dropped = |rows: &TrainedRows, through: &Tensor| {
+            let _ = rows
+                .of(&dx)
+                .g_add_(&self.decoder.dropped(through, rows.dropout, of.id));
+        };
+        for (rows, gained) in trained.iter().zip(&gained) {
+            if let (Some(gained), Some(_)) = (gained, rows.dropout) {
+                add_dropped(rows, &linear_backward(gained, &weight));
+            }
+        }
+        for (rows, dshrunk, a) in &branches {
+            if rows.dropout.is_some() {
+                add_dropped(rows, &linear_backward(dshrunk, a));
             }
         }
         dx
@@ -383,6 +408,13 @@ fn magnitudes(gradient: &AdapterParams, id: LinearId, by_output: &Tensor, scaled
 impl Decoder {
     /// Gradients of A and B, where the adapter has them, and what goes through them to the input.
     pub(super) fn branch(&self, id: LinearId, own: Own) -> Option<Tensor> {
+        let dshrunk = self.branch_gradients(id, &own)?;
+        let through = linear_backward(&dshrunk, &own.rows.adapter.module(id)?.a);
+        Some(self.dropped(&through, own.rows.dropout, id))
+    }
+
+    /// Gradients of A and B, where the adapter has them, and that of `drop(x) At [T, R]`.
+    fn branch_gradients(&self, id: LinearId, own: &Own) -> Option<Tensor> {
         let Own { rows, x, dy, shrunk } = own;
         let module = rows.adapter.module(id)?;
         let gradient = rows.gradient;
@@ -403,10 +435,9 @@ impl Decoder {
             })
             .collect();
         let dshrunk = Tensor::cat(&dshrunk, 1);
-        let dropped = |x: &Tensor| self.dropped(x, rows.dropout, id);
         let a = gradient.a(shape).narrow(1, held.inputs.start, held.n_inputs());
-        add(&a, matmul::tn(&dshrunk, &dropped(&x)));
-        Some(dropped(&linear_backward(&dshrunk, &module.a)))
+        add(&a, matmul::tn(&dshrunk, &self.dropped(x, rows.dropout, id)));
+        Some(dshrunk)
     }
 
     /// A LoRA branch's input, with some elements dropped: each linear drops its own.

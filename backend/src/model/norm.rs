@@ -3,8 +3,8 @@
 
 use tandem_kernels::comm::Comm;
 use tandem_kernels::norm::{
-    layer_norm, layer_norm_backward_input, layer_norm_backward_params, rms_norm, rms_norm_backward_input,
-    rms_norm_backward_weight,
+    layer_norm, layer_norm_backward_input, layer_norm_backward_params, rms_norm, rms_norm_backward_add,
+    rms_norm_backward_input, rms_norm_backward_weight,
 };
 use tch::{Kind, Tensor};
 
@@ -54,9 +54,7 @@ impl Norm {
         }
         match self.kind {
             NormKind::Rms | NormKind::RmsPlusOne => {
-                trainable.add(ParamId::Norm(self.id), || {
-                    rms_norm_backward_weight(x, &self.weight, self.eps, dy)
-                });
+                self.add_rms_weight(x, dy, trainable);
                 rms_norm_backward_input(x, &self.weight, self.eps, dy)
             }
             NormKind::Layer { .. } => {
@@ -68,9 +66,24 @@ impl Norm {
             }
         }
     }
-}
 
-impl Norm {
+    /// `dx + [Norm::backward]`: `dx` went around the norm.
+    pub fn backward_add(&self, x: &Tensor, dy: &Tensor, dx: Tensor, trainable: Trainable) -> Tensor {
+        match (&self.spread, self.kind) {
+            (None, NormKind::Rms | NormKind::RmsPlusOne) => {
+                self.add_rms_weight(x, dy, trainable);
+                rms_norm_backward_add(x, &self.weight, self.eps, dy, dx)
+            }
+            _ => dx + self.backward(x, dy, trainable),
+        }
+    }
+
+    fn add_rms_weight(&self, x: &Tensor, dy: &Tensor, trainable: Trainable) {
+        trainable.add(ParamId::Norm(self.id), || {
+            rms_norm_backward_weight(x, &self.weight, self.eps, dy)
+        });
+    }
+
     fn layer_norm_params(&self, x: &Tensor, dy: &Tensor) -> (Tensor, Tensor) {
         layer_norm_backward_params(x, &self.weight, self.eps, dy)
     }

@@ -173,11 +173,11 @@ impl Decoder {
                 _ => unreachable!("what was saved is of the same sublayer"),
             });
         let dx = self.summed(dx.reduce(|a, b| a + b).expect(A_BODY));
-        doutput
-            + match &sublayer.pre {
-                Some(norm) => norm.backward(&input, &dx, pass.trainable),
-                None => dx,
-            }
+        drop(dsum);
+        match &sublayer.pre {
+            Some(norm) => norm.backward_add(&input, &dx, doutput, pass.trainable),
+            None => doutput + dx,
+        }
     }
 
     /// Numbers per token that [`Decoder::sublayer_saving`] keeps, in all sublayers.

@@ -21,47 +21,118 @@ const TURN_ROWS: usize = 16 * PANEL;
 /// Rows of dx for which a turned block is used: the turning is then a few percent of the product.
 const BLOCK_ROWS: usize = 256;
 
+/// What comes back through a LoRA branch: `dshrunk A` of some rows, dshrunk `[rows, R]` float32, A `[R, K]`.
+pub struct BranchBack<'a> {
+    pub rows: Range<i64>,
+    pub dshrunk: &'a Tensor,
+    pub a: &'a Weight,
+}
+
 /// dx `[T, K]` = dy W, dy `[T, N]` float32 (rounded to W's precision), sums in float32.
 pub fn linear_backward(dy: &Tensor, w: &Weight) -> Tensor {
-    linear_grouped_backward(
+    linear_backward_with(dy, w, &[])
+}
+
+/// The same, plus what comes back through branches: groups of rows that do not overlap.
+pub fn linear_backward_with(dy: &Tensor, w: &Weight, branches: &[BranchBack]) -> Tensor {
+    let rows = 0..dy.size()[0];
+    backward(
         dy,
         &[WeightRows {
-            rows: 0..dy.size()[0],
+            rows,
             weight: w,
             bias: None,
         }],
+        branches,
     )
 }
 
 /// The same, the rows of each group by its own W: the gradient of [`super::linear_grouped`] without LoRA.
 pub fn linear_grouped_backward(dy: &Tensor, groups: &[WeightRows]) -> Tensor {
+    backward(dy, groups, &[])
+}
+
+fn backward(dy: &Tensor, groups: &[WeightRows], branches: &[BranchBack]) -> Tensor {
     let first = check_groups(dy, groups, "dy", Weight::n);
+    for BranchBack { rows, dshrunk, a } in branches {
+        let size = [rows.end - rows.start, a.n()];
+        assert_eq!(
+            (dshrunk.size(), a.k()),
+            (size.to_vec(), first.k()),
+            "a branch of {rows:?}"
+        );
+    }
     let Some([rows]) = views([dy]) else {
-        return reference(dy, groups);
+        return reference(dy, groups, branches);
     };
     let mut dx = Tensor::empty([rows.rows as i64, first.k()], (Kind::Float, Device::Cpu));
     let to = RowsMut::of(&mut dx).expect("a new float CPU tensor");
     let done = match first.precision() {
-        Precision::F32 => fast::<f32>(rows, groups, to),
-        Precision::Bf16 => fast::<u16>(rows, groups, to),
+        Precision::F32 => fast::<f32>(rows, groups, branches, to),
+        Precision::Bf16 => fast::<u16>(rows, groups, branches, to),
     };
     match done {
-        Some(()) => dx,
-        None => reference(dy, groups),
+        Some(apart) => {
+            add_branches(&dx, &apart);
+            dx
+        }
+        None => reference(dy, groups, branches),
     }
 }
 
-fn reference(dy: &Tensor, groups: &[WeightRows]) -> Tensor {
+fn add_branches(dx: &Tensor, branches: &[&BranchBack]) {
+    for BranchBack { rows, dshrunk, a } in branches {
+        let _ = dx
+            .narrow(0, rows.start, rows.end - rows.start)
+            .g_add_(&linear_backward(dshrunk, a));
+    }
+}
+
+fn reference(dy: &Tensor, groups: &[WeightRows], branches: &[BranchBack]) -> Tensor {
     let parts = groups.iter().map(|WeightRows { rows, weight, .. }| {
         weight.reference_backward(&dy.narrow(0, rows.start, rows.end - rows.start))
     });
-    Tensor::cat(&parts.collect::<Vec<_>>(), 0)
+    let dx = Tensor::cat(&parts.collect::<Vec<_>>(), 0);
+    add_branches(&dx, &branches.iter().collect::<Vec<_>>());
+    dx
 }
 
-/// None where only the reference can go.
-fn fast<T: Multiplied>(dy: Rows, groups: &[WeightRows], to: RowsMut) -> Option<()> {
+/// A branch whose A is in the precision of W.
+struct Back<'a, T: Element + Plain> {
+    rows: Range<usize>,
+    dshrunk: Left<'a, T>,
+    a: Right<'a, T>,
+    ranks: usize,
+}
+
+impl<'a, T: Multiplied> Back<'a, T> {
+    fn new(branch: &BranchBack<'a>) -> Option<Back<'a, T>> {
+        let [dshrunk] = views([branch.dshrunk])?;
+        Some(Back {
+            rows: branch.rows.start as usize..branch.rows.end as usize,
+            dshrunk: Left::round(dshrunk),
+            a: branch.a.right()?,
+            ranks: branch.a.n() as usize,
+        })
+    }
+}
+
+/// The branches that are still to be added; None where only the reference can go.
+fn fast<'a, T: Multiplied>(
+    dy: Rows,
+    groups: &[WeightRows],
+    branches: &'a [BranchBack<'a>],
+    to: RowsMut,
+) -> Option<Vec<&'a BranchBack<'a>>> {
     let (n, k) = (dy.width, to.width);
     let parts = parts::<T>(groups)?;
+    let (mut at_once, mut apart) = (vec![], vec![]);
+    for branch in branches {
+        match Back::<T>::new(branch) {
+            Some(back) => at_once.push(back),
+            None => apart.push(branch),
+        }
+    }
     let dy = &Left::<T>::round(dy);
     let column_blocks = k.div_ceil(BLOCK_COLUMNS);
     let cut = |part: &Part<T>| {
@@ -83,33 +154,51 @@ fn fast<T: Multiplied>(dy: Rows, groups: &[WeightRows], to: RowsMut) -> Option<(
         let n_panels = columns.len().div_ceil(PANEL);
         let panel_stride = T::panel_len(TURN_ROWS);
         let mut turned = pool::scratch::<T>(n_panels * panel_stride);
-        let mut sums = pool::scratch::<f32>(rows.len() * BLOCK_COLUMNS);
-        for first in (0..n).step_by(TURN_ROWS) {
-            let reduced = first..n.min(first + TURN_ROWS);
-            turn(w, k, &reduced, &columns, &mut turned);
-            let product = Product {
-                m: rows.len(),
-                steps: T::steps(reduced.len()),
-                a: dy.row(rows.start).wrapping_add(first),
-                lda: dy.stride,
-                panels: turned.as_ptr(),
-                panel_stride,
-                n: columns.len(),
-                c: sums.as_mut_ptr(),
-                ldc: BLOCK_COLUMNS,
-                sum: if first == 0 { Sum::Set } else { Sum::Continue },
+        let sums = to.at(rows.start, columns.start);
+        // Of `turned` rows of a right side, times columns of a left side from `first` on, into the sums of the rows from `at` on.
+        let mut add =
+            |w: &Right<T>, reduced: Range<usize>, left: (&Left<T>, Range<usize>), at: usize, sum: Sum| {
+                turn(w, k, &reduced, &columns, &mut turned);
+                let (left, own) = left;
+                let product = Product {
+                    m: own.len(),
+                    steps: T::steps(reduced.len()),
+                    a: left.row(own.start).wrapping_add(reduced.start),
+                    lda: left.stride,
+                    panels: turned.as_ptr(),
+                    panel_stride,
+                    n: columns.len(),
+                    c: sums.wrapping_add(at * to.stride),
+                    ldc: to.stride,
+                    sum,
+                };
+                // SAFETY: packed panels mean that fast paths are available; `turned` holds the steps of all its panels, the left
+                // side's rows are whole steps, and these rows and columns of dx are this task's alone.
+                unsafe { simd::product(&product) };
             };
-            // SAFETY: packed panels mean that fast paths are available; `turned` holds the steps of all its panels,
-            // dy's rows are whole steps, and the sums are this task's scratch.
-            unsafe { simd::product(&product) };
+        for first in (0..n).step_by(TURN_ROWS) {
+            let sum = if first == 0 { Sum::Set } else { Sum::Continue };
+            add(w, first..n.min(first + TURN_ROWS), (dy, rows.clone()), 0, sum);
         }
-        for (i, row) in rows.enumerate() {
-            // SAFETY: a block's columns of a row belong to its task.
-            let to = unsafe { to.columns(row, columns.clone()) };
-            to.copy_from_slice(&sums[i * BLOCK_COLUMNS..][..columns.len()]);
+        for Back {
+            rows: of,
+            dshrunk,
+            a,
+            ranks,
+        } in &at_once
+        {
+            let own = of.start.max(rows.start)..of.end.min(rows.end);
+            if own.is_empty() {
+                continue;
+            }
+            for first in (0..*ranks).step_by(TURN_ROWS) {
+                let left = (dshrunk, own.start - of.start..own.end - of.start);
+                let reduced = first..ranks.min(&(first + TURN_ROWS)).to_owned();
+                add(a, reduced, left, own.start - rows.start, Sum::Add);
+            }
         }
     });
-    Some(())
+    Some(apart)
 }
 
 /// Rows `reduced` and columns `columns` of W, out of its panels over K, into panels over N: `turned[c][n][j] =

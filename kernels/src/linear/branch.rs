@@ -163,7 +163,8 @@ impl<'a> Branch<'a> {
                 0 => columns.end - column,
                 _ => (PANEL - skipped).min(columns.end - column),
             };
-            let to = (rows.start - block.rows.start) * block.stride + column - block.columns.start;
+            let (first_row, first_column) = (rows.start - block.rows.start, column - block.columns.start);
+            let to = first_row * block.stride + first_column;
             let product = Product {
                 m: rows.len(),
                 steps: T::steps(part.ranks.len()),
@@ -172,13 +173,13 @@ impl<'a> Branch<'a> {
                 panels: panels[panel * panel_len..].as_ptr(),
                 panel_stride: panel_len,
                 n,
-                c: block.sums[to..].as_mut_ptr(),
+                c: block.sums.wrapping_add(to),
                 ldc: block.stride,
                 sum: Sum::Add,
             };
             if skipped == 0 {
                 // SAFETY: the part's scaled rows and its B are packed (so fast paths are available); the rows and
-                // columns are those of the block's own scratch.
+                // columns are those of the block.
                 unsafe { simd::product(&product) };
             } else {
                 // The sum of a whole panel apart, of which the last columns are wanted.
@@ -195,7 +196,7 @@ impl<'a> Branch<'a> {
                 unsafe { simd::product(&apart) };
                 for i in 0..rows.len() {
                     let sums = &sums[i * PANEL..][skipped..n];
-                    let to = &mut block.sums[to + i * block.stride..];
+                    let to = &mut block.row_mut(first_row + i)[first_column..];
                     to.iter_mut().zip(sums).for_each(|(to, sum)| *to += sum);
                 }
             }

@@ -363,7 +363,7 @@ fn groups_are_linears_of_their_own() {
         let (x, dropped, dy) = (random(end, k), random(end, k), random(end, n));
         let y = linear_grouped(&x, &groups, &lora);
         let dx = linear_grouped_backward(&dy, &groups);
-        let (trained, shrunk) = linear_grouped_training(&x, &groups, &lora, &dropped);
+        let (trained, shrunk) = linear_grouped_training(&x, &groups, &lora, &dropped, None);
         let (slow, slow_shrunk) = super::reference(&x, &groups, &lora, &dropped);
         close(&trained, &slow, 8 * k, "training");
         close(&shrunk, &slow_shrunk, k, "shrunk");
@@ -396,17 +396,50 @@ fn training_reads_its_own_input_and_returns_the_shrunk_rows() {
             rows: 0..m,
             module: &module,
         }];
-        let (y, shrunk) = linear_training(&x, &w, None, &lora, &dropped);
+        let (y, shrunk) = linear_training(&x, &w, None, &lora, &dropped, None);
         close(&shrunk, &module.a.reference_forward(&dropped), k, "shrunk");
         let mut slow = w.reference_forward(&x);
         reference_expand(&mut slow, &shrunk, &module);
         close(&y, &slow, k, "y");
-        let (same_input, _) = linear_training(&x, &w, None, &lora, &x);
+        let residual = random(m, n);
+        let (around, _) = linear_training(&x, &w, None, &lora, &dropped, Some(&residual));
+        same_bits(&around, &(residual + y), "with a residual");
+        let (same_input, _) = linear_training(&x, &w, None, &lora, &x, None);
         same_bits(
             &same_input,
             &linear(&x, &w, None, &lora),
             "without dropout it is the served linear",
         );
+    }
+}
+
+/// Two branches over parts of the rows, of more ranks than are turned at once and of few: the sum of what goes back alone, and
+/// the same bits in any batch.
+#[test]
+fn branches_go_back_with_the_base() {
+    let (n, k, m) = (250, 96, 100);
+    for (precision, lora_precision) in [(F32, F32), (Bf16, F32), (Bf16, Bf16)] {
+        let w = packed(&random(n, k), precision);
+        let dy = random(m, n);
+        let base = linear_backward(&dy, &w);
+        for ranks in [16, 600] {
+            let a = packed(&random(ranks, k), lora_precision);
+            let (first, second) = (random(30, ranks), random(45, ranks));
+            let back = |rows, dshrunk| BranchBack { rows, dshrunk, a: &a };
+            let branches = [back(5..35, &first), back(50..95, &second)];
+            let dx = linear_backward_with(&dy, &w, &branches);
+            let slow = base.copy();
+            for BranchBack { rows, dshrunk, a } in &branches {
+                let _ = slow
+                    .narrow(0, rows.start, rows.end - rows.start)
+                    .g_add_(&linear_backward(dshrunk, a));
+            }
+            let what = format!("{precision:?} {lora_precision:?} {ranks} ranks");
+            close(&dx, &slow, ranks, &what);
+            same_bits(&dx.narrow(0, 0, 5), &base.narrow(0, 0, 5), &what);
+            let alone = linear_backward_with(&dy.narrow(0, 50, 45), &w, &[back(0..45, &second)]);
+            same_bits(&alone, &dx.narrow(0, 50, 45), &what);
+        }
     }
 }
 

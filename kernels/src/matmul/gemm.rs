@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use crate::pool::{self, Scratch};
 use crate::simd::{self, Element, FEW_ROWS, PANEL, Product, Sum};
-use crate::slice::{Plain, Rows, Shared};
+use crate::slice::{Plain, Rows, RowsMut, Shared};
 use crate::weight::packed::{self, Packed};
 
 /// The left side of a product in the right side's type: `m` rows of whole steps.
@@ -115,24 +115,43 @@ pub(crate) enum Right<'a, T> {
     Packed(&'a Packed),
 }
 
-/// A block of the result: `sums[i][j]` belongs to row `rows.start + i`, column `columns.start + j`.
-pub(crate) struct Block<'a> {
+/// A block of the result, this task's alone: `sums[i * stride + j]` belongs to row `rows.start + i`, column `columns.start + j`.
+/// Between its rows may lie what belongs to others.
+pub(crate) struct Block {
     pub rows: Range<usize>,
     pub columns: Range<usize>,
-    pub sums: &'a mut [f32],
+    pub sums: *mut f32,
     pub stride: usize,
 }
 
-impl Block<'_> {
+impl Block {
     /// The sums of the block's row i.
     pub fn row(&self, i: usize) -> &[f32] {
-        &self.sums[i * self.stride..][..self.columns.len()]
+        assert!(i < self.rows.len(), "row {i} of {:?}", self.rows);
+        // SAFETY: a row of the block.
+        unsafe { std::slice::from_raw_parts(self.sums.add(i * self.stride), self.columns.len()) }
+    }
+
+    pub fn row_mut(&mut self, i: usize) -> &mut [f32] {
+        assert!(i < self.rows.len(), "row {i} of {:?}", self.rows);
+        // SAFETY: a row of the block, borrowed as the block is.
+        unsafe { std::slice::from_raw_parts_mut(self.sums.add(i * self.stride), self.columns.len()) }
     }
 }
 
 impl<T: Element + Plain> Gemm<'_, T> {
-    /// Computes all blocks, each on some thread, and calls `finish` with the number of its part and each.
+    /// Computes all blocks, each on some thread, and calls `finish` with the number of its part and each: summed in scratch.
     pub fn run(&self, finish: impl Fn(usize, Block) + Sync) {
+        self.run_in(None, finish);
+    }
+
+    /// The same, summed where the result belongs.
+    pub fn run_into(&self, to: RowsMut, finish: impl Fn(usize, Block) + Sync) {
+        assert!(self.left.m <= to.rows && self.n <= to.width, "the result's shape");
+        self.run_in(Some(to), finish);
+    }
+
+    fn run_in(&self, to: Option<RowsMut>, finish: impl Fn(usize, Block) + Sync) {
         let Gemm { left, parts, k, n } = *self;
         let panel_len = T::panel_len(k);
         let (mut totals, mut totals_of) = (None, None);
@@ -173,12 +192,19 @@ impl<T: Element + Plain> Gemm<'_, T> {
             let block = spread(rows.len(), row_blocks, block);
             let rows = rows.start + block.start..rows.start + block.end;
             let columns = group * task_panels * PANEL..n.min((group + 1) * task_panels * PANEL);
-            let mut sums = pool::scratch::<f32>(rows.len() * BLOCK_COLUMNS);
+            let mut scratch = pool::scratch::<f32>(match to {
+                Some(_) => 0,
+                None => rows.len() * BLOCK_COLUMNS,
+            });
             for column in columns.clone().step_by(BLOCK_COLUMNS) {
                 let columns = column..columns.end.min(column + BLOCK_COLUMNS);
+                let (sums, stride) = match &to {
+                    Some(to) => (to.at(rows.start, column), to.stride),
+                    None => (scratch.as_mut_ptr(), BLOCK_COLUMNS),
+                };
                 let (m, a) = (rows.len(), left.row(rows.start));
                 // SAFETY: panels, codes and left sides are made only where fast paths are available; rows and columns lie
-                // in them, and the block in its scratch.
+                // in them, and the block in its scratch or in the result, where it is this task's alone.
                 match right {
                     Right::Panels(panels) => unsafe {
                         simd::product(&Product {
@@ -189,8 +215,8 @@ impl<T: Element + Plain> Gemm<'_, T> {
                             panels: panels[column / PANEL * panel_len..].as_ptr(),
                             panel_stride: panel_len,
                             n: columns.len(),
-                            c: sums.as_mut_ptr(),
-                            ldc: BLOCK_COLUMNS,
+                            c: sums,
+                            ldc: stride,
                             sum: Sum::Set,
                         })
                     },
@@ -203,8 +229,8 @@ impl<T: Element + Plain> Gemm<'_, T> {
                                 totals[rows.start * totals_stride..].as_ptr()
                             }),
                             totals_stride,
-                            c: sums.as_mut_ptr(),
-                            ldc: BLOCK_COLUMNS,
+                            c: sums,
+                            ldc: stride,
                         };
                         packed.multiply(&rows, columns.clone())
                     },
@@ -212,8 +238,8 @@ impl<T: Element + Plain> Gemm<'_, T> {
                 let block = Block {
                     rows: rows.clone(),
                     columns,
-                    sums: &mut sums,
-                    stride: BLOCK_COLUMNS,
+                    sums,
+                    stride,
                 };
                 finish(index, block);
             }
