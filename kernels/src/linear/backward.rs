@@ -107,6 +107,9 @@ struct Back<'a, T: Element + Plain> {
 
 impl<'a, T: Multiplied> Back<'a, T> {
     fn new(branch: &BranchBack<'a>) -> Option<Back<'a, T>> {
+        if branch.a.precision() != T::PRECISION {
+            return None;
+        }
         let [dshrunk] = views([branch.dshrunk])?;
         Some(Back {
             rows: branch.rows.start as usize..branch.rows.end as usize,
