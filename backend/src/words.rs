@@ -189,8 +189,36 @@ impl fmt::Display for Quantization {
     }
 }
 
+/// How a model's weights are held, and what they are stored in, or what config.json declares when there are none yet.
+pub fn weights(
+    model_folder: &Path,
+    dtype: &str,
+    quantization: Option<&str>,
+    device: &str,
+) -> Result<(WeightOptions, Kind), LoadError> {
+    let quantization: Option<Quantization> = quantization.map(str::parse).transpose()?;
+    let (save_kind, recipe) = match has_weights(model_folder) {
+        true => {
+            let checkpoint = Checkpoint::open(model_folder)?;
+            let recipe = Quantization::recipe(quantization.as_ref(), &checkpoint)?;
+            (checkpoint.main_kind(), recipe)
+        }
+        false => (declared_kind(model_folder)?, None),
+    };
+    let precision = match (dtype.parse()?, save_kind) {
+        (Dtype::Bf16, _) | (Dtype::Auto, Kind::BFloat16 | Kind::Half) => Precision::Bf16,
+        (Dtype::F32, _) | (Dtype::Auto, _) => Precision::F32,
+    };
+    let weights = WeightOptions {
+        precision,
+        recipe,
+        device: self::device(device)?,
+    };
+    Ok((weights, save_kind))
+}
+
 impl RunOptions {
-    /// Full training stores what the checkpoint was stored in, or what config.json declares when there is none yet.
+    /// Full training stores what the checkpoint was stored in.
     pub fn new(
         spec: JobSpec,
         model_folder: PathBuf,
@@ -199,27 +227,11 @@ impl RunOptions {
         device: &str,
         team: Team,
     ) -> Result<RunOptions, LoadError> {
-        let quantization: Option<Quantization> = quantization.map(str::parse).transpose()?;
-        let (save_kind, recipe) = match has_weights(&model_folder) {
-            true => {
-                let checkpoint = Checkpoint::open(&model_folder)?;
-                let recipe = Quantization::recipe(quantization.as_ref(), &checkpoint)?;
-                (checkpoint.main_kind(), recipe)
-            }
-            false => (declared_kind(&model_folder)?, None),
-        };
-        let precision = match (dtype.parse()?, save_kind) {
-            (Dtype::Bf16, _) | (Dtype::Auto, Kind::BFloat16 | Kind::Half) => Precision::Bf16,
-            (Dtype::F32, _) | (Dtype::Auto, _) => Precision::F32,
-        };
+        let (weights, save_kind) = weights(&model_folder, dtype, quantization, device)?;
         Ok(RunOptions {
             spec,
             model_folder,
-            weights: WeightOptions {
-                precision,
-                recipe,
-                device: self::device(device)?,
-            },
+            weights,
             save_kind,
             team,
             mesh: Mesh::PLAIN,

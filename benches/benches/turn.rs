@@ -201,6 +201,7 @@ fn train_step(criterion: &mut Criterion) {
     let hyper = Hyper {
         n_epochs: 1_000_000,
         max_steps: Some(1_000_000),
+        max_steps_per_epoch: None,
         batch_size: 4,
         gradient_accumulation_steps: 1,
         learning_rate: 1e-4,
@@ -223,6 +224,7 @@ fn train_step(criterion: &mut Criterion) {
         eval_steps: 0,
         selection: None,
         objective: Objective::default(),
+        frozen_layers: 0,
         method: Method::Lora(lora),
     };
     let folder = tempfile::tempdir().expect("a folder");

@@ -206,6 +206,8 @@ pub struct RunHyperparameters {
     pub prompt_loss_weight: f64,
     #[schema(required)]
     pub max_steps: Option<u64>,
+    #[schema(required)]
+    pub max_steps_per_epoch: Option<u64>,
     pub gradient_accumulation_steps: u32,
     pub shuffle: bool,
     #[serde(flatten)]

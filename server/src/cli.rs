@@ -50,11 +50,18 @@ pub enum Command {
     Router(Box<Router>),
     /// Fine-tune without a server, from a YAML file and key=value overrides
     Train(Train),
+    /// Loss and perplexity of a model, or of an adapter, over a file of rows
+    Eval(Eval),
+    /// Answer a prompt without a server
+    Generate(Generate),
     /// List, copy and check recipes for `tandem train`
     #[command(subcommand)]
     Recipes(Recipes),
     /// Fetch a model or an adapter from the hub, and print its folder
     Download(Download),
+    /// List, show and remove adapters: of folders, of a data folder, of a running server
+    #[command(subcommand)]
+    Adapters(Adapters),
     /// Write a model anew in fewer bits
     Quantize(Quantize),
     /// Write a model anew with an adapter in it
@@ -635,6 +642,32 @@ pub struct Train {
     pub settings: Vec<String>,
 }
 
+/// Rows are read as `tandem train` reads a validation_file, and the loss is that of its validations.
+#[derive(Clone, Debug, Args)]
+pub struct Eval {
+    /// A model and a file of rows (or a recipe of `tandem train`), and settings; --key value is taken, too. `tandem eval help`
+    /// lists all
+    #[arg(
+        value_name = "MODEL DATA | FILE.yaml | key=value",
+        required = true,
+        allow_hyphen_values = true
+    )]
+    pub settings: Vec<String>,
+}
+
+/// The answer is the one that a server gives to the same request.
+#[derive(Clone, Debug, Args)]
+pub struct Generate {
+    /// A model or a YAML file of settings, and settings that win over it; --key value is taken, too. `tandem generate help`
+    /// lists all
+    #[arg(
+        value_name = "MODEL | FILE.yaml | key=value",
+        required = true,
+        allow_hyphen_values = true
+    )]
+    pub settings: Vec<String>,
+}
+
 #[derive(Clone, Debug, Subcommand)]
 pub enum Recipes {
     /// List the recipes that are shipped
@@ -654,6 +687,52 @@ pub enum Recipes {
         #[arg(value_name = "FILE.yaml | NAME | key=value", required = true)]
         words: Vec<String>,
     },
+}
+
+#[derive(Clone, Debug, Subcommand)]
+pub enum Adapters {
+    /// What each is called, its rank, base, modules, size and who made it, by tabs
+    Ls {
+        /// PEFT folders below it, and in data folders what has a name [default: ./tandem-data, else .]
+        #[arg(value_name = "DIR")]
+        folder: Option<PathBuf>,
+        #[command(flatten)]
+        server: AdapterServer,
+    },
+    /// All that is known of one
+    Show {
+        /// A PEFT folder, or a name of the data folder or of the server
+        #[arg(value_name = "NAME | DIR")]
+        adapter: String,
+        /// That of the server
+        #[arg(
+            long,
+            value_name = "DIR",
+            env = "TANDEM_DATA_DIR",
+            default_value = "./tandem-data"
+        )]
+        data_dir: PathBuf,
+        #[command(flatten)]
+        server: AdapterServer,
+    },
+    /// Remove a PEFT folder, or a name of a running server; never what a server has in its data folder
+    Rm {
+        #[arg(value_name = "NAME | DIR")]
+        adapter: String,
+        #[command(flatten)]
+        server: AdapterServer,
+    },
+}
+
+/// A running server.
+#[derive(Clone, Debug, Args)]
+pub struct AdapterServer {
+    /// Ask the server there, such as http://localhost:8000
+    #[arg(long, value_name = "URL")]
+    pub url: Option<String>,
+    /// A key of it
+    #[arg(long, value_name = "KEY", env = "TANDEM_API_KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
 }
 
 #[derive(Clone, Debug, Args)]
@@ -708,6 +787,14 @@ impl Command {
     pub fn log_format(&self) -> LogFormat {
         self.process()
             .map_or(LogFormat::Text, |process| process.log_format)
+    }
+
+    /// What the log says at least: commands that end by themselves say what they do on their own.
+    pub fn least_log(&self) -> &'static str {
+        match self {
+            Command::Generate(_) | Command::Eval(_) => "warn",
+            _ => "info",
+        }
     }
 
     pub fn otlp_traces_endpoint(&self) -> Option<Url> {

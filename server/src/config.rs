@@ -105,8 +105,8 @@ const OTHER_COMMANDS: &[(&[&str], &str)] = &[
         "`tandem serve` serves the API and a page to chat on",
     ),
     (
-        &["chat", "complete", "generate", "prompt", "ask"],
-        "start `tandem serve`, then chat on http://127.0.0.1:8000/ or by POST /v1/chat/completions",
+        &["chat", "complete", "prompt", "ask"],
+        "`tandem generate MODEL user=TEXT` answers once; `tandem serve` has a page to chat on, and POST /v1/chat/completions",
     ),
     (
         &["finetune", "fine-tune", "fine_tune", "tune", "sft", "lora", "fit"],

@@ -18,6 +18,7 @@ mod exposure;
 mod extract;
 mod fields;
 mod foreign;
+mod generate;
 mod gpu_environment;
 mod gpus;
 mod health;
@@ -67,7 +68,11 @@ fn run() -> Result<ExitCode> {
         Err(ConfigError::Usage(usage)) => usage.exit(),
         parsed => parsed?,
     };
-    let sending = process::start_log(cli.command.log_format(), cli.command.otlp_traces_endpoint())?;
+    let sending = process::start_log(
+        cli.command.log_format(),
+        cli.command.least_log(),
+        cli.command.otlp_traces_endpoint(),
+    )?;
     process::raise_descriptors();
     match cli.command {
         Command::Serve(options) => commands::serve::run(*options, &given)?,
@@ -77,7 +82,10 @@ fn run() -> Result<ExitCode> {
             let started = ranks::started()?;
             return Ok(ExitCode::from(train::run(&train.settings, started)?.code()));
         }
+        Command::Eval(eval) => train::eval::run(&eval.settings)?,
+        Command::Generate(options) => return generate::run(&options),
         Command::Recipes(command) => train::recipes::run(&command)?,
+        Command::Adapters(command) => commands::adapters::run(&command)?,
         Command::Download(download) => commands::download::run(&download)?,
         Command::Merge(merge) => commands::merge::run(&merge)?,
         Command::Plot(options) => plot::run(&options)?,

@@ -78,11 +78,11 @@ pub fn descriptors() -> u64 {
     getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 
-/// To standard error, filtered by `TANDEM_LOG` (EnvFilter's syntax), `info` without it; and traces to their collector.
-pub fn start_log(format: LogFormat, traces: Option<Url>) -> Result<Option<Sending>> {
+/// To standard error, filtered by `TANDEM_LOG` (EnvFilter's syntax), `least` without it; and traces to their collector.
+pub fn start_log(format: LogFormat, least: &str, traces: Option<Url>) -> Result<Option<Sending>> {
     let filter = match std::env::var(LOG_VARIABLE) {
         Ok(text) => EnvFilter::try_new(text).context("TANDEM_LOG")?,
-        Err(_) => EnvFilter::new("info"),
+        Err(_) => EnvFilter::new(least),
     };
     let log = fmt::layer().with_writer(io::stderr);
     let log = match format {

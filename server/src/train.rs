@@ -2,14 +2,15 @@
 //! defaults and trainer as a job of the API. Not here: the training (backend), the defaults (router).
 
 mod data;
+pub mod eval;
 mod logs;
 mod placing;
 mod progress;
 pub mod recipes;
 mod record;
-mod settings;
+pub mod settings;
 mod sweep;
-mod torchtune;
+pub mod torchtune;
 mod wandb;
 
 use std::io;
@@ -41,7 +42,7 @@ use logs::Logs;
 use placing::Placing;
 use progress::Progress;
 use record::{Begin, Record, RecordError};
-use settings::{Recipe, SettingsError, wrong};
+use settings::{Files, Recipe, SettingsError, wrong};
 
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
@@ -88,7 +89,7 @@ impl Outcome {
     }
 }
 
-fn signal_code(signal: &str) -> u8 {
+pub fn signal_code(signal: &str) -> u8 {
     if signal == SIGINT { 130 } else { 143 }
 }
 
@@ -121,6 +122,7 @@ struct Ground {
     valid: Option<Dataset>,
     start: Option<Start>,
     tuning: Tuning,
+    frozen_layers: u32,
     dtype: String,
     quantization: Option<String>,
     device: String,
@@ -148,6 +150,7 @@ impl Ground {
             output_dir: _,
             overwrite_output_dir,
             tuning,
+            frozen_layers,
             dtype,
             quantization,
             device,
@@ -175,26 +178,14 @@ impl Ground {
         }
         let team = team(&placing, started, &device)?;
         let mesh = placing.on(&team)?;
-        let template = chat_template
-            .map(|given| crate::values::chat_template(&given))
-            .transpose();
-        let template = template.map_err(|message| wrong("chat_template", message))?;
-        let template = template.map(|template| template.source);
-        let tokenizer = match &template {
-            Some(template) => Tokenizer::with_chat_template(&model, template.clone()),
-            None => Tokenizer::open(&model),
-        };
-        let tokenizer = tokenizer.map_err(TrainError::Tokenizer)?;
+        let (tokenizer, template) = tokenizer(&model, chat_template)?;
         let spec = tandem_backend::family::read_spec(&model)?;
         let targets = spec.lora_targets();
         let bounds = bounds(&spec, &targets);
         let mut split = None;
         let of_trials = trials.iter_mut().map(|trial| &mut trial.settings);
         for settings in of_trials.chain([&mut settings]) {
-            if let Some((name, part)) = split_of_hub(&training_file, settings.split.as_deref()) {
-                settings.split = Some(part);
-                split = Some(name);
-            }
+            split = named_split(&training_file, settings).or(split);
         }
         hyper::fits(&settings, bounds)?;
         for trial in &trials {
@@ -235,6 +226,7 @@ impl Ground {
             valid,
             start,
             tuning,
+            frozen_layers,
             dtype,
             quantization,
             device,
@@ -255,7 +247,10 @@ impl Ground {
         let targets = self.spec.lora_targets();
         let (bounds, facts) = (bounds(&self.spec, &targets), self.train.facts);
         Ok(match sweep {
-            None => hyper::choose(&settings, self.tuning, bounds, facts),
+            None => Hyper {
+                frozen_layers: self.frozen_layers,
+                ..hyper::choose(&settings, self.tuning, bounds, facts)
+            },
             Some(sweep) => hyper::choose_of(sweep, &settings, bounds, facts),
         })
     }
@@ -343,7 +338,11 @@ impl Ground {
     fn options(&self, spec: JobSpec) -> Result<RunOptions, TrainError> {
         let quantization = self.quantization.as_deref();
         let (model, team) = (self.model.clone(), self.team.clone());
-        let options = RunOptions::new(spec, model, &self.dtype, quantization, &self.device, team)?;
+        let dtype = match (self.tuning, self.dtype.as_str()) {
+            (Tuning::Full, "auto") => "float32",
+            (_, dtype) => dtype,
+        };
+        let options = RunOptions::new(spec, model, dtype, quantization, &self.device, team)?;
         Ok(RunOptions {
             mesh: self.mesh,
             ..options
@@ -361,6 +360,27 @@ impl Ground {
             Tuning::Full => println!("serve it: tandem serve {}", result.display()),
         }
     }
+}
+
+/// Of a model, and what its chat template is replaced by.
+fn tokenizer(model: &Path, chat_template: Option<String>) -> Result<(Tokenizer, Option<String>), TrainError> {
+    let template = chat_template.map(|given| crate::values::chat_template(&given));
+    let template = template
+        .transpose()
+        .map_err(|message| wrong("chat_template", message))?;
+    let template = template.map(|template| template.source);
+    let tokenizer = match &template {
+        Some(template) => Tokenizer::with_chat_template(model, template.clone()),
+        None => Tokenizer::open(model),
+    };
+    Ok((tokenizer.map_err(TrainError::Tokenizer)?, template))
+}
+
+/// Which split of a hub's data set is meant. What is left in the settings is a part of it.
+fn named_split(training_file: &Files, settings: &mut Settings) -> Option<String> {
+    let (name, part) = split_of_hub(training_file, settings.split.as_deref())?;
+    settings.split = Some(part);
+    Some(name)
 }
 
 fn bounds<'a>(spec: &DecoderSpec, targets: &'a [String]) -> Bounds<'a> {
@@ -515,7 +535,7 @@ fn beside_rank_0(mate: &Started, shows: bool, model: &Path, device: &str) -> Res
 }
 
 /// TRL's command lines, too: `--learning_rate 1e-4`, `--packing`, `--config recipe.yaml`.
-fn as_settings(args: &[String]) -> Vec<String> {
+pub fn as_settings(args: &[String]) -> Vec<String> {
     let (mut settings, mut args) = (Vec::new(), args.iter().peekable());
     while let Some(arg) = args.next() {
         let Some(flag) = arg.strip_prefix("--") else {

@@ -116,6 +116,9 @@ pub struct Hyper {
     pub n_epochs: u32,
     /// Optimizer steps of the run, whatever `n_epochs` says.
     pub max_steps: Option<u64>,
+    /// Optimizer steps of an epoch at most: the rest of its rows is left out.
+    #[serde(default)]
+    pub max_steps_per_epoch: Option<u64>,
     /// Examples of one micro-batch.
     pub batch_size: u32,
     /// Micro-batches of one optimizer step.
@@ -158,6 +161,9 @@ pub struct Hyper {
     pub selection: Option<Selection>,
     #[serde(default)]
     pub objective: Objective,
+    /// The first layers, which [`Method::Full`] leaves as they are.
+    #[serde(default)]
+    pub frozen_layers: u32,
     pub method: Method,
 }
 
@@ -211,6 +217,7 @@ impl Hyper {
             optimizer,
             selection,
             objective,
+            frozen_layers,
             method,
             ..
         } = self;
@@ -219,6 +226,11 @@ impl Hyper {
         selection.as_ref().map_or(Ok(()), Selection::check)?;
         if loraplus_lr_ratio.is_some() && *method == Method::Full {
             return Err("loraplus_lr_ratio is of an adapter's B: full training has none".to_owned());
+        }
+        if *frozen_layers > 0 && *method != Method::Full {
+            return Err(
+                "freeze_layers is of full training: an adapter leaves every layer as it is".to_owned(),
+            );
         }
         if neftune_noise_alpha.is_some() && *objective != Objective::Sft {
             let name = objective.name();
@@ -363,7 +375,7 @@ impl Hyper {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Method {
     Lora(Lora),
-    /// Every parameter, in float32. Only `tandem train`: a served base is never changed.
+    /// Every parameter, float32. Only `tandem train`: a served base is never changed.
     Full,
 }
 
@@ -662,6 +674,7 @@ mod tests {
         Hyper {
             n_epochs: 1,
             max_steps: None,
+            max_steps_per_epoch: None,
             batch_size: 1,
             gradient_accumulation_steps: 1,
             learning_rate: 1e-4,
@@ -684,6 +697,7 @@ mod tests {
             eval_steps: 0,
             selection: None,
             objective: Objective::default(),
+            frozen_layers: 0,
             method: Method::Lora(lora),
         }
     }

@@ -83,6 +83,9 @@ settings! {
         max_steps: u64, Integer { low: 1, high: MOST_STEPS, unset: Some(-1) },
             ["max_train_steps"],
             "none", "optimizer steps of the run, in place of n_epochs; -1: not given";
+        max_steps_per_epoch: u64, Integer { low: 1, high: MOST_STEPS, unset: Some(-1) },
+            [],
+            "none", "optimizer steps of an epoch at most: the rest of its rows is left out, other rows in each where they are shuffled; -1: not given";
         batch_size: u32, Integer { low: 1, high: 1024, unset: None },
             ["per_device_train_batch_size", "batch_size_training", "micro_batch_size", "train_batch_size"],
             "rows / 128, from 1 to 8", "rows of a micro-batch";

@@ -71,7 +71,7 @@ fn is_computed(name: &str) -> bool {
 }
 
 /// 3 of `model.layers.3.mlp.up_proj.weight`
-fn layer_of(name: &str) -> Option<usize> {
+pub fn layer_of(name: &str) -> Option<usize> {
     name.strip_prefix("model.layers.")?
         .split('.')
         .next()?

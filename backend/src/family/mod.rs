@@ -30,6 +30,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 use tch::Kind;
 
+pub(crate) use checkpoint::layer_of;
 pub use checkpoint::open;
 pub use spec::{
     Among, AttnSpec, Bias, Body, Cut, DecoderSpec, ExpertsSpec, Head, LinearId, LinearSpec, Logits,

@@ -12,8 +12,8 @@ use tandem_kernels::comm::Comm;
 use tch::{Device, Kind, Tensor};
 
 use super::gradient::add;
-use crate::family::{self, DecoderSpec, Head, NormId, NormKind, Param, ParamId, Source};
-use crate::weights::{Checkpoint, LoadError, has_weights};
+use crate::family::{self, DecoderSpec, Head, NormId, NormKind, Param, ParamId, Source, layer_of};
+use crate::weights::{Checkpoint, LoadError, Matrix, has_weights};
 
 /// Matrices decay, norms and biases do not (as torchtune, nanoGPT and transformers' Trainer have it).
 pub fn decays(id: ParamId) -> bool {
@@ -29,8 +29,10 @@ pub struct FullShape {
     index: HashMap<ParamId, usize>,
     /// Of this rank's buffer.
     len: i64,
-    /// Of all parameters.
+    /// Of all parameters that are trained.
     total: i64,
+    /// What is not trained: it has no gradient, no moments, and no place in a buffer.
+    frozen: Vec<Param>,
     /// Who shares.
     comm: Comm,
 }
@@ -38,11 +40,14 @@ pub struct FullShape {
 impl FullShape {
     /// All of every parameter.
     pub fn new(spec: &DecoderSpec) -> FullShape {
-        FullShape::shared(spec, Comm::solo())
+        FullShape::shared(spec, 0, Comm::solo())
     }
 
-    pub fn shared(spec: &DecoderSpec, comm: Comm) -> FullShape {
+    /// All but those of the first layers.
+    pub fn shared(spec: &DecoderSpec, frozen_layers: usize, comm: Comm) -> FullShape {
         let (mut len, mut total) = (0, 0);
+        let is_frozen = |param: &Param| layer(param).is_some_and(|layer| layer < frozen_layers);
+        let (frozen, trained): (Vec<Param>, Vec<Param>) = spec.params().into_iter().partition(is_frozen);
         let world = comm.world();
         let place = |param: Param| {
             let offset = len;
@@ -50,7 +55,7 @@ impl FullShape {
             total += numbers(&param);
             (offset, param)
         };
-        let params: Vec<(i64, Param)> = spec.params().into_iter().map(place).collect();
+        let params: Vec<(i64, Param)> = trained.into_iter().map(place).collect();
         let index = params
             .iter()
             .enumerate()
@@ -61,6 +66,7 @@ impl FullShape {
             index,
             len,
             total,
+            frozen,
             comm,
         }
     }
@@ -73,9 +79,14 @@ impl FullShape {
         self.len == 0
     }
 
-    /// Numbers of all parameters.
+    /// Numbers of all parameters that are trained.
     pub fn total(&self) -> i64 {
         self.total
+    }
+
+    /// Numbers of those that are not.
+    pub fn frozen(&self) -> i64 {
+        self.frozen.iter().map(numbers).sum()
     }
 
     pub fn comm(&self) -> &Comm {
@@ -86,6 +97,7 @@ impl FullShape {
         self.comm.world() > 1
     }
 
+    /// Is it trained?
     pub fn has(&self, id: ParamId) -> bool {
         self.index.contains_key(&id)
     }
@@ -191,6 +203,11 @@ impl FullShape {
     }
 }
 
+/// `None`: it stands outside the layers.
+fn layer(param: &Param) -> Option<usize> {
+    layer_of(&param.tensors[0].name)
+}
+
 fn numbers(param: &Param) -> i64 {
     param.shape.iter().product()
 }
@@ -208,6 +225,8 @@ pub struct FullParams {
     /// Gradients of what stands outside the sublayers, where ranks share them: ranks have unlike numbers of labels, so these are
     /// summed when a pass is through.
     waiting: RefCell<HashMap<ParamId, Tensor>>,
+    /// Where what is not trained is read, whenever it is wanted.
+    rest: Option<(Checkpoint, Head)>,
 }
 
 impl FullParams {
@@ -220,6 +239,7 @@ impl FullParams {
             flat,
             shape,
             waiting: RefCell::default(),
+            rest: None,
         }
     }
 
@@ -249,8 +269,8 @@ impl FullParams {
     }
 
     /// Each tensor of the checkpoint is read whole, one after the other.
-    pub fn read(shape: FullShape, checkpoint: &Checkpoint) -> Result<FullParams, LoadError> {
-        let params = FullParams::zeros(shape);
+    pub fn read(shape: FullShape, checkpoint: Checkpoint) -> Result<FullParams, LoadError> {
+        let mut params = FullParams::zeros(shape);
         let head = if params.shape.has(ParamId::Head) {
             Head::Own
         } else {
@@ -271,7 +291,22 @@ impl FullParams {
                 params.flat.narrow(0, *offset, n).copy_(&own);
             }
         }
+        if !params.shape.frozen.is_empty() {
+            params.rest = Some((checkpoint, head));
+        }
         Ok(params)
+    }
+
+    /// Of a tensor that is not trained, whose whole shape is `shape`.
+    pub fn frozen(
+        &self,
+        name: &str,
+        shape: &[i64],
+        rows: Range<i64>,
+        columns: Range<i64>,
+    ) -> Result<Matrix, LoadError> {
+        let (checkpoint, head) = self.rest.as_ref().expect(READ_BEFORE);
+        checkpoint.matrix(checkpoint.stored_name(name, *head), shape, rows, columns)
     }
 
     /// A parameter in its own shape: a view, or brought together of all ranks' shares.
@@ -365,6 +400,19 @@ impl FullParams {
         self.shape.params.iter().flat_map(whole)
     }
 
+    /// What is not trained, as [`FullParams::named`].
+    fn named_frozen(&self) -> impl Iterator<Item = (String, Tensor)> {
+        let sources = self.shape.frozen.iter().flat_map(|param| {
+            let shape = |source: &Source| [&[source.rows], &param.shape[1..]].concat();
+            sources(param).map(move |(source, _)| (source.name.clone(), shape(source)))
+        });
+        sources.map(|(name, shape)| {
+            let (checkpoint, head) = self.rest.as_ref().expect(READ_BEFORE);
+            let tensor = checkpoint.tensor(checkpoint.stored_name(&name, *head), &shape);
+            (name, tensor.expect(READ_BEFORE))
+        })
+    }
+
     /// The bytes of a model.safetensors, numbers stored as `kind` (float32 or bfloat16). `None` on a rank other than 0, which
     /// only brings its share.
     pub fn serialise(&self, kind: Kind) -> Option<Vec<u8>> {
@@ -379,6 +427,7 @@ impl FullParams {
         };
         let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = self
             .named()
+            .chain(self.named_frozen())
             .map(|(name, view)| {
                 let shape = view.size().iter().map(|&n| n as usize).collect();
                 let stored = view.to_kind(kind).contiguous();
@@ -397,6 +446,9 @@ impl FullParams {
         Some(safetensors::serialize(views, metadata).expect("plain views serialise"))
     }
 }
+
+/// Why what is not trained can be read.
+const READ_BEFORE: &str = "a decoder was made of it";
 
 /// What a pass reads and differentiates outside its sublayers.
 fn is_outside(id: ParamId) -> bool {
@@ -423,7 +475,27 @@ fn sources(param: &Param) -> impl Iterator<Item = (&Source, i64)> {
 }
 
 /// The model of a folder and its parameters, each shared by `shared`, drawn when it has no weights (a model to be made from its config.json).
-pub fn read_or_init(folder: &Path, seed: u64, shared: Comm) -> Result<(DecoderSpec, FullParams), LoadError> {
+/// Its first layers may be frozen.
+pub fn read_or_init(
+    folder: &Path,
+    seed: u64,
+    frozen_layers: usize,
+    shared: Comm,
+) -> Result<(DecoderSpec, FullParams), LoadError> {
+    let can_freeze = |spec: &DecoderSpec| {
+        let layers = spec
+            .params()
+            .iter()
+            .filter_map(layer)
+            .max()
+            .map_or(0, |last| last + 1);
+        match frozen_layers <= layers {
+            true => Ok(()),
+            false => Err(LoadError::Option(format!(
+                "num_freeze_layers must be at most {layers}, the layers of the model, got {frozen_layers}"
+            ))),
+        }
+    };
     let trainable = |spec: &DecoderSpec| match spec
         .params()
         .iter()
@@ -439,12 +511,18 @@ pub fn read_or_init(folder: &Path, seed: u64, shared: Comm) -> Result<(DecoderSp
     if has_weights(folder) {
         let (spec, checkpoint) = family::open(folder)?;
         trainable(&spec)?;
-        let params = FullParams::read(FullShape::shared(&spec, shared), &checkpoint)?;
+        can_freeze(&spec)?;
+        let params = FullParams::read(FullShape::shared(&spec, frozen_layers, shared), checkpoint)?;
         return Ok((spec, params));
     }
     let spec = family::read_spec(folder)?;
     trainable(&spec)?;
-    let params = FullParams::init(FullShape::shared(&spec, shared), &spec, seed);
+    if frozen_layers > 0 {
+        return Err(LoadError::Option(
+            "freeze_layers: the model has no weights yet, so no layer has anything to keep".to_owned(),
+        ));
+    }
+    let params = FullParams::init(FullShape::shared(&spec, 0, shared), &spec, seed);
     Ok((spec, params))
 }
 

@@ -18,8 +18,9 @@ impl<'a> Trainable<'a> {
 
     /// To the gradient of a parameter of the base: computed only where it is trained.
     pub(super) fn add(self, id: ParamId, gradient: impl FnOnce() -> Tensor) {
-        if let Trainable::Full(gradients) = self {
-            gradients.add(id, gradient());
+        match self {
+            Trainable::Full(gradients) if gradients.shape.has(id) => gradients.add(id, gradient()),
+            Trainable::Full(_) | Trainable::Lora(_) => {}
         }
     }
 }

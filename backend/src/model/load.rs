@@ -148,7 +148,7 @@ impl Decoder {
         let options = WeightOptions::new(precision, Device::Cpu);
         let is_shared = params.shape.is_shared();
         let ids: HashMap<String, (ParamId, i64)> = params.shape.tensors().collect();
-        let store = |id, weight: Weight| match is_shared && !keeps_whole {
+        let store = |id, weight: Weight| match is_shared && !keeps_whole && params.shape.has(id) {
             false => Stored::Here(weight),
             true => Stored::Trained(TrainedShare {
                 n: weight.n(),
@@ -159,8 +159,16 @@ impl Decoder {
             }),
         };
         let mut decoder = Decoder::build(spec, options, Comm::solo(), &store, |piece| {
-            let Piece { name, rows, .. } = piece;
-            let (id, first) = ids[name];
+            let Piece {
+                name,
+                shape,
+                rows,
+                columns,
+                among: _,
+            } = piece;
+            let Some(&(id, first)) = ids.get(name) else {
+                return params.frozen(name, shape, rows.clone(), columns.clone());
+            };
             let n = rows.end - rows.start;
             Ok(Matrix::Dense(params.whole(id).narrow(0, first + rows.start, n)))
         })?;
@@ -358,16 +366,12 @@ impl Decoder {
         self.norm.update(params);
         for sublayer in &mut self.sublayers {
             for attn in sublayer.attentions_mut() {
-                if let Some(sinks) = &mut attn.sinks {
-                    *sinks = params.whole(ParamId::Sinks(attn.sublayer)).copy();
-                }
+                take(&mut attn.sinks, params, ParamId::Sinks(attn.sublayer));
             }
             sublayer.norms_mut().for_each(|norm| norm.update(params));
             for Linear { id, weight, bias, .. } in sublayer.linears_mut() {
                 weight.update(params, ParamId::Linear(*id));
-                if let Some(bias) = bias {
-                    *bias = params.whole(ParamId::Bias(*id)).copy();
-                }
+                take(bias, params, ParamId::Bias(*id));
             }
         }
     }
@@ -573,7 +577,7 @@ impl Sublayer {
 impl Stored {
     /// After an optimizer step. What lies in shares reads the new numbers by itself.
     fn update(&mut self, params: &FullParams, id: ParamId) {
-        if let Stored::Here(weight) = self {
+        if let (Stored::Here(weight), true) = (self, params.shape.has(id)) {
             weight.overwrite(&params.whole(id)).expect(SAME_SHAPE);
         }
     }
@@ -581,10 +585,17 @@ impl Stored {
 
 impl Norm {
     fn update(&mut self, params: &FullParams) {
-        self.weight = Norm::weight_of(self.kind, &params.whole(ParamId::Norm(self.id)));
-        if let Some(bias) = &mut self.bias {
-            *bias = params.whole(ParamId::NormBias(self.id)).copy();
+        if params.shape.has(ParamId::Norm(self.id)) {
+            self.weight = Norm::weight_of(self.kind, &params.whole(ParamId::Norm(self.id)));
         }
+        take(&mut self.bias, params, ParamId::NormBias(self.id));
+    }
+}
+
+/// The new numbers of a vector that is there and trained.
+fn take(vector: &mut Option<Tensor>, params: &FullParams, id: ParamId) {
+    if let (Some(vector), true) = (vector, params.shape.has(id)) {
+        *vector = params.whole(id).copy();
     }
 }
 

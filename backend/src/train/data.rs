@@ -28,6 +28,8 @@ pub struct DataPlan {
     /// Tokens that a micro-batch is filled to when short examples are packed.
     pack_tokens: Option<usize>,
     accumulation: usize,
+    /// Optimizer steps of an epoch at most.
+    most_of_epoch: u64,
     /// Optimizer steps before each epoch that was counted, and before the one after the last of these. Epochs count
     /// whole: the run may end within the last.
     steps_before: Vec<u64>,
@@ -116,6 +118,7 @@ impl DataPlan {
                 .packing
                 .then(|| hyper.batch_size.max(1) as usize * hyper.max_seq_length as usize),
             accumulation: hyper.gradient_accumulation_steps.max(1) as usize,
+            most_of_epoch: hyper.max_steps_per_epoch.unwrap_or(u64::MAX).max(1),
             steps_before: vec![0],
             total: 0,
             listed: None,
@@ -196,7 +199,7 @@ impl DataPlan {
             Some(_) => self.micro_batches(epoch).len(),
             None => self.lengths.len().div_ceil(self.batch_size),
         };
-        micro_batches.div_ceil(self.accumulation) as u64
+        (micro_batches.div_ceil(self.accumulation) as u64).min(self.most_of_epoch)
     }
 
     fn micro_batches(&self, epoch: u64) -> Vec<Vec<usize>> {
@@ -309,6 +312,7 @@ mod tests {
         Hyper {
             n_epochs: 3,
             max_steps: None,
+            max_steps_per_epoch: None,
             batch_size: 4,
             gradient_accumulation_steps: 2,
             learning_rate: 1e-3,
@@ -331,6 +335,7 @@ mod tests {
             eval_steps: 0,
             selection: None,
             objective: Objective::default(),
+            frozen_layers: 0,
             method: Method::Lora(Lora {
                 r: 4,
                 alpha: 8.0,
@@ -421,6 +426,40 @@ mod tests {
         plan.reach(2);
         assert_eq!((plan.steps_before.len(), plan.epoch(3)), (4, 3.0));
         assert!(plan.ends_epoch(3));
+    }
+
+    #[test]
+    fn an_epoch_may_have_fewer_steps_than_rows() {
+        for (shuffle, packing) in [(true, false), (false, false), (true, true)] {
+            let whole = Hyper {
+                shuffle,
+                packing,
+                ..hyper()
+            };
+            let cut = Hyper {
+                max_steps_per_epoch: Some(2),
+                ..whole.clone()
+            };
+            let (mut whole, mut plan) = (
+                DataPlan::new(lengths(210), &whole),
+                DataPlan::new(lengths(210), &cut),
+            );
+            let epoch = whole.total() / 3;
+            assert_eq!((plan.total(), plan.epoch(3), plan.epoch(6)), (6, 1.5, 3.0));
+            let ends: Vec<u64> = (1..=6).filter(|&step| plan.ends_epoch(step)).collect();
+            assert_eq!(ends, [2, 4, 6]);
+            // The first steps of each epoch of the whole run (packed ones differ in length).
+            let first = |step: u64| step / 2 * epoch + step % 2;
+            for step in 0..if packing { 2 } else { 6 } {
+                assert_eq!(plan.step(step), whole.step(first(step)), "step {step}");
+            }
+        }
+        // More than there is changes nothing.
+        let hyper = Hyper {
+            max_steps_per_epoch: Some(1000),
+            ..hyper()
+        };
+        assert_eq!(DataPlan::new(lengths(21), &hyper).total(), 9);
     }
 
     #[test]

@@ -15,6 +15,7 @@
 use tandem_core::job::{self, Lora};
 use tandem_kernels::adamw::{self, AdamW};
 use tandem_kernels::finite;
+use tandem_kernels::weight::Precision;
 use tch::{Device, Kind, Tensor};
 
 use super::TrainError;
@@ -110,9 +111,14 @@ impl Learner {
         }))
     }
 
-    /// Every parameter of a model, in float32. Ranks may share them; `keeps_whole`: [`Decoder::from_params`].
-    pub fn full(spec: DecoderSpec, params: FullParams, keeps_whole: bool) -> Result<Learner, TrainError> {
-        let precision = tandem_kernels::weight::Precision::F32;
+    /// Every parameter of a model. They are float32, and multiplied in `precision`. Ranks may share them; `keeps_whole`:
+    /// [`Decoder::from_params`].
+    pub fn full(
+        spec: DecoderSpec,
+        params: FullParams,
+        precision: Precision,
+        keeps_whole: bool,
+    ) -> Result<Learner, TrainError> {
         let decoder = Box::new(Decoder::from_params(spec, &params, precision, keeps_whole)?);
         Ok(Learner::new(Subject::Full {
             gradient: FullParams::zeros(params.shape.clone()),
@@ -226,6 +232,11 @@ impl Learner {
 
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Of a model that is trained itself, numbers that are not.
+    pub fn frozen(&self) -> u64 {
+        self.whole_model().map_or(0, |shape| shape.frozen() as u64)
     }
 
     /// The numbers, `[P]` float32 on the CPU, shared storage; this rank's where ranks share them.

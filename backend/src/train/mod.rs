@@ -16,6 +16,7 @@ mod best;
 mod call;
 pub mod data;
 pub mod driven;
+pub mod evaluation;
 pub mod joint;
 pub mod learner;
 pub mod mates;
@@ -44,6 +45,7 @@ use tandem_core::id::Digest;
 use tandem_core::job::{Hyper, JobEvent, JobSpec, Method, Objective, Rows, SaveStrategy, StepReport, files};
 use tandem_kernels::adamw::AdamW;
 use tandem_kernels::loss::LogProbs;
+use tandem_kernels::weight::Precision;
 use tch::{Kind, Tensor};
 
 use crate::family::DecoderSpec;
@@ -320,17 +322,23 @@ impl Trainer {
         Trainer::new(spec, inputs, learner, reference)
     }
 
-    /// Trains every parameter of the model in `model_folder` (drawn at random when it has no weights), in float32.
-    /// The ranks of `mates` may share them.
+    /// Trains every parameter of the model in `model_folder` (drawn at random when it has no weights): numbers, gradient and
+    /// moments are float32, passes multiply in `precision`. The ranks of `mates` may share them.
     pub fn start_full(
         spec: JobSpec,
         inputs: &Inputs,
         model_folder: &Path,
+        precision: Precision,
         mates: &Mates,
     ) -> Result<Trainer, TrainError> {
         let (shared, keeps_whole) = mates.share_trained();
-        let (decoder_spec, params) = full::read_or_init(model_folder, spec.hyper.seed, shared)?;
-        let learner = Learner::full(decoder_spec, params, keeps_whole)?;
+        let (decoder_spec, params) = full::read_or_init(
+            model_folder,
+            spec.hyper.seed,
+            spec.hyper.frozen_layers as usize,
+            shared,
+        )?;
+        let learner = Learner::full(decoder_spec, params, precision, keeps_whole)?;
         Trainer::new(spec, inputs, learner, None)
     }
 
@@ -1122,6 +1130,11 @@ impl Trainer {
             step: self.step,
             trained_tokens: self.trained_tokens,
         }
+    }
+
+    /// Of a model that is trained itself, those that are not trained.
+    pub fn frozen_parameters(&self) -> u64 {
+        self.learner.frozen()
     }
 
     /// What the model's own notes say.

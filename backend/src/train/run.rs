@@ -26,7 +26,7 @@ pub struct RunOptions {
     /// `spec.folder` holds the datasets and receives the results.
     pub spec: JobSpec,
     pub model_folder: PathBuf,
-    /// The frozen base's, for LoRA; full training is float32.
+    /// Of the frozen base, for LoRA; of full training what passes multiply in.
     pub weights: WeightOptions,
     /// What full training stores.
     pub save_kind: Kind,
@@ -92,7 +92,7 @@ impl Part {
         };
         let trainer = match &base {
             Some(base) => Trainer::start_with(spec, inputs, base.fit())?,
-            None => Trainer::start_full(spec, inputs, model_folder, mates)?,
+            None => Trainer::start_full(spec, inputs, model_folder, weights.precision, mates)?,
         };
         Ok(Part {
             trainer: trainer.beside(mates.clone()),
@@ -232,9 +232,12 @@ impl Run {
         })
     }
 
-    /// Of the base that is not trained.
+    /// That are not trained.
     pub fn frozen_parameters(&self) -> u64 {
-        self.base.as_ref().map_or(0, Decoder::parameters)
+        match &self.base {
+            Some(base) => base.parameters(),
+            None => self.trainer.frozen_parameters(),
+        }
     }
 
     /// What the next quantum has to say; `None` after the last.

@@ -481,6 +481,7 @@ fn hyper(batch_size: u32, lora: Lora) -> Hyper {
     Hyper {
         n_epochs: 1,
         max_steps: None,
+        max_steps_per_epoch: None,
         batch_size,
         gradient_accumulation_steps: 1,
         learning_rate: 1e-4,
@@ -503,6 +504,7 @@ fn hyper(batch_size: u32, lora: Lora) -> Hyper {
         eval_steps: 0,
         selection: None,
         objective: Objective::default(),
+        frozen_layers: 0,
         method: Method::Lora(lora),
     }
 }

@@ -68,15 +68,19 @@ pub struct Facts {
 
 /// About as many tokens as a run trains.
 pub fn trained_tokens(hyper: &Hyper, facts: Facts) -> u64 {
-    let Some(steps) = hyper.max_steps else {
-        return facts.tokens.saturating_mul(hyper.n_epochs.into());
-    };
     let row = match hyper.packing {
         true => u64::from(hyper.max_seq_length),
         false => facts.tokens.div_ceil(facts.examples.max(1)),
     };
     let rows = u64::from(hyper.batch_size) * u64::from(hyper.gradient_accumulation_steps);
-    steps.saturating_mul(rows).saturating_mul(row)
+    let of_steps = |steps: u64| steps.saturating_mul(rows).saturating_mul(row);
+    let epoch = hyper
+        .max_steps_per_epoch
+        .map_or(u64::MAX, of_steps)
+        .min(facts.tokens);
+    hyper
+        .max_steps
+        .map_or(epoch.saturating_mul(hyper.n_epochs.into()), of_steps)
 }
 
 /// What is trained.
@@ -152,7 +156,8 @@ fn chosen(settings: &Settings, tuning: Tuning, bounds: Bounds, facts: Facts) -> 
     });
 
     let step_rows = u64::from(batch_size) * u64::from(gradient_accumulation_steps);
-    let epoch_steps = rows.div_ceil(step_rows).max(1);
+    let most = settings.max_steps_per_epoch.unwrap_or(u64::MAX);
+    let epoch_steps = rows.div_ceil(step_rows).clamp(1, most);
     let total_steps = settings.max_steps.unwrap_or(epoch_steps * n_epochs);
     let learning_rate = settings.learning_rate.unwrap_or_else(|| {
         let multiplier = settings.learning_rate_multiplier.unwrap_or(1.0);
@@ -174,6 +179,7 @@ fn chosen(settings: &Settings, tuning: Tuning, bounds: Bounds, facts: Facts) -> 
             None => small(n_epochs),
         },
         max_steps: settings.max_steps,
+        max_steps_per_epoch: settings.max_steps_per_epoch,
         batch_size,
         gradient_accumulation_steps,
         learning_rate,
@@ -199,6 +205,7 @@ fn chosen(settings: &Settings, tuning: Tuning, bounds: Bounds, facts: Facts) -> 
         eval_steps: settings.eval_steps.unwrap_or(0),
         selection: settings.selection(),
         objective,
+        frozen_layers: 0,
         method: match tuning {
             Tuning::Lora => Method::Lora(lora(settings, bounds)),
             Tuning::Full => Method::Full,

@@ -262,7 +262,7 @@ impl Keys {
     }
 }
 
-const DATABASE: &str = "tandem.db";
+pub(crate) const DATABASE: &str = "tandem.db";
 
 fn fresh(key: NewKey) -> Result<(KeyRow, String), StoreError> {
     let NewKey {

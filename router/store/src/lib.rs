@@ -63,7 +63,7 @@ pub use keys::{
     KeyRow, Keys, Limits, NewKey, NotARole, NotATenant, PREFIX as KEY_PREFIX, Role, Tenant, hash as key_hash,
 };
 pub use lease::{LEASE, Lease, Renewal};
-pub use names::{NameRow, NewName, Source};
+pub use names::{NameRow, NewName, Source, names_in};
 pub use quota::Quota;
 pub use remote::use_ring;
 pub use responses::{Keep, ResponseRow};

@@ -6,8 +6,10 @@ use sqlx::{Any, FromRow, Transaction};
 use tandem_core::id::{AdapterDigest, AdapterRef, Digest};
 
 use crate::changes::{self, Kind};
+use crate::db::Database;
 use crate::folders::{Placement, TENSORS};
 use crate::jobs::signed;
+use crate::keys::DATABASE;
 use crate::{Store, StoreError, now, unsigned};
 
 /// With a database that others use too, an adapter without a name stays this long after it was last published: another
@@ -47,6 +49,20 @@ pub struct NameRow {
     /// Of the job that made it: JSON of the caller's.
     pub request: Option<String>,
 }
+
+/// All names of a data folder, for all bases, read beside the server that may have it open.
+pub async fn names_in(data_dir: &Path) -> Result<Vec<NameRow>, StoreError> {
+    let db = Database::file(&data_dir.join(DATABASE)).await?;
+    let sql = format!("{NAMES} ORDER BY names.created_at, name");
+    let rows: Vec<RawName> = sqlx::query_as(sqlx::AssertSqlSafe(sql))
+        .fetch_all(db.pool()?)
+        .await?;
+    rows.into_iter().map(RawName::parse).collect()
+}
+
+const NAMES: &str =
+    "SELECT name, digest, rank, source, job, step, names.created_at AS created_at, names.tenant AS tenant,
+     jobs.request AS request FROM names JOIN adapters USING (digest) LEFT JOIN jobs ON jobs.id = names.job";
 
 impl Store {
     /// Bring a PEFT folder into the store. It stays unnamed, and goes after a while, until a name is written. A row knows
@@ -132,10 +148,8 @@ impl Store {
 
     /// All names for one base model.
     pub async fn names(&self, base: Digest) -> Result<Vec<NameRow>, StoreError> {
-        let sql = "SELECT name, digest, rank, source, job, step, names.created_at AS created_at, names.tenant AS tenant,
-                   jobs.request AS request FROM names JOIN adapters USING (digest) LEFT JOIN jobs ON jobs.id = names.job
-                   WHERE names.base = $1 ORDER BY names.created_at, name";
-        let rows: Vec<RawName> = sqlx::query_as(sql)
+        let sql = format!("{NAMES} WHERE names.base = $1 ORDER BY names.created_at, name");
+        let rows: Vec<RawName> = sqlx::query_as(sqlx::AssertSqlSafe(sql))
             .bind(base.to_string())
             .fetch_all(self.db.pool()?)
             .await?;

@@ -145,6 +145,14 @@ fn owner(folder: &Path) -> Option<String> {
 /// What `run` serves.
 pub struct Edge {
     pub door: Door,
+    pub behind: Behind,
+    pub options: EdgeOptions,
+    pub state: StateOptions,
+    pub process: ProcessOptions,
+}
+
+/// What the API stands on.
+pub struct Behind {
     pub fleet: Fleet,
     pub tokenizer: Tokenizer,
     /// Where the base's weights are, if this process has them.
@@ -153,9 +161,6 @@ pub struct Edge {
     pub names: Vec<String>,
     /// Name and folder of each that --lora-modules names.
     pub adapters: Vec<(String, PathBuf)>,
-    pub options: EdgeOptions,
-    pub state: StateOptions,
-    pub process: ProcessOptions,
 }
 
 /// The model's tokenizer, with the chat template that was asked for.
@@ -187,15 +192,77 @@ pub async fn run(edge: Edge) -> Result<()> {
                 tls,
                 is_judged,
             },
+        behind,
+        options,
+        state,
+        process,
+    } = edge;
+    let StateOptions {
+        artifacts: ArtifactOptions {
+            data_dir,
+            artifact_url,
+        },
+        database_url,
+        quarantine_strays,
+    } = state;
+    let places = Places {
+        database_url,
+        artifact_url,
+        strays: match quarantine_strays {
+            true => Strays::Quarantine,
+            false => Strays::Refuse,
+        },
+        ..Places::local(&data_dir)
+    };
+    let ProcessOptions {
+        shutdown_grace,
+        log_format: _,
+        otlp_traces_endpoint: _,
+        config: _,
+    } = process;
+    let store = Store::open(&places).await.context("the store")?;
+    let (ring, keys) = (access.ring.clone(), store.keys());
+    ring.take(&keys).await.context("the keys")?;
+    if !is_judged {
+        exposure::check(options.published.as_deref(), address.ip(), ring.is_wanted())?;
+    }
+    tokio::spawn(ring.follow(keys));
+    let names = behind.names.clone();
+    let app = open(store, behind, &options, &data_dir).await?;
+    app.router.answer_batches(http::batches::answers(app.clone()));
+    let greeting = Greeting {
+        address,
+        names: &names,
+        replica: app.router.info(),
+        door: greeting::Door::Api {
+            is_secure: tls.is_some(),
+            wants_key: access.ring.is_wanted(),
+        },
+    };
+    let (limits, patience) = (options.connections.limits(), options.connections.patience());
+    let routes = app::routes(app.clone(), access, patience.read);
+    greeting.say();
+    let grace = Duration::from_secs(shutdown_grace);
+    let site = Site {
+        routes,
+        root: options.root_path,
+        tls,
+        patience,
+    };
+    listen::serve(listener, site, app, limits, grace).await?;
+    info!("stopped");
+    Ok(())
+}
+
+/// The API, without a door to it.
+pub async fn open(store: Store, behind: Behind, options: &EdgeOptions, data_dir: &Path) -> Result<App> {
+    let Behind {
         fleet,
         tokenizer,
         base,
         names,
         adapters: lora_modules,
-        options,
-        state,
-        process,
-    } = edge;
+    } = behind;
     for LoraModule {
         name,
         base_model_name,
@@ -217,7 +284,7 @@ pub async fn run(edge: Edge) -> Result<()> {
         api_key: _,
         api_key_file: _,
         audit_log: _,
-        published,
+        published: _,
         allowed_origins: _,
         generation_config,
         chat_template: _,
@@ -230,49 +297,25 @@ pub async fn run(edge: Edge) -> Result<()> {
         response_store_days,
         tinker,
         ssl: _,
-        root_path,
+        root_path: _,
         disable_uvicorn_access_log: _,
         disable_access_log_for_endpoints: _,
         scheduling_policy,
         max_waiting,
         replica_wait: _,
-        connections,
+        connections: _,
     } = options;
-    let (limits, patience) = (connections.limits(), connections.patience());
-    let StateOptions {
-        artifacts: ArtifactOptions {
-            data_dir,
-            artifact_url,
-        },
-        database_url,
-        quarantine_strays,
-    } = state;
     let named = lora_modules.iter().map(|(_, folder)| folder.as_path());
-    let lora_roots = LoraRoots::new(&lora_root, named.chain([data_dir.as_path()])).context("--lora-root")?;
-    let places = Places {
-        database_url,
-        artifact_url,
-        strays: match quarantine_strays {
-            true => Strays::Quarantine,
-            false => Strays::Refuse,
-        },
-        ..Places::local(data_dir)
-    };
-    let ProcessOptions {
-        shutdown_grace,
-        log_format: _,
-        otlp_traces_endpoint: _,
-        config: _,
-    } = process;
-    let defaults = defaults(&generation_config, &fleet)?;
+    let lora_roots = LoraRoots::new(lora_root, named.chain([data_dir])).context("--lora-root")?;
+    let defaults = defaults(generation_config, &fleet)?;
     let tool_format = match tool_call_parser {
         Some(Parser::None) => None,
-        Some(Parser::Named(format)) => Some(format),
+        Some(Parser::Named(format)) => Some(*format),
         None => tokenizer.tool_template_source().and_then(ToolFormat::of_template),
     };
     let reasoning_format = match reasoning_parser {
         Some(Parser::None) => None,
-        Some(Parser::Named(format)) => Some(format),
+        Some(Parser::Named(format)) => Some(*format),
         None => tokenizer
             .chat_template_source()
             .and_then(ReasoningFormat::of_template),
@@ -299,48 +342,19 @@ pub async fn run(edge: Edge) -> Result<()> {
         served_model_name: names[0].clone(),
         other_model_names: names[1..].to_vec(),
         keep_responses: Keep {
-            bytes: response_store_bytes,
-            age_s: u64::from(response_store_days) * 24 * 3600,
+            bytes: *response_store_bytes,
+            age_s: u64::from(*response_store_days) * 24 * 3600,
         },
         tinker: tinker.limits(),
-        overtaking: scheduling_policy == SchedulingPolicy::Priority,
-        max_waiting,
+        overtaking: *scheduling_policy == SchedulingPolicy::Priority,
+        max_waiting: *max_waiting,
         max_choices: convert::sampling::MAX_CHOICES,
         lora_modules,
         defaults,
         ..tandem_router::Config::default()
     };
-    let store = Store::open(&places).await.context("the store")?;
-    let (ring, keys) = (access.ring.clone(), store.keys());
-    ring.take(&keys).await.context("the keys")?;
-    if !is_judged {
-        exposure::check(published.as_deref(), address.ip(), ring.is_wanted())?;
-    }
-    tokio::spawn(ring.follow(keys));
     let router = Router::open(store, tokenizer, fleet, config).await?;
-    let app = App::new(router, strict_fields, lora_roots, Merges::of(base)).context("the metrics")?;
-    app.router.answer_batches(http::batches::answers(app.clone()));
-    let greeting = Greeting {
-        address,
-        names: &names,
-        replica: app.router.info(),
-        door: greeting::Door::Api {
-            is_secure: tls.is_some(),
-            wants_key: access.ring.is_wanted(),
-        },
-    };
-    let routes = app::routes(app.clone(), access, patience.read);
-    greeting.say();
-    let grace = Duration::from_secs(shutdown_grace);
-    let site = Site {
-        routes,
-        root: root_path,
-        tls,
-        patience,
-    };
-    listen::serve(listener, site, app, limits, grace).await?;
-    info!("stopped");
-    Ok(())
+    App::new(router, *strict_fields, lora_roots, Merges::of(base)).context("the metrics")
 }
 
 /// What --generation-config says that a request gets which does not say.

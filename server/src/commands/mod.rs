@@ -1,5 +1,6 @@
-//! The commands that run until a signal, one file each, and what they share. Not here: how anything works.
+//! The commands, one file each, and what those share that run until a signal. Not here: how anything works.
 
+pub mod adapters;
 pub mod backend;
 pub mod backup;
 pub mod download;
@@ -51,7 +52,7 @@ fn log(given: &Given) {
 }
 
 /// Runs `future` to its end. A thread that blocks then, at a large text or a template without an end, ends with the process.
-fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
+pub fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(TOKIO_WORKERS)
         .thread_name("tandem-edge")

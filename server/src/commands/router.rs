@@ -8,7 +8,7 @@ use tandem_router::Fleet;
 use tandem_router::fleet::Member;
 use tracing::info;
 
-use super::edge::{self, Door, Edge};
+use super::edge::{self, Behind, Door, Edge};
 use super::waiting::Waiting;
 use super::{block_on, log, replica};
 use crate::cli::Router;
@@ -71,11 +71,13 @@ pub fn run(options: Router, given: &Given) -> Result<()> {
         let names = replica::names(served_model_name, || facts.model_name.clone());
         edge::run(Edge {
             door,
-            fleet,
-            tokenizer,
-            base: None,
-            names,
-            adapters,
+            behind: Behind {
+                fleet,
+                tokenizer,
+                base: None,
+                names,
+                adapters,
+            },
             options,
             state,
             process,

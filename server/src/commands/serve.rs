@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Result;
 use tandem_router::Fleet;
 
-use super::edge::{self, Door, Edge};
+use super::edge::{self, Behind, Door, Edge};
 use super::{block_on, log, replica};
 use crate::cli::Serve;
 use crate::config::Given;
@@ -40,11 +40,13 @@ pub fn run(options: Serve, given: &Given) -> Result<()> {
     block_on(async {
         edge::run(Edge {
             door,
-            fleet: Fleet::open(vec![member], Duration::from_secs(options.replica_wait)).await,
-            tokenizer,
-            base: Some(folder),
-            names,
-            adapters,
+            behind: Behind {
+                fleet: Fleet::open(vec![member], Duration::from_secs(options.replica_wait)).await,
+                tokenizer,
+                base: Some(folder),
+                names,
+                adapters,
+            },
             options,
             state,
             process,

@@ -230,6 +230,7 @@ fn run(hyper: Hyper, settings: &Settings) -> RunHyperparameters {
     let Hyper {
         n_epochs: _,
         max_steps,
+        max_steps_per_epoch,
         batch_size: _,
         gradient_accumulation_steps,
         learning_rate,
@@ -252,6 +253,7 @@ fn run(hyper: Hyper, settings: &Settings) -> RunHyperparameters {
         eval_steps,
         selection,
         objective,
+        frozen_layers: _,
         method,
     } = hyper;
     let lora = match method {
@@ -290,6 +292,7 @@ fn run(hyper: Hyper, settings: &Settings) -> RunHyperparameters {
         // Worked into the tokens' weights, not a number of the run.
         prompt_loss_weight: settings.prompt_loss_weight.unwrap_or(0.0),
         max_steps,
+        max_steps_per_epoch,
         gradient_accumulation_steps,
         shuffle,
         saving: RunSaving {

@@ -1,11 +1,13 @@
 //! `tandem recipes`: settings that others publish, ready to run. `tandem train NAME key=value` takes one by its name. Each runs
-//! on the demo model in tests/tests/http/train.rs.
+//! on the demo model in tests/tests/http/{train,generate}.rs.
 
 use std::path::Path;
 
 use super::TrainError;
 use super::settings::{self, SettingsError, wrong};
 use crate::cli::Recipes;
+use crate::generate::config;
+use crate::generate::settings::{self as generate, Asked};
 
 pub struct Recipe {
     /// Family and variant, as torchtune names its configs.
@@ -49,17 +51,30 @@ pub fn named(name: &str) -> Option<&'static Recipe> {
     let name = name.strip_suffix(".yaml").unwrap_or(name);
     let other = OTHERS.iter().find(|(theirs, _)| *theirs == name);
     let name = other.map_or(name, |(_, ours)| ours);
-    RECIPES.iter().find(|recipe| recipe.name == name)
+    all().find(|recipe| recipe.name == name)
 }
+
+fn all() -> impl Iterator<Item = &'static Recipe> {
+    RECIPES.iter().chain([&GENERATION])
+}
+
+/// Of `tandem generate`.
+const GENERATION: Recipe = Recipe {
+    name: config::NAME,
+    text: config::RECIPE,
+};
 
 pub fn run(command: &Recipes) -> Result<(), TrainError> {
     match command {
         Recipes::Ls => {
-            for Recipe { name, text } in RECIPES {
+            for Recipe { name, text } in all() {
                 let about = text.lines().next().unwrap_or_default().trim_start_matches("# ");
                 println!("{name:<24} {about}");
             }
-            println!("\ntandem recipes cp NAME FILE copies one; tandem train NAME key=value runs one");
+            println!(
+                "\ntandem recipes cp NAME FILE copies one; tandem train NAME key=value (tandem generate \
+                 for generation) runs one"
+            );
         }
         Recipes::Cp { name, file, force } => {
             let recipe = named(name).ok_or_else(|| unknown(name))?;
@@ -72,6 +87,10 @@ pub fn run(command: &Recipes) -> Result<(), TrainError> {
             }
             write(file, recipe.text)?;
             println!("{} is {}", file.display(), recipe.name);
+        }
+        Recipes::Validate { words } if is_of_generate(words)? => {
+            let Asked { route, .. } = generate::read(words)?;
+            println!("{} is read: a request to {route}", words[0]);
         }
         Recipes::Validate { words } => {
             let recipe = settings::read(words)?;
@@ -92,6 +111,14 @@ pub fn run(command: &Recipes) -> Result<(), TrainError> {
     Ok(())
 }
 
+/// Does the file ask for an answer?
+fn is_of_generate(words: &[String]) -> Result<bool, TrainError> {
+    match words.first().filter(|word| !word.contains('=')) {
+        Some(path) => Ok(settings::file(path)?.contains_key("prompt")),
+        None => Ok(false),
+    }
+}
+
 fn write(file: &Path, text: &str) -> Result<(), TrainError> {
     std::fs::write(file, text).map_err(|source| TrainError::File {
         path: file.to_owned(),
@@ -100,7 +127,7 @@ fn write(file: &Path, text: &str) -> Result<(), TrainError> {
 }
 
 fn unknown(name: &str) -> SettingsError {
-    let hint = match tandem_core::suggest::closest(name, RECIPES.iter().map(|recipe| recipe.name)) {
+    let hint = match tandem_core::suggest::closest(name, all().map(|recipe| recipe.name)) {
         Some(meant) => format!("did you mean {meant}?"),
         None => "`tandem recipes ls` lists them".to_owned(),
     };

@@ -239,6 +239,7 @@ pub fn settings(hyper: &Hyper) -> Mapping {
     let Hyper {
         n_epochs,
         max_steps,
+        max_steps_per_epoch,
         batch_size,
         gradient_accumulation_steps,
         learning_rate,
@@ -261,12 +262,18 @@ pub fn settings(hyper: &Hyper) -> Mapping {
         eval_steps,
         selection,
         objective,
+        frozen_layers,
         method,
     } = hyper;
     let mut settings = Mapping::new();
     let mut put = |name: &str, value: Value| drop(settings.insert(name.into(), value));
     match method {
-        Method::Full => put("method", "full".into()),
+        Method::Full => {
+            put("method", "full".into());
+            if *frozen_layers > 0 {
+                put("num_freeze_layers", (*frozen_layers).into());
+            }
+        }
         Method::Lora(Lora {
             r,
             alpha,
@@ -295,6 +302,9 @@ pub fn settings(hyper: &Hyper) -> Mapping {
     put("n_epochs", (*n_epochs).into());
     if let Some(max_steps) = max_steps {
         put("max_steps", (*max_steps).into());
+    }
+    if let Some(most) = max_steps_per_epoch {
+        put("max_steps_per_epoch", (*most).into());
     }
     put("batch_size", (*batch_size).into());
     put(

@@ -34,7 +34,7 @@ pub enum SettingsError {
     Refused(#[from] Refused),
 }
 
-pub(super) fn wrong(key: &str, message: String) -> SettingsError {
+pub fn wrong(key: &str, message: String) -> SettingsError {
     SettingsError::Wrong {
         key: key.to_owned(),
         message,
@@ -94,9 +94,16 @@ const KEYS: &[Key] = &[
     ),
     ("method", &[], "lora (default) or full"),
     (
+        "freeze_layers",
+        &[],
+        "true: method=full leaves the first num_freeze_layers layers as they are",
+    ),
+    ("num_freeze_layers", &[], "how many that are (default 1)"),
+    (
         "dtype",
         &["torch_dtype"],
-        "of the frozen base: auto (default), bfloat16 or float32",
+        "of the frozen base: auto (default), bfloat16 or float32; of method=full what passes multiply in, float32 unless given \
+         (numbers, gradient and moments are float32, the result is stored as the checkpoint is)",
     ),
     (
         "quantization",
@@ -216,6 +223,8 @@ pub struct Recipe {
     pub output_dir: PathBuf,
     pub overwrite_output_dir: bool,
     pub tuning: Tuning,
+    /// First layers that are not trained, where all others are.
+    pub frozen_layers: u32,
     pub dtype: String,
     pub quantization: Option<String>,
     pub device: String,
@@ -245,6 +254,8 @@ struct Own {
     output_dir: PathBuf,
     overwrite_output_dir: Option<bool>,
     method: Option<Method>,
+    freeze_layers: Option<bool>,
+    num_freeze_layers: Option<u32>,
     dtype: Option<String>,
     quantization: Option<String>,
     device: Option<String>,
@@ -391,7 +402,7 @@ pub fn read(args: &[String]) -> Result<Recipe, SettingsError> {
     typed(given)
 }
 
-fn file(path: &str) -> Result<Map<String, Value>, SettingsError> {
+pub fn file(path: &str) -> Result<Map<String, Value>, SettingsError> {
     let text = match recipes::named(path) {
         Some(recipe) if !Path::new(path).exists() => recipe.text.to_owned(),
         _ => std::fs::read_to_string(path).map_err(|source| SettingsError::Unreadable {
@@ -448,6 +459,11 @@ fn insert(given: &mut Given, place: &str, key: &str, value: Value) -> Result<(),
     Ok(())
 }
 
+/// Is it one of `KEYS`?
+pub(super) fn is_own(name: &str) -> bool {
+    KEYS.iter().any(|(key, ..)| *key == name)
+}
+
 /// Names that nobody knows stay as they are, until they are refused.
 pub(super) fn canonical(name: &str) -> &str {
     let own = KEYS
@@ -459,7 +475,7 @@ pub(super) fn canonical(name: &str) -> &str {
 }
 
 /// JSON has no NaN and no infinity: they would become null, which asks for nothing.
-fn json(key: &str, yaml: serde_norway::Value) -> Result<Value, SettingsError> {
+pub fn json(key: &str, yaml: serde_norway::Value) -> Result<Value, SettingsError> {
     let wrong = |message: String| SettingsError::Wrong {
         key: key.to_owned(),
         message,
@@ -473,7 +489,7 @@ fn json(key: &str, yaml: serde_norway::Value) -> Result<Value, SettingsError> {
 fn typed(given: Given) -> Result<Recipe, SettingsError> {
     let (mut own, mut rest) = (Map::new(), BTreeMap::<String, Map<String, Value>>::new());
     for (key, Asked { place, name, value }) in given {
-        match KEYS.iter().any(|(known, ..)| *known == key) {
+        match is_own(&key) {
             true => drop(own.insert(key.clone(), of_others(&key, value))),
             false if is_done_anyway(&name, &value) => {}
             // llama-recipes' data sets are known by how they are written.
@@ -506,6 +522,8 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
         output_dir,
         overwrite_output_dir,
         method,
+        freeze_layers,
+        num_freeze_layers,
         dtype,
         quantization,
         device,
@@ -543,10 +561,11 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
         Some(Method::Full) => Tuning::Full,
         Some(Method::Lora) | None => Tuning::Lora,
     };
+    let frozen_layers = frozen(tuning, freeze_layers, num_freeze_layers)?;
     let auto = || "auto".to_owned();
     let (dtype, mut device) = (dtype.unwrap_or_else(auto), device.unwrap_or_else(auto));
     if tuning == Tuning::Full {
-        fits_full(&settings, &dtype, &device)?;
+        fits_full(&settings, &device)?;
         if let Some(format) = &quantization {
             return Err(SettingsError::Wrong {
                 key: "quantization".to_owned(),
@@ -602,6 +621,7 @@ fn typed(given: Given) -> Result<Recipe, SettingsError> {
         output_dir,
         overwrite_output_dir: overwrite_output_dir.unwrap_or(false),
         tuning,
+        frozen_layers,
         dtype,
         quantization,
         device,
@@ -640,7 +660,7 @@ fn is_done_anyway(name: &str, value: &Value) -> bool {
 }
 
 /// Values of `KEYS` in others' words.
-fn of_others(key: &str, value: Value) -> Value {
+pub fn of_others(key: &str, value: Value) -> Value {
     match (key, value.as_str(), value.as_bool()) {
         ("dtype", Some("bf16" | "torch.bfloat16"), _) => "bfloat16".into(),
         ("dtype", Some("fp32" | "torch.float32"), _) => "float32".into(),
@@ -711,8 +731,28 @@ fn suggested(refused: Refused) -> SettingsError {
     }
 }
 
-/// Training every parameter has no adapter, and runs in float32 on the CPU.
-fn fits_full(settings: &Settings, dtype: &str, device: &str) -> Result<(), SettingsError> {
+/// llama-recipes' pair: the number says how many where the flag says that.
+fn frozen(tuning: Tuning, freezes: Option<bool>, number: Option<u32>) -> Result<u32, SettingsError> {
+    match (freezes, number, tuning) {
+        (Some(true), _, Tuning::Lora) => Err(wrong(
+            "freeze_layers",
+            "an adapter leaves every layer as it is: leave it out, or give method=full".to_owned(),
+        )),
+        (Some(true), Some(0), Tuning::Full) => Err(wrong(
+            "num_freeze_layers",
+            "must be at least 1, got 0; freeze_layers=false freezes none".to_owned(),
+        )),
+        (Some(true), number, Tuning::Full) => Ok(number.unwrap_or(1)),
+        (None, Some(number), Tuning::Full) => Err(wrong(
+            "num_freeze_layers",
+            format!("{number} is nothing without freeze_layers=true: give both, or leave it out"),
+        )),
+        (Some(false) | None, _, _) => Ok(0),
+    }
+}
+
+/// Training every parameter has no adapter, and runs on the CPU.
+fn fits_full(settings: &Settings, device: &str) -> Result<(), SettingsError> {
     let wrong = |key: &str, message: &str| {
         Err(SettingsError::Wrong {
             key: key.to_owned(),
@@ -733,12 +773,6 @@ fn fits_full(settings: &Settings, dtype: &str, device: &str) -> Result<(), Setti
         return wrong(
             "device",
             "method=full trains on the CPU only: leave it out, or give device=cpu",
-        );
-    }
-    if !["auto", "float32"].contains(&dtype) {
-        return wrong(
-            "dtype",
-            "method=full trains in float32 and stores the checkpoint's dtype: leave it out",
         );
     }
     Ok(())
@@ -868,7 +902,15 @@ mod tests {
             (&["training_file.x=1"], "training_file"),
             (&["method=full", "lora_r=8"], "has no adapter"),
             (&["method=full", "device=cuda"], "on the CPU only"),
-            (&["method=full", "dtype=bfloat16"], "float32"),
+            (&["freeze_layers=true"], "method=full"),
+            (
+                &["method=full", "num_freeze_layers=2"],
+                "nothing without freeze_layers=true",
+            ),
+            (
+                &["method=full", "freeze_layers=true", "num_freeze_layers=0"],
+                "at least 1, got 0",
+            ),
             (&["what"], "neither key=value"),
         ] {
             let args: Vec<&str> = NEEDED.iter().chain(more).copied().collect();

@@ -9,7 +9,7 @@ use tandem_core::suggest::closest;
 
 use super::settings::{SettingsError, wrong};
 
-const COMPONENT: &str = "_component_";
+pub const COMPONENT: &str = "_component_";
 
 /// A setting, and where in the file it stands: `optimizer.` and `lr`.
 #[derive(Debug, PartialEq)]
@@ -312,7 +312,7 @@ pub fn set(config: &mut Map<String, Value>, key: &str, value: Option<Value>) -> 
 
 /// Its settings.
 pub fn flat(config: Map<String, Value>) -> Result<Vec<Flat>, SettingsError> {
-    of_training(&config)?;
+    is_not_of_others(&config, None)?;
     let whole = Value::Object(config.clone());
     let mut settings = Settings::default();
     let top_output = config.get("output_dir").is_some_and(|value| !value.is_null());
@@ -346,17 +346,17 @@ pub fn flat(config: Map<String, Value>) -> Result<Vec<Flat>, SettingsError> {
     Ok(settings.0)
 }
 
-/// Other programs of torchtune have configs of the same look.
-fn of_training(config: &Map<String, Value>) -> Result<(), SettingsError> {
+/// Other programs of torchtune have configs of the same look. `own`: the key by which those of the program that reads this are known.
+pub fn is_not_of_others(config: &Map<String, Value>, own: Option<&str>) -> Result<(), SettingsError> {
     let programs = [
         (
             "prompt",
-            "it is a config of `tune run generate`: `tandem serve MODEL --lora-modules NAME=ADAPTER` answers, POST /v1/completions \
-             takes prompt, temperature, top_k and max_tokens (max_new_tokens)",
+            "it is a config of `tune run generate`: `tandem generate FILE adapter=DIR` takes it",
         ),
         (
             "tasks",
-            "it is a config of `tune run eleuther_eval`: lm-eval's own model local-completions asks `tandem serve MODEL`",
+            "it is a config of `tune run eleuther_eval`: lm-eval's own model local-completions asks `tandem serve MODEL`; `tandem \
+             eval MODEL DATA` says loss and perplexity",
         ),
         (
             "quantizer",
@@ -368,7 +368,7 @@ fn of_training(config: &Map<String, Value>) -> Result<(), SettingsError> {
         ),
         ("teacher_model", "distillation is not built"),
     ];
-    let is_given = |key: &str| config.get(key).is_some_and(|value| !value.is_null());
+    let is_given = |key: &str| Some(key) != own && config.get(key).is_some_and(|value| !value.is_null());
     match programs.iter().find(|(key, _)| is_given(key)) {
         Some((key, says)) => Err(wrong(key, (*says).to_owned())),
         None => Ok(()),
@@ -894,10 +894,6 @@ profiler:
                 "every step is printed",
             ),
             (&["lr_scheduler.num_cycles=2"], "num_cycles 0.5"),
-            (
-                &["max_steps_per_epoch=3"],
-                "max_steps_per_epoch: 3 is not supported",
-            ),
             (
                 &["profiler.enabled=True", "profiler.active_steps=0"],
                 "between 1 and 1000, got 0",

@@ -2,10 +2,13 @@
 //! anything that looks inside.
 
 mod access;
+mod adapters;
 mod bad_input;
 mod client;
+mod eval;
 mod fine_tuning;
 mod fleet;
+mod generate;
 mod gguf;
 mod inference;
 mod lifecycle;

@@ -44,6 +44,7 @@ const PAGES: [(&str, &[&str]); 4] = [
             "2 ranks, each with 1",
             "2 ranks, each with 1",
             "2 models on 4 ranks, each with 1",
+            "\"perplexity\":",
         ],
     ),
     (

@@ -348,12 +348,21 @@ fn ranks_share_what_they_hold() {
     };
     let alone = "gradient_accumulation_steps=2";
     for (method, strategy) in [
-        ("lora", "enable_fsdp=true"),
-        ("full", "sharding_strategy=SHARD_GRAD_OP"),
-        ("full", "fsdp=full_shard auto_wrap"),
+        (&["method=lora"][..], "enable_fsdp=true"),
+        (&["method=full"], "sharding_strategy=SHARD_GRAD_OP"),
+        (&["method=full"], "fsdp=full_shard auto_wrap"),
+        // What is frozen is whole on each rank, what is learned float32 wherever it lies.
+        (
+            &[
+                "method=full",
+                "freeze_layers=true",
+                "num_freeze_layers=2",
+                "dtype=bfloat16",
+            ],
+            "sharding_strategy=FULL_SHARD",
+        ),
     ] {
-        let method = &format!("method={method}");
-        let same = [method, "max_steps=8", "save_steps=3", "learning_rate=1e-4"];
+        let same = [method, &["max_steps=8", "save_steps=3", "learning_rate=1e-4"]].concat();
         let anew = [&same[..], &["overwrite_output_dir=true"]].concat();
         let expected = run(&[&anew[..], &[alone]].concat(), "step 8/8");
         let ranks = [&anew[..], &["data_parallel_size=2", strategy]].concat();
@@ -379,7 +388,7 @@ fn ranks_share_what_they_hold() {
             for (expected, loss) in expected.iter().zip(&losses) {
                 assert!(
                     (expected - loss).abs() < 2e-3 * expected,
-                    "{method} {strategy}: {expected} alone, {loss} {what}"
+                    "{method:?} {strategy}: {expected} alone, {loss} {what}"
                 );
             }
         }

@@ -5,8 +5,9 @@ use std::path::Path;
 
 use serde_json::Value;
 use tandem_backend::lora::peft;
-use tandem_backend::model::Decoder;
+use tandem_backend::model::{Decoder, WeightOptions};
 use tandem_backend::train::data::{self, DataPlan, Slice};
+use tandem_backend::train::evaluation::Evaluation;
 use tandem_backend::train::learner::{Learner, Update};
 use tandem_backend::train::mates::Mates;
 use tandem_backend::train::pass::{Advanced, Context, Look, Pass, Trained};
@@ -22,7 +23,7 @@ use tandem_kernels::loss::LogProbs;
 use tandem_kernels::weight::Precision;
 use tch::{Kind, Tensor};
 
-use crate::fixture::{Fixture, Table, examples, max_difference, numbers};
+use crate::fixture::{Fixture, Table, examples, fixtures_folder, max_difference, numbers};
 use crate::run::{Sequence, base, packed, paged};
 
 const LOSS: f64 = 1e-5;
@@ -150,8 +151,14 @@ fn five_full_steps_are_torchs() {
     let run = &fixture.numbers["full_training"];
     let job = Job::new(&examples(&run["examples"]), hyper_of(&run["hyper"], Method::Full));
     let inputs = Inputs::read(&job.spec.folder).expect("the job's files");
-    let mut trainer = Trainer::start_full(job.spec.clone(), &inputs, &fixture.folder, &Mates::none())
-        .expect("the job starts");
+    let mut trainer = Trainer::start_full(
+        job.spec.clone(),
+        &inputs,
+        &fixture.folder,
+        Precision::F32,
+        &Mates::none(),
+    )
+    .expect("the job starts");
     let reports = finish(&mut trainer, None);
     compare_steps("full", run, &job, &reports).judge("five full steps against torch.optim.AdamW");
 
@@ -177,6 +184,143 @@ fn five_full_steps_are_torchs() {
     );
 }
 
+/// Multiplied in bfloat16, learned in float32: losses follow torch's in float32 as far as bfloat16 tells, the first is that of the base
+/// that serves in it, and steps too small for bfloat16 add up.
+#[test]
+fn full_steps_in_bfloat16_have_float32_masters() {
+    let fixture = Fixture::open("gqa_tied");
+    let run = &fixture.numbers["full_training"];
+    let hyper = hyper_of(&run["hyper"], Method::Full);
+    let small = Hyper {
+        learning_rate: 1e-6,
+        weight_decay: 0.0,
+        ..hyper.clone()
+    };
+    let train = |hyper: Hyper| {
+        let job = Job::new(&examples(&run["examples"]), hyper);
+        let inputs = Inputs::read(&job.spec.folder).expect("the job's files");
+        let trainer = Trainer::start_full(
+            job.spec,
+            &inputs,
+            &fixture.folder,
+            Precision::Bf16,
+            &Mates::none(),
+        );
+        let mut trainer = trainer.expect("the job starts");
+        let reports = finish(&mut trainer, None);
+        let weights = trainer
+            .full_weights(Kind::Float)
+            .expect("full training has weights");
+        (reports, weights)
+    };
+    let (reports, _) = train(hyper.clone());
+    let losses = numbers(&run["losses"]);
+    assert_eq!(reports.len(), losses.len());
+    let mut table = Table::default();
+    for (report, expected) in reports.iter().zip(&losses) {
+        let what = format!("step {:2} loss", report.step);
+        table.add("bf16", &what, (report.loss - expected).abs() / expected, 5e-3);
+    }
+    table.judge("full steps in bfloat16 beside torch's in float32");
+    assert!(losses[0] - reports[reports.len() - 1].loss > 0.1, "it learns");
+
+    let all = examples(&run["examples"]);
+    let steps: Vec<Vec<Vec<usize>>> = serde_json::from_value(run["steps"].clone()).expect("example numbers");
+    let first = steps[0]
+        .iter()
+        .flatten()
+        .map(|&i| all[i].clone())
+        .map(Group::from);
+    let weights = WeightOptions::new(Precision::Bf16, tch::Device::Cpu);
+    let data = dataset::encode(&first.collect::<Vec<_>>());
+    let evaluation = Evaluation::open(&fixture.folder, weights, None, &data, "rows");
+    let mut evaluation = evaluation.expect("it opens");
+    let evaluated = loop {
+        if let Some(evaluated) = evaluation.advance().expect("a slice") {
+            break evaluated;
+        }
+    };
+    assert!(
+        (evaluated.loss - reports[0].loss).abs() < 1e-6,
+        "{evaluated:?} and {}",
+        reports[0].loss
+    );
+
+    let (_, weights) = train(small);
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("model.safetensors");
+    std::fs::write(&file, weights).expect("it is written");
+    let before: BTreeMap<String, Tensor> = tensors(&fixture.folder.join("model.safetensors"))
+        .into_iter()
+        .collect();
+    for (name, now) in tensors(&file) {
+        let moved = max_difference(&now, &before[&name]);
+        assert!(moved > 0.0 && moved < 1e-5, "{name} moved by {moved}");
+    }
+}
+
+/// Layers that are not trained, as llama-recipes freezes them: what lies before and behind them learns as in torch, and they stay
+/// what they were, to the bit.
+#[test]
+fn frozen_layers_are_torchs() {
+    let runs = std::fs::read(fixtures_folder().join("frozen.json")).expect("scripts/fixtures made it");
+    let runs: Vec<Value> = serde_json::from_slice(&runs).expect("runs");
+    assert_eq!(runs.len(), 3);
+    for run in &runs {
+        let name = run["fixture"].as_str().expect("a name");
+        let folder = fixtures_folder().join(name);
+        let hyper = Hyper {
+            frozen_layers: run["frozen_layers"].as_u64().expect("a number") as u32,
+            ..hyper_of(&run["hyper"], Method::Full)
+        };
+        let too_many = Hyper {
+            frozen_layers: 99,
+            ..hyper.clone()
+        };
+        let job = Job::new(&examples(&run["examples"]), hyper);
+        let inputs = Inputs::read(&job.spec.folder).expect("the job's files");
+        let start =
+            |spec: JobSpec| Trainer::start_full(spec, &inputs, &folder, Precision::F32, &Mates::none());
+        let mut trainer = start(job.spec.clone()).expect("the job starts");
+        let reports = finish(&mut trainer, None);
+        let table = compare_steps(name, run, &job, &reports);
+        table.judge(&format!("steps of {name} with frozen layers"));
+
+        let trained = run["trained"].as_u64().expect("a number");
+        let frozen = run["frozen"].as_u64().expect("a number");
+        assert_eq!(trainer.frozen_parameters(), frozen);
+        let place = tempfile::tempdir().expect("a folder");
+        let file = place.path().join("model.safetensors");
+        let weights = trainer
+            .full_weights(Kind::Float)
+            .expect("full training has weights");
+        std::fs::write(&file, weights).expect("it is written");
+        let before: BTreeMap<String, Tensor> =
+            tensors(&folder.join("model.safetensors")).into_iter().collect();
+        let after = tensors(&file);
+        assert_eq!(after.len(), before.len(), "{name}");
+        let mut numbers = [0, 0];
+        for (tensor, now) in after {
+            let is_frozen = tensor.starts_with("model.layers.0.");
+            let difference = max_difference(&now, &before[&tensor]);
+            assert_eq!(
+                difference == 0.0,
+                is_frozen,
+                "{name}: {tensor} moved by {difference}"
+            );
+            numbers[usize::from(is_frozen)] += now.numel() as u64;
+        }
+        assert_eq!(numbers, [trained, frozen], "{name}");
+
+        let refused = start(JobSpec {
+            hyper: too_many,
+            ..job.spec.clone()
+        });
+        let message = refused.map(|_| ()).unwrap_err().to_string();
+        assert!(message.contains("at most 2"), "{message}");
+    }
+}
+
 /// SGD as torch has it, Lion and AdamW with 8-bit moments as bitsandbytes, Adafactor as transformers: of adapters, and of whole
 /// models, whose norms go another way than their matrices.
 #[test]
@@ -198,7 +342,13 @@ fn steps_of_other_optimizers_are_theirs() {
             true => {
                 let job = Job::new(&examples(&run["examples"]), hyper_of(&run["hyper"], Method::Full));
                 let inputs = Inputs::read(&job.spec.folder).expect("the job's files");
-                let trainer = Trainer::start_full(job.spec.clone(), &inputs, &fixture.folder, &Mates::none());
+                let trainer = Trainer::start_full(
+                    job.spec.clone(),
+                    &inputs,
+                    &fixture.folder,
+                    Precision::F32,
+                    &Mates::none(),
+                );
                 let reports = finish(&mut trainer.expect("the job starts"), None);
                 (job, reports)
             }
@@ -394,6 +544,7 @@ pub fn hyper(method: Method) -> Hyper {
     Hyper {
         n_epochs: 1,
         max_steps: None,
+        max_steps_per_epoch: None,
         batch_size: 2,
         gradient_accumulation_steps: 1,
         learning_rate: 5e-3,
@@ -416,6 +567,7 @@ pub fn hyper(method: Method) -> Hyper {
         eval_steps: 0,
         selection: None,
         objective: Objective::default(),
+        frozen_layers: 0,
         method,
     }
 }

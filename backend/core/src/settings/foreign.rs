@@ -326,7 +326,7 @@ const FOREIGN: &[Foreign] = &[
         "every assistant turn is learned; \"weight\": 0 on a message leaves it out",
     ),
     row(
-        "val_set_size val_size validation_split train_ratio max_steps_per_epoch max_samples",
+        "val_set_size val_size validation_split train_ratio max_samples",
         off,
         "every row of training_file is trained; give a smaller file, or a validation_file",
     ),
@@ -434,8 +434,12 @@ const FOREIGN: &[Foreign] = &[
         "causal language models are trained",
     ),
     row(
-        "freeze_layers freeze_trainable_layers unfrozen_parameters layers_to_transform
-         layers_pattern",
+        "freeze_layers",
+        off,
+        "an adapter leaves every layer as it is; `tandem train method=full` freezes layers",
+    ),
+    row(
+        "freeze_trainable_layers unfrozen_parameters layers_to_transform layers_pattern",
         off,
         "every layer is adapted; lora_target_modules chooses the modules in them",
     ),

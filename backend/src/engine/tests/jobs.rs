@@ -21,6 +21,7 @@ pub fn job(folder: &Path, cases: &[Case], max_steps: u64) -> JobSpec {
     let hyper = Hyper {
         n_epochs: 1000,
         max_steps: Some(max_steps),
+        max_steps_per_epoch: None,
         batch_size: 4,
         gradient_accumulation_steps: 1,
         learning_rate: 1e-2,
@@ -43,6 +44,7 @@ pub fn job(folder: &Path, cases: &[Case], max_steps: u64) -> JobSpec {
         eval_steps: 0,
         selection: None,
         objective: Objective::default(),
+        frozen_layers: 0,
         method: Method::Lora(lora(8)),
     };
     JobSpec {

@@ -224,6 +224,11 @@ impl Scores {
         self.correct as f64 / self.labels.max(1) as f64
     }
 
+    /// Labels that were scored.
+    pub fn labels(&self) -> u64 {
+        self.labels
+    }
+
     /// The mean of each metric over the groups that have it.
     pub fn metrics(&self) -> BTreeMap<String, f64> {
         let mean = |(name, &(sum, n)): (&Cow<str>, &(f64, u64))| (name.to_string(), sum / n as f64);
