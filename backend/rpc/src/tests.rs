@@ -502,6 +502,7 @@ fn job(id: &str) -> JobSpec {
         hyper: Hyper {
             n_epochs: 1,
             max_steps: None,
+            max_steps_per_epoch: Some(7),
             batch_size: 1,
             gradient_accumulation_steps: 1,
             learning_rate: 0.1 + 0.2,
@@ -524,6 +525,7 @@ fn job(id: &str) -> JobSpec {
             eval_steps: 0,
             selection: None,
             objective: Objective::default(),
+            frozen_layers: 0,
             method: Method::Lora(Lora {
                 r: 4,
                 alpha: 8.0,

@@ -226,7 +226,7 @@ pub struct FullParams {
     /// summed when a pass is through.
     waiting: RefCell<HashMap<ParamId, Tensor>>,
     /// Where what is not trained is read, whenever it is wanted.
-    rest: Option<(Checkpoint, Head)>,
+    rest: Option<Box<(Checkpoint, Head)>>,
 }
 
 impl FullParams {
@@ -269,8 +269,8 @@ impl FullParams {
     }
 
     /// Each tensor of the checkpoint is read whole, one after the other.
-    pub fn read(shape: FullShape, checkpoint: Checkpoint) -> Result<FullParams, LoadError> {
-        let mut params = FullParams::zeros(shape);
+    pub fn read(shape: FullShape, checkpoint: &Checkpoint) -> Result<FullParams, LoadError> {
+        let params = FullParams::zeros(shape);
         let head = if params.shape.has(ParamId::Head) {
             Head::Own
         } else {
@@ -291,9 +291,6 @@ impl FullParams {
                 params.flat.narrow(0, *offset, n).copy_(&own);
             }
         }
-        if !params.shape.frozen.is_empty() {
-            params.rest = Some((checkpoint, head));
-        }
         Ok(params)
     }
 
@@ -305,7 +302,7 @@ impl FullParams {
         rows: Range<i64>,
         columns: Range<i64>,
     ) -> Result<Matrix, LoadError> {
-        let (checkpoint, head) = self.rest.as_ref().expect(READ_BEFORE);
+        let (checkpoint, head) = self.rest.as_deref().expect(READ_BEFORE);
         checkpoint.matrix(checkpoint.stored_name(name, *head), shape, rows, columns)
     }
 
@@ -407,7 +404,7 @@ impl FullParams {
             sources(param).map(move |(source, _)| (source.name.clone(), shape(source)))
         });
         sources.map(|(name, shape)| {
-            let (checkpoint, head) = self.rest.as_ref().expect(READ_BEFORE);
+            let (checkpoint, head) = self.rest.as_deref().expect(READ_BEFORE);
             let tensor = checkpoint.tensor(checkpoint.stored_name(&name, *head), &shape);
             (name, tensor.expect(READ_BEFORE))
         })
@@ -512,7 +509,9 @@ pub fn read_or_init(
         let (spec, checkpoint) = family::open(folder)?;
         trainable(&spec)?;
         can_freeze(&spec)?;
-        let params = FullParams::read(FullShape::shared(&spec, frozen_layers, shared), checkpoint)?;
+        let shape = FullShape::shared(&spec, frozen_layers, shared);
+        let mut params = FullParams::read(shape, &checkpoint)?;
+        params.rest = (frozen_layers > 0).then(|| Box::new((checkpoint, spec.head)));
         return Ok((spec, params));
     }
     let spec = family::read_spec(folder)?;
