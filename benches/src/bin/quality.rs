@@ -171,6 +171,7 @@ fn losses(decoder: &Decoder, tokens: &[TokenId], options: &Options) -> anyhow::R
         hyper: Hyper {
             n_epochs: 1,
             max_steps: None,
+            max_steps_per_epoch: None,
             batch_size: BATCH,
             gradient_accumulation_steps: 1,
             learning_rate: 1e-3,
@@ -193,6 +194,7 @@ fn losses(decoder: &Decoder, tokens: &[TokenId], options: &Options) -> anyhow::R
             eval_steps: 0,
             selection: None,
             objective: Objective::default(),
+            frozen_layers: 0,
             method: Method::Lora(lora),
         },
         life: Life::default(),
