@@ -27,8 +27,11 @@ def run(name: str, plain: dict) -> dict:
     optimizer = torch.optim.AdamW(
         groups, lr=hyper["learning_rate"], betas=(hyper["adam_beta1"], hyper["adam_beta2"]), eps=hyper["adam_epsilon"]
     )
-    vocab = model.config.vocab_size
-    examples = [example | {"tokens": [token % vocab for token in example["tokens"]]} for example in plain["examples"]]
+    # Special tokens are the first three: torch's embedding learns nothing of the one that pads.
+    own = model.config.vocab_size - 3
+    examples = [
+        example | {"tokens": [3 + token % own for token in example["tokens"]]} for example in plain["examples"]
+    ]
     report = steps_of(optimizer, model, trainable, hyper, examples)
     trained = sum(parameter.numel() for _, parameter in trainable)
     frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
