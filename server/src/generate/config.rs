@@ -24,13 +24,6 @@ pub fn flat(config: Map<String, Value>, says_who: bool) -> Result<Map<String, Va
             ("model", Value::Object(fields)) => model(fields, says_who, &mut settings)?,
             ("checkpointer", Value::Object(fields)) => checkpointer(fields, says_who, &mut settings)?,
             ("tokenizer", Value::Object(fields)) => tokenizer(fields)?,
-            ("instruct_template" | "chat_format", value) => {
-                let message = format!(
-                    "{value} is not supported: write the prompt as the model reads it, or as prompt.user for the model's own chat \
-                     template"
-                );
-                return Err(wrong(&name, message));
-            }
             (_, Value::Object(fields)) if fields.contains_key(COMPONENT) => {
                 let message = "an unknown section; model, checkpointer and tokenizer are read";
                 return Err(wrong(&name, message.to_owned()));
@@ -201,7 +194,6 @@ mod tests {
             ),
             (&["tokenizer.max_seq_len=64"], "max_model_len"),
             (&["quantizer._component_=x"], "tandem quantize"),
-            (&["tasks=[mmlu]"], "local-completions"),
         ] {
             let message = asked(words).map(|_| ()).unwrap_err().to_string();
             assert!(message.contains(expected), "{words:?}: {message}");

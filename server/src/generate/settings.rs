@@ -279,6 +279,14 @@ fn of_word(key: &str, text: &str) -> Result<Value, SettingsError> {
 
 fn typed(mut given: Map<String, Value>) -> Result<Asked, SettingsError> {
     given.retain(|name, value| !value.is_null() && !HARMLESS.contains(&name.as_str()));
+    for name in ["instruct_template", "chat_format"] {
+        if let Some(value) = given.remove(name) {
+            let message = format!(
+                "{value} is not supported: write the prompt as the model reads it, or as prompt.user for the model's own chat template"
+            );
+            return Err(wrong(name, message));
+        }
+    }
     let model = text(&mut given, MODEL)?;
     let adapter = text(&mut given, ADAPTER)?.map(PathBuf::from);
     let output = text(&mut given, "output")?;
