@@ -613,7 +613,7 @@ mod tests {
     #[test]
     fn other_commands_are_told_what_to_use() {
         for (word, expected) in [
-            ("chat", "http://127.0.0.1:8000/"),
+            ("chat", "`tandem generate MODEL user=TEXT`"),
             ("run", "`tandem serve`"),
             ("sevre", "did you mean `tandem serve`?"),
             ("finetune", "`tandem train"),
