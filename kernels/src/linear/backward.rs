@@ -158,7 +158,7 @@ fn fast<'a, T: Multiplied>(
         let panel_stride = T::panel_len(TURN_ROWS);
         let mut turned = pool::scratch::<T>(n_panels * panel_stride);
         let sums = to.at(rows.start, columns.start);
-        // Of `turned` rows of a right side, times columns of a left side from `first` on, into the sums of the rows from `at` on.
+        // Rows `reduced` of a right side, times these columns of some rows of a left side, to the sums of the rows from `at` on.
         let mut add =
             |w: &Right<T>, reduced: Range<usize>, left: (&Left<T>, Range<usize>), at: usize, sum: Sum| {
                 turn(w, k, &reduced, &columns, &mut turned);
@@ -196,7 +196,7 @@ fn fast<'a, T: Multiplied>(
             }
             for first in (0..*ranks).step_by(TURN_ROWS) {
                 let left = (dshrunk, own.start - of.start..own.end - of.start);
-                let reduced = first..ranks.min(&(first + TURN_ROWS)).to_owned();
+                let reduced = first..(first + TURN_ROWS).min(*ranks);
                 add(a, reduced, left, own.start - rows.start, Sum::Add);
             }
         }

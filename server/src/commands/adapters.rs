@@ -351,6 +351,13 @@ async fn ask(method: Method, url: &str, path: &[&str], key: Option<&str>) -> Res
 /// The adapter's own files; what else lies there stays.
 fn remove(folder: &Path) -> Result<()> {
     let shown = folder.display();
+    // Without a slash behind it, which would follow a link.
+    if let Ok(target) = fs::read_link(folder.components().collect::<PathBuf>()) {
+        bail!(WrongSetting(format!(
+            "{shown} is a link to {}: give that folder, or remove the link itself",
+            target.display()
+        )));
+    }
     if !folder.join(CONFIG).is_file() {
         bail!(WrongSetting(format!(
             "{shown} is no PEFT folder: give one, or --url for a name of a running server"

@@ -222,6 +222,14 @@ pub fn read(args: &[String]) -> Result<Asked, SettingsError> {
         insert(&mut own_words, key, value)?;
     }
     let has = |name: &str| own_words.contains_key(name);
+    if let (Some(first), true) = (config.get(MODEL).filter(|_| args.len() > words.len()), has(MODEL))
+        && !is_file(&args[0])
+    {
+        return Err(SettingsError::Twice {
+            first: first.as_str().unwrap_or(MODEL).to_owned(),
+            second: MODEL.to_owned(),
+        });
+    }
     let config = config::flat(config, has(ADAPTER) || has(MODEL))?;
     let mut given = Map::new();
     for (key, value) in config {
@@ -543,6 +551,7 @@ mod tests {
             (&["m", "prompt.users=a"], "prompt.users: an unknown part"),
             (&["m", "prompt_file=/nowhere/x"], "cannot read /nowhere/x"),
             (&["m", "what"], "neither key=value"),
+            (&["m", "prompt=a", "model=n"], "m and model are the same setting"),
         ] {
             let message = asked(words).map(|_| ()).unwrap_err().to_string();
             assert!(message.contains(expected), "{words:?}: {message}");

@@ -187,9 +187,26 @@ impl Words {
             [model, data] => vec![format!("model={model}"), format!("training_file={data}")],
             [_, _, other, ..] => return Err(SettingsError::NotASetting(other.clone())),
         };
+        // What stands before the settings is not said again by one.
+        let [model, data] = match named {
+            [_, data] if is_recipe(&named[0]) => [None, Some(data)],
+            [recipe] if is_recipe(recipe) => [None, None],
+            _ => [named.first(), named.get(1)],
+        };
         let mut adapter = None;
         for word in given {
             let (key, value) = word.split_once('=').unwrap_or((word, ""));
+            let before = match settings::canonical(key) {
+                "model" => model,
+                "data" | "training_file" | "validation_file" => data,
+                _ => None,
+            };
+            if let Some(before) = before {
+                return Err(SettingsError::Twice {
+                    first: before.clone(),
+                    second: key.to_owned(),
+                });
+            }
             match key {
                 _ if ADAPTER.contains(&key) => adapter = Some(PathBuf::from(value)),
                 "data" => words.push(format!("training_file={value}")),

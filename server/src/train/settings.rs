@@ -102,7 +102,7 @@ const KEYS: &[Key] = &[
     (
         "dtype",
         &["torch_dtype"],
-        "of the frozen base: auto (default), bfloat16 or float32; of method=full what passes multiply in, float32 unless given \
+        "of the frozen base: auto (default), bfloat16 (which float16 becomes) or float32; of method=full what passes multiply in, float32 unless given \
          (numbers, gradient and moments are float32, the result is stored as the checkpoint is)",
     ),
     (
@@ -662,7 +662,9 @@ fn is_done_anyway(name: &str, value: &Value) -> bool {
 /// Values of `KEYS` in others' words.
 pub fn of_others(key: &str, value: Value) -> Value {
     match (key, value.as_str(), value.as_bool()) {
-        ("dtype", Some("bf16" | "torch.bfloat16"), _) => "bfloat16".into(),
+        // There is one kind of 16 bits.
+        ("dtype", Some("bf16" | "half" | "float16" | "fp16" | "f16"), _) => "bfloat16".into(),
+        ("dtype", Some("torch.bfloat16" | "torch.float16" | "torch.half"), _) => "bfloat16".into(),
         ("dtype", Some("fp32" | "torch.float32"), _) => "float32".into(),
         ("quantization", _, Some(false)) => Value::Null,
         // bitsandbytes', which llama-recipes asks for.

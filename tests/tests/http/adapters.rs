@@ -100,6 +100,8 @@ fn adapters_are_listed_shown_and_removed() {
     );
     assert_eq!(gone.status, 404);
 
+    std::os::unix::fs::symlink(at("one/checkpoint-4"), at("link")).unwrap();
+    refuses(&["rm", &format!("{}/", at("link"))], "is a link to");
     shows(&["rm", &at("one/checkpoint-4")], &["is gone"]);
     shows(&["rm", &at("two")], &["notes.txt stay"]);
     refuses(&["rm", &at("two")], "no PEFT folder");

@@ -124,6 +124,14 @@ fn what_is_wrong_is_said() {
             &[MODEL, &at("rows.jsonl"), "adapter=/nowhere"],
             "adapter_config.json",
         ),
+        (
+            &[MODEL, &at("rows.jsonl"), "validation_file=x"],
+            "rows.jsonl and validation_file are the same setting",
+        ),
+        (
+            &[MODEL, "model_name=m", &format!("data={}", at("rows.jsonl"))],
+            "model_name are the same setting",
+        ),
         (&[MODEL], "training_file"),
         (&[&at("tasks.yaml")], "local-completions"),
     ] {
