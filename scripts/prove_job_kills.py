@@ -76,7 +76,9 @@ def of_server(kills, rng, place):
         files = uploaded(api, place)
         jobs = {name: create(api, name, files) for name in JOBS}
         expected = {name: outcome(api, data_dir, job) for name, job in jobs.items()}
-    assert len(set(expected.values())) == len(expected), "methods differ"
+    # (The winner of a sweep may be the run of another.)
+    alone = [outcome for name, outcome in expected.items() if not name.startswith("a sweep")]
+    assert len(set(alone)) == len(alone), "methods differ"
 
     data_dir = place / "killed"
     data_dir.mkdir()
