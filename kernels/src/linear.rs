@@ -81,7 +81,7 @@ pub fn linear_grouped(x: &Tensor, groups: &[WeightRows], lora: &[LoraRows]) -> T
 pub fn linear_add(x: &Tensor, w: &Weight, bias: Option<&Tensor>, lora: &[LoraRows], residual: &mut Tensor) {
     let groups = [all_rows(x, w, bias)];
     match (Job::new(x, &groups, lora, x), RowsMut::of(residual)) {
-        (Some(job), Some(to)) => job.run(to, Store::Added),
+        (Some(job), Some(to)) => job.run(to, Onto::Output),
         _ => {
             let _ = residual.g_add_(&reference(x, &groups, lora, x).0);
         }
@@ -269,21 +269,21 @@ impl<'a> Job<'a> {
         let mut y = Tensor::empty([self.x.rows as i64, n], (Kind::Float, Device::Cpu));
         let to = RowsMut::of(&mut y).expect("a new float CPU tensor");
         match around {
-            None => self.run(to, Store::Sums),
+            None => self.run(to, Onto::Nothing),
             Some(around) => {
                 assert_eq!(
                     (around.rows, around.width),
                     (to.rows, to.width),
                     "the output's shape"
                 );
-                self.run(to, Store::Around(around))
+                self.run(to, Onto::Rows(around))
             }
         }
         y
     }
 
     /// Computes y and stores it in `to`.
-    fn run(mut self, to: RowsMut, store: Store) {
+    fn run(mut self, to: RowsMut, onto: Onto) {
         let first = self.groups[0].weight;
         assert_eq!(
             (to.rows, to.width),
@@ -291,12 +291,12 @@ impl<'a> Job<'a> {
             "the output's shape"
         );
         match first.precision() {
-            Precision::F32 => self.run_in::<f32>(to, store),
-            Precision::Bf16 => self.run_in::<u16>(to, store),
+            Precision::F32 => self.run_in::<f32>(to, onto),
+            Precision::Bf16 => self.run_in::<u16>(to, onto),
         }
     }
 
-    fn run_in<T: Multiplied>(&mut self, to: RowsMut, store: Store) {
+    fn run_in<T: Multiplied>(&mut self, to: RowsMut, onto: Onto) {
         let left = Left::<T>::round(self.x);
         shrink(&mut self.branches, &left, self.shrunk);
         let with_rows = self.groups.iter().filter(|group| !group.rows.is_empty());
@@ -317,16 +317,16 @@ impl<'a> Job<'a> {
                 (0..block.rows.len()).for_each(|i| add(block.row_mut(i), bias));
             }
         };
-        match store {
-            Store::Sums => gemm.run_into(to, |part, mut block| whole(part, &mut block)),
-            Store::Around(around) => gemm.run_into(to, |part, mut block| {
+        match onto {
+            Onto::Nothing => gemm.run_into(to, |part, mut block| whole(part, &mut block)),
+            Onto::Rows(around) => gemm.run_into(to, |part, mut block| {
                 whole(part, &mut block);
                 for (i, row) in block.rows.clone().enumerate() {
                     let columns = block.columns.clone();
                     add(block.row_mut(i), &around.row(row)[columns]);
                 }
             }),
-            Store::Added => gemm.run(|part, mut block| {
+            Onto::Output => gemm.run(|part, mut block| {
                 whole(part, &mut block);
                 for (i, row) in block.rows.clone().enumerate() {
                     // SAFETY: a block's columns of a row belong to its task.
@@ -337,13 +337,12 @@ impl<'a> Job<'a> {
     }
 }
 
-/// What becomes of y.
-enum Store<'a> {
-    Sums,
-    /// These are added.
-    Around(Rows<'a>),
-    /// It is added to what stands there.
-    Added,
+/// What y is added to.
+enum Onto<'a> {
+    Nothing,
+    Rows(Rows<'a>),
+    /// What stands where it goes.
+    Output,
 }
 
 fn add(to: &mut [f32], more: &[f32]) {

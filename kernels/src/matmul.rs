@@ -71,17 +71,19 @@ fn product(a: &Tensor, a_side: Side, b: &Tensor, b_side: Side, precision: Precis
     );
     let mut out = Tensor::empty([m as i64, n as i64], (Kind::Float, Device::Cpu));
     let to = RowsMut::of(&mut out).expect("a new float CPU tensor");
-    let (left, right, store) = match (a_side, b_side) {
+    let (left, right, destination) = match (a_side, b_side) {
         // at b is (bt a)t, to the same bits. The left side is turned, which is dearer than to cut the right one into panels:
         // the gradient of an adapter's B has a thousand rows, of a few ranks each.
-        (Side::Columns, Side::Rows) if n * TURNED_FEWER <= m => {
-            ((rows_b, Side::Columns), (rows_a, Side::Rows), Store::Turned(to))
-        }
-        _ => ((rows_a, a_side), (rows_b, b_side), Store::AsItIs(to)),
+        (Side::Columns, Side::Rows) if n * TURNED_FEWER <= m => (
+            (rows_b, Side::Columns),
+            (rows_a, Side::Rows),
+            Destination::Turned(to),
+        ),
+        _ => ((rows_a, a_side), (rows_b, b_side), Destination::AsItIs(to)),
     };
     match precision {
-        Precision::F32 => fast::<f32>(left, right, &store),
-        Precision::Bf16 => fast::<u16>(left, right, &store),
+        Precision::F32 => fast::<f32>(left, right, &destination),
+        Precision::Bf16 => fast::<u16>(left, right, &destination),
     }
     out
 }
@@ -90,25 +92,25 @@ fn product(a: &Tensor, a_side: Side, b: &Tensor, b_side: Side, precision: Precis
 const TURNED_FEWER: usize = 4;
 
 /// Where a result goes.
-enum Store<'a> {
+enum Destination<'a> {
     AsItIs(RowsMut<'a>),
     /// The result's transpose.
     Turned(RowsMut<'a>),
 }
 
-impl Store<'_> {
+impl Destination<'_> {
     /// The block of a result whose part begins at `row` and `column`.
     fn put(&self, block: &Block, row: usize, column: usize) {
         let (row, column) = (row + block.rows.start, column + block.columns.start);
         match self {
-            Store::AsItIs(to) => {
+            Destination::AsItIs(to) => {
                 for i in 0..block.rows.len() {
                     // SAFETY: a block's columns of a row belong to its task.
                     let to = unsafe { to.columns(row + i, column..column + block.columns.len()) };
                     to.copy_from_slice(block.row(i));
                 }
             }
-            Store::Turned(to) => {
+            Destination::Turned(to) => {
                 let from = Words {
                     ptr: block.sums.cast_const().cast(),
                     stride: block.stride,
@@ -143,7 +145,7 @@ fn reference(a: &Tensor, a_side: Side, b: &Tensor, b_side: Side, precision: Prec
     weight::product(&a, &b, precision)
 }
 
-fn fast<T: Element + Plain>((a, a_side): (Rows, Side), (b, b_side): (Rows, Side), store: &Store) {
+fn fast<T: Element + Plain>((a, a_side): (Rows, Side), (b, b_side): (Rows, Side), destination: &Destination) {
     let ((m, k), (_, n)) = (shape(a, a_side), shape(b, b_side));
     let side_rows = |stride: usize| (SIDE_BYTES / size_of::<T>() / stride.max(1) / PANEL).max(1) * PANEL;
     let (left_rows, right_columns) = (side_rows(left_stride::<T>(k)), side_rows(k));
@@ -165,7 +167,7 @@ fn fast<T: Element + Plain>((a, a_side): (Rows, Side), (b, b_side): (Rows, Side)
                 k,
                 n: columns.len(),
             };
-            gemm.run(|_, block| store.put(&block, first_row, first_column));
+            gemm.run(|_, block| destination.put(&block, first_row, first_column));
         }
     }
 }

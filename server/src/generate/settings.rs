@@ -192,12 +192,12 @@ pub fn help() -> String {
 }
 
 pub fn read(args: &[String]) -> Result<Asked, SettingsError> {
-    let (mut config, words) = match args.split_first() {
-        Some((first, words)) if is_file(first) => (file(first)?, words),
+    let (mut config, model, words) = match args.split_first() {
+        Some((first, words)) if is_file(first) => (file(first)?, None, words),
         Some((first, words)) if !first.contains('=') && !first.starts_with('~') => {
-            (Map::from_iter([(MODEL.to_owned(), json!(first))]), words)
+            (Map::new(), Some(first), words)
         }
-        _ => (Map::new(), args),
+        _ => (Map::new(), None, args),
     };
     let mut own_words = Map::new();
     for word in words {
@@ -221,15 +221,15 @@ pub fn read(args: &[String]) -> Result<Asked, SettingsError> {
         }
         insert(&mut own_words, key, value)?;
     }
-    let has = |name: &str| own_words.contains_key(name);
-    if let (Some(first), true) = (config.get(MODEL).filter(|_| args.len() > words.len()), has(MODEL))
-        && !is_file(&args[0])
+    if let Some(model) = model
+        && own_words.insert(MODEL.to_owned(), json!(model)).is_some()
     {
         return Err(SettingsError::Twice {
-            first: first.as_str().unwrap_or(MODEL).to_owned(),
+            first: model.clone(),
             second: MODEL.to_owned(),
         });
     }
+    let has = |name: &str| own_words.contains_key(name);
     let config = config::flat(config, has(ADAPTER) || has(MODEL))?;
     let mut given = Map::new();
     for (key, value) in config {
