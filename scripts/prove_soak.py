@@ -22,7 +22,7 @@ import urllib.parse
 
 from demo import start
 from prove import DEMO, QUESTIONS, TANDEM, random_adapter
-from prove_chaos import KINDS, rows
+from prove_ledger import KINDS, rows
 from tinker_wire import forward_backward
 
 ADMIN = "soak-admin"
