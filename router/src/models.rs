@@ -7,7 +7,7 @@ use std::time::Duration;
 use tandem_core::id::{AdapterDigest, AdapterRef};
 use tandem_core::message::Fault;
 use tandem_core::replica::{AdapterInfo, Command};
-use tandem_store::{NameRow, NewName, Placement, Source, StoreError};
+use tandem_store::{NameRow, NewName, Placement, SaveRecord, Source, StoreError};
 use tokio::sync::oneshot;
 
 use crate::api::{Client, LoadMode, ModelCard, RouterError};
@@ -267,6 +267,24 @@ impl Router {
         self.0.catalog.remove(&names);
         tracing::info!(models = names.join(", "), "names removed");
         Ok(())
+    }
+
+    /// Whether a name is this adapter's.
+    pub(crate) async fn names(&self, name: &str, adapter: AdapterDigest) -> Result<bool, RouterError> {
+        self.refresh_names().await?;
+        Ok(self.0.catalog.row(name).is_some_and(|row| row.digest == adapter))
+    }
+
+    /// With the name of its adapter. Whether it was still there.
+    pub(crate) async fn remove_save(&self, save: &SaveRecord, name: &str) -> Result<bool, RouterError> {
+        let _one_at_a_time = self.0.changes.lock().await;
+        let removed = self.0.store.remove_save(save, name).await?;
+        self.reread_names().await?;
+        let is_its = |row: NameRow| Some(row.digest) == save.adapter;
+        if removed && !self.0.store.is_shared() && self.0.catalog.row(name).is_some_and(is_its) {
+            self.0.catalog.remove(&[name.to_owned()]);
+        }
+        Ok(removed)
     }
 
     fn check_name(&self, name: &str) -> Result<(), RouterError> {

@@ -260,16 +260,12 @@ impl Router {
         Ok(Reach::of(&lora))
     }
 
+    /// What has been saved in its place meanwhile stays.
     async fn drop_save(&self, record: &SaveRecord) -> Result<(), RouterError> {
-        let path = path_of(&record.place);
-        if record.adapter.is_some() {
-            match self.unload_adapter(&path).await {
-                // Its name was removed by another route.
-                Err(RouterError::Adapter { not_found: true, .. }) => {}
-                done => done?,
-            }
+        match self.remove_save(record, &path_of(&record.place)).await? {
+            true => Ok(self.0.store.remove_state(record).await?),
+            false => Ok(()),
         }
-        Ok(self.0.store.remove_save(&record.place).await?)
     }
 }
 
@@ -301,19 +297,25 @@ impl View {
     }
 
     pub async fn publish_save(&self, path: &Path, public: bool) -> Result<(), RouterError> {
-        let record = self.own_save(path).await?;
-        let record = SaveRecord { public, ..record };
-        Ok(self.router.0.store.change_save(&record).await?)
+        self.change_save(path, |record| record.public = public).await
     }
 
     /// `None`: for ever.
     pub async fn expire_save(&self, path: &Path, ttl_s: Option<i64>) -> Result<(), RouterError> {
-        let record = self.own_save(path).await?;
-        let record = SaveRecord {
-            expires_at: ttl_s.map(|ttl_s| now().saturating_add(ttl_s)),
-            ..record
-        };
-        Ok(self.router.0.store.change_save(&record).await?)
+        let expires_at = ttl_s.map(|ttl_s| now().saturating_add(ttl_s));
+        self.change_save(path, |record| record.expires_at = expires_at)
+            .await
+    }
+
+    async fn change_save(&self, path: &Path, change: impl Fn(&mut SaveRecord)) -> Result<(), RouterError> {
+        self.own_save(path).await?;
+        match self.router.0.store.change_save(&path.0, change).await? {
+            true => Ok(()),
+            false => Err(RouterError::Unknown {
+                what: "checkpoint",
+                id: path.to_string(),
+            }),
+        }
     }
 }
 

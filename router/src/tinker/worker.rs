@@ -265,22 +265,24 @@ impl Worker {
             false => self.router.0.store.artifacts().adapter(adapter.digest).await?,
         };
         let bytes = tokio::fs::metadata(made.join("adapter_model.safetensors")).await;
-        self.router
-            .load(
-                &path,
-                &made,
-                LoadMode::Replace,
-                tandem_store::Source::Loaded,
-                &self.client,
-            )
-            .await?;
         let record = SaveRecord {
             bytes: bytes.map_or(0, |data| data.len()),
             adapter: Some(adapter.digest),
             ..self.record(place.clone(), keep)
         };
+        self.name(&path, &made).await?;
         self.router.0.store.keep_save(record, state).await?;
+        if !self.router.names(&path, adapter.digest).await? {
+            // The end of the save of before took the same adapter's name with it.
+            self.name(&path, &made).await?;
+        }
         Ok(path)
+    }
+
+    async fn name(&self, path: &str, adapter: &Path) -> Result<(), RouterError> {
+        let (mode, source) = (LoadMode::Replace, tandem_store::Source::Loaded);
+        let loaded = self.router.load(path, adapter, mode, source, &self.client).await;
+        loaded.map(drop)
     }
 
     /// Where a save goes, if it may.

@@ -196,19 +196,7 @@ impl Store {
         changes::note(&mut tx, Kind::Names).await?;
         let mut removed = 0;
         for &name in names {
-            lose(&mut tx, &base, name, now()).await?;
-            let deleted = sqlx::query("DELETE FROM names WHERE base = $1 AND name = $2")
-                .bind(base.to_string())
-                .bind(name)
-                .execute(&mut *tx)
-                .await?;
-            removed += deleted.rows_affected();
-            // What is gone is no job's model any more.
-            sqlx::query("UPDATE jobs SET fine_tuned_model = NULL WHERE base = $1 AND fine_tuned_model = $2")
-                .bind(base.to_string())
-                .bind(name)
-                .execute(&mut *tx)
-                .await?;
+            removed += delete(&mut tx, &base, name).await?;
         }
         tx.commit().await?;
         Ok(removed)
@@ -322,6 +310,43 @@ pub(crate) async fn remove_of_job(
         .execute(&mut **tx)
         .await?;
     Ok(removed.rows_affected() > 0)
+}
+
+/// Remove a name if it is still this adapter's: whether it was. The caller has noted the change of names in the same transaction.
+pub(crate) async fn remove_of_adapter(
+    tx: &mut Transaction<'static, Any>,
+    base: &Digest,
+    name: &str,
+    adapter: AdapterDigest,
+) -> Result<bool, StoreError> {
+    let sql = "SELECT 1 FROM names WHERE base = $1 AND name = $2 AND digest = $3";
+    let is_its: Option<i64> = sqlx::query_scalar(sql)
+        .bind(base.to_string())
+        .bind(name)
+        .bind(adapter.to_string())
+        .fetch_optional(&mut **tx)
+        .await?;
+    if is_its.is_none() {
+        return Ok(false);
+    }
+    delete(tx, base, name).await.map(|deleted| deleted > 0)
+}
+
+/// The rows that went.
+async fn delete(tx: &mut Transaction<'static, Any>, base: &Digest, name: &str) -> Result<u64, StoreError> {
+    lose(tx, base, name, now()).await?;
+    let deleted = sqlx::query("DELETE FROM names WHERE base = $1 AND name = $2")
+        .bind(base.to_string())
+        .bind(name)
+        .execute(&mut **tx)
+        .await?;
+    // What is gone is no job's model any more.
+    sqlx::query("UPDATE jobs SET fine_tuned_model = NULL WHERE base = $1 AND fine_tuned_model = $2")
+        .bind(base.to_string())
+        .bind(name)
+        .execute(&mut **tx)
+        .await?;
+    Ok(deleted.rows_affected())
 }
 
 /// Insert or replace. The caller has noted the change of names in the same transaction.

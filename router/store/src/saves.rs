@@ -15,15 +15,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use sqlx::{Any, AnyConnection, Transaction};
+use sqlx::{Any, AnyConnection, Executor, Transaction};
 use tandem_core::id::{AdapterDigest, Digest};
 use tandem_core::job::Lora;
 
-use crate::artifacts::parts_of;
+use crate::changes::{self, Kind};
 use crate::error::io_at;
-use crate::folders::{self, Folders};
+use crate::folders::Folders;
 use crate::jobs::signed;
-use crate::{Store, StoreError, Tenant, blocking, ids, now};
+use crate::{Store, StoreError, Tenant, blocking, ids, names, now};
 pub(crate) use files::all_files;
 
 pub(crate) const FOLDER: &str = "tinker";
@@ -198,56 +198,96 @@ impl Store {
     }
 
     pub async fn save(&self, place: &SavePlace) -> Result<Option<SaveRecord>, StoreError> {
-        let SavePlace { run, kind, name } = place;
-        let sql = "SELECT record FROM saves WHERE run = $1 AND kind = $2 AND name = $3";
-        let row: Option<String> = sqlx::query_scalar(sql)
-            .bind(run)
-            .bind(kind.name())
-            .bind(name)
-            .fetch_optional(self.db.pool()?)
-            .await?;
-        let record = row.and_then(|text| readable(&text));
-        Ok(record.filter(|record| !record.has_expired()))
+        let there = read(self.db.pool()?, place).await?;
+        Ok(there
+            .map(|(_, record)| record)
+            .filter(|record| !record.has_expired()))
     }
 
-    /// Another expiry, or another reach, of one that is still there.
-    pub async fn change_save(&self, record: &SaveRecord) -> Result<(), StoreError> {
+    /// Another expiry, or another reach, of whatever is there now. Whether anything is.
+    pub async fn change_save(
+        &self,
+        place: &SavePlace,
+        change: impl Fn(&mut SaveRecord),
+    ) -> Result<bool, StoreError> {
+        let SavePlace { run, kind, name } = place;
+        // What is saved meanwhile is read anew.
+        let sql = "UPDATE saves SET record = $1, expires_at = $2
+                   WHERE run = $3 AND kind = $4 AND name = $5 AND record = $6";
+        let changed = async {
+            loop {
+                let Some((text, mut record)) = read(self.db.pool()?, place).await? else {
+                    return Ok(false);
+                };
+                change(&mut record);
+                let updated = sqlx::query(sql)
+                    .bind(text_of(&record))
+                    .bind(record.expires_at)
+                    .bind(run)
+                    .bind(kind.name())
+                    .bind(name)
+                    .bind(text)
+                    .execute(self.db.pool()?)
+                    .await?;
+                if updated.rows_affected() > 0 {
+                    return Ok(true);
+                }
+            }
+        };
+        changed.await.inspect_err(|error| self.note(error))
+    }
+
+    /// Whether it was there as given: what has been saved in its place meanwhile stays. `model` is the name of its adapter, which
+    /// goes with it, unless it is another adapter's by now. Its file is left to [`Store::remove_state`].
+    pub async fn remove_save(&self, record: &SaveRecord, model: &str) -> Result<bool, StoreError> {
+        self.on_reserve(|| self.remove_save_now(record, model)).await
+    }
+
+    async fn remove_save_now(&self, record: &SaveRecord, model: &str) -> Result<bool, StoreError> {
         let SavePlace { run, kind, name } = &record.place;
-        let sql = "UPDATE saves SET record = $1, expires_at = $2 WHERE run = $3 AND kind = $4 AND name = $5";
-        let changed = sqlx::query(sql)
-            .bind(text_of(record))
-            .bind(record.expires_at)
+        let mut tx = self.db.begin().await?;
+        // Whoever writes names takes this row first.
+        changes::note(&mut tx, Kind::Names).await?;
+        let text = match read(&mut *tx, &record.place).await? {
+            Some((text, there)) if there == *record => text,
+            _ => return Ok(false),
+        };
+        let sql = "DELETE FROM saves WHERE run = $1 AND kind = $2 AND name = $3 AND record = $4";
+        let deleted = sqlx::query(sql)
             .bind(run)
             .bind(kind.name())
             .bind(name)
-            .execute(self.db.pool()?)
-            .await;
-        changed
-            .map(drop)
-            .map_err(StoreError::from)
-            .inspect_err(|error| self.note(error))
-    }
-
-    /// The row goes first.
-    pub async fn remove_save(&self, place: &SavePlace) -> Result<(), StoreError> {
-        let SavePlace { run, kind, name } = place;
-        self.on_reserve(async || {
-            let sql = "DELETE FROM saves WHERE run = $1 AND kind = $2 AND name = $3";
-            sqlx::query(sql)
-                .bind(run)
-                .bind(kind.name())
-                .bind(name)
-                .execute(self.db.pool()?)
-                .await?;
-            Ok(())
-        })
-        .await?;
-        if let Some(remote) = self.artifacts().remote() {
-            remote.delete_all(&parts_of(&place.path())).await?;
+            .bind(text)
+            .execute(&mut *tx)
+            .await?;
+        if deleted.rows_affected() == 0 {
+            return Ok(false);
         }
-        let folder = place.folder(self.artifacts().folders());
-        blocking(move || folders::remove(&folder)).await
+        if let Some(adapter) = record.adapter {
+            names::remove_of_adapter(&mut tx, &record.base, model, adapter).await?;
+        }
+        tx.commit().await?;
+        Ok(true)
     }
+}
+
+/// What is there, readable, with its text.
+async fn read<'e>(
+    at: impl Executor<'e, Database = Any>,
+    place: &SavePlace,
+) -> Result<Option<(String, SaveRecord)>, StoreError> {
+    let SavePlace { run, kind, name } = place;
+    let sql = "SELECT record FROM saves WHERE run = $1 AND kind = $2 AND name = $3";
+    let text: Option<String> = sqlx::query_scalar(sql)
+        .bind(run)
+        .bind(kind.name())
+        .bind(name)
+        .fetch_optional(at)
+        .await?;
+    Ok(text.and_then(|text| {
+        let record = readable(&text)?;
+        Some((text, record))
+    }))
 }
 
 /// What becomes of a save that has the place.

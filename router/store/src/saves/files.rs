@@ -17,8 +17,12 @@ impl Store {
         let Some(file) = record.file.as_deref() else {
             return Ok(None);
         };
-        let path = record.place.folder(self.artifacts().folders()).join(file);
-        self.artifacts().file_below(&self.below(&path)).await.map(Some)
+        let path = record.place.path().join(file);
+        let found = self.artifacts().file_below(&path).await?;
+        match tokio::fs::try_exists(&found).await {
+            Ok(false) => Err(StoreError::Damaged(format!("{} is gone", path.display()))),
+            _ => Ok(Some(found)),
+        }
     }
 
     /// A state's name in its save's folder, and its size.
@@ -30,9 +34,17 @@ impl Store {
         let folders = self.artifacts().folders().clone();
         let folder = place.folder(&folders);
         blocking(move || {
-            fs::create_dir_all(&folder).map_err(io_at("making", &folder))?;
             let name = format!("state-{}.safetensors", ids::random());
-            let size = folders.publish_file(&state, &folder.join(&name))?;
+            let target = folder.join(&name);
+            let publish = || {
+                fs::create_dir_all(&folder).map_err(io_at("making", &folder))?;
+                folders.publish_file(&state, &target)
+            };
+            // Who removes the save of before removes its folder, once.
+            let size = publish().or_else(|error| match folder.exists() {
+                true => Err(error),
+                false => publish(),
+            })?;
             sync_parent(&folder)?;
             Ok((name, size))
         })
@@ -54,6 +66,28 @@ impl Store {
         let name = path.strip_prefix(place.path()).ok().and_then(Path::to_str);
         let name = name.ok_or_else(|| StoreError::Damaged(format!("{} is no state's", path.display())))?;
         Ok((name.to_owned(), size))
+    }
+
+    /// The file of a save that has no row any more, and its folder if nothing else is in it.
+    pub async fn remove_state(&self, record: &SaveRecord) -> Result<(), StoreError> {
+        let path = record.place.path();
+        let file = record.file.as_ref().map(|file| path.join(file));
+        if let (Some(remote), Some(file)) = (self.artifacts().remote(), &file) {
+            remote.delete(&parts_of(file)).await?;
+        }
+        let (folder, file) = (
+            self.artifacts().below(&path),
+            file.map(|file| self.artifacts().below(&file)),
+        );
+        blocking(move || {
+            if let Some(file) = file {
+                folders::remove(&file)?;
+            }
+            // A save that comes meanwhile has its own there.
+            let _ = fs::remove_dir(&folder);
+            Ok(())
+        })
+        .await
     }
 
     /// What lies in a save's folder beside its file.

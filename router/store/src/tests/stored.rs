@@ -239,12 +239,82 @@ async fn saves_are_listed_by_tenant() {
             expires_at: Some(8),
             ..a.clone()
         };
-        store.change_save(&over).await.unwrap();
+        let ends = |record: &mut SaveRecord| record.expires_at = Some(8);
+        assert!(store.change_save(&a.place, ends).await.unwrap());
         let expired = store.expired_saves().await.unwrap();
         assert_eq!((expired.contains(&over), expired.contains(b)), (true, false));
-        store.remove_save(&a.place).await.unwrap();
-        store.change_save(a).await.unwrap();
+        assert!(store.remove_save(&over, "a").await.unwrap());
+        assert!(!store.change_save(&a.place, ends).await.unwrap());
         assert_eq!(runs(Some(&acme), None).await, slice::from_ref(b));
+        store.close().await;
+    }
+}
+
+/// Who removes or changes a save looks at what is there now: what was saved in its place meanwhile stays whole.
+#[tokio::test]
+async fn what_is_saved_again_stays() {
+    let root = tempfile::tempdir().unwrap();
+    for store in each_kind(root.path()).await {
+        let (acme, run) = (tenant(&ids::random()), ids::random());
+        let source = adapter(root.path(), &run);
+        let published = store.publish_adapter(&source, Placement::Copy, u64::MAX).await;
+        let digest = published.unwrap();
+        let keep = async |text: &str, expires_at| {
+            let named = store.swap_name(&name(&run, digest), acme.as_str(), None).await;
+            drop(named.unwrap());
+            let folder = store.save_folder(&record(&acme, &run).place).await.unwrap();
+            fs::write(folder.join("state.safetensors"), text).unwrap();
+            let save = SaveRecord {
+                adapter: Some(digest),
+                expires_at,
+                ..record(&acme, &run)
+            };
+            let state = folder.join("state.safetensors");
+            store.keep_save(save, Some(state)).await.unwrap()
+        };
+        let text = async |save: &SaveRecord| {
+            let state = store.state_of(save).await.unwrap().unwrap();
+            fs::read_to_string(state).unwrap()
+        };
+        let named = async || !store.names(BASE).await.unwrap().iter().all(|row| row.name != run);
+
+        let first = keep("one", Some(8)).await;
+        let second = keep("two", None).await;
+        assert!(
+            !store.remove_save(&first, &run).await.unwrap(),
+            "it was saved again"
+        );
+        let one = store
+            .change_save(&first.place, |record| record.public = true)
+            .await;
+        assert!(one.unwrap());
+        let there = store.save(&first.place).await.unwrap().unwrap();
+        assert_eq!(
+            there,
+            SaveRecord {
+                public: true,
+                ..second.clone()
+            }
+        );
+        assert_eq!((text(&there).await.as_str(), named().await), ("two", true));
+
+        assert!(store.remove_save(&there, &run).await.unwrap());
+        assert!(!named().await);
+        // Before its file goes, another is saved there.
+        let third = keep("three", None).await;
+        store.remove_state(&there).await.unwrap();
+        assert_eq!(text(&third).await, "three");
+        assert!(store.state_of(&there).await.is_err(), "it is gone");
+        let moved = adapter(root.path(), &ids::random());
+        let published = store.publish_adapter(&moved, Placement::Copy, u64::MAX).await;
+        let other = name(&run, published.unwrap());
+        store
+            .swap_name(&other, acme.as_str(), Some(digest))
+            .await
+            .unwrap()
+            .unwrap();
+        assert!(store.remove_save(&third, &run).await.unwrap());
+        assert!(named().await, "another adapter's");
         store.close().await;
     }
 }
