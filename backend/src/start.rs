@@ -30,6 +30,7 @@ use crate::family::shard::{Layout, Shard};
 use crate::family::{self, AttnSpec, DecoderSpec, Param, ParamId, read_spec};
 use crate::grammars::Grammars;
 use crate::guard;
+use crate::lora::params::AdapterShape;
 use crate::model::Decoder;
 use crate::pace::{self, Pace};
 use crate::ranks::{self, Assembled, Followers, Plan, Ready, Team};
@@ -304,6 +305,7 @@ fn load(
         max_lora_rank,
         max_training_jobs,
         lora_targets: decoder.spec.lora_targets(),
+        lora_sizes: AdapterShape::sizes(&decoder.spec),
         eos_tokens: decoder.spec.eos_tokens.clone(),
         grammars: vocabulary.is_some(),
     };

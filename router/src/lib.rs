@@ -146,6 +146,8 @@ struct Shared {
     tinker: tinker::Tinker,
     /// Bytes of uploads on their way.
     incoming: Arc<Shares>,
+    /// Bytes of lines of batches that are asked.
+    lines: Arc<Shares>,
     stopping: AtomicBool,
     tasks: Mutex<Option<Tasks>>,
     down: Down,
@@ -207,6 +209,7 @@ impl Router {
             admission: Histogram::default(),
             tinker: tinker::Tinker::default(),
             incoming: Arc::default(),
+            lines: Arc::default(),
             stopping: AtomicBool::new(false),
             tasks: Mutex::new(None),
             down: Down::default(),

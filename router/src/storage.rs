@@ -52,9 +52,13 @@ impl Router {
 
     /// The same by the id of a key.
     pub(crate) async fn check_storage_by(&self, key: Option<&str>) -> Result<Option<Storage>, RouterError> {
+        checked(self.storage_by(key).await?)
+    }
+
+    pub(crate) async fn storage_by(&self, key: Option<&str>) -> Result<Option<Storage>, RouterError> {
         match key {
             None => Ok(None),
-            Some(key) => checked(self.0.store.storage_by(key).await?),
+            Some(key) => Ok(self.0.store.storage_by(key).await?),
         }
     }
 }

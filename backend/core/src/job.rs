@@ -394,7 +394,22 @@ pub struct Lora {
     pub use_dora: bool,
 }
 
+/// What a job or a learner that trains so many numbers keeps, in bytes at most: its state (the numbers and two moments) and an
+/// adapter, all in float32, and what the two files say of their tensors.
+pub fn kept_bytes(numbers: u64) -> u64 {
+    const HEADERS: u64 = 128 << 10;
+    numbers.saturating_mul(4 * (3 + 1)).saturating_add(HEADERS)
+}
+
 impl Lora {
+    /// The numbers of an adapter at most. `sizes`: [`ReplicaInfo::lora_sizes`](crate::replica::ReplicaInfo::lora_sizes).
+    pub fn numbers(&self, sizes: &BTreeMap<String, u64>) -> u64 {
+        // A magnitude for each output, of which there are fewer than a rank's numbers.
+        let ranks = u64::from(self.r) + u64::from(self.use_dora);
+        let sizes = self.target_modules.iter().filter_map(|name| sizes.get(name));
+        sizes.fold(0, |sum, size| size.saturating_mul(ranks).saturating_add(sum))
+    }
+
     /// Whether ranks that divide a model train it.
     pub fn fits_ranks(&self, tensor_parallel_size: u32) -> Result<(), String> {
         match self.use_dora && tensor_parallel_size > 1 {

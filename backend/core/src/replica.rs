@@ -1,6 +1,7 @@
 //! The channel to a replica: commands in, events out. The seam where tests drive the engine and where gRPC stands
 //! between machines (crate rpc makes such a handle of a URL).
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -80,6 +81,9 @@ pub struct ReplicaInfo {
     pub max_training_jobs: u32,
     /// `q_proj`, `k_proj`, ...: what an adapter may target beside the output layer, and what `all-linear` means.
     pub lora_targets: Vec<String>,
+    /// Of everything that an adapter may target: its numbers at rank 1. Empty where the replica is of an older version.
+    #[serde(default)]
+    pub lora_sizes: BTreeMap<String, u64>,
     /// End-of-sequence tokens from generation_config.json or config.json.
     pub eos_tokens: Vec<TokenId>,
     /// Whether answers can be bound to a grammar: it knows the bytes of its tokens.

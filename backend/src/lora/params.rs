@@ -1,5 +1,6 @@
 //! An adapter's numbers: one flat float32 buffer and its shape. What training steps over and PEFT files hold.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
@@ -116,6 +117,21 @@ impl AdapterShape {
             true => shape.with_magnitudes(),
             false => shape,
         }
+    }
+
+    /// The numbers at rank 1 of all modules of a name, for every name.
+    pub fn sizes(spec: &DecoderSpec) -> BTreeMap<String, u64> {
+        let linears = spec.adaptable();
+        let names: BTreeSet<&str> = linears
+            .iter()
+            .flat_map(|linear| &linear.parts)
+            .map(|part| part.name)
+            .collect();
+        let size = |name: &str| AdapterShape::build(spec, |_, of| (of == name).then_some((1, 1.0))).len;
+        names
+            .into_iter()
+            .map(|name| (name.to_owned(), size(name) as u64))
+            .collect()
     }
 
     /// DoRA's, of every part.

@@ -10,7 +10,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::value::RawValue;
+use tandem_core::json;
 
 use super::{Endpoint, LineError};
 
@@ -19,6 +20,8 @@ const MAX_LINES: u64 = 50_000;
 const MAX_BYTES: u64 = 200 << 20;
 /// Of one line: as much as a request may have, and its envelope.
 const MAX_LINE_BYTES: usize = 33 << 20;
+/// Of the values that a line is made of, in memory.
+const MAX_TREE_BYTES: usize = 512 << 20;
 const MAX_ID_CHARS: usize = 512;
 /// Errors of a file that are listed.
 const MAX_ERRORS: usize = 100;
@@ -52,20 +55,38 @@ struct Seen {
 
 impl Seen {
     /// The model of the lines before, where this one names another. (That one is missing is the edge's to say.)
-    fn other_model(&mut self, model: Option<&Value>) -> Option<String> {
-        let model = model?.as_str()?;
-        let first = self.model.get_or_insert_with(|| model.to_owned());
-        (first != model).then(|| first.clone())
+    fn other_model(&mut self, model: Option<String>) -> Option<String> {
+        let model = model?;
+        let first = self.model.get_or_insert_with(|| model.clone());
+        (*first != model).then(|| first.clone())
     }
 }
 
-/// What a line is.
+/// What a line is. Values stay text, of which a tree would take a hundred times as much memory.
 #[derive(Deserialize)]
-struct Envelope {
-    custom_id: Option<Value>,
-    method: Option<Value>,
-    url: Option<Value>,
-    body: Option<Value>,
+struct Envelope<'a> {
+    #[serde(borrow)]
+    custom_id: Option<&'a RawValue>,
+    #[serde(borrow)]
+    method: Option<&'a RawValue>,
+    #[serde(borrow)]
+    url: Option<&'a RawValue>,
+    #[serde(borrow)]
+    body: Option<&'a RawValue>,
+}
+
+/// Of a body what its line is judged by.
+#[derive(Deserialize)]
+struct Head<'a> {
+    #[serde(borrow)]
+    model: Option<&'a RawValue>,
+    #[serde(borrow)]
+    stream: Option<&'a RawValue>,
+}
+
+/// A value, if it is a text.
+fn text_of(value: Option<&RawValue>) -> Option<String> {
+    serde_json::from_str(value?.get()).ok()
 }
 
 impl Input {
@@ -140,7 +161,7 @@ impl Input {
             let mut text = vec![0; (place.end - place.start) as usize];
             file.read_exact_at(&mut text, place.start)?;
             let envelope: Envelope = serde_json::from_slice(&text)?;
-            serde_json::to_vec(&envelope.body).map_err(io::Error::from)
+            Ok(envelope.body.map_or_else(Vec::new, |body| body.get().into()))
         }
     }
 }
@@ -164,6 +185,12 @@ fn judge(
         let message = format!("it has {} bytes, a request at most {MAX_LINE_BYTES}", text.len());
         return (None, wrong("request_too_large", None, message));
     }
+    let tree = json::tree_bytes(text);
+    if tree > MAX_TREE_BYTES {
+        let message =
+            format!("its values would take {tree} bytes of memory, a request's at most {MAX_TREE_BYTES}");
+        return (None, wrong("request_too_large", None, message));
+    }
     let envelope: Envelope = match serde_json::from_slice(text) {
         Ok(envelope) => envelope,
         Err(error) => {
@@ -177,10 +204,10 @@ fn judge(
         url,
         body,
     } = envelope;
-    let id = match custom_id {
-        Some(Value::String(id)) if !id.is_empty() && id.chars().count() <= MAX_ID_CHARS => id,
-        other => {
-            let code = if other.is_none() {
+    let id = match text_of(custom_id) {
+        Some(id) if !id.is_empty() && id.chars().count() <= MAX_ID_CHARS => id,
+        _ => {
+            let code = if custom_id.is_none() {
                 "missing_required_parameter"
             } else {
                 "invalid_custom_id"
@@ -192,19 +219,23 @@ fn judge(
     let judged = if !seen.ids.insert(id.clone()) {
         let message = format!("custom_id {id:?} is that of an earlier line");
         wrong("duplicate_custom_id", Some("custom_id"), message)
-    } else if method.as_ref().and_then(Value::as_str) != Some("POST") {
+    } else if text_of(method).as_deref() != Some("POST") {
         wrong(
             "invalid_method",
             Some("method"),
             "method must be \"POST\"".to_owned(),
         )
-    } else if url.as_ref().and_then(Value::as_str) != Some(endpoint.path()) {
+    } else if text_of(url).as_deref() != Some(endpoint.path()) {
         let message = format!("url must be {:?}, the batch's endpoint", endpoint.path());
         wrong("mismatched_endpoint", Some("url"), message)
     } else {
-        match &body {
-            Some(Value::Object(body)) if body.get("stream").is_none_or(|on| *on == Value::Bool(false)) => {
-                match seen.other_model(body.get("model")) {
+        // A derived struct would also take a list, by position.
+        let head = body
+            .filter(|body| body.get().starts_with('{'))
+            .map(|body| serde_json::from_str::<Head>(body.get()));
+        match head {
+            Some(Ok(Head { model, stream })) if stream.is_none_or(|on| on.get() == "false") => {
+                match seen.other_model(text_of(model)) {
                     None => Ok(()),
                     Some(first) => {
                         let message = format!(
@@ -214,11 +245,12 @@ fn judge(
                     }
                 }
             }
-            Some(Value::Object(_)) => {
+            Some(Ok(_)) => {
                 let message = "an answer of a batch is never streamed: leave stream out".to_owned();
                 wrong("invalid_request", Some("body.stream"), message)
             }
-            _ => wrong(
+            Some(Err(error)) => wrong("invalid_request", Some("body"), format!("body: {error}")),
+            None => wrong(
                 "invalid_request",
                 Some("body"),
                 "body must be a JSON object".to_owned(),
@@ -230,6 +262,8 @@ fn judge(
 
 #[cfg(test)]
 mod tests {
+    use serde_json::Value;
+
     use super::*;
 
     #[test]
@@ -255,6 +289,14 @@ mod tests {
             ),
             (line("b", chat, "[]"), Some("invalid_request")),
             (line("b", chat, r#"{"stream": true}"#), Some("invalid_request")),
+            (
+                line("b", chat, r#"{"model": "m", "model": "m"}"#),
+                Some("invalid_request"),
+            ),
+            (
+                line("b", chat, &format!("[{}{{}}]", "{\"\":0},".repeat(2 << 20))),
+                Some("request_too_large"),
+            ),
             (line("b", chat, r#"{"model": "n"}"#), Some("mismatched_model")),
         ];
         let folder = tempfile::tempdir().unwrap();

@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tandem_store::{BatchRow, NewBatch, Tally, Tenant};
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Mutex, Notify, watch};
 
 use crate::Router;
 use crate::api::{Client, Meter, Page, RouterError};
@@ -147,6 +147,8 @@ pub type Answers = Arc<dyn Fn(Line) -> Pin<Box<dyn Future<Output = LineAnswer> +
 pub(crate) struct Counter {
     answers: watch::Sender<Option<Answers>>,
     created: Notify,
+    /// One file is read at a time: a line may be long.
+    reading: Mutex<()>,
     /// Batches that are worked on here.
     active: AtomicUsize,
     /// That nobody works on, when last looked.
@@ -172,6 +174,7 @@ impl Counter {
         Counter {
             answers: watch::Sender::new(None),
             created: Notify::new(),
+            reading: Mutex::default(),
             active: AtomicUsize::new(0),
             queued: AtomicU64::new(0),
             completed_lines: AtomicU64::new(0),
@@ -190,6 +193,7 @@ impl Router {
         let Counter {
             answers: _,
             created: _,
+            reading: _,
             active,
             queued,
             completed_lines,

@@ -18,6 +18,7 @@ use crate::Router;
 use crate::api::{Client, Reach, RouterError, Work};
 use crate::jobs::keeper::Keeper;
 use crate::jobs::record;
+use crate::shares::as_much_as_it_leaves;
 use crate::storage::STORAGE_LIMIT;
 use crate::traced;
 
@@ -33,6 +34,12 @@ const MAX_KEPT_AT_ONCE: usize = 256;
 const MAX_FAULTS: u32 = 3;
 /// After a fault, before the line is asked again.
 const FAULT_PAUSE: Duration = Duration::from_secs(1);
+/// Of lines that are asked now, of all batches.
+const LINES_BYTES: u64 = 256 << 20;
+/// The line, its body, and the body once more while it is asked.
+const LINE_COPIES: u64 = 3;
+/// While other lines have the memory.
+const MEMORY_PAUSE: Duration = Duration::from_millis(100);
 
 /// As long as the router lives.
 pub(crate) async fn run(router: Router) {
@@ -212,6 +219,7 @@ impl Holder {
         };
         let endpoint = request.endpoint;
         let what = format!("reading {}", path.display());
+        let _turn = self.router.0.counter.reading.lock().await;
         let read = tokio::task::spawn_blocking(move || Input::read(&path, endpoint)).await;
         match read {
             Ok(read) => Ok(read.map_err(|source| StoreError::Io { what, source })?),
@@ -255,7 +263,16 @@ impl Holder {
             {
                 let (answers, client, endpoint) = (self.answers.clone(), client.clone(), request.endpoint);
                 let (read, custom_id, batch) = (input.body(place), custom_id.clone(), self.id.clone());
+                let memory = self.router.0.lines.of(tenant.clone());
+                let bytes = LINE_COPIES * (place.end - place.start);
                 asked.spawn(async move {
+                    // Other batches' lines have theirs in memory.
+                    while memory
+                        .reach(bytes, |others| as_much_as_it_leaves(LINES_BYTES, others))
+                        .is_err()
+                    {
+                        tokio::time::sleep(MEMORY_PAUSE).await;
+                    }
                     let body = tokio::task::spawn_blocking(read).await;
                     let body = body.expect("reading a file does not panic")?;
                     let traced = traced::batch_line(&batch, &custom_id);
@@ -275,6 +292,7 @@ impl Holder {
                             span.record("error.type", answer.status.to_string());
                         }
                     }
+                    drop(memory);
                     Ok(output::answered(number, &custom_id, &answer))
                 });
             }

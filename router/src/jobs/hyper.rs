@@ -14,7 +14,7 @@
 //! | save_steps | a fifth of the run; 0 with another save_strategy than steps | a kill costs a fifth at most |
 
 use tandem_core::job::sweep::Sweep;
-use tandem_core::job::{Hyper, Lora, Method, Objective, Schedule};
+use tandem_core::job::{self, Hyper, Lora, Method, Objective, Schedule};
 use tandem_core::replica::ReplicaInfo;
 use tandem_core::settings::{ALL_LINEAR, Settings};
 
@@ -238,6 +238,11 @@ fn schedule(settings: &Settings, learning_rate: f64, epoch_steps: u64) -> Schedu
         },
         other => unreachable!("the table has no schedule {other}"),
     }
+}
+
+/// What a job with these settings keeps at most beside its data.
+pub fn kept_bytes(settings: &Settings, info: &ReplicaInfo) -> u64 {
+    job::kept_bytes(lora(settings, info.into()).numbers(&info.lora_sizes))
 }
 
 fn lora(settings: &Settings, bounds: Bounds) -> Lora {

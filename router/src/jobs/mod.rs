@@ -125,7 +125,7 @@ impl Router {
             )
         });
         let model_names = name::candidates(&request, config, &id, tandem_store::now());
-        let trials = sweep::trials(&request, &id, self.info().base_digest, client);
+        let trials = sweep::trials(&request, &id, self.info(), client);
         let is_sweep = !trials.is_empty();
         let files = match is_sweep {
             false => format!("Validating training file: {}", request.training_file),
@@ -135,6 +135,12 @@ impl Router {
             base: self.info().base_digest,
             tenant: client.tenant.clone(),
             key_id: client.quota_key().map(str::to_owned),
+            // Of a sweep, trials keep theirs.
+            kept_bytes: if is_sweep {
+                0
+            } else {
+                hyper::kept_bytes(&request.settings, self.info())
+            },
             status: if is_sweep { SWEEPING } else { VALIDATING }.to_owned(),
             request: record::to_json(&request),
             metadata: request.metadata.clone(),

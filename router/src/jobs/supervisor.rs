@@ -9,10 +9,12 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 use tandem_core::id::{AdapterRef, JobId};
-use tandem_core::job::selection;
+use tandem_core::job::{self, selection};
 use tandem_core::job::{Hyper, JobEvent, JobSpec, Life, Method, Saved, StepReport, base_model};
 use tandem_core::replica::{Command, JOB_EVENT_QUEUE};
-use tandem_store::{Asked, CheckpointRow, JobChange, JobRow, Lease, NewCheckpoint, NewEvent, StoreError};
+use tandem_store::{
+    Asked, CheckpointRow, JobChange, JobRow, Lease, NewCheckpoint, NewEvent, Storage, StoreError,
+};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
@@ -572,6 +574,7 @@ impl<'a> Run<'a> {
                     true => "Fine-tuning job goes on after a restart",
                 };
                 told.is_started = true;
+                told.kept_bytes = Some(job::kept_bytes(trainable_parameters));
                 told.events.push(event(Level::Info, message.to_owned()));
                 let from = resumed_from
                     .map(|step| format!(" from step {step}"))
@@ -707,6 +710,7 @@ impl<'a> Run<'a> {
             estimated_finish,
             no_room,
             is_started,
+            kept_bytes,
         } = told;
         let trains = trained_tokens.is_some();
         if no_room {
@@ -720,6 +724,7 @@ impl<'a> Run<'a> {
             from: HERE,
             status: is_started.then_some(RUNNING),
             trained_tokens,
+            kept_bytes,
             estimated_finish,
             events,
             ..JobChange::default()
@@ -737,10 +742,12 @@ impl<'a> Run<'a> {
         self.rest_if_exceeded(checked).await
     }
 
-    /// Its checkpoints are stored; where no room is left for another, the job is paused.
+    /// Its checkpoints are stored; where its next one has no room, or its state, the job is paused.
     async fn rest_if_full(&mut self) -> Result<(), RouterError> {
-        let checked = self.router.check_storage_by(self.key_id.as_deref()).await;
-        self.rest_if_exceeded(checked.map(drop)).await
+        let storage = self.router.storage_by(self.key_id.as_deref()).await?;
+        let checked = storage.map_or(Ok(()), Storage::holds);
+        let checked = checked.map_err(|exceeded| StoreError::from(exceeded).into());
+        self.rest_if_exceeded(checked).await
     }
 
     async fn rest_if_exceeded(&mut self, checked: Result<(), RouterError>) -> Result<(), RouterError> {
@@ -957,6 +964,7 @@ fn server_error(message: String) -> JobError {
 struct Told {
     events: Vec<NewEvent>,
     trained_tokens: Option<u64>,
+    kept_bytes: Option<u64>,
     estimated_finish: Option<i64>,
     /// The replica found its disk full.
     no_room: bool,

@@ -5,9 +5,9 @@
 use std::time::Duration;
 
 use serde_json::{Map, Value, json};
-use tandem_core::id::Digest;
 use tandem_core::job::Hyper;
 use tandem_core::job::sweep::{Call, Course, Decision, End, Rung, Sweep};
+use tandem_core::replica::ReplicaInfo;
 use tandem_store::{Asked, JobChange, JobRow, Lease, NewEvent, NewJob, ids};
 use tokio::sync::watch;
 
@@ -16,7 +16,7 @@ use crate::api::{
     Client, JobError, JobRequest, JobStatus, Level, Place, RouterError, TrialRecord, TrialStatus,
 };
 use crate::jobs::keeper::Keeper;
-use crate::jobs::{Made, PAUSED, QUEUED, SWEEPING, VALIDATING, event, metrics, record, result};
+use crate::jobs::{Made, PAUSED, QUEUED, SWEEPING, VALIDATING, event, hyper, metrics, record, result};
 
 /// Between two looks: what many jobs say in a moment is read once.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -25,7 +25,7 @@ const PAGE: u32 = 1000;
 const RESTING: &[&str] = &[VALIDATING, QUEUED, PAUSED];
 
 /// The jobs that a sweep's trials are.
-pub(super) fn trials(request: &JobRequest, sweep: &str, base: Digest, client: &Client) -> Vec<NewJob> {
+pub(super) fn trials(request: &JobRequest, sweep: &str, info: &ReplicaInfo, client: &Client) -> Vec<NewJob> {
     let of = request.trials.len();
     let trial = |(number, trial): (usize, &tandem_core::settings::Trial)| {
         let of_trial = JobRequest {
@@ -44,9 +44,10 @@ pub(super) fn trials(request: &JobRequest, sweep: &str, base: Digest, client: &C
         );
         NewJob {
             id: ids::job(),
-            base,
+            base: info.base_digest,
             tenant: client.tenant.clone(),
             key_id: client.quota_key().map(str::to_owned),
+            kept_bytes: hyper::kept_bytes(&trial.settings, info),
             status: VALIDATING.to_owned(),
             request: record::to_json(&of_trial),
             metadata: request.metadata.clone(),

@@ -62,6 +62,7 @@ pub(crate) fn info() -> ReplicaInfo {
         max_training_jobs: 1,
         max_lora_rank: 64,
         lora_targets: ["q_proj", "v_proj"].map(str::to_owned).to_vec(),
+        lora_sizes: [("q_proj".to_owned(), 128), ("v_proj".to_owned(), 100)].into(),
         eos_tokens: vec![EOS],
         grammars: true,
     }

@@ -88,13 +88,25 @@ async fn a_job_is_prepared_and_trained_within_what_is_left() {
     let (router, mut engine) = house.open().await;
     let rows = chat_rows(100);
     let file = upload(&router, "t.jsonl", "fine-tune", &rows).await.unwrap();
+    let stored = async || router.0.store.keys().stored(&Tenant::default()).await.unwrap();
+    // Rank 16 of two modules, and what files say of them.
+    let kept = 16 * 16 * (128 + 100) + (128 << 10);
+    let none = limited(&router, rows.len() as u64 + kept - 1).await;
+    let refused = exceeded(none.create_job(request(&file)).await.map(drop).unwrap_err());
+    assert_eq!(
+        (refused.storage.stored, refused.wanted),
+        (rows.len() as u64, kept)
+    );
     // A hundred rows of about thirteen tokens, each of eight bytes and four for their number.
-    let small = limited(&router, rows.len() as u64 + 5_000).await;
+    let small = limited(&router, rows.len() as u64 + kept + 5_000).await;
     let id = small.create_job(request(&file)).await.unwrap().id.to_string();
     let failed = wait(&router, &id, |job| job.status.ended()).await;
     let error = failed.error.expect("it failed");
     assert_eq!(error.code, "storage_limit_exceeded");
-    let said = format!("bytes, {} are stored, and this would add", rows.len());
+    let said = format!(
+        "bytes, {} are stored, and this would add",
+        rows.len() as u64 + kept
+    );
     assert!(error.message.contains(&said), "{error:?}");
     let folder = house.data().join("jobs").join(&id);
     assert!(!folder.join("train.partial").exists() && !folder.join(files::TRAIN).exists());
@@ -109,13 +121,15 @@ async fn a_job_is_prepared_and_trained_within_what_is_left() {
         .to_string();
     let (spec, events) = engine.started().await;
     let tokens = std::fs::metadata(spec.folder.join(files::TRAIN)).unwrap().len();
-    let stored = router.0.store.keys().stored(&Tenant::default()).await.unwrap();
-    assert_eq!(stored, rows.len() as u64 + tokens);
+    assert_eq!(stored().await, rows.len() as u64 + tokens + kept);
     for event in [started(None), step(1, 3.0)] {
         events.send(event).await.unwrap();
     }
-    let left = (1 << 20) - stored as usize;
-    upload(&router, "x", "user_data", &"x".repeat(left - 3))
+    wait(&router, &id, |job| job.status == JobStatus::Running).await;
+    let kept = 16 * 1000 + (128 << 10);
+    assert_eq!(stored().await, rows.len() as u64 + tokens + kept, "as it is");
+    let left = (1 << 20) - stored().await as usize;
+    upload(&router, "x", "user_data", &"x".repeat(left - 2))
         .await
         .unwrap();
     let adapter = house.trained(&spec, "checkpoint-1", "one");
@@ -128,8 +142,10 @@ async fn a_job_is_prepared_and_trained_within_what_is_left() {
     pauses(&mut engine, &spec, &events, 1).await;
     drop(events);
     wait(&router, &id, |job| job.status == JobStatus::Paused).await;
-    let refused = exceeded(large.resume_job(&id).await.map(drop).unwrap_err());
-    assert_eq!((refused.storage.stored, refused.wanted), (1 << 20, 0));
+    let refused = exceeded(large.clone().resume_job(&id).await.map(drop).unwrap_err());
+    assert!(refused.storage.stored > 1 << 20, "it keeps room for the next one");
+    large.cancel_job(&id).await.unwrap();
+    assert!(stored().await < (1 << 20) - kept);
 }
 
 #[tokio::test]

@@ -24,6 +24,7 @@ const SQLITE: &[&str] = &[
     include_str!("../migrations/sqlite/0009_training_quota.sql"),
     include_str!("../migrations/sqlite/0010_digests.sql"),
     include_str!("../migrations/sqlite/0011_stored.sql"),
+    include_str!("../migrations/sqlite/0012_kept.sql"),
 ];
 const POSTGRES: &[&str] = &[
     include_str!("../migrations/postgres/0001_first.sql"),
@@ -37,6 +38,7 @@ const POSTGRES: &[&str] = &[
     include_str!("../migrations/postgres/0009_training_quota.sql"),
     include_str!("../migrations/postgres/0010_digests.sql"),
     include_str!("../migrations/postgres/0011_stored.sql"),
+    include_str!("../migrations/postgres/0012_kept.sql"),
 ];
 /// Readers go on while one writes (WAL); writers queue.
 const SQLITE_CONNECTIONS: u32 = 4;

@@ -16,7 +16,7 @@ use crate::files::{self, FileRow};
 use crate::lease::Lease;
 use crate::names::{self, NameRow, NewName};
 use crate::quota;
-use crate::{Rows, Store, StoreError, Tenant, ids, now, unsigned};
+use crate::{Rows, Store, StoreError, Tenant, ids, now, storage, unsigned};
 
 /// By name: a newer program may have added others meanwhile.
 macro_rules! columns {
@@ -36,6 +36,8 @@ pub struct NewJob {
     pub tenant: Tenant,
     /// The key that makes it, where what it trains or stores is limited.
     pub key_id: Option<String>,
+    /// What it may store beside its datasets while it trains: it has so much room from now on, or it is not taken.
+    pub kept_bytes: u64,
     pub status: String,
     pub request: String,
     pub metadata: BTreeMap<String, String>,
@@ -151,6 +153,8 @@ pub struct JobChange {
     pub ends: bool,
     pub hyper: Option<String>,
     pub trained_tokens: Option<u64>,
+    /// As of [`NewJob`]: what it is, once that is known.
+    pub kept_bytes: Option<u64>,
     pub estimated_finish: Option<i64>,
     pub fine_tuned_model: Option<String>,
     pub error: Option<String>,
@@ -225,6 +229,13 @@ impl Store {
         records: Option<String>,
     ) -> Result<JobRow, StoreError> {
         let mut tx = self.db.begin().await?;
+        if let Some(key) = &job.key_id
+            && let Some((tenant, limit)) = storage::limit_of(&mut *tx, key).await?
+        {
+            let kept = trials.iter().map(|trial| trial.kept_bytes);
+            let wanted = kept.fold(job.kept_bytes, u64::saturating_add);
+            self.check_stored(&mut tx, &tenant, Some(limit), wanted).await?;
+        }
         let name = insert(&mut tx, &job, None).await?;
         for trial in &trials {
             let sweep = Sweep {
@@ -271,6 +282,7 @@ impl Store {
             ends,
             hyper,
             trained_tokens,
+            kept_bytes,
             estimated_finish,
             fine_tuned_model,
             error,
@@ -297,7 +309,7 @@ impl Store {
              fine_tuned_model = coalesce($7, fine_tuned_model), error = coalesce($8, error),
              lease_until = CASE WHEN $9 THEN NULL ELSE lease_until END,
              state_epoch = coalesce($10, state_epoch), state_step = coalesce($11, state_step),
-             trials = coalesce($18, trials)
+             trials = coalesce($18, trials), kept_bytes = coalesce($19, kept_bytes)
              WHERE id = $12 AND status IN ($13, $14, $15) AND ($16 IS NULL OR lease_epoch = $16)
              AND ($17 IS NULL OR cancel_requested = $17)",
         )
@@ -319,6 +331,7 @@ impl Store {
         .bind(holder.map(|lease| signed(lease.epoch())))
         .bind(asked.map(Asked::code))
         .bind(trials.as_deref())
+        .bind(kept_bytes.map(signed))
         .execute(&mut *tx)
         .await?;
         if changed.rows_affected() == 0 {
@@ -573,6 +586,7 @@ async fn insert(
         base,
         tenant,
         key_id,
+        kept_bytes,
         status,
         request,
         metadata,
@@ -586,7 +600,7 @@ async fn insert(
         };
         let inserted = sqlx::query(
             "INSERT INTO jobs (id, base, created_at, updated_at, status, request, metadata, model_name, tenant, parent,
-             key_id) VALUES ($1, $2, $3, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT (model_name) DO NOTHING",
+             key_id, kept_bytes) VALUES ($1, $2, $3, $3, $4, $5, $6, $7, $8, $9, $10, $11) ON CONFLICT (model_name) DO NOTHING",
         )
         .bind(id)
         .bind(base.to_string())
@@ -598,6 +612,7 @@ async fn insert(
         .bind(tenant.as_str())
         .bind(sweep.as_ref().map(|sweep| sweep.id))
         .bind(key_id.as_deref())
+        .bind(signed(*kept_bytes))
         .execute(&mut **tx)
         .await?;
         if inserted.rows_affected() > 0 {

@@ -1,6 +1,6 @@
 //! What a tenant stores, beside what a key lets it: counted from the rows that know of bytes, so that it holds for all routers
-//! of one database and over restarts. Responses are not counted, which have a limit of their own, nor states of jobs, which
-//! go with the job. Not here: what comes in and is not stored yet (router).
+//! of one database and over restarts. A job that has not ended has room for its state and an adapter from its first moment. Responses are not
+//! counted, which have a limit of their own. Not here: what comes in and is not stored yet (router).
 
 use std::fmt;
 
@@ -48,6 +48,17 @@ impl Storage {
         self.limit.saturating_sub(self.stored)
     }
 
+    /// Whether there is no more than may be.
+    pub fn holds(self) -> Result<(), StorageExceeded> {
+        match self.stored <= self.limit {
+            true => Ok(()),
+            false => Err(StorageExceeded {
+                storage: self,
+                wanted: 0,
+            }),
+        }
+    }
+
     /// Whether so many bytes may come; with 0, any.
     pub fn check(self, wanted: u64) -> Result<(), StorageExceeded> {
         match wanted.max(1) <= self.left() {
@@ -69,18 +80,10 @@ impl Store {
 
     /// The same by the id of a key. `None`: it lets its tenant store as much as it likes.
     pub async fn storage_by(&self, key: &str) -> Result<Option<Storage>, StoreError> {
-        let sql = "SELECT tenant, stored_bytes FROM keys WHERE id = $1";
-        let found: Option<(String, Option<i64>)> = sqlx::query_as(sql)
-            .bind(key)
-            .fetch_optional(self.db.pool()?)
-            .await?;
-        let Some((tenant, Some(limit))) = found else {
-            return Ok(None);
-        };
-        let tenant = tenant
-            .parse()
-            .map_err(|error| StoreError::Damaged(format!("key {key}: {error}")))?;
-        self.storage(&tenant, unsigned(limit)).await.map(Some)
+        match limit_of(self.db.pool()?, key).await? {
+            None => Ok(None),
+            Some((tenant, limit)) => self.storage(&tenant, limit).await.map(Some),
+        }
     }
 
     /// Whether so many bytes more are within the limit, until the transaction ends: nobody adds others of the tenant meanwhile.
@@ -104,6 +107,22 @@ impl Store {
     }
 }
 
+/// Whose it is, and what it lets them store, where that is limited.
+pub(crate) async fn limit_of<'e>(
+    at: impl Executor<'e, Database = Any>,
+    key: &str,
+) -> Result<Option<(Tenant, u64)>, StoreError> {
+    let sql = "SELECT tenant, stored_bytes FROM keys WHERE id = $1";
+    let found: Option<(String, Option<i64>)> = sqlx::query_as(sql).bind(key).fetch_optional(at).await?;
+    let Some((tenant, Some(limit))) = found else {
+        return Ok(None);
+    };
+    let tenant = tenant
+        .parse()
+        .map_err(|error| StoreError::Damaged(format!("key {key}: {error}")))?;
+    Ok(Some((tenant, unsigned(limit))))
+}
+
 /// Bytes of a tenant: an upload that is not completed has what it announced, an adapter of several names counts once.
 pub(crate) async fn stored<'e>(
     at: impl Executor<'e, Database = Any>,
@@ -113,7 +132,7 @@ pub(crate) async fn stored<'e>(
         (SELECT coalesce(SUM(bytes), 0) FROM files WHERE tenant = $1)
         + (SELECT coalesce(SUM(bytes), 0) FROM uploads WHERE tenant = $1 AND status = 'pending')
         + (SELECT coalesce(SUM(answer_bytes), 0) FROM batches WHERE tenant = $1 AND finished_at IS NULL)
-        + (SELECT coalesce(SUM(data_bytes), 0) FROM jobs WHERE tenant = $1 AND finished_at IS NULL)
+        + (SELECT coalesce(SUM(data_bytes + kept_bytes), 0) FROM jobs WHERE tenant = $1 AND finished_at IS NULL)
         + (SELECT coalesce(SUM(bytes), 0) FROM adapters
            WHERE digest IN (SELECT digest FROM names WHERE tenant = $1 AND source <> 'flag'))
         + (SELECT coalesce(SUM(bytes), 0) FROM saves WHERE tenant = $1)

@@ -139,6 +139,7 @@ fn job(id: &str, metadata: &[(&str, &str)]) -> NewJob {
         base: BASE,
         tenant: Tenant::default(),
         key_id: None,
+        kept_bytes: 0,
         status: "queued".to_owned(),
         request: "{}".to_owned(),
         metadata: metadata

@@ -147,6 +147,7 @@ mod tests {
             max_training_jobs: 1,
             max_lora_rank: 1,
             lora_targets: Vec::new(),
+            lora_sizes: Default::default(),
             eos_tokens: Vec::new(),
             grammars: true,
         }

@@ -136,11 +136,22 @@ async fn a_tenant_stores_what_its_key_lets_it() {
         assert_eq!(left().await, 40);
 
         let id = ids::job();
-        let job = NewJob {
+        let job = |kept_bytes| NewJob {
             tenant: acme.clone(),
+            key_id: Some(key.clone()),
+            kept_bytes,
             ..job(&id, &[])
         };
-        store.insert_job(job).await.unwrap();
+        let refused = store.insert_job(job(41)).await.unwrap_err();
+        assert!(refused.to_string().contains("would add 41"), "{refused}");
+        store.insert_job(job(9)).await.unwrap();
+        assert_eq!(left().await, 31);
+        let is_known = JobChange {
+            from: &["queued"],
+            kept_bytes: Some(0),
+            ..JobChange::default()
+        };
+        store.change_job(&id, is_known).await.unwrap().unwrap();
         store.publish_datasets(&id, 11).await.unwrap();
         assert_eq!(left().await, 29);
 
