@@ -34,6 +34,7 @@ use crate::{
     UP_BYTES, codec,
 };
 pub use door::Acceptor;
+use door::Caller;
 
 /// Between two looks at the engine's numbers.
 const STATS_PERIOD: Duration = Duration::from_millis(100);
@@ -169,8 +170,9 @@ impl Replica for Service {
 
     async fn session(&self, request: Request<Streaming<Up>>) -> Result<Response<session::Outgoing>, Status> {
         let peer = request
-            .remote_addr()
-            .map(|peer| peer.to_string())
+            .extensions()
+            .get::<Caller>()
+            .map(|caller| caller.address.to_string())
             .unwrap_or_default();
         tracing::info!(peer, "a router came");
         let (notes, inbox) = mpsc::channel(session::NOTES);
@@ -205,6 +207,9 @@ pub async fn serve(
         .max_encoding_message_size(MESSAGE_BYTES);
     let replica = InterceptedService::new(replica, move |request: Request<()>| {
         token.as_ref().map_or(Ok(()), |token| token.check(&request))?;
+        if let Some(caller) = request.extensions().get::<Caller>() {
+            caller.is_router();
+        }
         Ok(request)
     });
     tonic::transport::Server::builder()

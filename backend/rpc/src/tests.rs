@@ -1162,3 +1162,39 @@ async fn router_and_backend_know_each_other_by_certificates() {
     events.send(token(9)).await.unwrap();
     assert_eq!(soon(answer.recv()).await, Some(token(9)));
 }
+
+/// Sockets that say nothing keep nobody out, however many come, and make no router that is there go.
+#[tokio::test]
+async fn the_oldest_stranger_gives_way() {
+    let ours = Authority::new();
+    let (certificate, key) = ours.signed();
+    let tls = ClientTls::new(
+        ours.root.as_bytes(),
+        Some((certificate.as_bytes(), key.as_bytes())),
+    );
+    let secret_word = Token::new("0123456789abcdef").unwrap();
+    let plain = Backend::with(Some(secret_word.clone()), None).await;
+    let secret = Backend::with(None, Some(ours.acceptor(Some(&ours)))).await;
+    for (mut backend, shown, tls) in [(plain, Some(&secret_word), None), (secret, None, Some(&tls))] {
+        let address: std::net::SocketAddr = backend.url.split("//").nth(1).unwrap().parse().unwrap();
+        let here = Path::new("/here");
+        let first = soon(connect(&backend.url, shown, tls, here)).await.unwrap();
+        let mut silent = vec![];
+        for _ in 0..300 {
+            silent.push(tokio::net::TcpStream::connect(address).await.unwrap());
+        }
+        let second = soon(connect(&backend.url, shown, tls, here)).await.unwrap();
+        for remote in [&first, &second] {
+            let mut answer = ask(remote, request(1)).await;
+            let (_, events) = backend.generate().await;
+            events.send(token(9)).await.unwrap();
+            assert_eq!(soon(answer.recv()).await, Some(token(9)));
+        }
+        let mut open = 0;
+        for socket in &silent {
+            let ended = tokio::time::timeout(Duration::from_millis(20), socket.readable()).await;
+            open += usize::from(ended.is_err());
+        }
+        assert!((32..=64).contains(&open), "{open} are open");
+    }
+}

@@ -7,12 +7,16 @@ use tandem_text::dataset::Reading;
 
 use crate::api::{JobRequest, RouterError};
 use crate::jobs::hyper::Bounds;
-use crate::jobs::name;
+use crate::jobs::{name, record};
 
 const MAX_SUFFIX_CHARS: usize = 64;
 const MAX_LEGACY_SUFFIX_CHARS: usize = 40;
 /// Of rows of one kind.
 const MAX_FILES: usize = 100;
+/// Of a job's settings as JSON: they stand in its row, and in every list.
+const MAX_SETTINGS_BYTES: usize = 128 << 10;
+/// Of those of all trials of a sweep.
+const MAX_TRIALS_BYTES: usize = 1 << 20;
 const MAX_METADATA: usize = 16;
 const MAX_METADATA_KEY_CHARS: usize = 64;
 const MAX_METADATA_VALUE_CHARS: usize = 512;
@@ -31,6 +35,16 @@ pub(crate) fn request<'a>(request: &JobRequest, bounds: impl Into<Bounds<'a>>) -
         start: _,
     } = request;
     let bounds = bounds.into();
+    for (what, bytes, most) in [
+        ("settings", record::to_json(settings).len(), MAX_SETTINGS_BYTES),
+        ("trials", record::to_json(trials).len(), MAX_TRIALS_BYTES),
+    ] {
+        if bytes > most {
+            let message =
+                format!("the {what} of a job have at most {most} bytes as JSON, these have {bytes}");
+            return Err(RouterError::invalid("hyperparameters", message));
+        }
+    }
     fits(settings, bounds)?;
     trials
         .iter()

@@ -946,6 +946,13 @@ async fn bad_jobs_are_refused_by_name() {
         ),
         (
             with(Settings {
+                dataset_text_field: Some("x".repeat(128 << 10)),
+                ..Settings::default()
+            }),
+            "hyperparameters",
+        ),
+        (
+            with(Settings {
                 lora_r: Some(65),
                 ..Settings::default()
             }),

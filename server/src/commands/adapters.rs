@@ -206,17 +206,25 @@ impl Adapter {
         let columns = IN_LINES
             .iter()
             .map(|name| fact(name).map_or("", |(_, value)| value.as_str()));
-        std::iter::once(self.called.as_str())
-            .chain(columns)
-            .collect::<Vec<_>>()
-            .join("\t")
+        let columns = std::iter::once(self.called.as_str()).chain(columns);
+        columns.map(printable).collect::<Vec<_>>().join("\t")
     }
 
     fn page(&self) -> String {
         let facts = self.facts.iter().filter(|(_, value)| !value.is_empty());
-        let lines = facts.map(|(name, value)| format!("{name:<24} {value}\n"));
-        format!("{}\n{}", self.called, lines.collect::<String>())
+        let lines = facts.map(|(name, value)| format!("{name:<24} {}\n", printable(value)));
+        format!("{}\n{}", printable(&self.called), lines.collect::<String>())
     }
+}
+
+/// Adapters come from anywhere, and a terminal obeys control characters.
+fn printable(text: &str) -> String {
+    text.chars()
+        .flat_map(|c| match c.is_control() {
+            true => c.escape_default().collect::<Vec<_>>(),
+            false => vec![c],
+        })
+        .collect()
 }
 
 fn made_by(source: &Source) -> String {
@@ -249,7 +257,11 @@ async fn below(folder: &Path) -> Result<Vec<Adapter>> {
             continue;
         }
         if folder.join(CONFIG).is_file() {
-            found.push(Adapter::of_folder(&folder)?);
+            match Adapter::of_folder(&folder) {
+                Ok(adapter) => found.push(adapter),
+                // The others are shown all the same.
+                Err(error) => eprintln!("{}", printable(&format!("{error:#}"))),
+            }
             continue;
         }
         let entries = fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))?;

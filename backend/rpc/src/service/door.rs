@@ -1,34 +1,79 @@
-//! Connections of routers, plain or behind TLS, as they come. A handshake has a time, and others come in meanwhile. Not here:
-//! certificates (server).
+//! Connections of routers, plain or behind TLS, as they come. Of strangers, who have not shown yet that they are routers, few are
+//! kept: a new one takes the place of the oldest. Not here: certificates (server).
 
+use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use futures::Stream;
+use futures::{FutureExt, Stream};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{mpsc, oneshot};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::server::{Connected, TcpConnectInfo};
+use tonic::transport::server::Connected;
 
 /// What a new connection is accepted with; asked for each, because certificates are renewed.
 pub type Acceptor = Arc<dyn Fn() -> TlsAcceptor + Send + Sync>;
 
 const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
-/// Under way at once.
-const HANDSHAKES: usize = 64;
+/// Kept at once. Who asks for the pages alone is one as long as it stays.
+const STRANGERS: usize = 64;
 /// After the socket gave none: too many files are open, most likely.
 const RETRY: Duration = Duration::from_millis(100);
 
-pub enum Connection {
+pub struct Connection {
+    stream: Transport,
+    caller: Caller,
+    /// Says that another takes its place. `None`: it was said.
+    cut: Option<oneshot::Receiver<()>>,
+}
+
+enum Transport {
     Plain(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
+}
+
+/// Who is at the other end. Cheap to clone.
+#[derive(Clone)]
+pub struct Caller {
+    pub address: SocketAddr,
+    is_known: Arc<AtomicBool>,
+}
+
+impl Caller {
+    /// It has shown what a router shows: it stays as long as it likes.
+    pub fn is_router(&self) {
+        self.is_known.store(true, Ordering::Relaxed);
+    }
+}
+
+/// The oldest first. Some may have gone, or be known by now.
+#[derive(Default)]
+struct Strangers(Mutex<VecDeque<(Caller, oneshot::Sender<()>)>>);
+
+impl Strangers {
+    /// One more. It hears when it has to go.
+    fn enter(&self, caller: Caller) -> oneshot::Receiver<()> {
+        let (cut, heard) = oneshot::channel();
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|(caller, cut)| !cut.is_closed() && !caller.is_known.load(Ordering::Relaxed));
+        while all.len() >= STRANGERS
+            && let Some((caller, cut)) = all.pop_front()
+        {
+            tracing::debug!(peer = %caller.address, "a connection that showed no token gives way to another");
+            // It may go at this moment.
+            let _ = cut.send(());
+        }
+        all.push_back((caller, cut));
+        heard
+    }
 }
 
 /// Ends with its reader.
@@ -38,14 +83,13 @@ pub fn connections(
 ) -> impl Stream<Item = io::Result<Connection>> {
     let (sender, receiver) = mpsc::channel(1);
     tokio::spawn(async move {
-        let places = Arc::new(Semaphore::new(HANDSHAKES));
+        let strangers = Strangers::default();
         loop {
-            let place = places.clone().acquire_owned().await.expect("it is never closed");
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
                 () = sender.closed() => return,
             };
-            let (stream, peer) = match accepted {
+            let (stream, address) = match accepted {
                 Ok(accepted) => accepted,
                 Err(error) => {
                     tracing::warn!(%error, "no connection could be accepted");
@@ -55,26 +99,37 @@ pub fn connections(
             };
             // It is slower without, no more.
             let _ = stream.set_nodelay(true);
+            let caller = Caller {
+                address,
+                is_known: Arc::default(),
+            };
+            let mut cut = strangers.enter(caller.clone());
             let (sender, tls) = (sender.clone(), tls.clone());
             tokio::spawn(async move {
-                let connection = shaken(stream, peer, tls).await;
-                drop(place);
-                if let Some(connection) = connection {
-                    // A server that is gone takes none.
-                    let _ = sender.send(Ok(connection)).await;
-                }
+                let stream = tokio::select! {
+                    stream = shaken(stream, address, tls) => stream,
+                    _ = &mut cut => return,
+                };
+                let Some(stream) = stream else { return };
+                // A server that is gone takes none.
+                let connection = Connection {
+                    stream,
+                    caller,
+                    cut: Some(cut),
+                };
+                let _ = sender.send(Ok(connection)).await;
             });
         }
     });
     ReceiverStream::new(receiver)
 }
 
-async fn shaken(stream: TcpStream, peer: SocketAddr, tls: Option<Acceptor>) -> Option<Connection> {
+async fn shaken(stream: TcpStream, peer: SocketAddr, tls: Option<Acceptor>) -> Option<Transport> {
     let Some(tls) = tls else {
-        return Some(Connection::Plain(stream));
+        return Some(Transport::Plain(stream));
     };
     match tokio::time::timeout(HANDSHAKE_PATIENCE, tls().accept(stream)).await {
-        Ok(Ok(stream)) => Some(Connection::Tls(Box::new(stream))),
+        Ok(Ok(stream)) => Some(Transport::Tls(Box::new(stream))),
         Ok(Err(error)) => {
             tracing::warn!(%peer, %error, "a TLS handshake failed");
             None
@@ -87,44 +142,51 @@ async fn shaken(stream: TcpStream, peer: SocketAddr, tls: Option<Acceptor>) -> O
 }
 
 impl Connected for Connection {
-    type ConnectInfo = TcpConnectInfo;
+    type ConnectInfo = Caller;
 
-    fn connect_info(&self) -> TcpConnectInfo {
-        match self {
-            Connection::Plain(stream) => stream.connect_info(),
-            Connection::Tls(stream) => stream.get_ref().0.connect_info(),
-        }
+    fn connect_info(&self) -> Caller {
+        self.caller.clone()
     }
 }
 
 impl AsyncRead for Connection {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Connection::Plain(stream) => Pin::new(stream).poll_read(cx, buf),
-            Connection::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
+        let connection = self.get_mut();
+        if let Some(cut) = &mut connection.cut
+            && let Poll::Ready(said) = cut.poll_unpin(cx)
+        {
+            connection.cut = None;
+            // Who is known is not told any more.
+            if said.is_ok() {
+                return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+            }
+        }
+        match &mut connection.stream {
+            Transport::Plain(stream) => Pin::new(stream).poll_read(cx, buf),
+            Transport::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
         }
     }
 }
 
 impl AsyncWrite for Connection {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Connection::Plain(stream) => Pin::new(stream).poll_write(cx, bytes),
-            Connection::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
+        match &mut self.get_mut().stream {
+            Transport::Plain(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Transport::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
         }
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Connection::Plain(stream) => Pin::new(stream).poll_flush(cx),
-            Connection::Tls(stream) => Pin::new(stream).poll_flush(cx),
+        match &mut self.get_mut().stream {
+            Transport::Plain(stream) => Pin::new(stream).poll_flush(cx),
+            Transport::Tls(stream) => Pin::new(stream).poll_flush(cx),
         }
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Connection::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
-            Connection::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+        match &mut self.get_mut().stream {
+            Transport::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
+            Transport::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
         }
     }
 }
