@@ -250,6 +250,7 @@ fn info() -> ReplicaInfo {
         max_lora_rank: 64,
         max_training_jobs: 1,
         lora_targets: vec!["q_proj".to_owned()],
+        lora_sizes: [("q_proj".to_owned(), 128)].into(),
         eos_tokens: vec![1],
         grammars: true,
     }
