@@ -797,12 +797,6 @@ impl Command {
         }
     }
 
-    /// Others print, and end when nobody reads what they print.
-    pub fn outlives_its_reader(&self) -> bool {
-        let trains = matches!(self, Command::Train(_) | Command::Rank(_));
-        trains || self.process().is_some()
-    }
-
     pub fn otlp_traces_endpoint(&self) -> Option<Url> {
         self.process()?.otlp_traces_endpoint.clone()
     }

@@ -74,9 +74,6 @@ fn run() -> Result<ExitCode> {
         cli.command.otlp_traces_endpoint(),
     )?;
     process::raise_descriptors();
-    if !cli.command.outlives_its_reader() {
-        process::end_with_the_reader();
-    }
     match cli.command {
         Command::Serve(options) => commands::serve::run(*options, &given)?,
         Command::Backend(options) => commands::backend::run(*options, &given)?,

@@ -73,12 +73,6 @@ pub fn raise_descriptors() {
     }
 }
 
-/// For a command that only prints: it ends when nobody reads on (`tandem keys list | head -1`), as others do.
-pub fn end_with_the_reader() {
-    // SAFETY: no handler of ours runs; the default one ends the process.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
-}
-
 /// How many files, sockets among them, this process may have open.
 pub fn descriptors() -> u64 {
     getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
