@@ -16,7 +16,7 @@ const MAX_FILES: usize = 100;
 /// Of a job's settings as JSON: they stand in its row, and in every list.
 const MAX_SETTINGS_BYTES: usize = 128 << 10;
 /// Of those of all trials of a sweep.
-const MAX_TRIALS_BYTES: usize = 1 << 20;
+const MAX_TRIALS_BYTES: usize = 256 << 10;
 const MAX_METADATA: usize = 16;
 const MAX_METADATA_KEY_CHARS: usize = 64;
 const MAX_METADATA_VALUE_CHARS: usize = 512;

@@ -164,6 +164,17 @@ pub fn prompt_of(
 }
 
 fn check_metadata(request: &ResponsesRequest) -> Result<(), ApiError> {
+    for (param, text) in [
+        ("user", &request.user),
+        ("safety_identifier", &request.safety_identifier),
+        ("prompt_cache_key", &request.prompt_cache_key),
+    ] {
+        let chars = text.as_ref().map_or(0, |text| text.chars().count());
+        if chars > MAX_VALUE_CHARS {
+            let text = format!("{param} has {chars} characters, at most {MAX_VALUE_CHARS} are kept");
+            return Err(invalid(param, text));
+        }
+    }
     let metadata = request.metadata.iter().flatten();
     let is_long = |(key, value): (&String, &String)| {
         key.chars().count() > MAX_KEY_CHARS || value.chars().count() > MAX_VALUE_CHARS
