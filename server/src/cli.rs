@@ -568,9 +568,9 @@ pub enum KeyCommand {
         /// Tokens that its jobs and its calls train, in a day (UTC), on all routers of the database [default: as many as it likes]
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
         training_tokens_per_day: Option<u64>,
-        /// Bytes that its tenant may have of files, uploads, answers of batches, data of jobs, adapters and checkpoints
-        /// [default: as many as it likes]
-        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+        /// Bytes that its tenant may have of files, uploads, answers of batches, data and states of jobs, adapters and checkpoints,
+        /// e.g. 20G [default: as many as it likes]
+        #[arg(long, value_name = "BYTES", value_parser = bytes)]
         stored_bytes: Option<u64>,
         #[command(flatten)]
         place: KeyPlace,

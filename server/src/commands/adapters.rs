@@ -148,6 +148,13 @@ impl Adapter {
         })
     }
 
+    /// What is wrong with one hides no others.
+    fn readable(folder: &Path) -> Option<Adapter> {
+        let read = Adapter::of_folder(folder);
+        read.inspect_err(|error| eprintln!("{}", printable(&format!("{error:#}"))))
+            .ok()
+    }
+
     fn named(self, row: &NameRow) -> Adapter {
         let NameRow {
             name,
@@ -257,11 +264,7 @@ async fn below(folder: &Path) -> Result<Vec<Adapter>> {
             continue;
         }
         if folder.join(CONFIG).is_file() {
-            match Adapter::of_folder(&folder) {
-                Ok(adapter) => found.push(adapter),
-                // The others are shown all the same.
-                Err(error) => eprintln!("{}", printable(&format!("{error:#}"))),
-            }
+            found.extend(Adapter::readable(&folder));
             continue;
         }
         let entries = fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))?;
@@ -298,10 +301,10 @@ async fn of_data_folder(folder: &Path) -> Result<Vec<Adapter>> {
     for folder in folders.iter().filter(|folder| folder.join(CONFIG).is_file()) {
         let digest = folder.file_name().unwrap_or_default().to_string_lossy();
         match by_digest.get(&*digest) {
-            None => found.push(Adapter::of_folder(folder)?),
+            None => found.extend(Adapter::readable(folder)),
             Some(rows) => {
                 for row in rows {
-                    found.push(Adapter::of_folder(folder)?.named(row));
+                    found.extend(Adapter::readable(folder).map(|adapter| adapter.named(row)));
                 }
             }
         }
@@ -401,10 +404,10 @@ fn remove(folder: &Path) -> Result<()> {
         others.clear();
     }
     match others.is_empty() {
-        true => {
-            fs::remove_dir(&whole).with_context(|| format!("cannot remove {shown}"))?;
-            println!("{shown} is gone");
-        }
+        true => match fs::remove_dir(&whole) {
+            Ok(()) => println!("{shown} is gone"),
+            Err(error) => println!("the adapter in {shown} is gone; the empty folder stays: {error}"),
+        },
         false => println!("the adapter in {shown} is gone; {} stay", others.join(", ")),
     }
     Ok(())
