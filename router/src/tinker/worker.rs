@@ -11,7 +11,7 @@ use tandem_core::learner::{self, Learn, LearnerId, NewLearner, Pass, Reply, Save
 use tandem_core::message::Fault;
 use tandem_core::replica::{Command, ReplicaHandle};
 use tandem_core::trace::TraceContext;
-use tandem_store::{SaveKind, SavePlace, SaveRecord, now};
+use tandem_store::{SaveKind, SavePlace, SaveRecord, StoreError, now};
 use tokio::sync::{mpsc, oneshot};
 use tracing::Span;
 
@@ -244,14 +244,6 @@ impl Worker {
             folder: folder.to_owned(),
             what,
         };
-        let state = match place.kind {
-            SaveKind::Adapter => None,
-            SaveKind::State => {
-                let save = ask(Saving::State);
-                self.ask(|reply| Learn::Save(save, reply)).await?;
-                Some(folder.join(learner::STATE))
-            }
-        };
         let base_model = job::base_model(&self.router.info().model_folder);
         let save = ask(Saving::Adapter { base_model });
         let saved: Saved = self.ask(|reply| Learn::Save(save, reply)).await?;
@@ -265,8 +257,25 @@ impl Worker {
             false => self.router.0.store.artifacts().adapter(adapter.digest).await?,
         };
         let bytes = tokio::fs::metadata(made.join("adapter_model.safetensors")).await;
+        let bytes = bytes.map_or(0, |file| file.len());
+        let wanted = match place.kind {
+            SaveKind::Adapter => bytes,
+            // The numbers again, and two moments.
+            SaveKind::State => bytes.saturating_mul(4),
+        };
+        if let Some(storage) = self.router.check_storage(&self.client).await? {
+            storage.check(wanted).map_err(StoreError::from)?;
+        }
+        let state = match place.kind {
+            SaveKind::Adapter => None,
+            SaveKind::State => {
+                let save = ask(Saving::State);
+                self.ask(|reply| Learn::Save(save, reply)).await?;
+                Some(folder.join(learner::STATE))
+            }
+        };
         let record = SaveRecord {
-            bytes: bytes.map_or(0, |data| data.len()),
+            bytes,
             adapter: Some(adapter.digest),
             ..self.record(place.clone(), keep)
         };
