@@ -9,6 +9,7 @@ use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, header};
 use futures::StreamExt;
+use prost::Message;
 use serde::de::DeserializeOwned;
 use tandem_core::json;
 use tandem_openapi::tinker::proto;
@@ -64,12 +65,12 @@ impl<T: Body> FromRequest<App> for Json<T> {
 }
 
 /// A protobuf body, and said to be one.
-pub struct Proto<T>(pub T);
+pub struct Proto(pub proto::ForwardBackwardRequest);
 
-impl<T: prost::Message + Default + 'static> FromRequest<App> for Proto<T> {
+impl FromRequest<App> for Proto {
     type Rejection = ApiError;
 
-    async fn from_request(request: Request, app: &App) -> Result<Proto<T>, ApiError> {
+    async fn from_request(request: Request, app: &App) -> Result<Proto, ApiError> {
         let (parts, body) = request.into_parts();
         must_be(proto::MEDIA_TYPE, &parts.headers)?;
         if let Some(coding) = parts.headers.get(header::CONTENT_ENCODING) {
@@ -79,7 +80,11 @@ impl<T: prost::Message + Default + 'static> FromRequest<App> for Proto<T> {
         let held = parts.extensions.get::<Arc<Held>>();
         let limit = app.router.config().tinker.call_bytes;
         let bytes = read(&parts.headers, body, limit, held).await?;
-        let decoded = tokio::task::spawn_blocking(move || T::decode(bytes.as_slice())).await;
+        if let Some(held) = held {
+            held.reach(bytes.len() + proto::ForwardBackwardRequest::tree_bytes(&bytes))?;
+        }
+        let decoded = move || proto::ForwardBackwardRequest::decode(bytes.as_slice());
+        let decoded = tokio::task::spawn_blocking(decoded).await;
         let decoded = decoded.map_err(|error| ApiError::Internal(format!("a body was not read: {error}")))?;
         let decoded =
             decoded.map_err(|error| ApiError::Body(format!("it is no such protobuf message: {error}")));

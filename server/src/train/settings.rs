@@ -3,6 +3,8 @@
 //! not train silently.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -17,11 +19,14 @@ use super::{recipes, torchtune};
 
 /// As the field's examples do.
 const DEFAULT_SEED: u64 = 42;
+/// Of a file of settings.
+const MAX_FILE_BYTES: u64 = 1 << 20;
+const MAX_BRACKETS: usize = 10_000;
 
 #[derive(Debug, thiserror::Error)]
 pub enum SettingsError {
     #[error("cannot read {path}")]
-    Unreadable { path: String, source: std::io::Error },
+    Unreadable { path: String, source: io::Error },
     #[error("{path} is not YAML of settings, key: value on each line: {why}")]
     NotYaml { path: String, why: String },
     #[error("{0:?} is neither key=value nor, as the first argument, a YAML file")]
@@ -402,10 +407,29 @@ pub fn read(args: &[String]) -> Result<Recipe, SettingsError> {
     typed(given)
 }
 
+/// Of a file that is no larger than settings are, and not deeper: its reader takes quadratic time over open brackets.
+fn text(path: &str) -> io::Result<String> {
+    let mut text = String::new();
+    let mut file = File::open(path)?.take(MAX_FILE_BYTES + 1);
+    file.read_to_string(&mut text)?;
+    if text.len() as u64 > MAX_FILE_BYTES {
+        let why = format!(
+            "it has more than {MAX_FILE_BYTES} bytes: settings are wanted, a data set is their training_file"
+        );
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, why));
+    }
+    let brackets = text.bytes().filter(|byte| b"[{".contains(byte)).count();
+    if brackets > MAX_BRACKETS {
+        let why = format!("it has {brackets} opening brackets, at most {MAX_BRACKETS} are read");
+        return Err(io::Error::new(io::ErrorKind::InvalidData, why));
+    }
+    Ok(text)
+}
+
 pub fn file(path: &str) -> Result<Map<String, Value>, SettingsError> {
     let text = match recipes::named(path) {
         Some(recipe) if !Path::new(path).exists() => recipe.text.to_owned(),
-        _ => std::fs::read_to_string(path).map_err(|source| SettingsError::Unreadable {
+        _ => text(path).map_err(|source| SettingsError::Unreadable {
             path: path.to_owned(),
             source,
         })?,
@@ -1012,6 +1036,21 @@ mod tests {
                 recipe.name
             );
             assert!(recipe.text.starts_with("# "), "{} says what it is", recipe.name);
+        }
+    }
+
+    #[test]
+    fn what_is_no_file_of_settings_is_not_read() {
+        let deep = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(deep.path(), format!("z: {}", "[".repeat(MAX_BRACKETS + 1))).unwrap();
+        for (path, expected) in [
+            (deep.path().to_str().unwrap(), "10001 opening brackets"),
+            ("/dev/zero", "more than 1048576 bytes"),
+        ] {
+            let Err(SettingsError::Unreadable { source, .. }) = file(path) else {
+                panic!("{path} is read");
+            };
+            assert!(source.to_string().contains(expected), "{source}");
         }
     }
 

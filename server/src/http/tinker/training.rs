@@ -67,10 +67,7 @@ pub async fn info(
     request_body(content = Vec<u8>, content_type = "application/x-protobuf"),
     responses((status = 200, body = UntypedFuture), Errors)
 )]
-pub async fn forward_backward(
-    Own(own): Own,
-    Proto(body): Proto<ForwardBackwardRequest>,
-) -> Result<Answer<UntypedFuture>, ApiError> {
+pub async fn forward_backward(Own(own): Own, Proto(body): Proto) -> Result<Answer<UntypedFuture>, ApiError> {
     let model = body.model_id.clone();
     let seq = u32::try_from(body.seq_id).map_err(|_| invalid("seq_id", "seq_id must not be negative"))?;
     // Before anything is made of it.
