@@ -6,7 +6,6 @@ use axum::Json as Answer;
 use axum::extract::State;
 use tandem_core::learner::Moments;
 use tandem_openapi::error::Errors;
-use tandem_openapi::tinker::proto::ForwardBackwardRequest;
 use tandem_openapi::tinker::{
     CreateModelRequest, GetInfoRequest, GetInfoResponse, LoadWeightsRequest, ModelData, OptimStepRequest,
     SaveWeightsForSamplerRequest, SaveWeightsRequest, UntypedFuture,
