@@ -137,6 +137,12 @@ impl Choice {
                     let named = |scored: Option<Scored>| scored.map(|scored| relay.name(scored));
                     pieces.push(What::Prompt(scored.into_iter().map(named).collect()));
                 }
+                Event::Token { .. } if self.completion_tokens == relay.order.max_tokens => {
+                    // A router does not trust what its backends say: this one would be charged, and have no end.
+                    let more = "it made more tokens than it was asked for".to_owned();
+                    end = Some((State::Cut, What::Failed(Fault::ReplicaLost(more))));
+                    break;
+                }
                 Event::Token { token, is_last: _ } => {
                     let ends =
                         relay.order.stop_tokens.contains(&token.token) && relay.matched == Matched::Hidden;

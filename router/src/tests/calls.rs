@@ -144,6 +144,26 @@ async fn the_last_token_is_told_with_the_end() {
     assert_eq!(next().await, None);
 }
 
+/// A replica that says tokens without end is not listened to without end.
+#[tokio::test]
+async fn more_tokens_than_were_asked_for_end_the_answer() {
+    let house = House::new();
+    let (router, mut engine) = house.open().await;
+    let mut generation = router.generate(call("go")).await.unwrap();
+    let (_, events) = engine.generate().await;
+    say(&events, &"a".repeat(17)).await;
+    let (mut said, mut last) = (0, None);
+    while let Some(piece) = generation.pieces.recv().await {
+        match piece.what {
+            What::Text { tokens, .. } => said += tokens.len(),
+            other => last = Some(other),
+        }
+    }
+    assert_eq!(said, 16);
+    assert!(matches!(last, Some(What::Failed(Fault::ReplicaLost(_)))));
+    engine.aborted().await;
+}
+
 #[tokio::test]
 async fn text_comes_back_up_to_where_it_must_end() {
     // stop strings, shown, what the engine says, how it ends; text, tokens, finish, aborted
@@ -314,6 +334,7 @@ async fn an_answer_is_taken_apart() {
         let asked = Call {
             answer: Some(answer),
             stop: stop.into_iter().map(str::to_owned).collect(),
+            max_tokens: Some(256),
             ..call("go")
         };
         let mut generation = router.generate(asked).await.unwrap();
