@@ -54,6 +54,7 @@ pub struct Features {
     pub avx2: bool,
     /// F with BW, DQ and VL: no CPU with BF16 or VNNI lacks them, so one name stands for all.
     pub avx512f: bool,
+    /// BF16 beside VBMI, which looks levels of bytes up. Cooper Lake alone has the one without the other, and takes AVX2's path.
     pub avx512bf16: bool,
     pub avx512vnni: bool,
     /// Tiles with products of bfloat16, beside AVX-512 with BF16, and the system's permission to use them.
@@ -122,7 +123,7 @@ fn detect() -> Features {
     // No CPU with AVX2 lacks F16C.
     let avx2 = has!("avx2") && has!("fma") && has!("f16c");
     let avx512f = avx2 && has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl");
-    let avx512bf16 = avx512f && has!("avx512bf16");
+    let avx512bf16 = avx512f && has!("avx512bf16") && has!("avx512vbmi");
     Features {
         avx2,
         avx512f,

@@ -76,6 +76,31 @@ pub(crate) struct Scaling {
     /// The sums of each row's left side over the groups, rows `totals_stride` apart. Not read without offsets.
     pub totals: *const f32,
     pub totals_stride: usize,
+    /// The codes that are decoded next.
+    pub ahead: Ahead,
+}
+
+/// What memory is asked for while a panel is multiplied: a line at each step of the first rows, which is a pace that memory
+/// keeps. (All at once, while codes are decoded, the processor waits for most of it.)
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Ahead {
+    pub line: *const u8,
+    /// Bytes between what two steps ask for.
+    pub stride: usize,
+}
+
+impl Ahead {
+    /// Asks for what is at hand.
+    pub fn nothing(line: *const u8) -> Ahead {
+        Ahead { line, stride: 0 }
+    }
+
+    pub fn of_step(self, step: usize) -> Ahead {
+        Ahead {
+            line: self.line.wrapping_add(step * self.stride),
+            ..self
+        }
+    }
 }
 
 impl Scaling {
@@ -88,6 +113,7 @@ impl Scaling {
     pub fn of_group(self, index: usize) -> Scaling {
         Scaling {
             totals: self.totals.wrapping_add(index),
+            ahead: self.ahead.of_step(index * self.group_steps),
             ..self.skipping(index * PANEL)
         }
     }
@@ -246,7 +272,10 @@ impl Element for u16 {
     }
 
     fn pass_groups(group_steps: usize) -> bool {
-        matches!(bf16_unit(), Unit::Amx) && group_steps.is_multiple_of(GRAIN)
+        match bf16_unit() {
+            Unit::Amx => group_steps.is_multiple_of(GRAIN),
+            _ => true,
+        }
     }
 
     unsafe fn pass(product: &Product<Self>) {
@@ -308,7 +337,7 @@ impl Element for f32 {
     }
 
     fn pass_groups(_group_steps: usize) -> bool {
-        false
+        true
     }
 
     unsafe fn pass(product: &Product<Self>) {

@@ -1,6 +1,6 @@
 //! Rates of the frozen linear against the ceilings measured in the same run, and against libtorch's own linear:
 //! `cargo bench -p tandem-kernels --bench linear [-- [--threads=N] [FILTER]]`, FILTER a part of a line: `bf16 576x576`; or
-//! `formats`, `"formats int4"`: quantised weights against bfloat16.
+//! `formats`, `"formats int4 Q4_K 8 16"`: quantised weights against bfloat16, some of them, for so many rows.
 //!
 //! Weights rotate beyond the caches, so M=1 reads memory. Not criterion: what counts is a ratio to a ceiling of the same
 //! minute, and the best of a few short rounds says it even on a machine that is not quiet.
@@ -11,7 +11,7 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use tandem_kernels::linear::{linear, linear_backward};
-use tandem_kernels::weight::{Precision, Recipe, Weight};
+use tandem_kernels::weight::{Grid, Precision, Quantised, Recipe, Weight};
 use tandem_kernels::{machine, pool};
 use tch::{Device, Kind, Tensor};
 
@@ -28,6 +28,8 @@ const SHAPES: [(i64, i64); 6] = [
 const ROWS: [i64; 6] = [1, 4, 8, 16, 128, 512];
 const ROTATED_BYTES: u64 = 128 << 20;
 const ROUNDS: usize = 5;
+/// Of each format and of bfloat16.
+const TURNS: usize = 9;
 
 fn main() {
     let filter = std::env::args()
@@ -107,49 +109,94 @@ fn main() {
     }
 }
 
-/// Each format against bfloat16 in the same run: how much less time a product takes, and a gradient.
+/// Each format against bfloat16, in turns: how much less time a product takes, and a gradient, medians of all turns.
 fn formats(filter: &str) {
+    const FORMAT_ROWS: [i64; 6] = [1, 4, 8, 16, 64, 512];
     let (n, k) = (5632, 2048);
+    let (names, rows): (Vec<&str>, Vec<&str>) = filter
+        .split_whitespace()
+        .partition(|word| word.parse::<i64>().is_err());
+    let rows: Vec<i64> = rows.iter().map(|rows| rows.parse().expect("digits")).collect();
     let dense = Tensor::randn([n, k], (Kind::Float, Device::Cpu));
-    let weights = |recipe: Option<Recipe>| -> Vec<Weight> {
-        let quantised = recipe.map(|recipe| recipe.quantise(&dense).expect("a matrix"));
-        let pack = || match &quantised {
-            None => Weight::new(&dense, Precision::Bf16, Device::Cpu),
-            Some(quantised) => Weight::quantised(quantised, Precision::Bf16, Device::Cpu),
-        };
-        let first = pack().expect("a matrix");
-        let copies = (ROTATED_BYTES / first.bytes() + 1).min(200) as usize;
-        (0..copies).map(|_| pack().expect("a matrix")).collect()
+    let copies = |pack: &dyn Fn() -> Weight| -> Vec<Weight> {
+        let first = pack();
+        let copies = (ROTATED_BYTES / first.bytes() + 1).min(200);
+        std::iter::once(first)
+            .chain((1..copies).map(|_| pack()))
+            .collect()
     };
-    let bf16 = weights(None);
+    let bf16 = copies(&|| Weight::new(&dense, Precision::Bf16, Device::Cpu).expect("a matrix"));
     println!("format {n}x{k}     M        us    GB/s | bf16's time over it | dx likewise");
-    for recipe in Recipe::ALL
-        .into_iter()
-        .filter(|recipe| filter.is_empty() || recipe.name().contains(filter))
-    {
-        let quantised = weights(Some(recipe));
-        for m in ROWS {
+    for (name, from) in quantised(&dense) {
+        if !names.is_empty() && !names.contains(&name) {
+            continue;
+        }
+        let own = copies(&|| Weight::quantised(&from, Precision::Bf16, Device::Cpu).expect("a matrix"));
+        for m in if rows.is_empty() {
+            FORMAT_ROWS.to_vec()
+        } else {
+            rows.clone()
+        } {
             let x = Tensor::randn([m, k], (Kind::Float, Device::Cpu));
             let dy = Tensor::randn([m, n], (Kind::Float, Device::Cpu));
-            let [own, plain] = [&quantised, &bf16].map(|weights| {
-                let forward = best(weights.len(), |i| {
-                    drop(black_box(linear(&x, &weights[i], None, &[])))
-                });
-                let backward = best(weights.len(), |i| {
-                    drop(black_box(linear_backward(&dy, &weights[i])))
-                });
-                (forward, backward)
-            });
+            let (time, forward) = in_turns([&own, &bf16], |w| drop(black_box(linear(&x, w, None, &[]))));
+            let (_, backward) = in_turns([&own, &bf16], |w| drop(black_box(linear_backward(&dy, w))));
             println!(
-                "{:16} {m:4} {:9.1} {:7.1} | {:.2} x | {:.2} x",
-                recipe.name(),
-                own.0 * 1e6,
-                quantised[0].bytes() as f64 / own.0 / 1e9,
-                plain.0 / own.0,
-                plain.1 / own.1
+                "{name:16} {m:4} {:9.1} {:7.1} | {forward:.2} x | {backward:.2} x",
+                time * 1e6,
+                own[0].bytes() as f64 / time / 1e9,
             );
         }
     }
+}
+
+/// What `--quantization` makes, and the forms of GGUF files that are kept in their bits, of any numbers.
+fn quantised(dense: &Tensor) -> Vec<(&'static str, Quantised)> {
+    let made = Recipe::ALL.map(|recipe| (recipe.name(), recipe.quantise(dense).expect("a matrix")));
+    let (n, k) = (dense.size()[0], dense.size()[1]);
+    let ggml = [
+        ("Q8_0", Grid::Int8, 32, false),
+        ("Q4_0", Grid::Int4, 32, false),
+        ("Q4_K", Grid::Int4, 32, true),
+        ("Q6_K", Grid::Int8, 16, false),
+    ]
+    .map(|(name, grid, group, offsets)| {
+        let numbers = || Tensor::rand([n, k / group], (Kind::Float, Device::Cpu)) * 0.01;
+        let from = Quantised {
+            grid,
+            codes: Tensor::randint(1 << grid.bits(), [n, k], (Kind::Uint8, Device::Cpu)),
+            group,
+            scales: numbers(),
+            offsets: offsets.then(numbers),
+        };
+        (name, from)
+    });
+    made.into_iter().chain(ggml).collect()
+}
+
+/// Seconds of a call with the first weights, and how many times as long the second take: medians of turns.
+fn in_turns(weights: [&[Weight]; 2], call: impl Fn(&Weight)) -> (f64, f64) {
+    let mut next = [0; 2];
+    let mut turn = |which: usize| {
+        let (begin, mut calls) = (Stopwatch::start(), 0);
+        while calls == 0 || begin.elapsed() < Duration::from_millis(15) {
+            call(&weights[which][next[which] % weights[which].len()]);
+            next[which] += 1;
+            calls += 1;
+        }
+        begin.elapsed().as_secs_f64() / f64::from(calls)
+    };
+    let (mut times, mut ratios): (Vec<f64>, Vec<f64>) = (0..TURNS)
+        .map(|_| {
+            let [own, other] = [turn(0), turn(1)];
+            (own, other / own)
+        })
+        .unzip();
+    let median = |numbers: &mut Vec<f64>| {
+        numbers.sort_by(f64::total_cmp);
+        numbers[numbers.len() / 2]
+    };
+    (median(&mut times), median(&mut ratios))
 }
 
 /// Seconds of a call in the best of a few rounds; a round goes through all copies, or as many as 400 ms allow.

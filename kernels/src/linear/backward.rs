@@ -217,7 +217,7 @@ fn turn<T: Element + Plain>(
     let block_len = T::panel_len(columns.len());
     let mut decoded = match w {
         Right::Panels(_) => pool::scratch::<T>(0),
-        Right::Packed(_) => pool::scratch::<T>(block_len),
+        Right::Packed(_) => pool::scratch::<T>(T::panel_len(columns.len().next_multiple_of(4))),
     };
     let mut block = [[[T::default(); PANEL]; BLOCK_COLUMNS / PANEL]; PANEL];
     for first in reduced.clone().step_by(PANEL) {
@@ -227,7 +227,7 @@ fn turn<T: Element + Plain>(
             }
             Right::Packed(packed) => {
                 packed.panel(first / PANEL, columns.clone(), &mut decoded);
-                &decoded[..]
+                &decoded[..block_len]
             }
         };
         let at = (first - reduced.start) * PANEL..(first - reduced.start + PANEL) * PANEL;

@@ -175,7 +175,7 @@ fn quantised_weights_are_batch_invariant_and_carry_adapters() {
             let dx = linear_backward(&dy, &w);
             for (first, m) in (0..3)
                 .map(|i| (i, 1))
-                .chain([2, 6, 7, 12, 16, 17, 100].map(|m| (50, m)))
+                .chain([2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17, 100].map(|m| (50, m)))
             {
                 let what = format!("{what}, {m} rows from {first}");
                 let part = x.narrow(0, first, m);

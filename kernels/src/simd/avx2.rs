@@ -13,7 +13,7 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use super::{PANEL, PASS_STEPS, Product, Scaling, Sum};
+use super::{Ahead, Element, PANEL, PASS_STEPS, Product, Scaling, Sum};
 
 /// Rows of the largest register tile.
 const MAX_TILE: usize = 6;
@@ -78,7 +78,7 @@ pub(super) unsafe fn pass_bf16(product: &Product<u16>) {
                 lda: 0,
                 panel,
                 steps,
-                ahead: Ahead::new(panel.cast(), steps, row, column),
+                ahead: Ahead::of_tile(panel.cast(), steps, row, column),
             };
             let corner = Corner { row, column, width };
             // SAFETY: rows and columns inside m and n, for which the caller vouches, and `height` rows are widened.
@@ -115,7 +115,7 @@ pub(super) unsafe fn pass_f32(product: &Product<f32>) {
     for (row, height) in tiles(m) {
         for (column, width) in parts(n, height) {
             let panel = panels.wrapping_add(column / PANEL * panel_stride + column % PANEL);
-            let ahead = Ahead::new(panel.cast(), steps, row, column);
+            let ahead = Ahead::of_tile(panel.cast(), steps, row, column);
             let steps = Steps {
                 a: a.wrapping_add(row * lda),
                 lda,
@@ -164,19 +164,13 @@ unsafe fn widen(from: *const u16, steps: usize, to: *mut f32) {
     }
 }
 
-/// Asks memory for the panel's next piece while this one is multiplied: the first tile of the rows does, at a pace that
-/// is done when the tile is. (Asking at a fixed distance instead leaves memory idle while the second half of the columns
-/// goes through: a quarter slower at 4 to 16 rows. Into the second-level cache; where float32 goes
-/// through whole panels into the first: found by trying, a third and a fifth.)
-#[derive(Clone, Copy)]
-struct Ahead {
-    line: *const i8,
-    stride: usize,
-}
-
 impl Ahead {
-    /// `piece` is where the tile begins to read the panel: at its first column, or at the 17th.
-    fn new(piece: *const i8, steps: usize, row: usize, column: usize) -> Ahead {
+    /// Asks memory for the panel's next piece while this one is multiplied: the first tile of the rows does, at a pace that
+    /// is done when the tile is. (Asking at a fixed distance instead leaves memory idle while the second half of the columns
+    /// goes through: a quarter slower at 4 to 16 rows. Into the second-level cache; where float32 goes
+    /// through whole panels into the first: found by trying, a third and a fifth.) `piece` is where the tile begins to read
+    /// the panel: at its first column, or at the 17th.
+    fn of_tile(piece: *const u8, steps: usize, row: usize, column: usize) -> Ahead {
         let next = piece.wrapping_add(steps * PANEL_STEP_BYTES);
         match (row, column % PANEL) {
             (0, 0) => Ahead {
@@ -188,15 +182,13 @@ impl Ahead {
                 stride: PANEL_STEP_BYTES / 2,
             },
             // Read already.
-            _ => Ahead {
-                line: piece,
-                stride: 0,
-            },
+            _ => Ahead::nothing(piece),
         }
     }
 }
 
 /// What an inner loop runs over: rows of float32 `lda` apart (bfloat16: of [`Widened`]) and a panel.
+#[derive(Clone, Copy)]
 struct Steps<T> {
     a: *const f32,
     lda: usize,
@@ -219,7 +211,7 @@ struct Corner {
 /// AVX2 and FMA; as [`super::product`] for rows and columns of the corner, width <= 8 Y; `run` is the loop for them.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn tile<T: Copy, const M: usize, const Y: usize>(
+unsafe fn tile<T: Element, const M: usize, const Y: usize>(
     product: &Product<T>,
     corner: Corner,
     steps: Steps<T>,
@@ -227,11 +219,34 @@ unsafe fn tile<T: Copy, const M: usize, const Y: usize>(
 ) {
     // SAFETY: the caller's contract.
     unsafe {
-        let mut acc = start::<T, M, Y>(product, corner);
-        if steps.steps > 0 {
-            run(&mut acc, steps);
+        let Sum::Scaled(scaling) = product.sum else {
+            let mut acc = start::<T, M, Y>(product, corner);
+            if steps.steps > 0 {
+                run(&mut acc, steps);
+            }
+            return finish(acc, product, corner);
+        };
+        let mut totals = read::<T, M, Y>(product, corner);
+        for group in 0..steps.steps / scaling.group_steps {
+            let (skipped, scaling) = (group * scaling.group_steps, scaling.of_group(group));
+            let mut sums = [[_mm256_setzero_ps(); Y]; M];
+            let steps = Steps {
+                a: steps.a.add(skipped),
+                panel: steps.panel.add(skipped * T::PER_STEP * PANEL),
+                steps: scaling.group_steps,
+                // Levels of codes lie in a near cache.
+                ahead: Ahead::nothing(steps.panel.cast()),
+                ..steps
+            };
+            run(&mut sums, steps);
+            for r in 0..M {
+                for y in 0..Y {
+                    let column = corner.column + 8 * y;
+                    totals[r][y] = scaled(sums[r][y], totals[r][y], &scaling, corner.row + r, column);
+                }
+            }
         }
-        finish(acc, product, corner);
+        write(totals, product, corner);
     }
 }
 
@@ -476,12 +491,72 @@ broad_f32! {
 /// The lanes of register y that are columns of c, as the sign bits VMASKMOVPS looks at.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn lanes(n: usize, y: usize) -> __m256i {
+pub(super) fn lanes(n: usize, y: usize) -> __m256i {
     let count = n as i32 - 8 * y as i32;
     _mm256_cmpgt_epi32(
         _mm256_set1_epi32(count),
         _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
     )
+}
+
+/// The sums of a tile that stand in c.
+///
+/// # Safety
+/// AVX2; c is readable where the corner says.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn read<T: Copy, const M: usize, const Y: usize>(
+    product: &Product<T>,
+    Corner {
+        row,
+        column,
+        width: n,
+    }: Corner,
+) -> [[__m256; Y]; M] {
+    let Product { c, ldc, .. } = *product;
+    let mut sums = [[_mm256_setzero_ps(); Y]; M];
+    for r in 0..M {
+        for y in 0..Y {
+            let c = c.wrapping_add((row + r) * ldc + column + 8 * y);
+            // SAFETY: masked-off columns are not read; the others are the caller's.
+            sums[r][y] = unsafe {
+                match n == 8 * Y {
+                    true => _mm256_loadu_ps(c),
+                    // A masked load or store is some twenty operations on Zen: only where columns are missing.
+                    false => _mm256_maskload_ps(c, lanes(n, y)),
+                }
+            };
+        }
+    }
+    sums
+}
+
+/// # Safety
+/// AVX2; c is writable where the corner says.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn write<T: Copy, const M: usize, const Y: usize>(
+    sums: [[__m256; Y]; M],
+    product: &Product<T>,
+    Corner {
+        row,
+        column,
+        width: n,
+    }: Corner,
+) {
+    let Product { c, ldc, .. } = *product;
+    for r in 0..M {
+        for y in 0..Y {
+            let c = c.wrapping_add((row + r) * ldc + column + 8 * y);
+            // SAFETY: masked-off columns are not written; the others are the caller's.
+            unsafe {
+                match n == 8 * Y {
+                    true => _mm256_storeu_ps(c, sums[r][y]),
+                    false => _mm256_maskstore_ps(c, lanes(n, y), sums[r][y]),
+                }
+            }
+        }
+    }
 }
 
 /// # Safety
@@ -490,70 +565,35 @@ fn lanes(n: usize, y: usize) -> __m256i {
 #[target_feature(enable = "avx2")]
 unsafe fn start<T: Copy, const M: usize, const Y: usize>(
     product: &Product<T>,
-    Corner {
-        row,
-        column,
-        width: n,
-    }: Corner,
+    corner: Corner,
 ) -> [[__m256; Y]; M] {
-    let Product { c, ldc, sum, .. } = *product;
-    let mut acc = [[_mm256_setzero_ps(); Y]; M];
-    if sum == Sum::Continue {
-        for r in 0..M {
-            for y in 0..Y {
-                let c = c.wrapping_add((row + r) * ldc + column + 8 * y);
-                // SAFETY: masked-off columns are not read; the others are the caller's.
-                acc[r][y] = unsafe {
-                    match n == 8 * Y {
-                        true => _mm256_loadu_ps(c),
-                        false => _mm256_maskload_ps(c, lanes(n, y)),
-                    }
-                };
-            }
-        }
+    match product.sum {
+        // SAFETY: the caller's contract.
+        Sum::Continue => unsafe { read(product, corner) },
+        _ => [[_mm256_setzero_ps(); Y]; M],
     }
-    acc
 }
 
 /// # Safety
-/// AVX2 and FMA; c is readable and writable where the corner says.
+/// AVX2; c is readable and writable where the corner says.
 #[inline]
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2")]
 unsafe fn finish<T: Copy, const M: usize, const Y: usize>(
-    acc: [[__m256; Y]; M],
+    mut acc: [[__m256; Y]; M],
     product: &Product<T>,
-    Corner {
-        row,
-        column,
-        width: n,
-    }: Corner,
+    corner: Corner,
 ) {
-    let Product { c, ldc, sum, .. } = *product;
-    for r in 0..M {
-        for y in 0..Y {
-            let c = c.wrapping_add((row + r) * ldc + column + 8 * y);
-            let mut value = acc[r][y];
-            let whole = n == 8 * Y;
-            // SAFETY: masked-off columns are neither read nor written; the others are the caller's.
-            unsafe {
-                // A masked load or store is some twenty operations on Zen: only where columns are missing.
-                let before = || match whole {
-                    true => _mm256_loadu_ps(c),
-                    false => _mm256_maskload_ps(c, lanes(n, y)),
-                };
-                match sum {
-                    Sum::Set | Sum::Continue => (),
-                    Sum::Add => value = _mm256_add_ps(before(), value),
-                    Sum::Scaled(scaling) => {
-                        value = scaled(value, before(), &scaling, row + r, column + 8 * y)
-                    }
-                }
-                match whole {
-                    true => _mm256_storeu_ps(c, value),
-                    false => _mm256_maskstore_ps(c, lanes(n, y), value),
+    // SAFETY: the caller's contract.
+    unsafe {
+        if product.sum == Sum::Add {
+            let before = read::<T, M, Y>(product, corner);
+            for r in 0..M {
+                for y in 0..Y {
+                    acc[r][y] = _mm256_add_ps(before[r][y], acc[r][y]);
                 }
             }
         }
+        write(acc, product, corner);
     }
 }
 
@@ -563,7 +603,13 @@ unsafe fn finish<T: Copy, const M: usize, const Y: usize>(
 /// AVX2 and FMA; the scaling is readable for the row and the columns' panel.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn scaled(sum: __m256, before: __m256, scaling: &Scaling, row: usize, column: usize) -> __m256 {
+pub(super) unsafe fn scaled(
+    sum: __m256,
+    before: __m256,
+    scaling: &Scaling,
+    row: usize,
+    column: usize,
+) -> __m256 {
     let at = column / PANEL * scaling.panel_stride + column % PANEL;
     // SAFETY: all 32 columns of a panel have scales, and offsets if there are any: the caller vouches.
     unsafe {

@@ -6,7 +6,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{PANEL, PASS_STEPS, Product, Scaling, Sum};
+use super::{Ahead, Element, PANEL, PASS_STEPS, Product, Scaling, Sum};
 
 /// How far ahead of its use a panel line is asked for. Reaching past a panel's end is right: the next panel follows it
 /// in memory. A prefetch of an unmapped address is ignored.
@@ -16,6 +16,8 @@ const PREFETCH_BYTES: usize = 8192;
 const MAX_TILE: usize = 12;
 /// Up to this many rows two panels (64 columns) go through a tile side by side.
 const MAX_WIDE_TILE: usize = 6;
+/// Rows of the largest tile whose sums are scaled, group by group: what they are added to wants registers, too.
+const MAX_SCALED_TILE: usize = 8;
 
 pub(super) fn pass_columns(m: usize) -> usize {
     if m <= MAX_WIDE_TILE { 2 * PANEL } else { PANEL }
@@ -32,7 +34,11 @@ macro_rules! pass {
         $(#[$doc])*
         #[target_feature(enable = $features)]
         pub(super) unsafe fn $name(product: &Product<$t>) {
-            let tiles = product.m.div_ceil(MAX_TILE);
+            let highest = match product.sum {
+                Sum::Scaled(_) => MAX_SCALED_TILE,
+                _ => MAX_TILE,
+            };
+            let tiles = product.m.div_ceil(highest);
             let (height, taller) = (product.m / tiles, product.m % tiles);
             let mut row = 0;
             for tile in 0..tiles {
@@ -72,32 +78,105 @@ pass!(
     { 1 2 3 4 5 6 7 8 9 10 11 12 } { 1 2 3 4 5 6 }
 );
 
-/// One register tile: M rows, Z zmm of columns (1, 2, or 4 = two panels).
+/// A register tile: M rows, Z zmm of columns (1, 2, or 4 = two panels).
+macro_rules! tile {
+    ($tile:ident, $sums:ident, $t:ty, $features:literal, $pass:ident) => {
+        /// # Safety
+        #[doc = concat!("As [`", stringify!($pass), "`], for rows row..row + M; n <= 16 Z.")]
+        #[inline]
+        #[target_feature(enable = $features)]
+        unsafe fn $tile<const M: usize, const Z: usize>(product: &Product<$t>, row: usize) {
+            let Product {
+                steps,
+                a,
+                lda,
+                panels,
+                panel_stride,
+                n,
+                c,
+                ldc,
+                sum,
+                ..
+            } = *product;
+            const PER_STEP: usize = <$t as Element>::PER_STEP;
+            // SAFETY: all reads and writes lie in the rows, panels and columns the caller vouches for.
+            unsafe {
+                let a = a.add(row * lda);
+                let Sum::Scaled(scaling) = sum else {
+                    let acc = start::<$t, M, Z>(product, row);
+                    let ahead = Ahead::nothing(panels.cast());
+                    let acc = $sums::<M, Z, false>(acc, (a, lda), (panels, panel_stride), steps, ahead);
+                    return finish(acc, product, row);
+                };
+                // Levels of codes lie in the nearest cache; the first rows ask for the codes that follow. What all groups
+                // come to stays in registers.
+                let c = c.wrapping_add(row * ldc);
+                let mut totals = read::<M, Z>(c, ldc, n);
+                for group in 0..steps / scaling.group_steps {
+                    let skipped = group * scaling.group_steps * PER_STEP;
+                    let (from, levels) = (a.add(skipped), panels.add(skipped * PANEL));
+                    let scaling = scaling.of_group(group);
+                    let ahead = match row {
+                        0 => scaling.ahead,
+                        _ => Ahead::nothing(levels.cast()),
+                    };
+                    let sums = [[_mm512_setzero_ps(); Z]; M];
+                    let sums = $sums::<M, Z, true>(
+                        sums,
+                        (from, lda),
+                        (levels, panel_stride),
+                        scaling.group_steps,
+                        ahead,
+                    );
+                    add_scaled(&mut totals, sums, &scaling, row);
+                }
+                write(totals, c, ldc, n);
+            }
+        }
+    };
+}
+
+tile!(
+    tile_bf16,
+    sums_bf16,
+    u16,
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16",
+    pass_bf16
+);
+tile!(
+    tile_f32,
+    sums_f32,
+    f32,
+    "avx512f,avx512bw,avx512dq,avx512vl",
+    pass_f32
+);
+
+/// `acc` plus `steps` steps of rows times panels. Of levels, made in the nearest cache, `ahead` says what to ask memory for.
 ///
 /// # Safety
-/// As [`pass_bf16`], for rows row..row + M; n <= 16 Z.
+/// AVX512-BF16; rows and panels are readable for the steps.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-unsafe fn tile_bf16<const M: usize, const Z: usize>(product: &Product<u16>, row: usize) {
-    let Product {
-        steps,
-        a,
-        lda,
-        panels,
-        panel_stride,
-        ..
-    } = *product;
-    // SAFETY: all reads and writes lie in the rows, panels and columns the caller vouches for.
+unsafe fn sums_bf16<const M: usize, const Z: usize, const LEVELS: bool>(
+    mut acc: [[__m512; Z]; M],
+    (mut a, lda): (*const u16, usize),
+    (mut panel, panel_stride): (*const u16, usize),
+    steps: usize,
+    mut ahead: Ahead,
+) -> [[__m512; Z]; M] {
+    // SAFETY: the caller's contract.
     unsafe {
-        let mut acc = start::<u16, M, Z>(product, row);
-        let mut a = a.add(row * lda);
-        let mut panel = panels;
         for _ in 0..steps {
             let mut b = [_mm512_setzero_si512(); Z];
             for z in 0..Z {
                 let line = panel.wrapping_add(z / 2 * panel_stride + z % 2 * 32);
                 b[z] = _mm512_loadu_si512(line.cast());
-                _mm_prefetch::<_MM_HINT_T0>(line.cast::<i8>().wrapping_add(PREFETCH_BYTES));
+                if !LEVELS {
+                    _mm_prefetch::<_MM_HINT_T0>(line.cast::<i8>().wrapping_add(PREFETCH_BYTES));
+                }
+            }
+            if LEVELS {
+                ahead.ask();
             }
             for r in 0..M {
                 let pair = _mm512_set1_epi32(a.add(r * lda).cast::<i32>().read_unaligned());
@@ -108,36 +187,36 @@ unsafe fn tile_bf16<const M: usize, const Z: usize>(product: &Product<u16>, row:
             a = a.add(2);
             panel = panel.add(64);
         }
-        finish(acc, product, row);
     }
+    acc
 }
 
-/// One register tile in float32: M rows, Z zmm of columns (1, 2, or 4 = two panels).
+/// As [`sums_bf16`].
 ///
 /// # Safety
-/// As [`pass_f32`], for rows row..row + M; n <= 16 Z.
+/// AVX-512F; rows and panels are readable for the steps.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn tile_f32<const M: usize, const Z: usize>(product: &Product<f32>, row: usize) {
-    let Product {
-        steps,
-        a,
-        lda,
-        panels,
-        panel_stride,
-        ..
-    } = *product;
-    // SAFETY: all reads and writes lie in the rows, panels and columns the caller vouches for.
+unsafe fn sums_f32<const M: usize, const Z: usize, const LEVELS: bool>(
+    mut acc: [[__m512; Z]; M],
+    (mut a, lda): (*const f32, usize),
+    (mut panel, panel_stride): (*const f32, usize),
+    steps: usize,
+    mut ahead: Ahead,
+) -> [[__m512; Z]; M] {
+    // SAFETY: the caller's contract.
     unsafe {
-        let mut acc = start::<f32, M, Z>(product, row);
-        let mut a = a.add(row * lda);
-        let mut panel = panels;
         for _ in 0..steps {
             let mut b = [_mm512_setzero_ps(); Z];
             for z in 0..Z {
                 let line = panel.wrapping_add(z / 2 * panel_stride + z % 2 * 16);
                 b[z] = _mm512_loadu_ps(line);
-                _mm_prefetch::<_MM_HINT_T0>(line.cast::<i8>().wrapping_add(PREFETCH_BYTES));
+                if !LEVELS {
+                    _mm_prefetch::<_MM_HINT_T0>(line.cast::<i8>().wrapping_add(PREFETCH_BYTES));
+                }
+            }
+            if LEVELS {
+                ahead.ask();
             }
             for r in 0..M {
                 let x = _mm512_set1_ps(*a.add(r * lda));
@@ -148,7 +227,98 @@ unsafe fn tile_f32<const M: usize, const Z: usize>(product: &Product<f32>, row: 
             a = a.add(1);
             panel = panel.add(32);
         }
-        finish(acc, product, row);
+    }
+    acc
+}
+
+impl Ahead {
+    #[inline]
+    fn ask(&mut self) {
+        // SAFETY: a prefetch of any address is allowed.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(self.line.cast()) };
+        self.line = self.line.wrapping_add(self.stride);
+    }
+}
+
+/// M rows of n columns; lanes beyond them are zero.
+///
+/// # Safety
+/// AVX-512F; they are readable.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn read<const M: usize, const Z: usize>(
+    c: *const f32,
+    ldc: usize,
+    n: usize,
+) -> [[__m512; Z]; M] {
+    let mut sums = [[_mm512_setzero_ps(); Z]; M];
+    for r in 0..M {
+        for z in 0..Z {
+            // SAFETY: masked-off columns are not read; the others are the caller's.
+            sums[r][z] = unsafe { _mm512_maskz_loadu_ps(lanes(n, z), c.wrapping_add(r * ldc + 16 * z)) };
+        }
+    }
+    sums
+}
+
+/// # Safety
+/// AVX-512F; the columns are writable.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn write<const M: usize, const Z: usize>(
+    sums: [[__m512; Z]; M],
+    c: *mut f32,
+    ldc: usize,
+    n: usize,
+) {
+    for r in 0..M {
+        for z in 0..Z {
+            let to = c.wrapping_add(r * ldc + 16 * z);
+            // SAFETY: masked-off columns are not written; the others are the caller's.
+            unsafe {
+                match n >= 16 * Z {
+                    // A masked store is several operations on Zen.
+                    true => _mm512_storeu_ps(to, sums[r][z]),
+                    false => _mm512_mask_storeu_ps(to, lanes(n, z), sums[r][z]),
+                }
+            }
+        }
+    }
+}
+
+/// `totals += scale * sums + offset * total` of the scaling's first group, for M rows from `row`.
+///
+/// # Safety
+/// AVX-512F; the scaling is readable for the rows and the registers' panels.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn add_scaled<const M: usize, const Z: usize>(
+    totals: &mut [[__m512; Z]; M],
+    sums: [[__m512; Z]; M],
+    scaling: &Scaling,
+    row: usize,
+) {
+    // SAFETY: all 32 columns of a panel have scales, and offsets if there are any: the caller vouches.
+    unsafe {
+        let of = |numbers: *const f32, z: usize| {
+            _mm512_loadu_ps(numbers.add(z / 2 * scaling.panel_stride + z % 2 * 16))
+        };
+        for z in 0..Z {
+            let scales = of(scaling.scales, z);
+            for r in 0..M {
+                totals[r][z] = _mm512_fmadd_ps(sums[r][z], scales, totals[r][z]);
+            }
+        }
+        if scaling.offsets.is_null() {
+            return;
+        }
+        for z in 0..Z {
+            let offsets = of(scaling.offsets, z);
+            for r in 0..M {
+                let total = _mm512_set1_ps(*scaling.totals.add((row + r) * scaling.totals_stride));
+                totals[r][z] = _mm512_fmadd_ps(total, offsets, totals[r][z]);
+            }
+        }
     }
 }
 
@@ -167,17 +337,11 @@ unsafe fn start<T: Copy, const M: usize, const Z: usize>(
     row: usize,
 ) -> [[__m512; Z]; M] {
     let Product { n, c, ldc, sum, .. } = *product;
-    let mut acc = [[_mm512_setzero_ps(); Z]; M];
-    if sum == Sum::Continue {
-        for r in 0..M {
-            for z in 0..Z {
-                // SAFETY: masked-off columns are not read; the others are the caller's.
-                acc[r][z] =
-                    unsafe { _mm512_maskz_loadu_ps(lanes(n, z), c.wrapping_add((row + r) * ldc + 16 * z)) };
-            }
-        }
+    match sum {
+        // SAFETY: the caller's contract.
+        Sum::Continue => unsafe { read::<M, Z>(c.wrapping_add(row * ldc), ldc, n) },
+        _ => [[_mm512_setzero_ps(); Z]; M],
     }
-    acc
 }
 
 /// # Safety
@@ -190,42 +354,19 @@ unsafe fn finish<T: Copy, const M: usize, const Z: usize>(
     row: usize,
 ) {
     let Product { n, c, ldc, sum, .. } = *product;
-    for r in 0..M {
-        for z in 0..Z {
-            let c = c.wrapping_add((row + r) * ldc + 16 * z);
-            let mut value = acc[r][z];
-            // SAFETY: masked-off columns are neither read nor written; the others are the caller's.
-            unsafe {
-                match sum {
-                    Sum::Set | Sum::Continue => (),
-                    Sum::Add => value = _mm512_add_ps(_mm512_maskz_loadu_ps(lanes(n, z), c), value),
-                    Sum::Scaled(scaling) => {
-                        let before = _mm512_maskz_loadu_ps(lanes(n, z), c);
-                        value = scaled(value, before, &scaling, row + r, z);
-                    }
+    let c = c.wrapping_add(row * ldc);
+    let mut acc = acc;
+    // SAFETY: the rows and columns of c are the caller's.
+    unsafe {
+        if sum == Sum::Add {
+            let before = read::<M, Z>(c, ldc, n);
+            for r in 0..M {
+                for z in 0..Z {
+                    acc[r][z] = _mm512_add_ps(before[r][z], acc[r][z]);
                 }
-                _mm512_mask_storeu_ps(c, lanes(n, z), value);
             }
         }
-    }
-}
-
-/// `before + scale * sum + offset * total` of a row's columns in register z.
-///
-/// # Safety
-/// AVX-512F; the scaling is readable for the row and the register's panel.
-#[inline]
-#[target_feature(enable = "avx512f")]
-pub(super) unsafe fn scaled(sum: __m512, before: __m512, scaling: &Scaling, row: usize, z: usize) -> __m512 {
-    let at = z / 2 * scaling.panel_stride + z % 2 * 16;
-    // SAFETY: all 32 columns of a panel have scales, and offsets if there are any: the caller vouches.
-    unsafe {
-        let value = _mm512_fmadd_ps(sum, _mm512_loadu_ps(scaling.scales.add(at)), before);
-        if scaling.offsets.is_null() {
-            return value;
-        }
-        let total = _mm512_set1_ps(*scaling.totals.add(row * scaling.totals_stride));
-        _mm512_fmadd_ps(total, _mm512_loadu_ps(scaling.offsets.add(at)), value)
+        write(acc, c, ldc, n);
     }
 }
 

@@ -15,7 +15,6 @@ mod avx512;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod few;
 
-#[cfg(any(test, not(target_arch = "x86_64")))]
 use super::PANEL;
 #[cfg(target_arch = "x86_64")]
 use crate::machine::features;
@@ -62,7 +61,7 @@ pub(crate) unsafe fn to_bf16(grid: Grid, from: *const u8, lines: usize, to: *mut
             (4, false) => avx2::nibbles_to_bf16(grid.bf16_levels(), from, lines, to),
             (_, true) if grid == Grid::Int8 => avx512::int8_to_bf16(from, lines, to),
             (_, true) => avx512::fp8_to_bf16(from, lines, to),
-            (_, false) => avx2::bytes_to_bf16(bytes(grid), from, lines, to),
+            (_, false) => avx2::bytes_to_bf16(avx2::Bytes::of(grid), from, lines, to),
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
@@ -83,7 +82,7 @@ pub(crate) unsafe fn to_f32(grid: Grid, from: *const u8, lines: usize, to: *mut 
         match (grid.bits(), features().avx512f) {
             (4, true) => avx512::nibbles_to_f32(grid.levels(), from, lines, to),
             (4, false) => avx2::nibbles_to_f32(grid.levels(), from, lines, to),
-            _ => avx2::bytes_to_f32(bytes(grid), from, lines, to),
+            _ => avx2::bytes_to_f32(avx2::Bytes::of(grid), from, lines, to),
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
@@ -93,12 +92,26 @@ pub(crate) unsafe fn to_f32(grid: Grid, from: *const u8, lines: usize, to: *mut 
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-fn bytes(grid: Grid) -> avx2::Bytes<'static> {
-    match grid {
-        Grid::Int8 => avx2::Bytes::Integers,
-        _ => avx2::Bytes::Levels(grid.levels().try_into().expect("eight bits have 256 levels")),
+/// Lines of codes into a panel of bfloat16, each level scaled and shifted in float32 and then rounded: what [`to_bf16`] leaves
+/// to the sums. Whether there is such a way here; else nothing was written.
+///
+/// # Safety
+/// As [`to_bf16`].
+pub(crate) unsafe fn numbers_to_bf16(
+    grid: Grid,
+    from: *const u8,
+    lines: usize,
+    scales_and_offsets: [&[f32; PANEL]; 2],
+    to: *mut u16,
+) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if features().avx512bf16 {
+        // SAFETY: the instruction sets were asked for; the rest is the caller's contract.
+        unsafe { avx512::numbers_to_bf16(grid, from, lines, scales_and_offsets, to) };
+        return true;
     }
+    let _ = (grid, from, lines, scales_and_offsets, to);
+    false
 }
 
 /// In plain Rust: the tests hold the others against it.

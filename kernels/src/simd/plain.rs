@@ -103,7 +103,7 @@ unsafe fn scaled(sum: f32, before: f32, scaling: &Scaling, row: usize, column: u
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::simd::GRAIN;
+    use crate::simd::{Ahead, GRAIN};
 
     /// Small whole numbers: every order of summation gives the same.
     fn numbers(n: usize, seed: usize) -> Vec<f32> {
@@ -159,6 +159,7 @@ mod tests {
                 panel_stride: groups * PANEL,
                 totals: totals.as_ptr(),
                 totals_stride: groups,
+                ahead: Ahead::nothing(a.as_ptr().cast()),
             };
             let shifted = Scaling {
                 offsets: offsets.as_ptr(),

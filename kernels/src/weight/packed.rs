@@ -16,14 +16,12 @@ use crate::pool::{self, Scratch};
 use crate::simd::codes::few::{self, FewRows};
 use crate::simd::codes::{self, LINE};
 use crate::simd::pack;
-use crate::simd::{self, Element, FEW_ROWS, PANEL, Product, Scaling, Sum};
+use crate::simd::{self, Ahead, Element, PANEL, Product, Scaling, Sum};
 use crate::slice::{Pages, Plain, RowsMut, Shared};
 
 /// Values of a longer group that are summed before they are scaled: one pass of the micro-kernels, in any type.
 const SPAN: usize = simd::PASS_STEPS;
-/// Values of a panel decoded at once, at least a span: for few rows they stay in the first-level cache beside everything
-/// else; for many they are what the rows are multiplied with for a while.
-const FEW_ROWS_PIECE: usize = 128;
+/// Values of a panel decoded at once: they stay in the first-level cache for all rows.
 const PIECE: usize = SPAN;
 
 pub(crate) struct Packed {
@@ -151,7 +149,7 @@ impl Packed {
                 // SAFETY: the row has K values, of which the span are some; row `row` of the totals is this task's alone.
                 unsafe {
                     let values = std::slice::from_raw_parts(left.row(row).add(span.start), span.len());
-                    *to.get().add(row * spans.len() + i) = values.iter().map(|&value| T::widen(value)).sum();
+                    *to.get().add(row * spans.len() + i) = total(values);
                 }
             }
         });
@@ -183,80 +181,93 @@ impl Packed {
             unsafe { std::slice::from_raw_parts_mut(c.add(row * ldc), width) }.fill(0.0);
         }
         #[cfg(target_arch = "x86_64")]
-        if T::PER_STEP == 2 && m <= few::most_rows() {
+        if T::PER_STEP == 2 && m <= few::most_rows(self.grid) {
             // SAFETY: the caller's contract; two values a step are bfloat16.
             return unsafe { self.multiply_few(rows, columns) };
         }
-        let piece_values = if m <= FEW_ROWS { FEW_ROWS_PIECE } else { PIECE };
+        let spans: Vec<Range<usize>> = self.spans().collect();
+        let pieces = pieces(&spans);
+        let values = |piece: &Range<usize>| spans[piece.start].start..spans[piece.end - 1].end;
+        let most = |of: &dyn Fn(&Range<usize>) -> usize| pieces.iter().map(of).max().unwrap_or(0);
+        let most_spans = most(&|piece| piece.len());
+        let panel_stride = T::panel_len(most(&|piece| values(piece).len()).next_multiple_of(4));
         let pass_columns = T::pass_columns(m);
-        // A span is at most one piece; a piece at most as long as the other limit.
-        let most = piece_values.max(SPAN.min(self.group)).next_multiple_of(4);
-        let panel_stride = T::panel_len(most);
         let n_panels = pass_columns.min(width.next_multiple_of(PANEL)) / PANEL;
         let mut levels = pool::scratch::<T>(n_panels * panel_stride);
-        let most_spans = most.div_ceil(self.group.min(SPAN));
         let mut scales = pool::scratch::<f32>(2 * n_panels * most_spans * PANEL);
         let (scales, offsets) = scales.split_at_mut(n_panels * most_spans * PANEL);
-        let mut in_piece = Vec::with_capacity(most_spans);
-        for first in (0..width).step_by(pass_columns) {
-            let n = pass_columns.min(width - first);
-            let panels = (columns.start + first) / PANEL..(columns.start + first + n).div_ceil(PANEL);
-            let mut spans = self.spans().enumerate().peekable();
-            while let Some((first_span, span)) = spans.next() {
-                let (first_value, mut piece) = (span.start, span.clone());
-                in_piece.clear();
-                in_piece.push(span);
-                let fits = |next: &Range<usize>, spans: usize| {
-                    next.end - first_value <= piece_values && spans < most_spans
-                };
-                while let Some((_, next)) = spans.next_if(|(_, next)| fits(next, in_piece.len())) {
-                    piece.end = next.end;
-                    in_piece.push(next);
-                }
-                for (i, panel) in panels.clone().enumerate() {
-                    self.decode(panel, piece.clone(), &mut levels[i * panel_stride..]);
-                    for (j, span) in in_piece.iter().enumerate() {
-                        let at = (i * most_spans + j) * PANEL;
-                        let from = panel * self.groups() + span.start / self.group;
-                        self.scales.read(from, &mut scales[at..at + PANEL]);
-                        if let Some(from_offsets) = &self.offsets {
-                            from_offsets.read(from, &mut offsets[at..at + PANEL]);
-                        }
-                    }
-                }
-                // Groups of one length go together.
-                let mut j = 0;
-                for alike in in_piece.chunk_by(|one, next| one.len() == next.len()) {
-                    let (start, group_steps) = (alike[0].start, T::steps(alike[0].len()));
-                    let skipped = T::steps(start - piece.start) * T::PER_STEP;
-                    let product = Product {
-                        m,
-                        steps: group_steps * alike.len(),
-                        a: a.wrapping_add(start),
-                        lda,
-                        panels: levels[skipped * PANEL..].as_ptr(),
-                        panel_stride,
-                        n,
-                        c: c.wrapping_add(first),
-                        ldc,
-                        sum: Sum::Scaled(Scaling {
-                            group_steps,
-                            scales: scales[j * PANEL..].as_ptr(),
-                            offsets: match self.has_offsets() {
-                                true => offsets[j * PANEL..].as_ptr(),
-                                false => std::ptr::null(),
-                            },
-                            panel_stride: most_spans * PANEL,
-                            totals: totals.wrapping_add(first_span + j),
-                            totals_stride,
-                        }),
-                    };
-                    j += alike.len();
-                    // SAFETY: the spans' steps of the caller's rows; `levels`, `scales` and `offsets` hold them for all
-                    // panels of the columns; a piece is one pass.
-                    unsafe { simd::product(&product) };
+        // All columns before the next piece, so that the piece of the rows is found in the second-level cache.
+        let mut turns = (pieces.iter())
+            .flat_map(|piece| (0..width).step_by(pass_columns).map(move |first| (piece, first)))
+            .peekable();
+        while let Some((piece, first)) = turns.next() {
+            let (n, in_piece, values) = (
+                pass_columns.min(width - first),
+                &spans[piece.clone()],
+                values(piece),
+            );
+            let panel = (columns.start + first) / PANEL;
+            for i in 0..n.div_ceil(PANEL) {
+                self.decode(panel + i, values.clone(), &mut levels[i * panel_stride..]);
+                let at = i * most_spans * PANEL..(i * most_spans + piece.len()) * PANEL;
+                self.read_scales(&self.scales, panel + i, in_piece, &mut scales[at.clone()]);
+                if let Some(from) = &self.offsets {
+                    self.read_scales(from, panel + i, in_piece, &mut offsets[at]);
                 }
             }
+            let next = turns.peek().map(|&(next, first)| {
+                let (from, _) = self.lines((columns.start + first) / PANEL, spans[next.start].clone());
+                from.as_ptr()
+            });
+            // Groups of one length go together.
+            let mut j = 0;
+            for alike in in_piece.chunk_by(|one, next| one.len() == next.len()) {
+                let (start, group_steps) = (alike[0].start, T::steps(alike[0].len()));
+                let skipped = T::steps(start - values.start);
+                let ahead_stride = LINE * T::PER_STEP / codes::line_values(self.grid);
+                let product = Product {
+                    m,
+                    steps: group_steps * alike.len(),
+                    a: a.wrapping_add(start),
+                    lda,
+                    panels: levels[skipped * T::PER_STEP * PANEL..].as_ptr(),
+                    panel_stride,
+                    n,
+                    c: c.wrapping_add(first),
+                    ldc,
+                    sum: Sum::Scaled(Scaling {
+                        group_steps,
+                        scales: scales[j * PANEL..].as_ptr(),
+                        offsets: match self.has_offsets() {
+                            true => offsets[j * PANEL..].as_ptr(),
+                            false => std::ptr::null(),
+                        },
+                        panel_stride: most_spans * PANEL,
+                        totals: totals.wrapping_add(piece.start + j),
+                        totals_stride,
+                        ahead: Ahead {
+                            line: next.map_or(a.cast(), |next| next.wrapping_add(skipped * ahead_stride)),
+                            stride: next.map_or(0, |_| ahead_stride),
+                        },
+                    }),
+                };
+                j += alike.len();
+                // SAFETY: the spans' steps of the caller's rows; `levels`, `scales` and `offsets` hold them for all
+                // panels of the columns; a piece is one pass.
+                unsafe { simd::product(&product) };
+            }
+        }
+    }
+
+    /// The scales, or offsets, of spans of a panel that follow one another, 32 each.
+    fn read_scales(&self, from: &Scales, panel: usize, spans: &[Range<usize>], to: &mut [f32]) {
+        let first = panel * self.groups();
+        if self.group <= SPAN {
+            // A span is a group.
+            return from.read(first + spans[0].start / self.group, to);
+        }
+        for (span, to) in spans.iter().zip(to.chunks_exact_mut(PANEL)) {
+            from.read(first + span.start / self.group, to);
         }
     }
 
@@ -280,6 +291,7 @@ impl Packed {
             if let Some(from) = &self.offsets {
                 from.read(panel * self.groups(), offsets);
             }
+            let codes = self.codes[panel * panel_bytes..][..panel_bytes].as_ptr();
             let product = FewRows {
                 grid: self.grid,
                 m: rows.m,
@@ -287,7 +299,7 @@ impl Packed {
                 lda: rows.lda,
                 wide: wide.as_ptr(),
                 wide_stride,
-                codes: self.codes[panel * panel_bytes..][..panel_bytes].as_ptr(),
+                codes,
                 k: self.k,
                 group: self.group,
                 span: SPAN,
@@ -301,6 +313,7 @@ impl Packed {
                     panel_stride: 0,
                     totals: rows.totals,
                     totals_stride: rows.totals_stride,
+                    ahead: Ahead::nothing(codes),
                 },
                 c: rows.c.wrapping_add(first),
                 ldc: rows.ldc,
@@ -313,15 +326,21 @@ impl Packed {
 
     /// The levels of a panel over `values`, which begin with a line.
     fn decode<T: Element>(&self, panel: usize, values: Range<usize>, to: &mut [T]) {
+        let (from, lines) = self.lines(panel, values.clone());
+        let room = lines * codes::line_values(self.grid) * PANEL;
+        assert!(to.len() >= room, "a panel of {values:?}");
+        // SAFETY: packed only where fast paths are available; the lines are there, and room for their values.
+        unsafe { T::decode(self.grid, from.as_ptr(), lines, to.as_mut_ptr()) };
+    }
+
+    /// The codes of a panel over `values`, which begin with a line, and how many lines they are.
+    fn lines(&self, panel: usize, values: Range<usize>) -> (&[u8], usize) {
         let per_line = codes::line_values(self.grid);
         assert_eq!(values.start % per_line, 0, "codes are decoded by the line");
         let lines = values.len().div_ceil(per_line);
         let panel_bytes = codes::panel_bytes(self.grid, self.k);
-        let from = &self.codes[panel * panel_bytes..][..panel_bytes][values.start / per_line * LINE..]
-            [..lines * LINE];
-        assert!(to.len() >= lines * per_line * PANEL, "a panel of {values:?}");
-        // SAFETY: packed only where fast paths are available; the lines are there, and room for their values.
-        unsafe { T::decode(self.grid, from.as_ptr(), lines, to.as_mut_ptr()) };
+        let codes = &self.codes[panel * panel_bytes..][..panel_bytes];
+        (&codes[values.start / per_line * LINE..][..lines * LINE], lines)
     }
 
     /// Values `values` of a panel as numbers `[values][32]`: the levels, as `precision` has them, scaled in float32. They
@@ -350,9 +369,17 @@ impl Packed {
         }
     }
 
-    /// Values `values` of a panel as a panel of numbers, rounded to the operand type. They begin with a line.
+    /// Values `values` of a panel as a panel of numbers, rounded to the operand type. They begin with a line, and `to` has
+    /// room for whole lines.
     pub fn panel<T: Element + Plain>(&self, panel: usize, values: Range<usize>, to: &mut [T]) {
         let len = values.len();
+        if T::PER_STEP == 2 && self.bf16_panel(panel, values.clone(), to.as_mut_ptr().cast(), to.len()) {
+            if len % 2 == 1 {
+                let last = &mut to[len / 2 * 2 * PANEL..][..2 * PANEL];
+                last.chunks_exact_mut(2).for_each(|pair| pair[1] = T::default());
+            }
+            return;
+        }
         let mut numbers = pool::scratch::<f32>(len.next_multiple_of(4) * PANEL);
         self.numbers(panel, values, Precision::F32, &mut numbers);
         // An odd K is padded with zeroes.
@@ -365,6 +392,36 @@ impl Packed {
             }
             pack::pack_step([&rows[0], &rows[1]], to);
         }
+    }
+
+    /// [`Packed::panel`] in bfloat16, whole lines without the padding, where there is a way to it without float32 in memory.
+    fn bf16_panel(&self, panel: usize, values: Range<usize>, to: *mut u16, room: usize) -> bool {
+        let per_line = codes::line_values(self.grid);
+        assert!(
+            room >= values.len().next_multiple_of(per_line) * PANEL,
+            "a panel of {values:?}"
+        );
+        let [mut scales, mut offsets] = [[0.0; PANEL]; 2];
+        let mut first = values.start;
+        while first < values.end {
+            let group = first / self.group;
+            let end = values.end.min((group + 1) * self.group);
+            self.scales.read(panel * self.groups() + group, &mut scales);
+            if let Some(from) = &self.offsets {
+                from.read(panel * self.groups() + group, &mut offsets);
+            }
+            let (from, lines) = self.lines(panel, first..end);
+            // SAFETY: packed only where fast paths are available; the lines are there, and room for their values.
+            let done = unsafe {
+                let to = to.add((first - values.start) * PANEL);
+                codes::numbers_to_bf16(self.grid, from.as_ptr(), lines, [&scales, &offsets], to)
+            };
+            if !done {
+                return false;
+            }
+            first = end;
+        }
+        true
     }
 
     /// All of it, `[N, K]` float32, the levels as `precision` has them.
@@ -409,6 +466,29 @@ impl Packed {
         });
         out
     }
+}
+
+/// Spans that are decoded together, at most [`PIECE`] values.
+fn pieces(spans: &[Range<usize>]) -> Vec<Range<usize>> {
+    let mut pieces: Vec<Range<usize>> = vec![];
+    for (i, span) in spans.iter().enumerate() {
+        match pieces.last_mut() {
+            Some(piece) if span.end - spans[piece.start].start <= PIECE => piece.end = i + 1,
+            _ => pieces.push(i..i + 1),
+        }
+    }
+    pieces
+}
+
+/// In eight sums side by side, then those: one after the other a sum would wait for the one before.
+fn total<T: Element>(values: &[T]) -> f32 {
+    let mut sums = [0.0; 8];
+    for values in values.chunks(sums.len()) {
+        sums.iter_mut()
+            .zip(values)
+            .for_each(|(sum, value)| *sum += value.widen());
+    }
+    sums.iter().sum()
 }
 
 impl Scales {

@@ -1,27 +1,33 @@
-//! A few rows times a panel of codes, in AVX-512: levels are made in registers and never written, so that a product waits
+//! A few rows times a panel of codes, in AVX-512 (and in `avx2`): levels are made in registers and never written, so that a product waits
 //! for the bytes of the codes. The order of summation is that of the unit which multiplies many rows: pairs by VDPBF16PS one
 //! after the other, or, as AMX has it, the even and the odd values of sixteen steps apart, then both, then the sum so far.
 
 #![allow(clippy::needless_range_loop)] // Register tiles are indexed by row and column.
 
+mod avx2;
+
 use std::arch::x86_64::*;
 
 use super::LINE;
-use super::avx512::{fp8_levels, int8_levels, looked_up, nibble_table};
+use super::avx512::{
+    Tables, fp8_levels, int8_levels, int8_tables, integers, looked_up, nibble_table, widened,
+};
 use crate::machine::features;
-use crate::simd::avx512::{as_bf16, lanes, scaled};
+use crate::simd::avx512::{add_scaled, as_bf16, lanes, read, write};
 use crate::simd::{GRAIN, PANEL, Scaling};
 use crate::weight::Grid;
 
 /// How far ahead of its use a line of codes is asked for.
 const PREFETCH_BYTES: usize = 4096;
 
-/// Up to so many rows this is the faster way: more decode the codes once, for all of them.
-pub(crate) fn most_rows() -> usize {
-    match (features().amx, features().avx512bf16) {
-        (true, _) => 2 * SPLIT_ROWS,
-        (_, true) => 2 * PAIR_ROWS,
-        _ => 0,
+/// Up to so many rows this is the faster way: more find the levels in the nearest cache, made once for all of them.
+pub(crate) fn most_rows(grid: Grid) -> usize {
+    match (features().amx, features().avx512bf16, grid.bits()) {
+        (true, ..) => 2 * SPLIT_ROWS,
+        // Levels of 4 bits are soon made, a second time, too.
+        (_, true, 4) => 2 * PAIR_ROWS,
+        (_, true, _) => PAIR_ROWS,
+        _ => avx2::most_rows(grid),
     }
 }
 
@@ -38,7 +44,7 @@ pub(crate) struct FewRows {
     /// Rows of bfloat16, whole steps.
     pub a: *const u16,
     pub lda: usize,
-    /// The same rows in float32. Read only where AMX multiplies many rows.
+    /// The same rows in float32. Not read where VDPBF16PS multiplies many rows.
     pub wide: *const f32,
     pub wide_stride: usize,
     /// The panel's lines over K.
@@ -59,8 +65,11 @@ impl FewRows {
     /// # Safety
     /// `m <= most_rows()`; rows, codes, scales and the columns of c are as long as said.
     pub unsafe fn multiply(&self) {
-        // SAFETY: AVX512-BF16 is there where any rows are few; the rest is the caller's contract.
+        // SAFETY: fast paths are available: AVX2, or AVX512-BF16 and VBMI; the rest is the caller's contract.
         unsafe {
+            if !features().avx512bf16 {
+                return self.multiply_avx2();
+            }
             match (features().amx, self.grid.bits(), self.grid) {
                 (true, 4, _) => self.rows::<SPLIT_ROWS, true, NIBBLES>(),
                 (true, _, Grid::Int8) => self.rows::<SPLIT_ROWS, true, INTEGERS>(),
@@ -73,7 +82,7 @@ impl FewRows {
     }
 
     /// In tiles of nearly equal height.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi")]
     unsafe fn rows<const MOST: usize, const SPLIT: bool, const CODES: u8>(&self) {
         let tiles = self.m.div_ceil(MOST);
         for tile in 0..tiles {
@@ -97,7 +106,7 @@ impl FewRows {
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi")]
     unsafe fn tile<const M: usize, const SPLIT: bool, const CODES: u8>(&self, row: usize) {
         let FewRows {
             grid,
@@ -109,50 +118,48 @@ impl FewRows {
             n,
             ..
         } = *self;
-        let table = match CODES {
-            NIBBLES => nibble_table(grid.bf16_levels()),
-            _ => _mm512_setzero_si512(),
+        let tables = match CODES {
+            NIBBLES => [nibble_table(grid.bf16_levels()); 5],
+            INTEGERS => int8_tables(),
+            _ => [_mm512_setzero_si512(); 5],
         };
         let line_values = super::line_values(grid);
+        let c = self.c.wrapping_add(row * self.ldc);
+        // SAFETY: the rows and columns of c are the caller's.
+        let mut totals = unsafe { read::<M, 2>(c, self.ldc, n) };
         let (mut number, mut first) = (0, 0);
         while first < k {
             let group_end = k.min((first / group + 1) * group);
             let end = group_end.min(first + span);
-            // SAFETY: the span's values and lines, its scales and its columns of c are the caller's.
+            // SAFETY: the span's values and lines and its scales are the caller's.
             unsafe {
                 let lines = codes.add(first / line_values * LINE);
                 let steps = (end - first).div_ceil(2);
                 let sums = match SPLIT {
-                    true => self.split_sums::<M, CODES>(row, first, lines, steps, table),
-                    false => self.pair_sums::<M, CODES>(row, first, lines, steps, table),
+                    true => self.split_sums::<M, CODES>(row, first, lines, steps, tables),
+                    false => self.pair_sums::<M, CODES>(row, first, lines, steps, tables),
                 };
                 let scaling = Scaling {
                     totals: scaling.totals.wrapping_add(number),
                     ..scaling.of_group(first / group)
                 };
-                for r in 0..M {
-                    for z in 0..2 {
-                        let lanes = lanes(n, z);
-                        let c = self.c.wrapping_add((row + r) * self.ldc + 16 * z);
-                        let before = _mm512_maskz_loadu_ps(lanes, c);
-                        let value = scaled(sums[r][z], before, &scaling, row + r, z);
-                        _mm512_mask_storeu_ps(c, lanes, value);
-                    }
-                }
+                add_scaled(&mut totals, sums, &scaling, row);
             }
             (number, first) = (number + 1, end);
         }
+        // SAFETY: as above.
+        unsafe { write(totals, c, self.ldc, n) };
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi")]
     unsafe fn pair_sums<const M: usize, const CODES: u8>(
         &self,
         row: usize,
         first: usize,
         lines: *const u8,
         steps: usize,
-        table: __m512i,
+        tables: Tables,
     ) -> [[__m512; 2]; M] {
         let mut sums = [[_mm512_setzero_ps(); 2]; M];
         // SAFETY: the steps of M rows and their lines are the caller's.
@@ -168,7 +175,7 @@ impl FewRows {
                 }
             };
             for step in (0..steps).step_by(line_steps(CODES)) {
-                let [one, two] = pairs::<CODES>(lines, step, table);
+                let [one, two] = pairs::<CODES>(lines, step, tables);
                 add(step, one);
                 if line_steps(CODES) == 2 && step + 1 < steps {
                     add(step + 1, two);
@@ -179,14 +186,14 @@ impl FewRows {
     }
 
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi")]
     unsafe fn split_sums<const M: usize, const CODES: u8>(
         &self,
         row: usize,
         first: usize,
         lines: *const u8,
         steps: usize,
-        table: __m512i,
+        tables: Tables,
     ) -> [[__m512; 2]; M] {
         let mut sums = [[_mm512_setzero_ps(); 2]; M];
         // SAFETY: as above; the rows are there in float32, too.
@@ -206,7 +213,7 @@ impl FewRows {
                     }
                 };
                 for step in (grain..end).step_by(line_steps(CODES)) {
-                    let [one, two] = split::<CODES>(lines, step, table);
+                    let [one, two] = split::<CODES>(lines, step, tables);
                     add(step, one);
                     if line_steps(CODES) == 2 && step + 1 < end {
                         add(step + 1, two);
@@ -238,22 +245,22 @@ const fn line_steps(codes: u8) -> usize {
 /// The levels of a line as pairs of bfloat16, by step and register; bytes have one step.
 ///
 /// # Safety
-/// AVX512-BF16; the line of step `step`, an even one for nibbles, is readable.
+/// AVX512-BF16 and VBMI; the line of step `step`, an even one for nibbles, is readable.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-unsafe fn pairs<const CODES: u8>(lines: *const u8, step: usize, table: __m512i) -> [[__m512i; 2]; 2] {
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi")]
+unsafe fn pairs<const CODES: u8>(lines: *const u8, step: usize, tables: Tables) -> [[__m512i; 2]; 2] {
     // SAFETY: the caller's contract.
     unsafe {
         if CODES == NIBBLES {
             let line = lines.add(step / 2 * LINE);
             _mm_prefetch::<_MM_HINT_T0>(line.cast::<i8>().wrapping_add(PREFETCH_BYTES));
-            let [a, b, c, d] = looked_up(_mm512_loadu_si512(line.cast()), table);
+            let [a, b, c, d] = looked_up(_mm512_loadu_si512(line.cast()), tables[0]);
             return [[a, b], [c, d]];
         }
         let line = lines.add(step * LINE);
         _mm_prefetch::<_MM_HINT_T0>(line.cast::<i8>().wrapping_add(PREFETCH_BYTES));
         let levels = match CODES {
-            INTEGERS => [int8_levels(line), int8_levels(line.add(LINE / 2))],
+            INTEGERS => int8_levels(line, tables),
             _ => [fp8_levels(line), fp8_levels(line.add(LINE / 2))],
         };
         [levels; 2]
@@ -265,8 +272,8 @@ unsafe fn pairs<const CODES: u8>(lines: *const u8, step: usize, table: __m512i) 
 /// # Safety
 /// As [`pairs`].
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-unsafe fn split<const CODES: u8>(lines: *const u8, step: usize, table: __m512i) -> [[[__m512; 2]; 2]; 2] {
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi")]
+unsafe fn split<const CODES: u8>(lines: *const u8, step: usize, tables: Tables) -> [[[__m512; 2]; 2]; 2] {
     // SAFETY: the caller's contract.
     unsafe {
         if CODES == INTEGERS {
@@ -275,36 +282,9 @@ unsafe fn split<const CODES: u8>(lines: *const u8, step: usize, table: __m512i) 
             let levels = [integers(line), integers(line.add(LINE / 2))];
             return [levels; 2];
         }
-        let [[a, b], [c, d]] = pairs::<CODES>(lines, step, table);
+        let [[a, b], [c, d]] = pairs::<CODES>(lines, step, tables);
         [[widened(a), widened(b)], [widened(c), widened(d)]]
     }
-}
-
-/// Pairs of bfloat16 as the even and the odd values.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn widened(pairs: __m512i) -> [__m512; 2] {
-    let high = _mm512_set1_epi32(0xffff_0000_u32 as i32);
-    [
-        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)),
-        _mm512_castsi512_ps(_mm512_and_si512(pairs, high)),
-    ]
-}
-
-/// 32 codes of half a line likewise.
-///
-/// # Safety
-/// AVX-512; `from` is readable for 32 bytes.
-#[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn integers(from: *const u8) -> [__m512; 2] {
-    // SAFETY: the caller's contract.
-    let wide = unsafe { _mm512_cvtepi16_epi32(_mm256_loadu_si256(from.cast())) };
-    let even = _mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(wide));
-    [
-        _mm512_cvtepi32_ps(even),
-        _mm512_cvtepi32_ps(_mm512_srai_epi32::<8>(wide)),
-    ]
 }
 
 /// Rows of bfloat16 as float32.
@@ -328,21 +308,21 @@ pub(crate) fn wide_stride(k: usize) -> usize {
     k.next_multiple_of(2 * PANEL)
 }
 
-/// Rows of bfloat16, whole steps over k values, as float32 where AMX multiplies many rows.
+/// Rows of bfloat16, whole steps over k values, as float32, where products of few rows read them so.
 ///
 /// # Safety
 /// `m <= most_rows()`; the rows are readable, `to` is writable for m rows of [`wide_stride`].
 pub(crate) unsafe fn widen_rows(a: *const u16, lda: usize, m: usize, k: usize, to: *mut f32) {
-    if features().amx {
-        for row in 0..m {
-            // SAFETY: the caller's contract.
-            unsafe {
-                widen(
-                    a.add(row * lda),
-                    k.next_multiple_of(2),
-                    to.add(row * wide_stride(k)),
-                )
-            };
+    let k = k.next_multiple_of(2);
+    for row in 0..m {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let (from, to) = (a.add(row * lda), to.add(row * wide_stride(k)));
+            match (features().amx, features().avx512bf16) {
+                (true, _) => widen(from, k, to),
+                (_, false) => avx2::widen(from, k, to),
+                _ => return,
+            }
         }
     }
 }
