@@ -239,19 +239,24 @@ impl Keys {
             expires_after_s: old.expires_at.map(|end| (end - now).unsigned_abs()),
         })?;
         let mut tx = self.0.begin().await?;
-        insert(&mut tx, &row).await?;
-        quota::inherit(&mut tx, id, &row.id).await?;
+        // Who revoked it meanwhile has no successor of it.
         let ends = match overlap_s {
-            0 => "UPDATE keys SET revoked_at = $1 WHERE id = $2",
+            0 => "UPDATE keys SET revoked_at = $1 WHERE id = $2 AND revoked_at IS NULL",
             _ => {
-                "UPDATE keys SET expires_at = CASE WHEN expires_at < $1 THEN expires_at ELSE $1 END WHERE id = $2"
+                "UPDATE keys SET expires_at = CASE WHEN expires_at < $1 THEN expires_at ELSE $1 END
+                 WHERE id = $2 AND revoked_at IS NULL"
             }
         };
-        sqlx::query(ends)
+        let ended = sqlx::query(ends)
             .bind(now.saturating_add_unsigned(overlap_s))
             .bind(id)
             .execute(&mut *tx)
             .await?;
+        if ended.rows_affected() == 0 {
+            return Ok(None);
+        }
+        insert(&mut tx, &row).await?;
+        quota::inherit(&mut tx, id, &row.id).await?;
         changes::note(&mut tx, Kind::Keys).await?;
         tx.commit().await?;
         Ok(Some((row, secret)))

@@ -175,7 +175,7 @@ async fn one_folder_has_one_owner_and_no_future() {
             newer,
             StoreError::Newer {
                 found: 99,
-                known: 11,
+                known: 12,
                 ..
             }
         ),
@@ -504,12 +504,19 @@ async fn keys_are_kept_as_hashes_and_end() {
         let (three, _) = keys.rotate(&two.id, 0).await.unwrap().unwrap();
         assert!(!row(&two.id, &keys.list().await.unwrap()).opens(now()));
         assert!(keys.rotate(&two.id, 0).await.unwrap().is_none());
+        // Of two at the same moment one finds it.
+        let (four, _) = keys.create(new("race", None)).await.unwrap();
+        let both = tokio::join!(keys.rotate(&four.id, 0), keys.rotate(&four.id, 0));
+        let made = [both.0.unwrap(), both.1.unwrap()].into_iter().flatten();
+        let made: Vec<String> = made.map(|(key, _)| key.id).collect();
+        assert_eq!(made.len(), 1);
+        assert!(keys.revoke(&made[0]).await.unwrap());
         assert!(keys.revoke(&three.id).await.unwrap());
         assert!(!keys.revoke(&three.id).await.unwrap(), "it was");
         assert!(!keys.revoke("key-none").await.unwrap());
         assert!(!row(&three.id, &keys.list().await.unwrap()).opens(now()));
         assert!(keys.changes().await.unwrap() > changes);
-        assert_eq!(keys.list().await.unwrap().len(), before + 3);
+        assert_eq!(keys.list().await.unwrap().len(), before + 5);
         assert!(matches!(
             keys.create(new("a\x1b[2J", None)).await,
             Err(StoreError::Key(_))
