@@ -1,7 +1,9 @@
 //! Token ids to text and back.
 
-use axum::Json as Answer;
+use std::sync::Arc;
+
 use axum::extract::State;
+use axum::{Extension, Json as Answer};
 use tandem_openapi::error::Errors;
 use tandem_openapi::tokenize::{
     DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse, TokenizerInfo,
@@ -17,6 +19,10 @@ use crate::convert::tools::definitions;
 use crate::error::{ApiError, invalid};
 use crate::extract::Json;
 use crate::keys::Own;
+use crate::shares::Held;
+
+/// Of a token's text in an answer, in memory, until it is JSON.
+const SPELLED_BYTES: usize = 100;
 
 /// The token ids of a prompt, or of a conversation as the chat template renders it.
 #[utoipa::path(
@@ -26,6 +32,7 @@ use crate::keys::Own;
 pub async fn tokenize(
     State(app): State<App>,
     Own(own): Own,
+    Extension(held): Extension<Arc<Held>>,
     Json(body): Json<TokenizeRequest>,
 ) -> Result<Answer<TokenizeResponse>, ApiError> {
     let TokenizeRequest {
@@ -71,7 +78,10 @@ pub async fn tokenize(
     };
     let tokens = own.tokenize(prompt, special).await?;
     let token_strs = match return_token_strs {
-        Some(true) => Some(own.spell(tokens.clone()).await),
+        Some(true) => {
+            held.reach(tokens.len() * SPELLED_BYTES)?;
+            Some(own.spell(tokens.clone()).await)
+        }
         Some(false) | None => None,
     };
     let max_model_len = app.router.info().max_model_len;
