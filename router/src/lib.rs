@@ -62,7 +62,7 @@ use api::RouterError;
 use batches::Counter;
 use catalog::Catalog;
 use grammars::Grammars;
-use jobs::Desk;
+use jobs::Signals;
 use shares::Shares;
 use tasks::Down;
 use texts::Texts;
@@ -139,7 +139,7 @@ struct Shared {
     /// Held while a name is written or read again: memory changes in the order of the store. Over that one query and
     /// nothing that waits for anybody else.
     changes: tokio::sync::Mutex<()>,
-    desk: Desk,
+    signals: Signals,
     counter: Counter,
     /// From a call to the commands it became.
     admission: Histogram,
@@ -204,7 +204,7 @@ impl Router {
             config,
             catalog,
             changes: tokio::sync::Mutex::new(()),
-            desk: Desk::new(),
+            signals: Signals::new(),
             counter: Counter::new(),
             admission: Histogram::default(),
             tinker: tinker::Tinker::default(),
@@ -242,7 +242,7 @@ impl Router {
             watches,
         }) = tasks
         {
-            self.0.desk.wake_supervisor();
+            self.0.signals.wake_supervisor();
             if tokio::time::timeout(SHUTDOWN_GRACE, &mut supervisor)
                 .await
                 .is_err()

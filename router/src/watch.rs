@@ -53,7 +53,7 @@ async fn look(router: &Router, seen: &mut Changes) -> Result<(), crate::api::Rou
         router.refresh_names().await?;
     }
     if found.jobs != seen.jobs {
-        router.0.desk.stir();
+        router.0.signals.wake_all();
     }
     *seen = found;
     Ok(())

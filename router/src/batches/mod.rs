@@ -287,7 +287,7 @@ impl Router {
         let batch = batch(self.batch_row(id).await?)?;
         if cancelled {
             // Whoever works on it hears so by its keeper; if nobody does, somebody begins, and ends it.
-            self.0.desk.wake_keepers();
+            self.0.signals.wake_keepers();
             self.0.counter.created.notify_one();
             return Ok(batch);
         }

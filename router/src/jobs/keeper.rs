@@ -78,7 +78,7 @@ async fn keep(
     mut stopped: watch::Receiver<()>,
 ) {
     let store = &router.0.store;
-    let mut asked_for = router.0.desk.asked.subscribe();
+    let mut asked_for = router.0.signals.watch_asked();
     let mut held_until = Instant::now() + store.lease_time();
     loop {
         asked_for.mark_unchanged();

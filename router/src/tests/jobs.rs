@@ -82,7 +82,7 @@ impl House {
 
 pub(super) async fn wait(router: &Router, id: &str, wanted: impl Fn(&Job) -> bool) -> Job {
     let waited = async {
-        let mut changed = router.0.desk.watch();
+        let mut changed = router.0.signals.watch();
         loop {
             let job = router.own().job(id).await.unwrap();
             if wanted(&job) {
@@ -371,7 +371,7 @@ async fn checkpoints_beyond_the_limit_go_and_the_best_stays() {
         let checkpoint = JobEvent::Checkpoint { step, adapter, best };
         events.send(checkpoint).await.unwrap();
         let listed = async || router.own().checkpoints(&id, None, 10).await.unwrap().data;
-        let mut changed = router.0.desk.watch();
+        let mut changed = router.0.signals.watch();
         while listed().await.first().is_none_or(|newest| newest.step != step) {
             changed.changed().await.unwrap();
         }

@@ -167,7 +167,7 @@ async fn a_job_whose_router_dies_ends_once_on_the_other() {
 
 async fn wait_for_checkpoint(router: &Router, id: &str) {
     let waited = async {
-        let mut changed = router.0.desk.watch();
+        let mut changed = router.0.signals.watch();
         while router
             .own()
             .checkpoints(id, None, 1)
