@@ -619,7 +619,7 @@ def permutation(n: int, seed: int, stream: int) -> list[int]:
 
 
 def batches(n: int, hyper: dict) -> list[list[list[int]]]:
-    """Example numbers by optimizer step and micro-batch (backend/src/train/data.rs)."""
+    """Example numbers by optimizer step and micro-batch (backend/src/train/plan.rs)."""
     steps = []
     size, accumulation = hyper["batch_size"], hyper["gradient_accumulation_steps"]
     for epoch in range(hyper["n_epochs"]):

@@ -14,8 +14,8 @@ use super::Engine;
 use crate::guard;
 use crate::pace::{Budget, Load};
 use crate::ranks::Order;
-use crate::train::data::slice_tokens;
 use crate::train::joint::{self, Joint, Member, Who};
+use crate::train::slice::slice_tokens;
 use crate::train::turns::{self, PassClock, Turn};
 use crate::train::{Quantum, TrainError};
 

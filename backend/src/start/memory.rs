@@ -9,8 +9,8 @@ use tch::Device;
 
 use crate::lora::params::AdapterShape;
 use crate::model::Decoder;
-use crate::train::data::slice_tokens;
 use crate::train::memory::Memory;
+use crate::train::slice::slice_tokens;
 use crate::weights::{EMBED_PATH, LoadError};
 
 /// Of the memory that is free after the weights are loaded, the most the KV cache takes by itself. The rest is for

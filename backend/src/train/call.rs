@@ -9,11 +9,11 @@ use tandem_core::message::Fault;
 use tandem_kernels::loss::LogProbs;
 use tch::Device;
 
-use super::data::Slice;
 use super::joint::Next;
 use super::learner::Learner;
 use super::objective::policy;
 use super::pass::{Advanced, Context, KEEP_BYTES, Look, Pass};
+use super::slice::Slice;
 use crate::model::Decoder;
 
 pub struct Call {

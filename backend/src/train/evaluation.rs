@@ -6,10 +6,11 @@ use std::path::Path;
 use tandem_core::dataset::Group;
 use tandem_core::job::Objective;
 
-use super::data::{self, Slice};
+use super::TrainError;
+use super::inputs::groups;
 use super::objective::Scores;
 use super::pass::Look;
-use super::{TrainError, groups};
+use super::slice::{self, Slice};
 use crate::guard;
 use crate::lora::adapter::Adapter;
 use crate::lora::peft;
@@ -59,7 +60,7 @@ impl Evaluation {
         let groups: Vec<Group> = groups(data, name, &decoder.spec, &Objective::Sft)?;
         let examples = groups.iter().flat_map(|group| &group.examples);
         Ok(Evaluation {
-            slices: data::slices(examples, decoder.device()),
+            slices: slice::slices(examples, decoder.device()),
             decoder,
             adapter,
             done: 0,

@@ -9,7 +9,6 @@ use tandem_core::learner::LearnerId;
 use tandem_kernels::loss::LogProbs;
 
 use super::pass::{Advanced, Context, Entry, KEEP_BYTES, Learns, Pass, Scored};
-use super::{OnItsWay, Stage, Trainer, Work, through};
 use crate::model::Decoder;
 
 /// Who trains.
@@ -155,61 +154,5 @@ fn context<'a>(learns: &'a [Learns<'a>], decoder: &'a Decoder) -> Context<'a> {
         decoder,
         learns,
         keep_bytes: KEEP_BYTES,
-    }
-}
-
-impl Member for Trainer {
-    /// Slices of objectives that weigh several together go alone.
-    fn next_slice(&self) -> Option<Next<'_>> {
-        match self.slice()? {
-            (entry, None) => Some(Next {
-                entry,
-                is_weighed: true,
-            }),
-            (_, Some(_)) => None,
-        }
-    }
-
-    fn lend(&mut self) {
-        if let Stage::Accumulate(step) = &mut self.stage
-            && let Work::Slices { pass, .. } = &mut step.work
-        {
-            *pass = Some(OnItsWay::WithOthers);
-        }
-    }
-
-    fn learns(&self) -> Learns<'_> {
-        Trainer::learns(self)
-    }
-
-    fn weigh(&mut self, _: &[f32]) -> Vec<f32> {
-        unreachable!("its weights are known")
-    }
-
-    fn take_back(&mut self, found: &LogProbs) {
-        if let Stage::Accumulate(step) = &mut self.stage
-            && let Work::Slices { slices, pass } = &mut step.work
-        {
-            *pass = None;
-            through(slices, &mut step.scores, found);
-        }
-    }
-
-    fn slice_rows(&self) -> usize {
-        self.slice().map_or(0, |((slice, _), _)| slice.tokens.len())
-    }
-}
-
-impl Trainer {
-    /// The slice that is next or on its way.
-    fn slice(&self) -> Option<(Entry<'_>, Option<&OnItsWay>)> {
-        let Stage::Accumulate(step) = &self.stage else {
-            return None;
-        };
-        let Work::Slices { slices, pass } = &step.work else {
-            return None;
-        };
-        let (slice, before) = slices.last()?;
-        Some(((slice, *before), pass.as_ref()))
     }
 }

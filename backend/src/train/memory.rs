@@ -2,9 +2,9 @@
 
 use tandem_core::job::{Hyper, Method, Optimizer};
 
-use super::data::slice_tokens;
 use super::objective;
 use super::pass::KEEP_BYTES;
+use super::slice::slice_tokens;
 use crate::lora::params::AdapterShape;
 use crate::model::Decoder;
 use crate::start::memory::{Free, size};

@@ -1,20 +1,32 @@
 //! A micro-batch of an objective that weighs after the forward, on its way: what the reference says, the forward, the
 //! weights, the backward, bundle by bundle. Trained, or only looked at. Not here: the objectives' arithmetic (objective), which
-//! groups a micro-batch has (data).
+//! groups a micro-batch has (plan).
+
+mod course;
+mod divergence;
+mod learning;
+mod looks;
+mod weighing;
 
 use std::cell::RefCell;
 
-use tandem_core::dataset::{Example, Group};
+use tandem_core::dataset::Group;
 use tandem_core::job::Objective;
 use tandem_kernels::loss::LogProbs;
 use tch::Device;
 
-use super::data::{self, Bundle, Labelled, Slice};
-use super::objective::{self, Beside, Scores, Sequence};
-use super::pass::{self, Advanced, Context, KEEP_BYTES, Learns, Look, Pass, Scored, Trained};
+pub use course::Course;
+
+use super::objective::{Beside, Scores};
+use super::pass::{self, Context, KEEP_BYTES, Learns, Trained};
 use super::references::References;
+use super::slice::{self, Bundle, Labelled, Slice};
 use crate::lora::adapter::Adapter;
 use crate::model::{Decoder, Dropout};
+use divergence::Divergence;
+use learning::{Backward, Forward};
+use looks::Looks;
+use weighing::Weighing;
 
 /// What a micro-batch goes through.
 #[derive(Clone, Copy)]
@@ -40,37 +52,8 @@ pub struct Place {
     pub max_seq_length: usize,
 }
 
-/// Which passes a micro-batch goes through, in order. Ranks that go in step agree on one.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Course {
-    /// Slices of KTO's prompts with each other's answers.
-    divergence: usize,
-    /// Of each bundle.
-    slices: Vec<usize>,
-}
-
-impl Course {
-    /// One that is long enough for either.
-    pub fn or(self, other: Course) -> Course {
-        let (mut long, short) = match self.slices.len() >= other.slices.len() {
-            true => (self.slices, other.slices),
-            false => (other.slices, self.slices),
-        };
-        for (slices, other) in long.iter_mut().zip(short) {
-            *slices = (*slices).max(other);
-        }
-        Course {
-            divergence: self.divergence.max(other.divergence),
-            slices: long,
-        }
-    }
-}
-
 pub struct MicroBatch {
-    objective: Objective,
-    beside: Beside,
-    /// Of one group in the step's loss.
-    share: f64,
+    weighing: Weighing,
     rows_before: u64,
     /// Still to go, the next at the end.
     bundles: Vec<Bundle>,
@@ -80,62 +63,21 @@ pub struct MicroBatch {
 }
 
 enum At {
-    /// KTO's prompts with each other's answers: how far what is trained is from the reference.
-    Divergence {
-        slices: Vec<Slice>,
-        reference: Looks,
-        trained: Looks,
-    },
+    /// Before the first bundle.
+    Divergence(Divergence),
     Next,
     Reference {
         bundle: Bundle,
         looks: Looks,
     },
-    /// `bundle` has the slices that are to go; the next is the first.
-    Forward {
-        bundle: Bundle,
-        keep_bytes: i64,
-        reference: Vec<LogProbs>,
-        pass: Option<Box<Pass>>,
-        scored: Vec<Scored>,
-    },
+    Forward(Forward),
     /// The forward where nothing is trained.
     Looking {
         bundle: Bundle,
         reference: Vec<LogProbs>,
         looks: Looks,
     },
-    /// Each with the derivative of its labels.
-    Backward {
-        keep_bytes: i64,
-        scored: Vec<(Scored, Vec<f32>)>,
-        pass: Option<Box<Pass>>,
-    },
-}
-
-/// Several slices, looked at one after the other.
-#[derive(Default)]
-struct Looks {
-    found: Vec<LogProbs>,
-    look: Option<Look>,
-}
-
-impl Looks {
-    fn advance(&mut self, slices: &[Slice], decoder: &Decoder, adapter: Option<&Adapter>) {
-        let slice = &slices[self.found.len()];
-        let look = self
-            .look
-            .take()
-            .unwrap_or_else(|| Look::enter(slice, decoder, adapter));
-        match look.advance(slice, decoder, adapter) {
-            Ok(found) => self.found.push(found),
-            Err(look) => self.look = Some(look),
-        }
-    }
-
-    fn is_through(&self, slices: &[Slice]) -> bool {
-        self.found.len() == slices.len()
-    }
+    Backward(Backward),
 }
 
 impl MicroBatch {
@@ -158,21 +100,14 @@ impl MicroBatch {
         };
         let groups: Vec<&Group> = numbered.iter().map(|(_, group)| *group).collect();
         let groups = groups.as_slice();
-        let mut bundles = data::bundles(groups, labelled, device);
+        let mut bundles = slice::bundles(groups, labelled, device);
         let mut numbers = numbered.iter().map(|(number, _)| *number);
         for bundle in &mut bundles {
             bundle.numbers.extend(numbers.by_ref().take(bundle.values.len()));
         }
         bundles.reverse();
         let at = match objective {
-            Objective::Kto { .. } => {
-                let mismatched = mismatched(groups, max_seq_length);
-                At::Divergence {
-                    slices: data::slices(mismatched.iter(), device),
-                    reference: Looks::default(),
-                    trained: Looks::default(),
-                }
-            }
+            Objective::Kto { .. } => At::Divergence(Divergence::of(groups, max_seq_length, device)),
             _ => At::Next,
         };
         let likelihood = |group: &&Group| match (objective, &group.examples[0]) {
@@ -180,13 +115,15 @@ impl MicroBatch {
             (_, chosen) => chosen.label_tokens(),
         };
         MicroBatch {
-            objective,
-            beside: Beside {
-                groups: groups.len(),
-                likelihood_labels: groups.iter().map(likelihood).sum(),
-                divergence: 0.0,
+            weighing: Weighing {
+                objective,
+                beside: Beside {
+                    groups: groups.len(),
+                    likelihood_labels: groups.iter().map(likelihood).sum(),
+                    divergence: 0.0,
+                },
+                share: 1.0 / (groups.len().max(1) * micro_batches) as f64,
             },
-            share: 1.0 / (groups.len().max(1) * micro_batches) as f64,
             rows_before,
             bundles,
             in_step: None,
@@ -197,7 +134,7 @@ impl MicroBatch {
     pub fn course(&self) -> Course {
         Course {
             divergence: match &self.at {
-                At::Divergence { slices, .. } => slices.len(),
+                At::Divergence(divergence) => divergence.slices.len(),
                 _ => 0,
             },
             slices: self
@@ -211,8 +148,8 @@ impl MicroBatch {
 
     /// As one that goes through these passes, idle ones among them. No slice, of any rank, has more rows than `longest`.
     pub fn in_step(mut self, course: &Course, longest: usize) -> MicroBatch {
-        if let At::Divergence { slices, .. } = &mut self.at {
-            slices.resize_with(course.divergence, Slice::idle);
+        if let At::Divergence(divergence) = &mut self.at {
+            divergence.slices.resize_with(course.divergence, Slice::idle);
         }
         self.bundles.reverse();
         self.bundles.resize_with(course.slices.len(), Bundle::default);
@@ -226,11 +163,9 @@ impl MicroBatch {
     }
 
     /// So many times as heavy: for a mean over groups of several micro-batches.
-    pub fn weighing(self, times: usize) -> MicroBatch {
-        MicroBatch {
-            share: self.share * times as f64,
-            ..self
-        }
+    pub fn times_as_heavy(mut self, times: usize) -> MicroBatch {
+        self.weighing.share *= times as f64;
+        self
     }
 
     /// Tokens that are trained.
@@ -241,7 +176,7 @@ impl MicroBatch {
     /// Of the slice that has most.
     pub fn longest(&self) -> usize {
         let divergence = match &self.at {
-            At::Divergence { slices, .. } => slices.as_slice(),
+            At::Divergence(divergence) => divergence.slices.as_slice(),
             _ => &[],
         };
         let slices = self.slices().chain(divergence);
@@ -254,7 +189,7 @@ impl MicroBatch {
 
     /// Whether slices are on their way, whose activations wait for their backward.
     pub fn holds_activations(&self) -> bool {
-        matches!(self.at, At::Forward { .. } | At::Backward { .. })
+        matches!(self.at, At::Forward(_) | At::Backward(_))
     }
 
     /// A quantum further. `None` when it is through. Adds to the gradient of what is trained; it only looks where nothing is.
@@ -264,17 +199,11 @@ impl MicroBatch {
         trained: Option<Trained>,
         scores: &mut Scores,
     ) -> Option<MicroBatch> {
-        let Models {
-            decoder,
-            adapter,
-            reference: reference_adapter,
-            references,
-            dropout,
-        } = *models;
+        let decoder = models.decoder;
         let is_trained = trained.is_some();
         let learns = trained.map(|trained| Learns {
             trained,
-            dropout,
+            dropout: models.dropout,
             noise: None,
         });
         let context = |keep_bytes| Context {
@@ -283,42 +212,17 @@ impl MicroBatch {
             keep_bytes,
         };
         self.at = match std::mem::replace(&mut self.at, At::Next) {
-            At::Divergence {
-                slices,
-                mut reference,
-                mut trained,
-            } => {
-                match (reference.is_through(&slices), trained.is_through(&slices)) {
-                    (false, _) => reference.advance(&slices, decoder, reference_adapter),
-                    (true, false) => trained.advance(&slices, decoder, adapter),
-                    (true, true) => {
-                        let sum = |looks: &Looks| -> f64 {
-                            let found = looks.found.iter().flat_map(|found| &found.log_probs);
-                            found.map(|&log_prob| f64::from(log_prob)).sum()
-                        };
-                        let busy = slices.iter().filter(|slice| !slice.is_idle());
-                        let sequences: usize = busy.map(|slice| slice.sequences.len()).sum();
-                        let mean = (sum(&trained) - sum(&reference)) / sequences.max(1) as f64;
-                        self.beside.divergence = mean.max(0.0);
-                        return Some(self);
-                    }
+            At::Divergence(mut divergence) => match divergence.advance(models) {
+                None => At::Divergence(divergence),
+                Some(nats) => {
+                    self.weighing.beside.divergence = nats;
+                    At::Next
                 }
-                At::Divergence {
-                    slices,
-                    reference,
-                    trained,
-                }
-            }
+            },
             At::Next => {
                 let bundle = self.bundles.pop()?;
-                // Ranks that go in step have unlike groups, of which some may be known and others not.
-                let known = match (self.objective.has_reference(), self.in_step) {
-                    (false, _) => Some(vec![]),
-                    (true, None) => references.borrow().of(&bundle),
-                    (true, Some(_)) => None,
-                };
-                match known {
-                    Some(known) => self.forward(bundle, known, is_trained, decoder),
+                match self.known_reference(&bundle, models) {
+                    Some(known) => self.begin(bundle, known, is_trained, decoder),
                     None => At::Reference {
                         bundle,
                         looks: Looks::default(),
@@ -327,12 +231,12 @@ impl MicroBatch {
             }
             At::Reference { bundle, looks } if looks.is_through(&bundle.slices) => {
                 if self.in_step.is_none() {
-                    references.borrow_mut().keep(&bundle, &looks.found);
+                    models.references.borrow_mut().keep(&bundle, &looks.found);
                 }
-                self.forward(bundle, looks.found, is_trained, decoder)
+                self.begin(bundle, looks.found, is_trained, decoder)
             }
             At::Reference { bundle, mut looks } => {
-                looks.advance(&bundle.slices, decoder, reference_adapter);
+                looks.advance(&bundle.slices, decoder, models.reference);
                 At::Reference { bundle, looks }
             }
             At::Looking {
@@ -342,7 +246,8 @@ impl MicroBatch {
             } if looks.is_through(&bundle.slices) => {
                 let slices: Vec<&Slice> = bundle.slices.iter().collect();
                 let found: Vec<&LogProbs> = looks.found.iter().collect();
-                self.weigh(&slices, &found, &reference, &bundle.values, scores);
+                self.weighing
+                    .weigh(&slices, &found, &reference, &bundle.values, scores);
                 At::Next
             }
             At::Looking {
@@ -350,131 +255,48 @@ impl MicroBatch {
                 reference,
                 mut looks,
             } => {
-                looks.advance(&bundle.slices, decoder, adapter);
+                looks.advance(&bundle.slices, decoder, models.adapter);
                 At::Looking {
                     bundle,
                     reference,
                     looks,
                 }
             }
-            At::Forward {
-                mut bundle,
-                keep_bytes,
-                reference,
-                pass,
-                mut scored,
-            } => {
-                let context = context(keep_bytes);
-                let pass = match pass {
-                    Some(pass) => match pass.advance(&context) {
-                        Advanced::On(pass) => Some(Box::new(pass)),
-                        Advanced::Scored(done) => {
-                            scored.push(done);
-                            None
-                        }
-                        Advanced::Through(..) => unreachable!("it is to be weighed"),
-                    },
-                    None if bundle.slices.is_empty() => {
-                        let slices: Vec<&Slice> = scored.iter().map(Scored::slice).collect();
-                        let found: Vec<&LogProbs> = scored.iter().map(Scored::found).collect();
-                        let dlogp = self.weigh(&slices, &found, &reference, &bundle.values, scores);
-                        self.at = At::Backward {
-                            keep_bytes,
-                            scored: scored.into_iter().zip(dlogp).collect(),
-                            pass: None,
-                        };
-                        return Some(self);
-                    }
-                    None => {
-                        let slice = bundle.slices.remove(0);
-                        let rows_before = self.rows_before;
-                        if !slice.is_idle() {
-                            self.rows_before += slice.tokens.len() as u64;
-                        }
-                        let entry = (&slice, rows_before);
-                        Some(Box::new(Pass::enter_to_be_weighed(entry, &context)))
-                    }
-                };
-                At::Forward {
-                    bundle,
-                    keep_bytes,
-                    reference,
-                    pass,
-                    scored,
-                }
+            At::Forward(forward) if forward.is_scored() => {
+                At::Backward(forward.weighed(&self.weighing, scores))
             }
-            At::Backward {
-                keep_bytes,
-                mut scored,
-                pass,
-            } => {
-                let context = context(keep_bytes);
-                let pass = match pass.map(|pass| pass.advance(&context)) {
-                    Some(Advanced::On(pass)) => Some(Box::new(pass)),
-                    Some(Advanced::Scored(_)) => unreachable!("it is weighed"),
-                    Some(Advanced::Through(..)) | None => match scored.pop() {
-                        Some((scored, dlogp)) => Some(Box::new(scored.weighed(&dlogp))),
-                        None => return Some(self),
-                    },
-                };
-                At::Backward {
-                    keep_bytes,
-                    scored,
-                    pass,
-                }
+            At::Forward(mut forward) => {
+                let context = context(forward.keep_bytes);
+                forward.advance(&context, &mut self.rows_before);
+                At::Forward(forward)
+            }
+            At::Backward(backward) => {
+                let context = context(backward.keep_bytes);
+                backward.advance(&context).map_or(At::Next, At::Backward)
             }
         };
         Some(self)
     }
 
-    /// The derivative of the step's loss by each label, by slice.
-    fn weigh(
-        &self,
-        slices: &[&Slice],
-        found: &[&LogProbs],
-        reference: &[LogProbs],
-        values: &[f32],
-        scores: &mut Scores,
-    ) -> Vec<Vec<f32>> {
-        let sequences: Vec<Sequence> = (0..slices.len())
-            .filter(|&i| !slices[i].is_idle())
-            .flat_map(|i| {
-                let reference = reference.get(i);
-                slices[i].sequences.iter().map(move |labels| Sequence {
-                    labels: &slices[i].labels[labels.clone()],
-                    log_probs: &found[i].log_probs[labels.clone()],
-                    reference: reference.map_or(&[], |reference| &reference.log_probs[labels.clone()]),
-                })
-            })
-            .collect();
-        let mut derivatives: Vec<f32> = vec![];
-        let of_group = sequences.len().checked_div(values.len()).unwrap_or(1);
-        for (group, &value) in sequences.chunks(of_group).zip(values) {
-            let weighed = objective::weigh(&self.objective, group, value, &self.beside);
-            scores.add_weighed(&weighed, self.share);
-            let shares = weighed.dlogp.iter().flatten().map(|d| (self.share * d) as f32);
-            derivatives.extend(shares);
+    /// What the reference says of each slice, where that is known or not asked.
+    fn known_reference(&self, bundle: &Bundle, models: &Models) -> Option<Vec<LogProbs>> {
+        // Ranks that go in step have unlike groups, of which some may be known and others not.
+        match (self.weighing.objective.has_reference(), self.in_step) {
+            (false, _) => Some(vec![]),
+            (true, None) => models.references.borrow().of(bundle),
+            (true, Some(_)) => None,
         }
-        let mut derivatives = derivatives.into_iter();
-        let by_slice = slices.iter().zip(found).map(|(slice, found)| {
-            scores.add_labels(slice.labels.len(), found);
-            derivatives.by_ref().take(slice.labels.len()).collect()
-        });
-        by_slice.collect()
     }
 
-    fn forward(&self, bundle: Bundle, reference: Vec<LogProbs>, is_trained: bool, decoder: &Decoder) -> At {
+    fn begin(&self, bundle: Bundle, reference: Vec<LogProbs>, is_trained: bool, decoder: &Decoder) -> At {
         match is_trained {
-            true => At::Forward {
-                keep_bytes: match self.in_step {
+            true => {
+                let keep_bytes = match self.in_step {
                     Some(rows) => pass::all_or_nothing(rows, decoder),
                     None => KEEP_BYTES / bundle.slices.len() as i64,
-                },
-                bundle,
-                reference,
-                pass: None,
-                scored: vec![],
-            },
+                };
+                At::Forward(Forward::new(bundle, reference, keep_bytes))
+            }
             false => At::Looking {
                 bundle,
                 reference,
@@ -482,24 +304,4 @@ impl MicroBatch {
             },
         }
     }
-}
-
-/// Each prompt with the answer of the row before it, the first with that of the last, as TRL's KTOTrainer pairs them.
-fn mismatched(groups: &[&Group], max_seq_length: usize) -> Vec<Example> {
-    let example = |i: usize| &groups[i].examples[0];
-    let prompt = |example: &Example| {
-        let answer = example.weights.iter().skip(1).position(|&weight| weight != 0.0);
-        answer.map_or(example.tokens.len(), |first| first + 1)
-    };
-    (0..groups.len())
-        .map(|i| {
-            let (own, other) = (example(i), example((i + groups.len() - 1) % groups.len()));
-            let (end, start) = (prompt(own), prompt(other));
-            let mut tokens = [&own.tokens[..end], &other.tokens[start..]].concat();
-            let mut weights = [&vec![0.0; end][..], &other.weights[start..]].concat();
-            tokens.truncate(max_seq_length);
-            weights.truncate(max_seq_length);
-            Example { tokens, weights }
-        })
-        .collect()
 }

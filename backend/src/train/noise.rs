@@ -6,7 +6,7 @@
 use tandem_core::rng;
 use tch::Tensor;
 
-use super::data::Slice;
+use super::slice::Slice;
 
 /// Keeps these draws apart from those of initialisation, shuffling and dropout; each step has its own.
 const STREAM: u64 = 0x4ef7_0000_0000;

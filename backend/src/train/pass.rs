@@ -26,30 +26,33 @@
 //! while let Advanced::On(next) = pass.advance(&context) { pass = next }
 //! ```
 //!
-//! Not here: which sequences (data), what is minimised (objective), the optimizer (learner).
+//! Not here: which sequences (plan, slice), what is minimised (objective), the optimizer (learner).
 
+mod kept;
 mod labels;
 mod look;
+mod packed;
+mod scored;
 
 use std::ops::Range;
 
 use tandem_kernels::loss::LogProbs;
 use tch::Tensor;
 
+pub use kept::{KEEP_BYTES, all_or_nothing};
 pub use look::Look;
+pub use scored::Scored;
 
-use super::data::Slice;
 use super::noise::Noise;
 use super::profile::Doing;
-use crate::lora::adapter::{Adapter, AdapterRows};
+use super::slice::Slice;
+use crate::lora::adapter::Adapter;
 use crate::lora::params::AdapterParams;
 use crate::model::full::FullParams;
-use crate::model::{Decoder, Dropout, HeadHere, Saved, TrainPass, Trainable, TrainedRows};
-use labels::{Labels, rows_at_once};
-
-/// Activations of the slices that are on their way that may be kept for their backward; beyond, layers run again in the
-/// backward.
-pub const KEEP_BYTES: i64 = 2 << 30;
+use crate::model::{Decoder, Dropout, HeadHere, TrainPass, Trainable, TrainedRows};
+use kept::{KeptSublayers, keeps_all};
+use labels::Labels;
+use packed::Packed;
 
 /// What every quantum of a pass is given. The same one for all quanta of a pass: what it says must not change meanwhile.
 #[derive(Clone, Copy)]
@@ -93,31 +96,34 @@ impl<'a> From<Trained<'a>> for Learns<'a> {
     }
 }
 
+impl<'a> Learns<'a> {
+    /// `before`: rows of the optimizer step before these.
+    fn trained_rows(&self, rows: Range<usize>, before: u64) -> Option<TrainedRows<'a>> {
+        let Trained::Adapter { adapter, gradient } = self.trained else {
+            return None;
+        };
+        Some(TrainedRows {
+            rows,
+            adapter,
+            dropout: self.dropout.map(|dropout| Dropout {
+                row0: before,
+                ..dropout
+            }),
+            gradient,
+        })
+    }
+}
+
 /// A slice, and the tokens of its optimizer step that went before it, which make its dropout its own.
 pub type Entry<'a> = (&'a Slice, u64);
 
 /// Slices on their way forward and back, side by side.
 pub struct Pass {
-    /// All of them as one.
-    slice: Slice,
-    parts: Vec<Part>,
-    /// Of each sublayer that it went through forward, and not yet backward.
-    kept: Vec<Kept>,
+    packed: Packed,
+    kept: KeptSublayers,
     /// Of the labels that are done.
     found: LogProbs,
     at: At,
-}
-
-/// What one slice has of a pass.
-#[derive(Clone)]
-struct Part {
-    rows: Range<usize>,
-    labels: Range<usize>,
-    rows_before: u64,
-    /// Whether the weights of its labels are final.
-    is_weighed: bool,
-    /// Whether no row has several labels.
-    is_row_once: bool,
 }
 
 enum At {
@@ -135,15 +141,6 @@ enum At {
     Backward(Tensor),
 }
 
-/// What the backward of a sublayer starts from.
-enum Kept {
-    All(Box<Saved>),
-    /// Only its input: its forward runs again.
-    Input(Tensor),
-    /// Nothing: the one before it runs again, and is kept then.
-    Nothing,
-}
-
 /// A pass after a quantum.
 pub enum Advanced {
     /// There is more to do.
@@ -152,17 +149,6 @@ pub enum Advanced {
     Scored(Scored),
     /// Through: gradients were added. What was found of the labels of each slice.
     Through(Vec<LogProbs>),
-}
-
-/// A pass that went forward and waits to be weighed. Its activations are held meanwhile.
-pub struct Scored {
-    slice: Slice,
-    parts: Vec<Part>,
-    kept: Vec<Kept>,
-    found: LogProbs,
-    /// Behind the last sublayer.
-    hidden: Tensor,
-    head: HeadHere,
 }
 
 impl Pass {
@@ -182,57 +168,19 @@ impl Pass {
     pub fn enter(slices: &[Entry], context: &Context) -> Pass {
         let Context { decoder, learns, .. } = *context;
         assert_eq!(slices.len(), learns.len(), "somebody learns from each slice");
-        let mut slice = Slice::default();
-        let mut parts = vec![];
-        for &(next, rows_before) in slices {
-            let (first_row, first_label) = (slice.tokens.len(), slice.labels.len());
-            slice.append(next);
-            parts.push(Part {
-                rows: first_row..slice.tokens.len(),
-                labels: first_label..slice.labels.len(),
-                rows_before,
-                is_weighed: true,
-                is_row_once: next.labels.windows(2).all(|pair| pair[0].0 < pair[1].0),
-            });
-        }
-        let adapted = parts
-            .iter()
-            .zip(learns)
-            .filter_map(|(part, learns)| match learns.trained {
-                Trained::Adapter { adapter, .. } => Some(AdapterRows {
-                    rows: part.rows.clone(),
-                    adapter,
-                }),
-                Trained::Model { .. } => None,
-            });
-        let mut embedded = decoder.embed(&slice.tokens, &adapted.collect::<Vec<_>>());
-        if learns.iter().any(|learns| learns.noise.is_some()) {
-            let noisy = slices
-                .iter()
-                .zip(&parts)
-                .zip(learns)
-                .map(|((entry, part), learns)| {
-                    let embedded = embedded.narrow(0, part.rows.start as i64, part.rows.len() as i64);
-                    match learns.noise {
-                        Some(noise) => noise.add(embedded, entry.0, entry.1),
-                        None => embedded,
-                    }
-                });
-            embedded = Tensor::cat(&noisy.collect::<Vec<_>>(), 0);
-        }
+        let packed = Packed::new(slices);
         Pass {
-            slice,
-            parts,
-            kept: vec![],
+            at: At::Forward(packed.embed(slices, learns, decoder)),
+            packed,
+            kept: KeptSublayers::default(),
             found: LogProbs::default(),
-            at: At::Forward(embedded),
         }
     }
 
     /// It stops when the labels of the slices of these numbers are scored, for [`Scored::weighed`].
     pub fn to_be_weighed(mut self, slices: impl IntoIterator<Item = usize>) -> Pass {
         for i in slices {
-            self.parts[i].is_weighed = false;
+            self.packed.parts[i].is_weighed = false;
         }
         self
     }
@@ -245,55 +193,36 @@ impl Pass {
     /// A sublayer, or some labels, further.
     pub fn advance(self, context: &Context) -> Advanced {
         let Pass {
-            slice,
-            parts,
+            packed,
             mut kept,
             mut found,
             at,
         } = self;
-        let decoder = context.decoder;
-        let trained = trained_rows(&parts, context.learns);
+        let &Context {
+            decoder,
+            learns,
+            keep_bytes,
+        } = context;
+        let trained = packed.trained_rows(learns);
         let pass = TrainPass {
-            tokens: &slice.tokens,
-            positions: &slice.positions,
-            cu_seqlens: &slice.cu_seqlens,
-            trainable: match context.learns {
-                [
-                    Learns {
-                        trained: Trained::Model { gradient },
-                        ..
-                    },
-                ] => Trainable::Full(gradient),
-                _ => Trainable::Lora(&trained),
-            },
+            tokens: &packed.slice.tokens,
+            positions: &packed.slice.positions,
+            cu_seqlens: &packed.slice.cu_seqlens,
+            trainable: whole_model(learns).unwrap_or(Trainable::Lora(&trained)),
         };
         let at = match at {
             At::Forward(input) => {
-                let (hidden, saved) = decoder.sublayer_saving(kept.len(), input.shallow_clone(), &pass);
-                kept.push(match keeps_all(&slice, context) {
-                    true => Kept::All(Box::new(saved)),
-                    false if kept.len().is_multiple_of(2) => Kept::Input(input),
-                    false => Kept::Nothing,
-                });
-                let is_weighed = parts.iter().all(|part| part.is_weighed);
-                match (kept.len() == decoder.n_sublayers(), is_weighed) {
-                    (false, _) => At::Forward(hidden),
-                    (true, false) => At::Scoring {
-                        hidden,
-                        head: decoder.head_here(),
-                    },
-                    (true, true) => At::Loss {
-                        dhidden: hidden.zeros_like(),
-                        hidden,
-                        head: decoder.head_here(),
-                    },
+                let keeps_all = keeps_all(packed.slice.tokens.len(), decoder, keep_bytes);
+                let hidden = kept.forward(decoder, input, &pass, keeps_all);
+                match kept.len() == decoder.n_sublayers() {
+                    false => At::Forward(hidden),
+                    true => At::behind_last(hidden, decoder, packed.is_weighed()),
                 }
             }
-            At::Scoring { hidden, head } => match next_scored(&parts, decoder, &found) {
+            At::Scoring { hidden, head } => match packed.next_scored(decoder, &found) {
                 None => {
                     return Advanced::Scored(Scored {
-                        slice,
-                        parts,
+                        packed,
                         kept,
                         found,
                         hidden,
@@ -301,29 +230,27 @@ impl Pass {
                     });
                 }
                 Some(next) => {
-                    let trained = trained_labels(&parts, context.learns, &next);
-                    let labels = Labels::of(&slice.labels[next], decoder.device());
+                    let trained = packed.trained_labels(learns, &next);
+                    let labels = Labels::of(&packed.slice.labels[next], decoder.device());
                     let normed = labels.normed(&hidden, decoder);
                     let branches = decoder.trained_head(&normed, Trainable::Lora(&trained));
                     found.extend(decoder.log_probs(&normed, &labels.tokens, &head, &branches));
                     At::Scoring { hidden, head }
                 }
             },
-            At::Loss { dhidden, .. } if found.log_probs.len() == slice.labels.len() => At::Backward(dhidden),
+            At::Loss { dhidden, .. } if found.log_probs.len() == packed.slice.labels.len() => {
+                At::Backward(dhidden)
+            }
             At::Loss {
                 hidden,
                 mut dhidden,
                 head,
             } => {
-                let next = next_labels(&parts, context, &found);
-                let trained = trained_labels(&parts, context.learns, &next);
-                let trainable = match pass.trainable {
-                    Trainable::Lora(_) => Trainable::Lora(&trained),
-                    whole => whole,
-                };
-                let is_within = |part: &&Part| part.labels.start < next.end && next.start < part.labels.end;
-                let is_row_once = parts.iter().filter(is_within).all(|part| part.is_row_once);
-                let labels = Labels::of(&slice.labels[next], decoder.device());
+                let next = packed.next_labels(learns, decoder, &found);
+                let trained = packed.trained_labels(learns, &next);
+                let trainable = whole_model(learns).unwrap_or(Trainable::Lora(&trained));
+                let is_row_once = packed.is_row_once(&next);
+                let labels = Labels::of(&packed.slice.labels[next], decoder.device());
                 let out = loss(
                     &labels,
                     is_row_once,
@@ -340,33 +267,17 @@ impl Pass {
                     head,
                 }
             }
-            At::Backward(dhidden) => match kept.pop() {
-                None => {
+            At::Backward(dhidden) => match kept.backward(decoder, dhidden, &pass) {
+                Ok(dhidden) => At::Backward(dhidden),
+                Err(dhidden) => {
                     decoder.embed_backward(&dhidden, &pass);
-                    let of_part = |part: &Part| found.part(part.labels.clone());
-                    return Advanced::Through(parts.iter().map(of_part).collect());
-                }
-                Some(last) => {
-                    let i = kept.len();
-                    let saved = match last {
-                        Kept::All(saved) => *saved,
-                        Kept::Input(input) => decoder.sublayer_saving(i, input, &pass).1,
-                        Kept::Nothing => {
-                            let Some(Kept::Input(input)) = kept.pop() else {
-                                unreachable!("every other sublayer kept its input")
-                            };
-                            let (middle, before) = decoder.sublayer_saving(i - 1, input, &pass);
-                            kept.push(Kept::All(Box::new(before)));
-                            decoder.sublayer_saving(i, middle, &pass).1
-                        }
-                    };
-                    At::Backward(decoder.sublayer_backward(i, saved, dhidden, &pass))
+                    let of_part = packed.parts.iter().map(|part| found.part(part.labels.clone()));
+                    return Advanced::Through(of_part.collect());
                 }
             },
         };
         Advanced::On(Pass {
-            slice,
-            parts,
+            packed,
             kept,
             found,
             at,
@@ -374,58 +285,12 @@ impl Pass {
     }
 }
 
-impl Scored {
-    pub fn slice(&self) -> &Slice {
-        &self.slice
-    }
-
-    /// log p of each label that is to be weighed, in order.
-    pub fn found(&self) -> &LogProbs {
-        &self.found
-    }
-
-    /// The same by slice, for those that are to be weighed: which, and what was found.
-    pub fn by_slice(&self) -> impl Iterator<Item = (usize, &[f32])> {
-        let mut before = 0;
-        let later = self.parts.iter().enumerate().filter(|(_, part)| !part.is_weighed);
-        later.map(move |(i, part)| {
-            let start = before;
-            before += part.labels.len();
-            (i, &self.found.log_probs[start..before])
-        })
-    }
-
-    /// Goes backward with `dlogp`: the derivative of what is minimised by the log-probability of each label that was to be
-    /// weighed, in order.
-    ///
-    /// # Panics
-    /// When there is not one number for each.
-    pub fn weighed(self, dlogp: &[f32]) -> Pass {
-        let Scored {
-            mut slice,
-            mut parts,
-            kept,
-            found,
-            hidden,
-            head,
-        } = self;
-        assert_eq!(dlogp.len(), found.log_probs.len(), "a number for each label");
-        let mut dlogp = dlogp.iter();
-        for part in parts.iter_mut().filter(|part| !part.is_weighed) {
-            part.is_weighed = true;
-            let labels = &mut slice.labels[part.labels.clone()];
-            labels
-                .iter_mut()
-                .zip(&mut dlogp)
-                .for_each(|(label, dlogp)| label.2 = -dlogp);
-        }
-        Pass {
-            slice,
-            parts,
-            kept,
-            // The head runs again, to the same bits: the gradient of logits needs all of them.
-            found: LogProbs::default(),
-            at: At::Loss {
+impl At {
+    fn behind_last(hidden: Tensor, decoder: &Decoder, is_weighed: bool) -> At {
+        let head = decoder.head_here();
+        match is_weighed {
+            false => At::Scoring { hidden, head },
+            true => At::Loss {
                 dhidden: hidden.zeros_like(),
                 hidden,
                 head,
@@ -434,41 +299,17 @@ impl Scored {
     }
 }
 
-/// The labels that are scored in the next quantum: of slices that lie side by side.
-fn next_scored(parts: &[Part], decoder: &Decoder, found: &LogProbs) -> Option<Range<usize>> {
-    let mut before = found.log_probs.len();
-    let mut later = parts.iter().filter(|part| !part.is_weighed);
-    let first = later.find(|part| match before < part.labels.len() {
-        true => true,
-        false => {
-            before -= part.labels.len();
-            false
-        }
-    })?;
-    let start = first.labels.start + before;
-    let end = later.fold(first.labels.end, |end, part| match part.labels.start == end {
-        true => part.labels.end,
-        false => end,
-    });
-    Some(start..end.min(start + rows_at_once(decoder)))
-}
-
-/// The labels that are done in the next quantum. None reaches over the end of a slice where the head is adapted, because gradients
-/// of the adapter are sums over rows, or where a row has several labels: these sums must be the same alone and beside others.
-fn next_labels(parts: &[Part], context: &Context, found: &LogProbs) -> Range<usize> {
-    let &Context { decoder, learns, .. } = context;
-    let done = found.log_probs.len();
-    let all = parts.last().map_or(0, |part| part.labels.end);
-    let adapts_head = |learns: &Learns| match learns.trained {
-        Trained::Adapter { adapter, .. } => decoder.adapts_head(adapter),
-        Trained::Model { .. } => false,
-    };
-    let has_sums = learns.iter().any(adapts_head) || !parts.iter().all(|part| part.is_row_once);
-    let end = match has_sums {
-        true => parts.iter().map(|part| part.labels.end).find(|&end| end > done),
-        false => None,
-    };
-    done..end.unwrap_or(all).min(done + rows_at_once(decoder))
+/// Where the model itself is trained.
+fn whole_model<'a>(learns: &[Learns<'a>]) -> Option<Trainable<'a>> {
+    match learns {
+        [
+            Learns {
+                trained: Trained::Model { gradient },
+                ..
+            },
+        ] => Some(Trainable::Full(gradient)),
+        _ => None,
+    }
 }
 
 /// Log-probabilities of `labels`; adds gradients, and writes their rows of `dhidden [T, H]`.
@@ -493,60 +334,4 @@ fn loss(
         log_probs: out.log_probs,
         correct: out.correct,
     }
-}
-
-/// None where the model itself is trained.
-fn trained_rows<'a>(parts: &[Part], learns: &[Learns<'a>]) -> Vec<TrainedRows<'a>> {
-    let rows =
-        |(part, learns): (&Part, &Learns<'a>)| learns.trained_rows(part.rows.clone(), part.rows_before);
-    parts.iter().zip(learns).filter_map(rows).collect()
-}
-
-/// The same of the rows before the head, one for each of `labels`. A slice has no more labels than rows where something drops
-/// out, so these are numbered as its rows are.
-fn trained_labels<'a>(parts: &[Part], learns: &[Learns<'a>], labels: &Range<usize>) -> Vec<TrainedRows<'a>> {
-    let rows = |(part, learns): (&Part, &Learns<'a>)| {
-        let own = part.labels.start.max(labels.start)..part.labels.end.min(labels.end);
-        if own.is_empty() {
-            return None;
-        }
-        let before = part.rows_before + (own.start - part.labels.start) as u64;
-        learns.trained_rows(own.start - labels.start..own.end - labels.start, before)
-    };
-    parts.iter().zip(learns).filter_map(rows).collect()
-}
-
-impl<'a> Learns<'a> {
-    /// `before`: rows of the optimizer step before these.
-    fn trained_rows(&self, rows: Range<usize>, before: u64) -> Option<TrainedRows<'a>> {
-        let Trained::Adapter { adapter, gradient } = self.trained else {
-            return None;
-        };
-        Some(TrainedRows {
-            rows,
-            adapter,
-            dropout: self.dropout.map(|dropout| Dropout {
-                row0: before,
-                ..dropout
-            }),
-            gradient,
-        })
-    }
-}
-
-fn keeps_all(slice: &Slice, context: &Context) -> bool {
-    activation_bytes(slice.tokens.len(), context.decoder) <= context.keep_bytes
-}
-
-/// The bytes that passes of up to `rows` may keep, such that all of them keep their activations or none does.
-pub fn all_or_nothing(rows: usize, decoder: &Decoder) -> i64 {
-    match activation_bytes(rows, decoder) <= KEEP_BYTES {
-        true => i64::MAX,
-        false => 0,
-    }
-}
-
-/// Activations are float32.
-fn activation_bytes(rows: usize, decoder: &Decoder) -> i64 {
-    4 * (decoder.saved_numbers() * rows) as i64
 }

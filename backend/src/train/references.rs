@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use tandem_kernels::loss::LogProbs;
 
-use super::data::Bundle;
+use super::slice::Bundle;
 
 /// Of all groups together, 64 MiB; what comes after them is asked each time.
 const MAX_LABELS: usize = 16 << 20;

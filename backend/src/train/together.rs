@@ -11,7 +11,7 @@ use super::turns::{self, PassClock, Turn};
 use super::{Quantum, TrainError, Trainer};
 use crate::model::{Decoder, WeightOptions};
 use crate::start;
-use crate::train::data::slice_tokens;
+use crate::train::slice::slice_tokens;
 
 pub struct Together {
     base: Decoder,

@@ -6,9 +6,9 @@ use tandem_backend::lora::adapter::Adapter;
 use tandem_backend::lora::params::AdapterParams;
 use tandem_backend::model::Decoder;
 use tandem_backend::model::full::{FullParams, FullShape};
-use tandem_backend::train::data;
 use tandem_backend::train::objective::{self, Scores};
 use tandem_backend::train::pass::{Advanced, Context, KEEP_BYTES, Pass, Trained};
+use tandem_backend::train::slice;
 use tandem_backend::weights::{Merge, merge};
 use tandem_core::dataset::Example;
 use tandem_kernels::weight::Precision;
@@ -361,7 +361,7 @@ pub fn backward(decoder: &Decoder, trained: Trained, examples: &[Example], keep_
         learns: &[trained.into()],
         keep_bytes,
     };
-    let mut slices = data::slices(examples.iter(), decoder.device());
+    let mut slices = slice::slices(examples.iter(), decoder.device());
     objective::to_mean(&mut slices);
     let (mut scores, mut rows) = (Scores::default(), 0);
     for slice in slices {

@@ -6,11 +6,12 @@ use std::path::Path;
 use serde_json::Value;
 use tandem_backend::lora::peft;
 use tandem_backend::model::{Decoder, WeightOptions};
-use tandem_backend::train::data::{self, DataPlan, Slice};
 use tandem_backend::train::evaluation::Evaluation;
 use tandem_backend::train::learner::{Learner, Update};
 use tandem_backend::train::mates::Mates;
 use tandem_backend::train::pass::{Advanced, Context, Look, Pass, Trained};
+use tandem_backend::train::plan::DataPlan;
+use tandem_backend::train::slice::{self, Slice};
 use tandem_backend::train::{Inputs, Quantum, Trainer};
 use tandem_backend::weights::merge;
 use tandem_core::dataset::{self, Example, Group};
@@ -372,7 +373,7 @@ fn weights_that_come_later_make_the_same_gradient() {
     };
     let _no_grad = tch::no_grad_guard();
     let mut learner = Learner::lora(lora, decoder.fit(), 3).expect("it starts");
-    let mut slices = data::slices(examples(&run["examples"]).iter(), tch::Device::Cpu);
+    let mut slices = slice::slices(examples(&run["examples"]).iter(), tch::Device::Cpu);
     slices.truncate(2);
     let update = Update {
         b_ratio: 1.0,
@@ -417,7 +418,7 @@ fn weights_that_come_later_make_the_same_gradient() {
 
     let mut halves = slices.clone();
     for slice in &mut halves {
-        let half = |&(row, token, weight): &data::Label| [(row, token, 0.5 * weight); 2];
+        let half = |&(row, token, weight): &slice::Label| [(row, token, 0.5 * weight); 2];
         slice.labels = slice.labels.iter().flat_map(half).collect();
     }
     let twice = gradient(&halves, true);

@@ -1,7 +1,7 @@
 //! What is minimised, as a function of log-probabilities: one file an objective. Each gets the sequences of one group
 //! (see [`tandem_core::dataset::Group`]) with a log-probability for every label, and gives the group's loss, its derivative by each of
 //! these, and what it reports. All of it is arithmetic in float64; nothing here knows a tensor. Not here: how
-//! log-probabilities come about and what their derivatives do (pass), which groups stand together (batch).
+//! log-probabilities come about and what their derivatives do (pass), which groups stand together (plan).
 
 mod cpo;
 mod dpo;
@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use tandem_core::job::Objective;
 use tandem_kernels::loss::LogProbs;
 
-use super::data::{Label, Slice};
+use super::slice::{Label, Slice};
 
 pub use reward_weighted::factors;
 

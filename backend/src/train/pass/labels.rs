@@ -3,7 +3,7 @@
 use tch::{Device, Tensor};
 
 use crate::model::Decoder;
-use crate::train::data::Label;
+use crate::train::slice::Label;
 
 /// Multiplications of the head in one go: what bounds the loss's part of a quantum as the slice bounds a layer's.
 const HEAD_PRODUCTS: i64 = 1 << 28;

@@ -6,7 +6,7 @@ use tch::Tensor;
 use super::labels::{Labels, rows_at_once};
 use crate::lora::adapter::{Adapter, AdapterRows};
 use crate::model::{Batch, Context as Attention, Decoder, HeadHere};
-use crate::train::data::Slice;
+use crate::train::slice::Slice;
 
 /// A slice on its way to the log-probabilities of its labels and no further: validation, references. No dropout.
 pub struct Look {
