@@ -15,9 +15,10 @@ use tandem_router::hyper;
 use tandem_text::dataset::{Options, Reading};
 
 use super::data::{Dataset, OfHub};
+use super::ground::{bounds, named_split, tokenizer};
 use super::progress::thousands;
 use super::settings::{self, Recipe, SettingsError, wrong};
-use super::{TrainError, as_settings, bounds, named_split, tokenizer};
+use super::{TrainError, as_settings};
 use crate::hub::{self, Content, Found};
 
 /// Spellings of the adapter that is evaluated.

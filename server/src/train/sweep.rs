@@ -14,10 +14,12 @@ use tandem_core::job::{JobEvent, files};
 use tandem_core::report::Report;
 use tandem_core::settings::{Settings, Trial as Asked};
 
+use super::ground::Ground;
 use super::logs::{LINES, Logs, TABLE};
 use super::progress::Progress;
 use super::record::{self, Begin, Record, TRIALS};
-use super::{Ground, Outcome, TrainError, at, heed_signals, prune, say_finished, say_stopped};
+use super::signals::heed_signals;
+use super::{Outcome, TrainError, at, prune, say_finished, say_stopped};
 
 struct Trial {
     asked: Asked,
