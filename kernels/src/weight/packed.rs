@@ -1,8 +1,8 @@
 //! A quantised matrix beside the micro-kernels: panels of codes (layout in `simd::codes`) and the scales of their groups.
 //! A product goes group by group: codes become levels in scratch, which every operand type holds, the rows are multiplied
-//! with them, and the sums are scaled as they are added up. For few rows of bfloat16 AVX-512 makes levels in registers, in
-//! the same order. No number is rounded on the way that is not rounded in a dense
-//! product, and few rows or many, the order of summation is the same.
+//! with them, and the sums are scaled as they are added up. For few rows of bfloat16 levels are made in registers, in the same
+//! order. No number is rounded on the way that is not rounded in a dense product, and few rows or many, the order of summation
+//! is the same.
 
 use std::ops::Range;
 
