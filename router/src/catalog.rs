@@ -2,8 +2,11 @@
 //! the adapter it began with by being live. Decides admission and when an adapter may go. Not here: files, SQL, the
 //! engine.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::ops::Range;
+mod crowd;
+mod lease;
+mod unnamed;
+
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -15,6 +18,10 @@ use tokio::sync::{Notify, oneshot};
 
 use crate::Config;
 use crate::api::{AdapterSource, Client, JobRequest, ModelCard, ModelKind, RouterError, Work};
+use crowd::{Crowd, Part};
+pub(crate) use lease::Lease;
+pub(crate) use unnamed::Hold;
+use unnamed::Unnamed;
 
 /// After how long a refused client should come back. A sequence takes seconds; the clients add jitter.
 const RETRY_AFTER_S: u32 = 1;
@@ -45,52 +52,6 @@ pub(crate) struct Catalog {
     gone: Notify,
 }
 
-/// Adapters in the store that no name may point to.
-#[derive(Default)]
-struct Unnamed {
-    /// How many are about to name each.
-    held: BTreeMap<AdapterDigest, u32>,
-    /// Lost their last name, or never got one; go when nobody holds them and no live request pins them.
-    retired: BTreeSet<AdapterDigest>,
-    /// Being deleted.
-    leaving: BTreeSet<AdapterDigest>,
-}
-
-/// As long as it lives nobody deletes the adapter, though no name points to it yet. If none does then, it retires.
-pub(crate) struct Hold {
-    pub digest: AdapterDigest,
-    catalog: Arc<Catalog>,
-}
-
-impl Drop for Hold {
-    fn drop(&mut self) {
-        let names = self.catalog.read();
-        let mut unnamed = self.catalog.unnamed();
-        let held = unnamed.held.get_mut(&self.digest).expect("it is held by this");
-        *held -= 1;
-        if *held == 0 {
-            unnamed.held.remove(&self.digest);
-        }
-        if !is_named(&names, self.digest) {
-            unnamed.retired.insert(self.digest);
-            self.catalog.retiring.notify_one();
-        }
-    }
-}
-
-/// An adapter that its owner deletes. Whoever wants to hold it waits until this is dropped.
-pub(crate) struct Leaving {
-    pub digest: AdapterDigest,
-    catalog: Arc<Catalog>,
-}
-
-impl Drop for Leaving {
-    fn drop(&mut self) {
-        self.catalog.unnamed().leaving.remove(&self.digest);
-        self.catalog.gone.notify_waiters();
-    }
-}
-
 /// What asks to come in.
 #[derive(Clone, Copy)]
 pub(crate) struct Wish<'a> {
@@ -109,134 +70,6 @@ pub(crate) struct Wish<'a> {
 
 /// Sequences that are live: of each key, and there of each connection.
 type Clients = HashMap<u64, HashMap<u64, u32>>;
-
-/// Sequences if a wish were granted.
-#[derive(Clone, Copy, Debug)]
-struct Crowd {
-    all: u32,
-    /// Of the key that asks, and how many keys have some, that one included.
-    key: Part,
-    /// Of the connection that asks, among those of its key.
-    connection: Part,
-    /// Of the request that asks.
-    request: u32,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Part {
-    own: u32,
-    of: u32,
-}
-
-impl Crowd {
-    /// A key alone may take every place. When others are there and somebody waits, each has its share, and who is within
-    /// its share comes in although others have taken more than theirs: up to twice as many places. So it is among the
-    /// connections of a key, too, which may be all that tells clients apart. A connection that has nothing else under way
-    /// brings one request whatever its size.
-    fn fits(self, slots: u32, max_waiting: u32) -> bool {
-        let Crowd {
-            all,
-            key,
-            connection,
-            request,
-        } = self;
-        let places = slots.saturating_add(max_waiting);
-        let is_first = connection.own == request && all - request <= places;
-        let key_share = places / key.of.max(1);
-        let most = match key.of {
-            0 | 1 => places,
-            _ => places.saturating_mul(2),
-        };
-        let of_key = key.own <= key_share && all <= most;
-        let of_connection = connection.of > 1
-            && connection.own <= key_share / connection.of
-            && all <= places.saturating_mul(2);
-        all <= slots || is_first || of_key || of_connection
-    }
-}
-
-/// `n` admitted sequences of one model; they end when this is dropped.
-pub(crate) struct Lease {
-    pub adapter: Option<AdapterDigest>,
-    client: Client,
-    ids: Range<u64>,
-    catalog: Arc<Catalog>,
-}
-
-impl Lease {
-    pub fn client(&self) -> &Client {
-        &self.client
-    }
-}
-
-/// Sequences whose client does not read: they keep no place from others until this is dropped.
-pub(crate) struct Parked<'a> {
-    lease: &'a Lease,
-    number: u64,
-    full: oneshot::Receiver<()>,
-}
-
-impl Parked<'_> {
-    /// When too many are parked, and none longer than this.
-    pub async fn crowded_out(&mut self) {
-        // The sender goes only with this, or to tell it.
-        let _ = (&mut self.full).await;
-    }
-}
-
-impl Drop for Parked<'_> {
-    fn drop(&mut self) {
-        let Lease { client, catalog, .. } = self.lease;
-        catalog.parked().remove(&self.number);
-        catalog.join(client, self.lease.n());
-    }
-}
-
-impl Lease {
-    fn n(&self) -> u32 {
-        u32::try_from(self.ids.end - self.ids.start).expect("n was a u32")
-    }
-
-    pub fn park(&self) -> Parked<'_> {
-        let catalog = &self.catalog;
-        catalog.leave(&self.client, self.n());
-        let number = catalog.parkings.fetch_add(1, Ordering::Relaxed);
-        let (tell, full) = oneshot::channel();
-        let mut parked = catalog.parked();
-        parked.insert(number, tell);
-        if parked.len() > catalog.max_parked
-            && let Some((_, longest)) = parked.pop_first()
-        {
-            // It may have gone on just now.
-            let _ = longest.send(());
-        }
-        drop(parked);
-        Parked {
-            lease: self,
-            number,
-            full,
-        }
-    }
-
-    pub fn ids(&self) -> impl Iterator<Item = RequestId> + use<> {
-        self.ids.clone().map(RequestId)
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        for id in self.ids() {
-            self.catalog.live.remove(&id);
-        }
-        self.catalog.leave(&self.client, self.n());
-        if self
-            .adapter
-            .is_some_and(|digest| self.catalog.unnamed().retired.contains(&digest))
-        {
-            self.catalog.retiring.notify_one();
-        }
-    }
-}
 
 impl Catalog {
     pub fn new(config: &Config, info: &ReplicaInfo, names: Vec<NameRow>) -> Catalog {
@@ -456,72 +289,6 @@ impl Catalog {
         }
     }
 
-    /// For who is about to name an adapter, or to look whether it is in the store.
-    pub async fn hold(self: &Arc<Catalog>, digest: AdapterDigest) -> Hold {
-        loop {
-            // Made before the look, so that it hears of an end right after it.
-            let gone = self.gone.notified();
-            {
-                let mut unnamed = self.unnamed();
-                if !unnamed.leaving.contains(&digest) {
-                    *unnamed.held.entry(digest).or_default() += 1;
-                    let catalog = self.clone();
-                    return Hold { digest, catalog };
-                }
-            }
-            gone.await;
-        }
-    }
-
-    /// When an adapter may have become free to go.
-    pub async fn retiring(&self) {
-        self.retiring.notified().await;
-    }
-
-    /// Retired adapters that nothing pins, for the caller to delete.
-    pub fn take_free(self: &Arc<Catalog>) -> Vec<Leaving> {
-        // Also held by `admit` from name to live entry.
-        let names = self.write();
-        let pinned: BTreeSet<AdapterDigest> = self.live.iter().filter_map(|entry| *entry.value()).collect();
-        let mut unnamed = self.unnamed();
-        let Unnamed {
-            held,
-            retired,
-            leaving,
-        } = &mut *unnamed;
-        retired.retain(|digest| !is_named(&names, *digest));
-        let is_used = |digest: &AdapterDigest| pinned.contains(digest) || held.contains_key(digest);
-        let free: Vec<AdapterDigest> = retired
-            .iter()
-            .copied()
-            .filter(|digest| !is_used(digest))
-            .collect();
-        retired.retain(is_used);
-        leaving.extend(&free);
-        let leave = |digest| Leaving {
-            digest,
-            catalog: self.clone(),
-        };
-        free.into_iter().map(leave).collect()
-    }
-
-    /// Adapters without a name that requests, waiting or running, still have.
-    pub fn used_unnamed(&self) -> BTreeSet<AdapterDigest> {
-        let names = self.read();
-        let live: BTreeSet<AdapterDigest> = self.live.iter().filter_map(|entry| *entry.value()).collect();
-        let held = self.unnamed().held.keys().copied().collect();
-        let used = live.union(&held).copied();
-        used.filter(|digest| !is_named(&names, *digest)).collect()
-    }
-
-    fn retire_unnamed(&self, names: &BTreeMap<String, NameRow>, old: Option<NameRow>) {
-        let Some(old) = old else { return };
-        if !is_named(names, old.digest) {
-            self.unnamed().retired.insert(old.digest);
-            self.retiring.notify_one();
-        }
-    }
-
     fn card(&self, row: &NameRow) -> ModelCard {
         let NameRow {
             name,
@@ -592,65 +359,4 @@ fn lookup<'a>(names: &'a BTreeMap<String, NameRow>, name: &str) -> Option<&'a Na
         let (model, step) = name.rsplit_once("@step-")?;
         names.get(&checkpoint_name(model, step.parse().ok()?))
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn places_are_shared_when_they_are_few() {
-        // all, own, keys with 4 slots and 6 waiting places
-        for (all, own, clients, fits) in [
-            (10, 10, 1, true),
-            (11, 11, 1, false),
-            // Nobody waits: whoever comes, comes in.
-            (4, 3, 2, true),
-            // Over its share of 5 while another is there, and within it.
-            (10, 6, 2, false),
-            (10, 5, 2, true),
-            // The other has taken all; this one is within its share.
-            (11, 1, 2, true),
-            (15, 5, 2, true),
-            (20, 3, 3, true),
-            (21, 3, 3, false),
-        ] {
-            let crowd = Crowd {
-                all,
-                key: Part { own, of: clients },
-                connection: Part { own, of: 1 },
-                request: 1,
-            };
-            assert_eq!(crowd.fits(4, 6), fits, "{crowd:?}");
-        }
-    }
-
-    #[test]
-    fn a_connection_has_a_part_of_its_keys_share() {
-        // all, of the key, of the connection, connections, of the request with 4 slots and 6 waiting places and one key
-        for (all, key, own, of, request, fits) in [
-            (10, 10, 10, 1, 1, true),
-            (11, 11, 11, 1, 1, false),
-            // Another connection has taken all places.
-            (11, 11, 1, 2, 1, true),
-            (15, 15, 5, 2, 1, true),
-            (16, 16, 6, 2, 1, false),
-            (21, 21, 5, 2, 1, false),
-            // There is room: nobody is counted.
-            (10, 10, 9, 5, 1, true),
-            // One request of any size, where there is any place, and nothing else on its connection.
-            (100, 100, 100, 1, 100, true),
-            (110, 110, 100, 3, 100, true),
-            (111, 111, 100, 3, 100, false),
-            (100, 100, 100, 1, 99, false),
-        ] {
-            let crowd = Crowd {
-                all,
-                key: Part { own: key, of: 1 },
-                connection: Part { own, of },
-                request,
-            };
-            assert_eq!(crowd.fits(4, 6), fits, "{crowd:?}");
-        }
-    }
 }

@@ -3,88 +3,32 @@
 
 mod affinity;
 mod choice;
+mod keep;
+mod member;
+mod place;
+mod seat;
 
-use std::future::Future;
-use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use futures::future::BoxFuture;
 use tandem_core::TokenId;
-use tandem_core::histogram::{Counted, Histogram};
 use tandem_core::id::AdapterDigest;
 use tandem_core::message::Fault;
 use tandem_core::replica::{Command, ReplicaHandle, ReplicaInfo};
 use tandem_core::stats::Stats;
-use tandem_rpc::{ClientTls, ModelFiles, Token};
+use tandem_rpc::ModelFiles;
 use tokio::sync::{mpsc, watch};
 
-use affinity::Memory;
 use choice::{Adapter, Need, View};
+use keep::keep;
+pub use member::{Made, Member};
+use place::{Place, State};
+pub use place::{Report, Standing};
+pub use seat::{JobSeat, Seat};
 
-/// Between two tries to make a lost member again: the first, doubled up to the last.
-const FIRST_RETRY: Duration = Duration::from_millis(100);
-const LAST_RETRY: Duration = Duration::from_secs(2);
-/// A member that lived as long begins again at the first.
-const STABLE: Duration = Duration::from_secs(10);
 /// What a replica may need to write a running job's state at the end.
 const STOP_PATIENCE: Duration = Duration::from_secs(30);
-
-/// A place in the fleet and how it is filled.
-pub struct Member {
-    name: String,
-    make: Make,
-}
-
-type Make = Box<dyn Fn() -> BoxFuture<'static, Result<Made, String>> + Send + Sync>;
-
-/// A replica that answers, and what must be alike in all of a fleet.
-pub struct Made {
-    pub replica: ReplicaHandle,
-    pub files: ModelFiles,
-    /// What it calls the base model.
-    pub model_name: String,
-    /// Time from the replica to the router; a replica of this process has none.
-    pub hop: Option<Arc<Histogram>>,
-}
-
-impl Member {
-    /// `make` is called again, with a pause, whenever the replica it made is gone.
-    pub fn new<F>(name: impl Into<String>, make: impl Fn() -> F + Send + Sync + 'static) -> Member
-    where
-        F: Future<Output = Result<Made, String>> + Send + 'static,
-    {
-        Member {
-            name: name.into(),
-            make: Box::new(move || Box::pin(make())),
-        }
-    }
-
-    /// The backend at `url`, which is shown the token; one at `https://` by `tls`.
-    pub fn remote(url: &str, token: Option<Token>, tls: Option<ClientTls>, data_dir: &Path) -> Member {
-        let (address, data_dir) = (url.to_owned(), data_dir.to_owned());
-        Member::new(url, move || {
-            let (address, token, tls, data_dir) =
-                (address.clone(), token.clone(), tls.clone(), data_dir.clone());
-            async move {
-                let remote = tandem_rpc::connect(&address, token.as_ref(), tls.as_ref(), &data_dir).await;
-                let tandem_rpc::Remote {
-                    replica,
-                    files,
-                    model_name,
-                    hop,
-                } = remote.map_err(|error| error.message)?;
-                Ok(Made {
-                    replica,
-                    files,
-                    model_name,
-                    hop: Some(hop),
-                })
-            }
-        })
-    }
-}
 
 /// Cheap to clone.
 #[derive(Clone)]
@@ -117,28 +61,6 @@ enum Phase {
     Stops,
 }
 
-struct Place {
-    name: String,
-    make: Make,
-    state: RwLock<State>,
-    /// Sequences this router has there.
-    live: Arc<AtomicU32>,
-    /// Jobs this router has there.
-    jobs: Arc<AtomicU32>,
-    memory: Mutex<Memory>,
-    /// A request was refused because it stops: known before its numbers say so. Its next life takes requests again.
-    stops: AtomicBool,
-    ejections: AtomicU64,
-    past_hops: Mutex<Counted>,
-}
-
-#[expect(clippy::large_enum_variant, reason = "one a member, and mostly up")]
-enum State {
-    Up(ReplicaHandle, Option<Arc<Histogram>>),
-    /// Why.
-    Down(String),
-}
-
 /// What a request needs of a member.
 #[derive(Clone, Copy)]
 pub struct Ask<'a> {
@@ -151,100 +73,12 @@ pub struct Ask<'a> {
     pub at: Option<&'a mpsc::Sender<Command>>,
 }
 
-/// Sequences' place at a member, counted until it is dropped.
-pub struct Seat {
-    pub commands: mpsc::Sender<Command>,
-    live: Arc<AtomicU32>,
-    n: u32,
-}
-
-impl Seat {
-    fn new(commands: mpsc::Sender<Command>, live: &Arc<AtomicU32>, n: u32) -> Seat {
-        live.fetch_add(n, Ordering::AcqRel);
-        Seat {
-            commands,
-            live: live.clone(),
-            n,
-        }
-    }
-
-    /// Another seat at the same member, for `n` of these sequences that go on alone.
-    pub fn split(&mut self, n: u32) -> Seat {
-        self.n -= n;
-        Seat {
-            commands: self.commands.clone(),
-            live: self.live.clone(),
-            n,
-        }
-    }
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        self.live.fetch_sub(self.n, Ordering::AcqRel);
-    }
-}
-
-/// A job's place at a member, counted until it is dropped.
-pub struct JobSeat {
-    pub replica: ReplicaHandle,
-    jobs: Arc<AtomicU32>,
-}
-
-impl JobSeat {
-    fn new(replica: ReplicaHandle, jobs: &Arc<AtomicU32>) -> JobSeat {
-        jobs.fetch_add(1, Ordering::AcqRel);
-        JobSeat {
-            replica,
-            jobs: jobs.clone(),
-        }
-    }
-}
-
-impl Drop for JobSeat {
-    fn drop(&mut self) {
-        self.jobs.fetch_sub(1, Ordering::AcqRel);
-    }
-}
-
-/// A member's numbers, for people and Prometheus.
-#[derive(Clone, Debug)]
-pub struct Report {
-    pub name: String,
-    pub standing: Standing,
-    /// As the replica says; zeros when it is down.
-    pub stats: Stats,
-    /// Sequences of this router there.
-    pub live: u32,
-    pub ejections: u64,
-    pub hops: Counted,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Standing {
-    Up,
-    Draining,
-    /// Why.
-    Down(String),
-}
-
 impl Fleet {
     /// Returns when the first member answers, however long that takes. `seat_patience`: what a request waits for a member
     /// while there is none.
     pub async fn open(members: Vec<Member>, seat_patience: Duration) -> Fleet {
-        let place = |Member { name, make }| Place {
-            name,
-            make,
-            state: RwLock::new(State::Down("it has not answered yet".to_owned())),
-            live: Arc::default(),
-            jobs: Arc::default(),
-            memory: Mutex::default(),
-            ejections: AtomicU64::new(0),
-            stops: AtomicBool::new(false),
-            past_hops: Mutex::default(),
-        };
         let fleet = Fleet(Arc::new(Inner {
-            places: members.into_iter().map(place).collect(),
+            places: members.into_iter().map(Place::new).collect(),
             facts: OnceLock::new(),
             changed: watch::Sender::new(()),
             phase: watch::Sender::new(Phase::Runs),
@@ -468,152 +302,6 @@ impl Fleet {
             self.0.seat_patience,
             all.join("; ")
         )
-    }
-}
-
-impl Place {
-    fn report(&self) -> Report {
-        let mut hops = lock(&self.past_hops).clone();
-        let (standing, stats) = match &*read(&self.state) {
-            State::Up(replica, hop) => {
-                if let Some(hop) = hop {
-                    hops.add(&hop.counted());
-                }
-                let stats = replica.stats.borrow().clone();
-                let standing = match stats.draining {
-                    true => Standing::Draining,
-                    false => Standing::Up,
-                };
-                (standing, stats)
-            }
-            State::Down(why) => (Standing::Down(why.clone()), Stats::default()),
-        };
-        Report {
-            name: self.name.clone(),
-            standing,
-            stats,
-            live: self.live.load(Ordering::Acquire),
-            ejections: self.ejections.load(Ordering::Relaxed),
-            hops,
-        }
-    }
-
-    fn set(&self, state: State) {
-        *self.state.write().unwrap_or_else(PoisonError::into_inner) = state;
-    }
-}
-
-/// Makes a member, watches it, ejects it when it is gone, and makes it again, as long as the fleet runs.
-async fn keep(fleet: Arc<Inner>, index: usize) {
-    let place = &fleet.places[index];
-    let mut phase = fleet.phase.subscribe();
-    let mut pause = FIRST_RETRY;
-    while *phase.borrow() == Phase::Runs {
-        let made = (place.make)().await;
-        match made.and_then(|made| fleet.agree(made)) {
-            Ok(Made { replica, hop, .. }) => {
-                let came = Instant::now();
-                tracing::info!(
-                    replica = place.name,
-                    device = replica.info.device,
-                    "a replica is up"
-                );
-                let handle = replica.clone();
-                place.stops.store(false, Ordering::Release);
-                place.set(State::Up(replica, hop));
-                fleet.changed.send_replace(());
-                handle.commands.closed().await;
-                fleet.eject(place);
-                if came.elapsed() > STABLE {
-                    pause = FIRST_RETRY;
-                }
-            }
-            Err(why) => {
-                // Said once; it is tried for as long as it takes.
-                let known = matches!(&*read(&place.state), State::Down(before) if *before == why);
-                if !known {
-                    tracing::warn!(replica = place.name, why, "a replica cannot be had");
-                    place.set(State::Down(why));
-                }
-            }
-        }
-        tokio::select! {
-            () = tokio::time::sleep(pause) => {}
-            _ = phase.changed() => {}
-        }
-        pause = (pause * 2).min(LAST_RETRY);
-    }
-}
-
-impl Inner {
-    /// Replicas of one fleet answer the same; whoever differs is not let in.
-    fn agree(&self, made: Made) -> Result<Made, String> {
-        let first = self.facts.get_or_init(|| Facts {
-            info: made.replica.info.clone(),
-            files: made.files.clone(),
-            model_name: made.model_name.clone(),
-        });
-        let (ours, its) = (&first.info, &made.replica.info);
-        let differ = |what: &str, ours: String, its: String| match ours == its {
-            true => Ok(()),
-            false => Err(format!("its {what} is {its}, the fleet's is {ours}")),
-        };
-        differ(
-            "base model",
-            ours.base_digest.to_string(),
-            its.base_digest.to_string(),
-        )?;
-        differ(
-            "vocabulary",
-            ours.vocab_size.to_string(),
-            its.vocab_size.to_string(),
-        )?;
-        let text = |files: &ModelFiles| files.text_digest().to_string();
-        differ(
-            "tokenizer and chat template",
-            text(&first.files),
-            text(&made.files),
-        )?;
-        differ("dtype", ours.dtype.clone(), its.dtype.clone())?;
-        differ(
-            "max_model_len",
-            ours.max_model_len.to_string(),
-            its.max_model_len.to_string(),
-        )?;
-        differ(
-            "max_lora_rank",
-            ours.max_lora_rank.to_string(),
-            its.max_lora_rank.to_string(),
-        )?;
-        differ(
-            "list of LoRA targets",
-            ours.lora_targets.join(" "),
-            its.lora_targets.join(" "),
-        )?;
-        Ok(made)
-    }
-
-    fn eject(&self, place: &Place) {
-        let down = State::Down("it was lost and has not come back".to_owned());
-        let before = {
-            let mut state = place.state.write().unwrap_or_else(PoisonError::into_inner);
-            std::mem::replace(&mut *state, down)
-        };
-        let State::Up(replica, hop) = before else { return };
-        let last = replica.stats.borrow().clone();
-        lock(&self.buried).add_counters(&last);
-        if let Some(hop) = hop {
-            lock(&place.past_hops).add(&hop.counted());
-        }
-        // Whatever comes back begins with an empty cache.
-        *lock(&place.memory) = Memory::default();
-        place.ejections.fetch_add(1, Ordering::Relaxed);
-        self.changed.send_replace(());
-        match (*self.phase.borrow(), last.draining) {
-            (Phase::Stops, _) => {}
-            (Phase::Runs, true) => tracing::info!(replica = place.name, "a replica has drained and left"),
-            (Phase::Runs, false) => tracing::warn!(replica = place.name, "a replica is lost"),
-        }
     }
 }
 
