@@ -178,7 +178,8 @@ impl Run {
         let place = mesh.check(team.world()).and_then(|()| match &spec.hyper.method {
             Method::Lora(lora) => lora.fits_ranks(mesh.tensor_parallel as u32),
             Method::Full if mesh.tensor_parallel > 1 => Err(
-                "ranks that divide one model train LoRA: for method=full take tensor_parallel_size 1 and                  sharding_strategy FULL_SHARD"
+                "ranks that divide one model train LoRA: for method=full take tensor_parallel_size 1 and \
+                 sharding_strategy FULL_SHARD"
                     .to_owned(),
             ),
             Method::Full => Ok(()),

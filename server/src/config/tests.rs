@@ -1,3 +1,5 @@
+//! Command lines, settings files and variables together: what wins, and what is refused.
+
 use super::*;
 use crate::cli;
 
