@@ -270,7 +270,7 @@ impl Router {
     }
 
     /// Whether a name is this adapter's.
-    pub(crate) async fn names(&self, name: &str, adapter: AdapterDigest) -> Result<bool, RouterError> {
+    pub(crate) async fn is_name_of(&self, name: &str, adapter: AdapterDigest) -> Result<bool, RouterError> {
         self.refresh_names().await?;
         Ok(self.0.catalog.row(name).is_some_and(|row| row.digest == adapter))
     }

@@ -281,7 +281,7 @@ impl Worker {
         };
         self.name(&path, &made).await?;
         self.router.0.store.keep_save(record, state).await?;
-        if !self.router.names(&path, adapter.digest).await? {
+        if !self.router.is_name_of(&path, adapter.digest).await? {
             // The end of the save of before took the same adapter's name with it.
             self.name(&path, &made).await?;
         }
