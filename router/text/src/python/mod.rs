@@ -5,6 +5,7 @@
 mod filters;
 mod json;
 mod shown;
+mod slice;
 mod strings;
 mod time;
 mod weighed;

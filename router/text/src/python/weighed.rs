@@ -8,7 +8,7 @@ use minijinja::machinery::{self, Instruction, Instructions, Token};
 use minijinja::value::Value;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State};
 
-use super::{syntax, weight};
+use super::{slice, syntax, weight};
 
 /// Gives back what it is given.
 const FACTOR: &str = "factor";
@@ -22,6 +22,7 @@ const SOUGHT: &str = "!sought";
 const JOINED: &str = "!joined";
 const ADDED: &str = "!added";
 const REPEATED: &str = "!repeated";
+const SLICED: &str = "!sliced";
 const MACRO: &str = "!macro";
 /// A macro keeps the variables around it.
 const MACRO_BYTES: usize = 512;
@@ -73,6 +74,18 @@ pub fn add_to(environment: &mut Environment<'static>) {
         }
         Ok::<_, Error>(turned(a, b))
     });
+    environment.add_filter(
+        SLICED,
+        |state: &mut State, value: Value, start: Value, stop: Value, step: Value| {
+            if let Some(text) = value.as_str() {
+                weight::read(state, text)?;
+            }
+            let mut parts = slice::turned(value, start, stop, step)?;
+            // As in `turned`.
+            parts.reverse();
+            Ok::<_, Error>(Value::from(parts.to_vec()))
+        },
+    );
     environment.add_filter(REPEATED, |state: &mut State, a: Value, b: Value| {
         for (value, n) in [(&a, &b), (&b, &a)] {
             let Some(n) = n.as_usize() else { continue };
@@ -177,7 +190,7 @@ fn around<'a>(instruction: &Instruction<'a>) -> Result<Vec<Instruction<'a>>, Err
         I::Add => [of_two(ADDED, same), vec![filter(MADE, 1)]].concat(),
         I::Mul => [of_two(REPEATED, same), vec![filter(MADE, 1)]].concat(),
         I::In => of_two(SOUGHT, same),
-        I::Slice => vec![same, filter(MADE, 1)],
+        I::Slice => vec![filter(SLICED, 4), I::UnpackList(4), same, filter(MADE, 1)],
         I::BuildList(_) | I::BuildTuple(_) | I::BuildMap(_) => vec![same, filter(NESTED, 1)],
         I::CallFunction(..) | I::CallMethod(..) | I::CallObject(_) => vec![same, filter(PAID, 1)],
         I::SetAttr(_) => vec![I::Swap, filter(KEPT, 1), I::Swap, same],
