@@ -1,3 +1,5 @@
+//! Why training ends before its time. Not here: what becomes of the job (`run`).
+
 use crate::guard::TorchFault;
 use crate::lora::fit::PackError;
 use crate::lora::peft;

@@ -1,3 +1,5 @@
+//! How a micro-batch goes: ranks that go in step agree on it before they begin. Not here: the passes themselves (`pass`).
+
 /// Which passes a micro-batch goes through, in order. Ranks that go in step agree on one.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Course {
