@@ -82,6 +82,8 @@ impl Store {
         blocking(move || {
             if let Some(file) = file {
                 folders::remove(&file)?;
+                // In a cache it has a folder of its own.
+                let _ = file.parent().map(fs::remove_dir);
             }
             // A save that comes meanwhile has its own there.
             let _ = fs::remove_dir(&folder);
