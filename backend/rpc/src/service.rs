@@ -208,7 +208,7 @@ pub async fn serve(
     let replica = InterceptedService::new(replica, move |request: Request<()>| {
         token.as_ref().map_or(Ok(()), |token| token.check(&request))?;
         if let Some(caller) = request.extensions().get::<Caller>() {
-            caller.is_router();
+            caller.let_stay();
         }
         Ok(request)
     });

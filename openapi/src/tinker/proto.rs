@@ -57,17 +57,18 @@ impl ForwardBackwardRequest {
 }
 
 /// The fields of a message that have a length, as far as it is one: number and value.
-fn nested(mut rest: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
+fn nested(mut rest: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
     std::iter::from_fn(move || {
         loop {
-            let key = varint(&mut rest)?;
+            // Keys and whole numbers are written as lengths are.
+            let key = prost::decode_length_delimiter(&mut rest).ok()?;
             let bytes = match key & 7 {
                 0 => {
-                    varint(&mut rest)?;
+                    prost::decode_length_delimiter(&mut rest).ok()?;
                     continue;
                 }
                 1 => 8,
-                2 => usize::try_from(varint(&mut rest)?).ok()?,
+                2 => prost::decode_length_delimiter(&mut rest).ok()?,
                 5 => 4,
                 _ => return None,
             };
@@ -78,19 +79,6 @@ fn nested(mut rest: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
             }
         }
     })
-}
-
-fn varint(rest: &mut &[u8]) -> Option<u64> {
-    let mut value = 0;
-    for shift in (0..64).step_by(7) {
-        let (&byte, after) = rest.split_first()?;
-        *rest = after;
-        value |= u64::from(byte & 0x7f) << shift;
-        if byte < 0x80 {
-            return Some(value);
-        }
-    }
-    None
 }
 
 #[derive(Clone, PartialEq, Message)]

@@ -5,8 +5,8 @@ use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -48,21 +48,21 @@ pub struct Caller {
 }
 
 impl Caller {
-    /// It has shown what a router shows: it stays as long as it likes.
-    pub fn is_router(&self) {
+    /// It has shown what a router shows, and stays as long as it likes.
+    pub fn let_stay(&self) {
         self.is_known.store(true, Ordering::Relaxed);
     }
 }
 
 /// The oldest first. Some may have gone, or be known by now.
 #[derive(Default)]
-struct Strangers(Mutex<VecDeque<(Caller, oneshot::Sender<()>)>>);
+struct Strangers(VecDeque<(Caller, oneshot::Sender<()>)>);
 
 impl Strangers {
     /// One more. It hears when it has to go.
-    fn enter(&self, caller: Caller) -> oneshot::Receiver<()> {
+    fn enter(&mut self, caller: Caller) -> oneshot::Receiver<()> {
         let (cut, heard) = oneshot::channel();
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = &mut self.0;
         all.retain(|(caller, cut)| !cut.is_closed() && !caller.is_known.load(Ordering::Relaxed));
         while all.len() >= STRANGERS
             && let Some((caller, cut)) = all.pop_front()
@@ -83,7 +83,7 @@ pub fn connections(
 ) -> impl Stream<Item = io::Result<Connection>> {
     let (sender, receiver) = mpsc::channel(1);
     tokio::spawn(async move {
-        let strangers = Strangers::default();
+        let mut strangers = Strangers::default();
         loop {
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,

@@ -1,13 +1,19 @@
 //! Slices that go backwards, as Python takes them: the template language's own panic on what is empty, and take `[3:0:-1]` for
 //! `[3::-1]`. Not here: slices that go forwards.
 
-use minijinja::Error;
 use minijinja::value::{Tuple, Value, ValueKind};
+use minijinja::{Error, State};
 
 use super::weight;
 
 /// What is to be sliced instead, and by what: `[value, start, stop, step]`. Whatever goes forwards, or is no slice, stays.
-pub fn turned(value: Value, start: Value, stop: Value, step: Value) -> Result<[Value; 4], Error> {
+pub fn turned(
+    state: &mut State,
+    value: Value,
+    start: Value,
+    stop: Value,
+    step: Value,
+) -> Result<[Value; 4], Error> {
     let bound = |bound: &Value| match bound.is_none() {
         true => Some(None),
         false => i64::try_from(bound.clone()).ok().map(Some),
@@ -18,6 +24,7 @@ pub fn turned(value: Value, start: Value, stop: Value, step: Value) -> Result<[V
     };
     let backwards = |n: usize| backwards(n, from, to, step_by);
     let sliced = if let Some(text) = value.as_str() {
+        weight::read(state, text)?;
         let chars: Vec<char> = text.chars().collect();
         Value::from(backwards(chars.len()).map(|i| chars[i]).collect::<String>())
     } else if let Some(bytes) = value.as_bytes() {

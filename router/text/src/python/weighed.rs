@@ -77,10 +77,7 @@ pub fn add_to(environment: &mut Environment<'static>) {
     environment.add_filter(
         SLICED,
         |state: &mut State, value: Value, start: Value, stop: Value, step: Value| {
-            if let Some(text) = value.as_str() {
-                weight::read(state, text)?;
-            }
-            let mut parts = slice::turned(value, start, stop, step)?;
+            let mut parts = slice::turned(state, value, start, stop, step)?;
             // As in `turned`.
             parts.reverse();
             Ok::<_, Error>(Value::from(parts.to_vec()))
