@@ -12,6 +12,7 @@ use futures::StreamExt;
 use prost::Message;
 use serde::de::DeserializeOwned;
 use tandem_core::json;
+use tandem_core::protobuf::{self, Field, Holds, Shape};
 use tandem_openapi::tinker::proto;
 use tandem_router::Order;
 
@@ -64,6 +65,21 @@ impl<T: Body> FromRequest<App> for Json<T> {
     }
 }
 
+/// What of a call takes more than its bytes.
+const FORWARD_BACKWARD: Shape = &[
+    field(3, size_of::<proto::Datum>(), DATUM),
+    field(5, MAP, &[]),
+    field(7, MAP, &[]),
+];
+const DATUM: Shape = &[field(1, size_of::<proto::Chunk>(), &[]), field(2, MAP, &[])];
+/// A map of one has a node of eleven places, of up to 96 bytes each.
+const MAP: usize = 1024;
+
+const fn field(number: usize, size: usize, shape: Shape) -> Field {
+    let holds = Holds::Message(size, shape);
+    Field { number, holds }
+}
+
 /// A protobuf body, and said to be one.
 pub struct Proto(pub proto::ForwardBackwardRequest);
 
@@ -81,7 +97,7 @@ impl FromRequest<App> for Proto {
         let limit = app.router.config().tinker.call_bytes;
         let bytes = read(&parts.headers, body, limit, held).await?;
         if let Some(held) = held {
-            held.reach(bytes.len() + proto::ForwardBackwardRequest::tree_bytes(&bytes))?;
+            held.reach(protobuf::tree_bytes(&bytes, FORWARD_BACKWARD))?;
         }
         let decoded = move || proto::ForwardBackwardRequest::decode(bytes.as_slice());
         let decoded = tokio::task::spawn_blocking(decoded).await;
@@ -338,7 +354,11 @@ impl Pairs {
 mod tests {
     use serde::Deserialize;
 
-    use super::{Pairs, from_json};
+    use prost::Message;
+    use tandem_core::protobuf::tree_bytes;
+    use tandem_openapi::tinker::proto::{Chunk, Datum, ForwardBackwardRequest, Tensor};
+
+    use super::{FORWARD_BACKWARD, Pairs, from_json};
 
     #[derive(Debug, Deserialize)]
     struct Request {
@@ -371,6 +391,28 @@ mod tests {
         let deep = [b"{\"model\": \"m\", \"x\": ".as_slice(), &b"[".repeat(10_000)].concat();
         assert!(from_json::<Request>(&deep).is_err());
         assert!(from_json::<Request>(b" {\"model\": \"m\", \"other\": null}").is_ok());
+    }
+
+    #[test]
+    fn what_a_call_takes_is_known_before_it_is_read() {
+        let input = |n: u8| (format!("target{n}"), Tensor::default());
+        let datum = Datum {
+            model_input: vec![Chunk::default(); 3],
+            loss_fn_inputs: (0..2).map(input).collect(),
+        };
+        let request = ForwardBackwardRequest {
+            model_id: "m".to_owned(),
+            seq_id: 300,
+            data: vec![datum; 200],
+            loss_fn_config: [("a".to_owned(), 1.0)].into(),
+            ..ForwardBackwardRequest::default()
+        };
+        let body = request.encode_to_vec();
+        let of_datum = 2 * (size_of::<Datum>() + 3 * size_of::<Chunk>() + 2 * 1024);
+        assert_eq!(
+            tree_bytes(&body, FORWARD_BACKWARD),
+            body.len() + 200 * of_datum + 2 * 1024
+        );
     }
 
     #[test]

@@ -14,6 +14,7 @@ pub mod learner;
 pub mod lfs;
 pub mod message;
 pub mod pooling;
+pub mod protobuf;
 pub mod replica;
 pub mod report;
 pub mod rng;

@@ -113,7 +113,7 @@ async fn open(
 
     let (commands, inbox) = mpsc::channel(COMMAND_QUEUE);
     let (control, wishes) = mpsc::unbounded_channel();
-    let table = Arc::new(Table::default());
+    let table = Arc::new(Table::new(info.hidden_size));
     let outgoing = Outgoing::new(inbox, wishes, table.clone(), root);
     let mut inbound = client.session(outgoing).await.map_err(said)?.into_inner();
     // The first word is the replica's numbers: nobody chooses by numbers that were never said.

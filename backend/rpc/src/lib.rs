@@ -14,6 +14,7 @@ mod service;
 mod tests;
 mod tls;
 mod token;
+mod weighed;
 
 pub use client::{ConnectError, Remote, connect};
 pub use files::ModelFiles;

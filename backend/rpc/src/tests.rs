@@ -285,7 +285,6 @@ async fn a_request_and_its_answer_travel_whole() {
     };
     let said = [
         Event::Prompt(vec![None, Some(scored(1)), Some(scored(4))]),
-        Event::Pooled(vec![0.5, f32::MIN_POSITIVE]),
         Event::Token {
             token: scored(3),
             is_last: false,
@@ -317,8 +316,8 @@ async fn a_request_and_its_answer_travel_whole() {
         pooling: Some(Pooling::Mean),
         ..request(79)
     };
-    let _answer = ask(&remote, pooled.clone()).await;
-    let (heard, _events) = backend.generate().await;
+    let mut answer = ask(&remote, pooled.clone()).await;
+    let (heard, events) = backend.generate().await;
     assert_eq!(
         heard,
         Generate {
@@ -326,6 +325,9 @@ async fn a_request_and_its_answer_travel_whole() {
             ..pooled
         }
     );
+    let vector = Event::Pooled(vec![0.5, f32::MIN_POSITIVE]);
+    events.send(vector.clone()).await.unwrap();
+    assert_eq!(soon(answer.recv()).await, Some(vector));
 
     let unknown = Generate {
         adapter: Some(AdapterRef {
@@ -337,6 +339,74 @@ async fn a_request_and_its_answer_travel_whole() {
     let mut answer = ask(&remote, unknown).await;
     let fault = Fault::Adapter("nobody has it".to_owned());
     assert_eq!(soon(answer.recv()).await, Some(Event::Failed(fault)));
+}
+
+#[tokio::test]
+async fn a_backend_says_no_more_than_it_was_asked() {
+    let scored = |alternatives| Scored {
+        token: 3,
+        logprob: -0.25,
+        top: vec![(5, -1.0); alternatives],
+    };
+    let prompt = |tokens| Event::Prompt(vec![Some(scored(1)); tokens]);
+    let token = Event::Token {
+        token: scored(3),
+        is_last: false,
+    };
+    let vector = Event::Pooled(vec![0.5; info().hidden_size as usize + 1]);
+    let raw = RawSampling {
+        logprobs: Some(2),
+        prompt_logprobs: Some(1),
+        ..RawSampling::default()
+    };
+    let answer = Generate {
+        sampling: Sampling::new(raw, 100).unwrap(),
+        ..request(80)
+    };
+    let pooled = Generate {
+        max_tokens: 0,
+        pooling: Some(Pooling::Mean),
+        ..request(81)
+    };
+    let cases = [
+        (
+            &answer,
+            vec![token],
+            "3 alternatives to a token where 2 were asked for",
+        ),
+        (
+            &answer,
+            vec![prompt(4)],
+            "5 scores of a prompt where 3 were asked for",
+        ),
+        (
+            &answer,
+            vec![prompt(2); 2],
+            "3 scores of a prompt where 0 were asked for",
+        ),
+        (
+            &pooled,
+            vec![vector],
+            "65 numbers of a vector where 64 were asked for",
+        ),
+    ];
+    for (asked, said, why) in cases {
+        let mut backend = Backend::start().await;
+        let remote = backend.connect().await;
+        let mut answer = ask(&remote, asked.clone()).await;
+        let (_, events) = backend.generate().await;
+        for event in said {
+            events.send(event).await.unwrap();
+        }
+        let end = loop {
+            match soon(answer.recv()).await {
+                Some(Event::Failed(Fault::ReplicaLost(end))) => break end,
+                Some(_) => {}
+                None => panic!("the answer ends without a word"),
+            }
+        };
+        assert!(end.contains(why), "{end}");
+    }
 }
 
 #[tokio::test]

@@ -30,57 +30,6 @@ pub struct ForwardBackwardRequest {
     pub loss_fn_config_v2: BTreeMap<String, LossConfigValue>,
 }
 
-impl ForwardBackwardRequest {
-    /// How much memory one takes beside its bytes, roughly and rather too much, before it is read: a message of two bytes becomes one
-    /// of hundreds. What is no such message is not looked at further, its reader says why.
-    pub fn tree_bytes(body: &[u8]) -> usize {
-        const DATUM: usize = 64;
-        const CHUNK: usize = 64;
-        // A map of one has a node of eleven places.
-        const INPUT: usize = 2048;
-        const SETTING: usize = 256;
-        let of_datum = |datum| {
-            let sizes = nested(datum).map(|(tag, _)| match tag {
-                1 => CHUNK,
-                2 => INPUT,
-                _ => 0,
-            });
-            DATUM + sizes.sum::<usize>()
-        };
-        let sizes = nested(body).map(|(tag, value)| match tag {
-            3 => of_datum(value),
-            5 | 7 => SETTING,
-            _ => 0,
-        });
-        sizes.sum()
-    }
-}
-
-/// The fields of a message that have a length, as far as it is one: number and value.
-fn nested(mut rest: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
-    std::iter::from_fn(move || {
-        loop {
-            // Keys and whole numbers are written as lengths are.
-            let key = prost::decode_length_delimiter(&mut rest).ok()?;
-            let bytes = match key & 7 {
-                0 => {
-                    prost::decode_length_delimiter(&mut rest).ok()?;
-                    continue;
-                }
-                1 => 8,
-                2 => prost::decode_length_delimiter(&mut rest).ok()?,
-                5 => 4,
-                _ => return None,
-            };
-            let (value, after) = rest.split_at_checked(bytes)?;
-            rest = after;
-            if key & 7 == 2 {
-                return Some((key >> 3, value));
-            }
-        }
-    })
-}
-
 #[derive(Clone, PartialEq, Message)]
 pub struct LossConfigValue {
     #[prost(oneof = "ConfigValue", tags = "1, 2")]
@@ -236,31 +185,4 @@ pub struct TopkLogprobs {
     pub k: u32,
     #[prost(uint32, tag = "4")]
     pub length: u32,
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_a_request_takes_is_known_before_it_is_read() {
-        let input = |n: u8| (format!("target{n}"), Tensor::default());
-        let datum = Datum {
-            model_input: vec![Chunk::default(); 3],
-            loss_fn_inputs: (0..2).map(input).collect(),
-        };
-        let request = ForwardBackwardRequest {
-            model_id: "m".to_owned(),
-            seq_id: 300,
-            data: vec![datum; 200],
-            loss_fn_config: [("a".to_owned(), 1.0)].into(),
-            ..ForwardBackwardRequest::default()
-        };
-        let body = request.encode_to_vec();
-        let taken = 200 * (64 + 3 * 64 + 2 * 2048) + 256;
-        assert_eq!(ForwardBackwardRequest::tree_bytes(&body), taken);
-        // Two bytes each, and a datum that ends too early.
-        let small = [b"\x1a\x02\x12\x00".repeat(1000), b"\x1a\x05\x12\x00".to_vec()].concat();
-        assert_eq!(ForwardBackwardRequest::tree_bytes(&small), 1000 * (64 + 2048));
-    }
 }

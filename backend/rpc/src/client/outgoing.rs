@@ -46,8 +46,9 @@ impl Outgoing {
         let table = &self.table;
         Some(match command {
             Command::Generate(generate, events) => {
+                let (stream, credit) = table.request(&generate, events)?;
                 let Generate {
-                    id,
+                    id: _,
                     prompt,
                     adapter,
                     sampling,
@@ -61,7 +62,6 @@ impl Outgoing {
                     stop_tokens,
                     trace,
                 } = generate;
-                let (stream, credit) = table.request(id, events)?;
                 Say::Generate(wire::Generate {
                     stream,
                     credit,

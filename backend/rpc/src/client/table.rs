@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tandem_core::id::RequestId;
 use tandem_core::job::JobEvent;
-use tandem_core::message::{Event, Fault};
+use tandem_core::message::{Event, Fault, Generate, Scored};
 use tandem_core::replica::AdapterInfo;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
@@ -19,14 +19,15 @@ use crate::wire::{AdapterAnswer, Credit, Events, JobEvents, LearnAnswer, Up};
 type Reply = oneshot::Sender<Result<AdapterInfo, Fault>>;
 type Control = mpsc::UnboundedSender<Up>;
 
-#[derive(Default)]
 pub struct Table(Mutex<Inner>);
 
 #[derive(Default)]
 struct Inner {
     state: State,
+    /// Of the model.
+    hidden_size: u32,
     next: u64,
-    requests: HashMap<u64, Listener<Event>>,
+    requests: HashMap<u64, (Listener<Event>, Asked)>,
     jobs: HashMap<u64, Listener<JobEvent>>,
     adapters: HashMap<u64, Reply>,
     learners: HashMap<u64, Waiting>,
@@ -46,8 +47,68 @@ struct Listener<T> {
     events: mpsc::Sender<T>,
     /// Events that may still come without a new credit. Never more than the channel has room for.
     outstanding: usize,
-    /// Only requests have one.
-    id: Option<RequestId>,
+}
+
+/// What a request may be told: a backend that says more would fill the memory of its router.
+struct Asked {
+    id: RequestId,
+    /// Tokens to score; none any more once they were told.
+    prompt: usize,
+    /// Alternatives to a token.
+    top: usize,
+    /// Numbers of a vector, likewise.
+    pooled: usize,
+}
+
+impl Asked {
+    fn of(generate: &Generate, hidden_size: u32) -> Asked {
+        let sampling = &generate.sampling;
+        let prompt_top = sampling.prompt_logprobs();
+        Asked {
+            id: generate.id,
+            prompt: prompt_top.map_or(0, |_| generate.prompt.len()),
+            top: sampling.logprobs().max(prompt_top).unwrap_or(0) as usize,
+            pooled: generate.pooling.map_or(0, |_| hidden_size as usize),
+        }
+    }
+
+    fn judge(&mut self, event: &Event) -> Result<(), Damaged> {
+        let within = |said: usize, asked: usize, what: &str| match said <= asked {
+            true => Ok(()),
+            false => Err(Damaged(format!("{said} {what} where {asked} were asked for"))),
+        };
+        let of_token = |token: &Scored| within(token.top.len(), self.top, "alternatives to a token");
+        match event {
+            Event::Prompt(tokens) => {
+                tokens.iter().flatten().try_for_each(of_token)?;
+                within(
+                    tokens.len(),
+                    std::mem::take(&mut self.prompt),
+                    "scores of a prompt",
+                )
+            }
+            Event::Token { token, .. } => of_token(token),
+            Event::Pooled(vector) => within(
+                vector.len(),
+                std::mem::take(&mut self.pooled),
+                "numbers of a vector",
+            ),
+            Event::Finished { .. } | Event::Failed(_) => Ok(()),
+        }
+    }
+}
+
+/// What a job may say at once.
+const JOB_EVENT_BYTES: usize = 256 << 10;
+
+fn read_job_event(text: &[u8]) -> Result<JobEvent, Damaged> {
+    match text.len() <= JOB_EVENT_BYTES {
+        true => codec::from_json(text),
+        false => Err(Damaged(format!(
+            "{} bytes about a job at once, at most {JOB_EVENT_BYTES} are expected",
+            text.len()
+        ))),
+    }
 }
 
 /// What became of a batch.
@@ -61,11 +122,10 @@ enum Given {
 }
 
 impl<T> Listener<T> {
-    fn new(events: mpsc::Sender<T>, id: Option<RequestId>) -> Listener<T> {
+    fn new(events: mpsc::Sender<T>) -> Listener<T> {
         Listener {
             outstanding: events.max_capacity(),
             events,
-            id,
         }
     }
 
@@ -102,25 +162,33 @@ impl<T> Listener<T> {
 }
 
 impl Table {
+    pub fn new(hidden_size: u32) -> Table {
+        Table(Mutex::new(Inner {
+            hidden_size,
+            ..Inner::default()
+        }))
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Stream and first credit. `None`: the session is over, and dropping the sender says so.
-    pub fn request(&self, id: RequestId, events: mpsc::Sender<Event>) -> Option<(u64, u32)> {
+    pub fn request(&self, generate: &Generate, events: mpsc::Sender<Event>) -> Option<(u64, u32)> {
         let mut inner = self.lock();
         let stream = inner.stream()?;
-        let listener = Listener::new(events, Some(id));
+        let listener = Listener::new(events);
         let credit = listener.outstanding as u32;
-        inner.requests.insert(stream, listener);
-        inner.streams.insert(id, stream);
+        let asked = Asked::of(generate, inner.hidden_size);
+        inner.streams.insert(asked.id, stream);
+        inner.requests.insert(stream, (listener, asked));
         Some((stream, credit))
     }
 
     pub fn job(&self, events: mpsc::Sender<JobEvent>) -> Option<(u64, u32)> {
         let mut inner = self.lock();
         let stream = inner.stream()?;
-        let listener = Listener::new(events, None);
+        let listener = Listener::new(events);
         let credit = listener.outstanding as u32;
         inner.jobs.insert(stream, listener);
         Some((stream, credit))
@@ -170,12 +238,13 @@ impl Table {
         let mut inner = self.lock();
         for Events { stream, events } in events {
             // Not there: it left, and its goodbye is under way.
-            let Some(listener) = inner.requests.get_mut(&stream) else {
+            let Some((listener, asked)) = inner.requests.get_mut(&stream) else {
                 continue;
             };
             let mut ended = false;
             let read = events.into_iter().map(|event| {
                 let event = codec::read_event(event)?;
+                asked.judge(&event)?;
                 ended = matches!(event, Event::Finished { .. } | Event::Failed(_));
                 Ok(event)
             });
@@ -198,7 +267,7 @@ impl Table {
             let Some(listener) = inner.jobs.get_mut(&stream) else {
                 continue;
             };
-            let read = events_json.iter().map(|event| codec::from_json(event));
+            let read = events_json.iter().map(|text| read_job_event(text));
             match listener.give(read)? {
                 Given::Taken => {}
                 Given::Credit(events) => credit(control, stream, events),
@@ -229,7 +298,7 @@ impl Table {
         inner.jobs.clear();
         // Who trains knows what was lost.
         inner.learners.clear();
-        for (_, listener) in inner.requests.drain() {
+        for (_, (listener, _)) in inner.requests.drain() {
             // A full channel is closed without a last word, which means the same.
             let _ = listener.events.try_send(Event::Failed(why.clone()));
         }
@@ -251,7 +320,7 @@ impl Table {
             let mut guard = table.lock();
             let inner = &mut *guard;
             let granted = match (inner.requests.get_mut(&stream), inner.jobs.get_mut(&stream)) {
-                (Some(listener), _) => listener.grant_all(),
+                (Some((listener, _)), _) => listener.grant_all(),
                 (None, Some(listener)) => listener.grant_all(),
                 (None, None) => return,
             };
@@ -277,8 +346,8 @@ impl Inner {
     }
 
     fn end(&mut self, stream: u64) {
-        if let Some(id) = self.requests.remove(&stream).and_then(|listener| listener.id) {
-            self.streams.remove(&id);
+        if let Some((_, asked)) = self.requests.remove(&stream) {
+            self.streams.remove(&asked.id);
         }
         self.jobs.remove(&stream);
         self.adapters.remove(&stream);
