@@ -35,6 +35,9 @@ const CONNECT_PATIENCE: Duration = Duration::from_secs(3);
 const OPEN_PATIENCE: Duration = Duration::from_secs(20);
 /// Between two measurements of the hop.
 const PING_PERIOD: Duration = Duration::from_millis(100);
+/// An engine that has work says something after each turn. One that does not for so long hangs, though its machine answers pings:
+/// a device that never returns, most likely. Long, because a turn of a large model on a small machine takes minutes.
+const TURN_PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 3 } else { 600 });
 
 /// A replica elsewhere, and what is known of it. The session ends with `Command::Stop`, with the last handle, or with
 /// the connection; the handle's channels close then.
@@ -131,6 +134,7 @@ async fn open(
         hop: hop.clone(),
         ping: None,
         pings: 0,
+        heard: Instant::now(),
     };
     tokio::spawn(session.run(inbound));
     Ok(Remote {
@@ -154,12 +158,16 @@ struct Session {
     /// Under way.
     ping: Option<(u64, Instant)>,
     pings: u64,
+    /// When the engine last said something, or had nothing to say.
+    heard: Instant,
 }
 
 impl Session {
     async fn run(mut self, mut inbound: Streaming<Down>) {
         let mut probe = tokio::time::interval(PING_PERIOD);
         probe.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut check = tokio::time::interval(TURN_PATIENCE / 10);
+        check.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let why = loop {
             tokio::select! {
                 biased;
@@ -170,6 +178,9 @@ impl Session {
                     },
                     Ok(None) => break "the backend ended the session".to_owned(),
                     Err(status) => break said(status),
+                },
+                _ = check.tick() => if self.hangs() {
+                    break format!("its engine has taken no turn for {TURN_PATIENCE:?}");
                 },
                 _ = probe.tick(), if self.ping.is_none() => self.probe(),
             }
@@ -188,6 +199,9 @@ impl Session {
             pong,
             learned,
         } = down;
+        if !events.is_empty() || stats_json.is_some() {
+            self.heard = now;
+        }
         // Before what closes streams.
         self.table.learned(learned)?;
         self.table
@@ -202,6 +216,13 @@ impl Session {
             self.ping = None;
         }
         Ok(())
+    }
+
+    fn hangs(&mut self) -> bool {
+        if !self.table.awaits_events() {
+            self.heard = Instant::now();
+        }
+        self.heard.elapsed() > TURN_PATIENCE
     }
 
     fn probe(&mut self) {

@@ -410,6 +410,27 @@ async fn a_backend_says_no_more_than_it_was_asked() {
 }
 
 #[tokio::test]
+async fn an_engine_that_hangs_loses_its_requests() {
+    let mut backend = Backend::start().await;
+    let remote = backend.connect().await;
+    // With nothing to do it may be silent for as long as it likes; at work it says something after each turn.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let mut answer = ask(&remote, request(1)).await;
+    let (_, _events) = backend.generate().await;
+    for steps in 0..4 {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        backend.stats.send_replace(Stats {
+            steps,
+            ..Stats::default()
+        });
+    }
+    assert!(answer.try_recv().is_err(), "it is at work");
+    let end = soon(answer.recv()).await;
+    let why = Fault::ReplicaLost("its engine has taken no turn for 3s".to_owned());
+    assert_eq!(end, Some(Event::Failed(why)));
+}
+
+#[tokio::test]
 async fn who_does_not_read_stops_only_itself() {
     let mut backend = Backend::start().await;
     let remote = backend.connect().await;
