@@ -1,5 +1,10 @@
 //! The binary `tandem`: which command. Not here: how anything works.
 
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
+#[macro_use]
+mod output;
+
 mod access;
 mod access_log;
 mod app;
@@ -54,9 +59,10 @@ fn main() -> ExitCode {
         process::set_environment().context("cannot start again with the environment libtorch needs");
     let outcome = outcome.and_then(|()| process::check_environment().context("the environment"));
     match outcome.and_then(|()| run()) {
+        Ok(code) if code == ExitCode::SUCCESS && output::is_lost() => ExitCode::FAILURE,
         Ok(code) => code,
         Err(error) => {
-            eprintln!("tandem: {}", exit::words(&error));
+            note!("tandem: {}", exit::words(&error));
             ExitCode::from(exit::code(&error))
         }
     }
@@ -93,13 +99,13 @@ fn run() -> Result<ExitCode> {
         Command::Backup(options) => commands::backup::backup(options)?,
         Command::Restore(options) => commands::backup::restore(&options)?,
         Command::Keys(options) => commands::keys::run(options)?,
-        Command::Doctor => print!("{}", doctor::report()),
+        Command::Doctor => output::say(format_args!("{}", doctor::report())),
         Command::Rank(rank) => ranks::run(&rank)?,
-        Command::Openapi => print!("{}", app::document()),
+        Command::Openapi => output::say(format_args!("{}", app::document())),
         Command::Health(health) => {
             let line =
                 health::ask(&health).with_context(|| format!("nobody answers on port {}", health.port))?;
-            println!("{line}");
+            say!("{line}");
             return Ok(if health::is_well(&line) {
                 ExitCode::SUCCESS
             } else {

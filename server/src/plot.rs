@@ -78,7 +78,7 @@ pub fn run(options: &Plot) -> Result<()> {
         return Err(WrongSetting(format!("--metric {metric}: no file has a number of it: {hint}")).into());
     }
     std::fs::write(output, svg(&curves, metric)).with_context(|| output.display().to_string())?;
-    println!("{}: {} curves", output.display(), curves.len());
+    say!("{}: {} curves", output.display(), curves.len());
     Ok(())
 }
 

@@ -32,6 +32,7 @@ use tandem_text::tokenizer::gguf;
 
 use crate::hub::HubError;
 use crate::listen::SIGTERM;
+use crate::output;
 use crate::ranks::Started;
 pub use arguments::as_settings;
 use ground::Ground;
@@ -91,12 +92,13 @@ impl Outcome {
 /// `started`: the group of ranks that this process is one of.
 pub fn run(args: &[String], started: Option<Started>) -> Result<Outcome, TrainError> {
     if args == ["help"] {
-        print!("{}", settings::help());
+        output::say(format_args!("{}", settings::help()));
         return Ok(Outcome::Done);
     }
     let recipe = settings::read(&as_settings(args))?;
     let output_dir = recipe.output_dir.clone();
     let (settings, trials) = (recipe.settings.clone(), recipe.trials.clone());
+    settings.notes().iter().for_each(|note| say!("warning: {note}"));
     let ground = match Ground::prepare(recipe, started)? {
         ControlFlow::Continue(ground) => ground,
         ControlFlow::Break(outcome) => return Ok(outcome),
@@ -108,14 +110,14 @@ pub fn run(args: &[String], started: Option<Started>) -> Result<Outcome, TrainEr
 }
 
 fn say_finished(result: &Path) {
-    println!(
+    say!(
         "{} was made by this run: there is nothing to do (overwrite_output_dir=true does it again)",
         result.display()
     );
 }
 
 fn say_stopped(step: &str, folder: &Path) {
-    println!(
+    say!(
         "stopped after step {step}; its state is in {}: the same command goes on from there",
         folder.display()
     );
@@ -146,7 +148,7 @@ fn alone(ground: &Ground, mut settings: Settings, output_dir: &Path) -> Result<O
     }
     ground.write(output_dir)?;
     for (key, value) in &record.settings {
-        println!("  {:<28} {}", record::show(Some(key)), record::show(Some(value)));
+        say!("  {:<28} {}", record::show(Some(key)), record::show(Some(value)));
     }
     say_ranks(ranks, models, hyper.gradient_accumulation_steps);
     let spec = ground.job("train", output_dir, hyper);
@@ -163,7 +165,7 @@ fn alone(ground: &Ground, mut settings: Settings, output_dir: &Path) -> Result<O
             prune(event, save_total_limit, output_dir)?;
         }
         if let Some(profiled) = run.profiled() {
-            println!("profile: {profiled}");
+            say!("profile: {profiled}");
         }
         if run.stops(signalled.get().is_some())? {
             let signal = signalled.get().copied().unwrap_or(SIGTERM);
@@ -197,7 +199,7 @@ fn say_ranks(ranks: usize, models: usize, micro_batches: u32) {
         1 => format!("one model on {ranks} ranks"),
         _ => format!("{models} models on {ranks} ranks"),
     };
-    println!("  {who}, each with {each} of a step's {micro_batches} micro-batches");
+    say!("  {who}, each with {each} of a step's {micro_batches} micro-batches");
 }
 
 /// After a checkpoint: those that are one too many go.

@@ -390,7 +390,6 @@ pub fn read<'a>(
             return Err(refused(other.clone(), Why::Value, message));
         }
     }
-    warms_up(&settings)?;
     packs(&settings)?;
     settings.schedule().map(drop)?;
     optimizer::check(&settings)?;
@@ -417,7 +416,8 @@ fn meant(name: &str, value: &Value) -> Option<&'static Setting> {
     }
 }
 
-/// What lies in `lr_scheduler_kwargs` are settings of their own, and some say by another name that rows keep their order.
+/// What lies in `lr_scheduler_kwargs` are settings of their own, and some say by another name that rows keep their order, or that
+/// nothing is clipped.
 fn opened(mut values: serde_json::Map<String, Value>) -> serde_json::Map<String, Value> {
     let schedules = OF_SCHEDULES.iter().flat_map(|(_, settings)| settings.iter());
     if let Some(Value::Object(within)) = values.get_mut("lr_scheduler_kwargs") {
@@ -436,30 +436,14 @@ fn opened(mut values: serde_json::Map<String, Value>) -> serde_json::Map<String,
             values.insert("shuffle".to_owned(), false.into());
         }
     }
-    values
-}
-
-/// transformers' `constant` never warms up, whatever is asked beside it. Here that is said.
-fn warms_up(settings: &Settings) -> Result<(), Refused> {
-    let asked = [
-        (
-            "warmup_steps",
-            settings.warmup_steps.is_some_and(|steps| steps > 0),
-        ),
-        (
-            "warmup_ratio",
-            settings.warmup_ratio.is_some_and(|ratio| ratio > 0.0),
-        ),
-    ];
-    match asked.into_iter().find(|(_, asked)| *asked) {
-        Some((name, _)) if settings.lr_scheduler_type.as_deref() == Some(Schedule::Constant.name()) => {
-            let message = format!(
-                "{name} is given, but lr_scheduler_type constant has no warm-up: use constant_with_warmup, or leave {name} out"
-            );
-            Err(refused(name.to_owned(), Why::Value, message))
-        }
-        _ => Ok(()),
+    // llama-recipes': its threshold stands beside it and counts for nothing.
+    let clips = values.get("gradient_clipping");
+    if clips.is_some_and(|clips| *clips == false || *clips == "false") && !values.contains_key("max_grad_norm") {
+        values.remove("gradient_clipping");
+        values.remove("gradient_clipping_threshold");
+        values.insert("max_grad_norm".to_owned(), 0.into());
     }
+    values
 }
 
 /// A schedule, and the settings that belong to it alone.
@@ -470,6 +454,20 @@ const OF_SCHEDULES: [(&str, &[&str]); 3] = [
 ];
 
 impl Settings {
+    /// What was given and changes nothing here, as where it comes from, for whoever gave it.
+    pub fn notes(&self) -> Vec<String> {
+        let asked = [
+            ("warmup_steps", self.warmup_steps.is_some_and(|steps| steps > 0)),
+            ("warmup_ratio", self.warmup_ratio.is_some_and(|ratio| ratio > 0.0)),
+        ];
+        let is_constant = self.lr_scheduler_type.as_deref() == Some(Schedule::Constant.name());
+        let given = asked.into_iter().filter(|(_, asked)| *asked && is_constant);
+        let note = |(name, _)| {
+            format!("{name} changes nothing, as in transformers: lr_scheduler_type constant has no warm-up, constant_with_warmup has")
+        };
+        given.map(note).collect()
+    }
+
     /// Its name: what was asked, or what another setting belongs to.
     pub fn schedule(&self) -> Result<&str, Refused> {
         let given = serde_json::to_value(self).expect("settings are plain data");

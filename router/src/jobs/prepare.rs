@@ -150,7 +150,8 @@ async fn enqueue(
         };
         return router.fail_job(&row.id, lease, error).await;
     }
-    let mut events = prepared.notes;
+    let mut events = settings.notes();
+    events.extend(prepared.notes);
     events.push("Files validated, moving job to queued state".to_owned());
     router.0.store.publish_datasets(&row.id, prepared.bytes).await?;
     let queued = JobChange {

@@ -1,6 +1,7 @@
 //! Opening the database and bringing its tables up to date. Two databases speak one set of queries (`$1` placeholders;
 //! text and 64-bit integers only); where their words differ, it is said here. Not here: the queries.
 
+use std::cmp::Ordering;
 use std::path::Path;
 use std::sync::Once;
 use std::time::{Duration, Instant};
@@ -271,6 +272,28 @@ pub(crate) async fn connect(path: &Path, mode: &str) -> Result<AnyConnection, St
         url: path.display().to_string(),
         source,
     })
+}
+
+/// A connection that cannot write, to a SQLite file of this version.
+pub(crate) async fn look_into(path: &Path) -> Result<AnyConnection, StoreError> {
+    let mut connection = connect(path, "ro").await?;
+    let found: i64 = sqlx::query_scalar("PRAGMA user_version")
+        .fetch_one(&mut connection)
+        .await?;
+    let (database, known) = (path.display().to_string(), SQLITE.len() as i64);
+    match found.cmp(&known) {
+        Ordering::Equal => Ok(connection),
+        Ordering::Less => Err(StoreError::Older {
+            database,
+            found,
+            known,
+        }),
+        Ordering::Greater => Err(StoreError::Newer {
+            database,
+            found,
+            known,
+        }),
+    }
 }
 
 /// Reads the whole file once, with an error that says what is wrong with it. (A pool would try until its time is up.)

@@ -20,6 +20,16 @@ pub enum StoreError {
         found: i64,
         known: i64,
     },
+    /// For who only looks.
+    #[error(
+        "{database} has tables of version {found}, this program reads version {known}: a server of this version, started once, \
+         brings them up to date"
+    )]
+    Older {
+        database: String,
+        found: i64,
+        known: i64,
+    },
     /// Of database and artifacts one is not the other's. `how` continues the sentence "the database ...".
     #[error(
         "the database {database} {how}. Nothing was changed. Put back the database that belongs to them, together with its \
@@ -103,6 +113,7 @@ impl StoreError {
             },
             StoreError::Locked(_)
             | StoreError::Newer { .. }
+            | StoreError::Older { .. }
             | StoreError::Apart { .. }
             | StoreError::Corrupt { .. }
             | StoreError::Key(_)

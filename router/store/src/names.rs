@@ -6,7 +6,7 @@ use sqlx::{Any, FromRow, Transaction};
 use tandem_core::id::{AdapterDigest, AdapterRef, Digest};
 
 use crate::changes::{self, Kind};
-use crate::db::Database;
+use crate::db;
 use crate::folders::{Placement, TENSORS};
 use crate::jobs::signed;
 use crate::keys::DATABASE;
@@ -50,12 +50,12 @@ pub struct NameRow {
     pub request: Option<String>,
 }
 
-/// All names of a data folder, for all bases, read beside the server that may have it open.
+/// All names of a data folder, for all bases, read beside the server that may have it open. Nothing is changed.
 pub async fn names_in(data_dir: &Path) -> Result<Vec<NameRow>, StoreError> {
-    let db = Database::file(&data_dir.join(DATABASE)).await?;
+    let mut connection = db::look_into(&data_dir.join(DATABASE)).await?;
     let sql = format!("{NAMES} ORDER BY names.created_at, name");
     let rows: Vec<RawName> = sqlx::query_as(sqlx::AssertSqlSafe(sql))
-        .fetch_all(db.pool()?)
+        .fetch_all(&mut connection)
         .await?;
     rows.into_iter().map(RawName::parse).collect()
 }

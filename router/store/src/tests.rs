@@ -160,6 +160,19 @@ async fn one_folder_has_one_owner_and_no_future() {
         .err()
         .expect("the folder is in use");
     assert!(matches!(second, StoreError::Locked(_)), "{second}");
+    // Who only looks changes nothing, not of an older version either.
+    assert!(names_in(root.path()).await.is_ok());
+    sqlx::query("PRAGMA user_version = 11")
+        .execute(&store.db.raw_pool)
+        .await
+        .unwrap();
+    let older = names_in(root.path()).await;
+    assert!(matches!(older, Err(StoreError::Older { found: 11, .. })));
+    let version: i64 = sqlx::query_scalar("PRAGMA user_version")
+        .fetch_one(&store.db.raw_pool)
+        .await
+        .unwrap();
+    assert_eq!(version, 11);
     sqlx::query("PRAGMA user_version = 99")
         .execute(&store.db.raw_pool)
         .await

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{self, Write};
+
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -14,6 +14,7 @@ use tandem_store::{Keys, NameRow, Source, names_in};
 use super::block_on;
 use crate::cli::Adapters;
 use crate::exit::WrongSetting;
+use crate::output;
 
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: [&str; 2] = ["adapter_model.safetensors", "adapter_model.bin"];
@@ -35,8 +36,7 @@ pub fn run(command: &Adapters) -> Result<()> {
                 (None, folder) => block_on(below(&place(folder.as_deref())))?,
             };
             let lines = adapters.iter().map(|adapter| adapter.line() + "\n");
-            // Who reads no further is no fault.
-            let _ = io::stdout().write_all(lines.collect::<String>().as_bytes());
+            output::say(format_args!("{}", lines.collect::<String>()));
             Ok(())
         }
         Adapters::Show {
@@ -51,7 +51,7 @@ pub fn run(command: &Adapters) -> Result<()> {
             };
             let is_meant = |found: &&Adapter| found.called == *adapter || Path::new(adapter).is_dir();
             match adapters.iter().find(is_meant) {
-                Some(adapter) => print!("{}", adapter.page()),
+                Some(adapter) => output::say(format_args!("{}", adapter.page())),
                 None => bail!(WrongSetting(format!(
                     "there is no adapter {adapter}: {}",
                     known(&adapters)
@@ -151,7 +151,7 @@ impl Adapter {
     /// What is wrong with one hides no others.
     fn readable(folder: &Path) -> Option<Adapter> {
         let read = Adapter::of_folder(folder);
-        read.inspect_err(|error| eprintln!("{}", printable(&format!("{error:#}"))))
+        read.inspect_err(|error| note!("{}", printable(&format!("{error:#}"))))
             .ok()
     }
 
@@ -320,7 +320,7 @@ async fn of_server(url: &str, key: Option<&str>) -> Result<Vec<Adapter>> {
 
 async fn forget(url: &str, key: Option<&str>, name: &str) -> Result<()> {
     ask(Method::DELETE, url, &["v1", "models", name], key).await?;
-    println!("{name} is no model of {url} any more");
+    say!("{name} is no model of {url} any more");
     Ok(())
 }
 
@@ -405,10 +405,10 @@ fn remove(folder: &Path) -> Result<()> {
     }
     match others.is_empty() {
         true => match fs::remove_dir(&whole) {
-            Ok(()) => println!("{shown} is gone"),
-            Err(error) => println!("the adapter in {shown} is gone; the empty folder stays: {error}"),
+            Ok(()) => say!("{shown} is gone"),
+            Err(error) => say!("the adapter in {shown} is gone; the empty folder stays: {error}"),
         },
-        false => println!("the adapter in {shown} is gone; {} stay", others.join(", ")),
+        false => say!("the adapter in {shown} is gone; {} stay", others.join(", ")),
     }
     Ok(())
 }

@@ -37,5 +37,5 @@ pub fn restore(options: &Restore) -> Result<()> {
 
 fn say(done: &str, summary: &Summary, folder: &std::path::Path) {
     let Summary { files, bytes } = summary;
-    println!("{done} {files} files of {bytes} bytes to {}", folder.display());
+    say!("{done} {files} files of {bytes} bytes to {}", folder.display());
 }

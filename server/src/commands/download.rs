@@ -24,6 +24,6 @@ pub fn run(options: &Download) -> Result<()> {
         Content::Either,
         local_dir.as_deref(),
     )?;
-    println!("{}", folder.display());
+    say!("{}", folder.display());
     Ok(())
 }

@@ -43,7 +43,7 @@ pub fn run(options: KeyOptions) -> Result<()> {
             KeyCommand::List { place } => {
                 let keys = open(&place).await?;
                 for row in keys.list().await? {
-                    println!("{}", line(&keys, &row).await?);
+                    say!("{}", line(&keys, &row).await?);
                 }
             }
             KeyCommand::Revoke { id, place } => {
@@ -52,7 +52,7 @@ pub fn run(options: KeyOptions) -> Result<()> {
                         "there is no key {id} that was not revoked before"
                     )));
                 }
-                eprintln!("{id} opens nothing any more, on a running server within seconds");
+                note!("{id} opens nothing any more, on a running server within seconds");
             }
             KeyCommand::Rotate {
                 id,
@@ -84,9 +84,9 @@ async fn open(place: &KeyPlace) -> Result<Keys> {
 
 /// The key alone goes to standard output, for scripts.
 async fn show(keys: &Keys, (row, secret): &(KeyRow, String)) -> Result<()> {
-    eprintln!("{}", line(keys, row).await?);
-    eprintln!("This is the only time that the key is shown:");
-    println!("{secret}");
+    note!("{}", line(keys, row).await?);
+    note!("This is the only time that the key is shown:");
+    say!("{secret}");
     Ok(())
 }
 

@@ -32,9 +32,9 @@ pub fn run(options: &Merge) -> Result<()> {
         false => weights::merge(&folder, &adapter, out)?,
     };
     for note in &made.notes {
-        eprintln!("{note}");
+        note!("{note}");
     }
-    println!(
+    say!(
         "{}: {} matrices changed, {}",
         out.display(),
         made.changed,

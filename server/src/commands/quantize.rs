@@ -17,9 +17,9 @@ pub fn run(options: &Quantize) -> Result<()> {
     weights::check_folder(&folder)?;
     let made = weights::quantize(&folder, out, format)?;
     for name in &made.dense {
-        eprintln!("`{name}` stays as it is: {format} cannot hold it");
+        note!("`{name}` stays as it is: {format} cannot hold it");
     }
-    println!(
+    say!(
         "{}: {} matrices in {format}, {}",
         out.display(),
         made.quantised,

@@ -25,6 +25,7 @@ use crate::commands::{block_on, replica};
 use crate::exit::WrongSetting;
 use crate::hub::{self, Content};
 use crate::listen::Signals;
+use crate::output;
 use crate::{ranks, train};
 use settings::{Asked, Output};
 
@@ -35,7 +36,7 @@ const REPLICA_WAIT: Duration = Duration::from_secs(5);
 
 pub fn run(options: &Generate) -> Result<ExitCode> {
     if options.settings == ["help"] {
-        print!("{}", settings::help());
+        output::say(format_args!("{}", settings::help()));
         return Ok(ExitCode::SUCCESS);
     }
     let Asked {
@@ -47,7 +48,7 @@ pub fn run(options: &Generate) -> Result<ExitCode> {
     } = settings::read(&train::as_settings(&options.settings))?;
     let Serve { mut model, edge, .. } = serve;
     if model.folder().is_none() {
-        eprintln!("the embedded demo model answers: a model's folder or name goes first");
+        note!("the embedded demo model answers: a model's folder or name goes first");
     }
     let scratch = tempfile::Builder::new().prefix("tandem-generate-").tempdir();
     let scratch = scratch.context("a folder for the time being")?;
@@ -196,7 +197,7 @@ impl Shown {
             Some("length") => ", which was all that max_tokens or the context allows",
             _ => "",
         };
-        eprintln!(
+        note!(
             "{answer} tokens behind a prompt of {prompt} in {seconds:.2} s, {:.1} tokens/s{why}",
             answer as f64 / seconds.max(1e-9)
         );

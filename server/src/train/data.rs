@@ -107,14 +107,14 @@ impl Dataset {
             Ok(())
         };
         let statistics = Dataset::tokens(files, reading, tokenizer, options, keep)?;
-        println!(
+        say!(
             "{} tokens are learned, the longest row has {}",
             thousands(statistics.trained_tokens),
             thousands(statistics.longest)
         );
         for (number, group) in first.iter().enumerate() {
             for example in Shown::of(group, tokenizer) {
-                println!(
+                say!(
                     "\n--- {} of {} tokens, {} learned (between \u{ab} and \u{bb})",
                     number + 1,
                     example.tokens.len(),
@@ -125,7 +125,7 @@ impl Dataset {
                     0.0 => piece.text.clone(),
                     _ => format!("\u{ab}{}\u{bb}", piece.text),
                 });
-                println!("{}", pieces.collect::<String>());
+                say!("{}", pieces.collect::<String>());
             }
         }
         Ok(())
@@ -181,7 +181,7 @@ impl Dataset {
                 ", {dropped} left out: nothing to learn within {max_seq_length} tokens"
             ));
         }
-        println!("{line}");
+        say!("{line}");
         Ok(statistics)
     }
 

@@ -20,6 +20,7 @@ use super::progress::thousands;
 use super::settings::{self, Recipe, SettingsError, wrong};
 use super::{TrainError, as_settings};
 use crate::hub::{self, Content, Found};
+use crate::output;
 
 /// Spellings of the adapter that is evaluated.
 const ADAPTER: [&str; 4] = [
@@ -52,13 +53,13 @@ tandem eval MODEL DATA key=value ... or tandem eval RECIPE.yaml key=value (on it
 
 pub fn run(args: &[String]) -> Result<(), TrainError> {
     if args == ["help"] {
-        print!("{HELP}");
+        output::say(format_args!("{HELP}"));
         let is_read = |key: &str| OWN.contains(&key) || is_of_data(key);
         let settings = settings::help();
         let lines = settings
             .lines()
             .filter(|line| line.split_whitespace().next().is_some_and(is_read));
-        lines.for_each(|line| println!("{line}"));
+        lines.for_each(|line| say!("{line}"));
         return Ok(());
     }
     let Words { words, adapter } = Words::read(&as_settings(args))?;
@@ -126,7 +127,7 @@ pub fn run(args: &[String]) -> Result<(), TrainError> {
     let adapter = adapter.map(|found| found.folder);
     let mut evaluation = Evaluation::open(&folder, weights, adapter.as_deref(), &bytes, &names)?;
     for note in &evaluation.notes {
-        eprintln!("{note}");
+        note!("{note}");
     }
     let began = Instant::now();
     let Evaluated {
@@ -142,7 +143,7 @@ pub fn run(args: &[String]) -> Result<(), TrainError> {
     let seconds = began.elapsed().as_secs_f64();
     let tokens_per_second = facts.tokens as f64 / seconds.max(1e-9);
     let perplexity = loss.exp();
-    println!(
+    say!(
         "loss {loss:.4} perplexity {perplexity:.4} accuracy {token_accuracy:.3} over {} tokens that are learned ({tokens_per_second:.0} \
          tokens/s)",
         thousands(labels)
@@ -152,7 +153,7 @@ pub fn run(args: &[String]) -> Result<(), TrainError> {
         "loss": loss, "perplexity": perplexity, "token_accuracy": token_accuracy, "examples": facts.examples,
         "tokens": facts.tokens, "label_tokens": labels, "seconds": seconds, "tokens_per_second": tokens_per_second,
     });
-    println!("{line}");
+    say!("{line}");
     Ok(())
 }
 

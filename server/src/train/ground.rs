@@ -267,14 +267,14 @@ impl Ground {
     }
 
     pub fn say_how_to_serve(&self, result: &Path) {
-        println!("written to {}", result.display());
+        say!("written to {}", result.display());
         match self.tuning {
-            Tuning::Lora => println!(
+            Tuning::Lora => say!(
                 "serve it: tandem serve {} --lora-modules NAME={}",
                 self.model.display(),
                 result.display()
             ),
-            Tuning::Full => println!("serve it: tandem serve {}", result.display()),
+            Tuning::Full => say!("serve it: tandem serve {}", result.display()),
         }
     }
 }

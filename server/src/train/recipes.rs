@@ -69,9 +69,9 @@ pub fn run(command: &Recipes) -> Result<(), TrainError> {
         Recipes::Ls => {
             for Recipe { name, text } in all() {
                 let about = text.lines().next().unwrap_or_default().trim_start_matches("# ");
-                println!("{name:<24} {about}");
+                say!("{name:<24} {about}");
             }
-            println!(
+            say!(
                 "\ntandem recipes cp NAME FILE copies one; tandem train NAME key=value (tandem generate \
                  for generation) runs one"
             );
@@ -86,15 +86,15 @@ pub fn run(command: &Recipes) -> Result<(), TrainError> {
                 return Err(wrong("FILE", message).into());
             }
             write(file, recipe.text)?;
-            println!("{} is {}", file.display(), recipe.name);
+            say!("{} is {}", file.display(), recipe.name);
         }
         Recipes::Validate { words } if is_of_generate(words)? => {
             let Asked { route, .. } = generate::read(words)?;
-            println!("{} is read: a request to {route}", words[0]);
+            say!("{} is read: a request to {route}", words[0]);
         }
         Recipes::Validate { words } => {
             let recipe = settings::read(words)?;
-            println!(
+            say!(
                 "{} is read: {} on {}",
                 words[0],
                 recipe.model.display(),

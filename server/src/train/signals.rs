@@ -24,7 +24,7 @@ pub(super) fn heed_signals() -> io::Result<Arc<OnceLock<&'static str>>> {
     thread.spawn(move || {
         runtime.block_on(async {
             let _ = ours.set(signals.next().await);
-            eprintln!("\nstopping when this step is done; once more stops at once");
+            note!("\nstopping when this step is done; once more stops at once");
             let second = signals.next().await;
             tandem_backend::exit_at_once(signal_code(second).into())
         })

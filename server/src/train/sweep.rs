@@ -48,7 +48,7 @@ pub fn run(
         say_finished(&output_dir.join(files::ADAPTER));
         return Ok(Outcome::Done);
     }
-    println!(
+    say!(
         "{} trials, compared by their {} at {} rungs:",
         asked.len(),
         sweep.shown_metric(),
@@ -89,7 +89,7 @@ pub fn run(
         });
     };
     let trial = &trials[winner];
-    println!("trial {} wins: {}", winner + 1, shown(&trial.asked));
+    say!("trial {} wins: {}", winner + 1, shown(&trial.asked));
     for name in [LINES, TABLE] {
         let to = output_dir.join(name);
         fs::copy(trial.folder.join(name), &to).map_err(at(&to))?;
@@ -143,7 +143,7 @@ fn place(ground: &Ground, sweep: &Sweep, asked: Vec<Asked>, output_dir: &Path) -
         let record = ground.record(&folder, record::settings(&hyper))?;
         let is_done = record.begin(&folder, files::ADAPTER)? == Begin::Finished;
         ground.write(&folder)?;
-        println!("  {:<28} {}", name(number), shown(&asked));
+        say!("  {:<28} {}", name(number), shown(&asked));
         let spec = ground.job(&name(number), &folder, hyper);
         let together = match &mut together {
             Some(together) => together,
@@ -230,7 +230,7 @@ fn tell(sweep: &Sweep, decision: &Decision, told: &mut usize) {
             .iter()
             .map(|(i, value)| format!("trial {} {value:.4}", i + 1))
             .collect();
-        println!(
+        say!(
             "rung {}/{}, {:.0} % of the run: {} of {} trials go on, by their {}: {}",
             rung.number,
             sweep.rungs(),

@@ -173,11 +173,6 @@ fn settings_that_contradict_each_other_are_refused() {
             "exclude each other",
         ),
         (
-            json!({"lr_scheduler_type": "constant", "warmup_steps": 3}),
-            "warmup_steps",
-            "constant_with_warmup",
-        ),
-        (
             json!({"learning_rate": 0.1, "momentum": 0.9}),
             "momentum",
             "belongs to optim sgd, not to adamw_torch",
@@ -258,7 +253,15 @@ fn settings_that_contradict_each_other_are_refused() {
         assert_eq!(error.path, path);
         assert!(error.message.contains(text), "{}", error.message);
     }
-    assert!(asked(json!({"lr_scheduler_type": "constant", "warmup_steps": 0})).is_ok());
+    // The pair of a tutorial that many follow.
+    let constant = asked(json!({"lr_scheduler_type": "constant", "warmup_ratio": 0.03})).unwrap();
+    assert!(constant.notes()[0].contains("warmup_ratio changes nothing"));
+    let without = asked(json!({"lr_scheduler_type": "constant", "warmup_steps": 0})).unwrap();
+    assert_eq!(without.notes(), [""; 0]);
+    let clips = |clips: Value| asked(json!({"gradient_clipping": clips, "gradient_clipping_threshold": 0.5}));
+    assert_eq!(clips(true.into()).unwrap().max_grad_norm, Some(0.5));
+    assert_eq!(clips(false.into()).unwrap().max_grad_norm, Some(0.0));
+    assert!(asked(json!({"gradient_clipping": false, "max_grad_norm": 1})).is_err());
     let places = [
         ("", json!({"epochs": 2})),
         ("hyperparameters.", json!({"n_epochs": 2})),

@@ -229,7 +229,10 @@ impl Table {
     /// Whether a request waits for the engine, rather than the engine for its reader.
     pub fn awaits_events(&self) -> bool {
         let inner = self.lock();
-        inner.requests.values().any(|(listener, _)| listener.outstanding > 0)
+        inner
+            .requests
+            .values()
+            .any(|(listener, _)| listener.outstanding > 0)
     }
 
     /// One message's news, each to its listener.
