@@ -1037,6 +1037,25 @@ mod tests {
             );
             assert!(recipe.text.starts_with("# "), "{} says what it is", recipe.name);
         }
+        // torchtune's are changed by torchtune's words, and by ours.
+        let words = [
+            "dataset=torchtune.datasets.instruct_dataset",
+            "dataset.source=xsum.jsonl",
+            "dataset.template=torchtune.data.SummarizeTemplate",
+            "dataset.column_map.dialogue=document",
+            "dataset.column_map.output=summary",
+            "optimizer.lr=1e-4",
+            "lora_rank=4",
+        ];
+        let read = asked(&[&["llama3_1/8B_lora"][..], &words].concat()).unwrap();
+        assert_eq!(read.training_file, Files::One("xsum.jsonl".into()));
+        let settings = read.settings;
+        assert_eq!(
+            (settings.learning_rate, settings.lora_r, settings.max_grad_norm),
+            (Some(1e-4), Some(4), Some(0.0))
+        );
+        assert_eq!(settings.template.as_deref(), Some("torchtune.data.SummarizeTemplate"));
+        assert_eq!(settings.column_map.unwrap().len(), 2);
     }
 
     #[test]

@@ -575,7 +575,7 @@ fn recipes_run_on_the_demo_model() {
                     "{\"instruction\": \"Greet.\", \"input\": \"A\", \"output\": \"Hi.\"}"
                 ),
             ),
-            _ if recipe.contains("objective: dpo") => (
+            _ if recipe.contains("DPOLoss") => (
                 "rows.jsonl",
                 rows("{\"prompt\": \"Hi\", \"chosen\": \" there\", \"rejected\": \" no\"}\n"),
             ),
