@@ -170,7 +170,7 @@ settings! {
             "none", "makes prompts of columns: a text with {columns} in it, or a name: alpaca, summarize, grammar, torchtune's classes, llama-recipes' data sets; the answer is the column output";
         column_map: BTreeMap<String, String>, Map,
             [],
-            "none", "what a row's columns are called: the name that is wanted here (a placeholder, output, prompt, messages, text, ...) to the file's";
+            "none", "what a row's columns are called: the name that is wanted here (a placeholder, output, prompt, messages, text, ...) to the file's, or to '' to leave it out";
         dataset_text_field: String, Text,
             ["text_column"],
             "text", "column of plain text";
@@ -438,7 +438,9 @@ fn opened(mut values: serde_json::Map<String, Value>) -> serde_json::Map<String,
     }
     // llama-recipes': its threshold stands beside it and counts for nothing.
     let clips = values.get("gradient_clipping");
-    if clips.is_some_and(|clips| *clips == false || *clips == "false") && !values.contains_key("max_grad_norm") {
+    if clips.is_some_and(|clips| *clips == false || *clips == "false")
+        && !values.contains_key("max_grad_norm")
+    {
         values.remove("gradient_clipping");
         values.remove("gradient_clipping_threshold");
         values.insert("max_grad_norm".to_owned(), 0.into());
@@ -463,7 +465,9 @@ impl Settings {
         let is_constant = self.lr_scheduler_type.as_deref() == Some(Schedule::Constant.name());
         let given = asked.into_iter().filter(|(_, asked)| *asked && is_constant);
         let note = |(name, _)| {
-            format!("{name} changes nothing, as in transformers: lr_scheduler_type constant has no warm-up, constant_with_warmup has")
+            format!(
+                "{name} changes nothing, as in transformers: lr_scheduler_type constant has no warm-up, constant_with_warmup has"
+            )
         };
         given.map(note).collect()
     }

@@ -148,7 +148,7 @@ pub fn check(source: &Source) -> Result<u64, BadLine> {
     let mut n = 0;
     while let Some(record) = rows.record().transpose() {
         let (place, record) = record?;
-        let is_table = is_table(&record);
+        let is_table = is_table(&record) || is_of_two(&record);
         match rows.sample(place, record) {
             Err((_, Fault::Shape)) if is_table => {}
             Err((bad, _)) => return Err(bad),
@@ -166,6 +166,11 @@ pub fn check(source: &Source) -> Result<u64, BadLine> {
 fn is_table(row: &Map<String, Value>) -> bool {
     let is_flat = |value: &Value| !value.is_array() && !value.is_object();
     row.values().all(is_flat) && row.values().filter(|value| value.is_string()).count() > 1
+}
+
+/// Messages and text of one row: a job says which it reads.
+fn is_of_two(row: &Map<String, Value>) -> bool {
+    row.contains_key("messages") && (row.contains_key("prompt") || row.contains_key("text"))
 }
 
 /// Whether a row is no row of a known shape, or one with a fault in it.
@@ -188,6 +193,15 @@ impl Problem {
             text,
             fault: Fault::Shape,
         }
+    }
+}
+
+impl Problem {
+    /// In columns that a template may yet read, it is one of their shape.
+    fn of_key(problem: &str, is_known: bool) -> Problem {
+        let text = format!(": {problem}");
+        let fault = if is_known { Fault::Value } else { Fault::Shape };
+        Problem { text, fault }
     }
 }
 
@@ -349,9 +363,16 @@ pub(crate) fn parse_line(line: u64, text: &str) -> Result<Sample, BadLine> {
 }
 
 fn row(mut object: Map<String, Value>) -> Result<Row, Problem> {
-    let named = |problem: String| format!(": {problem}");
-    keys::check_row(&object).map_err(named)?;
+    let shapes = ["messages", "prompt", "completion", "text"];
+    let is_known = shapes.iter().any(|key| object.contains_key(*key));
+    keys::check_row(&object).map_err(|problem| Problem::of_key(&problem, is_known))?;
     let is_chat = object.contains_key("messages");
+    // Others' data sets have the first turn a second time.
+    if let (Some(messages), Some(prompt)) = (object.get("messages"), object.get("prompt"))
+        && is_said(messages, prompt)
+    {
+        object.remove("prompt");
+    }
     let is_list = object.get("completion").is_some_and(Value::is_array);
     let tools = tools_of(&mut object)?;
     if !tools.is_empty() && !is_chat && !is_list {
@@ -390,13 +411,9 @@ fn row(mut object: Map<String, Value>) -> Result<Row, Problem> {
             }
             Row::Completion { prompt, completion }
         }
-        (false, false, true) => match text_field(&mut object, "text")? {
-            text if text.is_empty() => {
-                return Err(Problem::from(
-                    " has an empty text: there is nothing to learn.".to_owned(),
-                ));
-            }
-            text => Row::Text { text },
+        // An empty one has nothing to learn, or its end alone: paragraphs of a book are rows, too.
+        (false, false, true) => Row::Text {
+            text: text_field(&mut object, "text")?,
         },
         (false, false, false) => {
             let keys: Vec<&str> = object.keys().take(8).map(String::as_str).collect();
@@ -411,13 +428,23 @@ fn row(mut object: Map<String, Value>) -> Result<Row, Problem> {
         }
         _ => {
             return Err(Problem::shape(
-                " mixes shapes: only one of messages, prompt with completion, and text is allowed."
+                " mixes shapes: only one of messages, prompt with completion, and text is allowed. column_map={messages: messages} \
+                 reads the first alone, dataset_text_field=text the last."
                     .to_owned(),
             ));
         }
     };
     keys::rest_of_row(&object).map_err(|problem| Problem::shape(format!(": {problem}")))?;
     Ok(row)
+}
+
+/// Whether a message has this content.
+fn is_said(messages: &Value, content: &Value) -> bool {
+    let says = |message: &Value| message["content"] == *content || message["value"] == *content;
+    content.is_string()
+        && messages
+            .as_array()
+            .is_some_and(|messages| messages.iter().any(says))
 }
 
 /// `tools`, or `functions` of the older form.

@@ -1054,7 +1054,10 @@ mod tests {
             (settings.learning_rate, settings.lora_r, settings.max_grad_norm),
             (Some(1e-4), Some(4), Some(0.0))
         );
-        assert_eq!(settings.template.as_deref(), Some("torchtune.data.SummarizeTemplate"));
+        assert_eq!(
+            settings.template.as_deref(),
+            Some("torchtune.data.SummarizeTemplate")
+        );
         assert_eq!(settings.column_map.unwrap().len(), 2);
     }
 

@@ -122,9 +122,9 @@ impl Kind {
             Kind::Map => match value {
                 Value::Object(names) if names.is_empty() => Ok(None),
                 Value::Object(names)
-                    if names.iter().all(|(name, other)| {
-                        !name.is_empty() && other.as_str().is_some_and(|other| !other.is_empty())
-                    }) =>
+                    if names
+                        .iter()
+                        .all(|(name, other)| !name.is_empty() && other.is_string()) =>
                 {
                     Ok(Some(value.clone()))
                 }

@@ -12,12 +12,15 @@ use super::template::Template;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Columns {
     pub template: Option<Template>,
-    /// From the name that is wanted to the file's.
+    /// From the name that is wanted to the file's; to nothing, where the column is left out.
     pub names: BTreeMap<String, String>,
 }
 
 /// Of Stanford's alpaca. `text` of its data set is prompt and output once more.
 const ALPACA: [&str; 2] = ["instruction", "output"];
+
+/// What belongs to messages.
+const OF_CHAT: [&str; 5] = ["messages", "tools", "functions", "label", "reward"];
 
 impl Columns {
     /// Is it said which columns are read? Others are then left alone.
@@ -27,13 +30,17 @@ impl Columns {
 
     /// Errors continue the sentence "Line 7".
     pub fn shaped(&self, mut row: Map<String, Value>) -> Result<Map<String, Value>, String> {
+        for (left_out, _) in self.names.iter().filter(|(_, name)| name.is_empty()) {
+            row.remove(left_out);
+        }
         if let Some(template) = &self.template {
-            keys::check_row(&row).map_err(|problem| format!(": {problem}"))?;
+            let is_read = |name: &str| template.reads(name, &self.names);
+            keys::check_rest(&row, is_read).map_err(|problem| format!(": {problem}"))?;
             let (prompt, completion) = template.fill(&row, &self.names)?;
             return Ok(completion_row(prompt, completion));
         }
         let mut renamed = Vec::with_capacity(self.names.len());
-        for (wanted, name) in &self.names {
+        for (wanted, name) in self.names.iter().filter(|(_, name)| !name.is_empty()) {
             let value = row.remove(name).ok_or_else(|| {
                 let has: Vec<&str> = row.keys().take(8).map(String::as_str).collect();
                 format!(
@@ -59,7 +66,13 @@ impl Columns {
         }
         if self.are_chosen() {
             keys::check_row(&row).map_err(|problem| format!(": {problem}"))?;
-            row.retain(|name, _| keys::is_read(name));
+            let is_named = |wanted| self.names.contains_key(wanted);
+            row.retain(|name, _| match name.as_str() {
+                // Of one shape, where the row could be of two.
+                name if is_named("text") => name == "text",
+                name if is_named("messages") => OF_CHAT.contains(&name),
+                name => keys::is_read(name),
+            });
         }
         Ok(row)
     }

@@ -79,7 +79,8 @@ const ROW: &[Key] = &[
     key(
         "system system_prompt",
         empty,
-        "write it as a message of role system, or into the prompt",
+        "write it as a message of role system, or into the prompt, by a template such as '{system}{question}'; column_map={system: ''} \
+         leaves it out",
     ),
     key(
         "input_ids labels attention_mask completion_mask assistant_masks prompt_mask",
@@ -100,12 +101,17 @@ const MASKED: &str = "masked mask ignore";
 
 /// Refuses a row that asks for another kind of training, before its shape is looked at.
 pub(super) fn check_row(row: &Map<String, Value>) -> Result<(), String> {
-    contrary(row, ROW)
+    contrary(row.iter(), ROW)
+}
+
+/// The same of what is not read by a name that the job gives.
+pub(super) fn check_rest(row: &Map<String, Value>, is_read: impl Fn(&str) -> bool) -> Result<(), String> {
+    contrary(row.iter().filter(|(name, _)| !is_read(name)), ROW)
 }
 
 /// The same, of a message.
 pub(super) fn check_message(message: &Map<String, Value>) -> Result<(), String> {
-    contrary(message, MESSAGE)
+    contrary(message.iter(), MESSAGE)
 }
 
 /// Of a row, in all shapes.
@@ -179,9 +185,8 @@ pub(super) fn rest_of_part(rest: &Map<String, Value>) -> Result<(), String> {
 }
 
 /// Errors are sentences without the line.
-fn contrary(object: &Map<String, Value>, keys: &[Key]) -> Result<(), String> {
-    object
-        .iter()
+fn contrary<'a>(fields: impl Iterator<Item = (&'a String, &'a Value)>, keys: &[Key]) -> Result<(), String> {
+    fields
         .filter(|(_, value)| !value.is_null())
         .try_for_each(|(name, value)| match find(keys, name) {
             Some(key) if !(key.same)(value) => Err(format!("{name}: {}.", key.says)),
@@ -190,7 +195,7 @@ fn contrary(object: &Map<String, Value>, keys: &[Key]) -> Result<(), String> {
 }
 
 fn unread(rest: &Map<String, Value>, keys: &[Key], read: &[&str]) -> Result<(), String> {
-    contrary(rest, keys)?;
+    contrary(rest.iter(), keys)?;
     let unknown = rest
         .iter()
         .find(|(name, value)| !value.is_null() && find(keys, name).is_none() && !has(HARMLESS, name));

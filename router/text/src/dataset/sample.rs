@@ -46,6 +46,8 @@ pub(super) fn sample(mut object: Map<String, Value>) -> Result<Sample, Problem> 
         return Ok(openai_pair(object)?);
     }
     if ["chosen", "rejected"].iter().any(has) {
+        let is_known = object.contains_key("prompt");
+        keys::check_row(&object).map_err(|problem| Problem::of_key(&problem, is_known))?;
         return Ok(trl_pair(object)?);
     }
     let [label, reward] = ["label", "reward"].map(|key| taken(&mut object, key));
@@ -125,7 +127,6 @@ fn openai_pair(mut object: Map<String, Value>) -> Result<Sample, String> {
 /// `{"prompt": ..., "chosen": ..., "rejected": ...}` of strings, or of lists of messages. Without a prompt it is what both begin
 /// with.
 fn trl_pair(mut object: Map<String, Value>) -> Result<Sample, String> {
-    keys::check_row(&object).map_err(|problem| format!(": {problem}"))?;
     let tools = tools_of(&mut object)?;
     let mut take = |name: &str| taken(&mut object, name);
     let prompt = take("prompt");

@@ -146,6 +146,13 @@ impl Template {
         })
     }
 
+    /// Whether the file's column is part of the prompt or the answer.
+    pub fn reads(&self, column: &str, names: &BTreeMap<String, String>) -> bool {
+        let is_it = |wanted: &str| names.get(wanted).map_or(wanted, String::as_str) == column;
+        let is_part = |part: &Part| matches!(part, Part::Column(wanted) if is_it(wanted));
+        is_it(OUTPUT) || self.text.iter().any(is_part)
+    }
+
     /// Prompt and answer of a row. Errors continue the sentence "Line 7".
     pub fn fill(
         &self,

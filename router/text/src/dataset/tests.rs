@@ -127,7 +127,6 @@ fn what_is_wrong_is_said_with_its_place() {
             "completion must be a string, got a number",
         ),
         (r#"{"prompt": "a", "completion": ""}"#, "empty completion"),
-        (r#"{"text": ""}"#, "empty text"),
         (r#"{"text": "a", "prompt": "b"}"#, "mixes shapes"),
         (
             r#"{"input": {}, "preferred_output": []}"#,
@@ -966,6 +965,44 @@ fn columns_are_read_by_template_and_map() {
             json!({"column_map": {"messages": "dialog"}}),
             Ok(chat(&[])),
         ),
+        // Columns that the template reads are read, whatever they are called.
+        (
+            r#"{"system_prompt": "s", "question": "q", "response": "r"}"#,
+            json!({"template": "{system_prompt}{question}", "column_map": {"output": "response"}}),
+            Ok(completion("sq", "r")),
+        ),
+        (
+            r#"{"system": "s", "question": "q", "response": "r"}"#,
+            json!({"column_map": {"prompt": "question", "completion": "response"}}),
+            Err("column_map={system: ''} leaves it out"),
+        ),
+        (
+            r#"{"system": "s", "question": "q", "response": "r"}"#,
+            json!({"column_map": {"prompt": "question", "completion": "response", "system": ""}}),
+            Ok(completion("q", "r")),
+        ),
+        // The first turn a second time; another text beside the messages, until it is said what is read.
+        (
+            r#"{"prompt": "a", "prompt_id": "x", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#,
+            json!({}),
+            Ok(chat(&[])),
+        ),
+        (
+            r#"{"prompt": "c", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#,
+            json!({}),
+            Err("column_map={messages: messages} reads the first alone"),
+        ),
+        (
+            r#"{"prompt": "c", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#,
+            json!({"column_map": {"messages": "messages"}}),
+            Ok(chat(&[])),
+        ),
+        (
+            r#"{"text": "a", "label": 0}"#,
+            json!({"dataset_text_field": "text"}),
+            Ok(text("a")),
+        ),
+        (r#"{"text": ""}"#, json!({}), Ok(text(""))),
     ];
     for (line, settings, expected) in cases {
         let got = row(line, settings.clone());
@@ -983,6 +1020,18 @@ fn columns_are_read_by_template_and_map() {
         (r#"{"prompt": "a", "answer": "b"}"#, true),
         (r#"{"text": "a", "summary": "b"}"#, true),
         (r#"{"question": "a"}"#, false),
+        (
+            r#"{"system_prompt": "s", "question": "q", "response": "r"}"#,
+            true,
+        ),
+        (
+            r#"{"system": "s", "question": "q", "chosen": "a", "rejected": "b"}"#,
+            true,
+        ),
+        (
+            r#"{"prompt": "c", "messages": [{"role": "user", "content": "a"}]}"#,
+            true,
+        ),
         (r#"{"prompt": "a", "completion": ""}"#, false),
         (
             r#"{"mesages": [{"role": "user", "content": "a"}], "x": "a", "y": "b"}"#,
