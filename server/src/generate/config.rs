@@ -198,5 +198,6 @@ mod tests {
             let message = asked(words).map(|_| ()).unwrap_err().to_string();
             assert!(message.contains(expected), "{words:?}: {message}");
         }
+        assert!(asked(&["quantizer._component_=x", "quantizer=null"]).is_ok());
     }
 }

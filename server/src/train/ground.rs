@@ -97,6 +97,11 @@ impl Ground {
         let mesh = placing.on(&team)?;
         let (tokenizer, template) = tokenizer(&model, chat_template)?;
         let spec = tandem_backend::family::read_spec(&model)?;
+        let layers = spec.attentions().count();
+        if frozen_layers as usize > layers {
+            let message = format!("must be at most {layers}, the layers of the model, got {frozen_layers}");
+            return Err(wrong("num_freeze_layers", message).into());
+        }
         let targets = spec.lora_targets();
         let bounds = bounds(&spec, &targets);
         let mut split = None;

@@ -286,7 +286,12 @@ pub fn set(config: &mut Map<String, Value>, key: &str, value: Option<Value>) -> 
     let mut path: Vec<&str> = key.split('.').collect();
     let has_component = |value: &Value| value.get(COMPONENT).is_some();
     if path.len() == 1 && value.is_some() {
-        match config.get(path[0]) {
+        match config.get_mut(path[0]) {
+            // The section is taken away.
+            Some(section) if has_component(section) && value == Some(Value::Null) => {
+                *section = Value::Null;
+                return Ok(true);
+            }
             Some(section) if has_component(section) => path.push(COMPONENT),
             _ => return Ok(false),
         }
