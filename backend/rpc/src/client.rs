@@ -136,7 +136,7 @@ async fn open(
         pings: 0,
         heard: Instant::now(),
     };
-    tokio::spawn(session.run(inbound));
+    tokio::spawn(session.run(inbound, url.to_owned()));
     Ok(Remote {
         replica: ReplicaHandle {
             info,
@@ -163,7 +163,7 @@ struct Session {
 }
 
 impl Session {
-    async fn run(mut self, mut inbound: Streaming<Down>) {
+    async fn run(mut self, mut inbound: Streaming<Down>, url: String) {
         let mut probe = tokio::time::interval(PING_PERIOD);
         probe.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut check = tokio::time::interval(TURN_PATIENCE / 10);
@@ -185,6 +185,7 @@ impl Session {
                 _ = probe.tick(), if self.ping.is_none() => self.probe(),
             }
         };
+        tracing::info!(%url, why, "a session with a backend is over");
         self.table.close(&Fault::ReplicaLost(why));
     }
 

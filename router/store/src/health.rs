@@ -65,6 +65,12 @@ impl Health {
         self.away.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// It is away for as long as this process lives: only a person can mend it.
+    pub fn gave_up(&self, error: &StoreError) {
+        tracing::error!(part = %self.part, %error, "nothing more is read or written");
+        *self.away.write().unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
+    }
+
     /// Writes down what a probe found, and logs it when it is news.
     pub async fn note(&self, probe: impl Future<Output = Result<(), StoreError>>) {
         let found = match tokio::time::timeout(PROBE_TIMEOUT, probe).await {

@@ -267,6 +267,35 @@ async fn a_damaged_database_says_so_and_where() {
 }
 
 #[tokio::test]
+async fn damage_in_a_large_database_is_found_behind_the_start() {
+    let root = tempfile::tempdir().unwrap();
+    let store = Store::open(&Places::local(root.path())).await.unwrap();
+    let grow = "CREATE TABLE large (bytes BLOB); INSERT INTO large VALUES (zeroblob(4000000))";
+    sqlx::raw_sql(grow).execute(&store.db.raw_pool).await.unwrap();
+    store.close().await;
+    drop(store);
+    let path = root.path().join("tandem.db");
+    let mut bytes = fs::read(&path).unwrap();
+    let end = bytes.len();
+    bytes[end - 2_000_000..end - 1_000_000].fill(0x5a);
+    fs::write(&path, &bytes).unwrap();
+    // The start may be over before the damage is found.
+    let began = std::time::Instant::now();
+    let opened = Store::open(&Places::local(root.path())).await;
+    let refused = match opened {
+        Err(refused) => refused,
+        Ok(store) => loop {
+            match store.insert_job(job(&ids::job(), &[])).await {
+                Err(refused) => break refused,
+                Ok(_) => assert!(began.elapsed().as_secs() < 20, "nobody looked"),
+            }
+        },
+    };
+    assert!(matches!(refused, StoreError::Away { .. }), "{refused}");
+    assert!(refused.to_string().contains("tandem.db is corrupt"), "{refused}");
+}
+
+#[tokio::test]
 async fn a_copy_of_a_store_in_use_is_a_store() {
     let root = tempfile::tempdir().unwrap();
     let shared = format!("file://{}", root.path().join("shared").display());
