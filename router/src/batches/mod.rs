@@ -354,6 +354,8 @@ pub(crate) fn batch(row: BatchRow) -> Result<Batch, RouterError> {
         output_file,
         error_file,
         key_id: _,
+        deaths: _,
+        at_line: _,
     } = row;
     Ok(Batch {
         request: crate::jobs::record::from_json(&request)?,

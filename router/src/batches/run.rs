@@ -16,6 +16,7 @@ use super::{
 };
 use crate::Router;
 use crate::api::{Client, Reach, RouterError, Work};
+use crate::jobs::MAX_DEATHS;
 use crate::jobs::keeper::Keeper;
 use crate::jobs::record;
 use crate::shares::as_much_as_it_leaves;
@@ -32,6 +33,8 @@ const RETRY: Duration = Duration::from_secs(5);
 const MAX_KEPT_AT_ONCE: usize = 256;
 /// How often a line is asked again whose answer was a fault of the server.
 const MAX_FAULTS: u32 = 3;
+/// Deaths of who worked on a batch, in a row and before another line was kept, after which lines are asked one by one.
+const MAX_DEATHS_TOGETHER: u64 = 3;
 /// After a fault, before the line is asked again.
 const FAULT_PAUSE: Duration = Duration::from_secs(1);
 /// Of lines that are asked now, of all batches.
@@ -168,7 +171,7 @@ impl Holder {
                 return self.end(CANCELLED, None, ending).await;
             }
         }
-        match self.ask_all(&input, &request, &tenant, row.expires_at).await? {
+        match self.ask_all(&input, &request, &tenant, &row).await? {
             Stop::Lost => Ok(()),
             Stop::Cancelled => self.end(CANCELLED, None, ending).await,
             Stop::Expired => {
@@ -232,10 +235,22 @@ impl Holder {
         input: &Input,
         request: &BatchRequest,
         tenant: &Tenant,
-        expires_at: i64,
+        row: &BatchRow,
     ) -> Result<Stop, RouterError> {
-        let answered = self.router.0.store.answered_batch_lines(&self.id).await?;
+        let mut answered = self.router.0.store.answered_batch_lines(&self.id).await?;
         let mut unkept: Vec<BatchLine> = wrong(input, &answered).collect();
+        let fatal = fatal(input, row).filter(|line| !answered.contains(&line.line));
+        if let Some(line) = fatal {
+            tracing::error!(
+                batch = self.id,
+                line = line.line,
+                deaths = row.deaths,
+                "a line is given up: the server ended while it was asked"
+            );
+            answered.insert(line.line);
+            unkept.push(line);
+        }
+        let one_by_one = (MAX_DEATHS_TOGETHER..MAX_DEATHS).contains(&row.deaths);
         if let Some(exceeded) = self.full().await? {
             return Ok(Stop::Full(exceeded));
         }
@@ -254,13 +269,27 @@ impl Holder {
             ..Client::default()
         };
         let mut asked = JoinSet::new();
-        let left = Duration::from_secs(u64::try_from(expires_at - tandem_store::now()).unwrap_or(0));
+        let left = Duration::from_secs(u64::try_from(row.expires_at - tandem_store::now()).unwrap_or(0));
         let mut expiry = std::pin::pin!(tokio::time::sleep(left));
         loop {
             // New ones run while answers are kept.
-            while asked.len() < self.router.batch_share()
+            let places = match one_by_one {
+                true => 1,
+                false => self.router.batch_share(),
+            };
+            while asked.len() < places
                 && let Some((number, custom_id, place)) = waiting.next()
             {
+                if one_by_one
+                    && !self
+                        .router
+                        .0
+                        .store
+                        .ask_batch_line(&self.id, self.lease, number)
+                        .await?
+                {
+                    return Ok(Stop::Lost);
+                }
                 let (answers, client, endpoint) = (self.answers.clone(), client.clone(), request.endpoint);
                 let (read, custom_id, batch) = (input.body(place), custom_id.clone(), self.id.clone());
                 let memory = self.router.0.lines.of(tenant.clone());
@@ -408,6 +437,22 @@ impl Holder {
 struct Ending<'a> {
     tenant: &'a Tenant,
     output_expires_after_s: Option<u64>,
+}
+
+/// The line that was asked by itself each time that who worked on the batch went without a word.
+fn fatal(input: &Input, row: &BatchRow) -> Option<BatchLine> {
+    let at = row.at_line.filter(|_| row.deaths >= MAX_DEATHS)?;
+    let line = input.lines.iter().find(|line| line.line == at)?;
+    let error = LineError {
+        code: "server_ended".to_owned(),
+        message: format!(
+            "This request was given up: {} times in a row the server ended, at last while it was the only one of its batch.",
+            row.deaths
+        ),
+        line: Some(at),
+        param: None,
+    };
+    Some(output::refused(at, line.custom_id.as_deref(), &error))
 }
 
 /// Lines that cannot be asked.

@@ -32,6 +32,10 @@ pub(crate) use signals::Signals;
 use crate::api::JobStatus;
 use change::{Made, event, metrics};
 
+/// How often in a row who works on a job or a batch may vanish before it was further than ever: what takes all memory ends its
+/// server each time that it is begun. More often than a replica, because a server is killed for other reasons, too.
+pub(crate) const MAX_DEATHS: u64 = 10;
+
 const QUEUED: &str = "queued";
 const RUNNING: &str = "running";
 const PAUSED: &str = "paused";

@@ -17,7 +17,7 @@ use crate::Router;
 use crate::api::{FileIds, JobError, JobRequest, Level, RouterError};
 use crate::jobs::hyper::{self, Tuning};
 use crate::jobs::keeper::Keeper;
-use crate::jobs::{QUEUED, VALIDATING, event, record};
+use crate::jobs::{MAX_DEATHS, QUEUED, VALIDATING, event, record};
 use crate::quota::EXCEEDED_QUOTA;
 use crate::tasks::joined;
 use dataset::{Datasets, Prepared, Uploads};
@@ -95,6 +95,15 @@ async fn one(router: Router, row: JobRow, lease: Lease) -> String {
 }
 
 async fn queue(router: &Router, row: &JobRow, lease: Lease) -> Result<(), RouterError> {
+    if row.deaths >= MAX_DEATHS {
+        let message = format!(
+            "The job failed: {} times in a row the server ended while its files were read. They may need more memory than there is.",
+            row.deaths
+        );
+        return router
+            .fail_job(&row.id, lease, JobError::of_server(message))
+            .await;
+    }
     let mut keeper = Keeper::new(router, &row.id, lease, None);
     let request: JobRequest = record::from_json(&row.request)?;
     let prepared = tokio::select! {

@@ -34,6 +34,7 @@ pub(crate) fn job(row: JobRow) -> Result<Job, RouterError> {
         error,
         parent,
         trials,
+        deaths: _,
     } = row;
     Ok(Job {
         created_at,

@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 use crate::Router;
 use crate::api::{JobError, Level, RouterError};
 use crate::fleet::JobSeat;
-use crate::jobs::{QUEUED, RUNNING, SWEEPING, event, sweep};
+use crate::jobs::{MAX_DEATHS, QUEUED, RUNNING, SWEEPING, event, sweep};
 use crate::tasks::joined;
 use fairness::{FAIR, Held, share_places};
 use run::{End, Run};
@@ -212,10 +212,36 @@ async fn next(router: &Router, ids: &[String]) -> Result<Next, RouterError> {
         Asked::Cancel => router.cancel_at_once(&row.id, HERE, Some(lease)).await?,
         Asked::Pause => router.pause_at_once(&row.id, HERE, Some(lease)).await?,
     };
+    if !changed && row.deaths >= MAX_DEATHS {
+        rest(router, row, lease).await?;
+        return Ok(Next::NoJob);
+    }
     Ok(match changed {
         true => Next::Changed,
         false => Next::Job(Box::new(Claimed { row, lease, seat })),
     })
+}
+
+/// Pauses a job that may be why the server ends each time.
+async fn rest(router: &Router, row: JobRow, lease: Lease) -> Result<(), RouterError> {
+    let message = format!(
+        "The job is paused: {} times in a row the server ended while it was trained, and it came no further. It may need more \
+         memory than there is; resume it when that is mended",
+        row.deaths
+    );
+    tracing::error!(job = row.id, "{message}");
+    let told = JobChange {
+        from: HERE,
+        holder: Some(lease),
+        events: vec![event(Level::Warn, message)],
+        ..JobChange::default()
+    };
+    router.change_job(&row.id, told).await?;
+    router.let_rest(row.parent.as_deref().unwrap_or(&row.id)).await?;
+    if !router.pause_at_once(&row.id, HERE, Some(lease)).await? {
+        router.0.store.release_lease(&row.id, lease).await?;
+    }
+    Ok(())
 }
 
 /// A life of a job. Its id, when it may be claimed again; what is to be remembered of it.

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
 use crate::batches::{Answers, Batch, BatchNumbers, BatchRequest, Endpoint, LineAnswer};
+use crate::jobs::MAX_DEATHS;
 
 /// Every body it was asked, and how many answers it gives before it waits for ever.
 #[derive(Clone, Default)]
@@ -159,6 +160,41 @@ async fn each_line_is_answered_once_whoever_is_killed() {
             (&json!("r0"), &null, &json!("duplicate_custom_id"), &json!(34)),
         ]
     );
+}
+
+#[test]
+fn a_line_that_ends_its_server_each_time_is_given_up() {
+    let house = House::new();
+    let mut id = String::new();
+    let asked_first = |asked: &Edge| asked.asked().first().map(|body| body["i"].clone());
+    for life in 0..MAX_DEATHS {
+        super::jobs::runtime().block_on(async {
+            let (router, _engine) = house.open().await;
+            let edge = Edge::new(0);
+            router.answer_batches(edge.answers());
+            if life == 0 {
+                let text: String = (0..3).map(|i| line(&format!("r{i}"), &json!({"i": i}))).collect();
+                id = batch_of(&router, &text).await.id;
+            }
+            while edge.asked().is_empty() {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            // Others may be asked beside it at first.
+            tokio::time::sleep(Duration::from_millis(if life < 3 { 0 } else { 20 })).await;
+            assert!(life < 3 || edge.asked().len() == 1, "{life}: {:?}", edge.asked());
+            assert!(life < 3 || asked_first(&edge) == Some(json!(0)));
+        });
+    }
+    super::jobs::runtime().block_on(async {
+        let (router, _engine) = house.open().await;
+        let edge = Edge::new(usize::MAX);
+        router.answer_batches(edge.answers());
+        let batch = until(&router, &id, |batch| batch.finished_at.is_some()).await;
+        assert_eq!((batch.tally.completed, batch.tally.failed), (2, 1));
+        let errors = lines(&router, batch.error_file.as_deref()).await;
+        assert_eq!(errors[0]["custom_id"], "r0");
+        assert_eq!(errors[0]["error"]["code"], "server_ended");
+    });
 }
 
 #[tokio::test]

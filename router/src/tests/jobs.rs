@@ -12,6 +12,7 @@ use super::*;
 use crate::api::{
     AdapterSource, Call, Client, Job, JobRequest, JobStatus, MetadataFilter, Meter, ModelKind, RouterError,
 };
+use crate::jobs::MAX_DEATHS;
 
 pub(super) fn request(training_file: &str) -> JobRequest {
     JobRequest {
@@ -266,7 +267,7 @@ async fn a_job_becomes_a_model_that_answers() {
 }
 
 /// What lives in it ends with it, as in a process that is killed.
-fn runtime() -> tokio::runtime::Runtime {
+pub(super) fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -343,6 +344,43 @@ fn a_killed_job_goes_on_at_the_next_start() {
             assert_eq!(csv.lines().count(), 3, "each step once");
         });
     }
+}
+
+#[test]
+fn a_job_that_ends_its_server_each_time_rests() {
+    let house = House::new();
+    let mut id = String::new();
+    for life in 0..MAX_DEATHS {
+        runtime().block_on(async {
+            let (router, mut engine) = house.open().await;
+            if life == 0 {
+                let file = upload(&router, "t.jsonl", "fine-tune", &chat_rows(4))
+                    .await
+                    .unwrap();
+                id = create_job(&router, request(&file)).await;
+            }
+            // Each time as far as the first, and no further.
+            let (_, events) = engine.started().await;
+            events.send(started(None)).await.unwrap();
+            events.send(step(1, 3.0)).await.unwrap();
+            wait(&router, &id, |job| job.trained_tokens.is_some()).await;
+        });
+    }
+    runtime().block_on(async {
+        let (router, mut engine) = house.open().await;
+        wait(&router, &id, |job| job.status == JobStatus::Paused).await;
+        let events = router.own().job_events(&id, None, 100).await.unwrap().data;
+        let said = "The job is paused: 10 times in a row the server ended while it was trained";
+        assert!(
+            events.iter().any(|event| event.message.starts_with(said)),
+            "{events:?}"
+        );
+        // Who resumes it knows why.
+        router.own().resume_job(&id).await.unwrap();
+        let (_, events) = engine.started().await;
+        events.send(started(None)).await.unwrap();
+        wait(&router, &id, |job| job.status == JobStatus::Running).await;
+    });
 }
 
 #[tokio::test]

@@ -17,7 +17,7 @@ use crate::{Rows, Store, StoreError, Tenant, ids, now, unsigned};
 macro_rules! columns {
     () => {
         "id, tenant, created_at, expires_at, request, status, in_progress_at, finalizing_at, cancelling_at, finished_at, \
-         total, completed, failed, errors, output_file, error_file, key_id"
+         total, completed, failed, errors, output_file, error_file, key_id, deaths, at_line"
     };
 }
 
@@ -60,6 +60,10 @@ pub struct BatchRow {
     pub error_file: Option<String>,
     /// The key that made it, where what it stores is limited.
     pub key_id: Option<String>,
+    /// How often in a row whoever worked on it went without a word before another line was kept.
+    pub deaths: u64,
+    /// The line that was asked then, where it was by itself.
+    pub at_line: Option<u64>,
 }
 
 impl<'r> FromRow<'r, AnyRow> for BatchRow {
@@ -85,6 +89,8 @@ impl<'r> FromRow<'r, AnyRow> for BatchRow {
             output_file: row.try_get("output_file")?,
             error_file: row.try_get("error_file")?,
             key_id: row.try_get("key_id")?,
+            deaths: count("deaths")?,
+            at_line: row.try_get::<Option<i64>, _>("at_line")?.map(unsigned),
         })
     }
 }
@@ -217,7 +223,8 @@ impl Store {
             .await?;
         let Some(id) = id else { return Ok(None) };
         sqlx::query(
-            "UPDATE batches SET lease_owner = $1, lease_until = $2, lease_epoch = lease_epoch + 1 WHERE id = $3",
+            "UPDATE batches SET deaths = CASE WHEN lease_until IS NOT NULL THEN deaths + 1 ELSE deaths END,
+             lease_owner = $1, lease_until = $2, lease_epoch = lease_epoch + 1 WHERE id = $3",
         )
         .bind(&self.owner)
         .bind(self.until(now_ms))
@@ -234,6 +241,18 @@ impl Store {
             .await?;
         tx.commit().await?;
         Ok(Some((row, Lease::of(epoch))))
+    }
+
+    /// Which line is asked by itself: where nobody keeps its answer, it is known who was at work. False: the batch is another's.
+    pub async fn ask_batch_line(&self, id: &str, lease: Lease, line: u64) -> Result<bool, StoreError> {
+        let sql = "UPDATE batches SET at_line = $1 WHERE id = $2 AND lease_epoch = $3";
+        let marked = sqlx::query(sql)
+            .bind(signed(line))
+            .bind(id)
+            .bind(signed(lease.epoch()))
+            .execute(self.db.pool()?)
+            .await?;
+        Ok(marked.rows_affected() == 1)
     }
 
     /// How many have not ended and are nobody's.
@@ -357,7 +376,8 @@ impl Store {
             bytes += rows * signed(answer.len() as u64);
         }
         let changed = sqlx::query(
-            "UPDATE batches SET completed = completed + $1, failed = failed + $2, answer_bytes = answer_bytes + $5
+            "UPDATE batches SET completed = completed + $1, failed = failed + $2, answer_bytes = answer_bytes + $5,
+             deaths = 0, at_line = NULL
              WHERE id = $3 AND lease_epoch = $4 AND finished_at IS NULL",
         )
         .bind(completed)

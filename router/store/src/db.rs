@@ -26,6 +26,7 @@ const SQLITE: &[&str] = &[
     include_str!("../migrations/sqlite/0010_digests.sql"),
     include_str!("../migrations/sqlite/0011_stored.sql"),
     include_str!("../migrations/sqlite/0012_kept.sql"),
+    include_str!("../migrations/sqlite/0013_deaths.sql"),
 ];
 const POSTGRES: &[&str] = &[
     include_str!("../migrations/postgres/0001_first.sql"),
@@ -40,6 +41,7 @@ const POSTGRES: &[&str] = &[
     include_str!("../migrations/postgres/0010_digests.sql"),
     include_str!("../migrations/postgres/0011_stored.sql"),
     include_str!("../migrations/postgres/0012_kept.sql"),
+    include_str!("../migrations/postgres/0013_deaths.sql"),
 ];
 /// Readers go on while one writes (WAL); writers queue.
 const SQLITE_CONNECTIONS: u32 = 4;

@@ -23,7 +23,7 @@ macro_rules! columns {
     () => {
         "seq, id, created_at, updated_at, finished_at, estimated_finish, status, cancel_requested, request, hyper, \
          model_name, fine_tuned_model, trained_tokens, result_files, error, state_epoch, state_step, tenant, parent, trials, \
-         key_id"
+         key_id, deaths"
     };
 }
 pub(crate) use columns;
@@ -102,6 +102,8 @@ pub struct JobRow {
     pub parent: Option<String>,
     /// Of a sweep: what became of its trials, JSON of the caller's.
     pub trials: Option<String>,
+    /// How often in a row whoever worked on it went without a word before it was further than ever before.
+    pub deaths: u64,
 }
 
 impl<'r> FromRow<'r, AnyRow> for JobRow {
@@ -133,6 +135,7 @@ impl<'r> FromRow<'r, AnyRow> for JobRow {
             }),
             parent: row.try_get("parent")?,
             trials: row.try_get("trials")?,
+            deaths: row.try_get("deaths").map(unsigned)?,
         })
     }
 }
@@ -309,7 +312,9 @@ impl Store {
              fine_tuned_model = coalesce($7, fine_tuned_model), error = coalesce($8, error),
              lease_until = CASE WHEN $9 THEN NULL ELSE lease_until END,
              state_epoch = coalesce($10, state_epoch), state_step = coalesce($11, state_step),
-             trials = coalesce($18, trials), kept_bytes = coalesce($19, kept_bytes)
+             trials = coalesce($18, trials), kept_bytes = coalesce($19, kept_bytes),
+             deaths = CASE WHEN $6 > most_trained THEN 0 ELSE deaths END,
+             most_trained = CASE WHEN $6 > most_trained THEN $6 ELSE most_trained END
              WHERE id = $12 AND status IN ($13, $14, $15) AND ($16 IS NULL OR lease_epoch = $16)
              AND ($17 IS NULL OR cancel_requested = $17)",
         )
@@ -409,10 +414,14 @@ impl Store {
 
     async fn ask_now(&self, id: &str, asked: Asked) -> Result<(), StoreError> {
         let mut tx = self.db.begin().await?;
-        sqlx::query("UPDATE jobs SET cancel_requested = $1 WHERE id = $2 AND cancel_requested <> $3")
+        // Who lets it go on knows what it did.
+        let sql = "UPDATE jobs SET cancel_requested = $1, deaths = CASE WHEN $1 = $4 THEN 0 ELSE deaths END
+                   WHERE id = $2 AND cancel_requested <> $3";
+        sqlx::query(sql)
             .bind(asked.code())
             .bind(id)
             .bind(Asked::Cancel.code())
+            .bind(Asked::Nothing.code())
             .execute(&mut *tx)
             .await?;
         changes::note(&mut tx, Kind::Jobs).await?;

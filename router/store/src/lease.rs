@@ -84,8 +84,9 @@ impl Store {
         }
         let id: Option<String> = query.fetch_optional(&mut *tx).await?;
         let Some(id) = id else { return Ok(None) };
-        let sql =
-            "UPDATE jobs SET lease_owner = $1, lease_until = $2, lease_epoch = lease_epoch + 1 WHERE id = $3";
+        // Whoever lets go of it says so.
+        let sql = "UPDATE jobs SET deaths = CASE WHEN lease_until IS NOT NULL AND lease_owner <> $1 THEN deaths + 1 ELSE deaths END,
+                   lease_owner = $1, lease_until = $2, lease_epoch = lease_epoch + 1 WHERE id = $3";
         sqlx::query(sql)
             .bind(&self.owner)
             .bind(self.until(now_ms))
@@ -191,8 +192,8 @@ impl Store {
     /// Of a data folder whose lock is ours: whoever held something is dead.
     pub(crate) async fn clear_leases(&self) -> Result<(), StoreError> {
         for sql in [
-            "UPDATE jobs SET lease_until = NULL WHERE lease_until IS NOT NULL",
-            "UPDATE batches SET lease_until = NULL WHERE lease_until IS NOT NULL",
+            "UPDATE jobs SET lease_until = NULL, deaths = deaths + 1 WHERE lease_until IS NOT NULL",
+            "UPDATE batches SET lease_until = NULL, deaths = deaths + 1 WHERE lease_until IS NOT NULL",
         ] {
             sqlx::query(sql).execute(self.db.pool()?).await?;
         }

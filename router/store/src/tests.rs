@@ -162,17 +162,17 @@ async fn one_folder_has_one_owner_and_no_future() {
     assert!(matches!(second, StoreError::Locked(_)), "{second}");
     // Who only looks changes nothing, not of an older version either.
     assert!(names_in(root.path()).await.is_ok());
-    sqlx::query("PRAGMA user_version = 11")
+    sqlx::query("PRAGMA user_version = 12")
         .execute(&store.db.raw_pool)
         .await
         .unwrap();
     let older = names_in(root.path()).await;
-    assert!(matches!(older, Err(StoreError::Older { found: 11, .. })));
+    assert!(matches!(older, Err(StoreError::Older { found: 12, .. })));
     let version: i64 = sqlx::query_scalar("PRAGMA user_version")
         .fetch_one(&store.db.raw_pool)
         .await
         .unwrap();
-    assert_eq!(version, 11);
+    assert_eq!(version, 12);
     sqlx::query("PRAGMA user_version = 99")
         .execute(&store.db.raw_pool)
         .await
@@ -188,7 +188,7 @@ async fn one_folder_has_one_owner_and_no_future() {
             newer,
             StoreError::Newer {
                 found: 99,
-                known: 12,
+                known: 13,
                 ..
             }
         ),
