@@ -2,8 +2,11 @@
 //! `hyperparameters`, too. Not here: which settings there are (the server knows their table).
 
 use std::collections::BTreeMap;
+use std::fmt;
 
-use serde::{Deserialize, Serialize};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
 use crate::common::{AutoInteger, AutoNumber, FileIds, Unknown};
@@ -21,6 +24,7 @@ pub struct CreateJob {
     pub suffix: Option<String>,
     /// At most 16 keys of 64 characters, values of 512.
     pub metadata: Option<BTreeMap<String, String>>,
+    #[serde(default, deserialize_with = "method_or_word")]
     pub method: Option<Method>,
     /// The older place of `method.supervised.hyperparameters`.
     #[schema(value_type = Option<TrainingSettings>)]
@@ -47,6 +51,47 @@ pub struct Method {
     #[serde(flatten)]
     #[schema(ignore)]
     pub unknown: Unknown,
+}
+
+/// `tandem train` says with one word what is trained; a job trains LoRA.
+fn method_or_word<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Method>, D::Error> {
+    struct OrWord;
+    impl<'de> Visitor<'de> for OrWord {
+        type Value = Option<Method>;
+
+        fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+            formatter.write_str("a dictionary with type, such as {\"type\": \"supervised\"}")
+        }
+
+        fn visit_unit<E>(self) -> Result<Option<Method>, E> {
+            Ok(None)
+        }
+
+        fn visit_str<E>(self, word: &str) -> Result<Option<Method>, E> {
+            Ok((word != "lora").then(|| Method::of(word.to_owned())))
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Option<Method>, A::Error> {
+            Method::deserialize(MapAccessDeserializer::new(map)).map(Some)
+        }
+    }
+    deserializer.deserialize_any(OrWord)
+}
+
+impl Method {
+    fn of(kind: String) -> Method {
+        Method {
+            kind,
+            supervised: None,
+            dpo: None,
+            kto: None,
+            orpo: None,
+            cpo: None,
+            simpo: None,
+            reward_weighted: None,
+            unknown: Unknown::default(),
+        }
+    }
 }
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]

@@ -298,10 +298,13 @@ impl Config {
 
     /// For a family without windows: a window is refused, unless no position that is served can reach its end.
     pub fn no_window(&self, max_positions: i64) -> Result<(), LoadError> {
-        let switched_off = self.get("use_sliding_window") == Some(&Value::Bool(false));
         self.get("max_window_layers");
+        if self.get("use_sliding_window") == Some(&Value::Bool(false)) {
+            self.get("sliding_window");
+            return Ok(());
+        }
         match self.size_or_none("sliding_window")? {
-            Some(window) if window < max_positions && !switched_off => Err(self.wrong(
+            Some(window) if window < max_positions => Err(self.wrong(
                 "sliding_window",
                 &format!(
                     "this family has no windows; `max_position_embeddings` {window} or less (of {max_positions}) serves \

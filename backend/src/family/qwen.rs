@@ -63,9 +63,12 @@ fn spec(
     Ok(sizes.decoder(layers, ropes, norm, config.head(false)?))
 }
 
+/// Where none is said.
+pub(super) const WINDOW: Option<i64> = Some(4096);
+
 /// Of each layer: none unless `use_sliding_window`, then from layer `max_window_layers` on.
 fn windows(config: &Config, sizes: &Sizes) -> Result<Vec<Option<i64>>, LoadError> {
-    let window = window(config, sizes)?;
+    let window = window(config, sizes, WINDOW)?;
     let first = config.count("max_window_layers", 28)?;
     let sliding = config.sliding_layers(sizes.layers, |i| window.is_some() && i >= first)?;
     Ok(sliding
@@ -75,8 +78,11 @@ fn windows(config: &Config, sizes: &Sizes) -> Result<Vec<Option<i64>>, LoadError
 }
 
 /// None unless `use_sliding_window`.
-pub(super) fn window(config: &Config, sizes: &Sizes) -> Result<Option<i64>, LoadError> {
-    let window = config.window(Some(4096))?;
-    let on = config.flag("use_sliding_window")?;
-    Ok(sizes.seen(window).filter(|_| on))
+pub(super) fn window(config: &Config, sizes: &Sizes, default: Option<i64>) -> Result<Option<i64>, LoadError> {
+    if !config.flag("use_sliding_window")? {
+        // Whatever it says: transformers writes 0 where there is none.
+        config.get("sliding_window");
+        return Ok(None);
+    }
+    Ok(sizes.seen(config.window(default)?))
 }

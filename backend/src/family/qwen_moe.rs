@@ -28,7 +28,7 @@ pub(super) fn qwen2(config: &Config) -> Result<DecoderSpec, LoadError> {
     let shared = config.size("shared_expert_intermediate_size", 5632)?;
     let experts = Experts::read(config, &sizes, [60, 4, 1408], Some(shared))?;
     // Every second of the lower layers, not the upper ones as without experts.
-    let window = qwen::window(config, &sizes)?;
+    let window = qwen::window(config, &sizes, qwen::WINDOW)?;
     let lower = config.count("max_window_layers", 28)?;
     let sliding = config.sliding_layers(sizes.layers, |i| i % 2 == 0 && i < lower)?;
     let attention = |i: i64, _: Norms, module: &str| AttnSpec {
@@ -50,7 +50,7 @@ pub(super) fn qwen3(config: &Config) -> Result<DecoderSpec, LoadError> {
     )?;
     let bias = config.bias("attention_bias")?;
     let experts = Experts::read(config, &sizes, [128, 8, 768], None)?;
-    let window = qwen::window(config, &sizes)?;
+    let window = qwen::window(config, &sizes, qwen::WINDOW)?;
     config.count("max_window_layers", 0)?;
     let attention = |_, norms, module: &str| AttnSpec {
         window,

@@ -6,7 +6,7 @@ use tandem_kernels::activation::Activation;
 use super::config::Config;
 use super::rope::RopeDefaults;
 use super::sizes::{Defaults, Norms, Sizes};
-use super::{DecoderSpec, NormKind};
+use super::{DecoderSpec, NormKind, qwen};
 use crate::weights::LoadError;
 
 const DEFAULTS: Defaults = Defaults {
@@ -23,10 +23,7 @@ const DEFAULTS: Defaults = Defaults {
 pub(super) fn spec(config: &Config) -> Result<DecoderSpec, LoadError> {
     let sizes = Sizes::read(config, DEFAULTS)?;
     let rotated = rotated_layers(config, sizes.layers)?;
-    let window = match (config.flag("use_sliding_window")?, config.window(None)?) {
-        (true, window) => sizes.seen(window),
-        (false, _) => None,
-    };
+    let window = qwen::window(config, &sizes, None)?;
     let sliding = config.sliding_layers(sizes.layers, |i| !rotated[i as usize])?;
     let attention_bias = config.bias("attention_bias")?;
     let mlp_bias = config.bias("mlp_bias")?;

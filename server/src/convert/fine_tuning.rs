@@ -79,6 +79,13 @@ fn method(method: Method) -> Result<Asked, ApiError> {
                 .to_owned(),
         });
     }
+    if kind == "full" {
+        return Err(ApiError::NotBuilt {
+            param: "method".to_owned(),
+            hint: ": a job trains LoRA on the base that is served; `tandem train method=full` trains every parameter"
+                .to_owned(),
+        });
+    }
     let methods = [
         ("supervised", supervised),
         ("dpo", dpo),
@@ -317,6 +324,7 @@ mod tests {
                 "method.type",
                 "not built",
             ),
+            (json!({"method": "full"}), "method", "tandem train method=full"),
             (
                 json!({"method": {"type": "dpo", "kto": {}}}),
                 "method.kto",

@@ -217,6 +217,15 @@ impl Targets {
                 continue;
             }
             let last = name.rsplit('.').next().unwrap_or(name);
+            let may_be_excluded = match &self.excluded {
+                None => false,
+                Some(named @ Modules::Named(_)) => named.have(last) || named.have(name),
+                // Of which layers it is meant is not looked at.
+                Some(_) => true,
+            };
+            if may_be_excluded {
+                continue;
+            }
             if known.iter().any(|module| module == last) && self.layers.is_none() {
                 return Err(PeftError::Config(format!(
                     "target module `{name}` has no tensors in {TENSORS}"

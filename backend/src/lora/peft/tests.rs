@@ -213,7 +213,7 @@ fn config_and_file_are_of_one_adapter() {
         "qkv_proj"
     ]);
     #[rustfmt::skip] // one case, one line
-    let cases: [(&str, Value, Rename, Outcome); 10] = [
+    let cases: [(&str, Value, Rename, Outcome); 11] = [
         ("as saved", json!({}), same, Ok(&[])),
         ("saved with the adapter's name", json!({}), called, Ok(&[])),
         ("two adapters", json!({}), two, Err("the tensors of several adapters")),
@@ -222,6 +222,7 @@ fn config_and_file_are_of_one_adapter() {
         ("a module that is not targeted", json!({"target_modules": ["k_proj"]}), same, Err("has tensors of model.layers.0.self_attn.q_proj, which")),
         ("a layer that is not targeted", json!({"layers_to_transform": [0]}), same, Err("has tensors of model.layers.1.self_attn.q_proj")),
         ("a target without tensors", json!({}), without_q, Err("target module `q_proj` has no tensors")),
+        ("a target that is excluded", json!({"exclude_modules": ["q_proj"]}), without_q, Ok(&[])),
         ("a module without tensors", json!({}), without_one, Ok(&["1 targeted modules have no tensors in adapter_model.safetensors and stay as the base has them, model.layers.1.self_attn.q_proj"])),
         ("another rank", json!({"r": 5}), same, Err("has shape [4, 32]; the config and the base model make it [5, 32]")),
     ];
@@ -235,7 +236,8 @@ fn config_and_file_are_of_one_adapter() {
                     "{name}: {notes:?}"
                 );
                 let same = params.shape == expected.params.shape;
-                assert!(same == (name != "a module without tensors"), "{name}");
+                let has_all = !["a module without tensors", "a target that is excluded"].contains(&name);
+                assert!(same == has_all, "{name}");
                 assert!(!same || params.flat == expected.params.flat, "{name}");
             }
             (Err(error), Err(part)) => assert!(error.to_string().contains(part), "{name}: {error}"),
