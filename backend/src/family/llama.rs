@@ -22,7 +22,7 @@ pub(super) const DEFAULTS: Defaults = Defaults {
 
 pub(super) fn spec(config: &Config) -> Result<DecoderSpec, LoadError> {
     let sizes = Sizes::read(config, DEFAULTS)?;
-    config.no_window(sizes.max_positions)?;
+    config.no_window(sizes.reach)?;
     let attention_bias = config.bias("attention_bias")?;
     let mlp_bias = config.bias("mlp_bias")?;
     let activation = config.activation("hidden_act", Activation::Silu)?;

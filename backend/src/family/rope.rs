@@ -107,6 +107,27 @@ impl Config {
         Ok([full, sliding])
     }
 
+    /// Positions that a model of `max_positions` has where its rope is stretched by yarn: Qwen's recipe adds the rope and leaves the number
+    /// as it is. (Linear ropes have the stretched number there already, or not: nothing says which.) What is wrong there is said by
+    /// who reads it.
+    pub fn reach(&self, max_positions: i64) -> i64 {
+        let object = |field| self.get(field).and_then(Value::as_object);
+        let Some(fields) = object("rope_scaling").or(object("rope_parameters")) else {
+            return max_positions;
+        };
+        let of_types = fields.values().filter_map(Value::as_object);
+        let ropes = of_types.chain([fields]);
+        let stretched = ropes.filter_map(|rope| {
+            let kind = rope.get("rope_type").or(rope.get("type"))?;
+            let original = rope
+                .get("original_max_position_embeddings")
+                .and_then(Value::as_i64);
+            let original = original.unwrap_or(max_positions) as f64 * rope.get("factor")?.as_f64()?;
+            (kind == "yarn" && original < MOST_POSITIONS).then_some(original as i64)
+        });
+        stretched.fold(max_positions, i64::max)
+    }
+
     /// An object that holds something.
     fn filled(&self, field: &'static str) -> Result<Option<Named<'_>>, LoadError> {
         match self.get(field) {
@@ -302,4 +323,6 @@ impl Config {
     }
 }
 
+/// Sizes are below 2^31.
+const MOST_POSITIONS: f64 = 2_147_483_647.0;
 const ROPE_TYPES: &str = "default, linear, dynamic, llama3, yarn, longrope";

@@ -22,7 +22,10 @@ pub(super) struct Sizes {
     pub heads: i64,
     pub kv_heads: i64,
     pub head_dim: i64,
+    /// As config.json says.
     pub max_positions: i64,
+    /// What a rope that is stretched beyond it makes of them.
+    pub reach: i64,
 }
 
 /// What a family's configuration in transformers puts in the place of absent fields.
@@ -65,6 +68,7 @@ impl Sizes {
             let why = format!("{head_dim} is odd; rotary embedding needs pairs");
             return Err(config.wrong("head_dim", &why));
         }
+        let max_positions = config.size("max_position_embeddings", defaults.max_positions)?;
         Ok(Sizes {
             vocab: config.size("vocab_size", defaults.vocab)?,
             hidden,
@@ -73,7 +77,8 @@ impl Sizes {
             heads,
             kv_heads,
             head_dim,
-            max_positions: config.size("max_position_embeddings", defaults.max_positions)?,
+            max_positions,
+            reach: config.reach(max_positions),
         })
     }
 
@@ -173,7 +178,7 @@ impl Sizes {
             final_norm,
             head,
             logits: Logits::default(),
-            max_positions: self.max_positions,
+            max_positions: self.reach,
             eos_tokens: vec![],
             notes: vec![],
         }
@@ -228,6 +233,6 @@ impl Sizes {
 
     /// A window that no position reaches the end of is none.
     pub fn seen(&self, window: Option<i64>) -> Option<i64> {
-        window.filter(|&window| window < self.max_positions)
+        window.filter(|&window| window < self.reach)
     }
 }

@@ -128,13 +128,15 @@ fn a_field_is_honoured_or_refused_with_what_it_is() {
     let fine: Seen =
         |spec| spec.max_positions == 128 && spec.attentions().count() == 2 && spec.head == Head::Own;
     #[rustfmt::skip] // one case, one line
-    let cases: [(Value, Seen, &[&str]); 20] = [
+    let cases: [(Value, Seen, &[&str]); 22] = [
         (json!({}), fine, &[]),
         (json!({"architectures": "absent", "hidden_act": "absent"}), fine, &[]),
         (json!({"architectures": null, "model_type": "llama"}), fine, &[]),
         (json!({"model_type": "absent"}), fine, &[]),
         (json!({"max_position_embeddings": "absent", "rms_norm_eps": "absent"}), |spec| spec.max_positions == 2048 && spec.final_norm.eps == 1e-6, &[]),
         (json!({"sliding_window": 128}), fine, &[]),
+        (json!({"rope_parameters": "absent", "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}), |spec| spec.max_positions == 512, &[]),
+        (json!({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}), |spec| spec.max_positions == 128, &[]),
         (json!({"sliding_window": 64, "use_sliding_window": false}), fine, &[]),
         (json!({"sliding_window": 0, "use_sliding_window": false}), fine, &[]),
         (json!({"sliding_window": null, "layer_types": ["full_attention", "full_attention"], "num_local_experts": 0, "logits_scaling": 1.0}), fine, &[]),
