@@ -5,20 +5,19 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 use tandem_core::TokenId;
-use tandem_core::blocks::BlockId;
 use tandem_core::id::{AdapterDigest, RequestId};
 use tandem_core::message::Scored;
-use tandem_core::sched::{Row, StepPlan};
+use tandem_core::sched::{GroupPlan, Row, RowTable, StepPlan};
 use tandem_kernels::attention::{KvCache, PagedSeq};
 use tch::Tensor;
 
 use crate::lora::adapter::{Adapter, AdapterRows};
-use crate::model::{Batch, Context, Decoder};
+use crate::model::{Batch, Context, Decoder, PagedGroup};
 
 /// What a [`Batch`] borrows beside the plan.
 pub struct StepInputs<'a> {
     step: Step<'a>,
-    seqs: Vec<PagedSeq<'a>>,
+    groups: Vec<PagedGroup<'a>>,
     lora: Vec<AdapterRows<'a>>,
 }
 
@@ -28,9 +27,7 @@ pub struct Step<'a> {
     pub tokens: &'a [TokenId],
     /// `[T]`
     pub positions: &'a [i64],
-    /// `[T]`
-    pub slots: &'a [i64],
-    pub tables: &'a [BlockId],
+    pub groups: &'a [GroupPlan],
     pub rows: Vec<StepRow>,
 }
 
@@ -40,8 +37,6 @@ pub struct StepRow {
     pub adapter: Option<AdapterDigest>,
     /// Of the flat arrays.
     pub tokens: Range<usize>,
-    /// Of the tables.
-    pub table: Range<usize>,
     pub kv_len: usize,
 }
 
@@ -50,14 +45,12 @@ impl<'a> Step<'a> {
         let row = |row: &Row| StepRow {
             adapter: row.adapter,
             tokens: row.tokens.clone(),
-            table: row.table.clone(),
             kv_len: row.kv_len,
         };
         Step {
             tokens: &plan.tokens,
             positions: &plan.positions,
-            slots: &plan.slots,
-            tables: &plan.tables,
+            groups: &plan.groups,
             rows: plan.rows.iter().map(row).collect(),
         }
     }
@@ -67,14 +60,7 @@ impl<'a> StepInputs<'a> {
     /// `adapter` finds a resident adapter: a step names only such.
     pub fn new(step: Step<'a>, adapter: impl Fn(AdapterDigest) -> &'a Adapter) -> StepInputs<'a> {
         let mut lora: Vec<(AdapterDigest, Range<usize>)> = vec![];
-        let mut seqs = Vec::with_capacity(step.rows.len());
         for row in &step.rows {
-            let table = &step.tables[row.table.clone()];
-            seqs.push(PagedSeq {
-                rows: row.tokens.clone(),
-                table,
-                kv_len: row.kv_len,
-            });
             let Some(digest) = row.adapter else { continue };
             match lora.last_mut() {
                 // The plan is sorted by adapter, so equal neighbours are one group.
@@ -89,7 +75,21 @@ impl<'a> StepInputs<'a> {
                 adapter: adapter(digest),
             })
             .collect();
-        StepInputs { step, seqs, lora }
+        let seqs = |group: &'a GroupPlan| {
+            let seq = |(row, table): (&StepRow, &RowTable)| PagedSeq {
+                rows: row.tokens.clone(),
+                table: &group.blocks[table.blocks.clone()],
+                first_block: table.first,
+                kv_len: row.kv_len,
+            };
+            step.rows.iter().zip(&group.tables).map(seq).collect()
+        };
+        let group = |group: &'a GroupPlan| PagedGroup {
+            slots: &group.slots,
+            seqs: seqs(group),
+        };
+        let groups = step.groups.iter().map(group).collect();
+        StepInputs { step, groups, lora }
     }
 
     /// Logits `[S, V]` of the step's rows `rows` in `hidden [T, H]`, each under who answers it.
@@ -99,15 +99,11 @@ impl<'a> StepInputs<'a> {
 
     pub fn batch(&'a self, cache: &'a KvCache) -> Batch<'a> {
         let Step {
-            tokens,
-            positions,
-            slots,
-            ..
+            tokens, positions, ..
         } = self.step;
         let context = Context::Paged {
             cache,
-            slots,
-            seqs: &self.seqs,
+            groups: &self.groups,
         };
         Batch {
             tokens,

@@ -27,7 +27,7 @@ use tracing::{info, warn};
 use crate::bank::AdapterBank;
 use crate::engine::{Engine, Parts};
 use crate::family::shard::{Layout, Shard};
-use crate::family::{self, AttnSpec, DecoderSpec, Param, ParamId, read_spec};
+use crate::family::{self, AttnSpec, DecoderSpec, LayerGroups, Param, ParamId, read_spec};
 use crate::grammars::Grammars;
 use crate::guard;
 use crate::lora::params::AdapterShape;
@@ -245,6 +245,7 @@ fn load(
         kv_cache_dtype: kv_cache_dtype.unwrap_or(precision.into()).name().to_owned(),
         max_num_seqs,
         max_model_len,
+        max_num_batched_tokens,
         is_shorter_if_need_be,
         kv_cache_bytes,
     };
@@ -256,7 +257,9 @@ fn load(
         weight_bytes,
     } = ranks::lead(&plan, spec, &checkpoint, device, local_world, digests, comm)?;
     let Plan { model_folder, .. } = plan;
-    let room = u32::try_from(blocks as usize * BLOCK_SIZE).unwrap_or(u32::MAX);
+    let layers = LayerGroups::of(&decoder.spec);
+    let groups = layers.blocks(max_num_batched_tokens as usize);
+    let room = u32::try_from(groups.longest(blocks as usize)).unwrap_or(u32::MAX);
     if room < max_model_len {
         warn!(
             made_for = max_model_len,
@@ -267,6 +270,7 @@ fn load(
         );
     }
     let max_model_len = max_model_len.min(room);
+    let kv_tokens = groups.capacity(blocks as usize, max_model_len as usize);
 
     let limits = Limits {
         max_num_seqs: max_num_seqs as usize,
@@ -279,7 +283,7 @@ fn load(
         max_model_len: max_model_len as usize,
         lookup,
     };
-    let scheduler = Scheduler::new(limits, BlockPool::new(blocks, BLOCK_SIZE));
+    let scheduler = Scheduler::new(limits, BlockPool::new(blocks, groups));
     warn_of_slow_paths(&decoder);
     warn_of_unpacked(&decoder, &checkpoint);
     let bank = AdapterBank::new(max_loras as usize, max_lora_rank, decoder.fit());
@@ -300,6 +304,7 @@ fn load(
         weight_bytes,
         kv_blocks: blocks,
         block_size: BLOCK_SIZE as u32,
+        kv_tokens,
         kv_bytes: (cache.bytes() * team.world()) as u64,
         max_loras,
         max_lora_rank,
@@ -319,14 +324,15 @@ fn load(
         cpu_kernels = %machine::features(),
         weights = %by_format(&decoder),
         kv_cache = %format!("{} in {}", size(info.kv_bytes), cache.dtype().name()),
-        kv_tokens = blocks as usize * BLOCK_SIZE,
+        kv_tokens,
         load_ms = began.elapsed().as_millis() as u64,
         "replica ready"
     );
     let plan = MemoryPlan {
         weights: info.weight_bytes,
         kv_cache: info.kv_bytes,
-        kv_tokens: blocks as usize * BLOCK_SIZE,
+        kv_tokens,
+        kv_groups: layers.shown(),
         max_loras,
         max_lora_rank,
         tokens: max_num_batched_tokens as usize,

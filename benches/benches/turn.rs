@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use criterion::{Criterion, criterion_group, criterion_main};
 use tandem_backend::lora::adapter::{Adapter, AdapterRows};
 use tandem_backend::lora::peft;
-use tandem_backend::model::{Batch, Context, Decoder};
+use tandem_backend::model::{Batch, Context, Decoder, PagedGroup};
 use tandem_backend::sample::{Ask, sample};
 use tandem_backend::train::Trainer;
-use tandem_core::blocks::BlockPool;
+use tandem_core::blocks::{BlockPool, Groups};
 use tandem_core::dataset::{self, Example, Group};
 use tandem_core::id::RequestId;
 use tandem_core::job::{
@@ -38,7 +38,7 @@ fn scheduler(criterion: &mut Criterion) {
     };
     let fresh = || {
         let blocks = (STREAMS * MAX_MODEL_LEN / BLOCK_SIZE) as u32;
-        let mut scheduler = Scheduler::new(limits, BlockPool::new(blocks, BLOCK_SIZE));
+        let mut scheduler = Scheduler::new(limits, BlockPool::new(blocks, Groups::one(BLOCK_SIZE)));
         for i in 0..STREAMS as u64 {
             let request = Generate {
                 id: RequestId(i),
@@ -152,9 +152,11 @@ fn decode_step(criterion: &mut Criterion) {
         .map(|(i, table)| PagedSeq {
             rows: i..i + 1,
             table,
+            first_block: 0,
             kv_len: 21,
         })
         .collect();
+    let groups = [PagedGroup { slots: &slots, seqs }];
     for (name, lora) in [
         ("base", vec![]),
         (
@@ -172,8 +174,7 @@ fn decode_step(criterion: &mut Criterion) {
                 bencher.iter(|| {
                     let context = Context::Paged {
                         cache: &cache,
-                        slots: &slots,
-                        seqs: &seqs,
+                        groups: &groups,
                     };
                     let batch = Batch {
                         tokens: &tokens,

@@ -75,8 +75,11 @@ struct Scoring {
 #[derive(Clone, Debug)]
 pub struct PagedSeq<'a> {
     pub rows: Range<usize>,
-    /// Blocks of the sequence in order; position p is slot p % BLOCK_SIZE of block table[p / BLOCK_SIZE].
+    /// The blocks of the sequence in order, from its block `first_block` on: position p is slot p % BLOCK_SIZE of block
+    /// table[p / BLOCK_SIZE - first_block].
     pub table: &'a [u32],
+    /// The blocks before it lie behind the window of all rows, and may be others' by now.
+    pub first_block: usize,
     pub kv_len: usize,
 }
 
@@ -87,6 +90,13 @@ pub struct PackedOut {
     pub out: Tensor,
     /// Natural logarithm of the softmax's denominator, [T, heads].
     pub lse: Tensor,
+}
+
+impl PagedSeq<'_> {
+    /// Blocks of the table that the sequence fills.
+    fn n_blocks(&self) -> usize {
+        self.kv_len.div_ceil(BLOCK_SIZE) - self.first_block
+    }
 }
 
 impl Heads {

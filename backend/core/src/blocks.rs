@@ -1,12 +1,18 @@
 //! Accounts for KV blocks: who holds which, which still hold a known prefix, which to reuse next. Not here: the keys
-//! and values themselves (kernels), who may have blocks (`sched`).
+//! and values themselves (kernels), who may have blocks (`sched`), which blocks a sequence needs ([`Groups`]).
 //!
 //! A full block is identified by SHA-256 over the block before it and its own tokens, beginning from a seed that
 //! names what computed it (the adapter). So equal identity means equal tokens *and* equal weights all the way back:
-//! SHA-256 collisions are not a case, and tokens need not be compared again.
+//! SHA-256 collisions are not a case, and tokens need not be compared again. Of each group of layers there is a block of
+//! that identity.
+
+mod groups;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 
+pub use groups::{Groups, Table};
 use sha2::{Digest as _, Sha256};
 
 use crate::TokenId;
@@ -54,19 +60,22 @@ struct Link {
 
 const NONE: BlockId = BlockId::MAX;
 
+/// What a block can be found by: its group of layers, and its identity.
+type Name = (u32, BlockHash);
+
 #[derive(Clone, Debug)]
 struct Block {
     /// Sequences that hold it. 0: free, and linked.
     refs: u32,
-    /// Set while the pool can find it by this identity, held or free.
-    hash: Option<BlockHash>,
+    /// Set while the pool can find it by this, held or free.
+    name: Option<Name>,
     link: Link,
 }
 
 pub struct BlockPool {
-    block_size: usize,
+    groups: Groups,
     blocks: Vec<Block>,
-    by_hash: HashMap<BlockHash, BlockId>,
+    by_name: HashMap<Name, BlockId>,
     /// Free blocks, least recently used first: a doubly linked list through `blocks`, so that a prefix hit takes its
     /// block out of the middle in O(1).
     oldest: BlockId,
@@ -75,24 +84,20 @@ pub struct BlockPool {
 }
 
 impl BlockPool {
-    /// `block_size` tokens a block.
-    pub fn new(n_blocks: u32, block_size: usize) -> BlockPool {
-        assert!(
-            n_blocks < NONE && block_size > 0,
-            "{n_blocks} blocks of {block_size} tokens"
-        );
+    pub fn new(n_blocks: u32, groups: Groups) -> BlockPool {
+        assert!(n_blocks < NONE, "{n_blocks} blocks");
         let unlinked = Block {
             refs: 0,
-            hash: None,
+            name: None,
             link: Link {
                 older: NONE,
                 newer: NONE,
             },
         };
         let mut pool = BlockPool {
-            block_size,
+            groups,
             blocks: vec![unlinked; n_blocks as usize],
-            by_hash: HashMap::with_capacity(n_blocks as usize),
+            by_name: HashMap::with_capacity(n_blocks as usize),
             oldest: NONE,
             newest: NONE,
             free: 0,
@@ -101,8 +106,12 @@ impl BlockPool {
         pool
     }
 
+    pub fn groups(&self) -> &Groups {
+        &self.groups
+    }
+    /// Tokens of a block.
     pub fn block_size(&self) -> usize {
-        self.block_size
+        self.groups.block_size()
     }
     pub fn total(&self) -> usize {
         self.blocks.len()
@@ -115,81 +124,165 @@ impl BlockPool {
     pub fn used(&self) -> usize {
         self.blocks.len() - self.free
     }
-    /// Blocks that `n_tokens` need.
-    pub fn blocks_for(&self, n_tokens: usize) -> usize {
-        n_tokens.div_ceil(self.block_size)
-    }
 
-    /// The longest known prefix of a chain: its blocks, in order, and how many of them are free now.
+    /// The longest known prefix of a chain, of which every group has what the token behind it sees.
     pub fn lookup(&self, chain: &[BlockHash]) -> Prefix {
-        let blocks: Vec<BlockId> = chain
-            .iter()
-            .map_while(|hash| self.by_hash.get(hash).copied())
-            .collect();
-        let free = blocks
-            .iter()
-            .filter(|&&id| self.blocks[id as usize].refs == 0)
-            .count();
-        Prefix { blocks, free }
+        let find = |group: usize, block: usize| self.by_name.get(&(group as u32, chain[block])).copied();
+        let groups = 0..self.groups.count();
+        let (windows, whole): (Vec<usize>, Vec<usize>) =
+            groups.clone().partition(|&group| self.groups.has_window(group));
+        let mut n_blocks = chain.len();
+        for group in whole {
+            n_blocks = (0..n_blocks)
+                .take_while(|&block| find(group, block).is_some())
+                .count();
+        }
+        let first = |group: usize, n_blocks: usize| self.groups.first(group, n_blocks * self.block_size());
+        // A window lacks a block of every prefix that ends before it is past.
+        let lacks = |n_blocks: usize| {
+            windows
+                .iter()
+                .flat_map(|&group| {
+                    (first(group, n_blocks)..n_blocks)
+                        .rev()
+                        .map(move |block| (group, block))
+                })
+                .find(|&(group, block)| find(group, block).is_none())
+        };
+        while let Some((_, missing)) = lacks(n_blocks) {
+            n_blocks = missing;
+        }
+        let table = |group: usize| {
+            let first = first(group, n_blocks);
+            let known = |block| find(group, block).expect("looked for above");
+            Table {
+                first,
+                blocks: (first..n_blocks).map(known).collect(),
+            }
+        };
+        let tables: Vec<Table> = groups.map(table).collect();
+        let all = tables.iter().flat_map(|table| &table.blocks);
+        let free = all.filter(|&&id| self.blocks[id as usize].refs == 0).count();
+        Prefix {
+            n_blocks,
+            tables,
+            free,
+        }
     }
 
-    /// A table of `n` blocks that begins with `prefix`; all or nothing.
-    pub fn allocate(&mut self, prefix: Prefix, n: usize) -> Option<Vec<BlockId>> {
+    /// The tables of a sequence of `len` tokens that begins with `prefix`, if `reserve` blocks are free still; all or nothing.
+    pub fn allocate(&mut self, prefix: Prefix, len: usize, reserve: usize) -> Option<Vec<Table>> {
         let Prefix {
-            blocks: mut table,
+            n_blocks,
+            mut tables,
             free,
         } = prefix;
-        let fresh = n
-            .checked_sub(table.len())
-            .expect("a prefix is no longer than its sequence");
-        if free + fresh > self.free {
+        let computed = n_blocks * self.block_size();
+        if free + self.lacking(&tables, computed, len) + reserve > self.free {
             return None;
         }
         // The prefix first: what it holds can no longer be taken as fresh.
-        for &id in &table {
+        for &id in tables.iter().flat_map(|table| &table.blocks) {
             if self.blocks[id as usize].refs == 0 {
                 self.unlink(id);
             }
             self.blocks[id as usize].refs += 1;
         }
-        table.extend((0..fresh).map(|_| self.take_oldest()));
-        Some(table)
+        let has_all = self.extend(&mut tables, computed, len);
+        assert!(has_all, "counted above");
+        Some(tables)
     }
 
-    /// One more block for a sequence that grows.
-    pub fn allocate_one(&mut self) -> Option<BlockId> {
-        (self.free > 0).then(|| self.take_oldest())
+    /// The blocks that a sequence of `len` tokens lacks to go on behind `computed` of them, if there are as many.
+    pub fn extend(&mut self, tables: &mut [Table], computed: usize, len: usize) -> bool {
+        if self.lacking(tables, computed, len) > self.free {
+            return false;
+        }
+        for (group, table) in tables.iter_mut().enumerate() {
+            let end = self.groups.needed(group, computed, len).end;
+            table
+                .blocks
+                .extend((table.end()..end).map(|_| self.take_oldest()));
+        }
+        true
     }
 
-    /// Declares that `id`, held and full, is `hash` from now on. When another block is that already, `id` stays
-    /// anonymous: it serves its holder and is forgotten after.
-    pub fn name(&mut self, id: BlockId, hash: BlockHash) {
-        let block = &mut self.blocks[id as usize];
-        debug_assert!(block.refs > 0 && block.hash.is_none());
-        self.by_hash.entry(hash).or_insert_with(|| {
-            block.hash = Some(hash);
-            id
-        });
+    fn lacking(&self, tables: &[Table], computed: usize, len: usize) -> usize {
+        let lacking = |(group, table): (usize, &Table)| {
+            let end = self.groups.needed(group, computed, len).end;
+            end.saturating_sub(table.end())
+        };
+        tables.iter().enumerate().map(lacking).sum()
+    }
+
+    /// Gives back what lies behind those that [`BlockPool::extend`] would have there.
+    pub fn shrink(&mut self, tables: &mut [Table], computed: usize, len: usize) {
+        for (group, table) in tables.iter_mut().enumerate() {
+            let end = self.groups.needed(group, computed, len).end;
+            let behind = table
+                .blocks
+                .split_off((end - table.first).min(table.blocks.len()));
+            behind.iter().rev().for_each(|&id| self.let_go(id));
+        }
+    }
+
+    /// Gives back what the windows have left behind, now that `computed` tokens are in the cache. It remains a known prefix
+    /// until somebody takes it.
+    pub fn slide(&mut self, tables: &mut [Table], computed: usize) {
+        for (group, table) in tables.iter_mut().enumerate() {
+            let first = self.groups.first(group, computed);
+            for id in table.blocks.drain(..first - table.first) {
+                self.let_go(id);
+            }
+            table.first = first;
+        }
+    }
+
+    /// Declares that block `block` of a sequence, held and full, is `hash` from now on. Where another block is that already,
+    /// this one stays anonymous: it serves its holder and is forgotten after.
+    pub fn name(&mut self, tables: &[Table], block: usize, hash: BlockHash) {
+        for (group, table) in tables.iter().enumerate() {
+            let (id, name) = (table.id(block), (group as u32, hash));
+            let block = &mut self.blocks[id as usize];
+            debug_assert!(block.refs > 0 && block.name.is_none());
+            self.by_name.entry(name).or_insert_with(|| {
+                block.name = Some(name);
+                id
+            });
+        }
     }
 
     /// Gives a sequence's blocks back. Its tail becomes the oldest of them: the head of a prefix is worth more.
-    pub fn release(&mut self, table: &[BlockId]) {
-        for &id in table.iter().rev() {
-            let block = &mut self.blocks[id as usize];
-            block.refs = block.refs.checked_sub(1).expect("a table holds its blocks");
-            match (block.refs, block.hash) {
-                (0, Some(_)) => self.link_newest(id),
-                // Nothing can find it again: reuse it before any prefix is lost.
-                (0, None) => self.link_oldest(id),
-                _ => {}
+    pub fn release(&mut self, tables: &[Table]) {
+        let end = tables.iter().map(Table::end).max().unwrap_or(0);
+        let first = tables.iter().map(|table| table.first).min().unwrap_or(0);
+        for block in (first..end).rev() {
+            for table in tables
+                .iter()
+                .filter(|table| (table.first..table.end()).contains(&block))
+            {
+                self.let_go(table.id(block));
             }
         }
     }
 
+    fn let_go(&mut self, id: BlockId) {
+        let block = &mut self.blocks[id as usize];
+        block.refs = block.refs.checked_sub(1).expect("a table holds its blocks");
+        match (block.refs, block.name) {
+            (0, Some(_)) => self.link_newest(id),
+            // Nothing can find it again: reuse it before any prefix is lost.
+            (0, None) => self.link_oldest(id),
+            _ => {}
+        }
+    }
+
     /// Checks every count and link against the tables that should hold the blocks.
-    pub fn audit<'a>(&self, tables: impl Iterator<Item = &'a [BlockId]>) -> Result<(), String> {
+    pub fn audit<'a>(&self, tables: impl Iterator<Item = &'a Table>) -> Result<(), String> {
         let mut refs = vec![0; self.blocks.len()];
-        tables.flatten().for_each(|&id| refs[id as usize] += 1);
+        tables
+            .flat_map(|table| &table.blocks)
+            .for_each(|&id| refs[id as usize] += 1);
         let mut listed = vec![false; self.blocks.len()];
         let (mut id, mut older, mut n) = (self.oldest, NONE, 0);
         while id != NONE {
@@ -214,17 +307,17 @@ impl BlockPool {
                 ));
             }
             if block
-                .hash
-                .is_some_and(|hash| self.by_hash.get(&hash) != Some(&(id as BlockId)))
+                .name
+                .is_some_and(|name| self.by_name.get(&name) != Some(&(id as BlockId)))
             {
                 return Err(format!("block {id} has a name that does not find it"));
             }
         }
-        match self.blocks.iter().filter(|block| block.hash.is_some()).count() {
-            named if named == self.by_hash.len() => Ok(()),
+        match self.blocks.iter().filter(|block| block.name.is_some()).count() {
+            named if named == self.by_name.len() => Ok(()),
             named => Err(format!(
                 "{named} blocks have names, {} names are known",
-                self.by_hash.len()
+                self.by_name.len()
             )),
         }
     }
@@ -236,8 +329,8 @@ impl BlockPool {
         self.unlink(id);
         let block = &mut self.blocks[id as usize];
         block.refs = 1;
-        if let Some(hash) = block.hash.take() {
-            self.by_hash.remove(&hash);
+        if let Some(name) = block.name.take() {
+            self.by_name.remove(&name);
         }
         id
     }
@@ -277,131 +370,17 @@ impl BlockPool {
 }
 
 /// What [`BlockPool::lookup`] found. Not held yet: use it before the pool changes.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Prefix {
-    blocks: Vec<BlockId>,
+    n_blocks: usize,
+    /// Of each group, what its window sees of them.
+    tables: Vec<Table>,
+    /// Of those, the ones that no sequence holds: allocating the prefix takes them off the free list.
     free: usize,
 }
 
 impl Prefix {
     pub fn n_blocks(&self) -> usize {
-        self.blocks.len()
-    }
-    /// Blocks of it that no sequence holds: allocating the prefix takes them off the free list.
-    pub fn n_free(&self) -> usize {
-        self.free
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::rng;
-
-    fn chain(adapter: Option<AdapterDigest>, tokens: &[TokenId], block_size: usize) -> Vec<BlockHash> {
-        let mut last = BlockHash::seed(adapter, None);
-        let next = |block: &[TokenId]| {
-            last = last.then(block);
-            last
-        };
-        tokens.chunks_exact(block_size).map(next).collect()
-    }
-
-    #[test]
-    fn a_prefix_is_found_only_under_its_own_adapter_and_past() {
-        let mut pool = BlockPool::new(8, 2);
-        let salts = [None, Some(Digest([1; 32])), Some(Digest([2; 32]))];
-        for (i, one) in salts.iter().enumerate() {
-            for other in &salts[..i] {
-                assert_ne!(BlockHash::seed(None, *one), BlockHash::seed(None, *other));
-                let adapter = Some(Digest([1; 32]));
-                assert_ne!(BlockHash::seed(adapter, *one), BlockHash::seed(adapter, *other));
-            }
-        }
-        let hashes = chain(None, &[1, 2, 3, 4], 2);
-        let table = pool.allocate(Prefix::default(), 2).unwrap();
-        table
-            .iter()
-            .zip(&hashes)
-            .for_each(|(&id, &hash)| pool.name(id, hash));
-        let one = Some(Digest([1; 32]));
-        let cases: [(Option<AdapterDigest>, &[TokenId], usize); 5] = [
-            (None, &[1, 2, 3, 4, 5, 6], 2),
-            (None, &[1, 2, 3, 5], 1),
-            (None, &[3, 4], 0),
-            (None, &[1], 0),
-            (one, &[1, 2, 3, 4], 0),
-        ];
-        for (adapter, tokens, found) in cases {
-            assert_eq!(
-                pool.lookup(&chain(adapter, tokens, 2)).n_blocks(),
-                found,
-                "{adapter:?} {tokens:?}"
-            );
-        }
-        pool.release(&table);
-        assert_eq!(
-            (pool.lookup(&hashes).n_blocks(), pool.used()),
-            (2, 0),
-            "free blocks remember"
-        );
-        // A taken prefix and fresh blocks never overlap, and more than there is is refused whole.
-        assert!(pool.allocate(pool.lookup(&hashes), 9).is_none());
-        let all = pool.allocate(pool.lookup(&hashes), 8).unwrap();
-        assert_eq!(all[..2], table[..]);
-        pool.audit([&all[..]].into_iter()).unwrap();
-        pool.release(&all);
-        pool.audit(std::iter::empty()).unwrap();
-    }
-
-    #[test]
-    fn anonymous_blocks_go_first_then_tails_then_heads() {
-        let mut pool = BlockPool::new(4, 1);
-        let hashes = chain(None, &[7, 8, 9], 1);
-        let table = pool.allocate(Prefix::default(), 4).unwrap();
-        table
-            .iter()
-            .zip(&hashes)
-            .for_each(|(&id, &hash)| pool.name(id, hash));
-        pool.release(&table);
-        for left in [3, 2, 1, 0] {
-            pool.allocate_one().unwrap();
-            assert_eq!(pool.lookup(&hashes).n_blocks(), left);
-        }
-        assert_eq!(pool.allocate_one(), None);
-    }
-
-    #[test]
-    fn any_history_balances() {
-        for seed in 0..20 {
-            let mut draws = 0;
-            let mut below = |n: usize| {
-                draws += 1;
-                (rng::uniform(seed, 0, draws) * n as f64) as usize
-            };
-            let mut pool = BlockPool::new(16, 2);
-            let mut held: Vec<Vec<BlockId>> = vec![];
-            for _ in 0..2000 {
-                if below(3) == 0 && !held.is_empty() {
-                    let table = held.swap_remove(below(held.len()));
-                    pool.release(&table);
-                } else {
-                    let tokens: Vec<TokenId> = (0..below(14)).map(|_| below(2) as TokenId).collect();
-                    let hashes = chain(None, &tokens, 2);
-                    let prefix = pool.lookup(&hashes);
-                    let known = prefix.n_blocks();
-                    let Some(table) = pool.allocate(prefix, pool.blocks_for(tokens.len())) else {
-                        continue;
-                    };
-                    table
-                        .iter()
-                        .zip(&hashes)
-                        .skip(known)
-                        .for_each(|(&id, &hash)| pool.name(id, hash));
-                    held.push(table);
-                }
-                pool.audit(held.iter().map(Vec::as_slice)).unwrap();
-            }
-        }
+        self.n_blocks
     }
 }

@@ -73,6 +73,10 @@ pub struct ReplicaInfo {
     pub weight_bytes: u64,
     pub kv_blocks: u32,
     pub block_size: u32,
+    /// Tokens that the blocks hold in sequences of `max_model_len`; 0 where the replica is of an older version. (Layers with a
+    /// sliding window have blocks of their own, and few of them.)
+    #[serde(default)]
+    pub kv_tokens: u64,
     pub kv_bytes: u64,
     pub max_loras: u32,
     pub max_lora_rank: u32,
@@ -89,6 +93,16 @@ pub struct ReplicaInfo {
     /// Whether answers can be bound to a grammar: it knows the bytes of its tokens.
     #[serde(default)]
     pub grammars: bool,
+}
+
+impl ReplicaInfo {
+    /// Tokens that so many of its blocks hold.
+    pub fn tokens_in(&self, blocks: u32) -> u64 {
+        match self.kv_tokens {
+            0 => u64::from(blocks) * u64::from(self.block_size),
+            all => (u128::from(all) * u128::from(blocks) / u128::from(self.kv_blocks.max(1))) as u64,
+        }
+    }
 }
 
 /// A checked, resident adapter.

@@ -177,6 +177,7 @@ fn info() -> ReplicaInfo {
         weight_bytes: 2,
         kv_blocks: 3,
         block_size: 16,
+        kv_tokens: 40,
         kv_bytes: 4,
         max_loras: 4,
         max_training_jobs: 1,

@@ -9,6 +9,7 @@ mod gemma;
 mod glm;
 mod gpt_oss;
 mod granite;
+mod layer_groups;
 mod llama;
 mod mistral;
 mod mixtral;
@@ -32,6 +33,7 @@ use tch::Kind;
 
 pub(crate) use checkpoint::layer_of;
 pub use checkpoint::open;
+pub use layer_groups::{CachePlace, LayerGroups};
 pub use spec::{
     Among, AttnSpec, Bias, Body, Cut, DecoderSpec, ExpertsSpec, Head, LinearId, LinearSpec, Logits,
     MlpActivation, MlpSpec, NormId, NormKind, NormSpec, Param, ParamId, Part, QkNorm, Section, SharedExpert,

@@ -14,8 +14,8 @@ use tandem_kernels::attention::{CacheShape, Heads};
 use tch::Tensor;
 
 use super::{
-    AttnSpec, Bias, Body, Cut, DecoderSpec, LinearId, LinearSpec, MlpSpec, NormId, NormSpec, Part, QkNorm,
-    Section,
+    AttnSpec, Bias, Body, Cut, DecoderSpec, LayerGroups, LinearId, LinearSpec, MlpSpec, NormId, NormSpec,
+    Part, QkNorm, Section,
 };
 use crate::weights::LoadError;
 
@@ -175,14 +175,14 @@ impl Layout {
         }
     }
 
-    /// A KV cache of `blocks` blocks for this rank's heads. (Every attention of the supported families is shaped alike.)
+    /// A KV cache of `blocks` blocks of [`LayerGroups`] for this rank's heads. (Every attention of the supported families is shaped alike.)
     pub fn cache_shape(&self, spec: &DecoderSpec, blocks: usize) -> CacheShape {
         let attn = spec.attentions().next().expect("a decoder attends");
         let Heads {
             kv_heads, head_dim, ..
         } = self.heads(attn);
         CacheShape {
-            layers: spec.attentions().count(),
+            layers: LayerGroups::of(spec).layers,
             blocks,
             kv_heads,
             head_dim,

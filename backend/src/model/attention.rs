@@ -8,8 +8,8 @@ use tch::Tensor;
 
 use super::linear::{Backward, Linear, Project};
 use super::norm::Norm;
-use super::{Context, TrainPass};
-use crate::family::ParamId;
+use super::{Context, PagedGroup, TrainPass};
+use crate::family::{CachePlace, ParamId};
 
 pub(super) struct Attention {
     /// Of this rank.
@@ -24,8 +24,7 @@ pub(super) struct Attention {
     pub qk_norm: Option<QkNorm>,
     /// Of the decoder's: whose sinks they are.
     pub sublayer: usize,
-    /// Of the KV cache's layers.
-    pub cache_layer: usize,
+    pub place: CachePlace,
     pub qkv: Linear,
     pub output: Linear,
 }
@@ -73,9 +72,11 @@ impl Attention {
             Context::Packed { cu_seqlens } => {
                 attention::packed(&q, &k, &v, cu_seqlens, self.heads, self.options(), rows.precision).out
             }
-            Context::Paged { cache, slots, seqs } => {
-                attention::write(cache, self.cache_layer, &k, &v, slots);
-                attention::paged(&q, cache, self.cache_layer, seqs, self.heads, self.options())
+            Context::Paged { cache, groups } => {
+                let CachePlace { group, layer } = self.place;
+                let PagedGroup { slots, seqs } = &groups[group];
+                attention::write(cache, layer, &k, &v, slots);
+                attention::paged(&q, cache, layer, seqs, self.heads, self.options())
             }
         };
         pass.project_add(&self.output, &out, residual)

@@ -22,7 +22,8 @@ use super::stored::{Stored, TrainedShare};
 use super::sublayer::{Body, Sublayer};
 use crate::family::shard::{Layout, Shard};
 use crate::family::{
-    self, Among, Bias, DecoderSpec, Head, LinearId, MlpSpec, NormId, NormSpec, Param, ParamId, Source,
+    self, Among, Bias, DecoderSpec, Head, LayerGroups, LinearId, MlpSpec, NormId, NormSpec, Param, ParamId,
+    Source,
 };
 use crate::weights::{Checkpoint, LoadError, Matrix};
 
@@ -262,7 +263,7 @@ impl Decoder {
                 down: linear()?,
             })
         };
-        let mut cache_layers = 0..;
+        let mut places = LayerGroups::of(&spec).places.into_iter();
         let mut body = |i: usize, body: &family::Body| -> Result<Body, LoadError> {
             Ok(match body {
                 family::Body::Attention(attn) => Body::Attention(Box::new(Attention {
@@ -284,7 +285,7 @@ impl Decoder {
                             key: norm(NormId::Key(i), key)?,
                         }),
                     },
-                    cache_layer: cache_layers.next().expect("it has no end"),
+                    place: places.next().expect("one for each attention"),
                     qkv: linear()?,
                     output: linear()?,
                 })),

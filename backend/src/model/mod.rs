@@ -77,12 +77,18 @@ pub struct Batch<'a> {
 pub enum Context<'a> {
     /// Whole sequences side by side, no cache: scoring and training. `[0, len0, len0 + len1, ...]`
     Packed { cu_seqlens: &'a [usize] },
-    /// Serving: rows append to cached sequences. `slots`: where each row's key and value go.
+    /// Serving: rows append to cached sequences, which stand in blocks of their own in each group of layers.
     Paged {
         cache: &'a KvCache,
-        slots: &'a [i64],
-        seqs: &'a [PagedSeq<'a>],
+        groups: &'a [PagedGroup<'a>],
     },
+}
+
+/// The sequences of a batch as the layers of one group ([`crate::family::LayerGroups`]) find them.
+pub struct PagedGroup<'a> {
+    /// `[T]` where each row's key and value go.
+    pub slots: &'a [i64],
+    pub seqs: Vec<PagedSeq<'a>>,
 }
 
 /// Whole sequences of one training slice.

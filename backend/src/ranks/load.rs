@@ -14,8 +14,8 @@ use tch::{Device, Kind, Tensor};
 use tracing::info;
 
 use super::{Errand, decode, encode};
-use crate::family::DecoderSpec;
 use crate::family::shard::{Layout, Shard};
+use crate::family::{DecoderSpec, LayerGroups};
 use crate::model::{Decoder, WeightOptions, planned_bytes};
 use crate::start::memory::{self, Free, KvDemand};
 use crate::start::{progress, selftest};
@@ -33,6 +33,7 @@ pub struct Plan {
     pub kv_cache_dtype: String,
     pub max_num_seqs: u32,
     pub max_model_len: u32,
+    pub max_num_batched_tokens: u32,
     /// A cache that does not hold one sequence of `max_model_len` makes sequences shorter.
     pub is_shorter_if_need_be: bool,
     /// Of each rank.
@@ -159,6 +160,7 @@ pub(super) fn load(
         max_model_len: plan.max_model_len,
         is_shorter_if_need_be: plan.is_shorter_if_need_be,
         block_bytes: cache_shape(1).block_bytes(plan.kv_cache_dtype()),
+        groups: LayerGroups::of(&decoder.spec).blocks(plan.max_num_batched_tokens as usize),
     };
     let fit = demand.blocks(plan.kv_cache_bytes, Free::on(device).share(local_world))?;
     let ours = Tensor::from_slice(&[i64::from(fit), decoder.weight_bytes() as i64]).to_device(device);

@@ -10,10 +10,10 @@ mod team;
 
 use serde::{Deserialize, Serialize};
 use tandem_core::TokenId;
-use tandem_core::blocks::BlockId;
 use tandem_core::id::{AdapterDigest, JobId};
 use tandem_core::job::JobSpec;
 use tandem_core::learner::{Adam, Batch, LearnerId, NewLearner};
+use tandem_core::sched::GroupPlan;
 use tandem_kernels::comm::Comm;
 
 pub use load::{Plan, Ready, lead};
@@ -91,8 +91,7 @@ pub enum LearnerOrder {
 pub struct StepOrder {
     tokens: Vec<TokenId>,
     positions: Vec<i64>,
-    slots: Vec<i64>,
-    tables: Vec<BlockId>,
+    groups: Vec<GroupPlan>,
     rows: Vec<StepRow>,
     /// Flat indices of hidden rows; each entry is one call of the head.
     heads: Vec<Vec<i64>>,
@@ -103,15 +102,13 @@ impl StepOrder {
         let Step {
             tokens,
             positions,
-            slots,
-            tables,
+            groups,
             rows,
         } = step;
         StepOrder {
             tokens: tokens.to_vec(),
             positions: positions.to_vec(),
-            slots: slots.to_vec(),
-            tables: tables.to_vec(),
+            groups: groups.to_vec(),
             rows: rows.clone(),
             heads: heads.to_vec(),
         }
@@ -121,16 +118,14 @@ impl StepOrder {
         let StepOrder {
             tokens,
             positions,
-            slots,
-            tables,
+            groups,
             rows,
             heads: _,
         } = self;
         Step {
             tokens,
             positions,
-            slots,
-            tables,
+            groups,
             rows: rows.clone(),
         }
     }
@@ -232,6 +227,7 @@ fn decode<T: for<'de> Deserialize<'de>>(bytes: &[u8]) -> T {
 mod tests {
     use super::*;
     use tandem_core::id::Digest;
+    use tandem_core::sched::RowTable;
 
     #[test]
     fn a_step_comes_back_and_is_compact() {
@@ -239,17 +235,24 @@ mod tests {
             .map(|i| StepRow {
                 adapter: (i % 2 == 0).then_some(Digest([i as u8; 32])),
                 tokens: i..i + 1,
-                table: 4 * i..4 * i + 4,
                 kv_len: 100 + i,
             })
             .collect();
-        let (tokens, tables) = ((0..8).collect::<Vec<u32>>(), (0..32).collect::<Vec<u32>>());
+        let tokens: Vec<u32> = (0..8).collect();
         let positions: Vec<i64> = (0..8).map(|i| 99 + i).collect();
+        let table = |i: usize| RowTable {
+            first: 3,
+            blocks: 4 * i..4 * i + 4,
+        };
+        let groups = [GroupPlan {
+            slots: positions.clone(),
+            blocks: (0..32).collect(),
+            tables: (0..8).map(table).collect(),
+        }];
         let step = Step {
             tokens: &tokens,
             positions: &positions,
-            slots: &positions,
-            tables: &tables,
+            groups: &groups,
             rows: rows.clone(),
         };
         let heads = vec![(0..8).collect::<Vec<i64>>()];
@@ -261,8 +264,8 @@ mod tests {
         };
         assert_eq!((&order.step().rows, &order.heads), (&rows, &heads));
         assert_eq!(
-            (order.step().tokens, order.step().slots),
-            (&tokens[..], &positions[..])
+            (order.step().tokens, order.step().groups),
+            (&tokens[..], &groups[..])
         );
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use tandem_core::blocks::Groups;
 use tandem_core::job::LM_HEAD;
 use tandem_kernels::attention::BLOCK_SIZE;
 use tandem_kernels::machine::gpu;
@@ -27,8 +28,10 @@ pub struct KvDemand {
     pub max_model_len: u32,
     /// Fewer tokens than `max_model_len` will do.
     pub is_shorter_if_need_be: bool,
-    /// Of one block, all layers.
+    /// Of one block, all layers of a group.
     pub block_bytes: usize,
+    /// Which blocks a sequence needs.
+    pub groups: Groups,
 }
 
 impl KvDemand {
@@ -39,8 +42,10 @@ impl KvDemand {
             max_model_len,
             is_shorter_if_need_be,
             block_bytes,
+            ref groups,
         } = *self;
-        let of_one = u64::from(max_model_len).div_ceil(BLOCK_SIZE as u64);
+        let of_one = groups.most(max_model_len as usize) as u64;
+        let of_shortest = groups.most(BLOCK_SIZE) as u64;
         let block_bytes = block_bytes as u64;
         let all = of_one * u64::from(max_num_seqs);
         let share = |bytes: u64, share: f64| (bytes as f64 * share) as u64;
@@ -51,14 +56,18 @@ impl KvDemand {
             (None, Free::Unknown) => (UNKNOWN_KV_BYTES, "the default for a device of unknown memory"),
         };
         let fit = room / block_bytes;
-        let needed = if is_shorter_if_need_be { 1 } else { of_one };
+        let needed = if is_shorter_if_need_be {
+            of_shortest
+        } else {
+            of_one
+        };
         if fit < needed {
-            let advice = match fit {
-                0 => format!(
+            let advice = match fit < of_shortest {
+                true => format!(
                     "not one block of {BLOCK_SIZE} tokens ({}) fits",
-                    size(block_bytes)
+                    size(of_shortest * block_bytes)
                 ),
-                _ => format!("choose --max-model-len {} or less", fit * BLOCK_SIZE as u64),
+                false => format!("choose --max-model-len {} or less", groups.longest(fit as usize)),
             };
             return Err(LoadError::Option(format!(
                 "the KV cache of one sequence of --max-model-len {max_model_len} takes {}, {whose} is {}; {advice}, or \
@@ -102,7 +111,9 @@ pub struct MemoryPlan {
     /// Of all ranks, as the cache.
     pub weights: u64,
     pub kv_cache: u64,
-    pub kv_tokens: usize,
+    pub kv_tokens: u64,
+    /// How layers share it, where they do not all see the same.
+    pub kv_groups: Option<String>,
     pub max_loras: u32,
     pub max_lora_rank: u32,
     /// Of a step.
@@ -121,6 +132,7 @@ impl MemoryPlan {
             weights,
             kv_cache,
             kv_tokens,
+            ref kv_groups,
             max_loras,
             max_lora_rank,
             tokens,
@@ -149,9 +161,13 @@ impl MemoryPlan {
             Free::Host(bytes) | Free::Gpu(bytes) => size(bytes),
             Free::Unknown => "unknown".to_owned(),
         };
+        let held = match kv_groups {
+            None => format!("{kv_tokens} tokens"),
+            Some(groups) => format!("{kv_tokens} tokens; {groups}"),
+        };
         let lines = [
             ("weights", size(weights), String::new()),
-            ("KV cache", size(kv_cache), format!("{kv_tokens} tokens")),
+            ("KV cache", size(kv_cache), held),
             (
                 "adapters",
                 size(adapters),
@@ -271,6 +287,7 @@ mod tests {
             max_model_len: 100,
             is_shorter_if_need_be: false,
             block_bytes: 1000,
+            groups: Groups::one(BLOCK_SIZE),
         };
         let cases = [
             (None, Free::Host(1 << 30), Ok(16)),
@@ -301,6 +318,19 @@ mod tests {
         };
         assert_eq!(shorter.blocks(Some(3_999), Free::Unknown).ok(), Some(3));
         assert!(shorter.blocks(Some(999), Free::Unknown).is_err());
+        // Four groups with a window of 8 tokens, steps of 8 tokens: 400 tokens take 13 blocks of one, 2 of each other.
+        let windowed = KvDemand {
+            max_model_len: 400,
+            groups: Groups::new(BLOCK_SIZE, [vec![None], vec![Some(8); 4]].concat(), 8),
+            is_shorter_if_need_be: false,
+            ..shorter
+        };
+        assert_eq!(windowed.blocks(Some(21_000), Free::Unknown).ok(), Some(21));
+        let advice = windowed
+            .blocks(Some(20_999), Free::Unknown)
+            .unwrap_err()
+            .to_string();
+        assert!(advice.contains("choose --max-model-len 384 or less"), "{advice}");
         for (bytes, expected) in [
             (0, "0 bytes"),
             (1023, "1023 bytes"),

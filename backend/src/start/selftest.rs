@@ -135,6 +135,7 @@ fn attend(device: Device) -> Tensor {
     let whole = PagedSeq {
         rows: 0..POSITIONS,
         table: &table,
+        first_block: 0,
         kv_len: POSITIONS,
     };
     let options = attention::Options {

@@ -172,6 +172,7 @@ fn serving() {
                     .map(|row| PagedSeq {
                         rows: row..row + 1,
                         table: &table[row * per_row..(row + 1) * per_row],
+                        first_block: 0,
                         kv_len,
                     })
                     .collect();

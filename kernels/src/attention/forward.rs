@@ -35,15 +35,27 @@ pub fn paged(
         (heads.kv_heads, heads.head_dim),
         "not this cache's heads"
     );
-    for PagedSeq { rows, table, kv_len } in seqs {
+    for seq in seqs {
+        let PagedSeq {
+            rows,
+            table,
+            first_block,
+            kv_len,
+        } = seq;
         assert!(
             rows.end <= q.size()[0] as usize && rows.len() <= *kv_len,
             "rows {rows:?} of {kv_len} positions"
         );
-        let n_blocks = kv_len.div_ceil(BLOCK_SIZE);
+        let first_key = options.scoring().first_key(kv_len - rows.len());
+        assert!(
+            first_block * BLOCK_SIZE <= first_key,
+            "the key of position {first_key} is seen, the blocks begin with {}",
+            first_block * BLOCK_SIZE
+        );
+        let n_blocks = seq.n_blocks();
         assert!(
             n_blocks <= table.len(),
-            "{kv_len} positions in {} blocks",
+            "{kv_len} positions in {} blocks from {first_block} on",
             table.len()
         );
         let outside = table[..n_blocks]
@@ -145,13 +157,14 @@ pub fn packed(
 fn paged_panels<T: Element + Plain>(call: &Call, blocks: Blocks<T>, geometry: Geometry, seqs: &[PagedSeq]) {
     let sequences: Vec<Sequence<T>> = seqs
         .iter()
-        .map(|PagedSeq { rows, table, kv_len }| Sequence {
-            rows: rows.clone(),
-            kv_len: *kv_len,
+        .map(|seq| Sequence {
+            rows: seq.rows.clone(),
+            kv_len: seq.kv_len,
             keys: Keys {
                 blocks,
                 geometry,
-                table: Some(table),
+                table: Some(seq.table),
+                first_block: seq.first_block,
             },
         })
         .collect();
@@ -203,6 +216,7 @@ fn packed_panels<T: Element + Plain>(call: &Call, k: Rows, v: Rows, cu_seqlens: 
                 blocks: Blocks::Panels(Shared(blocks.get().wrapping_add(first * geometry.block_len()))),
                 geometry,
                 table: None,
+                first_block: 0,
             },
         })
         .collect();

@@ -22,13 +22,13 @@ pub fn paged_reference(
     };
     let [k, v] = &layers[layer];
     let out = q.zeros_like().contiguous();
-    for PagedSeq { rows, table, kv_len } in seqs {
-        let blocks: Vec<i64> = table[..kv_len.div_ceil(BLOCK_SIZE)]
-            .iter()
-            .map(|&block| block as i64)
-            .collect();
+    for seq in seqs {
+        let blocks = seq.table[..seq.n_blocks()].iter();
+        let blocks: Vec<i64> = blocks.map(|&block| i64::from(block)).collect();
         let blocks = Tensor::from_slice(&blocks).to_device(k.values.device());
-        // [blocks, KVH, 32, D] -> [kv_len, KVH, D]
+        // What stands before them is seen by no row.
+        let n_keys = (seq.kv_len - seq.first_block * BLOCK_SIZE) as i64;
+        // [blocks, KVH, 32, D] -> [n_keys, KVH, D]
         let gather = |PlainBlocks { values, scales }: &PlainBlocks| {
             let values = values.index_select(0, &blocks);
             let x = match scales {
@@ -40,10 +40,10 @@ pub fn paged_reference(
                 unreachable!("made with four dimensions")
             };
             x.reshape([-1, kv_heads, head_dim])
-                .narrow(0, 0, *kv_len as i64)
+                .narrow(0, 0, n_keys)
                 .to_kind(q.kind())
         };
-        let rows = |x: &Tensor| x.narrow(0, rows.start as i64, rows.len() as i64);
+        let rows = |x: &Tensor| x.narrow(0, seq.rows.start as i64, seq.rows.len() as i64);
         let (y, _) = attend(
             &rows(q),
             &gather(k),

@@ -266,6 +266,7 @@ fn paged_is_packed_bit_for_bit() {
                 .map(|i| PagedSeq {
                     rows: ends[i]..ends[i + 1],
                     table: &tables[i],
+                    first_block: 0,
                     kv_len: lens[i],
                 })
                 .collect();
@@ -327,6 +328,7 @@ fn chunks_neighbours_and_threads_change_no_bit() {
                     let seq = PagedSeq {
                         rows: 0..rows.len(),
                         table: &table,
+                        first_block: 0,
                         kv_len: rows.end,
                     };
                     let got = paged(&part(&q), &cache, 0, &[seq], heads, options);
@@ -350,6 +352,7 @@ fn whole(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, options: Options, dty
     let seq = PagedSeq {
         rows: 0..len,
         table,
+        first_block: 0,
         kv_len: len,
     };
     paged(q, &cache, 1, &[seq], heads, options)
@@ -436,6 +439,7 @@ fn blocks_before_the_window_are_not_read() {
             let seq = PagedSeq {
                 rows: 0..rows.len(),
                 table,
+                first_block: 0,
                 kv_len: len,
             };
             let got = paged(&part(&q), &cache, 0, &[seq], heads, options);
@@ -501,6 +505,7 @@ fn other_head_dimensions_take_the_reference() {
         let seq = PagedSeq {
             rows: 10..20,
             table: &table,
+            first_block: 0,
             kv_len: 50,
         };
         let got = paged(&q, &cache, 0, &[seq], heads, options(12));

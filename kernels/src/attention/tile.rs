@@ -48,6 +48,8 @@ pub(super) struct Keys<'a, T> {
     pub geometry: Geometry,
     /// None: the blocks follow each other.
     pub table: Option<&'a [u32]>,
+    /// Of the sequence's blocks the one that the table begins with.
+    pub first_block: usize,
 }
 
 /// The first of the blocks, and what stands in them.
@@ -92,7 +94,10 @@ impl<T: Plain> Keys<'_, T> {
     /// Where panels begin, and their length, in elements.
     fn place(&self, block: usize, kv_head: usize, side: Side) -> (usize, usize) {
         let geometry = &self.geometry;
-        let block = self.table.map_or(block, |table| table[block] as usize);
+        let block = match self.table {
+            Some(table) => table[block - self.first_block] as usize,
+            None => block,
+        };
         let head = block * geometry.block_len() + kv_head * geometry.head_len();
         match side {
             Side::Keys => (head, geometry.k_len()),
@@ -127,7 +132,8 @@ impl<T: Plain> Keys<'_, T> {
             return block + 1; // Decoded one at a time.
         }
         let Some(table) = self.table else { return end };
-        let follows = |next: &usize| table[*next] as usize == table[block] as usize + (next - block);
+        let at = |block: usize| table[block - self.first_block] as usize;
+        let follows = |next: &usize| at(*next) == at(block) + (next - block);
         (block + 1..end).find(|next| !follows(next)).unwrap_or(end)
     }
 }

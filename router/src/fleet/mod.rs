@@ -217,8 +217,9 @@ impl Fleet {
                             .max(stats.running + stats.waiting),
                         slots: replica.info.max_num_seqs,
                         cached_tokens: blocks_seen * block_size,
-                        free_tokens: u64::from(stats.kv_blocks_total.saturating_sub(stats.kv_blocks_used))
-                            * u64::from(block_size),
+                        free_tokens: replica
+                            .info
+                            .tokens_in(stats.kv_blocks_total.saturating_sub(stats.kv_blocks_used)),
                         adapter: match adapter.is_none_or(|digest| stats.resident_adapters.contains(&digest))
                         {
                             true => Adapter::Ready,

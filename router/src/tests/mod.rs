@@ -57,6 +57,7 @@ pub(crate) fn info() -> ReplicaInfo {
         weight_bytes: 0,
         kv_blocks: 0,
         block_size: 16,
+        kv_tokens: 0,
         kv_bytes: 0,
         max_loras: 4,
         max_training_jobs: 1,

@@ -43,7 +43,6 @@ impl Greeting<'_> {
             parameters,
             weight_bytes,
             kv_blocks,
-            block_size,
             kv_bytes,
             ..
         } = replica;
@@ -69,7 +68,7 @@ impl Greeting<'_> {
                 size(*weight_bytes)
             ),
         );
-        let kv_tokens = u64::from(*kv_blocks) * u64::from(*block_size);
+        let kv_tokens = replica.tokens_in(*kv_blocks);
         say(
             "KV cache",
             format!(
@@ -142,6 +141,7 @@ mod tests {
             weight_bytes: 3_676_416,
             kv_blocks: 1024,
             block_size: 32,
+            kv_tokens: 32_768,
             kv_bytes: 64 << 20,
             max_loras: 1,
             max_training_jobs: 1,

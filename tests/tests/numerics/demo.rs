@@ -78,7 +78,7 @@ fn greedy_texts_are_transformers() {
     let (cases, _) = expected();
     let decoder = Decoder::load(&folder(), Precision::F32, Device::Cpu).expect("the demo model loads");
     for Case { prompt, greedy, .. } in &cases {
-        let mut pages = Pages::new(&decoder, 1, prompt.len() + greedy.len());
+        let mut pages = Pages::new(&decoder, 1, prompt.len() + greedy.len(), prompt.len());
         let mut next = |tokens: &[TokenId], done| {
             let logits = pages.append(&decoder, &[(0, base(tokens))], done).remove(0);
             logits.select(0, -1).argmax(-1, false).int64_value(&[]) as TokenId

@@ -25,7 +25,7 @@ fn greedy_continuations_are_transformers() {
         let expected: Vec<TokenId> = expected.iter().map(token).collect();
         let mut tokens = fixture.tokens("long");
         let prompt = tokens.len();
-        let mut pages = Pages::new(&decoder, 1, prompt + expected.len());
+        let mut pages = Pages::new(&decoder, 1, prompt + expected.len(), CHUNK);
         let mut done = 0;
         while tokens.len() < prompt + expected.len() {
             // The prompt in chunks, then a token at a time.

@@ -1,8 +1,10 @@
 //! Sequences through a decoder, packed side by side or through pages of a cache: the two ways it is used.
 
+use tandem_backend::family::LayerGroups;
 use tandem_backend::lora::adapter::{Adapter, AdapterRows};
-use tandem_backend::model::{Batch, Context, Decoder};
+use tandem_backend::model::{Batch, Context, Decoder, PagedGroup};
 use tandem_core::TokenId;
+use tandem_core::blocks::{BlockPool, Table};
 use tandem_kernels::attention::{BLOCK_SIZE, KvCache, PagedSeq};
 use tch::{Device, Kind, Tensor};
 
@@ -64,7 +66,7 @@ pub fn paged(decoder: &Decoder, sequences: &[Sequence], chunk: usize) -> Vec<Ten
         .map(|sequence| sequence.tokens.len())
         .max()
         .unwrap_or(0);
-    let mut pages = Pages::new(decoder, sequences.len(), longest);
+    let mut pages = Pages::new(decoder, sequences.len(), longest, chunk);
     let mut logits: Vec<Vec<Tensor>> = sequences.iter().map(|_| vec![]).collect();
     let mut done = 0;
     while done < longest {
@@ -91,34 +93,37 @@ pub fn paged(decoder: &Decoder, sequences: &[Sequence], chunk: usize) -> Vec<Ten
     logits.iter().map(|parts| Tensor::cat(parts, 0)).collect()
 }
 
-/// A cache whose sequences own scattered blocks, as after some hours of serving.
+/// A cache whose sequences own scattered blocks, as after some hours of serving. It has no more of them than they need: what a
+/// window leaves behind is written to by others.
 pub struct Pages {
     cache: KvCache,
-    tables: Vec<Vec<u32>>,
+    pool: BlockPool,
+    /// Of each sequence, of each group of layers.
+    tables: Vec<Vec<Table>>,
 }
 
 impl Pages {
-    pub fn new(decoder: &Decoder, sequences: usize, longest: usize) -> Pages {
-        let blocks = longest.div_ceil(BLOCK_SIZE);
-        let shape = decoder.layout().cache_shape(&decoder.spec, sequences * blocks);
+    /// Sequences of `longest` tokens, appended to by `chunk` at a time.
+    pub fn new(decoder: &Decoder, sequences: usize, longest: usize, chunk: usize) -> Pages {
+        let groups = LayerGroups::of(&decoder.spec).blocks(chunk.min(longest));
+        let blocks = sequences * groups.most(longest);
+        let shape = decoder.layout().cache_shape(&decoder.spec, blocks);
         let cache = KvCache::new(shape, decoder.precision(), decoder.device()).expect("a small cache fits");
-        // Sequence i takes every `sequences`-th block, from the end.
-        let table = |i| {
-            (0..blocks)
-                .rev()
-                .map(|block| (block * sequences + i) as u32)
-                .collect()
+        let mut pool = BlockPool::new(blocks as u32, groups);
+        let empty = |_| {
+            let nothing = pool.lookup(&[]);
+            pool.allocate(nothing, 0, 0).expect("nothing is asked")
         };
         Pages {
             cache,
-            tables: (0..sequences).map(table).collect(),
+            tables: (0..sequences).map(empty).collect(),
+            pool,
         }
     }
 
     /// Logits `[T, V]` of each part, which stands behind `done` tokens of its sequence.
     pub fn append(&mut self, decoder: &Decoder, parts: &[(usize, Sequence)], done: usize) -> Vec<Tensor> {
-        let (mut tokens, mut positions, mut slots, mut seqs, mut lora) =
-            (vec![], vec![], vec![], vec![], vec![]);
+        let (mut tokens, mut positions, mut lora, mut rows) = (vec![], vec![], vec![], vec![]);
         for (
             i,
             Sequence {
@@ -127,27 +132,58 @@ impl Pages {
             },
         ) in parts
         {
-            let table = &self.tables[*i];
-            let rows = tokens.len()..tokens.len() + part.len();
             let places = done..done + part.len();
+            self.pool.slide(&mut self.tables[*i], done);
+            // A block at a time, in turns with the others.
+            assert!(self.pool.extend(&mut self.tables[*i], done, places.end));
+            rows.push(tokens.len()..tokens.len() + part.len());
             tokens.extend_from_slice(part);
-            positions.extend(places.clone().map(|place| place as i64));
-            let slot = |place: usize| table[place / BLOCK_SIZE] as usize * BLOCK_SIZE + place % BLOCK_SIZE;
-            slots.extend(places.clone().map(|place| slot(place) as i64));
+            positions.extend(places.map(|place| place as i64));
             lora.extend(adapter.map(|adapter| AdapterRows {
-                rows: rows.clone(),
+                rows: rows[rows.len() - 1].clone(),
                 adapter,
             }));
-            seqs.push(PagedSeq {
-                rows,
-                table,
-                kv_len: places.end,
-            });
         }
+        // From the end.
+        let last = self.cache.shape().blocks as u32 - 1;
+        let blocks: Vec<Vec<Vec<u32>>> = (0..self.pool.groups().count())
+            .map(|group| {
+                let of = |(i, _): &(usize, Sequence)| &self.tables[*i][group].blocks;
+                let ids = parts.iter().map(of);
+                ids.map(|ids| ids.iter().map(|id| last - id).collect()).collect()
+            })
+            .collect();
+        let slots: Vec<Vec<i64>> = (0..blocks.len())
+            .map(|group| {
+                let of = |(part, (i, sequence)): (usize, &(usize, Sequence))| {
+                    let first = self.tables[*i][group].first;
+                    let blocks = &blocks[group][part];
+                    let slot = move |place: usize| {
+                        let block = blocks[place / BLOCK_SIZE - first] as usize;
+                        (block * BLOCK_SIZE + place % BLOCK_SIZE) as i64
+                    };
+                    (done..done + sequence.tokens.len()).map(slot)
+                };
+                parts.iter().enumerate().flat_map(of).collect()
+            })
+            .collect();
+        let group = |group: usize| PagedGroup {
+            slots: &slots[group],
+            seqs: parts
+                .iter()
+                .enumerate()
+                .map(|(part, (i, sequence))| PagedSeq {
+                    rows: rows[part].clone(),
+                    table: &blocks[group][part],
+                    first_block: self.tables[*i][group].first,
+                    kv_len: done + sequence.tokens.len(),
+                })
+                .collect(),
+        };
+        let groups: Vec<PagedGroup> = (0..blocks.len()).map(group).collect();
         let context = Context::Paged {
             cache: &self.cache,
-            slots: &slots,
-            seqs: &seqs,
+            groups: &groups,
         };
         let hidden = decoder.forward(&Batch {
             tokens: &tokens,
@@ -156,8 +192,8 @@ impl Pages {
             lora: &lora,
         });
         let logits = decoder.head(&hidden, &lora).to_device(Device::Cpu);
-        seqs.iter()
-            .map(|seq| logits.narrow(0, seq.rows.start as i64, seq.rows.len() as i64))
+        rows.iter()
+            .map(|rows| logits.narrow(0, rows.start as i64, rows.len() as i64))
             .collect()
     }
 }

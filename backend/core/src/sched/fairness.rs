@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use super::simulation::plain;
 use super::*;
 use crate::TokenId;
+use crate::blocks::Groups;
 use crate::id::{AdapterRef, Digest};
 use crate::rng;
 
@@ -47,7 +48,7 @@ impl World {
             lookup: None,
         };
         World {
-            scheduler: Scheduler::new(limits, BlockPool::new(n_blocks, 4)),
+            scheduler: Scheduler::new(limits, BlockPool::new(n_blocks, Groups::one(4))),
             asks: 0,
             under_way: BTreeMap::new(),
             waiting: BTreeSet::new(),

@@ -18,12 +18,12 @@ mod simulation;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 pub use lookup::Lookup;
-pub use plan::{Row, StepPlan};
+pub use plan::{GroupPlan, Row, RowTable, StepPlan};
 pub use sequence::View;
 use sequence::{Flow, Running, Sequence, Turn, Waiting};
 use shares::{GENERATED, Shares};
 
-use crate::blocks::{BlockPool, Prefix};
+use crate::blocks::{BlockPool, Table};
 use crate::id::RequestId;
 use crate::message::{Fault, FinishReason, Generate, Guessed, LAST_PRIORITY, Scored};
 
@@ -126,6 +126,11 @@ impl Scheduler {
             places > 0 && limits.max_prefill_beside_decode > 0,
             "limits must be positive: {limits:?}"
         );
+        assert!(
+            limits.max_num_batched_tokens <= pool.groups().stride(),
+            "{:?} have no blocks for a step of {limits:?}",
+            pool.groups()
+        );
         // Each running sequence can then have its next token in every step.
         let limits = Limits {
             max_num_seqs: places,
@@ -165,7 +170,7 @@ impl Scheduler {
             return Err(Fault::Refused(message));
         }
         // The last token is never computed, except of a prompt that is only scored or pooled.
-        let needed = self.pool.blocks_for(prompt + asked.max(1) - 1);
+        let needed = self.pool.groups().most(prompt + asked.max(1) - 1);
         if needed > self.pool.total() {
             let total = self.pool.total();
             let message =
@@ -197,8 +202,8 @@ impl Scheduler {
         let Some(seat) = self.running.iter().position(|running| running.seq.id == id) else {
             return false;
         };
-        let Running { table, .. } = self.running.remove(seat);
-        self.pool.release(&table);
+        let Running { tables, .. } = self.running.remove(seat);
+        self.pool.release(&tables);
         true
     }
 
@@ -270,7 +275,7 @@ impl Scheduler {
             }
         }
         self.guess(budget.min(beside_decode.saturating_sub(prefilled)));
-        StepPlan::new(&self.running, self.pool.block_size())
+        StepPlan::new(&self.running, self.pool.groups())
     }
 
     /// Whether what nobody waits for has no part in the next step.
@@ -413,8 +418,8 @@ impl Scheduler {
                 guessed: running.seq.guessed,
             });
             if told.end.is_some() {
-                let Running { table, .. } = self.running.remove(seat);
-                self.pool.release(&table);
+                let Running { tables, .. } = self.running.remove(seat);
+                self.pool.release(&tables);
             }
             if told.end.is_some() || !told.tokens.is_empty() {
                 progress.push(told);
@@ -448,7 +453,7 @@ impl Scheduler {
     /// Checks what must hold between two calls; for tests.
     pub fn audit(&self) -> Result<(), String> {
         self.pool
-            .audit(self.running.iter().map(|running| &running.table[..]))?;
+            .audit(self.running.iter().flat_map(|running| &running.tables))?;
         if self.running.len() > self.limits.max_num_seqs {
             return Err(format!(
                 "{} sequences run, {} may",
@@ -498,17 +503,14 @@ impl Scheduler {
             .or_else(|| (0..self.running.len()).find(here))
     }
 
-    /// Gives every sequence that goes on the block for its next token. When none is left, a parked sequence loses
+    /// Gives every sequence that goes on the blocks for its next tokens. When too few are left, a parked sequence loses
     /// its blocks, else the last in line.
     fn grow(&mut self) {
         let mut seat = 0;
         while let Some(running) = self.running.get_mut(seat) {
-            let grows = running.seq.flow == Flow::Free
-                && running.table.len() < self.pool.blocks_for(running.seq.len());
-            if !grows {
+            let (computed, len) = (running.computed, running.seq.len());
+            if running.seq.flow != Flow::Free || self.pool.extend(&mut running.tables, computed, len) {
                 seat += 1;
-            } else if let Some(id) = self.pool.allocate_one() {
-                running.table.push(id);
             } else {
                 let victim = self.parked().or_else(|| self.last()).expect("one runs");
                 self.preempt(victim);
@@ -531,11 +533,9 @@ impl Scheduler {
             let mut guesses = running.seq.guess(&lookup);
             guesses.truncate(budget);
             let len = running.seq.len();
-            while running.table.len() < pool.blocks_for(len + guesses.len()) {
-                match pool.allocate_one() {
-                    Some(id) => running.table.push(id),
-                    None => guesses.truncate(running.table.len() * pool.block_size() - len),
-                }
+            if !pool.extend(&mut running.tables, running.computed, len + guesses.len()) {
+                let end = running.tables.iter().map(Table::end).min();
+                guesses.truncate(end.unwrap_or(0) * pool.block_size() - len);
             }
             budget -= guesses.len();
             running.planned += guesses.len();
@@ -545,7 +545,7 @@ impl Scheduler {
 
     /// Gives one that waits a place and blocks, if there are; returns its seat.
     fn let_in(&mut self, place: usize) -> Option<usize> {
-        let (table, computed) = self.make_place(place)?;
+        let (tables, computed) = self.make_place(place)?;
         let Waiting { mut seq } = self.waiting.remove(place).expect("place is below the length");
         self.totals.prefix_queried_tokens += seq.len() as u64;
         self.totals.prefix_hit_tokens += computed as u64;
@@ -566,7 +566,7 @@ impl Scheduler {
             Running {
                 let_in_at: seq.len(),
                 seq,
-                table,
+                tables,
                 computed,
                 named,
                 planned: 0,
@@ -602,10 +602,10 @@ impl Scheduler {
             return None;
         }
         let most = places.values().copied().max().filter(|&most| most > 1)?;
-        let needed = self.pool.blocks_for(waiting.len()) + self.running.len();
+        let needed = self.pool.groups().most(waiting.len()) + self.reserve();
         let fits = |seat: &usize| {
             let running = &self.running[*seat];
-            running.seq.len() >= running.let_in_at + TURN && needed <= self.pool.free() + running.table.len()
+            running.seq.len() >= running.let_in_at + TURN && needed <= self.pool.free() + running.n_blocks()
         };
         of_priority()
             .filter(|&seat| places[&key(seat)] == most)
@@ -613,22 +613,23 @@ impl Scheduler {
             .max_by_key(|&seat| self.rank(&self.running[seat].seq))
     }
 
-    /// Blocks for all tokens a waiting sequence has, and how many of those tokens a known prefix covers.
-    fn make_place(&mut self, place: usize) -> Option<(Vec<u32>, usize)> {
+    /// Blocks for what a waiting sequence has, and how many of its tokens a known prefix covers.
+    fn make_place(&mut self, place: usize) -> Option<(Vec<Table>, usize)> {
         if self.running.len() >= self.limits.max_num_seqs {
             return None;
         }
         let block_size = self.pool.block_size();
+        let reserve = self.reserve();
         let seq = &mut self.waiting[place].seq;
-        let prefix: Prefix = self.pool.lookup(seq.reusable(block_size));
+        let prefix = self.pool.lookup(seq.reusable(block_size));
         let computed = prefix.n_blocks() * block_size;
-        let n = self.pool.blocks_for(seq.len());
-        // One block in reserve for each running sequence: a newcomer that forces them out at once is no gain.
-        let taken = prefix.n_free() + n - prefix.n_blocks();
-        if taken + self.running.len() > self.pool.free() {
-            return None;
-        }
-        self.pool.allocate(prefix, n).map(|table| (table, computed))
+        let tables = self.pool.allocate(prefix, seq.len(), reserve)?;
+        Some((tables, computed))
+    }
+
+    /// A block in each group for each running sequence: a newcomer that forces them out at once is no gain.
+    fn reserve(&self) -> usize {
+        self.running.len() * self.pool.groups().count()
     }
 
     /// The youngest parked sequence that holds blocks.
@@ -640,8 +641,8 @@ impl Scheduler {
 
     /// Takes a sequence's blocks; it waits, and is computed again.
     fn preempt(&mut self, seat: usize) {
-        let Running { seq, table, .. } = self.running.remove(seat);
-        self.pool.release(&table);
+        let Running { seq, tables, .. } = self.running.remove(seat);
+        self.pool.release(&tables);
         self.totals.preemptions += 1;
         self.wait(seq);
     }

@@ -2,9 +2,11 @@
 
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
 use super::sequence::Running;
 use crate::TokenId;
-use crate::blocks::BlockId;
+use crate::blocks::{BlockId, Groups};
 use crate::id::{AdapterDigest, RequestId};
 
 /// Tokens to compute in one forward. Goes back to the scheduler by value, in `commit` or `abandon`.
@@ -16,10 +18,28 @@ pub struct StepPlan {
     pub tokens: Vec<TokenId>,
     /// `[T]`
     pub positions: Vec<i64>,
+    /// Where its keys and values are, in each group of layers.
+    pub groups: Vec<GroupPlan>,
+}
+
+/// A step in the blocks of one group of layers.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupPlan {
     /// `[T]` block * block_size + offset: where each token's key and value go.
     pub slots: Vec<i64>,
     /// Block tables, one after the other.
-    pub tables: Vec<BlockId>,
+    pub blocks: Vec<BlockId>,
+    /// Of each row.
+    pub tables: Vec<RowTable>,
+}
+
+/// The blocks that a row's tokens see and stand in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RowTable {
+    /// Which of the sequence's blocks is the first: those before it are behind the window.
+    pub first: usize,
+    /// Of the group's `blocks`; the last one has position `kv_len - 1`.
+    pub blocks: Range<usize>,
 }
 
 /// A slice of one sequence.
@@ -29,8 +49,6 @@ pub struct Row {
     pub adapter: Option<AdapterDigest>,
     /// Of the plan's flat arrays.
     pub tokens: Range<usize>,
-    /// Of the plan's `tables`: the blocks of positions `0..kv_len`.
-    pub table: Range<usize>,
     /// Tokens in the cache after this step.
     pub kv_len: usize,
     /// Positions in the sequence whose outputs are asked for, to score the prompt token after each or to be pooled; all lie
@@ -61,7 +79,8 @@ impl StepPlan {
         &tokens[tokens.len() - row.samples.saturating_sub(1)..]
     }
 
-    pub(super) fn new(running: &[Running], block_size: usize) -> Option<StepPlan> {
+    pub(super) fn new(running: &[Running], groups: &Groups) -> Option<StepPlan> {
+        let block_size = groups.block_size();
         let mut seats: Vec<usize> = (0..running.len())
             .filter(|&seat| running[seat].planned > 0)
             .collect();
@@ -72,36 +91,44 @@ impl StepPlan {
             rows: Vec::with_capacity(seats.len()),
             tokens: Vec::with_capacity(n_tokens),
             positions: Vec::with_capacity(n_tokens),
-            slots: Vec::with_capacity(n_tokens),
-            tables: vec![],
+            groups: vec![GroupPlan::default(); groups.count()],
         };
         for seat in seats {
             let Running {
                 seq,
-                table,
+                tables,
                 computed,
                 planned,
                 guesses,
                 ..
             } = &running[seat];
             let (start, kv_len) = (*computed, computed + planned);
-            let (first_token, first_block) = (plan.tokens.len(), plan.tables.len());
+            let first_token = plan.tokens.len();
             seq.copy_tokens(start..kv_len - guesses.len(), &mut plan.tokens);
             plan.tokens.extend(guesses);
             plan.positions
                 .extend((start..kv_len).map(|position| position as i64));
-            let slot =
-                |position: usize| table[position / block_size] as usize * block_size + position % block_size;
-            plan.slots
-                .extend((start..kv_len).map(|position| slot(position) as i64));
-            plan.tables.extend(&table[..kv_len.div_ceil(block_size)]);
+            for (group, table) in plan.groups.iter_mut().zip(tables) {
+                let slot = |position: usize| {
+                    table.id(position / block_size) as usize * block_size + position % block_size
+                };
+                group
+                    .slots
+                    .extend((start..kv_len).map(|position| slot(position) as i64));
+                let first_block = group.blocks.len();
+                let seen = kv_len.div_ceil(block_size) - table.first;
+                group.blocks.extend(&table.blocks[..seen]);
+                group.tables.push(RowTable {
+                    first: table.first,
+                    blocks: first_block..group.blocks.len(),
+                });
+            }
             let owed = seq.owed();
             let (owed_from, owed_to) = (owed.start.max(start), owed.end.min(kv_len));
             plan.rows.push(Row {
                 id: seq.id,
                 adapter: adapter(seat),
                 tokens: first_token..plan.tokens.len(),
-                table: first_block..plan.tables.len(),
                 kv_len,
                 wanted: owed_from.min(owed_to)..owed_to,
                 samples: match kv_len >= seq.len() && seq.samples() {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::lookup::Lookup;
 use super::shares::Payer;
 use crate::TokenId;
-use crate::blocks::{BlockHash, BlockId, BlockPool};
+use crate::blocks::{BlockHash, BlockPool, Table};
 use crate::id::{AdapterRef, Digest, RequestId};
 use crate::message::{FinishReason, Generate, Guessed};
 use crate::pooling::Pooling;
@@ -67,10 +67,11 @@ pub(super) struct Running {
     pub seq: Sequence,
     /// Its tokens when it was let in.
     pub let_in_at: usize,
-    pub table: Vec<BlockId>,
+    /// Of each group of layers.
+    pub tables: Vec<Table>,
     /// Tokens whose keys and values are in the cache.
     pub computed: usize,
-    /// Blocks of the table that others can find.
+    /// Its first blocks, those that others can find.
     pub named: usize,
     /// Tokens of it in the step being planned, the guesses among them.
     pub planned: usize,
@@ -251,16 +252,17 @@ impl Running {
         self.seq.len() - self.computed
     }
 
-    /// `n` more tokens are in the cache; blocks they filled become findable.
+    /// `n` more tokens are in the cache: blocks they filled become findable, and blocks that windows leave behind go back.
     pub fn advance(&mut self, n: usize, pool: &mut BlockPool) {
         self.computed += n;
         self.seq.delivered = self.seq.delivered.max(self.computed.min(self.seq.wanted.end));
         let full = self.computed / pool.block_size();
         let chain = self.seq.chain_to(full, pool.block_size());
-        for (&id, &hash) in self.table.iter().zip(chain).skip(self.named) {
-            pool.name(id, hash);
+        for (block, &hash) in chain.iter().enumerate().skip(self.named) {
+            pool.name(&self.tables, block, hash);
         }
         self.named = full;
+        pool.slide(&mut self.tables, self.computed);
     }
 
     /// A prompt that is only scored or pooled ends with its last token.
@@ -290,26 +292,41 @@ impl Running {
             return;
         }
         self.guesses.clear();
-        let needed = pool.blocks_for(self.seq.len()).min(self.table.len());
-        pool.release(&self.table.split_off(needed));
+        pool.shrink(&mut self.tables, self.computed, self.seq.len());
+    }
+
+    /// Blocks of all groups.
+    pub fn n_blocks(&self) -> usize {
+        self.tables.iter().map(|table| table.blocks.len()).sum()
     }
 
     pub fn audit(&self, pool: &BlockPool) -> Result<(), String> {
         let Running {
             seq,
             let_in_at: _,
-            table,
+            tables,
             computed,
             named,
             planned: _,
             guesses,
         } = self;
-        let (id, len, n) = (seq.id, seq.len(), table.len());
-        let blocks =
-            pool.blocks_for(len - 1).max(pool.blocks_for(*computed))..=pool.blocks_for(len + guesses.len());
-        if *computed >= len || !blocks.contains(&n) || *named != computed / pool.block_size() {
+        let (id, len) = (seq.id, seq.len());
+        let has_right_blocks = |(group, table): (usize, &Table)| {
+            let groups = pool.groups();
+            let most = groups.needed(group, *computed, len + guesses.len());
+            // One that grows has what its newest tokens need with the next plan.
+            let least = match groups.has_window(group) {
+                true => *computed,
+                false => (len - 1).max(*computed),
+            };
+            let ends = least.div_ceil(pool.block_size())..=most.end;
+            table.first == most.start && ends.contains(&table.end())
+        };
+        let has_blocks =
+            tables.len() == pool.groups().count() && tables.iter().enumerate().all(has_right_blocks);
+        if *computed >= len || !has_blocks || *named != computed / pool.block_size() {
             return Err(format!(
-                "{id:?}: {len} tokens, {computed} computed, {n} blocks, {named} of them named"
+                "{id:?}: {len} tokens, {computed} computed, blocks {tables:?}, {named} of them named"
             ));
         }
         Ok(())

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use super::*;
 use crate::TokenId;
+use crate::blocks::Groups;
 use crate::id::{AdapterDigest, AdapterRef, Digest};
 use crate::pooling::Pooling;
 use crate::rng;
@@ -28,6 +29,8 @@ struct World {
     hold: usize,
     fail: usize,
     lookup: Option<Lookup>,
+    /// Of each group of layers.
+    windows: &'static [Option<usize>],
 }
 
 const LOOKUP: Lookup = Lookup {
@@ -47,6 +50,7 @@ const CALM: World = World {
     hold: 0,
     fail: 0,
     lookup: None,
+    windows: &[None],
 };
 
 struct Random {
@@ -156,17 +160,29 @@ fn wanted(request: &Generate) -> Range<usize> {
     }
 }
 
+/// What stands in a slot: the group of layers, the adapter and all tokens up to its own, when it was written.
+type Written = (usize, Option<AdapterDigest>, Vec<TokenId>);
+
 struct Simulation {
     scheduler: Scheduler,
     random: Random,
     world: World,
     clients: BTreeMap<RequestId, Client>,
     held: BTreeSet<RequestId>,
-    /// Of each slot: the adapter and all tokens up to its own, when it was written.
-    cache: Vec<Option<(Option<AdapterDigest>, Vec<TokenId>)>>,
+    cache: Vec<Option<Written>>,
     trace: Vec<String>,
     finished: usize,
     dropped: usize,
+}
+
+impl World {
+    fn groups(&self) -> Groups {
+        Groups::new(
+            self.block_size,
+            self.windows.to_vec(),
+            self.max_num_batched_tokens,
+        )
+    }
 }
 
 impl Simulation {
@@ -180,7 +196,7 @@ impl Simulation {
             lookup: world.lookup,
         };
         Simulation {
-            scheduler: Scheduler::new(limits, BlockPool::new(world.n_blocks, world.block_size)),
+            scheduler: Scheduler::new(limits, BlockPool::new(world.n_blocks, world.groups())),
             random: Random { seed, drawn: 0 },
             world,
             clients: BTreeMap::new(),
@@ -231,9 +247,8 @@ impl Simulation {
         self.trace.push(format!("{plan:?}"));
         if self.random.one_in(self.world.fail) {
             // A failed step may have written anything.
-            plan.slots
-                .iter()
-                .for_each(|&slot| self.cache[slot as usize] = None);
+            let slots = plan.groups.iter().flat_map(|group| &group.slots);
+            slots.for_each(|&slot| self.cache[slot as usize] = None);
             let ids: Vec<RequestId> = plan.rows.iter().map(|row| row.id).collect();
             assert_eq!(self.scheduler.abandon(plan), ids);
             ids.iter()
@@ -250,13 +265,12 @@ impl Simulation {
     /// The forward pass: writes the cache, and reads back what each row would attend to.
     fn run(&mut self, plan: &StepPlan) -> Vec<Vec<Scored>> {
         let World {
-            block_size,
             max_num_batched_tokens,
             ..
         } = self.world;
         assert!(plan.tokens.len() <= max_num_batched_tokens);
         assert!(plan.rows.is_sorted_by_key(|row| row.adapter));
-        for row in &plan.rows {
+        for (i, row) in plan.rows.iter().enumerate() {
             assert!(!self.held.contains(&row.id), "{:?} is parked", row.id);
             let client = &self.clients[&row.id];
             let known = [&client.request.prompt[..], &client.output[..]].concat();
@@ -276,30 +290,32 @@ impl Simulation {
             );
             for (position, flat) in (row.start()..row.kv_len).zip(row.tokens.clone()) {
                 assert_eq!(plan.positions[flat], position as i64);
-                let (block, offset) = (
-                    plan.tables[row.table.clone()][position / block_size],
-                    position % block_size,
-                );
-                assert_eq!(plan.slots[flat] as usize, block as usize * block_size + offset);
-                self.cache[plan.slots[flat] as usize] = Some((row.adapter, context[..=position].to_vec()));
+                for group in 0..plan.groups.len() {
+                    let slot = self.slot(plan, group, i, position);
+                    assert_eq!(plan.groups[group].slots[flat] as usize, slot);
+                    self.cache[slot] = Some((group, row.adapter, context[..=position].to_vec()));
+                }
             }
         }
         let mut sampled = vec![];
-        for row in &plan.rows {
-            let client = self.clients.get_mut(&row.id).unwrap();
+        for (i, row) in plan.rows.iter().enumerate() {
+            let client = &self.clients[&row.id];
             let known = [&client.request.prompt[..], &client.output[..]].concat();
             let context = [&known[..], plan.guesses(row)].concat();
-            for position in 0..row.kv_len {
-                let slot = plan.tables[row.table.clone()][position / block_size] as usize * block_size
-                    + position % block_size;
-                let expected = (row.adapter, context[..=position].to_vec());
-                assert_eq!(
-                    self.cache[slot].as_ref(),
-                    Some(&expected),
-                    "{:?} attends to a stranger",
-                    row.id
-                );
+            for (group, window) in self.world.windows.iter().enumerate() {
+                // What the row's first token sees, and so all of them.
+                let first = window.map_or(0, |window| (row.start() + 1).saturating_sub(window));
+                for position in first..row.kv_len {
+                    let expected = (group, row.adapter, context[..=position].to_vec());
+                    assert_eq!(
+                        self.cache[self.slot(plan, group, i, position)].as_ref(),
+                        Some(&expected),
+                        "{:?} attends to a stranger",
+                        row.id
+                    );
+                }
             }
+            let client = self.clients.get_mut(&row.id).unwrap();
             if !row.wanted.is_empty() {
                 let inside = row.start() <= row.wanted.start && row.wanted.end <= row.kv_len;
                 let next = wanted(&client.request).start + client.delivered;
@@ -323,6 +339,15 @@ impl Simulation {
             }
         }
         sampled
+    }
+
+    /// Where a row's position stands in a group.
+    fn slot(&self, plan: &StepPlan, group: usize, row: usize, position: usize) -> usize {
+        let block_size = self.world.block_size;
+        let group = &plan.groups[group];
+        let table = &group.tables[row];
+        let block = group.blocks[table.blocks.clone()][position / block_size - table.first];
+        block as usize * block_size + position % block_size
     }
 
     fn tell(&mut self, Progress { id, tokens, end }: Progress) {
@@ -391,6 +416,42 @@ fn every_request_ends_once_with_its_own_answer() {
         ..world
     });
     let worlds = worlds.into_iter().chain(guessing);
+    // Sequences of 60 tokens, which a window of 5 mostly leaves behind. Of the first, one that sees all would not fit.
+    let worlds = worlds.chain([
+        World {
+            n_blocks: 14,
+            windows: &[Some(5)],
+            max_num_batched_tokens: 9,
+            ..CALM
+        },
+        World {
+            n_blocks: 60,
+            windows: &[Some(5), None, Some(1)],
+            max_num_batched_tokens: 9,
+            max_prefill_beside_decode: 5,
+            ..CALM
+        },
+        World {
+            n_blocks: 150,
+            block_size: 1,
+            windows: &[None, Some(5), Some(12)],
+            max_num_batched_tokens: 6,
+            abort: 20,
+            hold: 3,
+            fail: 50,
+            lookup: Some(LOOKUP),
+            ..CALM
+        },
+        World {
+            n_blocks: 300,
+            windows: &[Some(16), Some(16), None, Some(16)],
+            max_num_seqs: 30,
+            abort: 7,
+            hold: 5,
+            lookup: Some(LOOKUP),
+            ..CALM
+        },
+    ]);
     let n_requests = 150;
     let mut totals = vec![];
     for (number, world) in worlds.enumerate() {
@@ -507,7 +568,7 @@ fn scheduler(n_blocks: u32, max_waiting: usize) -> Scheduler {
         max_model_len: 50,
         lookup: None,
     };
-    Scheduler::new(limits, BlockPool::new(n_blocks, 4))
+    Scheduler::new(limits, BlockPool::new(n_blocks, Groups::one(4)))
 }
 
 fn step(scheduler: &mut Scheduler) -> Vec<(u64, usize)> {
