@@ -278,7 +278,7 @@ fn paged_is_packed_bit_for_bit() {
 }
 
 /// However a prompt is cut into chunks, down to single tokens, alone or beside others, on one thread or many: the same
-/// bits. The blocks hold the remains (NaN) of an earlier owner.
+/// bits. The blocks hold the remains (NaN) of an earlier owner, and of a later one as soon as a window left them behind.
 #[test]
 fn chunks_neighbours_and_threads_change_no_bit() {
     let (many, two) = (
@@ -325,10 +325,14 @@ fn chunks_neighbours_and_threads_change_no_bit() {
                     let rows = start..(start + chunk).min(len);
                     let part = |x: &Tensor| x.narrow(0, rows.start as i64, rows.len() as i64);
                     write(&cache, 0, &part(&k), &part(&v), &slots(&table, rows.clone()));
+                    let first_block = options.scoring().first_key(rows.start) / BLOCK_SIZE;
+                    let behind = slots(&table, 0..first_block * BLOCK_SIZE);
+                    let nan = nan.narrow(0, 0, behind.len() as i64);
+                    write(&cache, 0, &nan, &nan, &behind);
                     let seq = PagedSeq {
                         rows: 0..rows.len(),
-                        table: &table,
-                        first_block: 0,
+                        table: &table[first_block..],
+                        first_block,
                         kv_len: rows.end,
                     };
                     let got = paged(&part(&q), &cache, 0, &[seq], heads, options);
@@ -519,7 +523,53 @@ fn other_head_dimensions_take_the_reference() {
                 < 1e-5
         );
         assert_eq!(got.narrow(0, 0, 10).abs().max().double_value(&[]), 0.0);
+        // Block 0 is behind the window of all rows.
+        let nan = Tensor::full([32, k.size()[1]], f64::NAN, FLOAT);
+        write(&cache, 0, &nan, &nan, &slots(&table, 0..32));
+        let seq = PagedSeq {
+            rows: 0..10,
+            table: &table[1..],
+            first_block: 1,
+            kv_len: 50,
+        };
+        let options = Options {
+            window: Some(8),
+            ..options(12)
+        };
+        let got = paged(&q.narrow(0, 40, 10), &cache, 0, &[seq], heads, options);
+        let want = packed(&q, &k, &v, &[0, 50], heads, options, precision).out;
+        let off = (got - want.narrow(0, 40, 10)).abs().max().double_value(&[]);
+        assert!(off < 1e-5, "off by {off}");
     }
+}
+
+#[test]
+#[should_panic(expected = "the key of position 31 is seen, the blocks begin with 32")]
+fn no_table_begins_behind_a_key_that_is_seen() {
+    let heads = Heads {
+        heads: 1,
+        kv_heads: 1,
+        head_dim: 16,
+    };
+    let seq = PagedSeq {
+        rows: 0..1,
+        table: &[0],
+        first_block: 1,
+        kv_len: 40,
+    };
+    let options = Options {
+        window: Some(9),
+        ..options(16)
+    };
+    let cache = cache(heads, Precision::F32, 1);
+    drop(paged(
+        &Tensor::zeros([1, 16], FLOAT),
+        &cache,
+        0,
+        &[seq],
+        heads,
+        options,
+    ));
 }
 
 #[test]

@@ -16,3 +16,4 @@ mod ranks;
 mod resume;
 mod run;
 mod training;
+mod windows;

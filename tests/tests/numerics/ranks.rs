@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tandem_backend::family::{DecoderSpec, ParamId, read_spec};
 use tandem_backend::lora::adapter::Adapter;
 use tandem_backend::lora::params::{AdapterParams, AdapterShape};
@@ -20,7 +20,7 @@ use tandem_core::dataset::Example;
 use tandem_core::id::{AdapterRef, RequestId};
 use tandem_core::job::{EMBED_TOKENS, Hyper, JobEvent, JobSpec, LM_HEAD, Lora, Method, StepReport, files};
 use tandem_core::message::{Event, Generate, Scored};
-use tandem_core::replica::{Command, EVENT_QUEUE, JOB_EVENT_QUEUE, ReplicaHandle};
+use tandem_core::replica::{Command, JOB_EVENT_QUEUE, ReplicaHandle};
 use tandem_core::sampling::{RawSampling, Sampling};
 use tandem_kernels::comm::Comm;
 use tandem_kernels::pool;
@@ -47,7 +47,6 @@ pub struct Model {
 
 pub fn models() -> [Model; 2] {
     [("kv 4, biases", 4, true), ("kv 2, tied", 2, false)].map(|(name, kv_heads, biases)| {
-        let folder = tempfile::tempdir().expect("a folder");
         let config = json!({
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32",
             "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -55,21 +54,7 @@ pub fn models() -> [Model; 2] {
             "max_position_embeddings": 128, "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "eos_token_id": 0,
             "attention_bias": biases, "mlp_bias": biases, "tie_word_embeddings": !biases,
         });
-        std::fs::write(folder.path().join("config.json"), config.to_string()).expect("it is written");
-        let spec = read_spec(folder.path()).expect("a config we wrote");
-        let params = FullParams::init(FullShape::new(&spec), &spec, 11);
-        for (id, _) in params.shape.ranges() {
-            let mut view = params.whole(id);
-            match id {
-                ParamId::Embed | ParamId::Linear(_) | ParamId::Head => drop(view.g_mul_scalar_(6.0)),
-                ParamId::Bias(_) | ParamId::Norm(_) | ParamId::NormBias(_) | ParamId::Sinks(_) => {
-                    drop(view.g_add_(&(waves(&view.size(), 0.7) * 0.2)));
-                }
-            }
-        }
-        let weights = params.serialise(Kind::Float).expect("one rank has all");
-        std::fs::write(folder.path().join("model.safetensors"), weights).expect("it is written");
-        Model { name, folder, spec }
+        Model::draw(name, &config)
     })
 }
 
@@ -86,7 +71,26 @@ pub fn prompt(tokens: usize, seed: usize) -> Vec<TokenId> {
 }
 
 impl Model {
-    fn path(&self) -> PathBuf {
+    pub fn draw(name: &'static str, config: &Value) -> Model {
+        let folder = tempfile::tempdir().expect("a folder");
+        std::fs::write(folder.path().join("config.json"), config.to_string()).expect("it is written");
+        let spec = read_spec(folder.path()).expect("a config we wrote");
+        let params = FullParams::init(FullShape::new(&spec), &spec, 11);
+        for (id, _) in params.shape.ranges() {
+            let mut view = params.whole(id);
+            match id {
+                ParamId::Embed | ParamId::Linear(_) | ParamId::Head => drop(view.g_mul_scalar_(6.0)),
+                ParamId::Bias(_) | ParamId::Norm(_) | ParamId::NormBias(_) | ParamId::Sinks(_) => {
+                    drop(view.g_add_(&(waves(&view.size(), 0.7) * 0.2)));
+                }
+            }
+        }
+        let weights = params.serialise(Kind::Float).expect("one rank has all");
+        std::fs::write(folder.path().join("model.safetensors"), weights).expect("it is written");
+        Model { name, folder, spec }
+    }
+
+    pub fn path(&self) -> PathBuf {
         self.folder.path().to_owned()
     }
 
@@ -366,33 +370,49 @@ fn ranks_train_as_one() {
 type Answer = Vec<Scored>;
 
 fn ask(replica: &ReplicaHandle, requests: &[(Vec<TokenId>, Option<AdapterRef>)]) -> Vec<Answer> {
+    let request = |(prompt, adapter): &(Vec<TokenId>, Option<AdapterRef>)| Generate {
+        adapter: adapter.clone(),
+        ..scored(prompt, 12)
+    };
+    answers(replica, requests.iter().map(request).collect())
+}
+
+/// The prompt's log-probabilities and those of the best `max_tokens` behind it.
+pub fn scored(prompt: &[TokenId], max_tokens: u32) -> Generate {
+    let raw = RawSampling {
+        temperature: Some(0.0),
+        logprobs: Some(0),
+        prompt_logprobs: Some(0),
+        ..RawSampling::default()
+    };
+    Generate {
+        id: RequestId(0),
+        prompt: prompt.into(),
+        adapter: None,
+        sampling: Sampling::new(raw, VOCAB as u32).expect("plain sampling"),
+        grammar: None,
+        thinking: None,
+        priority: 0,
+        key: 0,
+        salt: None,
+        trace: None,
+        max_tokens,
+        pooling: None,
+        stop_tokens: vec![],
+    }
+}
+
+/// What each is answered, all asked at once.
+pub fn answers(replica: &ReplicaHandle, requests: Vec<Generate>) -> Vec<Answer> {
     let mut streams = vec![];
-    for (i, (prompt, adapter)) in requests.iter().enumerate() {
-        let (events, stream) = mpsc::channel(EVENT_QUEUE);
-        let raw = RawSampling {
-            temperature: Some(0.0),
-            logprobs: Some(0),
-            prompt_logprobs: Some(0),
-            ..RawSampling::default()
-        };
-        let generate = Generate {
+    for (i, request) in requests.into_iter().enumerate() {
+        // Room for all of it: who is read last does not wait.
+        let (events, stream) = mpsc::channel(1024);
+        let request = Generate {
             id: RequestId(i as u64),
-            prompt: prompt[..].into(),
-            adapter: adapter.clone(),
-            sampling: Sampling::new(raw, VOCAB as u32).expect("plain sampling"),
-            grammar: None,
-            thinking: None,
-            priority: 0,
-            key: 0,
-            salt: None,
-            trace: None,
-            max_tokens: 12,
-            pooling: None,
-            stop_tokens: vec![],
+            ..request
         };
-        let sent = replica
-            .commands
-            .blocking_send(Command::Generate(generate, events));
+        let sent = replica.commands.blocking_send(Command::Generate(request, events));
         assert!(sent.is_ok(), "the engine lives");
         streams.push(stream);
     }
