@@ -14,7 +14,8 @@ mod service;
 mod tests;
 mod tls;
 mod token;
-mod weighed;
+#[doc(hidden)] // for tests/fuzz
+pub mod weighed;
 
 pub use client::{ConnectError, Remote, connect};
 pub use files::ModelFiles;

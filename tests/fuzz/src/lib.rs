@@ -12,9 +12,11 @@ use tandem_core::gguf::Gguf;
 use tandem_core::grammar::{Compiler, Grammar, Vocabulary, Whitespace};
 use tandem_core::id::Digest;
 use tandem_core::job::{JobEvent, JobSpec};
+use tandem_core::protobuf::tree_bytes;
 use tandem_core::replica::ReplicaInfo;
 use tandem_core::sampling::{RawSampling, Sampling};
 use tandem_openapi as openapi;
+use tandem_rpc::weighed::Shaped;
 use tandem_rpc::{codec, wire as proto};
 use tandem_text::chat::Kwargs;
 use tandem_text::dataset::{Reading, Rows, Source, check};
@@ -194,6 +196,7 @@ pub fn wire(bytes: &[u8]) {
 
 fn up(bytes: &[u8]) {
     use proto::up::Say;
+    let _ = tree_bytes(bytes, proto::Up::SHAPE);
     let Ok(proto::Up { say: Some(say) }) = proto::Up::decode(bytes) else {
         return;
     };
@@ -211,9 +214,18 @@ fn up(bytes: &[u8]) {
 }
 
 fn down(bytes: &[u8]) {
+    let weighed = tree_bytes(bytes, proto::Down::SHAPE);
     let Ok(down) = proto::Down::decode(bytes) else {
         return;
     };
+    // What a message is weighed at is no less than its lists are.
+    let events: usize = down.events.iter().map(|events| events.events.len()).sum();
+    let taken = down.events.len() * size_of::<proto::Events>()
+        + events * size_of::<proto::Event>()
+        + down.job_events.len() * size_of::<proto::JobEvents>()
+        + (down.pong.len() + down.closed.len()) * size_of::<u64>()
+        + down.learned.len() * size_of::<proto::LearnAnswer>();
+    assert!(weighed >= bytes.len() + taken, "{weighed} for {taken}");
     for event in down.events.into_iter().flat_map(|events| events.events) {
         let _ = codec::read_event(event);
     }
