@@ -49,6 +49,11 @@ pub(super) fn spec(config: &Config) -> Result<DecoderSpec, LoadError> {
         }
     };
     let layers = (0..).zip(sliding).map(layer).collect();
+    // What it is called in published configs: pairs of neighbours, as below.
+    match config.get("position_embedding_type").map(|kind| kind.as_str()) {
+        None | Some(Some("rope_gptj" | "rope")) => {}
+        Some(_) => return Err(config.wrong("position_embedding_type", "rope_gptj is what this family has")),
+    }
     let rope = RopeDefaults {
         layout: RopeLayout::Interleaved,
         ..RopeDefaults::default()

@@ -227,6 +227,12 @@ impl Config {
             Some("longrope" | "su") => {
                 let original_max_position_embeddings = original_positions()?;
                 let stretched = sizes.max_positions as f64 / original_max_position_embeddings as f64;
+                if stretched > 1.0 {
+                    self.note(format!(
+                        "`{field}.long_factor` turns every position, as in vLLM and llama.cpp; transformers takes short_factor for prompts \
+                         of up to {original_max_position_embeddings} tokens"
+                    ));
+                }
                 RopeScaling::LongRope {
                     short_factor: nested.divisors("short_factor", rotary_dim / 2)?,
                     long_factor: nested.divisors("long_factor", rotary_dim / 2)?,
