@@ -49,11 +49,12 @@ pub(super) fn spec(config: &Config) -> Result<DecoderSpec, LoadError> {
         }
     };
     let layers = (0..).zip(sliding).map(layer).collect();
-    // What it is called in published configs: pairs of neighbours, as below.
-    match config.get("position_embedding_type").map(|kind| kind.as_str()) {
-        None | Some(Some("rope_gptj" | "rope")) => {}
-        Some(_) => return Err(config.wrong("position_embedding_type", "rope_gptj is what this family has")),
-    }
+    // Rope over pairs of neighbours, as below.
+    config.only("position_embedding_type", "rope_gptj")?;
+    config.only("use_gated_activation", true)?;
+    config.only("use_parallel_block", true)?;
+    config.only("use_qk_norm", false)?;
+    config.only("order_of_interleaved_layers", "local_attn_first")?;
     let rope = RopeDefaults {
         layout: RopeLayout::Interleaved,
         ..RopeDefaults::default()

@@ -260,6 +260,17 @@ impl Config {
         }
     }
 
+    /// A field that says what the family is anyway.
+    pub fn only(&self, field: &str, value: impl Into<Value>) -> Result<(), LoadError> {
+        let value = value.into();
+        match self.get(field) {
+            Some(other) if *other != value => {
+                Err(self.wrong(field, &format!("only {value} is known of this family")))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Whether it is there, be it null.
     pub fn has(&self, field: &str) -> bool {
         self.fields.contains_key(field)

@@ -31,7 +31,7 @@ pub(super) fn judge(field: &str, value: &Value) -> Judgement {
 }
 
 /// By why they do not matter.
-const HARMLESS: [(&str, &[&str]); 9] = [
+const HARMLESS: [(&str, &[&str]); 10] = [
     (
         "where it came from",
         &[
@@ -42,6 +42,9 @@ const HARMLESS: [(&str, &[&str]); 9] = [
             "transformers.js_config",
             "unsloth_version",
             "unsloth_fixed",
+            "auto_map",
+            "is_llama_config",
+            "is_composition",
         ],
     ),
     (
@@ -74,6 +77,16 @@ const HARMLESS: [(&str, &[&str]); 9] = [
         ],
     ),
     ("the weight files say it themselves", &["dtype", "torch_dtype"]),
+    (
+        "what other fields say, in other programs' words",
+        &[
+            "initial_context_length",
+            "max_sequence_length",
+            "layer_switch",
+            "use_embedding_sharing",
+            "use_parallel_embedding",
+        ],
+    ),
     (
         "who reads the weights reads it",
         &["quantization_config", "compression_config"],

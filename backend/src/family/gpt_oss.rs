@@ -32,6 +32,8 @@ pub(super) fn spec(config: &Config) -> Result<DecoderSpec, LoadError> {
     let top_k = config.top_k("num_experts_per_tok", 4, experts)?;
     // The same number under an old name.
     config.size_or_none("experts_per_token")?;
+    // Of its clamped gate.
+    config.only("hidden_act", "silu")?;
     let gate = Gate::Clamped {
         alpha: config.positive("swiglu_alpha")?.unwrap_or(1.702) as f32,
         limit: config.positive("swiglu_limit")?.unwrap_or(7.0) as f32,

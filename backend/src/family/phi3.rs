@@ -23,6 +23,10 @@ const DEFAULTS: Defaults = Defaults {
 pub(super) fn spec(config: &Config) -> Result<DecoderSpec, LoadError> {
     let sizes = Sizes::read(config, DEFAULTS)?;
     let window = sizes.seen(config.window(None)?);
+    // Of longrope, where there is one.
+    config.size_or_none("original_max_position_embeddings")?;
+    config.only("interpolate_factor", 1)?;
+    config.only("full_attn_mod", 1)?;
     let activation = config.activation("hidden_act", Activation::Silu)?;
     let norms = Norms {
         kind: NormKind::Rms,

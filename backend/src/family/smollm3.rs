@@ -24,6 +24,7 @@ pub(super) fn spec(config: &Config) -> Result<DecoderSpec, LoadError> {
     let sizes = Sizes::read(config, DEFAULTS)?;
     let rotated = rotated_layers(config, sizes.layers)?;
     let window = qwen::window(config, &sizes, None)?;
+    config.get("max_window_layers");
     let sliding = config.sliding_layers(sizes.layers, |i| !rotated[i as usize])?;
     let attention_bias = config.bias("attention_bias")?;
     let mlp_bias = config.bias("mlp_bias")?;

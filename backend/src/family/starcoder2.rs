@@ -24,6 +24,8 @@ pub(super) fn spec(config: &Config) -> Result<DecoderSpec, LoadError> {
     let sizes = Sizes::read(config, DEFAULTS)?;
     let window = sizes.seen(config.window(None)?);
     let bias = config.bias_or("use_bias", true)?;
+    config.only("mlp_type", "default")?;
+    config.only("norm_type", "layer_norm")?;
     let activation = config.activation("hidden_act", Activation::GeluTanh)?;
     let norms = Norms {
         kind: NormKind::Layer { bias: Bias::With },
