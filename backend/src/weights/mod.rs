@@ -325,6 +325,16 @@ impl Checkpoint {
         }
     }
 
+    /// Is the one another name of the other? safetensors' `save_model` writes a tied table once, and the second name beside it.
+    pub fn are_one(&self, one: &str, other: &str) -> bool {
+        let place = |name| {
+            self.tensors
+                .get(name)
+                .map(|entry: &Entry| (entry.file, entry.start))
+        };
+        place(one).is_some() && place(one) == place(other)
+    }
+
     pub fn has(&self, name: &str) -> bool {
         let quantised = self
             .quantised

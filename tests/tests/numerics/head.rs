@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::path::Path;
 
 use serde_json::Value;
 use tandem_backend::lora::params::AdapterParams;
@@ -92,12 +93,36 @@ fn adapted_tables_answer_as_in_peft() {
     table.judge("logits of adapted heads against peft");
 }
 
-/// One file or several, and a tied table under either name: the merged model has both, and says so. As a GGUF file, too.
+/// As safetensors' `save_model` writes a tied table: under the head's name, and the other one is said beside it.
+fn saved_with_an_alias(fixture: &Fixture, to: &Path) {
+    const EMBED: &str = "model.embed_tokens.weight";
+    fs::create_dir(to).expect("it is made");
+    fs::copy(fixture.folder.join("config.json"), to.join("config.json")).expect("it is copied");
+    let bytes = fs::read(fixture.folder.join("model.safetensors")).expect("it is there");
+    let length = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes")) as usize;
+    let mut head: Value = serde_json::from_slice(&bytes[8..8 + length]).expect("JSON");
+    head[LM_HEAD.to_owned() + ".weight"] = head[EMBED].take();
+    head.as_object_mut().expect("a dictionary").remove(EMBED);
+    head["__metadata__"] = serde_json::json!({"format": "pt", EMBED: "lm_head.weight"});
+    let mut head = head.to_string().into_bytes();
+    head.resize(head.len().next_multiple_of(8), b' ');
+    let file = [
+        &(head.len() as u64).to_le_bytes(),
+        head.as_slice(),
+        &bytes[8 + length..],
+    ]
+    .concat();
+    fs::write(to.join("model.safetensors"), file).expect("it is written");
+}
+
+/// One file or several, and a tied table under either name, or both for one: the merged model has both, and says so. As a GGUF
+/// file, too.
 #[test]
 fn a_tied_head_is_its_own_when_it_is_merged() {
-    for (name, base_name) in [
-        ("gqa_tied", "model.embed_tokens.weight"),
-        ("bf16", "lm_head.weight"),
+    for (name, base_name, has_alias) in [
+        ("gqa_tied", "model.embed_tokens.weight", false),
+        ("bf16", "lm_head.weight", false),
+        ("gqa_tied", "lm_head.weight", true),
     ] {
         let fixture = Fixture::open(name);
         let decoder = fixture.decoder(Precision::F32);
@@ -110,27 +135,34 @@ fn a_tied_head_is_its_own_when_it_is_merged() {
             }
         }
         let place = tempfile::tempdir().expect("a folder");
-        let [adapter, merged] = ["adapter", "merged"].map(|name| place.path().join(name));
+        let [adapter, merged, aliased] = ["adapter", "merged", "aliased"].map(|name| place.path().join(name));
+        let base_folder = match has_alias {
+            true => &aliased,
+            false => &fixture.folder,
+        };
+        if has_alias {
+            saved_with_an_alias(&fixture, &aliased);
+        }
         fs::create_dir(&adapter).expect("it is made");
         let config = peft::PeftConfig {
             base_model: name,
             lora: &lora,
         };
         peft::write(&adapter, &params, &config).expect("it is written");
-        merge(&fixture.folder, &adapter, &merged).expect("it is merged");
+        merge(base_folder, &adapter, &merged).expect("it is merged");
         let config: Value =
             serde_json::from_slice(&fs::read(merged.join("config.json")).expect("it is there"))
                 .expect("JSON");
         assert_eq!(config["tie_word_embeddings"], false);
         let stored: HashMap<String, Tensor> =
             tensors(&merged.join("model.safetensors")).into_iter().collect();
-        let before: HashMap<String, Tensor> = tensors(&fixture.folder.join("model.safetensors"))
+        let before: HashMap<String, Tensor> = tensors(&base_folder.join("model.safetensors"))
             .into_iter()
             .collect();
         assert_eq!(stored.len(), before.len() + 1);
         assert_eq!(stored["model.embed_tokens.weight"], before[base_name], "{name}");
         assert!(max_difference(&stored["lm_head.weight"], &before[base_name]) > 0.01);
-        let mut as_gguf = Merge::open(&fixture.folder, &adapter).expect("it opens");
+        let mut as_gguf = Merge::open(base_folder, &adapter).expect("it opens");
         let file = as_gguf.gguf("merged", vec![]).expect("it is planned");
         as_gguf.write(&[file], place.path()).expect("it is written");
         let tokens = fixture.tokens("long");

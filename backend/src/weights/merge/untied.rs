@@ -29,15 +29,15 @@ pub(super) struct Table {
 
 impl Untied {
     pub fn of(spec: &DecoderSpec, checkpoint: &Checkpoint, base: &Path) -> Result<Untied, MergeError> {
-        let name = match (checkpoint.has(HEAD), checkpoint.has(EMBED)) {
-            (true, true) => return Ok(Untied { added: None }),
-            (true, false) => EMBED,
-            (false, _) => HEAD,
-        };
-        let other = checkpoint.table_name(name);
+        if checkpoint.has(HEAD) && checkpoint.has(EMBED) && !checkpoint.are_one(HEAD, EMBED) {
+            return Ok(Untied { added: None });
+        }
         for (number, (file, mapped)) in checkpoint.files.iter().enumerate() {
             let (_, metadata) = read_head(file, mapped.bytes())?;
-            if metadata.contains_key(other) {
+            let found = [(HEAD, EMBED), (EMBED, HEAD)]
+                .into_iter()
+                .find(|(other, _)| metadata.contains_key(*other));
+            if let Some((other, name)) = found {
                 let table = Table {
                     name,
                     shape: [spec.vocab, spec.hidden],
@@ -97,6 +97,10 @@ impl Table {
         };
         let entry = json!({"dtype": dtype, "shape": self.shape, "data_offsets": [start, end]});
         head.insert(self.name.to_owned(), entry);
+        // Where it was said to be another name of what is there.
+        if let Some(Value::Object(said)) = head.get_mut("__metadata__") {
+            said.remove(self.name);
+        }
         let mut head = Value::Object(head).to_string().into_bytes();
         head.resize(head.len().next_multiple_of(8), b' ');
         let mut made = (head.len() as u64).to_le_bytes().to_vec();
