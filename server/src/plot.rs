@@ -77,6 +77,13 @@ pub fn run(options: &Plot) -> Result<()> {
         };
         return Err(WrongSetting(format!("--metric {metric}: no file has a number of it: {hint}")).into());
     }
+    if output.extension().is_none_or(|ending| ending != "svg") {
+        let message = format!(
+            "--output {}: curves are drawn as SVG, give a file that ends so; browsers, `rsvg-convert` and `inkscape` make a PNG of one",
+            output.display()
+        );
+        return Err(WrongSetting(message).into());
+    }
     std::fs::write(output, svg(&curves, metric)).with_context(|| output.display().to_string())?;
     say!("{}: {} curves", output.display(), curves.len());
     Ok(())

@@ -188,8 +188,8 @@ const FOREIGN: &[Foreign] = &[
             let by_steps = beside.settings.eval_steps.is_some_and(|steps| steps > 0);
             match value.as_str() {
                 _ if off(value, beside) => !beside.has_validation_file,
-                Some("steps") => by_steps || !beside.has_validation_file,
-                Some("epoch") => !by_steps,
+                Some("steps") => by_steps && beside.has_validation_file,
+                Some("epoch") => !by_steps && beside.has_validation_file,
                 _ => false,
             }
         },

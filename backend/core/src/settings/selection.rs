@@ -64,6 +64,7 @@ pub(super) fn check(settings: &Settings, has_validation_file: bool) -> Result<()
             settings.load_best_model_at_end == Some(true),
         ),
         ("early_stopping_patience", settings.patience().is_some()),
+        ("eval_steps", settings.eval_steps.is_some_and(|steps| steps > 0)),
         ("save_strategy", settings.save_strategy() == SaveStrategy::Best),
     ];
     let first = by_validations.into_iter().find(|(_, asked)| *asked);
