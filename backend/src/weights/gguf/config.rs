@@ -23,6 +23,8 @@ pub struct Facts<'a> {
     pub metadata: &'a Metadata,
     pub vocab: i64,
     pub has_head: bool,
+    /// Of attention and of the MLP: no key says it.
+    pub has_biases: [bool; 2],
     /// The numbers of one of the rope tensors, where it is there.
     pub rope_tensor: &'a ReadTensor<'a>,
 }
@@ -317,6 +319,14 @@ pub fn config(facts: &Facts) -> Result<Map<String, Json>, GgufError> {
         .filter(|&window| window > 0)
     {
         config.insert("sliding_window".to_owned(), json!(window));
+    }
+    // Where the family may have them or not.
+    if ["llama", "qwen3"].contains(model_type) {
+        for (field, has) in ["attention_bias", "mlp_bias"].into_iter().zip(facts.has_biases) {
+            if has {
+                config.insert(field.to_owned(), json!(true));
+            }
+        }
     }
     rope(&keys, facts, head_dim, &mut config)?;
     more(&keys, &mut config)?;

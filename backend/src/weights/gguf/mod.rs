@@ -149,6 +149,7 @@ impl Model {
             metadata: self.metadata(),
             vocab: table.shape[0],
             has_head: self.tensor("output.weight").is_some(),
+            has_biases: ["attn_q", "ffn_up"].map(|part| self.tensor(&format!("blk.0.{part}.bias")).is_some()),
             rope_tensor: &rope_tensor,
         })?)
     }

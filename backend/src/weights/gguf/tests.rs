@@ -288,6 +288,7 @@ fn llama_3s_rope_is_known_by_its_factors() {
             metadata: model.metadata(),
             vocab: 101,
             has_head: true,
+            has_biases: [false; 2],
             rope_tensor: &read,
         })
     };

@@ -103,6 +103,11 @@ pub fn plan(
         metadata: &metadata,
         vocab: spec.vocab,
         has_head: spec.head == Head::Own,
+        has_biases: ["q_proj.bias", "up_proj.bias"].map(|name| {
+            let params = spec.params();
+            let mut tensors = params.iter().flat_map(|param| &param.tensors);
+            tensors.any(|source| source.name.ends_with(name))
+        }),
         rope_tensor: &|tensor| Ok(factors.clone().filter(|_| tensor == ROPE_FACTORS)),
     };
     let read = config::config(&facts)
