@@ -3,6 +3,7 @@
 //! disk. Not here: what a name means (router), which requests wait (engine).
 
 use std::collections::{HashMap, VecDeque};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
@@ -97,7 +98,8 @@ pub enum Pin {
 }
 
 impl AdapterBank {
-    pub fn new(max_loras: usize, max_rank: u32, fit: Fit) -> AdapterBank {
+    /// `base`: the model's folder or file.
+    pub fn new(max_loras: usize, max_rank: u32, fit: Fit, base: PathBuf) -> AdapterBank {
         let (to_load, orders) = mpsc::unbounded_channel();
         let (results, loaded) = mpsc::unbounded_channel();
         let followed = match fit.layout.world() {
@@ -106,7 +108,7 @@ impl AdapterBank {
         };
         let loader = std::thread::Builder::new().name("tandem-adapters".to_owned());
         loader
-            .spawn(move || load_all(orders, results, &fit, max_rank))
+            .spawn(move || load_all(orders, results, &fit, &base, max_rank))
             .expect("the system starts a thread");
         AdapterBank {
             max_loras,
@@ -371,12 +373,13 @@ fn load_all(
     mut orders: mpsc::UnboundedReceiver<AdapterRef>,
     results: mpsc::UnboundedSender<FromDisk>,
     fit: &Fit,
+    base: &Path,
     max_rank: u32,
 ) {
     pool::stand_aside();
     while let Some(adapter) = orders.blocking_recv() {
-        let loaded =
-            guard::torch(|| load(&adapter, fit, max_rank)).unwrap_or_else(|fault| Err(fault.to_string()));
+        let loaded = guard::torch(|| load(&adapter, fit, base, max_rank))
+            .unwrap_or_else(|fault| Err(fault.to_string()));
         // (Whoever asked knows it by another name than the folder's, which is a digest.)
         let loaded = loaded.map_err(Fault::Adapter);
         if results.send((adapter.digest, loaded)).is_err() {
@@ -385,7 +388,12 @@ fn load_all(
     }
 }
 
-fn load(adapter: &AdapterRef, fit: &Fit, max_rank: u32) -> Result<(AdapterParams, Arc<Adapter>), String> {
+fn load(
+    adapter: &AdapterRef,
+    fit: &Fit,
+    base: &Path,
+    max_rank: u32,
+) -> Result<(AdapterParams, Arc<Adapter>), String> {
     // Before anything is made of it: KV is found by this digest, and answers are said to come from it.
     let digest = peft::digest(&adapter.folder).map_err(|error| error.to_string())?;
     if digest != adapter.digest {
@@ -397,6 +405,7 @@ fn load(adapter: &AdapterRef, fit: &Fit, max_rank: u32) -> Result<(AdapterParams
     }
     let peft::Loaded { params, notes } =
         peft::read(&adapter.folder, &fit.spec, max_rank).map_err(|error| error.to_string())?;
+    peft::check_copies(&adapter.folder, base, &fit.spec).map_err(|error| error.to_string())?;
     for note in notes {
         warn!(adapter = %digest.short(), "{note}");
     }

@@ -286,7 +286,12 @@ fn load(
     let scheduler = Scheduler::new(limits, BlockPool::new(blocks, groups));
     warn_of_slow_paths(&decoder);
     warn_of_unpacked(&decoder, &checkpoint);
-    let bank = AdapterBank::new(max_loras as usize, max_lora_rank, decoder.fit());
+    let bank = AdapterBank::new(
+        max_loras as usize,
+        max_lora_rank,
+        decoder.fit(),
+        model_folder.clone(),
+    );
     let (commands, inbox) = mpsc::channel(COMMAND_QUEUE);
     let (stats, published) = watch::channel(Stats::default());
     let info = ReplicaInfo {

@@ -39,7 +39,7 @@ use ground::Ground;
 pub use logs::LINES;
 use logs::Logs;
 use progress::Progress;
-use record::{Begin, RecordError};
+use record::{Aside, Begin, RecordError};
 use settings::SettingsError;
 use signals::heed_signals;
 pub use signals::signal_code;
@@ -134,27 +134,30 @@ fn alone(ground: &Ground, mut settings: Settings, output_dir: &Path) -> Result<O
     let hyper = ground.choose(settings, None)?;
     std::fs::create_dir_all(output_dir).map_err(at(output_dir))?;
     let mut record = ground.record(output_dir, record::settings(&hyper))?;
-    if ground.overwrites {
-        record::clear(output_dir)?;
-    }
+    let aside = ground.overwrites.then(|| Aside::set(output_dir)).transpose()?;
     let result = match ground.tuning {
         Tuning::Lora => files::ADAPTER,
         Tuning::Full => record::WEIGHTS,
     };
-    if record.begin(output_dir, result)? == Begin::Finished {
+    let begin = || {
+        if record.begin(output_dir, result)? == Begin::Finished {
+            return Ok(None);
+        }
+        ground.write(output_dir)?;
+        for (key, value) in &record.settings {
+            say!("  {:<28} {}", record::show(Some(key)), record::show(Some(value)));
+        }
+        say_ranks(ranks, models, hyper.gradient_accumulation_steps);
+        let spec = ground.job("train", output_dir, hyper);
+        let mut options = ground.options(spec)?;
+        options.profile = ground.profile.map(|steps| (output_dir.join("trace.json"), steps));
+        Ok(Some(Run::start(options)?))
+    };
+    let Some(mut run) = record::in_place_of(aside, begin)? else {
         say_finished(&output_dir.join(result));
         run::dismiss(&ground.team, words::device(&ground.device)?)?;
         return Ok(Outcome::Done);
-    }
-    ground.write(output_dir)?;
-    for (key, value) in &record.settings {
-        say!("  {:<28} {}", record::show(Some(key)), record::show(Some(value)));
-    }
-    say_ranks(ranks, models, hyper.gradient_accumulation_steps);
-    let spec = ground.job("train", output_dir, hyper);
-    let mut options = ground.options(spec)?;
-    options.profile = ground.profile.map(|steps| (output_dir.join("trace.json"), steps));
-    let mut run = Run::start(options)?;
+    };
     let signalled = heed_signals().map_err(TrainError::Signals)?;
     let mut progress = Progress::new(run.frozen_parameters());
     let mut logs = Logs::of(output_dir, ground.tracked(&record, None));

@@ -69,6 +69,8 @@ pub(super) fn gemma3(config: &Config) -> Result<DecoderSpec, LoadError> {
         },
     )?;
     let common = Common::read(config, sizes)?;
+    // As transformers 5 writes it, beside layer_types.
+    config.get("_sliding_window_pattern");
     let pattern = config.size("sliding_window_pattern", 6)?;
     let sliding = config.sliding_layers(sizes.layers, |i| (i + 1) % pattern != 0)?;
     let window = sizes.seen(config.window(Some(4096))?);

@@ -229,8 +229,8 @@ impl Config {
                 let stretched = sizes.max_positions as f64 / original_max_position_embeddings as f64;
                 if stretched > 1.0 {
                     self.note(format!(
-                        "`{field}.long_factor` turns every position, as in vLLM and llama.cpp; transformers takes short_factor for prompts \
-                         of up to {original_max_position_embeddings} tokens"
+                        "`{field}.long_factor` turns every position, unless --max-model-len is at most {original_max_position_embeddings}, as \
+                         in vLLM; transformers chooses by the length of each prompt"
                     ));
                 }
                 RopeScaling::LongRope {

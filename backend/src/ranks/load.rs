@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use tandem_core::id::Digest;
 use tandem_kernels::attention::{CacheDtype, KvCache};
 use tandem_kernels::comm::Comm;
+use tandem_kernels::rope::{RopeScaling, RopeSpec};
 use tandem_kernels::weight::{Precision, Recipe};
 use tch::{Device, Kind, Tensor};
 use tracing::info;
@@ -112,13 +113,18 @@ pub fn lead(
 /// The same on every rank, in the same order.
 pub(super) fn load(
     plan: &Plan,
-    spec: DecoderSpec,
+    mut spec: DecoderSpec,
     checkpoint: &Checkpoint,
     place: &Place,
     copy: Copy,
     comm: Comm,
 ) -> Result<Ready, LoadError> {
     let began = Instant::now();
+    let is_chosen_by_length = |rope: &RopeSpec| matches!(rope.scaling, RopeScaling::LongRope { .. });
+    if spec.ropes.iter().any(is_chosen_by_length) {
+        // Which of its factors turn goes by what is served.
+        spec.max_positions = spec.max_positions.min(i64::from(plan.max_model_len));
+    }
     let Place {
         device,
         local_world,

@@ -53,6 +53,7 @@ impl Evaluation {
             None => None,
             Some(folder) => {
                 let read = peft::read(folder, &decoder.spec, u32::MAX)?;
+                peft::check_copies(folder, model_folder, &decoder.spec)?;
                 notes.extend(read.notes);
                 Some(decoder.fit().pack(&read.params)?)
             }

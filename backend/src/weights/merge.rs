@@ -105,6 +105,7 @@ impl Merge {
             return Err(MergeError::Cannot(message));
         }
         let loaded = peft::read(adapter, &spec, u32::MAX)?;
+        peft::check_copies(adapter, base, &spec)?;
         let mut parts = HashMap::new();
         for (id, linear) in loaded.params.shape.iter() {
             for (number, part) in linear.parts.iter().enumerate() {

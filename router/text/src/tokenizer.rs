@@ -256,6 +256,11 @@ impl Tokenizer {
             .collect()
     }
 
+    /// What is wrong with a chat template of the model, which its chats will be refused with.
+    pub fn broken_template(&self) -> Option<&TextError> {
+        self.0.templates.broken()
+    }
+
     pub fn chat_template_source(&self) -> Option<&str> {
         self.0.templates.source()
     }

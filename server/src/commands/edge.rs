@@ -166,7 +166,11 @@ pub struct Behind {
 /// The model's tokenizer, with the chat template that was asked for.
 pub fn tokenizer(model: &Path, options: &EdgeOptions) -> Result<Tokenizer> {
     let Some(ChatTemplate { given, source }) = &options.chat_template else {
-        return Tokenizer::open(model).context("the model's tokenizer");
+        let tokenizer = Tokenizer::open(model).context("the model's tokenizer")?;
+        if let Some(error) = tokenizer.broken_template() {
+            tracing::warn!(model = %model.display(), %error, "chats will be refused; --chat-template FILE takes another");
+        }
+        return Ok(tokenizer);
     };
     Tokenizer::with_chat_template(model, source.clone()).with_context(|| format!("--chat-template {given}"))
 }

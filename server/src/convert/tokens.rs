@@ -42,9 +42,19 @@ pub fn chat(tokens: &[TokenText], top: u32) -> ChatLogprobs {
 pub struct Offsets {
     /// Of the text so far.
     characters: u64,
+    /// The first token's text begins with a space that the text has not: sentencepiece's decoders leave it away.
+    lacks_space: bool,
 }
 
 impl Offsets {
+    /// Of a prompt that comes back as `text`.
+    pub fn of_echo(text: &str) -> Offsets {
+        Offsets {
+            lacks_space: !text.starts_with(' '),
+            ..Offsets::default()
+        }
+    }
+
     /// Adds tokens to `out`. The first token of a prompt is text without a log-probability.
     pub fn completion(
         &mut self,
@@ -68,7 +78,9 @@ impl Offsets {
             };
             out.text_offset.push(self.characters);
             if !is_hidden {
-                self.characters += text.chars().count() as u64;
+                let left_away = text.starts_with(' ') && std::mem::take(&mut self.lacks_space);
+                self.characters += text.chars().count() as u64 - u64::from(left_away);
+                self.lacks_space &= text.is_empty();
             }
             out.tokens.push(text);
             out.token_logprobs.push(logprob);

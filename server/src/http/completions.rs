@@ -179,6 +179,7 @@ fn choice(index: usize, one: Gathered, prompts: &[Vec<TokenId>], show: &Show) ->
         let mut lists = CompletionLogprobs::default();
         let mut offsets = Offsets::default();
         if let Some(echo) = echo {
+            offsets = Offsets::of_echo(&echo.text);
             offsets.completion(&mut lists, echo.entries(scored), top);
         }
         offsets.completion(&mut lists, one.tokens.into_iter().map(Entry::Scored), top);
@@ -232,6 +233,7 @@ impl Choices for Chunks {
         };
         if let Some(echo) = show.echoes.get(prompt).filter(|_| !state.begun) {
             state.begun = true;
+            state.offsets = Offsets::of_echo(&echo.text);
             let scored = match &what {
                 What::Prompt(tokens) => tokens.clone(),
                 _ => Vec::new(),

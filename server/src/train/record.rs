@@ -13,7 +13,7 @@ use tandem_core::job::selection::{self, Selection};
 use tandem_core::job::{Hyper, Lora, Method, Optimizer, files};
 use tandem_core::{gguf, id};
 
-use super::logs;
+use super::{TrainError, logs};
 
 const FILE: &str = "run.yaml";
 /// Prefix of the folders in which a sweep's trials run: `trial-<number>`.
@@ -180,8 +180,8 @@ fn numbered(folder: &Path, prefix: &str) -> Result<Vec<(u64, PathBuf)>, RecordEr
     Ok(found)
 }
 
-/// Deletes what an earlier run left, and nothing else that may lie there.
-pub fn clear(folder: &Path) -> Result<(), RecordError> {
+/// What an earlier run left, and nothing else that may lie there.
+fn own(folder: &Path) -> Result<Vec<PathBuf>, RecordError> {
     let mut paths = traces(folder)?;
     // A model is a run's own only where the run says so: the folder may be that of the base model, too.
     if read(folder)?
@@ -197,9 +197,7 @@ pub fn clear(folder: &Path) -> Result<(), RecordError> {
         .into_iter()
         .filter(|(_, path)| path.is_dir())
     {
-        clear(&trial)?;
-        // What somebody else put there stays.
-        let _ = fs::remove_dir(&trial);
+        paths.extend(own(&trial)?);
     }
     paths.push(folder.join(TRIALS));
     // The record last: until then the folder is known as what it was.
@@ -209,10 +207,88 @@ pub fn clear(folder: &Path) -> Result<(), RecordError> {
             .chain([FILE])
             .map(|name| folder.join(name)),
     );
-    paths
-        .into_iter()
-        .filter(|path| path.exists())
-        .try_for_each(remove)
+    paths.retain(|path| path.exists());
+    Ok(paths)
+}
+
+/// Where an earlier run's files are until the one that takes their place has begun.
+const ASIDE: &str = ".overwritten";
+
+/// An earlier run that is to be overwritten: its files are out of the way, and come back where the new one cannot begin.
+pub struct Aside {
+    folder: PathBuf,
+    /// Where each was.
+    moved: Vec<PathBuf>,
+}
+
+impl Aside {
+    pub fn set(folder: &Path) -> Result<Aside, RecordError> {
+        let at = |path: &Path| {
+            let path = path.to_owned();
+            move |source| RecordError::File { path, source }
+        };
+        let mut aside = Aside {
+            folder: folder.to_owned(),
+            moved: vec![],
+        };
+        let is_left = folder.join(ASIDE).exists();
+        for path in own(folder)? {
+            match is_left {
+                // Of a run that was killed as it began: what it was to take the place of is there still.
+                true => remove(path)?,
+                false => {
+                    let kept = aside.kept(&path);
+                    fs::create_dir_all(kept.parent().expect("it lies in a folder")).map_err(at(&kept))?;
+                    fs::rename(&path, &kept).map_err(at(&path))?;
+                    aside.moved.push(path);
+                }
+            }
+        }
+        Ok(aside)
+    }
+
+    fn kept(&self, path: &Path) -> PathBuf {
+        let name = path.strip_prefix(&self.folder).expect("it is the run's own");
+        self.folder.join(ASIDE).join(name)
+    }
+
+    /// The new run has begun.
+    pub fn discard(self) -> Result<(), RecordError> {
+        let aside = self.folder.join(ASIDE);
+        match aside.exists() {
+            true => remove(aside),
+            false => Ok(()),
+        }
+    }
+
+    /// The new run cannot begin: all is as it was.
+    pub fn restore(self) -> Result<(), RecordError> {
+        own(&self.folder)?.into_iter().try_for_each(remove)?;
+        for path in self.moved.iter().rev() {
+            fs::rename(self.kept(path), path).map_err(|source| RecordError::File {
+                path: path.clone(),
+                source,
+            })?;
+        }
+        self.discard()
+    }
+}
+
+/// What `begin` gives. Where it fails, what is aside comes back.
+pub fn in_place_of<T>(
+    aside: Option<Aside>,
+    begin: impl FnOnce() -> Result<T, TrainError>,
+) -> Result<T, TrainError> {
+    match (begin(), aside) {
+        (Ok(begun), aside) => {
+            aside.map_or(Ok(()), Aside::discard)?;
+            Ok(begun)
+        }
+        (Err(error), aside) => {
+            aside.map_or(Ok(()), Aside::restore)?;
+            Err(error)
+        }
+    }
 }
 
 /// Keeps the newest `limit` checkpoints, `best` among them.
@@ -468,7 +544,7 @@ mod tests {
         fs::create_dir(folder.path().join(files::ADAPTER)).unwrap();
         assert_eq!(begin(&again), Ok(Begin::Finished));
         assert!(begin(&record(1e-4, "rows", None)).is_err());
-        clear(folder.path()).unwrap();
+        Aside::set(folder.path()).unwrap().discard().unwrap();
         assert_eq!(begin(&record(1e-4, "rows", None)), Ok(Begin::Run));
     }
 
@@ -495,7 +571,21 @@ mod tests {
         assert!(message.contains(files::STATE), "{message}");
         prune(folder.path(), None, 2).unwrap();
         assert!(!there("checkpoint-2") && there("checkpoint-9") && there("checkpoint-10"));
-        clear(folder.path()).unwrap();
+        // What cannot begin leaves everything as it was.
+        let listed = || {
+            let entries = fs::read_dir(folder.path()).unwrap();
+            let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
+            names.sort();
+            names
+        };
+        let before = listed();
+        let aside = Aside::set(folder.path()).unwrap();
+        assert!(!there(files::ADAPTER) && !there("checkpoint-9") && there("model.safetensors"));
+        fs::write(folder.path().join(files::VALID), "of the new one").unwrap();
+        aside.restore().unwrap();
+        assert_eq!(listed(), before);
+        assert_eq!(fs::read_to_string(folder.path().join(files::VALID)).unwrap(), "x");
+        Aside::set(folder.path()).unwrap().discard().unwrap();
         let mut left: Vec<_> = fs::read_dir(folder.path())
             .unwrap()
             .map(|entry| entry.unwrap().file_name())

@@ -17,7 +17,7 @@ use tandem_core::settings::{Settings, Trial as Asked};
 use super::ground::Ground;
 use super::logs::{LINES, Logs, TABLE};
 use super::progress::Progress;
-use super::record::{self, Begin, Record, TRIALS};
+use super::record::{self, Aside, Begin, Record, TRIALS};
 use super::signals::heed_signals;
 use super::{Outcome, TrainError, at, prune, say_finished, say_stopped};
 
@@ -41,24 +41,28 @@ pub fn run(
     fs::create_dir_all(output_dir).map_err(at(output_dir))?;
     let common = record::settings(&ground.choose(settings.clone(), Some(&sweep))?);
     let mut record = ground.record(output_dir, of_sweep(&sweep, common, &asked))?;
-    if ground.overwrites {
-        record::clear(output_dir)?;
-    }
-    if record.begin(output_dir, files::ADAPTER)? == Begin::Finished {
+    let aside = ground.overwrites.then(|| Aside::set(output_dir)).transpose()?;
+    let begin = || {
+        if record.begin(output_dir, files::ADAPTER)? == Begin::Finished {
+            return Ok(None);
+        }
+        say!(
+            "{} trials, compared by their {} at {} rungs:",
+            asked.len(),
+            sweep.shown_metric(),
+            sweep.rungs()
+        );
+        place(ground, &sweep, asked, output_dir).map(Some)
+    };
+    let Some(placed) = record::in_place_of(aside, begin)? else {
         say_finished(&output_dir.join(files::ADAPTER));
         return Ok(Outcome::Done);
-    }
-    say!(
-        "{} trials, compared by their {} at {} rungs:",
-        asked.len(),
-        sweep.shown_metric(),
-        sweep.rungs()
-    );
+    };
     let Placed {
         mut together,
         mut trials,
         mut courses,
-    } = place(ground, &sweep, asked, output_dir)?;
+    } = placed;
     let signalled = heed_signals().map_err(TrainError::Signals)?;
     let mut decision = sweep.decide(&courses);
     let mut told = 0;

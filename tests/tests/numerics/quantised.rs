@@ -259,6 +259,49 @@ fn what_is_written_is_what_is_read() {
     table.judge("folders written in few bits, read again");
 }
 
+/// The same model with an MLP of 112, which groups of 32 do not divide.
+fn narrowed(from: &Path) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().expect("a folder");
+    let config = std::fs::read(from.join("config.json")).expect("it is there");
+    let mut config: Value = serde_json::from_slice(&config).expect("JSON");
+    config["intermediate_size"] = 112.into();
+    std::fs::write(folder.path().join("config.json"), config.to_string()).expect("it is written");
+    let cut = |(name, tensor): (String, Tensor)| {
+        let tensor = match name.rsplit('.').nth(1) {
+            Some("gate_proj" | "up_proj") => tensor.narrow(0, 0, 112),
+            Some("down_proj") => tensor.narrow(1, 0, 112),
+            _ => tensor,
+        };
+        (name, tensor.contiguous())
+    };
+    let tensors: Vec<(String, Tensor)> = tensors(&from.join("model.safetensors"))
+        .into_iter()
+        .map(cut)
+        .collect();
+    Tensor::write_safetensors(&tensors, folder.path().join("model.safetensors")).expect("it is written");
+    folder
+}
+
+#[test]
+fn a_last_group_may_be_shorter() {
+    let dense = dense_copy(&folder("bnb-int8"));
+    let dense = narrowed(dense.path());
+    let to = tempfile::tempdir().expect("a folder");
+    quantize(dense.path(), to.path(), "int4").expect("it is written");
+    let parameter = "model.layers.0.mlp.down_proj.weight";
+    let read = |folder: &Path| {
+        let checkpoint = Checkpoint::open(folder).expect("it opens");
+        checkpoint
+            .matrix(parameter, &[64, 112], 0..64, 0..112)
+            .expect("it is read")
+    };
+    let expected = read(dense.path())
+        .quantise(Recipe::Int4)
+        .expect("it is quantised")
+        .dense();
+    assert!(max_difference(&read(to.path()).dense(), &expected) <= 1e-6);
+}
+
 type Patch = fn(&mut Value);
 
 /// The folder with another `quantization_config`.

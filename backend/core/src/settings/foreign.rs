@@ -131,10 +131,11 @@ const FOREIGN: &[Foreign] = &[
         any,
         LOGS,
     ),
+    row("do_train", on, "a job trains; `tandem eval` only looks"),
     row(
-        "do_train do_eval",
-        any,
-        "transformers' own trainer does not read it either",
+        "do_eval",
+        |value, beside| off(value, beside) != beside.has_validation_file,
+        "a validation_file is looked at, and nothing else is: give one, or leave it out",
     ),
     row(
         "trust_remote_code",
@@ -142,11 +143,25 @@ const FOREIGN: &[Foreign] = &[
         "no code of a model's folder is ever run",
     ),
     row(
-        "bnb_4bit_quant_type bnb_4bit_compute_dtype bnb_4bit_use_double_quant bnb_4bit_quant_storage
-         use_bnb_nested_quant qalora_group_size megatron_core runtime_config inference_mode
-         ensure_weight_tying peft_version",
+        "bnb_4bit_compute_dtype bnb_4bit_quant_storage qalora_group_size megatron_core runtime_config inference_mode
+         peft_version",
         any,
         "it says how to do what is refused by its own name",
+    ),
+    row(
+        "bnb_4bit_quant_type",
+        |value, _| word(value, &["nf4"]),
+        "four bits of bitsandbytes are nf4 here (quantization=nf4), with a scale for 64 numbers",
+    ),
+    row(
+        "bnb_4bit_use_double_quant use_bnb_nested_quant",
+        any,
+        "scales are float32 and never quantised again: a tenth more memory, and nearer to the numbers",
+    ),
+    row(
+        "ensure_weight_tying",
+        off,
+        "an adapter of a tied table changes that table alone: leave it out",
     ),
     row(
         "hub_model_id hub_token hub_strategy hub_private_repo hub_always_push hub_revision

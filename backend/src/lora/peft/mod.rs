@@ -17,11 +17,12 @@ use tandem_core::id::{AdapterDigest, AdapterHasher};
 use tandem_core::job::{LM_HEAD, Lora, TABLES};
 use tandem_core::lfs;
 use tandem_kernels::finite;
+use tandem_kernels::mapped::MappedFile;
 use tch::{Kind, Tensor};
 
 use super::params::{AdapterParams, AdapterShape};
 use crate::family::DecoderSpec;
-use crate::weights::{EMBED_PATH, kind, text_name, text_prefix};
+use crate::weights::{Checkpoint, EMBED_PATH, LoadError, kind, text_name, text_prefix};
 use config::Config;
 
 pub const CONFIG: &str = "adapter_config.json";
@@ -135,6 +136,9 @@ pub fn read_bytes(
         return Err(fault);
     }
     notes.extend(tables(&tensors, &mut unread, spec)?);
+    if of_text.is_some() {
+        notes.extend(other_parts(&mut unread));
+    }
     if let Some((name, _)) = unread.first_key_value() {
         let targets = targets(spec).join(", ");
         return Err(PeftError::Tensors(format!(
@@ -178,19 +182,35 @@ fn targets(spec: &DecoderSpec) -> Vec<String> {
     names
 }
 
-/// peft puts the base's own tables beside an adapter of one of them (`save_embedding_layers`). They are as the base has them, or
-/// the config says that they were trained (`modules_to_save`), which is refused.
+/// Of an adapter of a model of several parts: what adapts images and sound, which are not taken.
+fn other_parts(unread: &mut BTreeMap<String, String>) -> Option<String> {
+    const PARTS: [&str; 5] = [
+        "vision_tower.",
+        "vision_model.",
+        "multi_modal_projector.",
+        "audio_tower.",
+        "embed_vision.",
+    ];
+    let is_other = |name: &str| {
+        let path = name.strip_prefix(PREFIX).unwrap_or(name);
+        let path = path.strip_prefix("model.").unwrap_or(path);
+        PARTS.iter().any(|part| path.starts_with(part))
+    };
+    let all = unread.len();
+    unread.retain(|name, _| !is_other(name));
+    let left = all - unread.len();
+    (left > 0).then(|| {
+        format!("{TENSORS}: {left} tensors adapt parts for images or sound, which are not served: the text part's are read alone")
+    })
+}
+
+/// peft puts the base's own tables beside an adapter of one of them (`save_embedding_layers`). They are as the base has them
+/// ([`check_copies`]), or the config says that they were trained (`modules_to_save`), which is refused.
 fn tables(
     tensors: &SafeTensors,
     unread: &mut BTreeMap<String, String>,
     spec: &DecoderSpec,
 ) -> Result<Option<String>, PeftError> {
-    let of_table = |name: &str| {
-        let name = name.strip_prefix(PREFIX)?.strip_suffix(".weight")?;
-        let module = name.strip_suffix(".base_layer").unwrap_or(name);
-        let is_table = [LM_HEAD, EMBED_PATH].contains(&module);
-        is_table.then(|| module.to_owned())
-    };
     let found: Vec<(String, String)> = unread
         .iter()
         .filter_map(|(name, stored)| Some((stored.clone(), of_table(name)?)))
@@ -214,6 +234,66 @@ fn tables(
             modules.join(" and ")
         )
     }))
+}
+
+/// Rows of a table that are compared at once.
+const ROWS: i64 = 4096;
+/// Numbers of a copy that was rounded to bfloat16, or to float16, lie so near, relatively.
+const ROUNDED: f64 = 1.0 / 128.0;
+
+/// Whether the tables of the base that the folder holds are those of the base in `base`, a folder or a GGUF file: peft would take the
+/// folder's.
+pub fn check_copies(folder: &Path, base: &Path, spec: &DecoderSpec) -> Result<(), PeftError> {
+    let read = |error| PeftError::Read { file: TENSORS, error };
+    let bytes = MappedFile::open(&folder.join(TENSORS)).map_err(read)?;
+    let tensors =
+        SafeTensors::deserialize(bytes.bytes()).map_err(|error| PeftError::Tensors(error.to_string()))?;
+    let copies: Vec<(String, String)> = stored_names(&tensors)?
+        .into_iter()
+        .filter_map(|(name, stored)| Some((stored, of_table(&name)?)))
+        .collect();
+    if copies.is_empty() {
+        return Ok(());
+    }
+    let unread =
+        |error: LoadError| PeftError::Tensors(format!("cannot be held against the base model: {error}"));
+    let checkpoint = Checkpoint::open(base).map_err(unread)?;
+    for (stored, module) in copies {
+        let view = tensors.tensor(&stored).expect("it is listed");
+        let Some(kind) = kind(view.dtype()) else { continue };
+        let shape = [spec.vocab, spec.hidden];
+        let copy = Tensor::from_data_size(view.data(), &shape, kind);
+        let name = format!("{module}.weight");
+        for from in (0..spec.vocab).step_by(ROWS as usize) {
+            let rows = from..(from + ROWS).min(spec.vocab);
+            let n = rows.end - rows.start;
+            let own = checkpoint
+                .part(checkpoint.table_name(&name), &shape, rows, 0..spec.hidden)
+                .map_err(unread)?
+                .view([n, spec.hidden])
+                .to_kind(Kind::Float);
+            let copy = copy.narrow(0, from, n).to_kind(Kind::Float);
+            let far = ((&copy - &own).abs() - own.abs() * ROUNDED)
+                .max()
+                .double_value(&[]);
+            // NaN is no copy either.
+            if far > 1e-6 || far.is_nan() {
+                return Err(PeftError::Tensors(format!(
+                    "holds `{stored}` as the base model's, and it is not: it was trained, or made for another base or vocabulary. Serve a \
+                     base that has this table"
+                )));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Of a tensor's name in the file: the table of the base that it is.
+fn of_table(name: &str) -> Option<String> {
+    let name = name.strip_prefix(PREFIX)?.strip_suffix(".weight")?;
+    let module = name.strip_suffix(".base_layer").unwrap_or(name);
+    let is_table = [LM_HEAD, EMBED_PATH].contains(&module);
+    is_table.then(|| module.to_owned())
 }
 
 /// The file's tensors by the names that peft gives them, and the names they have: where a training script saved the

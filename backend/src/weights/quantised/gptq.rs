@@ -44,12 +44,7 @@ fn read(module: &Module) -> Result<Matrix, LoadError> {
     let zeros = module.codes(".qzeros", bits)?.view([groups, -1]);
     module.expect(".qzeros", &zeros, &[groups, n])?;
     let zeros = zeros.tr().to_kind(Kind::Float) + stored_less;
-    // Of the declared size the last group may be shorter.
-    let declared = module.config.get("group_size").and_then(Value::as_i64);
-    let group = match declared {
-        Some(group) if group > 0 && (k + group - 1) / group == groups => group,
-        _ => super::group(module, ".scales", groups)?,
-    };
+    let group = super::group(module, ".scales", groups)?;
     let quantised = match bits {
         8 => Quantised {
             grid: Grid::Int8,

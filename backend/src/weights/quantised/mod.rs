@@ -345,20 +345,24 @@ fn with_zeros(quantised: Quantised, zeros: &Tensor, middle: i64) -> Quantised {
     }
 }
 
-/// Groups along K of a whole number of values.
+/// Groups along K: of a size that is declared, of which the last one may be shorter, else of equal ones.
 fn group(module: &Module, suffix: &str, groups: i64) -> Result<i64, LoadError> {
     let k = module.k;
-    match groups {
-        1 => Ok(k),
+    let of_kinds = module.config.get("config_groups").and_then(Value::as_object);
+    let of_kinds = of_kinds.into_iter().flat_map(|groups| groups.values());
+    let declared = of_kinds
+        .filter_map(|kind| kind.get("weights")?.get("group_size"))
+        .chain(module.config.get("group_size"))
+        .filter_map(Value::as_i64)
+        .find(|&group| group > 0 && (k + group - 1) / group == groups);
+    match (groups, declared) {
+        (1, _) => Ok(k),
+        (_, Some(group)) => Ok(group),
         _ if groups > 1 && k % groups == 0 => Ok(k / groups),
-        // The last one is shorter.
-        _ => match module.config.get("group_size").and_then(Value::as_i64) {
-            Some(group) if group > 0 && (k + group - 1) / group == groups => Ok(group),
-            _ => Err(module.wrong(
-                suffix,
-                &format!("has {groups} groups, which do not divide {k} inputs"),
-            )),
-        },
+        _ => Err(module.wrong(
+            suffix,
+            &format!("has {groups} groups, which do not divide {k} inputs"),
+        )),
     }
 }
 

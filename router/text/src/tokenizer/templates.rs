@@ -41,6 +41,16 @@ impl Templates {
         }
     }
 
+    /// What is wrong with one that is there.
+    pub fn broken(&self) -> Option<&TextError> {
+        let all = [Some(&self.default), self.tool_use.as_ref()];
+        let mut errors = all
+            .into_iter()
+            .flatten()
+            .filter_map(|template| template.as_ref().err());
+        errors.find(|error| !matches!(error, TextError::NoChatTemplate | TextError::NoDefaultTemplate(_)))
+    }
+
     pub fn source(&self) -> Option<&str> {
         self.source.as_deref()
     }
