@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A fine-tune beside streams at several loads: here, and with two processes that share the cores.
 
-usage: coserving.py MODEL [--loads 0,20,40,60,80] [--seconds 40] [--flags "--target-itl-ms 60"]
+usage: coserving.py MODEL [--loads 0,20,40,60,80] [--seconds 40] [--who nobody,...] [--flags "--target-itl-ms 60"]
 (wants the release binaries `tandem` and `load`)
 
 100 % is what sixteen streams at once get done. At each load (requests come by a Poisson process) what clients feel is measured
@@ -109,6 +109,8 @@ def load(options, *arguments):
 
 def measured(options, rate, trainer):
     """What clients feel at `rate`, and tokens a second of who trains meanwhile."""
+    # Other prompts each time: none is found in the prefix cache.
+    options.seed += 1
     before, began = trainer and trainer.trained(), time.monotonic()
     if rate:
         felt = load(options, "--rate", rate, "--requests", max(8, round(rate * options.seconds)), "--warmup", 0, "--seed", options.seed)
@@ -134,6 +136,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=48, help="of an answer")
     parser.add_argument("--words", type=int, default=120, help="of a row")
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--who", default="nobody,the server,a process beside it", help="trains, in turn")
     parser.add_argument("--flags", default="", help="of the server")
     options = parser.parse_args()
     model = pathlib.Path(options.model).resolve()
@@ -150,7 +153,7 @@ def main():
             print("load | who trains | ITL p50, p99 ms | TTFT p50, p99 ms | tokens/s trained | of the job alone")
             loads = [int(part) for part in options.loads.split(",")]
             alone = None
-            for who in ("nobody", "the server", "a process beside it"):
+            for who in options.who.split(","):
                 if who == "the server":
                     server.start(data)
                     trainer = server

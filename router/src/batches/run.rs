@@ -35,6 +35,8 @@ const MAX_KEPT_AT_ONCE: usize = 256;
 const MAX_FAULTS: u32 = 3;
 /// Deaths of who worked on a batch, in a row and before another line was kept, after which lines are asked one by one.
 const MAX_DEATHS_TOGETHER: u64 = 3;
+/// Of an error.
+const ENDED: &str = "server_ended";
 /// After a fault, before the line is asked again.
 const FAULT_PAUSE: Duration = Duration::from_secs(1);
 /// Of lines that are asked now, of all batches.
@@ -155,6 +157,19 @@ impl Holder {
         }
         if row.status == FINALIZING {
             return self.end(COMPLETED, None, ending).await;
+        }
+        if row.deaths >= MAX_DEATHS && row.at_line.is_none() {
+            let message = format!(
+                "{} times in a row the server ended while the input file was read. It may need more memory than there is.",
+                row.deaths
+            );
+            let error = LineError {
+                code: ENDED.to_owned(),
+                message,
+                line: None,
+                param: Some("input_file_id".to_owned()),
+            };
+            return self.end(FAILED, Some(vec![error]), ending).await;
         }
         let input = match self.read(&request).await? {
             Ok(input) => input,
@@ -444,7 +459,7 @@ fn fatal(input: &Input, row: &BatchRow) -> Option<BatchLine> {
     let at = row.at_line.filter(|_| row.deaths >= MAX_DEATHS)?;
     let line = input.lines.iter().find(|line| line.line == at)?;
     let error = LineError {
-        code: "server_ended".to_owned(),
+        code: ENDED.to_owned(),
         message: format!(
             "This request was given up: {} times in a row the server ended, at last while it was the only one of its batch.",
             row.deaths

@@ -244,6 +244,10 @@ impl Aside {
                 }
             }
         }
+        // What somebody else put there stays.
+        for (_, trial) in numbered(folder, TRIAL)? {
+            let _ = fs::remove_dir(trial);
+        }
         Ok(aside)
     }
 
@@ -265,7 +269,9 @@ impl Aside {
     pub fn restore(self) -> Result<(), RecordError> {
         own(&self.folder)?.into_iter().try_for_each(remove)?;
         for path in self.moved.iter().rev() {
-            fs::rename(self.kept(path), path).map_err(|source| RecordError::File {
+            let folder = path.parent().expect("it lies in a folder");
+            let back = fs::create_dir_all(folder).and_then(|()| fs::rename(self.kept(path), path));
+            back.map_err(|source| RecordError::File {
                 path: path.clone(),
                 source,
             })?;
