@@ -145,9 +145,9 @@ impl Sweep {
         total.div_ceil(parts).max(1)
     }
 
-    /// How many go on, rounded down as in the paper (Jamieson and Talwalkar, 2016).
+    /// How many go on, rounded up: few trials are compared where few are asked for.
     fn kept(&self, rung: u32) -> usize {
-        (self.trials / (self.factor as usize).saturating_pow(rung)).max(1)
+        self.trials.div_ceil((self.factor as usize).saturating_pow(rung))
     }
 
     /// `eval_steps` of a trial that was not asked for any: such that it is validated at each rung and at its end.

@@ -242,7 +242,7 @@ async fn a_newer_database_and_one_without_shared_artifacts_are_refused() {
     for (places, expected) in [
         (
             places(root.path(), "b", &url),
-            "version 99, this program knows versions up to 12",
+            "version 99, this program knows versions up to 13",
         ),
         (alone, "needs an artifact store"),
         (
