@@ -379,7 +379,9 @@ pub fn read(args: &[String]) -> Result<Recipe, SettingsError> {
             config.contains_key(root)
                 || settings::setting(root).is_some_and(|setting| setting.kind == Kind::Map)
         };
-        let is_path = has_sections || key.split_once('.').is_some_and(has_parts);
+        // torchtune's word for its own code, and ours for a folder.
+        let is_folder = key == "model" && !value.as_str().is_some_and(|path| path.starts_with("torchtune."));
+        let is_path = has_sections && !is_folder || key.split_once('.').is_some_and(has_parts);
         if is_path && torchtune::set(&mut config, key, Some(value.clone()))? {
             continue;
         }
@@ -1046,9 +1048,11 @@ mod tests {
             "dataset.column_map.output=summary",
             "optimizer.lr=1e-4",
             "lora_rank=4",
+            "model=/models/other",
         ];
         let read = asked(&[&["llama3_1/8B_lora"][..], &words].concat()).unwrap();
         assert_eq!(read.training_file, Files::One("xsum.jsonl".into()));
+        assert_eq!(read.model, Path::new("/models/other"));
         let settings = read.settings;
         assert_eq!(
             (settings.learning_rate, settings.lora_r, settings.max_grad_norm),
