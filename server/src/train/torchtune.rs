@@ -874,7 +874,7 @@ profiler:
                 "optimizer.weight_decai: an unknown key; did you mean optimizer.weight_decay?",
             ),
             (
-                &["model=my.models.tiny"],
+                &["model._component_=my.models.tiny"],
                 "model._component_: my.models.tiny is not known",
             ),
             (
