@@ -119,9 +119,10 @@ impl Config {
         let ropes = of_types.chain([fields]);
         let stretched = ropes.filter_map(|rope| {
             let kind = rope.get("rope_type").or(rope.get("type"))?;
-            let original = rope
-                .get("original_max_position_embeddings")
-                .and_then(Value::as_i64);
+            // The one beside the object wins, as in `nested_rope`.
+            let original = "original_max_position_embeddings";
+            let original = self.get(original).or(rope.get(original));
+            let original = original.and_then(Value::as_i64);
             let original = original.unwrap_or(max_positions) as f64 * rope.get("factor")?.as_f64()?;
             (kind == "yarn" && original < MOST_POSITIONS).then_some(original as i64)
         });

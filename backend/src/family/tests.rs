@@ -128,7 +128,7 @@ fn a_field_is_honoured_or_refused_with_what_it_is() {
     let fine: Seen =
         |spec| spec.max_positions == 128 && spec.attentions().count() == 2 && spec.head == Head::Own;
     #[rustfmt::skip] // one case, one line
-    let cases: [(Value, Seen, &[&str]); 22] = [
+    let cases: [(Value, Seen, &[&str]); 23] = [
         (json!({}), fine, &[]),
         (json!({"architectures": "absent", "hidden_act": "absent"}), fine, &[]),
         (json!({"architectures": null, "model_type": "llama"}), fine, &[]),
@@ -137,6 +137,7 @@ fn a_field_is_honoured_or_refused_with_what_it_is() {
         (json!({"sliding_window": 128}), fine, &[]),
         (json!({"rope_parameters": "absent", "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}), |spec| spec.max_positions == 512, &[]),
         (json!({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}), |spec| spec.max_positions == 128, &[]),
+        (json!({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, "original_max_position_embeddings": 64}), |spec| spec.max_positions == 256, &[]),
         (json!({"sliding_window": 64, "use_sliding_window": false}), fine, &[]),
         (json!({"sliding_window": 0, "use_sliding_window": false}), fine, &[]),
         (json!({"sliding_window": null, "layer_types": ["full_attention", "full_attention"], "num_local_experts": 0, "logits_scaling": 1.0}), fine, &[]),
