@@ -40,21 +40,9 @@ fn scheduler(criterion: &mut Criterion) {
         let blocks = (STREAMS * MAX_MODEL_LEN / BLOCK_SIZE) as u32;
         let mut scheduler = Scheduler::new(limits, BlockPool::new(blocks, Groups::one(BLOCK_SIZE)));
         for i in 0..STREAMS as u64 {
-            let request = Generate {
-                id: RequestId(i),
-                prompt: (0..PROMPT_TOKENS as u32).map(|token| token + i as u32).collect(),
-                adapter: None,
-                sampling: Sampling::greedy(),
-                grammar: None,
-                thinking: None,
-                priority: 0,
-                key: 0,
-                salt: None,
-                trace: None,
-                max_tokens: (MAX_MODEL_LEN - PROMPT_TOKENS) as u32,
-                pooling: None,
-                stop_tokens: vec![],
-            };
+            let prompt = (0..PROMPT_TOKENS as u32).map(|token| token + i as u32).collect();
+            let max_tokens = (MAX_MODEL_LEN - PROMPT_TOKENS) as u32;
+            let request = Generate::new(RequestId(i), prompt, Sampling::greedy(), max_tokens);
             scheduler.add(request).expect("it fits");
         }
         scheduler

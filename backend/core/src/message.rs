@@ -50,6 +50,25 @@ pub const LAST_PRIORITY: i32 = i32::MAX;
 pub const MAX_STOP_TOKENS: usize = 2048;
 
 impl Generate {
+    /// Of the base model, with nothing that could be left out.
+    pub fn new(id: RequestId, prompt: Arc<[TokenId]>, sampling: Sampling, max_tokens: u32) -> Generate {
+        Generate {
+            id,
+            prompt,
+            adapter: None,
+            sampling,
+            grammar: None,
+            thinking: None,
+            priority: 0,
+            key: 0,
+            salt: None,
+            max_tokens,
+            pooling: None,
+            stop_tokens: vec![],
+            trace: None,
+        }
+    }
+
     /// Whether a model with these sizes can be asked this. Who sends a request has checked it; whoever takes one in does
     /// so again, because one wrong token would cost a whole step's requests.
     pub fn check(&self, vocab_size: u32, max_model_len: u32) -> Result<(), Fault> {

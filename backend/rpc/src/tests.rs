@@ -192,19 +192,8 @@ fn info() -> ReplicaInfo {
 
 fn request(id: u64) -> Generate {
     Generate {
-        id: RequestId(id),
-        prompt: vec![3, 1, 4].into(),
-        adapter: None,
-        sampling: Sampling::greedy(),
-        grammar: None,
-        thinking: None,
-        priority: 0,
-        key: 0,
-        salt: None,
-        trace: None,
-        max_tokens: 10,
-        pooling: None,
         stop_tokens: vec![1, 2],
+        ..Generate::new(RequestId(id), vec![3, 1, 4].into(), Sampling::greedy(), 10)
     }
 }
 

@@ -227,19 +227,8 @@ impl Rig {
 fn request(prompt: &[TokenId], max_tokens: u32, raw: RawSampling) -> Generate {
     let sampling = Sampling::new(raw, 2048).unwrap();
     Generate {
-        id: RequestId(0),
-        prompt: prompt.into(),
-        adapter: None,
-        sampling,
-        grammar: None,
-        thinking: None,
-        priority: 0,
-        key: 0,
-        salt: None,
-        trace: None,
-        max_tokens,
-        pooling: None,
         stop_tokens: vec![EOS],
+        ..Generate::new(RequestId(0), prompt.into(), sampling, max_tokens)
     }
 }
 

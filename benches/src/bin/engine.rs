@@ -342,20 +342,10 @@ impl Engine {
         let id = RequestId(self.requests);
         let vocab = u64::from(self.replica.info.vocab_size);
         let token = |i: usize| (rng::bits(7, id.0, i as u64) % vocab) as TokenId;
+        let prompt = (0..prompt_tokens).map(token).collect();
         let generate = Generate {
-            id,
-            prompt: (0..prompt_tokens).map(token).collect(),
             adapter,
-            sampling: Sampling::greedy(),
-            grammar: None,
-            thinking: None,
-            priority: 0,
-            key: 0,
-            salt: None,
-            trace: None,
-            max_tokens,
-            pooling: None,
-            stop_tokens: vec![],
+            ..Generate::new(id, prompt, Sampling::greedy(), max_tokens)
         };
         let commands = self.replica.commands.clone();
         async move {

@@ -385,21 +385,8 @@ pub fn scored(prompt: &[TokenId], max_tokens: u32) -> Generate {
         prompt_logprobs: Some(0),
         ..RawSampling::default()
     };
-    Generate {
-        id: RequestId(0),
-        prompt: prompt.into(),
-        adapter: None,
-        sampling: Sampling::new(raw, VOCAB as u32).expect("plain sampling"),
-        grammar: None,
-        thinking: None,
-        priority: 0,
-        key: 0,
-        salt: None,
-        trace: None,
-        max_tokens,
-        pooling: None,
-        stop_tokens: vec![],
-    }
+    let sampling = Sampling::new(raw, VOCAB as u32).expect("plain sampling");
+    Generate::new(RequestId(0), prompt.into(), sampling, max_tokens)
 }
 
 /// What each is answered, all asked at once.

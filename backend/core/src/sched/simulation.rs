@@ -541,22 +541,7 @@ fn the_same_seed_is_the_same_trace() {
 }
 
 pub(super) fn plain(id: u64, prompt: Vec<TokenId>, max_tokens: u32) -> Generate {
-    let sampling = Sampling::greedy();
-    Generate {
-        id: RequestId(id),
-        prompt: prompt.into(),
-        adapter: None,
-        sampling,
-        grammar: None,
-        thinking: None,
-        priority: 0,
-        key: 0,
-        salt: None,
-        trace: None,
-        max_tokens,
-        pooling: None,
-        stop_tokens: vec![],
-    }
+    Generate::new(RequestId(id), prompt.into(), Sampling::greedy(), max_tokens)
 }
 
 fn scheduler(n_blocks: u32, max_waiting: usize) -> Scheduler {
