@@ -1,0 +1,9 @@
+// All kernels, as one translation unit for each target.
+#include "gpu.h"
+#if defined(GPU_EMU)
+namespace { // Each layout of the emulated device has its own copy of every template.
+#endif
+#include "norm.cu"
+#if defined(GPU_EMU)
+}
+#endif
