@@ -26,6 +26,7 @@ fn main() {
     if lib.as_os_str().is_empty() {
         return;
     }
+    emulated_device();
     let include = lib.join("../include");
     let mut build = cc::Build::new();
     build
@@ -63,6 +64,24 @@ fn main() {
         }
     }
     build.compile("tandem_shim");
+}
+
+/// The GPU kernels for the CPU, in each maker's lanes (`gpu/emu.cpp`).
+fn emulated_device() {
+    println!("cargo:rerun-if-changed=gpu");
+    for lanes in ["1", "2", "3"] {
+        let mut build = cc::Build::new();
+        build
+            .cpp(true)
+            .std("c++20")
+            .opt_level(2)
+            .debug(false)
+            .define("GPU_TILE", lanes)
+            .flag_if_supported("-Wno-unknown-pragmas")
+            .flag_if_supported("-Wno-unused-function")
+            .file("gpu/emu.cpp")
+            .compile(&format!("tandem_emu_{lanes}"));
+    }
 }
 
 enum Gpu {

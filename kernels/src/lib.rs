@@ -25,6 +25,7 @@ mod error;
 pub mod experts;
 pub mod finite;
 mod flat;
+pub mod gpu;
 pub mod host;
 pub mod linear;
 pub mod lion;

@@ -10,6 +10,7 @@ pub use layer::{
 
 use tch::Tensor;
 
+use crate::gpu::{self, Gpu};
 use crate::pool;
 use crate::slice::{Rows, RowsMut};
 use crate::vector::{dot, in_chunks, map_rows, rows, rows_mut, uninit, vector, vectorised};
@@ -18,7 +19,10 @@ use crate::vector::{dot, in_chunks, map_rows, rows, rows_mut, uninit, vector, ve
 /// (n = 1 before a block, n = heads for the norm of queries and keys). The result is [T, n H].
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
     let (Some(from), Some(weight_row)) = (rows(x), vector(weight)) else {
-        return rms_norm_reference(x, weight, eps);
+        return match gpu::of(x) {
+            Some(gpu) => rms_norm_gpu(gpu, x, weight, eps),
+            None => rms_norm_reference(x, weight, eps),
+        };
     };
     let width = group_width(from.width, weight_row.len());
     map_rows(from.rows, from.width, |row, y| {
@@ -134,6 +138,21 @@ fn sum_over_rows(
     Tensor::from_slice(&total)
 }
 
+fn rms_norm_gpu(gpu: Gpu, x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
+    let (x, weight) = (x.contiguous(), weight.contiguous());
+    let width = weight.numel();
+    let out = x.empty_like();
+    let args = [
+        (&x).into(),
+        (&weight).into(),
+        (&out).into(),
+        gpu::int(width),
+        (eps as f32).into(),
+    ];
+    gpu.launch("rms_norm", [x.numel() / width, 1, 1], 256, &args);
+    out
+}
+
 /// [`rms_norm`] in plain tch, on any device.
 pub fn rms_norm_reference(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
     let [t, columns] = x.size()[..] else {
@@ -217,6 +236,10 @@ mod tests {
     /// Against float64 tch: 1e-6 of the largest value forward, 3e-6 backward.
     #[test]
     fn agrees_with_the_reference() {
+        gpu::everywhere(judge_by_the_reference);
+    }
+
+    fn judge_by_the_reference() {
         for (t, groups, width) in [
             (1, 1, 1),
             (1, 1, 576),

@@ -27,6 +27,7 @@ mod plain;
 
 use half::f16;
 
+use crate::gpu;
 use crate::machine::features;
 use crate::weight::Grid;
 #[cfg(not(target_arch = "x86_64"))]
@@ -45,7 +46,7 @@ pub(crate) const FEW_ROWS: usize = 16;
 
 /// Whether the functions of this file may be called.
 pub(crate) fn available() -> bool {
-    features().avx2
+    features().avx2 && gpu::emulating().is_none()
 }
 
 /// What happens to what stands in `c`.

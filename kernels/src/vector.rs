@@ -9,13 +9,14 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
+use crate::gpu;
 use crate::machine::features;
 use crate::pool;
 use crate::slice::{Rows, RowsMut};
 
 /// Whether [`vectorised!`] functions may be called: without FMA, `mul_add` would be a library call.
 pub(crate) fn available() -> bool {
-    features().avx2
+    features().avx2 && gpu::emulating().is_none()
 }
 
 /// Compiles a function's body for AVX-512 and AVX2; the name dispatches. Call only when [`available`].

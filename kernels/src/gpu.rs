@@ -1,0 +1,216 @@
+//! Kernels of our own on GPUs: whether a tensor's device has them ([`of`]), and a launch by name. Their source is in
+//! `kernels/gpu`, a kernel's shapes and geometry stand above it there. Not here: what an op computes; each op asks for
+//! itself and has its reference beside it.
+//!
+//! # The emulated device
+//! The same kernels run on the CPU, a fiber a GPU thread, in the lanes of each maker ([`Lanes`]): [`emulate`] makes the
+//! CPU's tensors those of such a device, so that a whole server takes a GPU's path. Slow; for tests and diagnosis.
+
+mod emu;
+
+use std::cell::Cell;
+use std::fmt;
+use std::str::FromStr;
+use std::sync::OnceLock;
+
+use tch::{Device, Kind, Tensor};
+
+/// Whose way of holding a tile in its lanes the emulated device has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lanes {
+    /// AMD's matrix cores (MFMA), waves of 64.
+    Cdna,
+    /// AMD's WMMA, waves of 32.
+    Rdna,
+    /// mma.sync, warps of 32.
+    Nvidia,
+}
+
+impl Lanes {
+    pub const ALL: [Lanes; 3] = [Lanes::Cdna, Lanes::Rdna, Lanes::Nvidia];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Lanes::Cdna => "cdna",
+            Lanes::Rdna => "rdna",
+            Lanes::Nvidia => "nvidia",
+        }
+    }
+}
+
+impl fmt::Display for Lanes {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Lanes {
+    type Err = String;
+
+    fn from_str(word: &str) -> Result<Lanes, String> {
+        let known = Lanes::ALL.into_iter().find(|lanes| lanes.name() == word);
+        known.ok_or_else(|| format!("lanes {word:?}: cdna, rdna or nvidia"))
+    }
+}
+
+static EMULATED: OnceLock<Lanes> = OnceLock::new();
+
+thread_local! {
+    static HERE: Cell<Option<Lanes>> = const { Cell::new(None) };
+}
+
+/// From now on the CPU's tensors are an emulated device's, in the whole process: before anything is loaded.
+///
+/// # Panics
+/// When it was asked for with other lanes before.
+pub fn emulate(lanes: Lanes) {
+    let chosen = *EMULATED.get_or_init(|| lanes);
+    assert_eq!(chosen, lanes, "one emulated device in a process");
+}
+
+/// The same for what this thread does within `run`: for tests.
+pub fn emulated<T>(lanes: Lanes, run: impl FnOnce() -> T) -> T {
+    struct Restore(Option<Lanes>);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            HERE.set(self.0);
+        }
+    }
+    let _restore = Restore(HERE.replace(Some(lanes)));
+    run()
+}
+
+/// `run` as it is, then on the emulated device in all lanes.
+#[cfg(test)]
+pub(crate) fn everywhere(run: impl Fn()) {
+    run();
+    Lanes::ALL.into_iter().for_each(|lanes| emulated(lanes, &run));
+}
+
+/// The emulated device, where there is one.
+pub fn emulating() -> Option<Lanes> {
+    HERE.get().or_else(|| EMULATED.get().copied())
+}
+
+/// A device with kernels of ours.
+#[derive(Clone, Copy, Debug)]
+pub struct Gpu(Lanes);
+
+/// The kernels of the device of a float32 tensor (activations are of no other type), if it has any.
+pub fn of(tensor: &Tensor) -> Option<Gpu> {
+    on(tensor.device()).filter(|_| tensor.kind() == Kind::Float)
+}
+
+pub fn on(device: Device) -> Option<Gpu> {
+    match device {
+        Device::Cpu => emulating().map(Gpu),
+        _ => None,
+    }
+}
+
+/// What a kernel is given. Of a tensor its first element: how its rows lie is told in other arguments.
+#[derive(Clone, Copy, Debug)]
+pub enum Arg<'a> {
+    Tensor(&'a Tensor),
+    /// A pointer the kernel takes for "none".
+    Null,
+    Int(i32),
+    Long(i64),
+    Float(f32),
+}
+
+impl<'a> From<&'a Tensor> for Arg<'a> {
+    fn from(tensor: &'a Tensor) -> Arg<'a> {
+        Arg::Tensor(tensor)
+    }
+}
+
+impl<'a> From<Option<&'a Tensor>> for Arg<'a> {
+    fn from(tensor: Option<&'a Tensor>) -> Arg<'a> {
+        tensor.map_or(Arg::Null, Arg::Tensor)
+    }
+}
+
+impl From<i32> for Arg<'_> {
+    fn from(number: i32) -> Self {
+        Arg::Int(number)
+    }
+}
+
+impl From<i64> for Arg<'_> {
+    fn from(number: i64) -> Self {
+        Arg::Long(number)
+    }
+}
+
+impl From<f32> for Arg<'_> {
+    fn from(number: f32) -> Self {
+        Arg::Float(number)
+    }
+}
+
+impl Arg<'_> {
+    /// Its bytes from the lowest on, as kernels' arguments lie.
+    fn bits(self) -> u64 {
+        match self {
+            Arg::Tensor(tensor) => tensor.data_ptr() as u64,
+            Arg::Null => 0,
+            Arg::Int(number) => u64::from(number as u32),
+            Arg::Long(number) => number as u64,
+            Arg::Float(number) => u64::from(number.to_bits()),
+        }
+    }
+}
+
+impl Gpu {
+    /// Queues a kernel of `kernels/gpu` on the device, `grid` blocks of `threads`. Nothing is launched for an empty grid.
+    ///
+    /// # Panics
+    /// When the device has no such kernel, or of another number of arguments. What the arguments are is the caller's to
+    /// know: a kernel writes where it is told to.
+    pub(crate) fn launch(self, name: &str, grid: [usize; 3], threads: u32, args: &[Arg]) {
+        let grid = grid.map(|n| u32::try_from(n).expect("a grid of 32 bits"));
+        if grid.contains(&0) {
+            return;
+        }
+        let values: Vec<u64> = args.iter().map(|arg| arg.bits()).collect();
+        emu::launch(self.0, name, grid, threads, &values);
+    }
+}
+
+/// A size as kernels take it.
+///
+/// # Panics
+/// Beyond 2^31.
+pub(crate) fn int(n: impl TryInto<i32>) -> Arg<'static> {
+    Arg::Int(n.try_into().ok().expect("a size below 2^31"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_emulated_device_is_this_threads_for_as_long_as_it_runs() {
+        assert!(of(&Tensor::zeros([1], (Kind::Float, Device::Cpu))).is_none());
+        let inner = emulated(Lanes::Rdna, || {
+            emulated(Lanes::Nvidia, || assert_eq!(emulating(), Some(Lanes::Nvidia)));
+            assert!(std::thread::spawn(emulating).join().unwrap().is_none());
+            emulating()
+        });
+        assert_eq!((inner, emulating()), (Some(Lanes::Rdna), None));
+        assert_eq!("cdna".parse(), Ok(Lanes::Cdna));
+        assert!(
+            "amd"
+                .parse::<Lanes>()
+                .unwrap_err()
+                .contains("cdna, rdna or nvidia")
+        );
+    }
+
+    #[test]
+    #[should_panic(expected = "no kernel rms_norm of 2 arguments")]
+    fn a_launch_that_fits_no_kernel_is_an_error() {
+        Gpu(Lanes::Cdna).launch("rms_norm", [1, 1, 1], 256, &[Arg::Null, Arg::Int(1)]);
+    }
+}
