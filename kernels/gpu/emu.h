@@ -1,16 +1,19 @@
-// Kernels on the CPU: a fiber a GPU thread, one block at a time, in a fixed order. What `--device emu` runs and what the
-// tests judge; not fast, and one launch at a time in a process.
+// Kernels on the CPU: one block at a time, its threads in a fixed order. What `--device emu` runs and what the tests
+// judge. A thread runs until it waits for others; only then another stack is begun, so a kernel whose threads never wait
+// is a plain loop.
 #pragma once
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <ucontext.h>
 
 #include <functional>
+#include <mutex>
 #include <utility>
 #include <vector>
+
+#include "fiber.h"
 
 #if GPU_TILE == 1
 #  define WARP 64
@@ -26,78 +29,115 @@
 namespace { // Each layout of lanes has its own copy of everything.
 namespace emu {
 
-struct Fiber {
-  ucontext_t context;
-  std::vector<char> stack;
-  bool done;
-};
+constexpr int MOST = 1024;
 
-// Where threads wait for each other.
+// Where threads wait for each other, and how often it has opened.
 struct Gate {
   int arrived = 0;
-  long generation = 0;
+  long opened = 0;
 };
 
-std::vector<Fiber> fibers;
-ucontext_t home;
-int now, threads, bx, by, bz;
+enum class State { fresh, waits, done };
+struct Thread {
+  State state;
+  Place place;  // where it was left,
+  Gate* gate;   // and what it waits for: that this gate
+  long opened;  // has opened more often than so.
+};
+
+int now, threads, bx, by, bz, unfinished;
 std::function<void()> body;
-Gate block;
-std::vector<Gate> warps;
-uint32_t deposit[1024];
-uint16_t left[1024][16], right[1024][16];
+Gate block, warps[MOST / WARP];
+Thread all[MOST];
+Fiber fibers[MOST];
+std::vector<int> spare; // Fibers that no thread is on.
+Place home;
+std::mutex one; // launch at a time in a process: what is shared in a block is static.
 
-inline void yield() { swapcontext(&fibers[now].context, &home); }
+uint32_t deposit[2][MOST];
+uint16_t left[MOST][16], right[MOST][16];
+float sums[MOST][8];
 
-inline void pass(Gate& gate, int of) {
-  long generation = gate.generation;
+inline bool can_run(const Thread& it) {
+  return it.state == State::fresh || (it.state == State::waits && it.gate->opened != it.opened);
+}
+
+// Who runs after `me`: a thread of the same warp as long as there is one, so that few stacks are in use at a time.
+inline int next(int me) {
+  int first = me / WARP * WARP;
+  for (int i = me + 1; i < first + WARP; ++i)
+    if (can_run(all[i])) return i;
+  for (int i = first; i < me; ++i)
+    if (can_run(all[i])) return i;
+  for (int i = 0; i < threads; ++i)
+    if (can_run(all[i])) return i;
+  fprintf(stderr, "%d of %d threads of block (%d, %d, %d) wait where the others do not come\n", unfinished, threads, bx, by, bz);
+  abort();
+}
+
+// A stack that runs thread after thread, until one of them waits.
+inline void entry() {
+  int own = spare.back();
+  spare.pop_back();
+  for (;;) {
+    int me = now;
+    body();
+    all[me].state = State::done;
+    now = --unfinished ? next(me) : -1;
+    if (now >= 0 && all[now].state == State::fresh) continue;
+    spare.push_back(own);
+    Place left;
+    swap(left, now < 0 ? home : all[now].place);
+  }
+}
+
+// Goes to thread `now`, which has not begun or waits no more.
+inline void go(Place& from) {
+  if (all[now].state == State::waits) return swap(from, all[now].place);
+  Place fresh = fibers[spare.back()].begin(entry, spare.back());
+  swap(from, fresh);
+}
+
+// Waits until `of` threads have come; the last of them does `last` before any goes on.
+template <class F>
+inline void pass(Gate& gate, int of, F last) {
   if (++gate.arrived == of) {
+    last();
     gate.arrived = 0;
-    ++gate.generation;
+    ++gate.opened;
     return;
   }
-  while (gate.generation == generation) yield();
+  int me = now;
+  all[me].state = State::waits;
+  all[me].gate = &gate;
+  all[me].opened = gate.opened;
+  now = next(me);
+  go(all[me].place);
 }
 
-inline void pass_warp() { pass(warps[now / WARP], WARP); }
+inline Gate& warp() { return warps[now / WARP]; }
+inline void pass_warp() { pass(warp(), WARP, [] {}); }
 
-inline void entry() {
-  body();
-  fibers[now].done = true;
-  yield();
-}
-
-inline void launch(std::function<void()> kernel, int gx, int gy, int gz, int n) {
-  threads = n;
-  if (n % WARP || n > 1024) {
+template <class F>
+inline void launch(F kernel, int gx, int gy, int gz, int n) {
+  std::lock_guard<std::mutex> held(one);
+  if (n <= 0 || n % WARP || n > MOST) {
     fprintf(stderr, "a block of %d threads, of waves of %d\n", n, WARP);
     abort();
   }
+  threads = n;
   body = std::move(kernel);
+  if (spare.empty())
+    for (int i = MOST; i--;) spare.push_back(i);
   for (bz = 0; bz < gz; ++bz)
     for (by = 0; by < gy; ++by)
       for (bx = 0; bx < gx; ++bx) {
         block = Gate();
-        warps.assign(n / WARP, Gate());
-        if ((int)fibers.size() < n) fibers.resize(n);
-        for (now = 0; now < n; ++now) {
-          Fiber& fiber = fibers[now];
-          fiber.stack.resize(256 << 10);
-          fiber.done = false;
-          getcontext(&fiber.context);
-          fiber.context.uc_stack.ss_sp = fiber.stack.data();
-          fiber.context.uc_stack.ss_size = fiber.stack.size();
-          fiber.context.uc_link = &home;
-          makecontext(&fiber.context, entry, 0);
-        }
-        for (int left = n; left;) {
-          left = 0;
-          for (now = 0; now < n; ++now)
-            if (!fibers[now].done) {
-              swapcontext(&home, &fibers[now].context);
-              left += !fibers[now].done;
-            }
-        }
+        for (int i = 0; i < n / WARP; ++i) warps[i] = Gate();
+        for (int i = 0; i < n; ++i) all[i].state = State::fresh;
+        unfinished = n;
+        now = 0;
+        go(home);
       }
 }
 
@@ -107,16 +147,16 @@ inline void launch(std::function<void()> kernel, int gx, int gy, int gz, int n) 
 #define BX (emu::bx)
 #define BY (emu::by)
 #define BZ (emu::bz)
-inline void block_sync() { emu::pass(emu::block, emu::threads); }
+inline void block_sync() { emu::pass(emu::block, emu::threads, [] {}); }
 inline void warp_sync() { emu::pass_warp(); }
 inline int lane_() { return TX % WARP; }
 inline int shfl_i(int v, int from) {
   int me = TX, first = me / WARP * WARP;
-  emu::deposit[me] = v;
+  // Two places each, in turns: who is through this gate may write again before the last has read.
+  uint32_t* deposit = emu::deposit[emu::warp().opened & 1];
+  deposit[me] = v;
   emu::pass_warp();
-  v = emu::deposit[first + ((from % WARP) + WARP) % WARP];
-  emu::pass_warp();
-  return v;
+  return deposit[first + (from & (WARP - 1))];
 }
 inline float exp2_(float x) { return exp2f(x); }
 inline float log2_(float x) { return log2f(x); }

@@ -136,16 +136,23 @@ __device__ __forceinline__ void mma(Sum& c, const Half& a, const Half& b) {
   int me = TX, first = me / WARP * WARP;
   memcpy(emu::left[me], a.v, sizeof a.v);
   memcpy(emu::right[me], b.v, sizeof b.v);
-  emu::pass_warp();
-  float x[16][16], y[16][16];
-  for (int l = 0; l < WARP; ++l)
-    for (int j = 0; j < AN; ++j) {
-      x[a_row(l, j)][a_k(l, j)] = bf(emu::left[first + l][j]);
-      y[b_k(l, j)][b_col(l, j)] = bf(emu::right[first + l][j]);
+  memcpy(emu::sums[me], c.v, sizeof c.v);
+  emu::pass(emu::warp(), WARP, [first] { // Once for all lanes, each sum in the order of k.
+    float x[16][16], y[16][16], z[16][16];
+    for (int l = 0; l < WARP; ++l) {
+      for (int j = 0; j < AN; ++j) {
+        x[a_row(l, j)][a_k(l, j)] = bf(emu::left[first + l][j]);
+        y[b_k(l, j)][b_col(l, j)] = bf(emu::right[first + l][j]);
+      }
+      for (int j = 0; j < CN; ++j) z[c_row(l, j)][c_col(l, j)] = emu::sums[first + l][j];
     }
-  for (int j = 0; j < CN; ++j)
-    for (int k = 0; k < 16; ++k) c.v[j] += x[c_row(me % WARP, j)][k] * y[k][c_col(me % WARP, j)];
-  emu::pass_warp();
+    for (int r = 0; r < 16; ++r)
+      for (int k = 0; k < 16; ++k)
+        for (int n = 0; n < 16; ++n) z[r][n] += x[r][k] * y[k][n];
+    for (int l = 0; l < WARP; ++l)
+      for (int j = 0; j < CN; ++j) emu::sums[first + l][j] = z[c_row(l, j)][c_col(l, j)];
+  });
+  memcpy(c.v, emu::sums[me], sizeof c.v);
 #elif defined(GPU_AMD) && defined(__GFX9__)
   typedef short v4s __attribute__((ext_vector_type(4))); typedef float v4f __attribute__((ext_vector_type(4)));
   v4s x = __builtin_bit_cast(v4s, a), y = __builtin_bit_cast(v4s, b); v4f z = __builtin_bit_cast(v4f, c);
