@@ -9,15 +9,16 @@ use tandem_core::id::{AdapterDigest, RequestId};
 use tandem_core::message::Scored;
 use tandem_core::sched::{GroupPlan, Row, RowTable, StepPlan};
 use tandem_kernels::attention::{KvCache, PagedSeq};
-use tch::Tensor;
+use tandem_kernels::places::{PagedGroup, Places};
+use tch::{Device, Tensor};
 
 use crate::lora::adapter::{Adapter, AdapterRows};
-use crate::model::{Batch, Context, Decoder, PagedGroup};
+use crate::model::{Batch, Context, Decoder};
 
 /// What a [`Batch`] borrows beside the plan.
 pub struct StepInputs<'a> {
-    step: Step<'a>,
-    groups: Vec<PagedGroup<'a>>,
+    tokens: &'a [TokenId],
+    places: Places<'a>,
     lora: Vec<AdapterRows<'a>>,
 }
 
@@ -57,8 +58,12 @@ impl<'a> Step<'a> {
 }
 
 impl<'a> StepInputs<'a> {
-    /// `adapter` finds a resident adapter: a step names only such.
-    pub fn new(step: Step<'a>, adapter: impl Fn(AdapterDigest) -> &'a Adapter) -> StepInputs<'a> {
+    /// For a decoder on `device`. `adapter` finds a resident adapter: a step names only such.
+    pub fn new(
+        step: Step<'a>,
+        device: Device,
+        adapter: impl Fn(AdapterDigest) -> &'a Adapter,
+    ) -> StepInputs<'a> {
         let mut lora: Vec<(AdapterDigest, Range<usize>)> = vec![];
         for row in &step.rows {
             let Some(digest) = row.adapter else { continue };
@@ -84,12 +89,13 @@ impl<'a> StepInputs<'a> {
             };
             step.rows.iter().zip(&group.tables).map(seq).collect()
         };
-        let group = |group: &'a GroupPlan| PagedGroup {
-            slots: &group.slots,
-            seqs: seqs(group),
-        };
+        let group = |group: &'a GroupPlan| PagedGroup::new(&group.slots, seqs(group));
         let groups = step.groups.iter().map(group).collect();
-        StepInputs { step, groups, lora }
+        StepInputs {
+            tokens: step.tokens,
+            places: Places::new(device, step.positions, groups),
+            lora,
+        }
     }
 
     /// Logits `[S, V]` of the step's rows `rows` in `hidden [T, H]`, each under who answers it.
@@ -98,16 +104,13 @@ impl<'a> StepInputs<'a> {
     }
 
     pub fn batch(&'a self, cache: &'a KvCache) -> Batch<'a> {
-        let Step {
-            tokens, positions, ..
-        } = self.step;
         let context = Context::Paged {
             cache,
-            groups: &self.groups,
+            groups: &self.places.groups,
         };
         Batch {
-            tokens,
-            positions,
+            tokens: self.tokens,
+            positions: &self.places.positions,
             context,
             lora: &self.lora,
         }

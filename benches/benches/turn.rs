@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use criterion::{Criterion, criterion_group, criterion_main};
 use tandem_backend::lora::adapter::{Adapter, AdapterRows};
 use tandem_backend::lora::peft;
-use tandem_backend::model::{Batch, Context, Decoder, PagedGroup};
+use tandem_backend::model::{Batch, Context, Decoder};
 use tandem_backend::sample::{Ask, sample};
 use tandem_backend::train::Trainer;
 use tandem_core::blocks::{BlockPool, Groups};
@@ -20,6 +20,7 @@ use tandem_core::message::{Generate, Scored};
 use tandem_core::sampling::{RawSampling, Sampling};
 use tandem_core::sched::{Limits, Scheduler, View};
 use tandem_kernels::attention::{BLOCK_SIZE, KvCache, PagedSeq};
+use tandem_kernels::places::{PagedGroup, Places};
 use tandem_kernels::weight::Precision;
 use tch::{Device, Kind, Tensor};
 
@@ -144,7 +145,8 @@ fn decode_step(criterion: &mut Criterion) {
             kv_len: 21,
         })
         .collect();
-    let groups = [PagedGroup { slots: &slots, seqs }];
+    let groups = vec![PagedGroup::new(&slots, seqs)];
+    let places = Places::new(Device::Cpu, &positions, groups);
     for (name, lora) in [
         ("base", vec![]),
         (
@@ -162,11 +164,11 @@ fn decode_step(criterion: &mut Criterion) {
                 bencher.iter(|| {
                     let context = Context::Paged {
                         cache: &cache,
-                        groups: &groups,
+                        groups: &places.groups,
                     };
                     let batch = Batch {
                         tokens: &tokens,
-                        positions: &positions,
+                        positions: &places.positions,
                         context,
                         lora: &lora,
                     };

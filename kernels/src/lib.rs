@@ -34,6 +34,7 @@ pub mod machine;
 pub mod mapped;
 pub mod matmul;
 pub mod norm;
+pub mod places;
 pub mod pool;
 pub mod rope;
 pub mod sgd;

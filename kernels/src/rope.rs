@@ -9,6 +9,7 @@ use std::f64::consts::PI;
 use tch::{Device, Kind, Tensor};
 
 use crate::KernelError;
+use crate::places::Ints;
 use crate::slice::RowsMut;
 use crate::vector::{in_chunks, vector, vectorised};
 
@@ -245,18 +246,18 @@ impl Rope {
     ///
     /// # Panics
     /// When a position lies outside the table.
-    pub fn apply(&self, x: &Tensor, positions: &[i64]) {
+    pub fn apply(&self, x: &Tensor, positions: &Ints) {
         self.turn(x, positions, Direction::Forward);
     }
 
     /// The gradient of [`Rope::apply`], in place: the gradient of what it gave becomes the gradient of what it was given.
     /// Each pair turns back and is multiplied by the attention factor once more, which is the transposed map and, with a
     /// factor other than 1, not the inverse.
-    pub fn apply_backward(&self, gradient: &Tensor, positions: &[i64]) {
+    pub fn apply_backward(&self, gradient: &Tensor, positions: &Ints) {
         self.turn(gradient, positions, Direction::Backward);
     }
 
-    fn turn(&self, x: &Tensor, positions: &[i64], direction: Direction) {
+    fn turn(&self, x: &Tensor, positions: &Ints, direction: Direction) {
         let size = x.size();
         assert!(
             size.len() == 2
@@ -276,6 +277,7 @@ impl Rope {
         };
         let (rotary_dim, head_dim) = (self.table.size()[1] as usize, self.head_dim);
         let (layout, sign) = (self.layout, direction.sign());
+        let positions: &[i64] = positions;
         in_chunks(rows.rows, rows.width, |range| {
             for row in range {
                 let angles = &table[positions[row] as usize * rotary_dim..][..rotary_dim];
@@ -293,9 +295,9 @@ impl Rope {
     }
 
     /// The same in plain tch, on any device.
-    fn turn_reference(&self, x: &Tensor, positions: &[i64], direction: Direction) {
+    fn turn_reference(&self, x: &Tensor, positions: &Ints, direction: Direction) {
         let half = self.table.size()[1] / 2;
-        let index = Tensor::from_slice(positions).to_device(self.table.device());
+        let index = positions.on(self.table.device());
         let angles = self.table.index_select(0, &index).unsqueeze(1).to_kind(x.kind()); // [T, 1, R]
         let cos = angles.narrow(2, 0, half);
         let sin = angles.narrow(2, half, half) * f64::from(direction.sign());

@@ -2,13 +2,14 @@
 //! attention of queries to keys itself (kernels).
 
 use tandem_kernels::attention::{self, Heads, Options, PackedOut, packed_backward, sinks_backward};
+use tandem_kernels::places::Ints;
 use tandem_kernels::rope::Rope;
 use tandem_kernels::weight::Precision;
 use tch::Tensor;
 
 use super::linear::{Backward, Linear, Project};
 use super::norm::Norm;
-use super::{Context, PagedGroup, TrainPass};
+use super::{Context, TrainPass};
 use crate::family::{CachePlace, ParamId};
 
 pub(super) struct Attention {
@@ -52,7 +53,7 @@ struct Projected {
 /// Where rows stand in their sequences, and what they see.
 pub(super) struct Rows<'a> {
     /// `[T]`
-    pub positions: &'a [i64],
+    pub positions: &'a Ints<'a>,
     pub context: &'a Context<'a>,
     pub rope: Option<&'a Rope>,
     pub precision: Precision,
@@ -74,9 +75,9 @@ impl Attention {
             }
             Context::Paged { cache, groups } => {
                 let CachePlace { group, layer } = self.place;
-                let PagedGroup { slots, seqs } = &groups[group];
-                attention::write(cache, layer, &k, &v, slots);
-                attention::paged(&q, cache, layer, seqs, self.heads, self.options())
+                let group = &groups[group];
+                attention::write(cache, layer, &k, &v, &group.slots);
+                attention::paged(&q, cache, layer, group, self.heads, self.options())
             }
         };
         pass.project_add(&self.output, &out, residual)

@@ -22,9 +22,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use tandem_core::TokenId;
-use tandem_kernels::attention::{KvCache, PagedSeq};
+use tandem_kernels::attention::KvCache;
 use tandem_kernels::comm::Comm;
 use tandem_kernels::dropout;
+use tandem_kernels::places::{Ints, PagedGroup};
 use tandem_kernels::rope::Rope;
 use tandem_kernels::weight::Precision;
 use tch::{Device, Kind, Tensor};
@@ -67,7 +68,7 @@ pub struct Batch<'a> {
     /// `[T]`
     pub tokens: &'a [TokenId],
     /// `[T]`
-    pub positions: &'a [i64],
+    pub positions: &'a Ints<'a>,
     pub context: Context<'a>,
     /// Disjoint and in row order; rows in no group are the base model's and pay nothing.
     pub lora: &'a [AdapterRows<'a>],
@@ -84,19 +85,12 @@ pub enum Context<'a> {
     },
 }
 
-/// The sequences of a batch as the layers of one group ([`crate::family::LayerGroups`]) find them.
-pub struct PagedGroup<'a> {
-    /// `[T]` where each row's key and value go.
-    pub slots: &'a [i64],
-    pub seqs: Vec<PagedSeq<'a>>,
-}
-
 /// Whole sequences of one training slice.
 pub struct TrainPass<'a> {
     /// `[T]`
     pub tokens: &'a [TokenId],
     /// `[T]`
-    pub positions: &'a [i64],
+    pub positions: &'a Ints<'a>,
     pub cu_seqlens: &'a [usize],
     pub trainable: Trainable<'a>,
 }

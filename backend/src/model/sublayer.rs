@@ -1,6 +1,7 @@
 //! One sublayer in a pass, `x + scale * post(body(pre(x)))`: the unit in which the decoder runs and trains. Its backward
 //! recomputes what is cheap from its input and keeps what is not.
 
+use tandem_kernels::places::Ints;
 use tandem_kernels::rope::Rope;
 use tch::Tensor;
 
@@ -207,7 +208,7 @@ impl Decoder {
     fn rows<'a>(
         &'a self,
         attn: &Attention,
-        positions: &'a [i64],
+        positions: &'a Ints<'a>,
         context: &'a Context<'a>,
     ) -> attention::Rows<'a> {
         attention::Rows {

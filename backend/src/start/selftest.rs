@@ -6,6 +6,7 @@ use tandem_kernels::attention::{self, BLOCK_SIZE, CacheShape, Heads, KvCache, Pa
 use tandem_kernels::comm::Comm;
 use tandem_kernels::linear::linear;
 use tandem_kernels::matmul;
+use tandem_kernels::places::PagedGroup;
 use tandem_kernels::weight::{Precision, Weight};
 use tch::{Device, Kind, Tensor};
 use tracing::info;
@@ -130,7 +131,7 @@ fn attend(device: Device) -> Tensor {
         0,
         &wide(HEADS.kv_heads, 5.0),
         &wide(HEADS.kv_heads, 6.0),
-        &slots,
+        &(&slots).into(),
     );
     let whole = PagedSeq {
         rows: 0..POSITIONS,
@@ -144,7 +145,8 @@ fn attend(device: Device) -> Tensor {
         cap: None,
         sinks: None,
     };
-    attention::paged(&wide(HEADS.heads, 7.0), &cache, 0, &[whole], HEADS, options)
+    let group = PagedGroup::new(&slots, vec![whole]);
+    attention::paged(&wide(HEADS.heads, 7.0), &cache, 0, &group, HEADS, options)
 }
 
 /// A rank's own share of the sum.

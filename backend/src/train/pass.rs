@@ -206,7 +206,7 @@ impl Pass {
         let trained = packed.trained_rows(learns);
         let pass = TrainPass {
             tokens: &packed.slice.tokens,
-            positions: &packed.slice.positions,
+            positions: &(&packed.slice.positions).into(),
             cu_seqlens: &packed.slice.cu_seqlens,
             trainable: whole_model(learns).unwrap_or(Trainable::Lora(&trained)),
         };

@@ -89,7 +89,7 @@ fn scores(decoder: &Decoder, tokens: &[TokenId], options: &Options) -> Vec<(Tens
             let positions: Vec<i64> = (0..inputs.len() as i64).collect();
             let hidden = decoder.forward(&Batch {
                 tokens: inputs,
-                positions: &positions,
+                positions: &(&positions).into(),
                 context: tandem_backend::model::Context::Packed {
                     cu_seqlens: &[0, inputs.len()],
                 },

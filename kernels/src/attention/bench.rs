@@ -5,6 +5,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::*;
+use crate::places::PagedGroup;
 use crate::pool;
 use crate::simd::{Element, PANEL, Product, Sum, product};
 use crate::slice::{Pages, Plain};
@@ -164,7 +165,7 @@ fn serving() {
                 for layer in 0..layers {
                     for row in 0..rows {
                         let slots: Vec<i64> = (0..kv_len).map(|i| (row * kv_len + i) as i64).collect();
-                        write(&cache, layer, &k, &v, &slots);
+                        write(&cache, layer, &k, &v, &(&slots).into());
                     }
                 }
                 let per_row = kv_len / BLOCK_SIZE;
@@ -176,12 +177,13 @@ fn serving() {
                         kv_len,
                     })
                     .collect();
+                let group = PagedGroup::new(&[][..], seqs);
                 let options = Options {
                     window,
                     ..options(heads)
                 };
                 let time = seconds(5, || {
-                    (0..layers).for_each(|layer| drop(paged(&q, &cache, layer, &seqs, heads, options)));
+                    (0..layers).for_each(|layer| drop(paged(&q, &cache, layer, &group, heads, options)));
                 });
                 let seen = window.unwrap_or(kv_len as i64) as f64 / kv_len as f64;
                 let rate = cache.bytes() as f64 * seen / time / 1e9;
@@ -209,7 +211,7 @@ fn writing() {
             let cache = KvCache::new(shape, dtype, Device::Cpu).expect("memory");
             let [_, k, v] = inputs(tokens, SHAPE_A);
             let slots: Vec<i64> = (0..tokens as i64).collect();
-            let time = seconds(99, || write(&cache, 0, &k, &v, &slots));
+            let time = seconds(99, || write(&cache, 0, &k, &v, &(&slots).into()));
             println!("{dtype:?} write {tokens} tokens: {:.2} us", time * 1e6);
         }
     }

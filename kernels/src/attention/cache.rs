@@ -14,6 +14,7 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use crate::KernelError;
+use crate::places::Ints;
 use crate::pool;
 use crate::simd::{Element, PANEL};
 use crate::slice::{Pages, Plain, Rows, Shared};
@@ -267,7 +268,7 @@ fn geometry(shape: CacheShape, dtype: CacheDtype) -> Geometry {
 ///
 /// # Panics
 /// When a slot lies outside the cache or the shapes do not match.
-pub fn write(cache: &KvCache, layer: usize, k: &Tensor, v: &Tensor, slots: &[i64]) {
+pub fn write(cache: &KvCache, layer: usize, k: &Tensor, v: &Tensor, slots: &Ints) {
     let CacheShape {
         blocks,
         kv_heads,

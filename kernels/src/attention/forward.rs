@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
+use crate::places::PagedGroup;
 use crate::pool::{self, scratch};
 use crate::simd::{Element, PANEL, pack};
 use crate::slice::{Plain, Rows, Shared};
@@ -23,10 +24,11 @@ pub fn paged(
     q: &Tensor,
     cache: &KvCache,
     layer: usize,
-    seqs: &[PagedSeq],
+    group: &PagedGroup,
     heads: Heads,
     options: Options,
 ) -> Tensor {
+    let seqs = &group.seqs;
     heads.check(q);
     options.check(heads);
     let shape = cache.shape();

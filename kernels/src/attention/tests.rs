@@ -3,6 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::*;
+use crate::places::PagedGroup;
 use crate::weight::Precision;
 
 const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
@@ -345,6 +346,22 @@ fn chunks_neighbours_and_threads_change_no_bit() {
             }
         }
     }
+}
+
+fn write(cache: &KvCache, layer: usize, k: &Tensor, v: &Tensor, slots: &[i64]) {
+    super::write(cache, layer, k, v, &slots.into());
+}
+
+fn paged(
+    q: &Tensor,
+    cache: &KvCache,
+    layer: usize,
+    seqs: &[PagedSeq],
+    heads: Heads,
+    options: Options,
+) -> Tensor {
+    let group = PagedGroup::new(&[][..], seqs.to_vec());
+    super::paged(q, cache, layer, &group, heads, options)
 }
 
 /// One sequence through a cache of its own.

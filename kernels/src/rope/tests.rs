@@ -57,17 +57,17 @@ fn agrees_with_the_reference_and_its_gradient() {
             let double = x.copy().to_kind(Kind::Double).set_requires_grad(true);
             let dy = x.randn_like();
             let want = &double * 1.0; // A node that may be written in place.
-            rope.turn_reference(&want, &positions, Direction::Forward);
+            rope.turn_reference(&want, &(&positions).into(), Direction::Forward);
             let loss = (&want * &dy).sum(Kind::Double);
             let want_dx = Tensor::run_backward(&[loss], &[&double], false, false).remove(0);
 
             let off = |got: &Tensor, want: &Tensor| {
                 (got.to_kind(Kind::Double) - want).abs().max().double_value(&[])
             };
-            rope.apply(&x, &positions);
+            rope.apply(&x, &(&positions).into());
             assert!(off(&x, &want.detach()) < 3e-6, "{spec:?}");
             assert_eq!(fused.narrow(1, heads * head_dim, 7), untouched);
-            rope.apply_backward(&dy, &positions);
+            rope.apply_backward(&dy, &(&positions).into());
             assert!(off(&dy, &want_dx) < 3e-6, "{spec:?}");
         }
     }
@@ -84,7 +84,7 @@ fn pairs_stand_where_the_layout_says() {
     ] {
         let rope = Rope::new(&spec(4, layout, RopeScaling::None), 6, 2, Device::Cpu).expect("valid");
         let x = Tensor::from_slice(&[1.0f32, 0.0, 0.0, 0.0, 7.0, 8.0]).view([1, 6]);
-        rope.apply(&x, &[1]);
+        rope.apply(&x, &[1][..].into());
         let got = Vec::<f32>::try_from(x.view([6])).expect("floats");
         assert!(
             got.iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-6),
@@ -180,7 +180,10 @@ fn a_position_outside_the_table_panics() {
     let x = Tensor::zeros([1, 4], FLOAT);
     for position in [-1, 8] {
         assert!(
-            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| rope.apply(&x, &[position]))).is_err()
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(
+                || rope.apply(&x, &[position][..].into())
+            ))
+            .is_err()
         );
     }
     assert!(new(6, RopeScaling::None).is_err());

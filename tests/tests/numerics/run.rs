@@ -2,10 +2,11 @@
 
 use tandem_backend::family::LayerGroups;
 use tandem_backend::lora::adapter::{Adapter, AdapterRows};
-use tandem_backend::model::{Batch, Context, Decoder, PagedGroup};
+use tandem_backend::model::{Batch, Context, Decoder};
 use tandem_core::TokenId;
 use tandem_core::blocks::{BlockPool, Table};
 use tandem_kernels::attention::{BLOCK_SIZE, KvCache, PagedSeq};
+use tandem_kernels::places::{PagedGroup, Places};
 use tch::{Device, Kind, Tensor};
 
 /// Tokens and who answers (`None`: the base).
@@ -48,7 +49,7 @@ pub fn packed(decoder: &Decoder, sequences: &[Sequence]) -> Vec<Tensor> {
     };
     let hidden = decoder.forward(&Batch {
         tokens: &tokens,
-        positions: &positions,
+        positions: &(&positions).into(),
         context,
         lora: &lora,
     });
@@ -167,9 +168,8 @@ impl Pages {
                 parts.iter().enumerate().flat_map(of).collect()
             })
             .collect();
-        let group = |group: usize| PagedGroup {
-            slots: &slots[group],
-            seqs: parts
+        let group = |group: usize| {
+            let seqs = parts
                 .iter()
                 .enumerate()
                 .map(|(part, (i, sequence))| PagedSeq {
@@ -178,16 +178,18 @@ impl Pages {
                     first_block: self.tables[*i][group].first,
                     kv_len: done + sequence.tokens.len(),
                 })
-                .collect(),
+                .collect();
+            PagedGroup::new(&slots[group], seqs)
         };
-        let groups: Vec<PagedGroup> = (0..blocks.len()).map(group).collect();
+        let groups = (0..blocks.len()).map(group).collect();
+        let places = Places::new(decoder.device(), &positions, groups);
         let context = Context::Paged {
             cache: &self.cache,
-            groups: &groups,
+            groups: &places.groups,
         };
         let hidden = decoder.forward(&Batch {
             tokens: &tokens,
-            positions: &positions,
+            positions: &places.positions,
             context,
             lora: &lora,
         });

@@ -54,7 +54,7 @@ impl Look {
             });
             let batch = Batch {
                 tokens: &slice.tokens,
-                positions: &slice.positions,
+                positions: &(&slice.positions).into(),
                 context: Attention::Packed {
                     cu_seqlens: &slice.cu_seqlens,
                 },

@@ -1,0 +1,248 @@
+//! What one step tells all of its ops: positions, slots, block tables. On the host they are slices; where the device has
+//! kernels of ours they lie there too, in one buffer that is copied once, so that no op of no layer copies anything.
+
+use std::cell::OnceCell;
+use std::ops::{Deref, Range};
+
+use tch::{Device, Kind, Tensor};
+
+use crate::attention::PagedSeq;
+use crate::gpu;
+
+/// Integers that ops read, and the same on the device, if a step brought them there.
+#[derive(Debug)]
+pub struct Ints<'a> {
+    here: &'a [i64],
+    /// `[n]` int32
+    there: OnceCell<Tensor>,
+}
+
+impl<'a> From<&'a [i64]> for Ints<'a> {
+    fn from(here: &'a [i64]) -> Ints<'a> {
+        Ints {
+            here,
+            there: OnceCell::new(),
+        }
+    }
+}
+
+impl<'a> From<&'a Vec<i64>> for Ints<'a> {
+    fn from(here: &'a Vec<i64>) -> Ints<'a> {
+        here.as_slice().into()
+    }
+}
+
+impl Deref for Ints<'_> {
+    type Target = [i64];
+
+    fn deref(&self) -> &[i64] {
+        self.here
+    }
+}
+
+impl Ints<'_> {
+    /// `[n]` int32 on `device`, where they are always asked for: copied now where no step brought them.
+    pub(crate) fn on(&self, device: Device) -> Tensor {
+        let copy = || {
+            let mut staging = Staging::default();
+            let all = staging.add(self.here.iter().copied());
+            staging.send(device).part(&all)
+        };
+        self.there.get_or_init(copy).shallow_clone()
+    }
+}
+
+/// The sequences of a step as the layers of one group find them: where their keys and values stand.
+#[derive(Debug)]
+pub struct PagedGroup<'a> {
+    /// `[T]` where each row's key and value go: block * BLOCK_SIZE + offset.
+    pub slots: Ints<'a>,
+    pub seqs: Vec<PagedSeq<'a>>,
+    there: Option<PagedThere>,
+}
+
+/// [`PagedGroup::seqs`] on the device, all int32.
+#[derive(Debug)]
+pub struct PagedThere {
+    /// `[S, 5]`: first row, rows, positions (kv_len), the block its table begins with, where that stands in `tables`.
+    pub seqs: Tensor,
+    /// The tables one behind the other.
+    pub tables: Tensor,
+}
+
+impl<'a> PagedGroup<'a> {
+    /// Not on any device yet: as part of [`Places`] it will be.
+    pub fn new(slots: impl Into<Ints<'a>>, seqs: Vec<PagedSeq<'a>>) -> PagedGroup<'a> {
+        PagedGroup {
+            slots: slots.into(),
+            seqs,
+            there: None,
+        }
+    }
+
+    /// Calls `read` with the sequences on `device`: copied now where no step brought them.
+    pub fn with_seqs<T>(&self, device: Device, read: impl FnOnce(&PagedThere) -> T) -> T {
+        match &self.there {
+            Some(there) => read(there),
+            None => {
+                let mut staging = Staging::default();
+                let places = staging.add_seqs(&self.seqs);
+                read(&places.there(&staging.send(device)))
+            }
+        }
+    }
+}
+
+/// Where the rows of a step stand, for all layers.
+#[derive(Debug)]
+pub struct Places<'a> {
+    /// `[T]`
+    pub positions: Ints<'a>,
+    pub groups: Vec<PagedGroup<'a>>,
+}
+
+impl<'a> Places<'a> {
+    /// Brought to `device` where kernels of ours run there.
+    pub fn new(device: Device, positions: impl Into<Ints<'a>>, groups: Vec<PagedGroup<'a>>) -> Places<'a> {
+        let mut places = Places {
+            positions: positions.into(),
+            groups,
+        };
+        if gpu::on(device).is_some() {
+            places.bring(device);
+        }
+        places
+    }
+
+    fn bring(&mut self, device: Device) {
+        let mut staging = Staging::default();
+        let positions = staging.add(self.positions.iter().copied());
+        let places: Vec<(Range<usize>, SeqRanges)> = self
+            .groups
+            .iter()
+            .map(|group| {
+                let slots = staging.add(group.slots.iter().copied());
+                (slots, staging.add_seqs(&group.seqs))
+            })
+            .collect();
+        let sent = staging.send(device);
+        self.positions.there = sent.part(&positions).into();
+        for (group, (slots, seqs)) in self.groups.iter_mut().zip(places) {
+            group.slots.there = sent.part(&slots).into();
+            group.there = Some(seqs.there(&sent));
+        }
+    }
+}
+
+/// Arrays that go to a device in one copy.
+#[derive(Default)]
+struct Staging(Vec<i32>);
+
+struct Sent(Tensor);
+
+struct SeqRanges {
+    seqs: Range<usize>,
+    tables: Range<usize>,
+}
+
+impl Staging {
+    fn add(&mut self, values: impl IntoIterator<Item = i64>) -> Range<usize> {
+        let start = self.0.len();
+        let narrow = |value: i64| i32::try_from(value).expect("a position, slot or block below 2^31");
+        self.0.extend(values.into_iter().map(narrow));
+        let end = self.0.len();
+        // Each array begins where a load of 16 bytes may.
+        self.0.resize(end.next_multiple_of(4), 0);
+        start..end
+    }
+
+    fn add_seqs(&mut self, seqs: &[PagedSeq]) -> SeqRanges {
+        let mut table = 0;
+        let rows: Vec<[i64; 5]> = seqs
+            .iter()
+            .map(|seq| {
+                let own = [seq.rows.start, seq.rows.len(), seq.kv_len, seq.first_block, table];
+                table += seq.table.len();
+                own.map(|n| n as i64)
+            })
+            .collect();
+        SeqRanges {
+            seqs: self.add(rows.into_iter().flatten()),
+            tables: self.add(
+                seqs.iter()
+                    .flat_map(|seq| seq.table)
+                    .map(|&block| i64::from(block)),
+            ),
+        }
+    }
+
+    fn send(self, device: Device) -> Sent {
+        let here = Tensor::from_slice(&self.0);
+        Sent(match device {
+            Device::Cpu => here,
+            // From pinned memory the copy waits for nothing, and nothing waits for it but what comes behind it.
+            _ => here.pin_memory(device).to_device_(device, Kind::Int, true, false),
+        })
+    }
+}
+
+impl Sent {
+    fn part(&self, place: &Range<usize>) -> Tensor {
+        self.0.narrow(0, place.start as i64, place.len() as i64)
+    }
+}
+
+impl SeqRanges {
+    fn there(&self, sent: &Sent) -> PagedThere {
+        PagedThere {
+            seqs: sent.part(&self.seqs),
+            tables: sent.part(&self.tables),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gpu::{Lanes, emulated};
+
+    #[test]
+    fn a_step_is_one_buffer_on_the_device() {
+        let (positions, slots) = (vec![3, 4, 9], vec![64, 65, 7]);
+        let seq = |rows: Range<usize>, table, first_block, kv_len| PagedSeq {
+            rows,
+            table,
+            first_block,
+            kv_len,
+        };
+        let group = || PagedGroup::new(&slots, vec![seq(0..2, &[2], 0, 5), seq(2..3, &[0, 5], 1, 40)]);
+        let numbers = |tensor: &Tensor| Vec::<i32>::try_from(tensor).expect("integers");
+        let told = |step: &Places| {
+            let group = &step.groups[0];
+            let seqs = group.with_seqs(Device::Cpu, |there| {
+                [numbers(&there.seqs), numbers(&there.tables)]
+            });
+            (
+                numbers(&step.positions.on(Device::Cpu)),
+                numbers(&group.slots.on(Device::Cpu)),
+                seqs,
+            )
+        };
+        let brought = emulated(Lanes::Cdna, || {
+            Places::new(Device::Cpu, &positions, vec![group()])
+        });
+        let stays = Places::new(Device::Cpu, &positions, vec![group()]);
+        let storage = |tensor: &Tensor| tensor.data_ptr() as usize;
+        let first = storage(brought.positions.there.get().expect("it was brought"));
+        let second = storage(brought.groups[0].slots.there.get().expect("it was brought"));
+        assert_eq!(second - first, 16, "one buffer, in steps of 16 bytes");
+        assert!(stays.positions.there.get().is_none());
+        let want = (
+            vec![3, 4, 9],
+            vec![64, 65, 7],
+            [vec![0, 2, 5, 0, 0, 2, 1, 40, 1, 1], vec![2, 0, 5]],
+        );
+        assert_eq!(told(&brought), want);
+        assert_eq!(told(&stays), want);
+    }
+}
