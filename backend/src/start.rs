@@ -18,6 +18,7 @@ use tandem_core::sched::{Limits, Lookup, Scheduler};
 use tandem_core::stats::Stats;
 use tandem_kernels::attention::{self, BLOCK_SIZE, CacheDtype};
 use tandem_kernels::comm::Comm;
+use tandem_kernels::gpu::emulating;
 use tandem_kernels::weight::{self, Format, Precision, Recipe};
 use tandem_kernels::{machine, pool};
 use tch::{Device, Kind};
@@ -36,6 +37,7 @@ use crate::pace::{self, Pace};
 use crate::ranks::{self, Assembled, Followers, Plan, Ready, Team};
 use crate::thoughts::Thoughts;
 use crate::weights::{Checkpoint, LoadError};
+use crate::words::device_name;
 use memory::{Free, MemoryPlan, size};
 
 /// Prompt tokens in a step that also continues streams. On a CPU a step's time grows with its tokens, and a quarter
@@ -426,7 +428,9 @@ pub fn set_threads(device: Device, threads: Option<usize>) {
     if device == Device::Cpu {
         machine::keep_freed_memory();
     }
-    let ours = device == Device::Cpu && *machine::features() != machine::Features::default();
+    let ours = device == Device::Cpu
+        && emulating().is_none()
+        && *machine::features() != machine::Features::default();
     tch::set_num_threads(if ours { 1 } else { pool::threads() as i32 });
 }
 
@@ -435,6 +439,14 @@ fn warn_of_slow_paths(decoder: &Decoder) {
     let (device, precision) = (decoder.device(), decoder.precision());
     let odd = |attn: &&AttnSpec| !attention::has_kernels(attn.head_dim as usize);
     let odd = decoder.spec.attentions().find(odd).map(|attn| attn.head_dim);
+    if let Some(lanes) = emulating() {
+        warn!(
+            %lanes,
+            "an emulated GPU: our GPU kernels run on the CPU, a thread at a time, and all else on libtorch's ops; for tests, \
+             hundreds of times slower than the CPU's own kernels"
+        );
+        return;
+    }
     match device {
         Device::Cpu if *machine::features() == machine::Features::default() => warn!(
             "no kernels of our own run here (they want AVX2 with FMA, and TANDEM_CPU_KERNELS not to be reference): \
@@ -506,14 +518,6 @@ fn by_format(decoder: &Decoder) -> String {
         .map(|(format, bytes)| format!("{} in {format}", size(bytes)))
         .collect();
     formats.join(", ")
-}
-
-fn device_name(device: Device) -> String {
-    match device {
-        Device::Cpu => "cpu".to_owned(),
-        Device::Cuda(index) => format!("cuda:{index}"),
-        other => format!("{other:?}").to_lowercase(),
-    }
 }
 
 /// From the system's entropy, by way of the keys std draws for its hash maps.

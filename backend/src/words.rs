@@ -9,6 +9,7 @@ use serde::Deserialize;
 use tandem_core::job::JobSpec;
 use tandem_core::sched::Lookup;
 use tandem_kernels::attention::CacheDtype;
+use tandem_kernels::gpu::{Lanes, emulate, emulating};
 use tandem_kernels::machine::{self, amd, gpu};
 use tandem_kernels::pool;
 use tandem_kernels::weight::{Precision, Recipe};
@@ -24,8 +25,13 @@ use crate::train::run::RunOptions;
 use crate::weights::{self, Checkpoint, LoadError, has_weights};
 
 /// `auto` (the first GPU, else the CPU), `cpu`, `cuda`, `cuda:N` (under ROCm these are AMD's GPUs). An error where a GPU
-/// may be meant and the program could not use any.
+/// may be meant and the program could not use any. `emu`, `emu:LANES`: from here on this process computes as on a GPU,
+/// emulated ([`emulate`]).
 pub fn device(word: &str) -> Result<Device, LoadError> {
+    if let Some(lanes) = emulated_lanes(word)? {
+        emulate(lanes);
+        return Ok(Device::Cpu);
+    }
     if word != "cpu" {
         gpu::gpu_check()?;
     }
@@ -47,7 +53,9 @@ pub fn device(word: &str) -> Result<Device, LoadError> {
         "auto" | "cuda" => 0,
         other => {
             let index = other.strip_prefix("cuda:").and_then(|index| index.parse().ok());
-            index.ok_or_else(|| LoadError::Option(format!("device {other:?} is not auto, cpu or cuda:N")))?
+            index.ok_or_else(|| {
+                LoadError::Option(format!("device {other:?} is not auto, cpu, cuda:N or emu"))
+            })?
         }
     };
     match index < count() {
@@ -57,6 +65,29 @@ pub fn device(word: &str) -> Result<Device, LoadError> {
             count(),
             barred().map_or_else(String::new, |why| format!("; {why}"))
         ))),
+    }
+}
+
+/// The lanes of `emu` (AMD's matrix cores) and `emu:LANES`; `None` for another device.
+fn emulated_lanes(word: &str) -> Result<Option<Lanes>, LoadError> {
+    let Some(rest) = word.strip_prefix("emu") else {
+        return Ok(None);
+    };
+    let lanes = match rest {
+        "" => Ok(Lanes::Cdna),
+        _ => rest.strip_prefix(':').unwrap_or(rest).parse(),
+    };
+    let named = lanes.map_err(|why| LoadError::Option(format!("device {word:?}: {why}")));
+    named.map(Some)
+}
+
+/// As [`device`] takes it.
+pub fn device_name(device: Device) -> String {
+    match (device, emulating()) {
+        (Device::Cpu, Some(lanes)) => format!("emu:{lanes}"),
+        (Device::Cpu, None) => "cpu".to_owned(),
+        (Device::Cuda(index), _) => format!("cuda:{index}"),
+        (other, _) => format!("{other:?}").to_lowercase(),
     }
 }
 

@@ -21,6 +21,7 @@ use crate::guard::{self, TorchFault};
 use crate::start::set_threads;
 use crate::train::{TrainError, run};
 use crate::weights::LoadError;
+use crate::words::device_name;
 
 /// How long rank 0 waits for ranks that somebody else starts; one attempt to meet takes a minute of it.
 const MEETING_PATIENCE: Duration = Duration::from_secs(600);
@@ -321,10 +322,14 @@ fn spawn(
     device: Device,
     threads: Option<usize>,
 ) -> Result<Child, LoadError> {
-    let device = if device == Device::Cpu { "cpu" } else { "cuda" };
+    // On a GPU each rank finds its own.
+    let device = match device {
+        Device::Cuda(_) => "cuda".to_owned(),
+        other => device_name(other),
+    };
     let threads = threads.map(|threads| format!("--threads={threads}"));
     let child = Command::new(program)
-        .args(["rank", "--device", device])
+        .args(["rank", "--device", &device])
         .args(threads)
         .env("RANK", rank.to_string())
         .env("LOCAL_RANK", rank.to_string())

@@ -25,7 +25,7 @@ pub struct ModelOptions {
     /// the hub's]
     #[arg(long, value_name = "NAME", num_args = 1.., value_delimiter = ',')]
     pub served_model_name: Vec<String>,
-    /// auto, cpu or cuda:N; with several ranks on GPUs, each takes its own
+    /// auto, cpu, cuda:N, or emu (a GPU emulated on the CPU, for tests); with several ranks on GPUs, each takes its own
     #[arg(long, default_value = "auto")]
     pub device: String,
     /// Ranks that divide the model [default: 1, or WORLD_SIZE where torchrun, Slurm or Kubernetes start the ranks]

@@ -60,7 +60,11 @@ const OPTIONS: &[Key] = &[
         &["model_revision"],
         "branch, tag or commit of a model on the hub",
     ),
-    ("device", &[], "auto (default), cpu or cuda:N"),
+    (
+        "device",
+        &[],
+        "auto (default), cpu, cuda:N, or emu (a GPU emulated on the CPU, for tests)",
+    ),
     ("dtype", &["torch_dtype"], "auto (default), bfloat16 or float32"),
     ("quantization", &[], "the linears in int8, int4 or nf4"),
     ("kv_cache_dtype", &[], "auto (default), bfloat16, float32 or int8"),

@@ -118,7 +118,7 @@ const KEYS: &[Key] = &[
     (
         "device",
         &[],
-        "auto (default), cpu or cuda:N; of several ranks each takes its own GPU",
+        "auto (default), cpu, cuda:N, or emu (a GPU emulated on the CPU, for tests); of several ranks each takes its own GPU",
     ),
     (
         "data_parallel_size",
