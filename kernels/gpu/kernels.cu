@@ -3,7 +3,10 @@
 #if defined(GPU_EMU)
 namespace { // Each layout of the emulated device has its own copy of every template.
 #endif
+#include "rows.h"
 #include "norm.cu"
+#include "activation.cu"
+#include "lora.cu"
 #if defined(GPU_EMU)
 }
 #endif

@@ -1,5 +1,7 @@
 //! The activation of an MLP, gated (act(gate) * up) or plain, and its gradient. Not the projections around it.
 
+mod gpu;
+
 use tch::Tensor;
 
 use crate::vector::{exp, map_rows, rows, vectorised};
@@ -40,7 +42,10 @@ impl From<Activation> for Gate {
 pub fn gated(gate_up: &Tensor, gate: impl Into<Gate>) -> Tensor {
     let gate = gate.into();
     let Some(from) = rows(gate_up) else {
-        return gated_reference(gate_up, gate);
+        return match crate::gpu::of(gate_up) {
+            Some(gpu) => gpu::gated(gpu, gate_up, gate),
+            None => gated_reference(gate_up, gate),
+        };
     };
     let inner = from.width / 2;
     map_rows(from.rows, inner, |row, y| {
@@ -53,7 +58,10 @@ pub fn gated(gate_up: &Tensor, gate: impl Into<Gate>) -> Tensor {
 pub fn gated_backward(gate_up: &Tensor, dy: &Tensor, gate: impl Into<Gate>) -> Tensor {
     let gate = gate.into();
     let (Some(from), Some(grad)) = (rows(gate_up), rows(dy)) else {
-        return gated_backward_reference(gate_up, dy, gate);
+        return match crate::gpu::of(gate_up) {
+            Some(gpu) => gpu::gated_backward(gpu, gate_up, dy, gate),
+            None => gated_backward_reference(gate_up, dy, gate),
+        };
     };
     let inner = from.width / 2;
     assert_eq!(
@@ -71,7 +79,10 @@ pub fn gated_backward(gate_up: &Tensor, dy: &Tensor, gate: impl Into<Gate>) -> T
 /// act(x), [T, I].
 pub fn activate(x: &Tensor, activation: Activation) -> Tensor {
     let Some(from) = rows(x) else {
-        return activate_reference(x, activation);
+        return match crate::gpu::of(x) {
+            Some(gpu) => gpu::plain(gpu, x, activation.into()),
+            None => activate_reference(x, activation),
+        };
     };
     map_rows(from.rows, from.width, |row, y| {
         activate_row(activation, from.row(row), y)
@@ -81,7 +92,10 @@ pub fn activate(x: &Tensor, activation: Activation) -> Tensor {
 /// The gradient of [`activate`] from `x` and `dy`, [T, I].
 pub fn activate_backward(x: &Tensor, dy: &Tensor, activation: Activation) -> Tensor {
     let (Some(from), Some(grad)) = (rows(x), rows(dy)) else {
-        return activate_backward_reference(x, dy, activation);
+        return match crate::gpu::of(x) {
+            Some(gpu) => gpu::plain_backward(gpu, x, dy, activation.into()),
+            None => activate_backward_reference(x, dy, activation),
+        };
     };
     assert_eq!(
         (grad.rows, grad.width),
@@ -96,7 +110,10 @@ pub fn activate_backward(x: &Tensor, dy: &Tensor, activation: Activation) -> Ten
 /// 1 / (1 + e^-x), [T, I]: how far a gate is open.
 pub fn sigmoid(x: &Tensor) -> Tensor {
     let Some(from) = rows(x) else {
-        return x.sigmoid();
+        return match crate::gpu::of(x) {
+            Some(gpu) => gpu::plain(gpu, x, gpu::Kind::Sigmoid),
+            None => x.sigmoid(),
+        };
     };
     map_rows(from.rows, from.width, |row, y| sigmoid_row(from.row(row), y))
 }
@@ -399,6 +416,10 @@ mod tests {
     /// Against float64 tch over a grid of shapes: 1e-6 of the largest value.
     #[test]
     fn agrees_with_the_reference() {
+        crate::gpu::everywhere(judge_by_the_reference);
+    }
+
+    fn judge_by_the_reference() {
         let double = |x: &Tensor| x.to_kind(Kind::Double);
         for (t, inner) in [(1, 1), (1, 7), (3, 64), (5, 100), (40, 1536)] {
             let wide = Tensor::randn([t, 2 * inner + 3], (Kind::Float, Device::Cpu)) * 4.0;
@@ -443,6 +464,10 @@ mod tests {
 
     #[test]
     fn extremes_stay_finite() {
+        crate::gpu::everywhere(judge_extremes);
+    }
+
+    fn judge_extremes() {
         let x = Tensor::from_slice(&[-1e30f32, -100.0, -0.0, 0.0, 100.0, 1e4]).view([6, 1]);
         let gate_up = Tensor::cat(&[&x, &x.ones_like()], 1);
         for gate in gates() {

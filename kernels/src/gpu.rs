@@ -7,6 +7,7 @@
 //! CPU's tensors those of such a device, so that a whole server takes a GPU's path. Slow; for tests and diagnosis.
 
 mod emu;
+pub(crate) mod rows;
 
 use std::cell::Cell;
 use std::fmt;

@@ -22,6 +22,12 @@ inline std::vector<uint16_t> rounded(const std::vector<float>& v) {
   return to;
 }
 
+inline std::vector<float> widened(const std::vector<uint16_t>& v) {
+  std::vector<float> to(v.size());
+  for (size_t i = 0; i < v.size(); ++i) to[i] = bf(v[i]);
+  return to;
+}
+
 template <class F>
 void launch(F kernel, int gx, int gy, int gz, int threads) {
   emu::launch(kernel, gx, gy, gz, threads);

@@ -4,6 +4,7 @@ use tch::Tensor;
 
 use crate::vector::{dot, in_chunks, map_rows, rows, rows_mut, sum_of, uninit, vector, vectorised};
 
+use super::gpu::{self, Norm};
 use super::{group_width, sum_over_rows};
 
 /// (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * weight + bias. `x` is [T, n H], `weight` and `bias` [H]: every run
@@ -11,7 +12,10 @@ use super::{group_width, sum_over_rows};
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) -> Tensor {
     let bias_row = bias.map_or(Some(None), |bias| vector(bias).map(Some));
     let (Some(from), Some(weight_row), Some(bias_row)) = (rows(x), vector(weight), bias_row) else {
-        return layer_norm_reference(x, weight, bias, eps);
+        return match crate::gpu::of(x) {
+            Some(gpu) => gpu::forward(gpu, Norm::Layer { bias }, x, weight, eps),
+            None => layer_norm_reference(x, weight, bias, eps),
+        };
     };
     let width = group_width(from.width, weight_row.len());
     if let Some(bias) = bias_row {
@@ -27,7 +31,11 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) 
 /// dx [T, n H] of [`layer_norm`] from `dy` [T, n H]; the bias does not matter.
 pub fn layer_norm_backward_input(x: &Tensor, weight: &Tensor, eps: f64, dy: &Tensor) -> Tensor {
     let (Some(from), Some(weight_row), Some(grad)) = (rows(x), vector(weight), rows(dy)) else {
-        return layer_norm_backward_reference(x, weight, eps, dy).0;
+        let norm = Norm::Layer { bias: None };
+        return match crate::gpu::of(x) {
+            Some(gpu) => gpu::backward_input(gpu, norm, x, weight, eps, dy, None),
+            None => layer_norm_backward_reference(x, weight, eps, dy).0,
+        };
     };
     assert_eq!(
         (grad.rows, grad.width),
@@ -57,6 +65,10 @@ pub fn layer_norm_backward_input(x: &Tensor, weight: &Tensor, eps: f64, dy: &Ten
 /// The gradients of weight and bias, [H] each. Their sums over rows run in one order.
 pub fn layer_norm_backward_params(x: &Tensor, weight: &Tensor, eps: f64, dy: &Tensor) -> (Tensor, Tensor) {
     let (Some(from), Some(weight_row), Some(grad)) = (rows(x), vector(weight), rows(dy)) else {
+        if let Some(gpu) = crate::gpu::of(x) {
+            let norm = Norm::Layer { bias: None };
+            return halves(&gpu::backward_params(gpu, norm, x, weight, eps, dy));
+        }
         let (_, dweight, dbias) = layer_norm_backward_reference(x, weight, eps, dy);
         return (dweight, dbias);
     };
@@ -66,7 +78,11 @@ pub fn layer_norm_backward_params(x: &Tensor, weight: &Tensor, eps: f64, dy: &Te
         let (dweight, dbias) = sums.split_at_mut(width);
         add_param_grads(x, eps, dy, dweight, dbias);
     });
-    let width = width as i64;
+    halves(&both)
+}
+
+fn halves(both: &Tensor) -> (Tensor, Tensor) {
+    let width = both.numel() as i64 / 2;
     (both.narrow(0, 0, width), both.narrow(0, width, width))
 }
 
@@ -185,6 +201,10 @@ mod tests {
     /// backward.
     #[test]
     fn agrees_with_the_reference() {
+        crate::gpu::everywhere(judge_by_the_reference);
+    }
+
+    fn judge_by_the_reference() {
         for (t, groups, width) in [(1, 1, 1), (1, 1, 576), (3, 1, 50), (70, 3, 64), (130, 1, 2048)] {
             let wide = Tensor::randn([t, groups * width + 5], FLOAT) * 3.0 + 3.0;
             let x = wide.narrow(1, 1, groups * width);
