@@ -7,6 +7,8 @@ namespace { // Each layout of the emulated device has its own copy of every temp
 #include "norm.cu"
 #include "activation.cu"
 #include "lora.cu"
+#include "experts.cu"
+#include "embedding.cu"
 #if defined(GPU_EMU)
 }
 #endif

@@ -48,7 +48,7 @@ static void all(int k, int n, int x_gap, bool bf16, const std::vector<Adapter>& 
   for (auto& tile : tiles) flat.insert(flat.end(), tile.begin(), tile.end());
 
   // What is rounded on the way is the kernel's own result: its shrunk rows are judged first, then used.
-  std::vector<float> partial((size_t)splits * rows * width, NAN), shrunk((size_t)rows * width, -7), got = y;
+  std::vector<float> partial((size_t)splits * rows * width, NAN), shrunk((size_t)rows * width, -0.01f), got = y;
   auto run = [&](const std::vector<int>& tiles, std::vector<float>& y, float* keep) {
     int count = tiles.size() / 3;
     launch([&] { (bf16 ? lora_shrink : lora_shrink_f32)(x.data(), x_stride, table.data(), most, tiles.data(), partial.data(), rows, width, k, k_each); },
@@ -57,7 +57,7 @@ static void all(int k, int n, int x_gap, bool bf16, const std::vector<Adapter>& 
            count, (n + 255) / 256, 1, 256);
   };
   run(flat, got, shrunk.data());
-  std::vector<double> want(y.begin(), y.end()), want_shrunk(shrunk.size(), -7);
+  std::vector<double> want(y.begin(), y.end()), want_shrunk(shrunk.size(), -0.01f);
   for (auto& tile : tiles) {
     if (tile[2] < 0) continue;
     auto& adapter = adapters[tile[2]];
