@@ -5,11 +5,13 @@
 //! adapter within an expert are one range. A token's choices are summed in the order in which it made them, so its bits do
 //! not depend on the other tokens.
 
+mod gpu;
 #[cfg(test)]
 mod tests;
 
 use std::ops::Range;
 
+use gpu::{OnGpu, OnHost};
 use tch::{Device, Kind, Tensor};
 
 use crate::slice::Rows;
@@ -41,6 +43,8 @@ pub struct Routing {
     /// By choice.
     weights: Vec<f32>,
     device: Device,
+    /// The same where a GPU has kernels for it.
+    on_gpu: Option<OnGpu>,
 }
 
 impl Routing {
@@ -49,13 +53,35 @@ impl Routing {
     /// # Panics
     /// When there are fewer than `top_k` experts.
     pub fn new(logits: &Tensor, top_k: usize, kind: RoutingWeights) -> Routing {
+        let experts = logits.size()[1];
+        assert!(
+            0 < top_k && top_k as i64 <= experts,
+            "{top_k} of {experts} experts for each token"
+        );
+        if let Some(gpu) = crate::gpu::of(logits) {
+            let on_gpu = OnGpu::new(gpu, logits, top_k, kind);
+            let OnHost {
+                chosen,
+                row_of,
+                choice_of,
+                starts,
+                weights,
+            } = on_gpu.on_host();
+            return Routing {
+                kind,
+                top_k,
+                chosen,
+                row_of,
+                choice_of,
+                starts,
+                weights,
+                device: logits.device(),
+                on_gpu: Some(on_gpu),
+            };
+        }
         let on_cpu = on_cpu(logits);
         let logits_of = Rows::of(&on_cpu).expect("a float32 matrix on the CPU");
         let (n_tokens, n_experts) = (logits_of.rows, logits_of.width);
-        assert!(
-            0 < top_k && top_k <= n_experts,
-            "{top_k} of {n_experts} experts for each token"
-        );
         let mut chosen = Vec::with_capacity(n_tokens * top_k);
         let mut weights = Vec::with_capacity(n_tokens * top_k);
         let mut by_logit: Vec<u32> = Vec::with_capacity(n_experts);
@@ -105,6 +131,7 @@ impl Routing {
             starts,
             weights,
             device: logits.device(),
+            on_gpu: None,
         }
     }
 
@@ -140,14 +167,18 @@ impl Routing {
     pub fn gather(&self, x: &Tensor) -> Tensor {
         self.check(x, self.n_tokens());
         let Some(from) = rows(x) else {
-            return self.gather_reference(x);
+            return match self.on_gpu(x) {
+                Some(on_gpu) => on_gpu.gather(x),
+                None => self.gather_reference(x),
+            };
         };
         let mut y = uninit(self.chosen.len(), from.width);
         let to = rows_mut(&mut y);
+        let (choice_of, top_k) = (&self.choice_of, self.top_k);
         in_chunks(to.rows, to.width, |rows| {
             for row in rows {
                 // SAFETY: the row is this task's alone.
-                unsafe { to.row(row) }.copy_from_slice(from.row(self.token(row)));
+                unsafe { to.row(row) }.copy_from_slice(from.row(choice_of[row] as usize / top_k));
             }
         });
         y
@@ -156,12 +187,15 @@ impl Routing {
     /// The gradient of [`Routing::gather`]: `[T, H]` from `dy` `[T * top_k, H]`.
     pub fn gather_backward(&self, dy: &Tensor) -> Tensor {
         self.sum_choices(dy, |_| 1.0)
+            .or_else(|| Some(self.on_gpu(dy)?.sum_choices(dy, false)))
             .unwrap_or_else(|| self.gather_backward_reference(dy))
     }
 
     /// The experts' outputs `[T * top_k, H]`, each times its weight, summed over each token's choices: `[T, H]`.
     pub fn combine(&self, outputs: &Tensor) -> Tensor {
-        self.sum_choices(outputs, |choice| self.weights[choice])
+        let weights = &self.weights;
+        self.sum_choices(outputs, |choice| weights[choice])
+            .or_else(|| Some(self.on_gpu(outputs)?.sum_choices(outputs, true)))
             .unwrap_or_else(|| self.combine_reference(outputs))
     }
 
@@ -171,20 +205,24 @@ impl Routing {
         self.check(outputs, self.chosen.len());
         self.check(dy, self.n_tokens());
         let (Some(from), Some(grad)) = (rows(outputs), rows(dy)) else {
-            return self.combine_backward_reference(outputs, dy);
+            return match self.on_gpu(outputs) {
+                Some(on_gpu) => on_gpu.combine_backward(outputs, dy),
+                None => self.combine_backward_reference(outputs, dy),
+            };
         };
         let mut doutputs = uninit(from.rows, from.width);
         let mut dweights = uninit(self.n_tokens(), self.top_k);
         let (to, to_weights) = (rows_mut(&mut doutputs), rows_mut(&mut dweights));
-        in_chunks(self.n_tokens(), self.top_k * from.width, |tokens| {
+        let (row_of, weights, top_k) = (&self.row_of, &self.weights, self.top_k);
+        in_chunks(self.n_tokens(), top_k * from.width, |tokens| {
             for token in tokens {
                 // SAFETY: a token's weights, and below the rows of its choices, are this task's alone.
                 let dweights = unsafe { to_weights.row(token) };
-                for (choice, dweight) in (token * self.top_k..).zip(dweights) {
-                    let row = self.row_of[choice] as usize;
+                for (choice, dweight) in (token * top_k..).zip(dweights) {
+                    let row = row_of[choice] as usize;
                     *dweight = row_dot(from.row(row), grad.row(token));
                     // SAFETY: as above.
-                    scale(self.weights[choice], grad.row(token), unsafe { to.row(row) });
+                    scale(weights[choice], grad.row(token), unsafe { to.row(row) });
                 }
             }
         });
@@ -194,6 +232,9 @@ impl Routing {
     /// The gradient of the logits `[T, experts]` this routing was made from, given that of the weights `[T, top_k]`. Which
     /// experts are chosen has none.
     pub fn logits_backward(&self, logits: &Tensor, dweights: &Tensor) -> Tensor {
+        if let Some(on_gpu) = self.on_gpu(logits) {
+            return on_gpu.logits_backward(logits, dweights);
+        }
         let (on_cpu, dweights) = (on_cpu(logits), on_cpu(dweights));
         let mut dlogits = Tensor::zeros([self.n_tokens() as i64, self.n_experts() as i64], FLOAT);
         let (logits, dweights) = (Rows::of(&on_cpu), Rows::of(&dweights));
@@ -225,13 +266,14 @@ impl Routing {
         let from = rows(x)?;
         let mut y = uninit(self.n_tokens(), from.width);
         let to = rows_mut(&mut y);
-        in_chunks(to.rows, to.width * self.top_k, |tokens| {
+        let (row_of, top_k) = (&self.row_of, self.top_k);
+        in_chunks(to.rows, to.width * top_k, |tokens| {
             for token in tokens {
                 // SAFETY: the row is this task's alone.
                 let y = unsafe { to.row(token) };
-                let choices = token * self.top_k..(token + 1) * self.top_k;
+                let choices = token * top_k..(token + 1) * top_k;
                 for (i, choice) in choices.enumerate() {
-                    let x = from.row(self.row_of[choice] as usize);
+                    let x = from.row(row_of[choice] as usize);
                     match i {
                         0 => scale(weight(choice), x, y),
                         _ => add_scaled(weight(choice), x, y),
@@ -242,8 +284,9 @@ impl Routing {
         Some(y)
     }
 
-    fn token(&self, row: usize) -> usize {
-        self.choice_of[row] as usize / self.top_k
+    /// Where kernels of the GPU can go on with it.
+    fn on_gpu(&self, x: &Tensor) -> Option<&OnGpu> {
+        crate::gpu::of(x).and(self.on_gpu.as_ref())
     }
 
     fn check(&self, x: &Tensor, n: usize) {
@@ -300,7 +343,7 @@ impl Routing {
 
 const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
 
-/// Routing is decided by the host, whatever the device: its groups shape the products that follow.
+/// Where a device has no kernels for it, the host decides on the routing, whose groups shape the products that follow.
 fn on_cpu(x: &Tensor) -> Tensor {
     x.detach()
         .to_device(Device::Cpu)

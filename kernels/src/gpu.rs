@@ -6,7 +6,9 @@
 //! The same kernels run on the CPU, a fiber a GPU thread, in the lanes of each maker ([`Lanes`]): [`emulate`] makes the
 //! CPU's tensors those of such a device, so that a whole server takes a GPU's path. Slow; for tests and diagnosis.
 
+pub(crate) mod embedding;
 mod emu;
+pub(crate) mod lora;
 pub(crate) mod rows;
 
 use std::cell::Cell;

@@ -17,6 +17,7 @@ use std::sync::OnceLock;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::KernelError;
+use crate::gpu;
 use crate::matmul::gemm::Right;
 use crate::simd::{self, Element, PANEL};
 use crate::slice::{Pages, Plain, Stay};
@@ -318,7 +319,10 @@ impl Weight {
         match &self.store {
             Store::F32(panels) => gather(panels, self.k, rows),
             Store::Bf16(panels) => gather(panels, self.k, rows),
-            Store::Plain(tensor) => tensor.index_select(0, &self.index(rows)).to_kind(Kind::Float),
+            Store::Plain(tensor) => match gpu::on(self.device) {
+                Some(gpu) => gpu::embedding::gather(gpu, tensor, rows),
+                None => tensor.index_select(0, &self.index(rows)).to_kind(Kind::Float),
+            },
             Store::Packed(packed) => packed.gather(rows),
             Store::Held(held) => held.gather(&self.index(rows)),
         }
@@ -365,6 +369,10 @@ mod tests {
     /// Packing and unpacking lose nothing, whatever the shape, dtype and precision; gather picks the same rows.
     #[test]
     fn dense_and_gather_are_exact() {
+        gpu::everywhere(judge_dense_and_gather);
+    }
+
+    fn judge_dense_and_gather() {
         for (n, k) in [
             (1, 1),
             (3, 7),

@@ -14,6 +14,10 @@ fn close(got: &Tensor, want: &Tensor, tolerance: f64, what: &str) {
 /// as transformers' MixtralSparseMoeBlock (renormalised) and Qwen2MoeSparseMoeBlock (not) do it.
 #[test]
 fn forward_and_backward_are_those_of_plain_tch() {
+    crate::gpu::everywhere(judge_by_plain_tch);
+}
+
+fn judge_by_plain_tch() {
     for kind in BOTH {
         for (n_tokens, n_experts, top_k, width) in
             [(1, 4, 1, 3), (5, 4, 4, 16), (70, 8, 2, 33), (40, 60, 4, 64)]
@@ -81,6 +85,10 @@ fn forward_and_backward_are_those_of_plain_tch() {
 /// Rows are by expert, then by token; a range of tokens is a range of rows within each expert; ties go to the first.
 #[test]
 fn rows_lie_by_expert_and_token() {
+    crate::gpu::everywhere(judge_the_layout);
+}
+
+fn judge_the_layout() {
     let logits = Tensor::randn([50, 8], FLOAT).round(); // many ties
     let routing = Routing::new(&logits, 3, RoutingWeights::OfChosen);
     assert_eq!((routing.n_tokens(), routing.n_experts()), (50, 8));
@@ -114,17 +122,22 @@ fn rows_lie_by_expert_and_token() {
 /// A token alone has the bits it has among others.
 #[test]
 fn a_token_alone_is_the_token_in_a_batch() {
+    crate::gpu::everywhere(judge_alone);
+}
+
+fn judge_alone() {
     let (logits, dweights) = (Tensor::randn([40, 16], FLOAT), Tensor::randn([40, 4], FLOAT));
     for kind in BOTH {
         let all = Routing::new(&logits, 4, kind);
         let outputs = Tensor::randn([160, 48], FLOAT);
         let (y, dx) = (all.combine(&outputs), all.gather_backward(&outputs));
         let dlogits = all.logits_backward(&logits, &dweights);
+        let tokens: Vec<usize> = all.tokens().collect();
         for token in 0..40 {
             let one = |x: &Tensor| x.narrow(0, token, 1);
             let alone = Routing::new(&one(&logits), 4, kind);
             let own: Vec<i64> = (0..160)
-                .filter(|row| all.token(*row) == token as usize)
+                .filter(|row| tokens[*row] == token as usize)
                 .map(|row| row as i64)
                 .collect();
             let own = outputs.index_select(0, &Tensor::from_slice(&own));
