@@ -31,6 +31,7 @@ __device__ __forceinline__ float exp2_(float x) { return __builtin_amdgcn_exp2f(
 __device__ __forceinline__ float log2_(float x) { return __builtin_amdgcn_logf(x); }
 __device__ __forceinline__ float rsqrt_(float x) { return __builtin_amdgcn_rsqf(x); }
 __device__ __forceinline__ float rcp_(float x) { return __builtin_amdgcn_rcpf(x); }
+__device__ __forceinline__ float fma_(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 __device__ __forceinline__ float max_(float a, float b) { return __builtin_fmaxf(a, b); }
 __device__ __forceinline__ float min_(float a, float b) { return __builtin_fminf(a, b); }
 #else
@@ -56,6 +57,7 @@ __device__ __forceinline__ float exp2_(float x) { return exp2f(x); }
 __device__ __forceinline__ float log2_(float x) { return log2f(x); }
 __device__ __forceinline__ float rsqrt_(float x) { return rsqrtf(x); }
 __device__ __forceinline__ float rcp_(float x) { return 1.f / x; }
+__device__ __forceinline__ float fma_(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ float max_(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ float min_(float a, float b) { return fminf(a, b); }
 #endif

@@ -4,6 +4,7 @@
 namespace { // Each layout of the emulated device has its own copy of every template.
 #endif
 #include "rows.h"
+#include "gemm.cu"
 #include "norm.cu"
 #include "activation.cu"
 #include "lora.cu"
