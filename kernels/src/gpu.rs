@@ -8,6 +8,7 @@
 
 pub(crate) mod embedding;
 mod emu;
+pub(crate) mod gemm;
 pub(crate) mod lora;
 pub(crate) mod rows;
 
@@ -15,6 +16,7 @@ use std::cell::Cell;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tch::{Device, Kind, Tensor};
 
@@ -95,6 +97,18 @@ pub fn emulating() -> Option<Lanes> {
     HERE.get().or_else(|| EMULATED.get().copied())
 }
 
+static DETERMINISTIC: AtomicBool = AtomicBool::new(false);
+
+/// From now on, in the whole process: products of many rows on our kernels, too.
+pub fn be_deterministic() {
+    DETERMINISTIC.store(true, Ordering::Relaxed);
+}
+
+/// Whether a row's bits are to be the same whatever is beside it: always on the emulated device.
+pub fn deterministic() -> bool {
+    DETERMINISTIC.load(Ordering::Relaxed) || emulating().is_some()
+}
+
 /// A device with kernels of ours.
 #[derive(Clone, Copy, Debug)]
 pub struct Gpu(Lanes);
@@ -166,6 +180,14 @@ impl Arg<'_> {
 }
 
 impl Gpu {
+    /// Threads that go in step: AMD's waves, NVIDIA's warps.
+    pub(crate) fn warp(self) -> u32 {
+        match self.0 {
+            Lanes::Cdna => 64,
+            Lanes::Rdna | Lanes::Nvidia => 32,
+        }
+    }
+
     /// Queues a kernel of `kernels/gpu` on the device, `grid` blocks of `threads`. Nothing is launched for an empty grid.
     ///
     /// # Panics

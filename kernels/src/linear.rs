@@ -8,6 +8,7 @@
 
 mod backward;
 mod branch;
+mod device;
 
 use std::ops::Range;
 
@@ -74,7 +75,7 @@ pub fn linear(x: &Tensor, w: &Weight, bias: Option<&Tensor>, lora: &[LoraRows]) 
 pub fn linear_grouped(x: &Tensor, groups: &[WeightRows], lora: &[LoraRows]) -> Tensor {
     match Job::new(x, groups, lora, x) {
         Some(job) => job.into_new(None),
-        None => reference(x, groups, lora, x).0,
+        None => elsewhere(x, groups, lora, x, None, None),
     }
 }
 
@@ -83,9 +84,12 @@ pub fn linear_add(x: &Tensor, w: &Weight, bias: Option<&Tensor>, lora: &[LoraRow
     let groups = [all_rows(x, w, bias)];
     match (Job::new(x, &groups, lora, x), RowsMut::of(residual)) {
         (Some(job), Some(to)) => job.run(to, Onto::Output),
-        _ => {
-            let _ = residual.g_add_(&reference(x, &groups, lora, x).0);
-        }
+        _ => match gpu::of(x) {
+            Some(gpu) => device::forward(gpu, x, &groups, (lora, x), Some(residual), residual, None),
+            None => {
+                let _ = residual.g_add_(&reference(x, &groups, lora, x).0);
+            }
+        },
     }
 }
 
@@ -123,11 +127,9 @@ pub fn linear_grouped_training(
             (job.into_new(around), shrunk)
         }
         _ => {
-            let (y, shrunk) = reference(x, groups, lora, lora_x);
-            (
-                residual.map_or_else(|| y.shallow_clone(), |residual| residual + &y),
-                shrunk,
-            )
+            let shrunk = Tensor::zeros([x.size()[0], most_ranks(lora)], (Kind::Float, x.device()));
+            let y = elsewhere(x, groups, lora, lora_x, residual, Some(&shrunk));
+            (y, shrunk)
         }
     }
 }
@@ -184,6 +186,32 @@ fn parts<'a, T: Multiplied>(groups: &[WeightRows<'a>]) -> Option<Vec<Part<'a, T>
         })
     };
     with_rows.map(part).collect()
+}
+
+/// Where the CPU's fast path cannot go: on a device's kernels, else in plain tch.
+fn elsewhere(
+    x: &Tensor,
+    groups: &[WeightRows],
+    lora: &[LoraRows],
+    lora_x: &Tensor,
+    residual: Option<&Tensor>,
+    shrunk: Option<&Tensor>,
+) -> Tensor {
+    match gpu::of(x) {
+        Some(gpu) => {
+            let residual = residual.map(Tensor::contiguous);
+            let y = device::new(x.size()[0], groups[0].weight.n(), x);
+            device::forward(gpu, x, groups, (lora, lora_x), residual.as_ref(), &y, shrunk);
+            y
+        }
+        None => {
+            let (y, own) = reference(x, groups, lora, lora_x);
+            if let Some(shrunk) = shrunk {
+                shrunk.shallow_clone().copy_(&own);
+            }
+            residual.map_or_else(|| y.shallow_clone(), |residual| residual + &y)
+        }
+    }
 }
 
 /// y, and the shrunk rows.

@@ -17,7 +17,7 @@ use std::sync::OnceLock;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::KernelError;
-use crate::gpu;
+use crate::gpu::{self, Gpu, gemm};
 use crate::matmul::gemm::Right;
 use crate::simd::{self, Element, PANEL};
 use crate::slice::{Pages, Plain, Stay};
@@ -245,6 +245,29 @@ impl Weight {
         match &self.store {
             Store::Packed(packed) => Some(Right::Packed(packed)),
             store => T::panels(store).map(Right::Panels),
+        }
+    }
+
+    /// `y [T, N] = x Wt + bias + around` by kernels of a device, see [`gemm::forward`]. False where they do not take it.
+    pub(crate) fn forward_on(
+        &self,
+        gpu: Gpu,
+        x: &Tensor,
+        bias: Option<&Tensor>,
+        around: Option<&Tensor>,
+        y: &Tensor,
+    ) -> bool {
+        match &self.store {
+            Store::Plain(w) => gemm::forward(gpu, x, w, bias, around, y),
+            _ => false,
+        }
+    }
+
+    /// `dx [T, K] = dy W + around` likewise.
+    pub(crate) fn backward_on(&self, gpu: Gpu, dy: &Tensor, around: Option<&Tensor>, dx: &Tensor) -> bool {
+        match &self.store {
+            Store::Plain(w) => gemm::backward(gpu, dy, w, around, dx),
+            _ => false,
         }
     }
 

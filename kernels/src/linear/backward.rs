@@ -6,7 +6,8 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
-use super::{WeightRows, check_groups, parts};
+use super::{WeightRows, check_groups, device, parts};
+use crate::gpu;
 use crate::matmul::gemm::{Left, Part, ROWS_TOGETHER, Right, for_each_of, spread, views};
 use crate::pool;
 use crate::simd::pack::{pack_step, unpack_rows};
@@ -63,7 +64,10 @@ fn backward(dy: &Tensor, groups: &[WeightRows], branches: &[BranchBack]) -> Tens
         );
     }
     let Some([rows]) = views([dy]) else {
-        return reference(dy, groups, branches);
+        return match gpu::of(dy) {
+            Some(gpu) => device::backward(gpu, dy, groups, branches),
+            None => reference(dy, groups, branches),
+        };
     };
     let mut dx = Tensor::empty([rows.rows as i64, first.k()], (Kind::Float, Device::Cpu));
     let to = RowsMut::of(&mut dx).expect("a new float CPU tensor");
