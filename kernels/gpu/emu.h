@@ -1,6 +1,6 @@
 // Kernels on the CPU: one block at a time, its threads in a fixed order. What `--device emu` runs and what the tests
 // judge. A thread runs until it waits for others; only then another stack is begun, so a kernel whose threads never wait
-// is a plain loop.
+// is a plain loop. One launch at a time in a process: what the threads of a block share is static.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -9,7 +9,6 @@
 #include <string.h>
 
 #include <functional>
-#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -52,7 +51,6 @@ Thread all[MOST];
 Fiber fibers[MOST];
 std::vector<int> spare; // Fibers that no thread is on.
 Place home;
-std::mutex one; // launch at a time in a process: what is shared in a block is static.
 
 uint32_t deposit[2][MOST];
 uint16_t left[MOST][16], right[MOST][16];
@@ -120,7 +118,6 @@ inline void pass_warp() { pass(warp(), WARP, [] {}); }
 
 template <class F>
 inline void launch(F kernel, int gx, int gy, int gz, int n) {
-  std::lock_guard<std::mutex> held(one);
   if (n <= 0 || n % WARP || n > MOST) {
     fprintf(stderr, "a block of %d threads, of waves of %d\n", n, WARP);
     abort();

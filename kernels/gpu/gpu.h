@@ -92,7 +92,16 @@ struct alignas(16) u16x8 { uint16_t v[8]; };
 struct alignas(16) f32x4 { float v[4]; };
 
 // ---- a 16 x 16 x 16 product of bf16 tiles with float32 sums: who holds what
-#if GPU_TILE == 2 || (defined(GPU_AMD) && !defined(__GFX9__))          // RDNA3 WMMA, 32 lanes
+#if GPU_TILE == 4 || (defined(GPU_AMD) && defined(__GFX12__))          // RDNA4 WMMA, 32 lanes: half a row of K each
+constexpr int AN = 8, CN = 8, RUN = 8;
+__device__ __forceinline__ int a_row(int l, int) { return l & 15; }
+__device__ __forceinline__ int a_k(int l, int j) { return 8 * (l >> 4) + j; }
+__device__ __forceinline__ int c_row(int l, int j) { return 8 * (l >> 4) + j; }
+__device__ __forceinline__ int c_col(int l, int) { return l & 15; }
+__device__ __forceinline__ float row_sum(float v) { for (int m = 8; m; m >>= 1) v += shfl_xor(v, m); return v; }
+__device__ __forceinline__ float row_max(float v) { for (int m = 8; m; m >>= 1) v = max_(v, shfl_xor(v, m)); return v; }
+#  define B_SAME_AS_A 1
+#elif GPU_TILE == 2 || (defined(GPU_AMD) && !defined(__GFX9__))        // RDNA3 WMMA, 32 lanes
 constexpr int AN = 16, CN = 8, RUN = 16;
 __device__ __forceinline__ int a_row(int l, int) { return l & 15; }
 __device__ __forceinline__ int a_k(int, int j) { return j; }
@@ -159,6 +168,11 @@ __device__ __forceinline__ void mma(Sum& c, const Half& a, const Half& b) {
   typedef short v4s __attribute__((ext_vector_type(4))); typedef float v4f __attribute__((ext_vector_type(4)));
   v4s x = __builtin_bit_cast(v4s, a), y = __builtin_bit_cast(v4s, b); v4f z = __builtin_bit_cast(v4f, c);
   z = __builtin_amdgcn_mfma_f32_16x16x16bf16_1k(x, y, z, 0, 0, 0);
+  c = __builtin_bit_cast(Sum, z);
+#elif defined(GPU_AMD) && defined(__GFX12__)
+  typedef short v8s __attribute__((ext_vector_type(8))); typedef float v8f __attribute__((ext_vector_type(8)));
+  v8s x = __builtin_bit_cast(v8s, a), y = __builtin_bit_cast(v8s, b); v8f z = __builtin_bit_cast(v8f, c);
+  z = __builtin_amdgcn_wmma_f32_16x16x16_bf16_w32_gfx12(x, y, z);
   c = __builtin_bit_cast(Sum, z);
 #elif defined(GPU_AMD)
   typedef short v16s __attribute__((ext_vector_type(16))); typedef float v8f __attribute__((ext_vector_type(8)));
