@@ -34,7 +34,7 @@ RTC_PACKAGE = "nvidia-cuda-nvrtc==13.0.88"
 AMD = ["gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201"]
 NVIDIA = ["sm_80", "sm_90"]
 AMD_FLAGS = "-nogpuinc -nogpulib -mcode-object-version=5 -fuse-cuid=none -O3 -std=c++20 -Wall -Werror --cuda-device-only".split()
-NVIDIA_FLAGS = "-std=c++17 -O3 -compress-mode=none -Werror all-warnings".split()
+NVIDIA_FLAGS = "-std=c++17 -O3 -compress-mode=size -Werror all-warnings".split()
 FATBIN = "cuda.fatbin"
 # What a block may share: 64 KiB on AMD, 48 KiB on NVIDIA (more only on request at launch, which nobody makes here).
 SHARED_LIMIT = {"gfx": 64 << 10, "sm_": 48 << 10}
@@ -187,7 +187,7 @@ def nvidia_uses(folder):
                 "registers": registers,
                 # 64 Ki registers for four schedulers, handed out by 8 a thread, at most 16 warps each.
                 "waves": min(16, 65536 // 4 // 32 // (-(-registers // 8) * 8)),
-                "shared": number("SHARED") - (1024 if target >= "sm_90" else 0),  # which the system takes there
+                "shared": max(0, number("SHARED") - (1024 if target >= "sm_90" else 0)),  # which the system takes there
                 "spilled": number("STACK") + number("LOCAL"),
                 "widths": [],
             }
