@@ -10,6 +10,12 @@ namespace { // Each layout of the emulated device has its own copy of every temp
 #include "lora.cu"
 #include "experts.cu"
 #include "embedding.cu"
+#include "pages.cu"
+#include "rope.cu"
+#include "fragments.cu"
+#include "segments.cu"
+#include "attention.cu"
+#include "attention_f32.cu"
 #if defined(GPU_EMU)
 }
 #endif

@@ -45,6 +45,28 @@ double distance(const G& got, const std::vector<double>& want) {
   return sqrt(off / all);
 }
 
+// Case files: see ../cases/README.md.
+template <class T>
+void case_array(FILE* file, const std::vector<T>& v) {
+  uint64_t bytes = v.size() * sizeof(T);
+  fwrite(&bytes, 8, 1, file);
+  fwrite(v.data(), 1, bytes, file);
+}
+
+template <class T>
+void case_array(FILE* file, const T& scalar) {
+  case_array(file, std::vector<T>{scalar});
+}
+
+// The arguments: buffers as vectors, the rest as the kernel takes it.
+template <class... A>
+void begin_case(FILE* file, const std::string& kernel, std::vector<uint32_t> grid, uint32_t threads, const A&... arguments) {
+  case_array(file, std::vector<char>(kernel.begin(), kernel.end()));
+  grid.push_back(threads);
+  case_array(file, grid);
+  (case_array(file, arguments), ...);
+}
+
 inline int failures = 0;
 
 // Says how far off something is, and counts it when that is more than `bar` (or not a number).
