@@ -85,6 +85,40 @@ template <int NT> __device__ __forceinline__ float block_reduce(float v, bool is
   for (int w = 1; w < NT / WARP; ++w) v = is_max ? max_(v, red[w]) : v + red[w];
   return v;
 }
+// 64 bits by halves.
+__device__ __forceinline__ uint64_t shfl_u64(uint64_t v, int src) {
+  return (uint64_t)(uint32_t)shfl_i((int)(v >> 32), src) << 32 | (uint32_t)shfl_i((int)v, src);
+}
+// The upper 64 bits of a product of 128.
+__device__ __forceinline__ uint64_t mul_high(uint64_t a, uint64_t b) {
+  uint64_t al = (uint32_t)a, ah = a >> 32, bl = (uint32_t)b, bh = b >> 32, middle = ah * bl + (al * bl >> 32);
+  return ah * bh + (middle >> 32) + ((al * bh + (uint32_t)middle) >> 32);
+}
+// A product that is rounded, never fused with the sum it goes into: for the CPU's bits.
+__device__ __forceinline__ float mul_(float a, float b) {
+#if defined(GPU_EMU)
+  volatile float product = a * b;
+  return product;
+#elif defined(GPU_NVIDIA)
+  return __fmul_rn(a, b);
+#else
+#pragma clang fp contract(off)
+  return a * b;
+#endif
+}
+// Adds to what a block shares. Of integers, so that the order does not matter.
+template <class T> __device__ __forceinline__ T shared_add(T* to, T v) {
+#if defined(GPU_EMU)
+  T before = *to;
+  *to += v;
+  return before;
+#elif defined(GPU_AMD)
+  return __hip_atomic_fetch_add(to, v, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_WORKGROUP);
+#else
+  if constexpr (sizeof(T) == 8) return atomicAdd((unsigned long long*)to, (unsigned long long)v);
+  else return atomicAdd(to, v);
+#endif
+}
 // bf16 as raw bits, rounded to nearest even: the same on all three.
 __device__ __forceinline__ float bf(uint16_t b) { F x; x.i = (uint32_t)b << 16; return x.f; }
 __device__ __forceinline__ uint16_t to_bf(float f) { F x; x.f = f; return (uint16_t)((x.i + 0x7fffu + ((x.i >> 16) & 1u)) >> 16); }
