@@ -22,6 +22,7 @@
 #define __device__
 #define __forceinline__ inline
 #define LAUNCH(threads, blocks)
+#define LAUNCH_UP_TO(threads, blocks)
 #define __shared__ static
 #define KERNEL void
 

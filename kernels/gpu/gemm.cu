@@ -41,7 +41,14 @@ template <class Row> __device__ __forceinline__ void left_step(Half (&to)[2], Ro
 #pragma unroll
         for (int i = 0; i < 8; ++i) to[h].v[j + i] = e.v[i];
       }
-  } else if constexpr (AN == 8) {
+  } else if constexpr (RUN == 8) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      u16x8 e = row(l & 15, 16 * (l >> 4) + 8 * h);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) to[h].v[i] = e.v[i];
+    }
+  } else if constexpr (RUN == 2) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       u16x8 e = row((l >> 2) + 8 * r, 8 * (l & 3));
@@ -60,7 +67,7 @@ template <class Row> __device__ __forceinline__ void left_step(Half (&to)[2], Ro
 }
 // The right side: its columns are `row`'s rows.
 template <class Row> __device__ __forceinline__ void right_step(Half (&to)[2], Row row) {
-  if constexpr (AN == 8) {
+  if constexpr (RUN == 2) {
     int l = lane_();
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
@@ -77,37 +84,52 @@ template <class Row> __device__ __forceinline__ void right_step(Half (&to)[2], R
 
 // y [rows, n] = x Wt + bias + residual, x [rows, k] float32 with rows x_stride apart, W [n, k] bfloat16; bias [n] and
 // residual [rows, n] float32 or null, the rows of y and of residual (which may be y) y_stride apart. Bound by reading W: 16 rows read it once.
-// launch: grid (n / 16 up, rows / 16 up), 8 warps.
-KERNEL LAUNCH(8 * WARP, 1) gemm_few(const float* x, int64_t x_stride, const uint16_t* w, const float* bias, const float* residual, float* y,
-                                     int64_t y_stride, int rows, int n, int k) {
+// launch: grid (n / 16 up, rows / 16 up), as many warps as there are segments, up to 8.
+KERNEL LAUNCH_UP_TO(8 * WARP, 1) gemm_few(const float* x, int64_t x_stride, const uint16_t* w, const float* bias, const float* residual, float* y,
+                                     int64_t y_stride, int rows, int n, int k, int warps) {
   __shared__ float parts[8][256];
   int warp = TX / WARP, l = lane_(), row0 = BY * 16, column0 = BX * 16;
-  float total = 0; // Of element TX of the tile.
-  for (int group = 0; group < k; group += 8 * SEGMENT) {
+  constexpr int AHEAD = AN == 16 ? 2 : 4;  // Steps that are read at once.
+  constexpr int MOST = 256 / WARP;         // Elements of the tile that a thread sums, with one warp.
+  float total[MOST];
+#pragma unroll
+  for (int i = 0; i < MOST; ++i) total[i] = 0;
+  for (int group = 0; group < k; group += warps * SEGMENT) {
     int from = group + warp * SEGMENT, to = from + SEGMENT < k ? from + SEGMENT : k;
     Sum sum;
 #pragma unroll
     for (int j = 0; j < CN; ++j) sum.v[j] = 0;
-#pragma unroll 4
-    for (int k0 = from; k0 < to; k0 += STEP) {
-      Half a[2], b[2];
-      left_step(a, [&](int r, int i) { return eight(row0 + r < rows ? x + (row0 + r) * x_stride + k0 + i : nullptr, to - k0 - i); });
-      right_step(b, [&](int c, int i) { return eight(column0 + c < n ? w + (int64_t)(column0 + c) * k + k0 + i : nullptr, to - k0 - i); });
-      mma(sum, a[0], b[0]);
-      mma(sum, a[1], b[1]);
+    for (int next = from; next < to; next += AHEAD * STEP) { // Steps behind the end add zeros.
+      Half a[AHEAD][2], b[AHEAD][2];
+#pragma unroll
+      for (int s = 0; s < AHEAD; ++s) {
+        int k0 = next + s * STEP;
+        left_step(a[s], [&](int r, int i) { return eight(row0 + r < rows ? x + (row0 + r) * x_stride + k0 + i : nullptr, to - k0 - i); });
+        right_step(b[s], [&](int c, int i) { return eight(column0 + c < n ? w + (int64_t)(column0 + c) * k + k0 + i : nullptr, to - k0 - i); });
+      }
+#pragma unroll
+      for (int s = 0; s < AHEAD; ++s) mma(sum, a[s][0], b[s][0]), mma(sum, a[s][1], b[s][1]);
     }
     block_sync(); // The last group's parts were read.
 #pragma unroll
     for (int j = 0; j < CN; ++j) parts[warp][c_row(l, j) * 16 + c_col(l, j)] = sum.v[j];
     block_sync();
-    if (TX < 256)
-      for (int s = 0; s < 8 && group + s * SEGMENT < k; ++s) total += parts[s][TX];
+#pragma unroll
+    for (int i = 0; i < MOST; ++i) {
+      int e = TX + i * warps * WARP;
+      if (e < 256)
+        for (int s = 0; s < warps && group + s * SEGMENT < k; ++s) total[i] += parts[s][e];
+    }
   }
-  int row = row0 + TX / 16, column = column0 + TX % 16;
-  if (TX >= 256 || row >= rows || column >= n) return;
-  if (bias) total += bias[column];
-  if (residual) total += residual[row * y_stride + column];
-  y[row * y_stride + column] = total;
+#pragma unroll
+  for (int i = 0; i < MOST; ++i) {
+    int e = TX + i * warps * WARP, row = row0 + e / 16, column = column0 + e % 16;
+    if (e >= 256 || row >= rows || column >= n) continue;
+    float v = total[i];
+    if (bias) v += bias[column];
+    if (residual) v += residual[row * y_stride + column];
+    y[row * y_stride + column] = v;
+  }
 }
 
 // The same for many rows, and the gradient dx = dy W: then `left` is dy [rows, n], and W's rows are the reduction.

@@ -11,6 +11,7 @@ typedef int int32_t; typedef long long int64_t;
 #  define __shared__ __attribute__((shared))
 #  define __forceinline__ inline __attribute__((always_inline))
 #  define LAUNCH(n, m) __attribute__((amdgpu_flat_work_group_size(n, n), amdgpu_waves_per_eu(m)))
+#  define LAUNCH_UP_TO(n, m) __attribute__((amdgpu_flat_work_group_size(WARP, n), amdgpu_waves_per_eu(m)))
 #  define GPU_AMD 1
 #  if defined(__GFX9__)
 #    define WARP 64
@@ -45,6 +46,7 @@ typedef int int32_t; typedef long long int64_t;
 #  define KERNEL extern "C" __global__ void
 #  define WARP 32
 #  define LAUNCH(n, m) __launch_bounds__(n, m)
+#  define LAUNCH_UP_TO(n, m) __launch_bounds__(n, m)
 #  define TX ((int)threadIdx.x)
 #  define BX ((int)blockIdx.x)
 #  define BY ((int)blockIdx.y)

@@ -3,7 +3,7 @@
 // One shape: x [rows, k] inside of wider rows, all forms against double; few and many rows have the same bits, and a row
 // alone those it has among others.
 void judge_shape(int rows, int n, int k) {
-  const int stride = k + 8;
+  const int stride = k + 8, warps = std::min(8, (k + SEGMENT - 1) / SEGMENT);
   auto x = normal((size_t)rows * stride), w32 = normal((size_t)n * k), bias = normal(n), residual = normal((size_t)rows * n);
   auto w = rounded(w32);
   std::vector<double> want((size_t)rows * n), want32(want.size());
@@ -19,7 +19,7 @@ void judge_shape(int rows, int n, int k) {
     }
   std::string shape = std::to_string(rows) + " x " + std::to_string(n) + " x " + std::to_string(k);
   std::vector<float> few(want.size(), NAN), many(few), alone(few), plain(few);
-  launch([&] { gemm_few(x.data(), stride, w.data(), bias.data(), residual.data(), few.data(), n, rows, n, k); }, (n + 15) / 16, (rows + 15) / 16, 1, 8 * WARP);
+  launch([&] { gemm_few(x.data(), stride, w.data(), bias.data(), residual.data(), few.data(), n, rows, n, k, warps); }, (n + 15) / 16, (rows + 15) / 16, 1, warps * WARP);
   launch([&] { gemm_many(x.data(), stride, w.data(), bias.data(), residual.data(), many.data(), n, rows, n, k); }, (n + 63) / 64, (rows + 63) / 64, 1, 4 * WARP);
   launch([&] { gemm_f32(x.data(), stride, w32.data(), bias.data(), residual.data(), plain.data(), n, rows, n, k); }, (n + 15) / 16, (rows + 15) / 16, 1, 256);
   judge("gemm_few " + shape, distance(few, want), 1e-6);
@@ -27,7 +27,7 @@ void judge_shape(int rows, int n, int k) {
   judge("gemm_f32 " + shape, distance(plain, want32), 2e-6);  // One chain.
   judge("bits of few and many " + shape, memcmp(few.data(), many.data(), 4 * few.size()) != 0, 0);
   for (int r = 0; r < rows; ++r)
-    launch([&] { gemm_few(x.data() + r * stride, stride, w.data(), bias.data(), residual.data() + r * n, alone.data() + r * n, n, 1, n, k); }, (n + 15) / 16, 1, 1, 8 * WARP);
+    launch([&] { gemm_few(x.data() + r * stride, stride, w.data(), bias.data(), residual.data() + r * n, alone.data() + r * n, n, 1, n, k, 2); }, (n + 15) / 16, 1, 1, 2 * WARP);
   judge("bits of rows alone " + shape, memcmp(few.data(), alone.data(), 4 * few.size()) != 0, 0);
 
   auto dy = normal((size_t)rows * n), around = normal((size_t)rows * k);

@@ -9,6 +9,8 @@ use super::{Arg, Gpu, deterministic, int};
 
 /// Rows that one reading of the weight serves.
 const FEW_ROWS: i64 = 16;
+/// Of the reduction, which a warp sums alone (`gpu/gemm.cu`).
+const SEGMENT: u32 = 512;
 
 /// `y [T, N] = x Wt + bias + around`, `x [T, K]` float32, `w [N, K]` bfloat16 or float32 in one piece; `around [T, N]`, which
 /// may be y, lies as y does. False where it is not for these kernels: nothing was computed.
@@ -30,7 +32,7 @@ pub(crate) fn forward(
         (vec![rows, k], vec![rows, n]),
         "x and y of a product"
     );
-    let args = [
+    let mut args = vec![
         x.into(),
         stride(x),
         w.into(),
@@ -44,7 +46,11 @@ pub(crate) fn forward(
     ];
     let (name, tile, threads) = match (w.kind(), rows <= FEW_ROWS) {
         (Kind::Float, _) => ("gemm_f32", 16, 256),
-        (_, true) => ("gemm_few", 16, 8 * gpu.warp()),
+        (_, true) => {
+            let warps = (k as u32).div_ceil(SEGMENT).min(8);
+            args.push(int(warps));
+            ("gemm_few", 16, warps * gpu.warp())
+        }
         (_, false) => ("gemm_many", 64, 4 * gpu.warp()),
     };
     launch(gpu, name, [n, rows], tile, threads, &args);
