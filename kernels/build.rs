@@ -77,8 +77,7 @@ fn emulated_device() {
             .opt_level(2)
             .debug(false)
             .define("GPU_TILE", lanes)
-            .flag_if_supported("-Wno-unknown-pragmas")
-            .flag_if_supported("-Wno-unused-function")
+            .warnings(false) // Those of the compilers for GPUs count.
             .file("gpu/emu.cpp")
             .compile(&format!("tandem_emu_{lanes}"));
     }

@@ -11,6 +11,7 @@ mod emu;
 pub(crate) mod gemm;
 pub(crate) mod lora;
 pub(crate) mod rows;
+pub(crate) mod told;
 
 use std::cell::Cell;
 use std::fmt;

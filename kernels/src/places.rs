@@ -4,10 +4,10 @@
 use std::cell::OnceCell;
 use std::ops::{Deref, Range};
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use crate::attention::PagedSeq;
-use crate::gpu;
+use crate::gpu::{self, told};
 
 /// Integers that ops read, and the same on the device, if a step brought them there.
 #[derive(Debug)]
@@ -177,12 +177,7 @@ impl Staging {
     }
 
     fn send(self, device: Device) -> Sent {
-        let here = Tensor::from_slice(&self.0);
-        Sent(match device {
-            Device::Cpu => here,
-            // From pinned memory the copy waits for nothing, and nothing waits for it but what comes behind it.
-            _ => here.pin_memory(device).to_device_(device, Kind::Int, true, false),
-        })
+        Sent(told::send(&Tensor::from_slice(&self.0), device))
     }
 }
 

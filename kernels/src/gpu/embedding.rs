@@ -3,6 +3,7 @@
 use tch::{Kind, Tensor};
 
 use super::rows::{Matrix, THREADS};
+use super::told::told;
 use super::{Gpu, int};
 
 /// Rows `ids` of `table` `[V, H]`, bfloat16 or float32, in float32.
@@ -13,8 +14,11 @@ pub(crate) fn gather(gpu: Gpu, table: &Tensor, ids: &[u32]) -> Tensor {
         other => panic!("a table of {other:?}"),
     };
     let table = table.contiguous();
-    let ids: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
-    let ids = Tensor::from_slice(&ids).to_device(table.device());
+    let ids = told(
+        ids.iter().map(|&id| i64::from(id)).collect(),
+        Kind::Int,
+        table.device(),
+    );
     let &[rows, width] = table.size().as_slice() else {
         panic!("a table of two dimensions, not {:?}", table.size())
     };

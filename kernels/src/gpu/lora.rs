@@ -5,6 +5,7 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use super::rows::{Matrix, THREADS};
+use super::told::told;
 use super::{Gpu, int};
 use crate::linear::{LoraModule, LoraPart, LoraRows};
 use crate::weight::{Precision, Store, Weight};
@@ -48,11 +49,11 @@ impl Tiles {
         let mut tiles = vec![];
         for (rows, slot) in segments {
             for first in rows.clone().step_by(TILE as usize) {
-                tiles.extend([first as i32, (rows.end - first).min(TILE) as i32, slot]);
+                tiles.extend([first, (rows.end - first).min(TILE), i64::from(slot)]);
             }
         }
         Tiles {
-            tiles: Tensor::from_slice(&tiles).view([-1, 3]).to_device(device),
+            tiles: told(tiles, Kind::Int, device).view([-1, 3]),
         }
     }
 }
@@ -115,7 +116,7 @@ impl Modules {
             records.resize(begin + 2 + 4 * most, 0);
         }
         Some(Modules {
-            records: Tensor::from_slice(&records).to_device(device),
+            records: told(records, Kind::Int64, device),
             most,
             ranks: ranks as usize,
             precision,
