@@ -84,8 +84,8 @@ mod tests {
         assert_ne!(place(&first), place(&tell(&[1, 3], Kind::Int)));
         // Those told often stay, others go.
         for i in 0..2 * REMEMBERED as i64 {
-            tell(&[i, i], Kind::Int);
-            tell(&[1, 2], Kind::Int);
+            drop(tell(&[i, i], Kind::Int));
+            drop(tell(&[1, 2], Kind::Int));
         }
         assert_eq!(place(&first), place(&tell(&[1, 2], Kind::Int)));
         assert_eq!(TOLD.with_borrow(VecDeque::len), REMEMBERED);
