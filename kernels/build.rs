@@ -41,7 +41,7 @@ fn main() {
         .flag("-isystem")
         .flag(include.join("torch/csrc/api/include"))
         .define("USE_C10D_GLOO", None)
-        .files(["csrc/c10d.cpp", "csrc/gpu.cpp"]);
+        .files(["csrc/c10d.cpp", "csrc/gpu.cpp", "csrc/ops.cpp"]);
     match gpu_headers(lib) {
         Gpu::None => (),
         Gpu::Cuda(folders) => {

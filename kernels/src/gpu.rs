@@ -9,6 +9,7 @@
 pub(crate) mod embedding;
 mod emu;
 pub(crate) mod gemm;
+mod launches;
 pub(crate) mod lora;
 pub(crate) mod rows;
 pub(crate) mod told;
@@ -20,6 +21,8 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use tch::{Device, Kind, Tensor};
+
+pub use launches::{Launches, counted};
 
 /// Whose way of holding a tile in its lanes the emulated device has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -199,6 +202,7 @@ impl Gpu {
         if grid.contains(&0) {
             return;
         }
+        launches::launched(name);
         let values: Vec<u64> = args.iter().map(|arg| arg.bits()).collect();
         emu::launch(self.0, name, grid, threads, &values);
     }
