@@ -92,7 +92,7 @@ template <int K> __device__ __forceinline__ float gate(float g, float u, float a
 }
 
 template <int W>
-__device__ __forceinline__ void gate_row(const float* x, float* out, uint16_t* rounded, int inner, int kind, float alpha, float limit) {
+__device__ __forceinline__ void gate_row(const float* x, float* out, uint16_t* rounded, int64_t row, int inner, int kind, float alpha, float limit) {
   constexpr int N = 8 / W;
   Floats<W> g[N], u[N];
   fill<W>(g, x, inner);
@@ -107,8 +107,8 @@ __device__ __forceinline__ void gate_row(const float* x, float* out, uint16_t* r
   for (int j = 0; j < N; ++j) {
     int i = column<W>(j);
     if (i >= inner) continue;
-    if (out) store<W>(out + i, g[j]);
-    if (rounded) store<W>(rounded + i, g[j]);
+    if (out) store<W>(out + row + i, g[j]);
+    if (rounded) store<W>(rounded + row + i, g[j]);
   }
 }
 
@@ -147,7 +147,7 @@ __device__ __forceinline__ void gate_back(const float* x, const float* dy, float
 }
 
 template <int W>
-__device__ __forceinline__ void plain_row(const float* x, const float* dy, float* out, uint16_t* rounded, int width, int kind) {
+__device__ __forceinline__ void plain_row(const float* x, const float* dy, float* out, uint16_t* rounded, int64_t row, int width, int kind) {
   constexpr int N = 8 / W;
   Floats<W> v[N], d[N];
   fill<W>(v, x, width);
@@ -165,8 +165,8 @@ __device__ __forceinline__ void plain_row(const float* x, const float* dy, float
   for (int j = 0; j < N; ++j) {
     int i = column<W>(j);
     if (i >= width) continue;
-    if (out) store<W>(out + i, v[j]);
-    if (rounded) store<W>(rounded + i, v[j]);
+    if (out) store<W>(out + row + i, v[j]);
+    if (rounded) store<W>(rounded + row + i, v[j]);
   }
 }
 
@@ -207,10 +207,9 @@ template <int W> __device__ __forceinline__ void cap_back(const float* y, const 
 // launch: grid (rows, inner / 2048, rounded up), 256 threads.
 KERNEL LAUNCH(256, 4) gated(const float* gate_up, int stride, float* out, uint16_t* rounded, int inner, int kind, float alpha, float limit) {
   const float* x = gate_up + (int64_t)BX * stride;
-  out = out ? out + (int64_t)BX * inner : nullptr;
-  rounded = rounded ? rounded + (int64_t)BX * inner : nullptr;
-  if (((inner | stride) & 3) == 0 && wide(x) && wide(out)) activation::gate_row<4>(x, out, rounded, inner, kind, alpha, limit);
-  else activation::gate_row<1>(x, out, rounded, inner, kind, alpha, limit);
+  int64_t row = (int64_t)BX * inner;
+  if (((inner | stride) & 3) == 0 && wide(x) && wide(out) && wide(rounded)) activation::gate_row<4>(x, out, rounded, row, inner, kind, alpha, limit);
+  else activation::gate_row<1>(x, out, rounded, row, inner, kind, alpha, limit);
 }
 
 // The gradient of gate_up, dense [rows, 2 inner], from dy, rows dy_stride apart.
@@ -227,19 +226,18 @@ KERNEL LAUNCH(256, 4) gated_backward(const float* gate_up, int stride, const flo
 // launch: grid (rows, width / 2048, rounded up), 256 threads.
 KERNEL LAUNCH(256, 4) activate(const float* x, int stride, float* out, uint16_t* rounded, int width, int kind) {
   const float* from = x + (int64_t)BX * stride;
-  out = out ? out + (int64_t)BX * width : nullptr;
-  rounded = rounded ? rounded + (int64_t)BX * width : nullptr;
-  if (((width | stride) & 3) == 0 && wide(from) && wide(out)) activation::plain_row<4>(from, nullptr, out, rounded, width, kind);
-  else activation::plain_row<1>(from, nullptr, out, rounded, width, kind);
+  int64_t row = (int64_t)BX * width;
+  if (((width | stride) & 3) == 0 && wide(from) && wide(out) && wide(rounded)) activation::plain_row<4>(from, nullptr, out, rounded, row, width, kind);
+  else activation::plain_row<1>(from, nullptr, out, rounded, row, width, kind);
 }
 
 // dy * act'(x), dense, from dy, rows dy_stride apart.
 // launch: grid (rows, width / 2048, rounded up), 256 threads.
 KERNEL LAUNCH(256, 4) activate_backward(const float* x, int stride, const float* dy, int dy_stride, float* dx, int width, int kind) {
   const float *from = x + (int64_t)BX * stride, *d = dy + (int64_t)BX * dy_stride;
-  float* to = dx + (int64_t)BX * width;
-  if (((width | stride | dy_stride) & 3) == 0 && wide(from) && wide(d) && wide(to)) activation::plain_row<4>(from, d, to, nullptr, width, kind);
-  else activation::plain_row<1>(from, d, to, nullptr, width, kind);
+  int64_t row = (int64_t)BX * width;
+  if (((width | stride | dy_stride) & 3) == 0 && wide(from) && wide(d) && wide(dx)) activation::plain_row<4>(from, d, dx, nullptr, row, width, kind);
+  else activation::plain_row<1>(from, d, dx, nullptr, row, width, kind);
 }
 
 // x = cap tanh(x / cap) in place, x [rows, width], rows `stride` apart.

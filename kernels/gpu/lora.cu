@@ -7,13 +7,13 @@
 // there are. What is multiplied is rounded to the adapter's precision: bf16, or float32 in kernels named _f32.
 
 struct LoraModule {
-  const void* a; // [ranks, k], or null: this linear is as it is.
+  uint64_t a; // The address of [ranks, k], or 0: this linear is as it is.
   int ranks, parts;
 };
 
-// y[:, column .. column + columns] += scale s[:, rank .. rank + ranks] Bt, of b [columns, ranks]. Columns of parts are disjoint.
+// y[:, column .. column + columns] += scale s[:, rank .. rank + ranks] Bt, of b, the address of [columns, ranks]. Columns of parts are disjoint.
 struct LoraPart {
-  const void* b;
+  uint64_t b;
   int column, columns, rank, ranks;
   float scale;
   int unused;
@@ -21,10 +21,10 @@ struct LoraPart {
 
 namespace lora {
 
-constexpr int TILE = 16, RANKS = 64, COLUMNS = 256, WARPS = 256 / WARP;
+constexpr int TILE = 16, RANKS = 32, COLUMNS = 256, WARPS = 256 / WARP;
 
 __device__ __forceinline__ const LoraModule* module_of(const void* modules, int most, int slot) {
-  return slot < 0 ? nullptr : (const LoraModule*)((const char*)modules + (int64_t)slot * (16 + 32 * most));
+  return (const LoraModule*)((const char*)modules + (int64_t)slot * (16 + 32 * most));
 }
 
 // ---- Fragments of 32 columns of k, as two products of 16. Which columns the hardware calls k = 0, 1, ... does not matter as
@@ -199,19 +199,19 @@ template <class F> __device__ __forceinline__ void parts_here(const LoraModule* 
 // partial [splits, rows, width] = the share of columns BZ k_each .. of k in x At, of x [rows, k], rows `stride` apart, for the rows
 // of all tiles; width is that of the module with the most ranks, what lies beyond a module's own is left alone. k_each is a
 // multiple of 32 and depends on k alone, so that a row's bits do too.
-// launch: grid (tiles, width / 64, rounded up, k / k_each, rounded up), 256 threads.
+// launch: grid (tiles, width / 32, rounded up, k / k_each, rounded up), 256 threads.
 KERNEL LAUNCH(256, 2) lora_shrink(const float* x, int stride, const void* modules, int most, const int* tiles, float* partial, int rows, int width,
                                   int k, int k_each) {
   const int* tile = tiles + 3 * BX;
   const LoraModule* module = lora::module_of(modules, most, tile[2]);
   int first = BY * lora::RANKS;
-  if (!module || !module->a || first >= module->ranks) return;
+  if (tile[2] < 0 || !module->a || first >= module->ranks) return;
   const float* from = x + (int64_t)tile[0] * stride;
-  const uint16_t* a = (const uint16_t*)module->a + (int64_t)first * k;
+  const uint16_t* a = global_memory<uint16_t>(module->a) + (int64_t)first * k;
   float* to = partial + ((int64_t)BZ * rows + tile[0]) * width + first;
   int end = (BZ + 1) * k_each < k ? (BZ + 1) * k_each : k;
   __shared__ float sums[lora::WARPS][lora::TILE][lora::TILE + 1];
-  if (k % 8 == 0 && stride % 4 == 0 && wide(x) && wide(module->a)) lora::shrink<true>(from, stride, tile[1], a, module->ranks - first, to, width, k, BZ * k_each, end, sums);
+  if (k % 8 == 0 && stride % 4 == 0 && wide(x) && module->a % 16 == 0) lora::shrink<true>(from, stride, tile[1], a, module->ranks - first, to, width, k, BZ * k_each, end, sums);
   else lora::shrink<false>(from, stride, tile[1], a, module->ranks - first, to, width, k, BZ * k_each, end, sums);
 }
 
@@ -223,12 +223,12 @@ KERNEL LAUNCH(256, 2) lora_expand(const float* partial, const void* modules, int
   __shared__ __attribute__((aligned(16))) uint16_t s[lora::TILE][lora::CHUNK + 8];
   const int* tile = tiles + 3 * BX;
   const LoraModule* module = lora::module_of(modules, most, tile[2]);
-  if (!module || !module->a) return;
+  if (tile[2] < 0 || !module->a) return;
   lora::parts_here(module, [&](const LoraPart& part, int from, int columns) {
-    const uint16_t* b = (const uint16_t*)part.b + (int64_t)(from - part.column) * part.ranks;
+    const uint16_t* b = global_memory<uint16_t>(part.b) + (int64_t)(from - part.column) * part.ranks;
     float* to = y + (int64_t)tile[0] * y_stride + from;
     float* keep = from == part.column ? shrunk : nullptr;
-    if (part.ranks % 8 == 0 && wide(part.b)) lora::expand<true>(partial, tile, rows, width, splits, part, b, columns, to, y_stride, keep, s);
+    if (part.ranks % 8 == 0 && part.b % 16 == 0) lora::expand<true>(partial, tile, rows, width, splits, part, b, columns, to, y_stride, keep, s);
     else lora::expand<false>(partial, tile, rows, width, splits, part, b, columns, to, y_stride, keep, s);
   });
 }
@@ -239,11 +239,11 @@ KERNEL LAUNCH(256, 2) lora_shrink_f32(const float* x, int stride, const void* mo
                                       int k, int k_each) {
   const int* tile = tiles + 3 * BX;
   const LoraModule* module = lora::module_of(modules, most, tile[2]);
-  if (!module || !module->a) return;
+  if (tile[2] < 0 || !module->a) return;
   int end = (BZ + 1) * k_each < k ? (BZ + 1) * k_each : k, n = tile[1];
   const float* from = x + (int64_t)tile[0] * stride;
   for (int rank = BY * lora::RANKS + TX / WARP; rank < (BY + 1) * lora::RANKS && rank < module->ranks; rank += lora::WARPS) {
-    const float* a = (const float*)module->a + (int64_t)rank * k;
+    const float* a = global_memory<float>(module->a) + (int64_t)rank * k;
     for (int first = 0; first < n; first += 4) { // Rows; beyond the last it is the last again.
       const float* row[4];
       float sums[4] = {0, 0, 0, 0};
@@ -270,9 +270,9 @@ KERNEL LAUNCH(256, 2) lora_expand_f32(const float* partial, const void* modules,
   __shared__ float s[lora::TILE][lora::CHUNK];
   const int* tile = tiles + 3 * BX;
   const LoraModule* module = lora::module_of(modules, most, tile[2]);
-  if (!module || !module->a) return;
+  if (tile[2] < 0 || !module->a) return;
   lora::parts_here(module, [&](const LoraPart& part, int from, int columns) {
-    const float* b = (const float*)part.b + (int64_t)(from - part.column + TX) * part.ranks;
+    const float* b = global_memory<float>(part.b) + (int64_t)(from - part.column + TX) * part.ranks;
     float* to = y + (int64_t)tile[0] * y_stride + from + TX;
     float sums[lora::TILE];
 #pragma unroll

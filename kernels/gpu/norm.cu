@@ -280,26 +280,26 @@ KERNEL LAUNCH(256, 4) layer_norm_short(float* x, int stride, const float* add, c
 
 // dx [runs, width] of rms_norm from dy, whose rows lie dy_stride apart; with onto it is added to what stands there.
 // launch: grid (runs), 256 threads.
-KERNEL LAUNCH(256, 2) rms_norm_backward(const float* x, int stride, const float* dy, int dy_stride, const float* weight,
+KERNEL LAUNCH(256, 1) rms_norm_backward(const float* x, int stride, const float* dy, int dy_stride, const float* weight,
                                         float* dx, int onto, int runs, int groups, int width, float eps) {
   norms::backward_run<false, 256>(x, stride, dy, dy_stride, weight, dx, onto, runs, groups, width, eps);
 }
 
 // launch: grid (runs / 8, rounded up), 256 threads.
-KERNEL LAUNCH(256, 4) rms_norm_backward_short(const float* x, int stride, const float* dy, int dy_stride, const float* weight,
+KERNEL LAUNCH(256, 2) rms_norm_backward_short(const float* x, int stride, const float* dy, int dy_stride, const float* weight,
                                               float* dx, int onto, int runs, int groups, int width, float eps) {
   norms::backward_run<false, 32>(x, stride, dy, dy_stride, weight, dx, onto, runs, groups, width, eps);
 }
 
 // The same of layer_norm.
 // launch: grid (runs), 256 threads.
-KERNEL LAUNCH(256, 2) layer_norm_backward(const float* x, int stride, const float* dy, int dy_stride, const float* weight,
+KERNEL LAUNCH(256, 1) layer_norm_backward(const float* x, int stride, const float* dy, int dy_stride, const float* weight,
                                           float* dx, int onto, int runs, int groups, int width, float eps) {
   norms::backward_run<true, 256>(x, stride, dy, dy_stride, weight, dx, onto, runs, groups, width, eps);
 }
 
 // launch: grid (runs / 8, rounded up), 256 threads.
-KERNEL LAUNCH(256, 4) layer_norm_backward_short(const float* x, int stride, const float* dy, int dy_stride, const float* weight,
+KERNEL LAUNCH(256, 2) layer_norm_backward_short(const float* x, int stride, const float* dy, int dy_stride, const float* weight,
                                                 float* dx, int onto, int runs, int groups, int width, float eps) {
   norms::backward_run<true, 32>(x, stride, dy, dy_stride, weight, dx, onto, runs, groups, width, eps);
 }
@@ -313,7 +313,7 @@ KERNEL LAUNCH(256, 2) rms_norm_params(const float* x, int stride, const float* d
 
 // Eight pieces a block: partial has a row for each of 8 x grid pieces.
 // launch: grid (runs / each_piece / 8, rounded up), 256 threads.
-KERNEL LAUNCH(256, 4) rms_norm_params_short(const float* x, int stride, const float* dy, int dy_stride, float* partial,
+KERNEL LAUNCH(256, 2) rms_norm_params_short(const float* x, int stride, const float* dy, int dy_stride, float* partial,
                                             int each_piece, int runs, int groups, int width, float eps) {
   norms::params_piece<false, 32>(x, stride, dy, dy_stride, partial, each_piece, runs, groups, width, eps);
 }
@@ -326,7 +326,7 @@ KERNEL LAUNCH(256, 2) layer_norm_params(const float* x, int stride, const float*
 }
 
 // launch: grid (runs / each_piece / 8, rounded up), 256 threads.
-KERNEL LAUNCH(256, 4) layer_norm_params_short(const float* x, int stride, const float* dy, int dy_stride, float* partial,
+KERNEL LAUNCH(256, 2) layer_norm_params_short(const float* x, int stride, const float* dy, int dy_stride, float* partial,
                                               int each_piece, int runs, int groups, int width, float eps) {
   norms::params_piece<true, 32>(x, stride, dy, dy_stride, partial, each_piece, runs, groups, width, eps);
 }

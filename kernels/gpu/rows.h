@@ -13,6 +13,16 @@ template <int W> __device__ __forceinline__ void store(uint16_t* to, const Float
   *(Halves<W>*)to = h;
 }
 
+// An address that was read from memory. That it is global memory AMD's compiler can not know by itself, and would look at
+// the block's own memory too.
+template <class T> __device__ __forceinline__ const T* global_memory(uint64_t address) {
+#if defined(GPU_AMD)
+  return (const T*)(const __attribute__((address_space(1))) T*)address;
+#else
+  return (const T*)address;
+#endif
+}
+
 // Whether 16 bytes at a time can be moved there; a pointer that is none does not stand against it.
 __device__ __forceinline__ bool wide(const void* p) { return ((uint64_t)p & 15) == 0; }
 

@@ -35,8 +35,8 @@ static void all(int k, int n, int x_gap, bool bf16, const std::vector<Adapter>& 
   }
   for (size_t i = 0; i < adapters.size(); ++i) {
     char* record = &table[i * (16 + 32 * most)];
-    auto pointer = [&](const Numbers& v) { return bf16 ? (const void*)v.rounded.data() : (const void*)v.exact.data(); };
-    LoraModule module{adapters[i].ranks ? pointer(as[i]) : nullptr, adapters[i].ranks, (int)adapters[i].parts.size()};
+    auto pointer = [&](const Numbers& v) { return bf16 ? (uint64_t)v.rounded.data() : (uint64_t)v.exact.data(); };
+    LoraModule module{adapters[i].ranks ? pointer(as[i]) : 0, adapters[i].ranks, (int)adapters[i].parts.size()};
     memcpy(record, &module, sizeof module);
     for (size_t p = 0; p < adapters[i].parts.size(); ++p) {
       auto& own = adapters[i].parts[p];
@@ -52,7 +52,7 @@ static void all(int k, int n, int x_gap, bool bf16, const std::vector<Adapter>& 
   auto run = [&](const std::vector<int>& tiles, std::vector<float>& y, float* keep) {
     int count = tiles.size() / 3;
     launch([&] { (bf16 ? lora_shrink : lora_shrink_f32)(x.data(), x_stride, table.data(), most, tiles.data(), partial.data(), rows, width, k, k_each); },
-           count, (width + 63) / 64, splits, 256);
+           count, (width + 31) / 32, splits, 256);
     launch([&] { (bf16 ? lora_expand : lora_expand_f32)(partial.data(), table.data(), most, tiles.data(), y.data(), y_stride, keep, rows, width, splits); },
            count, (n + 255) / 256, 1, 256);
   };

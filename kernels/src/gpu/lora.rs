@@ -12,7 +12,7 @@ use crate::weight::{Precision, Store, Weight};
 
 /// Rows of a tile, ranks and columns of a block (`gpu/lora.cu`).
 const TILE: i64 = 16;
-const RANKS: usize = 64;
+const RANKS: usize = 32;
 const COLUMNS: usize = 256;
 
 /// `y [T, N] += scale (x At) Bt` of each group's module on its rows. `shrunk [T, R]` gets the groups' `x At` before scaling, R
