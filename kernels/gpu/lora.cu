@@ -31,7 +31,7 @@ __device__ __forceinline__ const LoraModule* module_of(const void* modules, int 
 // long as left and right agree: so a lane takes columns that lie side by side, 16 bytes of bf16 at a time.
 constexpr int P = RUN < 4 ? 4 : RUN;   // Of a row of one product, how many a lane holds.
 constexpr int SHARES = AN / P;         // Rows that a lane holds numbers of.
-__device__ __forceinline__ int group(int l) { return RUN == 16 ? 0 : RUN == 4 ? l >> 4 : l & 3; }
+__device__ __forceinline__ int group(int l) { return RUN == 16 ? 0 : RUN == 2 ? l & 3 : l >> 4; }
 __device__ __forceinline__ int left_at(int r, int c) { return SHARES == 1 ? c : (c & 1) + 2 * r + 4 * (c >> 1); }
 __device__ __forceinline__ int right_at(int r, int c) { return P * r + c; }
 

@@ -223,13 +223,8 @@ fn reference(x: &Tensor, groups: &[WeightRows], lora: &[LoraRows], lora_x: &Tens
             None => y,
         }
     });
-    let mut y = Tensor::cat(&parts.collect::<Vec<_>>(), 0);
-    let mut shrunk = Tensor::zeros([x.size()[0], most_ranks(lora)], (y.kind(), y.device()));
-    if let Some(gpu) = gpu::of(lora_x)
-        && gpu::lora::add(gpu, lora_x, lora, &mut y, Some(&mut shrunk))
-    {
-        return (y, shrunk);
-    }
+    let y = Tensor::cat(&parts.collect::<Vec<_>>(), 0);
+    let shrunk = Tensor::zeros([x.size()[0], most_ranks(lora)], (y.kind(), y.device()));
     for LoraRows { rows, module } in lora {
         let n_rows = rows.end - rows.start;
         let own = module.a.reference_forward(&lora_x.narrow(0, rows.start, n_rows));
