@@ -204,7 +204,7 @@ template <int W> __device__ __forceinline__ void cap_back(const float* y, const 
 // act(gate) * up of gate_up [rows, 2 inner], rows `stride` apart, the gates in the first columns: float32 into out [rows,
 // inner] and bf16 into rounded, each where it is not null. kind: 0 silu, 1 tanh's gelu, 2 gelu, 3 quick gelu, 4 relu, 5
 // squared relu, 7 g' sigmoid(alpha g') (u' + 1), g' = min(g, limit), u' = u within +-limit.
-// launch: grid (rows, inner / 2048, rounded up), 256 threads.
+// launch: grid (rows, inner / 2048, rounded up), 256 threads. loads: 16 bytes a lane.
 KERNEL LAUNCH(256, 4) gated(const float* gate_up, int stride, float* out, uint16_t* rounded, int inner, int kind, float alpha, float limit) {
   const float* x = gate_up + (int64_t)BX * stride;
   int64_t row = (int64_t)BX * inner;
@@ -213,7 +213,7 @@ KERNEL LAUNCH(256, 4) gated(const float* gate_up, int stride, float* out, uint16
 }
 
 // The gradient of gate_up, dense [rows, 2 inner], from dy, rows dy_stride apart.
-// launch: grid (rows, inner / 2048, rounded up), 256 threads.
+// launch: grid (rows, inner / 2048, rounded up), 256 threads. loads: 16 bytes a lane.
 KERNEL LAUNCH(256, 4) gated_backward(const float* gate_up, int stride, const float* dy, int dy_stride, float* dx, int inner, int kind,
                                      float alpha, float limit) {
   const float *x = gate_up + (int64_t)BX * stride, *d = dy + (int64_t)BX * dy_stride;
@@ -223,7 +223,7 @@ KERNEL LAUNCH(256, 4) gated_backward(const float* gate_up, int stride, const flo
 }
 
 // act(x) of x [rows, width], rows `stride` apart, into dense rows: float32 and bf16 as gated; kind 6 is the sigmoid.
-// launch: grid (rows, width / 2048, rounded up), 256 threads.
+// launch: grid (rows, width / 2048, rounded up), 256 threads. loads: 16 bytes a lane.
 KERNEL LAUNCH(256, 4) activate(const float* x, int stride, float* out, uint16_t* rounded, int width, int kind) {
   const float* from = x + (int64_t)BX * stride;
   int64_t row = (int64_t)BX * width;
@@ -232,7 +232,7 @@ KERNEL LAUNCH(256, 4) activate(const float* x, int stride, float* out, uint16_t*
 }
 
 // dy * act'(x), dense, from dy, rows dy_stride apart.
-// launch: grid (rows, width / 2048, rounded up), 256 threads.
+// launch: grid (rows, width / 2048, rounded up), 256 threads. loads: 16 bytes a lane.
 KERNEL LAUNCH(256, 4) activate_backward(const float* x, int stride, const float* dy, int dy_stride, float* dx, int width, int kind) {
   const float *from = x + (int64_t)BX * stride, *d = dy + (int64_t)BX * dy_stride;
   int64_t row = (int64_t)BX * width;
@@ -241,7 +241,7 @@ KERNEL LAUNCH(256, 4) activate_backward(const float* x, int stride, const float*
 }
 
 // x = cap tanh(x / cap) in place, x [rows, width], rows `stride` apart.
-// launch: grid (rows, width / 2048, rounded up), 256 threads.
+// launch: grid (rows, width / 2048, rounded up), 256 threads. loads: 16 bytes a lane.
 KERNEL LAUNCH(256, 4) soft_cap(float* x, int stride, int width, float cap) {
   float* row = x + (int64_t)BX * stride;
   if (((width | stride) & 3) == 0 && wide(row)) activation::cap_row<4>(row, width, cap);
@@ -249,7 +249,7 @@ KERNEL LAUNCH(256, 4) soft_cap(float* x, int stride, int width, float cap) {
 }
 
 // dx, dense, of what soft_cap made y, from dy; rows y_stride and dy_stride apart.
-// launch: grid (rows, width / 2048, rounded up), 256 threads.
+// launch: grid (rows, width / 2048, rounded up), 256 threads. loads: 16 bytes a lane.
 KERNEL LAUNCH(256, 4) soft_cap_backward(const float* y, int y_stride, const float* dy, int dy_stride, float* dx, int width, float cap) {
   const float *from = y + (int64_t)BX * y_stride, *d = dy + (int64_t)BX * dy_stride;
   float* to = dx + (int64_t)BX * width;

@@ -199,7 +199,7 @@ template <class F> __device__ __forceinline__ void parts_here(const LoraModule* 
 // partial [splits, rows, width] = the share of columns BZ k_each .. of k in x At, of x [rows, k], rows `stride` apart, for the rows
 // of all tiles; width is that of the module with the most ranks, what lies beyond a module's own is left alone. k_each is a
 // multiple of 32 and depends on k alone, so that a row's bits do too.
-// launch: grid (tiles, width / 32, rounded up, k / k_each, rounded up), 256 threads.
+// launch: grid (tiles, width / 32, rounded up, k / k_each, rounded up), 256 threads. loads: 16 bytes a lane.
 KERNEL LAUNCH(256, 2) lora_shrink(const float* x, int stride, const void* modules, int most, const int* tiles, float* partial, int rows, int width,
                                   int k, int k_each) {
   const int* tile = tiles + 3 * BX;
@@ -217,7 +217,7 @@ KERNEL LAUNCH(256, 2) lora_shrink(const float* x, int stride, const void* module
 
 // y [rows, columns], rows y_stride apart, += the expansion of what lora_shrink left in partial. The shrunk rows, before scaling,
 // go into shrunk [rows, width] where it is not null.
-// launch: grid (tiles, columns / 256, rounded up), 256 threads.
+// launch: grid (tiles, columns / 256, rounded up), 256 threads. loads: 16 bytes a lane.
 KERNEL LAUNCH(256, 2) lora_expand(const float* partial, const void* modules, int most, const int* tiles, float* y, int y_stride, float* shrunk,
                                   int rows, int width, int splits) {
   __shared__ __attribute__((aligned(16))) uint16_t s[lora::TILE][lora::CHUNK + 8];

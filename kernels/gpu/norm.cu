@@ -253,79 +253,79 @@ __device__ __forceinline__ void params_piece(const float* x, int stride, const f
 
 // y = x / sqrt(mean(x^2) + eps) * weight of each run: float32 into out [runs, width] and bf16 into rounded [runs, width], each
 // where it is not null. add [runs, width], where not null, is added to x first, and x keeps the sum.
-// launch: grid (runs), 256 threads.
+// launch: grid (runs), 256 threads. loads: 16 bytes a lane.
 KERNEL LAUNCH(256, 2) rms_norm(float* x, int stride, const float* add, const float* weight, float* out, uint16_t* rounded,
                                int runs, int groups, int width, float eps) {
   norms::forward_run<false, 256>(x, stride, add, weight, nullptr, out, rounded, runs, groups, width, eps);
 }
 
-// launch: grid (runs / 8, rounded up), 256 threads.
+// launch: grid (runs / 8, rounded up), 256 threads. loads: 16 bytes a lane.
 KERNEL LAUNCH(256, 4) rms_norm_short(float* x, int stride, const float* add, const float* weight, float* out, uint16_t* rounded,
                                      int runs, int groups, int width, float eps) {
   norms::forward_run<false, 32>(x, stride, add, weight, nullptr, out, rounded, runs, groups, width, eps);
 }
 
 // As rms_norm, y = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * weight + bias; bias may be null.
-// launch: grid (runs), 256 threads.
+// launch: grid (runs), 256 threads. loads: 16 bytes a lane.
 KERNEL LAUNCH(256, 2) layer_norm(float* x, int stride, const float* add, const float* weight, const float* bias, float* out,
                                  uint16_t* rounded, int runs, int groups, int width, float eps) {
   norms::forward_run<true, 256>(x, stride, add, weight, bias, out, rounded, runs, groups, width, eps);
 }
 
-// launch: grid (runs / 8, rounded up), 256 threads.
+// launch: grid (runs / 8, rounded up), 256 threads. loads: 16 bytes a lane.
 KERNEL LAUNCH(256, 4) layer_norm_short(float* x, int stride, const float* add, const float* weight, const float* bias,
                                        float* out, uint16_t* rounded, int runs, int groups, int width, float eps) {
   norms::forward_run<true, 32>(x, stride, add, weight, bias, out, rounded, runs, groups, width, eps);
 }
 
 // dx [runs, width] of rms_norm from dy, whose rows lie dy_stride apart; with onto it is added to what stands there.
-// launch: grid (runs), 256 threads.
+// launch: grid (runs), 256 threads. loads: 16 bytes a lane.
 KERNEL LAUNCH(256, 1) rms_norm_backward(const float* x, int stride, const float* dy, int dy_stride, const float* weight,
                                         float* dx, int onto, int runs, int groups, int width, float eps) {
   norms::backward_run<false, 256>(x, stride, dy, dy_stride, weight, dx, onto, runs, groups, width, eps);
 }
 
-// launch: grid (runs / 8, rounded up), 256 threads.
+// launch: grid (runs / 8, rounded up), 256 threads. loads: 16 bytes a lane.
 KERNEL LAUNCH(256, 2) rms_norm_backward_short(const float* x, int stride, const float* dy, int dy_stride, const float* weight,
                                               float* dx, int onto, int runs, int groups, int width, float eps) {
   norms::backward_run<false, 32>(x, stride, dy, dy_stride, weight, dx, onto, runs, groups, width, eps);
 }
 
 // The same of layer_norm.
-// launch: grid (runs), 256 threads.
+// launch: grid (runs), 256 threads. loads: 16 bytes a lane.
 KERNEL LAUNCH(256, 1) layer_norm_backward(const float* x, int stride, const float* dy, int dy_stride, const float* weight,
                                           float* dx, int onto, int runs, int groups, int width, float eps) {
   norms::backward_run<true, 256>(x, stride, dy, dy_stride, weight, dx, onto, runs, groups, width, eps);
 }
 
-// launch: grid (runs / 8, rounded up), 256 threads.
+// launch: grid (runs / 8, rounded up), 256 threads. loads: 16 bytes a lane.
 KERNEL LAUNCH(256, 2) layer_norm_backward_short(const float* x, int stride, const float* dy, int dy_stride, const float* weight,
                                                 float* dx, int onto, int runs, int groups, int width, float eps) {
   norms::backward_run<true, 32>(x, stride, dy, dy_stride, weight, dx, onto, runs, groups, width, eps);
 }
 
 // What each piece, each_piece runs, brings to the gradient of rms_norm's weight: partial [pieces, width], for column_sums.
-// launch: grid (runs / each_piece, rounded up), 256 threads.
+// launch: grid (runs / each_piece, rounded up), 256 threads. loads: 16 bytes a lane.
 KERNEL LAUNCH(256, 2) rms_norm_params(const float* x, int stride, const float* dy, int dy_stride, float* partial, int each_piece,
                                       int runs, int groups, int width, float eps) {
   norms::params_piece<false, 256>(x, stride, dy, dy_stride, partial, each_piece, runs, groups, width, eps);
 }
 
 // Eight pieces a block: partial has a row for each of 8 x grid pieces.
-// launch: grid (runs / each_piece / 8, rounded up), 256 threads.
+// launch: grid (runs / each_piece / 8, rounded up), 256 threads. loads: 16 bytes a lane.
 KERNEL LAUNCH(256, 2) rms_norm_params_short(const float* x, int stride, const float* dy, int dy_stride, float* partial,
                                             int each_piece, int runs, int groups, int width, float eps) {
   norms::params_piece<false, 32>(x, stride, dy, dy_stride, partial, each_piece, runs, groups, width, eps);
 }
 
 // The same of layer_norm, the bias' gradient behind the weight's: partial [pieces, 2, width].
-// launch: grid (runs / each_piece, rounded up), 256 threads.
+// launch: grid (runs / each_piece, rounded up), 256 threads. loads: 16 bytes a lane.
 KERNEL LAUNCH(256, 2) layer_norm_params(const float* x, int stride, const float* dy, int dy_stride, float* partial,
                                         int each_piece, int runs, int groups, int width, float eps) {
   norms::params_piece<true, 256>(x, stride, dy, dy_stride, partial, each_piece, runs, groups, width, eps);
 }
 
-// launch: grid (runs / each_piece / 8, rounded up), 256 threads.
+// launch: grid (runs / each_piece / 8, rounded up), 256 threads. loads: 16 bytes a lane.
 KERNEL LAUNCH(256, 2) layer_norm_params_short(const float* x, int stride, const float* dy, int dy_stride, float* partial,
                                               int each_piece, int runs, int groups, int width, float eps) {
   norms::params_piece<true, 32>(x, stride, dy, dy_stride, partial, each_piece, runs, groups, width, eps);

@@ -1,4 +1,6 @@
 // Norms against double: rows that stand apart and begin anywhere, several runs a row, every way out, and the gradients.
+//
+// norm FILE: also writes rms_norm, with all it can be given, as a case file (../cases/README.md).
 #include "test.h"
 
 struct Shape {
@@ -91,7 +93,22 @@ static void all(Shape s, bool layer) {
   if (layer) judge(name + ", dbias", distance(std::vector<float>(sums.begin() + s.width, sums.end()), dbias), 2e-6);
 }
 
-int main() {
+static void write_case(const char* path) {
+  const int rows = 3, groups = 1, width = 2304, stride = width;
+  const float eps = 1e-5f;
+  auto x = normal(rows * width), add = normal(rows * width), weight = normal(width);
+  std::vector<float> out(rows * width, NAN);
+  std::vector<uint16_t> rounded(rows * width, 0x7fc0);
+  FILE* file = fopen(path, "wb");
+  if (!file) return perror(path), exit(1);
+  begin_case(file, "rms_norm", {rows, 1, 1}, 256, x, stride, add, weight, out, rounded, rows, groups, width, eps);
+  launch([&] { rms_norm(x.data(), stride, add.data(), weight.data(), out.data(), rounded.data(), rows, groups, width, eps); }, rows, 1, 1, 256);
+  case_array(file, x), case_array(file, add), case_array(file, weight), case_array(file, out), case_array(file, rounded);
+  fclose(file);
+}
+
+int main(int arguments, char** argument) {
+  if (arguments > 1) write_case(argument[1]);
   for (bool layer : {false, true})
     for (Shape s : {Shape{1, 1, 5, 0, 0}, {7, 3, 64, 8, 4}, {2, 5, 80, 3, 1}, {33, 1, 256, 0, 0}, {3, 1, 577, 0, 0}, {5, 2, 2048, 4, 0}, {2, 1, 8960, 0, 0}, {2, 1, 2500, 4, 1}})
       all(s, layer);
