@@ -22,7 +22,7 @@ __device__ __forceinline__ void attend(const float* q, const void* pages, const 
   constexpr bool CODES = sizeof(E) == 1;
   // Loads that are on their way at once, as many as there are registers for. RDNA's fragments take twice as many.
   constexpr bool FEW = LANE_ROWS == 8;
-  constexpr int AHEAD = FEW ? 1 : 4, BLOCKS_AHEAD = FEW ? 1 : 4, COLUMNS = FEW && MINE > 2 ? 1 : MINE;
+  [[maybe_unused]] constexpr int AHEAD = FEW ? 1 : 4, BLOCKS_AHEAD = FEW ? 1 : 4, COLUMNS = FEW && MINE > 2 ? 1 : MINE;
   __shared__ __attribute__((aligned(16))) uint16_t queries[ROWS * Q_STRIDE], powers[ROWS * P_STRIDE];
   __shared__ float tops[4][ROWS], sums[4][ROWS];
   __shared__ Factors factors[ROWS];

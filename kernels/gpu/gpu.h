@@ -123,7 +123,11 @@ template <class T> __device__ __forceinline__ T shared_add(T* to, T v) {
 }
 // bf16 as raw bits, rounded to nearest even: the same on all three.
 __device__ __forceinline__ float bf(uint16_t b) { F x; x.i = (uint32_t)b << 16; return x.f; }
-__device__ __forceinline__ uint16_t to_bf(float f) { F x; x.f = f; return (uint16_t)((x.i + 0x7fffu + ((x.i >> 16) & 1u)) >> 16); }
+__device__ __forceinline__ uint16_t to_bf(float f) {
+  F x; x.f = f;
+  if (f != f) return (uint16_t)(x.i >> 16 | 0x40u); // NVIDIA's NaN is all ones, which rounding would carry over into -0.
+  return (uint16_t)((x.i + 0x7fffu + ((x.i >> 16) & 1u)) >> 16);
+}
 struct alignas(16) u16x8 { uint16_t v[8]; };
 struct alignas(16) f32x4 { float v[4]; };
 

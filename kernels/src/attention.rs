@@ -18,6 +18,7 @@ mod backward;
 mod bench;
 mod cache;
 mod codes;
+pub(crate) mod device;
 mod forward;
 mod reference;
 #[cfg(test)]

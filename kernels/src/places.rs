@@ -1,12 +1,14 @@
 //! What one step tells all of its ops: positions, slots, block tables. On the host they are slices; where the device has
 //! kernels of ours they lie there too, in one buffer that is copied once, so that no op of no layer copies anything.
 
-use std::cell::OnceCell;
+use std::cell::{OnceCell, RefCell};
 use std::ops::{Deref, Range};
+use std::rc::Rc;
 
 use tch::{Device, Tensor};
 
-use crate::attention::PagedSeq;
+use crate::attention::device::{Cut, CutThere};
+use crate::attention::{CacheDtype, Heads, PagedSeq};
 use crate::gpu::{self, told};
 
 /// Integers that ops read, and the same on the device, if a step brought them there.
@@ -59,6 +61,8 @@ pub struct PagedGroup<'a> {
     pub slots: Ints<'a>,
     pub seqs: Vec<PagedSeq<'a>>,
     there: Option<PagedThere>,
+    /// How attention was cut for heads of a shape, once for all layers.
+    cuts: RefCell<Vec<((Heads, CacheDtype), Rc<CutThere>)>>,
 }
 
 /// [`PagedGroup::seqs`] on the device, all int32.
@@ -77,7 +81,29 @@ impl<'a> PagedGroup<'a> {
             slots: slots.into(),
             seqs,
             there: None,
+            cuts: RefCell::default(),
         }
+    }
+
+    /// Calls `read` with the sequences on `device` and how attention of such heads is cut over it: made when the first layer
+    /// asks.
+    pub(crate) fn with_cut<T>(
+        &self,
+        device: Device,
+        heads: Heads,
+        dtype: CacheDtype,
+        read: impl FnOnce(&PagedThere, &CutThere) -> T,
+    ) -> T {
+        let known = |cuts: &[((Heads, CacheDtype), Rc<CutThere>)]| {
+            let same = cuts.iter().find(|(of, _)| *of == (heads, dtype));
+            same.map(|(_, cut)| cut.clone())
+        };
+        let cut = known(&self.cuts.borrow()).unwrap_or_else(|| {
+            let cut = Rc::new(send_cut(Cut::new(&self.seqs, heads, dtype), device));
+            self.cuts.borrow_mut().push(((heads, dtype), cut.clone()));
+            cut
+        });
+        self.with_seqs(device, |there| read(there, &cut))
     }
 
     /// Calls `read` with the sequences on `device`: copied now where no step brought them.
@@ -178,6 +204,22 @@ impl Staging {
 
     fn send(self, device: Device) -> Sent {
         Sent(told::send(&Tensor::from_slice(&self.0), device))
+    }
+}
+
+fn send_cut(cut: Cut, device: Device) -> CutThere {
+    let mut staging = Staging::default();
+    let (n_items, n_merges) = (cut.items.len(), cut.merges.len());
+    let items = staging.add(cut.items.into_iter().flatten());
+    let merges = staging.add(cut.merges.into_iter().flatten());
+    let sent = staging.send(device);
+    CutThere {
+        tile: cut.tile,
+        n_items,
+        n_merges,
+        records: cut.records,
+        items: sent.part(&items),
+        merges: sent.part(&merges),
     }
 }
 

@@ -9,6 +9,7 @@ use std::f64::consts::PI;
 use tch::{Device, Kind, Tensor};
 
 use crate::KernelError;
+use crate::gpu::{self, Gpu};
 use crate::places::Ints;
 use crate::slice::RowsMut;
 use crate::vector::{in_chunks, vector, vectorised};
@@ -273,7 +274,10 @@ impl Rope {
         }
         let mut in_place = x.shallow_clone();
         let (Some(table), Some(rows)) = (vector(&self.table), RowsMut::of(&mut in_place)) else {
-            return self.turn_reference(x, positions, direction);
+            return match gpu::of(x) {
+                Some(gpu) => self.turn_gpu(gpu, x, positions, direction),
+                None => self.turn_reference(x, positions, direction),
+            };
         };
         let (rotary_dim, head_dim) = (self.table.size()[1] as usize, self.head_dim);
         let (layout, sign) = (self.layout, direction.sign());
@@ -292,6 +296,33 @@ impl Rope {
                 }
             }
         });
+    }
+
+    fn turn_gpu(&self, gpu: Gpu, x: &Tensor, positions: &Ints, direction: Direction) {
+        let [rows, width] = x.size()[..] else {
+            unreachable!("it was checked")
+        };
+        let [stride, step] = x.stride()[..] else {
+            unreachable!("a matrix has two strides")
+        };
+        assert_eq!(step, 1, "x with gaps between its columns");
+        let half = self.table.size()[1] as usize / 2;
+        let heads = width as usize / self.head_dim;
+        let positions = positions.on(x.device());
+        let args = [
+            x.into(),
+            (&self.table).into(),
+            (&positions).into(),
+            stride.into(),
+            gpu::int(heads),
+            gpu::int(self.head_dim),
+            gpu::int(half),
+            i32::from(self.layout == RopeLayout::Interleaved).into(),
+            direction.sign().into(),
+        ];
+        // A thread turns four pairs.
+        let blocks = (heads * half.div_ceil(4)).div_ceil(256);
+        gpu.launch("rope", [rows as usize, blocks, 1], 256, &args);
     }
 
     /// The same in plain tch, on any device.

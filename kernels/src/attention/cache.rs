@@ -6,14 +6,16 @@
 //! - K: one panel of 32 keys as columns, the reduction over D: `[D/2][32 keys][2]` bfloat16, `[D][32 keys]` float32;
 //! - V: panels of 32 of the D columns, the reduction over keys: `[32 keys / 2][32][2]` or `[32 keys][32]` each.
 //!
-//! A head's block is contiguous (8 KiB for D = 64 in bfloat16), so decode reads it as one stream. On other devices, and
-//! for head dimensions that are no multiple of 16: tensors `[blocks, kv_heads, 32, D]` a layer. 8 bits are in [`codes`].
+//! A head's block is contiguous (8 KiB for D = 64 in bfloat16), so decode reads it as one stream. On a device with kernels
+//! of ours: the pages of `kernels/gpu/pages.cu`. Else, and for head dimensions without kernels: tensors
+//! `[blocks, kv_heads, 32, D]` a layer. 8 bits are in [`codes`].
 
 use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
 use crate::KernelError;
+use crate::gpu;
 use crate::places::Ints;
 use crate::pool;
 use crate::simd::{Element, PANEL};
@@ -22,6 +24,7 @@ use crate::vector::rows;
 use crate::weight::Precision;
 
 use super::codes::{self, SCALES_LEN};
+use super::device;
 use super::{MAX_HEAD_DIM, regular};
 
 /// Tokens of a block: the columns of a panel.
@@ -102,6 +105,8 @@ pub(super) enum Store {
     Bf16(Panels<u16>),
     /// Bytes, see [`codes`].
     Int8(Panels<u8>),
+    /// `[blocks, kv_heads, bytes of a page]` of each layer, for kernels of ours.
+    Device(Vec<Tensor>),
     /// K and V of each layer.
     Plain(Vec<[PlainBlocks; 2]>),
 }
@@ -196,6 +201,11 @@ impl KvCache {
             CacheDtype::F32 if fast => Store::F32(Panels::zeroed(len)),
             CacheDtype::Bf16 if fast => Store::Bf16(Panels::zeroed(len)),
             CacheDtype::Int8 if fast => Store::Int8(Panels::zeroed(len)),
+            _ if gpu::on(device).is_some() && device::has_kernels(dtype, head_dim) => {
+                let size = [blocks, kv_heads, device::page_bytes(dtype, head_dim)].map(|n| n as i64);
+                let zeros = |_| Tensor::f_zeros(size, (Kind::Uint8, device));
+                Store::Device((0..layers).map(zeros).collect::<Result<_, _>>()?)
+            }
             _ => {
                 let size = [blocks, kv_heads, BLOCK_SIZE, head_dim].map(|n| n as i64);
                 let (kind, has_scales) = match dtype {
@@ -282,6 +292,9 @@ pub fn write(cache: &KvCache, layer: usize, k: &Tensor, v: &Tensor, slots: &Ints
         k.size(),
         v.size()
     );
+    if let Store::Device(layers) = &cache.store {
+        return device::write(&layers[layer], cache, k, v, slots);
+    }
     let limit = (blocks * BLOCK_SIZE) as i64;
     if let Some(slot) = slots.iter().find(|slot| !(0..limit).contains(*slot)) {
         panic!("slot {slot} of a cache of {limit}");

@@ -14,6 +14,7 @@ use crate::weight::Precision;
 
 use super::cache::{BLOCK_SIZE, Geometry, KvCache, Store};
 use super::codes;
+use super::device;
 use super::reference::{packed_reference, paged_reference};
 use super::tile::{Blocks, Call, Keys, Sequence, attend};
 use super::{Heads, Options, PackedOut, PagedSeq};
@@ -65,6 +66,9 @@ pub fn paged(
             .find(|block| **block as usize >= shape.blocks);
         assert!(outside.is_none(), "block {outside:?} of {}", shape.blocks);
     }
+    if let Store::Device(layers) = cache.store() {
+        return device::paged(q, &layers[layer], cache.dtype(), group, heads, options);
+    }
     let copy;
     let from = match rows(q) {
         Some(from) => Some(from),
@@ -104,7 +108,7 @@ pub fn paged(
                     let blocks = Blocks::Codes(Shared(cache.layer(panels, layer)), codes::decode);
                     paged_panels(&call, blocks, geometry, seqs)
                 }
-                Store::Plain(_) => unreachable!("taken above"),
+                Store::Plain(_) | Store::Device(_) => unreachable!("taken above"),
             }
             out
         }

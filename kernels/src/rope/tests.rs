@@ -1,6 +1,7 @@
 //! The table against transformers' numbers, its application against the reference and autograd.
 
 use super::*;
+use crate::gpu;
 
 const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
 
@@ -40,6 +41,10 @@ fn longrope(factor: f64, attention_factor: Option<f64>) -> RopeScaling {
 /// shows that it is no inverse.
 #[test]
 fn agrees_with_the_reference_and_its_gradient() {
+    gpu::everywhere(judge_by_the_reference);
+}
+
+fn judge_by_the_reference() {
     for layout in [RopeLayout::Half, RopeLayout::Interleaved] {
         for (t, heads, head_dim, rotary_dim, scaling) in [
             (1, 1, 2, 2, RopeScaling::None),
@@ -77,6 +82,10 @@ fn agrees_with_the_reference_and_its_gradient() {
 /// dimensions behind rotary_dim stay.
 #[test]
 fn pairs_stand_where_the_layout_says() {
+    gpu::everywhere(judge_layouts);
+}
+
+fn judge_layouts() {
     let (cos, sin) = (1f32.cos(), 1f32.sin());
     for (layout, want) in [
         (RopeLayout::Half, [cos, 0.0, sin, 0.0, 7.0, 8.0]),
