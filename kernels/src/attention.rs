@@ -32,7 +32,7 @@ use tch::Tensor;
 use crate::vector::vector;
 
 pub use backward::{packed_backward, sinks_backward};
-pub use cache::{BLOCK_SIZE, CacheDtype, CacheShape, KvCache, write};
+pub use cache::{BLOCK_SIZE, CacheDtype, CacheShape, KvCache, turn_and_write, write};
 pub use forward::{packed, paged};
 pub use reference::{packed_backward_reference, packed_reference, paged_reference, sinks_backward_reference};
 

@@ -3,7 +3,6 @@
 
 use std::cell::{OnceCell, RefCell};
 use std::ops::{Deref, Range};
-use std::rc::Rc;
 
 use tch::{Device, Tensor};
 
@@ -62,7 +61,7 @@ pub struct PagedGroup<'a> {
     pub seqs: Vec<PagedSeq<'a>>,
     there: Option<PagedThere>,
     /// How attention was cut for heads of a shape, once for all layers.
-    cuts: RefCell<Vec<((Heads, CacheDtype), Rc<CutThere>)>>,
+    cuts: RefCell<Vec<((Heads, CacheDtype), CutThere)>>,
 }
 
 /// [`PagedGroup::seqs`] on the device, all int32.
@@ -94,16 +93,15 @@ impl<'a> PagedGroup<'a> {
         dtype: CacheDtype,
         read: impl FnOnce(&PagedThere, &CutThere) -> T,
     ) -> T {
-        let known = |cuts: &[((Heads, CacheDtype), Rc<CutThere>)]| {
-            let same = cuts.iter().find(|(of, _)| *of == (heads, dtype));
-            same.map(|(_, cut)| cut.clone())
-        };
-        let cut = known(&self.cuts.borrow()).unwrap_or_else(|| {
-            let cut = Rc::new(send_cut(Cut::new(&self.seqs, heads, dtype), device));
-            self.cuts.borrow_mut().push(((heads, dtype), cut.clone()));
-            cut
-        });
-        self.with_seqs(device, |there| read(there, &cut))
+        let of = (heads, dtype);
+        let known = self.cuts.borrow().iter().any(|(known, _)| *known == of);
+        if !known {
+            let cut = send_cut(Cut::new(&self.seqs, heads, dtype), device);
+            self.cuts.borrow_mut().push((of, cut));
+        }
+        let cuts = self.cuts.borrow();
+        let (_, cut) = cuts.iter().find(|(known, _)| *known == of).expect("it was made");
+        self.with_seqs(device, |there| read(there, cut))
     }
 
     /// Calls `read` with the sequences on `device`: copied now where no step brought them.

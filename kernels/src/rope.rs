@@ -258,7 +258,17 @@ impl Rope {
         self.turn(gradient, positions, Direction::Backward);
     }
 
-    fn turn(&self, x: &Tensor, positions: &Ints, direction: Direction) {
+    /// For kernels that turn on their way.
+    pub(crate) fn turns(&self) -> Turns<'_> {
+        Turns {
+            table: &self.table,
+            half: self.table.size()[1] as usize / 2,
+            interleaved: i32::from(self.layout == RopeLayout::Interleaved),
+        }
+    }
+
+    /// Panics when [`Rope::apply`] would.
+    pub(crate) fn check(&self, x: &Tensor, positions: &Ints) {
         let size = x.size();
         assert!(
             size.len() == 2
@@ -272,6 +282,10 @@ impl Rope {
         if let Some(position) = positions.iter().find(|p| !(0..limit).contains(*p)) {
             panic!("position {position} outside a table of {limit}");
         }
+    }
+
+    fn turn(&self, x: &Tensor, positions: &Ints, direction: Direction) {
+        self.check(x, positions);
         let mut in_place = x.shallow_clone();
         let (Some(table), Some(rows)) = (vector(&self.table), RowsMut::of(&mut in_place)) else {
             return match gpu::of(x) {
@@ -306,18 +320,22 @@ impl Rope {
             unreachable!("a matrix has two strides")
         };
         assert_eq!(step, 1, "x with gaps between its columns");
-        let half = self.table.size()[1] as usize / 2;
+        let Turns {
+            table,
+            half,
+            interleaved,
+        } = self.turns();
         let heads = width as usize / self.head_dim;
         let positions = positions.on(x.device());
         let args = [
             x.into(),
-            (&self.table).into(),
+            table.into(),
             (&positions).into(),
             stride.into(),
             gpu::int(heads),
             gpu::int(self.head_dim),
             gpu::int(half),
-            i32::from(self.layout == RopeLayout::Interleaved).into(),
+            interleaved.into(),
             direction.sign().into(),
         ];
         // A thread turns four pairs.
@@ -349,6 +367,15 @@ impl Rope {
         let turned = Tensor::cat(&[turned.reshape(turning.size()), rest], 2);
         x.shallow_clone().copy_(&turned.view([x.size()[0], -1]));
     }
+}
+
+/// What a kernel that turns is given.
+pub(crate) struct Turns<'a> {
+    /// [positions, 2 half]: cosines, then sines.
+    pub table: &'a Tensor,
+    pub half: usize,
+    /// Whether pairs stand side by side.
+    pub interleaved: i32,
 }
 
 #[derive(Clone, Copy)]

@@ -68,15 +68,29 @@ impl Attention {
         rows: &Rows,
         pass: &mut impl Project,
     ) -> Tensor {
-        let (q, k, v) = self.attended(&self.project(x, rows, pass));
         let out = match rows.context {
             Context::Packed { cu_seqlens } => {
+                let (q, k, v) = self.attended(&self.project(x, rows, pass));
                 attention::packed(&q, &k, &v, cu_seqlens, self.heads, self.options(), rows.precision).out
             }
             Context::Paged { cache, groups } => {
                 let CachePlace { group, layer } = self.place;
                 let group = &groups[group];
-                attention::write(cache, layer, &k, &v, &group.slots);
+                let slots = &group.slots;
+                let q = match (rows.rope, &self.qk_norm) {
+                    // Nothing stands between the product and the rotation, nor between that and the cache.
+                    (Some(rope), None) => {
+                        let qkv = pass.project(&self.qkv, x);
+                        let heads = self.heads;
+                        attention::turn_and_write(cache, layer, &qkv, heads, rope, rows.positions, slots);
+                        self.split(&qkv).0
+                    }
+                    _ => {
+                        let (q, k, v) = self.attended(&self.project(x, rows, pass));
+                        attention::write(cache, layer, &k, &v, slots);
+                        q
+                    }
+                };
                 attention::paged(&q, cache, layer, group, self.heads, self.options())
             }
         };

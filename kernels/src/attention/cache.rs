@@ -18,6 +18,7 @@ use crate::KernelError;
 use crate::gpu;
 use crate::places::Ints;
 use crate::pool;
+use crate::rope::Rope;
 use crate::simd::{Element, PANEL};
 use crate::slice::{Pages, Plain, Rows, Shared};
 use crate::vector::rows;
@@ -25,7 +26,7 @@ use crate::weight::Precision;
 
 use super::codes::{self, SCALES_LEN};
 use super::device;
-use super::{MAX_HEAD_DIM, regular};
+use super::{Heads, MAX_HEAD_DIM, regular};
 
 /// Tokens of a block: the columns of a panel.
 pub const BLOCK_SIZE: usize = PANEL;
@@ -360,6 +361,45 @@ pub fn write(cache: &KvCache, layer: usize, k: &Tensor, v: &Tensor, slots: &Ints
         }
         _ => panic!("k and v are on {:?}, the cache on the CPU", k.device()),
     }
+}
+
+/// Turns queries and keys in `qkv` [T, (heads + 2 kv_heads) D] by their positions, in place, and writes the keys and values
+/// as [`write`] does. Where kernels of ours do it at once, the keys stay unturned in `qkv`.
+///
+/// # Panics
+/// As [`write`] and [`Rope::apply`] do.
+pub fn turn_and_write(
+    cache: &KvCache,
+    layer: usize,
+    qkv: &Tensor,
+    heads: Heads,
+    rope: &Rope,
+    positions: &Ints,
+    slots: &Ints,
+) {
+    let Heads {
+        heads: query_heads,
+        kv_heads,
+        head_dim,
+    } = heads;
+    rope.check(qkv, positions);
+    let width = (query_heads + 2 * kv_heads) * head_dim;
+    assert_eq!(qkv.size()[1] as usize, width, "qkv of {heads:?}");
+    if let Store::Device(layers) = &cache.store
+        && device::in_place(qkv)
+    {
+        return device::turn_and_write(&layers[layer], cache, qkv, heads, rope, positions, slots);
+    }
+    let turned = ((query_heads + kv_heads) * head_dim) as i64;
+    let (q, kv) = ((query_heads * head_dim) as i64, (kv_heads * head_dim) as i64);
+    rope.apply(&qkv.narrow(1, 0, turned), positions);
+    write(
+        cache,
+        layer,
+        &qkv.narrow(1, q, kv),
+        &qkv.narrow(1, turned, kv),
+        slots,
+    );
 }
 
 fn write_panels<T: Element + Plain>(layer: *mut T, geometry: Geometry, k: Rows, v: Rows, slots: &[i64]) {

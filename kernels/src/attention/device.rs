@@ -7,6 +7,7 @@ use tch::{Kind, Tensor};
 
 use crate::gpu::{self, Arg, Gpu, int};
 use crate::places::{Ints, PagedGroup};
+use crate::rope::{Rope, Turns};
 
 use super::cache::{BLOCK_SIZE, CacheDtype, CacheShape, KvCache};
 use super::{Heads, Options, PagedSeq, SEGMENT};
@@ -34,15 +35,9 @@ pub(super) fn page_bytes(dtype: CacheDtype, head_dim: usize) -> usize {
 /// [`super::write`] into the pages of a layer. A slot of -1 is a row of padding.
 pub(super) fn write(pages: &Tensor, cache: &KvCache, k: &Tensor, v: &Tensor, slots: &Ints) {
     let CacheShape {
-        blocks,
-        kv_heads,
-        head_dim,
-        ..
+        kv_heads, head_dim, ..
     } = cache.shape();
-    let limit = (blocks * BLOCK_SIZE) as i64;
-    if let Some(slot) = slots.iter().find(|slot| !(-1..limit).contains(*slot)) {
-        panic!("slot {slot} of a cache of {limit}");
-    }
+    check_slots(cache, slots);
     let gpu = kernels(k);
     let ((k, k_stride), (v, v_stride)) = (readable(k), readable(v));
     let name = match cache.dtype() {
@@ -63,6 +58,67 @@ pub(super) fn write(pages: &Tensor, cache: &KvCache, k: &Tensor, v: &Tensor, slo
     ];
     let grid = [k.size()[0] as usize, kv_heads.div_ceil(4), 1];
     gpu.launch(name, grid, 4 * gpu.warp(), &args);
+}
+
+/// [`super::turn_and_write`] in one launch.
+pub(super) fn turn_and_write(
+    pages: &Tensor,
+    cache: &KvCache,
+    qkv: &Tensor,
+    heads: Heads,
+    rope: &Rope,
+    positions: &Ints,
+    slots: &Ints,
+) {
+    check_slots(cache, slots);
+    let gpu = kernels(qkv);
+    let name = match cache.dtype() {
+        CacheDtype::F32 => "rope_kv_write_f32",
+        CacheDtype::Bf16 => "rope_kv_write_bf16",
+        CacheDtype::Int8 => "rope_kv_write_int8",
+    };
+    let device = pages.device();
+    let (positions, slots) = (positions.on(device), slots.on(device));
+    let Turns {
+        table,
+        half,
+        interleaved,
+    } = rope.turns();
+    let args = [
+        qkv.into(),
+        table.into(),
+        (&positions).into(),
+        (&slots).into(),
+        pages.into(),
+        qkv.stride()[0].into(),
+        int(heads.heads),
+        int(heads.kv_heads),
+        int(heads.head_dim),
+        int(half),
+        interleaved.into(),
+    ];
+    let grid = [
+        qkv.size()[0] as usize,
+        (heads.heads + heads.kv_heads).div_ceil(4),
+        1,
+    ];
+    gpu.launch(name, grid, 4 * gpu.warp(), &args);
+}
+
+/// Whether rows of float32 can be read, and written, where they are.
+pub(super) fn in_place(x: &Tensor) -> bool {
+    let [stride, step] = x.stride()[..] else {
+        return false;
+    };
+    let aligned = (x.data_ptr() as usize).is_multiple_of(16) && (stride % 4 == 0 || x.size()[0] <= 1);
+    x.kind() == Kind::Float && step == 1 && aligned
+}
+
+fn check_slots(cache: &KvCache, slots: &Ints) {
+    let limit = (cache.shape().blocks * BLOCK_SIZE) as i64;
+    if let Some(slot) = slots.iter().find(|slot| !(-1..limit).contains(*slot)) {
+        panic!("slot {slot} of a cache of {limit}");
+    }
 }
 
 /// [`super::paged`] over the pages of a layer.
@@ -150,18 +206,12 @@ fn kernels(x: &Tensor) -> Gpu {
 
 /// Float32 rows that begin on 16 bytes, and how far apart they are.
 fn readable(x: &Tensor) -> (Tensor, i64) {
-    let x = x.to_kind(Kind::Float);
-    let [rows, width] = x.size()[..] else {
-        panic!("{:?} is no matrix", x.size())
+    let x = match in_place(x) {
+        true => x.shallow_clone(),
+        false => x.to_kind(Kind::Float).contiguous().copy(),
     };
-    let [stride, step] = x.stride()[..] else {
-        unreachable!("a matrix has two strides")
-    };
-    let aligned = (x.data_ptr() as usize).is_multiple_of(16) && (stride % 4 == 0 || rows <= 1);
-    match step == 1 && aligned {
-        true => (x, stride),
-        false => (x.contiguous().copy(), width),
-    }
+    let stride = x.stride()[0];
+    (x, stride)
 }
 
 /// How the rows of a step are cut over the device for heads of one shape.

@@ -5,6 +5,7 @@ use tch::{Device, Kind, Tensor};
 use super::*;
 use crate::gpu;
 use crate::places::PagedGroup;
+use crate::rope::{Rope, RopeLayout, RopeScaling, RopeSpec};
 use crate::weight::Precision;
 
 const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
@@ -637,4 +638,62 @@ fn bytes_are_what_is_stored() {
         shape.block_bytes(CacheDtype::Int8) * 10,
         cache.bytes() / 2 + scales
     );
+}
+
+/// Turning and writing at once is one after the other, also where rows cannot be read in place.
+#[test]
+fn turning_and_writing_is_both() {
+    gpu::everywhere(|| {
+        let heads = Heads {
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 64,
+        };
+        let spec = RopeSpec {
+            theta: 1e4,
+            rotary_dim: 32,
+            layout: RopeLayout::Half,
+            scaling: RopeScaling::None,
+        };
+        let rope = Rope::new(&spec, 64, 64, Device::Cpu).expect("a small table");
+        let (positions, table) = ((0..40).collect::<Vec<i64>>(), [1, 0]);
+        let slots = slots(&table, 0..40);
+        let seq = || PagedSeq {
+            rows: 0..40,
+            table: &table,
+            first_block: 0,
+            kv_len: 40,
+        };
+        for (dtype, gap) in [
+            (CacheDtype::F32, 0),
+            (CacheDtype::Bf16, 4),
+            (CacheDtype::Int8, 0),
+            (CacheDtype::Bf16, 1),
+        ] {
+            let apart = Tensor::randn([40, 8 * 64 + gap], FLOAT).narrow(1, 0, 8 * 64);
+            let at_once = Tensor::randn([40, 8 * 64 + gap], FLOAT).narrow(1, 0, 8 * 64);
+            at_once.shallow_clone().copy_(&apart);
+            let [first, second] = [(); 2].map(|()| cache(heads, dtype, 2));
+            rope.apply(&apart.narrow(1, 0, 6 * 64), &(&positions).into());
+            write(
+                &first,
+                1,
+                &apart.narrow(1, 4 * 64, 128),
+                &apart.narrow(1, 6 * 64, 128),
+                &slots,
+            );
+            turn_and_write(
+                &second,
+                1,
+                &at_once,
+                heads,
+                &rope,
+                &(&positions).into(),
+                &(&slots).into(),
+            );
+            let [want, got] = [(&apart, &first), (&at_once, &second)]
+                .map(|(qkv, cache)| paged(&qkv.narrow(1, 0, 4 * 64), cache, 1, &[seq()], heads, options(64)));
+            assert_eq!(got, want, "{dtype:?} {gap}");
+        }
+    });
 }
