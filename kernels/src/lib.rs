@@ -37,6 +37,7 @@ pub mod norm;
 pub mod places;
 pub mod pool;
 pub mod rope;
+pub mod sample;
 pub mod sgd;
 mod simd;
 mod slice;

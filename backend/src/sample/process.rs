@@ -1,12 +1,11 @@
 //! Processors of single logits: logit_bias, penalties, min_tokens. Not here: what looks at all of them (nucleus).
 
 use tandem_core::grammar::Mask;
-use tandem_core::sampling::Sampling;
 use tandem_core::sched::View;
-use tandem_core::uses::Uses;
+use tandem_kernels::sample::Edit;
 
-/// What reads or writes single logits, on a copy; `None` when nothing of it was asked.
-pub(super) fn process(raw: &[f32], view: &View, mask: Option<&Mask>) -> Option<Vec<f32>> {
+/// What a request changes of single logits of a vocabulary of `n_tokens`, by token.
+pub(super) fn edits(view: &View, mask: Option<&Mask>, n_tokens: usize) -> Vec<Edit> {
     let View {
         prompt: _,
         generated,
@@ -20,41 +19,42 @@ pub(super) fn process(raw: &[f32], view: &View, mask: Option<&Mask>) -> Option<V
         && !stop_tokens.is_empty()
         // A text that is whole by its grammar ends.
         && mask.is_none_or(|mask| mask.allows_beside(stop_tokens));
-    if sampling.logit_bias().is_empty() && uses.is_none() && !too_short {
-        return None;
-    }
-    let mut logits = raw.to_vec();
-    for &(token, bias) in sampling.logit_bias() {
-        if let Some(logit) = logits.get_mut(token as usize) {
-            *logit += bias as f32;
-        }
-    }
+    let mut edits: Vec<Edit> = vec![];
     if let Some(uses) = uses {
-        penalise(&mut logits, uses, sampling);
-    }
-    if too_short {
-        for &token in *stop_tokens {
-            if let Some(logit) = logits.get_mut(token as usize) {
-                *logit = f32::NEG_INFINITY;
+        // Repetition over prompt and output; frequency and presence over the output only.
+        let repetition = sampling.repetition_penalty() as f32;
+        edits.extend(uses.iter().map(|(token, generated)| {
+            let penalty = match generated {
+                0 => 0.0,
+                n => sampling.frequency_penalty() * f64::from(n) + sampling.presence_penalty(),
+            };
+            Edit {
+                repetition,
+                penalty: penalty as f32,
+                ..Edit::of(token)
             }
-        }
+        }));
     }
-    Some(logits)
-}
-
-/// Repetition over prompt and output; frequency and presence over the output only.
-fn penalise(logits: &mut [f32], uses: &Uses, sampling: &Sampling) {
-    let repetition = sampling.repetition_penalty() as f32;
-    for (token, generated) in uses.iter() {
-        let logit = &mut logits[token as usize];
-        *logit = if *logit > 0.0 {
-            *logit / repetition
-        } else {
-            *logit * repetition
-        };
-        if generated > 0 {
-            let penalty = sampling.frequency_penalty() * f64::from(generated) + sampling.presence_penalty();
-            *logit -= penalty as f32;
-        }
+    edits.extend(sampling.logit_bias().iter().map(|&(token, bias)| Edit {
+        bias: bias as f32,
+        ..Edit::of(token)
+    }));
+    if too_short {
+        edits.extend(stop_tokens.iter().map(|&token| Edit {
+            bias: f32::NEG_INFINITY,
+            ..Edit::of(token)
+        }));
     }
+    edits.retain(|edit| (edit.token as usize) < n_tokens);
+    edits.sort_by_key(|edit| edit.token);
+    edits.dedup_by(|next, edit| {
+        let same = next.token == edit.token;
+        if same {
+            edit.bias += next.bias;
+            edit.repetition *= next.repetition;
+            edit.penalty += next.penalty;
+        }
+        same
+    });
+    edits
 }

@@ -1,6 +1,7 @@
 //! The sampler against its processors written plainly, in double.
 
 use super::*;
+use tandem_core::grammar::{Compiler, Grammar, Vocabulary};
 use tandem_core::sampling::RawSampling;
 use tandem_core::sampling::Sampling;
 use tandem_core::uses::Uses;
@@ -20,6 +21,15 @@ fn view<'a>(sampling: &'a Sampling, prompt: &'a [TokenId], output: &'a [TokenId]
             // A few bytes, for as long as the tests run.
             &*Box::leak(Box::new(uses))
         }),
+    }
+}
+
+fn ask<'a>(view: View<'a>, seed: u64) -> Ask<'a> {
+    Ask {
+        view,
+        seed,
+        mask: None,
+        forced: None,
     }
 }
 
@@ -157,7 +167,7 @@ fn frequencies_are_the_probabilities() {
         let n = 20_000;
         let mut counts = vec![0.0; logits.len()];
         for seed in 0..n {
-            counts[choose(&logits, &view, None, seed).unwrap() as usize] += 1.0;
+            counts[choose(&logits, &ask(view, seed)).unwrap() as usize] += 1.0;
         }
         let (mut chi2, mut cells) = (0.0f64, 0.0f64);
         for (token, (&count, &p)) in counts.iter().zip(&expected).enumerate() {
@@ -192,14 +202,7 @@ fn log_probabilities_are_of_raw_logits_and_equal_among_themselves() {
         ..RawSampling::default()
     };
     let sampling = Sampling::new(raw, vocab as u32).unwrap();
-    let asks: Vec<Ask> = (0..rows)
-        .map(|_| Ask {
-            view: view(&sampling, &[1], &[]),
-            seed: 0,
-            mask: None,
-            forced: None,
-        })
-        .collect();
+    let asks: Vec<Ask> = (0..rows).map(|_| ask(view(&sampling, &[1], &[]), 0)).collect();
     for (row, scored) in sample(&tensor, &asks).into_iter().enumerate() {
         let Scored { token, logprob, top } = scored.unwrap();
         let (values, tokens) = exact.get(row as i64).topk(20, -1, true, true);
@@ -242,14 +245,7 @@ fn ties_go_to_the_lowest_and_broken_rows_fail_alone() {
     ];
     let tensor = Tensor::from_slice(&rows).view([3, 4]).to_device(Device::Cpu);
     let sampling = Sampling::greedy();
-    let asks: Vec<Ask> = (0..3)
-        .map(|_| Ask {
-            view: view(&sampling, &[1], &[]),
-            seed: 0,
-            mask: None,
-            forced: None,
-        })
-        .collect();
+    let asks: Vec<Ask> = (0..3).map(|_| ask(view(&sampling, &[1], &[]), 0)).collect();
     let sampled = sample(&tensor, &asks);
     assert_eq!(sampled[0].as_ref().unwrap().token, 1);
     assert_eq!(sampled[1..], [Err(NotFinite), Err(NotFinite)]);
@@ -259,8 +255,95 @@ fn ties_go_to_the_lowest_and_broken_rows_fail_alone() {
 fn a_seed_and_a_place_decide() {
     let sampling = Sampling::new(RawSampling::default(), 1000).unwrap();
     let logits = vec![0.0; 1000];
-    let at = |seed, output: &[TokenId]| choose(&logits, &view(&sampling, &[1], output), None, seed).unwrap();
+    let at = |seed, output: &[TokenId]| choose(&logits, &ask(view(&sampling, &[1], output), seed)).unwrap();
     assert_eq!(at(5, &[1, 2]), at(5, &[3, 4]));
     assert!((0..20).any(|seed| at(seed, &[]) != at(seed, &[1])));
     assert!((0..20).any(|seed| at(seed, &[]) != at(seed + 1, &[])));
+}
+
+/// A row's options: tokens, log-probabilities and failures of a device are the host's, to the last bit.
+#[test]
+fn a_device_chooses_what_the_host_chooses() {
+    let base = || RawSampling {
+        temperature: Some(0.8),
+        ..RawSampling::default()
+    };
+    let options = [
+        base(),
+        RawSampling {
+            temperature: Some(0.0),
+            frequency_penalty: Some(1.5),
+            logprobs: Some(20),
+            ..base()
+        },
+        RawSampling {
+            top_k: Some(20),
+            top_p: Some(0.8),
+            logprobs: Some(0),
+            ..base()
+        },
+        RawSampling {
+            top_p: Some(0.95),
+            min_p: Some(0.001),
+            temperature: Some(1.7),
+            ..base()
+        },
+        RawSampling {
+            // As much as is next to nothing.
+            top_p: Some(1e-300),
+            ..base()
+        },
+        RawSampling {
+            top_k: Some(1_000_000),
+            repetition_penalty: Some(1.3),
+            presence_penalty: Some(-0.5),
+            frequency_penalty: Some(0.1),
+            logit_bias: vec![(1, 7.0), (7, -100.0), (7, 90.0), (999, 3.3)],
+            min_tokens: Some(9),
+            logprobs: Some(5),
+            ..base()
+        },
+    ];
+    let vocabulary = |n: usize| Vocabulary {
+        tokens: (0..n)
+            .map(|i| format!("{}{i}", ["a", "b"][i % 2]).into_bytes())
+            .collect(),
+        special: vec![false; n],
+        ends: vec![],
+    };
+    for n_tokens in [1000, 4100] {
+        let options: Vec<Sampling> = options
+            .iter()
+            .map(|raw| Sampling::new(raw.clone(), n_tokens as u32).unwrap())
+            .collect();
+        // Fewer tokens than the model has.
+        let compiler = Compiler::new(&vocabulary(n_tokens - 70)).unwrap();
+        let grammar = Grammar::lark("start: /a[0-9]+/");
+        let mask = compiler.compile(&grammar).unwrap().mask(&[]).unwrap();
+        let asks: Vec<Ask> = (0..options.len() * 12)
+            .map(|i| Ask {
+                mask: (i % 3 == 1).then_some(&mask),
+                forced: (i % 8 == 5).then_some([4, 5][i / 8 % 2]),
+                ..ask(view(&options[i / 12], &[1, 9, 1], &[7, 7, 9]), i as u64)
+            })
+            .collect();
+        let mut logits = noise(n_tokens as u64, asks.len() * n_tokens);
+        // Ties, and broken rows.
+        logits[..5 * n_tokens].iter_mut().for_each(|x| *x = x.round());
+        for (row, broken) in [(7, f32::NAN), (15, f32::INFINITY), (31, f32::NAN)] {
+            logits[row * n_tokens + 600] = broken;
+        }
+        let logits = Tensor::from_slice(&logits).view([asks.len() as i64, n_tokens as i64]);
+        let targets: Vec<(TokenId, u32)> = (0..asks.len())
+            .map(|row| (row as TokenId * 11, row as u32 % 21))
+            .collect();
+        let (sampled, scored) = (sample(&logits, &asks), score(&logits, &targets));
+        assert_eq!(sampled.iter().filter(|row| row.is_err()).count(), 3);
+        for lanes in gpu::Lanes::ALL {
+            let there = gpu::emulated(lanes, || sample(&logits.copy(), &asks));
+            assert_eq!(there, sampled, "{lanes}, {n_tokens} tokens");
+            let there = gpu::emulated(lanes, || score(&logits.copy(), &targets));
+            assert_eq!(there, scored, "{lanes}, {n_tokens} tokens");
+        }
+    }
 }

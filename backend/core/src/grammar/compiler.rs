@@ -216,6 +216,11 @@ impl Mask {
         (token as usize) < self.0.len() && self.0.is_allowed(token)
     }
 
+    /// A bit for each token that may come, 32 a word.
+    pub fn words(&self) -> &[u32] {
+        self.0.as_slice()
+    }
+
     /// The logits, minus infinity where a token may not come. Tokens beyond the vocabulary (a padded model has some) may not.
     pub fn apply(&self, logits: &[f32]) -> Vec<f32> {
         let mut masked = vec![f32::NEG_INFINITY; logits.len()];
