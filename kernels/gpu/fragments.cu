@@ -30,8 +30,30 @@ __device__ __forceinline__ u16x4 four(const int8* from) {
   return to;
 }
 
-#if GPU_TILE == 2 || (defined(GPU_AMD) && !defined(__GFX9__))
-// RDNA: a lane has all 16 of a step.
+#if GPU_TILE == 4 || (defined(GPU_AMD) && defined(__GFX12__))
+// RDNA4: a lane has 8 of a step.
+constexpr int LANE_ROWS = 8;
+__device__ __forceinline__ int lane_row(int j) { return j; }
+__device__ __forceinline__ int number_of_row(int i) { return i; }
+__device__ __forceinline__ int deep_k(int l, int step, int j) { return 16 * step + 8 * (l >> 4) + j; }
+__device__ __forceinline__ Half step_of_rows(const uint16_t* rows, int stride) {
+  Half x;
+  *(u16x8*)x.v = eight(rows + (lane_() & 15) * stride + 8 * (lane_() >> 4));
+  return x;
+}
+template <class E> __device__ __forceinline__ Half step_of_tile(const E* tile) {
+  Half x;
+  *(u16x8*)x.v = eight(tile + lane_() * 8);
+  return x;
+}
+__device__ __forceinline__ Deep deep_of_rows(const uint16_t* rows, int stride) {
+  return {step_of_rows(rows, stride), step_of_rows(rows + 16, stride)};
+}
+template <class E> __device__ __forceinline__ Deep deep_of_tile(const E* tile) {
+  return {step_of_tile(tile), step_of_tile(tile + 256)};
+}
+#elif GPU_TILE == 2 || (defined(GPU_AMD) && !defined(__GFX9__))
+// RDNA3: a lane has all 16 of a step.
 constexpr int LANE_ROWS = 8;
 __device__ __forceinline__ int lane_row(int j) { return j; }
 __device__ __forceinline__ int number_of_row(int i) { return i; }

@@ -4,15 +4,22 @@
 __device__ __forceinline__ int first_of(int i, int interleaved) { return interleaved ? 2 * i : i; }
 __device__ __forceinline__ int second_of(int i, int half, int interleaved) { return interleaved ? 2 * i + 1 : i + half; }
 
+__device__ __forceinline__ void turn(float& x, float& y, float cos, float sin) {
+  float first = x * cos - y * sin;
+  y = y * cos + x * sin;
+  x = first;
+}
+
 // Turns pairs i to i + 4 of a head.
 __device__ __forceinline__ void turn_pairs(const float* from, float* to, const float* cos, const float* sin, int i, int half,
                                            int interleaved, float sign, bool wide) {
   if (!wide) {
     for (int end = i + 4 < half ? i + 4 : half; i < end; ++i) {
       int first = first_of(i, interleaved), second = second_of(i, half, interleaved);
-      float x = from[first], y = from[second], s = sin[i] * sign;
-      to[first] = x * cos[i] - y * s;
-      to[second] = y * cos[i] + x * s;
+      float x = from[first], y = from[second];
+      turn(x, y, cos[i], sin[i] * sign);
+      to[first] = x;
+      to[second] = y;
     }
     return;
   }
@@ -20,12 +27,16 @@ __device__ __forceinline__ void turn_pairs(const float* from, float* to, const f
   f32x4 a = *(const f32x4*)(from + low), b = *(const f32x4*)(from + high);
   f32x4 c = *(const f32x4*)(cos + i), s = *(const f32x4*)(sin + i);
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    f32x4 &xs = interleaved && j >= 2 ? b : a, &ys = interleaved && j < 2 ? a : b;
-    int at = interleaved ? 2 * j % 4 : j, beside = interleaved ? at + 1 : j;
-    float x = xs.v[at], y = ys.v[beside], turn = s.v[j] * sign;
-    xs.v[at] = x * c.v[j] - y * turn;
-    ys.v[beside] = y * c.v[j] + x * turn;
+  for (int j = 0; j < 4; ++j) s.v[j] *= sign;
+  if (interleaved) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      turn(a.v[2 * j], a.v[2 * j + 1], c.v[j], s.v[j]);
+      turn(b.v[2 * j], b.v[2 * j + 1], c.v[2 + j], s.v[2 + j]);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) turn(a.v[j], b.v[j], c.v[j], s.v[j]);
   }
   *(f32x4*)(to + low) = a;
   *(f32x4*)(to + high) = b;
