@@ -56,6 +56,8 @@ pub struct Options {
     pub quantization: Option<Quantization>,
     /// Default: what weights are multiplied in.
     pub kv_cache_dtype: Option<CacheDtype>,
+    /// On a GPU: a row's bits do not depend on the rows beside it. On the CPU they never do.
+    pub deterministic: bool,
     /// How tokens are guessed, if they are.
     pub lookup: Option<Lookup>,
     /// Default: what the checkpoint was made for.
@@ -136,6 +138,7 @@ impl Options {
             dtype: Dtype::Auto,
             quantization: None,
             kv_cache_dtype: None,
+            deterministic: false,
             lookup: None,
             max_model_len: None,
             max_num_seqs: 64,
@@ -214,6 +217,7 @@ fn load(
         dtype,
         quantization,
         kv_cache_dtype,
+        deterministic,
         lookup,
         max_model_len,
         max_num_seqs,
@@ -245,6 +249,7 @@ fn load(
         bf16: precision == Precision::Bf16,
         recipe: recipe.map(|recipe| recipe.name().to_owned()),
         kv_cache_dtype: kv_cache_dtype.unwrap_or(precision.into()).name().to_owned(),
+        deterministic,
         max_num_seqs,
         max_model_len,
         max_num_batched_tokens,

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use tandem_core::id::Digest;
 use tandem_kernels::attention::{CacheDtype, KvCache};
 use tandem_kernels::comm::Comm;
+use tandem_kernels::gpu;
 use tandem_kernels::rope::{RopeScaling, RopeSpec};
 use tandem_kernels::weight::{Precision, Recipe};
 use tch::{Device, Kind, Tensor};
@@ -32,6 +33,7 @@ pub struct Plan {
     pub recipe: Option<String>,
     /// By its name.
     pub kv_cache_dtype: String,
+    pub deterministic: bool,
     pub max_num_seqs: u32,
     pub max_model_len: u32,
     pub max_num_batched_tokens: u32,
@@ -147,6 +149,9 @@ pub(super) fn load(
     // Ranks of this machine read all of it together; a part of it is read as it is reached.
     if comm.world() == local_world && copy == Copy::Own {
         checkpoint.read_ahead();
+    }
+    if plan.deterministic {
+        gpu::be_deterministic();
     }
     let is_loaded = AtomicBool::new(false);
     let (decoder, own_digest) = std::thread::scope(|scope| {

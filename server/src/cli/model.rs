@@ -45,6 +45,10 @@ pub struct ModelOptions {
     /// Of keys and values: auto (as --dtype), bfloat16, float32, or int8, half of bfloat16's memory: twice as many tokens
     #[arg(long, value_name = "DTYPE", default_value = "auto")]
     pub kv_cache_dtype: String,
+    /// On GPUs: an answer's bits do not depend on what is computed beside it, as they never do on the CPU. Products of many
+    /// rows then run on kernels of this program, slower than the vendor's
+    #[arg(long)]
+    pub deterministic: bool,
     /// Guess tokens by what followed the last ones before (prompt lookup); right guesses cost nothing and change no answer,
     /// e.g. '{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4, "prompt_lookup_min": 2}'
     #[arg(long, value_name = "JSON")]

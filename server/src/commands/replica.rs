@@ -102,6 +102,7 @@ pub fn engine_options(
     }
     engine.quantization = options.quantization.as_deref().map(str::parse).transpose()?;
     engine.kv_cache_dtype = tandem_backend::words::kv_cache_dtype(&options.kv_cache_dtype)?;
+    engine.deterministic = options.deterministic;
     let lookup = options.speculative_config.as_deref();
     engine.lookup = lookup
         .map(tandem_backend::words::speculative_config)

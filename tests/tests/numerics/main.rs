@@ -2,6 +2,7 @@
 //! to what. `cargo test --release -p tandem-tests --test numerics -- --nocapture` prints how close everything is.
 
 mod demo;
+mod device;
 mod equivalence;
 mod families;
 mod fixture;

@@ -1,0 +1,101 @@
+//! A GPU's path, emulated: the same answers as the CPU's, the same bits however rows are put together, and few launches.
+
+use std::ops::Range;
+
+use tandem_backend::lora::adapter::Adapter;
+use tandem_backend::model::Decoder;
+use tandem_kernels::gpu::{Lanes, Launches, counted, emulated};
+use tandem_kernels::weight::Precision;
+
+use crate::fixture::{FAMILIES, Fixture, NAMES, Table, max_difference};
+use crate::run::{Pages, Sequence, base, logprobs, packed, paged};
+
+/// Of a layer of a plain model in bfloat16, with adapters or without: norm, qkv, rope of q and k, the pages' write,
+/// attention and its merge, output, norm, gate and up, activation, down.
+const MOST_LAUNCHES: usize = 12;
+
+#[test]
+fn answers_are_the_cpus() {
+    let mut table = Table::default();
+    let names: Vec<&str> = NAMES.into_iter().chain(FAMILIES).collect();
+    for (i, name) in names.into_iter().enumerate() {
+        let lanes = Lanes::ALL[i % Lanes::ALL.len()];
+        let fixture = Fixture::open(name);
+        for (precision, close) in [(Precision::F32, 1e-4), (Precision::Bf16, 1e-1)] {
+            let (long, short) = (fixture.tokens("long"), fixture.tokens("short"));
+            let sequences = [base(&long), base(&short)];
+            let want = packed(&fixture.decoder(precision), &sequences);
+            emulated(lanes, || {
+                let decoder = fixture.decoder(precision);
+                let whole = paged(&decoder, &sequences, usize::MAX >> 1);
+                for ((got, want), tokens) in whole.iter().zip(&want).zip([&long, &short]) {
+                    let off = max_difference(&logprobs(got, tokens), &logprobs(want, tokens));
+                    table.add(name, &format!("{lanes} - CPU, {precision:?}"), off, close);
+                }
+                for (chunked, whole) in paged(&decoder, &sequences, 7).iter().zip(&whole) {
+                    let off = max_difference(chunked, whole);
+                    table.add(
+                        name,
+                        &format!("{lanes}: chunks of 7 - whole, {precision:?}"),
+                        off,
+                        0.0,
+                    );
+                }
+            });
+        }
+    }
+    table.judge("an emulated GPU (log-probabilities; logits for chunks)");
+}
+
+#[test]
+fn a_layer_is_few_launches_whatever_the_batch() {
+    let fixture = Fixture::open("gqa_tied");
+    let tokens = fixture.tokens("long");
+    emulated(Lanes::Cdna, || {
+        let decoder = fixture.decoder(Precision::Bf16);
+        let adapters: Vec<Adapter> = (0..8).map(|_| fixture.adapter("all", &decoder)).collect();
+        let layers = decoder.n_sublayers() / 2;
+        for streams in [1, 8, 64] {
+            for n_adapters in [0, 1, 8] {
+                let sequences: Vec<Sequence> = (0..streams)
+                    .map(|i| Sequence {
+                        tokens: &tokens[..9],
+                        // Neighbours share an adapter, as in a plan.
+                        adapter: adapters[..n_adapters].get(i * n_adapters / streams),
+                    })
+                    .collect();
+                let launches = decode_step(&decoder, &sequences);
+                let all: usize = launches.values().sum();
+                println!(
+                    "{streams} streams, {n_adapters} adapters: {all} launches of {layers} layers and the head"
+                );
+                let adapter_launches = if n_adapters == 0 { 0 } else { 8 };
+                let most = layers * (MOST_LAUNCHES + adapter_launches) + 8;
+                assert!(all <= most, "{all} launches, {most} allowed: {launches:#?}");
+            }
+        }
+    });
+}
+
+/// What the last token of each sequence queues.
+fn decode_step(decoder: &Decoder, sequences: &[Sequence]) -> Launches {
+    let last = sequences[0].tokens.len() - 1;
+    let mut pages = Pages::new(decoder, sequences.len(), last + 1, last);
+    let part = |range: Range<usize>| -> Vec<(usize, Sequence)> {
+        sequences
+            .iter()
+            .enumerate()
+            .map(|(i, sequence)| {
+                (
+                    i,
+                    Sequence {
+                        tokens: &sequence.tokens[range.clone()],
+                        ..*sequence
+                    },
+                )
+            })
+            .collect()
+    };
+    pages.append(decoder, &part(0..last), 0);
+    counted(|| pages.append(decoder, &part(last..last + 1), last)).1
+}
