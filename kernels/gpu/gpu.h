@@ -32,7 +32,13 @@ __device__ __forceinline__ float exp2_(float x) { return __builtin_amdgcn_exp2f(
 __device__ __forceinline__ float log2_(float x) { return __builtin_amdgcn_logf(x); }
 __device__ __forceinline__ float rsqrt_(float x) { return __builtin_amdgcn_rsqf(x); }
 __device__ __forceinline__ float rcp_(float x) { return __builtin_amdgcn_rcpf(x); }
+__device__ __forceinline__ float sqrt_(float x) { return __builtin_sqrtf(x); }
 __device__ __forceinline__ float fma_(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+// Rounded by itself, whatever it is an operand of.
+__device__ __forceinline__ float mul_(float a, float b) {
+#  pragma clang fp contract(off)
+  return a * b;
+}
 __device__ __forceinline__ float max_(float a, float b) { return __builtin_fmaxf(a, b); }
 __device__ __forceinline__ float min_(float a, float b) { return __builtin_fminf(a, b); }
 #else
@@ -59,7 +65,9 @@ __device__ __forceinline__ float exp2_(float x) { return exp2f(x); }
 __device__ __forceinline__ float log2_(float x) { return log2f(x); }
 __device__ __forceinline__ float rsqrt_(float x) { return rsqrtf(x); }
 __device__ __forceinline__ float rcp_(float x) { return 1.f / x; }
+__device__ __forceinline__ float sqrt_(float x) { return sqrtf(x); }
 __device__ __forceinline__ float fma_(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ __forceinline__ float mul_(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float max_(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ float min_(float a, float b) { return fminf(a, b); }
 #endif
@@ -130,6 +138,35 @@ __device__ __forceinline__ uint16_t to_bf(float f) {
 }
 struct alignas(16) u16x8 { uint16_t v[8]; };
 struct alignas(16) f32x4 { float v[4]; };
+
+#if defined(GPU_AMD)
+// Four registers side by side, which the compiler does not take apart again.
+typedef float Four __attribute__((ext_vector_type(4)));
+__device__ __forceinline__ Four together(Four four) { asm("" : "+v"(four)); return four; }
+#else
+typedef f32x4 Four;
+__device__ __forceinline__ Four together(const Four& four) { return four; }
+#endif
+__device__ __forceinline__ bool aligned(const void* p) { return ((uint64_t)p & 15) == 0; }
+// Four neighbours from `i` of `n` numbers: all at once, which wants 16 bytes' alignment and all four to be there, or each by
+// itself, zeros beyond the end.
+template <bool WIDE> __device__ __forceinline__ f32x4 load4(const float* from, int64_t i, int64_t n) {
+  if constexpr (WIDE) return __builtin_bit_cast(f32x4, together(*(const Four*)(from + i)));
+  else {
+    f32x4 to;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) to.v[j] = i + j < n ? from[i + j] : 0.f;
+    return to;
+  }
+}
+template <bool WIDE> __device__ __forceinline__ void store4(float* to, int64_t i, int64_t n, const f32x4& from) {
+  if constexpr (WIDE) *(Four*)(to + i) = together(__builtin_bit_cast(Four, from));
+  else {
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      if (i + j < n) to[i + j] = from.v[j];
+  }
+}
 
 // ---- a 16 x 16 x 16 product of bf16 tiles with float32 sums: who holds what
 #if GPU_TILE == 4 || (defined(GPU_AMD) && defined(__GFX12__))          // RDNA4 WMMA, 32 lanes: half a row of K each

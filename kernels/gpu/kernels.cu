@@ -5,6 +5,10 @@ namespace { // Each layout of the emulated device has its own copy of every temp
 #endif
 #include "rows.h"
 #include "gemm.cu"
+#include "adamw.cu"
+#include "dequant.cu"
+#include "dropout.cu"
+#include "loss.cu"
 #include "norm.cu"
 #include "activation.cu"
 #include "lora.cu"

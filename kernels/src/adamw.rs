@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tch::{Kind, Tensor};
 
-use crate::flat::{flat, for_each_piece};
+use crate::flat::{self, PIECE, flat, for_each_piece};
+use crate::gpu::{self, Gpu};
 use crate::pool;
 use crate::vector::vectorised;
 
@@ -34,6 +35,11 @@ impl AdamW {
     /// gradients are updated in place; `m` and `v` are the first and second moments (`exp_avg`, `exp_avg_sq`).
     pub fn step(&self, params: &Tensor, grads: &Tensor, m: &Tensor, v: &Tensor, lr: f64, step: u64) {
         assert!(step > 0, "steps count from 1");
+        if let Some(gpu) = gpu::of(params) {
+            let no_bank = None;
+            let buffers = [Some(params), Some(grads), Some(m), Some(v), no_bank];
+            return flat::launch(gpu, "adamw", &buffers, &self.coefficients(lr, step).in_order());
+        }
         if flat(params).is_none() {
             return self.step_reference(params, grads, m, v, lr, step);
         }
@@ -89,8 +95,35 @@ impl AdamW {
     }
 }
 
+impl Coefficients {
+    /// As the kernel takes them.
+    fn in_order(self) -> [f32; 7] {
+        let Coefficients {
+            decay,
+            one_minus_beta1,
+            beta2,
+            one_minus_beta2,
+            sqrt_bias_correction2,
+            epsilon,
+            step_size,
+        } = self;
+        [
+            decay,
+            one_minus_beta1,
+            beta2,
+            one_minus_beta2,
+            sqrt_bias_correction2,
+            epsilon,
+            step_size,
+        ]
+    }
+}
+
 /// The 2-norm of all gradients: float64 sums over fixed pieces, added in order.
 pub fn global_norm(grads: &Tensor) -> f64 {
+    if let Some(gpu) = gpu::of(grads) {
+        return global_norm_gpu(gpu, grads);
+    }
     let Some(flat) = flat(grads) else {
         return grads
             .to_kind(Kind::Double)
@@ -111,8 +144,23 @@ pub fn global_norm(grads: &Tensor) -> f64 {
         .sqrt()
 }
 
+fn global_norm_gpu(gpu: Gpu, grads: &Tensor) -> f64 {
+    let grads = grads.contiguous();
+    let pieces = grads.numel().div_ceil(PIECE);
+    let sums = Tensor::empty([pieces as i64], (Kind::Double, grads.device()));
+    let args = [(&grads).into(), (&sums).into(), (grads.numel() as i64).into()];
+    gpu.launch("square_sums", [pieces, 1, 1], 256, &args);
+    let sums = Vec::<f64>::try_from(sums).expect("a flat float64 tensor");
+    sums.into_iter().sum::<f64>().sqrt()
+}
+
 /// grads *= factor, in place.
 pub fn scale(grads: &Tensor, factor: f64) {
+    if let Some(gpu) = gpu::of(grads)
+        && grads.is_contiguous()
+    {
+        return flat::launch(gpu, "scale", &[Some(grads)], &[factor as f32]);
+    }
     let Some(flat) = flat(grads) else {
         let _ = grads.shallow_clone().g_mul_scalar_(factor);
         return;
@@ -185,6 +233,10 @@ mod tests {
     /// Twenty steps against the formula in float64: 2e-6 of the largest parameter, and tch's float32 reference too.
     #[test]
     fn agrees_with_the_formula() {
+        gpu::everywhere(judge_by_the_formula);
+    }
+
+    fn judge_by_the_formula() {
         let cases = [
             (
                 1,
@@ -251,7 +303,33 @@ mod tests {
     }
 
     #[test]
+    fn a_gpu_steps_to_the_same_bits() {
+        let adamw = AdamW {
+            beta1: 0.9,
+            beta2: 0.95,
+            epsilon: 1e-6,
+            weight_decay: 0.1,
+        };
+        let [start, grads] = [(); 2].map(|()| Tensor::randn([40_003], FLOAT));
+        let steps = || {
+            let [params, m, v] = [start.copy(), start.zeros_like(), start.zeros_like()];
+            for step in 1..=3 {
+                adamw.step(&params, &grads, &m, &v, 1e-2, step);
+            }
+            [params, m, v]
+        };
+        let cpu = steps();
+        for lanes in gpu::Lanes::ALL {
+            assert_eq!(gpu::emulated(lanes, steps), cpu, "{lanes}");
+        }
+    }
+
+    #[test]
     fn norm_and_scale() {
+        gpu::everywhere(judge_norm_and_scale);
+    }
+
+    fn judge_norm_and_scale() {
         for n in [0i64, 1, 31, 100_000] {
             let grads = Tensor::randn([n], FLOAT);
             let want = grads

@@ -4,6 +4,7 @@
 
 use tch::Tensor;
 
+use crate::gpu::{self, Gpu};
 use crate::vector::{in_chunks, rows, rows_mut, uninit, vectorised};
 
 /// What a mask depends on besides row and column. `stream` tells the places of one step apart (layer and module).
@@ -29,7 +30,10 @@ pub struct Corner {
 /// When p is not in [0, 1).
 pub fn apply(x: &Tensor, p: f64, key: Key, corner: Corner) -> Tensor {
     let Some(from) = rows(x) else {
-        return apply_reference(x, p, key, corner);
+        return match gpu::of(x) {
+            Some(gpu) => apply_gpu(gpu, x, p, key, corner),
+            None => apply_reference(x, p, key, corner),
+        };
     };
     let (threshold, scale) = (threshold(p), scale(p));
     let mut y = uninit(from.rows, from.width);
@@ -48,6 +52,28 @@ pub fn apply(x: &Tensor, p: f64, key: Key, corner: Corner) -> Tensor {
             );
         }
     });
+    y
+}
+
+fn apply_gpu(gpu: Gpu, x: &Tensor, p: f64, key: Key, corner: Corner) -> Tensor {
+    let [t, columns] = x.size()[..] else {
+        panic!("x is not a matrix: {:?}", x.size())
+    };
+    let x = x.contiguous();
+    let y = x.empty_like();
+    let args = [
+        (&x).into(),
+        (&y).into(),
+        gpu::int(columns),
+        (key.seed as i64).into(),
+        (key.step as i64).into(),
+        (key.stream as i64).into(),
+        (corner.row as i64).into(),
+        (corner.column as i32).into(),
+        (threshold(p) as i32).into(),
+        scale(p).into(),
+    ];
+    gpu.launch("dropout", [t as usize, 1, 1], 256, &args);
     y
 }
 
@@ -134,6 +160,10 @@ mod tests {
 
     #[test]
     fn agrees_with_the_reference() {
+        gpu::everywhere(judge_by_the_reference);
+    }
+
+    fn judge_by_the_reference() {
         for (t, columns, p) in [(1, 1, 0.5), (3, 37, 0.1), (50, 576, 0.05), (4, 64, 0.0)] {
             let x = Tensor::randn([t, columns + 2], FLOAT).narrow(1, 1, columns);
             let corner = Corner { row: 9, column: 4 };

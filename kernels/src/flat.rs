@@ -3,8 +3,9 @@
 use std::ops::Range;
 
 use tch::kind::Element;
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
+use crate::gpu::{Arg, Gpu};
 use crate::{pool, vector};
 
 /// Elements of a task. Fixed, because the order of a sum over pieces of this size must not depend on the threads.
@@ -115,3 +116,24 @@ pub(crate) fn for_each_piece<const N: usize>(
         }
     });
 }
+
+/// Launches a kernel over flat buffers: its arguments are the buffers, their length and the numbers. Where it can do
+/// without a buffer, none.
+///
+/// # Panics
+/// When the buffers are not contiguous float32 of one length.
+pub(crate) fn launch(gpu: Gpu, kernel: &str, buffers: &[Option<&Tensor>], numbers: &[f32]) {
+    let n = buffers.iter().flatten().map(|buffer| buffer.numel()).max();
+    let n = n.unwrap_or(0);
+    for buffer in buffers.iter().flatten() {
+        let is_flat = buffer.is_contiguous() && buffer.kind() == Kind::Float && buffer.numel() == n;
+        assert!(is_flat, "{kernel} over {n} numbers: {buffer:?}");
+    }
+    let mut args: Vec<Arg> = buffers.iter().map(|&buffer| buffer.into()).collect();
+    args.push((n as i64).into());
+    args.extend(numbers.iter().map(|&number| Arg::from(number)));
+    gpu.launch(kernel, [n.div_ceil(BLOCK), 1, 1], 256, &args);
+}
+
+/// Elements of a block of such a kernel.
+const BLOCK: usize = 1024;

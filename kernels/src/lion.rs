@@ -3,7 +3,8 @@
 
 use tch::Tensor;
 
-use crate::flat::for_each_piece;
+use crate::flat::{self, for_each_piece};
+use crate::gpu;
 use crate::vector::vectorised;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -16,9 +17,13 @@ pub struct Lion {
 }
 
 impl Lion {
-    /// One step, in place, over tensors [N] of float32 on the CPU. `m` is the mean of gradients.
+    /// One step, in place, over tensors [N] of float32. `m` is the mean of gradients.
     pub fn step(&self, params: &Tensor, grads: &Tensor, m: &Tensor, lr: f64) {
         let numbers = self.numbers(lr);
+        if let Some(gpu) = gpu::of(params) {
+            let buffers = [params, grads, m].map(Some);
+            return flat::launch(gpu, "lion", &buffers, &numbers.in_order());
+        }
         for_each_piece(params, grads, [m], |params, grads, [m]| {
             update(params, grads, m, numbers)
         });
@@ -61,6 +66,21 @@ struct Numbers {
     lr: f32,
 }
 
+impl Numbers {
+    /// As the kernel takes them.
+    fn in_order(self) -> [f32; 6] {
+        let Numbers {
+            decay,
+            beta1,
+            one_minus_beta1,
+            beta2,
+            one_minus_beta2,
+            lr,
+        } = self;
+        [decay, beta1, one_minus_beta1, beta2, one_minus_beta2, lr]
+    }
+}
+
 vectorised!(
     fn update(params: &mut [f32], grads: &[f32], m: &mut [f32], numbers: Numbers) {
         let Numbers {
@@ -88,6 +108,10 @@ mod tests {
 
     #[test]
     fn it_is_the_reference() {
+        gpu::everywhere(judge_by_the_reference);
+    }
+
+    fn judge_by_the_reference() {
         let lion = Lion {
             beta1: 0.9,
             beta2: 0.99,

@@ -11,6 +11,7 @@ use tch::{Kind, Tensor};
 pub use sharded::{Vocabulary, sharded_cross_entropy, sharded_log_probs};
 
 use crate::cap::{soft_cap, soft_cap_backward};
+use crate::gpu::{self, Gpu};
 use crate::linear::{LoraRows, linear, linear_backward, linear_training};
 use crate::pool;
 use crate::slice::RowsMut;
@@ -160,6 +161,9 @@ pub fn linear_log_probs(hidden: &Tensor, head: Head, labels: &[u32]) -> LogProbs
     let zero = vec![0.0; labels.len()];
     in_chunks(hidden, head, labels, |hidden, mut logits, start| {
         let range = start..start + hidden.size()[0] as usize;
+        if let Some(gpu) = gpu::of(&logits) {
+            return cross_entropy_gpu(gpu, &logits.contiguous(), &labels[range], None);
+        }
         to_gradient(&mut logits, &labels[range.clone()], &zero[range])
     })
 }
@@ -208,6 +212,11 @@ struct Row {
 
 /// Replaces logits [r, V] by weight * (softmax - onehot(label)).
 fn to_gradient(logits: &mut Tensor, labels: &[u32], weights: &[f32]) -> Vec<Row> {
+    if let Some(gpu) = gpu::of(logits)
+        && logits.is_contiguous()
+    {
+        return cross_entropy_gpu(gpu, logits, labels, Some(weights));
+    }
     if !available() {
         return to_gradient_reference(logits, labels, weights);
     }
@@ -224,6 +233,31 @@ fn to_gradient(logits: &mut Tensor, labels: &[u32], weights: &[f32]) -> Vec<Row>
             result.copy_from_slice(&[log_prob, f32::from(correct)]);
         });
     }
+    read_rows(&results)
+}
+
+/// Without weights the logits stay.
+fn cross_entropy_gpu(gpu: Gpu, logits: &Tensor, labels: &[u32], weights: Option<&[f32]>) -> Vec<Row> {
+    let device = logits.device();
+    // Labels are below the vocabulary, which a kernel counts in 31 bits.
+    let labels: Vec<i32> = labels.iter().map(|&label| label as i32).collect();
+    let labels = Tensor::from_slice(&labels).to_device(device);
+    let weights = weights.map(|weights| Tensor::from_slice(weights).to_device(device));
+    let [rows, vocabulary] = [0, 1].map(|dim| logits.size()[dim]);
+    let results = Tensor::empty([rows, 2], (Kind::Float, device));
+    let args = [
+        logits.into(),
+        (&labels).into(),
+        weights.as_ref().into(),
+        (&results).into(),
+        gpu::int(vocabulary),
+    ];
+    gpu.launch("cross_entropy", [rows as usize, 1, 1], 1024, &args);
+    read_rows(&results)
+}
+
+/// Of [R, 2]: log-probabilities, and 1 where a row is correct.
+fn read_rows(results: &Tensor) -> Vec<Row> {
     let results = Vec::<f32>::try_from(results.view([-1])).expect("a flat float tensor");
     results
         .chunks_exact(2)
@@ -403,6 +437,10 @@ mod tests {
 
     #[test]
     fn fast_gradient_agrees_with_the_reference() {
+        gpu::everywhere(judge_by_the_reference);
+    }
+
+    fn judge_by_the_reference() {
         let (_, _, labels, weights) = case(40, 777, 1);
         let mut fast = Tensor::randn([40, 777], FLOAT) * 10.0;
         let mut reference = fast.to_kind(Kind::Double);

@@ -2,7 +2,8 @@
 
 use tch::Tensor;
 
-use crate::flat::for_each_piece;
+use crate::flat::{self, for_each_piece};
+use crate::gpu;
 use crate::vector::vectorised;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -15,7 +16,7 @@ pub struct Sgd {
 }
 
 impl Sgd {
-    /// One step, the `step`-th from 1, in place, over tensors [N] of float32 on the CPU. `velocity` is torch's momentum buffer,
+    /// One step, the `step`-th from 1, in place, over tensors [N] of float32. `velocity` is torch's momentum buffer,
     /// whose first value is the first gradient; `None` where there is no momentum.
     pub fn step(&self, params: &Tensor, grads: &Tensor, velocity: Option<&Tensor>, lr: f64, step: u64) {
         let &Sgd {
@@ -24,13 +25,17 @@ impl Sgd {
             weight_decay,
         } = self;
         let (lr, decay) = (lr as f32, weight_decay as f32);
+        let kept = if step == 1 { 0.0 } else { momentum as f32 };
+        let ahead = nesterov.then_some(momentum as f32);
+        if let Some(gpu) = gpu::of(params) {
+            let buffers = [Some(params), Some(grads), velocity];
+            return flat::launch(gpu, "sgd", &buffers, &[lr, decay, kept, ahead.unwrap_or(0.0)]);
+        }
         match velocity {
             None => for_each_piece(params, grads, [], |params, grads, []| {
                 plain(params, grads, lr, decay);
             }),
             Some(velocity) => {
-                let kept = if step == 1 { 0.0 } else { momentum as f32 };
-                let ahead = nesterov.then_some(momentum as f32);
                 for_each_piece(params, grads, [velocity], |params, grads, [velocity]| {
                     with_momentum(params, grads, velocity, lr, decay, kept, ahead);
                 });
@@ -100,6 +105,10 @@ mod tests {
 
     #[test]
     fn it_is_the_reference() {
+        gpu::everywhere(judge_by_the_reference);
+    }
+
+    fn judge_by_the_reference() {
         for (momentum, nesterov, weight_decay) in [(0.0, false, 0.1), (0.9, false, 0.1), (0.8, true, 0.0)] {
             let sgd = Sgd {
                 momentum,
