@@ -1,6 +1,6 @@
-// y = x W^T for few rows, W [N, K] in bfloat16 or in codes of 4 or 8 bits, and codes made bfloat16 for the others. Bound by
-// reading W once: every lane reads 16 bytes of it at a time, two or four such reads are under way in each wave, and the
-// waves of a block share K. The products are tiles of the matrix cores, whose other rows are empty: they are idle anyway.
+// y = x Wt for few rows, W [N, K] in codes of 4 or 8 bits, and codes made bfloat16 for many. Bound by reading W: every lane reads
+// 16 bytes of it at a time, two such reads are under way in each wave, and the waves of a block share K. The products are
+// tiles of the matrix units, most of whose rows may be empty: they would be idle.
 //
 // As on the CPU x and the levels of codes are rounded to bfloat16, and scales are applied to float32 sums.
 namespace few {
@@ -20,13 +20,11 @@ __device__ __forceinline__ uint32_t pair(float low, float high) { return (uint32
 struct alignas(16) Unit { uint32_t v[4]; };
 
 // Codes of a row lie in pieces of 64 bytes, each four units of 16: unit q holds quad q of all the tiles of the piece, in order.
-// Plain rows lie as they are, so a unit of them is two quads of neighbours.
 template <int BITS> struct Piece {
   static constexpr int SPAN = 64 * 8 / BITS; // of K
   static constexpr int TILES = SPAN / 16;
-  static constexpr int AHEAD = BITS == 16 ? 4 : 2;
-  __device__ __forceinline__ static int k(int tile, int q) { return BITS == 16 ? 8 * q + 4 * tile : 16 * tile + 4 * q; }
 };
+constexpr int AHEAD = 2; // Pieces whose codes are under way.
 
 // Levels by code, for one look-up a byte: of two codes of 4 bits, or of one of 8 bits twice. Every eighth lane has a copy of its own,
 // so that lanes meet less in a bank.
@@ -39,10 +37,7 @@ template <int BITS> __device__ __forceinline__ void fill(uint32_t* table, const 
 
 // The quad of a tile.
 template <int BITS> __device__ __forceinline__ void decode(const Unit& unit, int tile, const uint32_t* table, uint32_t& first, uint32_t& last) {
-  if constexpr (BITS == 16) {
-    first = unit.v[2 * tile];
-    last = unit.v[2 * tile + 1];
-  } else if constexpr (BITS == 8) {
+  if constexpr (BITS == 8) {
     uint32_t word = unit.v[tile];
     first = (table[(word & 255) * COPIES] & 0xffffu) | (table[(word >> 8 & 255) * COPIES] & 0xffff0000u);
     last = (table[(word >> 16 & 255) * COPIES] & 0xffffu) | (table[(word >> 24) * COPIES] & 0xffff0000u);
@@ -57,23 +52,25 @@ struct Job {
   const float* x;
   const uint8_t* w;
   const float *levels, *scales, *offsets, *bias;
+  const float* residual;
   float* y;
+  int64_t x_stride, y_stride;
   int rows, n, k, row_bytes, group, groups;
 };
 
 // What the waves of a block share.
-template <int BITS> struct Room {
-  uint32_t table[BITS == 16 ? 1 : 256 * COPIES];
+struct Room {
+  uint32_t table[256 * COPIES];
   float shares[256 / WARP][256];
 };
 
-// A tile of x. Lines beyond the last row may be any: their sums are not kept.
-template <int BITS> __device__ __forceinline__ Pairs left_tile(const float* const* x, int k0, int tile, int k) {
+// A tile of x, from k of the lines that this lane has. Lines beyond the last row may be any: their sums are not kept.
+__device__ __forceinline__ Pairs left_tile(const float* const* x, int k0, int k) {
   Pairs to;
 #pragma unroll
   for (int i = 0; i < QUADS; ++i) {
-    const int at = k0 + Piece<BITS>::k(tile, quad(lane_(), i));
-    f32x4 v = *(const f32x4*)(x[i] + (at < k ? at : 0));
+    const int at = k0 + 4 * quad(lane_(), i);
+    f32x4 v = load4<true>(x[i] + (at < k ? at : 0), 0, 4);
     to.v[left(i, 0)] = at < k ? pair(v.v[0], v.v[1]) : 0;
     to.v[left(i, 1)] = at < k ? pair(v.v[2], v.v[3]) : 0;
   }
@@ -81,10 +78,10 @@ template <int BITS> __device__ __forceinline__ Pairs left_tile(const float* cons
 }
 
 // A tile of the result. PER tiles of K are summed before they are scaled: they are of one group.
-template <int BITS, int PER, bool OFFSETS> __device__ __forceinline__ void tile_of(const Job& job, Room<BITS>& room) {
+template <int BITS, int PER, bool OFFSETS> __device__ __forceinline__ void tile_of(const Job& job, Room& room) {
   using P = Piece<BITS>;
   constexpr int WAVES = 256 / WARP, HOLD = RDNA_LIKE ? 2 : P::TILES, FOLDS = P::TILES / PER;
-  const int l = lane_(), wave = TX / WARP, row0 = BX * 16, column0 = BY * 16;
+  const int l = lane_(), wave = TX / WARP, row0 = BY * 16, column0 = BX * 16;
   const int rows = job.rows - row0, pieces = (job.k + P::SPAN - 1) / P::SPAN;
   const uint32_t* own = room.table + (l & (COPIES - 1));
   const float* x[QUADS];
@@ -92,7 +89,7 @@ template <int BITS, int PER, bool OFFSETS> __device__ __forceinline__ void tile_
   int64_t scale_row[CN];
 #pragma unroll
   for (int i = 0; i < QUADS; ++i) {
-    x[i] = job.x + (int64_t)(row0 + (line(l, i) < rows ? line(l, i) : 0)) * job.k;
+    x[i] = job.x + (row0 + (line(l, i) < rows ? line(l, i) : 0)) * job.x_stride;
     const int column = column0 + line(l, i) < job.n ? column0 + line(l, i) : job.n - 1;
     w[i] = job.w + (int64_t)column * job.row_bytes;
   }
@@ -106,53 +103,49 @@ template <int BITS, int PER, bool OFFSETS> __device__ __forceinline__ void tile_
 #pragma unroll
   for (int j = 0; j < CN; ++j) all.v[j] = some.v[j] = of_x.v[j] = 0;
 
-  for (int first = wave; first < pieces; first += WAVES * P::AHEAD) {
-    Unit units[P::AHEAD][QUADS];
+  for (int first = wave; first < pieces; first += WAVES * AHEAD) {
+    Unit units[AHEAD][QUADS];
 #pragma unroll
-    for (int a = 0; a < P::AHEAD; ++a)
+    for (int a = 0; a < AHEAD; ++a)
 #pragma unroll
       for (int i = 0; i < QUADS; ++i) {
         const int at = (first + a * WAVES) * 64 + 16 * quad(l, i);
         units[a][i] = *(const Unit*)(w[i] + (at < job.row_bytes ? at : 0)); // Beyond the end x is zero.
       }
 #pragma unroll
-    for (int a = 0; a < P::AHEAD; ++a) {
+    for (int a = 0; a < AHEAD; ++a) {
       const int piece = first + a * WAVES, k0 = piece * P::SPAN;
       if (piece >= pieces) break;
       float scales[FOLDS][CN], offsets[FOLDS][CN];
-      if constexpr (BITS != 16)
 #pragma unroll
-        for (int f = 0; f < FOLDS; ++f) {
-          int group = folds_are_groups ? piece * FOLDS + f : (k0 + 16 * PER * f) / job.group;
-          if (group >= job.groups) group = 0; // Likewise.
+      for (int f = 0; f < FOLDS; ++f) {
+        int group = folds_are_groups ? piece * FOLDS + f : (k0 + 16 * PER * f) / job.group;
+        if (group >= job.groups) group = 0; // Likewise.
 #pragma unroll
-          for (int j = 0; j < CN; ++j) {
-            scales[f][j] = job.scales[scale_row[j] + group];
-            if (OFFSETS) offsets[f][j] = job.offsets[scale_row[j] + group];
-          }
+        for (int j = 0; j < CN; ++j) {
+          scales[f][j] = job.scales[scale_row[j] + group];
+          if (OFFSETS) offsets[f][j] = job.offsets[scale_row[j] + group];
         }
+      }
       Pairs left_side[HOLD];
 #pragma unroll
       for (int t = 0; t < P::TILES; ++t) {
         if (t % HOLD == 0)
 #pragma unroll
-          for (int h = 0; h < HOLD; ++h) left_side[h] = left_tile<BITS>(x, k0, t + h, job.k);
+          for (int h = 0; h < HOLD; ++h) left_side[h] = left_tile(x, k0 + 16 * (t + h), job.k);
         Pairs right_side;
 #pragma unroll
         for (int i = 0; i < QUADS; ++i) decode<BITS>(units[a][i], t, own, right_side.v[2 * i], right_side.v[2 * i + 1]);
         const Half x_half = __builtin_bit_cast(Half, left_side[t % HOLD]), w_half = __builtin_bit_cast(Half, right_side);
-        if constexpr (BITS == 16) mma(all, x_half, w_half);
-        else {
-          mma(some, x_half, w_half);
-          if (OFFSETS) mma(of_x, x_half, ones);
-          if ((t + 1) % PER == 0)
+        mma(some, x_half, w_half);
+        if (OFFSETS) mma(of_x, x_half, ones);
+        if ((t + 1) % PER == 0)
 #pragma unroll
-            for (int j = 0; j < CN; ++j) {
-              all.v[j] += some.v[j] * scales[t / PER][j];
-              if (OFFSETS) all.v[j] += of_x.v[j] * offsets[t / PER][j];
-              some.v[j] = of_x.v[j] = 0;
-            }
-        }
+          for (int j = 0; j < CN; ++j) {
+            all.v[j] += some.v[j] * scales[t / PER][j];
+            if (OFFSETS) all.v[j] += of_x.v[j] * offsets[t / PER][j];
+            some.v[j] = of_x.v[j] = 0;
+          }
       }
     }
   }
@@ -165,17 +158,18 @@ template <int BITS, int PER, bool OFFSETS> __device__ __forceinline__ void tile_
   float sum = room.shares[0][TX];
 #pragma unroll
   for (int i = 1; i < WAVES; ++i) sum += room.shares[i][TX];
-  job.y[(int64_t)(row0 + row) * job.n + column] = job.bias ? sum + job.bias[column] : sum;
+  if (job.bias) sum += job.bias[column];
+  if (job.residual) sum += job.residual[(row0 + row) * job.y_stride + column];
+  job.y[(row0 + row) * job.y_stride + column] = sum;
 }
 
-template <int BITS, int PER> __device__ __forceinline__ void scaled(const Job& job, Room<BITS>& room) {
+template <int BITS, int PER> __device__ __forceinline__ void scaled(const Job& job, Room& room) {
   if (job.offsets) tile_of<BITS, PER, true>(job, room);
   else tile_of<BITS, PER, false>(job, room);
 }
 
-// Of codes.
 template <int BITS> __device__ __forceinline__ void product(const Job& job) {
-  __shared__ Room<BITS> room;
+  __shared__ Room room;
   constexpr int ALL = Piece<BITS>::TILES;
   fill<BITS>(room.table, job.levels);
   block_sync();
@@ -220,27 +214,22 @@ __device__ __forceinline__ void dequantise(const uint8_t* codes, const float* le
 
 }  // namespace few
 
-// y [rows, n] = x [rows, k] W^T + bias, all float32 but W [n, k] bfloat16; x and W begin at 16 bytes, k is a multiple of 8; a bias
-// or none.
-// launch: grid (ceil(rows / 16), ceil(n / 16)), 256 threads.
-KERNEL LAUNCH(256, 4) few_rows_bf16(const float* x, const uint16_t* w, const float* bias, float* y, int rows, int n, int k) {
-  __shared__ few::Room<16> room;
-  few::tile_of<16, 1, false>({x, (const uint8_t*)w, nullptr, nullptr, nullptr, bias, y, rows, n, k, 2 * k, k, 1}, room);
+// y [rows, n] = x Wt + bias + residual, x [rows, k] float32 with rows x_stride apart, all at 16 bytes; W [n, k] quantised, k a
+// multiple of 4. codes [n, row_bytes] in pieces of 64 bytes (above); levels [16] float32 by code; scales and offsets (or null)
+// [n, groups], of groups of `group` neighbours along k, which are a multiple of 16 or all of k. bias [n] and residual [rows, n]
+// float32 or null, the rows of y and of residual (which may be y) y_stride apart.
+// launch: grid (n / 16 up, rows / 16 up), 256 threads.
+KERNEL LAUNCH(256, 2) few_rows_4(const float* x, int64_t x_stride, const uint8_t* codes, const float* levels, const float* scales, const float* offsets,
+                                 const float* bias, const float* residual, float* y, int64_t y_stride, int rows, int n, int k, int row_bytes, int group,
+                                 int groups) {
+  few::product<4>({x, codes, levels, scales, offsets, bias, residual, y, x_stride, y_stride, rows, n, k, row_bytes, group, groups});
 }
 
-// The same of a quantised W. codes [n, row_bytes] in pieces of 64 bytes (above), row_bytes a multiple of 64; levels [16] by code;
-// scales and offsets (or none) [n, groups] of groups of `group` neighbours along k, which are a multiple of 16 or all of k. k is
-// a multiple of 4, x begins at 16 bytes.
-// launch: grid (ceil(rows / 16), ceil(n / 16)), 256 threads.
-KERNEL LAUNCH(256, 4) few_rows_4(const float* x, const uint8_t* codes, const float* levels, const float* scales, const float* offsets, const float* bias, float* y,
-                                 int rows, int n, int k, int row_bytes, int group, int groups) {
-  few::product<4>({x, codes, levels, scales, offsets, bias, y, rows, n, k, row_bytes, group, groups});
-}
-
-// As few_rows_4, with levels [256].
-KERNEL LAUNCH(256, 4) few_rows_8(const float* x, const uint8_t* codes, const float* levels, const float* scales, const float* offsets, const float* bias, float* y,
-                                 int rows, int n, int k, int row_bytes, int group, int groups) {
-  few::product<8>({x, codes, levels, scales, offsets, bias, y, rows, n, k, row_bytes, group, groups});
+// As few_rows_4, levels [256].
+KERNEL LAUNCH(256, 2) few_rows_8(const float* x, int64_t x_stride, const uint8_t* codes, const float* levels, const float* scales, const float* offsets,
+                                 const float* bias, const float* residual, float* y, int64_t y_stride, int rows, int n, int k, int row_bytes, int group,
+                                 int groups) {
+  few::product<8>({x, codes, levels, scales, offsets, bias, residual, y, x_stride, y_stride, rows, n, k, row_bytes, group, groups});
 }
 
 // to [n, k] bfloat16 = level * scale + offset of codes as few_rows_4 reads them; groups are multiples of 4 or all of k. Bound by

@@ -162,7 +162,6 @@ inline float rsqrt_(float x) { return 1.f / sqrtf(x); }
 inline float rcp_(float x) { return 1.f / x; }
 inline float sqrt_(float x) { return sqrtf(x); }
 inline float fma_(float a, float b, float c) { return fmaf(a, b, c); }
-inline float mul_(float a, float b) { return a * b; }
 inline float max_(float a, float b) { return fmaxf(a, b); }
 inline float min_(float a, float b) { return fminf(a, b); }
 

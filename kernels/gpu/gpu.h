@@ -34,11 +34,6 @@ __device__ __forceinline__ float rsqrt_(float x) { return __builtin_amdgcn_rsqf(
 __device__ __forceinline__ float rcp_(float x) { return __builtin_amdgcn_rcpf(x); }
 __device__ __forceinline__ float sqrt_(float x) { return __builtin_sqrtf(x); }
 __device__ __forceinline__ float fma_(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-// Rounded by itself, whatever it is an operand of.
-__device__ __forceinline__ float mul_(float a, float b) {
-#  pragma clang fp contract(off)
-  return a * b;
-}
 __device__ __forceinline__ float max_(float a, float b) { return __builtin_fmaxf(a, b); }
 __device__ __forceinline__ float min_(float a, float b) { return __builtin_fminf(a, b); }
 #else
@@ -67,7 +62,6 @@ __device__ __forceinline__ float rsqrt_(float x) { return rsqrtf(x); }
 __device__ __forceinline__ float rcp_(float x) { return 1.f / x; }
 __device__ __forceinline__ float sqrt_(float x) { return sqrtf(x); }
 __device__ __forceinline__ float fma_(float a, float b, float c) { return fmaf(a, b, c); }
-__device__ __forceinline__ float mul_(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float max_(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ float min_(float a, float b) { return fminf(a, b); }
 #endif
