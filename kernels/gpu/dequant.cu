@@ -8,11 +8,11 @@ namespace few {
 // A quad is four neighbours of k in a lane's part of a tile; its line is a row of x or a column of the result. A tile's 16
 // values of k may stand in any order that is the same on both sides: they stand as four quads, q = 0..3.
 constexpr int QUADS = AN / 4;
-constexpr bool CDNA_LIKE = AN == 4, RDNA_LIKE = AN == 16;
-__device__ __forceinline__ int line(int l, int i) { return CDNA_LIKE || RDNA_LIKE ? l & 15 : (l >> 2) + 8 * i; }
-__device__ __forceinline__ int quad(int l, int i) { return CDNA_LIKE ? l >> 4 : RDNA_LIKE ? i : l & 3; }
+constexpr bool LINE_EACH = RUN != 2; // All quads of a lane are of one line; on NVIDIA each is of another.
+__device__ __forceinline__ int line(int l, int i) { return LINE_EACH ? l & 15 : (l >> 2) + 8 * i; }
+__device__ __forceinline__ int quad(int l, int i) { return LINE_EACH ? QUADS * (l >> 4) % 4 + i : l & 3; }
 // Where two of its four, the first (p = 0) or the last, stand among the pairs of a left side; on a right side at 2 i + p.
-__device__ __forceinline__ int left(int i, int p) { return CDNA_LIKE || RDNA_LIKE ? 2 * i + p : i + 2 * p; }
+__device__ __forceinline__ int left(int i, int p) { return LINE_EACH ? 2 * i + p : i + 2 * p; }
 
 // A lane's part of a tile in pairs of bfloat16, the first in the low half.
 struct Pairs { uint32_t v[AN / 2]; };
@@ -24,7 +24,7 @@ template <int BITS> struct Piece {
   static constexpr int SPAN = 64 * 8 / BITS; // of K
   static constexpr int TILES = SPAN / 16;
 };
-constexpr int AHEAD = 2; // Pieces whose codes are under way.
+constexpr int AHEAD = QUADS == 4 ? 1 : 2; // Pieces whose codes are under way.
 
 // Levels by code, for one look-up a byte: of two codes of 4 bits, or of one of 8 bits twice. Every eighth lane has a copy of its own,
 // so that lanes meet less in a bank.
@@ -64,29 +64,16 @@ struct Room {
   float shares[256 / WARP][256];
 };
 
-// A tile of x, from k of the lines that this lane has. Lines beyond the last row may be any: their sums are not kept.
-__device__ __forceinline__ Pairs left_tile(const float* const* x, int k0, int k) {
-  Pairs to;
-#pragma unroll
-  for (int i = 0; i < QUADS; ++i) {
-    const int at = k0 + 4 * quad(lane_(), i);
-    f32x4 v = load4<true>(x[i] + (at < k ? at : 0), 0, 4);
-    to.v[left(i, 0)] = at < k ? pair(v.v[0], v.v[1]) : 0;
-    to.v[left(i, 1)] = at < k ? pair(v.v[2], v.v[3]) : 0;
-  }
-  return to;
-}
-
 // A tile of the result. PER tiles of K are summed before they are scaled: they are of one group.
 template <int BITS, int PER, bool OFFSETS> __device__ __forceinline__ void tile_of(const Job& job, Room& room) {
   using P = Piece<BITS>;
-  constexpr int WAVES = 256 / WARP, HOLD = RDNA_LIKE ? 2 : P::TILES, FOLDS = P::TILES / PER;
+  constexpr int WAVES = 256 / WARP, HOLD = QUADS == 1 ? P::TILES : 2; // Tiles whose x and scales are read together.
   const int l = lane_(), wave = TX / WARP, row0 = BY * 16, column0 = BX * 16;
   const int rows = job.rows - row0, pieces = (job.k + P::SPAN - 1) / P::SPAN;
   const uint32_t* own = room.table + (l & (COPIES - 1));
   const float* x[QUADS];
   const uint8_t* w[QUADS];
-  int64_t scale_row[CN];
+  int scale_row[CN];
 #pragma unroll
   for (int i = 0; i < QUADS; ++i) {
     x[i] = job.x + (row0 + (line(l, i) < rows ? line(l, i) : 0)) * job.x_stride;
@@ -94,7 +81,7 @@ template <int BITS, int PER, bool OFFSETS> __device__ __forceinline__ void tile_
     w[i] = job.w + (int64_t)column * job.row_bytes;
   }
 #pragma unroll
-  for (int j = 0; j < CN; ++j) scale_row[j] = (int64_t)(column0 + c_col(l, j) < job.n ? column0 + c_col(l, j) : job.n - 1) * job.groups;
+  for (int j = 0; j < CN; ++j) scale_row[j] = (column0 + c_col(l, j) < job.n ? column0 + c_col(l, j) : job.n - 1) * job.groups;
   const bool folds_are_groups = job.group == 16 * PER;
   Sum all, some, of_x;
   Half ones;
@@ -116,23 +103,39 @@ template <int BITS, int PER, bool OFFSETS> __device__ __forceinline__ void tile_
     for (int a = 0; a < AHEAD; ++a) {
       const int piece = first + a * WAVES, k0 = piece * P::SPAN;
       if (piece >= pieces) break;
-      float scales[FOLDS][CN], offsets[FOLDS][CN];
-#pragma unroll
-      for (int f = 0; f < FOLDS; ++f) {
-        int group = folds_are_groups ? piece * FOLDS + f : (k0 + 16 * PER * f) / job.group;
-        if (group >= job.groups) group = 0; // Likewise.
-#pragma unroll
-        for (int j = 0; j < CN; ++j) {
-          scales[f][j] = job.scales[scale_row[j] + group];
-          if (OFFSETS) offsets[f][j] = job.offsets[scale_row[j] + group];
-        }
-      }
       Pairs left_side[HOLD];
+      float scales[HOLD][CN], offsets[HOLD][CN];
 #pragma unroll
       for (int t = 0; t < P::TILES; ++t) {
-        if (t % HOLD == 0)
+        if (t % HOLD == 0) {
+          Four raw[HOLD][QUADS];
 #pragma unroll
-          for (int h = 0; h < HOLD; ++h) left_side[h] = left_tile(x, k0 + 16 * (t + h), job.k);
+          for (int h = 0; h < HOLD; ++h) {
+#pragma unroll
+            for (int i = 0; i < QUADS; ++i) {
+              const int at = k0 + 16 * (t + h) + 4 * quad(l, i);
+              raw[h][i] = *(const Four*)(x[i] + (at < job.k ? at : 0));
+            }
+            if ((t + h + 1) % PER) continue;
+            const int fold = (t + h) / PER;
+            int group = folds_are_groups ? piece * (P::TILES / PER) + fold : (k0 + 16 * PER * fold) / job.group;
+            if (group >= job.groups) group = 0; // Likewise.
+#pragma unroll
+            for (int j = 0; j < CN; ++j) {
+              scales[h][j] = job.scales[scale_row[j] + group];
+              if (OFFSETS) offsets[h][j] = job.offsets[scale_row[j] + group];
+            }
+          }
+#pragma unroll
+          for (int h = 0; h < HOLD; ++h)
+#pragma unroll
+            for (int i = 0; i < QUADS; ++i) {
+              const int at = k0 + 16 * (t + h) + 4 * quad(l, i);
+              const f32x4 v = __builtin_bit_cast(f32x4, together(raw[h][i]));
+              left_side[h].v[left(i, 0)] = at < job.k ? pair(v.v[0], v.v[1]) : 0;
+              left_side[h].v[left(i, 1)] = at < job.k ? pair(v.v[2], v.v[3]) : 0;
+            }
+        }
         Pairs right_side;
 #pragma unroll
         for (int i = 0; i < QUADS; ++i) decode<BITS>(units[a][i], t, own, right_side.v[2 * i], right_side.v[2 * i + 1]);
@@ -142,8 +145,8 @@ template <int BITS, int PER, bool OFFSETS> __device__ __forceinline__ void tile_
         if ((t + 1) % PER == 0)
 #pragma unroll
           for (int j = 0; j < CN; ++j) {
-            all.v[j] += some.v[j] * scales[t / PER][j];
-            if (OFFSETS) all.v[j] += of_x.v[j] * offsets[t / PER][j];
+            all.v[j] += some.v[j] * scales[t % HOLD][j];
+            if (OFFSETS) all.v[j] += of_x.v[j] * offsets[t % HOLD][j];
             some.v[j] = of_x.v[j] = 0;
           }
       }
@@ -216,7 +219,7 @@ __device__ __forceinline__ void dequantise(const uint8_t* codes, const float* le
 
 // y [rows, n] = x Wt + bias + residual, x [rows, k] float32 with rows x_stride apart, all at 16 bytes; W [n, k] quantised, k a
 // multiple of 4. codes [n, row_bytes] in pieces of 64 bytes (above); levels [16] float32 by code; scales and offsets (or null)
-// [n, groups], of groups of `group` neighbours along k, which are a multiple of 16 or all of k. bias [n] and residual [rows, n]
+// [n, groups] of fewer than 2^31, of groups of `group` neighbours along k, which are a multiple of 16 or all of k. bias [n] and residual [rows, n]
 // float32 or null, the rows of y and of residual (which may be y) y_stride apart.
 // launch: grid (n / 16 up, rows / 16 up), 256 threads.
 KERNEL LAUNCH(256, 2) few_rows_4(const float* x, int64_t x_stride, const uint8_t* codes, const float* levels, const float* scales, const float* offsets,
