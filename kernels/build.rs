@@ -3,12 +3,15 @@
 
 use std::path::{Path, PathBuf};
 
+#[path = "embed.rs"]
+mod embed;
 #[allow(dead_code)] // Some of it is for the test that links.
 #[path = "link.rs"]
 mod link;
 
 fn main() {
     link::main();
+    embed::main();
     println!("cargo:rerun-if-changed=csrc");
     for name in ["ROCM_PATH", "CUDA_HOME"] {
         println!("cargo:rerun-if-env-changed={name}");

@@ -6,12 +6,16 @@
 //! The same kernels run on the CPU, a fiber a GPU thread, in the lanes of each maker ([`Lanes`]): [`emulate`] makes the
 //! CPU's tensors those of such a device, so that a whole server takes a GPU's path. Slow; for tests and diagnosis.
 
+mod driver;
 pub(crate) mod embedding;
 mod emu;
 pub(crate) mod gemm;
 mod launches;
+mod library;
 pub(crate) mod lora;
+mod objects;
 pub(crate) mod rows;
+mod runtime;
 pub(crate) mod told;
 
 use std::cell::Cell;
@@ -22,6 +26,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tch::{Device, Kind, Tensor};
 
+use driver::Driver;
 pub use launches::{Launches, counted};
 
 /// Whose way of holding a tile in its lanes the emulated device has.
@@ -114,8 +119,21 @@ pub fn deterministic() -> bool {
 }
 
 /// A device with kernels of ours.
-#[derive(Clone, Copy, Debug)]
-pub struct Gpu(Lanes);
+#[derive(Clone, Copy)]
+pub struct Gpu {
+    lanes: Lanes,
+    /// None: emulated.
+    driver: Option<&'static Driver>,
+}
+
+impl fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self.driver {
+            Some(driver) => f.write_str(&driver.report()),
+            None => write!(f, "emulated, {}", self.lanes),
+        }
+    }
+}
 
 /// The kernels of the device of a float32 tensor (activations are of no other type), if it has any.
 pub fn of(tensor: &Tensor) -> Option<Gpu> {
@@ -124,10 +142,38 @@ pub fn of(tensor: &Tensor) -> Option<Gpu> {
 
 pub fn on(device: Device) -> Option<Gpu> {
     match device {
-        Device::Cpu => emulating().map(Gpu),
+        Device::Cpu => emulating().map(|lanes| Gpu { lanes, driver: None }),
+        Device::Cuda(index) => loaded(index).as_ref().ok().map(|driver| Gpu {
+            lanes: driver.lanes(),
+            driver: Some(driver),
+        }),
         _ => None,
     }
 }
+
+/// `TANDEM_GPU_KERNELS=aten` (diagnosis): GPUs run libtorch's ops instead.
+pub const KERNELS_VARIABLE: &str = "TANDEM_GPU_KERNELS";
+
+/// The kernels on libtorch's GPU of this number, loaded when they are first asked for.
+fn loaded(index: usize) -> &'static Result<Driver, String> {
+    const MOST: usize = 64;
+    static LOADED: [OnceLock<Result<Driver, String>>; MOST] = [const { OnceLock::new() }; MOST];
+    static BEYOND: OnceLock<Result<Driver, String>> = OnceLock::new();
+    let place = LOADED.get(index).unwrap_or(&BEYOND);
+    place.get_or_init(|| match std::env::var(KERNELS_VARIABLE) {
+        _ if index >= MOST => Err(format!("GPU {index}: beyond the first {MOST}")),
+        Err(_) => Driver::open(index as i64),
+        Ok(word) if word == "aten" => Err(format!("{KERNELS_VARIABLE}=aten")),
+        Ok(word) => Err(format!("{KERNELS_VARIABLE}={word}: aten, or unset")),
+    })
+}
+
+/// What runs on libtorch's GPU of this number: kernels of ours, or why they do not.
+pub fn report(index: usize) -> Result<String, String> {
+    loaded(index).as_ref().map(Driver::report).map_err(String::clone)
+}
+
+pub use objects::architectures;
 
 /// What a kernel is given. Of a tensor its first element: how its rows lie is told in other arguments.
 #[derive(Clone, Copy, Debug)]
@@ -186,7 +232,7 @@ impl Arg<'_> {
 impl Gpu {
     /// Threads that go in step: AMD's waves, NVIDIA's warps.
     pub(crate) fn warp(self) -> u32 {
-        match self.0 {
+        match self.lanes {
             Lanes::Cdna => 64,
             Lanes::Rdna | Lanes::Nvidia => 32,
         }
@@ -195,7 +241,7 @@ impl Gpu {
     /// Queues a kernel of `kernels/gpu` on the device, `grid` blocks of `threads`. Nothing is launched for an empty grid.
     ///
     /// # Panics
-    /// When the device has no such kernel, or of another number of arguments. What the arguments are is the caller's to
+    /// When the device has no such kernel, or of another number of arguments, or a GPU's driver refuses. What the arguments are is the caller's to
     /// know: a kernel writes where it is told to.
     pub(crate) fn launch(self, name: &str, grid: [usize; 3], threads: u32, args: &[Arg]) {
         let grid = grid.map(|n| u32::try_from(n).expect("a grid of 32 bits"));
@@ -204,7 +250,12 @@ impl Gpu {
         }
         launches::launched(name);
         let values: Vec<u64> = args.iter().map(|arg| arg.bits()).collect();
-        emu::launch(self.0, name, grid, threads, &values);
+        match self.driver {
+            None => emu::launch(self.lanes, name, grid, threads, &values),
+            Some(driver) => driver
+                .launch(name, grid, threads, &values)
+                .unwrap_or_else(|why| panic!("{why}")),
+        }
     }
 }
 
@@ -241,6 +292,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "no kernel rms_norm of 2 arguments")]
     fn a_launch_that_fits_no_kernel_is_an_error() {
-        Gpu(Lanes::Cdna).launch("rms_norm", [1, 1, 1], 256, &[Arg::Null, Arg::Int(1)]);
+        let gpu = emulated(Lanes::Cdna, || on(Device::Cpu)).unwrap();
+        gpu.launch("rms_norm", [1, 1, 1], 256, &[Arg::Null, Arg::Int(1)]);
     }
 }
