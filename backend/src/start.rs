@@ -452,6 +452,15 @@ fn warn_of_slow_paths(decoder: &Decoder) {
         );
         return;
     }
+    if let Device::Cuda(index) = device {
+        match tandem_kernels::gpu::report(index) {
+            Ok(kernels) => info!(kernels, "GPU kernels"),
+            Err(why) => warn!(
+                why,
+                "none of our kernels run on this GPU: libtorch's ops compute, several times slower"
+            ),
+        }
+    }
     match device {
         Device::Cpu if *machine::features() == machine::Features::default() => warn!(
             "no kernels of our own run here (they want AVX2 with FMA, and TANDEM_CPU_KERNELS not to be reference): \

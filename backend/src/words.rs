@@ -308,6 +308,17 @@ pub fn report() -> String {
     if let Some(why) = amd::barred(Path::new("/")) {
         say("AMD GPUs", format!("cannot be used: {why}"));
     }
+    let kernels = |index: usize| match tandem_kernels::gpu::report(index) {
+        Ok(kernels) => kernels,
+        Err(why) => format!("libtorch's ops: {why}"),
+    };
+    match Cuda::device_count().max(0) as usize {
+        0 => say(
+            "GPU kernels",
+            format!("embedded for {}", tandem_kernels::gpu::architectures().join(", ")),
+        ),
+        count => (0..count).for_each(|index| say(&format!("kernels of GPU {index}"), kernels(index))),
+    }
     say("CPU kernels", machine::features().to_string());
     text
 }
