@@ -1,5 +1,5 @@
 // y = x Wt for few rows, W [N, K] in codes of 4 or 8 bits, and codes made bfloat16 for many. Bound by reading W: every lane reads
-// 16 bytes of it at a time, two such reads are under way in each wave, and the waves of a block share K. The products are
+// 16 bytes of it at a time, one or two such reads are under way in each wave, and the waves of a block share K. The products are
 // tiles of the matrix units, most of whose rows may be empty: they would be idle.
 //
 // As on the CPU x and the levels of codes are rounded to bfloat16, and scales are applied to float32 sums.
@@ -24,7 +24,7 @@ template <int BITS> struct Piece {
   static constexpr int SPAN = 64 * 8 / BITS; // of K
   static constexpr int TILES = SPAN / 16;
 };
-constexpr int AHEAD = QUADS == 4 ? 1 : 2; // Pieces whose codes are under way.
+constexpr int AHEAD = QUADS == 1 ? 2 : 1; // Pieces whose codes are under way.
 
 // Levels by code, for one look-up a byte: of two codes of 4 bits, or of one of 8 bits twice. Every eighth lane has a copy of its own,
 // so that lanes meet less in a bank.
