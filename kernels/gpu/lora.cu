@@ -217,7 +217,7 @@ KERNEL LAUNCH(256, 2) lora_shrink(const float* x, int stride, const void* module
 
 // y [rows, columns], rows y_stride apart, += the expansion of what lora_shrink left in partial. The shrunk rows, before scaling,
 // go into shrunk [rows, width] where it is not null.
-// launch: grid (tiles, columns / 256, rounded up), 256 threads. loads: 16 bytes a lane.
+// launch: grid (tiles, columns / 256, rounded up), 256 threads. AMD loads 16 bytes a lane; NVIDIA 4, as its fragments lie.
 KERNEL LAUNCH(256, 2) lora_expand(const float* partial, const void* modules, int most, const int* tiles, float* y, int y_stride, float* shrunk,
                                   int rows, int width, int splits) {
   __shared__ __attribute__((aligned(16))) uint16_t s[lora::TILE][lora::CHUNK + 8];
