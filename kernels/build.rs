@@ -72,7 +72,7 @@ fn main() {
 /// The GPU kernels for the CPU, in each maker's lanes (`gpu/emu.cpp`).
 fn emulated_device() {
     println!("cargo:rerun-if-changed=gpu");
-    for lanes in ["1", "2", "3"] {
+    let compile = |lanes: &str| {
         let mut build = cc::Build::new();
         build
             .cpp(true)
@@ -83,7 +83,12 @@ fn emulated_device() {
             .warnings(false) // Those of the compilers for GPUs count.
             .file("gpu/emu.cpp")
             .compile(&format!("tandem_emu_{lanes}"));
-    }
+    };
+    std::thread::scope(|scope| {
+        for lanes in ["1", "2", "3"] {
+            scope.spawn(move || compile(lanes));
+        }
+    });
 }
 
 enum Gpu {
