@@ -194,7 +194,7 @@ struct Split {
 //   masks [.., mask_words]: bits of allowed tokens; best [rows, splits, 2]: before and after the edits;
 //   top [rows, splits, n_top]: best first, 0 when there are no more.
 // Bound by one read of the logits.
-// launch: grid (splits, rows), 256 threads.
+// launch: grid (splits, rows), 256 threads. loads: 16 bytes a lane.
 KERNEL LAUNCH(256, 2) logit_maxima(float* logits, const Ask* asks, const Edit* edits, const int* edit_starts, const uint32_t* masks, uint64_t* best,
                                    uint64_t* top, int vocab, int splits, int mask_words, int n_top) {
   __shared__ uint64_t red[32];
@@ -230,7 +230,7 @@ KERNEL LAUNCH(256, 2) logit_maxima(float* logits, const Ask* asks, const Edit* e
 //   masses [rows, splits, 6]: of exp(logit - maximum) before the edits, where a log-probability is wanted; of the weights
 //   above each of four cuts, where a token is drawn; how many these are, 13 bits each.
 // Bound by one read of the logits.
-// launch: grid (splits, rows), 256 threads.
+// launch: grid (splits, rows), 256 threads. loads: 16 bytes a lane.
 KERNEL LAUNCH(256, 2) logit_masses(float* logits, const Ask* asks, const Edit* edits, const int* edit_starts, const uint64_t* best, float* unedited,
                                    uint64_t* masses, int vocab, int splits) {
   __shared__ uint64_t red[32];

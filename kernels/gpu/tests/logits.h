@@ -23,7 +23,8 @@ struct Result {
 
 uint64_t fraction(double p) { return p < 1 ? (uint64_t)ldexp(p, 64) : 0; }
 
-std::vector<Result> run(const std::vector<Row>& rows) {
+// With `path`, the launch of `sample` is written there as a case.
+std::vector<Result> run(const std::vector<Row>& rows, const char* path = nullptr) {
   int n = rows.size(), vocab = rows[0].logits.size(), splits = (vocab + SPLIT - 1) / SPLIT, words = 0, n_top = 0, n_masks = 0;
   for (auto& row : rows) words = std::max<int>(words, row.mask.size()), n_top = std::max(n_top, row.n_top);
   std::vector<float> logits;
@@ -53,7 +54,11 @@ std::vector<Result> run(const std::vector<Row>& rows) {
          splits, n, 1, 256);
   launch([&] { logit_masses(logits.data(), asks.data(), edits.data(), starts.data(), best.data(), unedited.data(), masses.data(), vocab, splits); }, splits, n,
          1, 256);
+  FILE* file = path ? fopen(path, "wb") : nullptr;
+  if (path && !file) perror(path), exit(1);
+  if (file) begin_case(file, "sample", {(uint32_t)n, 1, 1}, 1024, logits, asks, best, masses, tokens, vocab, splits);
   launch([&] { sample(logits.data(), asks.data(), best.data(), masses.data(), tokens.data(), vocab, splits); }, n, 1, 1, 1024);
+  if (file) case_array(file, logits), case_array(file, asks), case_array(file, best), case_array(file, masses), case_array(file, tokens), fclose(file);
   launch([&] {
     logprobs(logits.data(), asks.data(), edits.data(), starts.data(), unedited.data(), best.data(), masses.data(), top.data(), tokens.data(), records.data(),
              vocab, splits, n_top);

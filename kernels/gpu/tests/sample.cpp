@@ -1,3 +1,4 @@
+// sample FILE: also writes sample as a case file (../cases/README.md): every bit of it is the same everywhere.
 #include "logits.h"
 
 // The same choice with sorts, in plain integers.
@@ -50,12 +51,13 @@ int choice(const Row& row) {
   return -2;
 }
 
-int main() {
+int main(int arguments, char** argument) {
   long draws = 0, differ = 0;
   for (int vocab : {100, 5000, 32001, 151936}) {
     std::vector<Row> rows;
     // Options by options; each with steep and flat rows, rounded ones (ties), and rows of one value.
-    for (int option = 0; option < 14 * 4; ++option)
+    for (int option = 0; option < 14 * 4; ++option) {
+      if (vocab > 100000 && option % 4 != option / 4 % 4) continue;
       for (int seed = 0; seed < (vocab == 100 ? 20 : vocab == 5000 ? 4 : 1); ++seed) {
         Row row;
         row.logits = normal(vocab, option % 4 == 1 ? 0.3 : 3);
@@ -89,6 +91,7 @@ int main() {
         }
         rows.push_back(row);
       }
+    }
     // Broken rows fail, beside the others.
     for (float broken : {NAN, INFINITY}) {
       rows.push_back(rows[0]);
@@ -96,7 +99,7 @@ int main() {
     }
     rows.push_back(rows[0]);
     for (float& x : rows.back().logits) x = -INFINITY;
-    auto results = run(rows);
+    auto results = run(rows, arguments > 1 && vocab == 5000 ? argument[1] : nullptr);
     for (size_t r = 0; r < rows.size(); ++r) {
       ++draws;
       int want = choice(rows[r]);
