@@ -58,70 +58,20 @@ impl Routing {
             0 < top_k && top_k as i64 <= experts,
             "{top_k} of {experts} experts for each token"
         );
-        if let Some(gpu) = crate::gpu::of(logits) {
-            let on_gpu = OnGpu::new(gpu, logits, top_k, kind);
-            let OnHost {
-                chosen,
-                row_of,
-                choice_of,
-                starts,
-                weights,
-            } = on_gpu.on_host();
-            return Routing {
-                kind,
-                top_k,
-                chosen,
-                row_of,
-                choice_of,
-                starts,
-                weights,
-                device: logits.device(),
-                on_gpu: Some(on_gpu),
-            };
-        }
-        let on_cpu = on_cpu(logits);
-        let logits_of = Rows::of(&on_cpu).expect("a float32 matrix on the CPU");
-        let (n_tokens, n_experts) = (logits_of.rows, logits_of.width);
-        let mut chosen = Vec::with_capacity(n_tokens * top_k);
-        let mut weights = Vec::with_capacity(n_tokens * top_k);
-        let mut by_logit: Vec<u32> = Vec::with_capacity(n_experts);
-        for token in 0..n_tokens {
-            let logits = logits_of.row(token);
-            by_logit.clear();
-            by_logit.extend(0..n_experts as u32);
-            let before = |a: &u32, b: &u32| {
-                let (of_a, of_b) = (logits[*a as usize], logits[*b as usize]);
-                of_b.total_cmp(&of_a).then(a.cmp(b))
-            };
-            by_logit.select_nth_unstable_by(top_k - 1, before);
-            by_logit[..top_k].sort_unstable_by(before);
-            let first = weights.len();
-            chosen.extend_from_slice(&by_logit[..top_k]);
-            weights.extend(by_logit[..top_k].iter().map(|expert| logits[*expert as usize]));
-            let weights = &mut weights[first..];
-            match kind {
-                RoutingWeights::OfAll => softmax_of(weights, logits),
-                RoutingWeights::OfChosen => {
-                    let logits = weights.to_vec();
-                    softmax_of(weights, &logits);
-                }
+        let (host, on_gpu) = match crate::gpu::of(logits) {
+            Some(gpu) => {
+                let on_gpu = OnGpu::new(gpu, logits, top_k, kind);
+                (on_gpu.on_host(), Some(on_gpu))
             }
-        }
-
-        let mut starts = vec![0; n_experts + 1];
-        for expert in &chosen {
-            starts[*expert as usize + 1] += 1;
-        }
-        for expert in 0..n_experts {
-            starts[expert + 1] += starts[expert];
-        }
-        let mut next = starts.clone();
-        let (mut row_of, mut choice_of) = (vec![0; chosen.len()], vec![0; chosen.len()]);
-        for (choice, expert) in chosen.iter().enumerate() {
-            let row = &mut next[*expert as usize];
-            (row_of[choice], choice_of[*row]) = (*row as u32, choice as u32);
-            *row += 1;
-        }
+            None => (decide(logits, top_k, kind), None),
+        };
+        let OnHost {
+            chosen,
+            row_of,
+            choice_of,
+            starts,
+            weights,
+        } = host;
         Routing {
             kind,
             top_k,
@@ -131,7 +81,7 @@ impl Routing {
             starts,
             weights,
             device: logits.device(),
-            on_gpu: None,
+            on_gpu,
         }
     }
 
@@ -342,6 +292,60 @@ impl Routing {
 }
 
 const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
+
+/// As [`Routing::new`], by the host.
+fn decide(logits: &Tensor, top_k: usize, kind: RoutingWeights) -> OnHost {
+    let on_cpu = on_cpu(logits);
+    let logits_of = Rows::of(&on_cpu).expect("a float32 matrix on the CPU");
+    let (n_tokens, n_experts) = (logits_of.rows, logits_of.width);
+    let mut chosen = Vec::with_capacity(n_tokens * top_k);
+    let mut weights = Vec::with_capacity(n_tokens * top_k);
+    let mut by_logit: Vec<u32> = Vec::with_capacity(n_experts);
+    for token in 0..n_tokens {
+        let logits = logits_of.row(token);
+        by_logit.clear();
+        by_logit.extend(0..n_experts as u32);
+        let before = |a: &u32, b: &u32| {
+            let (of_a, of_b) = (logits[*a as usize], logits[*b as usize]);
+            of_b.total_cmp(&of_a).then(a.cmp(b))
+        };
+        by_logit.select_nth_unstable_by(top_k - 1, before);
+        by_logit[..top_k].sort_unstable_by(before);
+        let first = weights.len();
+        chosen.extend_from_slice(&by_logit[..top_k]);
+        weights.extend(by_logit[..top_k].iter().map(|expert| logits[*expert as usize]));
+        let weights = &mut weights[first..];
+        match kind {
+            RoutingWeights::OfAll => softmax_of(weights, logits),
+            RoutingWeights::OfChosen => {
+                let logits = weights.to_vec();
+                softmax_of(weights, &logits);
+            }
+        }
+    }
+
+    let mut starts = vec![0; n_experts + 1];
+    for expert in &chosen {
+        starts[*expert as usize + 1] += 1;
+    }
+    for expert in 0..n_experts {
+        starts[expert + 1] += starts[expert];
+    }
+    let mut next = starts.clone();
+    let (mut row_of, mut choice_of) = (vec![0; chosen.len()], vec![0; chosen.len()]);
+    for (choice, expert) in chosen.iter().enumerate() {
+        let row = &mut next[*expert as usize];
+        (row_of[choice], choice_of[*row]) = (*row as u32, choice as u32);
+        *row += 1;
+    }
+    OnHost {
+        chosen,
+        row_of,
+        choice_of,
+        starts,
+        weights,
+    }
+}
 
 /// Where a device has no kernels for it, the host decides on the routing, whose groups shape the products that follow.
 fn on_cpu(x: &Tensor) -> Tensor {

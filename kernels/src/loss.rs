@@ -11,6 +11,7 @@ use tch::{Kind, Tensor};
 pub use sharded::{Vocabulary, sharded_cross_entropy, sharded_log_probs};
 
 use crate::cap::{soft_cap, soft_cap_backward};
+use crate::gpu::told::send;
 use crate::gpu::{self, Gpu};
 use crate::linear::{LoraRows, linear, linear_backward, linear_training};
 use crate::pool;
@@ -241,8 +242,8 @@ fn cross_entropy_gpu(gpu: Gpu, logits: &Tensor, labels: &[u32], weights: Option<
     let device = logits.device();
     // Labels are below the vocabulary, which a kernel counts in 31 bits.
     let labels: Vec<i32> = labels.iter().map(|&label| label as i32).collect();
-    let labels = Tensor::from_slice(&labels).to_device(device);
-    let weights = weights.map(|weights| Tensor::from_slice(weights).to_device(device));
+    let labels = send(&Tensor::from_slice(&labels), device);
+    let weights = weights.map(|weights| send(&Tensor::from_slice(weights), device));
     let [rows, vocabulary] = [0, 1].map(|dim| logits.size()[dim]);
     let results = Tensor::empty([rows, 2], (Kind::Float, device));
     let args = [

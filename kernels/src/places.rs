@@ -66,7 +66,7 @@ pub struct PagedGroup<'a> {
 
 /// [`PagedGroup::seqs`] on the device, all int32.
 #[derive(Debug)]
-pub struct PagedThere {
+pub(crate) struct PagedThere {
     /// `[S, 5]`: first row, rows, positions (kv_len), the block its table begins with, where that stands in `tables`.
     pub seqs: Tensor,
     /// The tables one behind the other.
@@ -105,7 +105,7 @@ impl<'a> PagedGroup<'a> {
     }
 
     /// Calls `read` with the sequences on `device`: copied now where no step brought them.
-    pub fn with_seqs<T>(&self, device: Device, read: impl FnOnce(&PagedThere) -> T) -> T {
+    pub(crate) fn with_seqs<T>(&self, device: Device, read: impl FnOnce(&PagedThere) -> T) -> T {
         match &self.there {
             Some(there) => read(there),
             None => {

@@ -109,7 +109,7 @@ pub fn sample(gpu: Gpu, logits: &Tensor, asks: &[Ask]) -> Vec<Option<Chosen>> {
     let draws = asks.iter().any(|ask| ask.given.is_none() && ask.inverse > 0.0);
 
     let staged = Staged::of(asks, splits);
-    let there = Tensor::from_slice(&staged.words).to_device(logits.device()); // the one copy to the device
+    let there = gpu::told::send(&Tensor::from_slice(&staged.words), logits.device()); // the one copy to the device
     let part = |first: usize| there.narrow(0, first as i64, (staged.words.len() - first) as i64);
     let (asked, edits, starts, masks) = (
         part(0),

@@ -9,7 +9,7 @@ import subprocess
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BINARY = os.environ.get("TANDEM_BINARY", ROOT / "target/release/tandem")
 # Read by the program, but options of no command.
-OTHERS = {"TANDEM_LOG", "TANDEM_CPU_KERNELS"}
+OTHERS = {"TANDEM_LOG", "TANDEM_CPU_KERNELS", "TANDEM_GPU_KERNELS"}
 
 
 def help_of(*command):

@@ -7,7 +7,7 @@ use super::ConfigError;
 
 pub(super) const ENV_PREFIX: &str = "TANDEM_";
 /// Variables that are not options of theirs.
-const OTHER_VARIABLES: [&str; 2] = [LOG_VARIABLE, "TANDEM_CPU_KERNELS"];
+const OTHER_VARIABLES: [&str; 3] = [LOG_VARIABLE, "TANDEM_CPU_KERNELS", "TANDEM_GPU_KERNELS"];
 /// What to log, in the syntax of tracing's EnvFilter.
 pub const LOG_VARIABLE: &str = "TANDEM_LOG";
 

@@ -6,9 +6,8 @@ use serde_json::Value;
 use tandem_backend::model::Decoder;
 use tandem_core::TokenId;
 use tandem_kernels::weight::Precision;
-use tch::Device;
 
-use crate::fixture::{fixtures_folder, token};
+use crate::fixture::{device, fixtures_folder, token};
 use crate::run::{Pages, Sequence, base, logprobs, packed, paged};
 
 struct Case {
@@ -60,7 +59,7 @@ fn worst_error(decoder: &Decoder, cases: &[Case]) -> f64 {
 #[test]
 fn log_probabilities_are_transformers() {
     let (cases, theirs) = expected();
-    let load = |precision| Decoder::load(&folder(), precision, Device::Cpu).expect("the demo model loads");
+    let load = |precision| Decoder::load(&folder(), precision, device()).expect("the demo model loads");
     let float32 = worst_error(&load(Precision::F32), &cases);
     let bfloat16 = worst_error(&load(Precision::Bf16), &cases);
     println!(
@@ -76,7 +75,7 @@ fn log_probabilities_are_transformers() {
 #[test]
 fn greedy_texts_are_transformers() {
     let (cases, _) = expected();
-    let decoder = Decoder::load(&folder(), Precision::F32, Device::Cpu).expect("the demo model loads");
+    let decoder = Decoder::load(&folder(), Precision::F32, device()).expect("the demo model loads");
     for Case { prompt, greedy, .. } in &cases {
         let mut pages = Pages::new(&decoder, 1, prompt.len() + greedy.len(), prompt.len());
         let mut next = |tokens: &[TokenId], done| {
