@@ -72,9 +72,14 @@ fn main() {
 /// The GPU kernels for the CPU, in each maker's lanes (`gpu/emu.cpp`).
 fn emulated_device() {
     println!("cargo:rerun-if-changed=gpu");
+    let out = std::env::var("OUT_DIR").expect("Cargo names the folder of what a build makes");
     let compile = |lanes: &str| {
+        // An object goes by its source's name, so one source compiled three times at once needs three folders.
+        let folder = Path::new(&out).join(format!("lanes{lanes}"));
+        std::fs::create_dir_all(&folder).expect("the folder of what a build makes takes folders");
         let mut build = cc::Build::new();
         build
+            .out_dir(folder)
             .cpp(true)
             .std("c++20")
             .opt_level(2)
