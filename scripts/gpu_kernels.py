@@ -5,6 +5,7 @@ NVIDIA's nvcc. No GPU, driver or SDK is needed.
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -262,9 +263,16 @@ def judge(against_objects):
     return 1 if broken else 0
 
 
+def nvrtc():
+    """Prints where NVIDIA's compiler at run time lies, for scripts/gpu-kernels rtc."""
+    with contextlib.redirect_stdout(sys.stderr):
+        install([RTC_PACKAGE])
+    print(TOOLS / "nvidia/cu13/lib/libnvrtc.so.13")
+
+
 if __name__ == "__main__":
     try:
-        status = {"build": build, "check": lambda: judge(True), "table": lambda: judge(False)}[sys.argv[1]]()
+        status = {"rtc": nvrtc, "build": build, "check": lambda: judge(True), "table": lambda: judge(False)}[sys.argv[1]]()
     except Failed as error:
         status = str(error)
     sys.exit(status)

@@ -164,5 +164,6 @@ inline float sqrt_(float x) { return sqrtf(x); }
 inline float fma_(float a, float b, float c) { return fmaf(a, b, c); }
 inline float max_(float a, float b) { return fmaxf(a, b); }
 inline float min_(float a, float b) { return fminf(a, b); }
+inline float rint_(float x) { return rintf(x); }
 
 }  // namespace

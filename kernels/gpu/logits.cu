@@ -29,7 +29,7 @@ struct alignas(16) Edit {
   float bias, repetition, penalty;
 };
 
-constexpr float MINUS_INFINITY = -__builtin_inff();
+constexpr float MINUS_INFINITY = __builtin_bit_cast(float, 0xff800000u);
 
 // The order of floats as the order of integers. -0 is 0. NaN is above all.
 __device__ __forceinline__ uint32_t ordered(float f) {

@@ -58,7 +58,7 @@ __device__ __forceinline__ float code_scale(const float* x, int dim) {
 
 __device__ __forceinline__ int8 code(float x, float scale) {
   if (!(scale > 0)) return 0;
-  float steps = __builtin_rintf(x / scale);
+  float steps = rint_(x / scale);
   return (int8)(int)max_(-127.f, min_(127.f, steps));
 }
 

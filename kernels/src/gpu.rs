@@ -6,6 +6,7 @@
 //! The same kernels run on the CPU, a fiber a GPU thread, in the lanes of each maker ([`Lanes`]): [`emulate`] makes the
 //! CPU's tensors those of such a device, so that a whole server takes a GPU's path. Slow; for tests and diagnosis.
 
+pub mod cases;
 mod driver;
 pub(crate) mod embedding;
 mod emu;

@@ -259,6 +259,9 @@ impl Weight {
     ) -> bool {
         match &self.store {
             Store::Plain(w) => gemm::forward(gpu, x, w, bias, around, y),
+            Store::Held(held) if self.precision == Precision::Bf16 => {
+                held.forward_on(gpu, x, bias, around, y)
+            }
             _ => false,
         }
     }
@@ -267,6 +270,7 @@ impl Weight {
     pub(crate) fn backward_on(&self, gpu: Gpu, dy: &Tensor, around: Option<&Tensor>, dx: &Tensor) -> bool {
         match &self.store {
             Store::Plain(w) => gemm::backward(gpu, dy, w, around, dx),
+            Store::Held(_) => gemm::backward(gpu, dy, &self.plain(), around, dx),
             _ => false,
         }
     }
@@ -292,6 +296,10 @@ impl Weight {
     fn plain(&self) -> Tensor {
         match &self.store {
             Store::Plain(tensor) => tensor.shallow_clone(),
+            Store::Held(held) if self.precision == Precision::Bf16 => match gpu::on(self.device) {
+                Some(gpu) => held.rounded_on(gpu),
+                None => held.dense().to_kind(Kind::BFloat16),
+            },
             _ => self.dense().to_kind(self.precision.kind()),
         }
     }

@@ -30,7 +30,8 @@ static Exact exact(int kind, double x, double alpha) {
   }
 }
 
-int main() {
+int main(int arguments, char** argument) {
+  take_arguments(arguments, argument);
   const float alpha = 1.3f, limit = 3, cap = 30;
   struct Shape { int rows, width, gap, shift; };
   for (Shape s : {Shape{1, 1, 0, 0}, {3, 100, 4, 4}, {2, 2051, 0, 1}, {2, 4096, 8, 0}, {2, 64, 3, 0}}) {
@@ -57,9 +58,9 @@ int main() {
       std::vector<float> out(n, NAN), dx(2 * n, NAN);
       std::vector<uint16_t> rounded(n, 0x7fc0);
       if (kind != 6) {
-        launch([&] { gated(x.data() + s.shift, stride, out.data(), nullptr, s.width, kind, alpha, limit); }, s.rows, columns, 1, 256);
-        launch([&] { gated(x.data() + s.shift, stride, nullptr, rounded.data(), s.width, kind, alpha, limit); }, s.rows, columns, 1, 256);
-        launch([&] { gated_backward(x.data() + s.shift, stride, dy.data() + s.shift, stride, dx.data(), s.width, kind, alpha, limit); }, s.rows, columns, 1, 256);
+        launch_kernel(gated, s.rows, columns, 1, 256, x.data() + s.shift, stride, out.data(), nullptr, s.width, kind, alpha, limit);
+        launch_kernel(gated, s.rows, columns, 1, 256, x.data() + s.shift, stride, nullptr, rounded.data(), s.width, kind, alpha, limit);
+        launch_kernel(gated_backward, s.rows, columns, 1, 256, x.data() + s.shift, stride, dy.data() + s.shift, stride, dx.data(), s.width, kind, alpha, limit);
         judge("gated, " + name, distance(out, y), 1e-6);
         judge("gated in bf16, " + name, rounded == ::rounded(out) ? 0 : 1, 0);
         judge("gated backward, " + name, distance(dx, dg), 1e-6);
@@ -67,9 +68,9 @@ int main() {
       if (kind == 7) continue;
       std::fill(out.begin(), out.end(), NAN);
       std::vector<float> back(n, NAN);
-      launch([&] { activate(x.data() + s.shift, stride, out.data(), nullptr, s.width, kind); }, s.rows, columns, 1, 256);
-      launch([&] { activate(x.data() + s.shift, stride, nullptr, rounded.data(), s.width, kind); }, s.rows, columns, 1, 256);
-      launch([&] { activate_backward(x.data() + s.shift, stride, dy.data() + s.shift, stride, back.data(), s.width, kind); }, s.rows, columns, 1, 256);
+      launch_kernel(activate, s.rows, columns, 1, 256, x.data() + s.shift, stride, out.data(), nullptr, s.width, kind);
+      launch_kernel(activate, s.rows, columns, 1, 256, x.data() + s.shift, stride, nullptr, rounded.data(), s.width, kind);
+      launch_kernel(activate_backward, s.rows, columns, 1, 256, x.data() + s.shift, stride, dy.data() + s.shift, stride, back.data(), s.width, kind);
       judge("plain, " + name, distance(out, plain), 1e-6);
       judge("plain in bf16, " + name, rounded == ::rounded(out) ? 0 : 1, 0);
       judge("plain backward, " + name, distance(back, slope), 1e-6);
@@ -77,7 +78,7 @@ int main() {
     auto capped = x;
     for (float& v : capped) v *= 10;
     auto before = capped;
-    launch([&] { soft_cap(capped.data() + s.shift, stride, s.width, cap); }, s.rows, columns, 1, 256);
+    launch_kernel(soft_cap, s.rows, columns, 1, 256, capped.data() + s.shift, stride, s.width, cap);
     std::vector<double> want(before.begin(), before.end()), dwant(n);
     for (int r = 0; r < s.rows; ++r)
       for (int i = 0; i < s.width; ++i) {
@@ -87,7 +88,7 @@ int main() {
       }
     judge("soft cap, what stands between rows kept" + shape, distance(capped, want), 1e-6);
     std::vector<float> dx(n, NAN);
-    launch([&] { soft_cap_backward(capped.data() + s.shift, stride, dy.data() + s.shift, stride, dx.data(), s.width, cap); }, s.rows, columns, 1, 256);
+    launch_kernel(soft_cap_backward, s.rows, columns, 1, 256, capped.data() + s.shift, stride, dy.data() + s.shift, stride, dx.data(), s.width, cap);
     judge("soft cap backward" + shape, distance(dx, dwant), 1e-6);
   }
   return verdict();

@@ -18,7 +18,8 @@ struct Shifted {
   std::vector<float> now() const { return {memory.begin() + on, memory.end()}; }
 };
 
-int main() {
+int main(int arguments, char** argument) {
+  take_arguments(arguments, argument);
   for (int n : {1, 1027, 70001})
     for (bool odd : {false, true}) {
       std::string what = " of " + std::to_string(n) + (odd ? " unaligned" : "") + ", elements that differ";
@@ -32,7 +33,7 @@ int main() {
       {
         Shifted p(params, odd), g(grads, odd), first(m, odd), second(v, odd);
         std::vector<uint16_t> bank(n), cast(n);
-        launch([&] { adamw(p.data(), g.data(), first.data(), second.data(), bank.data(), n, decay, b1, b2, c2, root, epsilon, lr); }, blocks, 1, 1, 256);
+        launch_kernel(adamw, blocks, 1, 1, 256, p.data(), g.data(), first.data(), second.data(), bank.data(), n, decay, b1, b2, c2, root, epsilon, lr);
         auto p1 = params, m1 = m, v1 = v;
         for (int i = 0; i < n; ++i) {
           m1[i] = fmaf(grads[i] - m1[i], b1, m1[i]);
@@ -42,14 +43,14 @@ int main() {
         }
         judge("adamw" + what, unlike(p.now(), p1) + unlike(first.now(), m1) + unlike(second.now(), v1) + (bank != cast), 0);
         Shifted again(params, odd), m2(m, odd), v2(v, odd);
-        launch([&] { adamw(again.data(), g.data(), m2.data(), v2.data(), nullptr, n, decay, b1, b2, c2, root, epsilon, lr); }, blocks, 1, 1, 256);
+        launch_kernel(adamw, blocks, 1, 1, 256, again.data(), g.data(), m2.data(), v2.data(), nullptr, n, decay, b1, b2, c2, root, epsilon, lr);
         judge("adamw without a bank" + what, unlike(again.now(), p1), 0);
       }
 
       for (float ahead : {0.f, 0.8f})
         for (bool momentum : {false, true}) {
           Shifted p(params, odd), g(grads, odd), velocity(m, odd);
-          launch([&] { sgd(p.data(), g.data(), momentum ? velocity.data() : nullptr, n, lr, 0.1f, 0.9f, ahead); }, blocks, 1, 1, 256);
+          launch_kernel(sgd, blocks, 1, 1, 256, p.data(), g.data(), momentum ? velocity.data() : nullptr, n, lr, 0.1f, 0.9f, ahead);
           auto p1 = params, m1 = m;
           for (int i = 0; i < n; ++i) {
             float update = fmaf(p1[i], 0.1f, grads[i]);
@@ -64,7 +65,7 @@ int main() {
 
       {
         Shifted p(params, odd), g(grads, odd), mean(m, odd);
-        launch([&] { lion(p.data(), g.data(), mean.data(), n, decay, b1, 1 - b1, b2, 1 - b2, lr); }, blocks, 1, 1, 256);
+        launch_kernel(lion, blocks, 1, 1, 256, p.data(), g.data(), mean.data(), n, decay, b1, 1 - b1, b2, 1 - b2, lr);
         auto p1 = params, m1 = m;
         for (int i = 0; i < n; ++i) {
           float way = m1[i] * b1 + grads[i] * (1 - b1);
@@ -76,7 +77,7 @@ int main() {
 
       Shifted g(grads, odd);
       std::vector<double> sums((n + 32767) / 32768, NAN);
-      launch([&] { square_sums(g.data(), sums.data(), n); }, sums.size(), 1, 1, 256);
+      launch_kernel(square_sums, sums.size(), 1, 1, 256, g.data(), sums.data(), n);
       double off = 0;
       for (size_t piece = 0; piece < sums.size(); ++piece) {
         double want = 0;
@@ -84,7 +85,7 @@ int main() {
         off = std::max(off, fabs(sums[piece] - want) / std::max(want, 1e-30));
       }
       judge("square_sums of " + std::to_string(n), off, 1e-13);
-      launch([&] { scale(g.data(), n, 0.3f); }, blocks, 1, 1, 256);
+      launch_kernel(scale, blocks, 1, 1, 256, g.data(), n, 0.3f);
       for (float& x : grads) x *= 0.3f;
       judge("scale" + what, unlike(g.now(), grads), 0);
     }

@@ -1,19 +1,7 @@
 // Writing of keys and values, paged attention and the merging of splits against double. Pages hold NaN wherever nothing was
 // written, and tables name blocks that do not exist wherever nothing may be read.
-// attention FILE: also writes attention_16x128 as a case file (../cases/README.md).
+// attention FOLDER: also writes case files (../cases/README.md); attention FILE: that of attention_16x128.
 #include "test.h"
-
-#include <map>
-
-using Attention = decltype(&attention_16x128);
-
-struct Kernels {
-  Attention small, large, small_codes, large_codes;
-};
-
-#define SMALL(D) {D, {attention_16x##D, nullptr, attention_16x##D##_int8, nullptr}}
-#define OF(D) {D, {attention_16x##D, attention_32x##D, attention_16x##D##_int8, attention_32x##D##_int8}}
-static const std::map<int, Kernels> kernels = {SMALL(16), SMALL(32), OF(64), OF(80), OF(96), OF(128), OF(256)};
 
 enum Pages { BF16, INT8, F32 };
 static const char* names[] = {"bf16", "int8", "float32"};
@@ -90,9 +78,9 @@ struct Trial {
         row(token, block_of[s][p / BLOCK] * BLOCK + p % BLOCK);
         if (p % 50 == 0) row((token + 1) % tokens, -1);
       }
-    auto kernel = c.pages == BF16 ? kv_write_bf16 : c.pages == INT8 ? kv_write_int8 : kv_write_f32;
-    launch([&] { kernel(keys.data(), values.data(), slots.data(), pages.data(), width, width + 4, c.kv_heads, c.dim); },
-           (int)slots.size(), up(c.kv_heads, 4), 1, 4 * WARP);
+    const char* kernel = c.pages == BF16 ? "kv_write_bf16" : c.pages == INT8 ? "kv_write_int8" : "kv_write_f32";
+    launch_as(kv_write_bf16, kernel, (int)slots.size(), up(c.kv_heads, 4), 1, 4 * WARP, keys.data(), values.data(), slots.data(), pages.data(), width, width + 4,
+              c.kv_heads, c.dim);
   }
 
   // Rows `from` to `to` of each sequence's rows (its last positions), as a step.
@@ -121,7 +109,7 @@ struct Trial {
   }
 
   // Rows `from` to `to` of each sequence: [rows, heads * dim], with a row of NaN behind them that nothing may write.
-  std::vector<float> attend(const Cut& cut, int from, int to, FILE* file = nullptr) {
+  std::vector<float> attend(const Cut& cut, int from, int to) {
     Step s = step(cut, from, to);
     std::vector<float> mine, part((size_t)s.records * c.heads * (c.dim + 4), NAN);
     for (size_t i = 0, base = 0; i < c.sequences.size(); base += c.sequences[i++].kv_len) {
@@ -136,26 +124,14 @@ struct Trial {
     const float* sink = sinks.empty() ? nullptr : sinks.data();
     float scale = 1 / sqrtf(c.dim);
     int n = (int)s.items.size() / 5;
-    auto call = [&](auto kernel, auto... dim) {
-      launch([&] { kernel(mine.data(), pages.data(), s.tables.data(), s.sequences.data(), s.items.data(), sink, out.data(),
-                          part.data(), stride, c.heads, c.kv_heads, c.window, scale, c.cap, dim...); },
-             n, c.kv_heads, 1, c.pages == F32 ? 256 : 4 * WARP);
+    auto shared = [&](auto run, auto... dim) {
+      run(n, c.kv_heads, 1, c.pages == F32 ? 256 : 4 * WARP, mine.data(), pages.data(), s.tables.data(), s.sequences.data(), s.items.data(), sink, out.data(),
+          part.data(), stride, c.heads, c.kv_heads, c.window, scale, c.cap, dim...);
     };
-    if (file)
-      begin_case(file, "attention_16x128", {(uint32_t)n, (uint32_t)c.kv_heads, 1}, 4 * WARP, mine, pages, s.tables, s.sequences,
-                 s.items, sinks, out, part, (int64_t)stride, c.heads, c.kv_heads, c.window, scale, c.cap);
-    if (c.pages == F32) {
-      call(attention_f32, c.dim);
-    } else {
-      const Kernels& of = kernels.at(c.dim);
-      call(c.pages == INT8 ? (cut.tile == 16 ? of.small_codes : of.large_codes) : cut.tile == 16 ? of.small : of.large);
-    }
-    if (file) {
-      case_array(file, mine), case_array(file, pages), case_array(file, s.tables), case_array(file, s.sequences);
-      case_array(file, s.items), case_array(file, sinks), case_array(file, out), case_array(file, part);
-    }
-    launch([&] { attention_merge(part.data(), s.merges.data(), sink, out.data(), c.heads, c.dim, c.window); },
-           (int)s.merges.size() / 4, c.heads, 1, 64);
+    std::string kernel = "attention_" + std::to_string(cut.tile) + "x" + std::to_string(c.dim) + (c.pages == INT8 ? "_int8" : "");
+    if (c.pages == F32) shared([](auto... args) { launch_kernel(attention_f32, args...); }, c.dim);
+    else shared([&](auto... args) { launch_as(attention_16x128, kernel, args...); });
+    launch_kernel(attention_merge, (int)s.merges.size() / 4, c.heads, 1, 64, part.data(), s.merges.data(), sink, out.data(), c.heads, c.dim, c.window);
     for (int i = 0; i < width; ++i)
       if (out[(size_t)rows * width + i] == out[(size_t)rows * width + i]) judge("a row of nobody was written", 1, 0);
     out.resize((size_t)rows * width);
@@ -245,6 +221,7 @@ struct Trial {
 };
 
 int main(int argc, char** argv) {
+  take_arguments(argc, argv, "attention_16x128");
   const std::vector<Sequence> mixed = {{67, 1}, {1, 1}, {300, 5}, {40, 9}};
   std::vector<Case> cases = {
       {4, 1, 16, {{900, 3}, {33, 33}}, 0, 0, false, BF16},
@@ -259,16 +236,15 @@ int main(int argc, char** argv) {
       {8, 2, 64, mixed, 45, 0, true, INT8},
       {4, 1, 80, {{300, 4}}, 0, 5, false, INT8},
       {6, 3, 128, {{290, 4}}, 0, 0, true, INT8},
+      {4, 1, 16, {{90, 3}}, 0, 0, true, INT8},
+      {2, 2, 32, {{290, 2}}, 40, 0, false, INT8},
+      {3, 1, 96, {{97, 4}}, 0, 0, true, INT8},
+      {2, 1, 256, {{290, 4}}, 0, 20, true, INT8},
       {4, 2, 12, {{300, 4}, {40, 20}}, 45, 0, false, F32},
       {8, 2, 64, mixed, 0, 3, true, F32},
       {20, 1, 80, {{70, 4}}, 0, 0, false, F32},
       {2, 1, 256, {{290, 4}}, 100, 0, true, F32},
   };
   for (auto& c : cases) Trial(c).judge_all();
-  if (argc > 1) {
-    FILE* file = fopen(argv[1], "wb");
-    Trial({8, 2, 128, {{67, 1}, {1, 1}, {300, 9}, {40, 40}}, 0, 0, true, BF16}).attend({16, 1}, 0, 40, file);
-    fclose(file);
-  }
   return verdict();
 }

@@ -43,7 +43,8 @@ struct Placed {
   }
 };
 
-int main() {
+int main(int arguments, char** argument) {
+  take_arguments(arguments, argument);
   for (auto [rows, n, k] : {std::tuple{1, 17, 64}, {5, 33, 200}, {16, 16, 1104}, {21, 40, 2600}}) {
     std::string shape = " of " + std::to_string(rows) + " rows, [" + std::to_string(n) + ", " + std::to_string(k) + "]";
     const int x_stride = k + 4, y_stride = n + 3;
@@ -70,12 +71,8 @@ int main() {
           auto level = [&](int c, int i) { return format.levels[codes[c * k + i]]; };
 
           std::vector<uint16_t> to(n * k, 0x7fc0);
-          launch(
-              [&] {
-                auto kernel = format.bits == 4 ? dequantise_4 : dequantise_8;
-                kernel(laid.at, format.levels.data(), scales.data(), given, to.data(), k, row_bytes, group, groups);
-              },
-              n, (k + 2047) / 2048, 1, 256);
+          launch_as(dequantise_4, format.bits == 4 ? "dequantise_4" : "dequantise_8", n, (k + 2047) / 2048, 1, 256, laid.at, format.levels.data(), scales.data(),
+                    given, to.data(), k, row_bytes, group, groups);
           int wrong = 0;
           for (int c = 0; c < n; ++c)
             for (int i = 0; i < k; ++i) {
@@ -88,13 +85,9 @@ int main() {
           bool added = group % 32 == 0;  // A bias, and y itself.
           auto before = normal(rows * y_stride);
           auto y = before;
-          launch(
-              [&] {
-                auto kernel = format.bits == 4 ? few_rows_4 : few_rows_8;
-                kernel(x.at, x_stride, laid.at, format.levels.data(), scales.data(), given, added ? bias.data() : nullptr, added ? y.data() : nullptr, y.data(),
-                       y_stride, rows, n, k, row_bytes, group, groups);
-              },
-              (n + 15) / 16, (rows + 15) / 16, 1, 256);
+          launch_as(few_rows_4, format.bits == 4 ? "few_rows_4" : "few_rows_8", (n + 15) / 16, (rows + 15) / 16, 1, 256, x.at, x_stride, laid.at,
+                    format.levels.data(), scales.data(), given, added ? bias.data() : nullptr, added ? y.data() : nullptr, y.data(), y_stride, rows, n, k, row_bytes,
+                    group, groups);
           std::vector<double> want(before.begin(), before.end());
           for (int r = 0; r < rows; ++r)
             for (int c = 0; c < n; ++c) {

@@ -17,7 +17,8 @@ static bool keeps(uint64_t seed, uint64_t step, uint64_t stream, uint64_t row, u
   return (x ^ (x >> 15)) >= threshold;
 }
 
-int main() {
+int main(int arguments, char** argument) {
+  take_arguments(arguments, argument);
   for (double p : {0.0, 0.05, 0.6})
     for (int width : {1, 37, 64, 1500}) {
       const int rows = 5;
@@ -27,7 +28,7 @@ int main() {
       const float scale = (float)(1 / (1 - p));
       auto x = normal(rows * width);
       std::vector<float> y(rows * width, NAN);
-      launch([&] { dropout(x.data(), y.data(), width, seed, step, stream, row0, column0, threshold, scale); }, rows, 1, 1, 256);
+      launch_kernel(dropout, rows, 1, 1, 256, x.data(), y.data(), width, seed, step, stream, row0, column0, threshold, scale);
       int wrong = 0;
       for (int i = 0; i < rows * width; ++i) {
         float want = keeps(seed, step, stream, row0 + i / width, column0 + i % width, threshold) ? x[i] * scale : 0.f;

@@ -20,12 +20,12 @@ static void all(int tokens, int experts, int top_k, int width, int gap, bool of_
     for (int c = 0; c < top_k; ++c) want_weights[t * top_k + c] = exp((double)row[by_logit[c]]) / (of_all ? all : among);
     for (int e = 0; e < experts; ++e) shares[(size_t)t * experts + e] = exp((double)row[e]) / all;
   }
-  launch([&] { route(logits.data(), chosen.data(), weights.data(), tokens, experts, top_k, of_all); }, (tokens + 7) / 8, 1, 1, 256);
+  launch_kernel(route, (tokens + 7) / 8, 1, 1, 256, logits.data(), chosen.data(), weights.data(), tokens, experts, top_k, of_all);
   judge("chosen, " + name, chosen == want_chosen ? 0 : 1, 0);
   judge("weights, " + name, distance(weights, want_weights), 1e-6);
 
   std::vector<int> row_of(n, -1), choice_of(n, -1), starts(experts + 1, -1), want_row(n), want_choice, want_starts;
-  launch([&] { group_by_expert(chosen.data(), row_of.data(), choice_of.data(), starts.data(), n, experts); }, experts, 1, 1, 256);
+  launch_kernel(group_by_expert, experts, 1, 1, 256, chosen.data(), row_of.data(), choice_of.data(), starts.data(), n, experts);
   for (int e = 0; e < experts; ++e) {
     want_starts.push_back(want_choice.size());
     for (int c = 0; c < n; ++c)
@@ -40,11 +40,11 @@ static void all(int tokens, int experts, int top_k, int width, int gap, bool of_
   int columns = (width + 2047) / 2048;
   auto x = normal((size_t)tokens * stride), outputs = normal((size_t)n * width), dweights = normal(n);
   std::vector<float> gathered((size_t)n * width, NAN), y((size_t)tokens * width, NAN), plain = y, doutputs = gathered, dw(n, NAN), dlogits(logits.size(), NAN);
-  launch([&] { expert_gather(x.data(), stride, choice_of.data(), gathered.data(), top_k, width); }, n, columns, 1, 256);
-  launch([&] { expert_combine(outputs.data(), row_of.data(), weights.data(), y.data(), top_k, width); }, tokens, columns, 1, 256);
-  launch([&] { expert_combine(outputs.data(), row_of.data(), nullptr, plain.data(), top_k, width); }, tokens, columns, 1, 256);
-  launch([&] { expert_combine_backward(outputs.data(), x.data(), stride, row_of.data(), weights.data(), doutputs.data(), dw.data(), top_k, width); }, n, 1, 1, 256);
-  launch([&] { route_backward(logits.data(), chosen.data(), weights.data(), dweights.data(), dlogits.data(), tokens, experts, top_k, of_all); }, (tokens + 7) / 8, 1, 1, 256);
+  launch_kernel(expert_gather, n, columns, 1, 256, x.data(), stride, choice_of.data(), gathered.data(), top_k, width);
+  launch_kernel(expert_combine, tokens, columns, 1, 256, outputs.data(), row_of.data(), weights.data(), y.data(), top_k, width);
+  launch_kernel(expert_combine, tokens, columns, 1, 256, outputs.data(), row_of.data(), nullptr, plain.data(), top_k, width);
+  launch_kernel(expert_combine_backward, n, 1, 1, 256, outputs.data(), x.data(), stride, row_of.data(), weights.data(), doutputs.data(), dw.data(), top_k, width);
+  launch_kernel(route_backward, (tokens + 7) / 8, 1, 1, 256, logits.data(), chosen.data(), weights.data(), dweights.data(), dlogits.data(), tokens, experts, top_k, of_all);
   std::vector<double> want_gathered(gathered.size()), want_y(y.size()), want_plain(y.size()), want_doutputs(gathered.size()), want_dw(n), want_dlogits(logits.size());
   for (int c = 0; c < n; ++c) {
     int t = c / top_k;
@@ -70,7 +70,8 @@ static void all(int tokens, int experts, int top_k, int width, int gap, bool of_
   judge("gradient of logits, " + name, distance(dlogits, want_dlogits), 2e-6);
 }
 
-int main() {
+int main(int arguments, char** argument) {
+  take_arguments(arguments, argument);
   for (bool of_all : {false, true}) {
     all(1, 4, 2, 8, 0, of_all);
     all(19, 60, 4, 33, 0, of_all);

@@ -19,15 +19,15 @@ void judge_shape(int rows, int n, int k) {
     }
   std::string shape = std::to_string(rows) + " x " + std::to_string(n) + " x " + std::to_string(k);
   std::vector<float> few(want.size(), NAN), many(few), alone(few), plain(few);
-  launch([&] { gemm_few(x.data(), stride, w.data(), bias.data(), residual.data(), few.data(), n, rows, n, k, warps); }, (n + 15) / 16, (rows + 15) / 16, 1, warps * WARP);
-  launch([&] { gemm_many(x.data(), stride, w.data(), bias.data(), residual.data(), many.data(), n, rows, n, k); }, (n + 63) / 64, (rows + 63) / 64, 1, 4 * WARP);
-  launch([&] { gemm_f32(x.data(), stride, w32.data(), bias.data(), residual.data(), plain.data(), n, rows, n, k); }, (n + 15) / 16, (rows + 15) / 16, 1, 256);
+  launch_kernel(gemm_few, (n + 15) / 16, (rows + 15) / 16, 1, warps * WARP, x.data(), stride, w.data(), bias.data(), residual.data(), few.data(), n, rows, n, k, warps);
+  launch_kernel(gemm_many, (n + 63) / 64, (rows + 63) / 64, 1, 4 * WARP, x.data(), stride, w.data(), bias.data(), residual.data(), many.data(), n, rows, n, k);
+  launch_kernel(gemm_f32, (n + 15) / 16, (rows + 15) / 16, 1, 256, x.data(), stride, w32.data(), bias.data(), residual.data(), plain.data(), n, rows, n, k);
   judge("gemm_few " + shape, distance(few, want), 1e-6);
   judge("gemm_many " + shape, distance(many, want), 1e-6);
   judge("gemm_f32 " + shape, distance(plain, want32), 2e-6);  // One chain.
   judge("bits of few and many " + shape, memcmp(few.data(), many.data(), 4 * few.size()) != 0, 0);
   for (int r = 0; r < rows; ++r)
-    launch([&] { gemm_few(x.data() + r * stride, stride, w.data(), bias.data(), residual.data() + r * n, alone.data() + r * n, n, 1, n, k, 2); }, (n + 15) / 16, 1, 1, 2 * WARP);
+    launch_kernel(gemm_few, (n + 15) / 16, 1, 1, 2 * WARP, x.data() + r * stride, stride, w.data(), bias.data(), residual.data() + r * n, alone.data() + r * n, n, 1, n, k, 2);
   judge("bits of rows alone " + shape, memcmp(few.data(), alone.data(), 4 * few.size()) != 0, 0);
 
   auto dy = normal((size_t)rows * n), around = normal((size_t)rows * k);
@@ -43,13 +43,14 @@ void judge_shape(int rows, int n, int k) {
       wanted32[r * k + i] = sum32 + around[r * k + i];
     }
   std::vector<float> dx(wanted.size(), NAN), dx32(dx);
-  launch([&] { gemm_back(dy.data(), n, w.data(), around.data(), dx.data(), k, rows, n, k); }, (k + 63) / 64, (rows + 63) / 64, 1, 4 * WARP);
-  launch([&] { gemm_back_f32(dy.data(), n, w32.data(), around.data(), dx32.data(), k, rows, n, k); }, (k + 15) / 16, (rows + 15) / 16, 1, 256);
+  launch_kernel(gemm_back, (k + 63) / 64, (rows + 63) / 64, 1, 4 * WARP, dy.data(), n, w.data(), around.data(), dx.data(), k, rows, n, k);
+  launch_kernel(gemm_back_f32, (k + 15) / 16, (rows + 15) / 16, 1, 256, dy.data(), n, w32.data(), around.data(), dx32.data(), k, rows, n, k);
   judge("gemm_back " + shape, distance(dx, wanted), 1e-6);
   judge("gemm_back_f32 " + shape, distance(dx32, wanted32), 1e-6);
 }
 
-int main() {
+int main(int arguments, char** argument) {
+  take_arguments(arguments, argument);
   judge_shape(1, 48, 64);
   judge_shape(3, 33, 1100);  // More than two segments, the last in part; odd columns.
   judge_shape(70, 72, 96);   // More than a tile of rows and columns.

@@ -23,8 +23,7 @@ struct Result {
 
 uint64_t fraction(double p) { return p < 1 ? (uint64_t)ldexp(p, 64) : 0; }
 
-// With `path`, the launch of `sample` is written there as a case.
-std::vector<Result> run(const std::vector<Row>& rows, const char* path = nullptr) {
+std::vector<Result> run(const std::vector<Row>& rows) {
   int n = rows.size(), vocab = rows[0].logits.size(), splits = (vocab + SPLIT - 1) / SPLIT, words = 0, n_top = 0, n_masks = 0;
   for (auto& row : rows) words = std::max<int>(words, row.mask.size()), n_top = std::max(n_top, row.n_top);
   std::vector<float> logits;
@@ -50,19 +49,10 @@ std::vector<Result> run(const std::vector<Row>& rows, const char* path = nullptr
   std::vector<uint64_t> best(n * splits * 2), top(n * splits * n_top), masses(n * splits * MASSES);
   std::vector<float> unedited(edits.size());
   std::vector<int> tokens(n, -2), records(n * (4 + 2 * n_top));
-  launch([&] { logit_maxima(logits.data(), asks.data(), edits.data(), starts.data(), masks.data(), best.data(), top.data(), vocab, splits, words, n_top); },
-         splits, n, 1, 256);
-  launch([&] { logit_masses(logits.data(), asks.data(), edits.data(), starts.data(), best.data(), unedited.data(), masses.data(), vocab, splits); }, splits, n,
-         1, 256);
-  FILE* file = path ? fopen(path, "wb") : nullptr;
-  if (path && !file) perror(path), exit(1);
-  if (file) begin_case(file, "sample", {(uint32_t)n, 1, 1}, 1024, logits, asks, best, masses, tokens, vocab, splits);
-  launch([&] { sample(logits.data(), asks.data(), best.data(), masses.data(), tokens.data(), vocab, splits); }, n, 1, 1, 1024);
-  if (file) case_array(file, logits), case_array(file, asks), case_array(file, best), case_array(file, masses), case_array(file, tokens), fclose(file);
-  launch([&] {
-    logprobs(logits.data(), asks.data(), edits.data(), starts.data(), unedited.data(), best.data(), masses.data(), top.data(), tokens.data(), records.data(),
-             vocab, splits, n_top);
-  }, n, 1, 1, 256);
+  launch_kernel(logit_maxima, splits, n, 1, 256, logits.data(), asks.data(), edits.data(), starts.data(), masks.data(), best.data(), top.data(), vocab, splits, words, n_top);
+  launch_kernel(logit_masses, splits, n, 1, 256, logits.data(), asks.data(), edits.data(), starts.data(), best.data(), unedited.data(), masses.data(), vocab, splits);
+  launch_kernel(sample, n, 1, 1, 1024, logits.data(), asks.data(), best.data(), masses.data(), tokens.data(), vocab, splits);
+  launch_kernel(logprobs, n, 1, 1, 256, logits.data(), asks.data(), edits.data(), starts.data(), unedited.data(), best.data(), masses.data(), top.data(), tokens.data(), records.data(), vocab, splits, n_top);
   std::vector<Result> results;
   for (int r = 0; r < n; ++r) {
     const int* record = &records[r * (4 + 2 * n_top)];

@@ -1,6 +1,7 @@
 #include "logits.h"
 
-int main() {
+int main(int arguments, char** argument) {
+  take_arguments(arguments, argument);
   double off = 0;
   long differ = 0;
   for (int vocab : {100, 5000, 32001, 151936}) {

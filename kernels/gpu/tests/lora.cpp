@@ -51,10 +51,10 @@ static void all(int k, int n, int x_gap, bool bf16, const std::vector<Adapter>& 
   std::vector<float> partial((size_t)splits * rows * width, NAN), shrunk((size_t)rows * width, -0.01f), got = y;
   auto run = [&](const std::vector<int>& tiles, std::vector<float>& y, float* keep) {
     int count = tiles.size() / 3;
-    launch([&] { (bf16 ? lora_shrink : lora_shrink_f32)(x.data(), x_stride, table.data(), most, tiles.data(), partial.data(), rows, width, k, k_each); },
-           count, (width + 31) / 32, splits, 256);
-    launch([&] { (bf16 ? lora_expand : lora_expand_f32)(partial.data(), table.data(), most, tiles.data(), y.data(), y_stride, keep, rows, width, splits); },
-           count, (n + 255) / 256, 1, 256);
+    launch_as(lora_shrink, bf16 ? "lora_shrink" : "lora_shrink_f32", count, (width + 31) / 32, splits, 256, x.data(), x_stride, table.data(), most, tiles.data(),
+              partial.data(), rows, width, k, k_each);
+    launch_as(lora_expand, bf16 ? "lora_expand" : "lora_expand_f32", count, (n + 255) / 256, 1, 256, partial.data(), table.data(), most, tiles.data(), y.data(),
+              y_stride, keep, rows, width, splits);
   };
   run(flat, got, shrunk.data());
   std::vector<double> want(y.begin(), y.end()), want_shrunk(shrunk.size(), -0.01f);
@@ -95,7 +95,8 @@ static void all(int k, int n, int x_gap, bool bf16, const std::vector<Adapter>& 
   judge(name("a row alone", k, n, bf16), std::equal(row.begin() + (size_t)tile[0] * y_stride, row.begin() + (size_t)tile[0] * y_stride + n, got.begin() + (size_t)tile[0] * y_stride) ? 0 : 1, 0);
 }
 
-int main() {
+int main(int arguments, char** argument) {
+  take_arguments(arguments, argument);
   // q, k, v of one linear; one part alone; a rank that is none; parts of ranks of their own; no module at all.
   for (bool bf16 : {true, false}) {
     std::vector<Adapter> fused = {

@@ -1,6 +1,7 @@
 #include "test.h"
 
-int main() {
+int main(int arguments, char** argument) {
+  take_arguments(arguments, argument);
   for (int n : {2, 333, 4096, 32003}) {
     const int rows = 4;
     auto logits = normal(rows * n, 4);
@@ -15,9 +16,9 @@ int main() {
     for (int i = 0; i < n; ++i) logits[2 * n + i] += 1000;         // logits that overflow by themselves,
     if (n > 2) logits[3 * n + (labels[3] + 1) % n] = -INFINITY;    // a token that cannot be.
     auto before = logits;
-    launch([&] { cross_entropy(logits.data(), labels.data(), nullptr, alone.data(), n); }, rows, 1, 1, 1024);
+    launch_kernel(cross_entropy, rows, 1, 1, 1024, logits.data(), labels.data(), nullptr, alone.data(), n);
     judge("cross_entropy of " + std::to_string(n) + " leaves logits alone", logits != before, 0);
-    launch([&] { cross_entropy(logits.data(), labels.data(), weights.data(), results.data(), n); }, rows, 1, 1, 1024);
+    launch_kernel(cross_entropy, rows, 1, 1, 1024, logits.data(), labels.data(), weights.data(), results.data(), n);
     judge("cross_entropy of " + std::to_string(n) + " without a gradient", alone != results, 0);
     std::vector<double> gradient(rows * n), log_probs(rows);
     std::vector<float> got;

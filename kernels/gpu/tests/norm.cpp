@@ -1,6 +1,6 @@
 // Norms against double: rows that stand apart and begin anywhere, several runs a row, every way out, and the gradients.
 //
-// norm FILE: also writes rms_norm, with all it can be given, as a case file (../cases/README.md).
+// norm FOLDER: also writes case files (../cases/README.md); norm FILE: that of rms_norm.
 #include "test.h"
 
 struct Shape {
@@ -15,6 +15,7 @@ static void all(Shape s, bool layer) {
   int grid = is_short ? (runs + 7) / 8 : runs;
   auto x = normal(s.shift + s.rows * stride, 2), add = normal(n), weight = normal(s.width), bias = normal(s.width), dy = normal(s.shift + s.rows * stride);
   for (float& v : x) v += 1;
+  std::string kind = layer ? "layer_norm" : "rms_norm", end = is_short ? "_short" : "", kernel = kind + end, back = kind + "_";
   std::string name = std::string(layer ? "layer" : "rms") + " norm, " + std::to_string(s.rows) + " x " + std::to_string(s.groups) + " x " + std::to_string(s.width);
   auto place = [&](int run) { return s.shift + run / s.groups * stride + run % s.groups * s.width; };
 
@@ -37,12 +38,9 @@ static void all(Shape s, bool layer) {
     const float *a = with_add ? add.data() : nullptr, *b = with_bias ? bias.data() : nullptr;
     float* to = with_float ? out.data() : nullptr;
     uint16_t* to_bf16 = with_bf ? rounded.data() : nullptr;
-    launch([&] {
-      auto rms = is_short ? rms_norm_short : rms_norm;
-      auto ln = is_short ? layer_norm_short : layer_norm;
-      if (layer) ln(from.data() + s.shift, stride, a, weight.data(), b, to, to_bf16, runs, s.groups, s.width, eps);
-      else rms(from.data() + s.shift, stride, a, weight.data(), to, to_bf16, runs, s.groups, s.width, eps);
-    }, grid, 1, 1, 256);
+    const float* x = from.data() + s.shift;
+    if (layer) launch_as(layer_norm, kernel, grid, 1, 1, 256, x, stride, a, weight.data(), b, to, to_bf16, runs, s.groups, s.width, eps);
+    else launch_as(rms_norm, kernel, grid, 1, 1, 256, x, stride, a, weight.data(), to, to_bf16, runs, s.groups, s.width, eps);
     auto what = name + (with_add ? " + add" : "") + (with_bias ? " + bias" : "");
     if (with_float) judge(what, distance(out, want), layer ? 1e-6 : 5e-7);
     if (with_bf) judge(what + " in bf16", distance(widened(rounded), want), 3e-3);
@@ -73,10 +71,8 @@ static void all(Shape s, bool layer) {
   for (int onto : {0, 1}) {
     auto around = normal(n);
     auto dx = onto ? around : std::vector<float>(n, NAN);
-    launch([&] {
-      auto kernel = layer ? (is_short ? layer_norm_backward_short : layer_norm_backward) : (is_short ? rms_norm_backward_short : rms_norm_backward);
-      kernel(x.data() + s.shift, stride, dy.data() + s.shift, stride, weight.data(), dx.data(), onto, runs, s.groups, s.width, eps);
-    }, grid, 1, 1, 256);
+    launch_as(rms_norm_backward, back + "backward" + end, grid, 1, 1, 256, x.data() + s.shift, stride, dy.data() + s.shift, stride, weight.data(), dx.data(), onto,
+              runs, s.groups, s.width, eps);
     auto sum = want;
     for (size_t i = 0; onto && i < n; ++i) sum[i] += around[i];
     judge(name + (onto ? ", dx onto a gradient" : ", dx"), distance(dx, sum), 2e-6);
@@ -84,31 +80,15 @@ static void all(Shape s, bool layer) {
   int each = 3, pieces = (runs + each - 1) / each, blocks = is_short ? (pieces + 7) / 8 : pieces, columns = (layer ? 2 : 1) * s.width;
   pieces = is_short ? blocks * 8 : pieces;
   std::vector<float> partial((size_t)pieces * columns, NAN), sums(columns, NAN);
-  launch([&] {
-    auto kernel = layer ? (is_short ? layer_norm_params_short : layer_norm_params) : (is_short ? rms_norm_params_short : rms_norm_params);
-    kernel(x.data() + s.shift, stride, dy.data() + s.shift, stride, partial.data(), each, runs, s.groups, s.width, eps);
-  }, blocks, 1, 1, 256);
-  launch([&] { column_sums(partial.data(), sums.data(), pieces, columns); }, (columns + 31) / 32, 1, 1, 256);
+  launch_as(rms_norm_params, back + "params" + end, blocks, 1, 1, 256, x.data() + s.shift, stride, dy.data() + s.shift, stride, partial.data(), each, runs,
+            s.groups, s.width, eps);
+  launch_kernel(column_sums, (columns + 31) / 32, 1, 1, 256, partial.data(), sums.data(), pieces, columns);
   judge(name + ", dweight", distance(std::vector<float>(sums.begin(), sums.begin() + s.width), dweight), 2e-6);
   if (layer) judge(name + ", dbias", distance(std::vector<float>(sums.begin() + s.width, sums.end()), dbias), 2e-6);
 }
 
-static void write_case(const char* path) {
-  const int rows = 3, groups = 1, width = 2304, stride = width;
-  const float eps = 1e-5f;
-  auto x = normal(rows * width), add = normal(rows * width), weight = normal(width);
-  std::vector<float> out(rows * width, NAN);
-  std::vector<uint16_t> rounded(rows * width, 0x7fc0);
-  FILE* file = fopen(path, "wb");
-  if (!file) return perror(path), exit(1);
-  begin_case(file, "rms_norm", {rows, 1, 1}, 256, x, stride, add, weight, out, rounded, rows, groups, width, eps);
-  launch([&] { rms_norm(x.data(), stride, add.data(), weight.data(), out.data(), rounded.data(), rows, groups, width, eps); }, rows, 1, 1, 256);
-  case_array(file, x), case_array(file, add), case_array(file, weight), case_array(file, out), case_array(file, rounded);
-  fclose(file);
-}
-
 int main(int arguments, char** argument) {
-  if (arguments > 1) write_case(argument[1]);
+  take_arguments(arguments, argument, "rms_norm");
   for (bool layer : {false, true})
     for (Shape s : {Shape{1, 1, 5, 0, 0}, {7, 3, 64, 8, 4}, {2, 5, 80, 3, 1}, {33, 1, 256, 0, 0}, {3, 1, 577, 0, 0}, {5, 2, 2048, 4, 0}, {2, 1, 8960, 0, 0}, {2, 1, 2500, 4, 1}})
       all(s, layer);

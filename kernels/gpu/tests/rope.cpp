@@ -23,8 +23,8 @@ static std::vector<double> turned(const std::vector<float>& x, const Case& c, in
   return y;
 }
 
-template <class E, class Turn, class Write>
-static void fused(const char* name, const Case& c, Turn turn, Write write) {
+template <class E>
+static void fused(const std::string& name, const Case& c) {
   int width = (c.heads + 2 * c.kv_heads) * c.dim, stride = width + c.gap, kv = c.kv_heads * c.dim, blocks = 3;
   auto qkv = normal((size_t)rows * stride), table = normal((size_t)positions * 2 * c.half);
   std::vector<int> at, slots;
@@ -35,13 +35,12 @@ static void fused(const char* name, const Case& c, Turn turn, Write write) {
   // The parts one after the other: rotate, then write.
   auto apart = qkv, before = qkv;
   std::vector<char> want(blocks * c.kv_heads * page_bytes<E>(c.dim), (char)0xff), got = want;
-  launch([&] { rope(apart.data(), table.data(), at.data(), stride, c.heads + c.kv_heads, c.dim, c.half, c.interleaved, 1); }, rows,
-         ((c.heads + c.kv_heads) * ((c.half + 3) / 4) + 255) / 256, 1, 256);
+  launch_kernel(rope, rows, ((c.heads + c.kv_heads) * ((c.half + 3) / 4) + 255) / 256, 1, 256, apart.data(), table.data(), at.data(), stride, c.heads + c.kv_heads, c.dim, c.half, c.interleaved, 1);
   const float* k = apart.data() + c.heads * c.dim;
-  launch([&] { write(k, k + kv, slots.data(), want.data(), stride, stride, c.kv_heads, c.dim); }, rows, (c.kv_heads + 3) / 4, 1, 4 * WARP);
-  launch([&] { turn(qkv.data(), table.data(), at.data(), slots.data(), got.data(), stride, c.heads, c.kv_heads, c.dim, c.half, c.interleaved); },
-         rows, (c.heads + c.kv_heads + 3) / 4, 1, 4 * WARP);
-  std::string what = std::string("rope_kv_write_") + name + " of " + std::to_string(c.dim);
+  launch_as(kv_write_bf16, "kv_write_" + name, rows, (c.kv_heads + 3) / 4, 1, 4 * WARP, k, k + kv, slots.data(), want.data(), stride, stride, c.kv_heads, c.dim);
+  launch_as(rope_kv_write_bf16, "rope_kv_write_" + name, rows, (c.heads + c.kv_heads + 3) / 4, 1, 4 * WARP, qkv.data(), table.data(), at.data(), slots.data(),
+            got.data(), stride, c.heads, c.kv_heads, c.dim, c.half, c.interleaved);
+  std::string what = "rope_kv_write_" + name + " of " + std::to_string(c.dim);
   judge(what + ": pages unlike kv_write's", memcmp(got.data(), want.data(), got.size()) != 0, 0);
   bool same = true;
   for (int r = 0; r < rows; ++r)
@@ -49,7 +48,8 @@ static void fused(const char* name, const Case& c, Turn turn, Write write) {
   judge(what + ": rows", !same, 0);
 }
 
-int main() {
+int main(int arguments, char** argument) {
+  take_arguments(arguments, argument);
   for (const Case& c : std::vector<Case>{{2, 1, 64, 32, false, 4},
                                          {2, 1, 64, 32, true, 0},
                                          {3, 5, 80, 10, false, 0}, // Not four pairs at a time.
@@ -64,14 +64,13 @@ int main() {
         std::vector<int> at;
         for (int r = 0; r < rows; ++r) at.push_back(r * 37 % positions);
         std::vector<float> mine(x.begin() + odd, x.end()), to = x;
-        launch([&] { rope(to.data() + odd, table.data(), at.data(), stride, c.heads, c.dim, c.half, c.interleaved, sign); }, rows,
-               (c.heads * ((c.half + 3) / 4) + 255) / 256, 1, 256);
+        launch_kernel(rope, rows, (c.heads * ((c.half + 3) / 4) + 255) / 256, 1, 256, to.data() + odd, table.data(), at.data(), stride, c.heads, c.dim, c.half, c.interleaved, sign);
         std::vector<float> got(to.begin() + odd, to.end());
         judge(what, distance(got, turned(mine, c, stride, c.heads, table, at, sign)), 1e-7);
       }
-    fused<uint16_t>("bf16", c, rope_kv_write_bf16, kv_write_bf16);
-    fused<int8>("int8", c, rope_kv_write_int8, kv_write_int8);
-    fused<float>("f32", c, rope_kv_write_f32, kv_write_f32);
+    fused<uint16_t>("bf16", c);
+    fused<int8>("int8", c);
+    fused<float>("f32", c);
   }
   return verdict();
 }

@@ -1,4 +1,4 @@
-// sample FILE: also writes sample as a case file (../cases/README.md): every bit of it is the same everywhere.
+// sample FOLDER: also writes case files (../cases/README.md), of which every bit is the same everywhere; sample FILE: that of sample.
 #include "logits.h"
 
 // The same choice with sorts, in plain integers.
@@ -52,6 +52,7 @@ int choice(const Row& row) {
 }
 
 int main(int arguments, char** argument) {
+  take_arguments(arguments, argument, "sample");
   long draws = 0, differ = 0;
   for (int vocab : {100, 5000, 32001, 151936}) {
     std::vector<Row> rows;
@@ -99,7 +100,7 @@ int main(int arguments, char** argument) {
     }
     rows.push_back(rows[0]);
     for (float& x : rows.back().logits) x = -INFINITY;
-    auto results = run(rows, arguments > 1 && vocab == 5000 ? argument[1] : nullptr);
+    auto results = run(rows);
     for (size_t r = 0; r < rows.size(); ++r) {
       ++draws;
       int want = choice(rows[r]);

@@ -28,11 +28,6 @@ inline std::vector<float> widened(const std::vector<uint16_t>& v) {
   return to;
 }
 
-template <class F>
-void launch(F kernel, int gx, int gy, int gz, int threads) {
-  emu::launch(kernel, gx, gy, gz, threads);
-}
-
 // |got - want| / |want|, as vectors.
 template <class G>
 double distance(const G& got, const std::vector<double>& want) {
@@ -45,26 +40,12 @@ double distance(const G& got, const std::vector<double>& want) {
   return sqrt(off / all);
 }
 
-// Case files: see ../cases/README.md.
-template <class T>
-void case_array(FILE* file, const std::vector<T>& v) {
-  uint64_t bytes = v.size() * sizeof(T);
-  fwrite(&bytes, 8, 1, file);
-  fwrite(v.data(), 1, bytes, file);
-}
+#include "launch.h"
 
-template <class T>
-void case_array(FILE* file, const T& scalar) {
-  case_array(file, std::vector<T>{scalar});
-}
-
-// The arguments: buffers as vectors, the rest as the kernel takes it.
-template <class... A>
-void begin_case(FILE* file, const std::string& kernel, std::vector<uint32_t> grid, uint32_t threads, const A&... arguments) {
-  case_array(file, std::vector<char>(kernel.begin(), kernel.end()));
-  grid.push_back(threads);
-  case_array(file, grid);
-  (case_array(file, arguments), ...);
+// Of what has no case: several kernels at once, or an argument on the stack.
+template <class F>
+void launch(F kernel, int gx, int gy, int gz, int threads) {
+  emu::launch(kernel, gx, gy, gz, threads);
 }
 
 inline int failures = 0;

@@ -139,7 +139,7 @@ fn an_architecture_without_an_object_is_compiled_from_the_source() {
         (
             Maker::Nvidia,
             vec!["MAJOR=8", "MINOR=9", "REFUSES=1"],
-            "--gpu-architecture=sm_89 --std=c++17",
+            "--gpu-architecture=sm_89 --std=c++17 --device-as-default-execution-space",
         ),
     ] {
         let fake = Fake::new(&defines);
@@ -151,6 +151,27 @@ fn an_architecture_without_an_object_is_compiled_from_the_source() {
         assert!(told.contains(&format!("module {}", sum(&[b'i'; 64]))), "{told:?}");
         driver.launch("rms_norm", [1, 1, 1], 64, &[1, 2, 3]).unwrap();
     }
+}
+
+/// By `scripts/gpu-kernels rtc`, which installs the compiler: it needs no GPU.
+#[test]
+#[ignore = "minutes, and a library of 100 MB: scripts/gpu-kernels rtc"]
+fn nvidias_compiler_takes_the_source() {
+    let path = std::env::var("GPU_NVRTC").expect("GPU_NVRTC: the path of libnvrtc.so.13");
+    let library = Library::open(&[&path]).unwrap();
+    let image = runtime::compile(&library, Maker::Nvidia, "sm_90").unwrap();
+    assert!(image.starts_with(b"\x7fELF"), "{:?}", &image[..4]);
+    for kernel in objects::kernels() {
+        let section = format!(".text.{kernel}\0");
+        assert!(
+            image
+                .windows(section.len())
+                .any(|window| window == section.as_bytes()),
+            "{kernel}"
+        );
+    }
+    let why = runtime::compile(&library, Maker::Nvidia, "sm_1").unwrap_err();
+    assert!(why.contains("compiler's error"), "{why}");
 }
 
 #[test]
