@@ -34,10 +34,12 @@ pub(super) fn compile(library: &Library, maker: Maker, architecture: &str) -> Re
         ],
     };
     let options = match maker {
-        Maker::Amd => [format!("--offload-arch={architecture}"), "-std=c++20".to_owned()],
-        Maker::Nvidia => [
+        Maker::Amd => vec![format!("--offload-arch={architecture}"), "-std=c++20".to_owned()],
+        Maker::Nvidia => vec![
             format!("--gpu-architecture={architecture}"),
             "--std=c++17".to_owned(),
+            // Lambdas are the host's otherwise, and there is no host.
+            "--device-as-default-execution-space".to_owned(),
         ],
     };
     let (main, headers) = objects::source();
