@@ -169,7 +169,12 @@ impl Quantised {
 
     /// Groups along K.
     pub fn groups(&self) -> i64 {
-        self.k().div_ceil_of(self.group)
+        self.groups_of(self.k())
+    }
+
+    /// Those of a K of its own, where codes do not lie one a byte.
+    pub(super) fn groups_of(&self, k: i64) -> i64 {
+        k.div_ceil_of(self.group)
     }
 
     /// That it is what the kernels read, or what is wrong.
