@@ -4,11 +4,13 @@ use std::ops::Range;
 
 use tandem_backend::lora::adapter::Adapter;
 use tandem_backend::model::Decoder;
+use tandem_backend::train::Trainer;
 use tandem_kernels::gpu::{Lanes, Launches, counted, emulated};
 use tandem_kernels::weight::Precision;
 
 use crate::fixture::{FAMILIES, Fixture, NAMES, Table, max_difference};
 use crate::run::{Pages, Sequence, base, logprobs, packed, paged};
+use crate::training::{finish, lora_job};
 
 /// Of a layer of a plain model in bfloat16, with adapters or without: norm, qkv, rope of q and k, the pages' write,
 /// attention and its merge, output, norm, gate and up, activation, down.
@@ -75,6 +77,46 @@ fn a_layer_is_few_launches_whatever_the_batch() {
             }
         }
     });
+}
+
+/// Of a chunk of a prompt in bfloat16, which is longer than what our products for few rows take.
+#[test]
+fn launches_of_a_prompt() {
+    let fixture = Fixture::open("gqa_tied");
+    let tokens: Vec<u32> = fixture.tokens("long").into_iter().cycle().take(40).collect();
+    emulated(Lanes::Nvidia, || {
+        let decoder = fixture.decoder(Precision::Bf16);
+        let layers = decoder.n_sublayers() / 2;
+        let mut pages = Pages::new(&decoder, 1, tokens.len(), tokens.len());
+        let (_, launches) = counted(|| pages.append(&decoder, &[(0, base(&tokens))], 0));
+        say("prefill", layers, &launches);
+        let all: usize = launches.values().sum();
+        assert!(all <= layers * MOST_LAUNCHES + 8, "{all} launches: {launches:#?}");
+    });
+}
+
+/// Of an optimizer step of LoRA on all linears, in bfloat16.
+#[test]
+fn launches_of_a_training_step() {
+    /// Of a layer, forward, back and what is the adapter's; the rest (loss, clipping, AdamW) shared out.
+    const MOST: usize = 400;
+    let fixture = Fixture::open("gqa_tied");
+    let job = lora_job(&fixture.numbers["lora_training"]);
+    emulated(Lanes::Nvidia, || {
+        let decoder = fixture.decoder(Precision::Bf16);
+        let layers = decoder.n_sublayers() / 2;
+        let mut trainer = Trainer::start(job.spec.clone(), &decoder).expect("the job starts");
+        let (reports, mut launches) = counted(|| finish(&mut trainer, Some(&decoder)));
+        launches.values_mut().for_each(|n| *n = n.div_ceil(reports.len()));
+        say("training step", layers, &launches);
+        let all: usize = launches.values().sum();
+        assert!(all <= layers * MOST, "{all} launches: {launches:#?}");
+    });
+}
+
+/// For scripts/gpu-kernels estimate.
+fn say(what: &str, layers: usize, launches: &Launches) {
+    println!("{what} of {layers} layers: {}", serde_json::json!(launches));
 }
 
 /// What the last token of each sequence queues.
