@@ -190,7 +190,7 @@ fn train_step(criterion: &mut Criterion) {
         use_dora: false,
     };
     let hyper = Hyper {
-        n_epochs: 1_000_000,
+        n_epochs: 1_000_000.0,
         max_steps: Some(1_000_000),
         max_steps_per_epoch: None,
         batch_size: 4,

@@ -1,6 +1,6 @@
 //! Shapes that several resources share.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use utoipa::ToSchema;
 
 /// Fields this version does not know. Kept, because some of them must be refused by name.
@@ -62,7 +62,23 @@ pub enum AutoInteger {
 #[serde(untagged, expecting = "expected \"auto\" or a number")]
 pub enum AutoNumber {
     Auto(Auto),
-    Value(f64),
+    Value(#[serde(serialize_with = "plain")] f64),
+}
+
+/// A whole number as an integer, which clients of fields that once were integers expect.
+fn plain<S: Serializer>(number: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+    match *number as i64 {
+        whole if whole as f64 == *number => serializer.serialize_i64(whole),
+        _ => serializer.serialize_f64(*number),
+    }
+}
+
+/// The same of one that may not be chosen yet.
+pub(crate) fn plain_or_null<S: Serializer>(number: &Option<f64>, serializer: S) -> Result<S::Ok, S::Error> {
+    match number {
+        Some(number) => plain(number, serializer),
+        None => serializer.serialize_none(),
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::common::{FileIds, Unknown};
+use crate::common::{FileIds, Unknown, plain_or_null};
 use crate::files::File;
 use crate::fine_tuning::TrainingSettings;
 
@@ -49,7 +49,8 @@ pub struct FineTune {
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct HyperParams {
     #[schema(required)]
-    pub n_epochs: Option<u32>,
+    #[serde(serialize_with = "plain_or_null")]
+    pub n_epochs: Option<f64>,
     #[schema(required)]
     pub batch_size: Option<u32>,
     #[schema(required)]

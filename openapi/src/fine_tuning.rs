@@ -214,7 +214,7 @@ pub struct MethodHyperparameters {
 /// OpenAI's three. `auto` until the training file has been read.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct CommonHyperparameters {
-    pub n_epochs: AutoInteger,
+    pub n_epochs: AutoNumber,
     pub batch_size: AutoInteger,
     pub learning_rate_multiplier: AutoNumber,
 }
@@ -365,6 +365,8 @@ pub struct PreviewStatistics {
     pub dropped: u64,
     /// Rows that are longer than `max_seq_length`.
     pub cut: u64,
+    /// Rows whose prompt by itself, as a request sends it, is not token for token what they begin with.
+    pub merged: u64,
     pub examples: u64,
     pub tokens: u64,
     pub trained_tokens: u64,

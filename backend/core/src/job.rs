@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::id::{AdapterRef, JobId};
 use crate::replica::ReplicaInfo;
-use crate::settings::{Kind, setting};
+use crate::settings::{Kind, MOST_EPOCHS, setting};
 
 pub use objective::{CpoLoss, DpoLoss, Objective, Rows};
 pub use optimizer::Optimizer;
@@ -112,8 +112,8 @@ pub struct Saved {
 /// Every number of a run, chosen. Names are TRL's and PEFT's.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Hyper {
-    /// Passes over the data, when `max_steps` does not say how long the run is.
-    pub n_epochs: u32,
+    /// Passes over the data, when `max_steps` does not say how long the run is. Of half a pass half the steps, rounded up.
+    pub n_epochs: f64,
     /// Optimizer steps of the run, whatever `n_epochs` says.
     pub max_steps: Option<u64>,
     /// Optimizer steps of an epoch at most: the rest of its rows is left out.
@@ -169,6 +169,11 @@ pub struct Hyper {
 
 fn yes() -> bool {
     true
+}
+
+/// Steps of so many epochs that have `epoch_steps` each, at least one; transformers' rounding.
+pub fn steps_of(n_epochs: f64, epoch_steps: u64) -> u64 {
+    ((n_epochs * epoch_steps as f64).ceil() as u64).max(1)
 }
 
 /// When checkpoints are made, transformers' names.
@@ -265,13 +270,18 @@ impl Hyper {
             Some(Kind::Integer { low, high, .. }) => low.unsigned_abs()..=high.unsigned_abs(),
             _ => unreachable!("{name} is a setting that is an integer"),
         };
-        let n_epochs_most = match max_steps {
+        let most_epochs = match max_steps {
             // As many as the steps need.
-            Some(_) => asked("max_steps"),
-            None => asked("n_epochs"),
+            Some(_) => MOST_STEPS as f64,
+            None => MOST_EPOCHS,
         };
+        // NaN is none.
+        if !(*n_epochs > 0.0 && *n_epochs <= most_epochs) {
+            return Err(format!(
+                "n_epochs must be above 0 and at most {most_epochs}, got {n_epochs}"
+            ));
+        }
         let whole = [
-            ("n_epochs", u64::from(*n_epochs), n_epochs_most),
             ("max_steps", max_steps.unwrap_or(1), asked("max_steps")),
             ("batch_size", u64::from(*batch_size), asked("batch_size")),
             (
@@ -687,7 +697,7 @@ mod tests {
 
     fn hyper(lora: Lora) -> Hyper {
         Hyper {
-            n_epochs: 1,
+            n_epochs: 1.0,
             max_steps: None,
             max_steps_per_epoch: None,
             batch_size: 1,
@@ -733,7 +743,7 @@ mod tests {
             (
                 "n_epochs",
                 Hyper {
-                    n_epochs: 0,
+                    n_epochs: 0.0,
                     ..base()
                 },
             ),

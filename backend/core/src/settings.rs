@@ -26,6 +26,8 @@ use crate::suggest::closest;
 pub const ALL_LINEAR: &str = "all-linear";
 /// Of steps, by name: far beyond any run, and safe to add and multiply.
 const MOST_STEPS: i64 = 10_000_000;
+/// Of passes, by the number of which a run's length is said.
+pub const MOST_EPOCHS: f64 = 10_000.0;
 
 /// One row of [`TABLE`].
 #[derive(Debug)]
@@ -77,9 +79,9 @@ use Range::{Above, Below, Closed};
 
 settings! {
     Length {
-        n_epochs: u32, Integer { low: 1, high: 10_000, unset: None },
+        n_epochs: f64, Real(Above(0.0, MOST_EPOCHS)),
             ["num_train_epochs", "num_epochs", "epochs"],
-            "3; up to 25 for small files, 1 for huge ones", "passes over the training file";
+            "3; up to 25 for small files, 1 for huge ones", "passes over the training file, also parts of one: 1.5";
         max_steps: u64, Integer { low: 1, high: MOST_STEPS, unset: Some(-1) },
             ["max_train_steps"],
             "none", "optimizer steps of the run, in place of n_epochs; -1: not given";

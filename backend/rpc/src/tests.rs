@@ -582,7 +582,7 @@ fn job(id: &str) -> JobSpec {
         tenant: String::new(),
         base_model: "base".to_owned(),
         hyper: Hyper {
-            n_epochs: 1,
+            n_epochs: 1.0,
             max_steps: None,
             max_steps_per_epoch: Some(7),
             batch_size: 1,
@@ -957,7 +957,7 @@ async fn what_no_router_says_is_refused() {
         (
             "n_epochs",
             hyper("n_epochs", many.into()),
-            "n_epochs must be between 1 and 10000",
+            "n_epochs must be above 0 and at most 10000",
         ),
         (
             "max_steps",

@@ -119,6 +119,24 @@ impl AdapterShape {
         }
     }
 
+    /// Does it adapt nothing that `bounds` does not, and nothing of a higher rank? Scales may differ.
+    pub fn is_within(&self, bounds: &AdapterShape) -> bool {
+        let parts = |shape: &AdapterShape| {
+            let parts = shape.iter().flat_map(|(_, linear)| linear.parts.clone());
+            parts
+                .map(|part| (part.path.clone(), part))
+                .collect::<BTreeMap<_, _>>()
+        };
+        let (own, bounds) = (parts(self), parts(bounds));
+        own.iter().all(|(path, part)| {
+            let bound = bounds.get(path);
+            bound.is_some_and(|bound| {
+                part.rank() <= bound.rank()
+                    && part.magnitude_offset.is_some() == bound.magnitude_offset.is_some()
+            })
+        })
+    }
+
     /// The numbers at rank 1 of all modules of a name, for every name.
     pub fn sizes(spec: &DecoderSpec) -> BTreeMap<String, u64> {
         let linears = spec.adaptable();

@@ -1,7 +1,7 @@
 //! Which examples make which optimizer step. A function of the dataset, the seed and the step alone: a resumed job
 //! needs no cursor, and the pace of training cannot change what is learned. Not here: how examples go through the layers (slice).
 
-use tandem_core::job::Hyper;
+use tandem_core::job::{Hyper, steps_of};
 use tandem_core::rng;
 
 /// Keeps the draws of shuffling apart from those of initialisation and dropout.
@@ -47,12 +47,14 @@ impl DataPlan {
         // With max_steps the others are counted when they are reached: packed rows are laid out to be counted.
         let counted = match hyper.max_steps {
             Some(_) => 1,
-            None => hyper.n_epochs,
+            None => hyper.n_epochs.ceil() as u64,
         };
         for _ in 0..counted {
             plan.count_epoch();
         }
-        plan.total = hyper.max_steps.unwrap_or(plan.counted());
+        plan.total = hyper
+            .max_steps
+            .unwrap_or_else(|| plan.steps_of_run(hyper.n_epochs));
         plan
     }
 
@@ -100,6 +102,15 @@ impl DataPlan {
     /// Optimizer steps of the epochs that were counted.
     fn counted(&self) -> u64 {
         *self.steps_before.last().expect("it begins with 0")
+    }
+
+    /// Those before the last epoch, and the part of the last that is run. Epochs of unpacked rows are alike: then it is
+    /// [`steps_of`] all.
+    fn steps_of_run(&self, n_epochs: f64) -> u64 {
+        let last = self.steps_before.len() - 2;
+        let before = self.steps_before[last];
+        let steps = self.counted() - before;
+        before + steps_of(n_epochs, steps) - last as u64 * steps
     }
 
     fn count_epoch(&mut self) {
@@ -156,7 +167,7 @@ mod tests {
 
     fn hyper() -> Hyper {
         Hyper {
-            n_epochs: 3,
+            n_epochs: 3.0,
             max_steps: None,
             max_steps_per_epoch: None,
             batch_size: 4,
@@ -272,6 +283,36 @@ mod tests {
         plan.reach(2);
         assert_eq!((plan.steps_before.len(), plan.epoch(3)), (4, 3.0));
         assert!(plan.ends_epoch(3));
+    }
+
+    /// transformers: ceil(num_train_epochs x steps of an epoch); of packed rows, whose epochs differ, the last one's part.
+    #[test]
+    fn a_run_may_end_within_an_epoch() {
+        for (n_epochs, total, epoch) in [
+            (1.5, 5, 5.0 / 3.0),
+            (0.5, 2, 2.0 / 3.0),
+            (0.01, 1, 1.0 / 3.0),
+            (2.7, 9, 3.0),
+            (2.0, 6, 2.0),
+        ] {
+            let hyper = Hyper { n_epochs, ..hyper() };
+            let mut plan = DataPlan::new(lengths(21), &hyper);
+            assert_eq!((plan.total(), plan.epoch(total)), (total, epoch));
+            assert!(plan.ends_epoch(total) && !plan.step(total - 1).is_empty());
+            // The first steps of the run that goes on to the end.
+            let mut whole = DataPlan::new(lengths(21), &self::hyper());
+            assert!((0..total).all(|step| plan.step(step) == whole.step(step)));
+        }
+        let packed = |n_epochs| {
+            let hyper = Hyper {
+                n_epochs,
+                packing: true,
+                ..hyper()
+            };
+            DataPlan::new(lengths(300), &hyper).total()
+        };
+        let (one, two, half) = (packed(1.0), packed(2.0), packed(1.5));
+        assert_eq!(half, one + (two - one).div_ceil(2));
     }
 
     #[test]

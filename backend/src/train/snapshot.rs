@@ -12,7 +12,7 @@ use super::TrainError;
 use super::state::{self, Progress, Tensors};
 use crate::lora::adapter::Adapter;
 use crate::lora::fit::Fit;
-use crate::lora::params::AdapterParams;
+use crate::lora::params::{AdapterParams, AdapterShape};
 use crate::lora::peft::{self, PeftConfig};
 
 /// Numbers of one quantum's copying, at most: 16 MiB take a few milliseconds.
@@ -125,10 +125,14 @@ impl AdapterCopy {
             params,
             lora,
             base_model,
-            fit: _,
+            fit,
         } = self;
         let config = PeftConfig { base_model, lora };
-        state::replace_folder(parent, name, |folder| Ok(peft::write(folder, params, &config)?))?;
+        let write = match params.shape == AdapterShape::new(&fit.spec, lora) {
+            true => peft::write,
+            false => peft::write_own,
+        };
+        state::replace_folder(parent, name, |folder| Ok(write(folder, params, &config)?))?;
         let folder = parent.join(name);
         let digest = peft::digest(&folder)?;
         Ok(Published {

@@ -469,7 +469,7 @@ fn lora(target_modules: Vec<String>) -> Lora {
 
 fn hyper(batch_size: u32, lora: Lora) -> Hyper {
     Hyper {
-        n_epochs: 1,
+        n_epochs: 1.0,
         max_steps: None,
         max_steps_per_epoch: None,
         batch_size,

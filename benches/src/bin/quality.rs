@@ -169,7 +169,7 @@ fn losses(decoder: &Decoder, tokens: &[TokenId], options: &Options) -> anyhow::R
         tenant: String::new(),
         base_model: "bench".to_owned(),
         hyper: Hyper {
-            n_epochs: 1,
+            n_epochs: 1.0,
             max_steps: None,
             max_steps_per_epoch: None,
             batch_size: BATCH,

@@ -115,16 +115,28 @@ impl Router {
         let Some(digest) = request.start else {
             return Ok(());
         };
-        let (_, lora) = self.adapter_shape(digest).await?;
         let unfit =
             |why| RouterError::invalid("model", format!("a job cannot start from this adapter: {why}"));
-        let lora = lora.map_err(unfit)?;
+        let folder = self.0.store.adapter_folder(digest).await?;
+        let known = self.info().lora_targets.clone();
+        let read = move || -> Result<Lora, String> {
+            let config =
+                std::fs::read(folder.join("adapter_config.json")).map_err(|error| error.to_string())?;
+            let config = serde_json::from_slice(&config).map_err(|error| error.to_string())?;
+            let tensors =
+                std::fs::read(folder.join("adapter_model.safetensors")).map_err(|error| error.to_string())?;
+            Lora::of_start(&config, &tensors, &known)
+        };
+        let lora = tokio::task::spawn_blocking(read)
+            .await
+            .expect("reading does not panic")
+            .map_err(unfit)?;
         let mut taken_over = request.all_settings().map(|settings| settings.start_from(&lora));
         let taken_over = taken_over.find(Result::is_err).unwrap_or(Ok(()));
         taken_over.map_err(|(param, message)| RouterError::invalid(param, message))
     }
 
-    /// Where an adapter lies, and its shape; or why nothing can be trained on from it.
+    /// Where an adapter lies, and its shape; or why no client's model can go on from it.
     pub(crate) async fn adapter_shape(
         &self,
         digest: AdapterDigest,

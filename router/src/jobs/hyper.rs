@@ -14,7 +14,7 @@
 //! | save_steps | a fifth of the run; 0 with another save_strategy than steps | a kill costs a fifth at most |
 
 use tandem_core::job::sweep::Sweep;
-use tandem_core::job::{self, Hyper, Lora, Method, Objective, Schedule};
+use tandem_core::job::{self, Hyper, Lora, Method, Objective, Schedule, steps_of};
 use tandem_core::replica::ReplicaInfo;
 use tandem_core::settings::{ALL_LINEAR, Settings};
 
@@ -80,7 +80,7 @@ pub fn trained_tokens(hyper: &Hyper, facts: Facts) -> u64 {
         .min(facts.tokens);
     hyper
         .max_steps
-        .map_or(epoch.saturating_mul(hyper.n_epochs.into()), of_steps)
+        .map_or((epoch as f64 * hyper.n_epochs).ceil() as u64, of_steps)
 }
 
 /// What is trained.
@@ -138,11 +138,9 @@ fn chosen(settings: &Settings, tuning: Tuning, bounds: Bounds, facts: Facts) -> 
             .min(facts.examples),
         false => facts.examples,
     };
-    let n_epochs = u64::from(
-        settings
-            .n_epochs
-            .unwrap_or_else(|| small(auto_epochs(facts.examples))),
-    );
+    let n_epochs = settings
+        .n_epochs
+        .unwrap_or_else(|| auto_epochs(facts.examples) as f64);
     let objective = objective(settings);
     let least_batch = match objective {
         // A row is held against another's answer.
@@ -158,7 +156,9 @@ fn chosen(settings: &Settings, tuning: Tuning, bounds: Bounds, facts: Facts) -> 
     let step_rows = u64::from(batch_size) * u64::from(gradient_accumulation_steps);
     let most = settings.max_steps_per_epoch.unwrap_or(u64::MAX);
     let epoch_steps = rows.div_ceil(step_rows).clamp(1, most);
-    let total_steps = settings.max_steps.unwrap_or(epoch_steps * n_epochs);
+    let total_steps = settings
+        .max_steps
+        .unwrap_or_else(|| steps_of(n_epochs, epoch_steps));
     let learning_rate = settings.learning_rate.unwrap_or_else(|| {
         let multiplier = settings.learning_rate_multiplier.unwrap_or(1.0);
         multiplier * of_objective(objective) * learning_rate(tuning, bounds.hidden_size)
@@ -175,8 +175,8 @@ fn chosen(settings: &Settings, tuning: Tuning, bounds: Bounds, facts: Facts) -> 
     };
     let hyper = Hyper {
         n_epochs: match settings.max_steps {
-            Some(steps) => small(steps.div_ceil(epoch_steps)),
-            None => small(n_epochs),
+            Some(steps) => steps.div_ceil(epoch_steps) as f64,
+            None => n_epochs,
         },
         max_steps: settings.max_steps,
         max_steps_per_epoch: settings.max_steps_per_epoch,
@@ -317,14 +317,14 @@ mod tests {
     fn small_files_are_seen_often_and_none_is_packed() {
         // examples, tokens -> epochs, batch, save_steps
         let cases = [
-            (1, 50, (25, 1, 5)),
-            (10, 500, (10, 1, 20)),
-            (50, 3_000, (3, 1, 30)),
-            (100, 6_000, (3, 1, 60)),
-            (599, 6_000, (3, 4, 90)),
-            (1_000, 60_000, (3, 7, 86)),
-            (8_000, 3_200_000, (3, 8, 600)),
-            (100_000, 9_000_000, (1, 8, 2500)),
+            (1, 50, (25.0, 1, 5)),
+            (10, 500, (10.0, 1, 20)),
+            (50, 3_000, (3.0, 1, 30)),
+            (100, 6_000, (3.0, 1, 60)),
+            (599, 6_000, (3.0, 4, 90)),
+            (1_000, 60_000, (3.0, 7, 86)),
+            (8_000, 3_200_000, (3.0, 8, 600)),
+            (100_000, 9_000_000, (1.0, 8, 2500)),
         ];
         for (examples, tokens, expected) in cases {
             let settings = Settings {
@@ -348,7 +348,7 @@ mod tests {
         ] {
             let settings = Settings {
                 seed: Some(7),
-                n_epochs: Some(50),
+                n_epochs: Some(50.0),
                 batch_size: Some(1),
                 max_steps: Some(max_steps),
                 warmup_ratio: ratio,
@@ -367,7 +367,7 @@ mod tests {
     fn what_is_asked_is_kept() {
         let settings = Settings {
             seed: Some(7),
-            n_epochs: Some(2),
+            n_epochs: Some(2.0),
             batch_size: Some(4),
             learning_rate_multiplier: Some(0.5),
             lr_scheduler_type: Some("cosine".to_owned()),
@@ -387,7 +387,7 @@ mod tests {
             },
         );
         // Of the epochs, what max_steps leaves: 25 steps are one.
-        assert_eq!((hyper.n_epochs, hyper.batch_size, hyper.seed), (1, 4, 7));
+        assert_eq!((hyper.n_epochs, hyper.batch_size, hyper.seed), (1.0, 4, 7));
         assert_eq!(
             (hyper.learning_rate, hyper.lr_scheduler, hyper.warmup_steps),
             (0.5 * MAX_LEARNING_RATE, Schedule::Cosine, 2)
@@ -423,6 +423,27 @@ mod tests {
         }
     }
 
+    /// transformers: ceil(num_train_epochs x steps of an epoch).
+    #[test]
+    fn a_part_of_an_epoch_has_its_part_of_the_steps() {
+        let facts = Facts {
+            examples: 10,
+            tokens: 500,
+        };
+        // 10 rows by 4 are 3 steps an epoch.
+        for (n_epochs, steps, tokens) in [(1.5, 5, 750), (0.5, 2, 250), (0.01, 1, 5), (2.0, 6, 1000)] {
+            let settings = Settings {
+                seed: Some(7),
+                n_epochs: Some(n_epochs),
+                batch_size: Some(4),
+                ..Settings::default()
+            };
+            let (hyper, total) = chosen(&settings, Tuning::Lora, (&info()).into(), facts);
+            assert_eq!((hyper.n_epochs, total), (n_epochs, steps));
+            assert_eq!(trained_tokens(&hyper, facts), tokens);
+        }
+    }
+
     #[test]
     fn max_steps_says_how_long_the_run_is() {
         let facts = Facts {
@@ -430,10 +451,10 @@ mod tests {
             tokens: 500,
         };
         // 10 rows by 4 are 3 steps an epoch.
-        for (max_steps, n_epochs, save_steps) in [(2, 1, 1), (3, 1, 1), (4, 2, 1), (300, 100, 60)] {
+        for (max_steps, n_epochs, save_steps) in [(2, 1.0, 1), (3, 1.0, 1), (4, 2.0, 1), (300, 100.0, 60)] {
             let settings = Settings {
                 seed: Some(7),
-                n_epochs: Some(2),
+                n_epochs: Some(2.0),
                 batch_size: Some(4),
                 max_steps: Some(max_steps),
                 lr_scheduler_type: Some("constant".to_owned()),

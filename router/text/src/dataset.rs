@@ -24,7 +24,7 @@ pub use sample::Sample;
 pub use shown::{Piece, Shown};
 use split::Split;
 use template::Template;
-pub use tokens::{Statistics, Unfit, tokenise};
+pub use tokens::{MERGED, Statistics, Unfit, tokenise};
 
 const HINT_CHARS: usize = 20;
 const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
@@ -38,10 +38,30 @@ pub enum Row {
         messages: Vec<Message>,
         tools: Vec<Value>,
     },
+    /// Loss on what answers the first `n_prompt` of the messages.
+    Answer {
+        messages: Vec<Message>,
+        n_prompt: usize,
+        tools: Vec<Value>,
+    },
     /// Loss on the completion (and on the prompt, by `prompt_loss_weight`).
-    Completion { prompt: String, completion: String },
+    Completion {
+        prompt: String,
+        completion: String,
+        seam: Seam,
+    },
     /// Loss on every token.
     Text { text: String },
+}
+
+/// How a prompt's text and what follows it become tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seam {
+    /// As one text, of which a token may lie in both; as TRL does.
+    Together,
+    /// Each by itself, where they do not meet between two tokens of one text; as torchtune and llama-recipes do with the prompts
+    /// of their templates.
+    Apart,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +90,7 @@ impl Kind {
 impl Row {
     pub fn kind(&self) -> Kind {
         match self {
-            Row::Chat { .. } => Kind::Chat,
+            Row::Chat { .. } | Row::Answer { .. } => Kind::Chat,
             Row::Completion { .. } => Kind::Completion,
             Row::Text { .. } => Kind::Text,
         }
@@ -307,7 +327,7 @@ impl Rows {
         let bad = |message: String, fault| (named(self.names_files, name, place.bad(message)), fault);
         let shaped = self.columns.shaped(row).map_err(Problem::from);
         let sample = shaped
-            .and_then(sample::sample)
+            .and_then(|(row, seam)| sample::sample(row, seam))
             .map_err(|Problem { text, fault }| bad(format!("Invalid file format. {place}{text}"), fault))?;
         let here = match self.names_files {
             true => format!("{place} of {name}"),
@@ -362,7 +382,7 @@ pub(crate) fn parse_line(line: u64, text: &str) -> Result<Sample, BadLine> {
     rows.sample(place, row).map_err(|(bad, _)| bad)
 }
 
-fn row(mut object: Map<String, Value>) -> Result<Row, Problem> {
+fn row(mut object: Map<String, Value>, seam: Seam) -> Result<Row, Problem> {
     let shapes = ["messages", "prompt", "completion", "text"];
     let is_known = shapes.iter().any(|key| object.contains_key(*key));
     keys::check_row(&object).map_err(|problem| Problem::of_key(&problem, is_known))?;
@@ -409,7 +429,11 @@ fn row(mut object: Map<String, Value>) -> Result<Row, Problem> {
                     " has an empty completion: there is nothing to learn.".to_owned(),
                 ));
             }
-            Row::Completion { prompt, completion }
+            Row::Completion {
+                prompt,
+                completion,
+                seam,
+            }
         }
         // An empty one has nothing to learn, or its end alone: paragraphs of a book are rows, too.
         (false, false, true) => Row::Text {

@@ -2,7 +2,9 @@
 //! (`dataset`), the loss.
 //!
 //! The rule: what the model reads at serving time is the prompt here, token for token where the tokenizer allows it,
-//! and what it must then write, its end of turn included, carries the weight.
+//! and what it must then write, its end of turn included, carries the weight. A prompt and its completion are one text, as
+//! in TRL: where a token lies in both, or the template writes a prompt that is answered otherwise than one that waits, the
+//! completion begins where the tokens of prompt and whole diverge.
 
 use std::ops::Range;
 
@@ -12,7 +14,7 @@ use tandem_core::job::Rows;
 use tandem_core::settings::Settings;
 
 use crate::chat::{ChatTemplate, Ending, Kwargs, Message};
-use crate::dataset::{Kind, Row, Sample};
+use crate::dataset::{Kind, Row, Sample, Seam};
 use crate::error::TextError;
 use crate::tokenizer::{Placed, SpecialTokens, Tokenizer};
 
@@ -56,6 +58,23 @@ pub struct Labelled {
     pub group: Group,
     /// Of its longest example, before it was cut.
     pub whole_tokens: usize,
+    /// The tokens of a prompt by itself are not what those of the whole begin with.
+    pub diverges: bool,
+}
+
+/// A row as tokens, before it is cut.
+struct Whole {
+    tokens: Vec<u32>,
+    weights: Vec<f32>,
+    /// Where there is one that is tokenised together with what answers it.
+    prompt: Option<Prompt>,
+}
+
+#[derive(Clone, Copy)]
+struct Prompt {
+    /// With which the row begins.
+    tokens: usize,
+    diverges: bool,
 }
 
 /// Text of one row at most: a tokenizer takes about a hundred times as much memory meanwhile, and it is more than a million
@@ -69,28 +88,47 @@ const MESSAGE_COST_BYTES: usize = 512;
 /// What the objective gets of a row of the file; errors as [`tokenize`].
 pub fn group(sample: &Sample, tokenizer: &Tokenizer, options: &Options) -> Result<Labelled, TextError> {
     suits(sample, options.rows)?;
-    let mut whole_tokens = 0;
-    let mut example = |row: &Row| {
-        let (example, n_tokens) = tokenize(row, tokenizer, options)?;
-        whole_tokens = whole_tokens.max(n_tokens);
-        Ok::<_, TextError>(example)
-    };
-    let (examples, value) = match sample {
-        Sample::Example(row) => (vec![example(row)?], 0.0),
-        Sample::Pair { chosen, rejected } => (vec![example(chosen)?, example(rejected)?], 0.0),
+    let whole = |row: &Row| whole(row, tokenizer, options);
+    let (wholes, value) = match sample {
+        Sample::Example(row) => (vec![whole(row)?], 0.0),
+        Sample::Pair { chosen, rejected } => {
+            let mut pair = [whole(chosen)?, whole(rejected)?];
+            share_prompt(&mut pair);
+            (pair.into(), 0.0)
+        }
         Sample::Judged { row, is_desirable } => {
             let value = match options.rows {
                 Rows::Judged => f32::from(u8::from(*is_desirable)),
                 _ => 0.0,
             };
-            (vec![example(row)?], value)
+            (vec![whole(row)?], value)
         }
-        Sample::Rewarded { row, reward } => (vec![example(row)?], *reward),
+        Sample::Rewarded { row, reward } => (vec![whole(row)?], *reward),
     };
+    let whole_tokens = wholes.iter().map(|whole| whole.tokens.len()).max().unwrap_or(0);
+    let diverges = wholes
+        .iter()
+        .any(|whole| whole.prompt.is_some_and(|prompt| prompt.diverges));
+    let examples = wholes.into_iter().map(|whole| cut(whole, options));
     Ok(Labelled {
-        group: Group { examples, value },
+        group: Group {
+            examples: examples.collect::<Result<_, _>>()?,
+            value,
+        },
         whole_tokens,
+        diverges,
     })
+}
+
+/// The prompt of both is the shorter one, as in TRL.
+fn share_prompt(pair: &mut [Whole; 2]) {
+    let [Some(a), Some(b)] = [&pair[0], &pair[1]].map(|whole| whole.prompt) else {
+        return;
+    };
+    let shared = a.tokens.min(b.tokens);
+    for (whole, prompt) in pair.iter_mut().zip([a, b]) {
+        whole.weights[shared..prompt.tokens].fill(1.0);
+    }
 }
 
 /// Whether an objective learns from such a row.
@@ -120,12 +158,10 @@ pub fn suits(sample: &Sample, rows: Rows) -> Result<(), TextError> {
     }
 }
 
-/// With the number of tokens before it was cut. `NoLabels` when nothing with a weight is left: callers skip and count it.
-/// Other errors concern the whole file.
-pub fn tokenize(row: &Row, tokenizer: &Tokenizer, options: &Options) -> Result<(Example, usize), TextError> {
+fn whole(row: &Row, tokenizer: &Tokenizer, options: &Options) -> Result<Whole, TextError> {
     let Options {
         max_seq_length: _,
-        wraps,
+        wraps: _,
         prompt_loss_weight,
         train_on_input,
         rows: _,
@@ -135,27 +171,48 @@ pub fn tokenize(row: &Row, tokenizer: &Tokenizer, options: &Options) -> Result<(
             shape: row.kind().shape(),
         });
     }
-    let (mut tokens, mut weights) = match row {
+    let mut row = match row {
         Row::Chat { messages, tools } => chat(messages, tools, tokenizer)?,
-        Row::Completion { prompt, completion } => {
-            completion_row(prompt, completion, tokenizer, prompt_loss_weight)?
-        }
+        Row::Answer {
+            messages,
+            n_prompt,
+            tools,
+        } => answer(messages, *n_prompt, tools, tokenizer)?,
+        Row::Completion {
+            prompt,
+            completion,
+            seam,
+        } => completion_row(prompt, completion, *seam, tokenizer, prompt_loss_weight)?,
         Row::Text { text } => {
             must_fit(text.len())?;
             let tokens = end(tokenizer.encode(text, SpecialTokens::Add)?, tokenizer);
             let weights = vec![1.0; tokens.len()];
-            (tokens, weights)
+            Whole {
+                tokens,
+                weights,
+                prompt: None,
+            }
         }
     };
     if train_on_input {
-        weights.fill(1.0);
+        row.weights.fill(1.0);
     }
+    Ok(row)
+}
+
+/// `NoLabels` when nothing with a weight is left: callers skip and count it. Other errors of a row concern the whole file.
+fn cut(whole: Whole, options: &Options) -> Result<Example, TextError> {
+    let Whole {
+        mut tokens,
+        mut weights,
+        prompt: _,
+    } = whole;
     let n_tokens = tokens.len();
     let max_seq_length = options.row_limit();
     // What a block has behind its last label is what the next row begins behind.
-    if wraps {
+    if options.wraps {
         return match weights.iter().any(|&weight| weight != 0.0) {
-            true => Ok((Example { tokens, weights }, n_tokens)),
+            true => Ok(Example { tokens, weights }),
             false => Err(TextError::NoLabels {
                 tokens: n_tokens,
                 max_seq_length,
@@ -175,11 +232,9 @@ pub fn tokenize(row: &Row, tokenizer: &Tokenizer, options: &Options) -> Result<(
             tokens: n_tokens,
             max_seq_length,
         }),
-        _ => Ok((Example { tokens, weights }, n_tokens)),
+        _ => Ok(Example { tokens, weights }),
     }
 }
-
-type Weighted = (Vec<u32>, Vec<f32>);
 
 fn must_fit(bytes: usize) -> Result<(), TextError> {
     let most = MAX_TEXT_BYTES;
@@ -197,36 +252,46 @@ fn end(mut tokens: Vec<u32>, tokenizer: &Tokenizer) -> Vec<u32> {
     tokens
 }
 
-/// The prompt's tokens are exactly those a client's prompt gets. Encoding both texts as one may merge over the seam
-/// (or end the prompt on another token): then the completion is encoded as a continuation.
+/// [`Seam::Together`]: what TRL makes of the row. [`Seam::Apart`]: the prompt's tokens are exactly those a client's prompt gets, and
+/// where those of both texts as one begin otherwise, the completion is encoded as a continuation.
 fn completion_row(
     prompt: &str,
     completion: &str,
+    seam: Seam,
     tokenizer: &Tokenizer,
     prompt_loss_weight: f32,
-) -> Result<Weighted, TextError> {
+) -> Result<Whole, TextError> {
     must_fit(prompt.len() + completion.len())?;
     let prompt_tokens = without_end(tokenizer.encode(prompt, SpecialTokens::Add)?, tokenizer);
     let mut whole = tokenizer.encode(&format!("{prompt}{completion}"), SpecialTokens::Add)?;
-    let mut n_prompt = prompt_tokens.len();
-    if !whole.starts_with(&prompt_tokens) {
-        match tokenizer.encode_continuation(completion)? {
-            Some(continuation) => whole = [prompt_tokens, continuation].concat(),
-            // The token over the seam is learned as part of the completion.
-            None => {
-                n_prompt = whole
-                    .iter()
-                    .zip(&prompt_tokens)
-                    .take_while(|(a, b)| a == b)
-                    .count()
-            }
-        }
+    let mut prompt = common(&prompt_tokens, &whole);
+    if prompt.diverges
+        && seam == Seam::Apart
+        && let Some(continuation) = tokenizer.encode_continuation(completion)?
+    {
+        prompt = Prompt {
+            tokens: prompt_tokens.len(),
+            diverges: false,
+        };
+        whole = [prompt_tokens, continuation].concat();
     }
     let tokens = end(whole, tokenizer);
-    let weights = (0..tokens.len())
-        .map(|i| if i < n_prompt { prompt_loss_weight } else { 1.0 })
-        .collect();
-    Ok((tokens, weights))
+    let mut weights = vec![1.0; tokens.len()];
+    weights[..prompt.tokens].fill(prompt_loss_weight);
+    Ok(Whole {
+        tokens,
+        weights,
+        prompt: Some(prompt),
+    })
+}
+
+/// What a row has of its prompt: the tokens with which both begin.
+fn common(prompt: &[u32], whole: &[u32]) -> Prompt {
+    let tokens = prompt.iter().zip(whole).take_while(|(a, b)| a == b).count();
+    Prompt {
+        tokens,
+        diverges: tokens < prompt.len(),
+    }
 }
 
 /// A tokenizer that adds EOS by itself adds it to a prompt too.
@@ -240,14 +305,13 @@ fn without_end(mut tokens: Vec<u32>, tokenizer: &Tokenizer) -> Vec<u32> {
     tokens
 }
 
-fn chat(messages: &[Message], tools: &[Json], tokenizer: &Tokenizer) -> Result<Weighted, TextError> {
-    let tools = (!tools.is_empty()).then(|| ("tools".to_owned(), Json::from(tools)));
-    let kwargs = &Kwargs::from_iter(tools);
+fn chat(messages: &[Message], tools: &[Json], tokenizer: &Tokenizer) -> Result<Whole, TextError> {
+    let kwargs = &of_tools(tools);
     let template = tokenizer.chat_template(kwargs)?;
     let text = template.render(messages, Ending::Closed, kwargs)?;
     must_fit(text.len())?;
     let placed = tokenizer.encode_placed(&text, SpecialTokens::Omit)?;
-    let mut tokens: Vec<u32> = placed.iter().map(|token| token.id).collect();
+    let tokens: Vec<u32> = placed.iter().map(|token| token.id).collect();
     let mut weights = vec![0.0; tokens.len()];
     let mut reached = 0;
     for turn in assistant_turns(messages, template, kwargs, &text)? {
@@ -255,14 +319,77 @@ fn chat(messages: &[Message], tools: &[Json], tokenizer: &Tokenizer) -> Result<W
         reached = span.start;
         weights[span].fill(1.0);
     }
-    // A template that never closes the last turn would teach to go on for ever.
-    let ends_open =
-        weights.last() == Some(&1.0) && !tokens.last().is_some_and(|&token| tokenizer.is_special(token));
+    let whole = Whole {
+        tokens,
+        weights,
+        prompt: None,
+    };
+    let is_closed = whole
+        .tokens
+        .last()
+        .is_some_and(|&token| tokenizer.is_special(token));
+    Ok(closed(whole, is_closed, tokenizer))
+}
+
+fn of_tools(tools: &[Json]) -> Kwargs {
+    let tools = (!tools.is_empty()).then(|| ("tools".to_owned(), Json::from(tools)));
+    Kwargs::from_iter(tools)
+}
+
+/// A template that never closes the last turn would teach to go on for ever.
+fn closed(mut whole: Whole, is_closed: bool, tokenizer: &Tokenizer) -> Whole {
+    let ends_open = whole.weights.last() == Some(&1.0) && !is_closed;
     if let Some((eos, _)) = tokenizer.eos().filter(|_| ends_open) {
-        tokens.push(eos);
-        weights.push(1.0);
+        whole.tokens.push(eos);
+        whole.weights.push(1.0);
     }
-    Ok((tokens, weights))
+    whole
+}
+
+/// All behind the prompt, what a template writes after the end of turn, too: TRL's, whose rows these are. An answer in which
+/// others than the assistant speak is learned by its turns, and so is one that opens the conversation.
+fn answer(
+    messages: &[Message],
+    n_prompt: usize,
+    tools: &[Json],
+    tokenizer: &Tokenizer,
+) -> Result<Whole, TextError> {
+    let (asked, said) = messages.split_at(n_prompt);
+    if asked.is_empty() || !said.iter().all(is_learned) {
+        return chat(messages, tools, tokenizer);
+    }
+    let kwargs = &of_tools(tools);
+    let template = tokenizer.chat_template(kwargs)?;
+    let text = template.render(messages, Ending::Closed, kwargs)?;
+    must_fit(text.len())?;
+    let opening = template.render(asked, Ending::GenerationPrompt, kwargs)?;
+    let same = opening.chars().zip(text.chars()).take_while(|(a, b)| a == b);
+    let shared: usize = same.map(|(a, _)| a.len_utf8()).sum();
+    let is_unread = |message: &Message| {
+        let reasoning = message.reasoning().unwrap_or_default().trim();
+        !text[shared..].contains(reasoning)
+    };
+    if let Some(i) = said.iter().position(is_unread) {
+        return Err(TextError::UnreadReasoning {
+            message: n_prompt + i + 1,
+        });
+    }
+    let tokens = tokenizer.encode(&text, SpecialTokens::Omit)?;
+    let prompt = common(&tokenizer.encode(&opening, SpecialTokens::Omit)?, &tokens);
+    let mut weights = vec![1.0; tokens.len()];
+    weights[..prompt.tokens].fill(0.0);
+    // ChatML has a newline behind it.
+    let last = tokens.iter().rev().find(|&&token| {
+        let bytes = tokenizer.token_bytes(token);
+        tokenizer.is_special(token) || !bytes.iter().all(u8::is_ascii_whitespace)
+    });
+    let is_closed = last.is_some_and(|&token| tokenizer.is_special(token));
+    let whole = Whole {
+        tokens,
+        weights,
+        prompt: Some(prompt),
+    };
+    Ok(closed(whole, is_closed, tokenizer))
 }
 
 /// The bytes of `text` that each learned assistant turn adds to the prompt it answers, in their order. Found by rendering

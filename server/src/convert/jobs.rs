@@ -117,6 +117,7 @@ pub fn preview(preview: Preview, request: &JobRequest) -> JobPreview {
         rows: n_rows,
         dropped,
         cut,
+        merged,
         examples,
         tokens,
         trained_tokens,
@@ -141,6 +142,7 @@ pub fn preview(preview: Preview, request: &JobRequest) -> JobPreview {
             rows: n_rows,
             dropped,
             cut,
+            merged,
             examples,
             tokens,
             trained_tokens,
@@ -179,28 +181,22 @@ fn method(settings: &Settings, common: CommonHyperparameters) -> ChosenMethod {
 
 /// What was chosen, else what was asked, else `auto`.
 fn common(request: &JobRequest, hyper: Option<&Hyper>) -> CommonHyperparameters {
-    let integer = |chosen: Option<u32>, asked: Option<u32>| {
-        chosen
-            .or(asked)
-            .map_or(AutoInteger::AUTO, |n| AutoInteger::Value(i64::from(n)))
-    };
     // What trials differ in is the winner's, once there is one.
     let varies = |name: &str| request.trials.iter().any(|trial| trial.varied.contains_key(name));
-    let asked = |name: &str, asked: Option<u32>| asked.filter(|_| !varies(name));
     let settings = &request.settings;
     let multiplier = settings
         .learning_rate_multiplier
         .filter(|_| !varies("learning_rate_multiplier"))
         .or(hyper.map(|_| 1.0));
     CommonHyperparameters {
-        n_epochs: integer(
-            hyper.map(|hyper| hyper.n_epochs),
-            asked("n_epochs", settings.n_epochs),
-        ),
-        batch_size: integer(
-            hyper.map(|hyper| hyper.batch_size),
-            asked("batch_size", settings.batch_size),
-        ),
+        n_epochs: hyper
+            .map(|hyper| hyper.n_epochs)
+            .or(settings.n_epochs.filter(|_| !varies("n_epochs")))
+            .map_or(AutoNumber::AUTO, AutoNumber::Value),
+        batch_size: hyper
+            .map(|hyper| hyper.batch_size)
+            .or(settings.batch_size.filter(|_| !varies("batch_size")))
+            .map_or(AutoInteger::AUTO, |n| AutoInteger::Value(i64::from(n))),
         learning_rate_multiplier: multiplier.map_or(AutoNumber::AUTO, AutoNumber::Value),
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use tandem_core::dataset::{Encoder, Group};
 use tandem_router::hyper::Facts;
 use tandem_text::Tokenizer;
-use tandem_text::dataset::{Options, Reading, Rows, Shown, Source, Statistics, tokenise};
+use tandem_text::dataset::{MERGED, Options, Reading, Rows, Shown, Source, Statistics, tokenise};
 
 use super::TrainError;
 use super::progress::thousands;
@@ -152,6 +152,7 @@ impl Dataset {
             rows: n_rows,
             dropped,
             cut,
+            merged,
             examples,
             tokens,
             trained_tokens: _,
@@ -180,6 +181,9 @@ impl Dataset {
             line.push_str(&format!(
                 ", {dropped} left out: nothing to learn within {max_seq_length} tokens"
             ));
+        }
+        if merged > 0 {
+            line.push_str(&format!("; of {} {MERGED}", thousands(merged)));
         }
         say!("{line}");
         Ok(statistics)

@@ -380,7 +380,7 @@ impl Start {
         let (config, tensors) = (read("adapter_config.json")?, read("adapter_model.safetensors")?);
         let lora = serde_json::from_slice(&config)
             .map_err(|error| error.to_string())
-            .and_then(|config| Lora::of_peft(&config, known));
+            .and_then(|config| Lora::of_start(&config, &tensors, known));
         let lora = lora.map_err(|why| {
             wrong(
                 "from_peft_checkpoint",

@@ -381,7 +381,10 @@ pub fn settings(hyper: &Hyper) -> Mapping {
     for (name, number) in objective.numbers() {
         put(name, number.into());
     }
-    put("n_epochs", (*n_epochs).into());
+    match n_epochs.fract() {
+        0.0 => put("n_epochs", (*n_epochs as u64).into()),
+        _ => put("n_epochs", (*n_epochs).into()),
+    }
     if let Some(max_steps) = max_steps {
         put("max_steps", (*max_steps).into());
     }

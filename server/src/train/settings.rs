@@ -455,7 +455,12 @@ pub fn file(path: &str) -> Result<Map<String, Value>, SettingsError> {
 
 /// A text stays one, whatever YAML would make of it: templates have colons and braces.
 fn of_word(key: &str, text: &str) -> Result<Value, SettingsError> {
-    let is_text = settings::setting(key).is_some_and(|setting| setting.kind == Kind::Text);
+    let is_of = |kind| settings::setting(canonical(key)).is_some_and(|setting| setting.kind == kind);
+    // Nothing is no list of modules: who writes so meant some, or none, and does not get all.
+    if text.trim().is_empty() && is_of(Kind::Modules) {
+        return Ok(Value::String(String::new()));
+    }
+    let is_text = is_of(Kind::Text);
     match serde_norway::from_str(text) {
         Ok(serde_norway::Value::Mapping(_) | serde_norway::Value::Sequence(_)) if is_text => {
             Ok(Value::String(text.to_owned()))
@@ -897,12 +902,13 @@ mod tests {
             (&["n_epochs=many"], "n_epochs"),
             (
                 &["n_epochs=0"],
-                "n_epochs must be an integer between 1 and 10000, got 0",
+                "n_epochs must be a number above 0 and at most 10000, got 0",
             ),
             (&["lora_dropout=1"], "below 1, got 1"),
             (&["weight_decay=-1"], "between 0 and 1, got -1"),
             (&["learning_rate=.nan"], "must be a number"),
             (&["lora_target_modules=[]"], "a list of module names"),
+            (&["target_modules="], "a list of module names, or all-linear"),
             (&["lr_scheduler_type=reduce_lr_on_plateau"], "one of constant"),
             (
                 &["lr_scheduler_type=cosine", "gamma=0.9"],

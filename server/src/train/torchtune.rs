@@ -860,7 +860,10 @@ profiler:
             (Some(1e-3), Some(0.2))
         );
         assert_eq!((settings.adam_beta1, settings.adam_beta2), (Some(0.8), Some(0.9)));
-        assert_eq!((settings.max_grad_norm, settings.n_epochs), (Some(0.5), Some(1)));
+        assert_eq!(
+            (settings.max_grad_norm, settings.n_epochs),
+            (Some(0.5), Some(1.0))
+        );
         let modules = settings.lora_target_modules.unwrap();
         assert_eq!((modules.len(), modules[6].as_str()), (7, LM_HEAD));
         assert_eq!(settings.lr_scheduler_type.as_deref(), Some("constant"));

@@ -84,7 +84,8 @@ async function preview() {
     const { statistics: s, format, data, hyperparameters } = await post('v1/fine_tuning/preview?rows=3', await body());
     const part = s.whole_file ? '' : 'of the first rows: ';
     say($('said'), `${format}: ${part}${s.rows} rows, ${s.tokens} tokens, ${s.trained_tokens} of them learned, the longest row ${s.longest}` +
-      `${s.cut ? `; ${s.cut} are cut` : ''}${s.dropped ? `; ${s.dropped} have nothing to learn and are left out` : ''}`);
+      `${s.cut ? `; ${s.cut} are cut` : ''}${s.dropped ? `; ${s.dropped} have nothing to learn and are left out` : ''}` +
+      (s.merged ? `; of ${s.merged} the prompt ends within a token` : ''));
     const piece = ({ text, weight }) => weight ? el('mark', { title: `weight ${weight}` }, text) : text;
     $('preview').replaceChildren(...data.flatMap(row => row.examples.map(example => el('pre', example.pieces.map(piece)))),
       el('small', `${hyperparameters.n_epochs} epochs of batches of ${hyperparameters.batch_size}, learning rate ${hyperparameters.learning_rate.toPrecision(3)}`));

@@ -40,6 +40,83 @@ fn ended(server: &Server, id: &str) -> Value {
     })
 }
 
+/// transformers: ceil(num_train_epochs x steps of an epoch), under each of the setting's names, in a sweep, too.
+#[test]
+fn a_job_may_end_within_an_epoch() {
+    let server = Server::start(&[]);
+    let file = training_file(&server, 8);
+    let body = json!({"training_file": file, "max_steps": -1, "hyperparameters": {"n_epochs": 1.3, "batch_size": 2}});
+    let done = ended(&server, job(&server, body).ok()["id"].as_str().unwrap());
+    assert_eq!(done["status"], "succeeded", "{done}\n{}", server.log());
+    assert_eq!(done["hyperparameters"]["n_epochs"], json!(1.3));
+    // Four steps an epoch.
+    let last = |job: &Value| {
+        let path = format!(
+            "/v1/fine_tuning/jobs/{}/events?limit=100",
+            job["id"].as_str().unwrap()
+        );
+        let events = client::get(server.address, &path).ok();
+        let steps: Vec<Value> = events["data"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|event| event["data"].clone())
+            .collect();
+        let of_step = steps.into_iter().filter(|data| data["train_loss"].is_f64());
+        of_step.max_by_key(|data| data["step"].as_u64()).unwrap()
+    };
+    let end = last(&done);
+    assert_eq!(
+        (&end["step"], &end["total_steps"], &end["epoch"]),
+        (&json!(6), &json!(6), &json!(1.5))
+    );
+    // What is whole is written as an integer.
+    let preview = json!({"model": server.model(), "training_file": file, "num_train_epochs": 2.0});
+    let preview = client::post(server.address, "/v1/fine_tuning/preview", &preview).ok();
+    assert_eq!(preview["hyperparameters"]["n_epochs"].to_string(), "2");
+    let sweep = json!({
+        "model": server.model(), "training_file": file, "num_train_epochs": [0.5, 1.5], "batch_size": 2, "lora_r": 2, "reduction_factor": 1,
+    });
+    let sweep = client::post(server.address, "/v1/fine_tuning/jobs", &sweep).ok();
+    let done = ended(&server, sweep["id"].as_str().unwrap());
+    assert_eq!(done["status"], "succeeded", "{done}\n{}", server.log());
+    let trials = done["trials"].as_array().unwrap();
+    let lengths: Vec<(&Value, &Value)> = trials
+        .iter()
+        .map(|trial| (&trial["hyperparameters"]["n_epochs"], &trial["total_steps"]))
+        .collect();
+    assert_eq!(lengths, [(&json!(0.5), &json!(2)), (&json!(1.5), &json!(6))]);
+    let refused = job(
+        &server,
+        json!({"training_file": file, "hyperparameters": {"n_epochs": 0}}),
+    );
+    assert_eq!(refused.status, 400);
+}
+
+/// What a row learns where a token lies in prompt and completion, as TRL has it; and it is said.
+#[test]
+fn a_preview_shows_where_a_completion_begins() {
+    let server = Server::start(&[]);
+    let row = |prompt: &str, completion: &str| {
+        json!({"prompt": prompt, "completion": completion}).to_string() + "\n"
+    };
+    let content = row("Who bakes?", " Rosa.") + &row("Felix lives in the mi", "ll.");
+    let file = client::upload(server.address, "rows.jsonl", content.as_bytes()).ok();
+    let body = json!({"model": server.model(), "training_file": file["id"]});
+    let preview = client::post(server.address, "/v1/fine_tuning/preview?rows=2", &body).ok();
+    assert_eq!(preview["statistics"]["merged"], 1);
+    let learned = |row: usize| {
+        preview["data"][row]["examples"][0]["pieces"][1]["text"]
+            .as_str()
+            .unwrap()
+            .to_owned()
+    };
+    assert_eq!(
+        (learned(0).as_str(), learned(1).as_str()),
+        (" Rosa.<|end|>", " mill.<|end|>")
+    );
+}
+
 #[test]
 fn a_job_makes_a_model_that_answers() {
     let server = Server::start(&[]);

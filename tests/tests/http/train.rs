@@ -85,6 +85,56 @@ fn a_run_is_done_once_and_only_the_same_goes_on_in_its_folder() {
 }
 
 #[test]
+fn a_run_may_end_within_an_epoch() {
+    let folder = tempfile::tempdir().unwrap();
+    rows(&folder.path().join("rows.jsonl"), "Ahoy");
+    let output = train(folder.path(), &["num_train_epochs=1.3"]).output().unwrap();
+    let text = text(&output);
+    // Six steps an epoch.
+    assert!(
+        output.status.success() && text.contains("step 8/8 epoch 1.33"),
+        "{text}"
+    );
+}
+
+/// Modules by a regular expression and a scale of their own are kept by a run that goes on from them.
+#[test]
+fn a_run_goes_on_from_an_adapter_of_its_own_shape() {
+    let folder = tempfile::tempdir().unwrap();
+    rows(&folder.path().join("rows.jsonl"), "Ahoy");
+    let first = ["max_steps=1", "lora_r=4", "lora_target_modules=q_proj,v_proj"];
+    assert!(train(folder.path(), &first).output().unwrap().status.success());
+    let start = folder.path().join("out/adapter");
+    let read = |folder: &Path| -> serde_json::Value {
+        serde_json::from_slice(&std::fs::read(folder.join("adapter_config.json")).unwrap()).unwrap()
+    };
+    let mut config = read(&start);
+    config["target_modules"] = r".*\.(q|v)_proj".into();
+    config["alpha_pattern"] = serde_json::json!({"q_proj": 6});
+    std::fs::write(start.join("adapter_config.json"), config.to_string()).unwrap();
+    let settings = [
+        format!("from_peft_checkpoint={}", start.display()),
+        format!("output_dir={}", folder.path().join("more").display()),
+        "max_steps=2".to_owned(),
+    ];
+    // The later output_dir counts.
+    let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
+    let output = train(folder.path(), &settings).output().unwrap();
+    let text = text(&output);
+    assert!(output.status.success() && text.contains("step 2/2"), "{text}");
+    let made = read(&folder.path().join("more/adapter"));
+    let alphas = made["alpha_pattern"].as_object().unwrap();
+    assert!(
+        !alphas.is_empty()
+            && alphas
+                .iter()
+                .all(|(path, alpha)| path.ends_with(".q_proj") && *alpha == 6.0)
+    );
+    let targets = made["target_modules"].as_array().unwrap();
+    assert_eq!(targets.len(), 2 * alphas.len(), "{made}");
+}
+
+#[test]
 fn a_run_ends_early_with_its_best_model() {
     let folder = tempfile::tempdir().unwrap();
     let rows_file = folder.path().join("rows.jsonl");

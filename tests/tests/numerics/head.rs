@@ -243,7 +243,7 @@ fn a_job_of_the_head_goes_on_to_the_same_bytes() {
     let job = || {
         let hyper = Hyper {
             save_steps: 1,
-            n_epochs: 2,
+            n_epochs: 2.0,
             ..hyper(Method::Lora(head_only(3, 0.3)))
         };
         Job::new(&rows, hyper)

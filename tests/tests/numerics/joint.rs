@@ -45,7 +45,7 @@ fn hypers(decoder: &Decoder, has_magnitudes: bool) -> Vec<Hyper> {
         // One of the linears alone: on the others its rows are the base's.
         Hyper {
             seed: 9,
-            n_epochs: 2,
+            n_epochs: 2.0,
             ..hyper(lora(5, 0.0, &all[..1], false))
         },
         // Gradients of the head are sums over labels.

@@ -101,7 +101,7 @@ fn several_ranks_train_as_one_that_has_their_micro_batches() {
     });
     // The last step of an epoch has fewer micro-batches than there are ranks.
     let stepwise = |hyper: Hyper| Hyper {
-        n_epochs: 4,
+        n_epochs: 4.0,
         batch_size: 1,
         gradient_accumulation_steps: 3,
         eval_steps: 2,
@@ -242,7 +242,7 @@ fn ranks_that_share_parameters_train_every_family() {
         }
         for (what, method, quantization) in methods {
             let hyper = Hyper {
-                n_epochs: 2,
+                n_epochs: 2.0,
                 batch_size: 1,
                 gradient_accumulation_steps: 3,
                 ..hyper(method)

@@ -218,7 +218,7 @@ fn the_reference_is_asked_once() {
     let expected = trls();
     for (name, asks) in [("dpo", true), ("simpo", false)] {
         let job = job(&expected, objective(&expected["cases"][name]), |hyper| Hyper {
-            n_epochs: 2,
+            n_epochs: 2.0,
             max_steps: None,
             ..hyper
         });

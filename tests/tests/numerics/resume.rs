@@ -27,7 +27,7 @@ fn demanding(decoder: &Decoder) -> Hyper {
         use_dora: true,
     };
     Hyper {
-        n_epochs: 4,
+        n_epochs: 4.0,
         gradient_accumulation_steps: 2,
         warmup_steps: 2,
         save_steps: 3,

@@ -543,7 +543,7 @@ pub fn tensors(path: &Path) -> Vec<(String, Tensor)> {
 /// Small numbers for tests that do not care.
 pub fn hyper(method: Method) -> Hyper {
     Hyper {
-        n_epochs: 1,
+        n_epochs: 1.0,
         max_steps: None,
         max_steps_per_epoch: None,
         batch_size: 2,
@@ -585,7 +585,7 @@ pub fn hyper_of(value: &Value, method: Method) -> Hyper {
             .unwrap_or_else(|| panic!("the fixture has no {name}"))
     };
     Hyper {
-        n_epochs: whole("n_epochs") as u32,
+        n_epochs: number("n_epochs"),
         max_steps: value["max_steps"].as_u64(),
         batch_size: whole("batch_size") as u32,
         gradient_accumulation_steps: whole("gradient_accumulation_steps") as u32,

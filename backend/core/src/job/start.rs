@@ -1,13 +1,63 @@
 //! What a job takes over from the adapter that it starts from: what its adapter_config.json says of its shape. Not here: its
 //! numbers (the backend reads and checks them), which adapter it is (the router's names).
 
+use std::collections::BTreeMap;
+
 use serde_json::{Map, Value};
 
 use super::{Lora, TABLES};
 use crate::settings::{ALL_LINEAR, Settings};
 
+/// Before the name of the matrix, in peft's names of tensors.
+const MATRICES: [&str; 2] = [".lora_A.", ".lora_embedding_A"];
+/// The length of a safetensors file's header stands before it.
+const LENGTH_BYTES: usize = 8;
+
 impl Lora {
-    /// Of PEFT's adapter_config.json; `known`: modules of the base. What a job cannot go on with is refused by its field.
+    /// What a job takes over: as [`Lora::of_peft`], and of an adapter with modules, layers, ranks or scales of its own
+    /// (`rank_pattern`, `layers_to_transform`, a regular expression, ...) the greatest rank and the modules that some layer
+    /// has. Its own shape is then read with its numbers, by who trains it. `tensors`: the safetensors file, or its beginning with
+    /// the header whole.
+    pub fn of_start(config: &Map<String, Value>, tensors: &[u8], known: &[String]) -> Result<Lora, String> {
+        if let Ok(even) = Lora::of_peft(config, known) {
+            return Ok(even);
+        }
+        let known_and_tables = [known, &TABLES.map(str::to_owned)].concat();
+        let mut ranks: BTreeMap<String, u64> = BTreeMap::new();
+        for (name, tensor) in header(tensors)? {
+            let Some(path) = MATRICES
+                .iter()
+                .find_map(|matrix| Some(name.split_once(matrix)?.0))
+            else {
+                continue;
+            };
+            let module = path.rsplit('.').next().unwrap_or(path);
+            if !known_and_tables.iter().any(|known| known == module) {
+                let names = known_and_tables.join(", ");
+                return Err(format!("it adapts {path}, and modules that train are {names}"));
+            }
+            let rank = tensor["shape"][0].as_u64().unwrap_or(0);
+            let most = ranks.entry(module.to_owned()).or_default();
+            *most = rank.max(*most);
+        }
+        let r = ranks.values().max().copied().filter(|&r| r > 0);
+        let r = r.and_then(|r| u32::try_from(r).ok());
+        let is_set = |name: &str| config.get(name) == Some(&Value::Bool(true));
+        Ok(Lora {
+            r: r.ok_or("it has no LoRA tensor")?,
+            alpha: config.get("lora_alpha").and_then(Value::as_f64).unwrap_or(8.0),
+            dropout: 0.0,
+            target_modules: known_and_tables
+                .into_iter()
+                .filter(|name| ranks.contains_key(name))
+                .collect(),
+            use_rslora: is_set("use_rslora"),
+            use_dora: is_set("use_dora"),
+        })
+    }
+
+    /// Of PEFT's adapter_config.json, of one rank for the same modules of every layer; `known`: modules of the base. What is not
+    /// of such an adapter is refused by its field.
     pub fn of_peft(config: &Map<String, Value>, known: &[String]) -> Result<Lora, String> {
         let is_given = |name: &str| match config.get(name) {
             None | Some(Value::Null | Value::Bool(false)) => false,
@@ -23,7 +73,7 @@ impl Lora {
         ];
         if let Some(name) = uneven.into_iter().find(|name| is_given(name)) {
             return Err(format!(
-                "{name} is set, but a job trains one rank for the same modules of every layer"
+                "{name} is set, but here one rank is trained for the same modules of every layer"
             ));
         }
         let number = |name: &str| config.get(name).and_then(Value::as_f64).unwrap_or(8.0);
@@ -59,6 +109,15 @@ impl Lora {
             use_dora: config.get("use_dora") == Some(&Value::Bool(true)),
         })
     }
+}
+
+/// What a safetensors file says of its tensors.
+fn header(tensors: &[u8]) -> Result<Map<String, Value>, String> {
+    let damaged = || "its tensors are no safetensors file".to_owned();
+    let (length, rest) = tensors.split_first_chunk::<LENGTH_BYTES>().ok_or_else(damaged)?;
+    let length = usize::try_from(u64::from_le_bytes(*length)).map_err(|_| damaged())?;
+    let header = rest.get(..length).ok_or_else(damaged)?;
+    serde_json::from_slice(header).map_err(|error| format!("{}: {error}", damaged()))
 }
 
 impl Settings {
@@ -132,6 +191,34 @@ mod tests {
         ] {
             assert!(read(config).unwrap_err().contains(field));
         }
+        // Ranks and layers of its own: what its tensors are.
+        let own = json!({"r": 4, "lora_alpha": 6, "target_modules": ".*[01].*_proj", "rank_pattern": {"q_proj": 2}});
+        let tensor = |module: &str, rank: u64| {
+            let name = format!("base_model.model.model.layers.1.self_attn.{module}.lora_A.weight");
+            (
+                name,
+                json!({"dtype": "F32", "shape": [rank, 8], "data_offsets": [0, 0]}),
+            )
+        };
+        let of_start = |modules: &[(&str, u64)]| {
+            let header: Map<String, Value> = modules
+                .iter()
+                .map(|&(module, rank)| tensor(module, rank))
+                .collect();
+            let header = Value::Object(header).to_string();
+            let file = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();
+            Lora::of_start(own.as_object().unwrap(), &file, &known)
+        };
+        let uneven = of_start(&[("v_proj", 5), ("q_proj", 2)]).unwrap();
+        assert_eq!((uneven.r, uneven.alpha), (5, 6.0));
+        assert_eq!(uneven.target_modules, ["q_proj", "v_proj"]);
+        assert!(
+            of_start(&[("w_proj", 5)])
+                .unwrap_err()
+                .contains("w_proj, and modules that train")
+        );
+        assert!(of_start(&[]).is_err());
+        assert!(Lora::of_start(own.as_object().unwrap(), b"x", &known).is_err());
         let asked = |settings: Value| -> Settings { serde_json::from_value(settings).unwrap() };
         let mut same = asked(json!({"lora_r": 4, "lora_target_modules": ["v_proj", "q_proj"]}));
         same.start_from(&lora).unwrap();

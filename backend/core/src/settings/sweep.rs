@@ -222,7 +222,7 @@ mod tests {
             .collect();
         let rates = [Some(1e-4), Some(3e-4), None];
         let expected = rates
-            .map(|rate| [8, 16].map(|r| (rate, Some(r), Some(2))))
+            .map(|rate| [8, 16].map(|r| (rate, Some(r), Some(2.0))))
             .concat();
         assert_eq!(found, expected);
         assert_eq!(

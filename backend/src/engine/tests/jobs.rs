@@ -19,7 +19,7 @@ pub fn job(folder: &Path, cases: &[Case], max_steps: u64) -> JobSpec {
     std::fs::create_dir_all(folder).unwrap();
     std::fs::write(folder.join(files::TRAIN), dataset::encode(&examples)).unwrap();
     let hyper = Hyper {
-        n_epochs: 1000,
+        n_epochs: 1000.0,
         max_steps: Some(max_steps),
         max_steps_per_epoch: None,
         batch_size: 4,

@@ -351,9 +351,60 @@ fn without_adapter(stored: &str) -> (String, Option<String>) {
 /// Writes a PEFT folder that `peft.PeftModel.from_pretrained` loads. The same numbers give the same bytes. Files are
 /// synced; making the folder visible (rename) is the caller's.
 pub fn write(folder: &Path, params: &AdapterParams, config: &PeftConfig) -> Result<(), PeftError> {
+    let modules = Modules {
+        targets: config.lora.target_modules.clone(),
+        ranks: BTreeMap::new(),
+        alphas: BTreeMap::new(),
+    };
+    write_as(folder, params, config, &modules)
+}
+
+/// The same of an adapter whose modules, ranks or scales are not those of [`PeftConfig::lora`]: each module stands there by its
+/// whole path, however the adapter it comes from said which they are.
+pub fn write_own(folder: &Path, params: &AdapterParams, config: &PeftConfig) -> Result<(), PeftError> {
+    let lora = config.lora;
+    let mut modules = Modules {
+        targets: vec![],
+        ranks: BTreeMap::new(),
+        alphas: BTreeMap::new(),
+    };
+    for part in params.shape.iter().flat_map(|(_, linear)| &linear.parts) {
+        let path = part.path.clone();
+        modules.targets.push(path.clone());
+        if part.rank() != i64::from(lora.r) {
+            modules.ranks.insert(path.clone(), part.rank());
+        }
+        let divisor = match lora.use_rslora {
+            true => (part.rank() as f64).sqrt(),
+            false => part.rank() as f64,
+        };
+        if lora.alpha / divisor != part.scale {
+            // What was divided, where it was a whole number.
+            let alpha = part.scale * divisor;
+            let whole = alpha.round();
+            let is_whole = whole / divisor == part.scale;
+            modules.alphas.insert(path, if is_whole { whole } else { alpha });
+        }
+    }
+    write_as(folder, params, config, &modules)
+}
+
+/// As the config names them.
+struct Modules {
+    targets: Vec<String>,
+    ranks: BTreeMap<String, i64>,
+    alphas: BTreeMap<String, f64>,
+}
+
+fn write_as(
+    folder: &Path,
+    params: &AdapterParams,
+    config: &PeftConfig,
+    modules: &Modules,
+) -> Result<(), PeftError> {
     let PeftConfig { base_model, lora } = config;
     let config = json!({
-        "alpha_pattern": {},
+        "alpha_pattern": modules.alphas,
         "base_model_name_or_path": base_model,
         "bias": "none",
         "fan_in_fan_out": false,
@@ -364,8 +415,8 @@ pub fn write(folder: &Path, params: &AdapterParams, config: &PeftConfig) -> Resu
         "modules_to_save": null,
         "peft_type": "LORA",
         "r": lora.r,
-        "rank_pattern": {},
-        "target_modules": lora.target_modules,
+        "rank_pattern": modules.ranks,
+        "target_modules": modules.targets,
         "task_type": "CAUSAL_LM",
         "use_dora": lora.use_dora,
         "use_rslora": lora.use_rslora,

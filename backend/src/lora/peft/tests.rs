@@ -4,11 +4,13 @@ use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
+use tandem_core::job::Lora;
 use tempfile::TempDir;
 
 use super::config::Config;
-use super::{CONFIG, Loaded, TENSORS, read};
+use super::{CONFIG, Loaded, PeftConfig, TENSORS, read, write_own};
 use crate::family::read_spec;
+use crate::lora::params::{AdapterParams, AdapterShape};
 
 /// As peft 0.21.2 writes it.
 fn config(patch: &Value) -> Value {
@@ -243,5 +245,59 @@ fn config_and_file_are_of_one_adapter() {
             (Err(error), Err(part)) => assert!(error.to_string().contains(part), "{name}: {error}"),
             (read, _) => panic!("{name}: {:?}", read.map(|loaded| loaded.notes)),
         }
+    }
+}
+
+/// An adapter that goes on with ranks, scales and layers of its own is written as what it is, each module by its path.
+#[test]
+fn an_adapter_of_its_own_shape_is_written_and_read_again() {
+    let spec = read_spec(&fixture()).unwrap();
+    for use_rslora in [false, true] {
+        let lora = Lora {
+            r: 5,
+            alpha: 7.0,
+            dropout: 0.0,
+            target_modules: vec!["q_proj".to_owned(), "up_proj".to_owned()],
+            use_rslora,
+            use_dora: false,
+        };
+        let scale = |alpha: f64, r: i64| match use_rslora {
+            true => alpha / (r as f64).sqrt(),
+            false => alpha / r as f64,
+        };
+        let shape = AdapterShape::build(&spec, |path, _| match path {
+            "model.layers.0.self_attn.q_proj" => Some((5, scale(7.0, 5))),
+            "model.layers.1.self_attn.q_proj" => Some((3, scale(7.0, 3))),
+            "model.layers.1.mlp.up_proj" => Some((2, scale(0.3, 2))),
+            _ => None,
+        });
+        assert!(
+            shape.is_within(&AdapterShape::new(&spec, &lora)) && shape != AdapterShape::new(&spec, &lora)
+        );
+        let params = AdapterParams::init(shape, 7);
+        let folder = tempfile::tempdir().unwrap();
+        let config = PeftConfig {
+            base_model: "base",
+            lora: &lora,
+        };
+        write_own(folder.path(), &params, &config).unwrap();
+        let read = read(folder.path(), &spec, 5).unwrap();
+        assert!(read.notes.is_empty(), "{:?}", read.notes);
+        assert!(read.params.shape == params.shape && read.params.flat == params.flat);
+        let config: Value =
+            serde_json::from_slice(&std::fs::read(folder.path().join(CONFIG)).unwrap()).unwrap();
+        let ranks = json!({"model.layers.1.self_attn.q_proj": 3, "model.layers.1.mlp.up_proj": 2});
+        assert_eq!(config["rank_pattern"], ranks);
+        assert_eq!(config["alpha_pattern"].as_object().unwrap().len(), 1);
+        // And what a run takes over from it.
+        let Value::Object(config) = config else {
+            panic!("it is an object")
+        };
+        let tensors = std::fs::read(folder.path().join(TENSORS)).unwrap();
+        let start = Lora::of_start(&config, &tensors, &spec.lora_targets()).unwrap();
+        assert_eq!(
+            (start.r, &start.target_modules, start.use_rslora),
+            (5, &lora.target_modules, use_rslora)
+        );
     }
 }

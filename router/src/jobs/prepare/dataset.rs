@@ -11,7 +11,7 @@ use tandem_core::job::files;
 use tandem_store::Storage;
 use tandem_text::Tokenizer;
 use tandem_text::dataset::{
-    self as rows, BadLine, Options, Reading, Rows, Sample, Source, Statistics, tokenise,
+    self as rows, BadLine, MERGED, Options, Reading, Rows, Sample, Source, Statistics, tokenise,
 };
 
 use super::unfit::{Unfit, invalid, too_much, unwritten};
@@ -188,6 +188,7 @@ fn described(kind: &str, formats: &str, statistics: &Statistics, options: &Optio
         rows: n_rows,
         dropped,
         cut,
+        merged,
         examples,
         tokens,
         trained_tokens,
@@ -209,6 +210,9 @@ fn described(kind: &str, formats: &str, statistics: &Statistics, options: &Optio
         note.push_str(&format!(
             "; {dropped} were left out, nothing to learn is within their first {limit} tokens"
         ));
+    }
+    if merged > 0 {
+        note.push_str(&format!("; of {merged} {MERGED}"));
     }
     note
 }

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 
-use super::keys;
 use super::template::Template;
+use super::{Seam, keys};
 
 /// What a job says of its columns.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -29,7 +29,7 @@ impl Columns {
     }
 
     /// Errors continue the sentence "Line 7".
-    pub fn shaped(&self, mut row: Map<String, Value>) -> Result<Map<String, Value>, String> {
+    pub fn shaped(&self, mut row: Map<String, Value>) -> Result<(Map<String, Value>, Seam), String> {
         for (left_out, _) in self.names.iter().filter(|(_, name)| name.is_empty()) {
             row.remove(left_out);
         }
@@ -37,7 +37,7 @@ impl Columns {
             let is_read = |name: &str| template.reads(name, &self.names);
             keys::check_rest(&row, is_read).map_err(|problem| format!(": {problem}"))?;
             let (prompt, completion) = template.fill(&row, &self.names)?;
-            return Ok(completion_row(prompt, completion));
+            return Ok((completion_row(prompt, completion), Seam::Apart));
         }
         let mut renamed = Vec::with_capacity(self.names.len());
         for (wanted, name) in self.names.iter().filter(|(_, name)| !name.is_empty()) {
@@ -55,7 +55,7 @@ impl Columns {
         if ALPACA.iter().all(|key| has(key))
             && !["messages", "prompt", "completion"].iter().any(|key| has(key))
         {
-            return instruction(row);
+            return Ok((instruction(row)?, Seam::Apart));
         }
         if has("conversations") && !has("messages") {
             let conversation = row.remove("conversations").expect("it was there");
@@ -74,7 +74,7 @@ impl Columns {
                 name => keys::is_read(name),
             });
         }
-        Ok(row)
+        Ok((row, Seam::Together))
     }
 }
 

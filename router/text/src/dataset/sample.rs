@@ -4,7 +4,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{Kind, Problem, Row, excerpt, keys, messages_of, row, tools_of, type_name};
+use super::{Kind, Problem, Row, Seam, excerpt, keys, messages_of, row, tools_of, type_name};
 
 /// One row of a training file.
 #[derive(Clone, Debug, PartialEq)]
@@ -40,7 +40,7 @@ impl Sample {
 const PREFERRED: [&str; 2] = ["preferred_output", "preferred_completion"];
 const OTHER: [&str; 2] = ["non_preferred_output", "non_preferred_completion"];
 
-pub(super) fn sample(mut object: Map<String, Value>) -> Result<Sample, Problem> {
+pub(super) fn sample(mut object: Map<String, Value>, seam: Seam) -> Result<Sample, Problem> {
     let has = |key: &&str| object.get(*key).is_some_and(|value| !value.is_null());
     if PREFERRED.iter().chain(&OTHER).any(has) {
         return Ok(openai_pair(object)?);
@@ -51,7 +51,7 @@ pub(super) fn sample(mut object: Map<String, Value>) -> Result<Sample, Problem> 
         return Ok(trl_pair(object)?);
     }
     let [label, reward] = ["label", "reward"].map(|key| taken(&mut object, key));
-    let example = row(object)?;
+    let example = row(object, seam)?;
     match (label, reward) {
         (None, None) => Ok(Sample::Example(example)),
         (Some(_), Some(_)) => Err(": label and reward exclude each other.".to_owned().into()),
@@ -209,6 +209,7 @@ fn text_pair(prompt: String, chosen: String, rejected: String) -> Result<Sample,
         false => Ok(Row::Completion {
             prompt: prompt.clone(),
             completion,
+            seam: Seam::Together,
         }),
     };
     Ok(Sample::Pair {
@@ -252,9 +253,11 @@ pub(super) fn answered(mut prompt: Vec<Value>, answer: Vec<Value>, tools: Vec<Va
             message.insert("weight".to_owned(), 0.into());
         }
     }
+    let n_prompt = prompt.len();
     prompt.extend(answer);
-    Ok(Row::Chat {
+    Ok(Row::Answer {
         messages: messages_of(Value::Array(prompt))?,
+        n_prompt,
         tools,
     })
 }

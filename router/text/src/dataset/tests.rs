@@ -89,6 +89,7 @@ fn rows_of_each_shape() {
             Row::Completion {
                 prompt: String::new(),
                 completion: " c\n".to_owned(),
+                seam: Seam::Together,
             },
         ),
         (
@@ -352,18 +353,20 @@ fn every_key_is_honoured_harmless_or_refused() {
 
 #[test]
 fn preferences_are_read_in_every_form() {
-    let chat = |answer: &str| Row::Chat {
+    let chat = |answer: &str| Row::Answer {
         messages: vec![
             message("user", "a", None),
             message("assistant", "b", Some(0.0)),
             message("user", "c", None),
             message("assistant", answer, None),
         ],
+        n_prompt: 3,
         tools: vec![],
     };
     let text = |prompt: &str, completion: &str| Row::Completion {
         prompt: prompt.to_owned(),
         completion: completion.to_owned(),
+        seam: Seam::Together,
     };
     let pair = |chosen, rejected| Sample::Pair { chosen, rejected };
     let prompt =
@@ -505,6 +508,16 @@ fn completion(prompt: &str, completion: &str) -> Sample {
     Sample::Example(Row::Completion {
         prompt: prompt.to_owned(),
         completion: completion.to_owned(),
+        seam: Seam::Together,
+    })
+}
+
+/// What a template makes of a row.
+fn filled(prompt: &str, completion: &str) -> Sample {
+    Sample::Example(Row::Completion {
+        prompt: prompt.to_owned(),
+        completion: completion.to_owned(),
+        seam: Seam::Apart,
     })
 }
 
@@ -536,7 +549,10 @@ fn formats_are_what_other_trainers_make_of_them() {
             let mut rows = Rows::open(vec![source], &reading).unwrap();
             let (mut prompts, mut groups) = (vec![], vec![]);
             let each = |sample: &Sample, _: &Group| {
-                if let Sample::Example(Row::Completion { prompt, completion }) = sample {
+                if let Sample::Example(Row::Completion {
+                    prompt, completion, ..
+                }) = sample
+                {
                     prompts.push(json!({"prompt": prompt, "completion": completion}));
                 }
                 true
@@ -644,7 +660,7 @@ fn rows_are_found_however_they_lie() {
             "a.csv",
             "instruction,input,output\nSort.,\"[2, 1]\",\"[1, 2]\"\n".into(),
             json!({"template": "{instruction} {input}="}),
-            Ok(vec![completion("Sort. [2, 1]=", "[1, 2]")]),
+            Ok(vec![filled("Sort. [2, 1]=", "[1, 2]")]),
         ),
         (
             "a.csv",
@@ -654,6 +670,7 @@ fn rows_are_found_however_they_lie() {
                 row: Row::Completion {
                     prompt: "a".into(),
                     completion: "b".into(),
+                    seam: Seam::Together,
                 },
                 is_desirable: true,
             }]),
@@ -873,7 +890,7 @@ fn columns_are_read_by_template_and_map() {
         (
             qa,
             json!({"template": "Q{{{n}}}: {q}\nA:", "column_map": {"output": "a"}}),
-            Ok(completion("Q{3}: a\nA:", "b")),
+            Ok(filled("Q{3}: a\nA:", "b")),
         ),
         (qa, json!({"dataset_text_field": "q"}), Ok(text("a"))),
         (
@@ -908,12 +925,12 @@ fn columns_are_read_by_template_and_map() {
         (
             r#"{"dialogue": "a", "summary": "b", "id": 1}"#,
             json!({"template": "samsum_dataset"}),
-            Ok(completion("Summarize this dialog:\na\n---\nSummary:\n", "b")),
+            Ok(filled("Summarize this dialog:\na\n---\nSummary:\n", "b")),
         ),
         (
             r#"{"input": "a", "target": "b"}"#,
             json!({"template": "grammar_dataset"}),
-            Ok(completion(
+            Ok(filled(
                 "Correct this to standard English: a\n---\nCorrected: ",
                 "b",
             )),
@@ -969,7 +986,7 @@ fn columns_are_read_by_template_and_map() {
         (
             r#"{"system_prompt": "s", "question": "q", "response": "r"}"#,
             json!({"template": "{system_prompt}{question}", "column_map": {"output": "response"}}),
-            Ok(completion("sq", "r")),
+            Ok(filled("sq", "r")),
         ),
         (
             r#"{"system": "s", "question": "q", "response": "r"}"#,
@@ -1077,6 +1094,7 @@ fn a_data_set_is_never_whole_in_memory() {
         Row::Completion {
             prompt: huge.clone(),
             completion: "b".to_owned(),
+            seam: Seam::Together,
         },
     ] {
         let row = std::iter::once(Ok((Place::line(7), Sample::Example(row))));

@@ -18,6 +18,9 @@ pub struct Statistics {
     pub dropped: u64,
     /// Rows that are longer than `max_seq_length` and lost their end.
     pub cut: u64,
+    /// Rows of which the prompt by itself is not what the whole begins with, token for token: they were told apart where the
+    /// two diverge.
+    pub merged: u64,
     /// Examples: rows that are left, or blocks of them.
     pub examples: u64,
     pub tokens: u64,
@@ -26,6 +29,10 @@ pub struct Statistics {
     /// Tokens of the longest row before it was cut.
     pub longest: u64,
 }
+
+/// Of so many rows: what [`Statistics::merged`] means for who wrote them.
+pub const MERGED: &str = "the prompt by itself, as a request sends it, ends in other tokens than before its completion, which is \
+                          learned from where they diverge";
 
 #[derive(Debug, thiserror::Error)]
 pub enum Unfit {
@@ -62,7 +69,12 @@ pub fn tokenise(
         let (place, sample) = row?;
         statistics.rows += 1;
         match group(&sample, tokenizer, options) {
-            Ok(Labelled { group, whole_tokens }) => {
+            Ok(Labelled {
+                group,
+                whole_tokens,
+                diverges,
+            }) => {
+                statistics.merged += u64::from(diverges);
                 statistics.cut += u64::from(whole_tokens > options.row_limit());
                 statistics.longest = statistics.longest.max(whole_tokens as u64);
                 if !each(&sample, &group) {

@@ -23,7 +23,7 @@ const OPEN: &str = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% end
                     {% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}";
 
 fn tokens_of(row: &Row, tokenizer: &Tokenizer, options: &Options) -> Result<Example, TextError> {
-    tokenize(row, tokenizer, options).map(|(example, _)| example)
+    cut(whole(row, tokenizer, options)?, options)
 }
 
 fn row(json: &str) -> Row {
@@ -299,24 +299,46 @@ fn completions_and_texts() {
         prompt_loss_weight: 0.25,
         ..OPTIONS
     };
+    // What is learned of both as one text, and of each by itself.
     let cases = [
-        (&byte_level, "What is 2+2?", " It is 4.", " It is 4.</s>"),
-        (&byte_level, "The qu", "ick brown", "ick brown</s>"), // "quick" is one token
-        (&pieces, "in the", " the in", " the in</s>"),
-        (&pieces, "in t", "he", "he</s>"), // "▁the" is one token
-        (&pieces, "in\n", "the", "the</s>"),
-        (&pieces, "", "the", " the</s>"),
+        (
+            &byte_level,
+            "What is 2+2?",
+            " It is 4.",
+            " It is 4.</s>",
+            " It is 4.</s>",
+        ),
+        (
+            &byte_level,
+            "The qu",
+            "ick brown",
+            "ick brown</s>",
+            "ick brown</s>",
+        ),
+        (&pieces, "in the", " the in", " the in</s>", " the in</s>"),
+        (&pieces, "in t", "he", " the</s>", "he</s>"), // "▁the" is one token
+        (&pieces, "in\n", "the", "the</s>", "the</s>"),
+        (&pieces, "", "the", " the</s>", " the</s>"),
     ];
-    for (tokenizer, prompt, completion, expected) in cases {
-        let row = Row::Completion {
-            prompt: prompt.to_owned(),
-            completion: completion.to_owned(),
-        };
-        let example = tokens_of(&row, tokenizer, &options).unwrap();
-        assert_eq!(learned(&example, tokenizer), [expected]);
+    for (tokenizer, prompt, completion, together, apart) in cases {
         let sent = tokenizer.encode(prompt, SpecialTokens::Add).unwrap();
-        assert_eq!(example.tokens[..sent.len()], sent, "{prompt:?}");
-        assert!(example.weights[..sent.len()].iter().all(|&weight| weight == 0.25));
+        for (seam, expected) in [(Seam::Together, together), (Seam::Apart, apart)] {
+            let row = Row::Completion {
+                prompt: prompt.to_owned(),
+                completion: completion.to_owned(),
+                seam,
+            };
+            let example = tokens_of(&row, tokenizer, &options).unwrap();
+            assert_eq!(learned(&example, tokenizer), [expected]);
+            let diverges = group(&Sample::Example(row), tokenizer, &options)
+                .unwrap()
+                .diverges;
+            assert_eq!(diverges, seam == Seam::Together && together != apart);
+            if !diverges {
+                assert_eq!(example.tokens[..sent.len()], sent, "{prompt:?}");
+                assert!(example.weights[..sent.len()].iter().all(|&weight| weight == 0.25));
+            }
+        }
     }
     let chat = row(r#"{"messages":[{"role":"assistant","content":"a"}]}"#);
     let weighed = tokens_of(&chat, &byte_level, &options).unwrap_err().to_string();
@@ -342,6 +364,7 @@ fn long_rows_are_cut_and_empty_ones_counted() {
     let completion = Row::Completion {
         prompt: "abcd".to_owned(),
         completion: "efgh".to_owned(),
+        seam: Seam::Together,
     };
     let whole = tokens_of(&completion, &tokenizer, &OPTIONS).unwrap();
     assert_eq!(whole.tokens.len(), 11); // <s> ▁ a b c d e f g h </s>
@@ -407,4 +430,58 @@ fn rows_are_what_the_objective_learns_from() {
             }
         }
     }
+}
+
+/// Of TRL's SFTTrainer and DPOTrainer (tests/text/make_prompts.py): tokens over the seam, templates that write a prompt that waits
+/// otherwise than one that is answered, and what stands behind the end of turn.
+#[test]
+fn prompts_and_completions_are_tokenised_as_trl_does() {
+    let fixture: Json = serde_json::from_str(include_str!("../fixture/prompts.json")).unwrap();
+    let demo = |file: &str| {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../server/demo");
+        std::fs::read_to_string(folder.join(file)).unwrap()
+    };
+    let mut config: Json = serde_json::from_str(&demo("tokenizer_config.json")).unwrap();
+    let own = config["chat_template"].clone();
+    let mut diverging = 0;
+    for case in fixture["cases"].as_array().unwrap() {
+        config["chat_template"] = match &case["template"] {
+            Json::Null => own.clone(),
+            template => template.clone(),
+        };
+        let files = [
+            ("tokenizer.json", demo("tokenizer.json")),
+            ("tokenizer_config.json", config.to_string()),
+        ];
+        let tokenizer = fixture::load(&files).unwrap();
+        let rows = match case["objective"].as_str() {
+            Some("dpo") => Rows::Pairs,
+            _ => Rows::Examples,
+        };
+        let options = Options { rows, ..OPTIONS };
+        let both = case["rows"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .zip(case["examples"].as_array().unwrap());
+        for (row, expected) in both {
+            let name = format!("{}: {row}", case["name"]);
+            let sample = parse_line(1, &row.to_string()).unwrap();
+            let labelled = group(&sample, &tokenizer, &options).unwrap();
+            diverging += u32::from(labelled.diverges);
+            let found: Vec<Json> = labelled.group.examples.iter().map(shown).collect();
+            assert_eq!(&Json::from(found), expected, "{name}");
+        }
+    }
+    assert!(diverging > 10, "{diverging}");
+}
+
+/// As the fixture has it.
+fn shown(example: &Example) -> Json {
+    let mask: Vec<u8> = example
+        .weights
+        .iter()
+        .map(|&weight| u8::from(weight == 1.0))
+        .collect();
+    serde_json::json!({"tokens": example.tokens, "mask": mask})
 }
