@@ -15,7 +15,7 @@
 
 template <int D, int M, class E>
 __device__ __forceinline__ void attend(const float* q, const void* pages, const int* tables, const int* sequences,
-                                       const int* items, const float* sinks, float* out, float* part, int64_t q_stride,
+                                       const int* items, const float* sinks, float* out, float* part, float* lse, int64_t q_stride,
                                        int heads, int kv_heads, int window, float scale, float cap) {
   constexpr int ROWS = 16 * M, TILES = D / 16, MINE = (TILES + 3) / 4;
   constexpr int Q_STRIDE = D + 8, P_STRIDE = KV_SEGMENT + 8; // Rows begin in other banks, and on 16 bytes.
@@ -225,7 +225,10 @@ __device__ __forceinline__ void attend(const float* q, const void* pages, const 
     }
   }
   if (t.record >= 0) return;
-  if (TX < t.rows) tops[0][TX] = inverse(softmax, sinks, row_heads[TX]);
+  if (TX < t.rows) {
+    tops[0][TX] = inverse(softmax, sinks, row_heads[TX]);
+    if (lse) lse[(int64_t)row_tokens[TX] * heads + row_heads[TX]] = log_sum(softmax, sinks, row_heads[TX]);
+  }
   block_sync();
 #pragma unroll
   for (int m = 0; m < M; ++m)
@@ -248,14 +251,15 @@ __device__ __forceinline__ void attend(const float* q, const void* pages, const 
 // items [n, 5]: sequence (-1: padding), first folded row, first segment, the segment behind the last, record. With a record
 // (not -1; the same for all items of a sequence), results of segments go to part [records, heads, D + 4], record + row of the
 // sequence * its segments + segment, and attention_merge must follow; else an item has all segments (0 to any larger number).
-// window: a row at p sees (p - window, p]; 0: all. cap: 0: none. sinks [heads] float32 or null.
+// window: a row at p sees (p - window, p]; 0: all. cap: 0: none. sinks [heads] float32 or null. lse [rows, heads] float32 or null:
+// the natural logarithm of each row's denominator, for who computes gradients.
 // launch: grid (n, kv_heads), 4 warps.
 #define ATTENTION(name, D, M, E)                                                                                         \
   KERNEL LAUNCH(4 * WARP, D * M > 256 ? 1 : 2)                                                                                             \
   name(const float* q, const void* pages, const int* tables, const int* sequences, const int* items, const float* sinks, \
-       float* out, float* part, int64_t q_stride, int heads, int kv_heads, int window, float scale,    \
+       float* out, float* part, float* lse, int64_t q_stride, int heads, int kv_heads, int window, float scale, \
        float cap) {                                                                                                      \
-    attend<D, M, E>(q, pages, tables, sequences, items, sinks, out, part, q_stride, heads, kv_heads, window, scale, cap);                                                                                 \
+    attend<D, M, E>(q, pages, tables, sequences, items, sinks, out, part, lse, q_stride, heads, kv_heads, window, scale, cap);                                                                                 \
   }
 #define SMALL_TILES(D)                          \
   ATTENTION(attention_16x##D, D, 1, uint16_t)   \

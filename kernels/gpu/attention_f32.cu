@@ -4,7 +4,7 @@
 // A thread has a key of the segment, then a column of the values. Bound by its own multiplications.
 // launch: grid (n, kv_heads), 256 threads.
 KERNEL LAUNCH(256, 1) attention_f32(const float* q, const void* pages, const int* tables, const int* sequences, const int* items,
-                                    const float* sinks, float* out, float* part, int64_t q_stride, int heads, int kv_heads, int window, float scale, float cap, int dim) {
+                                    const float* sinks, float* out, float* part, float* lse, int64_t q_stride, int heads, int kv_heads, int window, float scale, float cap, int dim) {
   constexpr int ROWS = 16, P_STRIDE = ROWS + 4;
   __shared__ __attribute__((aligned(16))) float queries[ROWS * 256], powers[KV_SEGMENT * P_STRIDE]; // [row][dim], [key][row]
   __shared__ Softmax softmax[ROWS];
@@ -72,7 +72,9 @@ KERNEL LAUNCH(256, 1) attention_f32(const float* q, const void* pages, const int
       else if (r < t.rows && TX < dim)
         record_of(part, t, limits[r], segment, row_heads[r], heads, dim)[TX] = added[r];
   }
-  if (t.record >= 0 || TX >= dim) return;
+  if (t.record >= 0) return;
+  if (lse && TX < t.rows) lse[(int64_t)row_tokens[TX] * heads + row_heads[TX]] = log_sum(softmax[TX], sinks, row_heads[TX]);
+  if (TX >= dim) return;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r)
     if (r < t.rows)

@@ -109,6 +109,17 @@ template <class E> __device__ __forceinline__ Half step_of_tile(const E* tile) {
   u16x4 low = four(tile), high = four(tile + 64);
   return of_columns(low.v, high.v);
 }
+__device__ __forceinline__ Deep deep_of_left(const uint16_t* tile) {
+  tile += ((lane_() & 3) * 16 + (lane_() >> 2)) * 8;
+  u16x8 low = eight(tile), high = eight(tile + 64);
+  return {of_rows(low.v, high.v), of_rows(low.v + 4, high.v + 4)};
+}
+__device__ __forceinline__ Half step_of_left(const uint16_t* tile) {
+  int q = lane_() & 3;
+  tile += ((q >> 1) * 16 + (lane_() >> 2)) * 8 + 4 * (q & 1);
+  u16x4 low = four(tile), high = four(tile + 64);
+  return of_rows(low.v, high.v);
+}
 #else
 // CDNA: a lane has 4 of one row or column.
 constexpr int LANE_ROWS = 4;
@@ -131,4 +142,9 @@ template <class E> __device__ __forceinline__ Half step_of_tile(const E* tile) {
   u16x4 x = four(tile + ((q >> 1) * 16 + (lane_() & 15)) * 8 + 4 * (q & 1));
   return {{x.v[0], x.v[1], x.v[2], x.v[3]}};
 }
+#endif
+// Left sides out of tiles of pages.cu.
+#ifdef B_SAME_AS_A
+__device__ __forceinline__ Deep deep_of_left(const uint16_t* tile) { return deep_of_tile(tile); }
+__device__ __forceinline__ Half step_of_left(const uint16_t* tile) { return step_of_tile(tile); }
 #endif

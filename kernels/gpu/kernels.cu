@@ -20,6 +20,7 @@ namespace { // Each layout of the emulated device has its own copy of every temp
 #include "segments.cu"
 #include "attention.cu"
 #include "attention_f32.cu"
+#include "attention_backward.cu"
 #include "logits.cu"
 #include "sample.cu"
 #include "logprob.cu"

@@ -1,6 +1,6 @@
 // Segments of keys, their softmax and the merging of them: what all attention kernels share.
 constexpr int KV_SEGMENT = 256;
-constexpr float UNSEEN = -1e30f, LOG2_E = 1.44269504f;
+constexpr float UNSEEN = -1e30f, LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
 __device__ __forceinline__ int min_i(int a, int b) { return a < b ? a : b; }
 __device__ __forceinline__ int max_i(int a, int b) { return a > b ? a : b; }
@@ -47,6 +47,13 @@ __device__ __forceinline__ float inverse(const Softmax& all, const float* sinks,
   Softmax with = all;
   Factors f = merge(with, {sinks[head] * LOG2_E, 1.f});
   return f.before * rcp_(with.sum);
+}
+
+// The natural logarithm of the softmax's denominator, a sink in it.
+__device__ __forceinline__ float log_sum(const Softmax& all, const float* sinks, int head) {
+  Softmax with = all;
+  if (sinks) merge(with, {sinks[head] * LOG2_E, 1.f});
+  return (with.top + log2_(with.sum)) * LN_2;
 }
 
 // The tile of a block of threads: its rows and which segments of which keys.
@@ -103,10 +110,10 @@ __device__ __forceinline__ float* record_of(float* part, const Tile& t, int limi
 }
 
 // out [.., heads, dim] of split rows: their segments in order. merges [n, 4]: row of out, its position, its first record, -; a
-// row of -1 is padding. window, sinks: as in attention_16x128. Bound by the bytes of the records.
+// row of -1 is padding. window, sinks, lse: as in attention_16x128. Bound by the bytes of the records.
 // launch: grid (n, heads), 64 threads.
-KERNEL LAUNCH(64, 8) attention_merge(const float* part, const int* merges, const float* sinks, float* out, int heads, int dim,
-                                     int window) {
+KERNEL LAUNCH(64, 8) attention_merge(const float* part, const int* merges, const float* sinks, float* out, float* lse, int heads,
+                                     int dim, int window) {
   const int* item = merges + 4 * BX;
   int row = item[0], limit = item[1], head = BY, d = TX * 4;
   if (row < 0 || d >= dim) return;
@@ -121,6 +128,7 @@ KERNEL LAUNCH(64, 8) attention_merge(const float* part, const int* merges, const
 #pragma unroll
     for (int i = 0; i < 4; ++i) values.v[i] = merged(values.v[i], more.v[i], f);
   }
+  if (lse && TX == 0) lse[(int64_t)row * heads + head] = log_sum(all, sinks, head);
   float by = inverse(all, sinks, head);
 #pragma unroll
   for (int i = 0; i < 4; ++i) values.v[i] *= by;

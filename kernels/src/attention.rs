@@ -20,6 +20,7 @@ mod cache;
 mod codes;
 pub(crate) mod device;
 mod forward;
+mod packed;
 mod reference;
 #[cfg(test)]
 mod tests;

@@ -109,7 +109,7 @@ struct Trial {
   }
 
   // Rows `from` to `to` of each sequence: [rows, heads * dim], with a row of NaN behind them that nothing may write.
-  std::vector<float> attend(const Cut& cut, int from, int to) {
+  std::vector<float> attend(const Cut& cut, int from, int to, std::vector<float>* lse = nullptr) {
     Step s = step(cut, from, to);
     std::vector<float> mine, part((size_t)s.records * c.heads * (c.dim + 4), NAN);
     for (size_t i = 0, base = 0; i < c.sequences.size(); base += c.sequences[i++].kv_len) {
@@ -124,14 +124,17 @@ struct Trial {
     const float* sink = sinks.empty() ? nullptr : sinks.data();
     float scale = 1 / sqrtf(c.dim);
     int n = (int)s.items.size() / 5;
+    if (lse) lse->assign((size_t)rows * c.heads, NAN);
+    float* lse_to = lse ? lse->data() : nullptr;
     auto shared = [&](auto run, auto... dim) {
       run(n, c.kv_heads, 1, c.pages == F32 ? 256 : 4 * WARP, mine.data(), pages.data(), s.tables.data(), s.sequences.data(), s.items.data(), sink, out.data(),
-          part.data(), stride, c.heads, c.kv_heads, c.window, scale, c.cap, dim...);
+          part.data(), lse_to, stride, c.heads, c.kv_heads, c.window, scale, c.cap, dim...);
     };
     std::string kernel = "attention_" + std::to_string(cut.tile) + "x" + std::to_string(c.dim) + (c.pages == INT8 ? "_int8" : "");
     if (c.pages == F32) shared([](auto... args) { launch_kernel(attention_f32, args...); }, c.dim);
     else shared([&](auto... args) { launch_as(attention_16x128, kernel, args...); });
-    launch_kernel(attention_merge, (int)s.merges.size() / 4, c.heads, 1, 64, part.data(), s.merges.data(), sink, out.data(), c.heads, c.dim, c.window);
+    launch_kernel(attention_merge, (int)s.merges.size() / 4, c.heads, 1, 64, part.data(), s.merges.data(), sink, out.data(), lse_to,
+                  c.heads, c.dim, c.window);
     for (int i = 0; i < width; ++i)
       if (out[(size_t)rows * width + i] == out[(size_t)rows * width + i]) judge("a row of nobody was written", 1, 0);
     out.resize((size_t)rows * width);
@@ -153,8 +156,8 @@ struct Trial {
     return to;
   }
 
-  // Of the rows of all sequences.
-  std::vector<double> want() {
+  // Of the rows of all sequences, and the logarithms of their denominators.
+  std::vector<double> want(std::vector<double>& lse) {
     auto keys = stored(k), values = stored(v);
     int group = c.heads / c.kv_heads, base = 0;
     std::vector<double> out;
@@ -175,6 +178,7 @@ struct Trial {
           }
           double sum = c.sinks ? exp(sinks[h]) : 0;
           for (double& x : scores) sum += x = exp(x);
+          lse.push_back(log(sum));
           for (int d = 0; d < c.dim; ++d) {
             double y = 0;
             for (int key = first; key <= p; ++key) y += scores[key - first] * values[at(key) + d];
@@ -192,12 +196,16 @@ struct Trial {
                        (c.cap > 0 ? " cap" : "") + (c.sinks ? " sinks" : "");
     int rows = 0;
     for (auto& s : c.sequences) rows = std::max(rows, s.rows);
-    std::vector<float> whole = attend({16, 0}, 0, rows);
-    judge(what, distance(whole, want()), c.pages == F32 ? 2e-6 : 3e-3);
+    std::vector<float> lse, lse_of_splits;
+    std::vector<double> want_lse, want_out = want(want_lse);
+    std::vector<float> whole = attend({16, 0}, 0, rows, &lse);
+    judge(what, distance(whole, want_out), c.pages == F32 ? 2e-6 : 3e-3);
+    judge(what + ": lse", distance(lse, want_lse), 2e-6);
     auto same = [&](const char* how, const std::vector<float>& other) {
       if (whole.size() != other.size() || memcmp(whole.data(), other.data(), 4 * whole.size())) judge(what + how, 1, 0);
     };
-    same(": splits of one segment give other bits", attend({16, 1}, 0, rows));
+    same(": splits of one segment give other bits", attend({16, 1}, 0, rows, &lse_of_splits));
+    if (memcmp(lse.data(), lse_of_splits.data(), 4 * lse.size())) judge(what + ": splits give another lse", 1, 0);
     if (c.pages != F32 && c.dim >= 64) {
       same(": tiles of 32 give other bits", attend({32, 0}, 0, rows));
       same(": splits of two segments give other bits", attend({32, 2}, 0, rows));

@@ -63,6 +63,11 @@ pub fn packed_backward(
         })
     })();
     let Some(inputs) = inputs else {
+        if let Some(dtype) = super::packed::pages_for([q, k, v], heads, precision) {
+            return super::packed::packed_backward(
+                q, k, v, attended, dout, cu_seqlens, heads, options, dtype,
+            );
+        }
         return packed_backward_reference(q, k, v, attended, dout, cu_seqlens, heads, options, precision);
     };
     match precision {

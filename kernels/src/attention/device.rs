@@ -6,7 +6,7 @@
 use tch::{Kind, Tensor};
 
 use crate::gpu::{self, Arg, Gpu, int};
-use crate::places::{Ints, PagedGroup};
+use crate::places::{Ints, PagedGroup, PagedThere};
 use crate::rope::{Rope, Turns};
 
 use super::cache::{BLOCK_SIZE, CacheDtype, CacheShape, KvCache};
@@ -38,18 +38,38 @@ pub(super) fn write(pages: &Tensor, cache: &KvCache, k: &Tensor, v: &Tensor, slo
         kv_heads, head_dim, ..
     } = cache.shape();
     check_slots(cache, slots);
+    put(
+        k,
+        v,
+        pages,
+        cache.dtype(),
+        kv_heads,
+        head_dim,
+        &slots.on(pages.device()),
+    );
+}
+
+/// Keys and values `[T, kv_heads * head_dim]` into pages, `slots` `[T]` int32 on the device.
+pub(super) fn put(
+    k: &Tensor,
+    v: &Tensor,
+    pages: &Tensor,
+    dtype: CacheDtype,
+    kv_heads: usize,
+    head_dim: usize,
+    slots: &Tensor,
+) {
     let gpu = kernels(k);
     let ((k, k_stride), (v, v_stride)) = (readable(k), readable(v));
-    let name = match cache.dtype() {
+    let name = match dtype {
         CacheDtype::F32 => "kv_write_f32",
         CacheDtype::Bf16 => "kv_write_bf16",
         CacheDtype::Int8 => "kv_write_int8",
     };
-    let slots = slots.on(pages.device());
     let args = [
         (&k).into(),
         (&v).into(),
-        (&slots).into(),
+        slots.into(),
         pages.into(),
         k_stride.into(),
         v_stride.into(),
@@ -130,6 +150,22 @@ pub(super) fn paged(
     heads: Heads,
     options: Options,
 ) -> Tensor {
+    let attended: usize = group.seqs.iter().map(|seq| seq.rows.len()).sum();
+    group.with_cut(pages.device(), heads, dtype, |there, cut| {
+        attend(q, pages, dtype, (there, cut, attended), heads, options, None)
+    })
+}
+
+/// Attention over pages as a step was cut, `attended` rows in all; `lse` `[T, heads]` is written where asked for.
+pub(super) fn attend(
+    q: &Tensor,
+    pages: &Tensor,
+    dtype: CacheDtype,
+    (there, cut, attended): (&PagedThere, &CutThere, usize),
+    heads: Heads,
+    options: Options,
+    lse: Option<&Tensor>,
+) -> Tensor {
     let gpu = kernels(q);
     let device = pages.device();
     let Heads {
@@ -139,73 +175,76 @@ pub(super) fn paged(
     } = heads;
     let (q, q_stride) = readable(q);
     let size = [q.size()[0], (query_heads * head_dim) as i64];
-    let attended: usize = group.seqs.iter().map(|seq| seq.rows.len()).sum();
     let out = match attended as i64 == size[0] {
         true => Tensor::empty(size, (Kind::Float, device)),
         false => Tensor::zeros(size, (Kind::Float, device)),
     };
     let sinks = options.sinks.map(|sinks| sinks.to_kind(Kind::Float).contiguous());
-    let window = options
-        .window
-        .map_or(0, |window| window.clamp(1, i64::from(i32::MAX)));
-    let window = if window < 1 << 30 { window } else { 0 };
-    group.with_cut(device, heads, dtype, |there, cut| {
-        let record = (query_heads * (head_dim + 4)) as i64;
-        let part =
-            (cut.records > 0).then(|| Tensor::empty([cut.records as i64 * record], (Kind::Float, device)));
-        let mut args: Vec<Arg> = vec![
-            (&q).into(),
-            pages.into(),
-            (&there.tables).into(),
-            (&there.seqs).into(),
-            (&cut.items).into(),
-            sinks.as_ref().into(),
-            (&out).into(),
-            part.as_ref().into(),
-            q_stride.into(),
-            int(query_heads),
-            int(kv_heads),
-            int(window),
-            (options.scale as f32).into(),
-            (options.cap.unwrap_or(0.0) as f32).into(),
-        ];
-        let grid = [cut.n_items, kv_heads, 1];
-        let tile = cut.tile;
-        match dtype {
-            CacheDtype::F32 => {
-                args.push(int(head_dim));
-                gpu.launch("attention_f32", grid, 256, &args);
-            }
-            CacheDtype::Bf16 => {
-                let name = format!("attention_{tile}x{head_dim}");
-                gpu.launch(&name, grid, 4 * gpu.warp(), &args);
-            }
-            CacheDtype::Int8 => {
-                let name = format!("attention_{tile}x{head_dim}_int8");
-                gpu.launch(&name, grid, 4 * gpu.warp(), &args);
-            }
+    let window = window_of(options);
+    let record = (query_heads * (head_dim + 4)) as i64;
+    let part = (cut.records > 0).then(|| Tensor::empty([cut.records as i64 * record], (Kind::Float, device)));
+    let mut args: Vec<Arg> = vec![
+        (&q).into(),
+        pages.into(),
+        (&there.tables).into(),
+        (&there.seqs).into(),
+        (&cut.items).into(),
+        sinks.as_ref().into(),
+        (&out).into(),
+        part.as_ref().into(),
+        lse.into(),
+        q_stride.into(),
+        int(query_heads),
+        int(kv_heads),
+        window.into(),
+        (options.scale as f32).into(),
+        (options.cap.unwrap_or(0.0) as f32).into(),
+    ];
+    let grid = [cut.n_items, kv_heads, 1];
+    let tile = cut.tile;
+    match dtype {
+        CacheDtype::F32 => {
+            args.push(int(head_dim));
+            gpu.launch("attention_f32", grid, 256, &args);
         }
-        let args = [
-            part.as_ref().into(),
-            (&cut.merges).into(),
-            sinks.as_ref().into(),
-            (&out).into(),
-            int(query_heads),
-            int(head_dim),
-            int(window),
-        ];
-        gpu.launch("attention_merge", [cut.n_merges, query_heads, 1], 64, &args);
-    });
+        CacheDtype::Bf16 => {
+            let name = format!("attention_{tile}x{head_dim}");
+            gpu.launch(&name, grid, 4 * gpu.warp(), &args);
+        }
+        CacheDtype::Int8 => {
+            let name = format!("attention_{tile}x{head_dim}_int8");
+            gpu.launch(&name, grid, 4 * gpu.warp(), &args);
+        }
+    }
+    let args = [
+        part.as_ref().into(),
+        (&cut.merges).into(),
+        sinks.as_ref().into(),
+        (&out).into(),
+        lse.into(),
+        int(query_heads),
+        int(head_dim),
+        window.into(),
+    ];
+    gpu.launch("attention_merge", [cut.n_merges, query_heads, 1], 64, &args);
     out
 }
 
-fn kernels(x: &Tensor) -> Gpu {
+/// As kernels take it: 0 for none.
+pub(super) fn window_of(options: Options) -> i32 {
+    match options.window {
+        Some(window) if window < 1 << 30 => window.max(1) as i32,
+        _ => 0,
+    }
+}
+
+pub(super) fn kernels(x: &Tensor) -> Gpu {
     gpu::on(x.device())
         .unwrap_or_else(|| panic!("rows on {:?}, the cache on a device with kernels", x.device()))
 }
 
 /// Float32 rows that begin on 16 bytes, and how far apart they are.
-fn readable(x: &Tensor) -> (Tensor, i64) {
+pub(super) fn readable(x: &Tensor) -> (Tensor, i64) {
     let x = match in_place(x) {
         true => x.shallow_clone(),
         false => x.to_kind(Kind::Float).contiguous().copy(),

@@ -136,6 +136,9 @@ pub fn packed(
     let (Some(q_rows), Some(k_rows), Some(v_rows), Some(sinks)) =
         (rows(q), rows(k), rows(v), options.sink_values())
     else {
+        if let Some(dtype) = super::packed::pages_for([q, k, v], heads, precision) {
+            return super::packed::packed(q, k, v, cu_seqlens, heads, options, dtype);
+        }
         return packed_reference(q, k, v, cu_seqlens, heads, options, precision);
     };
     if !heads.regular() {
