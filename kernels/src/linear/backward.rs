@@ -10,7 +10,7 @@ use super::{WeightRows, check_groups, device, parts};
 use crate::gpu;
 use crate::matmul::gemm::{Left, Part, ROWS_TOGETHER, Right, for_each_of, spread, views};
 use crate::pool;
-use crate::simd::pack::{pack_step, unpack_rows};
+use crate::simd::pack::{SQUARE, turn_square, unpack_rows};
 use crate::simd::{self, Element, PANEL, Product, Sum};
 use crate::slice::{Plain, Rows, RowsMut};
 use crate::weight::{Multiplied, Precision, Weight};
@@ -223,7 +223,6 @@ fn turn<T: Element + Plain>(
         Right::Panels(_) => pool::scratch::<T>(0),
         Right::Packed(_) => pool::scratch::<T>(T::panel_len(columns.len().next_multiple_of(4))),
     };
-    let mut block = [[[T::default(); PANEL]; BLOCK_COLUMNS / PANEL]; PANEL];
     for first in reduced.clone().step_by(PANEL) {
         let from = match w {
             Right::Panels(panels) => {
@@ -255,23 +254,18 @@ fn turn<T: Element + Plain>(
             }
             continue;
         }
-        // SAFETY: as above, up to 64 steps into 32 rows of at least as many pairs. Columns of W beyond N are there, and
-        // zero.
-        unsafe {
-            let steps = T::steps(columns.len());
-            unpack_rows(
-                from.as_ptr(),
-                steps,
-                PANEL,
-                block.as_mut_ptr().cast(),
-                BLOCK_COLUMNS,
-            );
-        }
-        for (c, turned) in turned.enumerate() {
-            for (step, turned) in turned.chunks_exact_mut(PANEL * T::PER_STEP).enumerate() {
-                let row = step * T::PER_STEP;
-                pack_step([&block[row][c], &block[row + 1][c]], turned);
-            }
+        for (from, turned) in from.chunks(SQUARE).zip(turned) {
+            let mut last = [T::default(); SQUARE];
+            let from = match from.len() {
+                SQUARE => from,
+                len => {
+                    last[..len].copy_from_slice(from);
+                    &last
+                }
+            };
+            // SAFETY: as above; two values a step are 16 bits each, and both are a square. Columns of W beyond N are there, and
+            // zero.
+            unsafe { turn_square(from.as_ptr().cast(), turned.as_mut_ptr().cast()) };
         }
     }
 }

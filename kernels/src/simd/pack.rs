@@ -120,6 +120,66 @@ unsafe fn interleave(even: *const u16, odd: *const u16, to: *mut u16) {
     }
 }
 
+/// Halves of a square of pairs: 32 columns over 32 values.
+pub(crate) const SQUARE: usize = 32 * PANEL;
+
+/// A square of a panel of bfloat16 (`[16][32][2]`: 16 pairs along K of 32 columns) as that of the panel whose columns are K:
+/// `to[n / 2][k][n % 2] = from[k / 2][n][k % 2]`. Pairs of pairs change places like the numbers of a matrix, and within one the
+/// two in the middle do.
+///
+/// # Safety
+/// [`super::available`]. Both are a square of [`SQUARE`] halves.
+pub(crate) unsafe fn turn_square(from: *const u16, to: *mut u16) {
+    // SAFETY: the caller's contract.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        turn_square_avx2(from, to)
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    for (n, k) in (0..PANEL).flat_map(|n| (0..32).map(move |k| (n, k))) {
+        // SAFETY: n and k below 32.
+        unsafe { *to.add((n / 2 * PANEL + k) * 2 + n % 2) = *from.add((k / 2 * PANEL + n) * 2 + k % 2) };
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn turn_square_avx2(from: *const u16, to: *mut u16) {
+    let middle = _mm256_setr_epi8(
+        0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15, 0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11,
+        14, 15,
+    );
+    let (from, to) = (from.cast::<u64>(), to.cast::<u64>());
+    // SAFETY: 16 rows of 16 pairs of pairs on both sides.
+    unsafe {
+        // (An iterator over both does not dissolve into this loop.)
+        for block in 0..16 {
+            let (row, column) = (block / 4 * 4, block % 4 * 4);
+            let r: [__m256i; 4] = std::array::from_fn(|i| {
+                let pairs = _mm256_loadu_si256(from.add((row + i) * 16 + column).cast());
+                _mm256_shuffle_epi8(pairs, middle)
+            });
+            let even = [
+                _mm256_unpacklo_epi64(r[0], r[1]),
+                _mm256_unpacklo_epi64(r[2], r[3]),
+            ];
+            let odd = [
+                _mm256_unpackhi_epi64(r[0], r[1]),
+                _mm256_unpackhi_epi64(r[2], r[3]),
+            ];
+            let turned = [
+                _mm256_permute2x128_si256::<0x20>(even[0], even[1]),
+                _mm256_permute2x128_si256::<0x20>(odd[0], odd[1]),
+                _mm256_permute2x128_si256::<0x31>(even[0], even[1]),
+                _mm256_permute2x128_si256::<0x31>(odd[0], odd[1]),
+            ];
+            for (i, turned) in turned.into_iter().enumerate() {
+                _mm256_storeu_si256(to.add((column + i) * 16 + row).cast(), turned);
+            }
+        }
+    }
+}
+
 /// A matrix of 32-bit words by its first word and the distance of its rows.
 #[derive(Clone, Copy)]
 pub(crate) struct Words {

@@ -238,6 +238,7 @@ impl Block {
             .panels
             .wrapping_add(self.panel * product.panel_stride + skipped * PIECE);
         let two_panels = product.n > (self.panel + 1) * PANEL;
+        let levels = matches!(product.sum, Sum::Scaled(_));
         macro_rules! two_by_two {
             ([$($ask:tt)*], $($operands:tt)*) => {
                 tiles!(
@@ -279,13 +280,9 @@ impl Block {
                 )
             };
         }
-        // SAFETY: the caller's contract; the steps of a tail lie in buffers of whole pieces.
-        unsafe {
-            match (self.two_tiles, two_panels) {
-                // The first rows find the panel in memory, those after them in a cache.
-                (true, _) if self.row == 0 => two_by_two!([ask_for!("b"),], ahead = const PREFETCH_BYTES,),
-                (true, _) => two_by_two!([],),
-                (_, true) => tiles!(
+        macro_rules! one_by_four {
+            ([$($ask:tt)*], $($operands:tt)*) => {
+                tiles!(
                     counts,
                     load [
                         "tileloadd tmm0, [{c} + {c_stride}]", "tileloadd tmm1, [{c} + {c_stride} + 64]",
@@ -293,8 +290,7 @@ impl Block {
                     ],
                     zero ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"],
                     step [
-                        ask_for!("b0"),
-                        ask_for!("b1"),
+                        $($ask)*
                         "tileloadd tmm4, [{a} + {a_stride}]",
                         "tileloadd tmm6, [{b0} + {b_stride}]",
                         "tdpbf16ps tmm0, tmm4, tmm6",
@@ -321,8 +317,22 @@ impl Block {
                     b1 = inout(reg) b.wrapping_add(product.panel_stride) => _,
                     c = inout(reg) tiles[0] => _,
                     c_stride = in(reg) 4 * stride,
-                    ahead = const PREFETCH_BYTES,
-                ),
+                    $($operands)*
+                )
+            };
+        }
+        // SAFETY: the caller's contract; the steps of a tail lie in buffers of whole pieces.
+        unsafe {
+            match (self.two_tiles, two_panels) {
+                // The first rows find the panel in memory, those after them in a cache, and levels are there for all.
+                (true, _) if self.row == 0 && !levels => {
+                    two_by_two!([ask_for!("b"),], ahead = const PREFETCH_BYTES,)
+                }
+                (true, _) => two_by_two!([],),
+                (_, true) if !levels => {
+                    one_by_four!([ask_for!("b0"), ask_for!("b1"),], ahead = const PREFETCH_BYTES,)
+                }
+                (_, true) => one_by_four!([],),
                 (false, false) => tiles!(
                     counts,
                     load ["tileloadd tmm0, [{c} + {c_stride}]", "tileloadd tmm1, [{c} + {c_stride} + 64]"],
