@@ -297,8 +297,8 @@ fn lora_rows_are_the_reference_and_others_untouched() {
                     linear(&x, &w, Some(&bias), &[]),
                 );
                 let slow = reference(&x, &w, Some(&bias), &lora);
-                // A shrunk row may round to the neighbouring bfloat16: 2^-8 of it, times B.
-                let rounding = if lora_precision == Bf16 { 0.02 } else { 0.0 };
+                // A shrunk row may round to the neighbouring bfloat16: 2^-8 of it (4 at most), times B (0.4), times a scale of 8.
+                let rounding = if lora_precision == Bf16 { 0.05 } else { 0.0 };
                 let error = max_abs(&(&fast - &slow));
                 assert!(
                     error < 1e-4 + rounding,
