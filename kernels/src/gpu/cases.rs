@@ -97,7 +97,7 @@ impl Outcome {
     fn compare(&mut self, got: &[u8], want: &[u8], kind: u8, exact: bool) {
         let (size, number): (usize, fn(&[u8]) -> f64) = match kind {
             b'f' => (4, |b| f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]]))),
-            b'h' => (2, |b| f64::from(half::bf16::from_le_bytes([b[0], b[1]]).to_f64())),
+            b'h' => (2, |b| half::bf16::from_le_bytes([b[0], b[1]]).to_f64()),
             _ => (1, |b| f64::from(b[0])),
         };
         let largest = want

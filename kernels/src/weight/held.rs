@@ -186,7 +186,7 @@ impl Held {
             return false;
         }
         // Sixteen bytes are read at a time.
-        let aligned = in_rows(x) && x.stride()[0] % 4 == 0 && x.data_ptr() as usize % 16 == 0;
+        let aligned = in_rows(x) && x.stride()[0] % 4 == 0 && (x.data_ptr() as usize).is_multiple_of(16);
         let x = if aligned {
             x.shallow_clone()
         } else {
