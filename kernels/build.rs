@@ -26,6 +26,13 @@ fn main() {
         _ => "cpu",
     };
     println!("cargo:rustc-env=TANDEM_LIBTORCH_FLAVOUR={flavour}");
+    let gpu = gpu_headers(lib);
+    let collectives = if matches!(gpu, Gpu::Cuda(_) | Gpu::Rocm(_)) {
+        "yes"
+    } else {
+        "no"
+    };
+    println!("cargo:rustc-env=TANDEM_COLLECTIVES={collectives}");
     if lib.as_os_str().is_empty() {
         return;
     }
@@ -45,7 +52,7 @@ fn main() {
         .flag(include.join("torch/csrc/api/include"))
         .define("USE_C10D_GLOO", None)
         .files(["csrc/c10d.cpp", "csrc/gpu.cpp", "csrc/ops.cpp"]);
-    match gpu_headers(lib) {
+    match gpu {
         Gpu::None => (),
         Gpu::Cuda(folders) => {
             build.define("USE_C10D_NCCL", None);

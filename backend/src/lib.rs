@@ -21,12 +21,12 @@ pub mod words;
 
 /// For who starts ranks.
 pub use tandem_kernels::comm::{CommError, MAX_WORLD, Meeting};
-/// For the process's metrics.
-pub use tandem_kernels::machine::amd;
 /// For the process's start.
 pub use tandem_kernels::machine::check_kernels;
 /// For its end in the middle of a step.
 pub use tandem_kernels::machine::exit_at_once;
+/// For the process's metrics.
+pub use tandem_kernels::machine::{amd, nvidia};
 
 pub use start::memory::size;
 pub use start::{Dtype, ModelLen, Options, Quantization, start};

@@ -10,7 +10,7 @@ use tandem_core::job::JobSpec;
 use tandem_core::sched::Lookup;
 use tandem_kernels::attention::CacheDtype;
 use tandem_kernels::gpu::{Lanes, emulate, emulating};
-use tandem_kernels::machine::{self, amd, gpu};
+use tandem_kernels::machine::{self, amd, gpu, nvidia};
 use tandem_kernels::pool;
 use tandem_kernels::weight::{Precision, Recipe};
 use tch::{Cuda, Device, Kind};
@@ -308,6 +308,9 @@ pub fn report() -> String {
     if let Some(why) = amd::barred(Path::new("/")) {
         say("AMD GPUs", format!("cannot be used: {why}"));
     }
+    for gpu in nvidia::gpus() {
+        say(&format!("NVIDIA GPU {}", gpu.index), nvidia_gpu(&gpu));
+    }
     let kernels = |index: usize| match tandem_kernels::gpu::report(index) {
         Ok(kernels) => kernels,
         Err(why) => format!("libtorch's ops: {why}"),
@@ -319,6 +322,7 @@ pub fn report() -> String {
         ),
         count => (0..count).for_each(|index| say(&format!("kernels of GPU {index}"), kernels(index))),
     }
+    say("sums over GPUs", gpu::sums());
     say("CPU kernels", machine::features().to_string());
     text
 }
@@ -368,9 +372,48 @@ fn amd_gpu(gpu: &amd::Gpu) -> String {
     facts.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
+fn nvidia_gpu(gpu: &nvidia::Gpu) -> String {
+    let nvidia::Gpu {
+        index: _,
+        name,
+        architecture,
+        memory_bytes,
+        memory_used_bytes,
+        busy_percent,
+        power_watts,
+        temperature_celsius,
+    } = gpu;
+    let memory = memory_bytes.map(|total| match memory_used_bytes {
+        Some(used) => format!("{} of {} used", size(*used), size(total)),
+        None => size(total),
+    });
+    let facts = [
+        name.clone(),
+        architecture.clone(),
+        memory,
+        busy_percent.map(|percent| format!("{percent} % busy")),
+        power_watts.map(|watts| format!("{watts:.0} W")),
+        temperature_celsius.map(|celsius| format!("{celsius:.0} °C")),
+    ];
+    facts.into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nvidias_gpus_are_told_as_well() {
+        let gpu = nvidia::Gpu {
+            name: Some("NVIDIA H200".to_owned()),
+            architecture: Some("sm_90".to_owned()),
+            memory_bytes: Some(141 << 30),
+            busy_percent: Some(3),
+            ..nvidia::Gpu::default()
+        };
+        assert_eq!(nvidia_gpu(&gpu), "NVIDIA H200, sm_90, 141 GiB, 3 % busy");
+        assert!(report().lines().any(|line| line.starts_with("sums over GPUs")));
+    }
 
     #[test]
     fn a_gpu_is_told_by_what_is_known_of_it() {

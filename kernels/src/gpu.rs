@@ -12,7 +12,7 @@ pub(crate) mod embedding;
 mod emu;
 pub(crate) mod gemm;
 mod launches;
-mod library;
+pub(crate) mod library;
 pub(crate) mod lora;
 mod objects;
 pub(crate) mod rows;

@@ -1,10 +1,11 @@
 //! What this machine can do. Of its CPU, asked once: not a dispatcher, each op reads [`features`] and chooses for itself.
-//! Of its GPUs: whether libtorch can use them ([`gpu`]), and what the driver shows of AMD's ([`amd`]).
+//! Of its GPUs: whether libtorch can use them ([`gpu`]), and what the drivers show of AMD's ([`amd`]) and NVIDIA's ([`nvidia`]).
 
 pub mod amd;
 pub mod ceilings;
 mod cores;
 pub mod gpu;
+pub mod nvidia;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod tiles;
 

@@ -1,4 +1,4 @@
-//! What the driver shows of this machine's AMD GPUs, as gauges read when Prometheus asks. Where there are none, or the
+//! What the drivers show of this machine's GPUs, AMD's and NVIDIA's, as gauges read when Prometheus asks. Where there are none, or the
 //! driver does not show a number, there is no series. Not here: the reading (backend).
 
 use std::path::PathBuf;
@@ -6,27 +6,39 @@ use std::path::PathBuf;
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{GaugeVec, Opts};
-use tandem_backend::amd::{self, Gpu};
+use tandem_backend::{amd, nvidia};
 
 pub struct Gpus {
     /// `/` on a real machine.
     root: PathBuf,
+    nvidia: fn() -> Vec<nvidia::Gpu>,
     gauges: Vec<(GaugeVec, Reading)>,
+}
+
+/// A GPU of either maker.
+struct Gpu {
+    index: usize,
+    architecture: String,
+    memory_bytes: Option<u64>,
+    memory_used_bytes: Option<u64>,
+    busy_percent: Option<u32>,
+    power_watts: Option<f64>,
+    temperature_celsius: Option<f64>,
 }
 
 type Reading = fn(&Gpu) -> Option<f64>;
 
-/// Of each GPU: its number, in the driver's order, and its architecture.
-const LABELS: [&str; 2] = ["gpu", "gfx"];
+/// Of each GPU: its number, in its driver's order, and its architecture (gfx942, sm_90).
+const LABELS: [&str; 2] = ["gpu", "architecture"];
 
 const GAUGES: [(&str, &str, Reading); 5] = [
     ("tandem:gpu_memory_bytes", "Memory of the GPU", |gpu| {
-        gpu.vram_total_bytes.map(|bytes| bytes as f64)
+        gpu.memory_bytes.map(|bytes| bytes as f64)
     }),
     (
         "tandem:gpu_memory_used_bytes",
         "Memory in use, by whomever",
-        |gpu| gpu.vram_used_bytes.map(|bytes| bytes as f64),
+        |gpu| gpu.memory_used_bytes.map(|bytes| bytes as f64),
     ),
     (
         "tandem:gpu_busy_ratio",
@@ -42,12 +54,35 @@ const GAUGES: [(&str, &str, Reading); 5] = [
 ];
 
 impl Gpus {
-    pub fn new(root: PathBuf) -> Result<Gpus, prometheus::Error> {
+    /// `nvidia` asks NVIDIA's driver; AMD's shows files under `root`.
+    pub fn new(root: PathBuf, nvidia: fn() -> Vec<nvidia::Gpu>) -> Result<Gpus, prometheus::Error> {
         let gauges = GAUGES
             .iter()
             .map(|&(name, help, reading)| Ok((GaugeVec::new(Opts::new(name, help), &LABELS)?, reading)));
         let gauges = gauges.collect::<Result<_, prometheus::Error>>()?;
-        Ok(Gpus { root, gauges })
+        Ok(Gpus { root, nvidia, gauges })
+    }
+
+    fn now(&self) -> Vec<Gpu> {
+        let amds = amd::gpus(&self.root).into_iter().map(|gpu| Gpu {
+            index: gpu.index,
+            architecture: gpu.gfx,
+            memory_bytes: gpu.vram_total_bytes,
+            memory_used_bytes: gpu.vram_used_bytes,
+            busy_percent: gpu.busy_percent,
+            power_watts: gpu.power_watts,
+            temperature_celsius: gpu.temperature_celsius,
+        });
+        let nvidias = (self.nvidia)().into_iter().map(|gpu| Gpu {
+            index: gpu.index,
+            architecture: gpu.architecture.unwrap_or_default(),
+            memory_bytes: gpu.memory_bytes,
+            memory_used_bytes: gpu.memory_used_bytes,
+            busy_percent: gpu.busy_percent,
+            power_watts: gpu.power_watts,
+            temperature_celsius: gpu.temperature_celsius,
+        });
+        amds.chain(nvidias).collect()
     }
 }
 
@@ -57,14 +92,14 @@ impl Collector for Gpus {
     }
 
     fn collect(&self) -> Vec<MetricFamily> {
-        let gpus = amd::gpus(&self.root);
+        let gpus = self.now();
         let mut families = Vec::new();
         for (gauge, reading) in &self.gauges {
             gauge.reset();
             for gpu in &gpus {
                 if let Some(value) = reading(gpu) {
                     gauge
-                        .with_label_values(&[gpu.index.to_string().as_str(), gpu.gfx.as_str()])
+                        .with_label_values(&[gpu.index.to_string().as_str(), gpu.architecture.as_str()])
                         .set(value);
                 }
             }
@@ -87,7 +122,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let registry = Registry::new();
         registry
-            .register(Box::new(Gpus::new(root.path().into()).unwrap()))
+            .register(Box::new(Gpus::new(root.path().into(), Vec::new).unwrap()))
             .unwrap();
         let text = || TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
         assert_eq!(text(), "");
@@ -105,11 +140,43 @@ mod tests {
         }
         let text = text();
         for line in [
-            "tandem:gpu_memory_used_bytes{gfx=\"gfx942\",gpu=\"0\"} 4096",
-            "tandem:gpu_busy_ratio{gfx=\"gfx942\",gpu=\"0\"} 0.5",
+            "tandem:gpu_memory_used_bytes{architecture=\"gfx942\",gpu=\"0\"} 4096",
+            "tandem:gpu_busy_ratio{architecture=\"gfx942\",gpu=\"0\"} 0.5",
         ] {
             assert!(text.contains(line), "{line} is not in\n{text}");
         }
         assert!(!text.contains("gpu_power"), "{text}");
+    }
+
+    #[test]
+    fn nvidias_gpus_are_told_as_amds_are() {
+        let told = || {
+            let all = nvidia::Gpu {
+                architecture: Some("sm_90".to_owned()),
+                memory_bytes: Some(1000),
+                memory_used_bytes: Some(100),
+                busy_percent: Some(25),
+                power_watts: Some(139.5),
+                temperature_celsius: Some(41.0),
+                ..nvidia::Gpu::default()
+            };
+            vec![all]
+        };
+        let root = tempfile::tempdir().unwrap();
+        let registry = Registry::new();
+        registry
+            .register(Box::new(Gpus::new(root.path().into(), told).unwrap()))
+            .unwrap();
+        let text = TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
+        for (name, value) in [
+            ("memory_bytes", "1000"),
+            ("memory_used_bytes", "100"),
+            ("busy_ratio", "0.25"),
+            ("power_watts", "139.5"),
+            ("temperature_celsius", "41"),
+        ] {
+            let line = format!("tandem:gpu_{name}{{architecture=\"sm_90\",gpu=\"0\"}} {value}");
+            assert!(text.contains(&line), "{line} is not in\n{text}");
+        }
     }
 }

@@ -183,7 +183,7 @@ impl Metrics {
     pub fn new(model: &str, max_loras: u32) -> Result<Metrics, prometheus::Error> {
         let registry =
             Registry::new_custom(None, Some([("model_name".to_owned(), model.to_owned())].into()))?;
-        registry.register(Box::new(Gpus::new("/".into())?))?;
+        registry.register(Box::new(Gpus::new("/".into(), tandem_backend::nvidia::gpus)?))?;
         let histogram = |name: &str, help: &str, buckets: &[f64]| {
             let histogram = Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))?;
             registry.register(Box::new(histogram.clone()))?;

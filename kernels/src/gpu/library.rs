@@ -4,10 +4,15 @@
 use std::ffi::{CStr, CString, c_void};
 
 /// Stays open as long as the process: what was taken from it is used until then.
-pub(super) struct Library {
+pub(crate) struct Library {
     handle: *mut c_void,
     name: String,
 }
+
+// SAFETY: a handle of dlopen is the process's and is never closed; dlsym may be called from any thread.
+unsafe impl Send for Library {}
+// SAFETY: as above.
+unsafe impl Sync for Library {}
 
 impl Library {
     /// What the process has loaded anyway.

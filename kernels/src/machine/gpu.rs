@@ -20,6 +20,16 @@ pub fn flavour() -> &'static str {
     env!("TANDEM_LIBTORCH_FLAVOUR")
 }
 
+/// What adds up the parts of ranks on several GPUs, or why nothing does.
+pub fn sums() -> String {
+    match (flavour(), env!("TANDEM_COLLECTIVES")) {
+        ("cpu", _) => "none: libtorch is built for the CPU".to_owned(),
+        (_, "no") => "none: built without NCCL's headers, so ranks on several GPUs are refused".to_owned(),
+        ("rocm", _) => "RCCL".to_owned(),
+        _ => "NCCL".to_owned(),
+    }
+}
+
 /// Has a GPU backend registered itself? (There may be no GPU all the same.)
 pub fn registered() -> bool {
     // SAFETY: asks a registry; no arguments, and the C++ side catches what it throws.
