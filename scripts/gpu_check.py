@@ -2,6 +2,7 @@
 device's measured ceilings. Standard library only.
 
 usage: gpu_check.py DEVICE SHAPE
+       gpu_check.py DEVICE compare BINARY     the comparison alone
 """
 import json
 import pathlib
@@ -70,10 +71,10 @@ def trained(api, base):
     return [steps[step]["train_loss"] for step in sorted(steps)], job["fine_tuned_model"], rates[len(rates) // 2]
 
 
-def observe(device):
+def observe(device, binary):
     """What a server on `device` says, float32: base, adapter, training."""
     with tempfile.TemporaryDirectory(prefix="tandem-gpu-") as data_dir:
-        server, url = start(RELEASE / "tandem", data_dir, "--device", device, "--dtype", "float32")
+        server, url = start(binary, data_dir, "--device", device, "--dtype", "float32")
         try:
             api = Api(url)
             base = api.call("GET", "/v1/models")["data"][0]["id"]
@@ -87,9 +88,9 @@ def observe(device):
             server.wait(60)
 
 
-def compare(report, device):
+def compare(report, device, binary=RELEASE / "tandem"):
     print(f"\n==== the server, float32, demo model: {device} against cpu")
-    ours, expected = observe(device), observe("cpu")
+    ours, expected = observe(device, binary), observe("cpu", binary)
     for name in ("base", "adapter"):
         pairs = list(zip(ours[name], expected[name]))
         difference = max(largest(a, b) for (a, _), (b, _) in pairs)
@@ -182,10 +183,11 @@ def shares(report, device, shape):
                f"{engine['train_tok_s']:.0f} tokens/s, {work:.0f} GFLOP/s, {share:.1%} of the matmul rate")
 
 
-def main(device, shape):
+def main(device, shape, binary=RELEASE / "tandem"):
     report = Report()
-    compare(report, device)
-    shares(report, device, shape)
+    compare(report, device, pathlib.Path(binary).resolve())
+    if shape != "compare":
+        shares(report, device, shape)
     print(f"\n{report.failed} of the comparisons failed" if report.failed else "\nevery comparison passed")
     raise SystemExit(report.failed != 0)
 

@@ -144,7 +144,7 @@ impl Engine {
             max_model_len: Some(tandem_backend::ModelLen::Asked(
                 1024.max(options.prompt_tokens as u32 + options.new_tokens),
             )),
-            max_num_seqs: 16,
+            max_num_seqs: options.streams.iter().copied().max().unwrap_or(1).max(16) as u32,
             max_training_jobs: JOBS as u32,
             ..tandem_backend::Options::new(options.model.clone())
         })?;

@@ -125,8 +125,12 @@ pub fn device() -> Device {
     tandem_backend::words::device(word.as_deref().unwrap_or("cpu")).expect("TANDEM_TEST_DEVICE is a device")
 }
 
+/// TANDEM_TEST_FIXTURES: where they are on a machine this was not built on (scripts/gpu-prove).
 pub fn fixtures_folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("numerics/fixtures")
+    match std::env::var_os("TANDEM_TEST_FIXTURES") {
+        Some(folder) => PathBuf::from(folder),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("numerics/fixtures"),
+    }
 }
 
 impl Fixture {
