@@ -85,8 +85,7 @@ class Run:
 
 def correctness(run):
     run.step("doctor", 60, run.bin("tandem"), "doctor", expect=None if run.dry else "GPUs seen by libtorch  1")
-    lanes = "1" if "cdna" in run.device or "rocm" in run.environment["LD_LIBRARY_PATH"] else "3"
-    run.step("kernel cases", 90, run.bin("gpu_cases"), "--device", run.device, run.home / "cases" / lanes)
+    run.step("kernel cases", 90, run.bin("gpu_cases"), "--device", run.device, *(run.home / "cases").iterdir())
     goldens = ["golden::logits", "golden::gradients_of_a", "training::ten_lora"]
     run.step("goldens", 180, run.bin("numerics"), "--test-threads", "1", *(goldens[2:] if run.dry else goldens))
     if not run.dry:
