@@ -85,7 +85,7 @@ class Run:
 
 def correctness(run):
     run.step("doctor", 60, run.bin("tandem"), "doctor", expect=None if run.dry else "GPUs seen by libtorch  1")
-    run.step("kernel cases", 90, run.bin("gpu_cases"), "--device", run.device, *(run.home / "cases").iterdir())
+    run.step("kernel cases", 90, run.bin("gpu_cases"), "--device", run.device, *sorted((run.home / "cases").glob("*/*")))
     goldens = ["golden::logits", "golden::gradients_of_a", "training::ten_lora"]
     run.step("goldens", 180, run.bin("numerics"), "--test-threads", "1", *(goldens[2:] if run.dry else goldens))
     if not run.dry:
