@@ -3,18 +3,24 @@
 use std::ops::Range;
 
 use tandem_backend::lora::adapter::Adapter;
+use tandem_backend::lora::params::AdapterParams;
 use tandem_backend::model::Decoder;
 use tandem_backend::train::Trainer;
+use tandem_backend::train::pass::{KEEP_BYTES, Trained};
 use tandem_kernels::gpu::{Lanes, Launches, counted, emulated};
 use tandem_kernels::weight::Precision;
 
 use crate::fixture::{FAMILIES, Fixture, NAMES, Table, max_difference};
+use crate::golden::backward;
 use crate::run::{Pages, Sequence, base, logprobs, packed, paged};
 use crate::training::{finish, lora_job};
 
 /// Of a layer of a plain model in bfloat16, with adapters or without: norm, qkv, rope of q and k, the pages' write,
 /// attention and its merge, output, norm, gate and up, activation, down.
 const MOST_LAUNCHES: usize = 12;
+
+/// Families whose gradients are looked at: plain with experts, soft caps and windows, sinks.
+const TRAINED: [&str; 3] = ["mixtral", "gemma2", "gpt_oss"];
 
 #[test]
 fn answers_are_the_cpus() {
@@ -30,6 +36,10 @@ fn answers_are_the_cpus() {
             emulated(lanes, || {
                 let decoder = fixture.decoder(precision);
                 let whole = paged(&decoder, &sequences, usize::MAX >> 1);
+                for (trained, served) in packed(&decoder, &sequences).iter().zip(&whole) {
+                    let off = max_difference(trained, served);
+                    table.add(name, &format!("{lanes}: packed - paged, {precision:?}"), off, 0.0);
+                }
                 for ((got, want), tokens) in whole.iter().zip(&want).zip([&long, &short]) {
                     let off = max_difference(&logprobs(got, tokens), &logprobs(want, tokens));
                     table.add(name, &format!("{lanes} - CPU, {precision:?}"), off, close);
@@ -47,6 +57,51 @@ fn answers_are_the_cpus() {
         }
     }
     table.judge("an emulated GPU (log-probabilities; logits for chunks)");
+}
+
+#[test]
+fn gradients_are_the_cpus() {
+    let mut table = Table::default();
+    for (name, lanes) in TRAINED.into_iter().zip(Lanes::ALL) {
+        let fixture = Fixture::open(name);
+        for (precision, close) in [(Precision::F32, 1e-4), (Precision::Bf16, 1e-1)] {
+            let gradients = || {
+                let decoder = fixture.decoder(precision);
+                let adapter_name = fixture.adapters()[0];
+                let adapter = fixture.adapter(adapter_name, &decoder);
+                let gradient =
+                    AdapterParams::zeros(fixture.adapter_params(adapter_name, &decoder).shape.clone());
+                let trained = Trained::Adapter {
+                    adapter: &adapter,
+                    gradient: &gradient,
+                };
+                let loss = backward(&decoder, trained, &fixture.examples(), KEEP_BYTES);
+                (loss, gradient.flat.copy())
+            };
+            let (want_loss, want) = gradients();
+            let ((loss, got), launches) = counted(|| emulated(lanes, gradients));
+            println!("{name}: {} launches of ours", launches.values().sum::<usize>());
+            table.add(
+                name,
+                &format!("{lanes} - CPU, loss, {precision:?}"),
+                (loss - want_loss).abs(),
+                close,
+            );
+            let off = (&got - &want).norm().double_value(&[]) / want.norm().double_value(&[]);
+            table.add(
+                name,
+                &format!("{lanes} - CPU, gradients, {precision:?}"),
+                off,
+                close,
+            );
+            let ours = launches
+                .keys()
+                .filter(|kernel| kernel.starts_with("attention_back_"))
+                .count();
+            assert_eq!(ours, 2, "{launches:#?}");
+        }
+    }
+    table.judge("training on an emulated GPU (gradients by their norm)");
 }
 
 #[test]
