@@ -10,7 +10,7 @@ use tandem_core::message::Scored;
 use tandem_core::sched::{GroupPlan, Row, RowTable, StepPlan};
 use tandem_kernels::attention::{KvCache, PagedSeq};
 use tandem_kernels::places::{PagedGroup, Places};
-use tch::{Device, Tensor};
+use tch::Tensor;
 
 use crate::lora::adapter::{Adapter, AdapterRows};
 use crate::model::{Batch, Context, Decoder};
@@ -58,10 +58,11 @@ impl<'a> Step<'a> {
 }
 
 impl<'a> StepInputs<'a> {
-    /// For a decoder on `device`. `adapter` finds a resident adapter: a step names only such.
+    /// For `decoder` and its cache. `adapter` finds a resident adapter: a step names only such.
     pub fn new(
         step: Step<'a>,
-        device: Device,
+        decoder: &Decoder,
+        cache: &KvCache,
         adapter: impl Fn(AdapterDigest) -> &'a Adapter,
     ) -> StepInputs<'a> {
         let mut lora: Vec<(AdapterDigest, Range<usize>)> = vec![];
@@ -89,11 +90,17 @@ impl<'a> StepInputs<'a> {
             };
             step.rows.iter().zip(&group.tables).map(seq).collect()
         };
-        let group = |group: &'a GroupPlan| PagedGroup::new(&group.slots, seqs(group));
-        let groups = step.groups.iter().map(group).collect();
+        let group = |(i, group): (usize, &'a GroupPlan)| {
+            let shapes = decoder
+                .heads_of(i)
+                .into_iter()
+                .map(|heads| (heads, cache.dtype()));
+            PagedGroup::new(&group.slots, seqs(group)).attended(shapes)
+        };
+        let groups = step.groups.iter().enumerate().map(group).collect();
         StepInputs {
             tokens: step.tokens,
-            places: Places::new(device, step.positions, groups),
+            places: Places::new(decoder.device(), step.tokens, step.positions, groups),
             lora,
         }
     }

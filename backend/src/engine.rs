@@ -342,7 +342,7 @@ impl Engine {
         }
         self.grammars
             .begin_masks(batch::sampling(plan).map(|row| (row.id, plan.guesses(row))));
-        let inputs = StepInputs::new(step, self.decoder.device(), |digest| self.bank.get(digest));
+        let inputs = StepInputs::new(step, &self.decoder, &self.cache, |digest| self.bank.get(digest));
         let hidden = self.decoder.forward(&inputs.batch(&self.cache)); // [T, H]
         let sampled = match rows.is_empty() {
             true => vec![],

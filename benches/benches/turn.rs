@@ -146,7 +146,7 @@ fn decode_step(criterion: &mut Criterion) {
         })
         .collect();
     let groups = vec![PagedGroup::new(&slots, seqs)];
-    let places = Places::new(Device::Cpu, &positions, groups);
+    let places = Places::new(Device::Cpu, &tokens, &positions, groups);
     for (name, lora) in [
         ("base", vec![]),
         (

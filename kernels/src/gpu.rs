@@ -11,7 +11,7 @@ mod driver;
 pub(crate) mod embedding;
 mod emu;
 pub(crate) mod gemm;
-mod launches;
+pub(crate) mod launches;
 pub(crate) mod library;
 pub(crate) mod lora;
 mod objects;
@@ -28,7 +28,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tch::{Device, Kind, Tensor};
 
 use driver::Driver;
-pub use launches::{Launches, counted};
+pub use launches::{COPY, Launches, WAIT, counted};
 
 /// Whose way of holding a tile in its lanes the emulated device has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

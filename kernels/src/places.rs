@@ -1,10 +1,11 @@
-//! What one step tells all of its ops: positions, slots, block tables. On the host they are slices; where the device has
-//! kernels of ours they lie there too, in one buffer that is copied once, so that no op of no layer copies anything.
+//! What one step tells all of its ops: tokens, positions, slots, block tables, how attention is cut. On the host they are
+//! slices; where the device has kernels of ours they lie there too, in one buffer that is copied once, so that no op of no
+//! layer copies anything.
 
 use std::cell::{OnceCell, RefCell};
 use std::ops::{Deref, Range};
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::attention::device::{Cut, CutThere};
 use crate::attention::{CacheDtype, Heads, PagedSeq};
@@ -60,6 +61,8 @@ pub struct PagedGroup<'a> {
     pub slots: Ints<'a>,
     pub seqs: Vec<PagedSeq<'a>>,
     there: Option<PagedThere>,
+    /// Of the attention of its layers, where that is known before they ask.
+    shapes: Vec<(Heads, CacheDtype)>,
     /// How attention was cut for heads of a shape, once for all layers.
     cuts: RefCell<Vec<((Heads, CacheDtype), CutThere)>>,
 }
@@ -80,12 +83,19 @@ impl<'a> PagedGroup<'a> {
             slots: slots.into(),
             seqs,
             there: None,
+            shapes: vec![],
             cuts: RefCell::default(),
         }
     }
 
+    /// Its layers attend in these shapes: how that is cut goes to the device with the rest.
+    pub fn attended(mut self, shapes: impl IntoIterator<Item = (Heads, CacheDtype)>) -> PagedGroup<'a> {
+        self.shapes.extend(shapes);
+        self
+    }
+
     /// Calls `read` with the sequences on `device` and how attention of such heads is cut over it: made when the first layer
-    /// asks.
+    /// asks, where no step brought it.
     pub(crate) fn with_cut<T>(
         &self,
         device: Device,
@@ -96,7 +106,9 @@ impl<'a> PagedGroup<'a> {
         let of = (heads, dtype);
         let known = self.cuts.borrow().iter().any(|(known, _)| *known == of);
         if !known {
-            let cut = send_cut(Cut::new(&self.seqs, heads, dtype), device);
+            let mut staging = Staging::default();
+            let cut = staging.add_cut(Cut::new(&self.seqs, heads, dtype));
+            let cut = cut.there(&staging.send(device));
             self.cuts.borrow_mut().push((of, cut));
         }
         let cuts = self.cuts.borrow();
@@ -126,34 +138,47 @@ pub struct Places<'a> {
 }
 
 impl<'a> Places<'a> {
-    /// Brought to `device` where kernels of ours run there.
-    pub fn new(device: Device, positions: impl Into<Ints<'a>>, groups: Vec<PagedGroup<'a>>) -> Places<'a> {
+    /// Of rows of `tokens [T]`, brought to `device` with them where kernels of ours run there.
+    pub fn new(
+        device: Device,
+        tokens: &[u32],
+        positions: impl Into<Ints<'a>>,
+        groups: Vec<PagedGroup<'a>>,
+    ) -> Places<'a> {
         let mut places = Places {
             positions: positions.into(),
             groups,
         };
         if gpu::on(device).is_some() {
-            places.bring(device);
+            places.bring(device, tokens);
         }
         places
     }
 
-    fn bring(&mut self, device: Device) {
+    fn bring(&mut self, device: Device, tokens: &[u32]) {
         let mut staging = Staging::default();
+        let ids: Vec<i64> = tokens.iter().map(|&token| i64::from(token)).collect();
+        let tokens = staging.add(ids.iter().copied());
         let positions = staging.add(self.positions.iter().copied());
-        let places: Vec<(Range<usize>, SeqRanges)> = self
+        let places: Vec<(Range<usize>, SeqRanges, Vec<CutRanges>)> = self
             .groups
             .iter()
             .map(|group| {
                 let slots = staging.add(group.slots.iter().copied());
-                (slots, staging.add_seqs(&group.seqs))
+                let seqs = staging.add_seqs(&group.seqs);
+                let cut = |&(heads, dtype)| staging.add_cut(Cut::new(&group.seqs, heads, dtype));
+                (slots, seqs, group.shapes.iter().map(cut).collect())
             })
             .collect();
         let sent = staging.send(device);
+        // The embedding's lookup finds them.
+        told::brought(ids, Kind::Int, device, sent.part(&tokens));
         self.positions.there = sent.part(&positions).into();
-        for (group, (slots, seqs)) in self.groups.iter_mut().zip(places) {
+        for (group, (slots, seqs, cuts)) in self.groups.iter_mut().zip(places) {
             group.slots.there = sent.part(&slots).into();
             group.there = Some(seqs.there(&sent));
+            let cuts = cuts.iter().map(|cut| cut.there(&sent));
+            group.cuts = RefCell::new(group.shapes.iter().copied().zip(cuts).collect());
         }
     }
 }
@@ -167,6 +192,15 @@ struct Sent(Tensor);
 struct SeqRanges {
     seqs: Range<usize>,
     tables: Range<usize>,
+}
+
+struct CutRanges {
+    tile: usize,
+    n_items: usize,
+    n_merges: usize,
+    records: usize,
+    items: Range<usize>,
+    merges: Range<usize>,
 }
 
 impl Staging {
@@ -200,24 +234,19 @@ impl Staging {
         }
     }
 
+    fn add_cut(&mut self, cut: Cut) -> CutRanges {
+        CutRanges {
+            tile: cut.tile,
+            n_items: cut.items.len(),
+            n_merges: cut.merges.len(),
+            records: cut.records,
+            items: self.add(cut.items.into_iter().flatten()),
+            merges: self.add(cut.merges.into_iter().flatten()),
+        }
+    }
+
     fn send(self, device: Device) -> Sent {
         Sent(told::send(&Tensor::from_slice(&self.0), device))
-    }
-}
-
-fn send_cut(cut: Cut, device: Device) -> CutThere {
-    let mut staging = Staging::default();
-    let (n_items, n_merges) = (cut.items.len(), cut.merges.len());
-    let items = staging.add(cut.items.into_iter().flatten());
-    let merges = staging.add(cut.merges.into_iter().flatten());
-    let sent = staging.send(device);
-    CutThere {
-        tile: cut.tile,
-        n_items,
-        n_merges,
-        records: cut.records,
-        items: sent.part(&items),
-        merges: sent.part(&merges),
     }
 }
 
@@ -232,6 +261,19 @@ impl SeqRanges {
         PagedThere {
             seqs: sent.part(&self.seqs),
             tables: sent.part(&self.tables),
+        }
+    }
+}
+
+impl CutRanges {
+    fn there(&self, sent: &Sent) -> CutThere {
+        CutThere {
+            tile: self.tile,
+            n_items: self.n_items,
+            n_merges: self.n_merges,
+            records: self.records,
+            items: sent.part(&self.items),
+            merges: sent.part(&self.merges),
         }
     }
 }
@@ -264,9 +306,9 @@ mod tests {
             )
         };
         let brought = emulated(Lanes::Cdna, || {
-            Places::new(Device::Cpu, &positions, vec![group()])
+            Places::new(Device::Cpu, &[7, 8, 9], &positions, vec![group()])
         });
-        let stays = Places::new(Device::Cpu, &positions, vec![group()]);
+        let stays = Places::new(Device::Cpu, &[7, 8, 9], &positions, vec![group()]);
         let storage = |tensor: &Tensor| tensor.data_ptr() as usize;
         let first = storage(brought.positions.there.get().expect("it was brought"));
         let second = storage(brought.groups[0].slots.there.get().expect("it was brought"));

@@ -187,6 +187,7 @@ pub fn sample(gpu: Gpu, logits: &Tensor, asks: &[Ask]) -> Vec<Option<Chosen>> {
         Some(_) => said,
         None => said.narrow(0, 0, rows as i64),
     };
+    gpu::launches::launched(gpu::WAIT);
     let said = Vec::<i32>::try_from(&said).expect("integers");
     let (tokens, records) = said.split_at(rows);
     let of_row = |(row, ask): (usize, &Ask)| {

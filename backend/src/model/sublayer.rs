@@ -1,6 +1,7 @@
 //! One sublayer in a pass, `x + scale * post(body(pre(x)))`: the unit in which the decoder runs and trains. Its backward
 //! recomputes what is cheap from its input and keeps what is not.
 
+use tandem_kernels::attention::Heads;
 use tandem_kernels::places::Ints;
 use tandem_kernels::rope::Rope;
 use tch::Tensor;
@@ -65,6 +66,20 @@ impl Sublayer {
 }
 
 impl Decoder {
+    /// Heads of the attentions that keep their keys in a group of layers, each shape once.
+    pub fn heads_of(&self, group: usize) -> Vec<Heads> {
+        let mut shapes = vec![];
+        for body in self.sublayers.iter().flat_map(|sublayer| &sublayer.bodies) {
+            match body {
+                Body::Attention(attn) if attn.place.group == group && !shapes.contains(&attn.heads) => {
+                    shapes.push(attn.heads);
+                }
+                _ => {}
+            }
+        }
+        shapes
+    }
+
     pub fn n_sublayers(&self) -> usize {
         self.sublayers.len()
     }

@@ -116,7 +116,7 @@ impl Follower {
             Some(adapter) => adapter.as_ref(),
             None => panic!("adapter {} is planned but not here", digest.short()),
         };
-        let inputs = StepInputs::new(order.step(), self.decoder.device(), find);
+        let inputs = StepInputs::new(order.step(), &self.decoder, &self.cache, find);
         let hidden = self.decoder.forward(&inputs.batch(&self.cache));
         for rows in &order.heads {
             // Rank 0 reads the logits.

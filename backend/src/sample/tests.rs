@@ -340,8 +340,9 @@ fn a_device_chooses_what_the_host_chooses() {
         let (sampled, scored) = (sample(&logits, &asks), score(&logits, &targets));
         assert_eq!(sampled.iter().filter(|row| row.is_err()).count(), 3);
         for lanes in gpu::Lanes::ALL {
-            let there = gpu::emulated(lanes, || sample(&logits.copy(), &asks));
+            let (there, heard) = gpu::emulated(lanes, || gpu::counted(|| sample(&logits.copy(), &asks)));
             assert_eq!(there, sampled, "{lanes}, {n_tokens} tokens");
+            assert_eq!((heard.get(gpu::COPY), heard.get(gpu::WAIT)), (Some(&1), Some(&1)));
             let there = gpu::emulated(lanes, || score(&logits.copy(), &targets));
             assert_eq!(there, scored, "{lanes}, {n_tokens} tokens");
         }

@@ -8,6 +8,11 @@ unsafe extern "C" {
     fn tandem_hear_ops(hear: Option<extern "C" fn(*const c_char, bool)>);
 }
 
+/// Among the names: arrays sent to the device.
+pub const COPY: &str = "copy to the device";
+/// Among the names: reads of what the device has yet to compute.
+pub const WAIT: &str = "wait for the device";
+
 /// How often each was queued.
 pub type Launches = BTreeMap<String, usize>;
 
@@ -73,8 +78,8 @@ pub fn counted<T>(run: impl FnOnce() -> T) -> (T, Launches) {
     (result, heard)
 }
 
-/// A kernel was queued.
-pub(super) fn launched(name: &str) {
+/// A kernel was queued, a [`COPY`] or a [`WAIT`].
+pub(crate) fn launched(name: &str) {
     HEARD.with_borrow_mut(|heard| {
         if let Some(Heard { launches, within }) = heard {
             *launches.entry(name.to_owned()).or_default() += 1;

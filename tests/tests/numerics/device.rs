@@ -7,7 +7,7 @@ use tandem_backend::lora::params::AdapterParams;
 use tandem_backend::model::Decoder;
 use tandem_backend::train::Trainer;
 use tandem_backend::train::pass::{KEEP_BYTES, Trained};
-use tandem_kernels::gpu::{Lanes, Launches, counted, emulated};
+use tandem_kernels::gpu::{COPY, Lanes, Launches, WAIT, counted, emulated};
 use tandem_kernels::weight::Precision;
 
 use crate::fixture::{FAMILIES, Fixture, NAMES, Table, max_difference};
@@ -122,7 +122,8 @@ fn a_layer_is_few_launches_whatever_the_batch() {
                     })
                     .collect();
                 let launches = decode_step(&decoder, &sequences);
-                let all: usize = launches.values().sum();
+                let queued = launches.iter().filter(|(name, _)| *name != COPY);
+                let all: usize = queued.map(|(_, n)| n).sum();
                 println!(
                     "{streams} streams, {n_adapters} adapters: {all} launches of {layers} layers and the head"
                 );
@@ -172,6 +173,20 @@ fn launches_of_a_training_step() {
 /// For scripts/gpu-kernels estimate.
 fn say(what: &str, layers: usize, launches: &Launches) {
     println!("{what} of {layers} layers: {}", serde_json::json!(launches));
+}
+
+#[test]
+fn a_decode_step_is_told_in_one_copy() {
+    for name in NAMES.into_iter().chain(FAMILIES) {
+        let fixture = Fixture::open(name);
+        let tokens = fixture.tokens("long");
+        let sequences: Vec<Sequence> = [&tokens[..9], &tokens[1..10], &tokens[2..11]].map(base).into();
+        emulated(Lanes::Nvidia, || {
+            let launches = decode_step(&fixture.decoder(Precision::Bf16), &sequences);
+            assert_eq!(launches.get(COPY), Some(&1), "{name}: {launches:#?}");
+            assert_eq!(launches.get(WAIT), None, "{name}: {launches:#?}");
+        });
+    }
 }
 
 /// What the last token of each sequence queues.

@@ -179,10 +179,11 @@ impl Pages {
                     kv_len: done + sequence.tokens.len(),
                 })
                 .collect();
-            PagedGroup::new(&slots[group], seqs)
+            let shapes = decoder.heads_of(group).into_iter();
+            PagedGroup::new(&slots[group], seqs).attended(shapes.map(|heads| (heads, self.cache.dtype())))
         };
         let groups = (0..blocks.len()).map(group).collect();
-        let places = Places::new(decoder.device(), &positions, groups);
+        let places = Places::new(decoder.device(), &tokens, &positions, groups);
         let context = Context::Paged {
             cache: &self.cache,
             groups: &places.groups,
