@@ -312,7 +312,7 @@ mod tests {
             (
                 json!({"hyperparameters": {"n_epochs": 10001}}),
                 "hyperparameters.n_epochs",
-                "between 1 and 10000, got 10001",
+                "a number above 0 and at most 10000, got 10001",
             ),
             (
                 json!({"hyperparameters": {"n_epochs": 2}, "num_train_epochs": 3}),

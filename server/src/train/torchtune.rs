@@ -807,7 +807,7 @@ profiler:
             .filter(|(_, value)| !value.is_null())
             .collect();
         let expected = json!({
-            "n_epochs": 10, "batch_size": 2, "gradient_accumulation_steps": 32, "learning_rate": 3e-4,
+            "n_epochs": 10.0, "batch_size": 2, "gradient_accumulation_steps": 32, "learning_rate": 3e-4,
             // torch's own: nothing is said of decay and clipping.
             "weight_decay": 0.01, "max_grad_norm": 0.0,
             "lr_scheduler_type": "cosine", "warmup_steps": 100, "max_seq_length": 256, "seed": 42,

@@ -137,7 +137,7 @@ fn values() {
         Json("fp16", jobs, job("fp16", json!(true)), 400, Some("fp16"), "nothing is computed in float16"),
         Json("thinking", chat, with("thinking", json!({"type": "enabled"})), 400, Some("thinking"), "chat_template_kwargs"),
         Json("messages beside a prompt", text, prompt("messages", say.clone()), 400, Some("messages"), "chat/completions"),
-        Json("n_epochs", jobs, job("hyperparameters", json!({"n_epochs": 0})), 400, Some("hyperparameters.n_epochs"), "between 1 and 10000"),
+        Json("n_epochs", jobs, job("hyperparameters", json!({"n_epochs": 0})), 400, Some("hyperparameters.n_epochs"), "above 0 and at most 10000"),
         Json("n_epoch", jobs, job("hyperparameters", json!({"n_epoch": 1})), 400, Some("hyperparameters.n_epoch"), "did you mean n_epochs"),
         Json("lora_ran", jobs, job("lora_ran", json!(8)), 400, Some("lora_ran"), "did you mean lora_rank"),
         Json("a setting of others", jobs, job("load_in_4bit", json!(true)), 400, Some("load_in_4bit"), "not supported"),
