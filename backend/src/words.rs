@@ -346,10 +346,6 @@ fn amd_gpu(gpu: &amd::Gpu) -> String {
         power_watts,
         temperature_celsius,
     } = gpu;
-    let memory = vram_total_bytes.map(|total| match vram_used_bytes {
-        Some(used) => format!("{} of {} used", size(*used), size(total)),
-        None => size(total),
-    });
     let partitions: Vec<&str> = [compute_partition, memory_partition]
         .into_iter()
         .flatten()
@@ -358,7 +354,7 @@ fn amd_gpu(gpu: &amd::Gpu) -> String {
     let facts = [
         name.clone(),
         Some(gfx.clone()),
-        memory,
+        memory(*vram_total_bytes, *vram_used_bytes),
         busy_percent.map(|percent| format!("{percent} % busy")),
         (!partitions.is_empty()).then(|| partitions.join("/")),
         wave.map(|threads| format!("wave {threads}")),
@@ -372,6 +368,13 @@ fn amd_gpu(gpu: &amd::Gpu) -> String {
     facts.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
+fn memory(total: Option<u64>, used: Option<u64>) -> Option<String> {
+    total.map(|total| match used {
+        Some(used) => format!("{} of {} used", size(used), size(total)),
+        None => size(total),
+    })
+}
+
 fn nvidia_gpu(gpu: &nvidia::Gpu) -> String {
     let nvidia::Gpu {
         index: _,
@@ -383,14 +386,10 @@ fn nvidia_gpu(gpu: &nvidia::Gpu) -> String {
         power_watts,
         temperature_celsius,
     } = gpu;
-    let memory = memory_bytes.map(|total| match memory_used_bytes {
-        Some(used) => format!("{} of {} used", size(*used), size(total)),
-        None => size(total),
-    });
     let facts = [
         name.clone(),
         architecture.clone(),
-        memory,
+        memory(*memory_bytes, *memory_used_bytes),
         busy_percent.map(|percent| format!("{percent} % busy")),
         power_watts.map(|watts| format!("{watts:.0} W")),
         temperature_celsius.map(|celsius| format!("{celsius:.0} °C")),
